@@ -1,0 +1,57 @@
+"""The lossy row codecs as a Zarr v3 array-to-bytes codec, so that `zarr.open(...)[i]` gives float16.
+
+zarr-python finds it by the entry point `zarr.codecs` (see pyproject.toml), which names
+`nanomolmo2_codec`: a reader's own folder may well contain another `cache`. For the same reason this
+file is loaded by its place, and is handed the numpy codec rather than importing it by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from zarr.abc.codec import ArrayBytesCodec
+
+if TYPE_CHECKING:
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import Buffer, NDBuffer
+    from zarr.core.common import JSON
+
+NAME = "nanomolmo2.row"
+
+
+def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
+    """The codec class over `codec`, which is the module `cache.codec`."""
+
+    @dataclass(frozen=True)
+    class RowCodec(ArrayBytesCodec):
+        """One row (1, tokens, width) of float16 as the bytes `cache.codec.pack` makes."""
+
+        codec: str = "int8"
+        is_fixed_size = True
+
+        @classmethod
+        def from_dict(cls, data: dict[str, JSON]) -> Self:
+            configuration: Any = data.get("configuration") or {}
+            return cls(**configuration)
+
+        def to_dict(self) -> dict[str, JSON]:
+            return {"name": NAME, "configuration": {"codec": self.codec}}
+
+        def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+            rows, tokens, width = chunk_spec.shape
+            return rows * int(codec.row_bytes(self.codec, tokens, width))
+
+        async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+            rows, tokens, width = chunk_spec.shape
+            data = np.frombuffer(chunk_bytes.to_bytes(), np.uint8).reshape(rows, -1)
+            features = codec.unpack(data, self.codec, tokens, width)
+            return chunk_spec.prototype.nd_buffer.from_numpy_array(features)
+
+        async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
+            rows = codec.pack(chunk_array.as_numpy_array(), self.codec)
+            return chunk_spec.prototype.buffer.from_bytes(rows.tobytes())
+
+    return RowCodec
