@@ -1,0 +1,1 @@
+"""The light trainer: cached features and text in, checkpoints out. Never loads a vision encoder."""
