@@ -4,6 +4,7 @@ The name `cache` is not ours alone: the folder a reader works in may hold its ow
 a name nobody else uses, and loads its two neighbours by their place on disk instead of by name.
 """
 
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ def _neighbour(name: str) -> ModuleType:
         f"nanomolmo2_codec.{name}", Path(__file__).parent / "cache" / f"{name}.py"
     )
     assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -81,7 +81,8 @@ class FeatureSpec:
         for kind in KINDS:
             if self.pool(kind) < 1 or self.grid % self.pool(kind):
                 raise ValueError(
-                    f"pool_{kind} {self.pool(kind)} does not divide the grid of {self.grid} x {self.grid} patches"
+                    f"pool_{kind} {self.pool(kind)} does not divide "
+                    f"the grid of {self.grid} x {self.grid} patches"
                 )
         if self.keep_cls and (self.pool_picture > 1 or self.pool_frame > 1):
             raise ValueError("keep_cls with pooling: a CLS token has no place on the patch grid")
@@ -145,4 +146,5 @@ class FeatureSpec:
         )
         if missing:
             raise ValueError(f"missing keys {', '.join(missing)}")
-        return FeatureSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return FeatureSpec(**fields)

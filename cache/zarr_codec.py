@@ -40,7 +40,7 @@ def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
         def to_dict(self) -> dict[str, JSON]:
             return {"name": NAME, "configuration": {"codec": self.codec}}
 
-        def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+        def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:  # noqa: ARG002
             rows, tokens, width = chunk_spec.shape
             return rows * int(codec.row_bytes(self.codec, tokens, width))
 

@@ -64,7 +64,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises:
         UserError: unknown or missing key, a value of the wrong type, or one `__post_init__` refuses.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]  # T is a dataclass
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
@@ -117,9 +117,12 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif isinstance(kind, type) and isinstance(value, kind):
-        if not (kind is int and isinstance(value, bool)):
-            return value
+    elif (
+        isinstance(kind, type)
+        and isinstance(value, kind)
+        and (kind is bool or not isinstance(value, bool))  # `true` is no integer
+    ):
+        return value
     raise UserError(f"{where}: expected {_name(kind)}, found {value!r}")
 
 
@@ -165,9 +168,9 @@ def parse(
     import tyro  # 0.1 s: only commands pay for it
 
     argv = _join_repeated(cls, list(sys.argv[1:] if argv is None else argv))
-    default: Any = tyro.MISSING
+    default: dict[str, Any] = {}
     if preset is not None:
-        default = build(cls, preset(_read_selectors(selectors, argv)), prog)
+        default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)
     output = io.StringIO()
     try:
         # A wide page keeps the message on one line; the terminal's own width serves --help.
@@ -175,7 +178,8 @@ def parse(
             contextlib.redirect_stderr(output),
             _columns(None if {"-h", "--help"} & set(argv) else 4000),
         ):
-            return tyro.cli(cls, prog=prog, description=description, args=argv, default=default)
+            parsed: T = tyro.cli(cls, prog=prog, description=description, args=argv, **default)
+            return parsed
     except SystemExit as stop:
         if not stop.code:
             raise

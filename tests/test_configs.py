@@ -1,0 +1,155 @@
+"""The one parser: presets, overrides, and refusals that say what was meant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+import configs
+from configs import UserError, build, command, load, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a command that exists for this test."""
+
+    dataset: tuple[str, ...] = ()
+    """Data sets."""
+    learning_rate: float = 1e-4
+    codec: Literal["fp16", "int8"] = "int8"
+    stage: int = 1
+    limit: int | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    save: bool = False
+    features: Path = Path("cache")
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise ValueError("learning_rate is negative")
+
+
+def read(*argv: str) -> Options:
+    return parse(Options, argv, prog="python -m some.run")
+
+
+def test_command_line_overrides_defaults() -> None:
+    options = read("--learning-rate", "2e-3", "--limit", "5", "--save", "--betas", "0.8", "0.9")
+    assert options == Options(learning_rate=2e-3, limit=5, save=True, betas=(0.8, 0.9))
+
+
+def test_underscores_and_equals_signs_are_the_same_option() -> None:
+    assert read("--learning_rate=3e-4").learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--dataset", "a", "b"),
+        ("--dataset", "a", "--dataset", "b"),
+        ("--dataset=a", "--stage", "1", "--dataset=b"),
+    ],
+)
+def test_options_with_several_values_may_be_repeated(argv: tuple[str, ...]) -> None:
+    assert read(*argv).dataset == ("a", "b")
+
+
+def test_presets_stand_between_defaults_and_command_line() -> None:
+    seen: list[dict[str, str]] = []
+
+    def preset(selected: dict[str, str]) -> Mapping[str, Any]:
+        seen.append(selected)
+        return {"learning_rate": "5e-5", "limit": 7}  # YAML 1.1 reads 5e-5 as text
+
+    options = parse(
+        Options, ["--stage", "2", "--limit", "9"], prog="x", preset=preset, selectors=["stage"]
+    )
+    assert seen == [{"stage": "2"}]
+    assert (options.stage, options.learning_rate, options.limit) == (2, 5e-5, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--datset", "a"], "no option --datset; nearest: --dataset"),
+        (["--codec", "int9"], "invalid choice 'int9'"),
+        (["--stage", "one"], "--stage"),
+        (["--learning-rate", "-1"], "learning_rate is negative"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read(*argv)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; nearest: learning_rate"),
+        ({"stage": "1"}, "stage: expected int, found '1'"),
+        ({"stage": True}, "stage: expected int, found True"),
+        ({"betas": [0.9]}, "expected 2 values, found 1"),
+        ({"codec": "zip"}, "'zip' is none of fp16, int8"),
+        ({"inner": {"siz": 3}}, "inner: unknown key 'siz'; nearest: size"),
+        ({"learning_rate": -1}, "learning_rate is negative"),
+    ],
+)
+def test_a_wrong_preset_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=r"somewhere\.yaml: ") as refused:
+        build(Options, values, "somewhere.yaml")
+    assert message in str(refused.value)
+
+
+def test_build_converts_what_yaml_cannot_say() -> None:
+    built = build(Options, {"betas": [1, 0.5], "features": "f", "inner": {"size": 2}}, "x")
+    assert built == Options(betas=(1.0, 0.5), features=Path("f"), inner=Inner(size=2))
+
+
+def test_a_config_survives_dump_and_build() -> None:
+    import yaml
+
+    options = Options(dataset=("a",), limit=3, inner=Inner(size=9))
+    assert build(Options, yaml.safe_load(configs.dump(options)), "x") == options
+
+
+def test_every_shipped_file_loads_and_a_missing_one_lists_them() -> None:
+    names = {path.stem for path in configs.FOLDER.glob("*.yaml")}
+    assert {"encoders", "datasets", "model", "train", "demo"} <= names
+    for name in names:
+        assert load(name)
+    with pytest.raises(UserError, match="encoders"):
+        load("encoder")
+
+
+def test_commands_leave_with_two_and_one_line_after_a_mistake(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise UserError("no such thing; make one: python -m x")
+
+    with pytest.raises(SystemExit) as stop:
+        command(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing; make one: python -m x\n"
+
+
+def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, configs, cache.reader, cache.writer, cache.tables; configs.load('train');"
+        "print({'torch', 'ray', 'transformers', 'tyro'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

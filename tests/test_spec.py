@@ -1,0 +1,102 @@
+"""The fingerprint: everything that changes a value changes it, nothing else does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cache.spec import FeatureSpec
+
+SPEC = FeatureSpec(
+    encoder="clip",
+    architecture="open_clip:ViT-L-14-336-quickgelu",
+    weights="ab" * 32,
+    activation="quick_gelu",
+    blocks=(22,),
+    image_size=336,
+    patch_size=14,
+    width=1024,
+    fit="squash",
+    resize="pillow:bicubic",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    compute_dtype="bfloat16",
+    batch_size=8,
+    codec="int8",
+)
+
+CHANGES: dict[str, Any] = {
+    "architecture": "open_clip:ViT-B-32-quickgelu",
+    "weights": "cd" * 32,
+    "activation": "gelu",
+    "blocks": (21,),
+    "keep_cls": True,
+    "image_size": 224,
+    "patch_size": 16,
+    "width": 768,
+    "fit": "pad",
+    "resize": "torch:bicubic",
+    "mean": (0.5, 0.5, 0.4),
+    "std": (0.25, 0.25, 0.2),
+    "pool_picture": 2,
+    "pool_frame": 2,
+    "compute_dtype": "float32",
+    "batch_size": 1,
+    "codec": "fp16",
+    "format": 2,
+}
+
+
+def test_every_field_but_the_display_name_is_hashed() -> None:
+    names = {f.name for f in dataclasses.fields(FeatureSpec)} - {"encoder"}
+    assert names == set(CHANGES)
+    assert dataclasses.replace(SPEC, encoder="other").fingerprint == SPEC.fingerprint
+    base = {"pool_frame": 1} if SPEC.keep_cls else {}
+    for name, value in CHANGES.items():
+        extra = {"pool_frame": 1} if name in ("keep_cls", "patch_size", "image_size") else base
+        one = dataclasses.replace(SPEC, **extra)
+        other = dataclasses.replace(SPEC, **{**extra, name: value})
+        assert other.fingerprint != one.fingerprint, name
+
+
+def test_the_fingerprint_is_part_of_the_format() -> None:
+    """Spaces on users' disks carry it: if this fails, every cache in the world went stale."""
+    assert SPEC.fingerprint == "52971f0026fff562ff2f72c6428e496738533cff470f0af0332150a85b61b3ef"
+    assert SPEC.name == "clip-int8-" + SPEC.fingerprint[:8]
+
+
+def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
+    values = SPEC.to_json()
+    assert FeatureSpec.from_json(values) == SPEC
+    with pytest.raises(ValueError, match="unknown keys shiny"):
+        FeatureSpec.from_json({**values, "shiny": 1})
+    del values["weights"]
+    with pytest.raises(ValueError, match="missing keys weights"):
+        FeatureSpec.from_json(values)
+
+
+def test_sizes_are_those_the_design_promises() -> None:
+    assert SPEC.tokens("picture") == 576
+    assert SPEC.tokens("frame") == 64
+    assert SPEC.row_bytes("picture") == 608_256  # 0.61 MB
+    fp16 = dataclasses.replace(SPEC, codec="fp16")
+    assert fp16.row_bytes("picture") == 1_179_648  # 1.18 MB
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "zip"},
+        {"fit": "stretch"},
+        {"patch_size": 15},
+        {"pool_picture": 5},
+        {"pool_picture": 0},
+        {"blocks": ()},
+        {"keep_cls": True},  # with frames pooled
+    ],
+)
+def test_nonsense_dies_at_once(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        dataclasses.replace(SPEC, **change)
