@@ -1,0 +1,227 @@
+"""The language model: untrained ones by preset, real ones from a folder or a Hugging Face id.
+
+`random:<preset>` (configs/model.yaml) needs no file and no network: an untrained Qwen3 with a byte-level
+tokenizer, so that everything runs offline. The chat template is in `model.template`, what text becomes in
+`model.tokenizer`; both are reachable from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+import configs
+from model.template import TEMPLATE_VERSION, TokenizedSample, prompt_ids, tokenize_messages
+from model.tokenizer import (
+    IMAGE,
+    byte_tokenizer,
+    eos_ids,
+    prepare_tokenizer,
+    token_id,
+    tokenizer_digest,
+)
+
+__all__ = [
+    "IMAGE",
+    "TEMPLATE_VERSION",
+    "LanguageModel",
+    "TokenizedSample",
+    "load_language",
+    "load_tokenizer",
+    "prompt_ids",
+    "save_language",
+    "tokenize_messages",
+    "tokenizer_digest",
+    "wrap_language",
+]
+
+RANDOM = "random:"
+
+HUB_TIMEOUT_S = 5.0
+ROW_MULTIPLE = 64  # vocabulary rows of a built-in model are rounded up to this
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguagePreset:
+    """Sizes of an untrained Qwen3 and the words of its built-in tokenizer."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+    layers: int
+    """Decoder layers."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key and value heads; each serves heads / kv_heads query heads."""
+    head_dim: int
+    """Values per head; even, because positions rotate pairs."""
+    intermediate_size: int
+    """Width inside the MLP."""
+    vocab_rows: int = 0
+    """Rows of the (tied) embedding; 0 = as many as the tokenizer needs, rounded up to 64."""
+    max_positions: int = 4096
+    """Longest sequence the model is declared for, tokens."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary frequencies."""
+    words: tuple[str, ...] = ()
+    """Words that are one token each, with and without a space before them; the rest is spelt in bytes."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd")
+
+    def config(self, vocabulary: int) -> Qwen3Config:
+        """The transformers config, for a tokenizer of `vocabulary` ids."""
+        rows = self.vocab_rows or -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+        if rows < vocabulary:
+            raise ValueError(f"vocab_rows {rows} is below the tokenizer's {vocabulary} ids")
+        return Qwen3Config(
+            vocab_size=rows,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            tie_word_embeddings=True,
+            attention_dropout=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    image_token_id: int
+    """The id of `<image>`, repeated once per feature token."""
+    eos_ids: tuple[int, ...]
+    """Ids that end an answer."""
+
+
+def preset(name: str) -> LanguagePreset:
+    """The entry `name` of `presets` in configs/model.yaml."""
+    entries = configs.load("model")["presets"]
+    if name not in entries:
+        raise configs.UserError(
+            f"no language model {RANDOM}{name}{configs.nearest(name, entries)}; "
+            f"there are: {', '.join(RANDOM + n for n in entries)}"
+        )
+    return configs.build(LanguagePreset, entries[name], f"configs/model.yaml: presets: {name}")
+
+
+def load_language(
+    source: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> LanguageModel:
+    """Load or build a language model.
+
+    Args:
+        source: `random:<preset>`, a folder in Hugging Face's layout, or a Hugging Face id.
+        dtype: of the parameters.
+        seed: of the initial weights of `random:` models; the global generator is left alone.
+        device: `cpu`, or `meta` for the shapes alone.
+    """
+    tokenizer = load_tokenizer(source)
+    config = _config(source, tokenizer)
+    if source.startswith(RANDOM) or device == "meta":
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:  # Qwen3 has 151,936 rows for 151,670 ids; others may be full
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
+    return wrap_language(model, tokenizer)
+
+
+def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
+    """A model and its tokenizer, checked to be of a kind whose loss we compute exactly."""
+    config = model.config
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise configs.UserError(
+                f"{config.model_type}: {name}={getattr(config, name)} is not supported: "
+                "the loss here is computed from plain logits; choose another --llm"
+            )
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        image_token_id=token_id(tokenizer, IMAGE),
+        eos_ids=eos_ids(tokenizer),
+    )
+
+
+def _config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    if source.startswith(RANDOM):
+        try:
+            return preset(source.removeprefix(RANDOM)).config(len(tokenizer))
+        except ValueError as error:
+            raise configs.UserError(f"configs/model.yaml: {source}: {error}") from None
+    return AutoConfig.from_pretrained(source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a language model, with `<image>` and the chat marks as special tokens."""
+    if source.startswith(RANDOM):
+        return byte_tokenizer(preset(source.removeprefix(RANDOM)).words)
+    check_source(source)
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(source))
+
+
+def check_source(source: str) -> None:
+    """Refuse, within seconds, what cannot be loaded: no such folder, no such id, no way to the hub.
+
+    Left to itself, transformers retries for most of a minute before it says so.
+    """
+    way_out = (
+        "give a local folder (--llm PATH with config.json, tokenizer.json, model.safetensors), "
+        "or an untrained one (--llm random:qwen3-0.6b)"
+    )
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise configs.UserError(f"{source}: no config.json, so no language model; {way_out}")
+        return
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise configs.UserError(f"{source}: no such folder; {way_out}")
+    if isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+        return
+    reason = "HF_HUB_OFFLINE is set"
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:
+            url = f"{huggingface_hub.constants.ENDPOINT}/api/models/{source}"
+            with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S):  # noqa: S310  the hub's own https
+                return
+        except urllib.error.HTTPError as error:
+            reason = f"huggingface.co answers {error.code}"
+        except OSError as error:
+            reason = f"huggingface.co cannot be reached: {getattr(error, 'reason', error)}"
+    raise configs.UserError(f"{source}: no such folder, not downloaded before, {reason}; {way_out}")
+
+
+def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Config and tokenizer files beside the weights, enough for `load_tokenizer` and `AutoConfig`."""
+    config = copy.deepcopy(model.config)  # transformers writes into the config it saves
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,117 @@
+"""The one chat template: messages in, token ids and loss weights out.
+
+ChatML, the same in training, generation, evaluation and export:
+
+    <|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n{content}<|im_end|>\\n
+
+Assistant content and its <|im_end|> are supervised, with the message's weight; nothing else is.
+
+What a user typed never becomes a control token (see `model.tokenizer`). A picture's place is the one
+exception, and has a rule: a sample knows how many pictures it has, and the first that many `<image>` marks
+in its user turns are their places; further marks, and marks in other turns, are plain text. Without any
+mark in the user turns the pictures stand at the start of the first one. Fewer marks than pictures (but not
+none) is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from model.tokenizer import IM_END, IM_START, IMAGE, ROLES, encode_text, token_id
+
+TEMPLATE_VERSION = "chatml-1"
+"""Changes whenever the same messages would give other ids or weights; tokenised text is stored under it."""
+
+Message = tuple[str, str, float]
+"""(role, content, weight); the weight counts for assistant turns only."""
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """One sample's text. `n` tokens, a picture counting as one."""
+
+    ids: NDArray[np.int32]
+    """(n,) token ids with one `<image>` id per picture, expanded when packing."""
+    weights: NDArray[np.float32]
+    """(n,) weight of predicting this token; 0 = not supervised."""
+
+
+@functools.lru_cache(maxsize=64)
+def _marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """The template's fixed pieces as ids."""
+    pieces = {text: [token_id(tokenizer, text)] for text in (IM_START, IM_END, IMAGE)}
+    return pieces | {
+        text: encode_text(tokenizer, text) for text in ("\n", *(f"{r}\n" for r in ROLES))
+    }
+
+
+def tokenize_messages(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+) -> TokenizedSample:
+    """Token ids and loss weights of a whole sample; see the module's text for template and rules.
+
+    Raises:
+        ValueError: an unknown role, or more pictures than `<image>` marks.
+    """
+    ids, weights = _render(tokenizer, messages, pictures)
+    return TokenizedSample(
+        ids=np.asarray(ids, dtype=np.int32), weights=np.asarray(weights, dtype=np.float32)
+    )
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins to speak."""
+    ids, _ = _render(tokenizer, messages, pictures)
+    marks = _marks(tokenizer)
+    return ids + marks[IM_START] + marks["assistant\n"]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+) -> tuple[list[int], list[float]]:
+    marks = _marks(tokenizer)
+    ids: list[int] = []
+    weights: list[float] = []
+    for (role, _, weight), texts in zip(messages, place_pictures(messages, pictures), strict=True):
+        content: list[int] = []
+        for i, text in enumerate(texts):
+            content += (marks[IMAGE] if i else []) + encode_text(tokenizer, text)
+        head, tail = marks[IM_START] + marks[f"{role}\n"], content + marks[IM_END]
+        ids += head + tail + marks["\n"]
+        supervised = weight if role == "assistant" else 0.0
+        weights += [0.0] * len(head) + [supervised] * len(tail) + [0.0] * len(marks["\n"])
+    return ids, weights
+
+
+def place_pictures(messages: Sequence[Message], pictures: int) -> list[list[str]]:
+    """Each message's text, cut where a picture stands: k + 1 texts for k pictures in it.
+
+    Raises:
+        ValueError: an unknown role, or more pictures than `<image>` marks.
+    """
+    for role, _, _ in messages:
+        if role not in ROLES:
+            raise ValueError(f"role {role!r} is none of {', '.join(ROLES)}")
+    users = [i for i, (role, _, _) in enumerate(messages) if role == "user"]
+    marks = sum(messages[i][1].count(IMAGE) for i in users)
+    texts = [[content] for _, content, _ in messages]
+    if pictures and not marks:
+        if not users:
+            raise ValueError(f"{pictures} pictures but no user turn to hold them")
+        texts[users[0]] = [""] * pictures + texts[users[0]]
+        return texts
+    if marks < pictures:
+        raise ValueError(f"{pictures} pictures but {marks} {IMAGE} marks in the user turns")
+    left = pictures
+    for i in users:
+        texts[i] = texts[i][0].split(IMAGE, left) if left else texts[i]
+        left -= len(texts[i]) - 1
+    return texts
