@@ -1,0 +1,70 @@
+"""Who may import whom: the contracts hold, and a planted import turns them red."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cache", "configs", "encode", "model", "train")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The code alone, to plant imports in."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            if package == "cache" and path.parent != ROOT / "cache":
+                continue  # folders in cache/ are data
+            target = tmp_path / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for name in ("pyproject.toml", "nanomolmo2_codec.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_contracts_hold(copy: Path) -> None:
+    done = lint(copy)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "planted", "contract"),
+    [
+        ("train/data.py", "import model.vision", "The trainer cannot load the encoder"),
+        ("model/vlm.py", "import model.vision", "The trainer cannot load the encoder"),
+        ("train/run.py", "import encode.plan", "Siblings encode and train"),
+        ("cache/reader.py", "import torch", "The cache is arrays, bytes and tables"),
+        ("model/vlm.py", "import cache.reader", "model uses only the spec and the codec"),
+        ("encode/worker.py", "import ray", "Ray is a coat"),
+    ],
+)
+def test_a_planted_import_turns_them_red(
+    copy: Path, file: str, planted: str, contract: str
+) -> None:
+    path = copy / file
+    path.write_text(path.read_text() + f"\n{planted}\n")
+    done = lint(copy)
+    assert done.returncode != 0
+    broken = [line for line in done.stdout.splitlines() if line.endswith("BROKEN")]
+    assert any(line.startswith(contract) for line in broken), done.stdout
+
+
+def test_importing_the_trainer_loads_no_encoder() -> None:
+    code = (
+        "import sys, train.run, train.evaluate, train.demo\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('open_clip', 'ray', 'encode')"
+        " or m == 'model.vision'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
