@@ -1,0 +1,247 @@
+"""Reading a space: which rows exist, and their bytes at the speed of the disk.
+
+    reader = FeatureReader(find_space(root, None))
+    rows = reader.lookup("picture", keys)                  # (n,) int64, -1 = missing
+    reader.read_into("picture", rows, buffer)              # (n, row_bytes) uint8, packed
+    features = reader.read("picture", key)                 # (tokens, width) float16, unpacked
+
+Opening reads the commits, not the shards. A row is checked against the crc32c its commit recorded, which
+also catches a row that is intact but stands in the wrong place. Reads are positioned (`preadv`), so any
+number of threads and forked processes may share one reader; nothing is locked, nothing written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from cache import codec
+from cache.commits import RowIndex, key_bytes, read_commits
+from cache.layout import CacheRoot, Corrupt, SpacePaths
+from cache.space import read_info
+from cache.spec import KINDS
+from cache.zarr_shard import CRC_BYTES
+from configs import UserError, nearest
+
+RUN_ROWS = 512
+"""Adjacent rows read by one call: with the crcs between them, as many buffers as Linux takes."""
+
+RUN_BYTES = 2 << 20
+"""Bytes read by one call, so that they are still in the processor's cache when they are checked."""
+
+
+class FeatureReader:
+    """The committed rows of one space, as they were when it was opened."""
+
+    def __init__(self, space_path: Path | SpacePaths, checked: bool = True):
+        paths = space_path if isinstance(space_path, SpacePaths) else SpacePaths(Path(space_path))
+        info = read_info(paths)
+        self.paths = paths
+        self.path = paths.root
+        self.spec = info.spec
+        self.load = info.load
+        self.checked = checked
+        self.geometry = {kind: info.geometry(kind) for kind in KINDS}
+        self.index = {
+            kind: RowIndex(read_commits(paths, info, kind), info.slots[kind]) for kind in KINDS
+        }
+        # Least recently used files close themselves, once no thread reads them.
+        self._file = functools.lru_cache(_open_files())(self._open)
+
+    def rows(self, kind: str) -> int:
+        """How many rows of `kind` there are."""
+        return len(self.index[kind])
+
+    def contains(self, kind: str, key: str, view: str = "full") -> bool:
+        """Whether this view of this media is here."""
+        return bool(self.lookup(kind, [key], view)[0] >= 0)
+
+    def lookup(self, kind: str, keys: Sequence[str], view: str = "full") -> npt.NDArray[np.int64]:
+        """Row numbers (n,) of the keys (64 hex digits each); -1 where there is no row."""
+        return self.index[kind].lookup(key_bytes(keys), view)
+
+    def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+        """Stored bytes of rows (n,) into `out` (n, row_bytes), in that order.
+
+        Adjacent rows are one system call. When it raises, what `out` holds is meaningless.
+
+        Raises:
+            Corrupt: a row is not what was written, or its file is missing or of another size.
+            IndexError: a row number that is not committed (as -1).
+            ValueError: `out` is not contiguous uint8 of that shape.
+        """
+        size, slots = self.geometry[kind].row_bytes, self.geometry[kind].slots
+        rows = np.asarray(rows, np.int64)
+        if out.shape != (len(rows), size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(len(rows), size)}")
+        if not len(rows):
+            return
+        crcs = self.index[kind].crcs[self.index[kind].positions(rows)]
+        flat = out.data.cast("B")
+        limit = max(1, min(RUN_ROWS, RUN_BYTES // size))
+        for start, stop in _runs(rows, slots, limit):
+            shard, slot = divmod(int(rows[start]), slots)
+            file = self._file(kind, shard)
+            targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
+            if not file.read(targets, slot * self.geometry[kind].slot_bytes):
+                raise self._corrupt(kind, shard, "it ends early")
+            if self.checked:
+                for i, target in enumerate(targets, start):
+                    if crc32c(target) != crcs[i]:
+                        raise self._corrupt(kind, shard, f"row {rows[i]} fails its checksum")
+
+    def read(self, kind: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
+        """The features (tokens, width) of one view.
+
+        Raises:
+            KeyError: it is not in this space.
+            Corrupt: as `read_into`.
+        """
+        rows = self.lookup(kind, [key], view)
+        if rows[0] < 0:
+            raise KeyError(f"no {kind} {key} {view} in {self.path}")
+        out = np.empty((1, self.geometry[kind].row_bytes), np.uint8)
+        self.read_into(kind, rows, out)
+        return codec.unpack(out[0], self.spec.codec, self.spec.tokens(kind), self.spec.width)
+
+    def logical_hash(self) -> str:
+        """What two stores of equal content share, whatever their shards: see `logical_hash`."""
+        digests: dict[str, list[bytes]] = {}
+        for kind, index in self.index.items():
+            size = self.geometry[kind].row_bytes
+            step = max(1, RUN_BYTES // size)
+            buffer = np.empty((step, size), np.uint8)
+            digests[kind] = []
+            for start in range(0, len(index), step):
+                stop = min(start + step, len(index))
+                out = buffer[: stop - start]
+                self.read_into(kind, index.rows(np.arange(start, stop)), out)
+                digests[kind] += [hashlib.sha256(row).digest() for row in out]
+        return logical_hash(self.index, digests)
+
+    def _open(self, kind: str, shard: int) -> _ShardFile:
+        try:
+            file = _ShardFile(self.paths.shard(kind, shard))
+        except FileNotFoundError:
+            raise self._corrupt(kind, shard, "missing") from None
+        expected = self.index[kind].nbytes[shard]
+        if file.nbytes != expected:
+            raise self._corrupt(kind, shard, f"{file.nbytes} bytes, not {expected}")
+        return file
+
+    def _corrupt(self, kind: str, shard: int, what: str) -> Corrupt:
+        return corrupt_shard(self.paths, kind, shard, what)
+
+
+class _ShardFile:
+    """An open shard; closes itself when the last reader lets go of it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDONLY)
+        self.nbytes = os.fstat(self._fd).st_size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, targets: Sequence[memoryview], offset: int) -> bool:
+        """Fill `targets` with adjacent rows, leaving out the crcs between; False at the file's end."""
+        gap = memoryview(bytearray(CRC_BYTES))
+        buffers = [targets[0]]
+        for target in targets[1:]:
+            buffers += (gap, target)
+        wanted = sum(map(len, buffers))
+        got = os.preadv(self._fd, buffers, offset)
+        while got < wanted:  # an interrupted call, or a file cut short since it was opened
+            more = os.preadv(self._fd, _after(buffers, got), offset + got)
+            if not more:
+                return False
+            got += more
+        return True
+
+
+def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
+    """What is left of `buffers` behind their first `skip` bytes."""
+    rest = []
+    for buffer in buffers:
+        rest.append(buffer[min(skip, len(buffer)) :])
+        skip = max(0, skip - len(buffer))
+    return rest
+
+
+def _runs(rows: npt.NDArray[np.int64], slots: int, limit: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of stretches of adjacent rows of one shard, at most `limit` long."""
+    apart = (np.diff(rows) != 1) | (rows[1:] % slots == 0)
+    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(rows)]
+    for start, stop in itertools.pairwise(edges):
+        for at in range(start, stop, limit):
+            yield at, min(at + limit, stop)
+
+
+def _open_files() -> int:
+    """Shards to keep open: a quarter of the files this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
+
+
+def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrupt:
+    """Damage to a shard, and how to get its rows back."""
+    return Corrupt(
+        paths.shard(kind, shard),
+        what,
+        f"delete {paths.commit(kind, shard)} and run encode.run again: it re-encodes that shard",
+    )
+
+
+def logical_hash(index: Mapping[str, RowIndex], digests: Mapping[str, Sequence[bytes]]) -> str:
+    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
+
+    Args:
+        index: kind -> its rows.
+        digests: kind -> sha256 of each row, by position.
+    """
+    whole = hashlib.sha256()
+    for kind in sorted(index):
+        entries = zip(
+            map(index[kind].identity, range(len(index[kind]))), digests[kind], strict=True
+        )
+        for (key, view), digest in sorted(entries):
+            whole.update(json.dumps([kind, key, view, digest.hex()]).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
+    """The only space under `root`, or the one whose name is, or alone begins with, `name`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    names = root.space_names()
+    if not names:
+        raise UserError(
+            f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
+            f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
+        )
+    matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
+    if not matches:
+        assert name is not None  # everything begins with nothing
+        raise UserError(
+            f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
+        )
+    if len(matches) > 1:
+        raise UserError(
+            f"{len(matches)} spaces under {root.path}/, say which: --space {' | '.join(matches)}"
+        )
+    return root.space(matches[0])

@@ -1,0 +1,250 @@
+"""Writing a space: create it, fill one shard after another, commit each.
+
+    space = Space.create(root, spec, load)
+    shard = ShardWriter(space, "picture", space.next_shard("picture"))
+    shard.append(key, "full", row)          # uint8, spec.row_bytes long; any number of times
+    shard.commit()                          # from here on the rows exist
+    space.grow("picture")                   # the driver, now and then: zarr-python sees them too
+
+A shard's bytes go to a temporary file as they come. Committing is: fsync, rename, fsync of the folders;
+then the same for the commit, which makes the rows visible. A crash anywhere before that leaves a file
+nobody reads, under a number nobody uses again, for `cache.gc` to remove.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from crc32c import crc32c
+
+from cache.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
+from cache.layout import (
+    PARTIAL,
+    CacheRoot,
+    Corrupt,
+    Fence,
+    SpacePaths,
+    fsync_folder,
+    make_folder,
+    read_sealed_json,
+    write_atomic,
+)
+from cache.space import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
+from cache.spec import KINDS, FeatureSpec
+from cache.zarr_shard import GROUP_VALUES, array_values, crc_bytes, zarr_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Space:
+    """One space, as its writers see it. Readers use `cache.reader.FeatureReader`."""
+
+    def __init__(self, paths: SpacePaths, info: SpaceInfo):
+        self.paths = paths
+        self.info = info
+        self.spec = info.spec
+        self.load = info.load
+
+    @staticmethod
+    def create(
+        root: CacheRoot,
+        spec: FeatureSpec,
+        load: Mapping[str, Any],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> Space:
+        """The space of `spec` under `root`; made, or completed after a crash, where it is missing.
+
+        Args:
+            root: the cache.
+            spec: how pixels become rows; names the space.
+            load: how to load the encoder again, as JSON. An existing space keeps its own.
+            shard_bytes: size of a shard, about. An existing space keeps its own.
+        """
+        paths = root.space(spec.name)
+        if not paths.space_json.exists():
+            write_atomic(paths.space_json, info_bytes(new_info(spec, load, shard_bytes)))
+        space = Space.open(paths)
+        if space.spec.fingerprint != spec.fingerprint:
+            raise Corrupt(
+                paths.space_json, "it describes another space than its folder's name says"
+            )
+        make_folder(paths.commits_dir)
+        for kind in KINDS:
+            make_folder(paths.shards_dir(kind))
+            if not paths.array_json(kind).exists():
+                space._write_array_json(kind, 0)
+        if not paths.group_json.exists():
+            write_atomic(paths.group_json, zarr_json(GROUP_VALUES))
+        return space
+
+    @staticmethod
+    def open(paths: SpacePaths) -> Space:
+        """The space at `paths`, which exists."""
+        return Space(paths, read_info(paths))
+
+    def rows_per_shard(self, kind: str) -> int:
+        """Rows a full shard of `kind` holds."""
+        return self.info.slots[kind]
+
+    def commits(self, kind: str) -> pa.Table:
+        """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
+        commits = read_commits(self.paths, self.info, kind)
+        return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
+
+    def keys(self, kind: str) -> set[tuple[str, str]]:
+        """(key, view) of all committed rows."""
+        return _identities(self.commits(kind))
+
+    def shard_keys(self, kind: str, number: int) -> set[tuple[str, str]]:
+        """(key, view) of one shard's rows; empty when it was not committed."""
+        if not self.paths.commit(kind, number).exists():
+            return set()
+        return _identities(read_commit(self.paths, self.info, kind, number).table)
+
+    def next_shard(self, kind: str) -> int:
+        """A number above that of every shard ever begun."""
+        used = [*self.paths.committed(kind), *self.paths.started(kind)]
+        return max(used, default=-1) + 1
+
+    def grow(self, kind: str) -> None:
+        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone."""
+        committed = self.paths.committed(kind)
+        if committed:
+            rows = (committed[-1] + 1) * self.rows_per_shard(kind)
+            if rows > read_sealed_json(self.paths.array_json(kind))["shape"][0]:
+                self._write_array_json(kind, rows)
+
+    def _write_array_json(self, kind: str, rows: int) -> None:
+        values = array_values(self.spec, kind, self.rows_per_shard(kind), rows)
+        write_atomic(self.paths.array_json(kind), zarr_json(values))
+
+
+def _identities(table: pa.Table) -> set[tuple[str, str]]:
+    keys = (key.hex() for key in table["key"].to_pylist())
+    return set(zip(keys, table["view"].to_pylist(), strict=True))
+
+
+class ShardWriter:
+    """One shard being filled. Not for several threads at once.
+
+    Whoever makes it must own `number` (see `Space.next_shard`); that its folder is new proves it.
+    """
+
+    def __init__(self, space: Space, kind: str, number: int, fence: Fence | None = None):
+        self._space, self._kind, self._number, self._fence = space, kind, number, fence
+        self._geometry = space.info.geometry(kind)
+        self._path = space.paths.shard(kind, number)
+        self._temporary = self._path.with_name(self._path.name + PARTIAL)
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._identities: set[tuple[bytes, str]] = set()
+        self._path.parent.parent.mkdir()
+        self._path.parent.mkdir()
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    @property
+    def rows(self) -> int:
+        """Rows appended so far."""
+        return len(self._identities)
+
+    @property
+    def full(self) -> bool:
+        """Whether no row fits any more."""
+        return self.rows == self._geometry.slots
+
+    def append(
+        self,
+        key: str,
+        view: str,
+        payload: Buffer,
+        *,
+        time_s: float | None = None,
+        error: float = 0.0,
+    ) -> None:
+        """Write one row behind the others.
+
+        Args:
+            key: the media's key, 64 hex digits.
+            view: which view of it.
+            payload: the packed row, contiguous bytes.
+            time_s: where in its video the view is, seconds.
+            error: relative error of the row codec.
+
+        Raises:
+            ValueError: the shard is full, holds this (key, view), or the payload has another length.
+            OSError: it could not be written; the shard is as it was before.
+        """
+        identity = (bytes.fromhex(key), view)
+        with memoryview(payload).cast("B") as data:
+            if self.full:
+                raise ValueError(f"shard {self._number} is full ({self.rows} rows)")
+            if len(identity[0]) != KEY_BYTES:
+                raise ValueError(f"a key has 64 hex digits, not {len(key)}")
+            if identity in self._identities:
+                raise ValueError(f"{key} {view} is in shard {self._number} already")
+            if len(data) != self._geometry.row_bytes:
+                raise ValueError(f"a row of {len(data)} bytes, not {self._geometry.row_bytes}")
+            crc = crc32c(data)
+            _pwrite(self._fd, [data, crc_bytes(crc)], self.rows * self._geometry.slot_bytes)
+        row = self._number * self._geometry.slots + self.rows
+        values = (identity[0], view, time_s, row, crc, error)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+        self._identities.add(identity)
+
+    def commit(self) -> int:
+        """Make the rows exist, durably; their number. A shard without rows just goes away.
+
+        Raises:
+            whatever the fence raises, or OSError: then the rows do not exist.
+        """
+        if not self.rows:
+            self.abort()
+            return 0
+        rows, paths = self.rows, self._space.paths
+        index, index_crc = self._geometry.index_with_crc(rows)
+        _pwrite(self._fd, [index], rows * self._geometry.slot_bytes)
+        os.fsync(self._fd)
+        self._close()
+        if self._fence is not None:
+            self._fence()
+        self._temporary.rename(self._path)
+        for folder in list(self._path.parents)[:3]:  # c/<n>/0, c/<n>, c: all three names are new
+            fsync_folder(folder)
+        commit = commit_bytes(
+            pa.table(self._columns, SCHEMA),
+            fingerprint=self._space.spec.fingerprint,
+            kind=self._kind,
+            shard=self._number,
+            nbytes=self._geometry.file_bytes(rows),
+            index_crc=index_crc,
+        )
+        write_atomic(paths.commit(self._kind, self._number), commit, self._fence)
+        return rows
+
+    def abort(self) -> None:
+        """Drop what was not committed. After a failed `commit` the rest is left to `cache.gc`."""
+        self._close()
+        if self._temporary.exists():
+            self._temporary.unlink()
+            self._path.parent.rmdir()
+            self._path.parent.parent.rmdir()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _pwrite(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write all of `buffers` at `offset`."""
+    written = os.pwritev(fd, buffers, offset)
+    rest = b""
+    total = sum(memoryview(b).nbytes for b in buffers)
+    while written < total:  # a full disk, or an interrupted call: go on, or learn why not
+        rest = rest or b"".join(buffers)
+        written += os.pwrite(fd, rest[written:], offset + written)
