@@ -1,0 +1,132 @@
+"""The real sizes on this machine: ViT-L/14@336 encodes photographs, Qwen3-0.6B steps on them.
+
+python -m tests.benchmarks.real_size             # a few minutes, 13 GB of memory, 10 MB of disk
+
+Random weights: times, memory and shapes are those of the real model, answers are not. Prints a
+requirement a line (`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from tests.photographs import make_folder
+
+PICTURES = 16
+TRAIN_STEPS = 3
+
+
+def run(*argv: str) -> tuple[str, float, float]:
+    """Output, seconds and peak resident memory (GiB) of a command and its children together."""
+    print("$ python -m " + " ".join(argv), flush=True)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    peak = Peak(process.pid)
+    output, _ = process.communicate()
+    seconds = time.monotonic() - started
+    print(output, flush=True)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}")
+    return output, seconds, peak.stop()
+
+
+class Peak:
+    """Samples the memory of a process tree: Ray's workers are not children a parent waits for."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.largest, self.done = pid, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.1):
+            self.largest = max(self.largest, sum(map(resident_bytes, session_members(self.pid))))
+
+    def stop(self) -> float:
+        """The largest sum seen, GiB."""
+        self.done.set()
+        self.thread.join()
+        return self.largest / 2**30
+
+
+def session_members(root: int) -> list[int]:
+    """`root` and every descendant."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                stat = Path(f"/proc/{entry}/stat").read_text()
+            except OSError:  # ended meanwhile
+                continue
+            parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+    members, grown = {root}, True
+    while grown:
+        new = {pid for pid, parent in parents.items() if parent in members} - members
+        grown = bool(new)
+        members |= new
+    return sorted(members)
+
+
+def resident_bytes(pid: int) -> int:
+    """Private and shared memory held now; 0 once the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def main() -> None:
+    lines: list[tuple[str, str, str, bool]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        features = f"{folder}/features"
+        photos = make_folder(Path(folder) / "photos")
+        encoder = ("--encoder", "clip-vit-l14-336", "--random-weights")
+        _, seconds, memory = run(
+            "encode.run", "--dataset", f"folder:{photos}", "--features", features, *encoder,
+            "--limit", str(PICTURES), "--codec", "fp16",
+        )  # fmt: skip
+        print(f"encode: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
+        array = next(Path(features).glob("spaces/*/features/picture/zarr.json"))
+        shape = json.loads(array.read_text())["shape"]
+        lines.append(
+            ("row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024])
+        )
+        listed, _, _ = run("cache.verify", "--features", features, "--deep")
+        rows = re.search(r"(\d+) rows", listed)
+        count = rows[1] if rows else "?"
+        lines.append(("rows stored", count, str(PICTURES), count == str(PICTURES)))
+
+        _, seconds, memory = run(
+            "train.run", "--stage", "1", "--llm", "random:qwen3-0.6b", "--hardware", "cpu",
+            "--max-steps", str(TRAIN_STEPS), "--features", features, "--run", f"{folder}/run",
+        )  # fmt: skip
+        print(f"train: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
+        metrics = (Path(folder) / "run" / "stage1" / "metrics.jsonl").read_text().splitlines()
+        steps = [m["step"] for m in map(json.loads, metrics) if "loss" in m]
+        reached = max(steps, default=0)
+        lines.append(("steps taken", str(reached), str(TRAIN_STEPS), reached == TRAIN_STEPS))
+
+        table, _, _ = run("model.verify", "--random-weights", "--llm", "random:qwen3-0.6b")
+        for figure in ("1,049,600", "596,049,920"):
+            found = "printed" if figure in table else "absent"
+            lines.append((f"parameters {figure}", found, "printed", figure in table))
+        vision = re.search(r"303[,.][5-9]\d*|304[,.][0-3]\d*", table)
+        found = vision[0] if vision else "absent"
+        lines.append(("parameters of the encoder", found, "303.5-304.3 M", vision is not None))
+    for name, measured, required, ok in lines:
+        print(f"{name:28}{measured:>16}{required:>16}  {'ok' if ok else 'short'}")
+    print(f"real size: {sum(line[3] for line in lines)}/{len(lines)} ok")
+
+
+if __name__ == "__main__":
+    main()
