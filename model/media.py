@@ -1,0 +1,204 @@
+"""Bytes of a picture -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
+
+Every input that is no sound picture raises `BadMedia` and nothing else: what PIL raises, what it only
+warns of, and what it would let through. Decisions that change pixels, made once, here:
+
+- Transparency lies on white, the page that most transparent pictures were drawn for.
+- 16-bit grey is scaled (65535 is white; PIL's own conversion clips at 255). 32-bit integer and float
+  pixels say nowhere what white is: refused, unless the integers fit 16 bits.
+- CMYK is read as browsers do (Adobe's inverted polarity in JPEG, the plain one in TIFF), without its
+  colour profile; embedded profiles are ignored, as the encoders' own preprocessing does.
+- EXIF's orientation is applied. EXIF that cannot be read is no reason to lose a picture whose pixels can.
+- Of an animation or a multi-page file, the first picture counts.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+
+__all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_picture", "fit_picture"]
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused from their header: PIL's own limit, 358 MB once decoded."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Nothing else is tried: PIL's rarer decoders are attack surface, and EPS would start Ghostscript."""
+
+MAX_REASON = 160
+"""Characters of a reason in the ledger; PIL quotes file contents in some of its messages."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what puts the picture upright. 1, and nonsense, need nothing."""
+
+_ORIENTATION_TAG = 0x0112
+
+
+class BadMedia(Exception):  # noqa: N818 - the ledger calls it so
+    """This media cannot become features, and why; it goes to the ledger, the job goes on."""
+
+    def __init__(self, reason: str, stage: str = "decode") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """One line."""
+        self.stage = stage
+        """Where it failed, in the ledger's words."""
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture in `data`, whole, upright, as RGB.
+
+    Raises:
+        BadMedia: anything else than a sound picture of at most `MAX_PIXELS`.
+    """
+    _make_pil_strict()
+    if not data:
+        raise BadMedia("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.size)
+            image.load()
+            _check_size(image.size)
+            # After load: PNG may carry EXIF behind the pixels, and TIFF is turned by PIL while loading.
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except BadMedia:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadMedia(_describe_unknown(data)) from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadMedia(f"more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # PIL's decoders raise whatever the bytes lead them to
+        raise BadMedia(_one_line(error)) from error
+
+
+def fit_picture(
+    image: Image.Image, size: int, fit: str, mean: Sequence[float]
+) -> npt.NDArray[np.uint8]:
+    """An RGB picture as the encoder's square input: (size, size, 3) uint8, bicubic with antialiasing.
+
+    Args:
+        image: RGB.
+        size: side of the square, pixels.
+        fit: `squash` ignores the aspect ratio; `pad` keeps it, centred on the mean colour; `crop` takes
+            the central square.
+        mean: the encoder's mean colour in [0, 1], what `pad` fills with.
+    """
+    width, height = image.size
+    box = None
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    elif fit == "pad":
+        image = _pad(image, size, mean)
+    elif fit != "squash":
+        raise ValueError(f"fit {fit!r} is none of squash, pad, crop")
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.array(square, dtype=np.uint8)
+
+
+def _make_pil_strict() -> None:
+    """PIL's warnings become errors, but for those about metadata, and truncated files stay errors.
+
+    Process-wide, since `warnings.catch_warnings` is not safe in threads; looked at before each decode,
+    since other libraries change both.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    metadata = ("ignore", None, UserWarning, r"PIL\.TiffImagePlugin")
+    if not _has_filter(*metadata):
+        warnings.filterwarnings("error", category=UserWarning, module=r"PIL\.")
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+def _has_filter(action: str, message: Any, category: type, module: str) -> bool:
+    return any(
+        f[0] == action
+        and f[1] is message
+        and f[2] is category
+        and getattr(f[3], "pattern", f[3]) == module
+        for f in warnings.filters
+    )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise BadMedia(f"{width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise BadMedia(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 (upright) when there is none to be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # the pixels are sound, whatever EXIF makes PIL raise
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_from_wide(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_wide(image: Image.Image) -> Image.Image:
+    """Pixels of more than 8 bits, as 8: 65535 is white."""
+    if image.mode == "F":
+        raise BadMedia("floating-point pixels: what is white is not said")
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise BadMedia("32-bit pixels beyond 0..65535: what is white is not said")
+    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+
+
+def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
+    """`image` in the middle of a square of the mean colour."""
+    side = max(image.size)
+    if side * side > MAX_PIXELS:
+        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such pictures beforehand.
+        shrink = 4 * size / side
+        width, height = (max(1, round(length * shrink)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        side = max(width, height)
+    red, green, blue = (int(value * 255) for value in mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _describe_unknown(data: bytes) -> str:
+    """Dead links often answer with a page instead of a picture: say so."""
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, not a picture"
+    if b"<svg" in start:
+        return "SVG, which is not supported"
+    return f"no picture in a known format ({', '.join(FORMATS)})"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
