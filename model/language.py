@@ -7,9 +7,11 @@ tokenizer, so that everything runs offline. The chat template is in `model.templ
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.utils import logging as transformers_logging
 
 import configs
 from model.template import TEMPLATE_VERSION, TokenizedSample, prompt_ids, tokenize_messages
@@ -148,7 +152,8 @@ def load_language(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:  # Qwen3 has 151,936 rows for 151,670 ids; others may be full
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
@@ -164,13 +169,27 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
                 f"{config.model_type}: {name}={getattr(config, name)} is not supported: "
                 "the loss here is computed from plain logits; choose another --llm"
             )
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # A model's folder may bring sampling settings (Qwen3: temperature 0.6, top_k 20) that fill in whatever
+    # a call leaves out; how we answer is said in `model.answer` alone.
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         image_token_id=token_id(tokenizer, IMAGE),
         eos_ids=eos_ids(tokenizer),
     )
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws one for every load; commands here say what is worth saying."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -56,7 +56,7 @@ class VLM(nn.Module):
         plan = AttentionPlan(batch.units, len(batch.input_ids), batch.input_ids.device, self.flash)
         # use_cache and a mask of ones would both silently let samples see each other.
         output = self.language.base_model(
-            inputs_embeds=self.embed(batch, features).unsqueeze(0),
+            inputs_embeds=self.embed(batch.input_ids, batch.image_slots, features).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             attention_mask=None,
             use_cache=False,
@@ -65,19 +65,19 @@ class VLM(nn.Module):
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def embed(self, batch: PackedBatch, features: Tensor | None) -> Tensor:
-        """(T, D) input embeddings: words, and features through the connector at the image slots."""
-        words: Tensor = self.language.get_input_embeddings()(batch.input_ids)
+    def embed(self, input_ids: Tensor, image_slots: Tensor, features: Tensor | None) -> Tensor:
+        """(T,), (N,), (P, M, V) -> (T, D): words, and features through the connector at the slots."""
+        words: Tensor = self.language.get_input_embeddings()(input_ids)
         if features is None or features.shape[0] == 0:
-            if len(batch.image_slots):
-                raise ValueError(f"{len(batch.image_slots)} image slots but no features")
+            if len(image_slots):
+                raise ValueError(f"{len(image_slots)} image slots but no features")
             # Every step touches the connector: a rank that skips it would hang the others in DDP.
             unused = self.connector(words.new_zeros(1, self.vision_width, dtype=self.dtype))
             return words + 0.0 * unused.sum().to(words.dtype)
         tokens = self.connector(features.to(self.dtype)).flatten(0, 1)  # (P, M, V) -> (N, D)
-        if len(tokens) != len(batch.image_slots):
-            raise ValueError(f"{len(batch.image_slots)} image slots for {len(tokens)} features")
-        return words.index_copy(0, batch.image_slots, tokens.to(words.dtype))
+        if len(tokens) != len(image_slots):
+            raise ValueError(f"{len(image_slots)} image slots for {len(tokens)} features")
+        return words.index_copy(0, image_slots, tokens.to(words.dtype))
 
     @property
     def dtype(self) -> torch.dtype:

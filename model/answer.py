@@ -1,0 +1,133 @@
+"""Answers from features: what `model.generate` and `train.evaluate` both use.
+
+Legend: P pictures of one prompt, M tokens per picture, V vision width, D language width, B prompts at a
+time, L tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from model.attention import ATTENTION
+from model.language import eos_ids, prompt_ids, token_id
+from model.template import Message
+from model.tokenizer import IMAGE
+from model.vlm import VLM
+
+Prompt = tuple[Sequence[Message], Tensor | None]
+"""Messages, and the (P, M, V) features of their pictures."""
+
+
+def answer(
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[str]:
+    """What the model says to each prompt, in order.
+
+    Args:
+        vlm: on any device, in any mode; left as it was.
+        tokenizer: its tokenizer.
+        prompts: conversations ending in a user turn, with the features of their pictures.
+        max_new_tokens: longest answer, tokens.
+        temperature: 0 = the likeliest token each time; above 0 sampled.
+        seed: of the sampling. Greedy answers do not depend on what else is in the batch, sampled ones do.
+        batch_size: prompts at a time; similar lengths are put together.
+    """
+    prepared = [expand(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prepared[i][0]))
+    answers = [""] * len(prompts)
+    device = vlm.language.get_input_embeddings().weight.device
+    devices = [device] if device.type == "cuda" else []
+    config = generation_config(vlm.language, tokenizer, max_new_tokens, temperature)
+    with _for_generation(vlm), torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            embeddings, mask = _left_padded([prepared[i] for i in chosen], vlm, device)
+            ids = vlm.language.generate(
+                inputs_embeds=embeddings, attention_mask=mask, generation_config=config
+            )
+            for i, row in zip(chosen, ids.tolist(), strict=True):
+                answers[i] = decode(tokenizer, row)
+    return answers
+
+
+def expand(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(L,) ids with M image ids per picture, (N,) their places, and the features."""
+    messages, features = prompt
+    pictures, tokens = (0, 0) if features is None else features.shape[:2]
+    image = token_id(tokenizer, IMAGE)
+    ids: list[int] = []
+    for one in prompt_ids(tokenizer, messages, pictures):
+        ids += [one] * (tokens if one == image else 1)
+    row = torch.tensor(ids)
+    return row, (row == image).nonzero().squeeze(1), features
+
+
+def _left_padded(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor | None]], vlm: VLM, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(B, L, D) embeddings and (B, L) mask; padding in front, so that all answers begin together."""
+    longest = max(len(ids) for ids, _, _ in rows)
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    padded = []
+    for i, (ids, slots, features) in enumerate(rows):
+        mask[i, longest - len(ids) :] = 1
+        given = None if features is None else features.to(device)
+        embedded = vlm.embed(ids.to(device), slots.to(device), given)
+        padded.append(torch.nn.functional.pad(embedded, (0, 0, longest - len(ids), 0)))
+    return torch.stack(padded), mask.to(device)
+
+
+def generation_config(
+    language: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    max_new_tokens: int,
+    temperature: float,
+) -> GenerationConfig:
+    """Greedy, or plain sampling from the whole distribution."""
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    vocabulary = language.get_output_embeddings().weight.shape[0]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        **sampling,
+        eos_token_id=list(eos_ids(tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+        # Rows beyond the tokenizer exist to fill the matrix; they and pictures are nothing to say.
+        suppress_tokens=[token_id(tokenizer, IMAGE), *range(len(tokenizer), vocabulary)],
+        use_cache=True,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text before the first end mark, without other control tokens."""
+    ends = eos_ids(tokenizer)
+    stop = next((i for i, one in enumerate(ids) if one in ends), len(ids))
+    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _for_generation(vlm: VLM) -> Iterator[None]:
+    """Evaluation mode, and attention that knows padding masks and the KV cache; undone afterwards."""
+    training = vlm.training
+    vlm.eval()
+    vlm.language.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        vlm.language.set_attn_implementation(ATTENTION)
+        vlm.train(training)
