@@ -1,0 +1,464 @@
+"""Samples -> media -> rows: which samples of the data sets asked for have all their features.
+
+Nothing here is stored beside the features: editing captions or adding a data set never touches them.
+Held-out is decided here too, by the media's key, so that no picture is on both sides, whichever data
+sets mention it.
+
+S samples, R media references of all samples together, K distinct media among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from cache.layout import CacheRoot
+from cache.tables import dataset_names, media_table, samples_digest
+from configs import UserError
+
+log = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+Split = Literal["train", "val"]
+
+KIND = "picture"
+FAILURES_SHOWN = 5
+HASH_BITS = 32
+
+
+class Rows(Protocol):
+    """The part of a FeatureReader a join needs."""
+
+    path: Path
+
+    def lookup(self, kind: str, keys: Any) -> Ints:
+        """Row numbers of `keys`, -1 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """What became of one data set's samples, both splits together."""
+
+    dataset: str
+    samples: int
+    """Samples in the data set."""
+    present: int
+    """Samples whose media all have their features."""
+    failed: int
+    """Samples that mention a media the ledger names as failed: they do not count against coverage."""
+    missing: int
+    """Samples whose media should be in the space and are not."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Join:
+    """A frozen list of samples, in data set order, as flat arrays."""
+
+    root: CacheRoot
+    """Where the texts are."""
+    split: Split
+    """Which side of the held-out threshold."""
+    names: tuple[str, ...]
+    """Data sets, in the order asked for."""
+    mix: tuple[float, ...] | None
+    """Share of each data set, sum 1; None: by size."""
+    dataset: npt.NDArray[np.int16]
+    """(S,) which of `names`."""
+    index: Ints
+    """(S,) row in the data set's samples table."""
+    weight: npt.NDArray[np.float32]
+    """(S,) factor on the loss of the whole sample."""
+    task: npt.NDArray[np.int32]
+    """(S,) which of `tasks`."""
+    tasks: tuple[str, ...]
+    """Types of question."""
+    offsets: Ints
+    """(S + 1,) sample i mentions media[offsets[i]:offsets[i + 1]]."""
+    media: npt.NDArray[np.int32]
+    """(R,) which of the K distinct media."""
+    keys: npt.NDArray[np.uint8]
+    """(K, 32) sha256 of the media's bytes."""
+    rows: Ints
+    """(K,) row of the space's array."""
+    ids: tuple[Any, ...]
+    """Per data set the id column of its whole table."""
+    counts: tuple[Coverage, ...]
+    """Per data set."""
+    samples_digests: tuple[str, ...]
+    """Per data set: hash of its texts."""
+    digest: str
+    """Hash of this list: texts, media keys, order. Row numbers are not in it: they may change."""
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return len(self.index)
+
+    @property
+    def missing(self) -> int:
+        """Samples left out because features are missing."""
+        return sum(c.missing for c in self.counts)
+
+    @property
+    def failed(self) -> int:
+        """Samples left out because the ledger names their media as failed."""
+        return sum(c.failed for c in self.counts)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the samples present, of those whose media could be had."""
+        present = sum(c.present for c in self.counts)
+        return present / (present + self.missing) if present + self.missing else 1.0
+
+    def name_of(self, sample: int) -> str:
+        """`<data set>/<id>` of the sample at a position of this list."""
+        dataset = int(self.dataset[sample])
+        return f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
+
+    def media_of(self, sample: int) -> npt.NDArray[np.int32]:
+        """(n,) the media of one sample, as indices of `keys` and `rows`."""
+        return self.media[self.offsets[sample] : self.offsets[sample + 1]]
+
+    def key(self, media: int) -> str:
+        """The key (64 hex) of one distinct media."""
+        return self.keys[media].tobytes().hex()
+
+    def describe(self) -> str:
+        """One line a data set, for the log."""
+        used = np.bincount(self.dataset, minlength=len(self.names))
+        lines = [
+            f"{c.dataset}: {used[i]:,} {self.split} samples of {c.samples:,}"
+            f" ({c.failed:,} with failed media, {c.missing:,} not encoded)"
+            + (f", share {self.mix[i]:.3f}" if self.mix else "")
+            for i, c in enumerate(self.counts)
+        ]
+        return "\n".join(lines)
+
+    def blind(self, seed: int) -> Join:
+        """The same samples, every picture exchanged for another: what is known without looking.
+
+        Raises:
+            UserError: there is only one picture to exchange.
+        """
+        if len(self.rows) == 1:
+            raise UserError(
+                f"{self.split} split of {', '.join(self.names)}: one picture, so none to exchange it "
+                "for in the blind baseline; encode more pictures or raise held_out"
+            )
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        other = np.empty_like(order)
+        other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
+        return replace(self, rows=self.rows[other], keys=self.keys[other], digest="blind")
+
+    def freeze(self, path: Path) -> None:
+        """Write which samples these are (a bit a sample), for `join(..., frozen=path)` on resume."""
+        arrays = {}
+        for i, count in enumerate(self.counts):
+            chosen = np.zeros(count.samples, dtype=bool)
+            chosen[self.index[self.dataset == i]] = True
+            arrays[self.names[i]] = np.packbits(chosen)
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, temporary, {"digest": self.digest, "split": self.split})
+        temporary.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """One data set's table, joined with media but not yet filtered."""
+
+    ids: Any
+    weight: npt.NDArray[np.float32]
+    task: Any
+    counts: Ints
+    media: Ints
+    """(R,) number in the list of all keys; -1 unknown, -2 failed."""
+
+
+def join(
+    root: CacheRoot,
+    reader: Rows,
+    datasets: Mapping[str, float | None],
+    *,
+    split: Split,
+    held_out: float,
+    min_coverage: float,
+    limit: int | None = None,
+    frozen: Path | None = None,
+) -> Join:
+    """The samples of `datasets` on one side of the split that have all their features.
+
+    Args:
+        root: the cache.
+        reader: of the space to take features from.
+        datasets: name -> share in the mix, or None for all of them: by size.
+        split: `train` or `val`.
+        held_out: share of pictures that are `val`; a sample is held out if any of its media is, one
+            without media by its id.
+        min_coverage: refuse when fewer of the samples that could be there are there.
+        limit: at most this many samples of each data set, the first ones.
+        frozen: a list written by `Join.freeze`: exactly those samples, or an error.
+
+    Raises:
+        UserError: no data set is here, too few features, or not the frozen list any more.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out {held_out} is not in [0, 1)")
+    shares = _present(root, datasets)
+    names = tuple(shares)
+    ledger = media_table(root)
+    table_keys = ledger["key"].combine_chunks()
+    parts = [_read_part(root, name, ledger) for name in names]
+    # One number a distinct key, over all sources that led to it.
+    distinct = pc.unique(table_keys.drop_null())
+    of_source = pc.index_in(table_keys, value_set=distinct).fill_null(-1)
+    of_source = np.array(of_source, dtype=np.int64)
+    keys = _key_bytes(distinct)
+    rows = np.asarray(reader.lookup(KIND, distinct.to_pylist()), dtype=np.int64)
+    # The ledger serves all spaces: what failed for one may have its row in this one.
+    failed = np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool)
+    of_source[failed & (np.append(rows, -1)[of_source] < 0)] = -2
+    of_source = np.append(of_source, -1)  # a source that no ledger knows is media -1
+    parts = [replace(p, media=of_source[p.media]) for p in parts]
+    kept: list[Ints] = []
+    counts: list[Coverage] = []
+    chosen = _read_frozen(frozen, names) if frozen is not None else None
+    for name, part in zip(names, parts, strict=True):
+        present, broken = _availability(part, rows)
+        side = _held_out(part, keys, held_out) == (split == "val")
+        counts.append(
+            Coverage(
+                dataset=name,
+                samples=len(part.ids),
+                present=int(present.sum()),
+                failed=int(broken.sum()),
+                missing=int((~present & ~broken).sum()),
+            )
+        )
+        use = present & side
+        if chosen is not None:
+            use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
+        kept.append(np.flatnonzero(use)[:limit])
+    result = _assemble(root, split, names, shares, parts, kept, rows, keys, counts)
+    _check_coverage(result, reader, min_coverage, ledger)
+    if frozen is not None:
+        _check_frozen(result, frozen)
+    return result
+
+
+def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The data sets that are here, with their shares; those that are not are named and left out."""
+    here = set(dataset_names(root))
+    given = [share for share in datasets.values() if share is not None]
+    if given and len(given) < len(datasets):
+        raise UserError(
+            "mix: give every data set a share, or none of them (then they count by size): "
+            + ", ".join(f"{k}={v}" for k, v in datasets.items())
+        )
+    if any(share <= 0 for share in given):
+        raise UserError(f"mix: shares must be above 0; found {dict(datasets)}")
+    absent = [name for name in datasets if name not in here]
+    if len(absent) == len(datasets):
+        raise UserError(
+            f"none of the data sets {', '.join(datasets)} is under {root.path}/samples "
+            f"(there: {', '.join(sorted(here)) or 'none'}). "
+            f"Make them: python -m encode.run --dataset {next(iter(datasets), 'demo')} "
+            f"--features {root.path}"
+        )
+    if absent:
+        log.warning("not in %s, so not in the mix: %s", root.path, ", ".join(absent))
+    return {name: share for name, share in datasets.items() if name in here}
+
+
+def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
+    """Ids, weights and media of a data set: everything but its texts."""
+    samples_digest(root, name)  # checks the seal
+    table = pq.read_table(root.samples(name), columns=["id", "media", "weight", "task"])
+    media = table["media"].combine_chunks()
+    flat = media.flatten()
+    kinds = set(pc.unique(flat.field("kind")).to_pylist()) - {KIND}
+    if kinds:
+        raise UserError(
+            f"data set {name}: holds {', '.join(sorted(kinds))} media; only pictures can be trained on"
+        )
+    at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())
+    return _Part(
+        ids=table["id"].combine_chunks(),
+        weight=np.asarray(table["weight"], dtype=np.float32),
+        task=table["task"].combine_chunks(),
+        counts=np.asarray(media.value_lengths(), dtype=np.int64),
+        media=np.asarray(at.fill_null(-1), dtype=np.int64),
+    )
+
+
+def _availability(part: _Part, rows: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Per sample: every media has a row; some media failed."""
+    has_row = np.append(rows, [-1, -1])[part.media] >= 0  # media -1 and -2 index the two at the end
+    failed = part.media == -2
+    return _count(~has_row, part.counts) == 0, _count(failed, part.counts) > 0
+
+
+def _count(flags: npt.NDArray[np.bool_], lengths: Ints) -> Ints:
+    """How many of each sample's media have the flag."""
+    ends = np.cumsum(lengths)
+    total = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(total[ends] - total[ends - lengths], dtype=np.int64)
+
+
+def _held_out(part: _Part, keys: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:
+    """Per sample: whether it is on the validation side. Keys are hashes, so evenly spread already."""
+    below = int(threshold * 2**HASH_BITS)
+    of_key = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
+    known = part.media >= 0
+    flags = np.zeros(len(part.media), dtype=bool)
+    flags[known] = of_key[part.media[known]] < below
+    result = _count(flags, part.counts) > 0
+    text_only = np.flatnonzero(part.counts == 0)
+    heads = [hashlib.sha256(i.encode()).digest() for i in part.ids.take(text_only).to_pylist()]
+    result[text_only] = [int.from_bytes(head[: HASH_BITS // 8]) < below for head in heads]
+    return result
+
+
+def _assemble(
+    root: CacheRoot,
+    split: Split,
+    names: tuple[str, ...],
+    shares: Mapping[str, float | None],
+    parts: list[_Part],
+    kept: list[Ints],
+    rows: Ints,
+    keys: npt.NDArray[np.uint8],
+    counts: list[Coverage],
+) -> Join:
+    """The chosen samples of all parts as one list, its media numbered by first appearance."""
+    media = np.concatenate(
+        [_gather(p.media, p.counts, k) for p, k in zip(parts, kept, strict=True)]
+    )
+    lengths = np.concatenate([p.counts[k] for p, k in zip(parts, kept, strict=True)])
+    used, first, inverse = np.unique(media, return_index=True, return_inverse=True)
+    by_appearance = np.argsort(first)
+    rank = np.empty(len(used), dtype=np.int64)
+    rank[by_appearance] = np.arange(len(used))
+    used = used[by_appearance]
+    dataset = np.repeat(np.arange(len(names)), [len(k) for k in kept]).astype(np.int16)
+    tasks = pa.chunked_array(
+        [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
+    )
+    coded = tasks.combine_chunks().dictionary_encode()
+    digests = tuple(samples_digest(root, name) for name in names)
+    result = Join(
+        root=root,
+        split=split,
+        names=names,
+        mix=_normalise(names, shares),
+        dataset=dataset,
+        index=np.concatenate(kept),
+        weight=np.concatenate([p.weight[k] for p, k in zip(parts, kept, strict=True)]),
+        task=np.asarray(coded.indices, dtype=np.int32),
+        tasks=tuple(coded.dictionary.to_pylist()),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        media=rank[inverse].astype(np.int32),
+        keys=keys[used],
+        rows=rows[used],
+        ids=tuple(p.ids for p in parts),
+        counts=tuple(counts),
+        samples_digests=digests,
+        digest="",
+    )
+    return replace(result, digest=_digest(result))
+
+
+def _gather(values: Ints, lengths: Ints, chosen: Ints) -> Ints:
+    """The lists of the chosen samples, one after the other."""
+    starts = (np.cumsum(lengths) - lengths)[chosen]
+    counts = lengths[chosen]
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return values[np.repeat(starts, counts) + within]
+
+
+def _normalise(
+    names: tuple[str, ...], shares: Mapping[str, float | None]
+) -> tuple[float, ...] | None:
+    given = [share for share in (shares[name] for name in names) if share is not None]
+    return tuple(share / sum(given) for share in given) if given else None
+
+
+def _digest(joined: Join) -> str:
+    digest = hashlib.sha256(repr((joined.split, joined.names, joined.samples_digests)).encode())
+    for array in (joined.dataset, joined.index, joined.offsets, joined.media, joined.keys):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _key_bytes(keys: Any) -> npt.NDArray[np.uint8]:
+    """(K, 32) from K hex strings, at the speed of numpy: there may be ten million."""
+    text = np.frombuffer("".join(keys.to_pylist()).encode(), dtype=np.uint8).reshape(-1, 64)
+    nibbles = np.where(text < ord("a"), text - ord("0"), text - ord("a") + 10)
+    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).astype(np.uint8)
+
+
+def _check_coverage(joined: Join, reader: Rows, min_coverage: float, ledger: pa.Table) -> None:
+    if joined.coverage < min_coverage:
+        raise UserError(
+            f"{reader.path}: features for {joined.coverage:.1%} of the samples whose media could be "
+            f"had, less than min_coverage {min_coverage:.1%} ({joined.missing:,} samples miss some"
+            f"; {joined.failed:,} more have failed media{_failures(ledger)}). "
+            f"Encode the rest: python -m encode.run --dataset {joined.names[0]} "
+            f"--features {joined.root.path}, or lower --min-coverage"
+        )
+    if not sum(c.present for c in joined.counts):
+        raise UserError(
+            f"{reader.path}: no sample of {', '.join(joined.names)} has all its features: "
+            f"{joined.failed:,} have failed media{_failures(ledger)}; "
+            f"see python -m cache.ls --failures --features {joined.root.path}"
+        )
+    if not joined.size:
+        raise UserError(
+            f"{', '.join(joined.names)}: no sample is in the {joined.split} split; "
+            "change --held-out or encode more"
+        )
+
+
+def _failures(ledger: pa.Table) -> str:
+    """The first failures, as they stand in the ledger."""
+    failed = ledger.filter(pc.equal(ledger["status"], "failed")).slice(0, FAILURES_SHOWN)
+    texts = [f"{r['source']}: {r['stage']}: {r['error']}" for r in failed.to_pylist()]
+    return f": {'; '.join(texts)}" if texts else ""
+
+
+def _read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.uint8]]:
+    try:
+        chosen = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: the run's sample list cannot be read ({error}); start a new run (--run NAME)"
+        ) from None
+    if sorted(chosen) != sorted(names):
+        raise UserError(
+            f"{path}: this run was started on {', '.join(sorted(chosen))}, now there are "
+            f"{', '.join(sorted(names))}; resume with the same data sets or start a new run"
+        )
+    return chosen
+
+
+def _check_frozen(joined: Join, path: Path) -> None:
+    with safe_open(path, framework="numpy") as file:
+        before = file.metadata()["digest"]
+    if before != joined.digest:
+        raise UserError(
+            f"{path}: the samples this run was started on are not the same any more (texts edited, "
+            "pictures changed or removed, or another --held-out); start a new run (--run NAME --from "
+            "CHECKPOINT keeps what was learned)"
+        )
