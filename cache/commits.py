@@ -177,6 +177,11 @@ class RowIndex:
             raise IndexError("a row number that is not committed")
         return self.starts[at] + slot
 
+    def by_identity(self) -> npt.NDArray[np.int64]:
+        """All positions, sorted by (key, view)."""
+        rank = np.argsort(np.argsort(np.array(self.views, dtype=np.str_)))
+        return np.lexsort((rank[self.view_codes], self.keys.view(f"S{KEY_BYTES}").reshape(-1)))
+
     def identity(self, position: int) -> tuple[str, str]:
         """(key, view) of one row."""
         return self.keys[position].tobytes().hex(), self.views[self.view_codes[position]]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,25 +79,25 @@ class FeatureReader:
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
-        size, slots = self.geometry[kind].row_bytes, self.geometry[kind].slots
-        rows = np.asarray(rows, np.int64)
+        geometry, index = self.geometry[kind], self.index[kind]
+        size, rows = geometry.row_bytes, np.asarray(rows, np.int64)
         if out.shape != (len(rows), size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(len(rows), size)}")
         if not len(rows):
             return
-        crcs = self.index[kind].crcs[self.index[kind].positions(rows)]
+        crcs = index.crcs[index.positions(rows)].tolist()
+        shards, slots = (part.tolist() for part in np.divmod(rows, geometry.slots))
         flat = out.data.cast("B")
         limit = max(1, min(RUN_ROWS, RUN_BYTES // size))
-        for start, stop in _runs(rows, slots, limit):
-            shard, slot = divmod(int(rows[start]), slots)
-            file = self._file(kind, shard)
+        for start, stop in _runs(rows, geometry.slots, limit):
             targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
-            if not file.read(targets, slot * self.geometry[kind].slot_bytes):
-                raise self._corrupt(kind, shard, "it ends early")
+            file = self._file(kind, shards[start])
+            if not file.read(targets, slots[start] * geometry.slot_bytes):
+                raise self._corrupt(kind, shards[start], "it ends early")
             if self.checked:
                 for i, target in enumerate(targets, start):
                     if crc32c(target) != crcs[i]:
-                        raise self._corrupt(kind, shard, f"row {rows[i]} fails its checksum")
+                        raise self._corrupt(kind, shards[i], f"row {rows[i]} fails its checksum")
 
     def read(self, kind: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
         """The features (tokens, width) of one view.
@@ -115,18 +114,17 @@ class FeatureReader:
         return codec.unpack(out[0], self.spec.codec, self.spec.tokens(kind), self.spec.width)
 
     def logical_hash(self) -> str:
-        """What two stores of equal content share, whatever their shards: see `logical_hash`."""
-        digests: dict[str, list[bytes]] = {}
+        """What two stores of equal content share, however they are cut into shards: sha256 (hex)."""
+        digests = {}
         for kind, index in self.index.items():
-            size = self.geometry[kind].row_bytes
-            step = max(1, RUN_BYTES // size)
-            buffer = np.empty((step, size), np.uint8)
-            digests[kind] = []
+            step = max(1, RUN_BYTES // self.geometry[kind].row_bytes)
+            buffer = np.empty((step, self.geometry[kind].row_bytes), np.uint8)
+            digests[kind] = np.empty((len(index), 32), np.uint8)
             for start in range(0, len(index), step):
-                stop = min(start + step, len(index))
-                out = buffer[: stop - start]
-                self.read_into(kind, index.rows(np.arange(start, stop)), out)
-                digests[kind] += [hashlib.sha256(row).digest() for row in out]
+                positions = np.arange(start, min(start + step, len(index)))
+                rows = buffer[: len(positions)]
+                self.read_into(kind, index.rows(positions), rows)
+                digests[kind][positions] = row_digests(rows)
         return logical_hash(self.index, digests)
 
     def _open(self, kind: str, shard: int) -> _ShardFile:
@@ -158,14 +156,13 @@ class _ShardFile:
 
     def read(self, targets: Sequence[memoryview], offset: int) -> bool:
         """Fill `targets` with adjacent rows, leaving out the crcs between; False at the file's end."""
-        gap = memoryview(bytearray(CRC_BYTES))
-        buffers = [targets[0]]
-        for target in targets[1:]:
-            buffers += (gap, target)
-        wanted = sum(map(len, buffers))
-        got = os.preadv(self._fd, buffers, offset)
+        if len(targets) > 1:
+            gap = memoryview(bytearray(CRC_BYTES))
+            targets = [buffer for target in targets for buffer in (gap, target)][1:]
+        wanted = sum(map(len, targets))
+        got = os.preadv(self._fd, targets, offset)
         while got < wanted:  # an interrupted call, or a file cut short since it was opened
-            more = os.preadv(self._fd, _after(buffers, got), offset + got)
+            more = os.preadv(self._fd, _after(targets, got), offset + got)
             if not more:
                 return False
             got += more
@@ -205,20 +202,27 @@ def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrup
     )
 
 
-def logical_hash(index: Mapping[str, RowIndex], digests: Mapping[str, Sequence[bytes]]) -> str:
+def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
+    digests = b"".join(hashlib.sha256(row).digest() for row in rows)
+    return np.frombuffer(digests, np.uint8).reshape(-1, 32)
+
+
+def logical_hash(
+    index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
+) -> str:
     """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
 
     Args:
         index: kind -> its rows.
-        digests: kind -> sha256 of each row, by position.
+        digests: kind -> `row_digests` of all of them, by position.
     """
     whole = hashlib.sha256()
     for kind in sorted(index):
-        entries = zip(
-            map(index[kind].identity, range(len(index[kind]))), digests[kind], strict=True
-        )
-        for (key, view), digest in sorted(entries):
-            whole.update(json.dumps([kind, key, view, digest.hex()]).encode() + b"\n")
+        for position in index[kind].by_identity().tolist():
+            key, view = index[kind].identity(position)
+            digest = digests[kind][position].tobytes().hex()
+            whole.update(f"{kind}\t{key}\t{view}\t{digest}\n".encode())
     return whole.hexdigest()
 
 

@@ -73,7 +73,10 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
             f"{paths.space_json}: format {values['format']}, this version reads {FORMAT}; "
             "use the version of nanomolmo2 that wrote it"
         )
-    spec = FeatureSpec.from_json(values["spec"])
+    try:
+        spec = FeatureSpec.from_json(values["spec"])
+    except ValueError as error:
+        raise UserError(f"{paths.space_json}: {error}") from None
     if spec.fingerprint != values["fingerprint"]:
         raise Corrupt(paths.space_json, "the fingerprint is not that of the spec beside it")
     return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])

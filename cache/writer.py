@@ -76,10 +76,10 @@ class Space:
         make_folder(paths.commits_dir)
         for kind in KINDS:
             make_folder(paths.shards_dir(kind))
-            if not paths.array_json(kind).exists():
-                space._write_array_json(kind, 0)
-        if not paths.group_json.exists():
-            write_atomic(paths.group_json, zarr_json(GROUP_VALUES))
+            space.grow(kind)
+        group = zarr_json(GROUP_VALUES)
+        if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
+            write_atomic(paths.group_json, group)
         return space
 
     @staticmethod
@@ -112,16 +112,18 @@ class Space:
         return max(used, default=-1) + 1
 
     def grow(self, kind: str) -> None:
-        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone."""
-        committed = self.paths.committed(kind)
-        if committed:
-            rows = (committed[-1] + 1) * self.rows_per_shard(kind)
-            if rows > read_sealed_json(self.paths.array_json(kind))["shape"][0]:
-                self._write_array_json(kind, rows)
+        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
 
-    def _write_array_json(self, kind: str, rows: int) -> None:
-        values = array_values(self.spec, kind, self.rows_per_shard(kind), rows)
-        write_atomic(self.paths.array_json(kind), zarr_json(values))
+        A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
+        """
+        path, slots = self.paths.array_json(kind), self.rows_per_shard(kind)
+        rows = max((number + 1 for number in self.paths.committed(kind)), default=0) * slots
+        try:
+            covered = read_sealed_json(path)["shape"][0]
+        except Corrupt:
+            covered = -1
+        if rows > covered:
+            write_atomic(path, zarr_json(array_values(self.spec, kind, slots, rows)))
 
 
 def _identities(table: pa.Table) -> set[tuple[str, str]]:
