@@ -62,13 +62,13 @@ class Peak:
 def session_members(root: int) -> list[int]:
     """`root` and every descendant."""
     parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
             try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
+                stat = (entry / "stat").read_text()
             except OSError:  # ended meanwhile
                 continue
-            parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
     members, grown = {root}, True
     while grown:
         new = {pid for pid, parent in parents.items() if parent in members} - members
