@@ -1,0 +1,160 @@
+"""open_clip's vision towers, cut down to the blocks asked for: CLIP's own ViT, and timm's (SigLIP, SigLIP2).
+
+Built without the text tower, on the meta device: weights are put in afterwards, from a file or from a
+seed, so nothing is initialised twice and ViT-L/14@336 stands in seconds.
+
+B pictures, S their side, N patches, V width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import _build_vision_tower
+from torch import nn
+
+from configs import UserError, nearest
+from model.tensors import seeded_weights
+
+__all__ = ["ClipTower"]
+
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
+
+
+class ClipTower(nn.Module):
+    """A tower whose tensors still have to be filled: `load` or `initialize` first."""
+
+    def __init__(self, model: str, blocks: Sequence[int]) -> None:
+        """Build `model`, keep what `blocks` need.
+
+        Raises:
+            UserError: open_clip has no such model, it is no plain ViT, or it has fewer blocks.
+        """
+        super().__init__()
+        config = (
+            open_clip.get_model_config(model) if "/" not in model and ":" not in model else None
+        )
+        if config is None:
+            raise UserError(
+                f"open_clip has no model {model!r}{nearest(model, open_clip.list_models())}"
+            )
+        self.take = tuple(blocks)
+        with torch.device("meta"):
+            visual = _build(config)
+        self.is_timm = hasattr(visual, "trunk")
+        if set(visual.state_dict()) != {n for n, _ in _all_tensors(visual)}:
+            # Tables computed at construction (rotary positions) are in no file: build for real.
+            visual = _build(config)
+        self.vit: Any = visual.trunk if self.is_timm else visual
+        self.total_parameters = sum(p.numel() for p in visual.parameters())
+        layers = getattr(self.vit, "blocks", None) or getattr(
+            getattr(self.vit, "transformer", None), "resblocks", None
+        )
+        if layers is None or not hasattr(self.vit, "prune_intermediate_layers"):
+            raise UserError(
+                f"open_clip's {model} is no Vision Transformer: it has no blocks to take"
+            )
+        if max(blocks) >= len(layers):
+            raise UserError(
+                f"blocks {list(blocks)}: {model} has {len(layers)} blocks, 0 to {len(layers) - 1}"
+            )
+        self.vit.prune_intermediate_layers(indices=sorted(blocks), prune_norm=True, prune_head=True)
+        self.image_size, self.patch_size = _sizes(visual, self.vit, model)
+        self.width = int(self._norm_weight().shape[0])
+        self.activation = _activation(self.vit, model)
+
+    def _norm_weight(self) -> torch.Tensor:
+        layer = self.vit.blocks[0].norm1 if self.is_timm else self.vit.transformer.resblocks[0].ln_1
+        weight: torch.Tensor = layer.weight
+        return weight
+
+    @property
+    def prefix(self) -> str:
+        """What stands before our tensors' names in a checkpoint of the whole model."""
+        return "visual.trunk." if self.is_timm else "visual."
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor the features depend on, by open_clip's name without `prefix`."""
+        return dict(self.vit.state_dict())
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these tensors, all of `tensors()` and of the same shapes."""
+        self.vit.load_state_dict(dict(tensors), strict=True, assign=True)
+
+    def initialize(self, seed: int) -> None:
+        """Random weights, at about the scale of open_clip's own initialisation."""
+        self.load({name: _random(name, t, self.width, seed) for name, t in self.tensors().items()})
+
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Normalised pixels (B, 3, S, S) -> (B, N, V) after each block of `blocks`, in that order.
+
+        No CLS token, no final norm.
+        """
+        taken = self.vit.forward_intermediates(
+            pixels,
+            indices=sorted(self.take),
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+        )
+        if not self.is_timm:
+            taken = taken["image_intermediates"]
+        # Both libraries answer in ascending order, whatever they are asked.
+        by_block = dict(zip(sorted(self.take), taken, strict=True))
+        return [by_block[block] for block in self.take]
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    vision = {
+        **config["vision_cfg"],
+        "timm_model_pretrained": False,
+    }  # some would fetch weights here
+    tower: nn.Module = _build_vision_tower(
+        config["embed_dim"], vision, config.get("quick_gelu", False)
+    )
+    return tower
+
+
+def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _sizes(visual: Any, vit: Any, model: str) -> tuple[int, int]:
+    """Side of the input and of a patch, pixels."""
+    (height, width) = visual.image_size
+    (patch_height, patch_width) = (
+        vit.patch_embed.patch_size if hasattr(vit, "patch_embed") else vit.patch_size
+    )
+    if height != width or patch_height != patch_width:
+        raise UserError(
+            f"open_clip's {model} takes {height} x {width} pixels: only squares are supported"
+        )
+    return int(height), int(patch_height)
+
+
+def _activation(vit: nn.Module, model: str) -> str:
+    """The activation of the MLPs, as built."""
+    found = set()
+    for module in vit.modules():
+        kind = type(module).__name__  # timm has classes of its own under the same names
+        if kind in _ACTIVATIONS:
+            approximate = getattr(module, "approximate", "none") == "tanh"
+            found.add("gelu_tanh" if approximate else _ACTIVATIONS[kind])
+    if len(found) != 1:
+        raise UserError(
+            f"open_clip's {model} has activations {sorted(found) or 'unknown to us'}: not supported"
+        )
+    return found.pop()
+
+
+def _random(name: str, like: torch.Tensor, width: int, seed: int) -> torch.Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(like.shape)
+    if name.endswith(("weight", "gamma")) and like.ndim == 1:  # norms, layer scales
+        return torch.ones(like.shape)
+    is_matrix = name.endswith("weight")
+    fan_in = like[0].numel() if is_matrix else width  # else: class token, positions
+    return seeded_weights(like.shape, fan_in**-0.5, seed=seed, name=name)

@@ -1,0 +1,123 @@
+"""One entry of configs/encoders.yaml: which vision tower, and how a picture becomes its features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cache.spec import FITS
+from configs import UserError, build, load, nearest
+
+__all__ = ["DemoTowerConfig", "EncoderConfig", "encoder_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTowerConfig:
+    """Sizes of the demo tower, and gains of its random weights."""
+
+    image_size: int
+    """Side of the input, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    width: int
+    """Values per token."""
+    depth: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads in each block."""
+    mlp_ratio: int = 4
+    """Width of the MLP's hidden layer, in widths."""
+    patch_gain: float = 1.0
+    """Standard deviation of the patch embeddings, for white noise of variance 1 as input."""
+    position_gain: float = 1.0
+    """Standard deviation of the position embeddings."""
+    attention_gain: float = 1.0
+    """Standard deviation of queries and keys: larger means sharper attention."""
+    residual_gain: float = 1.0
+    """Factor on what attention and MLP add to the residual stream."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+
+    @property
+    def architecture(self) -> str:
+        """For the fingerprint: what the shapes of the weights leave open."""
+        return f"demo:vit-{self.depth}x{self.width}-heads{self.heads}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """One frozen encoder. Changing any value but `name` makes another feature space."""
+
+    name: str
+    """Key of the entry; the first part of a space's folder name."""
+    library: Literal["open_clip", "demo"]
+    """Who builds the tower: open_clip (CLIP, SigLIP, SigLIP2), or our own random one."""
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"]
+    """The MLPs' activation the weights were trained with. Stated here, and checked against the model as
+    built and against all that is known of the weights: a mismatch computes wrong features in silence."""
+    blocks: tuple[int, ...]
+    """Blocks (0-based) whose outputs are concatenated, in this order: 22 is `hidden_states[-2]` of 24."""
+    model: str = ""
+    """open_clip's model name; OpenAI's weights need the ones that end in `-quickgelu`."""
+    pretrained: str = ""
+    """open_clip's tag of the weights; also says mean and standard deviation."""
+    mean: tuple[float, float, float] | None = None
+    """Mean colour in [0, 1]; None: as the tag says, .5 for the demo tower."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the colours; None: likewise."""
+    fit: str = "squash"
+    """How a picture becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
+    pool_picture: int = 1
+    """Pictures: n x n patches averaged into one token before storing."""
+    pool_frame: int = 3
+    """Video frames: the same."""
+    batch_size: int = 8
+    """The one batch shape the tower runs; the last batch is filled up. Part of the fingerprint: in bf16
+    a batch of 1 and one of 8 differ by 1 %."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision; auto: float16 on GPUs, bfloat16 on CPUs that have it, else float32."""
+    seed: int = 0
+    """Seed of random weights; unused with trained ones."""
+    tower: DemoTowerConfig | None = None
+    """The demo tower's sizes."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks or len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"blocks {list(self.blocks)}: name each block once, and at least one")
+        if min(self.blocks) < 0:
+            raise ValueError(f"blocks {list(self.blocks)}: count from 0, at the first block")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.fit not in FITS:
+            raise ValueError(
+                f"fit {self.fit!r} is none of {', '.join(FITS)}{nearest(self.fit, FITS)}"
+            )
+        if self.library == "open_clip" and not self.model:
+            raise ValueError("library open_clip needs a model")
+        if (self.library == "demo") != (self.tower is not None):
+            raise ValueError("library demo, and no other, needs a tower")
+
+
+def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
+    """The entry `name` of configs/encoders.yaml; overrides that are not None replace its values.
+
+    Raises:
+        UserError: no such entry, or a value that cannot be.
+    """
+    entries = load("encoders")
+    if name not in entries:
+        raise UserError(
+            f"encoder {name!r} is not in configs/encoders.yaml (there are: {', '.join(entries)})"
+            f"{nearest(name, entries)}"
+        )
+    entry = entries[name]
+    if not isinstance(entry, Mapping):
+        raise UserError(f"configs/encoders.yaml: {name}: expected keys and values")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return build(EncoderConfig, {"name": name, **entry, **given}, f"configs/encoders.yaml: {name}")

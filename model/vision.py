@@ -1,0 +1,281 @@
+"""The frozen encoder: pictures -> patch features, exactly as its `FeatureSpec` says.
+
+    encoder = load_encoder(encoder_config("clip-vit-l14-336"))
+    pixels = np.stack([encoder.prepare(image) for image in images])     # (n, S, S, 3) uint8
+    features = encoder.encode(pixels)                                    # (n, M, V) float32
+
+Every call runs batches of one fixed shape, so a picture's features don't depend on what stood beside it.
+
+B pictures in a batch, S side of the input in pixels, N patches, M tokens after pooling, V width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from PIL import Image
+
+from cache.spec import FeatureSpec
+from configs import UserError, build
+from model.demo_tower import DemoTower
+from model.device import DTYPES, native_dtype, pick_device
+from model.encoder_config import EncoderConfig, encoder_config
+from model.media import fit_picture
+from model.tensors import hash_tensors
+
+__all__ = ["EncoderConfig", "VisionEncoder", "encoder_config", "load_encoder", "rebuild_encoder"]
+
+log = logging.getLogger(__name__)
+
+RESIZE = "pillow:bicubic"
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Built:
+    """A tower with its weights in float32 on the CPU, and what the spec says of it."""
+
+    tower: torch.nn.Module
+    total_parameters: int
+    architecture: str
+    activation: str
+    image_size: int
+    patch_size: int
+    tower_width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    weights: str
+    is_random: bool
+    source: str | None
+
+
+class VisionEncoder:
+    """A frozen tower on its device. `prepare` may be called from threads, `encode` from one at a time."""
+
+    def __init__(self, config: EncoderConfig, built: _Built, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self._built = built
+        wanted = config.compute_dtype
+        self.dtype = native_dtype(device) if wanted == "auto" else DTYPES[wanted]
+        self._tower = built.tower.to(device, self.dtype).eval().requires_grad_(False)
+        self._mean = torch.tensor(built.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(built.std, device=device).view(1, 3, 1, 1)
+
+    def spec(self, codec: str) -> FeatureSpec:
+        """What the features of this encoder are, stored by `codec`.
+
+        Raises:
+            UserError: pooling or codec does not fit the tower's grid or width.
+        """
+        return _spec(self.config, self._built, str(self.dtype).removeprefix("torch."), codec)
+
+    def load_info(self) -> dict[str, Any]:
+        """How to build this encoder again (JSON), with what it was built by."""
+        return {
+            "encoder": dataclasses.asdict(self.config),
+            "random_weights": self._built.is_random,
+            "weights": self._built.source,
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole tower, as published."""
+        return self._built.total_parameters
+
+    @property
+    def parameters_used(self) -> int:
+        """Weights the features depend on, which are all that is kept."""
+        return sum(p.numel() for p in self._tower.parameters())
+
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """An RGB picture as the tower's input, (S, S, 3) uint8."""
+        return fit_picture(image, self._built.image_size, self.config.fit, self._built.mean)
+
+    def encode(self, pixels: npt.NDArray[np.uint8], kind: str = "picture") -> torch.Tensor:
+        """Inputs (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as `kind` is."""
+        spec = self.spec("fp16")
+        side = spec.image_size
+        if pixels.shape[1:] != (side, side, 3) or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels {pixels.shape} {pixels.dtype}, expected (n, {side}, {side}, 3) uint8"
+            )
+        done = [torch.empty(0, spec.tokens(kind), spec.width, device=self.device)]
+        for start in range(0, len(pixels), spec.batch_size):
+            part = pixels[start : start + spec.batch_size]
+            batch = np.zeros((spec.batch_size, *pixels.shape[1:]), np.uint8)
+            batch[: len(part)] = part
+            done.append(_pool(self._forward(batch), spec.pool(kind))[: len(part)])
+        return torch.cat(done)
+
+    @torch.no_grad()
+    def _forward(self, batch: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """(B, S, S, 3) uint8 -> (B, N, V) float32."""
+        x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().div(255)
+        x = x.sub(self._mean).div(self._std).to(self.dtype)
+        return torch.cat([block.float() for block in self._tower(x)], dim=-1)
+
+
+def load_encoder(
+    config: EncoderConfig,
+    *,
+    device: str = "auto",
+    random_weights: bool = False,
+    weights: str | None = None,
+) -> VisionEncoder:
+    """Build the encoder of `config` with its weights.
+
+    Args:
+        config: an entry of configs/encoders.yaml.
+        device: see `pick_device`.
+        random_weights: untrained weights from `config.seed`; the demo tower has no others.
+        weights: a file or folder to take the weights from, instead of the hub.
+
+    Raises:
+        UserError: the device cannot be used; the weights cannot be had, read, or don't fit the model.
+    """
+    chosen = pick_device(device)
+    if config.library == "demo":
+        return VisionEncoder(config, _build_demo(config), chosen)
+    return VisionEncoder(config, _build_clip(config, random_weights, weights), chosen)
+
+
+def rebuild_encoder(
+    load: Mapping[str, Any], spec: FeatureSpec, *, device: str = "auto", weights: str | None = None
+) -> VisionEncoder:
+    """The encoder that made a space, from its `load_info` and spec; `weights` where they lie elsewhere now.
+
+    The precision may differ from the space's when the device is another: float16 features of a GPU
+    are met within 0.2 % by a float32 CPU.
+
+    Raises:
+        UserError: as `load_encoder`, or what was built is not what the space was made with.
+    """
+    config = build(EncoderConfig, load["encoder"], "space.json: load: encoder")
+    target = pick_device(device)
+    native = str(native_dtype(target)).removeprefix("torch.")
+    dtype = spec.compute_dtype if spec.compute_dtype in ("float32", native) else native
+    if dtype != spec.compute_dtype:
+        log.warning(
+            "space %s was made in %s; this device computes in %s",
+            spec.name,
+            spec.compute_dtype,
+            dtype,
+        )
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    recorded = load.get("weights")
+    if weights is None and recorded is not None and Path(recorded).exists():
+        weights = recorded
+    encoder = load_encoder(
+        config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
+    )
+    found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
+    for key in ("compute_dtype", "encoder"):
+        del found[key], wanted[key]
+    different = [key for key in wanted if found[key] != wanted[key]]
+    if different == ["weights"]:
+        raise UserError(
+            f"space {spec.name} was made with weights {spec.weights[:12]}..., "
+            f"{encoder.load_info()['weights'] or 'this encoder'} holds {found['weights'][:12]}...; "
+            "give the right ones: --weights PATH"
+        )
+    if different:
+        raise UserError(
+            f"space {spec.name} was made by another encoder than can be built here: "
+            + ", ".join(f"{key} {wanted[key]} there, {found[key]} here" for key in different)
+        )
+    return encoder
+
+
+def _build_demo(config: EncoderConfig) -> _Built:
+    assert config.tower is not None
+    tower = DemoTower(config.tower, config.blocks, seed=config.seed)
+    return _Built(
+        tower=tower,
+        total_parameters=tower.total_parameters,
+        architecture=config.tower.architecture,
+        activation="gelu",
+        image_size=config.tower.image_size,
+        patch_size=config.tower.patch_size,
+        tower_width=config.tower.width,
+        mean=config.mean or HALF,
+        std=config.std or HALF,
+        weights=hash_tensors(tower.state_dict()),
+        is_random=True,
+        source=None,
+    )
+
+
+def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None) -> _Built:
+    # open_clip takes 3 s to import: only its own encoders pay for it.
+    from model.clip_tower import ClipTower
+    from model.weights import check_entry, fill
+
+    tower = ClipTower(config.model, config.blocks)
+    mean, std = check_entry(tower, config)
+    built = _Built(
+        tower=tower,
+        total_parameters=tower.total_parameters,
+        architecture=f"open_clip:{config.model}",
+        activation=tower.activation,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        tower_width=tower.width,
+        mean=mean,
+        std=std,
+        weights="",
+        is_random=random_weights,
+        source=None,
+    )
+    _spec(config, built, "float32", "fp16")  # refuse what cannot be before fetching a gigabyte
+    if random_weights:
+        tower.initialize(config.seed)
+    else:
+        source = str(fill(tower, config, weights))
+        built = dataclasses.replace(built, source=source)
+    return dataclasses.replace(built, weights=hash_tensors(tower.tensors()))
+
+
+def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
+    try:
+        return FeatureSpec(
+            encoder=f"random-{config.name}" if built.is_random else config.name,
+            architecture=built.architecture,
+            weights=built.weights,
+            activation=built.activation,
+            blocks=config.blocks,
+            image_size=built.image_size,
+            patch_size=built.patch_size,
+            width=built.tower_width * len(config.blocks),
+            fit=config.fit,
+            resize=RESIZE,
+            mean=built.mean,
+            std=built.std,
+            pool_picture=config.pool_picture,
+            pool_frame=config.pool_frame,
+            compute_dtype=compute_dtype,
+            batch_size=config.batch_size,
+            codec=codec,
+        )
+    except ValueError as error:
+        raise UserError(f"encoder {config.name}: {error}") from None
+
+
+def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
+    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches."""
+    if window == 1:
+        return x
+    batch, patches, width = x.shape
+    side = round(patches**0.5) // window
+    return x.view(batch, side, window, side, window, width).mean((2, 4)).flatten(1, 2)
