@@ -36,12 +36,14 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT_NAME = re.compile(rf"({'|'.join(KINDS)})-(\d{{8}})\.parquet")
 
 
+MAKE_ANEW = "delete it and run encode.run again, which makes it anew"
+"""The way out for any sealed file: what it says can be had again from the sources."""
+
+
 class Corrupt(UserError):  # noqa: N818 - a state of a file, met as often as raised
     """A file is not what was written: where, what is wrong, and the way out."""
 
-    def __init__(
-        self, path: Path, what: str, way_out: str = "find all damage: cache.verify --deep"
-    ):
+    def __init__(self, path: Path, what: str, way_out: str = MAKE_ANEW):
         super().__init__(f"{path}: {what}; {way_out}")
         self.path, self.what, self.way_out = path, what, way_out
 

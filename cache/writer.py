@@ -14,6 +14,7 @@ nobody reads, under a number nobody uses again, for `cache.gc` to remove.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,9 @@ class ShardWriter:
         self._temporary = self._path.with_name(self._path.name + PARTIAL)
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._identities: set[tuple[bytes, str]] = set()
-        self._path.parent.parent.mkdir()
+        self._over = False
+        self._folder = self._path.parent.parent
+        self._folder.mkdir()
         self._path.parent.mkdir()
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
@@ -202,7 +205,8 @@ class ShardWriter:
         """Make the rows exist, durably; their number. A shard without rows just goes away.
 
         Raises:
-            whatever the fence raises, or OSError: then the rows do not exist.
+            StaleJob: from the fence; or OSError. `abort` then takes the shard back, unless only the
+                very last step failed and the rows exist already.
         """
         if not self.rows:
             self.abort()
@@ -215,7 +219,7 @@ class ShardWriter:
         if self._fence is not None:
             self._fence()
         self._temporary.rename(self._path)
-        for folder in list(self._path.parents)[:3]:  # c/<n>/0, c/<n>, c: all three names are new
+        for folder in (self._path.parent, self._folder, self._folder.parent):  # each has a new name
             fsync_folder(folder)
         commit = commit_bytes(
             pa.table(self._columns, SCHEMA),
@@ -226,15 +230,15 @@ class ShardWriter:
             index_crc=index_crc,
         )
         write_atomic(paths.commit(self._kind, self._number), commit, self._fence)
+        self._over = True
         return rows
 
     def abort(self) -> None:
-        """Drop what was not committed. After a failed `commit` the rest is left to `cache.gc`."""
+        """Take back what is not committed: the whole shard, or nothing once its commit stands."""
         self._close()
-        if self._temporary.exists():
-            self._temporary.unlink()
-            self._path.parent.rmdir()
-            self._path.parent.parent.rmdir()
+        if not self._over and not self._space.paths.commit(self._kind, self._number).exists():
+            shutil.rmtree(self._folder)
+        self._over = True
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1

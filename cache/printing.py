@@ -1,0 +1,60 @@
+"""How the commands of the cache put figures and tables into text."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+
+def bytes_text(nbytes: float) -> str:
+    """`1.18 MB`, `512 B`: three digits, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
+    """Columns of equal width; those whose title is in `right` (words) are flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    flush_right = [title in right.split() for title in header]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, flush_right, strict=True)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join(lines)
+
+
+class Meter:
+    """Bytes done of all there are, on stderr: each second on a terminal, else each minute."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, total, 0
+        self._lock = threading.Lock()
+        self._terminal = sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more are done. Threads may call it."""
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            if now - self._last > (1 if self._terminal else 60):
+                self._last = now
+                left_s = (now - self._start) * (self._total / max(1, self._done) - 1)
+                text = (
+                    f"{self._what}: {bytes_text(self._done)} of {bytes_text(self._total)}, "
+                    f"{max(0.0, left_s):.0f} s left"
+                )
+                print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the line empty."""
+        if self._terminal and self._last > self._start:
+            print(" " * 78, end="\r", file=sys.stderr)

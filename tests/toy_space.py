@@ -1,0 +1,77 @@
+"""Spaces of a few hundred bytes, and what the cache's tests do with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import codec
+from cache.layout import CacheRoot
+from cache.spec import FeatureSpec
+from cache.writer import ShardWriter, Space
+
+SPEC = FeatureSpec(
+    encoder="toy",
+    architecture="toy:2x2",
+    weights="0" * 64,
+    activation="gelu",
+    blocks=(0,),
+    image_size=4,
+    patch_size=2,
+    width=64,
+    fit="squash",
+    resize="none",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    pool_picture=1,
+    pool_frame=2,
+    compute_dtype="float32",
+    batch_size=1,
+    codec="int8",
+)
+"""4 tokens of 64 values a picture: 264 bytes as int8, 512 as fp16. A frame has one token."""
+
+SLOTS = 4
+"""Rows in a full shard of pictures."""
+
+
+def key(number: int) -> str:
+    """The key of the number-th made-up picture."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def features(
+    number: int, kind: str = "picture", spec: FeatureSpec = SPEC
+) -> npt.NDArray[np.float32]:
+    """Its features, (tokens, width)."""
+    shape = spec.tokens(kind), spec.width
+    return np.random.default_rng(number).normal(size=shape).astype(np.float32)
+
+
+def row(number: int, kind: str = "picture", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
+    """Its stored row."""
+    return codec.pack(features(number, kind, spec), spec.codec)
+
+
+def make_space(folder: Path, codec_name: str = "int8") -> Space:
+    """An empty space below `folder`."""
+    spec = dataclasses.replace(SPEC, codec=codec_name)
+    load = {"library": "toy", "note": "a text like sha256:" + "0" * 64 + " must do no harm"}
+    return Space.create(
+        CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("picture")
+    )
+
+
+def fill(space: Space, numbers: Sequence[int], kind: str = "picture", view: str = "full") -> int:
+    """One committed shard with these pictures; its number."""
+    shard = space.next_shard(kind)
+    writer = ShardWriter(space, kind, shard)
+    for number in numbers:
+        writer.append(key(number), view, row(number, kind, space.spec), error=0.005)
+    writer.commit()
+    return shard
