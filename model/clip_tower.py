@@ -34,13 +34,10 @@ class ClipTower(nn.Module):
             UserError: open_clip has no such model, it is no plain ViT, or it has fewer blocks.
         """
         super().__init__()
-        config = (
-            open_clip.get_model_config(model) if "/" not in model and ":" not in model else None
-        )
-        if config is None:
-            raise UserError(
-                f"open_clip has no model {model!r}{nearest(model, open_clip.list_models())}"
-            )
+        known = open_clip.list_models()
+        if model not in known:  # asked for 'hf-hub:...', open_clip would go to the network
+            raise UserError(f"open_clip has no model {model!r}{nearest(model, known)}")
+        config = open_clip.get_model_config(model)
         self.take = tuple(blocks)
         with torch.device("meta"):
             visual = _build(config)
@@ -48,12 +45,12 @@ class ClipTower(nn.Module):
         if set(visual.state_dict()) != {n for n, _ in _all_tensors(visual)}:
             # Tables computed at construction (rotary positions) are in no file: build for real.
             visual = _build(config)
-        self.vit: Any = visual.trunk if self.is_timm else visual
+        vit: Any = visual.trunk if self.is_timm else visual
         self.total_parameters = sum(p.numel() for p in visual.parameters())
-        layers = getattr(self.vit, "blocks", None) or getattr(
-            getattr(self.vit, "transformer", None), "resblocks", None
+        layers = getattr(vit, "blocks", None) or getattr(
+            getattr(vit, "transformer", None), "resblocks", None
         )
-        if layers is None or not hasattr(self.vit, "prune_intermediate_layers"):
+        if layers is None or not hasattr(vit, "prune_intermediate_layers"):
             raise UserError(
                 f"open_clip's {model} is no Vision Transformer: it has no blocks to take"
             )
@@ -61,15 +58,11 @@ class ClipTower(nn.Module):
             raise UserError(
                 f"blocks {list(blocks)}: {model} has {len(layers)} blocks, 0 to {len(layers) - 1}"
             )
-        self.vit.prune_intermediate_layers(indices=sorted(blocks), prune_norm=True, prune_head=True)
-        self.image_size, self.patch_size = _sizes(visual, self.vit, model)
-        self.width = int(self._norm_weight().shape[0])
-        self.activation = _activation(self.vit, model)
-
-    def _norm_weight(self) -> torch.Tensor:
-        layer = self.vit.blocks[0].norm1 if self.is_timm else self.vit.transformer.resblocks[0].ln_1
-        weight: torch.Tensor = layer.weight
-        return weight
+        vit.prune_intermediate_layers(indices=sorted(blocks), prune_norm=True, prune_head=True)
+        self.vit = vit
+        self.image_size, self.patch_size = _sizes(visual, vit, model)
+        self.width = int(vit.embed_dim if self.is_timm else vit.conv1.out_channels)
+        self.activation = _activation(vit, model)
 
     @property
     def prefix(self) -> str:
@@ -124,15 +117,15 @@ def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _sizes(visual: Any, vit: Any, model: str) -> tuple[int, int]:
     """Side of the input and of a patch, pixels."""
-    (height, width) = visual.image_size
-    (patch_height, patch_width) = (
-        vit.patch_embed.patch_size if hasattr(vit, "patch_embed") else vit.patch_size
-    )
-    if height != width or patch_height != patch_width:
+    side, other_side = visual.image_size
+    embed = getattr(vit, "patch_embed", vit)  # timm has a layer for it
+    patch, other_patch = embed.patch_size
+    if side != other_side or patch != other_patch or tuple(embed.grid_size) != (side // patch,) * 2:
         raise UserError(
-            f"open_clip's {model} takes {height} x {width} pixels: only squares are supported"
+            f"open_clip's {model} does not cut a square input into a square grid of patches: "
+            "not supported"
         )
-    return int(height), int(patch_height)
+    return int(side), int(patch)
 
 
 def _activation(vit: nn.Module, model: str) -> str:

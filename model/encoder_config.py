@@ -102,6 +102,8 @@ class EncoderConfig:
             raise ValueError("library open_clip needs a model")
         if (self.library == "demo") != (self.tower is not None):
             raise ValueError("library demo, and no other, needs a tower")
+        if self.tower is not None and self.activation != "gelu":
+            raise ValueError(f"the demo tower computes gelu, not {self.activation}")
 
 
 def encoder_config(name: str, **overrides: Any) -> EncoderConfig:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 __all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_picture", "fit_picture"]
 
@@ -79,7 +79,7 @@ def decode_picture(data: bytes) -> Image.Image:
             return rgb if turn is None else rgb.transpose(turn)
     except BadMedia:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadMedia(_describe_unknown(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadMedia(f"more than {MAX_PIXELS} pixels") from None

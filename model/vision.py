@@ -162,18 +162,16 @@ def rebuild_encoder(
     Raises:
         UserError: as `load_encoder`, or what was built is not what the space was made with.
     """
-    config = build(EncoderConfig, load["encoder"], "space.json: load: encoder")
+    entry = load.get("encoder")
+    if not isinstance(entry, Mapping):
+        raise UserError(f"space {spec.name} does not say how its encoder is built")
     target = pick_device(device)
     native = str(native_dtype(target)).removeprefix("torch.")
     dtype = spec.compute_dtype if spec.compute_dtype in ("float32", native) else native
     if dtype != spec.compute_dtype:
-        log.warning(
-            "space %s was made in %s; this device computes in %s",
-            spec.name,
-            spec.compute_dtype,
-            dtype,
-        )
-    config = dataclasses.replace(config, compute_dtype=dtype)
+        message = "space %s was made in %s; this device computes in %s"
+        log.warning(message, spec.name, spec.compute_dtype, dtype)
+    config = build(EncoderConfig, {**entry, "compute_dtype": dtype}, "space.json: load: encoder")
     recorded = load.get("weights")
     if weights is None and recorded is not None and Path(recorded).exists():
         weights = recorded
