@@ -1,0 +1,181 @@
+"""A checkpoint is whole or absent, and what it holds goes on to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from configs import UserError
+from train import checkpoint
+from train.config import Options
+from train.metrics import METRICS, cut_metrics, read_metrics
+from train.optim import build_optimizer, schedules, set_rates
+
+OPTIONS = Options(max_steps=50, warmup_steps=3, connector_warmup_steps=3, learning_rate=1e-2)
+
+
+class Toy(nn.Module):
+    """Small, with the two parts the optimizer tells apart."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.connector = nn.Linear(3, width)
+        self.language = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
+
+
+def train(model: Toy, optimizer: torch.optim.Optimizer, start: int, stop: int) -> list[float]:
+    losses = []
+    for step in range(start, stop):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = model.language(model.connector(x)).pow(2).mean()
+        loss.backward()
+        set_rates(optimizer, schedules(OPTIONS), step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def build(llm: bool = True) -> tuple[Toy, torch.optim.Optimizer]:
+    model = Toy()
+    model.language.requires_grad_(llm)
+    return model, build_optimizer(model, OPTIONS)
+
+
+@pytest.mark.parametrize("llm", [True, False])
+def test_loaded_equals_never_stopped(tmp_path: Path, llm: bool) -> None:
+    model, optimizer = build(llm)
+    train(model, optimizer, 0, 7)
+    path = checkpoint.save(tmp_path, 7, model, optimizer, {"samples": 56})
+    expected = train(model, optimizer, 7, 15)
+
+    again, optimizer_again = build(llm)
+    state = checkpoint.load(path, again, optimizer_again)
+    assert state == {"step": 7, "samples": 56}
+    assert train(again, optimizer_again, 7, 15) == expected
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_frozen_parameters_take_no_disk(tmp_path: Path) -> None:
+    model, optimizer = build(llm=False)
+    train(model, optimizer, 0, 2)
+    path = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    from safetensors.torch import load_file
+
+    assert sorted(load_file(path / checkpoint.MODEL)) == ["connector.bias", "connector.weight"]
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    model, optimizer = build()
+    assert checkpoint.newest(tmp_path) is None
+    for step in (9, 10, 100):
+        checkpoint.save(tmp_path, step, model, optimizer, {})
+    assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000100"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_no_pickle_on_disk(tmp_path: Path) -> None:
+    model, optimizer = build()
+    train(model, optimizer, 0, 1)
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json", ""}
+    for file in path.iterdir():
+        assert not file.read_bytes().startswith((b"\x80", b"PK"))
+
+
+@pytest.mark.parametrize("missing", [checkpoint.COMMITTED])
+def test_without_the_marker_it_is_no_checkpoint(tmp_path: Path, missing: str) -> None:
+    model, optimizer = build()
+    first = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    second = checkpoint.save(tmp_path, 2, model, optimizer, {})
+    (second / missing).unlink()
+    assert checkpoint.newest(tmp_path) == first
+    checkpoint.save(tmp_path, 3, model, optimizer, {})
+    assert not second.exists()  # what a kill left is cleared away
+
+
+def test_every_step_of_writing_can_be_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop the write before each of its flushes and renames in turn: the old checkpoint stays the newest."""
+
+    class Killed(BaseException):
+        pass
+
+    model, optimizer = build()
+    reference = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    calls = 0
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def run(stop_at: int) -> bool:
+        nonlocal calls
+        calls = 0
+
+        def counted(real: object) -> object:
+            def call(*args: object) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == stop_at:
+                    raise Killed
+                real(*args)  # type: ignore[operator]
+
+            return call
+
+        monkeypatch.setattr(os, "fsync", counted(real_fsync))
+        monkeypatch.setattr(Path, "rename", counted(real_rename))
+        try:
+            checkpoint.save(tmp_path, 2, model, optimizer, {})
+        except Killed:
+            return False
+        finally:
+            monkeypatch.undo()
+        return True
+
+    stopped = 0
+    while not run(stopped + 1):
+        stopped += 1
+        newest = checkpoint.newest(tmp_path)
+        assert newest is not None
+        checkpoint.load(newest, model, optimizer)  # whichever it is, it is whole
+        if newest != reference:  # only the flush after the rename was missed
+            shutil.rmtree(newest)
+    assert stopped >= 6  # three files, the marker, the folder, the rename
+
+
+def test_a_cut_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model, optimizer = build()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    file = path / checkpoint.MODEL
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        UserError, match=r"model.safetensors: \d+ bytes, should be \d+; remove .*step-00000001"
+    ):
+        checkpoint.load(path, model, optimizer)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, optimizer = build()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    other, other_optimizer = build(llm=False)
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load(path, other, other_optimizer)
+    wide = Toy(width=5)
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load(path, wide, build_optimizer(wide, OPTIONS))
+
+
+def test_metrics_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(
+        '{"step": 1}\n{"step": 2}\n{"step": 2, "held_out_loss": 1.5}\n{"step": 3}\n{"st'
+    )
+    assert len(read_metrics(tmp_path)) == 4  # the torn line is not read
+    cut_metrics(tmp_path, 2)
+    expected = '{"step": 1}\n{"step": 2}\n{"step": 2, "held_out_loss": 1.5}\n'
+    assert (tmp_path / METRICS).read_text() == expected

@@ -1,0 +1,136 @@
+"""Line charts as inline SVG: no library, no script, colours from the page's CSS variables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 720, 280
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+MOST_POINTS = 480
+"""A line is thinned to this: more cannot be seen, and a long run has 100,000 steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One curve."""
+
+    label: str
+    points: Sequence[Point]
+    """(step, value), steps rising; values that are not finite are left out."""
+    style: str
+    """CSS class: `a` or `b` for a colour, `faint` for the raw values behind a smoothed line."""
+    dots: bool = False
+    """Mark every point: for few of them."""
+
+
+def chart(lines: Sequence[Line], *, title: str, log: bool = False) -> str:
+    """An SVG of lines over steps; `log` for a logarithmic y axis."""
+    shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
+    values = [y for _, points in shown for _, y in points]
+    if not values:
+        return f'<p class="empty">{escape(title)}: nothing recorded.</p>'
+    steps = [x for _, points in shown for x, _ in points]
+    y_ticks = log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
+    low, high = min(*values, y_ticks[0]), max(*values, y_ticks[-1])
+    first, last = min(steps), max(steps)
+
+    def x_at(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / max(last - first, 1e-9)
+
+    def y_at(value: float) -> float:
+        scaled = [math.log10(v) for v in (value, low, high)] if log else [value, low, high]
+        share = (scaled[0] - scaled[1]) / max(scaled[2] - scaled[1], 1e-12)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        *(_y_tick(y_at(tick), tick) for tick in y_ticks),
+        *(_x_tick(x_at(tick), tick) for tick in nice_ticks(first, last) if first <= tick <= last),
+    ]
+    for line, points in shown:
+        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
+        if line.dots:
+            parts += (
+                f'<circle class="dot {line.style}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="2.6"/>'
+                for x, y in points
+            )
+    legend = "".join(
+        f'<span class="key {line.style}">{escape(line.label)}</span>'
+        for line, _ in shown
+        if line.label
+    )
+    return f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>{''.join(parts)}</svg></figure>"
+
+
+def _y_tick(y: float, value: float) -> str:
+    return (
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
+    )
+
+
+def _x_tick(x: float, value: float) -> str:
+    return (
+        f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">'
+        f"{number(value)}</text>"
+    )
+
+
+def number(value: float) -> str:
+    """A short label: `0.25`, `1,000`, `2e-05`."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:.2g}"
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    if high <= low:
+        high = low + (abs(low) * 0.1 or 1.0)
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw)
+    count = math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9)
+    first = math.floor(low / step + 1e-9)
+    return [round((first + i) * step, 12) for i in range(count + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten around [low, high], with 2 and 5 between them when it is narrow."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]
+    below = max((t for t in ticks if t <= low), default=ticks[0])
+    above = min((t for t in ticks if t >= high), default=ticks[-1])
+    return [t for t in ticks if below <= t <= above]
+
+
+def finite(points: Sequence[Point], *, positive: bool = False) -> list[Point]:
+    """Points that can be drawn."""
+    return [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not positive)]
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most MOST_POINTS: means of equal stretches."""
+    if len(points) <= MOST_POINTS:
+        return list(points)
+    edges = [round(i * len(points) / MOST_POINTS) for i in range(MOST_POINTS + 1)]
+    groups = [points[a:b] for a, b in itertools.pairwise(edges)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def smoothed(points: Sequence[Point], half_life: float) -> list[Point]:
+    """Exponential mean that forgets half after `half_life` points, without the bias of its start."""
+    keep = 0.5 ** (1.0 / half_life)
+    result, total, weight = [], 0.0, 0.0
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1.0
+        result.append((x, total / weight))
+    return result

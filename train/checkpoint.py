@@ -1,0 +1,165 @@
+"""Checkpoints: everything a killed run needs to go on as if nothing had happened.
+
+    checkpoints/step-00000500/
+        model.safetensors       parameters that learn (frozen ones come from where the run started)
+        optimizer.safetensors   AdamW's two moments and step count, as <parameter>/<name>
+        state.json              step, samples and tokens seen, ...
+        COMMITTED               sizes of the files above; written last
+
+A checkpoint is written beside its final name, flushed to the disk file by file, and renamed: a name without
+`.partial` and with a COMMITTED inside is whole. The newest two are kept. Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from configs import UserError
+
+KEEP = 2
+MODEL, OPTIMIZER, STATE, COMMITTED = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "COMMITTED",
+)
+PARTIAL = ".partial"
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` (steps done) below `folder`, and drop all but the newest two."""
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    _clear(folder)
+    partial.mkdir(parents=True)
+    learning = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(learning, partial / MODEL)
+    save_file(_moments(model, optimizer), partial / OPTIMIZER)
+    (partial / STATE).write_text(
+        json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8"
+    )
+    sizes = {name: (partial / name).stat().st_size for name in (MODEL, OPTIMIZER, STATE)}
+    for name in sizes:
+        _flush(partial / name)
+    (partial / COMMITTED).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    _flush(partial / COMMITTED)
+    _flush(partial)
+    partial.rename(final)
+    _flush(folder)
+    for old in committed(folder)[:-KEEP]:
+        _remove(old)
+    return final
+
+
+def committed(folder: Path) -> list[Path]:
+    """The whole checkpoints below `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.suffix != PARTIAL and (p / COMMITTED).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one."""
+    return next(reversed(committed(folder)), None)
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint into the model and the optimizer; returns its state.
+
+    Raises:
+        UserError: a file is missing, cut short, or belongs to another model.
+    """
+    _check_sizes(path)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with safe_open(path / MODEL, framework="pt") as stored, torch.no_grad():
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        expected = {name: tuple(p.shape) for name, p in parameters.items()}
+        if shapes != expected:
+            differ = sorted(dict(shapes.items() ^ expected.items()))
+            raise UserError(
+                f"{path}: was written by another model: {len(differ)} parameters differ, such as "
+                f"{differ[0]}; resume with the options the run was started with"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(stored.get_tensor(name))
+    _load_moments(path / OPTIMIZER, model, optimizer)
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _check_sizes(path: Path) -> None:
+    try:
+        sizes = json.loads((path / COMMITTED).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / COMMITTED}: {error}; {_way_out(path)}") from None
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise UserError(f"{file}: {found} bytes, should be {size}; {_way_out(path)}")
+
+
+def _way_out(path: Path) -> str:
+    return f"remove {path}, and --resume goes on from the one before"
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order in which the optimizer numbers them."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = _names(model, optimizer)
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[i]}/{k}": v.contiguous() for i, values in state.items() for k, v in values.items()
+    }
+
+
+def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    index = {name: i for i, name in enumerate(_names(model, optimizer))}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as stored:
+        for key in stored.keys():  # noqa: SIM118  safe_open is no mapping
+            name, _, moment = key.rpartition("/")
+            state.setdefault(index[name], {})[moment] = stored.get_tensor(key)
+    # load_state_dict, not assignment: it knows where a fused or plain AdamW wants each tensor.
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path) -> None:
+    """What a killed run left half-written or half-removed."""
+    for path in folder.glob("step-*"):
+        if path.suffix == PARTIAL or not (path / COMMITTED).is_file():
+            shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    (path / COMMITTED).unlink()  # first: a half-removed checkpoint is not one
+    shutil.rmtree(path)

@@ -1,0 +1,333 @@
+"""How well a trained model answers what it has not seen, beside the same model looking at other pictures.
+
+python -m train.evaluate --run default                       # newest finished stage, held-out samples
+python -m train.evaluate --run default --datasets demo --json
+python -m train.evaluate --run default --split train         # what it has seen
+
+Answers come from cached features, through the code that `model.generate` uses. *Blind* is the same model
+with every picture exchanged for another of the split: what can be known without looking. The headline is
+the mean over question types of exact match; captions are reported apart, since no caption is the only
+right one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import configs
+from cache.layout import CacheRoot, write_atomic
+from cache.reader import FeatureReader, find_space
+from configs import UserError
+from model.answer import answer
+from model.device import pick_device
+from model.load import find_run, load_final
+from model.quantize import unpack
+from train.config import Options as TrainOptions
+from train.config import read_saved
+from train.data import (
+    FeatureLoader,
+    HeldOut,
+    Join,
+    OnePass,
+    TokenStore,
+    grow_trees,
+    held_out_samples,
+    join,
+)
+from train.forward import Forward, choose_precision
+from train.join import KIND
+from train.scoring import CAPTION, Answer, Task, by_task, is_right, mean_of
+from train.start import CONFIG, check_space, parse_mix
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.evaluate"
+LOSS_STEP = 64
+"""Samples at a time when measuring the loss; decides nothing but memory."""
+ANSWERS_AT_ONCE = 256
+"""Questions whose features are in memory together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Answer held-out questions with a trained model."""
+
+    run: str = "default"
+    """Name of the run, below runs/, or a path."""
+    stage: int | None = None
+    """Which stage; the newest finished one when not given."""
+    features: Path = Path("cache")
+    """Folder of the feature cache."""
+    datasets: str = ""
+    """Data sets, with commas; those the run was trained on when empty."""
+    split: Literal["val", "train"] = "val"
+    """`val`: held out, never trained on. `train`: what it has seen."""
+    limit: int = 2000
+    """Samples of each data set, at most."""
+    max_new_tokens: int = 64
+    """Longest answer, tokens."""
+    blind: bool = True
+    """Also answer with pictures exchanged within the split."""
+    point_grid: int = 10
+    """Points count as right in the right cell of a grid of this many cells a side; 0: exact text."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.max_new_tokens < 1:
+            raise ValueError("limit and max_new_tokens must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything measured."""
+
+    run: str
+    stage: int
+    step: int
+    split: str
+    space: str
+    samples: int
+    loss: float
+    """Cross-entropy a supervised token, nats."""
+    blind_loss: float | None
+    mean: float | None
+    """Headline: mean over question types without captions, of exact match; None without such types."""
+    blind_mean: float | None
+    tasks: tuple[Task, ...]
+    answers: tuple[Answer, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    options = configs.parse(Options, argv, prog=PROG)
+    result = evaluate(options)
+    print(json.dumps(summary(result)) if options.json else table(result))
+    return 0
+
+
+def evaluate(options: Options) -> Evaluation:
+    """Measure loss and answers; everything is also written beside the model, as evaluation-<split>.json."""
+    final = find_run(options.run, options.stage)
+    device = pick_device(options.device)
+    vlm, tokenizer, meta = load_final(final, device)
+    root = CacheRoot(options.features)
+    reader = FeatureReader(find_space(root, meta["space"]["name"]))
+    check_space(meta, reader.spec, final)
+    trained = trained_with(final)
+    mix = dict.fromkeys(parse_mix(options.datasets or trained.datasets, root))
+    seen = join(
+        root,
+        reader,
+        mix,
+        split=options.split,
+        held_out=trained.held_out,
+        min_coverage=0.0,
+        limit=options.limit,
+    )
+    tokens = TokenStore.open(
+        root, seen.names, tokenizer, folder=final.parent.parent.parent / ".tokens"
+    )
+    forward = Forward(
+        vlm=vlm,
+        spec=reader.spec,
+        device=device,
+        autocast=choose_precision(trained.precision, device, vlm),
+    )
+    joins = [seen, seen.blind(trained.seed)] if options.blind else [seen]
+    losses = [held_out_loss(j, tokens, reader, forward, trained) for j in joins]
+    given = [answers_of(j, root, reader, forward, tokenizer, options) for j in joins]
+    answers = scored(seen, root, given, options.point_grid)
+    tasks = by_task(answers)
+    result = Evaluation(
+        run=str(final.parent.parent),
+        stage=meta["stage"],
+        step=meta["step"],
+        split=options.split,
+        space=reader.path.name,
+        samples=seen.size,
+        loss=losses[0],
+        blind_loss=losses[1] if options.blind else None,
+        mean=mean_of([t.exact for t in tasks if t.name != CAPTION]),
+        blind_mean=mean_of([t.blind for t in tasks if t.name != CAPTION and t.blind is not None]),
+        tasks=tasks,
+        answers=answers,
+    )
+    save(final.parent / f"evaluation-{options.split}.json", result)
+    return result
+
+
+def trained_with(final: Path) -> TrainOptions:
+    """The options of the stage a model came from; defaults for a model that was moved elsewhere."""
+    path = final.parent / CONFIG
+    if not path.exists():
+        log.warning("%s: not there, so the split is taken with default options", path)
+        return TrainOptions()
+    return configs.build(TrainOptions, read_saved(path), str(path))
+
+
+# ---- loss and answers
+
+
+def held_out_loss(
+    joined: Join, tokens: TokenStore, reader: FeatureReader, forward: Forward, trained: TrainOptions
+) -> float:
+    """Loss a supervised token over all samples of the join."""
+    trees = grow_trees(
+        joined,
+        tokens,
+        max_tokens=trained.max_sequence_length,
+        max_branches=LOSS_STEP,
+        picture_tokens=reader.spec.tokens(KIND),
+    )
+    plan = OnePass(trees, LOSS_STEP)
+    with FeatureLoader(
+        plan, tokens, reader, max_tokens=trained.max_tokens, stop=len(plan)
+    ) as loader:
+        return forward.mean_loss(loader)[0]
+
+
+def answers_of(
+    joined: Join,
+    root: CacheRoot,
+    reader: FeatureReader,
+    forward: Forward,
+    tokenizer: Any,
+    options: Options,
+) -> list[str]:
+    """The model's answer to the last turn of every sample of the join, in its order."""
+    result: list[str] = []
+    waiting: list[HeldOut] = []
+
+    def flush() -> None:
+        prompts = [(asked(one.messages), features_of(one, reader)) for one in waiting]
+        with forward.precision():
+            result.extend(
+                answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
+            )
+        waiting.clear()
+
+    for one in questions(root, joined):
+        waiting.append(one)
+        if len(waiting) == ANSWERS_AT_ONCE:
+            flush()
+    if waiting:
+        flush()
+    return result
+
+
+def questions(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
+    """The samples that have an answer to compare with."""
+    for one in held_out_samples(root, joined):
+        if any(role == "assistant" for role, _, _ in one.messages):
+            yield one
+
+
+def asked(messages: Sequence[tuple[str, str, float]]) -> list[tuple[str, str, float]]:
+    """A conversation up to its last answer, which the model is to give."""
+    last = max(i for i, (role, _, _) in enumerate(messages) if role == "assistant")
+    return list(messages[:last])
+
+
+def features_of(one: HeldOut, reader: FeatureReader) -> torch.Tensor | None:
+    """(P, M, V) features of a sample's pictures, as stored."""
+    if not len(one.rows):
+        return None
+    spec = reader.spec
+    rows = np.empty((len(one.rows), spec.row_bytes(KIND)), np.uint8)
+    reader.read_into(KIND, one.rows, rows)
+    return unpack(torch.from_numpy(rows), spec.codec, spec.tokens(KIND), spec.width)
+
+
+# ---- scores
+
+
+def scored(
+    joined: Join, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
+) -> tuple[Answer, ...]:
+    """Answers beside what was expected; `given` holds one list, or two when the second is blind."""
+    result = []
+    for i, one in enumerate(questions(root, joined)):
+        sample = one.sample
+        task = sample.task or sample.dataset
+        expected = next(m.content for m in reversed(sample.messages) if m.role == "assistant")
+        said = [answers[i] for answers in given]
+        right = [is_right(task, expected, text, grid) for text in said]
+        result.append(
+            Answer(
+                sample=f"{sample.dataset}/{sample.id}",
+                task=task,
+                media=tuple(ref.source for ref in sample.media),
+                question=asked(one.messages)[-1][1] if asked(one.messages) else "",
+                expected=expected,
+                given=said[0],
+                correct=right[0],
+                blind=said[1] if len(said) > 1 else None,
+                blind_correct=right[1] if len(said) > 1 else None,
+            )
+        )
+    return tuple(result)
+
+
+# ---- output
+
+
+def summary(result: Evaluation) -> dict[str, Any]:
+    """The result without the single answers."""
+    return {k: v for k, v in asdict(result).items() if k != "answers"}
+
+
+def table(result: Evaluation) -> str:
+    """The result for people."""
+    rows = [("", "questions", "exact match", "blind")]
+    rows += [(t.name, f"{t.questions:,}", _share(t.exact), _share(t.blind)) for t in result.tasks]
+    rows.append(("mean without captions", "", _share(result.mean), _share(result.blind_mean)))
+    rows.append(("loss", f"{result.samples:,}", _nats(result.loss), _nats(result.blind_loss)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        f"{row[0]:<{widths[0]}}  "
+        + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    head = f"{result.run} stage {result.stage} step {result.step}, {result.split} split, space {result.space}"
+    return "\n".join([head, *lines])
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def save(path: Path, result: Evaluation) -> None:
+    """Everything, single answers included, as JSON."""
+    write_atomic(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
+
+
+def read(path: Path) -> Evaluation:
+    """The inverse of `save`.
+
+    Raises:
+        UserError: it is not there, or of another version.
+    """
+    try:
+        return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; make it: {PROG} --run {path.parent.parent}") from None
+
+
+if __name__ == "__main__":
+    configs.command(main)

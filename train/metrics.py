@@ -1,0 +1,273 @@
+"""What a run tells while it runs: metrics.jsonl with every step, a line on the screen, trackers by flag.
+
+Rates are measured over the steps since the last line, never since the start of the program; waiting for
+data is measured where the trainer waits. On resume metrics.jsonl is cut at the checkpoint, so that it
+reads as one run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from cache.layout import write_atomic
+from configs import UserError
+
+METRICS = "metrics.jsonl"
+PROJECT = "nanomolmo2"
+GIB = 2**30
+# getrusage counts KiB on Linux and bytes on macOS.
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, as in metrics.jsonl."""
+
+    step: int
+    """Steps done, this one included."""
+    epoch: float
+    """Passes over the mix begun when this step started."""
+    loss: float
+    """Cross-entropy a supervised token, weighted, over all samples of the step, nats."""
+    lr: float
+    """Learning rate of the language model; 0 when it is frozen."""
+    connector_lr: float
+    """Learning rate of the connector; 0 when it is frozen."""
+    grad_norm: float
+    """Length of all gradients together, before clipping."""
+    samples: int
+    """Samples in the step."""
+    tokens: int
+    """Tokens in the step, image tokens included."""
+    step_s: float
+    """Duration, seconds."""
+    wait_s: float
+    """Of which waiting for data, seconds."""
+    memory_gib: float
+    """Peak so far: of the GPU, or of the process on a CPU."""
+
+
+class Tracker(Protocol):
+    """A place that draws curves."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class RunLog:
+    """Writes metrics.jsonl, prints a line every `every` steps, feeds the trackers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        last_step: int,
+        trackers: Sequence[Tracker] = (),
+        screen: TextIO | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._every, self._last = every, last_step
+        self._trackers, self._screen = trackers, screen or sys.stdout
+        self._window: list[StepRecord] = []
+
+    def step(self, record: StepRecord) -> None:
+        """Record one step."""
+        self._write(asdict(record))
+        self._window.append(record)
+        if record.step % self._every == 0 or record.step == self._last or record.step == 1:
+            print(screen_line(self._window, self._last), file=self._screen, flush=True)
+            self._track(window_values(self._window), record.step)
+            self._window = []
+
+    def held_out(self, step: int, loss: float, samples: int) -> None:
+        """Record the loss on held-out samples after `step` steps."""
+        self._write({"step": step, "held_out_loss": loss, "held_out_samples": samples})
+        print(
+            f"step {step:>{len(str(self._last))}}/{self._last}  held-out loss {loss:.4f} ({samples} samples)",
+            file=self._screen,
+            flush=True,
+        )
+        self._track({"held_out_loss": loss}, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step)
+
+
+def window_values(window: Sequence[StepRecord]) -> dict[str, float]:
+    """A window of steps as one point: means, and rates over its whole time."""
+    seconds = math.fsum(r.step_s for r in window)
+    last = window[-1]
+    return {
+        "loss": math.fsum(r.loss for r in window) / len(window),
+        "lr": last.lr,
+        "connector_lr": last.connector_lr,
+        "grad_norm": math.fsum(r.grad_norm for r in window) / len(window),
+        "tokens_per_s": sum(r.tokens for r in window) / seconds,
+        "samples_per_s": sum(r.samples for r in window) / seconds,
+        "data_wait": math.fsum(r.wait_s for r in window) / seconds,
+        "step_s": seconds / len(window),
+        "memory_gib": last.memory_gib,
+        "epoch": last.epoch,
+    }
+
+
+def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
+    """The window as a line for people."""
+    v = window_values(window)
+    step = window[-1].step
+    rates = " ".join(f"{v[name]:.2e}" for name in ("lr", "connector_lr") if v[name])
+    return (
+        f"step {step:>{len(str(last_step))}}/{last_step}  loss {v['loss']:.4f}  lr {rates}  "
+        f"grad {v['grad_norm']:.2f}  {v['tokens_per_s']:,.0f} tok/s  {v['samples_per_s']:.1f} samples/s  "
+        f"wait {v['data_wait']:.1%}  {v['step_s'] * 1000:.0f} ms  {v['memory_gib']:.1f} GiB  "
+        f"ETA {duration((last_step - step) * v['step_s'])}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 05 min`, `6 d 4 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one cut short by a kill (the last) is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Forget what was written after `step` steps: a resumed run writes it again."""
+    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+    write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+# ---- trackers
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, *, run_id: str, start: int, config: Mapping[str, Any]
+) -> list[Tracker]:
+    """The trackers named by `--log`, going on at `start` when resumed.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    title = f"{folder.parent.name}-{folder.name}"
+    openers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: Tensorboard(folder / "tb", start),
+        "wandb": lambda: Wandb(title, folder, run_id, config),
+        "trackio": lambda: Trackio(title, config),
+    }
+    return [openers[name]() for name in dict.fromkeys(names)]
+
+
+class Tensorboard:
+    """`tensorboard --logdir runs`."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # 1 s, only when asked for
+
+        # What lies after the checkpoint is drawn again, so the old points must go.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; the same run goes on after a resume."""
+
+    def __init__(self, title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        wandb = _import_tracker("wandb")
+        self._run = wandb.init(
+            project=PROJECT,
+            name=title,
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+            config=dict(config),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._run.finish()
+
+
+class Trackio:
+    """Hugging Face's local tracker."""
+
+    def __init__(self, title: str, config: Mapping[str, Any]) -> None:
+        self._trackio = _import_tracker("trackio")
+        self._trackio.init(project=PROJECT, name=title, config=dict(config), resume="allow")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._trackio.finish()
+
+
+def _import_tracker(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"--log {name} needs a package that is not here: pip install 'nanomolmo2[track]', "
+            "or use --log tensorboard"
+        ) from None

@@ -1,0 +1,363 @@
+"""A run as one HTML page: held-out pictures with questions and answers, scores beside blind, loss curves.
+
+python -m train.report --run default                      # runs/default/stage<k>/report.html
+python -m train.report --run default --output report.html --pictures 60
+
+The page stands alone: pictures are inside it, curves are SVG, nothing is fetched. Pictures are read from
+where the samples found them; one that is not on this machine, or has changed since it was encoded, is said
+to be so. Answers come from `train.evaluate`, which is run first when it has not been.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+import configs
+from cache.layout import CacheRoot, write_atomic
+from cache.tables import media_table
+from model.load import find_run, read_meta
+from train import evaluate as evaluation
+from train.charts import Line, chart, finite, smoothed
+from train.evaluate import Evaluation
+from train.metrics import duration, read_metrics
+from train.scoring import CAPTION, Answer
+from train.start import CONFIG
+
+log = logging.getLogger(__name__)
+
+PROG = "python -m train.report"
+VERBATIM_BYTES = 100_000
+"""Small pictures go into the page as they are."""
+THUMBNAIL = 480
+"""Longer side of what others are shrunk to, pixels."""
+TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the report of a run."""
+
+    run: str = "default"
+    """Name of the run, below runs/, or a path."""
+    stage: int | None = None
+    """Which stage; the newest finished one when not given."""
+    features: Path = Path("cache")
+    """Folder of the feature cache."""
+    split: Literal["val", "train"] = "val"
+    """Which pictures to show."""
+    pictures: int = 36
+    """How many."""
+    output: Path | None = None
+    """Where to write; `report.html` beside the model when not given."""
+    device: str = "auto"
+    """Where to compute the answers, when that has not been done."""
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise ValueError(f"pictures {self.pictures} is negative")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    options = configs.parse(Options, argv, prog=PROG)
+    final = find_run(options.run, options.stage)
+    folder = final.parent
+    result = evaluated(final, options)
+    page = render(
+        result,
+        read_metrics(folder),
+        pictures_of(result.answers, options.pictures, CacheRoot(options.features)),
+        config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
+        meta=read_meta(final),
+    )
+    output = options.output or folder / "report.html"
+    write_atomic(output, page.encode())
+    print(f"{output}: {len(page.encode()) / 1e6:.1f} MB")
+    return 0
+
+
+def evaluated(final: Path, options: Options) -> Evaluation:
+    """The answers saved for this very model, or made now."""
+    saved = final.parent / f"evaluation-{options.split}.json"
+    if saved.exists():
+        result = evaluation.read(saved)
+        if result.step == read_meta(final)["step"]:
+            return result
+    return evaluation.evaluate(
+        evaluation.Options(
+            run=str(final), features=options.features, split=options.split, device=options.device
+        )
+    )
+
+
+# ---- pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One sample's pictures, and everything asked about them."""
+
+    images: tuple[str, ...]
+    """HTML of each picture."""
+    answers: tuple[Answer, ...]
+
+
+def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
+    """The first `most` pictures (or groups of them) with all their questions, evenly over the data sets."""
+    groups: dict[tuple[str, ...], list[Answer]] = {}
+    for one in answers:
+        if one.media:
+            groups.setdefault(one.media, []).append(one)
+    queues: dict[str, list[tuple[str, ...]]] = {}
+    for media, about in groups.items():
+        queues.setdefault(about[0].sample.split("/")[0], []).append(media)
+    chosen: list[tuple[str, ...]] = []
+    for rank in range(max(map(len, queues.values()), default=0)):
+        chosen += [queue[rank] for queue in queues.values() if rank < len(queue)]
+    chosen = chosen[:most]
+    keys = keys_of({source for media in chosen for source in media}, root)
+    return [
+        Shown(
+            images=tuple(picture(Path(source), keys.get(source)) for source in media),
+            answers=tuple(groups[media]),
+        )
+        for media in chosen
+    ]
+
+
+def keys_of(sources: set[str], root: CacheRoot) -> dict[str, str]:
+    """The key under which each source was encoded."""
+    table = media_table(root)
+    rows = table.filter(pc.is_in(table["source"], value_set=pa.array(sorted(sources), pa.string())))
+    return dict(zip(rows["source"].to_pylist(), rows["key"].to_pylist(), strict=True))
+
+
+def picture(path: Path, key: str | None) -> str:
+    """An `img` with the picture inside, or a box that says why not."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return absent("not on this machine")
+    if key is not None and hashlib.sha256(data).hexdigest() != key:
+        return absent("has changed since it was encoded")
+    kind = next((name for magic, name in TYPES.items() if data.startswith(magic)), None)
+    if kind is None or len(data) > VERBATIM_BYTES:
+        try:
+            data, kind = shrunk(data), "jpeg"
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+            return absent("cannot be read")
+    return f'<img alt="" loading="lazy" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def shrunk(data: bytes) -> bytes:
+    """A JPEG of at most THUMBNAIL pixels a side."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        small = ImageOps.exif_transpose(image).convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def absent(reason: str) -> str:
+    """What stands where a picture cannot."""
+    return f'<div class="absent">picture {escape(reason)}</div>'
+
+
+# ---- page
+
+
+def render(
+    result: Evaluation,
+    lines: Sequence[Mapping[str, Any]],
+    shown: Sequence[Shown],
+    *,
+    config: str,
+    meta: Mapping[str, Any],
+) -> str:
+    """The whole page."""
+    name = f"{Path(result.run).name}, stage {result.stage}"
+    steps = [line for line in lines if "loss" in line]
+    seconds = sum(line["step_s"] for line in steps)
+    spent = f" in {duration(seconds)}" if steps else ""
+    facts = (
+        f"{meta['llm']} with a {meta['connector']} connector on {result.space} · "
+        f"{result.step:,} steps{spent} · {result.samples:,} samples of the {result.split} split"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><header><h1>{escape(name)}</h1><p>{escape(facts)}</p></header><main>"
+        f"{headline(result)}<section><h2>Scores</h2>{scores(result)}</section>"
+        f"<section><h2>Training</h2>{curves(lines)}</section>"
+        f"<section><h2>Pictures it has {'' if result.split == 'train' else 'not '}seen in training</h2>"
+        f'<div class="cards">{"".join(map(card, shown))}</div></section>'
+        f"<section><details><summary>Options</summary><pre>{escape(config)}</pre></details></section>"
+        "</main></body></html>\n"
+    )
+
+
+def headline(result: Evaluation) -> str:
+    """The figures that matter, large."""
+    boxes = []
+    if result.mean is not None:
+        boxes.append(("exact match", f"{result.mean:.1%}", "mean over question types"))
+    if result.blind_mean is not None:
+        boxes.append(("blind", f"{result.blind_mean:.1%}", "the same model, pictures exchanged"))
+    beside = "" if result.blind_loss is None else f"{result.blind_loss:.3f} blind"
+    boxes.append(("loss", f"{result.loss:.3f}", beside))
+    return '<div class="boxes">' + "".join(map(_box, boxes)) + "</div>"
+
+
+def _box(box: tuple[str, str, str]) -> str:
+    label, value, note = map(escape, box)
+    return f"<div><small>{label}</small><strong>{value}</strong><small>{note}</small></div>"
+
+
+def scores(result: Evaluation) -> str:
+    """A bar for each question type, blind's mark on it."""
+    rows = []
+    for task in result.tasks:
+        apart = " (apart)" if task.name == CAPTION else ""
+        mark = "" if task.blind is None else f'<i style="left:{task.blind:.2%}"></i>'
+        blind = "" if task.blind is None else f"{task.blind:.1%}"
+        rows.append(
+            f"<tr><th>{escape(task.name)}{apart}</th><td>{task.questions:,}</td>"
+            f'<td class="bar"><div><b style="width:{task.exact:.2%}"></b>{mark}</div></td>'
+            f"<td>{task.exact:.1%}</td><td>{blind}</td></tr>"
+        )
+    return (
+        "<table><thead><tr><th>question</th><td>asked</td><td></td><td>exact match</td><td>blind</td></tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, learning rates, gradient norm over steps."""
+    steps = [line for line in lines if "loss" in line]
+
+    def column(name: str) -> list[tuple[float, float]]:
+        return finite([(line["step"], line[name]) for line in steps])
+
+    held = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    half_life = max(3.0, len(steps) / 60)
+    loss = [
+        Line(label="", points=column("loss"), style="faint"),
+        Line(label="training, smoothed", points=smoothed(column("loss"), half_life), style="a"),
+        Line(label="held out", points=held, style="b", dots=True),
+    ]
+    rates = [
+        Line(label="language model", points=column("lr"), style="a"),
+        Line(label="connector", points=column("connector_lr"), style="b"),
+    ]
+    norm = [
+        Line(label="", points=column("grad_norm"), style="faint"),
+        Line(label="smoothed", points=smoothed(column("grad_norm"), half_life), style="a"),
+    ]
+    return (
+        '<div class="charts">'
+        + chart([line for line in loss if line.points], title="Loss", log=True)
+        + chart([line for line in rates if any(y for _, y in line.points)], title="Learning rate")
+        + chart(norm, title="Gradient norm")
+        + "</div>"
+    )
+
+
+def card(shown: Shown) -> str:
+    """A picture with its questions."""
+    return (
+        f'<article><div class="images">{"".join(shown.images)}</div>'
+        f"<dl>{''.join(map(question, shown.answers))}</dl></article>"
+    )
+
+
+def question(one: Answer) -> str:
+    """What was asked, said, expected, and said blindly."""
+    verdict = "plain" if one.task == CAPTION else "right" if one.correct else "wrong"
+    said = f'<span class="said">{escape(one.given) or "<i>nothing</i>"}</span>'
+    expected = "" if one.correct else f'<span class="note">expected {escape(one.expected)}</span>'
+    blind = "" if one.blind is None else f'<span class="note">blind {escape(one.blind)}</span>'
+    asked = escape(one.question.replace("<image>", "").strip()) or escape(one.task)
+    return f'<dt>{asked}</dt><dd class="{verdict}">{said}{expected}{blind}</dd>'
+
+
+STYLE = """
+:root{--ink:#1c2024;--soft:#60646c;--line:#e4e6ea;--page:#f7f8fa;--card:#fff;--a:#2563c9;--b:#d9730d;
+--right:#1a7f4b;--wrong:#c23a3a;color-scheme:light dark}
+@media (prefers-color-scheme:dark){:root{--ink:#eceef0;--soft:#9ba1a6;--line:#2b2f33;--page:#111314;
+--card:#191c1e;--a:#6ea2ff;--b:#ffa057;--right:#4cc38a;--wrong:#ff8080}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;
+font-variant-numeric:tabular-nums}
+header,main{max-width:1180px;margin:auto;padding:0 24px}
+header{padding-top:40px}
+h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
+h2{font-size:18px;margin:40px 0 14px}
+header p{color:var(--soft);margin:0 0 24px}
+.boxes{display:flex;flex-wrap:wrap;gap:14px}
+.boxes div{flex:1 1 200px;background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:16px 20px}
+.boxes strong{display:block;font-size:34px;line-height:1.25;letter-spacing:-.02em}
+small{color:var(--soft);font-size:13px}
+table{width:100%;border-collapse:collapse;background:var(--card);border:1px solid var(--line);
+border-radius:10px}
+th,td{padding:8px 16px;text-align:right;border-top:1px solid var(--line);white-space:nowrap;font-weight:400}
+th{text-align:left}
+thead td,thead th{border:0;color:var(--soft);font-size:13px}
+.bar{width:55%}
+.bar div{position:relative;height:10px;border-radius:5px;background:var(--line)}
+.bar b{position:absolute;inset:0 auto 0 0;border-radius:5px;background:var(--a)}
+.bar i{position:absolute;top:-4px;bottom:-4px;width:3px;margin-left:-1px;
+border-radius:2px;background:var(--b)}
+.charts{display:grid;grid-template-columns:repeat(2,1fr);gap:14px}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 8px}
+figure:first-child{grid-column:1/-1}
+figcaption{display:flex;gap:18px;align-items:baseline;font-size:13px;margin-bottom:6px}
+figcaption b{font-size:14px;font-weight:600}
+svg{display:block;width:100%;height:auto}
+.grid{stroke:var(--line)}
+.tick{fill:var(--soft);font-size:12px}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}
+.line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.faint{stroke:var(--a);stroke-width:1;opacity:.25}
+.dot.b{fill:var(--b)}
+.key{color:var(--soft)}
+.key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;
+vertical-align:middle;background:currentColor}
+.key.a::before{background:var(--a)}.key.b::before{background:var(--b)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px}
+article{background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.images{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:1px;background:var(--line)}
+.images img,.absent{width:100%;aspect-ratio:1;object-fit:contain;background:var(--page);display:block}
+.absent{display:grid;place-content:center;color:var(--soft);font-size:13px;padding:20px;text-align:center}
+dl{margin:0;padding:6px 16px 14px}
+dt{color:var(--soft);font-size:13px;margin-top:8px;overflow-wrap:anywhere}
+dd{margin:0;overflow-wrap:anywhere}
+.said{font-weight:600}
+.right .said{color:var(--right)}.wrong .said{color:var(--wrong)}
+.note{display:block;color:var(--soft);font-size:13px}
+.right .note{display:inline;margin-left:10px}
+.empty,summary{color:var(--soft)}
+summary{cursor:pointer;margin-top:30px}
+pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;
+overflow:auto;font-size:13px}
+main{padding-bottom:60px}
+@media (max-width:760px){.charts{grid-template-columns:1fr}.bar{width:25%}th,td{padding:8px}}
+"""
+
+
+if __name__ == "__main__":
+    configs.command(main)

@@ -1,0 +1,107 @@
+"""When an answer is right: exact match of normalised text, and for pointing the cell pointed at."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CAPTION = "caption"
+"""The question type that is reported apart: no caption is the only right one."""
+POINT = "point"
+"""The question type whose answers are places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One question, what was expected and what was said."""
+
+    sample: str
+    """`<data set>/<id>`."""
+    task: str
+    """Type of question; the data set's name when it has none."""
+    media: tuple[str, ...]
+    """Sources of its pictures."""
+    question: str
+    """The last user turn."""
+    expected: str
+    """The assistant turn of the sample."""
+    given: str
+    """The model's answer."""
+    correct: bool
+    """Whether it counts as right."""
+    blind: str | None = None
+    """The answer with other pictures; None when that was not asked for."""
+    blind_correct: bool | None = None
+    """Whether that one counts as right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The result on one type of question."""
+
+    name: str
+    questions: int
+    exact: float
+    """Share answered right."""
+    blind: float | None
+    """The same with other pictures."""
+
+
+def is_right(task: str, expected: str, given: str, grid: int) -> bool:
+    """Exact match of normalised text; for pointing, the same cells of the grid."""
+    if task == POINT and grid:
+        cells = pointed_cells(expected, grid)
+        return bool(cells) and pointed_cells(given, grid) == cells
+    return normalized(given) == normalized(expected)
+
+
+def normalized(text: str) -> str:
+    """What exact match compares: case, outer white space, a final period make no difference."""
+    return unicodedata.normalize("NFC", text).strip().removesuffix(".").strip().casefold()
+
+
+_POINTS = re.compile(r'<points coords="([\d\s]+)">')
+
+
+def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]] | None:
+    """Every point of an html-v2 answer as (picture, column, row) on a grid; None when it is not one.
+
+    `<points coords="1 1 900 400 2 911 800">label</points>`: a picture's number, then for each point its own
+    number, x and y from 0 to 1000.
+    """
+    found = _POINTS.search(text)
+    if found is None:
+        return None
+    numbers = [int(n) for n in found[1].split()]
+    if len(numbers) % 3 != 1 or len(numbers) < 4:
+        return None
+    points = zip(numbers[2::3], numbers[3::3], strict=True)
+    return sorted(
+        (numbers[0], min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
+        for x, y in points
+    )
+
+
+def by_task(answers: Sequence[Answer]) -> tuple[Task, ...]:
+    """Results a question type, captions last."""
+    names = sorted({a.task for a in answers}, key=lambda name: (name == CAPTION, name))
+    result = []
+    for name in names:
+        here = [a for a in answers if a.task == name]
+        blind = [a.blind_correct for a in here if a.blind_correct is not None]
+        result.append(
+            Task(
+                name=name,
+                questions=len(here),
+                exact=sum(a.correct for a in here) / len(here),
+                blind=sum(blind) / len(blind) if blind else None,
+            )
+        )
+    return tuple(result)
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Mean; None of nothing."""
+    return sum(values) / len(values) if values else None
