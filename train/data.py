@@ -97,8 +97,9 @@ def inspect_text(micro: MicroBatch, tokenizer: Any, trees: Trees) -> str:
     packed = micro.packed
     head = (
         f"step {micro.step}, micro-batch {micro.index}: {micro.tokens:,} tokens, "
-        f"{len(micro.codes)} pictures, {micro.samples} samples, {len(packed.targets):,} supervised "
-        f"tokens of weight {float(packed.loss_weights.sum()):,.1f} (the step's: {micro.step_weight:,.1f})"
+        f"{_count(len(micro.codes), 'picture')}, {_count(micro.samples, 'sample')}, "
+        f"{_count(len(packed.targets), 'supervised token')} of weight "
+        f"{float(packed.loss_weights.sum()):,.1f} (the step's: {micro.step_weight:,.1f})"
     )
     lines = [head]
     weights = {
@@ -117,7 +118,7 @@ def inspect_text(micro: MicroBatch, tokenizer: Any, trees: Trees) -> str:
 
 def _tree_lines(number: int, tree: PlacedTree, render: _Renderer) -> list[str]:
     first, end = tree.prefix[0], tree.branches[-1][1]
-    count = f"{len(tree.media)} pictures, {len(tree.branches)} samples"
+    count = f"{_count(len(tree.media), 'picture')}, {_count(len(tree.branches), 'sample')}"
     lines = [f"sequence {number}: tokens {first}-{end - 1}, {count}"]
     shared_first, shared_end = tree.prefix
     if shared_end > shared_first:
@@ -128,6 +129,10 @@ def _tree_lines(number: int, tree: PlacedTree, render: _Renderer) -> list[str]:
         positions = render.positions(at, stop)
         lines.append(f"  {render.trees.join.name_of(sample)} {at}-{stop - 1}{positions}: {text}")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 class _Renderer:

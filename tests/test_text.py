@@ -1,0 +1,179 @@
+"""Tokenised text: once per (samples, tokenizer, template), whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.layout import CacheRoot
+from cache.tables import MediaRef, Message, Sample, write_samples
+from configs import UserError
+from model.language import load_tokenizer, tokenize_messages
+from model.tokenizer import byte_tokenizer
+from train import text
+from train.text import TokenStore, messages_of
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return load_tokenizer("random:qwen3-tiny")
+
+
+def some_samples(answer: str = "two") -> list[Sample]:
+    def sample(name: str, user: str, pictures: int, weight: float = 1.0) -> Sample:
+        return Sample(
+            id=name,
+            dataset="d",
+            messages=(
+                Message(role="user", content=user),
+                Message(role="assistant", content=answer, weight=weight),
+            ),
+            media=tuple(MediaRef(source=f"/{name}/{i}") for i in range(pictures)),
+        )
+
+    return [
+        sample("plain", "hello", 0),
+        sample("one", "<image> how many?", 1, 0.25),
+        sample("two", "<image> or <image>?", 2),
+        sample("unmarked", "how many?", 1),
+    ]
+
+
+def all_samples(store: TokenStore, count: int) -> list[tuple[list[int], list[float]]]:
+    return [
+        (store.sample(0, i).ids.tolist(), store.sample(0, i).weights.tolist()) for i in range(count)
+    ]
+
+
+def test_a_store_holds_what_the_template_says(tmp_path: Path, tokenizer: object) -> None:
+    root = CacheRoot(tmp_path / "cache")
+    samples = some_samples()
+    write_samples(root, "d", samples)
+    store = TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
+    for i, sample in enumerate(samples):
+        expected = tokenize_messages(tokenizer, messages_of(sample), len(sample.media))  # type: ignore[arg-type]
+        found = store.sample(0, i)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.weights.tolist() == expected.weights.tolist()
+    dataset, index = np.zeros(4, np.int16), np.arange(4)
+    lengths = store.lengths(dataset, index)
+    assert lengths.tolist() == [len(store.sample(0, i).ids) for i in range(4)]
+    sums = store.loss_weights(dataset, index)
+    assert sums.tolist() == [
+        4.0,
+        1.0,
+        4.0,
+        4.0,
+    ]  # t, w, o and the end mark; .25 each in one of them
+    prefixes = store.prefixes(dataset, index)
+    for i in range(4):
+        ids = store.sample(0, i).ids
+        places = np.flatnonzero(ids == store.image_token_id)
+        assert prefixes.length[i] == (places[-1] + 1 if len(places) else 0)
+    assert prefixes.hash[1] == prefixes.hash[3]  # "user\n<image>" both
+    assert len(set(prefixes.hash.tolist())) == 3
+    assert not list((tmp_path / "cache").rglob("*.bin"))  # nothing of this belongs in the cache
+
+
+def test_the_second_opening_tokenises_nothing(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
+    write_samples(root, "d", some_samples())
+    first = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
+    monkeypatch.setattr(text, "tokenize_messages", None)  # calling it would fail
+    assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == first
+
+
+def test_other_text_tokenizer_or_template_is_another_store(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
+
+    def stores() -> int:
+        return len(list(folder.iterdir()))
+
+    write_samples(root, "d", some_samples())
+    TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    assert stores() == 1
+    write_samples(root, "d", some_samples("three"))
+    changed = TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    assert stores() == 2
+    words = TokenStore.open(root, ["d"], byte_tokenizer(["three"]), folder=folder)
+    assert stores() == 3
+    assert len(words.sample(0, 0).ids) < len(changed.sample(0, 0).ids)
+    monkeypatch.setattr(text, "TEMPLATE_VERSION", "other")
+    TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    assert stores() == 4
+
+
+def test_an_interrupted_or_shortened_store_is_made_again(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
+    write_samples(root, "d", some_samples())
+
+    tokenize_sample = text.tokenize_sample
+
+    def stop(sample: Sample, tok: object) -> object:
+        if sample.id == "two":
+            raise KeyboardInterrupt
+        return tokenize_sample(sample, tok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "tokenize_sample", stop)
+        with pytest.raises(KeyboardInterrupt):
+            TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    assert list(folder.iterdir()) == []
+    whole = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
+    for name in text.FILES:
+        (path,) = folder.glob(f"*/{name}")
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
+        assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
+        assert path.read_bytes() == data
+    (meta,) = folder.glob("*/meta.json")
+    meta.write_text("{")
+    assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
+
+
+def test_a_sample_whose_pictures_and_marks_differ_is_named(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    root = CacheRoot(tmp_path / "cache")
+    media = (MediaRef(source="/a"), MediaRef(source="/b"))
+    messages = (
+        Message(role="user", content="<image> ?"),
+        Message(role="assistant", content="yes"),
+    )
+    write_samples(root, "d", [Sample(id="s7", dataset="d", messages=messages, media=media)])
+    with pytest.raises(UserError, match=r"sample d/s7: 2 pictures but 1 <image> marks.*encode.run"):
+        TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_several_data_sets_and_an_empty_one(tmp_path: Path, tokenizer: object) -> None:
+    root = CacheRoot(tmp_path / "cache")
+    write_samples(root, "a", some_samples())
+    write_samples(root, "b", some_samples("a much longer answer"))
+    write_samples(root, "none", [])
+    store = TokenStore.open(root, ["b", "none", "a"], tokenizer, folder=tmp_path / "tokens")
+    lengths = store.lengths(np.array([2, 0], np.int16), np.array([0, 0]))
+    assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
+
+
+def test_long_work_says_how_far_it_is(
+    tmp_path: Path,
+    tokenizer: object,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = CacheRoot(tmp_path / "cache")
+    write_samples(root, "d", some_samples())
+    monkeypatch.setattr(text, "PROGRESS_S", 0.0)
+    with caplog.at_level(logging.INFO, "train.text"):
+        TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
+    assert "d: 2 samples tokenised" in caplog.text
