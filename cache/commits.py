@@ -90,7 +90,7 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> C
         str(number),
     ):
         raise Corrupt(
-            path, f"it is the commit of {meta['array']} shard {meta['shard']}, or foreign"
+            path, f"it is the commit of {meta['array']} shard {meta['shard']}, or of another space"
         )
     rows = table["row"].to_numpy()
     if not 0 < len(rows) <= slots or (rows != number * slots + np.arange(len(rows))).any():
@@ -119,8 +119,8 @@ class RowIndex:
         self.slots = slots
         self.shards = np.array([c.shard for c in commits], np.int64)
         self.nbytes = {c.shard: c.nbytes for c in commits}
-        counts = [c.table.num_rows for c in commits]
-        self.starts = np.cumsum([0, *counts], dtype=np.int64)
+        self.counts = np.array([c.table.num_rows for c in commits], np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         table = pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
         self.keys = _fixed_bytes(table["key"])
         self.crcs = table["crc"].to_numpy()
@@ -171,9 +171,9 @@ class RowIndex:
         shard, slot = np.divmod(rows, self.slots)
         at = np.searchsorted(self.shards, shard)
         known = at < len(self.shards)
-        known[known] = self.shards[at[known]] == shard[known]
-        at[~known] = 0
-        if not len(self.shards) or not (known & (slot < np.diff(self.starts)[at])).all():
+        there = at[known]
+        known[known] = (self.shards[there] == shard[known]) & (slot[known] < self.counts[there])
+        if not known.all():
             raise IndexError("a row number that is not committed")
         return self.starts[at] + slot
 

@@ -55,7 +55,8 @@ class FeatureReader:
             kind: RowIndex(read_commits(paths, info, kind), info.slots[kind]) for kind in KINDS
         }
         # Least recently used files close themselves, once no thread reads them.
-        self._file = functools.lru_cache(_open_files())(self._open)
+        sizes = {kind: index.nbytes for kind, index in self.index.items()}
+        self._file = functools.lru_cache(_open_files())(functools.partial(_open, paths, sizes))
 
     def rows(self, kind: str) -> int:
         """How many rows of `kind` there are."""
@@ -93,11 +94,12 @@ class FeatureReader:
             targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
             file = self._file(kind, shards[start])
             if not file.read(targets, slots[start] * geometry.slot_bytes):
-                raise self._corrupt(kind, shards[start], "it ends early")
+                raise corrupt_shard(self.paths, kind, shards[start], "it ends early")
             if self.checked:
                 for i, target in enumerate(targets, start):
                     if crc32c(target) != crcs[i]:
-                        raise self._corrupt(kind, shards[i], f"row {rows[i]} fails its checksum")
+                        what = f"row {rows[i]} fails its checksum"
+                        raise corrupt_shard(self.paths, kind, shards[i], what)
 
     def read(self, kind: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
         """The features (tokens, width) of one view.
@@ -127,19 +129,6 @@ class FeatureReader:
                 digests[kind][positions] = row_digests(rows)
         return logical_hash(self.index, digests)
 
-    def _open(self, kind: str, shard: int) -> _ShardFile:
-        try:
-            file = _ShardFile(self.paths.shard(kind, shard))
-        except FileNotFoundError:
-            raise self._corrupt(kind, shard, "missing") from None
-        expected = self.index[kind].nbytes[shard]
-        if file.nbytes != expected:
-            raise self._corrupt(kind, shard, f"{file.nbytes} bytes, not {expected}")
-        return file
-
-    def _corrupt(self, kind: str, shard: int, what: str) -> Corrupt:
-        return corrupt_shard(self.paths, kind, shard, what)
-
 
 class _ShardFile:
     """An open shard; closes itself when the last reader lets go of it."""
@@ -167,6 +156,19 @@ class _ShardFile:
                 return False
             got += more
         return True
+
+
+def _open(
+    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], kind: str, shard: int
+) -> _ShardFile:
+    try:
+        file = _ShardFile(paths.shard(kind, shard))
+    except FileNotFoundError:
+        raise corrupt_shard(paths, kind, shard, "missing") from None
+    expected = sizes[kind][shard]
+    if file.nbytes != expected:
+        raise corrupt_shard(paths, kind, shard, f"{file.nbytes} bytes, not {expected}")
+    return file
 
 
 def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:

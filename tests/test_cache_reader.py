@@ -1,0 +1,392 @@
+"""The reader finds what was committed, returns its exact bytes from any thread or process, or raises."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import codec, commits, layout, reader
+from cache.commits import SCHEMA, Commit, RowIndex, key_bytes
+from cache.layout import CacheRoot, Corrupt
+from cache.reader import FeatureReader, find_space
+from cache.writer import Space
+from configs import UserError
+from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Space:
+    """Pictures 0-9 in shards of 4, 3, none, 2 and 1 rows; frames 0-2."""
+    space = make_space(tmp_path_factory.mktemp("filled"))
+    fill(space, [3, 1, 2, 0])
+    fill(space, [6, 4, 5])
+    space.paths.shard("picture", 2).parent.mkdir(parents=True)  # begun, never committed
+    fill(space, [8, 7])
+    fill(space, [9])
+    fill(space, [0, 1, 2], kind="frame")
+    return space
+
+
+ROWS = {3: 0, 1: 1, 2: 2, 0: 3, 6: 4, 4: 5, 5: 6, 8: 12, 7: 13, 9: 16}
+"""Picture -> its row number there."""
+
+
+def test_keys_are_found_and_strangers_are_not(filled: Space) -> None:
+    seen = FeatureReader(filled.paths)
+    assert (seen.rows("picture"), seen.rows("frame")) == (10, 3)
+    rows = seen.lookup("picture", [key(number) for number in range(12)])
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [ROWS.get(number, -1) for number in range(12)]
+    assert seen.lookup("frame", [key(2), key(3)]).tolist() == [2, -1]
+    assert seen.lookup("picture", []).tolist() == []
+    assert seen.lookup("picture", [key(0)], "crop:0,0,1,1").tolist() == [-1]
+    assert seen.contains("picture", key(9))
+    assert not seen.contains("picture", key(10))
+    with pytest.raises(ValueError, match="64 hex digits"):
+        seen.lookup("picture", ["abc"])
+
+
+def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
+    seen = FeatureReader(filled.paths.root)
+    expected = codec.unpack(row(5), "int8", SPEC.tokens("picture"), SPEC.width)
+    np.testing.assert_array_equal(seen.read("picture", key(5)), expected)
+    np.testing.assert_allclose(seen.read("picture", key(5)), features(5), atol=0.03)
+    assert seen.read("frame", key(1)).shape == (1, 64)
+    assert (seen.spec, seen.load, seen.path) == (filled.spec, filled.load, filled.paths.root)
+    with pytest.raises(KeyError, match="no picture"):
+        seen.read("picture", key(99))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(wanted=st.lists(st.sampled_from(sorted(ROWS)), max_size=30))
+def test_any_rows_in_any_order_are_the_bytes_written(
+    filled: Space, checked: bool, wanted: list[int]
+) -> None:
+    seen = FeatureReader(filled.paths, checked=checked)
+    out = np.zeros((len(wanted), SPEC.row_bytes("picture")), np.uint8)
+    seen.read_into("picture", np.array([ROWS[number] for number in wanted], np.int64), out)
+    for number, found in zip(wanted, out, strict=True):
+        np.testing.assert_array_equal(found, row(number))
+
+
+def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = os.preadv
+
+    def counted(fd: int, buffers: list[memoryview], at: int) -> int:
+        calls.append(len(buffers))
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    seen = FeatureReader(filled.paths)
+    out = np.empty((7, SPEC.row_bytes("picture")), np.uint8)
+    seen.read_into("picture", np.arange(7), out)
+    assert calls == [7, 5], "one for each shard: its rows, and the crcs between them"
+    calls.clear()
+    seen.read_into("picture", np.array([2, 1, 12, 13, 5, 6, 0]), out)
+    assert calls == [1, 1, 3, 3, 1]
+    calls.clear()
+    monkeypatch.setattr(reader, "RUN_ROWS", 2)
+    seen.read_into("picture", np.arange(7), out)
+    assert calls == [3, 3, 3, 1]
+
+
+def test_reads_that_come_up_short_are_continued(
+    filled: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+    chunk = 0
+
+    def short(fd: int, buffers: list[memoryview], at: int) -> int:
+        left = chunk
+        some = []
+        for buffer in buffers:
+            some.append(buffer[:left])
+            left -= len(some[-1])
+        return real(fd, some, at)
+
+    monkeypatch.setattr(os, "preadv", short)
+    out = np.empty((4, SPEC.row_bytes("picture")), np.uint8)
+    for chunk in (1, 97, 266, 700):  # noqa: B007 - `short` reads it: ends within rows and crcs
+        FeatureReader(filled.paths).read_into("picture", np.arange(4), out)
+        np.testing.assert_array_equal(out, [row(number) for number in (3, 1, 2, 0)])
+
+
+def test_what_cannot_be_read_is_refused(filled: Space) -> None:
+    seen = FeatureReader(filled.paths)
+    size = SPEC.row_bytes("picture")
+    for rows in ([-1], [7], [8], [17], [0, 400], [10**12]):
+        with pytest.raises(IndexError, match="not committed"):
+            seen.read_into("picture", np.array(rows), np.empty((len(rows), size), np.uint8))
+    for out in (
+        np.empty((1, size - 1), np.uint8),
+        np.empty((2, size), np.uint8),
+        np.empty((1, size), np.int8),
+        np.empty((size, 1), np.uint8).T[:, ::-1],
+    ):
+        with pytest.raises(ValueError, match="out is"):
+            seen.read_into("picture", np.array([0]), out)
+
+
+def test_an_empty_space_has_no_rows(tmp_path: Path) -> None:
+    seen = FeatureReader(make_space(tmp_path).paths)
+    assert seen.rows("picture") == 0
+    assert seen.lookup("picture", [key(0)]).tolist() == [-1]
+    with pytest.raises(IndexError):
+        seen.read_into("picture", np.array([0]), np.empty((1, SPEC.row_bytes("picture")), np.uint8))
+    assert len(seen.logical_hash()) == 64
+
+
+def test_no_write_permission_is_needed(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [1])
+    for path in [*tmp_path.rglob("*"), tmp_path]:
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        FeatureReader(space.paths).read("picture", key(1))
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        for path in [tmp_path, *tmp_path.rglob("*")]:
+            path.chmod(0o700)
+
+
+def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
+    """Every byte. What is no part of a row (crc, index) leaves the rows what they are."""
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    path = space.paths.shard("picture", 0)
+    data = bytearray(path.read_bytes())
+    size, slot_bytes = SPEC.row_bytes("picture"), SPEC.row_bytes("picture") + 4
+    for at in range(len(data)):
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        data[at] ^= 1 << at % 8
+        hit, within = divmod(at, slot_bytes)
+        seen = FeatureReader(space.paths)
+        for number in (0, 1):
+            out = np.empty((1, size), np.uint8)
+            if number == hit and within < size:
+                with pytest.raises(Corrupt, match=rf"row {number} fails its checksum; delete .*"):
+                    seen.read_into("picture", np.array([number]), out)
+            else:
+                seen.read_into("picture", np.array([number]), out)
+                np.testing.assert_array_equal(out[0], row(number))
+
+
+@pytest.mark.parametrize("which", ["space.json", "commits/picture-00000000.parquet"])
+def test_a_flipped_byte_of_the_metadata_is_noticed_at_opening(tmp_path: Path, which: str) -> None:
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    path = space.paths.root / which
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data), 5):
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        data[at] ^= 1 << at % 8
+        with pytest.raises(Corrupt, match=f"{which}: "):
+            FeatureReader(space.paths)
+
+
+def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    fill(space, [2, 3])
+    first, second = (space.paths.shard("picture", number) for number in (0, 1))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(Corrupt, match="row 0 fails"):
+        FeatureReader(space.paths).read("picture", key(0))
+    shutil.copy(space.paths.commit("picture", 1), space.paths.commit("picture", 0))
+    with pytest.raises(
+        Corrupt, match=r"picture-00000000\.parquet: it is the commit of picture shard 1"
+    ):
+        FeatureReader(space.paths)
+    other = make_space(tmp_path / "other", "fp16")
+    fill(other, [0, 1])
+    shutil.copy(other.paths.commit("picture", 0), space.paths.commit("picture", 0))
+    with pytest.raises(Corrupt, match="or of another space"):
+        FeatureReader(space.paths)
+
+
+def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    path, commit = space.paths.shard("picture", 0), space.paths.commit("picture", 0)
+    seen = FeatureReader(space.paths)
+    seen.read("picture", key(0))
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(300)
+    assert seen.read("picture", key(0)) is not None, "the row before the cut"
+    with pytest.raises(Corrupt, match="it ends early"):
+        seen.read("picture", key(1))
+    with pytest.raises(Corrupt, match=r"300 bytes, not 604; delete .*picture-00000000\.parquet"):
+        FeatureReader(space.paths).read("picture", key(0))
+    path.unlink()
+    with pytest.raises(Corrupt, match="missing"):
+        FeatureReader(space.paths).read("picture", key(0))
+    path.write_bytes(whole)
+    commit.unlink()  # the way out
+    assert FeatureReader(space.paths).rows("picture") == 0
+
+
+def test_threads_share_one_reader_though_files_are_closed_meanwhile(
+    filled: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_open_files", lambda: 1)
+    seen = FeatureReader(filled.paths)
+    numbers = sorted(ROWS)
+
+    def work(seed: int) -> int:
+        draw = random.Random(seed)
+        out = np.empty((6, SPEC.row_bytes("picture")), np.uint8)
+        for _ in range(150):
+            chosen = [draw.choice(numbers) for _ in range(6)]
+            seen.read_into("picture", np.array([ROWS[number] for number in chosen]), out)
+            for number, found in zip(chosen, out, strict=True):
+                assert (found == EXPECTED[number]).all()
+        return 1
+
+    with ThreadPoolExecutor(6) as threads:
+        assert sum(threads.map(work, range(6))) == 6
+
+
+EXPECTED = {number: row(number) for number in ROWS}
+
+FORKED = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from cache.reader import FeatureReader
+from tests.test_cache_reader import ROWS, EXPECTED
+reader = FeatureReader(Path(sys.argv[1]))
+numbers = list(ROWS)
+out = np.empty((len(ROWS), reader.spec.row_bytes("picture")), np.uint8)
+def work():
+    for _ in range(200):
+        out[:] = 0
+        reader.read_into("picture", np.array([ROWS[n] for n in numbers]), out)
+        assert all((EXPECTED[n] == found).all() for n, found in zip(numbers, out))
+work()
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+work()
+sys.exit(sum(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_forked_processes_share_one_reader(filled: Space) -> None:
+    subprocess.run(
+        [sys.executable, "-c", FORKED, str(filled.paths.root)],
+        check=True,
+        cwd=Path(layout.__file__).parents[1],
+    )
+
+
+def test_files_are_closed_with_their_reader(filled: Space) -> None:
+    def open_shards() -> int:
+        links = list(Path("/proc/self/fd").iterdir())
+        return sum(str(filled.paths.root) in str(link.resolve()) for link in links)
+
+    seen = FeatureReader(filled.paths)
+    seen.read("picture", key(0))
+    seen.read("picture", key(9))
+    assert open_shards() == 2
+    del seen
+    assert open_shards() == 0
+
+
+def test_equal_content_has_an_equal_logical_hash(tmp_path: Path, filled: Space) -> None:
+    other = make_space(tmp_path / "a")
+    fill(other, [0, 1, 2], kind="frame")
+    for number in range(10):
+        fill(other, [number])
+    expected = FeatureReader(filled.paths).logical_hash()
+    assert FeatureReader(other.paths).logical_hash() == expected
+    fill(other, [10])
+    assert FeatureReader(other.paths).logical_hash() != expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_index_is_a_dictionary(data: st.DataObject) -> None:
+    """Against a dict, with keys, views and hashes that collide on purpose."""
+    keys = [bytes([a]) * 8 + bytes([b]) * 24 for a in range(3) for b in range(3)]
+    views = ["full", "t:0", "t:500000"]
+    identity = st.tuples(st.sampled_from(keys), st.sampled_from(views))
+    shards = data.draw(st.lists(st.lists(identity, min_size=1, max_size=SLOTS), max_size=5))
+    numbers = data.draw(
+        st.lists(st.integers(0, 30), min_size=len(shards), max_size=len(shards), unique=True)
+    )
+    model: dict[tuple[bytes, str], int] = {}
+    twice = set()
+    made = []
+    for number, identities in zip(sorted(numbers), shards, strict=True):
+        rows = range(number * SLOTS, number * SLOTS + len(identities))
+        for row_number, found in zip(rows, identities, strict=True):
+            if model.setdefault(found, row_number) != row_number:
+                twice.add((model[found], row_number))
+        columns = {
+            "key": [found[0] for found in identities],
+            "view": [found[1] for found in identities],
+            "time_s": [None] * len(identities),
+            "row": list(rows),
+            "crc": list(rows),
+            "error": [0.0] * len(identities),
+        }
+        table = commits.pa.table(columns, SCHEMA)
+        made.append(Commit(shard=number, nbytes=0, index_crc=0, table=table))
+    index = RowIndex(made, SLOTS)
+    for view in [*views, "other"]:
+        wanted = [model.get((name, view), -1) for name in keys]
+        found_rows = index.lookup(key_bytes([name.hex() for name in keys]), view)
+        assert found_rows.tolist() == wanted
+    positions = np.arange(len(index))
+    rows_found = index.rows(positions)
+    assert rows_found.tolist() == [r for commit in made for r in commit.table["row"].to_pylist()]
+    assert index.positions(rows_found).tolist() == positions.tolist()
+    pairs = index.rows(np.array(index.duplicates(), np.int64).reshape(-1, 2))
+    assert {tuple(pair) for pair in pairs.tolist()} == twice
+    order = [index.identity(position) for position in index.by_identity()]
+    assert order == sorted(order)
+
+
+def test_the_space_is_found_by_its_name_or_alone(tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no feature space under .*Make one: python -m encode\.run"
+    ):
+        find_space(root, None)
+    with pytest.raises(UserError, match="no feature space"):
+        find_space(root, "toy")
+    int8 = make_space(tmp_path).paths
+    assert find_space(root, None) == int8
+    fp16 = make_space(tmp_path, "fp16").paths
+    assert find_space(root, "toy-fp16") == fp16
+    assert find_space(root, int8.name) == int8
+    with pytest.raises(UserError, match=f"2 spaces .*--space {fp16.name} | {int8.name}"):
+        find_space(root, None)
+    with pytest.raises(UserError, match="2 spaces"):
+        find_space(root, "toy")
+    with pytest.raises(UserError, match="no space 'toi'"):
+        find_space(root, "toi")

@@ -1,0 +1,268 @@
+"""Shards appear whole or not at all, in the right order, under numbers never used before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache import layout
+from cache.commits import read_commit
+from cache.damage import verify
+from cache.layout import CacheRoot, Corrupt, read_sealed_json, sealed_json
+from cache.reader import FeatureReader
+from cache.space import MAX_SLOTS, new_info
+from cache.writer import ShardWriter, Space
+from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
+
+
+def test_rows_come_back_and_the_table_says_what_was_said(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    writer = ShardWriter(space, "picture", space.next_shard("picture"))
+    writer.append(key(1), "full", row(1), error=0.25)
+    writer.append(key(1), "crop:0,0,1,1", row(2), time_s=1.5)
+    assert (writer.rows, writer.full) == (2, False)
+    assert space.keys("picture") == set()
+    assert writer.commit() == 2
+    table = space.commits("picture").to_pydict()
+    assert table["key"] == [bytes.fromhex(key(1))] * 2
+    assert (table["view"], table["time_s"]) == (["full", "crop:0,0,1,1"], [None, 1.5])
+    assert (table["row"], table["error"]) == ([0, 1], [0.25, 0.0])
+    assert space.keys("picture") == {(key(1), "full"), (key(1), "crop:0,0,1,1")}
+    assert space.shard_keys("picture", 0) == space.keys("picture")
+    assert space.shard_keys("picture", 1) == set()
+    assert FeatureReader(space.paths).read("picture", key(1)).shape == features(1).shape
+
+
+def test_a_shard_holds_what_its_geometry_says(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, range(SLOTS))
+    fill(space, [SLOTS])
+    geometry = space.info.geometry("picture")
+    for number, rows in ((0, SLOTS), (1, 1)):
+        commit = read_commit(space.paths, space.info, "picture", number)
+        size = space.paths.shard("picture", number).stat().st_size
+        assert size == commit.nbytes == geometry.file_bytes(rows) == rows * 268 + 16 * SLOTS + 4
+
+
+def test_a_row_that_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    writer = ShardWriter(space, "picture", 0)
+    writer.append(key(0), "full", row(0))
+    for name, view, payload, why in (
+        (key(0), "full", row(0), "already"),
+        (key(1), "full", row(1)[:-1], "263 bytes, not 264"),
+        (key(1)[:-2], "full", row(1), "64 hex digits"),
+        ("x" * 64, "full", row(1), "hexadecimal"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            writer.append(name, view, payload)
+    for number in range(1, SLOTS):
+        writer.append(key(number), "full", row(number).tobytes())
+    assert writer.full
+    with pytest.raises(ValueError, match="full"):
+        writer.append(key(9), "full", row(9))
+    assert writer.commit() == SLOTS
+    assert not verify(CacheRoot(tmp_path), deep=True).broken
+
+
+def test_a_write_that_comes_up_short_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwritev
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, buffers, at: real(fd, [memoryview(buffers[0])[:100]], at)
+    )
+    space = make_space(tmp_path)
+    fill(space, [1, 2])
+    assert not verify(CacheRoot(tmp_path), deep=True).broken
+
+
+def test_a_write_that_fails_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = make_space(tmp_path)
+    writer = ShardWriter(space, "picture", 0)
+
+    def full_disk(fd: int, buffers: Any, at: int) -> int:
+        os.pwrite(fd, b"half a row", at)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            writer.append(key(1), "full", row(1))
+    assert writer.rows == 0
+    writer.append(key(1), "full", row(1))
+    assert writer.commit() == 1
+    assert not verify(CacheRoot(tmp_path), deep=True).broken
+
+
+def test_numbers_are_never_used_again(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    assert fill(space, [0]) == 0
+    ShardWriter(space, "picture", 1)  # begun, and its process died
+    assert space.next_shard("picture") == 2
+    with pytest.raises(FileExistsError):
+        ShardWriter(space, "picture", 1)
+    assert fill(space, [2]) == 2
+    shutil.rmtree(space.paths.shard("picture", 2).parent.parent)  # lost, but committed
+    assert space.next_shard("picture") == 3
+    assert space.next_shard("frame") == 0
+
+
+def test_an_aborted_or_empty_shard_leaves_nothing(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    writer = ShardWriter(space, "picture", 0)
+    writer.append(key(1), "full", row(1))
+    writer.abort()
+    assert ShardWriter(space, "picture", 0).commit() == 0
+    assert list(space.paths.shards_dir("picture").iterdir()) == []
+    committed = ShardWriter(space, "picture", 0)
+    committed.append(key(1), "full", row(1))
+    committed.commit()
+    committed.abort()
+    writer.abort()  # late, when the number is another's
+    assert space.keys("picture") == {(key(1), "full")}
+    assert not verify(CacheRoot(tmp_path), deep=True).broken
+
+
+def test_creating_is_idempotent_and_keeps_what_is_there(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [1])
+    space.grow("picture")
+    files = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    again = Space.create(CacheRoot(tmp_path), space.spec, {"other": 1}, shard_bytes=1 << 30)
+    assert (again.load, again.info) == (space.load, space.info)
+    for path, (inode, mtime_ns) in files.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (inode, mtime_ns)
+
+
+def test_a_space_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    values = read_sealed_json(space.paths.space_json)
+    del values["seal"]
+    values["spec"]["patch_size"] = 1
+    space.paths.space_json.write_bytes(sealed_json(values))
+    with pytest.raises(Corrupt, match="fingerprint"):
+        Space.open(space.paths)
+    other = make_space(tmp_path / "other", "fp16")
+    shutil.copy(other.paths.space_json, space.paths.space_json)
+    with pytest.raises(Corrupt, match="another space"):
+        make_space(tmp_path)
+
+
+def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    path = space.paths.array_json("picture")
+
+    def rows() -> int:
+        return int(read_sealed_json(path)["shape"][0])
+
+    assert rows() == 0
+    fill(space, [1])
+    ShardWriter(space, "picture", 1)
+    fill(space, [2])
+    space.grow("picture")
+    assert rows() == 3 * SLOTS
+    space.paths.commit("picture", 2).unlink()
+    space.grow("picture")
+    assert rows() == 3 * SLOTS
+    path.write_bytes(path.read_bytes().replace(b"float16", b"float32"))
+    with pytest.raises(Corrupt):
+        rows()
+    space.grow("picture")
+    assert rows() == SLOTS
+    space.paths.group_json.unlink()
+    make_space(tmp_path)
+    assert not verify(CacheRoot(tmp_path)).broken
+
+
+def test_shards_are_about_as_large_as_asked() -> None:
+    info = new_info(SPEC, {}, 1000)  # 264 bytes a picture, 66 a frame
+    assert info.slots == {"picture": 4, "frame": 16}
+    assert new_info(SPEC, {}, 1).slots == {"picture": 1, "frame": 1}
+    assert new_info(SPEC, {}, 1 << 40).slots == {"picture": MAX_SLOTS, "frame": MAX_SLOTS}
+
+
+def test_nothing_is_named_before_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rename comes after the fsync of what it names, and before the fsync of its folder."""
+    space = make_space(tmp_path)
+    trace: list[tuple[str, str]] = []
+
+    def name(fd: int) -> str:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+    def spy(module: Any, call: str, describe: Any) -> None:
+        real = getattr(module, call)
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            trace.append((call, describe(*args)))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, call, spied)
+
+    spy(os, "pwritev", lambda fd, *_: name(fd))
+    spy(os, "fsync", name)
+    spy(os, "mkdir", lambda path, *_: str(path))
+    spy(os, "rename", lambda source, target: f"{source}>{target}")
+    fill(space, [1, 2])
+    shard = str(space.paths.shard("picture", 0))
+    folders = [str(parent) for parent in Path(shard).parents][:3]
+    commits = str(space.paths.commits_dir)
+    assert trace[:2] == [("mkdir", folders[1]), ("mkdir", folders[0])]
+    assert trace[2:6] == [("pwritev", f"{shard}.partial")] * 3 + [("fsync", f"{shard}.partial")]
+    assert trace[6] == ("rename", f"{shard}.partial>{shard}")
+    assert trace[7:10] == [("fsync", folder) for folder in folders]
+    (call, temporary), renamed, last = trace[10:]
+    assert call == "fsync"
+    assert temporary.startswith(commits)
+    assert renamed == ("rename", f"{temporary}>{space.paths.commit('picture', 0)}")
+    assert last == ("fsync", commits)
+
+
+def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
+    space = make_space(tmp_path / "cache")
+    fill(space, [1, 2])
+    space.grow("picture")
+    shutil.rmtree(space.paths.array("frame"))  # as if creation, too, had died half-way
+    before = space.keys("picture")
+    after = before | {(key(11), "full"), (key(12), "full")}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.crash_points", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(layout.__file__).parents[1],
+    )
+    calls = int(run.stdout)
+    assert calls > 25
+    seen = []
+    for call in range(calls + 1):
+        root = CacheRoot(tmp_path / str(call))
+        copy = Space.open(root.space(space.paths.name))
+        keys = copy.keys("picture")
+        assert keys in (before, after)
+        seen.append(keys == after)
+        reader = FeatureReader(copy.paths)
+        for media, view in keys:
+            assert reader.contains("picture", media, view)
+            reader.read("picture", media)
+        if not seen[-1]:  # the next job does it again, beside what was left
+            completed = Space.create(root, copy.spec, copy.load)
+            fill(completed, [11, 12])
+            completed.grow("picture")
+        report = verify(root, deep=True)
+        assert not report.broken
+        assert report.spaces[0].logical_hash == FeatureReader(copy.paths).logical_hash()
+        assert report.spaces[0].rows["picture"] == 4
+    assert seen == sorted(seen), "once visible, always visible"
+    assert seen[0] is False
+    assert seen[-1] is True
