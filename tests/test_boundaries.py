@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def copy(tmp_path: Path) -> Path:
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_contracts_name_every_module() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    named = {c["name"]: c for c in contracts["contracts"]}
+
+    def modules(package: str, but: set[str]) -> set[str]:
+        found = {p.stem for p in (ROOT / package).glob("*.py")} - {"__init__"} - but
+        return {f"{package}.{stem}" for stem in found}
+
+    forbidden = named["model uses only the spec and the codec of the cache"]["forbidden_modules"]
+    assert set(forbidden) == modules("cache", but={"spec", "codec"})
+    bare = named["Ray is a coat: one file wears it"]["source_modules"]
+    assert modules("encode", but={"cluster"}) <= set(bare)
 
 
 def test_the_contracts_hold(copy: Path) -> None:
