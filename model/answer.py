@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.attention import ATTENTION
-from model.language import eos_ids, prompt_ids, token_id
-from model.template import Message
-from model.tokenizer import IMAGE
+from model.template import Message, prompt_ids
+from model.tokenizer import IMAGE, eos_ids, token_id
 from model.vlm import VLM
 
 Prompt = tuple[Sequence[Message], Tensor | None]

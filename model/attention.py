@@ -66,8 +66,11 @@ def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -
     for part, *rows in zip(plan.parts, *spread, strict=True):
         count = part.trees if isinstance(part, Group) else 1
         # (B * L, H * D) -> (B, H, L, D)
-        qkv = [x.view(count, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows]
-        out = _sdpa(*qkv, part.mask, scale) if isinstance(part, Group) else _long(*qkv, part, scale)
+        a, b, c = (x.view(count, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows)
+        if isinstance(part, Group):
+            out = _sdpa(a, b, c, part.mask, scale)
+        else:
+            out = _long(a, b, c, part, scale)
         done.append(out.transpose(1, 2).reshape(-1, heads * width))
     result = done[0] if len(done) == 1 else torch.cat(done)
     if plan.inverse is not None:
@@ -98,7 +101,7 @@ def _long(q: Tensor, k: Tensor, v: Tensor, part: LongTree, scale: float) -> Tens
 
 
 def varlen_packed(
-    q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernel: Callable[..., Tensor]
+    q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernel: Kernel
 ) -> Tensor:
     """(T, Hq, D), (T, Hkv, D) x 2 -> (T, Hq, D), through a kernel of `cuda_kernel`.
 
@@ -109,8 +112,12 @@ def varlen_packed(
     return kernel(q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, scale)
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
+"""q, k, v, cumulative query and key lengths, longest query and key run, scale -> output."""
+
+
 @functools.cache
-def cuda_kernel() -> Callable[..., Tensor] | None:
+def cuda_kernel() -> Kernel | None:
     """flash-attn when installed, else torch's own variable-length attention, else None.
 
     Both align the causal triangle with the last key, so a prefix is seen in full.
@@ -127,20 +134,27 @@ def cuda_kernel() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # before torch 2.11
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # an older torch
         return None
-    return lambda q, k, v, cu_q, cu_k, max_q, max_k, scale: varlen_attn(
-        q,
-        k,
-        v,
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+
+    def torch_kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        scale: float,
+    ) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        out = varlen_attn(
+            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+        )
+        assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
+        return out
+
+    return torch_kernel
 
 
 def packed_attention(

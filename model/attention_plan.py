@@ -26,55 +26,58 @@ MAX_PADDING = 0.3
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Consecutive units: the first has no prefix, the others' prefixes lie within it."""
+class Forest:
+    """The units of a batch, seen as trees and as tokens. All int64, on the CPU."""
 
-    start: int
-    stop: int
-    units: Tensor  # (u, 4), counted from `start`
+    units: Tensor  # (U, 4)
+    first: Tensor  # (trees + 1,) first unit of each tree
+    start: Tensor  # (trees,) first token
+    size: Tensor  # (trees,) tokens
+    own: Tensor  # (T,) where a token's own run starts
+    prefix: Tensor  # (T, 2) the prefix it sees
 
 
-def trees_of(units: Tensor, tokens: int) -> list[Tree]:
-    """Cut the units of a batch into trees.
+def forest_of(units: Tensor, tokens: int) -> Forest:
+    """Cut the units of a batch into trees: a unit without a prefix begins one, the others join it.
 
     Raises:
-        ValueError: units leave tokens out, overlap, or have a prefix outside their tree.
+        ValueError: units leave tokens out, overlap, or have a prefix outside their tree's first unit.
     """
-    rows = units.tolist()
-    if [r[0] for r in rows] + [tokens] != [0] + [r[1] for r in rows]:
+    q0, q1, p0, p1 = units.unbind(1)
+    edges = torch.cat((q0, q1[-1:]))
+    if edges[0] != 0 or edges[-1] != tokens or bool((edges[1:] != q1).any() | (q0 >= q1).any()):
         raise ValueError(f"units do not cover 0..{tokens} one after another")
-    roots = [i for i, (_, _, p0, p1) in enumerate(rows) if p0 == p1]
-    if not roots or roots[0] != 0:
+    is_root = p0 == p1
+    if not is_root[0]:
         raise ValueError("the first unit has a prefix")
-    trees = []
-    for i, j in zip(roots, [*roots[1:], len(rows)], strict=True):
-        start, root_end = rows[i][:2]
-        for q0, q1, p0, p1 in rows[i + 1 : j]:
-            if not start <= p0 < p1 <= root_end:
-                raise ValueError(f"unit {q0}..{q1}: prefix {p0}..{p1} leaves {start}..{root_end}")
-        local = units[i:j] - start
-        if rows[i][2] != start:  # an empty prefix may stand anywhere
-            local = torch.cat((torch.tensor([[0, root_end - start, 0, 0]]), local[1:]))
-        trees.append(Tree(start, rows[j - 1][1], local))
-    return trees
+    roots = is_root.nonzero().squeeze(1)
+    root = roots[is_root.cumsum(0) - 1]  # (U,) the unit that began its tree
+    outside = ~is_root & ((p0 < q0[root]) | (p1 <= p0) | (p1 > q1[root]))
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"unit {units[at].tolist()}: its prefix leaves the first unit of its tree")
+    start = q0[roots]
+    lengths = q1 - q0
+    return Forest(
+        units=units,
+        first=F.pad(roots, (0, 1), value=len(units)),
+        start=start,
+        size=torch.cat((start[1:], edges[-1:])) - start,
+        own=q0.repeat_interleave(lengths),
+        prefix=torch.where(is_root.unsqueeze(1), 0, units[:, 2:]).repeat_interleave(lengths, dim=0),
+    )
 
 
-def tree_mask(trees: list[Tree]) -> Tensor:
-    """(B, L, L) bool: which keys each query of each tree sees. Padding sees itself (no empty softmax)."""
-    longest = max(t.stop - t.start for t in trees)
-    place = torch.arange(longest)
-    # Per query: start of its own run, and its prefix. Padding: own run of one, no prefix.
-    own = place.expand(len(trees), longest).clone()
-    p0, p1 = torch.zeros_like(own), torch.zeros_like(own)
-    for row, tree in enumerate(trees):
-        lengths = tree.units[:, 1] - tree.units[:, 0]
-        size = tree.stop - tree.start
-        own[row, :size] = tree.units[:, 0].repeat_interleave(lengths)
-        p0[row, :size] = tree.units[:, 2].repeat_interleave(lengths)
-        p1[row, :size] = tree.units[:, 3].repeat_interleave(lengths)
+def tree_mask(forest: Forest, trees: Tensor) -> Tensor:
+    """(B,) -> (B, L, L) bool: which keys each query sees. Padding sees itself (no empty softmax)."""
+    start, size = forest.start[trees].unsqueeze(1), forest.size[trees].unsqueeze(1)
+    place = torch.arange(int(size.max()))
+    token = torch.where(place < size, start + place, 0)  # (B, L)
+    own = torch.where(place < size, forest.own[token] - start, place)
+    prefix = torch.where((place < size).unsqueeze(2), forest.prefix[token] - start.unsqueeze(2), 0)
     key, query = place.view(1, 1, -1), place.view(1, -1, 1)
-    in_prefix = (key >= p0.unsqueeze(2)) & (key < p1.unsqueeze(2))
-    return in_prefix | ((key >= own.unsqueeze(2)) & (key <= query))
+    in_own = (key >= own.unsqueeze(2)) & (key <= query)
+    return in_own | (key >= prefix[:, :, :1]) & (key < prefix[:, :, 1:])
 
 
 @dataclass(frozen=True)
@@ -138,27 +141,27 @@ def plan_sdpa(
     units: Tensor, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> SdpaPlan:
     """Group the trees of a batch into as few SDPA calls as little padding allows."""
-    trees = sorted(trees_of(units, tokens), key=lambda t: t.start - t.stop)  # longest first
+    forest = forest_of(units, tokens)
+    branched = (forest.first.diff() > 1).tolist()
     parts: list[Group | LongTree] = []
     rows, index = [], []
     inverse = torch.empty(tokens, dtype=torch.int64)
     first = 0  # row where the part begins
-    for members in _groups(trees):
-        length = members[0].stop - members[0].start
-        starts = torch.tensor([t.start for t in members]).unsqueeze(1)
-        sizes = torch.tensor([t.stop - t.start for t in members]).unsqueeze(1)
-        place = torch.arange(length).unsqueeze(0)
-        real = place < sizes  # (B, L)
-        token = torch.where(real, starts + place, 0)
+    for members in _groups(forest.size):
+        trees = torch.tensor(members)
+        size = forest.size[trees].unsqueeze(1)
+        place = torch.arange(int(size.max()))
+        real = place < size  # (B, L)
+        token = torch.where(real, forest.start[trees].unsqueeze(1) + place, 0)
         inverse[token[real]] = first + real.flatten().nonzero().squeeze(1)
         index.append(token.flatten())
-        if length > LONG_TREE:
-            parts.append(_long_tree(members[0], device, dtype))
-        elif all(len(t.units) == 1 for t in members) and bool(real.all()):
-            parts.append(Group(len(members), length, None))
+        if len(place) > LONG_TREE:
+            parts.append(_long_tree(forest, members[0], device, dtype))
+        elif bool(real.all()) and not any(branched[t] for t in members):
+            parts.append(Group(len(members), len(place), None))
         else:
-            mask = _additive(tree_mask(members).unsqueeze(1), device, dtype)
-            parts.append(Group(len(members), length, mask))
+            mask = _additive(tree_mask(forest, trees).unsqueeze(1), device, dtype)
+            parts.append(Group(len(members), len(place), mask))
         rows.append(token.numel())
         first += token.numel()
     index_all = torch.cat(index)
@@ -167,49 +170,45 @@ def plan_sdpa(
     return SdpaPlan(index_all.to(device), inverse.to(device), tuple(parts), tuple(rows))
 
 
-def _groups(trees: list[Tree]) -> list[list[Tree]]:
+def _groups(sizes: Tensor) -> list[list[int]]:
     """Trees, longest first, cut into groups: long ones alone, the others with bounded padding."""
-    groups: list[list[Tree]] = []
+    groups: list[list[int]] = []
     longest, used = 0, 0
-    for tree in trees:
-        size = tree.stop - tree.start
+    order = sizes.argsort(descending=True, stable=True).tolist()
+    for tree, size in zip(order, sizes[order].tolist(), strict=True):
         cells = (len(groups[-1]) + 1) * longest**2 if groups else 0
         if (
-            not groups
-            or longest > LONG_TREE
+            longest > LONG_TREE
             or cells > MASK_ELEMENTS
             or used + size**2 < (1 - MAX_PADDING) * cells
+            or not groups
         ):
             groups.append([])
             longest, used = size, 0
         groups[-1].append(tree)
         used += size**2
-    return groups
+    return [sorted(group) for group in groups]
 
 
-def _long_tree(tree: Tree, device: torch.device, dtype: torch.dtype) -> LongTree:
-    beginning = int(tree.units[0, 1])
-    pieces: list[list[Tensor]] = []
-    width = 0
-    for unit in tree.units[1:]:
-        size = int(unit[1] - unit[0])
-        if not pieces or (width + size) * (beginning + width + size) > MASK_ELEMENTS:
-            pieces.append([])
-            width = 0
-        pieces[-1].append(unit)
-        width += size
-    sizes, masks = [beginning], []
-    for piece in pieces:
-        q0, q1 = int(piece[0][0]), int(piece[-1][1])
-        query = torch.arange(q0, q1).unsqueeze(1)
-        key = torch.cat((torch.arange(beginning), torch.arange(q0, q1))).unsqueeze(0)
-        mask = torch.zeros(q1 - q0, key.numel(), dtype=torch.bool)
-        for u0, u1, p0, p1 in (unit.tolist() for unit in piece):
-            inside = slice(u0 - q0, u1 - q0)
-            mask[inside] = (key >= p0) & (key < p1) | (key >= u0) & (key <= query[inside])
-        sizes.append(q1 - q0)
+def _long_tree(forest: Forest, tree: int, device: torch.device, dtype: torch.dtype) -> LongTree:
+    start = forest.start[tree]
+    units = forest.units[forest.first[tree] : forest.first[tree + 1]]
+    beginning = int(units[0, 1] - start)
+    pieces: list[list[int]] = []  # first and last token of each
+    for q0, q1 in (units[1:, :2] - start).tolist():
+        width = q1 - pieces[-1][0] if pieces else 0
+        if not pieces or width * (beginning + width) > MASK_ELEMENTS:
+            pieces.append([q0, q1])
+        pieces[-1][1] = q1
+    masks = []
+    for q0, q1 in pieces:
+        key = torch.cat((torch.arange(beginning), torch.arange(q0, q1)))
+        own = (forest.own[start + q0 : start + q1] - start).unsqueeze(1)
+        prefix = forest.prefix[start + q0 : start + q1] - start
+        in_own = (key >= own) & (key <= torch.arange(q0, q1).unsqueeze(1))
+        mask = in_own | (key >= prefix[:, :1]) & (key < prefix[:, 1:])
         masks.append(_additive(mask[None, None], device, dtype))
-    return LongTree(tuple(sizes), tuple(masks))
+    return LongTree((beginning, *(q1 - q0 for q0, q1 in pieces)), tuple(masks))
 
 
 def _additive(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

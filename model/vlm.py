@@ -86,10 +86,16 @@ class VLM(nn.Module):
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""
+        # transformers renamed the switch within 5.x; both take effect in training mode only.
+        kind = (
+            "activation"
+            if hasattr(self.language, "activation_checkpointing_enable")
+            else "gradient"
+        )
         if enabled:
-            self.language.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.language, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self.language.gradient_checkpointing_disable()
+            getattr(self.language, f"{kind}_checkpointing_disable")()
 
     def freeze(self, train_connector: bool, train_llm: bool) -> dict[str, tuple[int, int]]:
         """Say what learns; returns trainable and total parameters per part, for the log."""
