@@ -93,7 +93,12 @@ class FeatureReader:
         for start, stop in _runs(rows, geometry.slots, limit):
             targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
             file = self._file(kind, shards[start])
-            if not file.read(targets, slots[start] * geometry.slot_bytes):
+            try:
+                whole = file.read(targets, slots[start] * geometry.slot_bytes)
+            except OSError as error:  # a dying disk
+                why = error.strerror or str(error)
+                raise corrupt_shard(self.paths, kind, shards[start], why) from error
+            if not whole:
                 raise corrupt_shard(self.paths, kind, shards[start], "it ends early")
             if self.checked:
                 for i, target in enumerate(targets, start):

@@ -241,6 +241,15 @@ def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -
     assert FeatureReader(space.paths).rows("picture") == 0
 
 
+def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(Corrupt, match=r"c/0/0/0: Input/output error; delete"):
+        FeatureReader(filled.paths).read("picture", key(0))
+
+
 def test_threads_share_one_reader_though_files_are_closed_meanwhile(
     filled: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,9 @@ def test_samples_come_back_as_they_were(
     assert samples_table(root, "toy").num_rows == len(samples)
 
 
-def test_many_samples_are_streamed_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_streamed_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP", 4)
     root = CacheRoot(tmp_path)
     assert write_samples(root, "toy", map(question, range(11)))
@@ -124,7 +126,9 @@ def test_a_data_set_that_is_not_there_is_named_with_those_that_are(tmp_path: Pat
     write_samples(root, "colors", [])
     write_samples(root, "shapes", [])
     assert dataset_names(root) == ["colors", "shapes"]
-    with pytest.raises(UserError, match=r"no data set 'shape' .*colors, shapes.*nearest: shapes.*encode.run"):
+    with pytest.raises(
+        UserError, match=r"no data set 'shape' .*colors, shapes.*nearest: shapes.*encode.run"
+    ):
         samples_digest(root, "shape")
 
 
