@@ -1,0 +1,100 @@
+"""What each thread of a worker is decoding, where it survives the worker: who killed it, and who hangs.
+
+One small file a worker, a slot a thread, rewritten in place before and after each decode. Nothing is
+fsynced: a killed process loses none of what it wrote, and after a power cut nobody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cache.layout import SpacePaths
+
+SUFFIX = ".decoding"
+SLOT_BYTES = 8192  # a path has at most 4096 bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crumb:
+    """One decode under way."""
+
+    source: str
+    """What is being decoded."""
+    key: str
+    """Its sha256."""
+    since: float
+    """Start, seconds since the epoch."""
+
+    @property
+    def age_s(self) -> float:
+        """How long it has been going on."""
+        return time.time() - self.since
+
+
+def breadcrumb_file(paths: SpacePaths, worker: int) -> Path:
+    """Beside the worker's lock: a space itself holds only what is checked."""
+    return paths.worker_lock(str(worker)).with_suffix(SUFFIX)
+
+
+def clear_breadcrumbs(paths: SpacePaths) -> list[Crumb]:
+    """Remove what earlier jobs left, for whoever holds the driver's lock; returns it."""
+    files = list(paths.locks_dir.glob(f"worker-*{SUFFIX}"))
+    left = [crumb for path in files for crumb in read_crumbs(path)]
+    for path in files:
+        path.unlink()
+    return left
+
+
+class Breadcrumbs:
+    """The writing side, one a worker, for `threads` threads."""
+
+    def __init__(self, path: Path, threads: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb", buffering=0)
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(threads):
+            self._free.put(slot)
+
+    @contextlib.contextmanager
+    def decoding(self, source: str, key: str) -> Iterator[None]:
+        """Leave a crumb while the block runs."""
+        slot = self._free.get()
+        crumb = json.dumps(
+            asdict(Crumb(source=source, key=key, since=time.time())), ensure_ascii=False
+        )
+        try:
+            self._write(slot, crumb.encode()[:SLOT_BYTES])
+            yield
+        finally:
+            self._write(slot, b"")
+            self._free.put(slot)
+
+    def _write(self, slot: int, text: bytes) -> None:
+        # The blank tail overwrites what a longer crumb left; an empty slot needs only its first byte.
+        os.pwrite(self._file.fileno(), text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
+
+    def close(self) -> None:
+        """No thread decodes any more."""
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+
+
+def read_crumbs(path: Path) -> list[Crumb]:
+    """What the worker was decoding when it last wrote."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    crumbs = []
+    for at in range(0, len(data), SLOT_BYTES):
+        # A slot that is just being written may be torn: the next look will see it whole.
+        with contextlib.suppress(ValueError, TypeError):
+            crumbs.append(Crumb(**json.loads(data[at : at + SLOT_BYTES])))
+    return crumbs

@@ -1,0 +1,176 @@
+"""One encode job, step by step: `encode.run` calls these in order, and holds the lock meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import secrets
+import sys
+from dataclasses import replace
+
+from cache.layout import CacheRoot
+from cache.tables import read_media
+from cache.writer import Space
+from configs import UserError
+from encode.book import Book, Ledger
+from encode.breadcrumbs import clear_breadcrumbs
+from encode.inline import run_inline
+from encode.machine import MEASURE_BATCHES, Crew, measure_speed
+from encode.plan import MediaCounter, Plan, check_fits, describe, free_bytes, make_plan, table
+from encode.report import Progress, closing_line, failure_line, stage_line
+from encode.setup import Setup
+from encode.signals import Interrupts
+from encode.tasks import VIEW, Registrar, Timings
+from encode.worker import Worker
+
+log = logging.getLogger(__name__)
+
+KIND = "picture"
+
+
+class Job:
+    """See above."""
+
+    def __init__(self, root: CacheRoot, counter: MediaCounter, *, codec: str, setup: Setup):
+        """Load the encoder: its weights are part of the space's name.
+
+        Args:
+            root: the cache.
+            counter: the media of all data sets asked for.
+            codec: how rows are stored.
+            setup: how workers are made.
+        """
+        self._root, self._counter, self._setup = root, counter, setup
+        self._encoder = setup.load()
+        self.spec = self._encoder.spec(codec)
+        self.paths = root.space(self.spec.name)
+        self._present: set[str] = set()
+        self._timings: Timings | None = None
+
+    def plan(self, *, rehash: bool) -> Plan:
+        """What is to do. For a job that shall run: with the lock held, so that it stays true."""
+        if self.paths.space_json.exists():
+            keys = Space.open(self.paths).keys(KIND)
+            self._present = {key for key, view in keys if view == VIEW}
+        return make_plan(
+            self._counter.media,
+            read_media(self._root),
+            self._present,
+            space=self.spec.name,
+            rehash=rehash,
+        )
+
+    def show(self, plan: Plan, *, always_measure: bool = False) -> float:
+        """Print the plan; returns how many seconds it will take, about (0: not worth measuring).
+
+        Raises:
+            UserError: the disk cannot hold it; the table of what it could is printed before.
+        """
+        speed = None
+        if plan.todo and (always_measure or plan.new_keys > MEASURE_BATCHES * self.spec.batch_size):
+            speed = measure_speed(self._encoder, self.spec, str(self._encoder.device))
+        free = free_bytes(self._root.path)
+        print(describe(plan, self.spec, samples=self._counter.samples, free=free, speed=speed))
+        try:
+            check_fits(plan, self.spec, free)
+        except UserError:
+            print(table(plan, self.spec, free), flush=True)
+            raise
+        sys.stdout.flush()
+        return speed.seconds(plan.new_keys) if speed else 0.0
+
+    def open_space(self, plan: Plan) -> None:
+        """Make the space if it is new, put right what a crash left, and enter what is missing."""
+        self._space = Space.create(self._root, self.spec, self._encoder.load_info())
+        self._space.grow(KIND)
+        for crumb in clear_breadcrumbs(self.paths):
+            log.warning("an earlier job ended while it decoded %s", crumb.source)
+        self._ledger = Ledger(self._root, secrets.token_hex(4))
+        for record in plan.missing:
+            self._ledger.add(record)
+        self._ledger.flush()
+        self._book = Book(plan.todo, already=self._present, tell=self._ledger.add)
+
+    def run(self, crew: Crew, token: str, interrupts: Interrupts, *, timeout_s: float) -> None:
+        """Encode what is to do.
+
+        Raises:
+            UserError: the job cannot go on; what is encoded is kept.
+        """
+        self._setup = replace(
+            self._setup,
+            space=self.paths.root,
+            token=token,
+            threads=crew.threads,
+            torch_threads=crew.torch_threads,
+        )
+        self._progress = Progress(self._book)
+        try:
+            if crew.workers == 0:
+                self._run_inline(interrupts)
+            else:
+                self._run_cluster(crew, interrupts, timeout_s)
+        finally:
+            self._progress.clear()
+            self._keep()
+        if not interrupts.stopping():
+            assert self._book.finished(), "a source is not accounted for"
+
+    def _run_inline(self, interrupts: Interrupts) -> None:
+        registrar = Registrar(self._present, {KIND: self._space.next_shard(KIND)})
+        with Worker(self._setup, self._encoder, registrar, number=0) as worker:
+            run_inline(self._book, worker, registrar, interrupts.stopping, self._update)
+
+    def _run_cluster(self, crew: Crew, interrupts: Interrupts, timeout_s: float) -> None:
+        # Ray takes a second to import, and the workers load encoders of their own.
+        from encode import cluster
+
+        del self._encoder
+        gc.collect()
+        with cluster.session(crew.workers, crew.workers * crew.gpus):
+            interrupts.install()
+            workers = cluster.Cluster(
+                self._book,
+                self._space,
+                self._setup,
+                workers=crew.workers,
+                gpus=crew.gpus,
+                timeout_s=timeout_s,
+            )
+            workers.run(interrupts.stopping, self._update)
+
+    def _update(self, timings: Timings) -> None:
+        self._timings = timings
+        self._progress.update(timings)
+
+    def _keep(self) -> None:
+        """Enter what is final into the ledger, and let zarr.json cover it."""
+        self._ledger.flush()
+        self._space.grow(KIND)
+
+    def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
+        """Print what became of it; returns the exit code."""
+        book = self._book
+        if interrupts.stopping():
+            left = book.total - book.settled
+            print(
+                f"interrupted: {book.encoded} encoded and kept, {left} left; run the same command again"
+            )
+            return interrupts.exit_code
+        failures = dict(book.failures)
+        if plan.missing:
+            failures["fetch"] = failures.get("fetch", 0) + len(plan.missing)
+        if self._timings is not None:
+            print(stage_line(self._timings))
+        if failures:
+            print(failure_line(failures, str(self._root.path)))
+        print(
+            closing_line(
+                encoded=book.encoded,
+                reused=plan.reused + book.reused,
+                failed=plan.known_failures + len(plan.missing) + book.failed,
+                seconds=seconds,
+                timings=self._timings,
+            )
+        )
+        return 0

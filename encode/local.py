@@ -1,0 +1,152 @@
+"""Local files: their bytes, their key, and the identity by which a file is known without reading it again.
+
+A file whose size, times and inode are all as recorded is taken to hold the bytes that were hashed. That
+is safe only when a later change cannot leave them as they are, so a file is read no sooner than its
+newest time stamp is older than the clock the file system stamps with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import time
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from cache.tables import MediaRecord
+from encode.tasks import SourceTask
+from model.media import FORMATS, BadMedia
+
+MAX_BYTES = 1 << 30
+"""Larger files are refused: no picture we decode needs as much, and threads read several at once."""
+
+TICK_S = 0.02
+"""Linux stamps files with a clock of 1 to 10 ms (CONFIG_HZ), so two writes within that look alike."""
+
+COARSE_TICK_S = 2.0
+"""The same where stamps are whole seconds: FAT, some network file systems."""
+
+TRIES = 3
+
+_ORIENTATION_TAG = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What `stat` says of a file's content."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Last change of the content; a program may set it."""
+    ctime_ns: int
+    """Last change of content or inode; the kernel's alone."""
+    inode: int
+    """Inode number; 0: the stamps cannot be trusted, never equal to a real file's."""
+
+    @staticmethod
+    def of(status: os.stat_result) -> Identity:
+        """The identity in a stat result."""
+        return Identity(
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+            inode=status.st_ino,
+        )
+
+    def matches(self, record: MediaRecord) -> bool:
+        """Whether the file is the one `record` was made from."""
+        known = (record.size, record.mtime_ns, record.ctime_ns, record.inode)
+        return (self.size, self.mtime_ns, self.ctime_ns, self.inode) == known
+
+    def stamp(self, record: MediaRecord) -> MediaRecord:
+        """`record`, made from this very file."""
+        return replace(record, **vars(self))
+
+    def settle_s(self) -> float:
+        """Seconds until another write would get another stamp; below 0 when stamps are of the future."""
+        newest = max(self.mtime_ns, self.ctime_ns)
+        tick = COARSE_TICK_S if newest % 1_000_000_000 == 0 else TICK_S
+        age = (time.time_ns() - newest) / 1e9
+        return -1.0 if age < 0 else max(0.0, tick - age)
+
+
+def identify(source: str) -> Identity | None:
+    """The identity of a file; None when there is no file that could be read."""
+    try:
+        status = os.stat(source)  # noqa: PTH116 - called once a media, a Path costs as much again
+    except (OSError, ValueError):
+        return None
+    return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
+    """The bytes of a source, and its record: key, length, identity; width and height to be filled in.
+
+    Raises:
+        BadMedia: at stage fetch, when the file is missing or cannot be read.
+    """
+    try:
+        for _ in range(TRIES):
+            # O_NONBLOCK: a named pipe would wait for a writer, for ever.
+            fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
+                before = _regular(os.fstat(fd))
+                wait_s = before.settle_s()
+                if wait_s > 0:
+                    time.sleep(wait_s)
+                    before = _regular(os.fstat(fd))
+                data = file.readall()
+                if _regular(os.fstat(fd)) == before and len(data) == before.size:
+                    trusted = before if wait_s >= 0 else replace(before, inode=0)
+                    return data, _record(task, data, trusted)
+    except FileNotFoundError:
+        raise BadMedia("no such file", "fetch") from None
+    except (OSError, ValueError) as error:
+        raise BadMedia(getattr(error, "strerror", None) or str(error), "fetch") from error
+    raise BadMedia("the file changes while it is read", "fetch")
+
+
+def unreadable(task: SourceTask) -> MediaRecord:
+    """The record of a source that could not be read: until its file changes, nobody tries again."""
+    record = MediaRecord(source=task.source, kind=task.kind)
+    identity = identify(task.source)
+    return record if identity is None else identity.stamp(record)
+
+
+def failed(record: MediaRecord, attempts: int, stage: str, error: str) -> MediaRecord:
+    """`record` as the ledger keeps it when the media failed; `attempts` were made before."""
+    return replace(record, status="failed", stage=stage, error=error, attempts=attempts + 1)
+
+
+def size_in_header(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture, upright, without decoding; (0, 0) when the header does not say."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
+    except Exception:  # asked only of a media that is in the space already, so a sound one
+        return 0, 0
+    return (height, width) if turned else (width, height)
+
+
+def _regular(status: os.stat_result) -> Identity:
+    if not stat.S_ISREG(status.st_mode):
+        raise BadMedia("not a regular file", "fetch")
+    if status.st_size > MAX_BYTES:
+        raise BadMedia(f"{status.st_size} bytes, more than {MAX_BYTES}", "fetch")
+    return Identity.of(status)
+
+
+def _record(task: SourceTask, data: bytes, identity: Identity) -> MediaRecord:
+    record = MediaRecord(
+        source=task.source,
+        key=hashlib.sha256(data).hexdigest(),
+        kind=task.kind,
+        bytes=len(data),
+    )
+    return identity.stamp(record)

@@ -1,0 +1,100 @@
+"""What this machine has to encode with: cores, GPUs, and how fast they are, measured briefly."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cache.spec import FeatureSpec
+from configs import UserError
+from encode.plan import DECODE_S, Speed
+from encode.worker import Encoder
+
+INLINE_S = 120.0
+"""Shorter jobs run in the driver itself: starting Ray and loading the encoder again takes 10 s."""
+CORES_A_WORKER = 8
+"""On large CPUs; one forward pass gains little from more threads."""
+MOST_THREADS = 16
+MEASURE_BATCHES = 4
+"""Jobs of fewer batches are not measured: it would take as long as doing them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Who encodes."""
+
+    workers: int
+    """Processes; 0: the driver itself."""
+    gpus: int
+    """GPUs each worker has to itself: 0 or 1."""
+    threads: int
+    """For reading, and as many for decoding, in each."""
+    torch_threads: int
+    """Cores of one forward pass on the CPU."""
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(device: str) -> int:
+    """GPUs a job on this device is spread over; 0: it is not."""
+    return (
+        torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
+    )
+
+
+def choose_crew(
+    workers: int | Literal["auto"], threads: int | None, device: str, seconds: float
+) -> Crew:
+    """Who does a job that takes about `seconds`.
+
+    Raises:
+        UserError: more workers than GPUs.
+    """
+    available = gpus(device)
+    count = workers if isinstance(workers, int) else available or max(1, cores() // CORES_A_WORKER)
+    if workers == "auto" and seconds < INLINE_S:
+        count = 0
+    if available and count > available:
+        raise UserError(
+            f"--workers {count}: one a GPU, and there are {available}; on the CPU: --device cpu"
+        )
+    share = max(1, cores() // max(1, count))
+    return Crew(
+        workers=count,
+        gpus=1 if available and count else 0,
+        threads=threads or max(2, min(MOST_THREADS, share)),
+        torch_threads=share,
+    )
+
+
+def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
+    """The time of one batch of blank pictures; the second one where that is quick."""
+    side = spec.image_size
+    blank = np.zeros((spec.batch_size, side, side, 3), np.uint8)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        encoder.encode(blank).cpu()
+        seconds = time.perf_counter() - start
+        if seconds > 1.0:
+            break
+    on_cpu = torch.device(device).type == "cpu"
+    return Speed(
+        batch_s=seconds,
+        batch_size=spec.batch_size,
+        devices=max(1, gpus(device)),
+        cores=cores(),
+        shared=on_cpu,
+        how=(
+            f"measured: {seconds / spec.batch_size:.3g} s a picture to encode; "
+            f"assumed: {DECODE_S * 1000:.0f} ms of one core to read and decode it"
+        ),
+    )

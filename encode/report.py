@@ -1,0 +1,105 @@
+"""What a running job says: a line now and then, and one at the end that a script can read.
+
+encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
+encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from encode.book import Book
+from encode.plan import time_text
+from encode.tasks import Timings
+
+WINDOW_S = 60.0
+"""The rate that an ETA is made of is that of the last minute."""
+
+TERMINAL_EVERY_S = 1.0
+LOG_EVERY_S = 10.0
+
+
+class Progress:
+    """Prints how far the job is: one line that moves on a terminal, else a line each ten seconds."""
+
+    def __init__(self, book: Book, *, out: TextIO | None = None):
+        self._book = book
+        self._out = out or sys.stderr
+        self._terminal = self._out.isatty()
+        self._start = self._printed = time.monotonic()
+        self._marks: list[tuple[float, int]] = [(self._start, 0)]
+        self._shown = False
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the work."""
+        return time.monotonic() - self._start
+
+    def update(self, timings: Timings) -> None:
+        """Print a line if it is time for one; `timings` of all workers."""
+        now = time.monotonic()
+        if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
+            return
+        self._printed = now
+        # Pictures are counted when they are encoded, long before their shard is committed.
+        done = max(self._book.settled, min(timings.pictures, self._book.total))
+        line = self.line(done, self._rate(now, done), timings)
+        if self._terminal:
+            self._out.write(f"\r\x1b[K{line}")
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+        self._shown = True
+
+    def line(self, done: int, rate: float, timings: Timings) -> str:
+        """The text of one update."""
+        book = self._book
+        parts = [f"encode {done}/{book.total}", f"{rate:.3g}/s", f"bound by {timings.bound()}"]
+        if book.failed:
+            parts.append(f"{book.failed} failed")
+        if timings.clipped:
+            parts.append(f"{timings.clipped} values clipped to float16")
+        parts.append(f"about {time_text((book.total - done) / rate)} left" if rate else "starting")
+        return "  ".join(parts)
+
+    def clear(self) -> None:
+        """Make room for another line on a terminal."""
+        if self._terminal and self._shown:
+            self._out.write("\r\x1b[K")
+            self._out.flush()
+
+    def _rate(self, now: float, done: int) -> float:
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_S:
+            self._marks.pop(0)
+        then, before = self._marks[0]
+        return (done - before) / (now - then) if now > then else 0.0
+
+
+def closing_line(
+    *, encoded: int, reused: int, failed: int, seconds: float, timings: Timings | None
+) -> str:
+    """The last line of a job. `timings` None: there was nothing to do."""
+    rate = f"{encoded / timings.span_s:.1f}" if timings is not None and timings.span_s else "0"
+    bound = timings.bound() if timings is not None and encoded else "none"
+    return (
+        f"encoded={encoded} reused={reused} failed={failed} images/s={rate} bound={bound} "
+        f"seconds={seconds:.1f}"
+    )
+
+
+def stage_line(timings: Timings) -> str:
+    """Where the time went, stage by stage."""
+    return (
+        f"stages   read {timings.read_s:.1f} s, decode {timings.decode_s:.1f} s (threads, added up); "
+        f"encode {timings.encode_s:.1f} s, waiting for input {timings.wait_s:.1f} s; "
+        f"write {timings.write_s:.1f} s"
+    )
+
+
+def failure_line(failures: dict[str, int], features: str) -> str:
+    """How many pictures could not be used, and where to read why."""
+    stages = ", ".join(f"{count} at {stage}" for stage, count in sorted(failures.items()))
+    return f"failed   {stages}; each with its reason: python -m cache.ls --failures --features {features}"

@@ -1,0 +1,172 @@
+"""Encode data sets into the feature cache: every picture once, however many data sets and runs use it.
+
+python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
+python -m encode.run --dataset folder:photos                  # your pictures, CLIP ViT-L/14@336
+python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
+python -m encode.run --list                                   # data sets by name
+
+A job may be killed at any moment; the same command goes on where it was, and does nothing once all is
+done. Exit 0: every picture is in the space or, with its reason, in the ledger (python -m cache.ls
+--failures). 2: something to mend, in one line. 130: interrupted; what was encoded is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import configs
+from cache.layout import CacheRoot
+from cache.locks import DriverLock
+from cache.tables import dataset_names, read_samples, write_samples
+from configs import UserError
+from encode.plan import MediaCounter
+from encode.setup import COMMIT_EVERY_S, Setup
+from encode.sources import Dataset, catalogue, open_datasets
+from model.encoder_config import encoder_config
+
+DEFAULT_ENCODER = "clip-vit-l14-336"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Encode data sets into the feature cache."""
+
+    dataset: tuple[str, ...] = ()
+    """Data sets: a name or group (see --list), `folder:PATH`, or `NAME=folder:PATH`. May be repeated."""
+    encoder: str = DEFAULT_ENCODER
+    """Which vision tower: an entry of configs/encoders.yaml."""
+    codec: Literal["int8", "fp16"] = "int8"
+    """How a row is stored: int8 is half of fp16, 0.5 % off."""
+    pool: int | None = None
+    """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
+    features: Path = Path("cache")
+    """Folder of the feature cache."""
+    limit: int | None = None
+    """Take only the first N samples of each data set; the data set is these until it is encoded again."""
+    rehash: bool = False
+    """Read every file again, even those whose size, times and inode say that they are unchanged."""
+    plan: bool = False
+    """Print what the job would do and cost, and stop. Writes nothing."""
+    list: bool = False
+    """Print the data sets known by name, and stop."""
+    random_weights: bool = False
+    """Untrained weights: for trying things without a download, never for features to train on."""
+    weights: str | None = None
+    """File or folder to take the encoder's weights from, instead of the hub."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that encode; 0: in this one, without Ray. auto: one a GPU; on a CPU, 0 for small jobs."""
+    threads: int | None = None
+    """Threads that read, and as many that decode, in each worker; when not given, by the cores."""
+    timeout_s: float = 120.0
+    """A picture that takes longer to decode hangs: its worker is ended, the picture tried alone once."""
+    commit_every_s: float = COMMIT_EVERY_S
+    """A shard is committed after this long even if it is not full: the most work a crash can lose."""
+
+    def __post_init__(self) -> None:
+        for name in ("pool", "limit", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        if isinstance(self.workers, int) and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: must be 0 or more, or auto")
+        if self.timeout_s <= 0 or self.commit_every_s < 0:
+            raise ValueError("--timeout-s and --commit-every-s are seconds, above 0")
+        if not self.dataset and not self.list:
+            raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    start = time.monotonic()
+    options = configs.parse(Options, argv, prog="python -m encode.run", description=__doc__)
+    if options.list:
+        print(listing())
+        return 0
+    root = CacheRoot(options.features.expanduser().absolute())
+    counter = keep_samples(root, options)
+
+    # torch takes 3 s to import: not for --list, --help or a wrong path.
+    from encode.job import Job
+    from encode.machine import choose_crew
+    from encode.signals import Interrupts
+
+    job = Job(root, counter, codec=options.codec, setup=setup_of(options))
+    if options.plan:
+        job.show(job.plan(rehash=options.rehash), always_measure=True)
+        return 0
+    with DriverLock(job.paths, holder()) as lock, Interrupts() as interrupts:
+        plan = job.plan(rehash=options.rehash)
+        seconds = job.show(plan)
+        job.open_space(plan)
+        if plan.todo:
+            crew = choose_crew(options.workers, options.threads, options.device, seconds)
+            job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
+        return job.close(plan, time.monotonic() - start, interrupts)
+
+
+def keep_samples(root: CacheRoot, options: Options) -> MediaCounter:
+    """Bring the samples tables up to date (not with --plan), and count the media they mention."""
+    counter = MediaCounter()
+    for dataset in open_datasets(options.dataset, root.path):
+        samples = counter.watch(islice(dataset.samples(), options.limit))
+        if options.plan:
+            for _ in samples:
+                pass
+        else:
+            refuse_other_folder(root, dataset)
+            write_samples(root, dataset.name, samples)
+    return counter
+
+
+def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
+    """Two folders may have one name; the second must not silently take the first one's place."""
+    folder = getattr(dataset, "folder", None)
+    if folder is None or dataset.name not in dataset_names(root):
+        return
+    for sample in islice(read_samples(root, dataset.name), 1):
+        if sample.media and not Path(sample.media[0].source).is_relative_to(folder):
+            raise UserError(
+                f"{root.samples(dataset.name).parent} holds the pictures of "
+                f"{Path(sample.media[0].source).parent}; give {folder} a name of its own: --dataset "
+                f"NAME=folder:{folder}, or remove that folder of samples if the pictures have moved"
+            )
+
+
+def setup_of(options: Options) -> Setup:
+    """How workers are made, as far as it is known before there is a space."""
+    return Setup(
+        config=encoder_config(options.encoder, pool_picture=options.pool),
+        device=options.device,
+        random_weights=options.random_weights,
+        weights=options.weights,
+        commit_every_s=options.commit_every_s,
+    )
+
+
+def holder() -> str:
+    """Who has the lock, for the message that a second job gets."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
+
+
+def listing() -> str:
+    """Data sets and groups by name."""
+    entries, groups = catalogue()
+    rows = [(name, entry.about or entry.path) for name, entry in entries.items()]
+    rows += [(name, f"group: {', '.join(members)}") for name, members in groups.items()]
+    rows.append(
+        ("folder:PATH", "a folder of pictures, with metadata.jsonl for captions or questions")
+    )
+    return "\n".join(f"{name:<16} {about}" for name, about in rows)
+
+
+if __name__ == "__main__":
+    configs.command(main)

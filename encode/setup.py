@@ -1,0 +1,53 @@
+"""How the workers of one job are made: small, picklable, the same wherever they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.encoder_config import EncoderConfig
+
+if TYPE_CHECKING:
+    from model.vision import VisionEncoder
+
+COMMIT_EVERY_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all workers of a job have in common."""
+
+    config: EncoderConfig
+    """Entry of configs/encoders.yaml, with the job's overrides."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N, mps."""
+    random_weights: bool = False
+    """Untrained weights."""
+    weights: str | None = None
+    """File or folder to take weights from."""
+    threads: int = 2
+    """For reading, and as many for decoding."""
+    torch_threads: int | None = None
+    """Cores of one worker's forward pass; None: as torch thinks best."""
+    commit_every_s: float = COMMIT_EVERY_S
+    """A shard that fills slowly is committed at this age: the most work a crash can lose."""
+    space: Path = Path()
+    """Folder of the space, once it is known."""
+    token: str = ""
+    """Of the driver's lock, once it is held."""
+
+    def load(self) -> VisionEncoder:
+        """The encoder, on its device."""
+        import torch  # 3 s, and the driver may not need it
+
+        from model.vision import load_encoder
+
+        if self.torch_threads is not None:
+            torch.set_num_threads(self.torch_threads)
+        return load_encoder(
+            self.config,
+            device=self.device,
+            random_weights=self.random_weights,
+            weights=self.weights,
+        )

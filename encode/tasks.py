@@ -1,0 +1,149 @@
+"""What driver and workers say to each other: sources to do, what became of them, and who may do what.
+
+No Ray, no torch: the inline worker, the Ray actors and the tests all speak through these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cache.tables import MediaRecord
+
+VIEW = "full"
+"""The one view of a picture, so far."""
+
+OWN_STAGES = ("encode", "write")
+"""Failures at these stages are ours; the others are the media's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTask:
+    """One source to bring into the space."""
+
+    source: str
+    """Absolute path."""
+    kind: str = "picture"
+    """The array its rows go to."""
+    attempts: int = 0
+    """Failures before this one, as the ledger counts them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What finally became of a source."""
+
+    task: SourceTask
+    """Which one."""
+    result: Literal["ok", "failed", "duplicate"]
+    """ok: its row is committed. duplicate: somebody else has, or had, the same bytes to do."""
+    record: MediaRecord
+    """For the ledger. Of a duplicate: what it will say once the other one is in the space."""
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """What a worker did so far. Seconds of threads add up; those of the encode loop do not overlap."""
+
+    pictures: int = 0
+    """Encoded, committed or not yet."""
+    read_s: float = 0.0
+    """Opening, reading and hashing, all threads together."""
+    decode_s: float = 0.0
+    """Bytes to encoder input, all threads together."""
+    wait_s: float = 0.0
+    """The encode loop had nothing to do."""
+    encode_s: float = 0.0
+    """Forward pass, packing, copy to the host."""
+    write_s: float = 0.0
+    """Appending and committing."""
+    clipped: int = 0
+    """Values beyond float16's range, stored as its largest."""
+    span_s: float = 0.0
+    """From the first word of any worker to the last one: starting up is not in it."""
+
+    def __add__(self, other: Timings) -> Timings:
+        names = [f.name for f in dataclasses.fields(self)]
+        return Timings(**{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    def bound(self) -> str:
+        """The stage that decides the speed."""
+        if self.wait_s > max(self.encode_s, self.write_s):
+            return "read" if self.read_s > self.decode_s else "decode"
+        return "write" if self.write_s > self.encode_s else "encode"
+
+
+class Office(Protocol):
+    """What a worker may ask of the driver's side: `Registrar` itself, or a Ray actor around it."""
+
+    def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
+        """Which of these media this worker shall encode: those nobody has or had."""
+        ...
+
+    def next_shard(self, worker: int, kind: str) -> int:
+        """A shard number that was never used."""
+        ...
+
+    def report(self, worker: int, timings: Timings) -> bool:
+        """Say how far this worker is; False: the job stops, come to an end."""
+        ...
+
+
+class Registrar:
+    """Hands out media and shard numbers, each once; gathers timings; carries the word to stop."""
+
+    def __init__(self, committed: Iterable[str], next_shard: dict[str, int]):
+        self._taken = set(committed)
+        self._claims: dict[int, set[str]] = {}
+        self._next_shard = dict(next_shard)
+        self._shards: dict[int, list[tuple[str, int]]] = {}
+        self._timings: dict[int, Timings] = {}
+        self._first = self._last = 0.0
+        self._going = True
+
+    def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
+        """See Office."""
+        mine = self._claims.setdefault(worker, set())
+        granted = []
+        for key in keys:
+            granted.append(key not in self._taken)
+            if granted[-1]:
+                self._taken.add(key)
+                mine.add(key)
+        return granted
+
+    def next_shard(self, worker: int, kind: str) -> int:
+        """See Office."""
+        number = self._next_shard[kind]
+        self._next_shard[kind] = number + 1
+        self._shards.setdefault(worker, []).append((kind, number))
+        return number
+
+    def report(self, worker: int, timings: Timings) -> bool:
+        """See Office."""
+        self._last = time.monotonic()
+        self._first = self._first or self._last
+        self._timings[worker] = timings
+        return self._going
+
+    def shards(self, worker: int) -> list[tuple[str, int]]:
+        """(kind, number) of every shard this worker asked for."""
+        return self._shards.get(worker, [])
+
+    def release(self, worker: int, committed: Collection[str]) -> list[str]:
+        """A worker is gone: what it had claimed and not committed is anybody's again."""
+        free = [key for key in self._claims.pop(worker, ()) if key not in committed]
+        self._taken.difference_update(free)
+        return free
+
+    def stop(self) -> None:
+        """Workers come to an end at their next report."""
+        self._going = False
+
+    def timings(self) -> Timings:
+        """All workers together, the gone ones too."""
+        together = sum(self._timings.values(), Timings())
+        return dataclasses.replace(together, span_s=self._last - self._first)
