@@ -15,9 +15,9 @@ warns of, and what it would let through. Decisions that change pixels, made once
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ __all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_picture", "fit_picture"]
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused from their header: PIL's own limit, 358 MB once decoded."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Nothing else is tried: PIL's rarer decoders are attack surface, and EPS would start Ghostscript."""
 
 MAX_REASON = 160
@@ -46,6 +46,12 @@ _UPRIGHT = {
 """EXIF orientation -> what puts the picture upright. 1, and nonsense, need nothing."""
 
 _ORIENTATION_TAG = 0x0112
+
+_HARMLESS = "Image appears to be a malformed MPO|Invalid APNG"
+"""What PIL says of files whose first picture is sound, and the first is the one we take."""
+
+_LAST_FILTER = ("ignore", re.compile(_HARMLESS, re.IGNORECASE), UserWarning, None, 0)
+"""As `warnings.filters` has it once `_make_pil_strict` has run."""
 
 
 class BadMedia(Exception):  # noqa: N818 - the ledger calls it so
@@ -69,7 +75,7 @@ def decode_picture(data: bytes) -> Image.Image:
     if not data:
         raise BadMedia("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(image.size)
             image.load()
             _check_size(image.size)
@@ -113,28 +119,24 @@ def fit_picture(
     return np.array(square, dtype=np.uint8)
 
 
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of PIL reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _make_pil_strict() -> None:
-    """PIL's warnings become errors, but for those about metadata, and truncated files stay errors.
+    """PIL's warnings become errors, but for harmless ones, and truncated files stay errors.
 
     Process-wide, since `warnings.catch_warnings` is not safe in threads; looked at before each decode,
     since other libraries change both.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    metadata = ("ignore", None, UserWarning, r"PIL\.TiffImagePlugin")
-    if not _has_filter(*metadata):
+    if _LAST_FILTER not in warnings.filters:
         warnings.filterwarnings("error", category=UserWarning, module=r"PIL\.")
         warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-
-
-def _has_filter(action: str, message: Any, category: type, module: str) -> bool:
-    return any(
-        f[0] == action
-        and f[1] is message
-        and f[2] is category
-        and getattr(f[3], "pattern", f[3]) == module
-        for f in warnings.filters
-    )
+        warnings.filterwarnings("ignore", message=_HARMLESS, category=UserWarning)
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -196,7 +198,7 @@ def _describe_unknown(data: bytes) -> str:
         return "an HTML page, not a picture"
     if b"<svg" in start:
         return "SVG, which is not supported"
-    return f"no picture in a known format ({', '.join(FORMATS)})"
+    return f"no readable picture in a known format ({', '.join(FORMATS)})"
 
 
 def _one_line(error: Exception) -> str:

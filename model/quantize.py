@@ -57,11 +57,9 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
         rows = _pack_int8(clean, batch)
-    norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    lost = torch.linalg.vector_norm(
-        (unpack(rows, codec, tokens, width).float() - x).flatten(1), dim=1
-    )
-    error = torch.where(norm > 0, lost / norm, 0.0)
+    norm = _norms(x)
+    lost = _norms(unpack(rows, codec, tokens, width, torch.float32) - x)
+    error = torch.where(norm > 0, lost / norm, 0.0).float()
     return Packed(rows=rows, error=error, finite=finite, clipped=clipped)
 
 
@@ -96,6 +94,11 @@ def unpack(
     x = (codes @ matrix).mul_((scales * 0.125)[..., None]).mul_(signs)
     x = x.clamp_(-_LIMIT, _LIMIT).half()
     return x.reshape(batch, tokens, width).to(dtype)
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """(B, M, V) -> (B,) float64, where float32's largest values still have squares."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
 
 
 def _pack_int8(x: torch.Tensor, batch: int) -> torch.Tensor:

@@ -1,0 +1,397 @@
+"""Bytes to pixels: every kind of picture comes out right, everything else is BadMedia and nothing worse."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image, ImageFile, PngImagePlugin
+from transformers import (
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    LlavaImageProcessor,
+    LlavaImageProcessorPil,
+)
+
+from model.media import FORMATS, MAX_PIXELS, BadMedia, decode_picture, fit_picture
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+# Every corner and edge differs, so that no turn or flip goes unseen.
+GRADIENT = np.stack(
+    [
+        np.tile(np.linspace(0, 255, 24), (16, 1)),
+        np.tile(np.linspace(0, 200, 16)[:, None], (1, 24)),
+        np.full((16, 24), 80.0),
+    ],
+    axis=-1,
+).astype(np.uint8)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = decode_picture(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(BadMedia) as caught:
+        decode_picture(data)
+    assert caught.value.stage == "decode"
+    assert str(caught.value) == caught.value.reason
+    assert "\n" not in caught.value.reason and len(caught.value.reason) <= 200
+    return caught.value.reason
+
+
+def picture_files() -> dict[str, bytes]:
+    """One sound file of every kind that is decoded differently."""
+    rgb = Image.fromarray(GRADIENT)
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(128)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "words " * 40, zip=True)
+    grey16 = Image.fromarray(np.linspace(0, 65535, 384).astype(np.uint16).reshape(16, 24))
+    return {
+        "jpeg": saved(rgb, "JPEG", exif=exif),
+        "progressive": saved(rgb, "JPEG", progressive=True),
+        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
+        "mpo": saved(rgb, "MPO", save_all=True, append_images=[rgb]),
+        "png": saved(rgba, "PNG", exif=exif, pnginfo=text),
+        "palette": saved(rgb.quantize(8), "PNG", transparency=b"\x00\x80\xff"),
+        "grey16": saved(grey16, "PNG"),
+        "apng": saved(rgb, "PNG", save_all=True, append_images=[rgb.rotate(180)]),
+        "webp": saved(rgba, "WEBP", exif=exif),
+        "webp-moving": saved(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(180)]),
+        "gif": saved(rgb, "GIF", save_all=True, append_images=[rgb.rotate(180)]),
+        "bmp": saved(rgb, "BMP"),
+        "tiff": saved(rgb, "TIFF", compression="tiff_lzw", exif=exif),
+        "tiff-cmyk": saved(rgb.convert("CMYK"), "TIFF"),
+        "ppm": saved(rgb, "PPM"),
+        "avif": saved(rgb, "AVIF"),
+    }
+
+
+FILES = picture_files()
+
+
+def test_every_format_we_name_is_tried() -> None:
+    found = {Image.open(io.BytesIO(data)).format for data in FILES.values()}
+    assert found == {*FORMATS, "MPO"}  # a JPEG, for PIL, until it finds the second picture
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_sound_pictures_of_every_kind_are_decoded(kind: str) -> None:
+    assert pixels(FILES[kind]).shape in {(16, 24, 3), (24, 16, 3)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True})],
+)
+def test_lossless_formats_give_the_pixels_back(kind: str, options: dict[str, object]) -> None:
+    assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), kind, **options)), GRADIENT)
+
+
+# What a camera held so would store: undone by viewing it according to the tag's definition.
+STORED = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](GRADIENT)))
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    upright = pixels(saved(stored, kind, exif=exif, **options.get(kind, {})))
+    assert upright.shape == GRADIENT.shape
+    assert np.abs(upright.astype(int) - GRADIENT).max() <= (4 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 60000])
+def test_nonsense_orientations_are_no_turn(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), "PNG", exif=exif)), GRADIENT)
+
+
+def test_damaged_exif_loses_no_picture() -> None:
+    turned = Image.Exif()
+    turned[0x0112], turned[0x010F] = 6, "a camera whose name is long"
+    block = bytearray(turned.tobytes())
+    name = block.index(b"\x01\x0f\x00\x02")
+    block[name + 4 : name + 8] = b"\x7f\xff\xff\xff"  # a name of two thousand million letters
+    picture = Image.fromarray(GRADIENT)
+    with_damage = saved(picture, "JPEG", exif=bytes(block))
+    with pytest.warns(UserWarning, match="Tag"), Image.open(io.BytesIO(with_damage)) as image:
+        image.getexif()
+    assert np.array_equal(pixels(with_damage), pixels(saved(picture, "JPEG", exif=turned)))
+    for garbage in (b"", b"MM\0", b"garbage without any structure", block[6:20]):
+        with_garbage = saved(picture, "JPEG", exif=b"Exif\0\0" + garbage)
+        assert np.array_equal(pixels(with_garbage), pixels(saved(picture, "JPEG")))
+
+
+def test_transparency_lies_on_white() -> None:
+    half = Image.new("RGBA", (2, 1), (100, 0, 200, 255))
+    half.putpixel((1, 0), (100, 0, 200, 128))
+    solid, mixed = pixels(saved(half, "PNG"))[0]
+    assert tuple(solid) == (100, 0, 200)
+    assert np.abs(mixed.astype(int) - (177, 127, 227)).max() <= 1
+    for mode, clear in {"LA": (7, 0), "RGBA": (1, 2, 3, 0)}.items():
+        assert (pixels(saved(Image.new(mode, (3, 2), clear), "PNG")) == 255).all()
+
+
+def test_transparent_colours_of_palette_grey_and_rgb_are_white() -> None:
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.putdata([0, 1, 2])
+    row = pixels(saved(palette, "PNG", transparency=bytes([0, 255, 255])))[0]
+    assert row.tolist() == [[255] * 3, [40, 50, 60], [70, 80, 90]]
+    row = pixels(saved(palette, "GIF", transparency=1))[0]
+    assert row.tolist() == [[10, 20, 30], [255] * 3, [70, 80, 90]]
+    grey = Image.fromarray(np.array([[5, 6]], np.uint8))
+    assert pixels(saved(grey, "PNG", transparency=6))[0].tolist() == [[5] * 3, [255] * 3]
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert pixels(saved(rgb, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    grey = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    seen = pixels(saved(Image.fromarray(grey), kind))
+    assert np.abs(seen - grey[..., None] / 257.0).max() <= 0.501
+    assert seen.min() == 0 and seen.max() == 255
+
+
+def test_pixels_without_a_defined_white_are_refused() -> None:
+    assert "floating-point" in reason(saved(Image.new("F", (4, 4), 0.5), "TIFF"))
+    assert "white" in reason(saved(Image.new("I", (4, 4), 1_000_000), "TIFF"))
+    assert "white" in reason(saved(Image.new("I", (4, 4), -1), "TIFF"))
+
+
+def without_adobe_marker(jpeg: bytes) -> bytes:
+    start = jpeg.index(b"\xff\xee")
+    (length,) = struct.unpack(">H", jpeg[start + 2 : start + 4])
+    assert jpeg[start + 4 : start + 9] == b"Adobe"
+    return jpeg[:start] + jpeg[start + 2 + length :]
+
+
+def test_cmyk_keeps_its_colours_whatever_the_polarity() -> None:
+    rgb = Image.new("RGB", (32, 32), (220, 40, 90))
+    jpeg = saved(rgb.convert("CMYK"), "JPEG", quality=95)
+    for data in (jpeg, without_adobe_marker(jpeg), saved(rgb.convert("CMYK"), "TIFF")):
+        assert np.abs(pixels(data).astype(int) - (220, 40, 90)).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_of_several_pictures_counts(kind: str) -> None:
+    red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
+    data = saved(red, kind, save_all=True, append_images=[blue])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert np.abs(pixels(data).astype(int) - (255, 0, 0)).max() <= 5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_one_pixel_is_a_picture(kind: str) -> None:
+    data = saved(Image.new("RGB", (1, 1), "white"), kind)
+    assert pixels(data).shape == (1, 1, 3)
+    for fit in ("squash", "pad", "crop"):
+        assert (fit_picture(decode_picture(data), 28, fit, CLIP_MEAN) == 255).all()
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_truncated_files_are_failures_even_where_others_allow_them(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    whole = {
+        "progressive": lambda: saved(noise, "JPEG", progressive=True),
+        "jpeg": lambda: saved(noise, "JPEG"),
+        "png": lambda: saved(noise, "PNG"),
+        "webp": lambda: saved(noise, "WEBP"),
+    }.get(kind, lambda: FILES[kind])()
+    first_only = {"mpo": 0.3, "apng": 0.4, "webp-moving": 0.3, "gif": 0.3}
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    reason(whole[: int(len(whole) * first_only.get(kind, 0.6))])
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_with(width: int, height: int, *chunks: bytes) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    image = png_chunk(b"IDAT", zlib.compress(b"\0" * 4)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + image
+
+
+@pytest.mark.parametrize("limit", [None, Image.MAX_IMAGE_PIXELS], ids=["lifted", "pil's"])
+@pytest.mark.parametrize(
+    "size", [(MAX_PIXELS + 1, 1), (9460, 9460), (14000, 14000), (60000, 60000)]
+)
+def test_pictures_beyond_the_limit_are_refused_from_their_header(
+    size: tuple[int, int], limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    bomb = png_with(*size)
+    tracemalloc.start()
+    try:
+        assert str(MAX_PIXELS) in reason(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_chunks_that_unpack_to_much_are_refused(kind: bytes) -> None:
+    packed = zlib.compress(b"\0" * 100_000_000, 1)
+    head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
+    bomb = png_with(1, 1, png_chunk(kind, head + packed))
+    tracemalloc.start()
+    try:
+        assert "too large" in reason(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_picture_is_named() -> None:
+    assert reason(b"") == "empty file"
+    assert reason(b"  <!DOCTYPE html><html>404</html>") == "an HTML page, not a picture"
+    assert "SVG" in reason(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
+    for data in (b"Not Found", b"\0" * 100, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        assert reason(data).startswith("no readable picture in a known format (JPEG")
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flipped bits, overwritten and inserted bytes, a cut, a piece moved; headers are hit most."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        where = int(len(changed) * rng.random() ** 2)
+        match rng.integers(5):
+            case 0:
+                changed[where] ^= 1 << int(rng.integers(8))
+            case 1:
+                changed[where : where + 4] = rng.bytes(4)
+            case 2:
+                changed[where:where] = rng.bytes(int(rng.integers(1, 20)))
+            case 3:
+                del changed[where : where + int(rng.integers(1, 20))]
+            case 4:
+                changed[where : where + 2] = rng.choice([b"\xff\xff", b"\0\0", b"\x7f\xff"])
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
+@pytest.mark.soak_counted
+def test_mutated_files_are_pictures_or_bad_media(soak: Callable[[int, int], int]) -> None:
+    rng = np.random.default_rng(7)
+    outcomes = {"picture": 0, "bad": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in production: only our own filters make errors
+        for _ in range(soak(60, 3000)):
+            for data in FILES.values():
+                try:
+                    image = decode_picture(mutate(data, rng))
+                except BadMedia as error:
+                    outcomes["bad"] += 1
+                    assert error.reason and "\n" not in error.reason
+                else:
+                    outcomes["picture"] += 1
+                    assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
+                    assert fit_picture(image, 14, "pad", CLIP_MEAN).shape == (14, 14, 3)
+    assert min(outcomes.values()) > 100  # both ways were taken
+
+
+def test_threads_decode_as_one_does() -> None:
+    rng = np.random.default_rng(3)
+    jobs = [*FILES.values(), *(mutate(d, rng) for d in FILES.values())] * 8
+
+    def outcome(data: bytes) -> object:
+        try:
+            return pixels(data).tobytes()
+        except BadMedia as error:
+            return error.reason
+
+    alone = [outcome(data) for data in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(outcome, jobs)) == alone
+
+
+# ---- fit ------------------------------------------------------------------------------------------
+
+
+def photographs() -> list[Image.Image]:
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    return [Image.fromarray(getattr(skimage.data, name)()) for name in names]
+
+
+PLAIN = {
+    "size": {"height": 336, "width": 336},
+    "do_center_crop": False,
+    "do_rescale": False,
+    "do_normalize": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("fit", "processor", "levels"),
+    [
+        ("squash", CLIPImageProcessorPil(**PLAIN), 0),
+        ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds in other places
+        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 0),
+        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 1),
+    ],
+    ids=["squash-pil", "squash-torchvision", "pad-pil", "pad-torchvision"],
+)
+def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) -> None:
+    for image in photographs():
+        theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
+        ours = fit_picture(image, 336, fit, CLIP_MEAN).transpose(2, 0, 1)
+        difference = np.abs(theirs.astype(int) - ours)
+        assert (difference > levels).mean() <= 1e-5 and difference.mean() <= 0.015
+
+
+def test_pad_fills_with_the_mean_colour_and_crop_takes_the_centre() -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    padded = fit_picture(Image.fromarray(wide), 60, "pad", (0.5, 0.25, 1.0))
+    assert (padded[:20] == (127, 63, 255)).all() and (padded[40:] == (127, 63, 255)).all()
+    assert np.array_equal(padded[22:38], wide[2:18])
+    cropped = fit_picture(Image.fromarray(wide), 20, "crop", CLIP_MEAN)
+    assert (cropped[:, 2:18] == 255).all()
+    with pytest.raises(ValueError, match="fit 'stretch'"):
+        fit_picture(Image.fromarray(wide), 20, "stretch", CLIP_MEAN)
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
+def test_strips_of_extreme_shape_need_no_extreme_memory(fit: str, size: tuple[int, int]) -> None:
+    strip = Image.new("RGB", size, (255, 0, 0))
+    square = fit_picture(strip, 336, fit, CLIP_MEAN)  # padded naively: 40,000 million pixels
+    assert square.shape == (336, 336, 3)
+    assert (square[168, 168, 0] > square[168, 168, 1]).all()
