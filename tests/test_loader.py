@@ -8,14 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.layout import Corrupt
 from cache.reader import FeatureReader, find_space
+from model.vlm import build_vlm
 from tests.feature_world import (
     PICTURES,
+    SPEC,
     M,
     World,
     ask,
@@ -131,6 +135,30 @@ def test_memory_settings_never_change_what_a_step_learns(
         )
 
 
+def test_the_models_loss_does_not_depend_on_trees_or_packing(mixed: World) -> None:
+    joined = mixed.join("e")
+    vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
+    rng = np.random.default_rng(0)  # the rows' bytes are noise, which fp16 reads as NaN too
+    table = torch.from_numpy(rng.standard_normal((len(joined.rows), M, SPEC.width), np.float32))
+    losses = []
+    for branches, max_tokens in ((1, 64), (8, 64), (8, 4096)):
+        trees = mixed.trees(joined, 64, max_branches=branches)
+        total = weight = 0.0
+        with (
+            torch.no_grad(),
+            FeatureLoader(
+                OnePass(trees, 1000), mixed.tokens(joined), mixed.reader, max_tokens=max_tokens
+            ) as loader,
+        ):
+            for micro in loader:
+                media = [m for tree in micro.placed for m in tree.media]
+                part = vlm.loss(micro.packed, table[media] if media else None)
+                total, weight = total + float(part[0]), weight + float(part[1])
+        assert weight == pytest.approx(float(trees.loss_weight.sum()))
+        losses.append(total / weight)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
     joined = mixed.join("d", "e")
     tokens = mixed.tokens(joined)
@@ -229,9 +257,10 @@ def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
                 time.sleep(work_s)
         return measured
 
-    assert waits(0.0)[0] > 0.045  # the first read cannot be hidden
-    assert sum(waits(0.0)) > 0.2  # 12 reads of 50 ms by two threads
-    assert sum(waits(0.1)[1:]) < 0.1  # a step longer than a read hides it
+    bare = waits(0.0)
+    assert bare[0] > 0.045  # the first read cannot be hidden
+    assert sum(bare) > 0.2  # 12 reads of 50 ms by two threads
+    assert sum(waits(0.1)[1:]) < sum(bare) / 2  # a step longer than a read hides it
 
 
 def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:

@@ -140,6 +140,24 @@ def test_an_interrupted_or_shortened_store_is_made_again(
     assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
 
 
+def test_two_processes_may_make_the_same_store_at_once(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
+    write_samples(root, "d", some_samples())
+    tokenize = text._tokenize
+
+    def overtaken(*arguments: object) -> int:
+        monkeypatch.setattr(text, "_tokenize", tokenize)
+        TokenStore.open(root, ["d"], tokenizer, folder=folder)  # the other one is faster
+        return tokenize(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(text, "_tokenize", overtaken)
+    store = TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    assert len(all_samples(store, 4)) == 4
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_a_sample_whose_pictures_and_marks_differ_is_named(
     tmp_path: Path, tokenizer: object
 ) -> None:

@@ -14,9 +14,10 @@
             if micro.last:
                 optimizer.step()
 
-join.py: which samples have all their features, and where. text.py: their tokens. trees.py: samples that
-share pictures. plan.py: which trees a step takes. packing.py: trees in one sequence. loader.py: all of it,
-with the features, a few batches ahead. Here: held-out samples one by one, and batches as text.
+join.py: which samples have all their features, and where; sample_list.py holds them. text.py: their
+tokens. trees.py: samples that share pictures. plan.py: which trees a step takes. packing.py: trees in
+one sequence. loader.py: all of it, with the features, a few batches ahead. Here: held-out samples one by
+one, and batches as text.
 """
 
 from __future__ import annotations

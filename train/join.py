@@ -14,28 +14,30 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 
 from cache.layout import CacheRoot
 from cache.tables import dataset_names, media_table, samples_digest
 from configs import UserError
+from train.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
 
 log = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
-Split = Literal["train", "val"]
+__all__ = ["KIND", "EmptySplitError", "Join", "join"]
 
 KIND = "picture"
 FAILURES_SHOWN = 5
 HASH_BITS = 32
+
+
+class EmptySplitError(UserError):
+    """No sample is on the side asked for: a few pictures may leave none to hold out."""
 
 
 class Rows(Protocol):
@@ -47,142 +49,19 @@ class Rows(Protocol):
         """Row numbers of `keys`, -1 where there is none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """What became of one data set's samples, both splits together."""
-
-    dataset: str
-    samples: int
-    """Samples in the data set."""
-    present: int
-    """Samples whose media all have their features."""
-    failed: int
-    """Samples that mention a media the ledger names as failed: they do not count against coverage."""
-    missing: int
-    """Samples whose media should be in the space and are not."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Join:
-    """A frozen list of samples, in data set order, as flat arrays."""
-
-    root: CacheRoot
-    """Where the texts are."""
-    split: Split
-    """Which side of the held-out threshold."""
-    names: tuple[str, ...]
-    """Data sets, in the order asked for."""
-    mix: tuple[float, ...] | None
-    """Share of each data set, sum 1; None: by size."""
-    dataset: npt.NDArray[np.int16]
-    """(S,) which of `names`."""
-    index: Ints
-    """(S,) row in the data set's samples table."""
-    weight: npt.NDArray[np.float32]
-    """(S,) factor on the loss of the whole sample."""
-    task: npt.NDArray[np.int32]
-    """(S,) which of `tasks`."""
-    tasks: tuple[str, ...]
-    """Types of question."""
-    offsets: Ints
-    """(S + 1,) sample i mentions media[offsets[i]:offsets[i + 1]]."""
-    media: npt.NDArray[np.int32]
-    """(R,) which of the K distinct media."""
-    keys: npt.NDArray[np.uint8]
-    """(K, 32) sha256 of the media's bytes."""
-    rows: Ints
-    """(K,) row of the space's array."""
-    ids: tuple[Any, ...]
-    """Per data set the id column of its whole table."""
-    counts: tuple[Coverage, ...]
-    """Per data set."""
-    samples_digests: tuple[str, ...]
-    """Per data set: hash of its texts."""
-    digest: str
-    """Hash of this list: texts, media keys, order. Row numbers are not in it: they may change."""
-
-    @property
-    def size(self) -> int:
-        """S."""
-        return len(self.index)
-
-    @property
-    def missing(self) -> int:
-        """Samples left out because features are missing."""
-        return sum(c.missing for c in self.counts)
-
-    @property
-    def failed(self) -> int:
-        """Samples left out because the ledger names their media as failed."""
-        return sum(c.failed for c in self.counts)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the samples present, of those whose media could be had."""
-        present = sum(c.present for c in self.counts)
-        return present / (present + self.missing) if present + self.missing else 1.0
-
-    def name_of(self, sample: int) -> str:
-        """`<data set>/<id>` of the sample at a position of this list."""
-        dataset = int(self.dataset[sample])
-        return f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
-
-    def media_of(self, sample: int) -> npt.NDArray[np.int32]:
-        """(n,) the media of one sample, as indices of `keys` and `rows`."""
-        return self.media[self.offsets[sample] : self.offsets[sample + 1]]
-
-    def key(self, media: int) -> str:
-        """The key (64 hex) of one distinct media."""
-        return self.keys[media].tobytes().hex()
-
-    def describe(self) -> str:
-        """One line a data set, for the log."""
-        used = np.bincount(self.dataset, minlength=len(self.names))
-        lines = [
-            f"{c.dataset}: {used[i]:,} {self.split} samples of {c.samples:,}"
-            f" ({c.failed:,} with failed media, {c.missing:,} not encoded)"
-            + (f", share {self.mix[i]:.3f}" if self.mix else "")
-            for i, c in enumerate(self.counts)
-        ]
-        return "\n".join(lines)
-
-    def blind(self, seed: int) -> Join:
-        """The same samples, every picture exchanged for another: what is known without looking.
-
-        Raises:
-            UserError: there is only one picture to exchange.
-        """
-        if len(self.rows) == 1:
-            raise UserError(
-                f"{self.split} split of {', '.join(self.names)}: one picture, so none to exchange it "
-                "for in the blind baseline; encode more pictures or raise held_out"
-            )
-        order = np.random.default_rng(seed).permutation(len(self.rows))
-        other = np.empty_like(order)
-        other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
-        return replace(self, rows=self.rows[other], keys=self.keys[other], digest="blind")
-
-    def freeze(self, path: Path) -> None:
-        """Write which samples these are (a bit a sample), for `join(..., frozen=path)` on resume."""
-        arrays = {}
-        for i, count in enumerate(self.counts):
-            chosen = np.zeros(count.samples, dtype=bool)
-            chosen[self.index[self.dataset == i]] = True
-            arrays[self.names[i]] = np.packbits(chosen)
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, {"digest": self.digest, "split": self.split})
-        temporary.replace(path)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
     """One data set's table, joined with media but not yet filtered."""
 
+    digest: str
+    """Of its texts."""
     ids: Any
+    """Arrow strings."""
     weight: npt.NDArray[np.float32]
     task: Any
+    """Arrow strings."""
     counts: Ints
+    """Media of each sample."""
     media: Ints
     """(R,) number in the list of all keys; -1 unknown, -2 failed."""
 
@@ -213,6 +92,7 @@ def join(
 
     Raises:
         UserError: no data set is here, too few features, or not the frozen list any more.
+        EmptySplitError: everything is on the other side.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out {held_out} is not in [0, 1)")
@@ -234,7 +114,7 @@ def join(
     parts = [replace(p, media=of_source[p.media]) for p in parts]
     kept: list[Ints] = []
     counts: list[Coverage] = []
-    chosen = _read_frozen(frozen, names) if frozen is not None else None
+    chosen = read_frozen(frozen, names) if frozen is not None else None
     for name, part in zip(names, parts, strict=True):
         present, broken = _availability(part, rows)
         side = _held_out(part, keys, held_out) == (split == "val")
@@ -254,7 +134,7 @@ def join(
     result = _assemble(root, split, names, shares, parts, kept, rows, keys, counts)
     _check_coverage(result, reader, min_coverage, ledger)
     if frozen is not None:
-        _check_frozen(result, frozen)
+        check_frozen(result, frozen)
     return result
 
 
@@ -284,7 +164,7 @@ def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str,
 
 def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
     """Ids, weights and media of a data set: everything but its texts."""
-    samples_digest(root, name)  # checks the seal
+    digest = samples_digest(root, name)  # checks the seal of the whole file
     table = pq.read_table(root.samples(name), columns=["id", "media", "weight", "task"])
     media = table["media"].combine_chunks()
     flat = media.flatten()
@@ -295,6 +175,7 @@ def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
         )
     at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())
     return _Part(
+        digest=digest,
         ids=table["id"].combine_chunks(),
         weight=np.asarray(table["weight"], dtype=np.float32),
         task=table["task"].combine_chunks(),
@@ -347,17 +228,16 @@ def _assemble(
         [_gather(p.media, p.counts, k) for p, k in zip(parts, kept, strict=True)]
     )
     lengths = np.concatenate([p.counts[k] for p, k in zip(parts, kept, strict=True)])
-    used, first, inverse = np.unique(media, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(first)
-    rank = np.empty(len(used), dtype=np.int64)
-    rank[by_appearance] = np.arange(len(used))
-    used = used[by_appearance]
+    first = np.full(len(rows), len(media))  # where each media appears first; the end: nowhere
+    first[media[::-1]] = np.arange(len(media))[::-1]
+    used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(media))]
+    rank = np.empty(len(rows), dtype=np.int32)
+    rank[used] = np.arange(len(used))
     dataset = np.repeat(np.arange(len(names)), [len(k) for k in kept]).astype(np.int16)
     tasks = pa.chunked_array(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
     )
     coded = tasks.combine_chunks().dictionary_encode()
-    digests = tuple(samples_digest(root, name) for name in names)
     result = Join(
         root=root,
         split=split,
@@ -369,15 +249,15 @@ def _assemble(
         task=np.asarray(coded.indices, dtype=np.int32),
         tasks=tuple(coded.dictionary.to_pylist()),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        media=rank[inverse].astype(np.int32),
+        media=rank[media],
         keys=keys[used],
         rows=rows[used],
         ids=tuple(p.ids for p in parts),
         counts=tuple(counts),
-        samples_digests=digests,
+        samples_digests=tuple(p.digest for p in parts),
         digest="",
     )
-    return replace(result, digest=_digest(result))
+    return replace(result, digest=digest_of(result))
 
 
 def _gather(values: Ints, lengths: Ints, chosen: Ints) -> Ints:
@@ -393,13 +273,6 @@ def _normalise(
 ) -> tuple[float, ...] | None:
     given = [share for share in (shares[name] for name in names) if share is not None]
     return tuple(share / sum(given) for share in given) if given else None
-
-
-def _digest(joined: Join) -> str:
-    digest = hashlib.sha256(repr((joined.split, joined.names, joined.samples_digests)).encode())
-    for array in (joined.dataset, joined.index, joined.offsets, joined.media, joined.keys):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _key_bytes(keys: Any) -> npt.NDArray[np.uint8]:
@@ -425,7 +298,7 @@ def _check_coverage(joined: Join, reader: Rows, min_coverage: float, ledger: pa.
             f"see python -m cache.ls --failures --features {joined.root.path}"
         )
     if not joined.size:
-        raise UserError(
+        raise EmptySplitError(
             f"{', '.join(joined.names)}: no sample is in the {joined.split} split; "
             "change --held-out or encode more"
         )
@@ -436,29 +309,3 @@ def _failures(ledger: pa.Table) -> str:
     failed = ledger.filter(pc.equal(ledger["status"], "failed")).slice(0, FAILURES_SHOWN)
     texts = [f"{r['source']}: {r['stage']}: {r['error']}" for r in failed.to_pylist()]
     return f": {'; '.join(texts)}" if texts else ""
-
-
-def _read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.uint8]]:
-    try:
-        chosen = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: the run's sample list cannot be read ({error}); start a new run (--run NAME)"
-        ) from None
-    if sorted(chosen) != sorted(names):
-        raise UserError(
-            f"{path}: this run was started on {', '.join(sorted(chosen))}, now there are "
-            f"{', '.join(sorted(names))}; resume with the same data sets or start a new run"
-        )
-    return chosen
-
-
-def _check_frozen(joined: Join, path: Path) -> None:
-    with safe_open(path, framework="numpy") as file:
-        before = file.metadata()["digest"]
-    if before != joined.digest:
-        raise UserError(
-            f"{path}: the samples this run was started on are not the same any more (texts edited, "
-            "pictures changed or removed, or another --held-out); start a new run (--run NAME --from "
-            "CHECKPOINT keeps what was learned)"
-        )

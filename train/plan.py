@@ -257,7 +257,8 @@ def quotas(sizes: Sequence[int], mix: Sequence[float] | None) -> tuple[int, ...]
 def deal(pieces: Sequence[Piece], world: int) -> list[list[Piece]]:
     """Share a step's pieces among `world` ranks so that tokens balance: longest first, to the idlest.
 
-    The same on every rank; within a rank the step's order is kept.
+    The same on every rank; within a rank the step's order is kept. With fewer pieces than ranks, some
+    get none.
     """
     loads = [0] * world
     hands: list[list[int]] = [[] for _ in range(world)]

@@ -142,7 +142,7 @@ def _is_whole(path: Path) -> bool:
     try:
         sizes = json.loads((path / "meta.json").read_text())["bytes"]
         return all((path / name).stat().st_size == sizes[name] for name in FILES)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
