@@ -67,10 +67,11 @@ def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -
         count = part.trees if isinstance(part, Group) else 1
         # (B * L, H * D) -> (B, H, L, D)
         a, b, c = (x.view(count, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows)
-        if isinstance(part, Group):
-            out = _sdpa(a, b, c, part.mask, scale)
-        else:
-            out = _long(a, b, c, part, scale)
+        out = (
+            _sdpa(a, b, c, part.mask, scale)
+            if isinstance(part, Group)
+            else _long(a, b, c, part, scale)
+        )
         done.append(out.transpose(1, 2).reshape(-1, heads * width))
     result = done[0] if len(done) == 1 else torch.cat(done)
     if plan.inverse is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerFast
@@ -118,7 +119,7 @@ def load_final(
     config = AutoConfig.from_pretrained(folder)
     try:
         state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder / WEIGHTS}: cannot be read: {error}; train the stage again"
         ) from None

@@ -1,0 +1,324 @@
+"""Text to ids and back: the template, what is supervised, and text that cannot become a control token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from configs import UserError
+from model import language
+from model.language import (
+    LanguagePreset,
+    load_language,
+    load_tokenizer,
+    prompt_ids,
+    save_language,
+    tokenize_messages,
+    tokenizer_digest,
+)
+from model.template import Message, place_pictures
+from model.tokenizer import SPECIALS, byte_tokenizer, encode_text, eos_ids, token_id
+
+WORDS = ("red", "circle", "points", "<", "</")
+
+
+@pytest.fixture(scope="module")
+def tok() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(WORDS)
+
+
+def rendered(tok: PreTrainedTokenizerFast, messages: list[Message], pictures: int = 0) -> str:
+    return tok.decode(tokenize_messages(tok, messages, pictures).ids)
+
+
+# ---------------------------------------------------------------------------------- the template
+
+
+def test_template_is_chatml_and_supervises_what_the_assistant_says(
+    tok: PreTrainedTokenizerFast,
+) -> None:
+    messages = [
+        ("system", "be brief", 1.0),
+        ("user", "<image>how many?", 1.0),
+        ("assistant", "two", 0.5),
+        ("user", "colour?", 1.0),
+        ("assistant", "red", 1.0),
+        ("user", "sure?", 1.0),
+        ("assistant", "no", 0.0),
+    ]
+    sample = tokenize_messages(tok, messages, 1)
+    assert tok.decode(sample.ids) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n"
+        "<|im_start|>user\n<image>how many?<|im_end|>\n"
+        "<|im_start|>assistant\ntwo<|im_end|>\n"
+        "<|im_start|>user\ncolour?<|im_end|>\n"
+        "<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\nsure?<|im_end|>\n"
+        "<|im_start|>assistant\nno<|im_end|>\n"
+    )
+    assert sample.ids.dtype == np.int32
+    assert sample.weights.dtype == np.float32
+    assert tok.decode(sample.ids[sample.weights == 0.5]) == "two<|im_end|>"
+    assert tok.decode(sample.ids[sample.weights == 1.0]) == "red<|im_end|>"
+    assert set(sample.weights.tolist()) == {0.0, 0.5, 1.0}
+    assert int((sample.ids == token_id(tok, "<image>")).sum()) == 1
+
+
+def test_a_prompt_is_the_beginning_of_what_was_trained(tok: PreTrainedTokenizerFast) -> None:
+    """Whatever the assistant says, training saw it after exactly the tokens that ask for it."""
+    turns: list[Message] = [
+        ("user", "a <image> b", 1.0),
+        ("assistant", "red", 1.0),
+        ("user", " and now?\n", 1.0),
+        ("assistant", "\n circle", 1.0),
+    ]
+    for end in (1, 3):
+        prompt = prompt_ids(tok, turns[:end], 1)
+        whole = tokenize_messages(tok, turns[: end + 1], 1)
+        assert whole.ids[: len(prompt)].tolist() == prompt
+        assert bool((whole.weights[len(prompt) :] > 0).any())
+        spoken = whole.ids[len(prompt) :][whole.weights[len(prompt) :] > 0]
+        assert tok.decode(spoken) == turns[end][1] + "<|im_end|>"
+
+
+def test_pictures_stand_at_their_marks_or_in_front() -> None:
+    def texts(messages: list[tuple[str, str]], pictures: int) -> list[list[str]]:
+        return place_pictures([(role, text, 1.0) for role, text in messages], pictures)
+
+    two = [("user", "a<image>b"), ("assistant", "<image>"), ("user", "<image>c")]
+    assert texts(two, 2) == [["a", "b"], ["<image>"], ["", "c"]]
+    assert texts(two, 1) == [["a", "b"], ["<image>"], ["<image>c"]]  # the further mark is text
+    assert texts(two, 0) == [["a<image>b"], ["<image>"], ["<image>c"]]
+    no_mark = [("system", "s <image>"), ("user", "c"), ("user", "d")]
+    assert texts(no_mark, 2) == [["s <image>"], ["", "", "c"], ["d"]]
+    with pytest.raises(ValueError, match="3 pictures but 2 <image> marks"):
+        texts(two, 3)
+    with pytest.raises(ValueError, match="no user turn"):
+        texts([("assistant", "a")], 1)
+    with pytest.raises(ValueError, match="role 'human'"):
+        texts([("human", "a")], 0)
+
+
+# ------------------------------------------------------------------- text stays text, and comes back
+
+nasty = st.lists(
+    st.one_of(
+        st.sampled_from([*SPECIALS, "<image>", "<think>", "red", " red", "redundant", "\n", "  "]),
+        st.text(max_size=6),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(nasty)
+@example("a <|im_end|><image> b")
+@example("Ġ naïve \u00a0\u3000\U0001f600 \r\n\t")
+def test_plain_text_comes_back_and_holds_no_control_token(text: str) -> None:
+    tok = byte_tokenizer(WORDS)
+    ids = encode_text(tok, text)
+    assert tok.decode(ids) == text
+    assert not set(ids) & set(tok.all_special_ids)
+    assert not set(ids) & {token_id(tok, s) for s in (*SPECIALS, "<image>")}
+
+
+@settings(max_examples=100, deadline=None)
+@given(nasty, nasty, st.integers(0, 2))
+def test_no_user_can_end_a_turn_or_add_a_picture(ask: str, say: str, pictures: int) -> None:
+    tok = byte_tokenizer(WORDS)
+    sample = tokenize_messages(
+        tok, [("user", "<image>" * pictures + ask, 1.0), ("assistant", say, 1.0)], pictures
+    )
+    ids = sample.ids.tolist()
+    marks = pictures or 0
+    assert ids.count(token_id(tok, "<image>")) == marks
+    assert ids.count(token_id(tok, "<|im_start|>")) == 2
+    assert ids.count(token_id(tok, "<|im_end|>")) == 2
+    spoken = sample.ids[sample.weights > 0]
+    assert tok.decode(spoken) == say + "<|im_end|>"
+
+
+def test_words_are_whole_words_only(tok: PreTrainedTokenizerFast) -> None:
+    assert len(encode_text(tok, "red")) == 1
+    assert len(encode_text(tok, " red")) == 1
+    assert encode_text(tok, "red") != encode_text(tok, " red")
+    assert len(encode_text(tok, "redundant")) == len("redundant")
+    assert len(encode_text(tok, "<points red circle")) == 4
+    assert len(encode_text(tok, "user")) == len(encode_text(tok, "assistant")) == 1  # roles too
+
+
+def test_a_word_that_could_never_match_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'light blue'.*'light', ' blue'"):
+        byte_tokenizer(["light blue"])
+
+
+def test_bytes_have_their_own_ids(tok: PreTrainedTokenizerFast) -> None:
+    text = "é€"
+    assert encode_text(tok, text) == list(text.encode())
+    assert sorted(tok.get_vocab().values()) == list(range(len(tok)))
+
+
+def test_tokenizer_survives_its_folder(tmp_path: Path, tok: PreTrainedTokenizerFast) -> None:
+    model = load_language("random:qwen3-tiny").model
+    save_language(tmp_path, model, tok)
+    again = load_tokenizer(str(tmp_path))
+    text = "red <image> redundant 12 <|im_end|> é"
+    assert tokenizer_digest(again) == tokenizer_digest(tok)
+    assert encode_text(again, text) == encode_text(tok, text)
+    assert eos_ids(again) == eos_ids(tok)
+    assert (again.padding_side, again.pad_token_id) == ("left", tok.pad_token_id)
+    read = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert read | {"_name_or_path": ""} == model.config.to_dict()
+
+
+def test_digest_is_of_what_text_becomes(tok: PreTrainedTokenizerFast) -> None:
+    same = byte_tokenizer(WORDS)
+    before = tokenizer_digest(same)
+    same(["a", "b c"], padding=True)  # leaves a padding setting behind
+    assert tokenizer_digest(same) == before == tokenizer_digest(tok)
+    assert tokenizer_digest(byte_tokenizer(WORDS[:-1])) != before
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+def test_qwen3_06b_has_its_published_size() -> None:
+    found = load_language("random:qwen3-0.6b", device="meta")
+    assert sum(p.numel() for p in found.model.parameters()) == 596_049_920
+    assert found.model.get_input_embeddings().weight.shape == (151_936, 1024)
+    assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
+    assert found.model.config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_random_models_follow_their_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = (load_language("random:qwen3-tiny", seed=s).model for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in (one, other)]
+    assert not torch.equal(*weights)
+
+
+def test_tiny_is_small_and_every_preset_builds() -> None:
+    tiny = load_language("random:qwen3-tiny")
+    assert (tiny.model.config.hidden_size, tiny.model.config.num_hidden_layers) == (64, 2)
+    assert sum(p.numel() for p in load_language("random:qwen3-demo").model.parameters()) < 10e6
+    rows = tiny.model.get_input_embeddings().weight.shape[0]
+    assert rows % 64 == 0
+    assert rows - 64 < len(tiny.tokenizer) <= rows
+
+
+def folder_with(tmp_path: Path, rows: int) -> tuple[Path, PreTrainedTokenizerFast]:
+    """A language model's folder as published: no `<image>` in the tokenizer, `rows` embeddings."""
+    tok = byte_tokenizer()
+    state = tok.backend_tokenizer.to_str().replace('"<image>"', '"<|image_pad_2|>"')
+    backend = type(tok.backend_tokenizer).from_str(state)
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "intermediate_size": 32}
+    preset = LanguagePreset(hidden_size=16, vocab_rows=rows, **sizes)
+    model = language.AutoModelForCausalLM.from_config(preset.config(len(plain)))
+    model.save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path)
+    return tmp_path, plain
+
+
+def test_image_token_is_added_and_fits_without_resizing(tmp_path: Path) -> None:
+    folder, plain = folder_with(tmp_path, rows=320)
+    loaded = load_language(str(folder))
+    assert loaded.image_token_id == len(plain)
+    assert len(loaded.tokenizer) == len(plain) + 1
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 320
+    assert loaded.eos_ids == (plain.get_vocab()["<|im_end|>"], plain.get_vocab()["<|endoftext|>"])
+    assert encode_text(loaded.tokenizer, "<image>") == list(b"<image>")
+
+
+def test_a_full_embedding_grows_for_the_image_token(tmp_path: Path) -> None:
+    folder, plain = folder_with(tmp_path, rows=len(byte_tokenizer()))
+    loaded = load_language(str(folder))
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    assert rows == -(-(len(plain) + 1) // 64) * 64
+    assert loaded.model.config.vocab_size == rows
+
+
+def test_another_models_settings_do_not_leak(tmp_path: Path) -> None:
+    folder, _ = folder_with(tmp_path, rows=320)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+    assert load_language(str(folder)).model.generation_config.temperature is None
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("random:qwen3-tini", r"nearest: qwen3-tiny; there are: random:qwen3-0.6b"),
+        ("./nowhere", r"nowhere: no such folder; give a local folder \(--llm PATH"),
+        ("/nowhere/at/all", "no such folder"),
+    ],
+)
+def test_what_is_not_there_is_said(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_language(source)
+
+
+def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_language(str(tmp_path))
+
+
+def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"nobody/nothing.*HF_HUB_OFFLINE is set; give a local folder"
+    ):
+        load_language("nobody/nothing")
+
+
+def test_no_answer_from_the_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(language.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot be reached: .*refused; give a local folder"):
+        load_language("nobody/nothing")
+
+
+def test_models_with_other_logits_are_refused() -> None:
+    found = load_language("random:qwen3-tiny")
+    found.model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match=r"final_logit_softcapping=30\.0 is not supported"):
+        language.wrap_language(found.model, found.tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 7}])
+def test_impossible_sizes_are_refused(change: dict[str, int]) -> None:
+    sizes = {"hidden_size": 8, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8}
+    with pytest.raises(ValueError, match=r"kv_heads 3|head_dim 7"):
+        LanguagePreset(**{**sizes, "intermediate_size": 8, **change})
+
+
+def test_too_few_rows_are_refused() -> None:
+    sizes = {"hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 4}
+    with pytest.raises(ValueError, match="vocab_rows 10 is below"):
+        LanguagePreset(**sizes, intermediate_size=8, vocab_rows=10).config(11)
+
+
+def test_special_marks_are_added_where_a_model_lacks_them() -> None:
+    backend = byte_tokenizer().backend_tokenizer
+    state = backend.to_str()
+    for mark in ("<|im_start|>", "<|im_end|>", "<image>"):
+        state = state.replace(f'"{mark}"', f'"<old {mark[1:-1]}>"')
+    plain = PreTrainedTokenizerFast(tokenizer_object=type(backend).from_str(state))
+    plain.add_tokens([AddedToken("<|im_end|>", special=False)])  # there, but as a word
+    tok = language.prepare_tokenizer(plain)
+    sample = tokenize_messages(tok, [("user", "<|im_end|>x", 1.0), ("assistant", "y", 1.0)], 1)
+    ids = sample.ids.tolist()
+    assert ids.count(token_id(tok, "<|im_end|>")) == 2
+    assert ids.count(token_id(tok, "<|im_start|>")) == 2
+    assert ids.count(token_id(tok, "<image>")) == 1
+    assert tok.pad_token == "<|endoftext|>"
