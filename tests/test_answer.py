@@ -1,0 +1,180 @@
+"""Answers: the likeliest words by the model's own full forward, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from model import answer as answers
+from model.answer import Prompt, answer, decode
+from model.packed import PackedBatch
+from model.template import prompt_ids
+from model.tokenizer import eos_ids, token_id
+from model.vlm import VLM, build_vlm
+
+VISION = 24
+TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[VLM, PreTrainedTokenizerFast]:
+    vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "mlp", seed=3)
+    generator = torch.Generator().manual_seed(11)
+    for p in vlm.language.parameters():  # a fresh model repeats its last token for ever
+        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
+    return vlm, tok
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Of different lengths, with nought to two pictures."""
+    g = torch.Generator().manual_seed(2)
+    result: list[Prompt] = []
+    for i in range(count):
+        features = torch.randn(i % 3, TOKENS, VISION, generator=g) if i % 3 else None
+        result.append(([("user", "why? " * (1 + 5 * i % 7), 1.0)], features))
+    return result
+
+
+def greedy_by_full_forward(
+    vlm: VLM, tok: PreTrainedTokenizerFast, prompt: Prompt, longest: int
+) -> str:
+    """Word by word, each time the whole sequence through the training forward: no cache, no padding."""
+    messages, features = prompt
+    count = 0 if features is None else len(features)
+    image = token_id(tok, "<image>")
+    ids: list[int] = []
+    for one in prompt_ids(tok, messages, count):
+        ids += [one] * (TOKENS if one == image else 1)
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + longest:
+            row = torch.tensor(ids)
+            batch = PackedBatch(
+                input_ids=row,
+                position_ids=torch.arange(len(ids)),
+                image_slots=(row == image).nonzero().squeeze(1),
+                loss_positions=row[:0],
+                targets=row[:0],
+                loss_weights=torch.empty(0),
+                units=torch.tensor([[0, len(ids), 0, 0]]),
+            )
+            logits = vlm.language.lm_head(vlm.hidden(batch, features)[-1])
+            logits[len(tok) :] = logits[image] = float("-inf")
+            ids.append(int(logits.argmax()))
+            if ids[-1] in eos_ids(tok):
+                break
+    return decode(tok, ids[start:])
+
+
+def test_greedy_is_argmax_of_the_full_forward(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+    vlm, tok = model
+    given = prompts(6)
+    wanted = [greedy_by_full_forward(vlm, tok, p, 12) for p in given]
+    assert len(set(wanted)) > 3, "the model says different things"
+    assert [answer(vlm, tok, [p], max_new_tokens=12)[0] for p in given] == wanted
+    assert answer(vlm, tok, given, max_new_tokens=12) == wanted
+    assert answer(vlm, tok, given, max_new_tokens=12, batch_size=4) == wanted
+
+
+def test_an_answer_ends_at_its_end_mark(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+    """A model that always says the end mark says nothing, and others in its batch go on."""
+    vlm, tok = model
+    end, pad, word = token_id(tok, "<|im_end|>"), tok.pad_token_id, 97
+    assert decode(tok, [word, end, word, word]) == "a"
+    assert decode(tok, [word, pad, word]) == "a"
+    assert decode(tok, [end]) == ""
+    assert decode(tok, [word, token_id(tok, "<|im_start|>"), word]) == "aa"
+    head = vlm.language.lm_head
+    handle = head.register_forward_hook(
+        lambda _m, _i, out: out.index_fill(-1, torch.tensor([end]), 1e4)
+    )
+    try:
+        assert answer(vlm, tok, prompts(3), max_new_tokens=5) == ["", "", ""]
+    finally:
+        handle.remove()
+
+
+def test_pictures_and_empty_rows_are_never_said(
+    model: tuple[VLM, PreTrainedTokenizerFast],
+) -> None:
+    """The embedding has more rows than the tokenizer ids; the likeliest of them must not come out."""
+    vlm, tok = model
+    rows = vlm.language.lm_head.weight.shape[0]
+    forbidden = torch.tensor([token_id(tok, "<image>"), len(tok), rows - 1])
+    assert rows > len(tok)
+    wanted = answer(vlm, tok, prompts(2), max_new_tokens=6)
+    handle = vlm.language.lm_head.register_forward_hook(
+        lambda _m, _i, out: out.index_fill(-1, forbidden, 1e4)
+    )
+    try:
+        assert answer(vlm, tok, prompts(2), max_new_tokens=6) == wanted
+    finally:
+        handle.remove()
+
+
+def test_sampling_follows_its_seed_alone(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+    vlm, tok = model
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    runs = [
+        answer(vlm, tok, prompts(3), max_new_tokens=12, temperature=1.0, seed=s) for s in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert runs[0] == runs[1] != runs[2]
+    cold = answer(vlm, tok, prompts(3), max_new_tokens=12, temperature=1e-4, seed=5)
+    assert cold == answer(vlm, tok, prompts(3), max_new_tokens=12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(
+    model: tuple[VLM, PreTrainedTokenizerFast], training: bool
+) -> None:
+    vlm, tok = model
+    vlm.train(training)
+    vlm.gradient_checkpointing(training)
+    modes = {name: m.training for name, m in vlm.named_modules()}
+    before = [p.clone() for p in vlm.parameters()]
+    answer(vlm, tok, prompts(2), max_new_tokens=3)
+    assert {name: m.training for name, m in vlm.named_modules()} == modes
+    assert vlm.language.config._attn_implementation == "nano_packed"
+    assert all(torch.equal(a, b) for a, b in zip(before, vlm.parameters(), strict=True))
+    vlm.gradient_checkpointing(False)
+    vlm.eval()
+
+
+def test_a_failure_leaves_the_model_as_it_was(
+    model: tuple[VLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, tok = model
+
+    def broken(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(vlm.language, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        answer(vlm, tok, prompts(1), max_new_tokens=3)
+    assert vlm.language.config._attn_implementation == "nano_packed"
+
+
+def test_no_prompts_no_answers(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+    assert answer(*model, [], max_new_tokens=3) == []
+
+
+def test_similar_lengths_are_answered_together(
+    model: tuple[VLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, tok = model
+    lengths: list[list[int]] = []
+    padded = answers._left_padded
+
+    def spy(rows: list[tuple[Tensor, Tensor, Tensor | None]], *rest: object) -> object:
+        lengths.append([len(ids) for ids, _, _ in rows])
+        return padded(rows, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(answers, "_left_padded", spy)
+    answer(vlm, tok, prompts(7), max_new_tokens=1, batch_size=3)
+    flat = [n for part in lengths for n in part]
+    assert flat == sorted(flat)
+    assert [len(part) for part in lengths] == [3, 3, 1]
