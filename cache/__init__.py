@@ -2,10 +2,11 @@
 
 In this folder, files are code and folders are data: it is also the default place of a cache.
 
-    spec         what a feature is, and its fingerprint       layout      every path, whole files, seals
-    codec        how a row is packed                          tables      samples, media
-    zarr_shard   the bytes of a shard                         space       space.json
-    commits      which rows exist                             locks       who may write
-    writer       fill and commit shards                       reader      read rows, checked
-    ls  verify  gc                                            look after it
+    spec, codec, zarr_codec      what a feature is, and how a row of them is packed
+    layout                       every path, whole files, seals
+    tables                       samples and media
+    zarr_shard, commits, space   the bytes of a shard, which rows exist, space.json
+    locks                        who may write
+    writer, reader               rows in, rows out
+    ls, verify, gc               commands; survey, damage and printing are what they stand on
 """

@@ -59,6 +59,11 @@ class _Flock:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     return False
+            except OSError as error:  # some network file systems
+                raise UserError(
+                    f"{self.path}: this file system cannot lock files ({error.strerror}); "
+                    "mount it with flock, or put --features on another"
+                ) from None
             time.sleep(POLL_S)
 
     def read(self) -> str:

@@ -191,10 +191,10 @@ def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
                 yield Sample(messages=messages, media=media, **row)
 
 
-def samples_table(root: CacheRoot, dataset: str) -> pa.Table:
-    """The same as one Arrow table: id, dataset, messages, media, weight, task."""
+def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The same as one Arrow table: id, dataset, messages, media, weight, task; or some of these."""
     with pq.ParquetFile(_samples_file(root, dataset)) as file:
-        return file.read()
+        return file.read(columns)
 
 
 def dataset_names(root: CacheRoot) -> list[str]:

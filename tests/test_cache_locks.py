@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import signal
 import subprocess
@@ -191,6 +193,20 @@ def test_two_workers_cannot_share_an_id(paths: SpacePaths) -> None:
         with pytest.raises(StaleJob), WorkerLease(paths, driver.token, "w1"):
             pass
         assert not wait_gone(paths, "w1", 0)
+
+
+def test_a_file_system_without_locks_is_named(
+    paths: SpacePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, how: int) -> None:
+        if how != fcntl.LOCK_UN:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(
+        UserError, match=r"driver\.lock: this file system cannot lock files \(No locks"
+    ):
+        DriverLock(paths, "job").__enter__()
 
 
 def test_a_lease_that_was_refused_holds_nothing(paths: SpacePaths) -> None:

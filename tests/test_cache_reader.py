@@ -169,12 +169,12 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
     path = space.paths.shard("picture", 0)
     data = bytearray(path.read_bytes())
     size, slot_bytes = SPEC.row_bytes("picture"), SPEC.row_bytes("picture") + 4
+    seen = FeatureReader(space.paths)
     for at in range(len(data)):
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
         data[at] ^= 1 << at % 8
         hit, within = divmod(at, slot_bytes)
-        seen = FeatureReader(space.paths)
         for number in (0, 1):
             out = np.empty((1, size), np.uint8)
             if number == hit and within < size:

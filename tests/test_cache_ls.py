@@ -1,0 +1,155 @@
+"""`cache.ls`: figures that can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache import ls
+from cache.layout import CacheRoot
+from cache.locks import DriverLock
+from cache.printing import Meter, bytes_text, table_text
+from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samples
+from configs import UserError
+from tests.toy_space import fill, key, make_space
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    def run_ls(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cache.ls", "--features", str(tmp_path), *argv])
+        ls.main()
+        return capsys.readouterr().out
+
+    return run_ls
+
+
+def sample(dataset: str, name: str, *sources: str) -> Sample:
+    media = tuple(MediaRef(source=source) for source in sources)
+    return Sample(id=name, dataset=dataset, messages=(), media=media)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> CacheRoot:
+    """a, b, c are keys 0, 1, 0; d failed to decode, e to be fetched; f is unknown.
+
+    The int8 space has keys 0 and 1, the fp16 space only 1.
+    """
+    fill(make_space(tmp_path, "int8"), [0, 1])
+    fill(make_space(tmp_path, "fp16"), [1])
+    root = CacheRoot(tmp_path)
+    ok = [MediaRecord(source=s, key=key(n)) for s, n in (("a", 0), ("b", 1), ("c", 0))]
+    bad = MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="cut short")
+    gone = MediaRecord(source="e", status="failed", stage="fetch", error="404")
+    lost = MediaRecord(source="g", status="failed", stage="fetch", error="404")
+    append_media(root, [*ok, bad, gone, lost], "job")
+    two = [sample("two", str(n), *s) for n, s in enumerate(["a", "ab", "ad", "", "bb", "f"])]
+    write_samples(root, "two", two)
+    write_samples(root, "one", [sample("one", "0", "b"), sample("one", "1", "e", "d")])
+    write_samples(root, "none", [])
+    return root
+
+
+def test_spaces_and_coverage_are_counted(root: CacheRoot, run: Run) -> None:
+    values: Any = json.loads(run("--json"))
+    fp16, int8 = values["spaces"]
+    assert (int8["rows"], fp16["rows"]) == ({"picture": 2, "frame": 0}, {"picture": 1, "frame": 0})
+    assert (int8["nbytes"], fp16["nbytes"]) == (2 * 268 + 68, 516 + 68)
+    assert (int8["codec"], int8["encoder"], int8["blocks"]) == ("int8", "toy", [0])
+    assert int8["pool"] == {"picture": 1, "frame": 2}
+    none, one, two = values["datasets"]
+    assert (none["samples"], one["samples"], two["samples"]) == (0, 2, 6)
+    assert (none["media"], one["media"], two["media"]) == (0, 3, 4)
+    assert (none["failed"], one["failed"], two["failed"]) == (0, 2, 1)
+    assert one["coverage"] == {int8["name"]: 1 / 2, fp16["name"]: 1 / 2}
+    assert two["coverage"] == pytest.approx({int8["name"]: 4 / 6, fp16["name"]: 2 / 6})
+    assert none["coverage"] == {int8["name"]: 1.0, fp16["name"]: 1.0}
+
+
+def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
+    int8 = next(name for name in root.space_names() if "int8" in name)
+    with DriverLock(root.space(int8), "job 7"):
+        lines = run().splitlines()
+    fields = [line.split() for line in lines]
+    assert [int8, "toy", "int8", "0", "1/2", "2", "0", "604", "B"] in fields
+    assert f"{int8}: being written by job 7" in lines
+    assert ["two", "6", "4", "1", "33.3%", "66.7%"] in fields
+    assert "why media failed: python -m cache.ls --failures" in lines
+
+
+def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
+    assert run("--failures").splitlines() == [
+        "1 in one: decode: cut short",
+        "    d",
+        "1 in two: decode: cut short",
+        "    d",
+        "1 in no data set any more: fetch: 404",
+        "    g",
+        "1 in one: fetch: 404",
+        "    e",
+    ]
+    groups = json.loads(run("--failures", "--json"))["failures"]
+    assert groups[0] == {
+        "stage": "decode",
+        "error": "cut short",
+        "dataset": "one",
+        "sources": ["d"],
+    }
+
+
+def test_a_source_that_failed_and_then_came_is_no_failure(root: CacheRoot, run: Run) -> None:
+    records = [MediaRecord(source=source, key=key(5)) for source in "deg"]
+    append_media(root, records, "job")
+    assert run("--failures") == "no failures\n"
+
+
+def test_damage_to_one_space_does_not_hide_the_others(root: CacheRoot, run: Run) -> None:
+    fp16, int8 = root.space_names()
+    path = root.space(int8).commit("picture", 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    lines = run().splitlines()
+    assert any(line.startswith(f"{int8}: DAMAGED: {path}: ") for line in lines)
+    assert any(line.startswith(f"{fp16} ") for line in lines)
+
+
+def test_nothing_is_said_to_be_nothing(tmp_path: Path, run: Run) -> None:
+    out = run()
+    assert "no spaces; make one: python -m encode.run" in out
+    assert "no data sets" in out
+    tmp_path.rmdir()
+    with pytest.raises(UserError, match=r"no cache at .*--features"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1179648, "1.18 MB"), (99_960_000, "100 MB"),
+     (999_600, "1 MB"), (430e9, "430 GB"), (1.69e12, "1.69 TB"), (2.5e15, "2500 TB")],
+)  # fmt: skip
+def test_bytes_have_three_digits(nbytes: float, text: str) -> None:
+    assert bytes_text(nbytes) == text
+
+
+def test_columns_line_up() -> None:
+    text = table_text(("name", "n"), [("a", "5"), ("longer", "1,000")], right="n")
+    assert text.splitlines() == ["name        n", "a           5", "longer  1,000"]
+
+
+def test_a_meter_reports_each_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("cache.printing.time.monotonic", lambda: now)
+    meter = Meter("read", 4_000_000)
+    meter.add(500_000)
+    assert capsys.readouterr().err == ""
+    now += 61
+    meter.add(500_000)
+    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 183 s left"
