@@ -213,7 +213,9 @@ class ShardWriter:
             return 0
         rows, paths = self.rows, self._space.paths
         index, index_crc = self._geometry.index_with_crc(rows)
-        _pwrite(self._fd, [index], rows * self._geometry.slot_bytes)
+        end = rows * self._geometry.slot_bytes
+        os.ftruncate(self._fd, end)  # a row that failed half-way may lie there
+        _pwrite(self._fd, [index], end)
         os.fsync(self._fd)
         self._close()
         if self._fence is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,7 @@ def test_a_write_that_fails_can_be_tried_again(
     writer = ShardWriter(space, "picture", 0)
 
     def full_disk(fd: int, buffers: Any, at: int) -> int:
-        os.pwrite(fd, b"half a row", at)
+        os.pwrite(fd, b"half a row" * 20, at)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -99,7 +102,11 @@ def test_a_write_that_fails_can_be_tried_again(
             writer.append(key(1), "full", row(1))
     assert writer.rows == 0
     writer.append(key(1), "full", row(1))
-    assert writer.commit() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            writer.append(key(2), "full", row(2))
+    assert writer.commit() == 1, "what fitted, with nothing of the other row behind it"
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
@@ -266,3 +273,58 @@ def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
     assert seen == sorted(seen), "once visible, always visible"
     assert seen[0] is False
     assert seen[-1] is True
+
+
+WRITE_ON = """
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from cache.layout import CacheRoot
+from cache.locks import DriverLock, WorkerLease
+from cache.writer import ShardWriter, Space
+from tests.toy_space import SLOTS, SPEC, key, row
+root = CacheRoot(Path(sys.argv[1]))
+paths = root.space(SPEC.name)
+with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "0") as lease:
+    space = Space.create(root, SPEC, {}, shard_bytes=SLOTS * SPEC.row_bytes("picture"))
+    space.grow("picture")
+    number = len(space.keys("picture"))
+    print(number, flush=True)
+    while True:
+        writer = ShardWriter(space, "picture", space.next_shard("picture"), lease.fence)
+        while not writer.full:
+            writer.append(key(number), "full", row(number))
+            number += 1
+        writer.commit()
+        print(number, flush=True)
+        space.grow("picture")
+"""
+
+
+@pytest.mark.soak_counted
+def test_jobs_killed_at_random_lose_and_double_nothing(
+    tmp_path: Path, soak: Callable[[int, int], int]
+) -> None:
+    draw = random.Random(0)
+    committed = 0
+    for _ in range(soak(4, 60)):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITE_ON, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(layout.__file__).parents[1],
+        ) as job:
+            assert job.stdout is not None
+            first = int(job.stdout.readline())
+            assert first >= committed, "what was committed before the last kill is still there"
+            time.sleep(draw.uniform(0, 0.3))
+            job.kill()
+            committed = int([str(first), *job.stdout.read().split()][-1])
+        report = verify(CacheRoot(tmp_path), deep=True)
+        assert not report.broken
+        rows = report.spaces[0].rows["picture"]
+        assert committed <= rows <= committed + SLOTS
+        space = Space.open(CacheRoot(tmp_path).space(SPEC.name))
+        assert space.keys("picture") == {(key(number), "full") for number in range(rows)}
+    assert committed > SLOTS, "the jobs were killed while they wrote"
