@@ -1,0 +1,195 @@
+"""The whole model, live: pictures in, an answer out, the same as from the cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from cache import codec
+from cache.spec import FeatureSpec
+from configs import UserError
+from model.answer import answer
+from model.encoder_config import encoder_config
+from model.generate import live_features, main
+from model.load import load_final, save_final
+from model.media import decode_picture
+from model.vision import VisionEncoder, load_encoder
+from model.vlm import VLM, build_vlm
+
+
+@pytest.fixture(scope="module")
+def encoder() -> VisionEncoder:
+    return load_encoder(encoder_config("demo"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> Path:
+    """A run whose model says different things to different pictures, and three pictures."""
+    folder = tmp_path_factory.mktemp("world")
+    for i, colour in enumerate(("red", "lime", "blue")):
+        picture = Image.new("RGB", (150 + 40 * i, 120), "white")
+        ImageDraw.Draw(picture).ellipse((20 * i, 10, 60 + 30 * i, 90), fill=colour)
+        picture.save(folder / f"{colour}.png")
+    vlm, tok = build_vlm(encoder.spec("int8").width, "random:qwen3-tiny", "linear", seed=6)
+    generator = torch.Generator().manual_seed(11)
+    for p in vlm.language.parameters():
+        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
+    # What pictures have in common is taken away and what differs enlarged, or all would look alike.
+    pixels = np.stack([encoder.prepare(Image.open(p).convert("RGB")) for p in folder.glob("*.png")])
+    common = encoder.encode(pixels).mean((0, 1))
+    vlm.connector.weight.data *= 20
+    vlm.connector.bias.data = -vlm.connector.weight.data @ common
+    spec = encoder.spec("int8")
+    space = {"spec": spec.to_json(), "load": encoder.load_info()}
+    meta = {"connector": "linear", "llm": "random:qwen3-tiny", "space": space}
+    save_final(folder / "run/stage1/final", vlm, tok, meta | {"stage": 1, "step": 3})
+    return folder
+
+
+def from_cache(world: Path, encoder: VisionEncoder, names: list[str]) -> torch.Tensor:
+    """Features as a job would have stored and a trainer read them: encoded among others, by numpy."""
+    spec = encoder.spec("int8")
+    pictures = [decode_picture((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
+    batch = encoder.encode(np.stack([encoder.prepare(p) for p in pictures]))
+    rows = codec.pack(batch.numpy(), "int8")
+    stored = codec.unpack(rows, "int8", spec.tokens("picture"), spec.width)
+    order = ["blue", "red", "lime"]
+    return torch.from_numpy(stored[[order.index(n) for n in names]])
+
+
+def ask(world: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
+    capsys.readouterr()
+    assert main(["--run", str(world / "run"), "--max-new-tokens", "16", *words]) == 0
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def images(world: Path, *names: str) -> list[str]:
+    return ["--image", *(str(world / f"{n}.png") for n in names)]
+
+
+def test_live_features_are_the_cached_ones(world: Path, encoder: VisionEncoder) -> None:
+    """To the bit, whatever else was in the batch when the cache was filled."""
+    space = {"spec": encoder.spec("int8").to_json(), "load": encoder.load_info()}
+    pictures = [decode_picture((world / f"{n}.png").read_bytes()) for n in ("red", "lime")]
+    live = live_features(encoder, space, pictures)
+    assert live.dtype == torch.float16
+    assert torch.equal(live, from_cache(world, encoder, ["red", "lime"]))
+
+
+def test_live_answers_are_those_from_the_cache(
+    world: Path, encoder: VisionEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vlm, tok, _ = load_final(world / "run/stage1/final")
+    said = {}
+    for names, prompt in [
+        (["red"], "what?"),
+        (["blue"], "what?"),
+        (["red", "blue"], "<image> or <image>?"),
+        (["blue", "red"], "<image> or <image>?"),
+        (["red", "blue"], "or?"),
+    ]:
+        out, err = ask(world, capsys, *images(world, *names), "--prompt", prompt)
+        features = from_cache(world, encoder, names)
+        cached = answer(vlm, tok, [([("user", prompt, 1.0)], features)], max_new_tokens=16)
+        assert out == cached[0] + "\n"
+        assert err == ""
+        said[(*names, prompt)] = out
+    assert len(set(said.values())) == len(said), "pictures, their order and their place all matter"
+
+
+def test_without_pictures_no_encoder_is_needed(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.generate.rebuild_encoder", None)
+    vlm, tok, _ = load_final(world / "run/stage1/final")
+    out, _ = ask(world, capsys, "--prompt", "an <image> in words")
+    said = answer(vlm, tok, [([("user", "an <image> in words", 1.0)], None)], max_new_tokens=16)
+    assert out == said[0] + "\n"
+
+
+def test_sampled_answers_follow_the_seed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outs = [
+        ask(world, capsys, "--prompt", "what?", "--temperature", "1.5", "--seed", seed)[0]
+        for seed in ("1", "1", "2")
+    ]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_verbose_leaves_the_answer_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*images(world, "lime"), "--prompt", "what?"]
+    quiet, _ = ask(world, capsys, *words)
+    loud, err = ask(world, capsys, *words, "--verbose")
+    assert loud == quiet
+    lines = err.splitlines()
+    assert len(lines) == 4
+    assert "encoder demo" in lines[0]
+    assert "1 pictures, " in lines[1]
+    assert all(" s  " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "what?", "--image", "nowhere.png"], r"nowhere\.png: No such file"),
+        (["--prompt", "<image> <image>", "--image", "a.png"], "1 --image but 2 <image> marks"),
+        (["--prompt", " "], "no --prompt"),
+        (["--prompt", "x", "--temperature", "-1"], r"temperature -1\.0 is below 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),
+        (["--promt", "x"], "no option --promt; nearest: --prompt"),
+        (["--prompt", "x", "--stage", "2"], "stage 2 is not finished"),
+    ],
+)
+def test_mistakes_are_one_line(world: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        main(["--run", str(world / "run"), *words])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_picture_is_said(world: Path, tmp_path: Path) -> None:
+    whole = (world / "red.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"half\.png: .*give a sound JPEG"):
+        main(["--run", str(world / "run"), "--prompt", "x", "--image", str(tmp_path / "half.png")])
+
+
+def test_another_encoder_than_the_spaces_is_refused(world: Path, tmp_path: Path) -> None:
+    """The space records the sha256 of the weights its rows were made with."""
+    final = world / "run/stage1/final"
+    vlm, tok, meta = load_final(final)
+    spec = FeatureSpec.from_json(meta["space"]["spec"]).to_json() | {"weights": "0" * 64}
+    del meta["format"], meta["template"], meta["vision_width"]
+    changed = json.loads(json.dumps(meta)) | {"space": meta["space"] | {"spec": spec}}
+    save_final(tmp_path / "stage1/final", vlm, tok, changed)
+    with pytest.raises(UserError, match=r"made with weights 000000000000"):
+        main(["--run", str(tmp_path), "--prompt", "x", *images(world, "red")])
+
+
+def test_the_command_itself(world: Path) -> None:
+    """Exit codes and streams of the real thing."""
+    command = [sys.executable, "-m", "model.generate", "--run", str(world / "run")]
+    done = subprocess.run(
+        [*command, "--prompt", "what?", *images(world, "red"), "--max-new-tokens", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n")
+    failed = subprocess.run([*command], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: ")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_vlm_knows_its_encoders_width(world: Path, encoder: VisionEncoder) -> None:
+    vlm: VLM = load_final(world / "run/stage1/final")[0]
+    assert vlm.vision_width == encoder.spec("int8").width
