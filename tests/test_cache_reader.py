@@ -219,6 +219,17 @@ def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
         FeatureReader(space.paths)
 
 
+def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    space.paths.space_json.unlink()
+    Space.create(
+        CacheRoot(tmp_path), space.spec, space.load, shard_bytes=8 * SPEC.row_bytes("picture")
+    )
+    with pytest.raises(Corrupt, match="not made with 8 rows a shard"):
+        FeatureReader(space.paths)
+
+
 def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
