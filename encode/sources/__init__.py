@@ -139,4 +139,4 @@ def _open_entry(name: str, entry: Entry, features: Path) -> Dataset:
         return _open_folder(entry.path, features, name)
     from encode.sources.demo import DemoDataset
 
-    return DemoDataset(features)
+    return DemoDataset.open(name, features)

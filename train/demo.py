@@ -1,0 +1,231 @@
+"""The demo: a small world is drawn, encoded once over Ray, learned in three stages, and asked about.
+
+python -m train.demo                      # `make demo`: offline, minutes on two cores
+python -m train.demo --features /tmp/cache
+
+Every step is one of the product's own commands, printed before it runs; their options are in
+configs/demo.yaml. Features are kept: another `make demo` encodes nothing and trains anew. The last line
+is the result: exact match on held-out drawings, mean over the question types, and the same *blind*, with
+every drawing exchanged for another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import configs
+from configs import UserError
+
+PROG = "python -m train.demo"
+RUN, SECOND = Path("runs/demo"), Path("runs/demo-mlp")
+MARK = "demo.json"
+"""Lies in a run's folder when the demo made it, and may therefore replace it."""
+TYPES = ("count", "colour", "shape", "cell", "point")
+"""The question types of the headline."""
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Run the demo."""
+
+    features: Path = Path("cache")
+    """Folder of the feature cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """configs/demo.yaml. Mappings are options of the commands they are named after."""
+
+    world: Flags
+    """Read by encode.sources.demo."""
+    encode: Flags
+    """encode.run."""
+    train: Flags
+    """train.run, in every stage."""
+    stages: Mapping[int, Flags]
+    """train.run, one stage; go before those of `train`."""
+    experiment: Flags
+    """train.run, stage 1 of the second run; go before those of stage 1."""
+    evaluate: Flags
+    """train.evaluate."""
+    live_samples: int
+    """Samples whose loss is compared on cached and on live features."""
+    prompts: tuple[str, ...]
+    """Asked of one held-out drawing each."""
+
+
+class CommandFailedError(Exception):
+    """A command of the demo ended with another code than 0."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code of the first step that fails."""
+    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
+    demo = configs.build(Demo, configs.load("demo"), "configs/demo.yaml")
+    try:
+        show(demo, options.features)
+    except CommandFailedError as failed:
+        print(f"demo: the command above failed with exit code {failed.code}", file=sys.stderr)
+        return failed.code
+    return 0
+
+
+def show(demo: Demo, features: Path) -> None:
+    """All of it, in order."""
+    begun = time.monotonic()
+    for folder in (RUN, SECOND):
+        start_anew(folder)
+    where: dict[str, Any] = {"features": features}
+    encode = {"dataset": "demo", **demo.encode, **where}
+    space = found(r"space +([^\s:]+)", run("encode.run", encode))
+
+    where["space"] = space
+    for stage, flags in demo.stages.items():
+        run("train.run", {"stage": stage, "run": RUN.name, **where, **demo.train, **flags})
+    del where["space"]  # from here on the model knows its own
+    live = run("encode.live", {"run": RUN.name, **where, "samples": demo.live_samples})
+    run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
+    result = json.loads((last_stage(demo) / "evaluation-val.json").read_text(encoding="utf-8"))
+    for prompt, picture in zip(demo.prompts, held_out_pictures(result), strict=False):
+        run("model.generate", {"run": RUN.name, "image": picture, "prompt": prompt})
+    run("train.report", {"run": RUN.name, **where, "output": RUN / "report.html"})
+
+    second = time.monotonic()
+    encoded = found(r"encoded=(\d+)", run("encode.run", encode))
+    flags = {**demo.train, **demo.stages[1], **demo.experiment}
+    run("train.run", {"stage": 1, "run": SECOND.name, **where, "space": space, **flags})
+    second_s = time.monotonic() - second
+
+    print(f"\nheld-out drawings, stage {result['stage']}\n{table(result)}\n")
+    print(f"experiment 2: encoded={encoded} seconds={second_s:.0f}")
+    print(next(line for line in live if line.startswith("cached loss")))
+    right, blind = headline(result)
+    seconds = time.monotonic() - begun
+    print(f"demo: exact_match={right:.2f} blind={blind:.2f} seconds={seconds:.0f}")
+
+
+# ---- commands
+
+
+def run(module: str, flags: Flags) -> list[str]:
+    """Run one of our commands with its output passed on, and return its lines.
+
+    Raises:
+        CommandFailedError: it failed; it has said why.
+    """
+    words = [module, *as_words(flags)]
+    print(f"\n$ python -m {shlex.join(words)}", flush=True)
+    lines: list[str] = []
+    with subprocess.Popen(  # -u: a line is passed on when it is written, not when a buffer is full
+        [sys.executable, "-u", "-m", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
+    if process.returncode:
+        raise CommandFailedError(process.returncode)
+    return lines
+
+
+def as_words(flags: Flags) -> list[str]:
+    """{"max_steps": 5} -> ["--max-steps", "5"]."""
+    return [
+        word
+        for name, value in flags.items()
+        for word in ("--" + name.replace("_", "-"), str(value))
+    ]
+
+
+def found(pattern: str, lines: Sequence[str]) -> str:
+    """The group of the first line that begins with the pattern."""
+    for line in lines:
+        if match := re.match(pattern, line):
+            return match[1]
+    raise AssertionError(f"no line of the command begins like {pattern}")
+
+
+def start_anew(folder: Path) -> None:
+    """Remove the run of an earlier demo, and mark the folder as the demo's.
+
+    Raises:
+        UserError: somebody else's run has this name.
+    """
+    mark = folder / MARK
+    if folder.exists():
+        if not mark.exists():
+            raise UserError(
+                f"{folder}: not made by the demo, which would replace it; rename it: mv {folder} NEW"
+            )
+        print(f"$ rm -r {folder}", flush=True)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    mark.write_text('{"made by": "python -m train.demo"}\n', encoding="utf-8")
+
+
+# ---- results
+
+
+def last_stage(demo: Demo) -> Path:
+    """The folder of the stage that is asked."""
+    return RUN / f"stage{max(demo.stages)}"
+
+
+def held_out_pictures(result: Mapping[str, Any]) -> Iterator[str]:
+    """Files of held-out drawings, each once."""
+    yield from dict.fromkeys(answer["media"][0] for answer in result["answers"])
+
+
+def headline(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Exact match and blind, each the mean over TYPES."""
+    tasks = {task["name"]: task for task in result["tasks"]}
+    right, blind = (sum(tasks[t][of] for t in TYPES) / len(TYPES) for of in ("exact", "blind"))
+    return right, blind
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Exact match a question type, blind beside; what is not in the headline apart."""
+    tasks = {task["name"]: task for task in result["tasks"]}
+    right, blind = headline(result)
+
+    def row(name: str, questions: str, right: float, blind: float) -> str:
+        return f"{name:<10}{questions:>10}{right:>13.3f}{blind:>9.3f}"
+
+    def of(name: str) -> str:
+        task = tasks[name]
+        return row(name, f"{task['questions']:,}", task["exact"], task["blind"])
+
+    return "\n".join(
+        [
+            f"{'':<10}{'questions':>10}{'exact match':>13}{'blind':>9}",
+            *(of(name) for name in TYPES),
+            row("mean", "", right, blind),
+            "apart:",
+            *(of(name) for name in tasks if name not in TYPES),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    configs.command(main)
