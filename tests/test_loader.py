@@ -71,7 +71,8 @@ def test_micro_batches_hold_the_features_of_the_pictures_they_name(mixed: World)
     ) as loader:
         for micro in loader:
             codes = micro.codes[micro.pictures]
-            media = [m for tree in micro.placed for m in tree.media]
+            firsts = [tree.branches[0][2] for tree in micro.placed]
+            media = [int(m) for sample in firsts for m in joined.media_of(sample)]
             assert len(codes) == len(media) == len(micro.packed.image_slots) // M
             for row, number in zip(codes, media, strict=True):
                 picture = next(p for p in PICTURES if key_of(p) == joined.key(number))

@@ -11,7 +11,7 @@ import pytest
 from cache.layout import CacheRoot
 from cache.tables import MediaRef, Message, Sample, write_samples
 from configs import UserError
-from model.language import load_tokenizer, tokenize_messages
+from model.language import TokenizedSample, load_tokenizer, tokenize_messages
 from model.tokenizer import byte_tokenizer
 from train import text
 from train.text import TokenStore, messages_of
@@ -138,6 +138,14 @@ def test_an_interrupted_or_shortened_store_is_made_again(
     (meta,) = folder.glob("*/meta.json")
     meta.write_text("{")
     assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
+
+
+def test_the_first_token_is_predicted_from_nothing_so_its_weight_does_not_count() -> None:
+    sample = TokenizedSample(
+        ids=np.array([5, 9, 6], np.int32), weights=np.array([1.0, 0.0, 0.5], np.float32)
+    )
+    record = text._record(sample, 3, 9)[0]
+    assert (record["loss_weight"], record["prefix"], record["pictures"]) == (0.5, 2, 1)
 
 
 def test_two_processes_may_make_the_same_store_at_once(

@@ -154,7 +154,6 @@ class FeatureLoader:
         most = min(max_tokens // plan.trees.picture_tokens, len(self._join.rows))
         row_bytes = reader.spec.row_bytes(KIND)
         self._free = [_Slot(most, row_bytes, pin) for _ in range(ahead + 1)]
-        self._in_use: _Slot | None = None
         self._queue: deque[Future[MicroBatch]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
         self._closed = False
@@ -167,7 +166,6 @@ class FeatureLoader:
         if self._closed:
             raise StopIteration
         try:
-            self._release()
             self._fill()
             if not self._queue:
                 self.close()
@@ -176,7 +174,7 @@ class FeatureLoader:
         except BaseException:
             self.close()
             raise
-        self._in_use = micro.slot
+        self._free.append(micro.slot)  # filled again at the next call, not before
         return replace(micro, wait_s=time.perf_counter() - started)
 
     def __enter__(self) -> FeatureLoader:
@@ -196,11 +194,6 @@ class FeatureLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._free.clear()
-
-    def _release(self) -> None:
-        if self._in_use is not None:
-            self._free.append(self._in_use)
-            self._in_use = None
 
     def _fill(self) -> None:
         """Keep `ahead` micro-batches in the making. All bookkeeping is here, in one thread."""

@@ -1,0 +1,208 @@
+"""Packing: what the model sees and learns is exactly what it would of every sample alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.language import TokenizedSample
+from model.packed import PackedBatch
+from train.packing import Tree, assemble, build_tree, first_fit, pack
+
+IMAGE_ID = 9
+PICTURE_TOKENS = 3
+WEIGHTS = [0.0, 0.2, 1.0]
+
+words = st.lists(st.integers(0, 8), max_size=6)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Samples of the same pictures and the same beginning."""
+
+    samples: list[TokenizedSample]
+    factors: list[float]
+    media: list[int]
+
+
+@st.composite
+def families(draw: st.DrawFn) -> Family:
+    pictures = draw(st.integers(0, 2))
+    start: list[int] = []
+    for _ in range(pictures):
+        start += [*draw(words), IMAGE_ID]
+    branches = draw(st.integers(1, 4)) if pictures else 1
+    samples = []
+    for _ in range(branches):
+        ids = [*start, draw(st.integers(0, 8)), *draw(words)]
+        weights = draw(st.lists(st.sampled_from(WEIGHTS), min_size=len(ids), max_size=len(ids)))
+        samples.append(
+            TokenizedSample(ids=np.array(ids, np.int32), weights=np.array(weights, np.float32))
+        )
+    factors = draw(st.lists(st.sampled_from([0.5, 1.0]), min_size=branches, max_size=branches))
+    return Family(samples, factors, [draw(st.integers(0, 5)) for _ in range(pictures)])
+
+
+def tree_of(family: Family, first_number: int = 0) -> Tree:
+    return build_tree(
+        family.samples,
+        sample_numbers=range(first_number, first_number + len(family.samples)),
+        factors=family.factors,
+        media=family.media,
+        picture_tokens=PICTURE_TOKENS,
+        image_token_id=IMAGE_ID,
+    )
+
+
+def expanded(sample: TokenizedSample) -> list[int]:
+    return [i for i in sample.ids.tolist() for _ in range(PICTURE_TOKENS if i == IMAGE_ID else 1)]
+
+
+def alone(sample: TokenizedSample, factor: float) -> Counter[tuple[int, int, float]]:
+    """(position, target, weight) of one sample by itself, spelt out."""
+    triples: Counter[tuple[int, int, float]] = Counter()
+    position = 0
+    for token, weight in zip(sample.ids.tolist(), sample.weights.tolist(), strict=True):
+        if position > 0 and weight > 0 and token != IMAGE_ID:
+            triples[position - 1, token, float(np.float32(weight) * np.float32(factor))] += 1
+        position += PICTURE_TOKENS if token == IMAGE_ID else 1
+    return triples
+
+
+def triples(batches: list[PackedBatch]) -> Counter[tuple[int, int, float]]:
+    return Counter(
+        (int(b.position_ids[at]), int(target), float(weight))
+        for b in batches
+        for at, target, weight in zip(b.loss_positions, b.targets, b.loss_weights, strict=True)
+    )
+
+
+def visible(batch: PackedBatch) -> list[list[int]]:
+    """Per token: the places it may look at, in order, by the letter of `units`."""
+    seen: list[list[int]] = [[] for _ in batch.input_ids]
+    for q0, q1, p0, p1 in batch.units.tolist():
+        for q in range(q0, q1):
+            seen[q] += [*range(p0, p1), *range(q0, q + 1)]
+    return seen
+
+
+@given(st.lists(families(), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_every_sample_stands_in_the_batch_as_if_alone(many: list[Family]) -> None:
+    numbers = np.cumsum([0, *(len(f.samples) for f in many)])
+    trees = [tree_of(f, int(n)) for f, n in zip(many, numbers, strict=False)]
+    batch, placed = assemble(trees)
+    ids, positions = batch.input_ids.tolist(), batch.position_ids.tolist()
+    seen = visible(batch)
+    samples = [s for f in many for s in f.samples]
+    found = []
+    for tree in placed:
+        for first, end, number in tree.branches:
+            own = expanded(samples[number])
+            places = [*range(*tree.prefix), *range(first, end)]
+            assert [ids[p] for p in places] == own
+            assert [positions[p] for p in places] == list(range(len(own)))
+            for k, place in enumerate(places):
+                assert seen[place] == places[: k + 1]  # itself and its own past, nobody else's
+            found.append(number)
+    assert sorted(found) == list(range(len(samples)))
+    assert len(ids) == sum(t.tokens for t in trees)  # nothing else stands there
+
+
+@given(st.lists(families(), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_targets_and_weights_are_those_of_the_samples_alone(many: list[Family]) -> None:
+    expected: Counter[tuple[int, int, float]] = Counter()
+    for family in many:
+        for sample, factor in zip(family.samples, family.factors, strict=True):
+            expected += alone(sample, factor)
+    assert triples([assemble([tree_of(f) for f in many])[0]]) == expected
+
+
+@given(families(), st.integers(24, 60))
+@settings(deadline=None)
+def test_a_tree_learns_what_its_samples_learn_apart(family: Family, capacity: int) -> None:
+    apart = [
+        tree_of(Family([s], [f], family.media))
+        for s, f in zip(family.samples, family.factors, strict=True)
+    ]
+    together = tree_of(family)
+    assert triples(pack(apart, 100)) == triples([assemble([together])[0]])
+    saved = len(together.prefix) * (len(family.samples) - 1)
+    assert together.tokens == sum(t.tokens for t in apart) - saved
+
+
+@given(st.lists(families(), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_pack_keeps_every_token_within_the_window_and_repeats_itself(many: list[Family]) -> None:
+    trees = [tree_of(f) for f in many]
+    window = max(t.tokens for t in trees) + 5
+    batches = pack(trees, window)
+    assert all(len(b.input_ids) <= window for b in batches)
+    packed_ids = Counter(i for b in batches for i in b.input_ids.tolist())
+    assert packed_ids == Counter(
+        i for t in trees for part in (t.prefix, *(b.ids for b in t.branches)) for i in part.tolist()
+    )
+    again = pack(trees, window)
+    assert [b.input_ids.tolist() for b in batches] == [b.input_ids.tolist() for b in again]
+
+
+@given(st.lists(families(), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_image_slots_follow_the_pictures(many: list[Family]) -> None:
+    batch, placed = assemble([tree_of(f) for f in many])
+    pictures = [m for tree in placed for m in tree.media]
+    assert pictures == [m for f in many for m in f.media]
+    assert len(batch.image_slots) == len(pictures) * PICTURE_TOKENS
+    assert (batch.input_ids[batch.image_slots] == IMAGE_ID).all()
+    for at in range(0, len(batch.image_slots), PICTURE_TOKENS):  # a picture's places are neighbours
+        run = batch.image_slots[at : at + PICTURE_TOKENS].tolist()
+        assert run == list(range(run[0], run[0] + PICTURE_TOKENS))
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 90))
+@settings(deadline=None)
+def test_first_fit_is_a_partition_that_leaves_no_two_half_empty_bins(
+    lengths: list[int], capacity: int
+) -> None:
+    bins = first_fit(lengths, capacity)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in b) for b in bins]
+    assert all(load <= capacity for load in loads)
+    # Of any two bins, the later one's first piece did not fit into the earlier one.
+    for early in range(len(bins)):
+        for late in range(early + 1, len(bins)):
+            assert loads[early] + lengths[bins[late][0]] > capacity
+
+
+def test_first_fit_puts_the_longest_first() -> None:
+    assert first_fit([2, 5, 3, 5], 8) == [[1, 2], [3, 0]]
+
+
+def test_a_supervised_token_right_after_the_shared_part_is_learned_by_every_branch() -> None:
+    """Its predictor, the last picture token, stands once and predicts for all of them."""
+    samples = [
+        TokenizedSample(ids=np.array([1, IMAGE_ID, t], np.int32), weights=np.ones(3, np.float32))
+        for t in (4, 5)
+    ]
+    batch, _ = assemble([tree_of(Family(samples, [1.0, 0.5], [0]))])
+    assert batch.input_ids.tolist() == [1, IMAGE_ID, IMAGE_ID, IMAGE_ID, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
+    assert batch.loss_positions.tolist() == [3, 3]
+    assert batch.targets.tolist() == [4, 5]
+    assert batch.loss_weights.tolist() == [1.0, 0.5]
+    assert batch.units.tolist() == [[0, 4, 0, 0], [4, 5, 0, 4], [5, 6, 0, 4]]
+
+
+def test_branches_with_other_beginnings_are_refused() -> None:
+    samples = [
+        TokenizedSample(ids=np.array([t, IMAGE_ID, 4], np.int32), weights=np.ones(3, np.float32))
+        for t in (1, 2)
+    ]
+    with pytest.raises(AssertionError, match="different beginnings"):
+        tree_of(Family(samples, [1.0, 1.0], [0]))

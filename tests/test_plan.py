@@ -1,0 +1,253 @@
+"""The plan of steps: every sample once an epoch, exact quotas, and nothing depends on what was before."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.layout import CacheRoot
+from train.join import Join
+from train.plan import OnePass, StepPlan, deal, quotas, shuffled
+from train.trees import Piece, Trees
+
+
+def some_trees(
+    sizes: Sequence[Sequence[int]],
+    mix: tuple[float, ...] | None = None,
+    names: Sequence[str] | None = None,
+) -> Trees:
+    """Data sets of trees of the given numbers of samples; sample i is i + 1 tokens long."""
+    flat = np.array([n for data_set in sizes for n in data_set], dtype=np.int64)
+    count = int(flat.sum())
+    per_set = [sum(s) for s in sizes]
+    names = tuple(names or (f"set{i}" for i in range(len(sizes))))
+    everything = np.arange(count)
+    dataset = np.repeat(np.arange(len(sizes)), per_set).astype(np.int16)
+    join = Join(
+        root=CacheRoot(Path("nowhere")),
+        split="train",
+        names=names,
+        mix=mix,
+        dataset=dataset,
+        index=everything,
+        weight=np.ones(count, np.float32),
+        task=np.zeros(count, np.int32),
+        tasks=("",),
+        offsets=np.zeros(count + 1, np.int64),
+        media=np.zeros(0, np.int32),
+        keys=np.zeros((0, 32), np.uint8),
+        rows=np.zeros(0, np.int64),
+        ids=(),
+        counts=(),
+        samples_digests=(),
+        digest="",
+    )
+    starts = np.concatenate([[0], np.cumsum(flat)])
+    return Trees(
+        join=join,
+        names=names,
+        mix=mix,
+        members=everything,
+        starts=starts,
+        dataset=dataset[starts[:-1]],
+        prefix=np.zeros(len(flat), np.int32),
+        first_row=np.arange(len(flat))[::-1].copy(),
+        length=(everything % 100 + 1).astype(np.int32),
+        loss_weight=np.ones(count),
+        picture_tokens=1,
+        max_tokens=10**9,
+    )
+
+
+def stream(plan: StepPlan, steps: int, start: int = 0) -> list[int]:
+    return [
+        int(m)
+        for number in range(start, start + steps)
+        for p in plan.step(number).pieces
+        for m in p.members
+    ]
+
+
+def steps_of(plan: StepPlan, epochs: int) -> int:
+    return -(-plan.samples_per_epoch * epochs // plan.samples_per_step)
+
+
+tree_sizes = st.lists(st.integers(1, 4), min_size=1, max_size=12)
+orders = st.sampled_from(["random", "blocks"])
+
+
+@given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9), st.integers(0, 3), orders)
+@settings(deadline=None)
+def test_without_weights_every_sample_exactly_once_an_epoch(
+    sizes: list[list[int]], batch: int, seed: int, order: str
+) -> None:
+    trees = some_trees(sizes)
+    plan = StepPlan(trees, batch, seed=seed, order=order)  # type: ignore[arg-type]
+    samples = stream(plan, steps_of(plan, 3))
+    total = len(trees.members)
+    assert plan.samples_per_epoch == total
+    for epoch in range(3):
+        assert sorted(samples[epoch * total : (epoch + 1) * total]) == list(range(total))
+
+
+@given(
+    st.lists(tree_sizes, min_size=2, max_size=3),
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
+    st.integers(4, 9),
+    orders,
+)
+@settings(deadline=None)
+def test_with_weights_every_epoch_holds_the_exact_quotas_and_streams_never_skip(
+    sizes: list[list[int]], weights: list[float], batch: int, order: str
+) -> None:
+    mix = tuple(w / sum(weights[: len(sizes)]) for w in weights[: len(sizes)])
+    trees = some_trees(sizes, mix)
+    plan = StepPlan(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
+    samples = np.array(stream(plan, steps_of(plan, 6)))
+    dataset = trees.join.dataset
+    length = plan.samples_per_epoch
+    for epoch in range(6):
+        there = np.bincount(dataset[samples[epoch * length :][:length]], minlength=len(sizes))
+        assert tuple(there) == plan.quotas
+    # Six quotas of a data set are the beginning of its endless stream: counts differ by one at most.
+    for number, _ in enumerate(sizes):
+        own = samples[: 6 * length][dataset[samples[: 6 * length]] == number]
+        times = np.bincount(own, minlength=len(dataset))[dataset == number]
+        assert times.max() - times.min() <= 1
+
+
+@given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9), st.integers(0, 40))
+@settings(deadline=None)
+def test_a_step_is_the_same_for_whoever_starts_there(
+    sizes: list[list[int]], batch: int, start: int
+) -> None:
+    trees = some_trees(sizes)
+    uninterrupted = StepPlan(trees, batch, seed=3)
+    whole = [stream(uninterrupted, 1, number) for number in range(start + 5)]
+    resumed = StepPlan(trees, batch, seed=3)
+    assert [stream(resumed, 1, number) for number in range(start, start + 5)] == whole[start:]
+
+
+@given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9))
+@settings(deadline=None)
+def test_every_step_has_samples_and_is_never_off_by_more_than_a_tree(
+    sizes: list[list[int]], batch: int
+) -> None:
+    trees = some_trees(sizes)
+    plan = StepPlan(trees, batch, seed=0)
+    for number in range(25):
+        step = plan.step(number)
+        assert step.samples == sum(len(p.members) for p in step.pieces) > 0
+        assert abs(step.samples - batch) < trees.largest
+        assert step.weight == step.samples  # each weighs 1 here
+
+
+def test_a_tree_larger_than_a_step_is_refused_because_steps_would_be_empty() -> None:
+    with pytest.raises(ValueError, match="max_branches of at most 3"):
+        StepPlan(some_trees([[4, 1]]), 3, seed=0)
+
+
+@given(st.lists(tree_sizes, min_size=1, max_size=2), st.integers(4, 20), st.integers(2, 4))
+@settings(deadline=None)
+def test_ranks_share_out_exactly_what_one_rank_would_do(
+    sizes: list[list[int]], batch: int, world: int
+) -> None:
+    plan = StepPlan(some_trees(sizes), batch, seed=5)
+    for number in range(6):
+        pieces = plan.step(number).pieces
+        hands = deal(pieces, world)
+        assert deal(pieces, 1) == [list(pieces)]
+        dealt = Counter(tuple(p.members) for hand in hands for p in hand)
+        assert dealt == Counter(tuple(p.members) for p in pieces)
+        loads = [sum(p.tokens for p in hand) for hand in hands]
+        assert max(loads) - min(loads) <= max(p.tokens for p in pieces)
+
+
+def test_dealing_balances_tokens_not_pieces() -> None:
+    pieces = [Piece(members=np.array([i]), prefix=0, tokens=t) for i, t in enumerate((10, 1, 1, 8))]
+    hands = deal(pieces, 2)
+    assert [[p.tokens for p in hand] for hand in hands] == [[10], [1, 1, 8]]
+
+
+def test_order_follows_seed_epoch_and_data_set_name_and_nothing_else() -> None:
+    sizes = [[1] * 50, [1] * 50]
+    first = stream(StepPlan(some_trees(sizes), 10, seed=0), 20)
+    assert first == stream(StepPlan(some_trees(sizes), 10, seed=0), 20)
+    assert first != stream(StepPlan(some_trees(sizes), 10, seed=1), 20)
+    alone = stream(StepPlan(some_trees([[1] * 50], names=["set0"]), 10, seed=0), 10)
+    assert alone[:50] != alone[50:]  # the second epoch has its own order
+    other = stream(StepPlan(some_trees([[1] * 50], names=["other"]), 10, seed=0), 10)
+    assert alone != other
+
+
+def test_samples_per_step_do_not_change_the_stream() -> None:
+    trees = some_trees([[1, 2, 3] * 10, [1] * 9])
+    assert stream(StepPlan(trees, 3, seed=2), 100) == stream(StepPlan(trees, 12, seed=2), 25)
+
+
+def test_blocks_keep_neighbouring_rows_near_in_time() -> None:
+    """What a network disk wants: a window of the stream touches few blocks of 512 rows."""
+    trees = some_trees([[1] * 40_000])
+    touched = {}
+    for order in ("random", "blocks"):
+        plan = StepPlan(trees, 2000, seed=0, order=order)  # type: ignore[arg-type]
+        rows = trees.first_row[stream(plan, 1)]
+        touched[order] = len(np.unique(rows // 512))
+    assert touched["random"] == 79  # all of them
+    assert touched["blocks"] <= 17
+
+
+@given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(1, 9))
+@settings(deadline=None)
+def test_one_pass_is_every_sample_once_in_order(sizes: list[list[int]], batch: int) -> None:
+    trees = some_trees(sizes)
+    one_pass = OnePass(trees, batch)
+    found = [
+        int(m) for s in range(len(one_pass)) for p in one_pass.step(s).pieces for m in p.members
+    ]
+    assert found == list(range(len(trees.members)))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10**7), st.floats(0.01, 1)), min_size=1, max_size=6),
+)
+def test_quotas_are_the_shares_of_the_largest_epoch_nobody_repeats_in(
+    sets: list[tuple[int, float]],
+) -> None:
+    sizes, weights = [n for n, _ in sets], [w for _, w in sets]
+    found = quotas(sizes, weights)
+    total = min(n / (w / sum(weights)) for n, w in sets)
+    for quota, size, weight in zip(found, sizes, weights, strict=True):
+        assert 1 <= quota <= size
+        assert quota == 1 or abs(quota - weight / sum(weights) * total) <= 1
+
+
+def test_quotas_by_hand() -> None:
+    assert quotas([100, 1000], None) == (100, 1000)
+    assert quotas([100, 1000], [0.5, 0.5]) == (100, 100)
+    assert quotas([600, 300, 100], [0.6, 0.3, 0.1]) == (600, 300, 100)
+    assert quotas([10, 10**6], [0.999, 0.001]) == (10, 1)  # never nothing
+
+
+def test_shuffled_is_a_permutation_that_never_changes() -> None:
+    assert sorted(shuffled(1000, 0, "pass", "x", 1)) == list(range(1000))
+    # Pinned: a resumed run relies on it whatever numpy is installed.
+    assert shuffled(10, 0, "pass", "demo", 0).tolist() == [3, 8, 2, 0, 7, 1, 6, 9, 5, 4]
+    places = np.array([int(np.flatnonzero(shuffled(8, s) == 0)[0]) for s in range(4000)])
+    assert np.bincount(places).min() > 400  # 500 expected in each of 8 places
+
+
+def test_ten_million_samples_are_planned_in_seconds() -> None:
+    trees = some_trees([[1] * 10_000_000])
+    started = time.process_time()
+    plan = StepPlan(trees, 512, seed=0)
+    step = plan.step(1_000_000)  # some 50 epochs in: what comes before costs nothing
+    assert step.samples == 512
+    assert time.process_time() - started < 10
