@@ -6,6 +6,7 @@ language model that looks can name it. Questions: colour (learnable), caption, a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 import zlib
@@ -18,6 +19,7 @@ from cache.layout import CacheRoot
 from cache.spec import FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.writer import ShardWriter, Space
+from tests.toy_space import SPEC
 
 COLORS = {
     "red": (220, 40, 40),
@@ -25,31 +27,11 @@ COLORS = {
     "blue": (50, 80, 220),
     "white": (240, 240, 240),
 }
-WIDTH, SIDE = 64, 2
 
 
 def spec(**changes: object) -> FeatureSpec:
-    """Four tokens of 64 values a picture."""
-    values = {
-        "encoder": "made-up",
-        "architecture": "none:colours",
-        "weights": "0" * 64,
-        "activation": "gelu",
-        "blocks": (0,),
-        "image_size": 28,
-        "patch_size": 14,
-        "width": WIDTH,
-        "fit": "squash",
-        "resize": "none",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "pool_picture": 1,
-        "pool_frame": 1,
-        "compute_dtype": "float32",
-        "batch_size": 1,
-        "codec": "fp16",
-    }
-    return FeatureSpec(**{**values, **changes})  # type: ignore[arg-type]
+    """Four tokens of 64 values a picture, stored as float16."""
+    return dataclasses.replace(SPEC, **{"codec": "fp16", **changes})  # type: ignore[arg-type]
 
 
 def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
@@ -73,16 +55,33 @@ def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
 
 def features(color: str, number: int) -> np.ndarray:
     """(4, 64) float32: the colour's code in every token, and noise of the picture's own."""
-    noise = np.random.default_rng(number).normal(size=(SIDE * SIDE, WIDTH)) * 0.3
-    code = np.zeros(WIDTH)
+    noise = np.random.default_rng(number).normal(size=(4, 64)) * 0.3
+    code = np.zeros(64)
     code[list(COLORS).index(color) * 8 : list(COLORS).index(color) * 8 + 8] = 3.0
     return (noise + code).astype(np.float32)
 
 
 def make(
-    folder: Path, pictures: int = 60, *, first: int = 0, dataset: str = "colors", **changes: object
+    folder: Path,
+    pictures: int = 60,
+    *,
+    first: int = 0,
+    dataset: str = "colors",
+    answered: int = 0,
+    broken: int = -1,
+    **changes: object,
 ) -> CacheRoot:
-    """A cache below `folder` with `pictures` pictures; called again with more, it grows."""
+    """A cache below `folder` whose pictures [first, pictures) are encoded.
+
+    Args:
+        folder: where; called again with a higher `first`, the cache grows.
+        pictures: how many there are then.
+        first: the first one to encode.
+        dataset: name of the data set.
+        answered: pictures that have samples, when more than `pictures`.
+        broken: the picture whose features are NaN.
+        changes: fields of the space's spec.
+    """
     root = CacheRoot(folder / "cache")
     files = folder / "pictures"
     files.mkdir(parents=True, exist_ok=True)
@@ -95,12 +94,15 @@ def make(
         path = files / f"{number}.png"
         path.write_bytes(data)
         key = hashlib.sha256(data).hexdigest()
-        shard.append(key, "full", codec.pack(features(color, number), space.spec.codec))
+        row = codec.pack(features(color, number), space.spec.codec)
+        if number == broken:
+            row = np.full(4 * 64, np.nan, np.float16).view(np.uint8)
+        shard.append(key, "full", row)
         records.append(MediaRecord(source=str(path), key=key, bytes=len(data), width=24, height=24))
     shard.commit()
     space.grow("picture")
     append_media(root, records, "test")
-    write_samples(root, dataset, samples(files, pictures, dataset))
+    write_samples(root, dataset, samples(files, max(pictures, answered), dataset))
     return root
 
 

@@ -10,8 +10,8 @@ from html import escape
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+HEIGHT = 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
 MOST_POINTS = 480
 """A line is thinned to this: more cannot be seen, and a long run has 100,000 steps."""
 
@@ -29,8 +29,8 @@ class Line:
     """Mark every point: for few of them."""
 
 
-def chart(lines: Sequence[Line], *, title: str, log: bool = False) -> str:
-    """An SVG of lines over steps; `log` for a logarithmic y axis."""
+def chart(lines: Sequence[Line], *, title: str, width: int, log: bool = False) -> str:
+    """An SVG of lines over steps, `width` units wide; `log` for a logarithmic y axis."""
     shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
     values = [y for _, points in shown for _, y in points]
     if not values:
@@ -38,10 +38,10 @@ def chart(lines: Sequence[Line], *, title: str, log: bool = False) -> str:
     steps = [x for _, points in shown for x, _ in points]
     y_ticks = log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
     low, high = min(*values, y_ticks[0]), max(*values, y_ticks[-1])
-    first, last = min(steps), max(steps)
+    last = max(steps)
 
     def x_at(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / max(last - first, 1e-9)
+        return LEFT + (width - LEFT - RIGHT) * step / max(last, 1e-9)
 
     def y_at(value: float) -> float:
         scaled = [math.log10(v) for v in (value, low, high)] if log else [value, low, high]
@@ -49,9 +49,9 @@ def chart(lines: Sequence[Line], *, title: str, log: bool = False) -> str:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *(_y_tick(y_at(tick), tick) for tick in y_ticks),
-        *(_x_tick(x_at(tick), tick) for tick in nice_ticks(first, last) if first <= tick <= last),
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        *(_y_tick(y_at(tick), tick, width) for tick in y_ticks),
+        *(_x_tick(x_at(tick), tick) for tick in nice_ticks(0, last) if tick <= last),
     ]
     for line, points in shown:
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
@@ -69,9 +69,9 @@ def chart(lines: Sequence[Line], *, title: str, log: bool = False) -> str:
     return f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>{''.join(parts)}</svg></figure>"
 
 
-def _y_tick(y: float, value: float) -> str:
+def _y_tick(y: float, value: float, width: int) -> str:
     return (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,19 +264,24 @@ def read_saved(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_same(saved: Options, now: Options, path: Path) -> None:
-    """A resumed run learns the same thing in the same way.
+def parse_mix(text: str) -> dict[str, float | None]:
+    """`a=0.6,b=0.4` or `a,b` as data set -> share.
 
     Raises:
-        UserError: an option that decides what is learned has changed.
+        UserError: a share is no number.
     """
-    changed = [
-        f"{f.name} {getattr(saved, f.name)!r} -> {getattr(now, f.name)!r}"
-        for f in dataclasses.fields(Options)
-        if f.name not in MACHINE_KEYS and getattr(saved, f.name) != getattr(now, f.name)
-    ]
-    if changed:
-        raise UserError(
-            f"{path.parent}: a resumed run keeps its options, but {', '.join(changed)}; "
-            "leave them out, or start another run: --run NEW --from THIS"
-        )
+    mix: dict[str, float | None] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, share = part.partition("=")
+        try:
+            mix[name.strip()] = float(share) if equals else None
+        except ValueError:
+            raise UserError(
+                f"--datasets {part}: {share!r} is no number; write NAME=SHARE"
+            ) from None
+    return mix
+
+
+def format_mix(mix: Mapping[str, float | None]) -> str:
+    """The inverse of `parse_mix`."""
+    return ",".join(n if share is None else f"{n}={share}" for n, share in mix.items())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,8 @@ from train.data import (
 from train.forward import Forward, choose_precision
 from train.join import KIND
 from train.scoring import CAPTION, Answer, Task, by_task, is_right, mean_of
-from train.start import CONFIG, check_space, parse_mix
+from train.stage import CONFIG
+from train.start import check_space, mix_of
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ def evaluate(options: Options) -> Evaluation:
     reader = FeatureReader(find_space(root, meta["space"]["name"]))
     check_space(meta, reader.spec, final)
     trained = trained_with(final)
-    mix = dict.fromkeys(parse_mix(options.datasets or trained.datasets, root))
+    asked_for = replace(trained, datasets=options.datasets or trained.datasets)
+    mix = dict.fromkeys(mix_of(asked_for, root))
     seen = join(
         root,
         reader,

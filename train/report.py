@@ -32,8 +32,9 @@ from train import evaluate as evaluation
 from train.charts import Line, chart, finite, smoothed
 from train.evaluate import Evaluation
 from train.metrics import duration, read_metrics
-from train.scoring import CAPTION, Answer
-from train.start import CONFIG
+from train.report_style import STYLE
+from train.scoring import CAPTION, Answer, points_in
+from train.stage import CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Shown:
     """One sample's pictures, and everything asked about them."""
 
     images: tuple[str, ...]
-    """HTML of each picture."""
+    """HTML of each picture, with what is pointed at."""
     answers: tuple[Answer, ...]
 
 
@@ -131,7 +132,10 @@ def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[S
     keys = keys_of({source for media in chosen for source in media}, root)
     return [
         Shown(
-            images=tuple(picture(Path(source), keys.get(source)) for source in media),
+            images=tuple(
+                picture(Path(source), keys.get(source)) + marks(groups[media], number)
+                for number, source in enumerate(media, 1)
+            ),
             answers=tuple(groups[media]),
         )
         for media in chosen
@@ -160,6 +164,19 @@ def picture(path: Path, key: str | None) -> str:
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
             return absent("cannot be read")
     return f'<img alt="" loading="lazy" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def marks(answers: Sequence[Answer], number: int) -> str:
+    """Where the answers point in picture `number`: rings where they should, dots where they do."""
+    found = []
+    for one in answers:
+        verdict = "right" if one.correct else "wrong"
+        found += [("ring", x, y) for picture, x, y in points_in(one.expected) if picture == number]
+        found += [(verdict, x, y) for picture, x, y in points_in(one.given) if picture == number]
+    return "".join(
+        f'<i class="{kind}" style="left:{min(x, 1000) / 10:.1f}%;top:{min(y, 1000) / 10:.1f}%"></i>'
+        for kind, x, y in found
+    )
 
 
 def shrunk(data: bytes) -> bytes:
@@ -218,8 +235,8 @@ def headline(result: Evaluation) -> str:
         boxes.append(("exact match", f"{result.mean:.1%}", "mean over question types"))
     if result.blind_mean is not None:
         boxes.append(("blind", f"{result.blind_mean:.1%}", "the same model, pictures exchanged"))
-    beside = "" if result.blind_loss is None else f"{result.blind_loss:.3f} blind"
-    boxes.append(("loss", f"{result.loss:.3f}", beside))
+    beside = "" if result.blind_loss is None else f"{result.blind_loss:.4g} blind"
+    boxes.append(("loss", f"{result.loss:.4g}", beside))
     return '<div class="boxes">' + "".join(map(_box, boxes)) + "</div>"
 
 
@@ -241,7 +258,8 @@ def scores(result: Evaluation) -> str:
             f"<td>{task.exact:.1%}</td><td>{blind}</td></tr>"
         )
     return (
-        "<table><thead><tr><th>question</th><td>asked</td><td></td><td>exact match</td><td>blind</td></tr>"
+        "<table><thead><tr><th>question</th><td>asked</td><td></td>"
+        '<td><span class="key a">exact match</span></td><td><span class="key b">blind</span></td></tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
@@ -254,7 +272,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
         return finite([(line["step"], line[name]) for line in steps])
 
     held = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
-    half_life = max(3.0, len(steps) / 60)
+    half_life = max(2.0, len(steps) / 150)
     loss = [
         Line(label="", points=column("loss"), style="faint"),
         Line(label="training, smoothed", points=smoothed(column("loss"), half_life), style="a"),
@@ -270,17 +288,22 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         '<div class="charts">'
-        + chart([line for line in loss if line.points], title="Loss", log=True)
-        + chart([line for line in rates if any(y for _, y in line.points)], title="Learning rate")
-        + chart(norm, title="Gradient norm")
+        + chart([line for line in loss if line.points], title="Loss", width=1120, log=True)
+        + chart(
+            [line for line in rates if any(y for _, y in line.points)],
+            title="Learning rate",
+            width=540,
+        )
+        + chart(norm, title="Gradient norm", width=540)
         + "</div>"
     )
 
 
 def card(shown: Shown) -> str:
     """A picture with its questions."""
+    images = "".join(f'<div class="picture">{image}</div>' for image in shown.images)
     return (
-        f'<article><div class="images">{"".join(shown.images)}</div>'
+        f'<article><div class="images">{images}</div>'
         f"<dl>{''.join(map(question, shown.answers))}</dl></article>"
     )
 
@@ -293,70 +316,6 @@ def question(one: Answer) -> str:
     blind = "" if one.blind is None else f'<span class="note">blind {escape(one.blind)}</span>'
     asked = escape(one.question.replace("<image>", "").strip()) or escape(one.task)
     return f'<dt>{asked}</dt><dd class="{verdict}">{said}{expected}{blind}</dd>'
-
-
-STYLE = """
-:root{--ink:#1c2024;--soft:#60646c;--line:#e4e6ea;--page:#f7f8fa;--card:#fff;--a:#2563c9;--b:#d9730d;
---right:#1a7f4b;--wrong:#c23a3a;color-scheme:light dark}
-@media (prefers-color-scheme:dark){:root{--ink:#eceef0;--soft:#9ba1a6;--line:#2b2f33;--page:#111314;
---card:#191c1e;--a:#6ea2ff;--b:#ffa057;--right:#4cc38a;--wrong:#ff8080}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;
-font-variant-numeric:tabular-nums}
-header,main{max-width:1180px;margin:auto;padding:0 24px}
-header{padding-top:40px}
-h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:18px;margin:40px 0 14px}
-header p{color:var(--soft);margin:0 0 24px}
-.boxes{display:flex;flex-wrap:wrap;gap:14px}
-.boxes div{flex:1 1 200px;background:var(--card);border:1px solid var(--line);border-radius:10px;
-padding:16px 20px}
-.boxes strong{display:block;font-size:34px;line-height:1.25;letter-spacing:-.02em}
-small{color:var(--soft);font-size:13px}
-table{width:100%;border-collapse:collapse;background:var(--card);border:1px solid var(--line);
-border-radius:10px}
-th,td{padding:8px 16px;text-align:right;border-top:1px solid var(--line);white-space:nowrap;font-weight:400}
-th{text-align:left}
-thead td,thead th{border:0;color:var(--soft);font-size:13px}
-.bar{width:55%}
-.bar div{position:relative;height:10px;border-radius:5px;background:var(--line)}
-.bar b{position:absolute;inset:0 auto 0 0;border-radius:5px;background:var(--a)}
-.bar i{position:absolute;top:-4px;bottom:-4px;width:3px;margin-left:-1px;
-border-radius:2px;background:var(--b)}
-.charts{display:grid;grid-template-columns:repeat(2,1fr);gap:14px}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px 8px}
-figure:first-child{grid-column:1/-1}
-figcaption{display:flex;gap:18px;align-items:baseline;font-size:13px;margin-bottom:6px}
-figcaption b{font-size:14px;font-weight:600}
-svg{display:block;width:100%;height:auto}
-.grid{stroke:var(--line)}
-.tick{fill:var(--soft);font-size:12px}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.faint{stroke:var(--a);stroke-width:1;opacity:.25}
-.dot.b{fill:var(--b)}
-.key{color:var(--soft)}
-.key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;
-vertical-align:middle;background:currentColor}
-.key.a::before{background:var(--a)}.key.b::before{background:var(--b)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px}
-article{background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
-.images{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:1px;background:var(--line)}
-.images img,.absent{width:100%;aspect-ratio:1;object-fit:contain;background:var(--page);display:block}
-.absent{display:grid;place-content:center;color:var(--soft);font-size:13px;padding:20px;text-align:center}
-dl{margin:0;padding:6px 16px 14px}
-dt{color:var(--soft);font-size:13px;margin-top:8px;overflow-wrap:anywhere}
-dd{margin:0;overflow-wrap:anywhere}
-.said{font-weight:600}
-.right .said{color:var(--right)}.wrong .said{color:var(--wrong)}
-.note{display:block;color:var(--soft);font-size:13px}
-.right .note{display:inline;margin-left:10px}
-.empty,summary{color:var(--soft)}
-summary{cursor:pointer;margin-top:30px}
-pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;
-overflow:auto;font-size:13px}
-main{padding-bottom:60px}
-@media (max-width:760px){.charts{grid-template-columns:1fr}.bar{width:25%}th,td{padding:8px}}
-"""
 
 
 if __name__ == "__main__":

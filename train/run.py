@@ -27,7 +27,7 @@ from model.device import pick_device
 from model.language import load_tokenizer
 from model.load import save_final
 from model.vlm import parameter_counts
-from train import checkpoint, metrics, start
+from train import checkpoint, metrics, stage, start
 from train.config import SELECTORS, Options, preset
 from train.data import FeatureLoader, MicroBatch, OnePass, StepPlan, TokenStore, inspect_text
 from train.forward import Forward, choose_precision
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, preset=preset, selectors=SELECTORS)
-    start.refuse_processes()
-    folder = start.check_folder(options)
-    if start.is_finished(folder) and not options.inspect:
+    stage.refuse_processes()
+    folder, options = stage.check_folder(options)
+    if stage.is_finished(folder) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
     device = pick_device(options.device)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect(options, reader, data, tokenizer)
         return 0
     vlm = start.build_model(options, origin, reader.spec, device)
-    facts = start.open_folder(folder, options, reader, data)
+    facts = stage.open_folder(folder, options, reader, data.train)
     forward = Forward(
         vlm=vlm,
         spec=reader.spec,
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     describe(folder, options, reader, data, forward)
     step = train(folder, options, reader, data, forward, run_id=facts["id"])
-    save_final(folder / start.FINAL, vlm, tokenizer, start.final_meta(options, reader, step))
-    print(f"stage {options.stage} is finished: {folder / start.FINAL}")
+    save_final(folder / stage.FINAL, vlm, tokenizer, start.final_meta(options, reader, step))
+    print(f"stage {options.stage} is finished: {folder / stage.FINAL}")
     return 0
 
 
@@ -84,7 +84,7 @@ def train(
     """Every step of the stage, from the newest checkpoint on; returns the number of the last."""
     vlm, device = forward.vlm, forward.device
     optimizer, rates = build_optimizer(vlm, options), schedules(options)
-    checkpoints = folder / start.CHECKPOINTS
+    checkpoints = folder / stage.CHECKPOINTS
     done = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = checkpoint.load(newest, vlm, optimizer)["step"]

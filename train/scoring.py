@@ -51,9 +51,8 @@ class Task:
 
 def is_right(task: str, expected: str, given: str, grid: int) -> bool:
     """Exact match of normalised text; for pointing, the same cells of the grid."""
-    if task == POINT and grid:
-        cells = pointed_cells(expected, grid)
-        return bool(cells) and pointed_cells(given, grid) == cells
+    if task == POINT and grid and (cells := pointed_cells(expected, grid)):
+        return pointed_cells(given, grid) == cells
     return normalized(given) == normalized(expected)
 
 
@@ -65,22 +64,24 @@ def normalized(text: str) -> str:
 _POINTS = re.compile(r'<points coords="([\d\s]+)">')
 
 
-def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]] | None:
-    """Every point of an html-v2 answer as (picture, column, row) on a grid; None when it is not one.
+def points_in(text: str) -> list[tuple[int, int, int]]:
+    """Every point of an html-v2 answer as (picture, x, y), x and y from 0 to 1000; [] when it is none.
 
     `<points coords="1 1 900 400 2 911 800">label</points>`: a picture's number, then for each point its own
-    number, x and y from 0 to 1000.
+    number, x and y.
     """
     found = _POINTS.search(text)
-    if found is None:
-        return None
-    numbers = [int(n) for n in found[1].split()]
-    if len(numbers) % 3 != 1 or len(numbers) < 4:
-        return None
-    points = zip(numbers[2::3], numbers[3::3], strict=True)
+    numbers = [int(n) for n in found[1].split()] if found else []
+    if len(numbers) % 3 != 1:
+        return []
+    return [(numbers[0], x, y) for x, y in zip(numbers[2::3], numbers[3::3], strict=True)]
+
+
+def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]]:
+    """The cells pointed at, as sorted (picture, column, row), on a grid of `grid` cells a side."""
     return sorted(
-        (numbers[0], min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
-        for x, y in points
+        (picture, min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
+        for picture, x, y in points_in(text)
     )
 
 

@@ -1,20 +1,9 @@
-"""Where a stage starts: its folder, its model, its data. Every refusal before the first step is here.
-
-runs/<name>/stage<k>/
-    config.yaml        the resolved options
-    run.json           id, space and its fingerprint, samples of each data set when it began
-    samples.safetensors    which samples exactly
-    metrics.jsonl  tb/  checkpoints/step-<n>/
-    final/             the finished model; there only when the stage is
-"""
+"""What a stage starts with: its space, its model, its data. What cannot work is refused here."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +12,20 @@ from typing import Any
 import torch
 
 import configs
-from cache.layout import CacheRoot, read_sealed_json, write_atomic
+from cache.layout import CacheRoot, read_sealed_json
 from cache.reader import FeatureReader, find_space
 from cache.spec import FeatureSpec
 from cache.tables import dataset_names
 from configs import UserError
-from model.load import META, find_run, load_final, read_meta
+from model.load import find_run, load_final, read_meta
 from model.vlm import VLM, build_vlm
-from train.config import Options, check_same, read_saved, stage_folder
+from train import stage
+from train.config import Options, parse_mix, stage_folder
 from train.data import Join, OnePass, StepPlan, TokenStore, grow_trees, join
-from train.join import KIND
-from train.metrics import read_metrics
+from train.join import KIND, EmptySplitError
 
 log = logging.getLogger(__name__)
 
-CONFIG, RUN, SAMPLES, FINAL, CHECKPOINTS = (
-    *("config.yaml", "run.json", "samples.safetensors"),
-    *("final", "checkpoints"),
-)
 MAX_BRANCHES = 64
 """Annotations of one picture that share a sequence; more are split."""
 
@@ -55,66 +40,6 @@ class Data:
     val: OnePass | None
     """None when nothing is held out or `eval_every` is 0."""
     val_tokens: TokenStore | None
-
-
-# ---- folder
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a stage's model is there, whole."""
-    return (folder / FINAL / META).is_file()
-
-
-def refuse_processes() -> None:
-    """Several processes would write into one run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "started as several processes (torchrun): the trainer is one process on one GPU so far; "
-            "start it with python -m train.run, and raise --gradient-accumulation-steps to keep the batch"
-        )
-
-
-def check_folder(options: Options) -> Path:
-    """The stage's folder: new, or an existing one that `--resume` may go on with.
-
-    Raises:
-        UserError: it exists and `--resume` was not given, or its options differ.
-    """
-    folder = stage_folder(options.run, options.stage)
-    saved = folder / CONFIG
-    if not saved.exists() or options.inspect:
-        return folder
-    where = f"{folder}: stage {options.stage} of this run exists"
-    if is_finished(folder) and not options.resume:
-        raise UserError(f"{where} and is finished; choose another name: --run NAME")
-    if not options.resume:
-        done = max((line["step"] for line in read_metrics(folder)), default=0)
-        raise UserError(
-            f"{where} ({done} steps); go on with --resume, or choose another: --run NAME"
-        )
-    check_same(configs.build(Options, read_saved(saved), str(saved)), options, saved)
-    return folder
-
-
-def open_folder(
-    folder: Path, options: Options, reader: FeatureReader, data: Data
-) -> dict[str, Any]:
-    """Make the stage's files when it is new; returns run.json."""
-    path = folder / RUN
-    if path.exists():
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return facts
-    facts = {
-        "id": uuid.uuid4().hex[:12],
-        "space": reader.path.name,
-        "fingerprint": reader.spec.fingerprint,
-        "samples": present(data.train),
-        "samples_digest": data.train.digest,
-    }
-    data.train.freeze(folder / SAMPLES)
-    write_atomic(folder / CONFIG, configs.dump(options).encode())
-    write_atomic(path, (json.dumps(facts, indent=1) + "\n").encode())  # last: the folder is whole
-    return facts
 
 
 # ---- space and model
@@ -140,15 +65,15 @@ def starting_point(options: Options) -> Path | None:
     if options.stage == 1:
         return None
     before = stage_folder(options.run, options.stage - 1)
-    if not is_finished(before):
-        begun = (before / CONFIG).exists()
+    if not stage.is_finished(before):
+        begun = (before / stage.CONFIG).exists()
         raise UserError(
             f"stage {options.stage} starts from stage {options.stage - 1} of the same run, and {before} "
             f"{'is not finished' if begun else 'does not exist'}: python -m train.run --run {options.run} "
             f"--stage {options.stage - 1}{' --resume' if begun else ''}, or start from another model: "
             "--from RUN"
         )
-    return before / FINAL
+    return before / stage.FINAL
 
 
 def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options:
@@ -231,23 +156,13 @@ def final_meta(options: Options, reader: FeatureReader, step: int) -> dict[str, 
 # ---- data
 
 
-def parse_mix(text: str, root: CacheRoot) -> dict[str, float | None]:
-    """`a=0.6,b=0.4` or `a,b`; every data set under the cache when empty.
+def mix_of(options: Options, root: CacheRoot) -> dict[str, float | None]:
+    """Data sets to train on, with their shares: those asked for, or all there are.
 
     Raises:
-        UserError: a share is no number, or there is no data set at all.
+        UserError: there is no data set.
     """
-    mix: dict[str, float | None] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, share = part.partition("=")
-        try:
-            mix[name.strip()] = float(share) if equals else None
-        except ValueError:
-            raise UserError(
-                f"--datasets {part}: {share!r} is no number; write NAME=SHARE"
-            ) from None
-    if not mix:
-        mix = dict.fromkeys(dataset_names(root))
+    mix = parse_mix(options.datasets) or dict.fromkeys(dataset_names(root))
     if not mix:
         raise UserError(
             f"no data set under {root.path}/samples; make one: "
@@ -263,8 +178,8 @@ def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: P
         UserError: too few features, no such data set, a sample longer than the window, ...
     """
     root = CacheRoot(options.features)
-    mix = parse_mix(options.datasets, root)
-    saved = folder / SAMPLES
+    mix = mix_of(options, root)
+    facts = stage.read_facts(folder)
     train = join(
         root,
         reader,
@@ -272,10 +187,10 @@ def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: P
         split="train",
         held_out=options.held_out,
         min_coverage=options.min_coverage,
-        frozen=saved if saved.exists() else None,
+        frozen=folder / stage.SAMPLES if facts else None,
     )
-    if (folder / RUN).exists():
-        _notice_growth(json.loads((folder / RUN).read_text(encoding="utf-8"))["samples"], train)
+    if facts:
+        _notice_growth(facts["samples"], train)
     store = folder.parent.parent / ".tokens"
     tokens = TokenStore.open(root, train.names, tokenizer, folder=store)
     window = {
@@ -290,12 +205,19 @@ def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: P
         order=options.order,
     )
     val = val_tokens = None
-    some = (
-        sum(c.present for c in train.counts) > train.size
-    )  # a few pictures may have none held out
-    if options.eval_every and options.eval_samples and some:
-        held = join(
-            root,
+    if (held := _held_out(options, reader, train)) is not None:
+        val_tokens = TokenStore.open(root, held.names, tokenizer, folder=store)
+        val = OnePass(grow_trees(held, val_tokens, **window), options.samples_per_step)
+    return Data(train=train, plan=plan, tokens=tokens, val=val, val_tokens=val_tokens)
+
+
+def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | None:
+    """The held-out samples whose loss is measured now and then, if any."""
+    if not (options.eval_every and options.eval_samples):
+        return None
+    try:
+        return join(
+            train.root,
             reader,
             dict.fromkeys(train.names),
             split="val",
@@ -303,18 +225,13 @@ def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: P
             min_coverage=0.0,
             limit=-(-options.eval_samples // len(train.names)),
         )
-        val_tokens = TokenStore.open(root, held.names, tokenizer, folder=store)
-        val = OnePass(grow_trees(held, val_tokens, **window), options.samples_per_step)
-    return Data(train=train, plan=plan, tokens=tokens, val=val, val_tokens=val_tokens)
-
-
-def present(joined: Join) -> dict[str, int]:
-    """Samples of each data set that have all their features, both splits together."""
-    return {c.dataset: c.present for c in joined.counts}
+    except EmptySplitError:
+        log.warning("nothing is held out (--held-out %s of a few pictures)", options.held_out)
+        return None
 
 
 def _notice_growth(before: Mapping[str, int], now: Join) -> None:
-    grown = {name: n - before.get(name, 0) for name, n in present(now).items()}
+    grown = {name: n - before.get(name, 0) for name, n in stage.present(now).items()}
     for name, more in grown.items():
         if more > 0:
             log.warning(
