@@ -99,7 +99,7 @@ def test_a_sample_longer_than_the_window_is_refused_by_name(world: World) -> Non
     length = int(world.trees(joined).length[2])
     with pytest.raises(UserError) as refused:
         world.trees(joined, max_tokens=100)
-    assert f"d/longest is {length} tokens long (1 pictures of 4" in str(refused.value)
+    assert f"d/longest is {length} tokens long (1 x 4 for pictures" in str(refused.value)
     assert "2 of 3 samples do not fit" in str(refused.value)
     assert f"--max-sequence-length to {length}" in str(refused.value)
     assert len(world.trees(joined, max_tokens=length).members) == 3
