@@ -47,6 +47,7 @@ DEATHS_IN_VAIN = 6
 """Deaths in a row without a single source finished: then it is no picture's fault."""
 GONE_S = 60.0
 STOP_S = 120.0
+CLOSE_S = 5.0
 OBJECT_STORE_BYTES = 96 << 20  # Ray's least is 75 MiB; only tasks and outcomes go through it
 SOCKET_PATH_BYTES = 40  # Ray adds about 60 to its folder, and the kernel allows 107
 
@@ -111,7 +112,13 @@ class _Slot:
 
 @contextlib.contextmanager
 def session(cpus: int, gpus: int) -> Iterator[None]:
-    """A Ray of our own on this machine, quiet, without dashboard or network, gone afterwards."""
+    """A Ray of our own on this machine, quiet, without dashboard or network, gone afterwards.
+
+    Within another session: that one.
+    """
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask the network
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning a start
     base = tempfile.gettempdir()
@@ -126,6 +133,8 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=folder,
         )
+        # A dead worker is our own news; Ray would print a paragraph about each to stdout.
+        ray._private.worker._worker_logs_enabled = False
         yield
     finally:
         ray.shutdown()
@@ -186,10 +195,12 @@ class Cluster:
             with contextlib.suppress(UserError):  # the first one says why
                 self._stop()
             raise
-        if not self._book.finished():
-            self._stop()
-        for slot in self._slots:
-            slot.actor.close.remote()
+        else:
+            if not self._book.finished():
+                self._stop()
+            progress(self.timings())
+        finally:
+            self._end()
 
     def timings(self) -> Timings:
         """All workers together."""
@@ -329,6 +340,13 @@ class Cluster:
                 f"stopped: {self._deaths} workers in a row ended without finishing anything, the last "
                 f"one: {why}; too little memory for so many? --workers 1, or --workers 0 to see the error"
             )
+
+    def _end(self) -> None:
+        """End every process of this job."""
+        closing = [slot.actor.close.remote() for slot in self._slots if not slot.calls]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S) if closing else None
+        for actor in (*(slot.actor for slot in self._slots), self._registrar):
+            ray.kill(actor)
 
     def _stop(self) -> None:
         """Let every worker commit what it has encoded, and settle that."""

@@ -31,7 +31,15 @@ KIND = "picture"
 class Job:
     """See above."""
 
-    def __init__(self, root: CacheRoot, counter: MediaCounter, *, codec: str, setup: Setup):
+    def __init__(
+        self,
+        root: CacheRoot,
+        counter: MediaCounter,
+        *,
+        codec: str,
+        setup: Setup,
+        worker_class: type[Worker] = Worker,
+    ):
         """Load the encoder: its weights are part of the space's name.
 
         Args:
@@ -39,8 +47,10 @@ class Job:
             counter: the media of all data sets asked for.
             codec: how rows are stored.
             setup: how workers are made.
+            worker_class: what does the work, inline or in an actor.
         """
         self._root, self._counter, self._setup = root, counter, setup
+        self._worker_class = worker_class
         self._encoder = setup.load()
         self.spec = self._encoder.spec(codec)
         self.paths = root.space(self.spec.name)
@@ -118,7 +128,7 @@ class Job:
 
     def _run_inline(self, interrupts: Interrupts) -> None:
         registrar = Registrar(self._present, {KIND: self._space.next_shard(KIND)})
-        with Worker(self._setup, self._encoder, registrar, number=0) as worker:
+        with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
             run_inline(self._book, worker, registrar, interrupts.stopping, self._update)
 
     def _run_cluster(self, crew: Crew, interrupts: Interrupts, timeout_s: float) -> None:
@@ -136,6 +146,7 @@ class Job:
                 workers=crew.workers,
                 gpus=crew.gpus,
                 timeout_s=timeout_s,
+                worker_class=self._worker_class,
             )
             workers.run(interrupts.stopping, self._update)
 

@@ -76,13 +76,24 @@ def choose_crew(
 
 
 def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
-    """The time of one batch of blank pictures; the second one where that is quick."""
+    """The time of one batch of blank pictures; the second one where that is quick.
+
+    Raises:
+        UserError: not even one batch can be encoded.
+    """
     side = spec.image_size
     blank = np.zeros((spec.batch_size, side, side, 3), np.uint8)
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        encoder.encode(blank).cpu()
+        try:
+            encoder.encode(blank).cpu()
+        except RuntimeError as error:  # what torch raises, out of memory included
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"a batch of {spec.batch_size} cannot be encoded on {device}: {type(error).__name__}: "
+                f"{text}; another device: --device, a smaller batch: batch_size in configs/encoders.yaml"
+            ) from error
         seconds = time.perf_counter() - start
         if seconds > 1.0:
             break

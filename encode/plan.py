@@ -244,8 +244,8 @@ def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
     )
     way_out = f"what would fit: {choices}" if choices else "no codec and pooling would fit"
     raise UserError(
-        f"{size_text(plan.bytes_needed(spec))} needed and {size_text(free)} free; {way_out}; or put the "
-        "cache elsewhere with --features DIR, or take fewer samples with --limit N"
+        f"the job needs {size_text(plan.bytes_needed(spec))}, {size_text(free)} free; {way_out}; or put "
+        "the cache elsewhere with --features DIR, or take fewer samples with --limit N"
     )
 
 

@@ -28,6 +28,7 @@ from configs import UserError
 from encode.plan import MediaCounter
 from encode.setup import COMMIT_EVERY_S, Setup
 from encode.sources import Dataset, catalogue, open_datasets
+from encode.sources.folder import FolderDataset
 from model.encoder_config import encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
@@ -128,9 +129,9 @@ def keep_samples(root: CacheRoot, options: Options) -> MediaCounter:
 
 def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
     """Two folders may have one name; the second must not silently take the first one's place."""
-    folder = getattr(dataset, "folder", None)
-    if folder is None or dataset.name not in dataset_names(root):
+    if not isinstance(dataset, FolderDataset) or dataset.name not in dataset_names(root):
         return
+    folder = dataset.folder
     for sample in islice(read_samples(root, dataset.name), 1):
         if sample.media and not Path(sample.media[0].source).is_relative_to(folder):
             raise UserError(

@@ -89,7 +89,9 @@ def open_dataset(spec: str, features: Path) -> list[Dataset]:
     entries, groups = catalogue()
     if spec.startswith(FOLDER) or named:
         path = (named[2] if named else spec).removeprefix(FOLDER)
-        return [_open_folder(path, features, named[1] if named else None, taken=entries)]
+        return [
+            _open_folder(path, features, named[1] if named else None, taken={*entries, *groups})
+        ]
     if spec in groups:
         return [_open_entry(name, entries[name], features) for name in groups[spec]]
     if spec in entries:

@@ -4,7 +4,7 @@ python -m encode.run --dataset folder:photos
 
 With `metadata.jsonl` at its top, each line is one sample (paths are relative to the folder):
 
-    {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image> CAPTION_PROMPT
+    {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image>CAPTION_PROMPT
     {"file": "a.jpg", "question": "Which animal?", "answer": "A cat."}
     {"files": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "Compare."}, ...]}
     {"file": "a.jpg"}                                              the picture alone
@@ -275,7 +275,8 @@ def _weight(value: Mapping[str, Any], where: str) -> float:
 
 
 def _placeholders(pictures: int) -> str:
-    return f"{IMAGE}\n" * pictures
+    """Before the words, as `model.template` puts pictures that have no place of their own."""
+    return IMAGE * pictures
 
 
 def _is_text(text: str) -> bool:

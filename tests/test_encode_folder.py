@@ -1,0 +1,281 @@
+"""folder:PATH and the names --dataset takes: exact samples, and every bad line named by file and number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import configs
+from cache.tables import MediaRef, Message, Sample
+from configs import UserError
+from encode.sources import catalogue, open_dataset, open_datasets
+from encode.sources.folder import CAPTION_PROMPT
+
+PNG = b"not looked at here"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "b.png", "sub/c.webp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(PNG)
+    return folder
+
+
+def samples(folder: Path, *lines: Any) -> list[Sample]:
+    """The samples of `folder` with these lines of metadata."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    if lines:
+        (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (dataset,) = open_dataset(f"folder:{folder}", folder.parent / "cache")
+    return list(dataset.samples())
+
+
+def user(content: str) -> Message:
+    return Message(role="user", content=content)
+
+
+def assistant(content: str) -> Message:
+    return Message(role="assistant", content=content)
+
+
+def test_captions_questions_and_conversations_become_messages(photos: Path) -> None:
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Compare."},
+        {"role": "assistant", "content": "Both grey.", "weight": 0.5},
+    ]
+    found = samples(
+        photos,
+        {"file": "a.jpg", "caption": "A cat."},
+        {"file": "a.jpg", "question": "Which animal?", "answer": "A cat.", "weight": 2},
+        {"files": ["b.png", "sub/c.webp"], "messages": chat},
+        {"file": "b.png"},
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+            ]
+        },
+    )
+    a, b, c = (MediaRef(source=str(photos / n)) for n in ("a.jpg", "b.png", "sub/c.webp"))
+    assert found == [
+        Sample(
+            id="a.jpg#0",
+            dataset="photos",
+            messages=(user(f"<image>{CAPTION_PROMPT}"), assistant("A cat.")),
+            media=(a,),
+            task="caption",
+        ),
+        Sample(
+            id="a.jpg#1",
+            dataset="photos",
+            messages=(user("<image>Which animal?"), assistant("A cat.")),
+            media=(a,),
+            weight=2.0,
+            task="question",
+        ),
+        Sample(
+            id="b.png#0",
+            dataset="photos",
+            messages=(
+                Message(role="system", content="Be brief."),
+                user("<image><image>Compare."),
+                Message(role="assistant", content="Both grey.", weight=0.5),
+            ),
+            media=(b, c),
+            task="chat",
+        ),
+        Sample(id="b.png#1", dataset="photos", messages=(), media=(b,)),
+        Sample(id="#0", dataset="photos", messages=(user("Hi"), assistant("Hello")), task="chat"),
+    ]
+    assert len({sample.id for sample in found}) == len(found)
+
+
+def test_placeholders_that_match_stay_where_they_are(photos: Path) -> None:
+    turns = [
+        {"role": "user", "content": "First <image>, then <image>?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    (found,) = samples(photos, {"files": ["a.jpg", "b.png"], "messages": turns})
+    assert found.messages[0].content == "First <image>, then <image>?"
+
+
+def test_a_folder_without_metadata_is_its_pictures_in_order(photos: Path) -> None:
+    for name in ("Z.JPEG", ".hidden.png", "notes.txt", ".git/x.png", "sub/d.gif"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(PNG)
+    (photos / "loop").symlink_to(photos, target_is_directory=True)
+    found = samples(photos)
+    assert [s.id for s in found] == ["Z.JPEG", "a.jpg", "b.png", "sub/c.webp", "sub/d.gif"]
+    assert all(s.messages == () and s.dataset == "photos" for s in found)
+    assert [s.media[0].source for s in found] == [str(photos / s.id) for s in found]
+    assert samples(photos) == found, "the same each time"
+
+
+def test_the_cache_inside_a_folder_is_not_part_of_it(photos: Path) -> None:
+    (photos / "cache" / "demo").mkdir(parents=True)
+    (photos / "cache" / "demo" / "drawing.png").write_bytes(PNG)
+    (dataset,) = open_dataset(f"folder:{photos}", photos / "cache")
+    assert [s.id for s in dataset.samples()] == ["a.jpg", "b.png", "sub/c.webp"]
+
+
+def test_blank_lines_a_byte_order_mark_and_columns_of_others_are_fine(photos: Path) -> None:
+    line = '\ufeff{"file": "a.jpg", "caption": "Ä 猫.", "width": 3, "height": 4, "license": "x"}'
+    (found,) = samples(photos, line, "", "   ")
+    assert found.messages[1].content == "Ä 猫."
+
+
+def test_a_picture_that_is_missing_stays_in_its_sample(photos: Path) -> None:
+    (found,) = samples(photos, {"file": "gone.jpg", "caption": "It was here."})
+    assert found.media == (MediaRef(source=str(photos / "gone.jpg")),)
+
+
+CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"file": "a.jpg", "caption": ', "not JSON"),
+        ('["a.jpg"]', "expected an object"),
+        ({"caption": "A cat."}, 'no "file"'),
+        ({"file_name": "a.jpg", "caption": "A cat."}, "file_name is called file here"),
+        ({"file": "a.jpg", "files": ["b.png"], "caption": "x"}, "has file and files"),
+        ({"files": "a.jpg", "caption": "x"}, "files: expected a list"),
+        ({"file": 3, "caption": "x"}, "3 is no file name"),
+        ({"file": "a\0.jpg", "caption": "x"}, "is no file name"),
+        ({"file": "../other.jpg", "caption": "x"}, "'../other.jpg' leads out of"),
+        ({"file": "/etc/passwd", "caption": "x"}, "leads out of"),
+        ({"file": "sub/../../x.jpg", "caption": "x"}, "leads out of"),
+        ({"file": ".", "caption": "x"}, "leads out of"),
+        ({"file": "link.jpg", "caption": "x"}, "leads out of"),
+        ({"file": "a.jpg", "caption": ""}, "caption: expected text"),
+        ({"file": "a.jpg", "caption": ["x"]}, "caption: expected text"),
+        ('{"file": "a.jpg", "caption": "\\ud800"}', "half a surrogate pair"),
+        ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; text goes by caption"),
+        ({"file": "a.jpg", "text": "x"}, "unknown key 'text'"),
+        ({"file": "a.jpg", "caption": "x", "messages": CHAT}, "caption and messages; one of them"),
+        ({"file": "a.jpg", "question": "?"}, "question and answer go together"),
+        ({"file": "a.jpg", "answer": "!"}, "question and answer go together"),
+        ({"file": "a.jpg", "caption": "an <image> here"}, "caption contains <image>"),
+        ({"file": "a.jpg", "question": "<image>?", "answer": "!"}, "question contains <image>"),
+        ({"file": "a.jpg", "question": "?", "answer": "<image>"}, "answer contains <image>"),
+        ({"file": "a.jpg", "messages": []}, "messages: expected a list of turns"),
+        ({"file": "a.jpg", "messages": ["hi"]}, "messages: turn 1: expected role and content"),
+        (
+            {"file": "a.jpg", "messages": [{"role": "usr", "content": "?"}]},
+            "turn 1: role 'usr' is none of system, user, assistant; nearest: user",
+        ),
+        ({"file": "a.jpg", "messages": CHAT[:1]}, "no turn of the assistant"),
+        ({"file": "a.jpg", "messages": CHAT[1:]}, "no turn of the user"),
+        (
+            {
+                "files": ["a.jpg", "b.png"],
+                "messages": [{"role": "user", "content": "<image>?"}, CHAT[1]],
+            },
+            "1 <image> for 2 files",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]]},
+            "1 <image> for 0 files",
+        ),
+        (
+            {"file": "a.jpg", "messages": [CHAT[0], {"role": "assistant", "content": "<image>"}]},
+            "turn 2: <image> in words of the assistant",
+        ),
+        ({"file": "a.jpg", "caption": "x", "weight": "much"}, "weight: 'much' is no factor"),
+        ({"file": "a.jpg", "caption": "x", "weight": -1}, "weight: -1 is no factor"),
+        ({}, 'no "file"'),
+        ({"files": []}, "neither a file nor messages"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(photos: Path, line: Any, says: str) -> None:
+    (photos / "link.jpg").symlink_to("/etc/hostname")
+    good = {"file": "a.jpg", "caption": "A cat."}
+    with pytest.raises(UserError) as refused:
+        samples(photos, good, "", line, good)
+    message = str(refused.value)
+    assert message.startswith(f"{photos / 'metadata.jsonl'}:3: ")
+    assert says in message
+    assert "\n" not in message
+
+
+def test_bytes_that_are_no_text_are_named_by_line(photos: Path) -> None:
+    (photos / "metadata.jsonl").write_bytes(b'{"file": "a.jpg"}\n{"file": "\xff.jpg"}\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl:2: not UTF-8"):
+        samples(photos)
+
+
+def test_a_picture_linked_from_outside_is_refused_one_from_inside_is_not(photos: Path) -> None:
+    (photos / "again.jpg").symlink_to(photos / "a.jpg")
+    assert "again.jpg" in {s.id for s in samples(photos)}
+    (photos / "out.jpg").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=r"out\.jpg: .*leads out of"):
+        samples(photos)
+
+
+def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_dataset(f"folder:{tmp_path / 'nowhere'}", tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        samples(tmp_path / "empty")
+    (tmp_path / "empty" / "metadata.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no lines"):
+        samples(tmp_path / "empty")
+
+
+# ---- names
+
+
+def test_a_folder_has_its_own_name_or_the_one_given(photos: Path) -> None:
+    cache = photos.parent / "cache"
+    odd = photos.rename(photos.parent / "My photos (2024)")
+    assert [d.name for d in open_dataset(f"folder:{odd}", cache)] == ["My-photos-2024"]
+    assert [d.name for d in open_dataset(f"trip=folder:{odd}", cache)] == ["trip"]
+
+
+def test_two_folders_of_one_name_need_another(tmp_path: Path) -> None:
+    for side in ("left", "right"):
+        (tmp_path / side / "train").mkdir(parents=True)
+    left, right = f"folder:{tmp_path / 'left/train'}", f"folder:{tmp_path / 'right/train'}"
+    with pytest.raises(UserError, match=r"would both be the data set 'train'"):
+        open_datasets([left, right], tmp_path / "cache")
+    assert len(open_datasets([left, left], tmp_path / "cache")) == 1
+    named = open_datasets([left, f"other={right}"], tmp_path / "cache")
+    assert [d.name for d in named] == ["train", "other"]
+
+
+def test_a_folder_may_not_take_the_name_of_a_known_data_set(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(UserError, match="the name 'demo' belongs to"):
+        open_dataset(f"folder:{tmp_path / 'demo'}", tmp_path / "cache")
+
+
+def test_an_unknown_name_gets_the_list_and_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there are demo.*; nearest: demo"):
+        open_dataset("dmeo", tmp_path)
+    with pytest.raises(UserError, match=f"--dataset folder:{tmp_path}"):
+        open_dataset(str(tmp_path), tmp_path)
+
+
+def test_the_catalogue_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    yaml = tmp_path / "datasets.yaml"
+    (tmp_path / "p").mkdir()
+    yaml.write_text(
+        f"datasets:\n  cats: {{source: folder, path: {tmp_path / 'p'}}}\n"
+        f"  dogs: {{source: folder, path: {tmp_path / 'p'}}}\ngroups: {{pets: [cats, dogs]}}\n"
+    )
+    assert [d.name for d in open_dataset("pets", tmp_path)] == ["cats", "dogs"]
+    yaml.write_text("datasets: {cats: {source: folder, path: /p}}\ngroups: {pets: [cast]}\n")
+    with pytest.raises(UserError, match=r"group pets names 'cast'.*nearest: cats"):
+        catalogue()
+    yaml.write_text("datasets: {cats: {source: folder}}\n")
+    with pytest.raises(UserError, match="path goes with source: folder"):
+        catalogue()
