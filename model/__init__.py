@@ -1,0 +1,1 @@
+"""The model: pictures to features (frozen), features and text to answers."""

@@ -49,16 +49,23 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     if x.device.type == "mps":
         x = x.cpu()  # Metal divides approximately; memory is shared anyway
     x = x.float()
-    finite = torch.isfinite(x).flatten(1).all(1)
-    x = torch.where(finite[:, None, None], x, 0.0)
-    clipped = int((x.abs() > _LIMIT).sum())
-    clean = x.clamp(-_LIMIT, _LIMIT)
+    largest = x.flatten(1).abs().amax(1)  # NaN and Inf come through
+    finite = torch.isfinite(largest)
+    if not finite.all():
+        x = torch.where(finite[:, None, None], x, 0.0)
+    clipped, clean = 0, x
+    if (largest > _LIMIT).any():
+        clipped = int((x.abs() > _LIMIT).sum())
+        clean = x.clamp(-_LIMIT, _LIMIT)
     if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
-        rows = _pack_int8(clean, batch)
-    norm = _norms(x)
-    lost = _norms(unpack(rows, codec, tokens, width, torch.float32) - x)
+        rows = _pack_int8(clean)
+    # Beyond float16's range even squares may overflow float32.
+    precision = torch.float64 if clipped else torch.float32
+    norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
+    off = unpack(rows, codec, tokens, width, torch.float32).sub_(x).flatten(1)
+    lost = torch.linalg.vector_norm(off, dim=1, dtype=precision)
     error = torch.where(norm > 0, lost / norm, 0.0).float()
     return Packed(rows=rows, error=error, finite=finite, clipped=clipped)
 
@@ -96,38 +103,42 @@ def unpack(
     return x.reshape(batch, tokens, width).to(dtype)
 
 
-def _norms(x: torch.Tensor) -> torch.Tensor:
-    """(B, M, V) -> (B,) float64, where float32's largest values still have squares."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
-
-
-def _pack_int8(x: torch.Tensor, batch: int) -> torch.Tensor:
+def _pack_int8(x: torch.Tensor) -> torch.Tensor:
+    """(B, M, V) within float16's range -> (B, row_bytes)."""
+    batch = len(x)
     signs, _, divisor = _constants(x.device)
-    blocks = _rotate(x.reshape(batch, -1, BLOCK) * signs)
-    largest = blocks.abs().amax(-1, keepdim=True)
+    # Values of a block stand below one another from here on: (64, blocks) keeps every stage contiguous.
+    blocks = _rotate((x.reshape(-1, BLOCK) * signs).t().contiguous())
+    largest = blocks.abs().amax(0)
     # By a tensor: CUDA turns division by a Python number into multiplication by its reciprocal.
     scales = (largest / divisor).half()
     steps = scales.float()
-    quotient = torch.where(steps > 0, blocks / steps, 0.0)
+    quotient = torch.where(steps > 0, blocks.div_(steps), 0.0)
     codes = quotient.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return torch.cat(
         [
-            codes.view(torch.uint8).reshape(batch, -1),
-            scales.reshape(batch, -1).contiguous().view(torch.uint8),
+            codes.t().contiguous().view(torch.uint8).reshape(batch, -1),
+            scales.reshape(batch, -1).view(torch.uint8),
         ],
         dim=1,
     )
 
 
-def _rotate(blocks: torch.Tensor) -> torch.Tensor:
-    """(..., 64) -> its orthonormal Hadamard transform, in the very order of `cache.codec`."""
-    shape = blocks.shape
+def _rotate(x: torch.Tensor) -> torch.Tensor:
+    """(64, blocks) -> its orthonormal Hadamard transform, adding in the very order of `cache.codec`.
+
+    Overwrites `x`.
+    """
+    y = torch.empty_like(x)
     half = 1
     while half < BLOCK:
-        left, right = blocks.reshape(*shape[:-1], BLOCK // (2 * half), 2, half).unbind(-2)
-        blocks = torch.stack([left + right, left - right], dim=-2).reshape(shape)
+        pairs = (BLOCK // (2 * half), 2, half, x.shape[1])
+        left, right = x.view(pairs).unbind(1)
+        torch.add(left, right, out=y.view(pairs)[:, 0])
+        torch.sub(left, right, out=y.view(pairs)[:, 1])
+        x, y = y, x
         half *= 2
-    return blocks * 0.125
+    return x.mul_(0.125)
 
 
 @functools.cache

@@ -218,7 +218,8 @@ def _build_demo(config: EncoderConfig) -> _Built:
 def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None) -> _Built:
     # open_clip takes 3 s to import: only its own encoders pay for it.
     from model.clip_tower import ClipTower
-    from model.weights import check_entry, fill
+    from model.training_facts import check_entry
+    from model.weights import fill
 
     tower = ClipTower(config.model, config.blocks)
     mean, std = check_entry(tower, config)
@@ -240,14 +241,14 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
     if random_weights:
         tower.initialize(config.seed)
     else:
-        source = str(fill(tower, config, weights))
+        source = str(fill(tower, config, weights, (mean, std)))
         built = dataclasses.replace(built, source=source)
     return dataclasses.replace(built, weights=hash_tensors(tower.tensors()))
 
 
 def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
     try:
-        return FeatureSpec(
+        spec = FeatureSpec(
             encoder=f"random-{config.name}" if built.is_random else config.name,
             architecture=built.architecture,
             weights=built.weights,
@@ -266,8 +267,10 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             batch_size=config.batch_size,
             codec=codec,
         )
+        spec.row_bytes("picture")  # refuses a width the codec cannot divide
     except ValueError as error:
         raise UserError(f"encoder {config.name}: {error}") from None
+    return spec
 
 
 def _pool(x: torch.Tensor, window: int) -> torch.Tensor:

@@ -1,33 +1,17 @@
-"""Trained weights of a CLIP tower: where they are, what they hold, and whether they fit the model.
+"""Trained weights of a CLIP tower: found, read, brought to one set of names, put in.
 
-A tower computes wrong features, and no error, when its activation is not the one it was trained with.
-What can be known of that is compared with the model as built, and any contradiction is refused:
-
-1. the encoder entry's own `activation:` (always stated);
-2. open_clip's record of the tag (`pretrained: openai` was trained with QuickGELU);
-3. beside a local file: `open_clip_config.json`, or Hugging Face's `config.json`;
-4. in the file: the three extra tensors that OpenAI's own files carry;
-5. for a local file about which 3 and 4 say nothing: published weights of that model must exist with
-   this activation (`ViT-L-14-336` was only ever trained with QuickGELU).
-
-A bare file that passes 5 is taken at the entry's word, and the log says so: tensors alone don't tell.
-
-Understood: open_clip's files, safetensors or torch, and Hugging Face's CLIP ones (a folder of
-`CLIPModel` or `CLIPVisionModel`). The hash covers the tensors used, as float32 and by open_clip's
-names: the same weights have the same hash in every one of these formats.
+Understood: open_clip's files, as safetensors or torch's, and Hugging Face's CLIP ones (a folder of
+`CLIPModel` or `CLIPVisionModel`). In memory all are float32 under open_clip's names, so the same weights
+have the same hash in every format.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -35,10 +19,9 @@ from configs import UserError
 from model.clip_tower import ClipTower
 from model.encoder_config import EncoderConfig
 from model.hub import fetch
+from model.training_facts import Colours, check_file, tag_record
 
-__all__ = ["check_entry", "fill"]
-
-log = logging.getLogger(__name__)
+__all__ = ["fill"]
 
 FILE_NAMES = (
     "open_clip_model.safetensors",
@@ -48,61 +31,17 @@ FILE_NAMES = (
 )
 """What is looked for in a folder, best first."""
 
-_OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
-_HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-
-def check_entry(
-    tower: ClipTower, config: EncoderConfig
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Compare the entry with the tower as built and with its tag; needs no weights.
-
-    Returns:
-        Mean and standard deviation of the colours.
-
-    Raises:
-        UserError: the activations differ, the tag does not exist, or mean and std are nowhere said.
-    """
-    if tower.activation != config.activation:
-        raise UserError(
-            f"encoder {config.name}: activation {config.activation}, but open_clip builds {config.model} "
-            f"with {tower.activation}; for OpenAI's weights the model's name ends in -quickgelu"
-        )
-    record = _tag_record(config)
-    if record and not tower.is_timm and _trained_with(record) != tower.activation:
-        raise UserError(
-            f"encoder {config.name}: weights {config.pretrained} were trained with {_trained_with(record)}, "
-            f"but {config.model} computes {tower.activation}: wrong features; choose the model "
-            f"{_other_model(config.model)} and activation: {_trained_with(record)}"
-        )
-    mean, std = config.mean or record.get("mean"), config.std or record.get("std")
-    if mean is None or std is None:
-        raise UserError(
-            f"encoder {config.name}: no tag (pretrained:) to take mean and std from: give both"
-        )
-    return tuple(mean), tuple(std)
-
-
-def _tag_record(config: EncoderConfig) -> dict[str, Any]:
-    """What open_clip knows of the entry's weights: hub place, mean, std, quick_gelu. {} without a tag."""
-    if not config.pretrained:
-        return {}
-    record: dict[str, Any] = open_clip.get_pretrained_cfg(config.model, config.pretrained)
-    if not record:
-        tags = open_clip.list_pretrained_tags_by_model(config.model)
-        hint = f"it has: {', '.join(tags)}" if tags else "it has none"
-        raise UserError(
-            f"encoder {config.name}: open_clip's {config.model} has no weights {config.pretrained!r} ({hint})"
-        )
-    return record
-
-
-def _trained_with(record: Mapping[str, Any]) -> str:
-    return "quick_gelu" if record.get("quick_gelu") else "gelu"
-
-
-def fill(tower: ClipTower, config: EncoderConfig, weights: str | None) -> Path:
+def fill(
+    tower: ClipTower, config: EncoderConfig, weights: str | None, colours: tuple[Colours, Colours]
+) -> Path:
     """Put trained weights into `tower`: those of `weights` (a file or folder), else of the entry's tag.
+
+    Args:
+        tower: built from `config`, and checked by `check_entry`.
+        config: the encoder's entry.
+        weights: where to take them from, instead of the hub.
+        colours: mean and standard deviation the tower's input will be normalised with.
 
     Returns:
         The file they came from.
@@ -110,13 +49,13 @@ def fill(tower: ClipTower, config: EncoderConfig, weights: str | None) -> Path:
     Raises:
         UserError: they cannot be had, cannot be read, or don't fit the model.
     """
-    record = _tag_record(config)
-    if weights is not None:
-        path = _find_file(Path(weights).expanduser())
+    if weights is None:
+        path = fetch(tag_record(config).get("hf_hub", ""), encoder=config.name)
+        tensors = _read(path)
     else:
-        path = fetch(record.get("hf_hub", ""), encoder=config.name)
-    tensors = _read(path)
-    _check_training(tower, config, path, tensors, is_local=weights is not None)
+        path = _find_file(Path(weights).expanduser())
+        tensors = _read(path)
+        check_file(tower, config, path, tensors, colours)
     tower.load(_select(tower, _in_open_clip_names(tower, tensors, path), path))
     return path
 
@@ -170,75 +109,6 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _check_training(
-    tower: ClipTower,
-    config: EncoderConfig,
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    is_local: bool,
-) -> None:
-    """Refuse weights that are known to be trained for another activation or colour normalisation."""
-    if not is_local:
-        return  # the tag's record was compared before anything was fetched
-    stated: str | None = None
-    if tensors.keys() >= _OPENAI_MARKS:
-        stated, source = "quick_gelu", "it is OpenAI's own file"
-    else:
-        stated, source = _activation_beside(path)
-    if stated is None:
-        published = {
-            _trained_with(open_clip.get_pretrained_cfg(config.model, tag))
-            for tag in open_clip.list_pretrained_tags_by_model(config.model)
-        }
-        if tower.is_timm or not published or tower.activation in published:
-            log.warning(
-                "%s says nothing of its activation; taken for %s, as encoder %s has it",
-                path,
-                tower.activation,
-                config.name,
-            )
-            return
-        stated, source = published.pop(), f"all published weights of {config.model} are"
-    if stated != tower.activation:
-        raise UserError(
-            f"{path}: weights trained with {stated} ({source}), but encoder {config.name} builds "
-            f"{config.model} with {tower.activation}: wrong features; choose the model "
-            f"{_other_model(config.model)} and activation: {stated}"
-        )
-
-
-def _activation_beside(path: Path) -> tuple[str | None, str]:
-    """What the configuration file beside a weights file says, and that file's name."""
-    ours, theirs = path.parent / "open_clip_config.json", path.parent / "config.json"
-    if ours.is_file():
-        model = _json(ours).get("model_cfg")
-        if isinstance(model, Mapping):
-            is_timm = "timm_model_name" in model.get("vision_cfg", {})
-            if not is_timm:
-                return ("quick_gelu" if model.get("quick_gelu") else "gelu"), f"says {ours}"
-    if theirs.is_file():
-        values = _json(theirs)
-        values = values.get("vision_config", values)
-        if isinstance(values, Mapping) and values.get("hidden_act") in _HF_ACTIVATIONS:
-            return _HF_ACTIVATIONS[values["hidden_act"]], f"says {theirs}"
-    return None, ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({_short(error)})") from None
-    return values if isinstance(values, dict) else {}
-
-
-def _other_model(model: str) -> str:
-    return (
-        model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
-    )
-
-
 def _in_open_clip_names(
     tower: ClipTower, tensors: Mapping[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
@@ -248,7 +118,10 @@ def _in_open_clip_names(
         return {n[cut:]: t for n, t in tensors.items() if n.startswith(tower.prefix)}
     vision = {n.removeprefix("vision_model."): t for n, t in tensors.items()}
     if "embeddings.class_embedding" in vision and not tower.is_timm:
-        return _from_hugging_face(vision)
+        try:
+            return _from_hugging_face(vision)
+        except KeyError as missing:
+            raise UserError(f"{path}: tensor {missing} is missing") from None
     raise UserError(
         f"{path}: no tensors named {tower.prefix}*: not open_clip's file for this kind of tower"
         + (" (of Hugging Face's files, only CLIP's are understood)" if tower.is_timm else "")
@@ -271,7 +144,9 @@ def _from_hugging_face(vision: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
     }
-    depth = sum(n.endswith("layer_norm1.weight") for n in vision)
+    depth = sum(
+        n.startswith("encoder.layers.") and n.endswith("layer_norm1.weight") for n in vision
+    )
     for index in range(depth):
         here, there = f"transformer.resblocks.{index}", f"encoder.layers.{index}"
         for kind in ("weight", "bias"):
@@ -298,7 +173,8 @@ def _select(
                 f"{path}: tensor {tower.prefix}{name} is {tuple(tensors[name].shape)}, the encoder's is "
                 f"{tuple(like.shape)}: other weights than the encoder's"
             )
-        chosen[name] = tensors[name].float()
+        # A copy: what was hashed stays what is computed with, whatever happens to the mapped file.
+        chosen[name] = tensors[name].to(torch.float32, copy=True)
     return chosen
 
 

@@ -1,0 +1,198 @@
+"""What is known of how a CLIP tower's weights were trained, compared with the model that shall use them.
+
+A tower computes wrong features, and no error, with another activation than it was trained with, or
+with colours normalised otherwise. Nothing in the tensors tells. What can be known is compared, and any
+contradiction is refused:
+
+1. the encoder entry's own `activation:`, always stated, with the model as open_clip builds it;
+2. open_clip's record of the tag (`pretrained: openai` was trained with QuickGELU);
+3. beside a local file: `open_clip_config.json`, or Hugging Face's `config.json`;
+4. in a local file: the three extra tensors that OpenAI's own files carry;
+5. where 3 and 4 say nothing: published weights of that model must exist with this activation
+   (`ViT-L-14-336` was only ever trained with QuickGELU).
+
+A bare file that passes 5 is taken at the entry's word, and the log says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from configs import UserError
+from model.clip_tower import ClipTower
+from model.encoder_config import EncoderConfig
+
+__all__ = ["Colours", "check_entry", "check_file", "tag_record"]
+
+log = logging.getLogger(__name__)
+
+Colours = tuple[float, float, float]
+
+_OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
+_HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What a file, or one beside it, says of its training; None: nothing."""
+
+    source: str = ""
+    activation: str | None = None
+    mean: Colours | None = None
+    std: Colours | None = None
+
+
+def check_entry(tower: ClipTower, config: EncoderConfig) -> tuple[Colours, Colours]:
+    """Compare the entry with the tower as built and with its tag; needs no weights.
+
+    Returns:
+        Mean and standard deviation of the colours.
+
+    Raises:
+        UserError: the activations differ, the tag does not exist, or mean and std are nowhere said.
+    """
+    if tower.activation != config.activation:
+        raise UserError(
+            f"encoder {config.name}: activation {config.activation}, but open_clip builds "
+            f"{config.model} with {tower.activation}; for OpenAI's weights the model's name ends in "
+            "-quickgelu"
+        )
+    record = tag_record(config)
+    if record and not tower.is_timm and _trained_with(record) != tower.activation:
+        raise _mismatch(
+            f"encoder {config.name}: weights {config.pretrained}",
+            _trained_with(record),
+            tower,
+            config,
+        )
+    mean, std = config.mean or record.get("mean"), config.std or record.get("std")
+    if mean is None or std is None:
+        raise UserError(
+            f"encoder {config.name}: no tag (pretrained:) to take mean and std from: give both"
+        )
+    return _colours(mean), _colours(std)
+
+
+def tag_record(config: EncoderConfig) -> dict[str, Any]:
+    """What open_clip knows of the entry's weights: hub place, mean, std, quick_gelu. {} without a tag."""
+    if not config.pretrained:
+        return {}
+    record: dict[str, Any] = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+    if not record:
+        tags = open_clip.list_pretrained_tags_by_model(config.model)
+        hint = f"it has: {', '.join(tags)}" if tags else "it has none"
+        raise UserError(
+            f"encoder {config.name}: open_clip's {config.model} has no weights {config.pretrained!r} ({hint})"
+        )
+    return record
+
+
+def check_file(
+    tower: ClipTower,
+    config: EncoderConfig,
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    colours: tuple[Colours, Colours],
+) -> None:
+    """Compare a local weights file with the tower and with the colours it will be given.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    said = _said_by(path, tensors)
+    if said.activation is None:
+        known = [
+            _trained_with(open_clip.get_pretrained_cfg(config.model, tag))
+            for tag in open_clip.list_pretrained_tags_by_model(config.model)
+        ]
+        if not tower.is_timm and known and tower.activation not in known:
+            whose = f"{path}: all published weights of {config.model}"
+            raise _mismatch(whose, known[0], tower, config)
+        log.warning(
+            "%s does not say its activation; taken for %s, as encoder %s states",
+            path,
+            tower.activation,
+            config.name,
+        )
+    elif said.activation != tower.activation:
+        raise _mismatch(f"{path}: weights, says {said.source},", said.activation, tower, config)
+    for what, wanted, found in zip(("mean", "std"), colours, (said.mean, said.std), strict=True):
+        if found is not None and max(abs(a - b) for a, b in zip(wanted, found, strict=True)) > 1e-3:
+            raise UserError(
+                f"{path}: trained with {what} {list(found)}, says {said.source}; encoder {config.name} "
+                f"has {list(wanted)}: wrong features; give the entry this {what}"
+            )
+
+
+def _trained_with(record: Mapping[str, Any]) -> str:
+    return "quick_gelu" if record.get("quick_gelu") else "gelu"
+
+
+def _mismatch(whose: str, trained: str, tower: ClipTower, config: EncoderConfig) -> UserError:
+    plain = config.model.removesuffix("-quickgelu")
+    fitting = f"{plain}-quickgelu" if trained == "quick_gelu" else plain
+    return UserError(
+        f"{whose} were trained with {trained}, but {config.model} computes {tower.activation}: wrong "
+        f"features; give encoder {config.name} model: {fitting} and activation: {trained}"
+    )
+
+
+def _said_by(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Said:
+    if tensors.keys() >= _OPENAI_MARKS:
+        return _Said(source="OpenAI's mark in it", activation="quick_gelu")
+    beside = path.parent / "open_clip_config.json"
+    if beside.is_file():
+        values = _json(beside)
+        model, colours = _mapping(values, "model_cfg"), _mapping(values, "preprocess_cfg")
+        is_timm = "timm_model_name" in _mapping(model, "vision_cfg")
+        return _Said(
+            source=beside.name,
+            activation=None if is_timm or not model else _trained_with(model),
+            mean=_colours_or_none(colours.get("mean")),
+            std=_colours_or_none(colours.get("std")),
+        )
+    beside = path.parent / "config.json"
+    if beside.is_file():
+        values = _json(beside)
+        vision = _mapping(values, "vision_config") or values
+        colours = _json(path.parent / "preprocessor_config.json", missing_ok=True)
+        return _Said(
+            source=beside.name,
+            activation=_HF_ACTIVATIONS.get(vision.get("hidden_act", "")),
+            mean=_colours_or_none(colours.get("image_mean")),
+            std=_colours_or_none(colours.get("image_std")),
+        )
+    return _Said()
+
+
+def _json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _colours(values: Any) -> Colours:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _colours_or_none(values: Any) -> Colours | None:
+    is_three = isinstance(values, list) and len(values) == 3
+    return _colours(values) if is_three else None

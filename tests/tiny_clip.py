@@ -1,0 +1,89 @@
+"""A CLIP tower small enough for tests: known to open_clip, and the same one as transformers builds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from model.encoder_config import EncoderConfig
+
+WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
+
+
+def register(folder: Path) -> None:
+    """Tell open_clip of `tiny-quickgelu`, and of `tiny`, which computes exact GELU."""
+    for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
+        config = {
+            "embed_dim": 32,
+            "quick_gelu": quick,
+            "vision_cfg": {
+                "image_size": SIDE,
+                "layers": DEPTH,
+                "width": WIDTH,
+                "head_width": WIDTH // HEADS,
+                "patch_size": PATCH,
+            },
+            "text_cfg": {
+                "context_length": 8,
+                "vocab_size": 50,
+                "width": 32,
+                "heads": 2,
+                "layers": 1,
+            },
+        }
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(config))
+        open_clip.add_model_config(path)
+
+
+def entry(**overrides: Any) -> EncoderConfig:
+    """An encoder on the tiny tower, in float32."""
+    values: dict[str, Any] = {
+        "name": "tiny-clip",
+        "library": "open_clip",
+        "model": "tiny-quickgelu",
+        "activation": "quick_gelu",
+        "blocks": (2,),
+        "mean": (0.48, 0.46, 0.41),
+        "std": (0.27, 0.26, 0.28),
+        "pool_frame": 2,
+        "batch_size": 3,
+        "compute_dtype": "float32",
+    }
+    return EncoderConfig(**{**values, **overrides})
+
+
+def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) -> CLIPVisionModel:
+    """The same architecture by transformers, with random weights large enough to matter."""
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        **sizes,
+    }
+    with torch.device("meta"):  # transformers' own initialisation takes longer than all the rest
+        model = CLIPVisionModel(CLIPVisionConfig(hidden_act=activation, **values)).eval()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name and name.endswith("weight")
+            limit = 1.7 if "embedding" in name else 1.7 * parameter.shape[-1] ** -0.5
+            parameter.uniform_(*((0.5, 1.5) if is_norm else (-limit, limit)))
+    positions = model.get_buffer(next(n for n, _ in model.named_buffers() if "position_ids" in n))
+    positions.copy_(torch.arange(positions.numel()))
+    return model
+
+
+def open_clip_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A whole model's checkpoint in open_clip's own words, text tower included."""
+    torch.manual_seed(seed)
+    return dict(open_clip.create_model("tiny-quickgelu").state_dict())
