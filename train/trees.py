@@ -190,8 +190,9 @@ def _check_window(
     raise UserError(
         f"sample {join.name_of(longest)} is {length[longest]:,} tokens long ({count} x "
         f"{picture_tokens:,} for pictures, {text:,} of text) and the window is {max_tokens:,}; "
-        f"{too_long:,} of {len(use):,} samples do not fit. Raise --max-sequence-length to {length[longest]:,}, encode with "
-        "more pooling (encode.run --pool 2), or leave those samples out of the data set"
+        f"{too_long:,} of {len(use):,} samples do not fit. Raise "
+        f"--max-sequence-length to {length[longest]:,}, encode with more pooling "
+        "(encode.run --pool 2), or leave those samples out of the data set"
     )
 
 
