@@ -19,7 +19,18 @@ from cache.layout import CacheRoot
 from cache.writer import ShardWriter, Space
 from tests.toy_space import key, row
 
-CALLS = ("mkdir", "open", "pwritev", "pwrite", "ftruncate", "fsync", "rename", "close", "unlink", "rmdir")
+CALLS = (
+    "mkdir",
+    "open",
+    "pwritev",
+    "pwrite",
+    "ftruncate",
+    "fsync",
+    "rename",
+    "close",
+    "unlink",
+    "rmdir",
+)
 DIED = 9
 
 
