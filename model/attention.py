@@ -158,6 +158,13 @@ def cuda_kernel() -> Kernel | None:
     return torch_kernel
 
 
+def choose_kernel(q: Tensor, flash: bool) -> Kernel | None:
+    """The variable-length kernel for these queries, or None: SDPA. Kernels know 2-byte floats only."""
+    if flash and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return cuda_kernel()
+    return None
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -180,12 +187,13 @@ def packed_attention(
     if getattr(module, "sliding_window", None):
         raise ValueError(f"{ATTENTION} has no sliding window")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    kernel = cuda_kernel() if packed.flash and query.is_cuda else None
-    if kernel is not None and query.dtype in (torch.float16, torch.bfloat16):
+    # Under autocast, norms and rotation leave queries and keys in float32; values are as computed.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    kernel = choose_kernel(q, packed.flash)
+    if kernel is not None:
         out = varlen_packed(q, k, v, packed.varlen, scale, kernel)
     else:
-        out = sdpa_packed(q, k, v, packed.sdpa(query.dtype), scale)
+        out = sdpa_packed(q, k, v, packed.sdpa(q.dtype), scale)
     return out.unsqueeze(0), None
 
 

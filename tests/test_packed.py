@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import attention_plan
+from model import attention, attention_plan
 from model.attention import packed_attention, sdpa_packed, varlen_packed
-from model.attention_plan import AttentionPlan, plan_sdpa, plan_varlen
+from model.attention_plan import AttentionPlan, SdpaPlan, plan_sdpa, plan_varlen
 from model.packed import PackedBatch
 from model.vlm import VLM, build_vlm
 
@@ -145,7 +145,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 # ------------------------------------------------------------------------ packed equals unpacked
 
 
-@pytest.fixture(params=["grouped", "long", "long in pieces", "every tree alone"])
+@pytest.fixture(params=["grouped", "long", "long in pieces", "every tree alone", "varlen"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way a batch can be cut into SDPA calls."""
     if request.param.startswith("long"):
@@ -154,6 +154,9 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(attention_plan, "MASK_ELEMENTS", 1)
     if request.param == "every tree alone":
         monkeypatch.setattr(attention_plan, "MAX_PADDING", 0.0)
+    if request.param == "varlen":  # the CUDA path, with a kernel written out
+        monkeypatch.setattr(attention, "choose_kernel", lambda q, flash: naive_kernel)
+        monkeypatch.setattr(attention, "sdpa_packed", None)
     return request.param
 
 
@@ -225,6 +228,23 @@ def test_nobody_sees_a_neighbour(vlm: VLM) -> None:
                 mine[q0:q1] |= p0 < p1 and p0 == unit[0]
         assert not bool((changed & ~mine).any())
         assert bool(changed[mine].any())
+
+
+def test_autocast_computes_attention_in_its_precision(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms and rotation leave float32 queries; a CUDA kernel for 2-byte floats would not be taken."""
+    seen = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -> Tensor:
+        seen.append({x.dtype for x in (q, k, v, *(p.mask for p in plan.parts))})
+        return sdpa_packed(q, k, v, plan, scale)
+
+    monkeypatch.setattr(attention, "sdpa_packed", spy)
+    cases = [make_case(seed, branches=2) for seed in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        vlm.hidden(pack(cases, True), features_of(cases, True))
+    assert seen == [{torch.bfloat16}] * 2
 
 
 def test_autocast_stays_near(vlm: VLM) -> None:
@@ -370,6 +390,11 @@ def test_padding_is_bounded() -> None:
 def test_impossible_units_are_refused(units: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_sdpa(torch.tensor(units), 8, CPU)
+
+
+def test_kernels_are_for_short_floats_on_cuda() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert attention.choose_kernel(torch.empty(1, 1, 1, dtype=dtype), flash=True) is None
 
 
 def test_attention_without_a_plan_is_refused(vlm: VLM) -> None:
