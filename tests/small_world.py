@@ -10,9 +10,12 @@ import dataclasses
 import hashlib
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from cache import codec
 from cache.layout import CacheRoot
@@ -20,6 +23,16 @@ from cache.spec import FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SPEC
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For the tests of modules that import it: tiny models only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 COLORS = {
     "red": (220, 40, 40),

@@ -23,6 +23,7 @@ from cache.tables import dataset_names
 from configs import UserError
 from model.load import load_final
 from tests import small_world
+from tests.small_world import one_thread  # noqa: F401  (a fixture)
 from train import checkpoint, start
 from train.config import Options, preset
 from train.metrics import StepRecord, read_metrics, screen_line
@@ -39,15 +40,6 @@ BASE = [
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
     """A cache no test changes."""
     return small_world.make(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models lose more to a second thread than they gain, on a busy machine very much more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -77,8 +77,8 @@ class Options:
     """Longest answer, tokens."""
     blind: bool = True
     """Also answer with pictures exchanged within the split."""
-    point_grid: int = 10
-    """Points count as right in the right cell of a grid of this many cells a side; 0: exact text."""
+    point_grid: int = 3
+    """Points are right in the right cell of a grid of this many cells a side; 0: exact text."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     json: bool = False

@@ -1,0 +1,120 @@
+"""Training on stored features is training with the encoder in the loop: same losses, step after step."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache.layout import CacheRoot
+from cache.reader import FeatureReader
+from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.writer import ShardWriter, Space
+from encode.sources.demo import World, draw, questions, things
+from model.language import load_tokenizer
+from model.media import decode_picture
+from model.quantize import pack
+from model.vision import VisionEncoder, encoder_config, load_encoder
+from tests.small_world import one_thread  # noqa: F401  (a fixture)
+from train import stage, start
+from train.config import Options
+from train.data import Join, MicroBatch
+from train.forward import Forward
+from train.metrics import read_metrics
+from train.run import train
+
+WORLD = World(pictures=24)
+STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveForward(Forward):
+    """Encodes a micro-batch's pictures from their files instead of unpacking what is stored."""
+
+    encoder: VisionEncoder
+    joined: Join
+    files: dict[str, Path]
+    """Key -> picture."""
+    rounded: bool
+
+    def features(self, micro: MicroBatch) -> torch.Tensor | None:
+        media = [number for tree in micro.placed for number in tree.media]
+        pictures = [decode_picture(self.files[self.joined.key(m)].read_bytes()) for m in media]
+        pixels = [self.encoder.prepare(picture)[None] for picture in pictures]
+        computed = torch.cat([self.encoder.encode(one) for one in pixels])
+        return computed.half() if self.rounded else computed
+
+
+def encode_all(
+    folder: Path, encoder: VisionEncoder, codec: str
+) -> tuple[CacheRoot, dict[str, Path]]:
+    """Drawings as files, encoded and asked about."""
+    root = CacheRoot(folder / "cache")
+    space = Space.create(root, encoder.spec(codec), encoder.load_info(), shard_bytes=1 << 20)
+    shard = ShardWriter(space, "picture", 0)
+    files, samples = {}, []
+    for number in range(WORLD.pictures):
+        data = draw(WORLD, number)
+        path = folder / f"{number}.png"
+        path.write_bytes(data)
+        key = hashlib.sha256(data).hexdigest()
+        files[key] = path
+        computed = encoder.encode(encoder.prepare(decode_picture(data))[None])
+        shard.append(key, "full", pack(computed, codec).rows[0].numpy())
+        append_media(root, [MediaRecord(source=str(path), key=key)], "test")
+        for i, (task, question, answer) in enumerate(questions(things(WORLD, number))):
+            turns = (
+                Message(role="user", content=question),
+                Message(role="assistant", content=answer),
+            )
+            media = (MediaRef(source=str(path)),)
+            samples.append(
+                Sample(id=f"{number}-{i}", dataset="drawn", messages=turns, media=media, task=task)
+            )
+    shard.commit()
+    space.grow("picture")
+    write_samples(root, "drawn", samples)
+    return root, files
+
+
+@pytest.mark.parametrize(
+    ("codec", "rounded", "relative"),
+    [("fp16", True, 0.0), ("fp16", False, 1e-4), ("int8", False, 1e-2)],
+)
+def test_cached_training_equals_live_training(
+    tmp_path: Path, codec: str, rounded: bool, relative: float
+) -> None:
+    encoder = load_encoder(encoder_config("demo", compute_dtype="float32"), device="cpu")
+    root, files = encode_all(tmp_path, encoder, codec)
+    reader = FeatureReader(root.space(encoder.spec(codec).name))
+    options = Options(
+        features=root.path,
+        llm="random:qwen3-tiny",
+        connector="linear",
+        batch_size_per_gpu=8,
+        max_sequence_length=512,
+        max_tokens=512,
+        max_steps=STEPS,
+        warmup_steps=0,
+        learning_rate=3e-3,
+        eval_every=0,
+        use_gradient_checkpointing=False,
+    )
+    cpu = torch.device("cpu")
+    losses = {}
+    for name in ("cached", "live"):
+        folder = stage.stage_folder(str(tmp_path / name), 1)
+        vlm = start.build_model(options, None, reader.spec, cpu)
+        data = start.load_data(options, reader, load_tokenizer("random:qwen3-tiny"), folder)
+        forward = Forward(vlm=vlm, spec=reader.spec, device=cpu, autocast=None)
+        if name == "live":
+            forward = LiveForward(
+                **vars(forward), encoder=encoder, joined=data.train, files=files, rounded=rounded
+            )
+        assert train(folder, options, reader, data, forward, run_id="test") == STEPS
+        losses[name] = [line["loss"] for line in read_metrics(folder)]
+    assert len(losses["live"]) == STEPS and losses["live"][-1] < losses["live"][0] - 0.1
+    assert losses["cached"] == pytest.approx(losses["live"], rel=relative, abs=0)
