@@ -1,11 +1,13 @@
 """Tokenizers: the built-in one that needs no file, and what is added to a language model's own.
 
 Plain text never becomes a control token: `encode_text` spells the strings of special tokens out like any
-other text; whoever means the control token puts in its id (`token_id`).
+other text; whoever means the control token puts in its id (`token_id`). What a vocabulary holds as a word
+of its own stays one (Qwen3's `<think>` and `<tool_call>` are words, not special tokens).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -119,8 +121,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Ids of plain text; the strings of special tokens in it are spelt out like any other text."""
-    if not text:
-        return []
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
+    ids: list[int] = _plain(tokenizer, len(tokenizer)).encode(text, add_special_tokens=False).ids
     return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _plain(tokenizer: PreTrainedTokenizerFast, _length: int) -> Tokenizer:
+    """The tokenizer's core, for text alone: several times as fast as going through transformers."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.encode_special_tokens = True
+    core.no_padding()
+    core.no_truncation()
+    return core
