@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import sys
 import types
 import typing
@@ -178,7 +179,9 @@ def parse(
             contextlib.redirect_stderr(output),
             _columns(None if {"-h", "--help"} & set(argv) else 4000),
         ):
-            parsed: T = tyro.cli(cls, prog=prog, description=description, args=argv, **default)
+            parsed: T = tyro.cli(
+                cls, prog=prog, description=_keep_lines(description), args=argv, **default
+            )
             return parsed
     except SystemExit as stop:
         if not stop.code:
@@ -186,6 +189,11 @@ def parse(
     except ValueError as error:  # from __post_init__
         raise UserError(f"{prog}: {error}") from None
     raise UserError(f"{prog}: {_first_message(cls, output.getvalue())}; see {prog} --help")
+
+
+def _keep_lines(description: str | None) -> str | None:
+    """tyro joins lines that begin with a letter; those that show a command must stay apart."""
+    return description and re.sub(r"^(?=python -m )", "$ ", description, flags=re.MULTILINE)
 
 
 def _join_repeated(cls: type, argv: list[str]) -> list[str]:

@@ -93,7 +93,7 @@ class Stopwatch:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one answer."""
-    options = configs.parse(Options, argv, prog=PROG)
+    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     print(generate(options))
     return 0

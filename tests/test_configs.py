@@ -153,3 +153,13 @@ def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_help_keeps_commands_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    described = "What it does.\n\npython -m x --a    # one\npython -m x --b    # two\n\nMore."
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, ["--help"], prog="python -m x", description=described)
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "$ python -m x --a    # one" in lines
+    assert "$ python -m x --b    # two" in lines

@@ -73,7 +73,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    options = configs.parse(Options, argv, prog=PROG)
+    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     final = find_run(options.run, options.stage)
     folder = final.parent
     result = evaluated(final, options)

@@ -42,7 +42,9 @@ INSPECTED = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    options = configs.parse(Options, argv, prog=PROG, preset=preset, selectors=SELECTORS)
+    options = configs.parse(
+        Options, argv, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
+    )
     stage.refuse_processes()
     folder, options = stage.check_folder(options)
     if stage.is_finished(folder) and not options.inspect:
