@@ -215,6 +215,28 @@ def test_the_first_of_several_pictures_counts(kind: str) -> None:
     assert np.abs(pixels(data).astype(int) - (255, 0, 0)).max() <= 5
 
 
+def test_damage_behind_the_first_picture_does_not_matter() -> None:
+    """PIL warns of both; a lone warning must not lose a sound picture."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    several = saved(noise, "MPO", save_all=True, append_images=[noise])
+    assert np.array_equal(pixels(several[: several.index(b"\xff\xd8\xff", 3)]), pixels(several))
+    index = several.index(b"MPF\0") + 4
+    broken = several[:index] + b"garbage!" + several[index + 8 :]
+    with pytest.warns(UserWarning, match="malformed MPO"):
+        Image.open(io.BytesIO(broken)).close()
+    assert np.array_equal(pixels(broken), pixels(several))
+
+    whole = saved(noise, "PNG", save_all=True, append_images=[noise])
+    control = whole.index(b"acTL")
+    zeroed = whole[control : control + 4] + b"\0" * 8
+    broken = (
+        whole[:control] + zeroed + struct.pack(">I", zlib.crc32(zeroed)) + whole[control + 16 :]
+    )
+    with pytest.warns(UserWarning, match="Invalid APNG"):
+        Image.open(io.BytesIO(broken)).close()
+    assert np.array_equal(pixels(broken), np.asarray(noise))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
 def test_one_pixel_is_a_picture(kind: str) -> None:
     data = saved(Image.new("RGB", (1, 1), "white"), kind)
