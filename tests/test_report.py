@@ -188,6 +188,12 @@ def test_points_are_marked() -> None:
     assert report.marks([told], 2) == '<i class="wrong" style="left:70.0%;top:30.0%"></i>'
 
 
+def test_points_are_told_as_coordinates() -> None:
+    told = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
+    assert report.readable(told) == "(250, 500) (900, 100) red &amp; blue"
+    assert report.readable('<points coords="x">') == "&lt;points coords=&quot;x&quot;&gt;"
+
+
 def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]

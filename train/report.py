@@ -33,7 +33,7 @@ from train.charts import Line, chart, finite, smoothed
 from train.evaluate import Evaluation
 from train.metrics import duration, read_metrics
 from train.report_style import STYLE
-from train.scoring import CAPTION, Answer, points_in
+from train.scoring import CAPTION, POINTS, Answer, points_in
 from train.stage import CONFIG
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def render(
         f"{headline(result)}<section><h2>Scores</h2>{scores(result)}</section>"
         f"<section><h2>Training</h2>{curves(lines)}</section>"
         f"<section><h2>Pictures it has {'' if result.split == 'train' else 'not '}seen in training</h2>"
-        f'<div class="cards">{"".join(map(card, shown))}</div></section>'
+        f'{hint(result)}<div class="cards">{"".join(map(card, shown))}</div></section>'
         f"<section><details><summary>Options</summary><pre>{escape(config)}</pre></details></section>"
         "</main></body></html>\n"
     )
@@ -280,7 +280,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     rates = [
         Line(label="language model", points=column("lr"), style="a"),
-        Line(label="connector", points=column("connector_lr"), style="b"),
+        Line(label="connector", points=column("connector_lr"), style="b dash"),
     ]
     norm = [
         Line(label="", points=column("grad_norm"), style="faint"),
@@ -299,6 +299,13 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def hint(result: Evaluation) -> str:
+    """What the marks on pictures mean, where there are any."""
+    if not any(points_in(one.expected) for one in result.answers):
+        return ""
+    return '<p class="hint">Rings: where it should point. Dots: where it does.</p>'
+
+
 def card(shown: Shown) -> str:
     """A picture with its questions."""
     images = "".join(f'<div class="picture">{image}</div>' for image in shown.images)
@@ -311,11 +318,20 @@ def card(shown: Shown) -> str:
 def question(one: Answer) -> str:
     """What was asked, said, expected, and said blindly."""
     verdict = "plain" if one.task == CAPTION else "right" if one.correct else "wrong"
-    said = f'<span class="said">{escape(one.given) or "<i>nothing</i>"}</span>'
-    expected = "" if one.correct else f'<span class="note">expected {escape(one.expected)}</span>'
-    blind = "" if one.blind is None else f'<span class="note">blind {escape(one.blind)}</span>'
+    said = f'<span class="said">{readable(one.given) or "<i>nothing</i>"}</span>'
+    expected = "" if one.correct else f'<span class="note">expected {readable(one.expected)}</span>'
+    blind = "" if one.blind is None else f'<span class="note">blind {readable(one.blind)}</span>'
     asked = escape(one.question.replace("<image>", "").strip()) or escape(one.task)
     return f'<dt>{asked}</dt><dd class="{verdict}">{said}{expected}{blind}</dd>'
+
+
+def readable(answer: str) -> str:
+    """HTML of an answer; points as coordinates and label instead of their markup."""
+    label = POINTS.fullmatch(answer.strip())
+    if label is None:
+        return escape(answer)
+    places = " ".join(f"({x}, {y})" for _, x, y in points_in(answer))
+    return escape(f"{places} {label[2]}")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,15 @@ svg{display:block;width:100%;height:auto}
 .tick{fill:var(--soft);font-size:12px}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}
 .line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.faint{stroke:var(--a);stroke-width:1;opacity:.25}
+.line.dash{stroke-dasharray:6 5}
 .dot.b{fill:var(--b)}
 .key{color:var(--soft)}
 .key::before{content:"";display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;
 vertical-align:middle;background:currentColor}
 .key.a::before{background:var(--a)}.key.b::before{background:var(--b)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px}
-article{background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.cards{columns:4 250px;column-gap:14px}
+article{break-inside:avoid;margin-bottom:14px;overflow:hidden;
+background:var(--card);border:1px solid var(--line);border-radius:10px}
 .images{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:1px;background:var(--line)}
 .picture{position:relative;align-self:center;overflow:hidden}
 .picture img{width:100%;display:block}
@@ -60,7 +62,8 @@ dd{margin:0;overflow-wrap:anywhere}
 .right .said{color:var(--right)}.wrong .said{color:var(--wrong)}
 .note{display:block;color:var(--soft);font-size:13px}
 .right .note{display:inline;margin-left:10px}
-.empty,summary{color:var(--soft)}
+.empty,.hint,summary{color:var(--soft)}
+.hint{margin:-8px 0 14px;font-size:13px}
 summary{cursor:pointer;margin-top:30px}
 pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;
 overflow:auto;font-size:13px}

@@ -61,7 +61,7 @@ def normalized(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip().removesuffix(".").strip().casefold()
 
 
-_POINTS = re.compile(r'<points coords="([\d\s]+)">')
+POINTS = re.compile(r'<points coords="([\d\s]+)">([^<]*)(?:</points>)?')
 
 
 def points_in(text: str) -> list[tuple[int, int, int]]:
@@ -70,7 +70,7 @@ def points_in(text: str) -> list[tuple[int, int, int]]:
     `<points coords="1 1 900 400 2 911 800">label</points>`: a picture's number, then for each point its own
     number, x and y.
     """
-    found = _POINTS.search(text)
+    found = POINTS.search(text)
     numbers = [int(n) for n in found[1].split()] if found else []
     if len(numbers) % 3 != 1:
         return []
