@@ -28,24 +28,20 @@ class Progress:
         self._book = book
         self._out = out or sys.stderr
         self._terminal = self._out.isatty()
-        self._start = self._printed = time.monotonic()
-        self._marks: list[tuple[float, int]] = [(self._start, 0)]
+        self._printed = time.monotonic()
+        self._marks: list[tuple[float, int]] = [(self._printed, 0)]  # when, done
         self._shown = False
-
-    @property
-    def seconds(self) -> float:
-        """Since the start of the work."""
-        return time.monotonic() - self._start
 
     def update(self, timings: Timings) -> None:
         """Print a line if it is time for one; `timings` of all workers."""
         now = time.monotonic()
+        # Pictures are counted when they are encoded, long before their shard is committed.
+        done = max(self._book.settled, min(timings.pictures, self._book.total))
+        self._mark(now, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
         self._printed = now
-        # Pictures are counted when they are encoded, long before their shard is committed.
-        done = max(self._book.settled, min(timings.pictures, self._book.total))
-        line = self.line(done, self._rate(now, done), timings)
+        line = self.line(done, self._rate(), timings)
         if self._terminal:
             self._out.write(f"\r\x1b[K{line}")
         else:
@@ -56,12 +52,15 @@ class Progress:
     def line(self, done: int, rate: float, timings: Timings) -> str:
         """The text of one update."""
         book = self._book
+        if not done:
+            return f"encode 0/{book.total}  starting"
         parts = [f"encode {done}/{book.total}", f"{rate:.3g}/s", f"bound by {timings.bound()}"]
         if book.failed:
             parts.append(f"{book.failed} failed")
         if timings.clipped:
             parts.append(f"{timings.clipped} values clipped to float16")
-        parts.append(f"about {time_text((book.total - done) / rate)} left" if rate else "starting")
+        if rate:
+            parts.append(f"about {time_text((book.total - done) / rate)} left")
         return "  ".join(parts)
 
     def clear(self) -> None:
@@ -70,11 +69,15 @@ class Progress:
             self._out.write("\r\x1b[K")
             self._out.flush()
 
-    def _rate(self, now: float, done: int) -> float:
+    def _mark(self, now: float, done: int) -> None:
+        if self._marks[-1][1] == 0:
+            self._marks.clear()  # starting up says nothing about the rate
         self._marks.append((now, done))
         while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_S:
             self._marks.pop(0)
-        then, before = self._marks[0]
+
+    def _rate(self) -> float:
+        (then, before), (now, done) = self._marks[0], self._marks[-1]
         return (done - before) / (now - then) if now > then else 0.0
 
 

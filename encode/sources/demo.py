@@ -49,8 +49,8 @@ SIZES = (0.38, 0.46)
 """Radius of a shape, in cells."""
 TINT = 12
 """A shape's colour is off its name's by at most this, in each channel."""
-LOSS_WEIGHTS = {"caption": 0.2, "point": 0.2}
-"""Long answers, which would drown the short ones; Molmo2 weights points so. Others have 1."""
+LOSS_WEIGHTS = {"caption": 0.2, "point": 0.5}
+"""Of the long answers, which would drown the short ones."""
 POINT_STEP = 20
 """Coordinates run from 0 to 1000 and are given to the nearest multiple of this."""
 

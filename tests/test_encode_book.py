@@ -1,0 +1,192 @@
+"""The driver's accounts, simulated: whatever dies when, every source leaves the book exactly once."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.layout import CacheRoot
+from cache.tables import MediaRecord, read_media
+from encode.book import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
+from encode.local import failed
+from encode.tasks import Outcome, Registrar, SourceTask, Timings
+
+
+class World:
+    """Workers that claim, finish, commit and die at random, over files whose bytes may repeat."""
+
+    def __init__(self, seed: int, sources: int, contents: int, already: int):
+        self.dice = random.Random(seed)
+        self.bytes = {f"/{i}": f"{self.dice.randrange(contents):064x}" for i in range(sources)}
+        self.broken = {k for k in set(self.bytes.values()) if self.dice.random() < 0.2}
+        self.present = {f"{i:064x}" for i in range(already)} - self.broken
+        self.rows: Counter[str] = Counter()
+        self.told: dict[str, list[MediaRecord]] = {source: [] for source in self.bytes}
+        self.registrar = Registrar(self.present, {"picture": 0})
+        self.book = Book(
+            [SourceTask(source=source) for source in self.bytes],
+            already=set(self.present),
+            tell=lambda record: self.told[record.source].append(record),
+            budget=Budget(probation=10**9),
+        )
+        self.open: dict[int, list[SourceTask]] = {1: [], 2: []}
+        """Worker -> sources it took up and has not looked at."""
+        self.uncommitted: dict[int, list[Outcome]] = {1: [], 2: []}
+        self.unsaid: dict[int, list[Outcome]] = {1: [], 2: []}
+        """Worker -> outcomes that are final, but the driver has not heard of them."""
+        self.committed_by: Counter[int] = Counter()
+        self.keys_of: dict[int, set[str]] = {}
+        self.next_worker = 3
+
+    def step(self, *, deaths: bool) -> None:
+        worker = self.dice.choice(list(self.open))
+        action = self.dice.choice(["take", "work", "work", "commit", "say", "die"])
+        if action == "take":
+            self.open[worker] += self.book.take(worker, self.dice.randrange(1, 4))
+        elif action == "work" and self.open[worker]:
+            self.work(worker, self.open[worker].pop(0))
+        elif action == "commit":
+            self.commit(worker)
+        elif action == "say":
+            self.book.settle(worker, self.unsaid[worker])
+            self.unsaid[worker] = []
+        elif action == "die" and deaths:
+            self.die(worker)
+
+    def work(self, worker: int, task: SourceTask) -> None:
+        key = self.bytes[task.source]
+        record = MediaRecord(source=task.source, key=key)
+        (mine,) = self.registrar.claim(worker, [key])
+        if not mine:
+            self.unsaid[worker].append(Outcome(task=task, result="duplicate", record=record))
+        elif key in self.broken:
+            bad = failed(record, task.attempts, "decode", "broken")
+            self.unsaid[worker].append(Outcome(task=task, result="failed", record=bad))
+        else:
+            self.uncommitted[worker].append(Outcome(task=task, result="ok", record=record))
+
+    def commit(self, worker: int) -> None:
+        for outcome in self.uncommitted[worker]:
+            assert outcome.record.key is not None
+            self.rows[outcome.record.key] += 1
+            self.keys_of.setdefault(worker, set()).add(outcome.record.key)
+        self.unsaid[worker] += self.uncommitted[worker]
+        self.uncommitted[worker] = []
+
+    def die(self, worker: int) -> None:
+        suspects = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
+        aside = self.book.set_aside(worker, suspects)
+        committed = self.keys_of.get(worker, set())
+        released = self.registrar.release(worker, committed)
+        waits = {self.bytes[task.source] for task in aside}
+        self.book.lost(worker, committed, set(released) - waits)
+        for table in (self.open, self.uncommitted, self.unsaid):
+            del table[worker]  # type: ignore[attr-defined]
+        new, self.next_worker = self.next_worker, self.next_worker + 1
+        self.open[new], self.uncommitted[new], self.unsaid[new] = list(aside), [], []
+        self.book.give(new, aside)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sources=st.integers(1, 25),
+    contents=st.integers(1, 20),
+    already=st.integers(0, 5),
+)
+def test_every_source_leaves_the_book_once_and_every_row_exists_once(
+    seed: int, sources: int, contents: int, already: int
+) -> None:
+    world = World(seed, sources, contents, already)
+    for _ in range(200):
+        world.step(deaths=True)
+    for _ in range(100_000):
+        if world.book.finished():
+            break
+        world.step(deaths=False)
+    book = world.book
+    assert book.finished()
+    assert all(len(records) == 1 for records in world.told.values())
+    wanted = set(world.bytes.values()) - world.broken
+    assert set(world.rows) == wanted - world.present
+    assert set(world.rows.values()) <= {1}
+    for source, (record,) in world.told.items():
+        assert (record.status == "failed") == (world.bytes[source] in world.broken)
+    assert book.encoded == len(wanted - world.present)
+    assert book.failed == sum(key in world.broken for key in world.bytes.values())
+    assert book.encoded + book.failed + book.reused == sources == book.total
+
+
+def outcome(source: str, stage: str | None) -> Outcome:
+    record = MediaRecord(source=source, key=f"{int(source[1:]):064x}")
+    task = SourceTask(source=source)
+    if stage is None:
+        return Outcome(task=task, result="ok", record=record)
+    return Outcome(task=task, result="failed", record=failed(record, 0, stage, "why"))
+
+
+def settle(stages: list[str | None], budget: Budget) -> Book:
+    tasks = [SourceTask(source=f"/{i}") for i in range(len(stages))]
+    book = Book(tasks, already=(), tell=lambda record: None, budget=budget)
+    for i, stage in enumerate(stages):
+        book.take(0, 1)
+        book.settle(0, [outcome(f"/{i}", stage)])
+    return book
+
+
+def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors() -> None:
+    budget = Budget(probation=10, rate=0.2)
+    assert settle(["decode"] * 50, budget).failed == 50
+    assert settle(["encode"] * 9, budget).failed == 9
+    assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
+    with pytest.raises(TooManyFailures, match=r"3 of 10 pictures .* /9 at stage write: why"):
+        settle([None] * 7 + ["encode", "write", "write"], budget)
+
+
+def test_duplicates_of_a_failure_fail_alike() -> None:
+    told: list[MediaRecord] = []
+    book = Book(
+        [SourceTask(source="/1"), SourceTask(source="/2", attempts=4)], already=(), tell=told.append
+    )
+    book.take(0, 2)
+    record = MediaRecord(source="/2", key=f"{1:064x}")
+    task = SourceTask(source="/2", attempts=4)
+    book.settle(0, [Outcome(task=task, result="duplicate", record=record)])
+    assert (book.settled, told) == (0, []), "not before the other one is final"
+    book.settle(0, [outcome("/1", "decode")])
+    assert [(r.source, r.stage, r.error, r.attempts) for r in told] == [
+        ("/1", "decode", "why", 1),
+        ("/2", "decode", "why", 5),
+    ]
+
+
+def test_the_ledger_writes_parts_as_records_come(tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path)
+    ledger = Ledger(root, "job")
+    ledger.flush()
+    assert not root.media_dir.exists(), "no empty parts"
+    for i in range(LEDGER_EVERY_RECORDS + 1):
+        ledger.add(MediaRecord(source=f"/{i}"))
+    assert len(read_media(root)) == LEDGER_EVERY_RECORDS
+    ledger.flush()
+    assert len(read_media(root)) == LEDGER_EVERY_RECORDS + 1
+    assert len(list(root.media_dir.iterdir())) == 2
+
+
+def test_the_registrar_gives_each_number_and_each_media_once() -> None:
+    registrar = Registrar(["a"], {"picture": 7})
+    assert registrar.claim(1, ["a", "b", "b", "c"]) == [False, True, False, True]
+    assert registrar.claim(2, ["b", "d"]) == [False, True]
+    assert [registrar.next_shard(w, "picture") for w in (1, 2, 1)] == [7, 8, 9]
+    assert registrar.shards(1) == [("picture", 7), ("picture", 9)]
+    assert registrar.release(1, {"b"}) == ["c"]
+    assert registrar.claim(2, ["b", "c"]) == [False, True]
+    assert registrar.report(2, Timings(pictures=3))
+    registrar.stop()
+    assert not registrar.report(1, Timings(pictures=4))
+    assert registrar.timings().pictures == 7

@@ -1,0 +1,109 @@
+"""kill -9 of a driver at any moment, then the same command again: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache.layout import CacheRoot, SpacePaths
+from cache.locks import driver_holder
+from cache.reader import FeatureReader, find_space
+from tests.encode_world import Result, draw, encode
+
+PICTURES = 80
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+    """A driver in a process group of its own, at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.encode_world", str(folder), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_for_rows(folder: Path, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    """Until the first shard is committed, or the process has ended."""
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline:
+        if list((folder / "cache").glob("spaces/*/commits/*.parquet")):
+            return
+        time.sleep(0.005)
+
+
+def space(folder: Path) -> SpacePaths:
+    return find_space(CacheRoot(folder / "cache"), None)
+
+
+def committed(folder: Path) -> int:
+    return len(list((folder / "cache").glob("spaces/*/commits/*.parquet")))
+
+
+def assert_whole(folder: Path, like: Result) -> None:
+    reader = FeatureReader(space(folder))
+    assert reader.rows("picture") == PICTURES
+    assert reader.index["picture"].duplicates() == []
+    assert reader.logical_hash() == like.reader.logical_hash()
+
+
+@pytest.mark.soak_counted
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_driver_killed_at_any_moment(
+    tmp_path: Path, workers: int, soak: Callable[[int, int], int]
+) -> None:
+    draw(tmp_path / "pictures", PICTURES)
+    whole = encode(tmp_path / "whole", f"folder:{tmp_path / 'pictures'}")
+    dice = random.Random(workers)
+    in_the_middle = 0
+    for i in range(soak(2, 20)):
+        folder = tmp_path / f"job-{i}"
+        folder.mkdir()
+        (folder / "pictures").symlink_to(tmp_path / "pictures")
+        process = start(folder, workers)
+        wait_for_rows(folder, process)
+        time.sleep(dice.uniform(0.0, 0.8))
+        process.kill()
+        process.wait()
+        process.communicate()
+        in_the_middle += committed(folder) < PICTURES
+        # Two runs: the first goes on where the dead one was, whatever it left; the second has nothing to do.
+        result = encode(folder / "cache", f"folder:{folder / 'pictures'}")
+        assert result.code == 0
+        assert result.failures() == {}
+        assert_whole(folder, whole)
+        assert len(result.ledger) == PICTURES
+        assert encode(folder / "cache", f"folder:{folder / 'pictures'}").plan.todo == ()
+    assert in_the_middle, "no kill hit a job at work: the test has lost its teeth"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_keeps_what_is_encoded_and_leaves_130(tmp_path: Path, workers: int) -> None:
+    draw(tmp_path / "pictures", PICTURES)
+    process = start(tmp_path, workers)
+    wait_for_rows(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process of the job
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    kept = FeatureReader(space(tmp_path)).rows("picture")
+    last = out.splitlines()[-1]
+    assert last.startswith(f"interrupted: {kept} encoded and kept, {PICTURES - kept} left")
+    assert driver_holder(space(tmp_path)) is None
+    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'pictures'}")
+    assert result.plan.reused == kept
+    assert result.reader.rows("picture") == PICTURES

@@ -1,0 +1,180 @@
+"""Local files: when stamps can be trusted, what cannot be read, and crumbs that outlive their worker."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cache.layout import SpacePaths
+from encode import local
+from encode.breadcrumbs import (
+    Breadcrumbs,
+    breadcrumb_file,
+    clear_breadcrumbs,
+    read_crumbs,
+)
+from encode.local import Identity, identify, read_local, size_in_header, unreadable
+from encode.tasks import SourceTask
+from model.media import BadMedia, decode_picture
+
+
+def task(path: Path) -> SourceTask:
+    return SourceTask(source=str(path))
+
+
+def test_bytes_key_and_identity(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc")
+    data, record = read_local(task(path))
+    assert data == b"abc"
+    assert record.key == hashlib.sha256(b"abc").hexdigest()
+    assert record.bytes == record.size == 3
+    identity = identify(str(path))
+    assert identity is not None
+    assert identity.matches(record)
+
+
+def test_two_writes_within_a_tick_of_the_clock_cannot_look_alike(tmp_path: Path) -> None:
+    """Read at once after a write, write again at once: the record must not match the second."""
+    path = tmp_path / "a.bin"
+    for i in range(40):
+        path.write_bytes(b"first %02d" % i)
+        _, record = read_local(task(path))
+        with path.open("r+b") as file:
+            file.write(b"other %02d" % i)
+        identity = identify(str(path))
+        assert identity is not None
+        assert not identity.matches(record)
+
+
+def test_stamps_of_whole_seconds_and_of_the_future_are_not_trusted() -> None:
+    now = time.time_ns()
+    fine = Identity(size=1, mtime_ns=now - 10**9 + 1, ctime_ns=now - 10**9 + 1, inode=5)
+    assert fine.settle_s() == 0.0
+    whole = (now // 10**9) * 10**9
+    coarse = Identity(size=1, mtime_ns=whole, ctime_ns=whole, inode=5)
+    assert 0 < coarse.settle_s() <= local.COARSE_TICK_S
+    future = Identity(size=1, mtime_ns=now + 10**12, ctime_ns=now, inode=5)
+    assert future.settle_s() < 0
+
+
+def test_a_file_stamped_in_the_future_is_read_and_never_taken_as_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc")
+    later = time.time_ns() + 10**12
+    os.utime(path, ns=(later, later))
+    data, record = read_local(task(path))
+    identity = identify(str(path))
+    assert data == b"abc"
+    assert identity is not None
+    assert not identity.matches(record)
+
+
+@pytest.mark.parametrize(("changes", "readable"), [(2, True), (100, False)])
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: int, readable: bool
+) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x")
+    original, left = local._regular, [changes]
+
+    def look(status: os.stat_result) -> Identity:
+        """Somebody appends a byte each time after we looked."""
+        identity = original(status)
+        if left[0]:
+            left[0] -= 1
+            with path.open("ab") as file:
+                file.write(b"y")
+        return identity
+
+    monkeypatch.setattr(local, "_regular", look)
+    if readable:
+        data, record = read_local(task(path))
+        assert data == b"xyy"
+        assert record.size == 3
+    else:
+        with pytest.raises(BadMedia, match="changes while it is read") as bad:
+            read_local(task(path))
+        assert bad.value.stage == "fetch"
+
+
+def test_what_is_no_file_is_a_failure_and_never_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "big.png").write_bytes(b"12345")
+    monkeypatch.setattr(local, "MAX_BYTES", 4)
+    expected = {
+        "pipe.png": "not a regular file",
+        "folder.png": "Is a directory",
+        "gone.png": "no such file",
+        "big.png": "5 bytes, more than 4",
+        "gone.png/below": "no such file",
+        "big.png/below": "Not a directory",
+    }
+    for name, reason in expected.items():
+        with pytest.raises(BadMedia) as bad:
+            read_local(task(tmp_path / name))
+        assert (bad.value.stage, bad.value.reason) == ("fetch", reason)
+    assert identify(str(tmp_path / "pipe.png")) is None
+    record = unreadable(task(tmp_path / "big.png"))
+    identity = identify(str(tmp_path / "big.png"))
+    assert identity is not None
+    assert identity.matches(record), "so that it is tried again only once it has changed"
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_in_the_header_is_that_of_the_decoded_picture(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, kind, exif=exif)
+    assert size_in_header(buffer.getvalue()) == decode_picture(buffer.getvalue()).size
+
+
+def test_a_header_that_says_nothing() -> None:
+    assert size_in_header(b"no picture") == (0, 0)
+
+
+# ---- breadcrumbs
+
+
+def test_crumbs_say_what_each_thread_is_at_and_vanish_when_it_is_done(tmp_path: Path) -> None:
+    paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
+    crumbs = Breadcrumbs(breadcrumb_file(paths, 3), threads=2)
+    long = "/" + "ä" * 2000 + '"\\\n.png'
+    with crumbs.decoding(long, "ab"):
+        with crumbs.decoding("/short.png", "cd"):
+            found = read_crumbs(breadcrumb_file(paths, 3))
+            assert {c.source for c in found} == {long, "/short.png"}
+            assert all(0 <= c.age_s < 5 for c in found)
+        assert [c.source for c in read_crumbs(breadcrumb_file(paths, 3))] == [long]
+        with pytest.raises(ValueError, match="boom"), crumbs.decoding("/second.png", "ef"):
+            raise ValueError("boom")
+    assert read_crumbs(breadcrumb_file(paths, 3)) == []
+    crumbs.close()
+    assert not breadcrumb_file(paths, 3).exists()
+
+
+def test_crumbs_of_the_dead_are_found_by_the_next_job(tmp_path: Path) -> None:
+    paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
+    crumbs = Breadcrumbs(breadcrumb_file(paths, 3), threads=2)
+    with crumbs.decoding("/a.png", "ab"):
+        assert [c.source for c in clear_breadcrumbs(paths)] == ["/a.png"]
+        assert clear_breadcrumbs(paths) == []
+    crumbs.close()
+
+
+def test_a_torn_crumb_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "w.decoding"
+    path.write_bytes(b'{"source": "/a.png", "key": "ab", "sin')
+    assert read_crumbs(path) == []
+    assert read_crumbs(tmp_path / "never") == []
