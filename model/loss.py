@@ -56,7 +56,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 gradient = logits.to(dtype)
                 if d_hidden is not None:
                     d_hidden[part] = gradient @ w
-                if d_head is not None:
+                if d_head is not None and d_head.dtype == dtype:
+                    d_head.addmm_(gradient.T, x[part])  # no (V, D) beside the sum itself
+                elif d_head is not None:
                     d_head += gradient.T @ x[part]
                 if d_bias is not None:
                     d_bias += logits.sum(0)
