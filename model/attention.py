@@ -166,7 +166,7 @@ def choose_kernel(q: Tensor, flash: bool) -> Kernel | None:
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -174,7 +174,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed: AttentionPlan | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer; q (1, Hq, T, D), k and v (1, Hkv, T, D) -> (1, T, Hq, D).
 
@@ -184,8 +184,9 @@ def packed_attention(
         raise ValueError(f"{ATTENTION} without a plan: every token would see every other")
     if attention_mask is not None or dropout:
         raise ValueError(f"{ATTENTION} knows neither masks nor dropout")
-    if getattr(module, "sliding_window", None):
-        raise ValueError(f"{ATTENTION} has no sliding window")
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"{ATTENTION} has no {name}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Under autocast, norms and rotation leave queries and keys in float32; values are as computed.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)

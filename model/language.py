@@ -162,13 +162,7 @@ def load_language(
 
 def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
     """A model and its tokenizer, checked to be of a kind whose loss we compute exactly."""
-    config = model.config
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise configs.UserError(
-                f"{config.model_type}: {name}={getattr(config, name)} is not supported: "
-                "the loss here is computed from plain logits; choose another --llm"
-            )
+    _check_supported(model.config)
     # A model's folder may bring sampling settings (Qwen3: temperature 0.6, top_k 20) that fill in whatever
     # a call leaves out; how we answer is said in `model.answer` alone.
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
@@ -178,6 +172,24 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
         image_token_id=token_id(tokenizer, IMAGE),
         eos_ids=eos_ids(tokenizer),
     )
+
+
+def _check_supported(config: Any) -> None:
+    """Refuse what our attention or our loss would leave out, silently or in the middle of a step."""
+    changed = {
+        name: getattr(config, name, None)
+        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        if getattr(config, name, None) not in (None, 1)
+    }
+    for name in ("attn_logit_softcapping", "sliding_window"):
+        if getattr(config, name, None) is not None and getattr(config, "use_sliding_window", True):
+            changed[name] = getattr(config, name)
+    if changed:
+        found = ", ".join(f"{name}={value}" for name, value in changed.items())
+        raise configs.UserError(
+            f"language model {config.model_type} with {found}: our packed attention and loss do not "
+            "compute that; choose another --llm"
+        )
 
 
 @contextlib.contextmanager

@@ -288,10 +288,17 @@ def test_no_answer_from_the_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         load_language("nobody/nothing")
 
 
-def test_models_with_other_logits_are_refused() -> None:
+@pytest.mark.parametrize(
+    "name", ["final_logit_softcapping", "logit_scale", "attn_logit_softcapping", "sliding_window"]
+)
+def test_models_we_would_compute_wrongly_are_refused(name: str) -> None:
     found = load_language("random:qwen3-tiny")
-    found.model.config.final_logit_softcapping = 30.0
-    with pytest.raises(UserError, match=r"final_logit_softcapping=30\.0 is not supported"):
+    found.model.config.use_sliding_window = True
+    setattr(found.model.config, name, 30)
+    with pytest.raises(UserError, match=f"language model qwen3 with {name}=30"):
+        language.wrap_language(found.model, found.tokenizer)
+    found.model.config.use_sliding_window = False
+    if name == "sliding_window":  # Qwen2's folders name a window and do not use it
         language.wrap_language(found.model, found.tokenizer)
 
 

@@ -11,10 +11,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from model import attention, attention_plan
 from model.attention import packed_attention, sdpa_packed, varlen_packed
 from model.attention_plan import AttentionPlan, SdpaPlan, plan_sdpa, plan_varlen
+from model.connector import build_connector
 from model.packed import PackedBatch
 from model.vlm import VLM, build_vlm
 
@@ -411,9 +419,38 @@ def test_attention_refuses_what_it_would_ignore() -> None:
         packed_attention(module, q, q, q, torch.zeros(1, 1, 3, 3), packed=plan)
     with pytest.raises(ValueError, match="dropout"):
         packed_attention(module, q, q, q, None, dropout=0.1, packed=plan)
-    module.sliding_window = 2
-    with pytest.raises(ValueError, match="sliding"):
-        packed_attention(module, q, q, q, None, packed=plan)
+    for name in ("sliding_window", "softcap", "s_aux"):
+        with pytest.raises(ValueError, match=name):
+            packed_attention(module, q, q, q, None, packed=plan, **{name: 2})
+    packed_attention(module, q, q, q, None, packed=plan, sliding_window=None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(tie_word_embeddings=False),
+        Qwen2Config(tie_word_embeddings=True),
+        MistralConfig(sliding_window=None),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+def test_other_language_models_pack_too(config: PreTrainedConfig) -> None:
+    """Biases, no norm of queries, a head of its own: all as transformers computes them alone."""
+    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config.update({**small, **heads, "pad_token_id": 0})
+    torch.manual_seed(0)
+    vlm = VLM(AutoModelForCausalLM.from_config(config), build_connector("mlp", VISION, 32), VISION)
+    cases = [make_case(seed, branches=2) for seed in (2, 3, 6)]  # 276 is in the vocabulary
+    shared = gradients(vlm, [cases], shared=True)
+    assert_same(shared, gradients(vlm, [[case] for case in cases], shared=False))
+    batch, features = pack(cases[:1], shared=False), features_of(cases[:1], shared=False)
+    q0, q1 = batch.units[0, :2].tolist()
+    embeddings = vlm.embed(batch.input_ids, batch.image_slots, features)[None, q0:q1]
+    hidden = vlm.hidden(batch, features)[q0:q1]
+    vlm.language.set_attn_implementation("eager")
+    alone = vlm.language.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(hidden, alone, atol=2e-6, rtol=1e-5)
 
 
 def test_features_must_fill_the_slots(vlm: VLM) -> None:
