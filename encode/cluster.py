@@ -2,8 +2,7 @@
 
 One actor a GPU, or several on the CPU, around `encode.worker.Worker`; a small one around the Registrar.
 Tasks and outcomes travel through Ray, features never do. An actor that dies or hangs is replaced: its
-commits are believed, the rest of its sources is done again. What it was decoding is tried alone; a media
-that kills a worker alone twice, or hangs alone once, goes to the ledger.
+commits are believed, the rest of its sources is done again; what it was decoding is tried alone first.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +27,10 @@ from cache.writer import Space
 from configs import UserError
 from encode.book import Book, TooManyFailures
 from encode.breadcrumbs import breadcrumb_file, read_crumbs
-from encode.local import failed, read_local, unreadable
 from encode.setup import Setup
+from encode.suspects import Suspects, sentence
 from encode.tasks import Outcome, Registrar, SourceTask, Timings
 from encode.worker import Worker
-from model.media import BadMedia
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +39,6 @@ IN_FLIGHT = 2
 """Calls waiting at an actor: it never stands still between two of them."""
 TASK_SOURCES = 32
 """Sources in one call, at most; fewer when there are few, so that all actors end at about one time."""
-SOLO_DEATHS = 2
-"""One death alone may be bad luck: a machine's out-of-memory killer, an operator."""
-DEATHS_IN_VAIN = 6
-"""Deaths in a row without a single source finished: then it is no picture's fault."""
 GONE_S = 60.0
 STOP_S = 120.0
 CLOSE_S = 5.0
@@ -169,8 +163,7 @@ class Cluster:
         self._book, self._space, self._setup = book, space, setup
         self._gpus, self._timeout_s, self._worker_class = gpus, timeout_s, worker_class
         self._numbers = iter(range(1, 1 << 62))
-        self._solo_deaths: Counter[str] = Counter()
-        self._deaths, self._settled_at_death = 0, -1
+        self._suspects = Suspects()
         self._task_sources = max(1, min(TASK_SOURCES, book.total // (8 * workers)))
         self._looked = 0.0
         self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
@@ -240,8 +233,7 @@ class Cluster:
     def _collect(self, timeout_s: float) -> None:
         """Settle what actors have answered; replace those that cannot any more."""
         calls = [call for slot in self._slots for call in slot.calls]
-        if not calls:
-            return
+        assert calls, "sources are left, and nobody has anything to do"
         ray.wait(calls, num_returns=1, timeout=timeout_s)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         for slot in list(self._slots):
@@ -303,43 +295,17 @@ class Cluster:
         log.warning(
             "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in suspects)
         )
+        guilty, again = self._suspects.judge(suspects, slot.trying, hung=hung)
+        for task in guilty:
+            book.fail(sentence(task, hung=hung))
         new = self._new_slot()
+        new.trials.extend([*again, *slot.trials])
         self._slots[self._slots.index(slot)] = new
-        new.trials.extend(self._after_trial(slot, suspects, hung=hung))
-        new.trials.extend(slot.trials)
-        self._count_death(why)
-
-    def _after_trial(
-        self, slot: _Slot, suspects: list[SourceTask], *, hung: bool
-    ) -> Iterator[SourceTask]:
-        """The suspects that are to be tried (again); those found guilty go to the ledger."""
-        for task in suspects:
-            alone = slot.trying is not None and task.source == slot.trying.source
-            self._solo_deaths[task.source] += alone
-            if alone and (hung or self._solo_deaths[task.source] >= SOLO_DEATHS):
-                self._condemn(task, "hung its worker" if hung else "killed its worker")
-            else:
-                yield task
-
-    def _condemn(self, task: SourceTask, how: str) -> None:
-        try:
-            _, record = read_local(task)
-        except BadMedia:
-            record = unreadable(task)
-        self._book.fail(failed(record, task.attempts, "decode", f"{how}, alone too"))
+        self._suspects.count(book.settled, why)
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))
         return {key for kind, shard in shards for key, _ in self._space.shard_keys(kind, shard)}
-
-    def _count_death(self, why: str) -> None:
-        self._deaths = self._deaths + 1 if self._book.settled == self._settled_at_death else 1
-        self._settled_at_death = self._book.settled
-        if self._deaths >= DEATHS_IN_VAIN:
-            raise UserError(
-                f"stopped: {self._deaths} workers in a row ended without finishing anything, the last "
-                f"one: {why}; too little memory for so many? --workers 1, or --workers 0 to see the error"
-            )
 
     def _end(self) -> None:
         """End every process of this job."""

@@ -26,6 +26,7 @@ from cache.locks import DriverLock
 from cache.tables import dataset_names, read_samples, write_samples
 from configs import UserError
 from encode.plan import MediaCounter
+from encode.row_writer import disk_full
 from encode.setup import COMMIT_EVERY_S, Setup
 from encode.sources import Dataset, catalogue, open_datasets
 from encode.sources.folder import FolderDataset
@@ -91,7 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
-    root = CacheRoot(options.features.expanduser().absolute())
+    try:
+        return encode(CacheRoot(options.features.expanduser().absolute()), options, start)
+    except OSError as error:
+        raise disk_full(error, options.features) or error from None
+
+
+def encode(root: CacheRoot, options: Options, start: float) -> int:
+    """The whole job, step by step; returns the exit code."""
     counter = keep_samples(root, options)
 
     # torch takes 3 s to import: not for --list, --help or a wrong path.

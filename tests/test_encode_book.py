@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from cache.layout import CacheRoot
 from cache.tables import MediaRecord, read_media
+from configs import UserError
 from encode.book import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
-from encode.local import failed
+from encode.local import failed, identify
+from encode.suspects import Suspects, sentence
 from encode.tasks import Outcome, Registrar, SourceTask, Timings
 
 
@@ -190,3 +192,38 @@ def test_the_registrar_gives_each_number_and_each_media_once() -> None:
     registrar.stop()
     assert not registrar.report(1, Timings(pictures=4))
     assert registrar.timings().pictures == 7
+
+
+# ---- who killed the worker
+
+
+def test_a_media_is_guilty_only_alone_and_by_death_only_twice() -> None:
+    a, b = SourceTask(source="/a"), SourceTask(source="/b")
+    suspects = Suspects()
+    assert suspects.judge([a, b], None, hung=False) == ([], [a, b])
+    assert suspects.judge([a, b], None, hung=True) == ([], [a, b]), "both were there"
+    assert suspects.judge([a], a, hung=False) == ([], [a])
+    assert suspects.judge([], a, hung=False) == ([], []), "it died of something else"
+    assert suspects.judge([a], a, hung=False) == ([a], [])
+    assert suspects.judge([b], b, hung=True) == ([b], [])
+
+
+def test_deaths_that_bring_nothing_stop_the_job() -> None:
+    suspects = Suspects()
+    for settled in (0, 0, 0, 0, 0, 7, 7, 7, 7, 7):
+        suspects.count(settled, "why")
+    with pytest.raises(UserError, match=r"6 workers in a row .* the last one: out of memory"):
+        suspects.count(7, "out of memory")
+
+
+def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:
+    path = tmp_path / "deadly.png"
+    path.write_bytes(b"boom")
+    record = sentence(SourceTask(source=str(path), attempts=1), hung=False)
+    assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
+    assert record.error == "killed its worker, alone too"
+    identity = identify(str(path))
+    assert identity is not None
+    assert identity.matches(record)
+    path.unlink()
+    assert sentence(SourceTask(source=str(path)), hung=True).error == "hung its worker, alone too"

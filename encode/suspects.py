@@ -1,0 +1,72 @@
+"""Who killed the worker: media that were being decoded when it died or hung, until they are tried alone.
+
+A media is found guilty when it kills a worker that decodes nothing else, twice (one death alone may be
+bad luck: the out-of-memory killer, an operator), or when it hangs one that decodes nothing else, once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from cache.tables import MediaRecord
+from configs import UserError
+from encode.local import failed, read_local, unreadable
+from encode.tasks import SourceTask
+from model.media import BadMedia
+
+SOLO_DEATHS = 2
+DEATHS_IN_VAIN = 6
+"""Deaths in a row without a single source finished: then it is no picture's fault."""
+
+
+class Suspects:
+    """The record of one job's deaths."""
+
+    def __init__(self) -> None:
+        self._solo_deaths: Counter[str] = Counter()
+        self._in_vain = 0
+        self._settled = -1
+
+    def judge(
+        self, suspects: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
+    ) -> tuple[list[SourceTask], list[SourceTask]]:
+        """Sort what a dead worker was decoding into guilty and to be tried (again).
+
+        Args:
+            suspects: what it was decoding.
+            alone: what it had been given alone, if it had.
+            hung: it was ended because it did not go on.
+        """
+        guilty: list[SourceTask] = []
+        again: list[SourceTask] = []
+        for task in suspects:
+            on_trial = alone is not None and task.source == alone.source
+            self._solo_deaths[task.source] += on_trial
+            enough = hung or self._solo_deaths[task.source] >= SOLO_DEATHS
+            (guilty if on_trial and enough else again).append(task)
+        return guilty, again
+
+    def count(self, settled: int, why: str) -> None:
+        """One more death, with `settled` sources finished so far.
+
+        Raises:
+            UserError: too many, and none of them brought anything.
+        """
+        self._in_vain = self._in_vain + 1 if settled == self._settled else 1
+        self._settled = settled
+        if self._in_vain >= DEATHS_IN_VAIN:
+            raise UserError(
+                f"stopped: {self._in_vain} workers in a row ended without finishing anything, the last "
+                f"one: {why}; too little memory for so many? --workers 1, or --workers 0 to see the error"
+            )
+
+
+def sentence(task: SourceTask, *, hung: bool) -> MediaRecord:
+    """The ledger's record of a guilty media, with its key: it stands until the file changes."""
+    try:
+        _, record = read_local(task)
+    except BadMedia:
+        record = unreadable(task)
+    how = "hung its worker, alone too" if hung else "killed its worker, alone too"
+    return failed(record, task.attempts, "decode", how)
