@@ -22,10 +22,12 @@ from cache.layout import CacheRoot
 from cache.tables import dataset_names
 from configs import UserError
 from model.load import load_final
+from model.vlm import build_vlm
 from tests import small_world
 from tests.small_world import one_thread  # noqa: F401  (a fixture)
-from train import checkpoint, start
+from train import checkpoint, stage, start
 from train.config import Options, preset
+from train.forward import choose_precision
 from train.metrics import StepRecord, read_metrics, screen_line
 from train.run import main
 
@@ -147,6 +149,26 @@ def test_the_seed_decides(train: Callable[..., Path]) -> None:
     assert one != other
 
 
+def test_bfloat16_learns_the_same_to_its_precision(train: Callable[..., Path]) -> None:
+    exact = losses(train("--max-steps", "6", "--run", "exact"))
+    rough = losses(train("--max-steps", "6", "--run", "rough", "--precision", "bfloat16"))
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=2e-2)
+
+
+def test_precision_follows_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    tiny = build_vlm(64, "random:qwen3-tiny", "linear", 0, device="meta")[0]
+    large = build_vlm(64, "random:qwen3-0.6b", "linear", 0, device="meta")[0]
+    for has_amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        assert choose_precision("auto", cpu, tiny) is None
+        assert choose_precision("auto", cpu, large) is (torch.bfloat16 if has_amx else None)
+        assert choose_precision("float32", cpu, large) is None
+        assert choose_precision("bfloat16", cpu, tiny) is torch.bfloat16
+    assert choose_precision("auto", torch.device("mps"), large) is None
+
+
 @pytest.mark.parametrize("frozen", ["connector", "llm"])
 def test_frozen_means_unchanged(train: Callable[..., Path], frozen: str, capsys: Any) -> None:
     folder = train("--max-steps", "2", f"--no-train-{frozen}")
@@ -223,6 +245,13 @@ def test_an_existing_run_is_refused(train: Callable[..., Path], capsys: Any) -> 
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
+def test_two_trainers_do_not_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "default" / "stage1"
+    with stage.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
+        train("--max-steps", "1")
+    train("--max-steps", "1")
+
+
 def test_exit_code_and_one_line(cache: CacheRoot, tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -294,6 +323,7 @@ def test_nonsense_dies_at_once(train: Callable[..., Path], monkeypatch: Any) -> 
         (["--max-tokens", "100"], "give --max-tokens 2048"),
         (["--held-out", "1.0"], "leaves nothing to train on"),
         (["--betas", "0.9", "1.0"], "must be in"),
+        (["--seed", "-1"], "seed -1 is not between"),
         (["--max-steps", "0"], "max_steps 0 is below 1"),
         (["--hardware", "25gb"], "nearest: 24gb"),
         (["--stage", "4"], "there are stages 1, 2, 3"),

@@ -141,6 +141,8 @@ class Options:
                 raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
         if self.held_out == 1.0:
             raise ValueError("held_out 1.0 leaves nothing to train on")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed {self.seed} is not between 0 and 2**31 - 1")
         if self.max_grad_norm <= 0 or self.adam_eps <= 0:
             raise ValueError("max_grad_norm and adam_eps must be above 0")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -227,14 +227,18 @@ class Wandb:
 
     def __init__(self, title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         wandb = _import_tracker("wandb")
-        self._run = wandb.init(
-            project=PROJECT,
-            name=title,
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=PROJECT,
+                name=title,
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add one point to each curve."""

@@ -60,16 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect(options, reader, data, tokenizer)
         return 0
     vlm = start.build_model(options, origin, reader.spec, device)
-    facts = stage.open_folder(folder, options, reader, data.train)
-    forward = Forward(
-        vlm=vlm,
-        spec=reader.spec,
-        device=device,
-        autocast=choose_precision(options.precision, device, vlm),
-    )
-    describe(folder, options, reader, data, forward)
-    step = train(folder, options, reader, data, forward, run_id=facts["id"])
-    save_final(folder / stage.FINAL, vlm, tokenizer, start.final_meta(options, reader, step))
+    precision = choose_precision(options.precision, device, vlm)
+    forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
+    with stage.hold(folder):
+        facts = stage.open_folder(folder, options, reader, data.train)
+        describe(folder, options, reader, data, forward)
+        step = train(folder, options, reader, data, forward, run_id=facts["id"])
+        save_final(folder / stage.FINAL, vlm, tokenizer, start.final_meta(options, reader, step))
     print(f"stage {options.stage} is finished: {folder / stage.FINAL}")
     return 0
 

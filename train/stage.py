@@ -12,10 +12,13 @@ runs/<name>/stage<k>/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,24 @@ def check_same(before: Options, now: Options, folder: Path) -> None:
             f"{folder}: a resumed run keeps its options, but {', '.join(changed)}; "
             "leave them out, or start another run: --run NEW --from THIS"
         )
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """No two trainers in one stage; the lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another trainer is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another trainer is at work on this stage; wait for it, or --run NAME"
+            ) from None
+        yield
 
 
 def open_folder(
