@@ -13,7 +13,7 @@ from cache.reader import FeatureReader, find_space
 from cache.tables import read_media
 from tests.photographs import CAPTIONS, make_folder
 
-STEPS = {1: 220, 2: 60, 3: 30}
+STEPS = {1: 500, 2: 60, 3: 30}
 """Enough for every caption to be told by heart, stage by stage."""
 
 
