@@ -8,6 +8,8 @@ import secrets
 import sys
 from dataclasses import replace
 
+import torch
+
 from cache.layout import CacheRoot
 from cache.tables import read_media
 from cache.writer import Space
@@ -53,6 +55,7 @@ class Job:
         self._worker_class = worker_class
         self._encoder = setup.load()
         self.spec = self._encoder.spec(codec)
+        self.device_type = self._encoder.device.type
         self.paths = root.space(self.spec.name)
         self._present: set[str] = set()
         self._timings: Timings | None = None
@@ -137,6 +140,7 @@ class Job:
 
         del self._encoder
         gc.collect()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
         with cluster.session(crew.workers, crew.workers * crew.gpus):
             interrupts.install()
             workers = cluster.Cluster(

@@ -51,17 +51,34 @@ def gpus(device: str) -> int:
 
 
 def choose_crew(
-    workers: int | Literal["auto"], threads: int | None, device: str, seconds: float
+    workers: int | Literal["auto"],
+    threads: int | None,
+    *,
+    device: str,
+    device_type: str,
+    seconds: float,
 ) -> Crew:
     """Who does a job that takes about `seconds`.
+
+    Args:
+        workers: as the user said.
+        threads: likewise.
+        device: likewise; `auto` and `cuda` mean every GPU, `cuda:1` or `mps` mean that one.
+        device_type: what it turned out to be: cpu, cuda, mps.
+        seconds: estimate of the whole job.
 
     Raises:
         UserError: more workers than GPUs.
     """
     available = gpus(device)
-    count = workers if isinstance(workers, int) else available or max(1, cores() // CORES_A_WORKER)
-    if workers == "auto" and seconds < INLINE_S:
+    if isinstance(workers, int):
+        count = workers
+    elif seconds < INLINE_S:
         count = 0
+    elif device_type == "cpu":
+        count = max(1, cores() // CORES_A_WORKER)
+    else:
+        count = max(1, available)
     if available and count > available:
         raise UserError(
             f"--workers {count}: one a GPU, and there are {available}; on the CPU: --device cpu"

@@ -52,15 +52,14 @@ class Progress:
     def line(self, done: int, rate: float, timings: Timings) -> str:
         """The text of one update."""
         book = self._book
-        if not done:
-            return f"encode 0/{book.total}  starting"
+        if not rate:
+            return f"encode {done}/{book.total}  starting"
         parts = [f"encode {done}/{book.total}", f"{rate:.3g}/s", f"bound by {timings.bound()}"]
         if book.failed:
             parts.append(f"{book.failed} failed")
         if timings.clipped:
             parts.append(f"{timings.clipped} values clipped to float16")
-        if rate:
-            parts.append(f"about {time_text((book.total - done) / rate)} left")
+        parts.append(f"about {time_text((book.total - done) / rate)} left")
         return "  ".join(parts)
 
     def clear(self) -> None:

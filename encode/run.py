@@ -116,7 +116,13 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         seconds = job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            crew = choose_crew(options.workers, options.threads, options.device, seconds)
+            crew = choose_crew(
+                options.workers,
+                options.threads,
+                device=options.device,
+                device_type=job.device_type,
+                seconds=seconds,
+            )
             job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
         return job.close(plan, time.monotonic() - start, interrupts)
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from cache.tables import read_samples
 from configs import UserError
 from encode import machine
 from encode.book import Book
-from encode.machine import choose_crew
+from encode.machine import Crew, choose_crew
 from encode.report import Progress, closing_line, failure_line
 from encode.run import main
 from encode.tasks import SourceTask, Timings
@@ -180,19 +181,30 @@ def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
 # ---- who works, and what is said meanwhile
 
 
+def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> Crew:
+    kind = "cpu" if machine.gpus(device) == 0 else "cuda"
+    kind = device.partition(":")[0] if device != "auto" else kind
+    return choose_crew(workers, threads, device=device, device_type=kind, seconds=seconds)
+
+
 def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 16)
     monkeypatch.setattr(machine, "gpus", lambda device: 0)
-    small, large = choose_crew("auto", None, "auto", 5.0), choose_crew("auto", None, "auto", 5000.0)
+    small, large = crew("auto", None, 5.0), crew("auto", None, 5000.0)
     assert (small.workers, small.torch_threads) == (0, 16)
     assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
-    assert choose_crew(5, 3, "auto", 1.0).threads == 3
-    assert choose_crew(5, None, "auto", 1.0).torch_threads == 3
+    assert crew(5, 3, 1.0).threads == 3
+    assert crew(5, None, 1.0).torch_threads == 3
+    for one in ("cuda:1", "mps"):
+        assert (crew("auto", None, 5000.0, one).workers, crew("auto", None, 5000.0, one).gpus) == (
+            1,
+            0,
+        )
     monkeypatch.setattr(machine, "gpus", lambda device: 4)
-    crew = choose_crew("auto", None, "auto", 5000.0)
-    assert (crew.workers, crew.gpus, crew.threads) == (4, 1, 4)
+    four = crew("auto", None, 5000.0)
+    assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
     with pytest.raises(UserError, match="one a GPU, and there are 4"):
-        choose_crew(5, None, "auto", 5000.0)
+        crew(5, None, 5000.0)
 
 
 class Screen:
