@@ -111,7 +111,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     if options.plan:
         job.show(job.plan(rehash=options.rehash), always_measure=True)
         return 0
-    with DriverLock(job.paths, holder()) as lock, Interrupts() as interrupts:
+    interrupts = Interrupts()
+    with DriverLock(job.paths, holder()) as lock:
         plan = job.plan(rehash=options.rehash)
         seconds = job.show(plan)
         job.open_space(plan)
@@ -123,7 +124,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
                 device_type=job.device_type,
                 seconds=seconds,
             )
-            job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
+            with interrupts:
+                job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
         return job.close(plan, time.monotonic() - start, interrupts)
 
 
