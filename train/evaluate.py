@@ -44,7 +44,7 @@ from train.data import (
 )
 from train.forward import Forward, choose_precision
 from train.join import KIND
-from train.scoring import CAPTION, Answer, Task, by_task, is_right, mean_of
+from train.scoring import Answer, Task, by_task, headline, is_right
 from train.stage import CONFIG
 from train.start import check_space, mix_of
 
@@ -112,7 +112,7 @@ class Evaluation:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    options = configs.parse(Options, argv, prog=PROG)
+    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     result = evaluate(options)
     print(json.dumps(summary(result)) if options.json else table(result))
     return 0
@@ -152,6 +152,7 @@ def evaluate(options: Options) -> Evaluation:
     given = [answers_of(j, root, reader, forward, tokenizer, options) for j in joins]
     answers = scored(seen, root, given, options.point_grid)
     tasks = by_task(answers)
+    mean, blind_mean = headline(tasks)
     result = Evaluation(
         run=str(final.parent.parent),
         stage=meta["stage"],
@@ -161,8 +162,8 @@ def evaluate(options: Options) -> Evaluation:
         samples=seen.size,
         loss=losses[0],
         blind_loss=losses[1] if options.blind else None,
-        mean=mean_of([t.exact for t in tasks if t.name != CAPTION]),
-        blind_mean=mean_of([t.blind for t in tasks if t.name != CAPTION and t.blind is not None]),
+        mean=mean,
+        blind_mean=blind_mean,
         tasks=tasks,
         answers=answers,
     )
