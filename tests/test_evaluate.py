@@ -226,7 +226,8 @@ def test_mean_is_over_types_not_questions() -> None:
         ("b", 1, 0.0, 0.0),
         ("caption", 1, 0.0, 0.0),
     ]
-    assert scoring.mean_of([t.exact for t in tasks if t.name != scoring.CAPTION]) == 0.5
+    assert scoring.headline(tasks) == (0.5, 0.0)
+    assert scoring.headline(tasks[2:]) == (None, None)
 
 
 def test_refusals(trained: tuple[Path, CacheRoot], tmp_path: Path) -> None:

@@ -223,12 +223,7 @@ def test_a_stage_can_start_from_another_run(train: Callable[..., Path]) -> None:
 def test_stage_2_waits_for_stage_1_to_finish(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.run.save_final", interrupted)
-        train("--max-steps", "2")
+    interrupted(train, monkeypatch, "--max-steps", "2")
     with pytest.raises(UserError, match=r"stage1 is not finished: .*--stage 1 --resume"):
         train("--stage", "2")
 
@@ -414,12 +409,7 @@ def test_tensorboard_curves(train: Callable[..., Path], monkeypatch: pytest.Monk
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     words = ["--max-steps", "6", "--log", "tensorboard", "--log-every", "1", "--save-every", "4"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.run.save_final", _interrupt)
-        train(*words)
-    folder = Path("runs/default/stage1")
-    for path in checkpoint.committed(folder / "checkpoints")[1:]:
-        (path / checkpoint.COMMITTED).unlink()  # back to step 4
+    folder = interrupted(train, monkeypatch, *words)  # back to step 4
     train(*words, "--resume")
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
@@ -429,8 +419,21 @@ def test_tensorboard_curves(train: Callable[..., Path], monkeypatch: pytest.Monk
     assert "held_out_loss" in events.Tags()["scalars"]
 
 
-def _interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+def interrupted(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any
+) -> Path:
+    """A stage stopped before its model is saved, and without its last checkpoint."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.run.save_final", stop)
+        train(*words, **options)
+    folder = Path("runs/default/stage1")
+    for path in checkpoint.committed(folder / "checkpoints")[1:]:
+        (path / checkpoint.COMMITTED).unlink()
+    return folder
 
 
 # ---- going on
@@ -441,12 +444,7 @@ def test_resume_continues_with_the_runs_own_options(
 ) -> None:
     words = ["--max-steps", "6", "--save-every", "2", "--datasets", "colors=1", "--space", "toy"]
     whole = losses(train(*words, "--run", "whole"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.run.save_final", _interrupt)
-        train(*words)
-    folder = Path("runs/default/stage1")
-    for path in checkpoint.committed(folder / "checkpoints")[1:]:
-        (path / checkpoint.COMMITTED).unlink()
+    folder = interrupted(train, monkeypatch, *words)
     with pytest.raises(
         UserError, match=r"stage 1 of this run exists \(6 steps\); go on with --resume"
     ):
@@ -460,18 +458,34 @@ def test_resume_continues_with_the_runs_own_options(
     train(*words, "--resume")  # the command that began the run also resumes it
 
 
+def test_dropout_draws_the_same_after_a_resume(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_dropout(*arguments: Any) -> Any:
+        vlm = start_build(*arguments)
+        vlm.connector.register_forward_hook(
+            lambda module, _, output: torch.nn.functional.dropout(output, 0.5, module.training)
+        )
+        return vlm
+
+    start_build = start.build_model
+    words = ["--max-steps", "6", "--save-every", "2"]
+    without = losses(train(*words, "--run", "without"))
+    monkeypatch.setattr(start, "build_model", with_dropout)
+    whole = losses(train(*words, "--run", "whole"))
+    assert whole != without
+    folder = interrupted(train, monkeypatch, *words)
+    train(*words, "--resume")
+    assert losses(folder) == whole
+
+
 def test_a_cache_that_has_grown_is_noticed(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     root = small_world.make(tmp_path / "growing", 20, answered=40)
     words = ["--max-steps", "6", "--save-every", "3", "--min-coverage", "0.1"]
     whole = losses(train(*words, "--run", "whole", features=root.path))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.run.save_final", _interrupt)
-        train(*words, features=root.path)
-    folder = Path("runs/default/stage1")
-    for path in checkpoint.committed(folder / "checkpoints")[1:]:
-        (path / checkpoint.COMMITTED).unlink()
+    folder = interrupted(train, monkeypatch, *words, features=root.path)
     small_world.make(tmp_path / "growing", 40, first=20)
     small_world.make(tmp_path / "growing", 40, first=39, dataset="more")  # and a second data set
     train(*words, "--resume", features=root.path)

@@ -103,6 +103,13 @@ def by_task(answers: Sequence[Answer]) -> tuple[Task, ...]:
     return tuple(result)
 
 
+def headline(tasks: Sequence[Task]) -> tuple[float | None, float | None]:
+    """Means over question types, captions apart, of exact match and of blind; None of nothing."""
+    counted = [task for task in tasks if task.name != CAPTION]
+    blind = [task.blind for task in counted if task.blind is not None]
+    return mean_of([task.exact for task in counted]), mean_of(blind)
+
+
 def mean_of(values: Sequence[float]) -> float | None:
     """Mean; None of nothing."""
     return sum(values) / len(values) if values else None
