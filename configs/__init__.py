@@ -251,12 +251,15 @@ def _first_message(cls: type, box: str) -> str:
     """The parser draws a box of several lines; the first line inside it is the message."""
     lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
     message = lines[0] if lines else "the command line could not be read"
-    unknown = [w.strip() for w in message.removeprefix("Unrecognized options:").split(",")]
+    options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+    if message.startswith("Missing from"):
+        needed = [option for option in options if any(line.startswith(option) for line in lines)]
+        return f"{', '.join(needed)} must be given"
     if message.startswith("Unrecognized options:"):
-        options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+        unknown = [w.strip() for w in message.removeprefix("Unrecognized options:").split(",")]
         word = next((w for w in unknown if w.startswith("--")), unknown[0])
         return f"no option {word}{nearest(word, options)}"
-    return message
+    return message.removeprefix(f"Error parsing {cls.__name__}: ").rstrip(".")
 
 
 def dump(config: object) -> str:

@@ -85,7 +85,7 @@ def test_presets_stand_between_defaults_and_command_line() -> None:
         (["--datset", "a"], "no option --datset; nearest: --dataset"),
         (["--codec", "int9"], "invalid choice 'int9'"),
         (["--stage", "one"], "--stage"),
-        (["--learning-rate", "-1"], "learning_rate is negative"),
+        (["--learning-rate", "-1"], "python -m some.run: learning_rate is negative; see"),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line(argv: list[str], message: str) -> None:
@@ -93,6 +93,15 @@ def test_a_wrong_command_line_is_refused_in_one_line(argv: list[str], message: s
         read(*argv)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_an_option_that_must_be_given_is_named() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needy:
+        prompt: str
+
+    with pytest.raises(UserError, match="python -m x: --prompt must be given"):
+        parse(Needy, [], prog="python -m x")
 
 
 @pytest.mark.parametrize(
