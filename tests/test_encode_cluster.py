@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -75,26 +76,30 @@ class Marked(Worker):
         super().__init__(setup, encoder, office, number=number)
         folder = setup.space.parent.parent / "pids"
         folder.mkdir(exist_ok=True)
-        (folder / str(number)).write_text(str(os.getpid()))
+        (folder / f".{number}").write_text(str(os.getpid()))
+        (folder / f".{number}").rename(folder / str(number))
 
     def decode(self, data: bytes) -> Image.Image:
         time.sleep(0.05)
         return super().decode(data)
 
 
-def kill_one(pids: Path, wait_s: float) -> threading.Thread:
-    """A thread that kills a worker of the job `wait_s` after the first one is at work."""
+class Killer(threading.Thread):
+    """Kills a worker of a job, some time after the first one is at work."""
 
-    def run() -> None:
-        while not list(pids.glob("*")):
+    def __init__(self, pids: Path, wait_s: float):
+        super().__init__()
+        self.pids, self.wait_s = pids, wait_s
+        self.hit = False
+
+    def run(self) -> None:
+        while not list(self.pids.glob("[0-9]*")):
             time.sleep(0.01)
-        time.sleep(wait_s)
-        victim = random.Random(wait_s).choice(sorted(pids.glob("*")))
-        os.kill(int(victim.read_text()), signal.SIGKILL)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+        time.sleep(self.wait_s)
+        victim = random.Random(self.wait_s).choice(sorted(self.pids.glob("[0-9]*")))
+        with contextlib.suppress(ProcessLookupError):  # the job was over
+            os.kill(int(victim.read_text()), signal.SIGKILL)
+            self.hit = True
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -103,14 +108,18 @@ def test_a_worker_killed_at_any_moment_costs_no_row(
     photos: Path, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
+    hits = 0
     for i in range(soak(2, 20)):
         root = tmp_path / f"cache-{i}"
-        killer = kill_one(root / "pids", random.Random(i).uniform(0.0, 1.5))
+        killer = Killer(root / "pids", random.Random(i).uniform(0.0, 1.2))
+        killer.start()
         result = encode(root, f"folder:{photos}", workers=2, worker_class=Marked)
         killer.join()
+        hits += killer.hit
         assert result.code == 0
         assert_whole(result, inline)
         assert result.failures() == {}, "no picture is blamed for a bullet"
+    assert hits, "no kill hit a worker at work: the test has lost its teeth"
 
 
 class Deadly(Worker):
