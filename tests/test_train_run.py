@@ -293,7 +293,7 @@ def test_another_space_than_the_checkpoints(train: Callable[..., Path], tmp_path
         match=r"trained on the space toy-fp16-\w+, not on toy-int8-\w+ \(image_size 4 there, 8 here; "
         r"patch_size 2 there, 4 here; codec fp16 there, int8 here\); choose that one: --space",
     ):
-        train("--run", "two", "--from", "one", features=other.path)
+        train("--run", "two", "--from", "one", "--max-steps", "1", features=other.path)
 
 
 def test_too_few_features(train: Callable[..., Path], tmp_path: Path) -> None:
