@@ -250,4 +250,8 @@ def describe(
 
 
 if __name__ == "__main__":
+    # Once a batch is known by heart its gradients, squared by AdamW, sink below 1e-38, where a CPU is 60
+    # times slower (measured 2026-11-23: 8 s instead of 0.14 s a step). Zero is as good. It must be said
+    # before torch starts its threads, which inherit it; and only for this process.
+    torch.set_flush_denormal(True)
     configs.command(main)
