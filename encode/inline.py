@@ -6,7 +6,7 @@ A picture that kills its worker kills the job here; with `--workers 1` it goes t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from encode.book import Book, TooManyFailures
 from encode.tasks import Registrar, Timings
@@ -16,12 +16,24 @@ NUMBER = 0
 TASK_SOURCES = 32
 
 
+class Counter(Registrar):
+    """A registrar over the counter: what the worker reports is shown at once."""
+
+    def __init__(
+        self, committed: Iterable[str], next_shard: dict[str, int], show: Callable[[Timings], None]
+    ):
+        super().__init__(committed, next_shard)
+        self._show = show
+
+    def report(self, worker: int, timings: Timings) -> bool:
+        """See Office."""
+        going = super().report(worker, timings)
+        self._show(self.timings())
+        return going
+
+
 def run_inline(
-    book: Book,
-    worker: Worker,
-    registrar: Registrar,
-    stopping: Callable[[], bool],
-    progress: Callable[[Timings], None],
+    book: Book, worker: Worker, registrar: Registrar, stopping: Callable[[], bool]
 ) -> None:
     """Until every source is accounted for, or `stopping` says so; then what is encoded is kept.
 
@@ -32,7 +44,6 @@ def run_inline(
         while not book.finished() and not stopping():
             tasks = book.take(NUMBER, TASK_SOURCES)
             book.settle(NUMBER, worker.run(tasks) if tasks else worker.flush())
-            progress(registrar.timings())
     except TooManyFailures:
         registrar.stop()
         with contextlib.suppress(TooManyFailures):  # it is written down all the same

@@ -16,13 +16,13 @@ from cache.writer import Space
 from configs import UserError
 from encode.book import Book, Ledger
 from encode.breadcrumbs import clear_breadcrumbs
-from encode.inline import run_inline
+from encode.inline import Counter, run_inline
 from encode.machine import MEASURE_BATCHES, Crew, measure_speed
 from encode.plan import MediaCounter, Plan, check_fits, describe, free_bytes, make_plan, table
 from encode.report import Progress, closing_line, failure_line, stage_line
 from encode.setup import Setup
 from encode.signals import Interrupts
-from encode.tasks import VIEW, Registrar, Timings
+from encode.tasks import VIEW, Timings
 from encode.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -130,9 +130,9 @@ class Job:
             assert self._book.finished(), "a source is not accounted for"
 
     def _run_inline(self, interrupts: Interrupts) -> None:
-        registrar = Registrar(self._present, {KIND: self._space.next_shard(KIND)})
+        registrar = Counter(self._present, {KIND: self._space.next_shard(KIND)}, self._update)
         with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
-            run_inline(self._book, worker, registrar, interrupts.stopping, self._update)
+            run_inline(self._book, worker, registrar, interrupts.stopping)
 
     def _run_cluster(self, crew: Crew, interrupts: Interrupts, timeout_s: float) -> None:
         # Ray takes a second to import, and the workers load encoders of their own.

@@ -203,7 +203,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
     ]
     if speed is not None and plan.todo:
         total = speed.seconds(plan.new_keys)
-        lines.append(f"time     about {time_text(total)} ({speed.how})")
+        lines.append(f"time     {about(total)} ({speed.how})")
         lines.append(f"pays     {break_even(plan, spec, speed)}")
     return "\n".join(lines)
 
@@ -277,6 +277,11 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def about(seconds: float) -> str:
+    """An estimate for people."""
+    return time_text(seconds) if seconds < 1 else f"about {time_text(seconds)}"
 
 
 def time_text(seconds: float) -> str:

@@ -11,7 +11,7 @@ import time
 from typing import TextIO
 
 from encode.book import Book
-from encode.plan import time_text
+from encode.plan import about
 from encode.tasks import Timings
 
 WINDOW_S = 60.0
@@ -29,7 +29,7 @@ class Progress:
         self._out = out or sys.stderr
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
-        self._marks: list[tuple[float, int]] = [(self._printed, 0)]  # when, done
+        self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds at work, done
         self._shown = False
 
     def update(self, timings: Timings) -> None:
@@ -37,7 +37,7 @@ class Progress:
         now = time.monotonic()
         # Pictures are counted when they are encoded, long before their shard is committed.
         done = max(self._book.settled, min(timings.pictures, self._book.total))
-        self._mark(now, done)
+        self._mark(timings.span_s, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
         self._printed = now
@@ -59,7 +59,7 @@ class Progress:
             parts.append(f"{book.failed} failed")
         if timings.clipped:
             parts.append(f"{timings.clipped} values clipped to float16")
-        parts.append(f"about {time_text((book.total - done) / rate)} left")
+        parts.append(f"{about((book.total - done) / rate)} left")
         return "  ".join(parts)
 
     def clear(self) -> None:
@@ -68,11 +68,10 @@ class Progress:
             self._out.write("\r\x1b[K")
             self._out.flush()
 
-    def _mark(self, now: float, done: int) -> None:
-        if self._marks[-1][1] == 0:
-            self._marks.clear()  # starting up says nothing about the rate
-        self._marks.append((now, done))
-        while len(self._marks) > 2 and self._marks[1][0] < now - WINDOW_S:
+    def _mark(self, worked_s: float, done: int) -> None:
+        if worked_s > self._marks[-1][0]:
+            self._marks.append((worked_s, done))
+        while len(self._marks) > 2 and self._marks[1][0] < worked_s - WINDOW_S:
             self._marks.pop(0)
 
     def _rate(self) -> float:

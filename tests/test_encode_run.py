@@ -243,6 +243,7 @@ def test_progress_tells_rate_bound_and_time_left(
                 wait_s=0.7 * worked,
                 encode_s=0.2 * worked,
                 decode_s=1.5 * worked,
+                span_s=worked,
             )
         )
     progress.clear()
