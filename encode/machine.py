@@ -43,6 +43,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def torch_cores() -> int:
+    """Threads torch would compute with: the physical cores, or what OMP_NUM_THREADS allows."""
+    return torch.get_num_threads()
+
+
 def gpus(device: str) -> int:
     """GPUs a job on this device is spread over; 0: it is not."""
     return (
@@ -88,7 +93,7 @@ def choose_crew(
         workers=count,
         gpus=1 if available and count else 0,
         threads=threads or max(2, min(MOST_THREADS, share)),
-        torch_threads=share,
+        torch_threads=max(1, torch_cores() // max(1, count)),
     )
 
 

@@ -189,6 +189,7 @@ def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto"
 
 def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 16)
+    monkeypatch.setattr(machine, "torch_cores", lambda: 16)
     monkeypatch.setattr(machine, "gpus", lambda device: 0)
     small, large = crew("auto", None, 5.0), crew("auto", None, 5000.0)
     assert (small.workers, small.torch_threads) == (0, 16)
