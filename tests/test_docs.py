@@ -19,7 +19,7 @@ def command_lines() -> list[tuple[str, str]]:
     """Every `python -m module ...` in a fenced block: (page, command without its comment)."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", page.read_text(), re.DOTALL):
+        for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.strip().removeprefix("$ ")
                 if line.startswith("python -m "):
