@@ -102,7 +102,7 @@ def main() -> None:
             ("row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024])
         )
         listed, _, _ = run("cache.verify", "--features", features, "--deep")
-        rows = re.search(r"(\d+) rows", listed)
+        rows = re.search(r"(\d+) picture rows", listed)
         count = rows[1] if rows else "?"
         lines.append(("rows stored", count, str(PICTURES), count == str(PICTURES)))
 
