@@ -1,7 +1,7 @@
 """The demo: a small world is drawn, encoded once over Ray, learned in three stages, and asked about.
 
 python -m train.demo                      # `make demo`: offline, minutes on two cores
-python -m train.demo --features /tmp/cache
+python -m train.demo --features other-cache
 
 Every step is one of the product's own commands, printed before it runs; their options are in
 configs/demo.yaml. Features are kept: another `make demo` encodes nothing and trains anew. The last line
