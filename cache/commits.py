@@ -115,7 +115,7 @@ def read_commits(paths: SpacePaths, info: SpaceInfo, kind: str) -> list[Commit]:
 
 
 class RowIndex:
-    """(key, view) -> row number, for the rows of one array: about 60 bytes a row, in flat arrays.
+    """(key, view) -> row number, for the rows of one array: about 70 bytes a row, in flat arrays.
 
     A *position* counts the committed rows in row order, 0 to n-1; row numbers have gaps where shards
     end early or never came. Looked up by a 64-bit hash, sorted; a hit is confirmed by the whole key.
@@ -130,12 +130,13 @@ class RowIndex:
         table = pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
         self.keys = _fixed_bytes(table["key"])
         self.crcs = table["crc"].to_numpy()
+        self.times = table["time_s"].to_numpy()  # seconds; NaN for pictures
         views = table["view"].combine_chunks().dictionary_encode()
         self.views: list[str] = views.dictionary.to_pylist()
         self._codes = {view: code for code, view in enumerate(self.views)}
         self.view_codes = views.indices.to_numpy()
-        salts = np.array([_salt(view) for view in self.views], np.uint64)
-        hashes = _first8(self.keys) ^ salts[self.view_codes]
+        self._salts = np.array([_salt(view) for view in self.views], np.uint64)
+        hashes = _first8(self.keys) ^ self._salts[self.view_codes]
         # Stable: of two rows with one identity, the older wins, always.
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
@@ -145,20 +146,25 @@ class RowIndex:
 
     def lookup(self, keys: npt.NDArray[np.uint8], view: str) -> npt.NDArray[np.int64]:
         """Keys (m, 32) -> row numbers (m,); -1 where there is none."""
+        return self.lookup_pairs(keys, [view] * len(keys))
+
+    def lookup_pairs(
+        self, keys: npt.NDArray[np.uint8], views: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        """Keys (m, 32), each with a view of its own -> row numbers (m,); -1 where there is none."""
         found = np.full(len(keys), -1, np.int64)
-        code = self._codes.get(view)
-        if code is None:
-            return found
-        wanted = _first8(keys) ^ np.uint64(_salt(view))
+        codes = np.array([self._codes.get(view, -1) for view in views], np.int64)
+        salts = np.append(self._salts, np.uint64(0))  # the last: of views that are nowhere
+        wanted = _first8(keys) ^ salts[codes]
         at = np.searchsorted(self._hashes, wanted)
-        open_ = np.arange(len(keys))
+        open_ = np.flatnonzero(codes >= 0)
         while True:  # a second round only when two identities share a hash: odds 3e-6 at 10 M rows
             open_ = open_[at[open_] < len(self._hashes)]
             open_ = open_[self._hashes[at[open_]] == wanted[open_]]
             if not len(open_):
                 return found
             position = self._order[at[open_]]
-            hit = self.view_codes[position] == code
+            hit = self.view_codes[position] == codes[open_]
             hit &= (self.keys[position] == keys[open_]).all(axis=1)
             found[open_[hit]] = self.rows(position[hit])
             open_ = open_[~hit]

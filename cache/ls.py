@@ -1,7 +1,7 @@
 """List what is in a cache.
 
 python -m cache.ls                           # spaces; data sets, and how much of each has features
-python -m cache.ls --failures                # what could not be had, why, and for which data set
+python -m cache.ls --failures                # what could not be had: why, of which host, for which data set
 python -m cache.ls --json                    # the same, for a script
 
 A sample is covered by a space when all its media have features there; one without media always is.
@@ -23,7 +23,11 @@ from cache.survey import (
     open_spaces,
     summarise_datasets,
 )
+from cache.tables import STAGES
 from configs import UserError, command, parse
+
+SHOWN = 5
+"""Sources printed of each group of failures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class Options:
     features: Path = Path("cache")
     """Folder of the cache."""
     failures: bool = False
-    """List the media that failed instead, by reason and data set."""
+    """List the media that failed instead, by reason, host and data set."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -110,12 +114,19 @@ def _datasets_text(datasets: list[DatasetSummary]) -> str:
 def _failures_text(failures: list[Failures]) -> str:
     if not failures:
         return "no failures"
-    blocks = []
+    by_stage: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    for group in failures:
+        by_stage[group.stage].update(group.sources)
+    lines = [f"{stage:<8}{len(found):>10,} media" for stage, found in by_stage.items() if found]
     for group in failures:
         dataset = group.dataset or "no data set any more"
-        head = f"{len(group.sources):,} in {dataset}: {group.stage}: {group.error}"
-        blocks.append("\n".join([head, *(f"    {source}" for source in group.sources)]))
-    return "\n".join(blocks)
+        where = f" ({group.host})" if group.host else ""
+        lines += ["", f"{len(group.sources):,} in {dataset}{where}: {group.stage}: {group.error}"]
+        lines += [f"    {source}" for source in group.sources[:SHOWN]]
+        if len(group.sources) > SHOWN:
+            lines.append(f"    and {len(group.sources) - SHOWN:,} more (all: --json)")
+    lines += ["", "ask again for them: python -m encode.run --dataset NAME --retry-failed"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,21 @@ class FeatureReader:
         """Row numbers (n,) of the keys (64 hex digits each); -1 where there is no row."""
         return self.index[kind].lookup(key_bytes(keys), view)
 
+    def lookup_pairs(
+        self, kind: str, keys: Sequence[str], views: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        """Row numbers (n,) of n keys, each with a view of its own; -1 where there is no row."""
+        return self.index[kind].lookup_pairs(key_bytes(keys), views)
+
+    def times(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Where in their videos rows (n,) are, seconds after the first frame; NaN for pictures.
+
+        Raises:
+            IndexError: a row number that is not committed (as -1).
+        """
+        index = self.index[kind]
+        return index.times[index.positions(np.asarray(rows, np.int64))]
+
     def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
         """Stored bytes of rows (n,) into `out` (n, row_bytes), in that order.
 

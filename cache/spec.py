@@ -20,6 +20,9 @@ FORMAT = 1
 KINDS = ("picture", "frame")
 """Kinds of media view. Each has its own array in a space, under the same name."""
 
+ARRAY_OF = {"picture": "picture", "video": "frame"}
+"""Kind of media -> the array its views' rows are in."""
+
 FITS = ("squash", "pad", "crop")
 _NOT_HASHED = frozenset(
     {"encoder"}

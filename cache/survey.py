@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,9 @@ import pyarrow.compute as pc
 from cache.layout import CacheRoot
 from cache.locks import driver_holder
 from cache.reader import FeatureReader
-from cache.spec import KINDS
+from cache.spec import ARRAY_OF, KINDS
 from cache.tables import dataset_names, media_table, samples_table
+from cache.views import FULL, time_view
 from configs import UserError
 
 
@@ -64,12 +66,14 @@ class DatasetSummary:
 
 @dataclass(kw_only=True)
 class Failures:
-    """Media that failed for one reason in one data set."""
+    """Media that failed for one reason, of one host, in one data set."""
 
     stage: str
     """Where: fetch, verify, decode, encode or write."""
     error: str
     """Why."""
+    host: str
+    """Of the URLs; empty for files."""
     dataset: str
     """The data set that mentions them; empty when none does any more."""
     sources: list[str]
@@ -135,7 +139,7 @@ def summarise_datasets(
 
 
 def list_failures(root: CacheRoot) -> list[Failures]:
-    """All failed media, the most frequent reason first."""
+    """All failed media, the most frequent (stage, error, host, data set) first."""
     media = media_table(root)
     failed = media.filter(pc.equal(media["status"], "failed"))
     mentioned: dict[str, list[str]] = defaultdict(list)
@@ -143,15 +147,24 @@ def list_failures(root: CacheRoot) -> list[Failures]:
         sources = _references(root, name, media).sources
         for source in failed["source"].filter(pc.is_in(failed["source"], sources)).to_pylist():
             mentioned[source].append(name)
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for row in failed.select(["source", "stage", "error"]).to_pylist():
         for dataset in mentioned.get(row["source"], [""]):
-            groups[row["stage"], row["error"], dataset].append(row["source"])
+            host = _host(row["source"])
+            groups[row["stage"], row["error"], host, dataset].append(row["source"])
     found = [
-        Failures(stage=stage, error=error, dataset=dataset, sources=sources)
-        for (stage, error, dataset), sources in groups.items()
+        Failures(stage=stage, error=error, host=host, dataset=dataset, sources=sources)
+        for (stage, error, host, dataset), sources in groups.items()
     ]
-    return sorted(found, key=lambda f: (-len(f.sources), f.stage, f.error, f.dataset))
+    return sorted(found, key=lambda f: (-len(f.sources), f.stage, f.error, f.host, f.dataset))
+
+
+def _host(source: str) -> str:
+    """Of a URL, without its port; '' for a path, or what is no URL after all."""
+    try:
+        return urlsplit(source).hostname or ""
+    except ValueError:
+        return ""
 
 
 def mentioned_keys(root: CacheRoot) -> set[bytes]:
@@ -166,13 +179,17 @@ def mentioned_keys(root: CacheRoot) -> set[bytes]:
 
 
 def _present(media: pa.Table, reader: FeatureReader) -> npt.NDArray[np.bool_]:
-    """(M + 1,) whether each row of the media table has features; the last, for -1, has none."""
+    """(M + 1,) whether each row of the media table has features; the last, for -1, has none.
+
+    A clip has them when its first frame is there: its frames are committed together, and how many a
+    training wants is for the trainer to say.
+    """
     present = np.zeros(len(media) + 1, bool)
     keys = np.array(media["key"].to_pylist(), object)
     kinds = np.array(media["kind"].to_pylist(), object)
-    for kind in KINDS:
+    for kind, view in (("picture", FULL), ("video", time_view(0))):
         rows = np.flatnonzero((kinds == kind) & (keys != None))  # noqa: E711 - elementwise
-        present[rows] = reader.lookup(kind, keys[rows].tolist()) >= 0
+        present[rows] = reader.lookup(ARRAY_OF[kind], keys[rows].tolist(), view) >= 0
     return present
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.layout import (
@@ -58,7 +60,9 @@ class MediaRef:
     source: str
     """URL verbatim, absolute path, or hf:ID#row. The media table says which key it has."""
     kind: str = "picture"
-    """The array its features are in."""
+    """picture or video: a key of `cache.spec.ARRAY_OF`."""
+    sha256: str | None = None
+    """What its bytes hash to, where the data set says so (64 hex); other bytes are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class Sample:
     """Type of question, for reports."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MediaRecord:
     """What became of one source: the key of its bytes, or where and why it failed."""
 
@@ -88,7 +92,7 @@ class MediaRecord:
     key: str | None = None
     """sha256 (64 hex) of the bytes; None when they never came."""
     kind: str = "picture"
-    """picture or frame."""
+    """picture or video."""
     bytes: int = 0
     """Length of what was hashed."""
     width: int = 0
@@ -96,7 +100,7 @@ class MediaRecord:
     height: int = 0
     """Pixels, as decoded."""
     duration_s: float | None = None
-    """Length of a video, seconds."""
+    """Videos: time of the last frame, seconds after the first."""
     size: int | None = None
     """Local files: size, times and inode when hashed. All equal means: not read again."""
     mtime_ns: int | None = None
@@ -113,6 +117,8 @@ class MediaRecord:
     """Why it failed, in one line."""
     attempts: int = 1
     """Times it was tried."""
+    note: str | None = None
+    """What is odd about a media that is usable all the same, as a clip that ends early."""
 
     def __post_init__(self) -> None:
         if self.status not in ("ok", "failed"):
@@ -121,6 +127,9 @@ class MediaRecord:
             raise ValueError("a failed media names its stage and error, and only a failed one does")
 
 
+KNOWN = ("key", "bytes", "width", "height", "duration_s", "note")
+"""What stays true of a media when its source is gone."""
+
 _SAMPLE_SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -128,13 +137,15 @@ _SAMPLE_SCHEMA = pa.schema(
         "messages": pa.list_(
             pa.struct({"role": pa.string(), "content": pa.string(), "weight": pa.float64()})
         ),
-        "media": pa.list_(pa.struct({"source": pa.string(), "kind": pa.string()})),
+        "media": pa.list_(
+            pa.struct({"source": pa.string(), "kind": pa.string(), "sha256": pa.string()})
+        ),
         "weight": pa.float64(),
         "task": pa.string(),
     }
 )
 _MEDIA_TYPES = {
-    **{name: pa.string() for name in ("source", "key", "kind", "status", "stage", "error")},
+    **dict.fromkeys(("source", "key", "kind", "status", "stage", "error", "note"), pa.string()),
     "duration_s": pa.float64(),
 }
 _MEDIA_SCHEMA = pa.schema(
@@ -250,13 +261,18 @@ def append_media(root: CacheRoot, records: Sequence[MediaRecord], job: str) -> N
     path = root.media_dir / f"part-{max(time.time_ns(), newest + 1):020d}-{job}.parquet"
     with new_file(path) as file:
         with pq.ParquetWriter(file, _MEDIA_SCHEMA, write_statistics=False) as writer:
-            writer.write_table(pa.Table.from_pylist([vars(r) for r in records], _MEDIA_SCHEMA))
+            writer.write_table(_media_rows(records))
             writer.add_key_value_metadata({"seal": UNSEALED})
         seal_file(file)
 
 
 def media_table(root: CacheRoot) -> pa.Table:
-    """One row a source, the latest, with the columns of MediaRecord."""
+    """One row a source, the latest, with the columns of MediaRecord.
+
+    Links rot and files go, features stay: a source that could not be had any more keeps the key, size and
+    length it had when it last came, so that spaces made of it then go on knowing it. Not a file that is
+    there and cannot be read: it may hold other bytes by now.
+    """
     parts = [_MEDIA_SCHEMA.empty_table()]
     for path in _media_parts(root):
         data = path.read_bytes()
@@ -265,12 +281,53 @@ def media_table(root: CacheRoot) -> pa.Table:
     table = pa.concat_tables(parts)
     number = pa.array(np.arange(len(table)))
     latest = pa.table({"source": table["source"], "number": number}).group_by("source")
-    return table.take(latest.aggregate([("number", "max")])["number_max"].sort())
+    return _keep_known(
+        table.take(latest.aggregate([("number", "max")])["number_max"].sort()), table
+    )
+
+
+def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
+    """`latest`, what is gone with the KNOWN columns of its newest row in `table` that has a key."""
+    gone = pc.and_(pc.equal(latest["stage"], "fetch"), pc.is_null(latest["key"]))
+    gone = pc.and_(gone, pc.is_null(latest["inode"])).fill_null(False)
+    if not pc.any(gone).as_py():
+        return latest
+    sources = latest["source"].filter(gone)
+    known = table.filter(pc.and_(pc.is_valid(table["key"]), pc.is_in(table["source"], sources)))
+    newest = known.take(pa.array(np.arange(len(known))[::-1]))
+    at = pc.index_in(latest["source"], newest["source"].combine_chunks())  # the first: the newest
+    same = pc.equal(newest["kind"].take(at), latest["kind"]).fill_null(False)
+    take = pc.and_(gone, same)
+    for name in KNOWN:
+        column = pc.if_else(take, newest[name].take(at), latest[name])
+        latest = latest.set_column(latest.schema.get_field_index(name), name, column)
+    return latest
 
 
 def read_media(root: CacheRoot) -> dict[str, MediaRecord]:
     """source -> its latest record."""
-    return {row["source"]: MediaRecord(**row) for row in media_table(root).to_pylist()}
+    records = {}
+    for batch in media_table(root).to_batches(max_chunksize=ROW_GROUP):
+        columns = (column.to_pylist() for column in batch.columns)
+        for values in zip(*columns, strict=True):
+            record = dict(zip(_MEDIA_SCHEMA.names, values, strict=True))
+            # One string for millions of records.
+            record |= {n: sys.intern(record[n]) for n in ("kind", "status", "stage") if record[n]}
+            records[record["source"]] = MediaRecord(**record)
+    return records
+
+
+def _media_rows(records: Sequence[MediaRecord]) -> pa.Table:
+    columns = {n: [getattr(record, n) for record in records] for n in _MEDIA_SCHEMA.names}
+    return pa.table(columns, _MEDIA_SCHEMA)
+
+
+def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:
+    """source -> (width, height), pixels, of all media that were decoded."""
+    table = media_table(root).select(["source", "status", "width", "height"])
+    known = pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["width"], 0))
+    columns = (table.filter(known)[name].to_pylist() for name in ("source", "width", "height"))
+    return {source: (width, height) for source, width, height in zip(*columns, strict=True)}
 
 
 def _media_parts(root: CacheRoot) -> list[Path]:

@@ -157,9 +157,14 @@ class ShardWriter:
         return len(self._identities)
 
     @property
+    def left(self) -> int:
+        """Rows that still fit."""
+        return self._geometry.slots - self.rows
+
+    @property
     def full(self) -> bool:
         """Whether no row fits any more."""
-        return self.rows == self._geometry.slots
+        return self.left == 0
 
     def append(
         self,
