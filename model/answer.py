@@ -1,25 +1,42 @@
 """Answers from features: what `model.generate` and `train.evaluate` both use.
 
-Legend: P pictures of one prompt, M tokens per picture, V vision width, D language width, B prompts at a
-time, L tokens of the longest of them.
+Legend: M tokens per picture or frame, F frames of a clip, N feature tokens of one prompt, V vision width,
+D language width, B prompts at a time, L tokens of the longest of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.attention import ATTENTION
-from model.template import Message, prompt_ids
+from model.template import Message, clip_ids, fill_places, prompt_ids
 from model.tokenizer import IMAGE, eos_ids, token_id
 from model.vlm import VLM
 
-Prompt = tuple[Sequence[Message], Tensor | None]
-"""Messages, and the (P, M, V) features of their pictures."""
+PADDED_TOKENS = 1 << 16
+"""Prompts at a time take no more tokens, padding included: clips are long. One prompt always goes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clip:
+    """What is seen of a clip."""
+
+    times_s: Sequence[float]
+    """(F,) where in the clip the frames are, seconds after the first, ascending."""
+    features: Tensor
+    """(F, M, V)."""
+
+
+Prompt = tuple[Sequence[Message], Iterable[Tensor | Clip] | None]
+"""Messages, and what stands at the places in them, in order: the (M, V) features of a picture, or a clip.
+A (pictures, M, V) tensor is as many pictures."""
 
 
 def answer(
@@ -37,7 +54,7 @@ def answer(
     Args:
         vlm: on any device, in any mode; left as it was.
         tokenizer: its tokenizer.
-        prompts: conversations ending in a user turn, with the features of their pictures.
+        prompts: conversations ending in a user turn, with the features of their pictures and clips.
         max_new_tokens: longest answer, tokens.
         temperature: 0 = the likeliest token each time; above 0 sampled.
         seed: of the sampling. Greedy answers do not depend on what else is in the batch, sampled ones do.
@@ -51,8 +68,7 @@ def answer(
     config = generation_config(vlm.language, tokenizer, max_new_tokens, temperature)
     with _for_generation(vlm), torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
+        for chosen in _batches(order, [len(ids) for ids, _, _ in prepared], batch_size):
             embeddings, mask = _left_padded([prepared[i] for i in chosen], vlm, device)
             ids = vlm.language.generate(
                 inputs_embeds=embeddings, attention_mask=mask, generation_config=config
@@ -62,18 +78,35 @@ def answer(
     return answers
 
 
+def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """`order`, shortest first, cut after `most` and where the padded batch would be too large."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > PADDED_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def expand(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L,) ids with M image ids per picture, (N,) their places, and the features."""
-    messages, features = prompt
-    pictures, tokens = (0, 0) if features is None else features.shape[:2]
+    """(L,) ids with all that stands for pictures and clips, the (N,) places of features, and those (N, V)."""
+    messages, given = prompt
+    media = [] if given is None else list(given)
     image = token_id(tokenizer, IMAGE)
-    ids: list[int] = []
-    for one in prompt_ids(tokenizer, messages, pictures):
-        ids += [one] * (tokens if one == image else 1)
-    row = torch.tensor(ids)
-    return row, (row == image).nonzero().squeeze(1), features
+    contents = [
+        clip_ids(tokenizer, one.times_s, one.features.shape[1])
+        if isinstance(one, Clip)
+        else np.full(len(one), image, dtype=np.int32)
+        for one in media
+    ]
+    text = np.array(prompt_ids(tokenizer, messages, len(media)), dtype=np.int32)
+    row = torch.from_numpy(fill_places(text, image, contents)[0]).long()
+    features = [one.features.flatten(0, 1) if isinstance(one, Clip) else one for one in media]
+    return row, (row == image).nonzero().squeeze(1), torch.cat(features) if features else None
 
 
 def _left_padded(

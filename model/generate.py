@@ -1,20 +1,26 @@
-"""Ask a trained model about pictures: the whole model, encoder included.
+"""Ask a trained model about pictures and clips: the whole model, encoder included.
 
 python -m model.generate --run demo --image cat.png --prompt "How many shapes?"
 python -m model.generate --image a.jpg --image b.jpg --prompt "<image> and <image>: what differs?"
+python -m model.generate --video clip.mp4 --prompt "What happens?"
+python -m model.generate --image a.jpg --video b.mp4 --prompt "In <video>, where is <image>?"
 python -m model.generate --prompt "No picture at all." --temperature 0.7 --verbose
 
 The encoder is rebuilt as the features' space says, its weights checked against the space's, and its
-features pass through the space's codec: a picture looks exactly as it did from the cache. Only the answer
-goes to standard output.
+features pass through the space's codec: a picture looks exactly as it did from the cache. Of a clip the
+same frames are taken as for training. Only the answer goes to standard output.
+
+`<image>` in the prompt says where a picture stands, `<video>` where a clip does, each in the order given;
+without such marks the pictures come first, then the clips, then the text.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +30,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 import configs
-from cache.spec import FeatureSpec
+from cache.spec import ARRAY_OF, FeatureSpec
+from cache.views import MAX_FRAMES, sample_times
 from configs import UserError
-from model.answer import answer
+from model import video
+from model.answer import Clip, answer
 from model.device import pick_device
 from model.load import find_run, load_final, read_meta
 from model.media import BadMedia, decode_picture
@@ -35,16 +43,22 @@ from model.tokenizer import IMAGE
 from model.vision import VisionEncoder, rebuild_encoder
 
 PROG = "python -m model.generate"
+VIDEO = "<video>"
+"""Where a clip stands in a prompt. (Samples say `<image>` for both: they list their media in one order.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Ask a trained model about pictures."""
+    """Ask a trained model about pictures and clips."""
 
     prompt: str = ""
-    """What to ask; `<image>` marks say where the pictures stand, without them they come first."""
+    """What to ask; `<image>` and `<video>` marks say where media stand, without them they come first."""
     image: tuple[Path, ...] = ()
-    """Picture files, in the order of their marks."""
+    """Picture files, in the order of their `<image>` marks."""
+    video: tuple[Path, ...] = ()
+    """Video files, in the order of their `<video>` marks."""
+    max_frames: int | None = None
+    """Frames of one clip, at most; as in the model's training when not given."""
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
@@ -69,11 +83,19 @@ class Options:
             raise ValueError(f"temperature {self.temperature} is below 0")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
-        marks = self.prompt.count(IMAGE)
-        if self.image and marks not in (0, len(self.image)):
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"max_frames {self.max_frames} is below 1")
+        pictures, clips = self.prompt.count(IMAGE), self.prompt.count(VIDEO)
+        if not self.video:  # then <video> is a word like any other
+            if self.image and pictures not in (0, len(self.image)):
+                raise ValueError(
+                    f"{len(self.image)} --image but {pictures} {IMAGE} marks in the prompt; "
+                    "give one mark for each picture, or none"
+                )
+        elif (pictures, clips) not in ((0, 0), (len(self.image), len(self.video))):
             raise ValueError(
-                f"{len(self.image)} --image but {marks} {IMAGE} marks in the prompt; "
-                "give one mark for each picture, or none"
+                f"{len(self.image)} --image and {len(self.video)} --video but {pictures} {IMAGE} and "
+                f"{clips} {VIDEO} marks in the prompt; give one mark for each, or none at all"
             )
 
 
@@ -104,9 +126,10 @@ def generate(options: Options) -> str:
     watch = Stopwatch(options.verbose)
     folder = find_run(options.run, options.stage)
     meta = read_meta(folder)
-    features = None
-    if options.image:
+    media: list[Tensor | Clip] = []
+    if options.image or options.video:
         pictures = [_read_picture(path) for path in options.image]
+        clips = {path: _probe(path) for path in options.video}
         encoder = rebuild_encoder(
             meta["space"]["load"],
             FeatureSpec.from_json(meta["space"]["spec"]),
@@ -116,21 +139,37 @@ def generate(options: Options) -> str:
         watch.lap(
             f"encoder {encoder.config.library}: {encoder.parameters_used:,} parameters on {encoder.device}"
         )
-        features = live_features(encoder, meta["space"], pictures)
-        watch.lap(f"{len(pictures)} pictures, {features.shape[1]} tokens each")
+        most = options.max_frames or meta.get("max_frames", MAX_FRAMES)
+        media += _encode(encoder, meta["space"], pictures, clips, options, most, watch)
+    prompt, media = in_order(options, media)
     device = pick_device(options.device)
     vlm, tokenizer, _ = load_final(folder, device)
     watch.lap(f"{folder}: {sum(p.numel() for p in vlm.parameters()):,} parameters on {device}")
     (said,) = answer(
         vlm,
         tokenizer,
-        [([("user", options.prompt, 1.0)], features)],
+        [([("user", prompt, 1.0)], media)],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
     )
     watch.lap(f"answer, {len(said)} characters")
     return said
+
+
+def in_order(options: Options, media: Sequence[Tensor | Clip]) -> tuple[str, list[Tensor | Clip]]:
+    """The prompt with `<image>` marks alone, and its media as they follow each other there.
+
+    Args:
+        options: pictures, clips, and the prompt with marks for them.
+        media: all pictures, then all clips.
+    """
+    if not options.video or VIDEO not in options.prompt:
+        return options.prompt, list(media)
+    pictures, clips = iter(media[: len(options.image)]), iter(media[len(options.image) :])
+    marks = re.findall(f"{IMAGE}|{VIDEO}", options.prompt)
+    ordered = [next(pictures if mark == IMAGE else clips) for mark in marks]
+    return options.prompt.replace(VIDEO, IMAGE), ordered
 
 
 def _read_picture(path: Path) -> Image:
@@ -144,8 +183,67 @@ def _read_picture(path: Path) -> Image:
         raise UserError(f"{path}: {error.strerror}; --image takes picture files") from None
 
 
+def _probe(path: Path) -> video.ClipInfo:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --video takes video files")
+    try:
+        return video.probe(path)
+    except BadMedia as error:
+        raise UserError(f"{path}: {error}; give a sound video file") from None
+
+
+def live_clip(
+    encoder: VisionEncoder,
+    space: Mapping[str, Any],
+    path: Path,
+    info: video.ClipInfo,
+    max_frames: int,
+) -> Clip:
+    """A clip with those frames that encode.run would take, each once, as `live_features`.
+
+    Raises:
+        BadMedia: it cannot be decoded.
+    """
+    times: list[float] = []
+
+    def images() -> Iterator[Image]:  # one at a time in memory, but for the encoder's small input
+        for frame in video.frames(path, sample_times(info.duration_s, max_frames), info):
+            if not times or frame.time_s != times[-1]:  # two times asked for may meet in one frame
+                times.append(frame.time_s)
+                yield frame.image
+
+    features = live_features(encoder, space, images(), ARRAY_OF["video"])
+    return Clip(times_s=times, features=features)
+
+
+def _encode(
+    encoder: VisionEncoder,
+    space: Mapping[str, Any],
+    pictures: Sequence[Image],
+    clips: Mapping[Path, video.ClipInfo],
+    options: Options,
+    max_frames: int,
+    watch: Stopwatch,
+) -> Iterator[Tensor | Clip]:
+    """Features of all pictures, then of all clips."""
+    if pictures:
+        features = live_features(encoder, space, pictures)
+        watch.lap(f"{len(pictures)} pictures, {features.shape[1]} tokens each")
+        yield from features
+    for path in options.video:
+        try:
+            clip = live_clip(encoder, space, path, clips[path], max_frames)
+        except BadMedia as error:
+            raise UserError(f"{path}: {error}; give a sound video file") from None
+        watch.lap(f"{path}: {len(clip.times_s)} frames, {clip.features.shape[1]} tokens each")
+        yield clip
+
+
 def live_features(
-    encoder: VisionEncoder, space: Mapping[str, Any], pictures: Sequence[Image]
+    encoder: VisionEncoder,
+    space: Mapping[str, Any],
+    pictures: Iterable[Image],
+    array: str = "picture",
 ) -> Tensor:
     """(P, M, V) float16 features of pictures, with what the space's codec does to them.
 
@@ -153,14 +251,15 @@ def live_features(
         encoder: that of the space, see `model.vision.rebuild_encoder`.
         space: the content of space.json.
         pictures: RGB.
+        array: `picture`, or `frame` for frames of clips, which are pooled more.
     """
     spec = FeatureSpec.from_json(space["spec"])
-    features = encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]))
+    features = encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]), array)
     packed = pack(features, spec.codec)
     if not bool(packed.finite.all()):
         number = int((~packed.finite).nonzero()[0])
-        raise UserError(f"picture {number + 1}: the encoder overflows on it; try --device cpu")
-    return unpack(packed.rows, spec.codec, spec.tokens("picture"), spec.width)
+        raise UserError(f"{array} {number + 1}: the encoder overflows on it; try --device cpu")
+    return unpack(packed.rows, spec.codec, spec.tokens(array), spec.width)
 
 
 if __name__ == "__main__":

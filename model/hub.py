@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 from configs import UserError
 
@@ -31,6 +30,9 @@ def fetch(place: str, *, encoder: str) -> Path:
     Raises:
         UserError: it is neither on this machine nor to be had.
     """
+    # torch comes with it (3 s), which whoever only asks whether the hub is there does without
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
     repo, name = posixpath.split(place)
     if not repo:
         raise UserError(f"encoder {encoder} names no weights on the hub; give them: --weights PATH")

@@ -47,6 +47,7 @@ __all__ = [
     "TokenizedSample",
     "load_language",
     "load_tokenizer",
+    "max_positions",
     "prompt_ids",
     "save_language",
     "tokenize_messages",
@@ -211,6 +212,14 @@ def _config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         except ValueError as error:
             raise configs.UserError(f"configs/model.yaml: {source}: {error}") from None
     return AutoConfig.from_pretrained(source)
+
+
+def max_positions(source: str) -> int | None:
+    """Longest sequence a language model is made for, tokens; None where its config does not say."""
+    if not source.startswith(RANDOM):
+        check_source(source)
+    found = getattr(_config(source, load_tokenizer(source)), "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:

@@ -30,7 +30,7 @@ class PackedBatch:
     position_ids: Tensor
     """(T,) int64 positions within the sample; a branch goes on where its prefix ends."""
     image_slots: Tensor
-    """(N,) int64 places of `input_ids` that receive features, picture after picture."""
+    """(N,) int64 places of `input_ids` that receive features, ascending."""
     loss_positions: Tensor
     """(S,) int64 position whose output predicts the target; one may occur several times."""
     targets: Tensor

@@ -11,12 +11,16 @@ exception, and has a rule: a sample knows how many pictures it has, and the firs
 in its user turns are their places; further marks, and marks in other turns, are plain text. Without any
 mark in the user turns the pictures stand at the start of the first one. Fewer marks than pictures (but not
 none) is an error.
+
+Once expanded, a picture's place is as many `<image>` tokens as it has features. A clip's place is, for each
+of its frames in time order, the text "{seconds:.1f} " and then the frame's `<image>` tokens. Those texts are
+tokenised each by itself, so a clip's tokens do not depend on what stands around it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +53,53 @@ def _marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     return pieces | {
         text: encode_text(tokenizer, text) for text in ("\n", *(f"{r}\n" for r in ROLES))
     }
+
+
+def stamp(time_s: float) -> str:
+    """What stands before a frame: its time in its clip."""
+    return f"{max(0.0, time_s):.1f} "  # never "-0.0"
+
+
+@functools.lru_cache(maxsize=65_536)
+def stamp_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    """Token ids of a stamp."""
+    return tuple(encode_text(tokenizer, text))
+
+
+def clip_ids(
+    tokenizer: PreTrainedTokenizerFast, times_s: Iterable[float], frame_tokens: int
+) -> NDArray[np.int32]:
+    """What stands at a clip's place: each frame's time, then its image tokens."""
+    image = (token_id(tokenizer, IMAGE),) * frame_tokens
+    ids: list[int] = []
+    for time_s in times_s:
+        ids += stamp_ids(tokenizer, stamp(time_s))
+        ids += image
+    return np.array(ids, dtype=np.int32)
+
+
+def fill_places(
+    ids: NDArray[np.int32], image: int, contents: Sequence[NDArray[np.int32]]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Put what stands for each medium at its place.
+
+    Args:
+        ids: (n,) tokens with one `<image>` id a medium.
+        image: that id.
+        contents: what stands at each of those places, in order.
+
+    Returns:
+        The (m,) tokens, and (n,) how many of them each of the n became.
+    """
+    places = np.flatnonzero(ids == image)
+    assert len(places) == len(contents), f"{len(places)} places for {len(contents)} media"
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[places] = [len(content) for content in contents]
+    filled = np.repeat(ids, counts)
+    starts = np.cumsum(counts) - counts
+    for place, content in zip(places, contents, strict=True):
+        filled[starts[place] : starts[place] + len(content)] = content
+    return filled, counts
 
 
 def tokenize_messages(

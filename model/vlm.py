@@ -1,6 +1,6 @@
 """The trained half of the model: connector and language model, fed with cached features.
 
-Legend: T tokens in a packed batch, P pictures, M tokens per picture, N = P x M, V vision width,
+Legend: T tokens in a packed batch, N of them features of pictures and frames, V vision width,
 D language width, S supervised predictions.
 """
 
@@ -38,7 +38,8 @@ class VLM(nn.Module):
 
         Args:
             batch: on the model's device.
-            features: (P, M, V) of the batch's pictures, in order; None when it has none.
+            features: (N, V) of the batch's pictures and frames, in the order of their places; also
+                (pictures, tokens a picture, V). None when it has none.
         """
         hidden = self.hidden(batch, features)
         head = self.language.get_output_embeddings()
@@ -66,7 +67,7 @@ class VLM(nn.Module):
         return hidden
 
     def embed(self, input_ids: Tensor, image_slots: Tensor, features: Tensor | None) -> Tensor:
-        """(T,), (N,), (P, M, V) -> (T, D): words, and features through the connector at the slots."""
+        """(T,), (N,), (N, V) -> (T, D): words, and features through the connector at the slots."""
         words: Tensor = self.language.get_input_embeddings()(input_ids)
         if features is None or features.shape[0] == 0:
             if len(image_slots):
@@ -74,7 +75,7 @@ class VLM(nn.Module):
             # Every step touches the connector: a rank that skips it would hang the others in DDP.
             unused = self.connector(words.new_zeros(1, self.vision_width, dtype=self.dtype))
             return words + 0.0 * unused.sum().to(words.dtype)
-        tokens = self.connector(features.to(self.dtype)).flatten(0, 1)  # (P, M, V) -> (N, D)
+        tokens = self.connector(features.to(self.dtype).flatten(0, -2))  # (..., V) -> (N, D)
         if len(tokens) != len(image_slots):
             raise ValueError(f"{len(image_slots)} image slots for {len(tokens)} features")
         return words.index_copy(0, image_slots, tokens.to(words.dtype))

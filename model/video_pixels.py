@@ -1,0 +1,130 @@
+"""One decoded frame -> an upright RGB picture with square pixels. PyAV's swscale and PIL.
+
+Decisions that change pixels, made once, here:
+
+- YUV becomes RGB by the matrix and range the frame names. Where it names none: limited range, and BT.709 for
+  frames wider than 1024 or taller than 576 pixels, else BT.601, as players do. (FFmpeg alone takes BT.601.)
+- Accurate rounding, interpolated chroma and no CPU-specific shortcuts: the same pixels on every machine.
+- Non-square pixels are made square by enlarging the shorter way, so that no detail is lost.
+- The display matrix (a phone held upright) is applied, in quarter turns and flips.
+- Transparency lies on white, as it does in pictures.
+- HDR (PQ, HLG) is shown as its numbers stand, without tone mapping; wide colours are not narrowed.
+- Interlaced frames stay as they are, both fields in one picture.
+"""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from typing import TYPE_CHECKING, cast
+
+from PIL import Image
+
+from model.media import BadMedia
+from model.video_source import MAX_FRAME_PIXELS, check_size, reason_of
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+
+HDR = {16: "PQ", 18: "HLG"}
+"""FFmpeg's number of a transfer function -> its name, for those made for brighter screens."""
+
+_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+"""AVColorSpace -> swscale's number. The others (RGB, YCgCo, ICtCp) have none; 2 means unspecified."""
+
+_BT709, _BT601 = 1, 5
+_SD_SIZE = (1024, 576)
+
+_UNTURNED = (1, 0, 0, 1)
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
+"""Signs of the display matrix (a, b, c, d), x' = a x + c y, y' = b x + d y -> what does that to a picture."""
+
+
+def picture_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
+    """`frame` as RGB, upright.
+
+    Raises:
+        BadMedia: its size is absurd or its pixel format has no way to RGB.
+    """
+    import av
+
+    check_size(frame.width, frame.height)
+    width, height = _square_size(frame.width, frame.height, pixel_aspect)
+    name = "rgba" if _has_alpha(frame) else "rgb24"
+    try:
+        shown = frame.reformat(
+            width,
+            height,
+            name,
+            src_colorspace=_matrix(frame),
+            interpolation=_quality(),
+            threads=1,
+        )
+    except (av.FFmpegError, ValueError) as error:
+        reason = f"pixels of format {frame.format.name} cannot be shown: {reason_of(error)}"
+        raise BadMedia(reason) from None
+    plane = shown.planes[0]
+    mode = "RGBA" if name == "rgba" else "RGB"
+    image = Image.frombytes(mode, (width, height), bytes(plane), "raw", mode, plane.line_size, 1)
+    if mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    turn = _TURNS.get(_orientation(frame))
+    return image if turn is None else image.transpose(turn)
+
+
+def _quality() -> int:
+    from av.video.reformatter import Interpolation
+
+    return int(
+        Interpolation.BICUBIC
+        | Interpolation.ACCURATE_RND
+        | Interpolation.BITEXACT
+        | Interpolation.FULL_CHR_H_INT
+    )
+
+
+def _square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Size in square pixels; that of the frame where the larger one would be refused."""
+    wider, higher = max(aspect, Fraction(1)), max(1 / aspect, Fraction(1))
+    square = (round(width * wider), round(height * higher))
+    return square if square[0] * square[1] <= MAX_FRAME_PIXELS else (width, height)
+
+
+def _matrix(frame: VideoFrame) -> int:
+    known = _MATRIX.get(frame.colorspace)
+    if known is not None:
+        return known
+    large = frame.width > _SD_SIZE[0] or frame.height > _SD_SIZE[1]
+    return _BT709 if large else _BT601
+
+
+def _has_alpha(frame: VideoFrame) -> bool:
+    pixel = frame.format
+    return bool(pixel.has_palette) or any(component.is_alpha for component in pixel.components)
+
+
+def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """Signs of the display matrix, the nearest quarter turn; `_UNTURNED` where there is none."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return _UNTURNED
+    raw = bytes(cast("bytes", data))  # it is a buffer, whatever its type says
+    if len(raw) < 36:
+        return _UNTURNED
+    a, b, _, c, d = struct.unpack_from("<5i", raw)
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (_sign(a), 0, 0, _sign(d))
+    return (0, _sign(b), _sign(c), 0)
+
+
+def _sign(value: int) -> int:
+    return -1 if value < 0 else 1
