@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.layout import CacheRoot
 from cache.tables import MediaRecord, append_media
 from configs import UserError
 from encode.local import failed
-from encode.tasks import OWN_STAGES, Outcome, SourceTask
+from encode.tasks import OWN_STAGES, Outcome, SourceTask, claim_id
 
 LEDGER_EVERY_S = 30.0
 LEDGER_EVERY_RECORDS = 8192
@@ -81,7 +81,7 @@ class Book:
 
         Args:
             tasks: what the job has to do; sources are distinct.
-            already: keys in the space before the job.
+            already: keys of pictures in the space before the job.
             tell: called with each final record, once a source.
             budget: when to give up.
         """
@@ -95,6 +95,7 @@ class Book:
         ] = {}  # duplicates, until the media they repeat is final
         self._failed_keys: dict[str, MediaRecord] = {}
         self._committed: set[str] = set()
+        self._found: set[str] = set()  # clips that turned out to be in the space
         self._stages: Counter[str] = Counter()
         self.total = len(self._waiting)
         self.settled = 0
@@ -156,15 +157,15 @@ class Book:
         """
         for outcome in outcomes:
             del self._with[worker][outcome.task.source]
-            key = outcome.record.key
-            if outcome.result == "ok":
-                assert key is not None, "a committed row has a key"
-                self._commit(key, outcome.record)
-            elif outcome.result == "failed":
+            if outcome.result == "failed":
                 self.fail(outcome.record)
-            else:
-                assert key is not None, "a duplicate has a key"
-                self._after.setdefault(key, []).append(outcome)
+                continue
+            name = _claimed(outcome.record)
+            if outcome.result == "duplicate":
+                self._after.setdefault(name, []).append(outcome)
+                continue
+            (self._committed if outcome.result == "ok" else self._found).add(name)
+            self._leave(outcome.record)
         self._release_duplicates()
         own = sum(self._stages[stage] for stage in OWN_STAGES)
         if own and self.last_failure is not None:
@@ -173,7 +174,7 @@ class Book:
     def fail(self, record: MediaRecord) -> None:
         """One source is failed for good; duplicates of its bytes fail as it did."""
         if record.key is not None:
-            self._failed_keys[record.key] = record
+            self._failed_keys[_claimed(record)] = record
         if record.stage in OWN_STAGES or self.last_failure is None:
             self.last_failure = record
         self._stages[record.stage or ""] += 1
@@ -184,26 +185,25 @@ class Book:
 
         Args:
             worker: which one.
-            committed: keys it had committed, by what is on disk.
-            released: keys that are anybody's again; duplicates of these are to do again too.
+            committed: claims it had committed wholly, by what is on disk.
+            released: claims that are anybody's again; duplicates of these are to do again too.
         """
         self._committed.update(committed)
-        self._waiting.extendleft(reversed(self._with.pop(worker, {}).values()))
+        owed = reversed(self._with.pop(worker, {}).values())
+        self._waiting.extendleft(replace(task, again=True) for task in owed)
         for key in released:
-            self._waiting.extend(outcome.task for outcome in self._after.pop(key, ()))
+            repeats = self._after.pop(key, ())
+            self._waiting.extend(replace(outcome.task, again=True) for outcome in repeats)
         self._release_duplicates()
 
     def set_aside(self, worker: int, sources: Collection[str]) -> list[SourceTask]:
         """Take these sources back from a worker that is gone, to `give` or `fail` them later."""
         owed = self._with.get(worker, {})
-        return [owed.pop(source) for source in sources if source in owed]
-
-    def _commit(self, key: str, record: MediaRecord) -> None:
-        self._committed.add(key)
-        self._leave(record)
+        return [replace(owed.pop(source), again=True) for source in sources if source in owed]
 
     def _release_duplicates(self) -> None:
-        present = {key for key in self._after if key in self._committed or key in self._already}
+        there = (self._committed, self._found, self._already)
+        present = {key for key in self._after if any(key in keys for keys in there)}
         final = present | {key for key in self._after if key in self._failed_keys}
         for key in sorted(final):
             for outcome in self._after.pop(key):
@@ -217,3 +217,8 @@ class Book:
     def _leave(self, record: MediaRecord) -> None:
         self.settled += 1
         self._tell(record)
+
+
+def _claimed(record: MediaRecord) -> str:
+    assert record.key is not None, "only what was read can be claimed"
+    return claim_id(record.kind, record.key)

@@ -11,7 +11,7 @@ import json
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from cache.layout import SpacePaths
 
 SUFFIX = ".decoding"
 SLOT_BYTES = 8192  # a path has at most 4096 bytes
+ALIVE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Crumb:
     key: str
     """Its sha256."""
     since: float
-    """Start, seconds since the epoch."""
+    """Start, or when it last got on; seconds since the epoch."""
 
     @property
     def age_s(self) -> float:
@@ -63,15 +64,23 @@ class Breadcrumbs:
             self._free.put(slot)
 
     @contextlib.contextmanager
-    def decoding(self, source: str, key: str) -> Iterator[None]:
-        """Leave a crumb while the block runs."""
+    def decoding(self, source: str, key: str) -> Iterator[Callable[[], None]]:
+        """Leave a crumb while the block runs; what it yields is called now and then by long decodes
+        that get on, whose time then counts anew."""
         slot = self._free.get()
-        crumb = json.dumps(
-            asdict(Crumb(source=source, key=key, since=time.time())), ensure_ascii=False
-        )
+        said = 0.0
+
+        def alive() -> None:
+            nonlocal said
+            if time.time() - said > ALIVE_S:
+                said = time.time()
+                crumb = asdict(Crumb(source=source, key=key, since=said))
+                text = json.dumps(crumb, ensure_ascii=False)
+                self._write(slot, text.encode()[:SLOT_BYTES])
+
         try:
-            self._write(slot, crumb.encode()[:SLOT_BYTES])
-            yield
+            alive()
+            yield alive
         finally:
             self._write(slot, b"")
             self._free.put(slot)

@@ -23,13 +23,15 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cache.layout import SpacePaths
 from cache.locks import wait_gone
+from cache.spec import ARRAY_OF, KINDS
 from cache.writer import Space
 from configs import UserError
 from encode.book import Book, TooManyFailures
 from encode.breadcrumbs import breadcrumb_file, read_crumbs
+from encode.present import Present
 from encode.setup import Setup
 from encode.suspects import Suspects, sentence
-from encode.tasks import Outcome, Registrar, SourceTask, Timings
+from encode.tasks import Outcome, Registrar, SourceTask, Timings, claim_id
 from encode.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -71,8 +73,7 @@ class SpaceRegistrar(Registrar):
 
     def __init__(self, paths: SpacePaths):
         space = Space.open(paths)
-        committed = (key for key, _ in space.keys("picture"))
-        super().__init__(committed, {"picture": space.next_shard("picture")})
+        super().__init__(Present.of(space).pictures, {k: space.next_shard(k) for k in KINDS})
 
 
 class _RemoteOffice:
@@ -291,13 +292,15 @@ class Cluster:
         committed = self._committed_by(slot.number)
         released = self._ask(self._registrar.release.remote(slot.number, committed))
         # Repeats of a suspect's bytes wait for its trial.
-        book.lost(slot.number, committed, set(released) - {crumb.key for crumb in crumbs})
+        on_trial = {claim_id(kind, crumb.key) for crumb in crumbs for kind in ARRAY_OF}
+        book.lost(slot.number, committed, set(released) - on_trial)
         log.warning(
             "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in suspects)
         )
         guilty, again = self._suspects.judge(suspects, slot.trying, hung=hung)
+        keys = {crumb.source: crumb.key for crumb in crumbs}
         for task in guilty:
-            book.fail(sentence(task, hung=hung))
+            book.fail(sentence(task, keys[task.source], hung=hung))
         new = self._new_slot()
         new.trials.extend([*again, *slot.trials])
         self._slots[self._slots.index(slot)] = new
@@ -305,7 +308,9 @@ class Cluster:
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))
-        return {key for kind, shard in shards for key, _ in self._space.shard_keys(kind, shard)}
+        # Of a clip some rows may be missing still: whoever gets it next will see which.
+        pictures = [shard for kind, shard in shards if kind == ARRAY_OF["picture"]]
+        return {key for shard in pictures for key, _ in self._space.shard_keys("picture", shard)}
 
     def _end(self) -> None:
         """End every process of this job."""

@@ -1,6 +1,10 @@
-"""Sources -> encoder inputs, in threads and in order, a few ahead of the encoder.
+"""Sources -> encoder inputs, in threads, a few ahead of the encoder.
 
-read + hash (threads) -> claim, a group at a time -> decode + prepare (threads)
+files: read + hash (threads) ---+
+URLs: download (encode.fetch) --+-> claim, a group at a time -> decode + prepare (threads)
+
+Files come out in the order they were put in, downloads as they arrive. A clip comes out in pieces, so that
+memory holds a few batches of frames however long it is.
 """
 
 from __future__ import annotations
@@ -10,42 +14,62 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from cache.tables import MediaRecord
+from cache.views import FULL, sample_times, time_view
 from encode.breadcrumbs import Breadcrumbs
-from encode.local import read_local, size_in_header, unreadable
-from encode.tasks import SourceTask
+from encode.download import Downloads
+from encode.fetch import is_url
+from encode.items import Item, Piece, Pixels, piece_of
+from encode.local import check_unchanged, hash_local, read_local, size_in_header, unreadable
+from encode.tasks import SourceTask, claim_id
 from model.media import BadMedia
+from model.video import frames, probe
 
 READ_GROUP = 16
 """Sources read, and claimed with one question, at a time."""
 
+PIECES_AHEAD = 2
+"""Pieces of one clip waiting for the encoder."""
 
-@dataclass(kw_only=True)
-class Item:
-    """One source on its way to the encoder."""
+POLL_S = 0.5
 
-    task: SourceTask
-    """What was asked for."""
-    record: MediaRecord
-    """What is known of it."""
-    data: bytes = b""
-    """Its bytes, until they are decoded."""
-    pixels: npt.NDArray[np.uint8] | None = None
-    """(S, S, 3) encoder input, unless it failed or is a duplicate."""
-    failure: tuple[str, str] | None = None
-    """Stage, and why."""
-    duplicate: bool = False
-    """Somebody else has, or had, these bytes to encode."""
-    read_s: float = 0.0
-    """Opening, reading, hashing."""
-    decode_s: float = 0.0
-    """Bytes to encoder input."""
+
+class Inputs(Protocol):
+    """What an intake is given by its worker."""
+
+    def claim(self, ids: Sequence[str]) -> list[bool]:
+        """Which of these media are ours to encode."""
+        ...
+
+    def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
+        """Which of a clip's views are to be encoded."""
+        ...
+
+    def decode(self, data: bytes) -> Image.Image:
+        """Bytes to picture; raises BadMedia."""
+        ...
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Picture to encoder input (S, S, 3)."""
+        ...
+
+    def our_error(self, error: Exception) -> str:
+        """What the ledger says of an error that is not the media's."""
+        ...
+
+
+class _Clip:
+    """A clip being decoded: what its thread has ready."""
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.pieces: queue.Queue[Piece] = queue.Queue(PIECES_AHEAD)
 
 
 class Intake:
@@ -53,43 +77,43 @@ class Intake:
 
     def __init__(
         self,
+        inputs: Inputs,
         *,
-        claim: Callable[[Sequence[str]], list[bool]],
-        decode: Callable[[bytes], Image.Image],
-        prepare: Callable[[Image.Image], npt.NDArray[np.uint8]],
-        our_error: Callable[[Exception], str],
         crumbs: Breadcrumbs,
+        downloads: Downloads,
         threads: int,
         ahead: int,
+        piece: int,
+        max_frames: int,
     ):
         """Start the threads.
 
         Args:
-            claim: which of these keys are ours to encode.
-            decode: bytes to picture; raises BadMedia.
-            prepare: picture to encoder input.
-            our_error: what the ledger says of an error that is not the media's.
+            inputs: the worker.
             crumbs: told what is being decoded.
+            downloads: gets what is not on this disk; closed with the intake.
             threads: for reading, and as many for decoding.
-            ahead: encoder inputs prepared ahead of the encoder.
+            ahead: sources decoded ahead of the encoder.
+            piece: frames of a clip that travel together.
+            max_frames: of one clip, at most.
         """
-        self._claim, self._decode, self._prepare_pixels = claim, decode, prepare
-        self._our_error, self._crumbs = our_error, crumbs
+        self._inputs, self._crumbs, self._downloads = inputs, crumbs, downloads
+        self._piece, self._max_frames = piece, max_frames
         self._readers = ThreadPoolExecutor(threads, "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
-        self._inbox: queue.SimpleQueue[SourceTask | None] = queue.SimpleQueue()
-        self._ready: queue.Queue[Future[Item] | BaseException] = queue.Queue(ahead)
-        self._next: Future[Item] | None = None
+        self._inbox: queue.SimpleQueue[SourceTask | Item | None] = queue.SimpleQueue()
+        self._ready: queue.Queue[Future[Piece] | _Clip | BaseException] = queue.Queue(ahead)
+        self._next: Future[Piece] | _Clip | None = None
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
 
     def put(self, task: SourceTask) -> None:
-        """Read and decode this, after what was put before."""
+        """Read and decode this, files after those put before."""
         self._inbox.put(task)
 
-    def get(self, timeout_s: float) -> Item | None:
-        """The next source in the order of `put`; None when it is not ready within the time.
+    def get(self, timeout_s: float) -> Piece | None:
+        """The next piece; None when it is not ready within the time.
 
         Raises:
             whatever `claim` raised.
@@ -101,15 +125,21 @@ class Intake:
                 if isinstance(found, BaseException):
                     raise found
                 self._next = found
-            item = self._next.result(timeout=max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            if isinstance(self._next, _Clip):
+                piece = self._next.pieces.get(timeout=left)
+            else:
+                piece = self._next.result(timeout=left)
         except (queue.Empty, TimeoutError):
             return None
-        self._next = None
-        return item
+        if piece.last:
+            self._next = None
+        return piece
 
     def close(self) -> None:
         """End the threads, and drop what they had."""
         self._open = False
+        self._downloads.close()
         self._inbox.put(None)
         while self._feeder.is_alive():  # it may be waiting for room
             while not self._ready.empty():
@@ -118,55 +148,152 @@ class Intake:
         self._readers.shutdown(cancel_futures=True)
         self._decoders.shutdown(cancel_futures=True)
 
+    # ---- reading
+
     def _feed(self) -> None:
         try:
             while group := self._next_group():
-                items = list(self._readers.map(self._read, group))
-                keys = [item.record.key for item in items if item.record.key is not None]
-                granted = iter(self._claim(keys) if keys else [])
+                tasks = [one for one in group if isinstance(one, SourceTask)]
+                for task in tasks:
+                    if is_url(task.source):
+                        self._downloads.start(task, self._inbox.put)
+                local = (task for task in tasks if not is_url(task.source))
+                items = list(self._readers.map(self._read, local))
+                arrived = (one for one in group if isinstance(one, Item))
+                items += self._readers.map(self._downloads.hash, arrived)
+                self._claim(items)
                 for item in items:
-                    item.duplicate = item.record.key is not None and not next(granted)
-                    self._ready.put(self._decoders.submit(self._prepare, item))
+                    self._submit(item)
         except BaseException as error:  # raised again by the thread that waits in `get`
             self._ready.put(error)
 
-    def _next_group(self) -> list[SourceTask]:
+    def _next_group(self) -> list[SourceTask | Item]:
         """Sources that are there to be read, at least one; none once the intake closes."""
-        group: list[SourceTask] = []
-        task = self._inbox.get()
-        while task is not None and self._open:
-            group.append(task)
+        group: list[SourceTask | Item] = []
+        one = self._inbox.get()
+        while one is not None and self._open:
+            group.append(one)
             if len(group) == READ_GROUP or self._inbox.empty():
                 return group
-            task = self._inbox.get()
+            one = self._inbox.get()
         return []
 
     def _read(self, task: SourceTask) -> Item:
         start = time.perf_counter()
         item = Item(task=task, record=MediaRecord(source=task.source, kind=task.kind))
         try:
-            item.data, item.record = read_local(task)
+            if task.kind == "picture":
+                item.data, item.record = read_local(task)
+            else:
+                item.data, item.record = Path(task.source), hash_local(task)
         except BadMedia as error:
             item.record, item.failure = unreadable(task), (error.stage, error.reason)
         item.read_s = time.perf_counter() - start
         return item
 
-    def _prepare(self, item: Item) -> Item:
+    def _claim(self, items: Sequence[Item]) -> None:
+        asked = [item for item in items if item.record.key is not None and item.failure is None]
+        ids = [claim_id(item.record.kind, item.record.key or "") for item in asked]
+        granted = self._inputs.claim(ids) if ids else []
+        for item, ours in zip(asked, granted, strict=True):
+            item.duplicate = not ours
+
+    def _submit(self, item: Item) -> None:
+        if item.task.kind == "picture" or item.failure is not None:
+            self._ready.put(self._decoders.submit(self._decode_picture, item))
+            return
+        clip = _Clip(item)
+        self._decoders.submit(self._decode_clip, clip)
+        self._ready.put(clip)
+
+    # ---- decoding
+
+    def _decode_picture(self, item: Item) -> Piece:
         start = time.perf_counter()
-        width, height = 0, 0
-        if item.duplicate:
-            width, height = size_in_header(item.data)
-        elif item.failure is None and self._open:
-            try:
-                with self._crumbs.decoding(item.task.source, item.record.key or ""):
-                    image = self._decode(item.data)
-                    item.pixels = self._prepare_pixels(image)
-                width, height = image.size
-            except BadMedia as error:
-                item.failure = (error.stage, error.reason)
-            except Exception as error:  # not the media's, so it counts against the failure budget
-                item.failure = ("encode", self._our_error(error))
-        item.record = replace(item.record, width=width, height=height)
-        item.data = b""
+        pixels: list[Pixels] = []
+        size = (0, 0)
+        if item.failure is None and self._open:
+            assert isinstance(item.data, bytes), "pictures are read whole"
+            if item.duplicate:
+                size = size_in_header(item.data)
+            else:
+                try:
+                    with self._crumbs.decoding(item.task.source, item.record.key or ""):
+                        image = self._inputs.decode(item.data)
+                        pixels.append(self._inputs.prepare(image))
+                    size = image.size
+                except BadMedia as error:
+                    item.failure = (error.stage, error.reason)
+                except Exception as error:  # not the media's: it counts against the budget
+                    item.failure = ("encode", self._inputs.our_error(error))
+        item.record = replace(item.record, width=size[0], height=size[1])
+        self._drop_bytes(item)
         item.decode_s = time.perf_counter() - start
-        return item
+        return piece_of(item, pixels, [FULL] * len(pixels), [None] * len(pixels), last=True)
+
+    def _decode_clip(self, clip: _Clip) -> None:
+        """Put a clip's pieces into its queue, the last one in any case."""
+        item, start, waited = clip.item, time.perf_counter(), 0.0
+        try:
+            with self._crumbs.decoding(item.task.source, item.record.key or "") as alive:
+                waited = self._decode_frames(clip, alive)
+            if isinstance(item.data, Path):
+                check_unchanged(item.data, item.record)
+        except BadMedia as error:
+            item.failure = (error.stage, error.reason)
+        except Exception as error:  # not the media's, so it counts against the failure budget
+            item.failure = ("encode", self._inputs.our_error(error))
+        self._drop_bytes(item)
+        item.decode_s = time.perf_counter() - start - waited
+        self._put(clip, piece_of(item, [], [], [], last=True), lambda: None)
+
+    def _decode_frames(self, clip: _Clip, alive: Callable[[], None]) -> float:
+        """Seconds it waited for the encoder."""
+        item = clip.item
+        info = probe(item.data, on_progress=alive)
+        item.record = replace(
+            item.record,
+            width=info.width,
+            height=info.height,
+            duration_s=info.duration_s,
+            note=info.note,
+        )
+        if item.duplicate:
+            return 0.0
+        times = sample_times(info.duration_s, self._max_frames)
+        named = {time_view(us): us for us in times}
+        assert item.record.key is not None, "a clip without a key"
+        missing = self._inputs.missing(item.record.key, list(named), again=item.task.again)
+        item.present = not missing
+        waited, got = 0.0, 0
+        pixels: list[Pixels] = []
+        views: list[str] = []
+        at: list[float | None] = []
+        for frame in frames(item.data, [named[v] for v in missing], info, on_progress=alive):
+            pixels.append(self._inputs.prepare(frame.image))
+            views.append(time_view(frame.wanted_us))
+            at.append(frame.time_s)
+            if len(pixels) == self._piece:
+                waited += self._put(clip, piece_of(item, pixels, views, at, last=False), alive)
+                pixels, views, at = [], [], []
+            got += 1
+        if pixels:
+            waited += self._put(clip, piece_of(item, pixels, views, at, last=False), alive)
+        if got < len(missing):
+            raise BadMedia(f"{got} of {len(missing)} frames could be decoded")
+        return waited
+
+    def _put(self, clip: _Clip, piece: Piece, alive: Callable[[], None]) -> float:
+        """Wait for room; seconds it took. The encoder's slowness is no hanging of this clip's."""
+        start = time.perf_counter()
+        while self._open:
+            try:
+                clip.pieces.put(piece, timeout=POLL_S)
+                break
+            except queue.Full:
+                alive()
+        return time.perf_counter() - start
+
+    def _drop_bytes(self, item: Item) -> None:
+        item.data = b""
+        item.release()

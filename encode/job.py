@@ -11,23 +11,35 @@ from dataclasses import replace
 import torch
 
 from cache.layout import CacheRoot
+from cache.spec import KINDS
 from cache.tables import read_media
 from cache.writer import Space
 from configs import UserError
 from encode.book import Book, Ledger
 from encode.breadcrumbs import clear_breadcrumbs
+from encode.cost import check_fits, describe, free_bytes, table
+from encode.fetch import FetchRules
 from encode.inline import Counter, run_inline
 from encode.machine import MEASURE_BATCHES, Crew, measure_speed
-from encode.plan import MediaCounter, Plan, check_fits, describe, free_bytes, make_plan, table
+from encode.plan import MediaCounter, Plan, make_plan
+from encode.present import Present
 from encode.report import Progress, closing_line, failure_line, stage_line
 from encode.setup import Setup
 from encode.signals import Interrupts
-from encode.tasks import VIEW, Timings
+from encode.tasks import Timings
 from encode.worker import Worker
 
 log = logging.getLogger(__name__)
 
-KIND = "picture"
+
+def share(rules: FetchRules, workers: int) -> FetchRules:
+    """One worker's part of what all of them may do at a time."""
+    return replace(
+        rules,
+        connections=max(1, rules.connections // workers),
+        per_host=max(1, rules.per_host // workers),
+        budget_bytes=max(rules.max_bytes, rules.budget_bytes // workers),
+    )
 
 
 class Job:
@@ -57,20 +69,22 @@ class Job:
         self.spec = self._encoder.spec(codec)
         self.device_type = self._encoder.device.type
         self.paths = root.space(self.spec.name)
-        self._present: set[str] = set()
+        self._present = Present()
         self._timings: Timings | None = None
 
-    def plan(self, *, rehash: bool) -> Plan:
+    def plan(self, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
         """What is to do. For a job that shall run: with the lock held, so that it stays true."""
+        most = self._setup.max_frames
         if self.paths.space_json.exists():
-            keys = Space.open(self.paths).keys(KIND)
-            self._present = {key for key, view in keys if view == VIEW}
+            self._present = Present.of(Space.open(self.paths), max_frames=most)
         return make_plan(
             self._counter.media,
             read_media(self._root),
             self._present,
             space=self.spec.name,
+            max_frames=most,
             rehash=rehash,
+            retry_failed=retry_failed,
         )
 
     def show(self, plan: Plan, *, always_measure: bool = False) -> float:
@@ -80,7 +94,7 @@ class Job:
             UserError: the disk cannot hold it; the table of what it could is printed before.
         """
         speed = None
-        if plan.todo and (always_measure or plan.new_keys > MEASURE_BATCHES * self.spec.batch_size):
+        if plan.todo and (always_measure or plan.rows > MEASURE_BATCHES * self.spec.batch_size):
             speed = measure_speed(self._encoder, self.spec, str(self._encoder.device))
         free = free_bytes(self._root.path)
         print(describe(plan, self.spec, samples=self._counter.samples, free=free, speed=speed))
@@ -90,19 +104,19 @@ class Job:
             print(table(plan, self.spec, free), flush=True)
             raise
         sys.stdout.flush()
-        return speed.seconds(plan.new_keys) if speed else 0.0
+        return speed.seconds(plan.rows) if speed else 0.0
 
     def open_space(self, plan: Plan) -> None:
         """Make the space if it is new, put right what a crash left, and enter what is missing."""
         self._space = Space.create(self._root, self.spec, self._encoder.load_info())
-        self._space.grow(KIND)
+        self._grow()
         for crumb in clear_breadcrumbs(self.paths):
             log.warning("an earlier job ended while it decoded %s", crumb.source)
         self._ledger = Ledger(self._root, secrets.token_hex(4))
-        for record in plan.missing:
+        for record in (*plan.missing, *plan.recognised):
             self._ledger.add(record)
         self._ledger.flush()
-        self._book = Book(plan.todo, already=self._present, tell=self._ledger.add)
+        self._book = Book(plan.todo, already=self._present.pictures, tell=self._ledger.add)
 
     def run(self, crew: Crew, token: str, interrupts: Interrupts, *, timeout_s: float) -> None:
         """Encode what is to do.
@@ -116,6 +130,7 @@ class Job:
             token=token,
             threads=crew.threads,
             torch_threads=crew.torch_threads,
+            fetch=share(self._setup.fetch, max(1, crew.workers)),
         )
         self._progress = Progress(self._book)
         try:
@@ -130,7 +145,8 @@ class Job:
             assert self._book.finished(), "a source is not accounted for"
 
     def _run_inline(self, interrupts: Interrupts) -> None:
-        registrar = Counter(self._present, {KIND: self._space.next_shard(KIND)}, self._update)
+        numbers = {kind: self._space.next_shard(kind) for kind in KINDS}
+        registrar = Counter(self._present.pictures, numbers, self._update)
         with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
             run_inline(self._book, worker, registrar, interrupts.stopping)
 
@@ -161,7 +177,11 @@ class Job:
     def _keep(self) -> None:
         """Enter what is final into the ledger, and let zarr.json cover it."""
         self._ledger.flush()
-        self._space.grow(KIND)
+        self._grow()
+
+    def _grow(self) -> None:
+        for kind in KINDS:
+            self._space.grow(kind)
 
     def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
         """Print what became of it; returns the exit code."""

@@ -2,9 +2,9 @@
 
 python -m encode.live --run demo --features cache --samples 16
 
-Pictures of a few samples are read from their files and encoded again. The model's loss on them is compared
-with its loss on the stored rows. It fails when the two are apart, so it also notices an encoder, a library
-or a machine that no longer computes what the space was made with.
+Pictures and clips of a few samples are read from their files and encoded again. The model's loss on them
+is compared with its loss on the stored rows. It fails when the two are apart, so it also notices an encoder,
+a library or a machine that no longer computes what the space was made with.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import configs
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
-from cache.tables import MediaRecord, Sample, dataset_names, read_media, read_samples
+from cache.spec import ARRAY_OF, FeatureSpec
+from cache.tables import MediaRecord, MediaRef, Sample, dataset_names, read_media, read_samples
+from cache.views import MAX_FRAMES, frame_views, sample_times
 from configs import UserError
+from encode.urls import is_url
+from model import video
 from model.load import find_run, load_final
-from model.media import decode_picture
+from model.media import BadMedia, decode_picture
 from model.packed import PackedBatch
 from model.quantize import pack, unpack
-from model.template import TokenizedSample, tokenize_messages
+from model.template import Message, clip_ids, fill_places, tokenize_messages
 from model.tokenizer import IMAGE, token_id
 from model.vision import VisionEncoder, rebuild_encoder
 
 PROG = "python -m encode.live"
-KIND = "picture"
 TOLERANCE = 0.01
 """Largest difference of the losses, relative. Where precision and library are the same it is 0."""
 
@@ -50,10 +55,14 @@ class Options:
     """File or folder with the encoder's weights, where they are not where they were."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps: where pictures are encoded."""
+    max_frames: int | None = None
+    """Frames of one clip, at most; as in the model's training when not given."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples {self.samples} is below 1")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"max_frames {self.max_frames} is below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +71,11 @@ class Comparison:
 
     samples: int
     pictures: int
+    """Pictures and frames looked at."""
+    clips: int
+    """Clips among their media."""
     same_rows: int
-    """Pictures whose newly encoded rows equal the stored ones to the bit."""
+    """Pictures and frames whose newly encoded rows equal the stored ones to the bit."""
     cached: float
     """On stored rows."""
     live: float
@@ -83,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = compare(options)
     agree = result.difference <= TOLERANCE
     print(
-        f"{result.samples} samples: {result.same_rows} of {result.pictures} pictures give the stored row "
+        f"{result.samples} samples: {result.same_rows} of {result.pictures} "
+        f"{'pictures and frames' if result.clips else 'pictures'} give the stored row "
         f"to the bit; loss before the codec's rounding {result.unrounded:.6f}\n"
         f"cached loss {'=' if agree else 'is not'} live loss: {result.cached:.6f} and {result.live:.6f} "
         f"(relative difference {result.difference:.1e})"
@@ -102,35 +115,45 @@ def compare(options: Options) -> Comparison:
     reader = FeatureReader(find_space(root, meta["space"]["name"]))
     spec = reader.spec
     ledger = read_media(root)
-    chosen = list(islice(_usable(root, reader, ledger), options.samples))
+    most = options.max_frames or meta.get("max_frames", MAX_FRAMES)
+    chosen = list(islice(_usable(root, reader, ledger, most), options.samples))
     if not chosen:
         raise UserError(
-            f"{reader.path}: no sample has all its features and a text; "
-            f"python -m encode.run --dataset NAME --features {options.features}"
+            f"{reader.path}: no sample has all its features, a text, and its media in files of this "
+            f"machine; python -m encode.run --dataset folder:PATH --features {options.features}"
         )
     encoder = rebuild_encoder(reader.load, spec, device=options.device, weights=options.weights)
-    image = token_id(tokenizer, IMAGE)
     losses = np.zeros(3)
-    weights, pictures, same = 0.0, 0, 0
+    weights, rows, same = 0.0, 0, 0
     for sample in chosen:
         messages = [(m.role, m.content, m.weight) for m in sample.messages]
-        text = tokenize_messages(tokenizer, messages, len(sample.media))
-        batch = alone(text, image, spec.tokens(KIND))
-        rows = stored_rows(reader, [ledger[ref.source] for ref in sample.media])
-        computed = encode_files(encoder, [ref.source for ref in sample.media])
-        again = pack(computed, spec.codec).rows.cpu()
-        pictures += len(rows)
-        same += int((rows == again).all(1).sum())
-        as_stored = (unpack(r, spec.codec, spec.tokens(KIND), spec.width) for r in (rows, again))
+        stored = [stored_media(reader, ref.kind, ledger[ref.source], most) for ref in sample.media]
+        computed = [
+            encode_file(encoder, ref, one) for ref, one in zip(sample.media, stored, strict=True)
+        ]
+        again = [pack(features, spec.codec).rows.cpu() for features in computed]
+        rows += sum(len(one.rows) for one in stored)
+        same += sum(
+            int((one.rows == new).all(1).sum()) for one, new in zip(stored, again, strict=True)
+        )
+        batch = alone(tokenizer, messages, stored, spec)
+        as_stored = [
+            [
+                unpack(codes, spec.codec, spec.tokens(one.array), spec.width)
+                for codes, one in zip(of, stored, strict=True)
+            ]
+            for of in ([one.rows for one in stored], again)
+        ]
         with torch.inference_mode():
-            for i, features in enumerate((*as_stored, computed.cpu())):
-                total, weight = vlm.loss(batch, features)
+            for i, features in enumerate((*as_stored, [one.cpu() for one in computed])):
+                total, weight = vlm.loss(batch, torch.cat([one.flatten(0, 1) for one in features]))
                 losses[i] += float(total)
         weights += float(weight)
     cached, live, unrounded = (losses / weights).tolist()
     return Comparison(
         samples=len(chosen),
-        pictures=pictures,
+        pictures=rows,
+        clips=sum(ref.kind == "video" for sample in chosen for ref in sample.media),
         same_rows=same,
         cached=cached,
         live=live,
@@ -139,19 +162,29 @@ def compare(options: Options) -> Comparison:
 
 
 def _usable(
-    root: CacheRoot, reader: FeatureReader, ledger: Mapping[str, MediaRecord]
+    root: CacheRoot, reader: FeatureReader, ledger: Mapping[str, MediaRecord], max_frames: int
 ) -> Iterator[Sample]:
-    """Samples with a text to predict, whose pictures are all in the space: from each data set in turn."""
+    """Samples with a text to predict, whose media are files and in the space: from each data set in turn.
+
+    What came from the web was encoded as it streamed by: there is nothing to look at again.
+    """
+
+    def is_here(ref: MediaRef) -> bool:
+        record = ledger.get(ref.source)
+        return (
+            record is not None
+            and record.key is not None
+            and not is_url(ref.source)
+            and len(rows := row_numbers(reader, ref.kind, record, max_frames)) > 0
+            and bool((rows >= 0).all())
+        )
 
     def of(dataset: str) -> Iterator[Sample]:
         for sample in read_samples(root, dataset):
-            found = [ledger.get(ref.source) for ref in sample.media]
-            keys = [record.key for record in found if record is not None and record.key]
             if (
-                keys
-                and len(keys) == len(sample.media)
-                and (reader.lookup(KIND, keys) >= 0).all()
+                sample.media
                 and any(m.role == "assistant" and m.weight > 0 for m in sample.messages)
+                and all(map(is_here, sample.media))
             ):
                 yield sample
 
@@ -165,10 +198,70 @@ def _usable(
                 yield sample
 
 
-def alone(text: TokenizedSample, image: int, tokens: int) -> PackedBatch:
-    """One sample as a batch: each `<image>` is `tokens` feature slots, nothing is shared."""
-    repeats = np.where(text.ids == image, tokens, 1)
-    ids = torch.from_numpy(np.repeat(text.ids, repeats).astype(np.int64))
+def row_numbers(
+    reader: FeatureReader, kind: str, record: MediaRecord, max_frames: int
+) -> npt.NDArray[np.int64]:
+    """Rows of all views a media has, -1 where there is none; empty for a clip of unknown length."""
+    if kind == "picture":
+        return reader.lookup(ARRAY_OF[kind], [record.key or ""])
+    if record.duration_s is None:
+        return np.empty(0, dtype=np.int64)
+    views = frame_views(record.duration_s, max_frames)
+    return reader.lookup_pairs(ARRAY_OF[kind], [record.key or ""] * len(views), views)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredMedia:
+    """What the space has of one picture or clip."""
+
+    array: str
+    """Where its rows are."""
+    asked_us: tuple[int, ...]
+    """Times its frames were asked for at, microseconds; empty for a picture."""
+    times_s: tuple[float, ...]
+    """When its frames really are, as stored; empty for a picture."""
+    rows: torch.Tensor
+    """(R, row_bytes) uint8: one for a picture, one a different frame for a clip."""
+
+
+def stored_media(
+    reader: FeatureReader, kind: str, record: MediaRecord, max_frames: int
+) -> StoredMedia:
+    """Read them; a frame that two times asked for stands once."""
+    array = ARRAY_OF[kind]
+    numbers = row_numbers(reader, kind, record, max_frames)
+    times: npt.NDArray[np.float64] = np.empty(0)
+    asked: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    if kind == "video":
+        assert record.duration_s is not None, "a clip without a length has no rows"
+        times = reader.times(array, numbers)
+        first = np.append(True, times[1:] != times[:-1])
+        asked = np.array(sample_times(record.duration_s, max_frames))[first]
+        numbers, times = numbers[first], times[first]
+    rows = np.empty((len(numbers), reader.spec.row_bytes(array)), np.uint8)
+    reader.read_into(array, numbers, rows)
+    return StoredMedia(
+        array=array,
+        asked_us=tuple(asked.tolist()),
+        times_s=tuple(times.tolist()),
+        rows=torch.from_numpy(rows),
+    )
+
+
+def alone(
+    tokenizer: Any, messages: Sequence[Message], media: Sequence[StoredMedia], spec: FeatureSpec
+) -> PackedBatch:
+    """One sample as a batch: nothing is shared, nothing left out."""
+    text = tokenize_messages(tokenizer, messages, len(media))
+    image = token_id(tokenizer, IMAGE)
+    contents = [
+        clip_ids(tokenizer, one.times_s, spec.tokens(one.array))
+        if one.times_s
+        else np.full(spec.tokens(one.array), image, dtype=np.int32)
+        for one in media
+    ]
+    filled, repeats = fill_places(text.ids, image, contents)
+    ids = torch.from_numpy(filled.astype(np.int64))
     weights = torch.from_numpy(np.repeat(text.weights, repeats))
     targets = weights.nonzero().squeeze(1)
     return PackedBatch(
@@ -182,30 +275,26 @@ def alone(text: TokenizedSample, image: int, tokens: int) -> PackedBatch:
     )
 
 
-def stored_rows(reader: FeatureReader, records: Sequence[MediaRecord]) -> torch.Tensor:
-    """(P, row_bytes) uint8 of these media."""
-    numbers = reader.lookup(KIND, [record.key for record in records if record.key])
-    rows = np.empty((len(numbers), reader.spec.row_bytes(KIND)), np.uint8)
-    reader.read_into(KIND, numbers, rows)
-    return torch.from_numpy(rows)
-
-
-def encode_files(encoder: VisionEncoder, paths: Sequence[str]) -> torch.Tensor:
-    """(P, M, V) float32 features of these files.
+def encode_file(encoder: VisionEncoder, ref: MediaRef, stored: StoredMedia) -> torch.Tensor:
+    """(R, M, V) float32 features of a file, the same views as are stored.
 
     Raises:
-        UserError: a file is not there any more.
+        UserError: it is not there any more, or cannot be decoded any more.
     """
-    pixels = []
-    for path in paths:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read to encode it again: {error.strerror}"
-            ) from None
-        pixels.append(encoder.prepare(decode_picture(data)))
-    return encoder.encode(np.stack(pixels), KIND)
+    path = Path(ref.source)
+    try:
+        if ref.kind == "video":
+            with path.open("rb"):
+                pass
+            found = video.frames(path, stored.asked_us, video.probe(path))
+            pixels = [encoder.prepare(frame.image) for frame in found]
+        else:
+            pixels = [encoder.prepare(decode_picture(path.read_bytes()))]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read to encode it again: {error.strerror}") from None
+    except BadMedia as error:
+        raise UserError(f"{path}: {error}; it has changed since it was encoded") from None
+    return encoder.encode(np.stack(pixels), stored.array)
 
 
 if __name__ == "__main__":

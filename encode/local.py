@@ -12,7 +12,10 @@ import io
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
 
 from PIL import Image
 
@@ -22,6 +25,9 @@ from model.media import FORMATS, BadMedia
 
 MAX_BYTES = 1 << 30
 """Larger files are refused: no picture we decode needs as much, and threads read several at once."""
+
+MAX_CLIP_BYTES = 1 << 40
+"""Clips are read twice instead: for their hash, then by the decoder."""
 
 TICK_S = 0.02
 """Linux stamps files with a clock of 1 to 10 ms (CONFIG_HZ), so two writes within that look alike."""
@@ -90,25 +96,64 @@ def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
     Raises:
         BadMedia: at stage fetch, when the file is missing or cannot be read.
     """
+    found: list[bytes] = []
+
+    def whole(file: FileIO) -> tuple[str, int]:
+        data = file.readall()
+        found[:] = [data]
+        return hashlib.sha256(data).hexdigest(), len(data)
+
+    record = _settled(task, MAX_BYTES, whole)
+    return found[0], record
+
+
+def hash_local(task: SourceTask) -> MediaRecord:
+    """The record of a file that may be too large for memory: as `read_local`, without the bytes.
+
+    Raises:
+        BadMedia: as `read_local`.
+    """
+
+    def streamed(file: FileIO) -> tuple[str, int]:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+    return _settled(task, MAX_CLIP_BYTES, streamed)
+
+
+def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, int]]) -> MediaRecord:
+    """Read a file that does not change meanwhile; `read` returns sha256 and length of what it read."""
     try:
         for _ in range(TRIES):
             # O_NONBLOCK: a named pipe would wait for a writer, for ever.
             fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
-                before = _regular(os.fstat(fd))
+            with FileIO(fd, "rb") as file:
+                before = _regular(os.fstat(fd), most)
                 wait_s = before.settle_s()
                 if wait_s > 0:
                     time.sleep(wait_s)
-                    before = _regular(os.fstat(fd))
-                data = file.readall()
-                if _regular(os.fstat(fd)) == before and len(data) == before.size:
+                    before = _regular(os.fstat(fd), most)
+                key, length = read(file)
+                if _regular(os.fstat(fd), most) == before and length == before.size:
                     trusted = before if wait_s >= 0 else replace(before, inode=0)
-                    return data, _record(task, data, trusted)
+                    return trusted.stamp(
+                        MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
+                    )
     except FileNotFoundError:
         raise BadMedia("no such file", "fetch") from None
     except (OSError, ValueError) as error:
         raise BadMedia(getattr(error, "strerror", None) or str(error), "fetch") from error
     raise BadMedia("the file changes while it is read", "fetch")
+
+
+def check_unchanged(path: Path, record: MediaRecord) -> None:
+    """A file that was read a second time is still the one `record` was made from.
+
+    Raises:
+        BadMedia: at stage fetch; what was read is nobody's.
+    """
+    now = identify(str(path))
+    if now is None or not now.matches(replace(record, inode=record.inode or now.inode)):
+        raise BadMedia("the file changes while it is read", "fetch")
 
 
 def unreadable(task: SourceTask) -> MediaRecord:
@@ -134,19 +179,9 @@ def size_in_header(data: bytes) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _regular(status: os.stat_result) -> Identity:
+def _regular(status: os.stat_result, most: int) -> Identity:
     if not stat.S_ISREG(status.st_mode):
         raise BadMedia("not a regular file", "fetch")
-    if status.st_size > MAX_BYTES:
-        raise BadMedia(f"{status.st_size} bytes, more than {MAX_BYTES}", "fetch")
+    if status.st_size > most:
+        raise BadMedia(f"{status.st_size} bytes, more than {most}", "fetch")
     return Identity.of(status)
-
-
-def _record(task: SourceTask, data: bytes, identity: Identity) -> MediaRecord:
-    record = MediaRecord(
-        source=task.source,
-        key=hashlib.sha256(data).hexdigest(),
-        kind=task.kind,
-        bytes=len(data),
-    )
-    return identity.stamp(record)

@@ -12,7 +12,7 @@ import torch
 
 from cache.spec import FeatureSpec
 from configs import UserError
-from encode.plan import DECODE_S, Speed
+from encode.cost import DECODE_S, Speed
 from encode.worker import Encoder
 
 INLINE_S = 120.0

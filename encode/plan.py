@@ -1,22 +1,26 @@
 """What a job has to do, and what that costs: counted before anything is started.
 
 A source is *reused* when the ledger knows its key, its file is still the one that was hashed, and the
-space has the row; a *known failure* when the ledger says so of that same file. Everything else is *to do*.
+space has all its rows; a *known failure* when the ledger says so of that same file. What a URL once gave
+counts as what it gives. Everything else is *to do*.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
-from cache.codec import CODECS
-from cache.spec import FeatureSpec
+from cache.spec import ARRAY_OF, FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Sample
-from configs import UserError
+from cache.views import MAX_FRAMES, frame_views
+from encode.fetch import is_url
 from encode.local import failed, identify
-from encode.tasks import OWN_STAGES, SourceTask
+from encode.present import VIDEO, Present
+from encode.tasks import OWN_STAGES, SourceTask, claim_id
 
 OWN_ATTEMPTS = 3
 """A picture our own code failed on is tried again by this many jobs."""
@@ -24,22 +28,22 @@ OWN_ATTEMPTS = 3
 OVERHEAD_BYTES = 160
 """Beside a row: its checksum and index entry, its line in the commit and in the media table."""
 
-SPARE_BYTES = 64 << 20
-"""What must stay free on the disk: tables, logs, and everybody else's."""
 
-POOLS = (1, 2, 3, 4)
-DECODE_S = 0.015
-"""Assumed: one picture of about 1 megapixel read and decoded by one core."""
-DISK_BYTES_S = 500e6
-"""Assumed: how fast a trainer reads rows back."""
+class Mention(NamedTuple):
+    """What samples say of a source."""
+
+    kind: str
+    """picture or video."""
+    sha256: str | None = None
+    """What its bytes hash to, if a data set says so."""
 
 
 class MediaCounter:
     """Passes samples through, and remembers the distinct media they mention, in order."""
 
     def __init__(self) -> None:
-        self.media: dict[str, str] = {}
-        """source -> kind."""
+        self.media: dict[str, Mention] = {}
+        """By source."""
         self.samples = 0
         """How many samples went through."""
 
@@ -52,8 +56,10 @@ class MediaCounter:
             yield sample
 
     def add(self, ref: MediaRef) -> None:
-        """Count one mention."""
-        self.media.setdefault(ref.source, ref.kind)
+        """Count one mention; the first that gives a hash is believed."""
+        known = self.media.get(ref.source)
+        if known is None or (known.sha256 is None and ref.sha256 is not None):
+            self.media[ref.source] = Mention(sys.intern(ref.kind), ref.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,79 +68,158 @@ class Plan:
 
     todo: tuple[SourceTask, ...] = ()
     """To read, and to encode unless the bytes turn out to be known."""
-    new_keys: int = 0
-    """Rows at most: of the media to do, those not known to share their bytes."""
+    new_rows: Mapping[str, int] = field(default_factory=dict)
+    """Array -> rows at most: of the media to do, those not known to share their bytes."""
     unread: int = 0
-    """Media to do whose key is not known yet."""
+    """Media to do whose key, or length, is not known yet."""
     reused: int = 0
     """In the space already."""
     known_failures: int = 0
     """In the ledger as failed, and unchanged since."""
     missing: tuple[MediaRecord, ...] = field(default=(), repr=False)
     """Newly found to be no file: for the ledger."""
+    recognised: tuple[MediaRecord, ...] = field(default=(), repr=False)
+    """URLs whose bytes are in the space by the hash their data set gives: for the ledger, and reused."""
 
     @property
     def media(self) -> int:
         """All of them."""
         return len(self.todo) + self.reused + self.known_failures + len(self.missing)
 
+    @property
+    def rows(self) -> int:
+        """Rows at most, of all arrays."""
+        return sum(self.new_rows.values())
+
+    @property
+    def downloads(self) -> int:
+        """Media to do that are not on this disk."""
+        return sum(is_url(task.source) for task in self.todo)
+
     def bytes_needed(self, spec: FeatureSpec) -> int:
         """On the disk, at most."""
-        return self.new_keys * (spec.row_bytes("picture") + OVERHEAD_BYTES)
+        return sum(n * (spec.row_bytes(a) + OVERHEAD_BYTES) for a, n in self.new_rows.items())
 
 
 def make_plan(
-    media: Mapping[str, str],
+    media: Mapping[str, Mention],
     ledger: Mapping[str, MediaRecord],
-    present: Collection[str],
+    present: Present,
     *,
     space: str,
+    max_frames: int = MAX_FRAMES,
     rehash: bool = False,
+    retry_failed: bool = False,
 ) -> Plan:
     """Sort media by what is to happen to them.
 
     Args:
-        media: source -> kind.
+        media: what samples mention, by source.
         ledger: source -> what is known of it.
-        present: keys in the space.
+        present: the rows of the space.
         space: its name.
+        max_frames: of one clip.
         rehash: read every file again, whatever its stamps say.
+        retry_failed: try known failures again.
     """
+    counted = _Counted(present, max_frames)
+    by_key = {r.key: r for r in ledger.values() if r.status == "ok" and r.width}
     todo: list[SourceTask] = []
     missing: list[MediaRecord] = []
-    keys: set[str] = set()
-    reused = known_failures = unread = 0
-    for source, kind in media.items():
+    recognised: list[MediaRecord] = []
+    reused = known_failures = 0
+    for source, mention in media.items():
         record = ledger.get(source)
-        identity = identify(source)
-        if identity is None:
-            if record is not None and record.key in present:
+        web = is_url(source)
+        identity = None if web else identify(source)
+        if record is not None and record.kind != mention.kind:
+            record = None  # it was read as something else
+        here = record is not None and present.has(record.kind, record.key, record.duration_s)
+        if identity is None and not web:
+            if here:
                 reused += 1  # the file is gone, its features are here
             elif record is not None and record.stage == "fetch":
                 known_failures += 1
             else:
-                missing.append(_missing(source, kind, record))
+                missing.append(_missing(source, mention.kind, record))
             continue
-        same = record is not None and not rehash and identity.matches(record)
-        if record is not None and same and record.key in present:
+        same = record is not None and (
+            identity is None or (not rehash and identity.matches(record))
+        )
+        if web and record is not None and mention.sha256 not in (None, record.key):
+            # Other bytes than the data set means, unless they never came: to be asked for, and verified.
+            same, here = same and record.status == "failed", False
+        twin = by_key.get(mention.sha256) if web and not here else None
+        if same and here:
             reused += 1
-        elif record is not None and same and _given_up(record, space):
+        elif twin is not None and present.has(mention.kind, twin.key, twin.duration_s):
+            recognised.append(replace(twin, source=source, attempts=1))
+            reused += 1
+        elif same and record is not None and _given_up(record, space) and not retry_failed:
             known_failures += 1
         else:
-            attempts = record.attempts if record and same and record.status == "failed" else 0
-            todo.append(SourceTask(source=source, kind=kind, attempts=attempts))
-            if record is not None and same and record.key is not None:
-                keys.add(record.key)
-            else:
-                unread += 1
+            known = record if same else None
+            todo.append(_task(source, mention, known))
+            counted.add(mention, known)
     return Plan(
-        todo=tuple(todo),
-        new_keys=len(keys) + unread,
-        unread=unread,
+        todo=spread(todo),
+        new_rows=counted.rows,
+        unread=counted.unread,
         reused=reused,
         known_failures=known_failures,
         missing=tuple(missing),
+        recognised=tuple(recognised),
     )
+
+
+class _Counted:
+    """Rows that media to do will become, at most."""
+
+    def __init__(self, present: Present, max_frames: int):
+        self.rows: Counter[str] = Counter()
+        self.unread = 0
+        self._present, self._max_frames = present, max_frames
+        self._keys: set[str] = set()
+
+    def add(self, mention: Mention, known: MediaRecord | None) -> None:
+        key = (known.key if known else None) or mention.sha256
+        sure = known is not None and known.key is not None
+        rows = 1
+        if mention.kind == VIDEO:
+            rows = self._max_frames
+            sure = sure and known is not None and known.duration_s is not None
+            if sure and known is not None and known.key is not None:
+                views = frame_views(known.duration_s or 0.0, self._max_frames)
+                rows = len(self._present.missing(known.key, views))
+        self.unread += not sure
+        if key is None or claim_id(mention.kind, key) not in self._keys:
+            self.rows[ARRAY_OF[mention.kind]] += rows
+        if key is not None:
+            self._keys.add(claim_id(mention.kind, key))
+
+
+def _task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTask:
+    return SourceTask(
+        source=source,
+        kind=mention.kind,
+        attempts=known.attempts if known and known.status == "failed" else 0,
+        sha256=mention.sha256,
+        key=known.key if known and is_url(source) else None,
+    )
+
+
+def spread(tasks: Sequence[SourceTask]) -> tuple[SourceTask, ...]:
+    """The same tasks, those of one web host far apart: a host takes only a few requests at a time.
+
+    Files stay in their order, since neighbours on disk are read faster.
+    """
+    turns: Counter[str] = Counter()
+    order = []
+    for number, task in enumerate(tasks):
+        host = urlsplit(task.source).netloc if is_url(task.source) else ""
+        order.append((turns[host] if host else number, number))
+        turns[host] += 1
+    return tuple(tasks[number] for _, number in sorted(order))
 
 
 def _missing(source: str, kind: str, record: MediaRecord | None) -> MediaRecord:
@@ -150,145 +235,3 @@ def _given_up(record: MediaRecord, space: str) -> bool:
     if record.stage not in OWN_STAGES:
         return True
     return (record.error or "").startswith(f"{space}: ") and record.attempts >= OWN_ATTEMPTS
-
-
-# ---- what it costs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How fast this machine encodes."""
-
-    batch_s: float
-    """Seconds one batch takes, on one device or on all cores."""
-    batch_size: int
-    """Pictures in it."""
-    devices: int
-    """GPUs that work side by side; 1 on a CPU."""
-    cores: int
-    """CPU cores that decode."""
-    shared: bool
-    """Whether encoding and decoding compete for the same cores."""
-    how: str
-    """Where the figure comes from, for the reader."""
-
-    def seconds(self, pictures: int) -> float:
-        """How long a number of pictures takes, reading and decoding included."""
-        encode = self.batch_s / self.batch_size / self.devices
-        decode = DECODE_S / self.cores
-        return pictures * (encode + decode if self.shared else max(encode, decode))
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space on the disk that holds, or will hold, `folder`."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: Speed | None) -> str:
-    """The plan as it is printed before a job starts."""
-    needed = plan.bytes_needed(spec)
-    failures = plan.known_failures + len(plan.missing)
-    before = f"{failures} failed before" + (" or missing" if plan.missing else "")
-    stored = (
-        f"{size_text(spec.row_bytes('picture'))} a picture ({spec.codec}, pool {spec.pool_picture})"
-    )
-    lines = [
-        f"space    {spec.name}: {spec.tokens('picture')} tokens x {spec.width}, {stored}",
-        f"media    {plan.media} in {samples} samples: {len(plan.todo)} to do, {plan.reused} reused, {before}",
-        f"rows     {_at_most(plan)}{plan.new_keys}, one view each",
-        f"disk     {_at_most(plan)}{size_text(needed)} needed, {size_text(free)} free",
-    ]
-    if speed is not None and plan.todo:
-        total = speed.seconds(plan.new_keys)
-        lines.append(f"time     {about(total)} ({speed.how})")
-        lines.append(f"pays     {break_even(plan, spec, speed)}")
-    return "\n".join(lines)
-
-
-def _at_most(plan: Plan) -> str:
-    return "at most " if plan.unread else ""
-
-
-def break_even(plan: Plan, spec: FeatureSpec, speed: Speed) -> str:
-    """After how many passes over the pictures caching is cheaper than encoding anew each time."""
-    live = speed.seconds(plan.new_keys)
-    read = plan.bytes_needed(spec) / DISK_BYTES_S
-    if live <= read:
-        return "not in time: this encoder is as fast as reading its features back"
-    passes = live / (live - read)
-    return (
-        f"from pass {int(passes) + 1} on: encoding live costs {time_text(live)} a pass, reading back "
-        f"{time_text(read)} (at {size_text(int(DISK_BYTES_S))}/s, assumed)"
-    )
-
-
-def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
-    """Refuse a job the disk cannot hold, with what it could.
-
-    Raises:
-        UserError: names the codec and pooling of the best features that fit, and all that do.
-    """
-    if plan.bytes_needed(spec) + SPARE_BYTES <= free or not plan.todo:
-        return
-    fitting = [
-        (size, variant)
-        for variant in variants(spec)
-        if (size := plan.bytes_needed(variant)) + SPARE_BYTES <= free
-    ]
-    fitting.sort(key=lambda pair: -pair[0])
-    choices = ", ".join(
-        f"--codec {v.codec} --pool {v.pool_picture} ({size_text(size)})" for size, v in fitting
-    )
-    way_out = f"what would fit: {choices}" if choices else "no codec and pooling would fit"
-    raise UserError(
-        f"the job needs {size_text(plan.bytes_needed(spec))}, {size_text(free)} free; {way_out}; or put "
-        "the cache elsewhere with --features DIR, or take fewer samples with --limit N"
-    )
-
-
-def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
-    """Bytes by codec and pooling, what fits marked: printed with a refusal."""
-    rows = variants(spec)
-    pools = sorted({v.pool_picture for v in rows})
-    lines = ["codec   " + "".join(f"{f'pool {pool}':>14}" for pool in pools)]
-    for codec in CODECS:
-        cells = []
-        for variant in (v for v in rows if v.codec == codec):
-            size = plan.bytes_needed(variant)
-            fits = "fits" if size + SPARE_BYTES <= free else "-"
-            cells.append(f"{size_text(size) + ' ' + fits:>14}")
-        lines.append(f"{codec:<8}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def variants(spec: FeatureSpec) -> Sequence[FeatureSpec]:
-    """The same features under every codec and every pooling the grid allows."""
-    pools = [pool for pool in POOLS if spec.grid % pool == 0 and (pool == 1 or not spec.keep_cls)]
-    return [replace(spec, codec=codec, pool_picture=pool) for codec in CODECS for pool in pools]
-
-
-def size_text(size: float) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
-
-
-def about(seconds: float) -> str:
-    """An estimate for people."""
-    return time_text(seconds) if seconds < 1 else f"about {time_text(seconds)}"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 1:
-        return "under a second"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86400:.1f} days"

@@ -2,6 +2,8 @@
 
 encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
 encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
+
+An image is a view here: a picture, or one frame of a clip.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import time
 from typing import TextIO
 
 from encode.book import Book
-from encode.plan import about
+from encode.cost import about
 from encode.tasks import Timings
 
 WINDOW_S = 60.0
@@ -35,8 +37,8 @@ class Progress:
     def update(self, timings: Timings) -> None:
         """Print a line if it is time for one; `timings` of all workers."""
         now = time.monotonic()
-        # Pictures are counted when they are encoded, long before their shard is committed.
-        done = max(self._book.settled, min(timings.pictures, self._book.total))
+        # Media are counted when they are encoded, long before their shard is committed.
+        done = max(self._book.settled, min(timings.media, self._book.total))
         self._mark(timings.span_s, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
@@ -83,7 +85,7 @@ def closing_line(
     *, encoded: int, reused: int, failed: int, seconds: float, timings: Timings | None
 ) -> str:
     """The last line of a job. `timings` None: there was nothing to do."""
-    rate = f"{encoded / timings.span_s:.1f}" if timings is not None and timings.span_s else "0"
+    rate = f"{timings.rows / timings.span_s:.1f}" if timings is not None and timings.span_s else "0"
     bound = timings.bound() if timings is not None and encoded else "none"
     return (
         f"encoded={encoded} reused={reused} failed={failed} images/s={rate} bound={bound} "
@@ -101,6 +103,6 @@ def stage_line(timings: Timings) -> str:
 
 
 def failure_line(failures: dict[str, int], features: str) -> str:
-    """How many pictures could not be used, and where to read why."""
+    """How many media could not be used, and where to read why."""
     stages = ", ".join(f"{count} at {stage}" for stage, count in sorted(failures.items()))
     return f"failed   {stages}; each with its reason: python -m cache.ls --failures --features {features}"

@@ -1,30 +1,33 @@
 """Packed rows -> committed shards, in a thread of its own, so that the disk never waits for the encoder.
 
 A full disk ends the job: what is committed stays, what is in the open shard is done again. Any other
-refusal of the disk costs that shard's pictures, which go to the ledger at stage `write`.
+refusal of the disk costs that shard's media, which go to the ledger at stage `write`. A clip's rows stand
+side by side: where they no longer fit into the open shard, a new one is begun.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from cache.spec import ARRAY_OF
 from cache.tables import MediaRecord
 from cache.writer import ShardWriter, Space
 from configs import UserError
 from encode.local import failed
-from encode.tasks import VIEW, Outcome, SourceTask
+from encode.tasks import Outcome, SourceTask
 
 ROWS_AHEAD = 64
-"""Rows waiting for the disk: 75 MB of the largest ones."""
+"""Rows waiting for the disk: 75 MB of the largest ones. One clip may have more."""
 
 POLL_S = 0.5
 
@@ -47,18 +50,41 @@ def disk_full(error: OSError, where: object) -> DiskFull | None:
 class Row:
     """One packed row on its way to the disk."""
 
-    task: SourceTask
-    """Where it came from."""
-    record: MediaRecord
-    """What the ledger will say once it is committed."""
+    view: str
+    """Which view of its media."""
+    time_s: float | None
+    """Where in its video, seconds; None for pictures."""
     payload: npt.NDArray[np.uint8]
     """(row_bytes,) as stored."""
     lost: float
     """Relative error of the row codec."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All new rows of one media."""
+
+    task: SourceTask
+    """Where they came from."""
+    record: MediaRecord
+    """What the ledger will say once they are committed."""
+    rows: list[Row]
+    """At least one, in time order."""
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """A shard being filled."""
+
+    shard: ShardWriter
+    since: float
+    """When it was begun, monotonic seconds."""
+    groups: list[Group] = field(default_factory=list)
+    """Media whose last row is in it."""
+
+
 class RowWriter:
-    """Fills shards, one after another. `put`, `commit`, `check`, `close` belong to one thread."""
+    """Fills shards, one an array at a time. `put`, `commit`, `check`, `close` belong to one thread."""
 
     def __init__(
         self,
@@ -80,21 +106,24 @@ class RowWriter:
         """
         self._space, self._next_shard, self._fence, self._done = space, next_shard, fence, done
         self._commit_every_s = commit_every_s
-        self._queue: queue.Queue[Row | threading.Event | None] = queue.Queue(ROWS_AHEAD)
-        self._shard: ShardWriter | None = None
-        self._kind = ""
-        self._opened = 0.0
-        self._rows: list[Row] = []  # in the open shard
+        self._queue: queue.SimpleQueue[Group | threading.Event | None] = queue.SimpleQueue()
+        self._room = threading.Condition()
+        self._waiting = 0  # rows in the queue
+        self._open: dict[str, _Open] = {}  # by array
+        self._current: Group | None = None  # being appended
         self._error: BaseException | None = None
         self.seconds = 0.0
         """Spent appending and committing."""
         self._thread = threading.Thread(target=self._loop, name="write", daemon=True)
         self._thread.start()
 
-    def put(self, row: Row) -> None:
-        """Write this row soon."""
+    def put(self, group: Group) -> None:
+        """Write these rows soon."""
         self.check()
-        self._queue.put(row)
+        with self._room:
+            self._room.wait_for(lambda: self._waiting < ROWS_AHEAD)
+            self._waiting += len(group.rows)
+        self._queue.put(group)
 
     def commit(self) -> None:
         """Return once everything put so far is committed."""
@@ -118,72 +147,88 @@ class RowWriter:
             try:
                 item = self._queue.get(timeout=POLL_S)
             except queue.Empty:
-                self._guard(self._commit_if_due)
+                self._guard(self._commit_old)
                 continue
             if item is None:
                 self._drop()
                 return
             start = time.perf_counter()
             if isinstance(item, threading.Event):
-                self._guard(self._commit)
+                self._guard(self._commit_all)
                 item.set()
-            elif self._error is None:
-                self._rows.append(item)
-                self._guard(self._append, item)
+            else:
+                with self._room:
+                    self._waiting -= len(item.rows)
+                    self._room.notify()
+                self._current = item
+                self._guard(functools.partial(self._append, item))
+                self._current = None
+                self._guard(self._commit_old)
             self.seconds += time.perf_counter() - start
 
-    def _guard(self, step: Callable[..., None], *args: Row) -> None:
-        """Run one step; what it raises is kept for `check`, or costs the open shard."""
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run one step; what it raises is kept for `check`, or costs the open shards."""
         if self._error is not None:
             return
         try:
-            step(*args)
+            step()
         except OSError as error:
             self._error = disk_full(error, self._space.paths.root)
-            rows = self._drop()
+            groups = self._drop()
             if self._error is None:
                 why = f"{self._space.spec.name}: {error.strerror or error}"
-                for row in rows:
-                    record = failed(row.record, row.task.attempts, "write", why)
-                    self._done(Outcome(task=row.task, result="failed", record=record))
+                for group in groups:
+                    record = failed(group.record, group.task.attempts, "write", why)
+                    self._done(Outcome(task=group.task, result="failed", record=record))
         except BaseException as error:  # `check` raises it in the worker's own thread
             self._error = error
             self._drop()
 
-    def _append(self, row: Row) -> None:
-        if self._shard is not None and self._kind != row.task.kind:
-            self._rows.pop()
-            self._commit()
-            self._rows.append(row)
-        if self._shard is None:
-            self._kind, self._opened = row.task.kind, time.monotonic()
-            number = self._next_shard(self._kind)
-            self._shard = ShardWriter(self._space, self._kind, number, self._fence)
-        assert row.record.key is not None, "a row without a key"
-        self._shard.append(row.record.key, VIEW, row.payload.data, error=row.lost)
-        if self._shard.full:
-            self._commit()
-        else:
-            self._commit_if_due()
+    def _append(self, group: Group) -> None:
+        array = ARRAY_OF[group.record.kind]
+        key, rows = group.record.key, group.rows
+        assert key is not None, "rows without a key"
+        if (begun := self._open.get(array)) is not None:
+            wholly = len(rows) <= self._space.rows_per_shard(array)
+            if wholly and len(rows) > begun.shard.left:
+                self._commit(array)
+        for number, row in enumerate(rows, 1):
+            here = self._open.get(array) or self._begin(array)
+            here.shard.append(key, row.view, row.payload.data, time_s=row.time_s, error=row.lost)
+            if number == len(rows):
+                here.groups.append(group)
+                self._current = None
+            if here.shard.full:
+                self._commit(array)
 
-    def _commit_if_due(self) -> None:
-        if self._shard is not None and time.monotonic() - self._opened > self._commit_every_s:
-            self._commit()
+    def _begin(self, array: str) -> _Open:
+        shard = ShardWriter(self._space, array, self._next_shard(array), self._fence)
+        self._open[array] = _Open(shard=shard, since=time.monotonic())
+        return self._open[array]
 
-    def _commit(self) -> None:
-        if self._shard is None:
-            return
-        self._shard.commit()
-        self._shard = None
-        for row in self._rows:
-            self._done(Outcome(task=row.task, result="ok", record=row.record))
-        self._rows = []
+    def _commit_old(self) -> None:
+        for array, here in list(self._open.items()):
+            if time.monotonic() - here.since > self._commit_every_s:
+                self._commit(array)
 
-    def _drop(self) -> list[Row]:
-        """Forget the open shard; returns its rows."""
-        shard, self._shard = self._shard, None
-        rows, self._rows = self._rows, []
-        if shard is not None:
+    def _commit_all(self) -> None:
+        for array in list(self._open):
+            self._commit(array)
+
+    def _commit(self, array: str) -> None:
+        here = self._open[array]
+        here.shard.commit()
+        del self._open[array]
+        for group in here.groups:
+            self._done(Outcome(task=group.task, result="ok", record=group.record))
+
+    def _drop(self) -> list[Group]:
+        """Forget the open shards; returns the media that were in them."""
+        groups = [group for here in self._open.values() for group in here.groups]
+        if self._current is not None:
+            groups.append(self._current)
+        for here in self._open.values():
             with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
-                shard.abort()
-        return rows
+                here.shard.abort()
+        self._open, self._current = {}, None
+        return groups

@@ -1,7 +1,10 @@
 """Encode data sets into the feature cache: every picture once, however many data sets and runs use it.
 
 python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
-python -m encode.run --dataset folder:photos                  # your pictures, CLIP ViT-L/14@336
+python -m encode.run --dataset folder:photos                  # your pictures and clips, CLIP ViT-L/14@336
+python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
+python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
+python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
 python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
 python -m encode.run --list                                   # data sets by name
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +27,11 @@ from typing import Literal
 import configs
 from cache.layout import CacheRoot
 from cache.locks import DriverLock
-from cache.tables import dataset_names, read_samples, write_samples
+from cache.tables import dataset_names, media_sizes, read_samples, write_samples
+from cache.views import MAX_FRAMES
 from configs import UserError
+from encode.fetch import FetchRules
+from encode.fetch_only import fetch_only
 from encode.plan import MediaCounter
 from encode.row_writer import disk_full
 from encode.setup import COMMIT_EVERY_S, Setup
@@ -33,6 +40,7 @@ from encode.sources.folder import FolderDataset
 from model.encoder_config import encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
+COUNTS = ("max_frames", "connections", "connections_per_host", "fetch_tries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,26 @@ class Options:
     """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
     features: Path = Path("cache")
     """Folder of the feature cache."""
+    source: Path | None = None
+    """Folder of downloaded lists, one folder a data set (PixMo), instead of the hub."""
+    max_frames: int = MAX_FRAMES
+    """Frames of one clip: 2 a second, or so many evenly where that is more."""
+    keep_media: Path | None = None
+    """Keep what is downloaded in this folder, and look there before asking a server."""
+    fetch_only: bool = False
+    """Download into --keep-media, and stop: no encoder is loaded."""
+    retry_failed: bool = False
+    """Try again what the ledger has as failed."""
+    allow_private: bool = False
+    """Also fetch from addresses of private networks and of this machine."""
+    connections: int = FetchRules.connections
+    """Downloads at a time, all workers together."""
+    connections_per_host: int = FetchRules.per_host
+    """Of these, to one host."""
+    fetch_timeout_s: float = FetchRules.read_s
+    """A server may be silent so long; a whole download may take three times that."""
+    fetch_tries: int = FetchRules.tries
+    """Times a server is asked when what went wrong may pass."""
     limit: int | None = None
     """Take only the first N samples of each data set; the data set is these until it is encoded again."""
     rehash: bool = False
@@ -73,14 +101,20 @@ class Options:
     """A shard is committed after this long even if it is not full: the most work a crash can lose."""
 
     def __post_init__(self) -> None:
-        for name in ("pool", "limit", "threads"):
+        for name in (*COUNTS, "pool", "limit", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
         if isinstance(self.workers, int) and self.workers < 0:
             raise ValueError(f"--workers {self.workers}: must be 0 or more, or auto")
-        if self.timeout_s <= 0 or self.commit_every_s < 0:
-            raise ValueError("--timeout-s and --commit-every-s are seconds, above 0")
+        if min(self.timeout_s, self.fetch_timeout_s) <= 0 or self.commit_every_s < 0:
+            raise ValueError(
+                "--timeout-s, --fetch-timeout-s, --commit-every-s are seconds, above 0"
+            )
+        if self.fetch_only and self.keep_media is None:
+            raise ValueError(
+                "--fetch-only keeps what it downloads: say where with --keep-media DIR"
+            )
         if not self.dataset and not self.list:
             raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
 
@@ -100,7 +134,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(root: CacheRoot, options: Options, start: float) -> int:
     """The whole job, step by step; returns the exit code."""
-    counter = keep_samples(root, options)
+    datasets = open_datasets(options.dataset, root.path, options.source)
+    counter = keep_samples(root, datasets, options)
+    if options.fetch_only:
+        assert options.keep_media is not None, "refused before"
+        keep = options.keep_media.expanduser().absolute()
+        rules, again = fetch_rules(options), options.retry_failed
+        return fetch_only(root, counter.media, rules, keep, retry_failed=again)
 
     # torch takes 3 s to import: not for --list, --help or a wrong path.
     from encode.job import Job
@@ -108,12 +148,13 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     from encode.signals import Interrupts
 
     job = Job(root, counter, codec=options.codec, setup=setup_of(options))
+    anew = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
-        job.show(job.plan(rehash=options.rehash), always_measure=True)
+        job.show(job.plan(**anew), always_measure=True)
         return 0
     interrupts = Interrupts()
     with DriverLock(job.paths, holder()) as lock:
-        plan = job.plan(rehash=options.rehash)
+        plan = job.plan(**anew)
         seconds = job.show(plan)
         job.open_space(plan)
         if plan.todo:
@@ -126,14 +167,17 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
             )
             with interrupts:
                 job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
+        # Points in pixels become words only now that the sizes of the pictures are known.
+        keep_samples(root, [d for d in datasets if d.needs_sizes], options)
         return job.close(plan, time.monotonic() - start, interrupts)
 
 
-def keep_samples(root: CacheRoot, options: Options) -> MediaCounter:
+def keep_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Options) -> MediaCounter:
     """Bring the samples tables up to date (not with --plan), and count the media they mention."""
     counter = MediaCounter()
-    for dataset in open_datasets(options.dataset, root.path):
-        samples = counter.watch(islice(dataset.samples(), options.limit))
+    sizes = media_sizes(root) if any(d.needs_sizes for d in datasets) else {}
+    for dataset in datasets:
+        samples = counter.watch(islice(dataset.samples(sizes), options.limit))
         if options.plan:
             for _ in samples:
                 pass
@@ -161,10 +205,26 @@ def setup_of(options: Options) -> Setup:
     """How workers are made, as far as it is known before there is a space."""
     return Setup(
         config=encoder_config(options.encoder, pool_picture=options.pool),
+        max_frames=options.max_frames,
+        fetch=fetch_rules(options),
+        keep=options.keep_media.expanduser().absolute() if options.keep_media else None,
         device=options.device,
         random_weights=options.random_weights,
         weights=options.weights,
         commit_every_s=options.commit_every_s,
+    )
+
+
+def fetch_rules(options: Options) -> FetchRules:
+    """How servers are asked, all workers together."""
+    return FetchRules(
+        connections=options.connections,
+        per_host=options.connections_per_host,
+        connect_s=min(FetchRules.connect_s, options.fetch_timeout_s),
+        read_s=options.fetch_timeout_s,
+        total_s=3 * options.fetch_timeout_s,
+        tries=options.fetch_tries,
+        allow_private=options.allow_private,
     )
 
 
@@ -180,9 +240,13 @@ def listing() -> str:
     rows = [(name, entry.about or entry.path) for name, entry in entries.items()]
     rows += [(name, f"group: {', '.join(members)}") for name, members in groups.items()]
     rows.append(
-        ("folder:PATH", "a folder of pictures, with metadata.jsonl for captions or questions")
+        (
+            "folder:PATH",
+            "a folder of pictures and clips, with metadata.jsonl for captions or questions",
+        )
     )
-    return "\n".join(f"{name:<16} {about}" for name, about in rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {about}" for name, about in rows)
 
 
 if __name__ == "__main__":

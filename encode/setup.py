@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache.views import MAX_FRAMES
+from encode.fetch import FetchRules
 from model.encoder_config import EncoderConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ class Setup:
     """For reading, and as many for decoding."""
     torch_threads: int | None = None
     """Cores of one worker's forward pass; None: as torch thinks best."""
+    max_frames: int = MAX_FRAMES
+    """Of one clip, at most."""
+    fetch: FetchRules = field(default_factory=FetchRules)
+    """How servers are asked, by each worker."""
+    keep: Path | None = None
+    """Where downloaded bytes are kept, and looked for; None: they are not."""
     commit_every_s: float = COMMIT_EVERY_S
     """A shard that fills slowly is committed at this age: the most work a crash can lose."""
     space: Path = Path()

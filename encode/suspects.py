@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cache.tables import MediaRecord
 from configs import UserError
-from encode.local import failed, read_local, unreadable
+from encode.fetch import is_url
+from encode.local import failed, hash_local, unreadable
 from encode.tasks import SourceTask
 from model.media import BadMedia
 
@@ -62,11 +64,13 @@ class Suspects:
             )
 
 
-def sentence(task: SourceTask, *, hung: bool) -> MediaRecord:
-    """The ledger's record of a guilty media, with its key: it stands until the file changes."""
+def sentence(task: SourceTask, key: str, *, hung: bool) -> MediaRecord:
+    """The ledger's record of a guilty media: it stands until its file changes, or has another `key`."""
     try:
-        _, record = read_local(task)
+        record = hash_local(task)
     except BadMedia:
         record = unreadable(task)
+        if is_url(task.source):
+            record = replace(record, key=key or None)
     how = "hung its worker, alone too" if hung else "killed its worker, alone too"
     return failed(record, task.attempts, "decode", how)

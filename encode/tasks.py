@@ -13,23 +13,31 @@ from typing import Literal, Protocol
 
 from cache.tables import MediaRecord
 
-VIEW = "full"
-"""The one view of a picture, so far."""
-
 OWN_STAGES = ("encode", "write")
 """Failures at these stages are ours; the others are the media's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceTask:
     """One source to bring into the space."""
 
     source: str
-    """Absolute path."""
+    """Absolute path or URL."""
     kind: str = "picture"
-    """The array its rows go to."""
+    """picture or video."""
     attempts: int = 0
     """Failures before this one, as the ledger counts them."""
+    sha256: str | None = None
+    """What its bytes hash to, where the data set says so."""
+    key: str | None = None
+    """What they hashed to when the ledger last saw them: where kept bytes are found."""
+    again: bool = False
+    """Whether another worker of this job had it, and may have committed a part."""
+
+
+def claim_id(kind: str, key: str) -> str:
+    """What is claimed. The same bytes as a picture and as a video are two things to encode."""
+    return key if kind == "picture" else f"{kind}:{key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +46,9 @@ class Outcome:
 
     task: SourceTask
     """Which one."""
-    result: Literal["ok", "failed", "duplicate"]
-    """ok: its row is committed. duplicate: somebody else has, or had, the same bytes to do."""
+    result: Literal["ok", "present", "failed", "duplicate"]
+    """ok: its rows are committed. present: all of them were there before. duplicate: somebody else has,
+    or had, the same bytes to do."""
     record: MediaRecord
     """For the ledger. Of a duplicate: what it will say once the other one is in the space."""
 
@@ -48,10 +57,12 @@ class Outcome:
 class Timings:
     """What a worker did so far. Seconds of threads add up; those of the encode loop do not overlap."""
 
-    pictures: int = 0
+    media: int = 0
     """Encoded, committed or not yet."""
+    rows: int = 0
+    """Views of them: one a picture, one a frame."""
     read_s: float = 0.0
-    """Opening, reading and hashing, all threads together."""
+    """Opening, reading and hashing, all threads together; of downloads, a connection's share."""
     decode_s: float = 0.0
     """Bytes to encoder input, all threads together."""
     wait_s: float = 0.0

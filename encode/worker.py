@@ -5,10 +5,11 @@
     outcomes += worker.flush()          # everything encoded is committed now
     worker.close()
 
-    intake: read, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
+    intake: read, download, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
 
-Batches have one fixed shape and cross the borders of tasks. A source is `ok` only once its shard is
-committed. Order and company change nothing in a row, so a killed job and its repetition end alike.
+Batches have one fixed shape and cross the borders of tasks; pictures and frames have one each. A source is
+`ok` only once all its rows are committed. Order and company change nothing in a row, so a killed job and its
+repetition end alike.
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
 from cache.layout import SpacePaths
 from cache.locks import WorkerLease
-from cache.spec import FeatureSpec
+from cache.spec import ARRAY_OF, FeatureSpec
 from cache.writer import Space
 from configs import UserError
 from encode.breadcrumbs import Breadcrumbs, breadcrumb_file
-from encode.intake import Intake, Item
+from encode.download import Downloads
+from encode.fetch import is_url
+from encode.intake import Intake
+from encode.items import Item, Piece, Pixels
 from encode.local import failed
-from encode.row_writer import Row, RowWriter
+from encode.present import Present
+from encode.row_writer import Group, Row, RowWriter
 from encode.setup import Setup
 from encode.tasks import Office, Outcome, SourceTask, Timings
 from model.media import decode_picture
@@ -49,13 +53,39 @@ class Encoder(Protocol):
         """How it makes features, stored by `codec`."""
         ...
 
-    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+    def prepare(self, image: Image.Image) -> Pixels:
         """RGB picture -> (S, S, 3)."""
         ...
 
-    def encode(self, pixels: npt.NDArray[np.uint8], kind: str = "picture") -> torch.Tensor:
+    def encode(self, pixels: Pixels, kind: str = "picture") -> torch.Tensor:
         """(n, S, S, 3) -> (n, tokens, width), in the one batch shape whatever n is."""
         ...
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    """One media between decoding and writing."""
+
+    item: Item
+    rows: list[Row] = field(default_factory=list)
+    taken: int = 0
+    """Views put into a batch so far."""
+    encoded: int = 0
+    """Of these, how many have left it."""
+    ended: bool = False
+    """No more views come."""
+    failure: tuple[str, str] | None = None
+    """Stage, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _View:
+    """One encoder input in a batch."""
+
+    work: _Work
+    pixels: Pixels
+    name: str
+    time_s: float | None
 
 
 class Worker:
@@ -86,16 +116,19 @@ class Worker:
         self._encoder, self._office, self._number = encoder, office, number
         self._batch_size = self.space.spec.batch_size
         self._ahead = max(2 * self._batch_size, 4 * setup.threads)
+        self._web_ahead = self._ahead + 2 * setup.fetch.connections
+        self._present = Present.of(self.space, max_frames=setup.max_frames)
+        self._max_frames = setup.max_frames
         self._crumbs = Breadcrumbs(breadcrumb_file(paths, number), setup.threads)
         self._done: deque[Outcome] = deque()
         self._intake = Intake(
-            claim=lambda keys: office.claim(number, keys),
-            decode=self.decode,
-            prepare=encoder.prepare,
-            our_error=self._our_error,
+            self,
             crumbs=self._crumbs,
+            downloads=Downloads(setup.fetch, setup.keep),
             threads=setup.threads,
             ahead=self._ahead,
+            piece=self._batch_size,
+            max_frames=setup.max_frames,
         )
         self._writer = RowWriter(
             self.space,
@@ -104,8 +137,9 @@ class Worker:
             done=self._done.append,
             commit_every_s=setup.commit_every_s,
         )
-        self._under_way = 0  # sources taken up and not yet in a batch
-        self._batch: list[Item] = []
+        self._under_way = 0  # sources taken up and not yet wholly in batches
+        self._work: _Work | None = None  # the source whose pieces are coming
+        self._batches: dict[str, list[_View]] = {array: [] for array in ARRAY_OF.values()}
         self._timings = Timings()
         self._going, self._reported = True, 0.0
 
@@ -131,7 +165,9 @@ class Worker:
         for task in tasks:
             self._intake.put(task)
         self._under_way += len(tasks)
-        while self._under_way > self._ahead and self._go_on():
+        # Downloads wait for servers, so many more are begun than there is room for decoded pictures.
+        web = any(is_url(task.source) for task in tasks)
+        while self._under_way > (self._web_ahead if web else self._ahead) and self._go_on():
             self._pull()
         return self._take_done()
 
@@ -144,7 +180,8 @@ class Worker:
         while self._under_way and self._go_on():
             self._pull()
         if self._going:
-            self._encode()
+            for array in self._batches:
+                self._encode(array)
         self._writer.commit()
         self._office.report(self._number, self.timings())
         return self._take_done()
@@ -160,64 +197,103 @@ class Worker:
         self._crumbs.close()
         self._lease.__exit__(None, None, None)
 
+    # ---- what the intake asks, from its threads
+
+    def claim(self, ids: Sequence[str]) -> list[bool]:
+        """Which of these media this worker shall encode."""
+        return self._office.claim(self._number, ids)
+
+    def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
+        """Which of a clip's views are not in the space."""
+        if again:  # of a worker that is gone: it may have committed some since this one looked
+            self._present = Present.of(self.space, max_frames=self._max_frames)
+        return self._present.missing(key, views)
+
     def decode(self, data: bytes) -> Image.Image:
         """Bytes to picture; a test may put another in its place."""
         return decode_picture(data)
 
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Picture to encoder input."""
+        return self._encoder.prepare(image)
+
+    def our_error(self, error: Exception) -> str:
+        """In one line that begins with the space's name: of another space it says nothing."""
+        text = " ".join(str(error).split())[:200]
+        return f"{self.space.spec.name}: {type(error).__name__}: {text}"
+
+    # ---- pieces -> batches -> rows
+
     def _pull(self) -> None:
-        """Bring one source from the intake into the batch; encode the batch when it is full."""
+        """Bring one piece from the intake into its batch; encode the batch when it is full."""
         start = time.perf_counter()
-        item = self._intake.get(timeout_s=REPORT_EVERY_S)
+        piece = self._intake.get(timeout_s=REPORT_EVERY_S)
         self._timings.wait_s += time.perf_counter() - start
-        if item is None:
+        if piece is not None:
+            self._take(piece)
+
+    def _take(self, piece: Piece) -> None:
+        item = piece.item
+        work = self._work or _Work(item=item)
+        self._work = None if piece.last else work
+        array = ARRAY_OF[item.task.kind]
+        for pixels, name, time_s in zip(piece.pixels, piece.views, piece.times, strict=True):
+            work.taken += 1
+            self._batches[array].append(_View(work=work, pixels=pixels, name=name, time_s=time_s))
+            if len(self._batches[array]) == self._batch_size:
+                self._encode(array)
+        if not piece.last:
             return
         self._under_way -= 1
         self._timings.read_s += item.read_s
         self._timings.decode_s += item.decode_s
-        if item.failure is not None:
-            self._fail(item, *item.failure)
-        elif item.duplicate:
-            self._done.append(Outcome(task=item.task, result="duplicate", record=item.record))
-        else:
-            if self._batch and self._batch[0].task.kind != item.task.kind:
-                self._encode()
-            self._batch.append(item)
-            if len(self._batch) == self._batch_size:
-                self._encode()
+        work.ended, work.failure = True, item.failure or work.failure
+        self._end(work)
 
-    def _encode(self) -> None:
-        """Pixels of the batch -> packed rows, to the writer."""
-        batch, self._batch = self._batch, []
+    def _encode(self, array: str) -> None:
+        """Pixels of a batch -> packed rows."""
+        batch, self._batches[array] = self._batches[array], []
         if not batch:
             return
         start = time.perf_counter()
         try:
-            pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
-            features = self._encoder.encode(pixels, batch[0].task.kind)
+            features = self._encoder.encode(np.stack([view.pixels for view in batch]), array)
             packed = pack(features, self.space.spec.codec)
             rows = packed.rows.cpu().numpy()
         except RuntimeError as error:  # what torch raises, out of memory included
-            for item in batch:
-                self._fail(item, "encode", self._our_error(error))
-            return
-        finite, lost = packed.finite.tolist(), packed.error.tolist()
-        for item, row, sound, loss in zip(batch, rows, finite, lost, strict=True):
-            if sound:
-                self._writer.put(Row(task=item.task, record=item.record, payload=row, lost=loss))
-            else:
-                self._fail(item, "encode", f"{self.space.spec.name}: the features hold NaN or Inf")
-        self._timings.clipped += packed.clipped
-        self._timings.pictures += len(batch)
+            for view in batch:
+                view.work.failure = ("encode", self.our_error(error))
+        else:
+            finite, lost = packed.finite.tolist(), packed.error.tolist()
+            for view, row, sound, loss in zip(batch, rows, finite, lost, strict=True):
+                found = Row(view=view.name, time_s=view.time_s, payload=row, lost=loss)
+                view.work.rows.append(found)
+                if not sound:
+                    what = f"{self.space.spec.name}: the features hold NaN or Inf"
+                    view.work.failure = ("encode", what)
+            self._timings.clipped += packed.clipped
+            self._timings.rows += len(batch)
         self._timings.encode_s += time.perf_counter() - start
+        for view in batch:
+            view.work.encoded += 1
+        for work in dict.fromkeys(view.work for view in batch):
+            self._end(work)
 
-    def _fail(self, item: Item, stage: str, why: str) -> None:
-        record = failed(item.record, item.task.attempts, stage, why)
-        self._done.append(Outcome(task=item.task, result="failed", record=record))
-
-    def _our_error(self, error: Exception) -> str:
-        """In one line that begins with the space's name: of another space it says nothing."""
-        text = " ".join(str(error).split())[:200]
-        return f"{self.space.spec.name}: {type(error).__name__}: {text}"
+    def _end(self, work: _Work) -> None:
+        """Hand a media's rows on, all at once, when the last one is there."""
+        if not work.ended or work.encoded < work.taken:
+            return
+        item = work.item
+        if work.failure is not None:
+            record = failed(item.record, item.task.attempts, *work.failure)
+            self._done.append(Outcome(task=item.task, result="failed", record=record))
+        elif item.duplicate:
+            self._done.append(Outcome(task=item.task, result="duplicate", record=item.record))
+        elif item.present:
+            self._done.append(Outcome(task=item.task, result="present", record=item.record))
+        else:
+            self._timings.media += 1
+            self._writer.put(Group(task=item.task, record=item.record, rows=work.rows))
 
     def _go_on(self) -> bool:
         """Report now and then; False when the job stops. Raises what the writer met."""

@@ -2,246 +2,34 @@
 
 python -m encode.run --dataset demo --encoder demo --workers 2
 
-Four data sets, in the roles that PixMo's have: `demo-captions`, `demo-points` (counting, pointing),
-`demo-questions` (colour, shape, place) about single drawings; `demo-dialogues` about several at once.
-A drawing is a pure function of its number and configs/demo.yaml, and so is every byte of its file:
-shapes are rasterised here by plain arithmetic and the PNG is not compressed, since both Pillow's shapes
-and zlib's output differ between versions, and other bytes are another picture, perhaps held out here and
-trained on there. What is asked has one right answer, which nothing in the question gives away.
+Five data sets, in the roles that PixMo's have: `demo-captions`, `demo-points` (counting, pointing),
+`demo-questions` (colour, shape, place) about single drawings; `demo-dialogues` about several at once;
+and `demo-clips` about short films (see `encode.sources.demo_clips`).
+What is drawn is in `encode.sources.demo_world`. What is asked has one right answer, which nothing in the
+question gives away.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
-import struct
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-import configs
 from cache.tables import MediaRef, Message, Sample
 from configs import UserError, nearest
+from encode.sources import demo_clips
+from encode.sources.demo_world import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things
 
-DRAWING = 1
-"""Version of what `draw` makes: raised when the same numbers would give other bytes."""
-
-COLOURS = {
-    "red": (214, 40, 40),
-    "blue": (40, 80, 220),
-    "green": (40, 160, 60),
-    "yellow": (240, 200, 30),
-    "purple": (140, 50, 180),
-    "black": (30, 30, 30),
-}
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
-NUMBERS = ("one", "two", "three", "four", "five")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-SIZES = (0.38, 0.46)
-"""Radius of a shape, in cells."""
-TINT = 12
-"""A shape's colour is off its name's by at most this, in each channel."""
-LOSS_WEIGHTS = {"caption": 0.2, "point": 0.5}
+LOSS_WEIGHTS = {"caption": 0.5}
 """Of the long answers, which would drown the short ones."""
-POINT_STEP = 20
-"""Coordinates run from 0 to 1000 and are given to the nearest multiple of this."""
-
-Mask = npt.NDArray[np.bool_]
-Grid = npt.NDArray[np.float64]
-
-
-# ---- what there is
-
-
-def _circle(x: Grid, y: Grid) -> Mask:
-    return np.asarray(x * x + y * y <= 1)
-
-
-def _square(x: Grid, y: Grid) -> Mask:
-    return np.asarray(np.maximum(abs(x), abs(y)) <= 0.86)
-
-
-def _triangle(x: Grid, y: Grid) -> Mask:
-    return np.asarray((y <= 0.85) & (y >= 2 * abs(x) * 0.925 - 1))
-
-
-def _cross(x: Grid, y: Grid) -> Mask:
-    arms = np.minimum(abs(x), abs(y))
-    return np.asarray((arms <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1))
-
-
-def _ring(x: Grid, y: Grid) -> Mask:
-    distance = x * x + y * y
-    return np.asarray((distance <= 1) & (distance >= 0.36))
-
-
-SHAPES: dict[str, Callable[[Grid, Grid], Mask]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
-}
-"""Each covers points (x, y) of the square from -1 to 1, y downwards."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """What is drawn: `world` in configs/demo.yaml."""
-
-    pictures: int
-    """Drawings, held-out ones included."""
-    seed: int = 0
-    """Of everything in them."""
-    side: int = 96
-    """Side of a drawing, pixels."""
-    per_kind: int = 2
-    """Questions of each kind about one drawing, at most."""
-    dialogues: int = 400
-    """Conversations about several drawings."""
-    dialogue_pictures: int = 4
-    """Drawings in each."""
-
-    def __post_init__(self) -> None:
-        for name in ("pictures", "per_kind", "dialogues"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 24 <= self.side <= 256:
-            raise ValueError(f"side {self.side} is not between 24 and 256 pixels")
-        if not 2 <= self.dialogue_pictures <= min(len(ORDINALS), self.pictures):
-            raise ValueError(
-                f"dialogue_pictures {self.dialogue_pictures} is not between 2 and {len(ORDINALS)}, "
-                "or more than there are"
-            )
-
-    @staticmethod
-    def load() -> World:
-        """The world of configs/demo.yaml."""
-        return configs.build(World, configs.load("demo")["world"], "configs/demo.yaml: world")
-
-    @property
-    def id8(self) -> str:
-        """Of what decides the drawings: other drawings are other files."""
-        drawn = {"drawing": DRAWING, "seed": self.seed, "side": self.side}
-        return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thing:
-    """One shape in a drawing."""
-
-    colour: str
-    shape: str
-    cell: int
-    """Number of its cell, row by row."""
-    x: float
-    """Centre, in drawings' widths from the left."""
-    y: float
-    """Centre, in drawings' heights from the top."""
-    radius: float
-    """In drawings' widths."""
-    rgb: tuple[int, int, int]
-    """Its own tint of the colour."""
-
-    @property
-    def name(self) -> str:
-        """As questions call it."""
-        return f"{self.colour} {self.shape}"
-
-    @property
-    def place(self) -> str:
-        """As answers call its cell."""
-        row, column = divmod(self.cell, len(COLUMNS))
-        return f"{ROWS[row]} {COLUMNS[column]}"
-
-    @property
-    def points(self) -> str:
-        """As pointing answers it: Molmo2's html-v2, coordinates from 0 to 1000."""
-        x, y = (POINT_STEP * round(1000 * at / POINT_STEP) for at in (self.x, self.y))
-        return f'<points coords="1 1 {x} {y}">{self.name}</points>'
-
-
-def things(world: World, number: int) -> tuple[Thing, ...]:
-    """The one to five shapes of a drawing, row by row."""
-    rng = random.Random(f"{world.seed} things {number}")  # noqa: S311
-    cells = sorted(rng.sample(range(len(ROWS) * len(COLUMNS)), rng.randint(1, len(NUMBERS))))
-    result = []
-    for cell in cells:
-        row, column = divmod(cell, len(COLUMNS))
-        colour = rng.choice(list(COLOURS))
-        radius = rng.uniform(*SIZES)
-        slack = 0.5 - radius  # a shape stays within its cell
-        result.append(
-            Thing(
-                colour=colour,
-                shape=rng.choice(list(SHAPES)),
-                cell=cell,
-                x=(column + 0.5 + rng.uniform(-slack, slack)) / len(COLUMNS),
-                y=(row + 0.5 + rng.uniform(-slack, slack)) / len(ROWS),
-                radius=radius / len(COLUMNS),
-                rgb=_tint(rng, COLOURS[colour]),
-            )
-        )
-    return tuple(result)
-
-
-def _tint(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, c + rng.randint(-TINT, TINT))) for c in rgb)
-    return red, green, blue
-
-
-# ---- drawings
-
-
-def draw(world: World, number: int) -> bytes:
-    """The PNG file of a drawing."""
-    rng = random.Random(f"{world.seed} paper {number}")  # noqa: S311
-    palette = [_tint(rng, (243, 243, 243))]
-    pixels = np.zeros((world.side, world.side), np.uint8)
-    at = (np.arange(world.side) + 0.5) / world.side
-    for thing in things(world, number):
-        x, y = np.meshgrid((at - thing.x) / thing.radius, (at - thing.y) / thing.radius)
-        pixels[SHAPES[thing.shape](x, y)] = len(palette)
-        palette.append(thing.rgb)
-    return png(pixels, palette)
-
-
-def png(pixels: npt.NDArray[np.uint8], palette: Sequence[tuple[int, int, int]]) -> bytes:
-    """A PNG of palette indices (height, width), uncompressed."""
-    height, width = pixels.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # 0: no filter
-    parts = range(0, len(rows), 0xFFFF)
-    blocks = b"".join(
-        struct.pack("<BHH", at == parts[-1], len(part), len(part) ^ 0xFFFF) + part
-        for at in parts
-        for part in [rows[at : at + 0xFFFF]]
-    )
-    data = b"\x78\x01" + blocks + struct.pack(">I", zlib.adler32(rows))
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
-        b"PLTE": bytes(value for rgb in palette for value in rgb),
-        b"IDAT": data,
-        b"IEND": b"",
-    }
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks.items()
-    )
 
 
 # ---- what is asked
-
-
-Exchange = tuple[str, str, str]
-"""Kind of question, question, answer."""
 
 
 def captions(shown: Sequence[Thing]) -> list[Exchange]:
@@ -285,7 +73,8 @@ def some(rng: random.Random, exchanges: Sequence[Exchange], most: int) -> list[E
 
 ASKED = {"demo-captions": captions, "demo-points": points, "demo-questions": questions}
 DIALOGUES = "demo-dialogues"
-NAMES = (*ASKED, DIALOGUES)
+CLIPS = "demo-clips"
+NAMES = (*ASKED, DIALOGUES, CLIPS)
 
 
 # ---- the data sets
@@ -293,7 +82,7 @@ NAMES = (*ASKED, DIALOGUES)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataset:
-    """One of the four. `samples()` first draws what is not there yet."""
+    """One of NAMES. `samples()` first draws what is not there yet."""
 
     name: str
     """One of NAMES."""
@@ -301,6 +90,9 @@ class DemoDataset:
     """Where the drawings are."""
     world: World
     """What they show."""
+
+    needs_sizes: ClassVar[bool] = False
+    """Nothing here depends on them."""
 
     @staticmethod
     def open(name: str, features: Path) -> DemoDataset:
@@ -316,9 +108,13 @@ class DemoDataset:
         world = World.load()
         return DemoDataset(name=name, folder=features / "demo" / world.id8, world=world)
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(
+        self,
+        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
+    ) -> Iterator[Sample]:
         """All samples, drawing by drawing."""
-        yield from self._dialogues() if self.name == DIALOGUES else self._single_pictures()
+        special = {DIALOGUES: self._dialogues, CLIPS: self._clips}
+        yield from special.get(self.name, self._single_pictures)()
 
     def _single_pictures(self) -> Iterator[Sample]:
         ask = ASKED[self.name]
@@ -359,12 +155,31 @@ class DemoDataset:
                 task="dialogue",
             )
 
+    def _clips(self) -> Iterator[Sample]:
+        for number in range(self.world.clips):
+            path = self._file(f"{number:05}.y4m", partial(demo_clips.film, self.world, number))
+            media = (MediaRef(source=path, kind="video"),)
+            for i, (kind, question, told) in enumerate(demo_clips.asked(self.world, number)):
+                yield Sample(
+                    id=f"{number:05}-{i}",
+                    dataset=self.name,
+                    messages=(
+                        Message(role="user", content=question),
+                        Message(role="assistant", content=told),
+                    ),
+                    media=media,
+                    task=kind,
+                )
+
     def picture(self, number: int) -> MediaRef:
         """The file of a drawing, made if it is not there whole."""
-        path = self.folder / f"{number:05}.png"
+        return MediaRef(source=self._file(f"{number:05}.png", partial(draw, self.world, number)))
+
+    def _file(self, name: str, make: Callable[[], bytes]) -> str:
+        path = self.folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(draw(self.world, number))
+            partial.write_bytes(make())
             partial.replace(path)
-        return MediaRef(source=str(path))
+        return str(path)

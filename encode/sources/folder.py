@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set, with captions, questions or whole conversations if it has them.
+"""A folder of pictures and clips as a data set, with captions, questions or whole conversations.
 
 python -m encode.run --dataset folder:photos
 
@@ -7,10 +7,11 @@ With `metadata.jsonl` at its top, each line is one sample (paths are relative to
     {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image>CAPTION_PROMPT
     {"file": "a.jpg", "question": "Which animal?", "answer": "A cat."}
     {"files": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "Compare."}, ...]}
+    {"file": "a.mp4", "caption": "A cat wakes up."}                a clip, by the end of its name
     {"file": "a.jpg"}                                              the picture alone
 
-Without it every picture below the folder is a sample of its own without text: it is encoded, and there
-is nothing in it to train on. Hidden files, and folders reached through links, are left out. A picture
+Without it every picture and clip below the folder is a sample of its own without text: it is encoded, and
+there is nothing in it to train on. Hidden files, and folders reached through links, are left out. A file
 that a line names but that is not there stays in its sample; the encode job puts it into the ledger.
 """
 
@@ -24,21 +25,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cache.tables import ROLES, MediaRef, Message, Sample
 from configs import UserError, nearest
+from model.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
 IMAGE = "<image>"
 CAPTION_PROMPT = "Describe this picture."
 """What the user asks when a line has a caption; always the same words, so that runs can be compared."""
+CLIP_PROMPT = "Describe this video."
+"""The same for a clip."""
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What counts as a picture by its name; what it really is shows when it is decoded."""
+"""What counts as a picture by its name; what it really is shows when it is decoded. VIDEO_SUFFIXES are
+clips; anything else that a line names is taken for a picture."""
 
 _KEYS = ("file", "files", "caption", "question", "answer", "messages", "weight")
 _TEXTS = ("caption", "question", "messages")
@@ -59,6 +64,9 @@ class FolderDataset:
     leave_out: Path
     """Not searched for pictures: the feature cache, should it lie within."""
 
+    needs_sizes: ClassVar[bool] = False
+    """Nothing here depends on them."""
+
     @staticmethod
     def open(path: str, *, name: str | None, leave_out: Path) -> FolderDataset:
         """The folder at `path`.
@@ -73,11 +81,14 @@ class FolderDataset:
         name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "folder"
         return FolderDataset(name=name, folder=folder, leave_out=leave_out.resolve())
 
-    def samples(self) -> Iterator[Sample]:
-        """One sample a line of metadata.jsonl, or one a picture, sorted by path.
+    def samples(
+        self,
+        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
+    ) -> Iterator[Sample]:
+        """One sample a line of metadata.jsonl, or one a picture or clip, sorted by path.
 
         Raises:
-            UserError: a line that cannot be used (file:line), a path that leaves the folder, no pictures.
+            UserError: a line that cannot be used (file:line), a path that leaves the folder, no media.
         """
         metadata = self.folder / METADATA
         found = False
@@ -85,8 +96,9 @@ class FolderDataset:
             found = True
             yield sample
         if not found:
-            what = f"{metadata}: no lines" if metadata.exists() else f"{self.folder}: no pictures"
-            raise UserError(f"{what} (known by name: {', '.join(sorted(SUFFIXES))})")
+            what = f"{metadata}: no lines" if metadata.exists() else f"{self.folder}: no media"
+            known = ", ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
+            raise UserError(f"{what} (known by name: {known})")
 
     def _pictures(self) -> Iterator[Sample]:
         for path in _walk(self.folder, self.leave_out):
@@ -98,7 +110,7 @@ class FolderDataset:
                     _inside(self.folder, relative)
                 except _BadLineError as error:
                     raise UserError(f"{path}: {error}") from None
-            media = (MediaRef(source=str(path)),)
+            media = (media_ref(str(path)),)
             yield Sample(id=relative, dataset=self.name, messages=(), media=media)
 
     def _listed(self, metadata: Path) -> Iterator[Sample]:
@@ -117,15 +129,23 @@ class FolderDataset:
                     id=f"{first}#{times_named[first]}",
                     dataset=self.name,
                     messages=messages,
-                    media=tuple(MediaRef(source=source) for source in sources),
+                    media=tuple(map(media_ref, sources)),
                     weight=weight,
                     task=task,
                 )
                 times_named[first] += 1
 
 
+def media_ref(source: str) -> MediaRef:
+    """A file as a sample mentions it: picture or clip by its name."""
+    clip = Path(source).suffix.lower() in VIDEO_SUFFIXES
+    return MediaRef(source=source, kind="video" if clip else "picture")
+
+
 def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
-    """Pictures below `folder`, sorted, folder by folder."""
+    """Pictures and clips below `folder`, sorted, folder by folder."""
+
+    known = SUFFIXES | VIDEO_SUFFIXES
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -133,7 +153,7 @@ def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if f[0] != "." and Path(here, f) != leave_out)
         for file in sorted(files):
-            if file[0] != "." and Path(file).suffix.lower() in SUFFIXES:
+            if file[0] != "." and Path(file).suffix.lower() in known:
                 yield Path(here, file)
 
 
@@ -162,6 +182,7 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
     if not isinstance(value, dict):
         raise _BadLineError(f"expected an object in braces, found {type(value).__name__}")
     files = _files(value)
+    first = files[0] if files else ""
     texts = [key for key in _TEXTS if key in value]
     if len(texts) > 1:
         raise _BadLineError(f"has {' and '.join(texts)}; one of them a line")
@@ -177,7 +198,8 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
     if task == "chat":
         messages = _chat(value["messages"], len(files))
     elif task:
-        asked = CAPTION_PROMPT if task == "caption" else _plain(value, "question")
+        described = CAPTION_PROMPT if media_ref(first).kind == "picture" else CLIP_PROMPT
+        asked = described if task == "caption" else _plain(value, "question")
         told = _plain(value, "caption" if task == "caption" else "answer")
         messages = (
             Message(role="user", content=_placeholders(len(files)) + asked),

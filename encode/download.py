@@ -1,0 +1,101 @@
+"""Sources that are not on this disk: from the folder of kept media, or from the web.
+
+`encode.fetch` knows how to ask a server; this knows what a job makes of the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+from cache.tables import MediaRecord
+from encode.fetch import Fetched, Fetcher, FetchRules
+from encode.items import Item
+from encode.keep import MediaStore
+from encode.tasks import SourceTask
+from model.media import BadMedia
+
+log = logging.getLogger(__name__)
+
+
+class Downloads:
+    """Starts downloads and says when they end. `start` and `close` belong to one thread."""
+
+    def __init__(self, rules: FetchRules, keep: Path | None):
+        """Nothing is opened before the first `start`.
+
+        Args:
+            rules: how to ask.
+            keep: where bytes are kept, and looked for before anybody is asked.
+        """
+        self._rules = rules
+        self._store = MediaStore(keep) if keep is not None else None
+        self._fetcher: Fetcher | None = None
+        self._closed = False
+
+    def start(self, task: SourceTask, done: Callable[[Item], None]) -> None:
+        """Get the bytes of `task`, and hand them to `done` without their key, from any thread."""
+        item = Item(task=task, record=MediaRecord(source=task.source, kind=task.kind))
+        if (data := self._kept(task)) is not None:
+            item.data = data
+            done(item)
+            return
+        if self._closed:
+            return
+        self._fetcher = self._fetcher or Fetcher(self._rules)
+        future = self._fetcher.submit(task.source, sha256=task.sha256)
+
+        def arrived(future: Future[Fetched]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if isinstance(error, BadMedia):
+                item.failure = (error.stage, error.reason)
+            elif error is not None:  # ours: it counts against the failure budget
+                text = " ".join(str(error).split())[:200]
+                item.failure = ("encode", f"{type(error).__name__}: {text}")
+            else:
+                fetched = future.result()
+                item.data, item.release = fetched.data, fetched.release
+                item.read_s = fetched.seconds / self._rules.connections
+            done(item)
+
+        future.add_done_callback(arrived)
+
+    def hash(self, item: Item) -> Item:
+        """The same item with its key; its bytes kept, where they are to be. From any thread.
+
+        Raises:
+            OSError: the folder of kept media cannot be written.
+        """
+        if item.failure is not None:
+            return item
+        start = time.perf_counter()
+        assert isinstance(item.data, bytes), "downloads are in memory"
+        key = hashlib.sha256(item.data).hexdigest()
+        item.record = replace(item.record, key=key, bytes=len(item.data))
+        if self._store is not None:
+            self._store.put(key, item.data)
+        item.read_s += time.perf_counter() - start
+        return item
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._closed = True
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+    def _kept(self, task: SourceTask) -> bytes | None:
+        key = task.sha256 or task.key
+        if self._store is None or key is None:
+            return None
+        try:
+            return self._store.get(key)
+        except OSError as error:
+            log.warning("%s: %s; downloaded again", error.filename, error.strerror)
+            return None

@@ -1,0 +1,58 @@
+"""Which rows a space has already: of pictures their keys, of clips every view."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Self
+
+from cache.commits import RowIndex, key_bytes, read_commits
+from cache.spec import ARRAY_OF
+from cache.views import FULL, MAX_FRAMES, frame_views
+from cache.writer import Space
+
+PICTURE, VIDEO = "picture", "video"
+
+
+class Present:
+    """A space's rows as they were when this was made."""
+
+    def __init__(
+        self,
+        pictures: Collection[str] = frozenset(),
+        frames: RowIndex | None = None,
+        *,
+        max_frames: int = MAX_FRAMES,
+    ):
+        self.pictures = pictures
+        """Keys."""
+        self._frames, self._max_frames = frames, max_frames
+
+    @classmethod
+    def of(cls, space: Space, *, max_frames: int = MAX_FRAMES) -> Self:
+        """What is committed in `space` now."""
+        keys = space.keys(ARRAY_OF[PICTURE])
+        array = ARRAY_OF[VIDEO]
+        commits = read_commits(space.paths, space.info, array)
+        return cls(
+            {key for key, view in keys if view == FULL},
+            RowIndex(commits, space.rows_per_shard(array)) if commits else None,
+            max_frames=max_frames,
+        )
+
+    def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
+        """Whether every view of this media is here. A clip of unknown length never is."""
+        if key is None:
+            return False
+        if kind == PICTURE:
+            return key in self.pictures
+        return duration_s is not None and not self.missing(
+            key, frame_views(duration_s, self._max_frames)
+        )
+
+    def missing(self, key: str, views: Sequence[str]) -> list[str]:
+        """Those of a clip's views that are not here."""
+        if self._frames is None:
+            return list(views)
+        keys = key_bytes([key]).repeat(len(views), axis=0)
+        rows = self._frames.lookup_pairs(keys, views).tolist()
+        return [view for view, row in zip(views, rows, strict=True) if row < 0]

@@ -1,0 +1,103 @@
+"""Where PixMo's Parquet files are: below `--source DIR`, or on the Hugging Face hub.
+
+Either way a data set is a folder as its repository lays it out, `data/train-00000-of-00004.parquet` and so
+on. Only the training files are taken where there are others (pixmo-count's validation and test have no
+points, and are other people's measure of the result).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from configs import UserError
+from model.hub import unreachable
+
+log = logging.getLogger(__name__)
+
+PATTERN = "data/*.parquet"
+TRAIN = "train"
+"""What the names of training files begin with."""
+OTHER_SPLITS = ("validation", "valid", "val", "test", "dev")
+
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
+
+
+def local_files(source: Path, name: str) -> tuple[Path, ...]:
+    """The training files of `source`/`name`, in order; empty when there are none."""
+    return _training_files(source / name)
+
+
+def missing_from(source: Path, names: list[str]) -> UserError:
+    """For a `--source` that holds none of the data sets asked for."""
+    if not source.is_dir():
+        return UserError(f"--source {source}: no such folder")
+    hint = ""
+    if any(source.glob(PATTERN)) and source.name in names:
+        hint = f"; it seems to be {source.name} itself: --source {source.parent}"
+    looked = ", ".join(f"{name}/{PATTERN}" for name in names)
+    return UserError(
+        f"--source {source} has none of the data sets asked for (looked for {looked}){hint}. "
+        f"Get one: {_by_hand(f'allenai/{names[0]}', str(source / names[0]))}"
+    )
+
+
+def hub_files(name: str, repository: str) -> tuple[Path, ...]:
+    """The training files of a repository on the hub, downloaded unless they are on this machine.
+
+    Raises:
+        UserError: they cannot be had; says how to do without the hub.
+    """
+    way_out = f"download it where that works ({_by_hand(repository, f'DIR/{name}')}) and give --source DIR"
+    why = unreachable()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            repo_type="dataset",
+            allow_patterns=[PATTERN],
+            ignore_patterns=[f"data/{split}-*" for split in OTHER_SPLITS],
+            local_files_only=bool(why),
+        )
+    # What the client may raise is an open set: its own, those of its HTTP library and of its Rust one.
+    except Exception as error:
+        told = f"it is not on this machine, and {why}" if why else _short(error)
+        raise UserError(f"data set {name} ({repository} on the hub): {told}; {way_out}") from error
+    files = _training_files(Path(folder))
+    if not files:
+        raise UserError(f"data set {name}: {repository} on the hub has no {PATTERN}; {way_out}")
+    return files
+
+
+def _training_files(folder: Path) -> tuple[Path, ...]:
+    """Sorted by name. Missing shards are named: half a download looks like a small data set."""
+    found = sorted(folder.glob(PATTERN))
+    files = [path for path in found if path.name.startswith(TRAIN)] or [
+        path for path in found if not path.name.startswith(OTHER_SPLITS)
+    ]
+    here = {path.stem for path in files}
+    wanted = {
+        f"{shard[1]}-{number:0{len(shard[2])}}-of-{shard[3]}"
+        for shard in map(_SHARD.fullmatch, sorted(here))
+        if shard
+        for number in range(int(shard[3]))
+    }
+    if missing := sorted(wanted - here):
+        log.warning(
+            "%s: %d of %d files are missing (first %s.parquet); taking those that are there",
+            folder,
+            len(missing),
+            len(wanted),
+            missing[0],
+        )
+    return tuple(path.absolute() for path in files)
+
+
+def _by_hand(repository: str, folder: str) -> str:
+    return f"hf download {repository} --repo-type dataset --local-dir {folder}"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
