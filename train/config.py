@@ -11,6 +11,7 @@ import tyro
 import yaml
 
 import configs
+from cache.views import MAX_FRAMES
 from configs import UserError, nearest
 
 GIB = 2**30
@@ -48,6 +49,8 @@ class Options:
     """Share of the media kept for evaluation, chosen by the hash of their bytes."""
     min_coverage: float = 0.95
     """Least share of samples whose media must be in the space; known failures do not count."""
+    max_frames: int = MAX_FRAMES
+    """Frames of one clip, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
     order: Literal["random", "blocks"] = "random"
     """Order of reading within an epoch: `blocks` keeps neighbours together, for network disks."""
 
@@ -74,9 +77,12 @@ class Options:
     """Whether the language model learns."""
 
     batch_size_per_gpu: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 32
-    """Samples a GPU, before accumulation."""
+    """Samples a process (a GPU), before accumulation."""
     gradient_accumulation_steps: int = 1
     """Multiplies the samples of one optimizer step; micro-batches are cut by max_tokens alone."""
+    processes: int = 0
+    """Multiplies them too: how many processes the batch is counted for; 0: as many as torchrun started. It
+    starts none. A run keeps the number it began with, and any number of processes may go on with it."""
     max_sequence_length: int = 4096
     """Longest sequence, tokens: one picture (or several) with its annotations."""
     max_tokens: int = 8192
@@ -155,17 +161,17 @@ class Options:
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimizer step, on this process."""
-        return self.batch_size_per_gpu * self.gradient_accumulation_steps
+        """Samples of one optimizer step, all processes together."""
+        return self.batch_size_per_gpu * self.gradient_accumulation_steps * max(1, self.processes)
 
 
 _COUNTS = (
     *("batch_size_per_gpu", "gradient_accumulation_steps", "max_sequence_length", "max_steps"),
-    *("log_every", "save_every", "read_threads", "read_ahead"),
+    *("log_every", "save_every", "read_threads", "read_ahead", "max_frames"),
 )
 _AMOUNTS = (
     *("warmup_steps", "connector_warmup_steps", "eval_every", "eval_samples", "weight_decay"),
-    *("learning_rate", "connector_learning_rate"),
+    *("learning_rate", "connector_learning_rate", "processes"),
 )
 
 
@@ -263,7 +269,7 @@ def read_saved(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values; the run needs a new name")
-    return values
+    return {"processes": 1} | values  # runs begun before there could be several do not say so
 
 
 def parse_mix(text: str) -> dict[str, float | None]:

@@ -3,31 +3,28 @@
     reader = FeatureReader(find_space(root, None))
     train = join(root, reader, {"demo": None}, split="train", held_out=0.05, min_coverage=0.95)
     tokens = TokenStore.open(root, train.names, tokenizer, folder=Path("runs/.tokens"))
-    trees = grow_trees(train, tokens, max_tokens=4096, max_branches=16, picture_tokens=576)
+    places = Places.of(reader.spec, tokenizer)
+    trees = grow_trees(train, tokens, max_tokens=4096, max_branches=16, places=places)
     plan = StepPlan(trees, samples_per_step=32, seed=0)
     with FeatureLoader(plan, tokens, reader, max_tokens=8192, start=0, stop=1000) as loader:
         for micro in loader:
-            micro = micro.to(device)
-            features = unpack(micro.codes, ...)[micro.pictures]
-            loss, _ = vlm.loss(micro.packed, features)
-            (loss / micro.step_weight).backward()
+            forward.loss(micro).backward()              # see train.forward
             if micro.last:
                 optimizer.step()
 
 join.py: which samples have all their features, and where; sample_list.py holds them. text.py: their
-tokens. trees.py: samples that share pictures. plan.py: which trees a step takes. packing.py: trees in
+tokens. places.py: what stands for a picture or clip. trees.py: samples that share them. plan.py:
+which trees a step takes. packing.py: trees in
 one sequence. loader.py: all of it, with the features, a few batches ahead. Here: held-out samples one by
 one, and batches as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from cache.layout import CacheRoot
@@ -35,6 +32,7 @@ from cache.tables import MediaRef, Message, Sample
 from train.join import Join, join
 from train.loader import FeatureLoader, MicroBatch
 from train.packing import PlacedTree
+from train.places import Places
 from train.plan import OnePass, StepPlan
 from train.text import TokenStore, messages_of
 from train.trees import Trees, grow_trees
@@ -45,6 +43,7 @@ __all__ = [
     "Join",
     "MicroBatch",
     "OnePass",
+    "Places",
     "StepPlan",
     "TokenStore",
     "Trees",
@@ -66,8 +65,8 @@ class HeldOut:
     """As stored: messages, task, media."""
     messages: list[tuple[str, str, float]]
     """(role, content, weight), as the template takes them."""
-    rows: npt.NDArray[np.int64]
-    """Rows of its pictures, in order."""
+    media: tuple[int, ...]
+    """Its pictures and clips, in order, as the join numbers them."""
 
 
 def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
@@ -86,7 +85,7 @@ def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
                     yield HeldOut(
                         sample=sample,
                         messages=messages_of(sample),
-                        rows=joined.rows[joined.media_of(at)],
+                        media=tuple(joined.media_of(at).tolist()),
                     )
                     at += 1
                 start += len(batch)
@@ -96,40 +95,45 @@ def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
 def inspect_text(micro: MicroBatch, tokenizer: Any, trees: Trees) -> str:
     """A real packed batch as text: what stands where, who sees what, what is learned."""
     packed = micro.packed
+    media = {m for tree in micro.placed for m in tree.media}
     head = (
         f"step {micro.step}, micro-batch {micro.index}: {micro.tokens:,} tokens, "
-        f"{_count(len(micro.codes), 'picture')}, {_count(micro.samples, 'sample')}, "
+        f"{_seen(media, trees.join)}, {_count(micro.samples, 'sample')}, "
         f"{_count(len(packed.targets), 'supervised token')} of weight "
         f"{float(packed.loss_weights.sum()):,.1f} (the step's: {micro.step_weight:,.1f})"
     )
     lines = [head]
-    weights = {
-        (int(position), int(target)): float(weight)
-        for position, target, weight in zip(
-            packed.loss_positions, packed.targets, packed.loss_weights, strict=True
-        )
-    }
     for number, tree in enumerate(micro.placed):
-        lines += _tree_lines(number, tree, _Renderer(micro, tokenizer, trees, weights, tree))
+        lines += _tree_lines(number, tree, _Renderer(micro, tokenizer, trees, tree))
     lines.append(
-        "«...» is supervised, «0.2: ...» with that weight; samples see what is shared above them"
+        "«...» is supervised, «0.2: ...» with that weight; samples see what is shared above them; "
+        "a sample's last word is only predicted, never read"
     )
     return "\n".join(lines)
 
 
 def _tree_lines(number: int, tree: PlacedTree, render: _Renderer) -> list[str]:
     first, end = tree.prefix[0], tree.branches[-1][1]
-    count = f"{_count(len(tree.media), 'picture')}, {_count(len(tree.branches), 'sample')}"
+    count = f"{_seen(tree.media, render.trees.join)}, {_count(len(tree.branches), 'sample')}"
     lines = [f"sequence {number}: tokens {first}-{end - 1}, {count}"]
     shared_first, shared_end = tree.prefix
     if shared_end > shared_first:
         text = render(shared_first, shared_end, before=shared_first)
         lines.append(f"  shared {shared_first}-{shared_end - 1}: {text}")
     for at, stop, sample in tree.branches:
-        text = render(at, stop, before=shared_end - 1)
-        positions = render.positions(at, stop)
-        lines.append(f"  {render.trees.join.name_of(sample)} {at}-{stop - 1}{positions}: {text}")
+        name = render.trees.join.name_of(sample)
+        if stop == at:
+            lines.append(f"  {name}: nothing of its own")
+            continue
+        text = render(at, stop, before=shared_end - 1) + render.unread(stop)
+        lines.append(f"  {name} {at}-{stop - 1}{render.positions(at, stop)}: {text}")
     return lines
+
+
+def _seen(media: Iterable[int], join: Join) -> str:
+    clips = [join.is_clip(m) for m in media]
+    pictures = _count(len(clips) - sum(clips), "picture")
+    return f"{pictures}, {_count(sum(clips), 'clip')}" if any(clips) else pictures
 
 
 def _count(number: int, what: str) -> str:
@@ -139,21 +143,30 @@ def _count(number: int, what: str) -> str:
 class _Renderer:
     """Turns stretches of one tree's tokens into text, from the tensors the model is given."""
 
-    def __init__(
-        self,
-        micro: MicroBatch,
-        tokenizer: Any,
-        trees: Trees,
-        weights: dict[tuple[int, int], float],
-        tree: PlacedTree,
-    ) -> None:
+    def __init__(self, micro: MicroBatch, tokenizer: Any, trees: Trees, tree: PlacedTree) -> None:
+        packed = micro.packed
         self.trees = trees
-        self._ids: list[int] = micro.packed.input_ids.tolist()
-        self._positions: list[int] = micro.packed.position_ids.tolist()
-        self._images = set(micro.packed.image_slots.tolist())
+        self._ids: list[int] = packed.input_ids.tolist()
+        self._positions: list[int] = packed.position_ids.tolist()
+        self._images = set(packed.image_slots.tolist())
         self._tokenizer = tokenizer
-        self._weights = weights
-        self._media = iter(tree.media)
+        self._predicted: dict[int, list[tuple[int, float]]] = {}  # place -> what, and its weight
+        triples = (packed.loss_positions, packed.targets, packed.loss_weights)
+        for source, target, weight in zip(*(t.tolist() for t in triples), strict=True):
+            self._predicted.setdefault(source, []).append((target, weight))
+        self._rows = iter([row for m in tree.media for row in self._names(m)])
+
+    def _names(self, media: int) -> list[tuple[str, int]]:
+        """For each row of a picture or clip its text, and how many tokens it stands for."""
+        join, places = self.trees.join, self.trees.places
+        key = join.key(media)[:KEY_SHOWN]
+        if not join.is_clip(media):
+            size = places.picture_tokens
+            return [(f"[picture {key}.. x{size} tokens]", size)]
+        size, count = places.frame_tokens, len(join.rows_of(media))
+        return [
+            (f"[{i}/{count} of clip {key}.. x{size} tokens]", size) for i in range(1, count + 1)
+        ]
 
     def positions(self, first: int, end: int) -> str:
         """The positions the model is told."""
@@ -165,10 +178,9 @@ class _Renderer:
         at = first
         while at < end:
             if at in self._images:
-                tokens = self.trees.picture_tokens
-                key = self.trees.join.key(next(self._media))[:KEY_SHOWN]
-                text += f"[picture {key}.. x{tokens} tokens]"
-                at += tokens
+                name, size = next(self._rows)
+                text += name
+                at += size
                 continue
             weight = self._weight(at, first, before)
             stop = at + 1
@@ -178,12 +190,19 @@ class _Renderer:
                 and self._weight(stop, first, before) == weight
             ):
                 stop += 1
-            words = self._tokenizer.decode(self._ids[at:stop]).replace("\n", "\\n")
-            mark = "" if weight == 1.0 else f"{weight:g}: "
-            text += f"«{mark}{words}»" if weight else words
+            text += self._words(self._ids[at:stop], weight)
             at = stop
         return text
 
+    def unread(self, end: int) -> str:
+        """What the last token of a branch is to predict, which does not stand in the sequence."""
+        return "".join(self._words([t], weight) for t, weight in self._predicted.get(end - 1, ()))
+
+    def _words(self, ids: list[int], weight: float) -> str:
+        words = self._tokenizer.decode(ids).replace("\n", "\\n")
+        mark = "" if weight == 1.0 else f"{weight:g}: "
+        return f"«{mark}{words}»" if weight else words
+
     def _weight(self, at: int, first: int, before: int) -> float:
         source = at - 1 if at > first else before
-        return self._weights.get((source, self._ids[at]), 0.0)
+        return dict(self._predicted.get(source, ())).get(self._ids[at], 0.0)

@@ -5,8 +5,8 @@ python -m train.demo --features other-cache
 
 Every step is one of the product's own commands, printed before it runs; their options are in
 configs/demo.yaml. Features are kept: another `make demo` encodes nothing and trains anew. The last line
-is the result: exact match on held-out drawings, mean over the question types, and the same *blind*, with
-every drawing exchanged for another.
+is the result: exact match on held-out drawings and clips, mean over the question types, and the same *blind*,
+with every drawing and clip exchanged for another.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ PROG = "python -m train.demo"
 RUN, SECOND = Path("runs/demo"), Path("runs/demo-mlp")
 MARK = "demo.json"
 """Lies in a run's folder when the demo made it, and may therefore replace it."""
-TYPES = ("count", "colour", "shape", "cell", "point")
-"""The question types of the headline."""
+TYPES = (
+    *("count", "colour", "shape", "cell", "point"),
+    *("clip-count", "clip-what", "clip-where"),
+)
+"""The question types of the headline, on pictures and on clips."""
 
 Flags = Mapping[str, Any]
 
@@ -112,7 +115,7 @@ def show(demo: Demo, features: Path) -> None:
     run("train.run", {"stage": 1, "run": SECOND.name, **where, "space": space, **flags})
     second_s = time.monotonic() - second
 
-    print(f"\nheld-out drawings, stage {result['stage']}\n{table(result)}\n")
+    print(f"\nheld-out drawings and clips, stage {result['stage']}\n{table(result)}\n")
     print(f"experiment 2: encoded={encoded} seconds={second_s:.0f}")
     print(next(line for line in live if line.startswith("cached loss")))
     right, blind = headline(result)
@@ -194,7 +197,8 @@ def last_stage(demo: Demo) -> Path:
 
 def held_out_pictures(result: Mapping[str, Any]) -> Iterator[str]:
     """Files of held-out drawings, each once."""
-    yield from dict.fromkeys(answer["media"][0] for answer in result["answers"])
+    shown = (answer["media"][0] for answer in result["answers"])
+    yield from dict.fromkeys(path for path in shown if Path(path).suffix == ".png")
 
 
 def headline(result: Mapping[str, Any]) -> tuple[float, float]:
@@ -210,7 +214,7 @@ def table(result: Mapping[str, Any]) -> str:
     right, blind = headline(result)
 
     def row(name: str, questions: str, right: float, blind: float) -> str:
-        return f"{name:<10}{questions:>10}{right:>13.3f}{blind:>9.3f}"
+        return f"{name:<11}{questions:>10}{right:>13.3f}{blind:>9.3f}"
 
     def of(name: str) -> str:
         task = tasks[name]
@@ -218,7 +222,7 @@ def table(result: Mapping[str, Any]) -> str:
 
     return "\n".join(
         [
-            f"{'':<10}{'questions':>10}{'exact match':>13}{'blind':>9}",
+            f"{'':<11}{'questions':>10}{'exact match':>13}{'blind':>9}",
             *(of(name) for name in TYPES),
             row("mean", "", right, blind),
             "apart:",

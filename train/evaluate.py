@@ -5,9 +5,9 @@ python -m train.evaluate --run default --datasets demo --json
 python -m train.evaluate --run default --split train         # what it has seen
 
 Answers come from cached features, through the code that `model.generate` uses. *Blind* is the same model
-with every picture exchanged for another of the split: what can be known without looking. The headline is
-the mean over question types of exact match; captions are reported apart, since no caption is the only
-right one.
+with every picture exchanged for another of the split, and every clip for another clip: what can be known
+without looking. The headline is the mean over question types of exact match; captions are reported apart,
+since no caption is the only right one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 import configs
 from cache.layout import CacheRoot, write_atomic
 from cache.reader import FeatureReader, find_space
@@ -29,7 +26,6 @@ from configs import UserError
 from model.answer import answer
 from model.device import pick_device
 from model.load import find_run, load_final
-from model.quantize import unpack
 from train.config import Options as TrainOptions
 from train.config import read_saved
 from train.data import (
@@ -37,13 +33,14 @@ from train.data import (
     HeldOut,
     Join,
     OnePass,
+    Places,
     TokenStore,
     grow_trees,
     held_out_samples,
     join,
 )
 from train.forward import Forward, choose_precision
-from train.join import KIND
+from train.look import feature_bytes, looked_at
 from train.scoring import Answer, Task, by_task, headline, is_right
 from train.stage import CONFIG
 from train.start import check_space, mix_of
@@ -54,7 +51,9 @@ PROG = "python -m train.evaluate"
 LOSS_STEP = 64
 """Samples at a time when measuring the loss; decides nothing but memory."""
 ANSWERS_AT_ONCE = 256
-"""Questions whose features are in memory together."""
+"""Questions whose features are in memory together, at most."""
+ANSWER_BYTES = 512 << 20
+"""And their features, unpacked, unless one sample alone has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class Options:
     max_new_tokens: int = 64
     """Longest answer, tokens."""
     blind: bool = True
-    """Also answer with pictures exchanged within the split."""
+    """Also answer with pictures and clips exchanged within the split."""
     point_grid: int = 3
     """Points are right in the right cell of a grid of this many cells a side; 0: exact text."""
     device: str = "auto"
@@ -136,6 +135,7 @@ def evaluate(options: Options) -> Evaluation:
         split=options.split,
         held_out=trained.held_out,
         min_coverage=0.0,
+        max_frames=trained.max_frames,
         limit=options.limit,
     )
     tokens = TokenStore.open(
@@ -148,7 +148,8 @@ def evaluate(options: Options) -> Evaluation:
         autocast=choose_precision(trained.precision, device, vlm),
     )
     joins = [seen, seen.blind(trained.seed)] if options.blind else [seen]
-    losses = [held_out_loss(j, tokens, reader, forward, trained) for j in joins]
+    places = Places.of(reader.spec, tokenizer)
+    losses = [held_out_loss(j, tokens, reader, forward, trained, places) for j in joins]
     given = [answers_of(j, root, reader, forward, tokenizer, options) for j in joins]
     answers = scored(seen, root, given, options.point_grid)
     tasks = by_task(answers)
@@ -184,7 +185,12 @@ def trained_with(final: Path) -> TrainOptions:
 
 
 def held_out_loss(
-    joined: Join, tokens: TokenStore, reader: FeatureReader, forward: Forward, trained: TrainOptions
+    joined: Join,
+    tokens: TokenStore,
+    reader: FeatureReader,
+    forward: Forward,
+    trained: TrainOptions,
+    places: Places,
 ) -> float:
     """Loss a supervised token over all samples of the join."""
     trees = grow_trees(
@@ -192,7 +198,7 @@ def held_out_loss(
         tokens,
         max_tokens=trained.max_sequence_length,
         max_branches=LOSS_STEP,
-        picture_tokens=reader.spec.tokens(KIND),
+        places=places,
     )
     plan = OnePass(trees, LOSS_STEP)
     with FeatureLoader(
@@ -212,9 +218,10 @@ def answers_of(
     """The model's answer to the last turn of every sample of the join, in its order."""
     result: list[str] = []
     waiting: list[HeldOut] = []
+    size = 0
 
     def flush() -> None:
-        prompts = [(asked(one.messages), features_of(one, reader)) for one in waiting]
+        prompts = [(asked(one.messages), looked_at(joined, one.media, reader)) for one in waiting]
         with forward.precision():
             result.extend(
                 answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
@@ -222,9 +229,12 @@ def answers_of(
         waiting.clear()
 
     for one in questions(root, joined):
-        waiting.append(one)
-        if len(waiting) == ANSWERS_AT_ONCE:
+        more = feature_bytes(joined, one.media, reader.spec)
+        if waiting and (len(waiting) == ANSWERS_AT_ONCE or size + more > ANSWER_BYTES):
             flush()
+            size = 0
+        waiting.append(one)
+        size += more
     if waiting:
         flush()
     return result
@@ -241,16 +251,6 @@ def asked(messages: Sequence[tuple[str, str, float]]) -> list[tuple[str, str, fl
     """A conversation up to its last answer, which the model is to give."""
     last = max(i for i, (role, _, _) in enumerate(messages) if role == "assistant")
     return list(messages[:last])
-
-
-def features_of(one: HeldOut, reader: FeatureReader) -> torch.Tensor | None:
-    """(P, M, V) features of a sample's pictures, as stored."""
-    if not len(one.rows):
-        return None
-    spec = reader.spec
-    rows = np.empty((len(one.rows), spec.row_bytes(KIND)), np.uint8)
-    reader.read_into(KIND, one.rows, rows)
-    return unpack(torch.from_numpy(rows), spec.codec, spec.tokens(KIND), spec.width)
 
 
 # ---- scores

@@ -1,6 +1,7 @@
 """From stored rows to a loss: unpack on the device, pass through connector and language model.
 
-P distinct pictures of a micro-batch, O places they stand at, M tokens a picture, V values a token.
+R distinct rows of a micro-batch in one array, M tokens a row of it, N places of feature tokens, V values a
+token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from cache.spec import FeatureSpec
 from model.quantize import unpack
 from model.vlm import VLM
 from train.data import MicroBatch
-from train.join import KIND
 
 TINY = 50_000_000
 """Parameters below which casting costs more than bfloat16 saves."""
@@ -37,11 +37,17 @@ class Forward:
     """Lower precision of the matrix products; None: everything in the parameters' own."""
 
     def features(self, micro: MicroBatch) -> Tensor | None:
-        """(O, M, V) of a micro-batch on the device; None when it has no picture."""
-        if not len(micro.pictures):
+        """(N, V) of a micro-batch on the device, in the order of their places; None when it has none."""
+        if not len(micro.order):
             return None
-        rows = unpack(micro.codes, self.spec.codec, self.spec.tokens(KIND), self.spec.width)
-        return rows.index_select(0, micro.pictures)
+        spec = self.spec
+        parts = [
+            unpack(codes, spec.codec, spec.tokens(array), spec.width).flatten(0, 1)
+            for array, codes in micro.codes.items()
+            if len(codes)
+        ]
+        tokens = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tokens.index_select(0, micro.order)
 
     def loss(self, micro: MicroBatch) -> Tensor:
         """The micro-batch's part of the step's loss: over a step's micro-batches it adds up to
@@ -70,6 +76,11 @@ class Forward:
 
     def mean_loss(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """Loss a supervised token over whole steps, and their samples; nothing is learned."""
+        total, weight, samples = self.loss_sums(micro_batches)
+        return total / weight, samples
+
+    def loss_sums(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, float, int]:
+        """Sum of the losses, weight of the steps they belong to, and samples; nothing is learned."""
         total = weight = 0.0
         samples = 0
         with self.evaluating():
@@ -77,7 +88,7 @@ class Forward:
                 total += float(self.loss(micro)) * micro.step_weight
                 weight += micro.step_weight if micro.last else 0.0
                 samples += micro.samples
-        return total / weight, samples
+        return total, weight, samples
 
 
 def choose_precision(wanted: str, device: torch.device, vlm: VLM) -> torch.dtype | None:

@@ -4,7 +4,8 @@ Nothing here is stored beside the features: editing captions or adding a data se
 Held-out is decided here too, by the media's key, so that no picture is on both sides, whichever data
 sets mention it.
 
-S samples, R media references of all samples together, K distinct media among them.
+S samples, R media references of all samples together, K distinct media among them: a media is the bytes
+of a key, looked at as a picture or as a video.
 """
 
 from __future__ import annotations
@@ -12,58 +13,32 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cache.layout import CacheRoot
-from cache.tables import dataset_names, media_table, samples_digest
+from cache.tables import dataset_names, media_table
+from cache.views import MAX_FRAMES
 from configs import UserError
+from train.media_rows import Rows, edges_of, within
+from train.mentions import Media, Part, mentioned, read_part
 from train.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
 
 log = logging.getLogger(__name__)
 
-__all__ = ["KIND", "EmptySplitError", "Join", "join"]
+__all__ = ["EmptySplitError", "Join", "join"]
 
-KIND = "picture"
 FAILURES_SHOWN = 5
 HASH_BITS = 32
 
 
 class EmptySplitError(UserError):
     """No sample is on the side asked for: a few pictures may leave none to hold out."""
-
-
-class Rows(Protocol):
-    """The part of a FeatureReader a join needs."""
-
-    path: Path
-
-    def lookup(self, kind: str, keys: Any) -> Ints:
-        """Row numbers of `keys`, -1 where there is none."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """One data set's table, joined with media but not yet filtered."""
-
-    digest: str
-    """Of its texts."""
-    ids: Any
-    """Arrow strings."""
-    weight: npt.NDArray[np.float32]
-    task: Any
-    """Arrow strings."""
-    counts: Ints
-    """Media of each sample."""
-    media: Ints
-    """(R,) number in the list of all keys; -1 unknown, -2 failed."""
 
 
 def join(
@@ -74,6 +49,7 @@ def join(
     split: Split,
     held_out: float,
     min_coverage: float,
+    max_frames: int = MAX_FRAMES,
     limit: int | None = None,
     frozen: Path | None = None,
 ) -> Join:
@@ -84,9 +60,10 @@ def join(
         reader: of the space to take features from.
         datasets: name -> share in the mix, or None for all of them: by size.
         split: `train` or `val`.
-        held_out: share of pictures that are `val`; a sample is held out if any of its media is, one
+        held_out: share of media that are `val`; a sample is held out if any of its media is, one
             without media by its id.
         min_coverage: refuse when fewer of the samples that could be there are there.
+        max_frames: of one clip; which frames it needs follows from this and its length.
         limit: at most this many samples of each data set, the first ones.
         frozen: a list written by `Join.freeze`: exactly those samples, or an error.
 
@@ -99,25 +76,16 @@ def join(
     shares = _present(root, datasets)
     names = tuple(shares)
     ledger = media_table(root)
-    table_keys = ledger["key"].combine_chunks()
-    parts = [_read_part(root, name, ledger) for name in names]
-    # One number a distinct key, over all sources that led to it.
-    distinct = pc.unique(table_keys.drop_null())
-    of_source = pc.index_in(table_keys, value_set=distinct).fill_null(-1)
-    of_source = np.array(of_source, dtype=np.int64)
-    keys = _key_bytes(distinct)
-    rows = np.asarray(reader.lookup(KIND, distinct.to_pylist()), dtype=np.int64)
-    # The ledger serves all spaces: what failed for one may have its row in this one.
-    failed = np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool)
-    of_source[failed & (np.append(rows, -1)[of_source] < 0)] = -2
-    of_source = np.append(of_source, -1)  # a source that no ledger knows is media -1
-    parts = [replace(p, media=of_source[p.media]) for p in parts]
+    parts, media = mentioned(
+        [read_part(root, name, ledger) for name in names], ledger, reader, max_frames
+    )
+    failed = np.append(np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool), False)
     kept: list[Ints] = []
     counts: list[Coverage] = []
     chosen = read_frozen(frozen, names) if frozen is not None else None
     for name, part in zip(names, parts, strict=True):
-        present, broken = _availability(part, rows)
-        side = _held_out(part, keys, held_out) == (split == "val")
+        present, broken = _availability(part, media, failed)
+        side = _held_out(part, media.keys, held_out) == (split == "val")
         counts.append(
             Coverage(
                 dataset=name,
@@ -131,8 +99,8 @@ def join(
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
         kept.append(np.flatnonzero(use)[:limit])
-    result = _assemble(root, split, names, shares, parts, kept, rows, keys, counts)
-    _check_coverage(result, reader, min_coverage, ledger)
+    result = _assemble(root, split, names, shares, parts, kept, media, counts)
+    _check_coverage(result, reader, min_coverage, ledger, media.rows.partial, max_frames)
     if frozen is not None:
         check_frozen(result, frozen)
     return result
@@ -162,33 +130,16 @@ def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str,
     return {name: share for name, share in datasets.items() if name in here}
 
 
-def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
-    """Ids, weights and media of a data set: everything but its texts."""
-    digest = samples_digest(root, name)  # checks the seal of the whole file
-    table = pq.read_table(root.samples(name), columns=["id", "media", "weight", "task"])
-    media = table["media"].combine_chunks()
-    flat = media.flatten()
-    kinds = set(pc.unique(flat.field("kind")).to_pylist()) - {KIND}
-    if kinds:
-        raise UserError(
-            f"data set {name}: holds {', '.join(sorted(kinds))} media; only pictures can be trained on"
-        )
-    at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())
-    return _Part(
-        digest=digest,
-        ids=table["id"].combine_chunks(),
-        weight=np.asarray(table["weight"], dtype=np.float32),
-        task=table["task"].combine_chunks(),
-        counts=np.asarray(media.value_lengths(), dtype=np.int64),
-        media=np.asarray(at.fill_null(-1), dtype=np.int64),
-    )
+def _availability(
+    part: Part, media: Media, failed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Per sample: every media has its rows; some media failed.
 
-
-def _availability(part: _Part, rows: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Per sample: every media has a row; some media failed."""
-    has_row = np.append(rows, [-1, -1])[part.media] >= 0  # media -1 and -2 index the two at the end
-    failed = part.media == -2
-    return _count(~has_row, part.counts) == 0, _count(failed, part.counts) > 0
+    The ledger serves all spaces: what failed for one may have its rows in this one.
+    """
+    here = np.append(media.rows.counts > 0, False)[part.media]
+    broken = failed[part.source] & ~here
+    return _count(~here, part.counts) == 0, _count(broken, part.counts) > 0
 
 
 def _count(flags: npt.NDArray[np.bool_], lengths: Ints) -> Ints:
@@ -198,7 +149,7 @@ def _count(flags: npt.NDArray[np.bool_], lengths: Ints) -> Ints:
     return np.asarray(total[ends] - total[ends - lengths], dtype=np.int64)
 
 
-def _held_out(part: _Part, keys: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:
+def _held_out(part: Part, keys: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:
     """Per sample: whether it is on the validation side. Keys are hashes, so evenly spread already."""
     below = int(threshold * 2**HASH_BITS)
     of_key = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
@@ -217,10 +168,9 @@ def _assemble(
     split: Split,
     names: tuple[str, ...],
     shares: Mapping[str, float | None],
-    parts: list[_Part],
+    parts: list[Part],
     kept: list[Ints],
-    rows: Ints,
-    keys: npt.NDArray[np.uint8],
+    known: Media,
     counts: list[Coverage],
 ) -> Join:
     """The chosen samples of all parts as one list, its media numbered by first appearance."""
@@ -228,11 +178,12 @@ def _assemble(
         [_gather(p.media, p.counts, k) for p, k in zip(parts, kept, strict=True)]
     )
     lengths = np.concatenate([p.counts[k] for p, k in zip(parts, kept, strict=True)])
-    first = np.full(len(rows), len(media))  # where each media appears first; the end: nowhere
+    first = np.full(len(known.keys), len(media))  # where each appears first; the end: nowhere
     first[media[::-1]] = np.arange(len(media))[::-1]
     used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(media))]
-    rank = np.empty(len(rows), dtype=np.int32)
+    rank = np.empty(len(known.keys), dtype=np.int32)
     rank[used] = np.arange(len(used))
+    rows = known.rows.take(used)
     dataset = np.repeat(np.arange(len(names)), [len(k) for k in kept]).astype(np.int16)
     tasks = pa.chunked_array(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
@@ -248,10 +199,13 @@ def _assemble(
         weight=np.concatenate([p.weight[k] for p, k in zip(parts, kept, strict=True)]),
         task=np.asarray(coded.indices, dtype=np.int32),
         tasks=tuple(coded.dictionary.to_pylist()),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=edges_of(lengths),
         media=rank[media],
-        keys=keys[used],
-        rows=rows[used],
+        keys=known.keys[used],
+        kinds=known.kinds[used],
+        starts=rows.starts,
+        rows=rows.rows,
+        times=rows.times,
         ids=tuple(p.ids for p in parts),
         counts=tuple(counts),
         samples_digests=tuple(p.digest for p in parts),
@@ -262,10 +216,7 @@ def _assemble(
 
 def _gather(values: Ints, lengths: Ints, chosen: Ints) -> Ints:
     """The lists of the chosen samples, one after the other."""
-    starts = (np.cumsum(lengths) - lengths)[chosen]
-    counts = lengths[chosen]
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return values[np.repeat(starts, counts) + within]
+    return values[within(edges_of(lengths)[chosen], lengths[chosen])]
 
 
 def _normalise(
@@ -275,14 +226,26 @@ def _normalise(
     return tuple(share / sum(given) for share in given) if given else None
 
 
-def _key_bytes(keys: Any) -> npt.NDArray[np.uint8]:
-    """(K, 32) from K hex strings, at the speed of numpy: there may be ten million."""
-    text = np.frombuffer("".join(keys.to_pylist()).encode(), dtype=np.uint8).reshape(-1, 64)
-    nibbles = np.where(text < ord("a"), text - ord("0"), text - ord("a") + 10)
-    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).astype(np.uint8)
-
-
-def _check_coverage(joined: Join, reader: Rows, min_coverage: float, ledger: pa.Table) -> None:
+def _check_coverage(
+    joined: Join,
+    reader: Rows,
+    min_coverage: float,
+    ledger: pa.Table,
+    partial: int,
+    max_frames: int,
+) -> None:
+    if partial:
+        frames = (
+            f"{partial:,} clips have some of their frames and not those for at most {max_frames}: "
+            f"encoded with another limit. Encode them again: python -m encode.run "
+            f"--dataset {joined.names[0]} --max-frames {max_frames} --features {joined.root.path}"
+        )
+        if joined.coverage < min_coverage:
+            raise UserError(
+                f"{reader.path}: features for {joined.coverage:.1%} of the samples whose media could "
+                f"be had, less than min_coverage {min_coverage:.1%}: {frames}, or lower --min-coverage"
+            )
+        log.warning("%s: left out: %s", reader.path.name, frames)
     if joined.coverage < min_coverage:
         raise UserError(
             f"{reader.path}: features for {joined.coverage:.1%} of the samples whose media could be "

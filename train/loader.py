@@ -1,10 +1,11 @@
 """Packed micro-batches with their features, read by threads a few batches ahead.
 
 Threads, not processes: `preadv` and the checksum release the GIL, and nothing is copied between address
-spaces. Rows go straight into a ring of reused buffers (pinned for CUDA), each distinct picture of a
-micro-batch once. The order never depends on timing: batches are delivered as the plan lists them.
+spaces. Rows go straight into a ring of reused buffers (pinned for CUDA), each distinct row of a
+micro-batch once; a clip's rows are neighbours on disk and one read. The order never depends on timing:
+batches are delivered as the plan lists them.
 
-P distinct pictures of a micro-batch, O places where one stands (P <= O).
+R distinct rows of a micro-batch in one array (pictures; frames), N places of feature tokens in its sequence.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache.spec import FeatureSpec
+from cache.spec import ARRAY_OF, FeatureSpec
 from model.packed import PackedBatch
-from train.join import KIND
+from train.media_rows import MEDIA_KINDS, within
 from train.packing import PlacedTree, Tree, assemble, build_tree, first_fit
 from train.plan import Plan, Step, deal
+from train.sample_list import Join
 from train.text import TokenStore
 from train.trees import Piece
 
@@ -46,10 +48,10 @@ class MicroBatch:
 
     packed: PackedBatch
     """The sequence."""
-    codes: Tensor
-    """(P, row_bytes) uint8 stored rows. Valid until the next micro-batch is asked for."""
-    pictures: Tensor
-    """(O,) int64 which of the P stands at each place: features = unpack(codes)[pictures]."""
+    codes: dict[str, Tensor]
+    """Array -> (R, row_bytes) uint8 stored rows. Valid until the next micro-batch is asked for."""
+    order: Tensor
+    """(N,) int64 which feature stands at each place, counting the tokens of all rows of all arrays."""
     step: int
     """The optimizer step it belongs to."""
     index: int
@@ -81,8 +83,8 @@ class MicroBatch:
         moved = replace(
             self,
             packed=self.packed.to(device),
-            codes=self.codes.to(device, non_blocking=True),
-            pictures=self.pictures.to(device, non_blocking=True),
+            codes={k: c.to(device, non_blocking=True) for k, c in self.codes.items()},
+            order=self.order.to(device, non_blocking=True),
         )
         if device.type == "cuda":
             self.slot.copied = torch.cuda.Event()
@@ -91,12 +93,21 @@ class MicroBatch:
 
 
 class _Slot:
-    """A reused buffer for the rows of one micro-batch."""
+    """Reused buffers for the rows of one micro-batch."""
 
-    def __init__(self, rows: int, row_bytes: int, pin: bool) -> None:
-        self.codes = torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=pin)
-        self.array: npt.NDArray[np.uint8] = self.codes.numpy()
+    def __init__(self, shapes: dict[str, tuple[int, int]], pin: bool) -> None:
+        self.codes = {
+            array: torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+            for array, shape in shapes.items()
+        }
         self.copied: torch.cuda.Event | None = None
+
+    def read(self, reader: RowReader, array: str, rows: npt.NDArray[np.int64]) -> Tensor:
+        """Rows of one array, in this order."""
+        codes = self.codes[array][: len(rows)]
+        if len(rows):
+            reader.read_into(array, rows, codes.numpy())
+        return codes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,9 +162,12 @@ class FeatureLoader:
         self._rank, self._world = rank, world
         self._ahead = ahead
         self._jobs = self._plan_jobs(start, stop)
-        most = min(max_tokens // plan.trees.picture_tokens, len(self._join.rows))
-        row_bytes = reader.spec.row_bytes(KIND)
-        self._free = [_Slot(most, row_bytes, pin) for _ in range(ahead + 1)]
+        shapes = {}
+        for kind, array in enumerate(ARRAY_OF.values()):
+            have = int(np.diff(self._join.starts)[self._join.kinds == kind].sum())
+            most = min(max_tokens // reader.spec.tokens(array), have)
+            shapes[array] = (most, reader.spec.row_bytes(array))
+        self._free = [_Slot(shapes, pin) for _ in range(ahead + 1)]
         self._queue: deque[Future[MicroBatch]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
         self._closed = False
@@ -221,15 +235,14 @@ class FeatureLoader:
         started = time.perf_counter()
         packed, placed = assemble([self._tree(piece) for piece in job.pieces])
         media = np.array([m for tree in placed for m in tree.media], dtype=np.int64)
-        rows, pictures = np.unique(self._join.rows[media], return_inverse=True)
+        rows, order = feature_order(self._join, media, self._reader.spec)
         if slot.copied is not None:
             slot.copied.synchronize()
             slot.copied = None
-        self._reader.read_into(KIND, rows, slot.array[: len(rows)])
         return MicroBatch(
             packed=packed,
-            codes=slot.codes[: len(rows)],
-            pictures=torch.from_numpy(pictures.astype(np.int64, copy=False)),
+            codes={array: slot.read(self._reader, array, of) for array, of in rows.items()},
+            order=torch.from_numpy(order),
             step=job.step.number,
             index=job.index,
             last=job.last,
@@ -246,13 +259,43 @@ class FeatureLoader:
     def _tree(self, piece: Piece) -> Tree:
         join = self._join
         members = [int(m) for m in piece.members]
+        media = [int(m) for m in join.media_of(members[0])]
         tree = build_tree(
             [self._tokens.sample(int(join.dataset[m]), int(join.index[m])) for m in members],
             sample_numbers=members,
             factors=[float(join.weight[m]) for m in members],
-            media=[int(m) for m in join.media_of(members[0])],
-            picture_tokens=self._plan.trees.picture_tokens,
+            media=media,
+            contents=self._plan.trees.places.contents(join, media),
             image_token_id=self._tokens.image_token_id,
         )
         assert tree.tokens == piece.tokens, "the plan counted other tokens than the text has"
         return tree
+
+
+def feature_order(
+    join: Join, media: npt.NDArray[np.int64], spec: FeatureSpec
+) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Which rows a list of media needs, and how their features come to stand in its order.
+
+    Args:
+        join: where the rows are.
+        media: (n,) distinct media of the join, one a place; repeats are read once.
+        spec: of the space.
+
+    Returns:
+        Array -> (R,) distinct rows, ascending; and (N,) for every feature token of the media in turn its
+        number, when the tokens of all those rows stand one after the other, array after array.
+    """
+    counts = np.diff(join.starts)[media]
+    rows = join.rows[within(join.starts[media], counts)]
+    kinds = np.repeat(join.kinds[media], counts)
+    first, tokens = np.empty_like(rows), np.empty_like(rows)  # of each row's feature tokens
+    needed: dict[str, npt.NDArray[np.int64]] = {}
+    before = 0
+    for kind, name in enumerate(MEDIA_KINDS):
+        array, here = ARRAY_OF[name], kinds == kind
+        needed[array], rank = np.unique(rows[here], return_inverse=True)
+        tokens[here] = size = spec.tokens(array)
+        first[here] = before + rank * size
+        before += len(needed[array]) * size
+    return needed, within(first, tokens)

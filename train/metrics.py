@@ -45,15 +45,15 @@ class StepRecord:
     grad_norm: float
     """Length of all gradients together, before clipping."""
     samples: int
-    """Samples in the step."""
+    """Samples in the step, of all processes."""
     tokens: int
-    """Tokens in the step, image tokens included."""
+    """Tokens in the step, image tokens included, of all processes."""
     step_s: float
     """Duration, seconds."""
     wait_s: float
-    """Of which waiting for data, seconds."""
+    """Of which waiting for data, seconds, of the process that waited longest."""
     memory_gib: float
-    """Peak so far: of the GPU, or of the process on a CPU."""
+    """Peak so far: of the GPU, or of the process on a CPU; the largest of several."""
 
 
 class Tracker(Protocol):
@@ -116,6 +116,19 @@ class RunLog:
     def _track(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(values, step)
+
+
+class NoLog:
+    """For a process that leaves the telling to another."""
+
+    def step(self, record: StepRecord) -> None:
+        """Nothing."""
+
+    def held_out(self, step: int, loss: float, samples: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def window_values(window: Sequence[StepRecord]) -> dict[str, float]:

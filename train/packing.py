@@ -1,9 +1,10 @@
 """Samples become one flat sequence of tokens, many side by side, none seeing another.
 
 A tree's shared prefix stands once; each branch sees the prefix and itself, at the positions it would have
-alone. So a packed batch has exactly the (position, target, weight) triples of its samples unpacked.
+alone. So a packed batch has exactly the (position, target, weight) triples of its samples unpacked. Of a
+branch only that is read which predicts something: not its end mark, nor what follows.
 
-T tokens of a micro-batch, U attention units, S supervised positions, M tokens of a picture.
+T tokens of a micro-batch, U attention units, S supervised positions.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.language import TokenizedSample
 from model.packed import PackedBatch
+from model.template import TokenizedSample, fill_places
+from train.text import used_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -26,9 +28,13 @@ class Branch:
     """One sample's own part of a tree."""
 
     ids: npt.NDArray[np.int32]
-    """(b,) tokens after the prefix."""
+    """(b,) tokens after the prefix, up to the last one that predicts something."""
+    sources: Ints
+    """(s,) positions in the sample that predict something, counted from its beginning."""
+    targets: npt.NDArray[np.int32]
+    """(s,) what they are to predict; the last of them need not stand in the sequence."""
     weights: npt.NDArray[np.float32]
-    """(p + b,) loss weights of prefix and branch, the sample's factor included."""
+    """(s,) loss weights of the predictions, the sample's factor included."""
     sample: int
     """Position in the join's list."""
 
@@ -42,9 +48,9 @@ class Tree:
     branches: tuple[Branch, ...]
     """At least one."""
     media: tuple[int, ...]
-    """The pictures, in the order of their places (indices of the join's distinct media)."""
+    """The pictures and clips, in the order of their places (indices of the join's distinct media)."""
     image_token_id: int
-    """What stands at every one of a picture's M places."""
+    """What stands at every place of a feature."""
 
     @property
     def tokens(self) -> int:
@@ -61,7 +67,7 @@ class PlacedTree:
     branches: tuple[tuple[int, int, int], ...]
     """(first, end, sample) of each branch."""
     media: tuple[int, ...]
-    """Its pictures, in order."""
+    """Its pictures and clips, in order."""
 
 
 def build_tree(
@@ -70,32 +76,31 @@ def build_tree(
     sample_numbers: Sequence[int],
     factors: Sequence[float],
     media: Sequence[int],
-    picture_tokens: int,
+    contents: Sequence[npt.NDArray[np.int32]],
     image_token_id: int,
 ) -> Tree:
-    """A tree of samples with the same pictures and the same tokens up to the last of them.
+    """A tree of samples with the same media and the same tokens up to the last of them.
 
     Args:
-        samples: tokens with one image token a picture.
+        samples: tokens with one image token a picture or clip.
         sample_numbers: what to call each of them afterwards.
         factors: factor on each sample's loss weights.
-        media: the pictures of every one of them.
-        picture_tokens: M.
-        image_token_id: the token to repeat.
+        media: the pictures and clips of every one of them.
+        contents: the tokens that stand for each of those, ending with an image token.
+        image_token_id: the token that stands where a feature goes.
     """
-    expanded = [_expand(s, picture_tokens, image_token_id) for s in samples]
-    ids = expanded[0][0]
-    places = np.flatnonzero(ids == image_token_id)
-    assert len(places) == len(media) * picture_tokens, "picture places and pictures differ"
-    shared = int(places[-1]) + 1 if len(samples) > 1 else 0
-    for other, _ in expanded[1:]:
-        assert np.array_equal(other[:shared], ids[:shared]), "branches of different beginnings"
-        assert not np.any(other[shared:] == image_token_id), "a picture after the shared part"
+    assert len(media) == len(contents), "media and what stands for them differ in number"
+    expanded = [_expand(s, contents, image_token_id) for s in samples]
+    ids, _, shared = expanded[0]
+    prefix = shared if len(samples) > 1 else 0
+    for other, _, end in expanded[1:]:
+        assert end == shared, "a picture after the shared part"
+        assert np.array_equal(other[:prefix], ids[:prefix]), "branches of different beginnings"
     return Tree(
-        prefix=ids[:shared],
+        prefix=ids[:prefix],
         branches=tuple(
-            Branch(ids=own[shared:], weights=weights * np.float32(factor), sample=number)
-            for (own, weights), factor, number in zip(
+            _branch(own, weights, prefix, shared, factor, number)
+            for (own, weights, _), factor, number in zip(
                 expanded, factors, sample_numbers, strict=True
             )
         ),
@@ -105,13 +110,39 @@ def build_tree(
 
 
 def _expand(
-    sample: TokenizedSample, picture_tokens: int, image_token_id: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Every image token M times. Nothing learns to say a picture, so its places weigh nothing."""
+    sample: TokenizedSample, contents: Sequence[npt.NDArray[np.int32]], image_token_id: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
+    """Every medium's tokens at its place, and where the last of them ends.
+
+    Nothing learns to say a picture or the time of a frame, so their places weigh nothing.
+    """
     is_image = sample.ids == image_token_id
-    times = np.where(is_image, picture_tokens, 1)
-    weights = np.where(is_image, np.float32(0), sample.weights)
-    return np.repeat(sample.ids, times), np.repeat(weights, times)
+    ids, counts = fill_places(sample.ids, image_token_id, contents)
+    weights = np.repeat(np.where(is_image, np.float32(0), sample.weights), counts)
+    last = np.flatnonzero(is_image)[-1:]
+    return ids, weights, int(counts[: int(last[0]) + 1].sum()) if len(last) else 0
+
+
+def _branch(
+    ids: npt.NDArray[np.int32],
+    weights: npt.NDArray[np.float32],
+    prefix: int,
+    shared: int,
+    factor: float,
+    sample: int,
+) -> Branch:
+    """What is a sample's own, behind `prefix` tokens; `shared` is where its last medium ends."""
+    used = used_tokens(weights, shared)
+    own = weights * np.float32(factor)
+    # Token k of the sample is predicted from token k - 1; the first from nothing.
+    predicted = np.flatnonzero(own[1:] > 0) + 1
+    return Branch(
+        ids=ids[prefix:used],
+        sources=predicted - 1,
+        targets=ids[predicted],
+        weights=own[predicted],
+        sample=sample,
+    )
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -161,7 +192,12 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
             positions[at:end] = np.arange(shared, shared + len(branch.ids))
             if end > at:
                 units.append((at, end, first, first + shared))
-            _supervise(tree, branch, first, at, sources, targets, weights)
+            # Where the prefix itself is supervised (an answer before the last picture), its positions
+            # appear once for each branch, as they would if the samples stood apart.
+            moved = np.where(branch.sources < shared, first, at - shared)
+            sources.append(moved + branch.sources)
+            targets.append(branch.targets.astype(np.int64))
+            weights.append(branch.weights)
             branches.append((at, end, branch.sample))
             at = end
         placed.append(
@@ -178,27 +214,3 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
         units=torch.from_numpy(np.array(units, dtype=np.int64).reshape(-1, 4)),
     )
     return batch, tuple(placed)
-
-
-def _supervise(
-    tree: Tree,
-    branch: Branch,
-    prefix_at: int,
-    branch_at: int,
-    sources: list[Ints],
-    targets: list[Ints],
-    weights: list[npt.NDArray[np.float32]],
-) -> None:
-    """Append the triples (position that predicts, target, weight) of one branch and its prefix.
-
-    Where the prefix itself is supervised (an answer before the last picture), its positions appear once
-    for each branch, as they would if the samples stood apart.
-    """
-    shared = len(tree.prefix)
-    # Token k of the sample is predicted from token k - 1; the first from nothing.
-    predicted = np.flatnonzero(branch.weights[1:] > 0) + 1
-    before = predicted - 1
-    sources.append(np.where(before < shared, prefix_at, branch_at - shared) + before)
-    whole = np.concatenate([tree.prefix, branch.ids]).astype(np.int64)
-    targets.append(whole[predicted])
-    weights.append(branch.weights[predicted])

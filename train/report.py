@@ -1,18 +1,15 @@
-"""A run as one HTML page: held-out pictures with questions and answers, scores beside blind, loss curves.
+"""A run as one HTML page: held-out media with questions and answers, scores beside blind, loss curves.
 
 python -m train.report --run default                      # runs/default/stage<k>/report.html
 python -m train.report --run default --output report.html --pictures 60
 
-The page stands alone: pictures are inside it, curves are SVG, nothing is fetched. Pictures are read from
-where the samples found them; one that is not on this machine, or has changed since it was encoded, is said
-to be so. Answers come from `train.evaluate`, which is run first when it has not been.
+The page stands alone: pictures are inside it, clips as strips of frames, curves are SVG, nothing is fetched.
+Media are read from where the samples found them (train/report_media.py). Answers come from
+`train.evaluate`, which is run first when it has not been.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +17,14 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 import configs
 from cache.layout import CacheRoot, write_atomic
-from cache.tables import media_table
 from model.load import find_run, read_meta
 from train import evaluate as evaluation
 from train.charts import Line, chart, finite, smoothed
 from train.evaluate import Evaluation
 from train.metrics import duration, read_metrics
+from train.report_media import find_media, medium
 from train.report_style import STYLE
 from train.scoring import CAPTION, POINTS, Answer, points_in
 from train.stage import CONFIG
@@ -39,11 +32,6 @@ from train.stage import CONFIG
 log = logging.getLogger(__name__)
 
 PROG = "python -m train.report"
-VERBATIM_BYTES = 100_000
-"""Small pictures go into the page as they are."""
-THUMBNAIL = 480
-"""Longer side of what others are shrunk to, pixels."""
-TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +45,7 @@ class Options:
     features: Path = Path("cache")
     """Folder of the feature cache."""
     split: Literal["val", "train"] = "val"
-    """Which pictures to show."""
+    """Which pictures and clips to show."""
     pictures: int = 36
     """How many."""
     output: Path | None = None
@@ -109,15 +97,15 @@ def evaluated(final: Path, options: Options) -> Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """One sample's pictures, and everything asked about them."""
+    """One sample's pictures and clips, and everything asked about them."""
 
     images: tuple[str, ...]
-    """HTML of each picture, with what is pointed at."""
+    """HTML of each, with what is pointed at."""
     answers: tuple[Answer, ...]
 
 
 def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
-    """The first `most` pictures (or groups of them) with all their questions, evenly over the data sets."""
+    """The first `most` pictures or clips (or groups) with all their questions, evenly over the data sets."""
     groups: dict[tuple[str, ...], list[Answer]] = {}
     for one in answers:
         if one.media:
@@ -129,41 +117,17 @@ def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[S
     for rank in range(max(map(len, queues.values()), default=0)):
         chosen += [queue[rank] for queue in queues.values() if rank < len(queue)]
     chosen = chosen[:most]
-    keys = keys_of({source for media in chosen for source in media}, root)
+    found = find_media({source for media in chosen for source in media}, root)
     return [
         Shown(
             images=tuple(
-                picture(Path(source), keys.get(source)) + marks(groups[media], number)
+                medium(source, found.get(source)) + marks(groups[media], number)
                 for number, source in enumerate(media, 1)
             ),
             answers=tuple(groups[media]),
         )
         for media in chosen
     ]
-
-
-def keys_of(sources: set[str], root: CacheRoot) -> dict[str, str]:
-    """The key under which each source was encoded."""
-    table = media_table(root)
-    rows = table.filter(pc.is_in(table["source"], value_set=pa.array(sorted(sources), pa.string())))
-    return dict(zip(rows["source"].to_pylist(), rows["key"].to_pylist(), strict=True))
-
-
-def picture(path: Path, key: str | None) -> str:
-    """An `img` with the picture inside, or a box that says why not."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return absent("not on this machine")
-    if key is not None and hashlib.sha256(data).hexdigest() != key:
-        return absent("has changed since it was encoded")
-    kind = next((name for magic, name in TYPES.items() if data.startswith(magic)), None)
-    if kind is None or len(data) > VERBATIM_BYTES:
-        try:
-            data, kind = shrunk(data), "jpeg"
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            return absent("cannot be read")
-    return f'<img alt="" loading="lazy" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def marks(answers: Sequence[Answer], number: int) -> str:
@@ -177,22 +141,6 @@ def marks(answers: Sequence[Answer], number: int) -> str:
         f'<i class="{kind}" style="left:{min(x, 1000) / 10:.1f}%;top:{min(y, 1000) / 10:.1f}%"></i>'
         for kind, x, y in found
     )
-
-
-def shrunk(data: bytes) -> bytes:
-    """A JPEG of at most THUMBNAIL pixels a side."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        small = ImageOps.exif_transpose(image).convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=85)
-    return out.getvalue()
-
-
-def absent(reason: str) -> str:
-    """What stands where a picture cannot."""
-    return f'<div class="absent">picture {escape(reason)}</div>'
 
 
 # ---- page
@@ -221,7 +169,7 @@ def render(
         f"<body><header><h1>{escape(name)}</h1><p>{escape(facts)}</p></header><main>"
         f"{headline(result)}<section><h2>Scores</h2>{scores(result)}</section>"
         f"<section><h2>Training</h2>{curves(lines)}</section>"
-        f"<section><h2>Pictures it has {'' if result.split == 'train' else 'not '}seen in training</h2>"
+        f"<section><h2>What it has {'' if result.split == 'train' else 'not '}seen in training</h2>"
         f'{hint(result)}<div class="cards">{"".join(map(card, shown))}</div></section>'
         f"<section><details><summary>Options</summary><pre>{escape(config)}</pre></details></section>"
         "</main></body></html>\n"
@@ -234,7 +182,9 @@ def headline(result: Evaluation) -> str:
     if result.mean is not None:
         boxes.append(("exact match", f"{result.mean:.1%}", "mean over question types"))
     if result.blind_mean is not None:
-        boxes.append(("blind", f"{result.blind_mean:.1%}", "the same model, pictures exchanged"))
+        boxes.append(
+            ("blind", f"{result.blind_mean:.1%}", "the same model, pictures and clips exchanged")
+        )
     beside = "" if result.blind_loss is None else f"{result.blind_loss:.4g} blind"
     boxes.append(("loss", f"{result.loss:.4g}", beside))
     return '<div class="boxes">' + "".join(map(_box, boxes)) + "</div>"

@@ -54,6 +54,8 @@ background:var(--card);border:1px solid var(--line);border-radius:10px}
 box-shadow:0 0 0 1px #0006}
 .picture .ring{width:26px;height:26px;margin:-13px;background:none}
 .picture .right{background:var(--right)}.picture .wrong{background:var(--wrong)}
+.strip{display:grid;grid-template-columns:repeat(3,1fr);gap:1px}
+.strip small{display:block;text-align:center;background:var(--card)}
 .absent{aspect-ratio:1;background:var(--page);display:grid;place-content:center;color:var(--soft);font-size:13px;padding:20px;text-align:center}
 dl{margin:0;border-top:1px solid var(--line);padding:6px 16px 14px}
 dt{color:var(--soft);font-size:13px;margin-top:8px;overflow-wrap:anywhere}

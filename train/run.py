@@ -6,12 +6,15 @@ python -m train.run --resume                                      # after a cras
 python -m train.run --datasets cap=0.6,points=0.3,text=0.1        # a mix
 python -m train.run --inspect                                     # the first packed batches as text
 python -m train.run --llm random:qwen3-tiny --max-steps 20        # a laptop, offline
+torchrun --nproc-per-node 4 -m train.run -- --stage 1             # four GPUs of one machine
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-import math
+import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -22,51 +25,69 @@ import torch
 
 import configs
 from cache.reader import FeatureReader
-from configs import UserError
-from model.device import pick_device
 from model.language import load_tokenizer
 from model.load import save_final
 from model.vlm import parameter_counts
 from train import checkpoint, metrics, stage, start
-from train.config import SELECTORS, Options, preset
-from train.data import FeatureLoader, MicroBatch, OnePass, StepPlan, TokenStore, inspect_text
+from train.config import MACHINE_KEYS, SELECTORS, Options, preset
+from train.data import FeatureLoader, OnePass, StepPlan, TokenStore, inspect_text
 from train.forward import Forward, choose_precision
-from train.join import KIND
-from train.optim import broken_gradients, build_optimizer, clip_gradients, schedules, set_rates
+from train.gradients import fingerprint
+from train.optim import build_optimizer, clip_gradients, schedules, set_rates
+from train.processes import Processes, joined
+from train.step import Share, by_step, refuse_non_finite
 
 PROG = "python -m train.run"
 INSPECTED = 2
 """Micro-batches `--inspect` shows."""
+ALONE = Processes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    """The command, in one process or, under torchrun, in one of several."""
+    with joined() as processes:
+        level = logging.INFO if processes.leader else logging.ERROR
+        logging.basicConfig(format="%(message)s", level=level)
+        return run(argv, processes)
+
+
+def run(argv: Sequence[str] | None, processes: Processes) -> int:
+    """From the command line to a finished stage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--"]:  # the end of torchrun's options, which some versions of Python pass on
+        words = words[1:]
     options = configs.parse(
-        Options, argv, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
+        Options, words, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
     )
-    stage.refuse_processes()
+    options = dataclasses.replace(options, processes=options.processes or processes.world)
     folder, options = stage.check_folder(options)
-    if stage.is_finished(folder) and not options.inspect:
+    if processes.from_leader(lambda: stage.is_finished(folder)) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
-    device = pick_device(options.device)
+    device = processes.device(options.device)
+    processes.connect(device)
     reader = start.open_space(options)
     origin = start.starting_point(options)
     options = start.resolve(options, origin, reader.spec)
     tokenizer = load_tokenizer(str(origin or options.llm))
-    data = start.load_data(options, reader, tokenizer, folder)
+    data = start.load_data(options, reader, tokenizer, folder, processes.leader_first)
     if options.inspect:
-        inspect(options, reader, data, tokenizer)
+        if processes.leader:
+            inspect(options, reader, data, tokenizer)
         return 0
     vlm = start.build_model(options, origin, reader.spec, device)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
-    with stage.hold(folder):
-        facts = stage.open_folder(folder, options, reader, data.train)
-        describe(folder, options, reader, data, forward)
-        step = train(folder, options, reader, data, forward, run_id=facts["id"])
-        save_final(folder / stage.FINAL, vlm, tokenizer, start.final_meta(options, reader, step))
+    with stage.hold(folder) if processes.leader else contextlib.nullcontext():
+        facts = processes.from_leader(
+            lambda: stage.open_folder(folder, options, reader, data.train)
+        )
+        describe(folder, options, reader, data, forward, processes)
+        step = train(folder, options, reader, data, forward, processes, run_id=facts["id"])
+        with processes.leader_first():
+            if processes.leader:
+                meta = start.final_meta(options, reader, step)
+                save_final(folder / stage.FINAL, vlm, tokenizer, meta)
     print(f"stage {options.stage} is finished: {folder / stage.FINAL}")
     return 0
 
@@ -77,6 +98,7 @@ def train(
     reader: FeatureReader,
     data: start.Data,
     forward: Forward,
+    processes: Processes = ALONE,
     *,
     run_id: str,
 ) -> int:
@@ -88,71 +110,93 @@ def train(
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = checkpoint.load(newest, vlm, optimizer)["step"]
         print(f"resuming after step {done}: {newest}")
-    metrics.cut_metrics(folder, done)
-    trackers = metrics.open_trackers(
-        options.log, folder, run_id=run_id, start=done, config=vars(options)
-    )
-    log = metrics.RunLog(
-        folder, every=options.log_every, last_step=options.max_steps, trackers=trackers
-    )
-    loader = load(options, reader, data.plan, data.tokens, device, done, options.max_steps)
     learning = [p for p in vlm.parameters() if p.requires_grad]
-    parts: list[torch.Tensor] = []  # the loss of each micro-batch, left on the device
-    batches: list[tuple[int, ...]] = []  # and its samples, to name them when something is wrong
-    wait_s, tokens = 0.0, 0
+    processes.agree(lambda: starting_facts(options, data, forward, done))
+    log = open_log(folder, options, processes, run_id, done)
+    loader = load(
+        options, reader, data.plan, data.tokens, device, done, options.max_steps, processes
+    )
     vlm.train()
     started = time.perf_counter()
     try:
-        for micro in loader:
-            if not parts:
-                # Dropout, where a language model has any, draws the same after a resume.
-                torch.manual_seed((options.seed << 32) + micro.step)
-            loss = forward.loss(micro)
-            loss.backward()
-            parts.append(loss.detach())
-            batches.append(sample_numbers(micro))
-            wait_s += micro.wait_s
-            tokens += micro.tokens
-            if not micro.last:
-                continue
+        for step, micro_batches in by_step(loader, done, options.max_steps):
+            # Dropout, where a language model has any, draws the same after a resume.
+            torch.manual_seed((options.seed << 32) + step * processes.world + processes.rank)
+            share = Share()
+            for micro in micro_batches:
+                loss = forward.loss(micro)
+                loss.backward()
+                share.add(micro, loss)
 
-            losses = torch.stack(parts).tolist()
+            # Every process comes here in every step, also one that was dealt nothing.
+            totals = share.total(processes, device)
+            processes.sum_gradients(learning)
             norm = clip_gradients(learning, options.max_grad_norm)
-            refuse_non_finite(micro.step, losses, norm, batches, forward, data)
-            lr = set_rates(optimizer, rates, micro.step)
+            refuse_non_finite(step, share, totals, norm, vlm, data.train, processes)
+            lr = set_rates(optimizer, rates, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            done = micro.step + 1
+            done = step + 1
             now = time.perf_counter()
             log.step(
                 metrics.StepRecord(
                     step=done,
-                    epoch=data.plan.epoch(micro.step),
-                    loss=math.fsum(losses),
+                    epoch=data.plan.epoch(step),
                     lr=lr.get("llm", 0.0),
                     connector_lr=lr.get("connector", 0.0),
                     grad_norm=norm,
-                    samples=micro.step_samples,
-                    tokens=tokens,
                     step_s=now - started,
-                    wait_s=wait_s,
-                    memory_gib=metrics.memory_gib(device),
+                    **dataclasses.asdict(totals),
                 )
             )
             last = done == options.max_steps
             if data.val is not None and (last or done % options.eval_every == 0):
-                log.held_out(done, *held_out_loss(options, reader, data, forward))
+                log.held_out(done, *held_out_loss(options, reader, data, forward, processes))
             if last or done % options.save_every == 0:
-                checkpoint.save(
-                    checkpoints, done, vlm, optimizer, {"samples_digest": data.train.digest}
-                )
-            parts, batches, wait_s, tokens = [], [], 0.0, 0
+                # Equal sums make equal models; a process that computes otherwise must not go unnoticed.
+                processes.agree(lambda: {"model": fingerprint(learning)})
+                if processes.leader:
+                    state = {"samples_digest": data.train.digest}
+                    checkpoint.save(checkpoints, done, vlm, optimizer, state)
             started = time.perf_counter()
     finally:
         loader.close()
         log.close()
     return done
+
+
+def starting_facts(
+    options: Options, data: start.Data, forward: Forward, done: int
+) -> dict[str, object]:
+    """What must be the same on every process, or they would not train one model."""
+    rhythm = ("run", "eval_every", "eval_samples", "save_every")
+    return {
+        "checkpoint": done,
+        "samples": data.train.digest,
+        "model": fingerprint(forward.vlm.parameters()),
+        "precision": str(forward.autocast),
+        **{
+            name: str(value)
+            for name, value in vars(options).items()
+            if name in rhythm or name not in MACHINE_KEYS
+        },
+    }
+
+
+def open_log(
+    folder: Path, options: Options, processes: Processes, run_id: str, done: int
+) -> metrics.RunLog | metrics.NoLog:
+    """Where the leader tells about steps; what a killed run wrote after its checkpoint goes."""
+    if not processes.leader:
+        return metrics.NoLog()
+    metrics.cut_metrics(folder, done)
+    trackers = metrics.open_trackers(
+        options.log, folder, run_id=run_id, start=done, config=vars(options)
+    )
+    return metrics.RunLog(
+        folder, every=options.log_every, last_step=options.max_steps, trackers=trackers
+    )
 
 
 def load(
@@ -163,8 +207,9 @@ def load(
     device: torch.device,
     first: int,
     stop: int,
+    processes: Processes = ALONE,
 ) -> FeatureLoader:
-    """The micro-batches of steps [first, stop)."""
+    """This process's micro-batches of steps [first, stop)."""
     return FeatureLoader(
         plan,
         tokens,
@@ -172,6 +217,8 @@ def load(
         max_tokens=options.max_tokens,
         start=first,
         stop=stop,
+        rank=processes.rank,
+        world=processes.world,
         threads=options.read_threads,
         ahead=options.read_ahead,
         pin=device.type == "cuda",
@@ -179,49 +226,22 @@ def load(
 
 
 def held_out_loss(
-    options: Options, reader: FeatureReader, data: start.Data, forward: Forward
-) -> tuple[float, int]:
-    """Loss on the held-out samples, and how many they are."""
-    assert data.val is not None and data.val_tokens is not None
-    with load(
-        options, reader, data.val, data.val_tokens, forward.device, 0, len(data.val)
-    ) as loader:
-        return forward.mean_loss(loader)
-
-
-def refuse_non_finite(
-    step: int,
-    losses: Sequence[float],
-    norm: float,
-    batches: Sequence[Sequence[int]],
-    forward: Forward,
+    options: Options,
+    reader: FeatureReader,
     data: start.Data,
-) -> None:
-    """Stop before a broken step is taken: the weights on disk and in memory stay good.
-
-    Raises:
-        UserError: a loss or a gradient is NaN or infinite.
-    """
-    if math.isfinite(norm) and all(map(math.isfinite, losses)):
-        return
-    broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-    suspects = [s for i in broken or range(len(batches)) for s in batches[i]]
-    names = ", ".join(data.train.name_of(s) for s in suspects[:5])
-    more = f" and {len(suspects) - 5} more" if len(suspects) > 5 else ""
-    if broken:
-        what = f"the loss is {losses[broken[0]]}"
-    else:
-        parameters = broken_gradients(forward.vlm)
-        what = f"the gradient is not finite in {len(parameters)} parameters, first {parameters[0]}"
-    raise UserError(
-        f"step {step + 1}: {what}; samples {names}{more}. Nothing was updated. Lower --learning-rate, "
-        "or check the features (python -m cache.verify --deep); --resume goes on from the last checkpoint"
-    )
-
-
-def sample_numbers(micro: MicroBatch) -> tuple[int, ...]:
-    """Positions in the sample list of everything in a micro-batch."""
-    return tuple(sample for tree in micro.placed for _, _, sample in tree.branches)
+    forward: Forward,
+    processes: Processes = ALONE,
+) -> tuple[float, int]:
+    """Loss on the held-out samples, shared among the processes, and how many they are."""
+    assert data.val is not None and data.val_tokens is not None
+    steps = len(data.val)
+    with load(
+        options, reader, data.val, data.val_tokens, forward.device, 0, steps, processes
+    ) as loader:
+        sums = processes.gather(forward.loss_sums(loader))
+    totals, weights, samples = zip(*sums, strict=True)
+    # The first process has a piece of every step, so it alone has seen the weight of all.
+    return sum(totals) / weights[0], round(sum(samples))
 
 
 def inspect(options: Options, reader: FeatureReader, data: start.Data, tokenizer: Any) -> None:
@@ -233,12 +253,18 @@ def inspect(options: Options, reader: FeatureReader, data: start.Data, tokenizer
 
 
 def describe(
-    folder: Path, options: Options, reader: FeatureReader, data: start.Data, forward: Forward
+    folder: Path,
+    options: Options,
+    reader: FeatureReader,
+    data: start.Data,
+    forward: Forward,
+    processes: Processes,
 ) -> None:
     """What is about to happen."""
     precision = "float32" if forward.autocast is None else "bfloat16"
     print(f"run       {folder}: stage {options.stage}, {options.max_steps} steps")
-    print(f"space     {reader.path.name}: {reader.rows(KIND):,} pictures")
+    frames = f", {n:,} frames of clips" if (n := reader.rows("frame")) else ""
+    print(f"space     {reader.path.name}: {reader.rows('picture'):,} pictures{frames}")
     for line in data.train.describe().splitlines():
         print(f"data      {line}")
     print(f"plan      {options.samples_per_step} samples a step; {data.plan.describe()}")
@@ -247,6 +273,8 @@ def describe(
         state = "trained" if learns else "frozen"
         print(f"model     {name} {state}: {learns:,} of {total:,} parameters")
     print(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
+    if processes.world > 1:
+        print(f"processes {processes.world}, each with its share of every step")
 
 
 if __name__ == "__main__":

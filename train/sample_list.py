@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from cache.layout import CacheRoot
 from configs import UserError
+from train.media_rows import NOUNS, PICTURE, VIDEO, within
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
@@ -65,8 +66,14 @@ class Join:
     """(R,) which of the K distinct media."""
     keys: npt.NDArray[np.uint8]
     """(K, 32) sha256 of the media's bytes."""
+    kinds: npt.NDArray[np.uint8]
+    """(K,) number in MEDIA_KINDS."""
+    starts: Ints
+    """(K + 1,) media k has rows[starts[k]:starts[k + 1]]: one for a picture, one a frame for a clip."""
     rows: Ints
-    """(K,) row of the space's array."""
+    """(W,) rows of the space's array for the media's kind."""
+    times: npt.NDArray[np.float64]
+    """(W,) where in its clip a frame is, seconds after the first; NaN for pictures."""
     ids: tuple[Any, ...]
     """Per data set the id column of its whole table."""
     counts: tuple[Coverage, ...]
@@ -103,8 +110,20 @@ class Join:
         return f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
 
     def media_of(self, sample: int) -> npt.NDArray[np.int32]:
-        """(n,) the media of one sample, as indices of `keys` and `rows`."""
+        """(n,) the media of one sample, as indices of `keys`, `kinds` and `starts`."""
         return self.media[self.offsets[sample] : self.offsets[sample + 1]]
+
+    def is_clip(self, media: int) -> bool:
+        """Whether one distinct media is a clip."""
+        return int(self.kinds[media]) == VIDEO
+
+    def rows_of(self, media: int) -> Ints:
+        """Its rows, in the array of its kind."""
+        return self.rows[self.starts[media] : self.starts[media + 1]]
+
+    def times_of(self, media: int) -> npt.NDArray[np.float64]:
+        """Where its frames are, seconds after the first; NaN of a picture."""
+        return self.times[self.starts[media] : self.starts[media + 1]]
 
     def key(self, media: int) -> str:
         """The key (64 hex) of one distinct media."""
@@ -122,20 +141,32 @@ class Join:
         return "\n".join(lines)
 
     def blind(self, seed: int) -> Join:
-        """The same samples, every picture exchanged for another: what is known without looking.
+        """The same samples, every picture exchanged for another, and every clip for another clip.
+
+        A clip keeps its own number of frames and their times, which stand in the text; what is seen at
+        them comes from the other clip, spread over its whole length. So all sequences stay as long as
+        they were, and what is left is what can be known without looking.
 
         Raises:
-            UserError: there is only one picture to exchange.
+            UserError: there is only one picture, or one clip, to exchange.
         """
-        if len(self.rows) == 1:
-            raise UserError(
-                f"{self.split} split of {', '.join(self.names)}: one picture, so none to exchange it "
-                "for in the blind baseline; leave it out (--no-blind) or encode more pictures"
-            )
-        order = np.random.default_rng(seed).permutation(len(self.rows))
-        other = np.empty_like(order)
-        other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
-        return replace(self, rows=self.rows[other], keys=self.keys[other], digest="blind")
+        donor = np.empty(len(self.kinds), dtype=np.int64)
+        for kind, noun in enumerate(NOUNS):
+            of_kind = np.flatnonzero(self.kinds == kind)
+            if len(of_kind) == 1:
+                raise UserError(
+                    f"{self.split} split of {', '.join(self.names)}: one {noun}, so none to exchange it "
+                    f"for in the blind baseline; leave it out (--no-blind) or encode more {noun}s"
+                )
+            order = of_kind[np.random.default_rng(seed).permutation(len(of_kind))]
+            donor[order] = np.roll(order, 1)  # one cycle through all: none stays in its place
+        count, given = np.diff(self.starts), np.diff(self.starts)[donor]
+        place = within(np.zeros_like(count), count)  # 0, 1, ... within each media
+        last = np.repeat(np.maximum(count - 1, 1), count)
+        # The nearest of the donor's frames: first to first, last to last.
+        frame = (2 * place * np.repeat(given - 1, count) + last) // (2 * last)
+        rows = self.rows[np.repeat(self.starts[donor], count) + frame]
+        return replace(self, rows=rows, keys=self.keys[donor], digest="blind")
 
     def freeze(self, path: Path) -> None:
         """Write which samples these are (a bit a sample), for `join(..., frozen=path)` on resume."""
@@ -151,9 +182,13 @@ class Join:
 
 
 def digest_of(joined: Join) -> str:
-    """Hash of texts, media keys and order."""
+    """Hash of texts, media keys and order; of clips also how many frames they have, and when."""
     digest = hashlib.sha256(repr((joined.split, joined.names, joined.samples_digests)).encode())
-    for array in (joined.dataset, joined.index, joined.offsets, joined.media, joined.keys):
+    arrays: list[npt.NDArray[Any]] = [joined.dataset, joined.index, joined.offsets]
+    arrays += [joined.media, joined.keys]
+    if (joined.kinds != PICTURE).any():
+        arrays += [joined.kinds, joined.starts, joined.times]
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 

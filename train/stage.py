@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,15 +37,6 @@ FINAL, CHECKPOINTS = "final", "checkpoints"
 def is_finished(folder: Path) -> bool:
     """Whether a stage's model is there, whole."""
     return (folder / FINAL / META).is_file()
-
-
-def refuse_processes() -> None:
-    """Several processes would write into one run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "started as several processes (torchrun): the trainer is one process on one GPU so far; "
-            "start it with python -m train.run, and raise --gradient-accumulation-steps to keep the batch"
-        )
 
 
 def check_folder(options: Options) -> tuple[Path, Options]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from cache.reader import FeatureReader, find_space
 from cache.spec import FeatureSpec
 from cache.tables import dataset_names
 from configs import UserError
+from model.language import max_positions
 from model.load import find_run, load_final, read_meta
 from model.vlm import VLM, build_vlm
 from train import stage
 from train.config import Options, parse_mix, stage_folder
-from train.data import Join, OnePass, StepPlan, TokenStore, grow_trees, join
-from train.join import KIND, EmptySplitError
+from train.data import Join, OnePass, Places, StepPlan, TokenStore, grow_trees, join
+from train.join import EmptySplitError
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +83,13 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
     """The options with language model and connector named: the checkpoint's, or configs/model.yaml's.
 
     Raises:
-        UserError: the checkpoint was trained on another space, or is another model than asked for.
+        UserError: the checkpoint was trained on another space, is another model than asked for, or the
+            window is longer than its language model.
     """
     if origin is None:
         fresh = configs.load("model")
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
+        check_window(options, llm)
         return dataclasses.replace(options, llm=llm, connector=connector)
     meta = read_meta(origin)
     check_space(meta, spec, origin)
@@ -95,8 +100,23 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
                 f"{origin}: its {name} is {meta[name]}, not {wanted}; leave --{name} out, "
                 "or start afresh: --stage 1 --run NEW"
             )
+    check_window(options, str(origin))
     log.info("starting from %s (stage %s, step %s)", origin, meta["stage"], meta["step"])
     return dataclasses.replace(options, llm=meta["llm"], connector=meta["connector"])
+
+
+def check_window(options: Options, llm: str) -> None:
+    """Positions a language model was never made for give nonsense without a word.
+
+    Raises:
+        UserError: `max_sequence_length` is more than it declares.
+    """
+    most = max_positions(llm)
+    if most is not None and options.max_sequence_length > most:
+        raise UserError(
+            f"max_sequence_length {options.max_sequence_length:,} is more than the {most:,} positions of "
+            f"{llm}; give --max-sequence-length {most} (fewer frames: --max-frames), or another --llm"
+        )
 
 
 def build_model(
@@ -150,6 +170,7 @@ def final_meta(options: Options, reader: FeatureReader, step: int) -> dict[str, 
         "space": read_sealed_json(reader.paths.space_json),
         "stage": options.stage,
         "step": step,
+        "max_frames": options.max_frames,
     }
 
 
@@ -171,8 +192,16 @@ def mix_of(options: Options, root: CacheRoot) -> dict[str, float | None]:
     return mix
 
 
-def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: Path) -> Data:
+def load_data(
+    options: Options,
+    reader: FeatureReader,
+    tokenizer: Any,
+    folder: Path,
+    turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Data:
     """Samples, their tokens, and the plan of steps; on resume exactly those the run began with.
+
+    `turn` is held while text is tokenised: of several processes one does it, the others find it done.
 
     Raises:
         UserError: too few features, no such data set, a sample longer than the window, ...
@@ -187,16 +216,18 @@ def load_data(options: Options, reader: FeatureReader, tokenizer: Any, folder: P
         split="train",
         held_out=options.held_out,
         min_coverage=options.min_coverage,
+        max_frames=options.max_frames,
         frozen=folder / stage.SAMPLES if facts else None,
     )
     if facts:
         _notice_growth(facts["samples"], train)
     store = folder.parent.parent / ".tokens"
-    tokens = TokenStore.open(root, train.names, tokenizer, folder=store)
-    window = {
+    with turn():
+        tokens = TokenStore.open(root, train.names, tokenizer, folder=store)
+    window: dict[str, Any] = {
         "max_tokens": options.max_sequence_length,
         "max_branches": min(MAX_BRANCHES, options.samples_per_step),
-        "picture_tokens": reader.spec.tokens(KIND),
+        "places": Places.of(reader.spec, tokenizer),
     }
     plan = StepPlan(
         grow_trees(train, tokens, **window),
@@ -223,6 +254,7 @@ def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | No
             split="val",
             held_out=options.held_out,
             min_coverage=0.0,
+            max_frames=options.max_frames,
             limit=-(-options.eval_samples // len(train.names)),
         )
     except EmptySplitError:

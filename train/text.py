@@ -2,7 +2,7 @@
 
 Lives beside the runs, never in the cache: a folder a data set, named by what decides its content.
 
-    runs/.tokens/<id>/ids.bin       int32    tokens of all samples, a picture counting as one
+    runs/.tokens/<id>/ids.bin       int32    tokens of all samples, a picture or clip counting as one
                       weights.bin   float32  loss weight of each token (0: not supervised)
                       samples.bin   SAMPLE   one record a sample
                       meta.json     written last, with the sizes of the others
@@ -40,13 +40,14 @@ log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 SAMPLE = np.dtype(
     [
         ("end", "<i8"),  # of its tokens in ids.bin; it starts where the one before ends
         ("loss_weight", "<f8"),  # sum over its tokens
         ("prefix_hash", "<u8"),  # of its tokens up to and with the last picture
         ("prefix", "<i4"),  # how many those are
+        ("used", "<i4"),  # how many of its tokens are worth reading, see `used_tokens`
         ("pictures", "<i4"),
     ]
 )
@@ -102,10 +103,8 @@ class TokenStore:
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
     def lengths(self, dataset: npt.NDArray[np.int16], index: Ints) -> Ints:
-        """(n,) tokens of samples, a picture counting as one."""
-        return self._gather(
-            dataset, index, lambda s: np.diff(s.samples["end"], prepend=np.int64(0))
-        ).astype(np.int64)
+        """(n,) tokens of samples that a sequence holds, a picture counting as one."""
+        return self._gather(dataset, index, lambda s: s.samples["used"]).astype(np.int64)
 
     def loss_weights(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[np.float64]:
         """(n,) sums of the samples' loss weights, without the sample's own factor."""
@@ -229,10 +228,23 @@ def tokenize_sample(sample: Sample, tokenizer: Any) -> TokenizedSample:
         ) from None
 
 
+def used_tokens(weights: npt.NDArray[np.float32], prefix: int) -> int:
+    """How many of a sample's tokens need to be read: up to the one that predicts the last supervised one.
+
+    What follows (an answer's end mark and its newline, at least) predicts nothing and nothing looks back at
+    it, so without it every loss and gradient is the same. What branches share stays whole.
+    """
+    supervised = np.flatnonzero(weights[1:] > 0)  # token k + 1 is predicted from token k
+    last = int(supervised[-1]) + 1 if len(supervised) else len(weights)
+    return max(last, prefix)
+
+
 def _record(text: TokenizedSample, end: int, image: int) -> npt.NDArray[Any]:
     places = np.flatnonzero(text.ids == image)
     prefix = int(places[-1]) + 1 if len(places) else 0
     head = hashlib.blake2b(text.ids[:prefix].tobytes(), digest_size=8).digest()
     # The first token is predicted from nothing, so its weight never counts.
     loss_weight = float(text.weights[1:].sum(dtype=np.float64))
-    return np.array([(end, loss_weight, int.from_bytes(head), prefix, len(places))], dtype=SAMPLE)
+    used = used_tokens(text.weights, prefix)
+    record = (end, loss_weight, int.from_bytes(head), prefix, used, len(places))
+    return np.array([record], dtype=SAMPLE)

@@ -4,7 +4,8 @@ The shared part (the prefix) stands once in a sequence, the rest of each sample 
 the prefix and themselves, not each other, so each is trained on exactly as if it stood alone. A tree
 never crosses data sets: the mix counts each on its own.
 
-S samples, N of them trainable, T trees. Tokens are counted as packed: a picture is its M features.
+S samples, N of them trainable, T trees, K distinct media. Tokens are counted as packed: a picture is its
+features, a clip its frames' features with their times, and what follows a sample's last prediction is none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from configs import UserError
-from train.join import Join
+from train.media_rows import VIDEO
+from train.places import Places
+from train.sample_list import Join
 from train.text import TokenStore
 
 log = logging.getLogger(__name__)
@@ -55,13 +58,13 @@ class Trees:
     prefix: npt.NDArray[np.int32]
     """(T,) tokens the branches share; 0 for a tree of one sample."""
     first_row: Ints
-    """(T,) row of the first picture, -1 without one: what is near on disk."""
+    """(T,) row of the first picture or frame, -1 without one: what is near on disk."""
     length: npt.NDArray[np.int32]
     """(S,) tokens of each sample standing alone."""
     loss_weight: npt.NDArray[np.float64]
     """(S,) sum of each sample's loss weights."""
-    picture_tokens: int
-    """M."""
+    places: Places
+    """What stands for a picture or clip."""
     max_tokens: int
     """The window every tree fits into."""
 
@@ -97,7 +100,7 @@ class Trees:
 
 
 def grow_trees(
-    join: Join, tokens: TokenStore, *, max_tokens: int, max_branches: int, picture_tokens: int
+    join: Join, tokens: TokenStore, *, max_tokens: int, max_branches: int, places: Places
 ) -> Trees:
     """Group the samples of `join` into trees.
 
@@ -106,7 +109,7 @@ def grow_trees(
         tokens: their tokenised text, opened for `join.names`.
         max_tokens: no tree is longer, in tokens; one that would be is split, and its prefix repeated.
         max_branches: no tree has more samples. At most the samples of a step.
-        picture_tokens: tokens one picture occupies, M.
+        places: what stands for a picture or clip.
 
     Raises:
         UserError: a sample longer than max_tokens (none is ever cut or dropped for its length), or
@@ -114,16 +117,17 @@ def grow_trees(
     """
     if max_branches < 1:
         raise ValueError(f"max_branches {max_branches} is less than 1")
-    pictures = np.diff(join.offsets)
-    text = tokens.lengths(join.dataset, join.index)
-    length = text + pictures * (picture_tokens - 1)
+    # A picture or clip is one token of the text; this many it is more.
+    of_media = places.lengths(join)
+    more = _sums(of_media[join.media] - 1, join.offsets)
+    length = tokens.lengths(join.dataset, join.index) + more
     loss_weight = tokens.loss_weights(join.dataset, join.index) * join.weight
     use = _supervised(join, loss_weight)
-    _check_window(join, use, length, pictures, max_tokens, picture_tokens)
+    _check_window(join, use, length, of_media, max_tokens)
 
-    has_picture = pictures[use] > 0
+    has_media = (np.diff(join.offsets) > 0)[use]
     shared = tokens.prefixes(join.dataset, join.index)
-    prefix = np.where(pictures > 0, shared.length + pictures * (picture_tokens - 1), 0)
+    prefix = shared.length + more  # both 0 without media
     group = _group_hash(join, shared.hash)[use]
     order = np.lexsort((use, group, join.dataset[use]))
     members = use[order]
@@ -131,7 +135,7 @@ def grow_trees(
     starts_group[1:] = (
         (group[order][1:] != group[order][:-1])
         | (join.dataset[members][1:] != join.dataset[members][:-1])
-        | ~has_picture[order][1:]
+        | ~has_media[order][1:]
     )
     starts = _split(starts_group, length[members], prefix[members], max_tokens, max_branches)
     # Trees in the order of their first samples, so that a pass without shuffling follows the list.
@@ -155,7 +159,7 @@ def grow_trees(
         first_row=_first_row(join, first),
         length=length.astype(np.int32),
         loss_weight=loss_weight,
-        picture_tokens=picture_tokens,
+        places=places,
         max_tokens=max_tokens,
     )
 
@@ -178,21 +182,35 @@ def _supervised(join: Join, loss_weight: npt.NDArray[np.float64]) -> Ints:
     return use
 
 
-def _check_window(
-    join: Join, use: Ints, length: Ints, pictures: Ints, max_tokens: int, picture_tokens: int
-) -> None:
+def _sums(values: Ints, offsets: Ints) -> Ints:
+    """Sum of each list values[offsets[i]:offsets[i + 1]]; 0 of an empty one."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.asarray(total[offsets[1:]] - total[offsets[:-1]], dtype=np.int64)
+
+
+def _check_window(join: Join, use: Ints, length: Ints, of_media: Ints, max_tokens: int) -> None:
     longest = int(use[np.argmax(length[use])])
     if length[longest] <= max_tokens:
         return
     too_long = int((length[use] > max_tokens).sum())
-    count = int(pictures[longest])
-    text = int(length[longest]) - count * picture_tokens
+    media = join.media_of(longest)
+    clips = media[join.kinds[media] == VIDEO]
+    pictures = media[join.kinds[media] != VIDEO]
+    parts, ways = [], ["encode with more pooling (encode.run --pool 2)"]
+    if len(pictures) or not len(media):
+        each = f" x {int(of_media[pictures[0]]):,}" if len(pictures) else ""
+        parts.append(f"{len(pictures)}{each} for pictures")
+    if len(clips):
+        frames = int(np.diff(join.starts)[clips].sum())
+        parts.append(f"{int(of_media[clips].sum()):,} for {frames:,} frames of clips")
+        ways = ["take fewer frames (--max-frames, here and in encode.run)", *ways]
+    text = int(length[longest] - of_media[media].sum())
     raise UserError(
-        f"sample {join.name_of(longest)} is {length[longest]:,} tokens long ({count} x "
-        f"{picture_tokens:,} for pictures, {text:,} of text) and the window is {max_tokens:,}; "
+        f"sample {join.name_of(longest)} is {length[longest]:,} tokens long ({', '.join(parts)}, "
+        f"{text:,} of text) and the window is {max_tokens:,}; "
         f"{too_long:,} of {len(use):,} samples do not fit. Raise "
-        f"--max-sequence-length to {length[longest]:,}, encode with more pooling "
-        "(encode.run --pool 2), or leave those samples out of the data set"
+        f"--max-sequence-length to {length[longest]:,}, {', '.join(ways)}, or leave those samples out "
+        "of the data set"
     )
 
 
@@ -272,8 +290,10 @@ def _renumber(
 
 
 def _first_row(join: Join, samples: Ints) -> Ints:
-    """Row of each sample's first picture, -1 without one."""
+    """Row of each sample's first picture or frame, -1 without one; frames come after all pictures."""
     has = join.offsets[samples + 1] > join.offsets[samples]
     result = np.full(len(samples), -1, dtype=np.int64)
-    result[has] = join.rows[join.media[join.offsets[samples[has]]]]
+    first = join.media[join.offsets[samples[has]]]
+    behind = int(join.rows.max(initial=0)) + 1
+    result[has] = join.rows[join.starts[first]] + behind * (join.kinds[first] == VIDEO)
     return result
