@@ -24,8 +24,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Two processes of one thread each: two threads beside any other busy process mostly wait for each other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak_counted --soak -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak_counted --soak -s

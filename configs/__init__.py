@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -173,11 +174,14 @@ def parse(
     if preset is not None:
         default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)
     output = io.StringIO()
+    helping = bool({"-h", "--help"} & set(argv))
     try:
-        # A wide page keeps the message on one line; the terminal's own width serves --help.
+        # A wide page keeps the message on one line; the terminal's own width serves --help. And tyro draws
+        # the box that `_first_message` reads only where standard output is UTF-8.
         with (
             contextlib.redirect_stderr(output),
-            _columns(None if {"-h", "--help"} & set(argv) else 4000),
+            contextlib.nullcontext() if helping else contextlib.redirect_stdout(_utf8()),
+            _columns(None if helping else 4000),
         ):
             parsed: T = tyro.cli(
                 cls, prog=prog, description=_keep_lines(description), args=argv, **default
@@ -191,9 +195,16 @@ def parse(
     raise UserError(f"{prog}: {_first_message(cls, output.getvalue())}; see {prog} --help")
 
 
+def _utf8() -> io.TextIOWrapper:
+    """A page that nobody reads."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+
+
 def _keep_lines(description: str | None) -> str | None:
     """tyro joins lines that begin with a letter; those that show a command must stay apart."""
-    return description and re.sub(r"^(?=python -m )", "$ ", description, flags=re.MULTILINE)
+    return description and re.sub(
+        r"^(?=python -m |torchrun )", "$ ", description, flags=re.MULTILINE
+    )
 
 
 def _join_repeated(cls: type, argv: list[str]) -> list[str]:
@@ -291,4 +302,27 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... | head` is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if (mistake := wrong_place(error)) is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        code = USER_ERROR_EXIT
     sys.exit(code)
+
+
+WRONG_PLACE = {
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EACCES: "not allowed; choose another place, or mend its permissions",
+    errno.EPERM: "not allowed; choose another place, or mend its permissions",
+    errno.EROFS: "on a read-only file system; choose another place",
+    errno.ENOSPC: "the disk is full; make room and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+}
+
+
+def wrong_place(error: OSError) -> str | None:
+    """What a user can mend about the place a file was to be read or written; None: it is our error."""
+    what = WRONG_PLACE.get(error.errno or 0)
+    return f"{error.filename}: {what}" if what and error.filename else None
