@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+LONG = (
+    *("test_pixmo_kill", "test_photographs", "test_encode_cluster", "test_encode_kill"),
+    *("test_processes", "test_train_run", "test_encode_clips", "test_pixmo_web", "test_vision"),
+)
+"""Files that take longest: first, so that two processes end at about one time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +32,7 @@ def soak(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    """Sums depend on the number of threads; every test sees the same one."""
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Sums depend on the number of threads; every test, and every process it starts, sees the same one."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from cache.layout import CacheRoot, SpacePaths
@@ -116,6 +117,10 @@ class SlowWorker(Worker):
     def decode(self, data: bytes) -> Image.Image:
         time.sleep(0.02)
         return super().decode(data)
+
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        time.sleep(0.002)
+        return super().prepare(image)
 
 
 def main(folder: Path, workers: int) -> None:

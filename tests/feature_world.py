@@ -1,18 +1,20 @@
-"""A cache with made-up pictures and rows, for the tests of the trainer's data side.
+"""A cache with made-up pictures, clips and rows, for the tests of the trainer's data side.
 
-A picture is a name; its key, its source and its stored row all follow from it.
+A picture is a name; its key, its source and its stored row all follow from it. A clip is a name that begins
+with "clip"; its frames are those of a video with 12.5 frames a second.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cache import codec
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.spec import FeatureSpec
@@ -24,11 +26,13 @@ from cache.tables import (
     append_media,
     write_samples,
 )
+from cache.views import sample_times, time_view
 from cache.writer import ShardWriter, Space
 from model.language import load_tokenizer
 from tests.small_world import spec as small_spec
 from train.data import (
     Join,
+    Places,
     TokenStore,
     Trees,
     grow_trees,
@@ -37,6 +41,7 @@ from train.data import (
 
 SPEC: FeatureSpec = small_spec()
 M = SPEC.tokens("picture")
+FRAME_RATE = 12.5
 
 
 def key_of(picture: str) -> str:
@@ -49,6 +54,25 @@ def payload(picture: str) -> bytes:
     return rng.integers(0, 256, SPEC.row_bytes("picture"), dtype=np.uint8).tobytes()
 
 
+def frame_time(microseconds: int) -> float:
+    """When the frame nearest to a time really is."""
+    return round(microseconds * FRAME_RATE / 1e6) / FRAME_RATE
+
+
+def ref(name: str) -> MediaRef:
+    """How samples mention a picture or clip."""
+    if name.startswith("clip"):
+        return MediaRef(source=f"/{name}.mp4", kind="video")
+    return MediaRef(source=f"/{name}.png")
+
+
+def features(name: str, time_s: float | None = None) -> np.ndarray:
+    """(tokens, width) float16 that nobody else has: of a picture, or of the frame at a time."""
+    kind = "picture" if time_s is None else "frame"
+    rng = np.random.default_rng(int(key_of(f"{name}@{time_s}")[:8], 16))
+    return rng.standard_normal((SPEC.tokens(kind), SPEC.width)).astype(np.float16)
+
+
 def ask(
     name: str, pictures: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
 ) -> Sample:
@@ -59,7 +83,7 @@ def ask(
             Message(role="user", content=question),
             Message(role="assistant", content=answer),
         ),
-        media=tuple(MediaRef(source=f"/{p}.png") for p in pictures),
+        media=tuple(map(ref, pictures)),
         **more,
     )
 
@@ -85,6 +109,37 @@ class World:
                 shard.append(key_of(picture), "full", payload(picture))
             shard.commit()
         records = [MediaRecord(source=f"/{p}.png", key=key_of(p)) for p in pictures]
+        append_media(self.root, records, "test")
+
+    def encode_clips(self, clips: Mapping[str, float], max_frames: int = 128) -> None:
+        """Give clips (name -> duration) their frames, each clip's side by side."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
+        shard = ShardWriter(space, "frame", space.next_shard("frame"))
+        records = []
+        for name, duration in clips.items():
+            for asked in sample_times(duration, max_frames):
+                if shard.full:
+                    shard.commit()
+                    shard = ShardWriter(space, "frame", space.next_shard("frame"))
+                time_s = frame_time(asked)
+                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.codec)
+                shard.append(key_of(name), time_view(asked), row, time_s=time_s)
+            source = ref(name).source
+            records.append(
+                MediaRecord(source=source, key=key_of(name), kind="video", duration_s=duration)
+            )
+        shard.commit()
+        append_media(self.root, records, "test")
+
+    def encode_real(self, pictures: Sequence[str]) -> None:
+        """As `encode`, with features that are numbers."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
+        shard = ShardWriter(space, "picture", space.next_shard("picture"))
+        for picture in pictures:
+            row = codec.pack(features(picture).astype(np.float32), SPEC.codec)
+            shard.append(key_of(picture), "full", row)
+        shard.commit()
+        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in pictures]
         append_media(self.root, records, "test")
 
     def fail(self, pictures: Sequence[str]) -> None:
@@ -114,7 +169,7 @@ class World:
             self.tokens(joined),
             max_tokens=max_tokens,
             max_branches=max_branches,
-            picture_tokens=M,
+            places=Places.of(SPEC, self.tokenizer),
         )
 
 

@@ -10,29 +10,17 @@ import dataclasses
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
 from cache import codec
 from cache.layout import CacheRoot
 from cache.spec import FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.views import sample_times, time_view
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SPEC
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For the tests of modules that import it: tiny models only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 COLORS = {
     "red": (220, 40, 40),
@@ -116,6 +104,40 @@ def make(
     space.grow("picture")
     append_media(root, records, "test")
     write_samples(root, dataset, samples(files, max(pictures, answered), dataset))
+    return root
+
+
+def film(folder: Path, clips: int = 40, *, dataset: str = "films") -> CacheRoot:
+    """Clips of one colour beside the pictures of `make`: their frames' features alone, there are no files.
+
+    A clip's frames are of its colour, but for the first, which is of none. Clip n lasts n % 4 seconds.
+    """
+    root = CacheRoot(folder / "cache")
+    space = Space.create(root, spec(), {"library": "none"}, shard_bytes=1 << 16)
+    shard = ShardWriter(space, "frame", space.next_shard("frame"))
+    records: list[MediaRecord] = []
+    asked: list[Sample] = []
+    for number in range(clips):
+        color = list(COLORS)[number % len(COLORS)]
+        key = hashlib.sha256(f"film {number}".encode()).hexdigest()
+        duration = float(1 + number // 4 % 3)
+        for microseconds in sample_times(duration, 128):
+            values = features(color, number)[:1] * (microseconds > 0)
+            row = codec.pack(values, space.spec.codec)
+            shard.append(key, time_view(microseconds), row, time_s=microseconds / 1e6)
+        source = str(folder / "films" / f"{number}.mp4")
+        records.append(MediaRecord(source=source, key=key, kind="video", duration_s=duration))
+        messages = (
+            Message(role="user", content="Which colour is it then?"),
+            Message(role="assistant", content=color),
+        )
+        media = (MediaRef(source=source, kind="video"),)
+        one = Sample(id=str(number), dataset=dataset, messages=messages, media=media, task="film")
+        asked.append(one)
+    shard.commit()
+    space.grow("frame")
+    append_media(root, records, "films")
+    write_samples(root, dataset, asked)
     return root
 
 

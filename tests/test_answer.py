@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model import answer as answers
-from model.answer import Prompt, answer, decode
+from model.answer import Clip, Prompt, answer, decode
 from model.packed import PackedBatch
 from model.template import prompt_ids
 from model.tokenizer import eos_ids, token_id
@@ -40,14 +40,23 @@ def prompts(count: int) -> list[Prompt]:
 def greedy_by_full_forward(
     vlm: VLM, tok: PreTrainedTokenizerFast, prompt: Prompt, longest: int
 ) -> str:
-    """Word by word, each time the whole sequence through the training forward: no cache, no padding."""
+    """The answer to a prompt with pictures."""
     messages, features = prompt
+    assert features is None or isinstance(features, Tensor)
     count = 0 if features is None else len(features)
     image = token_id(tok, "<image>")
     ids: list[int] = []
     for one in prompt_ids(tok, messages, count):
         ids += [one] * (TOKENS if one == image else 1)
-    start = len(ids)
+    return full_forward(vlm, tok, ids, features, longest)
+
+
+def full_forward(
+    vlm: VLM, tok: PreTrainedTokenizerFast, ids: list[int], features: Tensor | None, longest: int
+) -> str:
+    """Word by word, each time the whole sequence through the training forward: no cache, no padding."""
+    image = token_id(tok, "<image>")
+    start, ids = len(ids), list(ids)
     with torch.no_grad():
         while len(ids) < start + longest:
             row = torch.tensor(ids)
@@ -66,6 +75,56 @@ def greedy_by_full_forward(
             if ids[-1] in eos_ids(tok):
                 break
     return decode(tok, ids[start:])
+
+
+def test_clips_are_answered_as_the_full_forward_says(
+    model: tuple[VLM, PreTrainedTokenizerFast],
+) -> None:
+    """Frames with their times as text, clips and pictures in the order of their marks."""
+    vlm, tok = model
+    ask = [("user", "<image> or <image>?", 1.0)]
+    image = token_id(tok, "<image>")
+
+    def spelt(*parts: str | int) -> list[int]:
+        """Texts, and numbers of feature places."""
+        return [
+            i
+            for part in parts
+            for i in (
+                [image] * part
+                if isinstance(part, int)
+                else tok(part, add_special_tokens=False)["input_ids"]
+            )
+        ]
+
+    film: tuple[str | int, ...] = ("0.0 ", 2, "0.5 ", 2, "12.3 ", 2)
+    said = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        frames = 9 * torch.randn(3, 2, VISION, generator=g)
+        clip = Clip(times_s=(0.0, 0.5, 12.34), features=frames)
+        picture = 9 * torch.randn(TOKENS, VISION, generator=g)
+        if seed % 2:
+            media: list[Tensor | Clip] = [clip, picture]
+            places = (*film, " or ", TOKENS)
+            features = torch.cat((frames.flatten(0, 1), picture))
+        else:
+            media, places = [picture, clip], (TOKENS, " or ", *film)
+            features = torch.cat((picture, frames.flatten(0, 1)))
+        ids = spelt("<|im_start|>user\n", *places, "?<|im_end|>\n<|im_start|>assistant\n")
+        wanted = full_forward(vlm, tok, ids, features, 12)
+        assert answer(vlm, tok, [(ask, media)], max_new_tokens=12) == [wanted]
+        assert answer(vlm, tok, [*prompts(3), (ask, media)], max_new_tokens=12)[3] == wanted
+        said.append(wanted)
+    assert len(set(said)) > 2, "what is seen matters"
+
+
+def test_long_prompts_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [10, 10, 20, 30, 90, 200]
+    monkeypatch.setattr(answers, "PADDED_TOKENS", 60)
+    batches = list(answers._batches(range(6), lengths, 8))
+    assert batches == [[0, 1, 2], [3], [4], [5]]
+    assert list(answers._batches(range(6), [1] * 6, 4)) == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_greedy_is_argmax_of_the_full_forward(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:

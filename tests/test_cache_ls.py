@@ -86,19 +86,28 @@ def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
 
 def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
     assert run("--failures").splitlines() == [
+        "fetch            2 media",
+        "decode           1 media",
+        "",
         "1 in one: decode: cut short",
         "    d",
+        "",
         "1 in two: decode: cut short",
         "    d",
+        "",
         "1 in no data set any more: fetch: 404",
         "    g",
+        "",
         "1 in one: fetch: 404",
         "    e",
+        "",
+        "ask again for them: python -m encode.run --dataset NAME --retry-failed",
     ]
     groups = json.loads(run("--failures", "--json"))["failures"]
     assert groups[0] == {
         "stage": "decode",
         "error": "cut short",
+        "host": "",
         "dataset": "one",
         "sources": ["d"],
     }

@@ -182,3 +182,34 @@ def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
 def test_a_record_that_contradicts_itself_is_refused(nonsense: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="failed"):
         MediaRecord(source="a", **nonsense)
+
+
+def test_what_is_gone_is_still_known_by_the_key_it_had(tmp_path: Path) -> None:
+    """A link that died for a second encoder must not take the first one's features away."""
+    cache = CacheRoot(tmp_path)
+    key = "ab" * 32
+    came = [
+        MediaRecord(source="https://a/1", key=key, width=7, height=5, bytes=9),
+        MediaRecord(source="/clip", key=key, kind="video", duration_s=1.5, inode=3, size=4),
+        MediaRecord(source="/there", key=key, inode=3),
+        MediaRecord(source="https://a/2", key=key),
+    ]
+    gone = {"status": "failed", "stage": "fetch", "error": "HTTP 404"}
+    append_media(cache, came, "one")
+    append_media(
+        cache,
+        [
+            MediaRecord(source="https://a/1", **gone),
+            MediaRecord(source="/clip", kind="video", **gone),
+            MediaRecord(source="/there", inode=4, **gone),  # a file that cannot be read
+            MediaRecord(source="https://a/2", **(gone | {"stage": "verify"})),  # other bytes
+            MediaRecord(source="https://a/never", **gone),
+        ],
+        "two",
+    )
+    now = read_media(cache)
+    assert {record.status for record in now.values()} == {"failed"}
+    first, clip = now["https://a/1"], now["/clip"]
+    assert (first.key, first.width, first.height, first.bytes) == (key, 7, 5, 9)
+    assert (clip.key, clip.duration_s) == (key, 1.5)
+    assert [now[s].key for s in ("/there", "https://a/2", "https://a/never")] == [None] * 3

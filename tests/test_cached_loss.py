@@ -13,12 +13,12 @@ from cache.layout import CacheRoot
 from cache.reader import FeatureReader
 from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.writer import ShardWriter, Space
-from encode.sources.demo import World, draw, questions, things
+from encode.sources.demo import questions
+from encode.sources.demo_world import World, draw, things
 from model.language import load_tokenizer
 from model.media import decode_picture
 from model.quantize import pack
 from model.vision import VisionEncoder, encoder_config, load_encoder
-from tests.small_world import one_thread  # noqa: F401  (a fixture)
 from train import stage, start
 from train.config import Options
 from train.data import Join, MicroBatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -143,6 +145,17 @@ def test_every_shipped_file_loads_and_a_missing_one_lists_them() -> None:
         load("encoder")
 
 
+def test_the_nearest_option_is_named_whatever_standard_output_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cache.ls", "--featuers", "x"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "nearest: --features" in done.stderr
+
+
 def test_commands_leave_with_two_and_one_line_after_a_mistake(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -162,6 +175,24 @@ def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_file_where_a_folder_is_needed_is_one_line_and_leaves_with_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "file"
+    place.touch()
+    for within in (place, place / "deeper"):
+        with pytest.raises(SystemExit) as leaving:
+            command(lambda within=within: (within / "runs").mkdir(parents=True))
+        assert leaving.value.code == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf"error: {place}\S*: a file stands where a folder is needed\n", said)
+
+
+def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        command(lambda: int((tmp_path / "gone").read_text()))
 
 
 def test_help_keeps_commands_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:

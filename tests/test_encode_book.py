@@ -188,10 +188,10 @@ def test_the_registrar_gives_each_number_and_each_media_once() -> None:
     assert registrar.shards(1) == [("picture", 7), ("picture", 9)]
     assert registrar.release(1, {"b"}) == ["c"]
     assert registrar.claim(2, ["b", "c"]) == [False, True]
-    assert registrar.report(2, Timings(pictures=3))
+    assert registrar.report(2, Timings(media=3))
     registrar.stop()
-    assert not registrar.report(1, Timings(pictures=4))
-    assert registrar.timings().pictures == 7
+    assert not registrar.report(1, Timings(media=4))
+    assert registrar.timings().media == 7
 
 
 # ---- who killed the worker
@@ -219,11 +219,15 @@ def test_deaths_that_bring_nothing_stop_the_job() -> None:
 def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:
     path = tmp_path / "deadly.png"
     path.write_bytes(b"boom")
-    record = sentence(SourceTask(source=str(path), attempts=1), hung=False)
+    record = sentence(SourceTask(source=str(path), attempts=1), "", hung=False)
     assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
     assert record.error == "killed its worker, alone too"
     identity = identify(str(path))
     assert identity is not None
     assert identity.matches(record)
     path.unlink()
-    assert sentence(SourceTask(source=str(path)), hung=True).error == "hung its worker, alone too"
+    assert (
+        sentence(SourceTask(source=str(path)), "", hung=True).error == "hung its worker, alone too"
+    )
+    linked = sentence(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
+    assert (linked.key, linked.stage) == ("ab" * 32, "decode")

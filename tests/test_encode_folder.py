@@ -223,7 +223,7 @@ def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_dataset(f"folder:{tmp_path / 'nowhere'}", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no media"):
         samples(tmp_path / "empty")
     (tmp_path / "empty" / "metadata.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no lines"):

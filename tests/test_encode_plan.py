@@ -8,27 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from cache.layout import CacheRoot
 from cache.spec import FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Message, Sample
+from cache.views import frame_views
+from cache.writer import ShardWriter, Space
 from configs import UserError
-from encode.local import identify
-from encode.plan import (
-    OVERHEAD_BYTES,
-    OWN_ATTEMPTS,
+from encode.cost import (
     SPARE_BYTES,
-    MediaCounter,
-    Plan,
     Speed,
     break_even,
     check_fits,
     describe,
     free_bytes,
-    make_plan,
     size_text,
     table,
     time_text,
 )
+from encode.local import identify
+from encode.plan import OVERHEAD_BYTES, OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
+from encode.present import Present
 from encode.tasks import SourceTask
+from tests.toy_space import SPEC as TOY
 
 KEY = "ab" * 32
 OTHER = "cd" * 32
@@ -69,7 +70,8 @@ def known(path: Path, **values: object) -> MediaRecord:
 
 def plan_of(path: Path, record: MediaRecord | None, *present: str, rehash: bool = False) -> Plan:
     ledger = {} if record is None else {str(path): record}
-    return make_plan({str(path): "picture"}, ledger, set(present), space="s", rehash=rehash)
+    media = {str(path): Mention("picture")}
+    return make_plan(media, ledger, Present(set(present)), space="s", rehash=rehash)
 
 
 def sorted_as(plan: Plan) -> str:
@@ -129,8 +131,100 @@ def test_known_bytes_are_counted_once(tmp_path: Path) -> None:
     for path in paths:
         path.write_bytes(b"same")
     ledger = {str(p): known(p) for p in paths[:2]}
-    plan = make_plan({str(p): "picture" for p in paths}, ledger, set(), space="s")
-    assert (len(plan.todo), plan.unread, plan.new_keys) == (3, 1, 2)
+    plan = make_plan({str(p): Mention("picture") for p in paths}, ledger, Present(), space="s")
+    assert (len(plan.todo), plan.unread, plan.rows) == (3, 1, 2)
+
+
+# ---- the web
+
+
+def web_plan(
+    media: dict[str, Mention],
+    *records: MediaRecord,
+    present: Present | None = None,
+    retry_failed: bool = False,
+) -> Plan:
+    ledger = {record.source: record for record in records}
+    return make_plan(media, ledger, present or Present(), space="s", retry_failed=retry_failed)
+
+
+URL = "https://host.example/a.jpg"
+
+
+def test_what_a_url_once_gave_counts_as_what_it_gives() -> None:
+    media = {URL: Mention("picture")}
+    assert sorted_as(web_plan(media)) == "todo"
+    came = MediaRecord(source=URL, key=KEY)
+    assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "reused"
+    (task,) = web_plan(media, came, present=Present({OTHER})).todo
+    assert task.key == KEY, "kept bytes are found by it"
+    gone = MediaRecord(source=URL, status="failed", stage="fetch", error="HTTP 404")
+    assert sorted_as(web_plan(media, gone)) == "failed"
+    (task,) = web_plan(media, gone, retry_failed=True).todo
+    assert task.attempts == 1
+
+
+def test_a_picture_known_by_its_hash_is_not_asked_for() -> None:
+    other = MediaRecord(source="/same.jpg", key=KEY, width=640, height=480, bytes=9)
+    media = {URL: Mention("picture", KEY)}
+    plan = web_plan(media, other, present=Present({KEY}))
+    assert sorted_as(plan) == "reused"
+    assert plan.recognised == (replace(other, source=URL),)
+    assert sorted_as(web_plan(media, other)) == "todo", "another space lacks it"
+    assert sorted_as(web_plan({URL: Mention("picture", OTHER)}, other)) == "todo"
+
+
+def test_a_url_that_gave_other_bytes_than_its_data_set_means_is_asked_again() -> None:
+    media = {URL: Mention("picture", OTHER)}
+    came = MediaRecord(source=URL, key=KEY)
+    assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "todo"
+    assert (
+        sorted_as(web_plan({URL: Mention("picture", KEY)}, came, present=Present({KEY})))
+        == "reused"
+    )
+    refused = MediaRecord(source=URL, status="failed", stage="verify", error="other bytes")
+    assert sorted_as(web_plan(media, refused)) == "failed", "and not every time"
+
+
+def test_one_host_does_not_stand_in_a_row() -> None:
+    slow = {f"https://slow.example/{i}": Mention("picture") for i in range(4)}
+    quick = {f"https://quick.example/{i}": Mention("picture") for i in range(2)}
+    sources = [task.source for task in web_plan(slow | quick).todo]
+    hosts = [source.split("/")[2].split(".")[0] for source in sources]
+    assert hosts == ["slow", "quick", "slow", "quick", "slow", "slow"]
+    assert [source[-1] for source in sources if "slow" in source] == list("0123")
+
+
+def test_the_first_hash_that_a_data_set_gives_is_believed() -> None:
+    counter = MediaCounter()
+    for sha256 in (None, KEY, OTHER):
+        counter.add(MediaRef(source=URL, sha256=sha256))
+    assert counter.media == {URL: Mention("picture", KEY)}
+
+
+# ---- clips
+
+
+def test_a_clip_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> None:
+    space = Space.create(CacheRoot(tmp_path), TOY, {})
+    shard = ShardWriter(space, "frame", 0)
+    for view in frame_views(1.5, 128)[:-1]:
+        shard.append(KEY, view, bytes(TOY.row_bytes("frame")))
+    shard.commit()
+    clip = MediaRecord(source=URL, key=KEY, kind="video", duration_s=1.5)
+    media = {URL: Mention("video")}
+    present = Present.of(space)
+    plan = web_plan(media, clip, present=present)
+    assert (sorted_as(plan), dict(plan.new_rows), plan.unread) == ("todo", {"frame": 1}, 0)
+    fewer = Present.of(space, max_frames=2)  # the first and the last, which is missing
+    assert fewer.missing(KEY, frame_views(1.5, 2)) == ["t:1500000"]
+    one = Present.of(space, max_frames=1)
+    assert one.has("video", KEY, 1.5)
+    assert not one.has("video", KEY, None), "of unknown length"
+    assert not one.has("video", OTHER, 1.5)
+    assert not one.has("picture", KEY, None), "frames are no picture"
+    unknown = web_plan(media, present=present)
+    assert (dict(unknown.new_rows), unknown.unread) == ({"frame": 128}, 1)
 
 
 def test_samples_pass_through_and_their_media_are_counted_once() -> None:
@@ -153,7 +247,7 @@ def test_samples_pass_through_and_their_media_are_counted_once() -> None:
 
 def pictures(count: int) -> Plan:
     todo = (SourceTask(source="/a"),) * min(count, 1000)
-    return Plan(todo=todo, new_keys=count, unread=count)
+    return Plan(todo=todo, new_rows={"picture": count}, unread=count)
 
 
 def test_bytes_are_rows_and_a_little() -> None:

@@ -240,7 +240,7 @@ def test_progress_tells_rate_bound_and_time_left(
         worked = max(0, second - 10)
         progress.update(
             Timings(
-                pictures=8 * worked,
+                media=8 * worked,
                 wait_s=0.7 * worked,
                 encode_s=0.2 * worked,
                 decode_s=1.5 * worked,
@@ -269,7 +269,7 @@ def test_the_bound_is_where_the_time_goes() -> None:
 
 
 def test_the_closing_line() -> None:
-    timings = Timings(pictures=30, encode_s=9.0, span_s=10.0)
+    timings = Timings(rows=30, encode_s=9.0, span_s=10.0)
     line = closing_line(encoded=30, reused=2, failed=1, seconds=14.0, timings=timings)
     assert line == "encoded=30 reused=2 failed=1 images/s=3.0 bound=encode seconds=14.0"
     assert failure_line({"fetch": 2, "decode": 1}, "cache") == (

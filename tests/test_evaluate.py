@@ -14,7 +14,6 @@ from cache.reader import FeatureReader
 from cache.tables import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
 from tests import small_world
-from tests.small_world import one_thread  # noqa: F401  (a fixture)
 from train import evaluate, run, scoring
 from train.evaluate import Evaluation, Options
 from train.join import join

@@ -70,14 +70,17 @@ def test_micro_batches_hold_the_features_of_the_pictures_they_name(mixed: World)
         plan, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
     ) as loader:
         for micro in loader:
-            codes = micro.codes[micro.pictures]
+            assert len(micro.codes["frame"]) == 0
+            rows = micro.order[::M] // M
+            assert (micro.order.view(-1, M) == rows[:, None] * M + torch.arange(M)).all()
+            codes = micro.codes["picture"][rows]
             firsts = [tree.branches[0][2] for tree in micro.placed]
             media = [int(m) for sample in firsts for m in joined.media_of(sample)]
             assert len(codes) == len(media) == len(micro.packed.image_slots) // M
             for row, number in zip(codes, media, strict=True):
                 picture = next(p for p in PICTURES if key_of(p) == joined.key(number))
                 assert row.numpy().tobytes() == payload(picture)
-            assert len(micro.codes) == len(set(media))  # each distinct row was read once
+            assert len(micro.codes["picture"]) == len(set(media))  # each distinct row was read once
             seen += len(media)
     assert seen > 100
 
@@ -99,18 +102,22 @@ def test_memory_settings_never_change_what_a_step_learns(
         members = [int(m) for p in plan.step(step).pieces for m in p.members]
         expected: Counter[tuple[int, int, float]] = Counter()
         for m in members:  # each sample built alone
-            tree = build_tree(
+            media = joined.media_of(m).tolist()
+            branch = build_tree(
                 [tokens.sample(int(joined.dataset[m]), int(joined.index[m]))],
                 sample_numbers=[m],
                 factors=[float(joined.weight[m])],
-                media=joined.media_of(m).tolist(),
-                picture_tokens=M,
+                media=media,
+                contents=plan.trees.places.contents(joined, media),
                 image_token_id=tokens.image_token_id,
             ).branches[0]
             expected.update(
-                (k - 1, int(tree.ids[k]), float(tree.weights[k]))
-                for k in range(1, len(tree.ids))
-                if tree.weights[k] > 0
+                zip(
+                    branch.sources.tolist(),
+                    branch.targets.tolist(),
+                    branch.weights.tolist(),
+                    strict=True,
+                )
             )
         with FeatureLoader(
             plan,
@@ -170,7 +177,7 @@ def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
             plan, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
         ) as loader:
             return [
-                (m.step, m.index, m.packed.input_ids.tolist(), m.codes.numpy().tobytes())
+                (m.step, m.index, m.packed.input_ids.tolist(), m.codes["picture"].numpy().tobytes())
                 for m in loader
             ]
 
@@ -284,9 +291,9 @@ def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) ->
         plan, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
     ) as loader:
         for micro in loader:
-            before = micro.codes.clone()
+            before = micro.codes["picture"].clone()
             time.sleep(0.005)  # readers are busy with the next ones
-            assert (micro.codes == before).all()
+            assert (micro.codes["picture"] == before).all()
 
 
 def test_the_loader_refuses_a_micro_batch_smaller_than_the_window(mixed: World) -> None:

@@ -15,7 +15,18 @@ from model.packed import PackedBatch
 from train.packing import Tree, assemble, build_tree, first_fit, pack
 
 IMAGE_ID = 9
-PICTURE_TOKENS = 3
+CONTENTS = [
+    np.array(ids, np.int32)
+    for ids in (
+        [IMAGE_ID] * 3,  # a picture
+        [7, IMAGE_ID, IMAGE_ID, 8, 7, IMAGE_ID, IMAGE_ID],  # a clip of two frames with their times
+        [7, IMAGE_ID, IMAGE_ID],
+        [IMAGE_ID] * 3,
+        [8, 8, 8, IMAGE_ID],
+        [IMAGE_ID],
+    )
+]
+"""What stands for each medium."""
 WEIGHTS = [0.0, 0.2, 1.0]
 
 words = st.lists(st.integers(0, 8), max_size=6)
@@ -54,23 +65,48 @@ def tree_of(family: Family, first_number: int = 0) -> Tree:
         sample_numbers=range(first_number, first_number + len(family.samples)),
         factors=family.factors,
         media=family.media,
-        picture_tokens=PICTURE_TOKENS,
+        contents=[CONTENTS[m] for m in family.media],
         image_token_id=IMAGE_ID,
     )
 
 
-def expanded(sample: TokenizedSample) -> list[int]:
-    return [i for i in sample.ids.tolist() for _ in range(PICTURE_TOKENS if i == IMAGE_ID else 1)]
+def expanded(sample: TokenizedSample, media: list[int]) -> list[int]:
+    """All of a sample's tokens, with what stands for its media."""
+    following = iter(media)
+    return [
+        token
+        for i in sample.ids.tolist()
+        for token in (CONTENTS[next(following)].tolist() if i == IMAGE_ID else [i])
+    ]
 
 
-def alone(sample: TokenizedSample, factor: float) -> Counter[tuple[int, int, float]]:
+def weights_of(sample: TokenizedSample, media: list[int]) -> list[float]:
+    """The weight of each of those tokens: what stands for media weighs nothing."""
+    following = iter(media)
+    return [
+        weight
+        for i, w in zip(sample.ids.tolist(), sample.weights.tolist(), strict=True)
+        for weight in ([0.0] * len(CONTENTS[next(following)]) if i == IMAGE_ID else [w])
+    ]
+
+
+def read(sample: TokenizedSample, media: list[int]) -> list[int]:
+    """Those of them that predict something, or stand before what does, or before a medium's end."""
+    ids, weights = expanded(sample, media), weights_of(sample, media)
+    predictors = [k - 1 for k in range(1, len(ids)) if weights[k] > 0]
+    places = [k for k, i in enumerate(ids) if i == IMAGE_ID]
+    return ids[: max(predictors + places) + 1] if predictors else ids
+
+
+def alone(
+    sample: TokenizedSample, factor: float, media: list[int]
+) -> Counter[tuple[int, int, float]]:
     """(position, target, weight) of one sample by itself, spelt out."""
     triples: Counter[tuple[int, int, float]] = Counter()
-    position = 0
-    for token, weight in zip(sample.ids.tolist(), sample.weights.tolist(), strict=True):
-        if position > 0 and weight > 0 and token != IMAGE_ID:
-            triples[position - 1, token, float(np.float32(weight) * np.float32(factor))] += 1
-        position += PICTURE_TOKENS if token == IMAGE_ID else 1
+    ids, weights = expanded(sample, media), weights_of(sample, media)
+    for k in range(1, len(ids)):
+        if weights[k] > 0:
+            triples[k - 1, ids[k], float(np.float32(weights[k]) * np.float32(factor))] += 1
     return triples
 
 
@@ -99,11 +135,11 @@ def test_every_sample_stands_in_the_batch_as_if_alone(many: list[Family]) -> Non
     batch, placed = assemble(trees)
     ids, positions = batch.input_ids.tolist(), batch.position_ids.tolist()
     seen = visible(batch)
-    samples = [s for f in many for s in f.samples]
+    samples = [read(s, f.media) for f in many for s in f.samples]
     found = []
     for tree in placed:
         for first, end, number in tree.branches:
-            own = expanded(samples[number])
+            own = samples[number]
             places = [*range(*tree.prefix), *range(first, end)]
             assert [ids[p] for p in places] == own
             assert [positions[p] for p in places] == list(range(len(own)))
@@ -120,7 +156,7 @@ def test_targets_and_weights_are_those_of_the_samples_alone(many: list[Family]) 
     expected: Counter[tuple[int, int, float]] = Counter()
     for family in many:
         for sample, factor in zip(family.samples, family.factors, strict=True):
-            expected += alone(sample, factor)
+            expected += alone(sample, factor, family.media)
     assert triples([assemble([tree_of(f) for f in many])[0]]) == expected
 
 
@@ -158,11 +194,18 @@ def test_image_slots_follow_the_pictures(many: list[Family]) -> None:
     batch, placed = assemble([tree_of(f) for f in many])
     pictures = [m for tree in placed for m in tree.media]
     assert pictures == [m for f in many for m in f.media]
-    assert len(batch.image_slots) == len(pictures) * PICTURE_TOKENS
     assert (batch.input_ids[batch.image_slots] == IMAGE_ID).all()
-    for at in range(0, len(batch.image_slots), PICTURE_TOKENS):  # a picture's places are neighbours
-        run = batch.image_slots[at : at + PICTURE_TOKENS].tolist()
-        assert run == list(range(run[0], run[0] + PICTURE_TOKENS))
+    slots = iter(batch.image_slots.tolist())
+    ids = batch.input_ids.tolist()
+    for m in pictures:  # each stands as a whole, its own text between its frames
+        first = None
+        for offset, token in enumerate(CONTENTS[m].tolist()):
+            if token == IMAGE_ID:
+                slot = next(slots)
+                first = slot - offset if first is None else first
+        assert first is not None
+        assert ids[first : first + len(CONTENTS[m])] == CONTENTS[m].tolist()
+    assert next(slots, None) is None
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 90))
@@ -191,12 +234,13 @@ def test_a_supervised_token_right_after_the_shared_part_is_learned_by_every_bran
         for t in (4, 5)
     ]
     batch, _ = assemble([tree_of(Family(samples, [1.0, 0.5], [0]))])
-    assert batch.input_ids.tolist() == [1, IMAGE_ID, IMAGE_ID, IMAGE_ID, 4, 5]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
+    # Neither branch has anything to read: what they say is predicted by the picture.
+    assert batch.input_ids.tolist() == [1, IMAGE_ID, IMAGE_ID, IMAGE_ID]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3]
     assert batch.loss_positions.tolist() == [3, 3]
     assert batch.targets.tolist() == [4, 5]
     assert batch.loss_weights.tolist() == [1.0, 0.5]
-    assert batch.units.tolist() == [[0, 4, 0, 0], [4, 5, 0, 4], [5, 6, 0, 4]]
+    assert batch.units.tolist() == [[0, 4, 0, 0]]
 
 
 def test_branches_with_other_beginnings_are_refused() -> None:

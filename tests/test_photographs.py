@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(
             *("train.run", "--stage", str(stage), "--run", "photos", "--hardware", "cpu", *first),
             *("--held-out", "0", "--batch-size", "23", "--max-steps", str(steps)),
-            *("--learning-rate", "5e-3", "--connector-learning-rate", "5e-3"),
+            *("--learning-rate", "3e-3", "--connector-learning-rate", "3e-3"),
             *("--warmup-steps", "10", "--eval-every", "0"),
             folder=folder,
         )

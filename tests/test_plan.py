@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cache.layout import CacheRoot
 from train.join import Join
+from train.places import Places
 from train.plan import OnePass, StepPlan, deal, quotas, shuffled
 from train.trees import Piece, Trees
 
@@ -43,7 +44,10 @@ def some_trees(
         offsets=np.zeros(count + 1, np.int64),
         media=np.zeros(0, np.int32),
         keys=np.zeros((0, 32), np.uint8),
+        kinds=np.zeros(0, np.uint8),
+        starts=np.zeros(1, np.int64),
         rows=np.zeros(0, np.int64),
+        times=np.zeros(0),
         ids=(),
         counts=(),
         samples_digests=(),
@@ -61,7 +65,7 @@ def some_trees(
         first_row=np.arange(len(flat))[::-1].copy(),
         length=(everything % 100 + 1).astype(np.int32),
         loss_weight=np.ones(count),
-        picture_tokens=1,
+        places=Places(tokenizer=None, picture_tokens=1, frame_tokens=1),
         max_tokens=10**9,
     )
 

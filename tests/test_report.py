@@ -18,8 +18,7 @@ from PIL import Image
 
 from cache.layout import CacheRoot
 from tests import small_world
-from tests.small_world import one_thread  # noqa: F401  (a fixture)
-from train import charts, report, run
+from train import charts, report, report_media, run
 from train.charts import Line, chart
 from train.evaluate import Evaluation
 from train.scoring import Answer, by_task
@@ -212,13 +211,13 @@ def test_large_pictures_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise).save(path, quality=95, exif=exif)
-    html = report.picture(path, None)
+    html = report_media.picture(path, None)
     data = base64.b64decode(html.split("base64,")[1].split('"')[0])
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (240, 480)
-    assert len(data) < report.VERBATIM_BYTES < path.stat().st_size
+    assert len(data) < report_media.VERBATIM_BYTES < path.stat().st_size
     path.write_bytes(b"no picture")
-    assert "picture cannot be read" in report.picture(path, None)
+    assert "picture cannot be read" in report_media.picture(path, None)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

@@ -60,7 +60,8 @@ def test_a_store_holds_what_the_template_says(tmp_path: Path, tokenizer: object)
         assert found.weights.tolist() == expected.weights.tolist()
     dataset, index = np.zeros(4, np.int16), np.arange(4)
     lengths = store.lengths(dataset, index)
-    assert lengths.tolist() == [len(store.sample(0, i).ids) for i in range(4)]
+    # All but the end mark, which is only predicted, and the newline after it.
+    assert lengths.tolist() == [len(store.sample(0, i).ids) - 2 for i in range(4)]
     sums = store.loss_weights(dataset, index)
     assert sums.tolist() == [
         4.0,
@@ -146,6 +147,7 @@ def test_the_first_token_is_predicted_from_nothing_so_its_weight_does_not_count(
     )
     record = text._record(sample, 3, 9)[0]
     assert (record["loss_weight"], record["prefix"], record["pictures"]) == (0.5, 2, 1)
+    assert record["used"] == 2  # the third is predicted by the second and then not read
 
 
 def test_two_processes_may_make_the_same_store_at_once(
@@ -203,3 +205,18 @@ def test_long_work_says_how_far_it_is(
     with caplog.at_level(logging.INFO, "train.text"):
         TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
     assert "d: 2 samples tokenised" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "prefix", "used"),
+    [
+        ([0, 0, 1, 1, 0, 0], 0, 3),  # the last supervised token is read by nobody
+        ([0, 0, 0, 0, 0, 1], 0, 5),
+        ([0, 1, 0, 0, 0, 0], 4, 4),  # what is shared stays
+        ([1, 0, 0, 0], 0, 4),  # nothing is predicted: the sample is left out as a whole
+    ],
+)
+def test_tokens_are_used_up_to_the_last_that_predicts(
+    weights: list[float], prefix: int, used: int
+) -> None:
+    assert text.used_tokens(np.array(weights, np.float32), prefix) == used

@@ -24,7 +24,6 @@ from configs import UserError
 from model.load import load_final
 from model.vlm import build_vlm
 from tests import small_world
-from tests.small_world import one_thread  # noqa: F401  (a fixture)
 from train import checkpoint, stage, start
 from train.config import Options, preset
 from train.forward import choose_precision
@@ -312,7 +311,18 @@ def test_a_sample_longer_than_the_window(train: Callable[..., Path]) -> None:
         train("--max-sequence-length", "20")
 
 
-def test_nonsense_dies_at_once(train: Callable[..., Path], monkeypatch: Any) -> None:
+def test_a_window_beyond_the_language_model_is_refused(train: Callable[..., Path]) -> None:
+    with pytest.raises(UserError) as refused:
+        train("--max-sequence-length", "5000", "--max-tokens", "5000")
+    message = str(refused.value)
+    assert (
+        "max_sequence_length 5,000 is more than the 4,096 positions of random:qwen3-tiny" in message
+    )
+    assert "--max-sequence-length 4096" in message and "\n" not in message
+    train("--max-sequence-length", "4096", "--max-tokens", "4096", "--max-steps", "1")
+
+
+def test_nonsense_dies_at_once(train: Callable[..., Path]) -> None:
     for words, message in (
         (["--no-train-llm", "--no-train-connector"], "nothing would learn"),
         (["--max-tokens", "100"], "give --max-tokens 2048"),
@@ -320,6 +330,7 @@ def test_nonsense_dies_at_once(train: Callable[..., Path], monkeypatch: Any) -> 
         (["--betas", "0.9", "1.0"], "must be in"),
         (["--seed", "-1"], "seed -1 is not between"),
         (["--max-steps", "0"], "max_steps 0 is below 1"),
+        (["--max-frames", "0"], "max_frames 0 is below 1"),
         (["--hardware", "25gb"], "nearest: 24gb"),
         (["--stage", "4"], "there are stages 1, 2, 3"),
         (["--llm", "random:qwen3-tinny"], "nearest: qwen3-tiny"),
@@ -327,9 +338,6 @@ def test_nonsense_dies_at_once(train: Callable[..., Path], monkeypatch: Any) -> 
     ):
         with pytest.raises(UserError, match=message):
             train(*words)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="one process on one GPU"):
-        train()
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

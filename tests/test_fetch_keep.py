@@ -1,0 +1,131 @@
+"""Kept media come back as they were, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from encode.keep import MediaStore
+
+
+def key_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(st.binary(max_size=5000))
+def test_what_was_put_is_got(tmp_path: Path, data: bytes) -> None:
+    store = MediaStore(tmp_path / "kept")
+    key = key_of(data)
+    store.put(key, data)
+    assert store.get(key) == data
+    assert f"{key[:2]}/{key}" in files(tmp_path / "kept")
+    store.put(key, data)
+    assert MediaStore(tmp_path / "kept").get(key) == data
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    assert MediaStore(tmp_path).get(key_of(b"never")) is None
+
+
+@pytest.mark.parametrize("damaged", [b"", b"photograp", b"photograph.", b"Photograph"])
+def test_damage_is_named_counts_as_absent_and_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
+) -> None:
+    store, data = MediaStore(tmp_path), b"photograph"
+    key = key_of(data)
+    store.put(key, data)
+    path = tmp_path / key[:2] / key
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert store.get(key) is None
+    assert str(path) in caplog.text and "damaged" in caplog.text
+    store.put(key, data)
+    assert store.get(key) == data
+    assert files(tmp_path) == [f"{key[:2]}/{key}"]
+
+
+@pytest.mark.parametrize("key", ["", "ab", "../../etc/passwd", "A" * 64, "g" * 64, "0" * 63 + "\n"])
+def test_only_keys_are_names(tmp_path: Path, key: str) -> None:
+    store = MediaStore(tmp_path / "kept")
+    with pytest.raises(ValueError, match="no key"):
+        store.put(key, b"x")
+    with pytest.raises(ValueError, match="no key"):
+        store.get(key)
+    assert files(tmp_path) == []
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, data = MediaStore(tmp_path), b"photograph"
+    key = key_of(data)
+    store.put(key, data)
+    (tmp_path / key[:2] / key).write_bytes(b"as it was")
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.put(key, data)
+    assert files(tmp_path) == [f"{key[:2]}/{key}"]
+    assert (tmp_path / key[:2] / key).read_bytes() == b"as it was"
+
+
+def test_old_leftovers_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
+    store, data = MediaStore(tmp_path), b"photograph"
+    store.put(key_of(data), data)
+    folder = tmp_path / key_of(data)[:2]
+    (folder / "old.part").write_bytes(b"half")
+    (folder / "new.part").write_bytes(b"half")
+    long_ago = time.time() - 7200
+    os.utime(folder / "old.part", (long_ago, long_ago))
+    MediaStore(tmp_path)
+    assert not (folder / "old.part").exists()
+    assert (folder / "new.part").exists()
+
+
+def test_others_may_read_what_is_kept(tmp_path: Path) -> None:
+    MediaStore(tmp_path).put(key_of(b"x"), b"x")
+    path = tmp_path / key_of(b"x")[:2] / key_of(b"x")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def _write_for_ever(folder: Path) -> None:
+    store, number = MediaStore(folder), 0
+    while True:
+        data = bytes([number % 256]) * 300_000
+        store.put(key_of(data), data)
+        number += 1
+
+
+def test_killed_writers_leave_whole_files_or_none(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_for_ever, args=(tmp_path,)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    deadline = time.monotonic() + 30
+    while len(files(tmp_path)) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for writer in writers:
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+    store = MediaStore(tmp_path)
+    whole = [Path(name).name for name in files(tmp_path) if not name.endswith(".part")]
+    assert len(whole) >= 15
+    assert all(store.get(name) is not None for name in whole)

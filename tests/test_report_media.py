@@ -1,0 +1,81 @@
+"""Clips in a report: a strip of frames with their times, or a box that says why not."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cache.layout import CacheRoot
+from cache.tables import MediaRecord, append_media
+from tests.clips import make_clip, number_of
+from train import report, report_media
+from train.report_media import Found, find_media, medium
+from train.scoring import Answer
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return make_clip(tmp_path / "clip.mp4", frames=11, fps=2, size=(320, 240))
+
+
+def found(path: Path, **changes: object) -> Found:
+    key = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Found(**{"key": key, "kind": "video", "duration_s": 5.0, **changes})  # type: ignore[arg-type]
+
+
+def test_a_clip_is_a_strip_of_frames_with_their_times(clip: Path) -> None:
+    html = medium(str(clip), found(clip))
+    assert re.findall(r"<small>(.*?)</small>", html) == [f"{i}.0 s" for i in range(6)]
+    shown = []
+    for text in re.findall(r"base64,([^\"]*)", html):
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            assert image.size == (200, 150)
+            shown.append(number_of(image))
+    assert shown == [0, 2, 4, 6, 8, 10]  # two frames a second
+
+
+def test_what_cannot_be_shown_is_said_with_its_length(clip: Path, tmp_path: Path) -> None:
+    right = found(clip)
+    assert "clip of 5.0 s not on this machine" in medium(str(tmp_path / "gone.mp4"), right)
+    assert "clip of 5.0 s not on this machine" in medium("https://a.example/b.mp4", right)
+    clip.write_bytes(clip.read_bytes() + b"x")
+    assert "clip of 5.0 s has changed since it was encoded" in medium(str(clip), right)
+    clip.write_bytes(b"<b>no clip</b>")
+    html = medium(str(clip), found(clip, duration_s=None))
+    assert "clip cannot be read: " in html
+    assert "<b>" not in html
+
+
+def test_clips_and_pictures_stand_in_one_page(clip: Path, tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path / "cache")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    key = hashlib.sha256(clip.read_bytes()).hexdigest()
+    append_media(
+        root,
+        [
+            MediaRecord(source=str(clip), key=key, kind="video", duration_s=5.0),
+            MediaRecord(source=str(picture), key=hashlib.sha256(picture.read_bytes()).hexdigest()),
+        ],
+        "test",
+    )
+    assert find_media([str(clip), "unknown"], root).keys() == {str(clip)}
+    asked = Answer(
+        sample="d/1",
+        task="what",
+        media=(str(clip), str(picture)),
+        question="<image> or <image>?",
+        expected="yes",
+        given="no",
+        correct=False,
+    )
+    (shown,) = report.pictures_of([asked], 5, root)
+    assert 'class="strip"' in shown.images[0]
+    assert "data:image/png" in shown.images[1]
+    assert report.card(shown).count("<img") == report_media.FRAMES + 1

@@ -1,0 +1,51 @@
+"""Which frames of a clip are taken: the rule, and that a higher limit keeps what is there."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.views import frame_views, sample_times
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "limit", "expected"),
+    [
+        (0.0, 128, [0]),
+        (1.5, 128, [0, 500_000, 1_000_000, 1_500_000]),
+        (1.7, 128, [0, 500_000, 1_000_000, 1_500_000, 1_700_000]),  # the last frame always
+        (100.0, 4, [0, 33_333_333, 66_666_667, 100_000_000]),  # too long: equal distances
+        (1.5, 4, [0, 500_000, 1_000_000, 1_500_000]),  # just not too long
+        (9.0, 1, [0]),
+    ],
+)
+def test_the_rule(duration_s: float, limit: int, expected: list[int]) -> None:
+    assert list(sample_times(duration_s, limit)) == expected
+
+
+@given(st.floats(0, 20_000), st.integers(1, 400))
+def test_times_rise_stay_in_the_clip_and_end_with_it(duration_s: float, limit: int) -> None:
+    times = sample_times(duration_s, limit)
+    assert 1 <= len(times) <= limit
+    assert list(times) == sorted(set(times))
+    assert times[0] == 0
+    assert times[-1] == (round(duration_s * 1e6) if limit > 1 else 0)
+    assert all(later - earlier <= 500_001 for earlier, later in itertools.pairwise(times)) or (
+        len(times) == limit
+    )
+
+
+@given(st.floats(0, 63.5), st.integers(128, 400))
+def test_a_clip_that_fits_the_old_limit_has_the_same_views_under_a_higher_one(
+    duration_s: float, limit: int
+) -> None:
+    assert frame_views(duration_s, 128) == frame_views(duration_s, limit)
+
+
+@pytest.mark.parametrize(("duration_s", "limit"), [(float("nan"), 8), (-1.0, 8), (1.0, 0)])
+def test_nonsense_is_refused(duration_s: float, limit: int) -> None:
+    with pytest.raises(ValueError, match="frames at"):
+        sample_times(duration_s, limit)
