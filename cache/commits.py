@@ -44,6 +44,8 @@ class Commit:
     """crc32c of its index."""
     table: pa.Table
     """The rows, as SCHEMA."""
+    replaces: tuple[int, ...] = ()
+    """Shards that stopped existing at the instant this one began to; their rows are here, or given up."""
 
 
 def key_bytes(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
@@ -54,9 +56,16 @@ def key_bytes(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
 
 
 def commit_bytes(
-    table: pa.Table, *, fingerprint: str, kind: str, shard: int, nbytes: int, index_crc: int
+    table: pa.Table,
+    *,
+    fingerprint: str,
+    kind: str,
+    shard: int,
+    nbytes: int,
+    index_crc: int,
+    replaces: Sequence[int] = (),
 ) -> bytes:
-    """The file of a commit."""
+    """The file of a commit. See `Commit` for what `replaces` means."""
     sink = pa.BufferOutputStream()
     # Keys do not compress; plain columns open in 0.2 ms, a third of the time (512 rows, 2 cores).
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": ["view"]}
@@ -69,6 +78,7 @@ def commit_bytes(
                 "shard": str(shard),
                 "nbytes": str(nbytes),
                 "index_crc": str(index_crc),
+                **({"replaces": " ".join(map(str, replaces))} if replaces else {}),
                 "seal": UNSEALED,
             }
         )
@@ -106,12 +116,19 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> C
         nbytes=nbytes,
         index_crc=int(meta["index_crc"]),
         table=table,
+        replaces=tuple(map(int, meta.get("replaces", "").split())),
     )
 
 
 def read_commits(paths: SpacePaths, info: SpaceInfo, kind: str) -> list[Commit]:
-    """All commits of one array, by shard number."""
-    return [read_commit(paths, info, kind, number) for number in paths.committed(kind)]
+    """The commits of all shards that exist, by number."""
+    return current([read_commit(paths, info, kind, number) for number in paths.committed(kind)])
+
+
+def current(commits: Sequence[Commit]) -> list[Commit]:
+    """`commits` without those that another of them replaces: at any moment a row exists once."""
+    replaced = {number for commit in commits for number in commit.replaces}
+    return [commit for commit in commits if commit.shard not in replaced]
 
 
 class RowIndex:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache.commits import Commit, RowIndex, read_commit
+from cache.commits import Commit, RowIndex, current, read_commit
 from cache.layout import (
     MAKE_ANEW,
     PARTIAL,
@@ -28,7 +28,8 @@ from cache.layout import (
     check_seal_file,
     read_sealed_json,
 )
-from cache.reader import RUN_BYTES, corrupt_shard, find_space, logical_hash, row_digests
+from cache.reader import RUN_BYTES, find_space, logical_hash, row_digests
+from cache.shard_files import corrupt_shard
 from cache.space import SpaceInfo, read_info
 from cache.spec import KINDS
 from cache.zarr_shard import CRC_BYTES, GROUP_VALUES, Geometry, array_values, crc_bytes
@@ -222,7 +223,7 @@ def _check_commits(
             commits.append(read_commit(paths, info, kind, number))
         except Corrupt as error:
             findings.append(_finding(error, error.path))
-    return commits, findings
+    return current(commits), findings
 
 
 def _check_duplicates(paths: SpacePaths, kind: str, index: RowIndex) -> Iterator[Finding]:

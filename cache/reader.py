@@ -6,17 +6,14 @@
     features = reader.read("picture", key)                 # (tokens, width) float16, unpacked
 
 Opening reads the commits, not the shards. A row is checked against the crc32c its commit recorded, which
-also catches a row that is intact but stands in the wrong place. Reads are positioned (`preadv`), so any
-number of threads and forked processes may share one reader; nothing is locked, nothing written.
+also catches a row that is intact but stands in the wrong place. Any number of threads and forked processes
+may share one reader.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-import os
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +23,8 @@ from crc32c import crc32c
 
 from cache import codec
 from cache.commits import RowIndex, key_bytes, read_commits
-from cache.layout import CacheRoot, Corrupt, SpacePaths
+from cache.layout import CacheRoot, SpacePaths
+from cache.shard_files import LocalFiles, ShardFiles, corrupt_shard
 from cache.space import read_info
 from cache.spec import KINDS
 from cache.zarr_shard import CRC_BYTES
@@ -42,7 +40,19 @@ RUN_BYTES = 2 << 20
 class FeatureReader:
     """The committed rows of one space, as they were when it was opened."""
 
-    def __init__(self, space_path: Path | SpacePaths, checked: bool = True):
+    def __init__(
+        self,
+        space_path: Path | SpacePaths,
+        checked: bool = True,
+        files: ShardFiles | None = None,
+    ):
+        """Open a space.
+
+        Args:
+            space_path: its folder.
+            checked: whether every row read is compared with its crc32c.
+            files: where the shards are, when not in that folder.
+        """
         paths = space_path if isinstance(space_path, SpacePaths) else SpacePaths(Path(space_path))
         info = read_info(paths)
         self.paths = paths
@@ -54,9 +64,8 @@ class FeatureReader:
         self.index = {
             kind: RowIndex(read_commits(paths, info, kind), info.slots[kind]) for kind in KINDS
         }
-        # Least recently used files close themselves, once no thread reads them.
         sizes = {kind: index.nbytes for kind, index in self.index.items()}
-        self._file = functools.lru_cache(_open_files())(functools.partial(_open, paths, sizes))
+        self._files = files or LocalFiles(paths, sizes)
 
     def rows(self, kind: str) -> int:
         """How many rows of `kind` there are."""
@@ -107,14 +116,11 @@ class FeatureReader:
         limit = max(1, min(RUN_ROWS, RUN_BYTES // size))
         for start, stop in _runs(rows, geometry.slots, limit):
             targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
-            file = self._file(kind, shards[start])
-            try:
-                whole = file.read(targets, slots[start] * geometry.slot_bytes)
-            except OSError as error:  # a dying disk
-                why = error.strerror or str(error)
-                raise corrupt_shard(self.paths, kind, shards[start], why) from error
-            if not whole:
-                raise corrupt_shard(self.paths, kind, shards[start], "it ends early")
+            places = targets
+            if len(targets) > 1:  # the crcs between the rows go nowhere
+                gap = memoryview(bytearray(CRC_BYTES))
+                places = [buffer for target in targets for buffer in (gap, target)][1:]
+            self._files.read(kind, shards[start], slots[start] * geometry.slot_bytes, places)
             if self.checked:
                 for i, target in enumerate(targets, start):
                     if crc32c(target) != crcs[i]:
@@ -150,56 +156,6 @@ class FeatureReader:
         return logical_hash(self.index, digests)
 
 
-class _ShardFile:
-    """An open shard; closes itself when the last reader lets go of it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._fd = -1
-        self._fd = os.open(path, os.O_RDONLY)
-        self.nbytes = os.fstat(self._fd).st_size
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-    def read(self, targets: Sequence[memoryview], offset: int) -> bool:
-        """Fill `targets` with adjacent rows, leaving out the crcs between; False at the file's end."""
-        if len(targets) > 1:
-            gap = memoryview(bytearray(CRC_BYTES))
-            targets = [buffer for target in targets for buffer in (gap, target)][1:]
-        wanted = sum(map(len, targets))
-        got = os.preadv(self._fd, targets, offset)
-        while got < wanted:  # an interrupted call, or a file cut short since it was opened
-            more = os.preadv(self._fd, _after(targets, got), offset + got)
-            if not more:
-                return False
-            got += more
-        return True
-
-
-def _open(
-    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], kind: str, shard: int
-) -> _ShardFile:
-    try:
-        file = _ShardFile(paths.shard(kind, shard))
-    except FileNotFoundError:
-        raise corrupt_shard(paths, kind, shard, "missing") from None
-    expected = sizes[kind][shard]
-    if file.nbytes != expected:
-        raise corrupt_shard(paths, kind, shard, f"{file.nbytes} bytes, not {expected}")
-    return file
-
-
-def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
-    """What is left of `buffers` behind their first `skip` bytes."""
-    rest = []
-    for buffer in buffers:
-        rest.append(buffer[min(skip, len(buffer)) :])
-        skip = max(0, skip - len(buffer))
-    return rest
-
-
 def _runs(rows: npt.NDArray[np.int64], slots: int, limit: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of stretches of adjacent rows of one shard, at most `limit` long."""
     apart = (np.diff(rows) != 1) | (rows[1:] % slots == 0)
@@ -207,21 +163,6 @@ def _runs(rows: npt.NDArray[np.int64], slots: int, limit: int) -> Iterator[tuple
     for start, stop in itertools.pairwise(edges):
         for at in range(start, stop, limit):
             yield at, min(at + limit, stop)
-
-
-def _open_files() -> int:
-    """Shards to keep open: a quarter of the files this process may have."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
-
-
-def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrupt:
-    """Damage to a shard, and how to get its rows back."""
-    return Corrupt(
-        paths.shard(kind, shard),
-        what,
-        f"delete {paths.commit(kind, shard)} and run encode.run again: it re-encodes that shard",
-    )
 
 
 def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -24,9 +24,12 @@ ARRAY_OF = {"picture": "picture", "video": "frame"}
 """Kind of media -> the array its views' rows are in."""
 
 FITS = ("squash", "pad", "crop")
+CONTAINERS = ("zarr", "webdataset")
 _NOT_HASHED = frozenset(
     {"encoder"}
 )  # a name for people; `weights` and `architecture` say what it is
+_LATER = {"container": "zarr"}
+"""Fields younger than the first spaces: hashed only where they are not this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +74,16 @@ class FeatureSpec:
     """How a row is stored: see `cache.codec`."""
     format: int = FORMAT
     """Version of the on-disk format."""
+    container: str = "zarr"
+    """What a shard is: `zarr` (a shard of a Zarr v3 array) or `webdataset` (a tar of standard members)."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"codec {self.codec!r} is none of {', '.join(CODECS)}")
         if self.fit not in FITS:
             raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
+        if self.container not in CONTAINERS:
+            raise ValueError(f"container {self.container!r} is none of {', '.join(CONTAINERS)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -116,7 +123,11 @@ class FeatureSpec:
         A field added in a later version enters only where it is not its default, so that older
         spaces keep their name.
         """
-        hashed = {k: v for k, v in self.to_json().items() if k not in _NOT_HASHED}
+        hashed = {
+            k: v
+            for k, v in self.to_json().items()
+            if k not in _NOT_HASHED and not (k in _LATER and v == _LATER[k])
+        }
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -206,8 +206,12 @@ class ShardWriter:
             column.append(value)
         self._identities.add(identity)
 
-    def commit(self) -> int:
+    def commit(self, replaces: Sequence[int] = ()) -> int:
         """Make the rows exist, durably; their number. A shard without rows just goes away.
+
+        Args:
+            replaces: shards of the same array that cease to exist at that very instant; only their files
+                remain, for `cache.gc`.
 
         Raises:
             StaleJob: from the fence; or OSError. `abort` then takes the shard back, unless only the
@@ -235,6 +239,7 @@ class ShardWriter:
             shard=self._number,
             nbytes=self._geometry.file_bytes(rows),
             index_crc=index_crc,
+            replaces=replaces,
         )
         write_atomic(paths.commit(self._kind, self._number), commit, self._fence)
         self._over = True

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import codec, commits, layout, reader
+from cache import codec, commits, layout, reader, shard_files
 from cache.commits import SCHEMA, Commit, RowIndex, key_bytes
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader, find_space
@@ -264,7 +264,7 @@ def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPat
 def test_threads_share_one_reader_though_files_are_closed_meanwhile(
     filled: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_open_files", lambda: 1)
+    monkeypatch.setattr(shard_files, "open_files", lambda: 1)
     seen = FeatureReader(filled.paths)
     numbers = sorted(ROWS)
 

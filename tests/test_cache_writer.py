@@ -123,6 +123,22 @@ def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     assert space.next_shard("frame") == 0
 
 
+def test_a_shard_takes_the_place_of_others_at_once(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    fill(space, [2])
+    writer = ShardWriter(space, "picture", space.next_shard("picture"))
+    for number in (1, 2):
+        writer.append(key(number), "full", row(number))
+    assert len(space.keys("picture")) == 3
+    writer.commit(replaces=(0, 1))
+    assert space.keys("picture") == {(key(1), "full"), (key(2), "full")}
+    reader = FeatureReader(space.paths)
+    assert reader.lookup("picture", [key(0), key(1), key(2)]).tolist() == [-1, 8, 9]
+    assert not verify(CacheRoot(tmp_path), deep=True).broken, "no row is there twice"
+    assert space.next_shard("picture") == 3
+
+
 def test_an_aborted_or_empty_shard_leaves_nothing(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     writer = ShardWriter(space, "picture", 0)

@@ -46,6 +46,7 @@ CHANGES: dict[str, Any] = {
     "batch_size": 1,
     "codec": "fp16",
     "format": 2,
+    "container": "webdataset",
 }
 
 
@@ -89,6 +90,7 @@ def test_sizes_are_those_the_design_promises() -> None:
     "change",
     [
         {"codec": "zip"},
+        {"container": "rar"},
         {"fit": "stretch"},
         {"patch_size": 15},
         {"pool_picture": 5},

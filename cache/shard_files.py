@@ -1,0 +1,113 @@
+"""Where the bytes of a space's shards come from: files here, or anything else that reads at an offset.
+
+Reads are positioned (`preadv`), so any number of threads and forked processes may share one object; nothing
+is locked, nothing written. Files are opened when first needed; the least recently used close themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from cache.layout import Corrupt, SpacePaths
+
+
+class ShardFiles(Protocol):
+    """What a FeatureReader reads from. All methods may be called from many threads at a time."""
+
+    def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
+        """Fill `targets`, one after the other, with what stands at `offset` of a shard.
+
+        Raises:
+            Corrupt: the shard is missing, of another size than its commit says, or ends early.
+        """
+
+
+class LocalFiles:
+    """The shards below a folder."""
+
+    def __init__(self, paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]]):
+        """Nothing is opened yet.
+
+        Args:
+            paths: of the space.
+            sizes: kind -> shard -> bytes, as committed.
+        """
+        self._paths = paths
+        # No method of ours inside: files close with the last reference, not with the next collection.
+        self._file = functools.lru_cache(open_files())(functools.partial(_open, paths, sizes))
+
+    def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
+        """See ShardFiles. One system call, unless it is interrupted."""
+        file = self._file(kind, shard)
+        try:
+            whole = file.read(targets, offset)
+        except OSError as error:  # a dying disk
+            why = error.strerror or str(error)
+            raise corrupt_shard(self._paths, kind, shard, why) from error
+        if not whole:
+            raise corrupt_shard(self._paths, kind, shard, "it ends early")
+
+
+def _open(
+    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], kind: str, shard: int
+) -> _ShardFile:
+    try:
+        file = _ShardFile(os.fspath(paths.shard(kind, shard)))
+    except FileNotFoundError:
+        raise corrupt_shard(paths, kind, shard, "missing") from None
+    expected = sizes[kind][shard]
+    if file.nbytes != expected:
+        raise corrupt_shard(paths, kind, shard, f"{file.nbytes} bytes, not {expected}")
+    return file
+
+
+class _ShardFile:
+    """An open shard; closes itself when the last reader lets go of it."""
+
+    def __init__(self, path: str):
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDONLY)
+        self.nbytes = os.fstat(self._fd).st_size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, targets: Sequence[memoryview], offset: int) -> bool:
+        """Fill `targets`; False at the file's end."""
+        wanted = sum(map(len, targets))
+        got = os.preadv(self._fd, targets, offset)
+        while got < wanted:  # an interrupted call, or a file cut short since it was opened
+            more = os.preadv(self._fd, _after(targets, got), offset + got)
+            if not more:
+                return False
+            got += more
+        return True
+
+
+def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
+    """What is left of `buffers` behind their first `skip` bytes."""
+    rest = []
+    for buffer in buffers:
+        rest.append(buffer[min(skip, len(buffer)) :])
+        skip = max(0, skip - len(buffer))
+    return rest
+
+
+def open_files() -> int:
+    """Shards to keep open: a quarter of the files this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
+
+
+def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrupt:
+    """Damage to a shard, and how to get its rows back."""
+    return Corrupt(
+        paths.shard(kind, shard),
+        what,
+        f"delete {paths.commit(kind, shard)} and run encode.run again: it re-encodes that shard",
+    )
