@@ -27,7 +27,6 @@ from cache.layout import CacheRoot, SpacePaths
 from cache.shard_files import LocalFiles, ShardFiles, corrupt_shard
 from cache.space import read_info
 from cache.spec import KINDS
-from cache.zarr_shard import CRC_BYTES
 from configs import UserError, nearest
 
 RUN_ROWS = 512
@@ -117,10 +116,10 @@ class FeatureReader:
         for start, stop in _runs(rows, geometry.slots, limit):
             targets = [flat[i * size : (i + 1) * size] for i in range(start, stop)]
             places = targets
-            if len(targets) > 1:  # the crcs between the rows go nowhere
-                gap = memoryview(bytearray(CRC_BYTES))
+            if len(targets) > 1:  # what stands between the rows goes nowhere
+                gap = memoryview(bytearray(geometry.gap_bytes))
                 places = [buffer for target in targets for buffer in (gap, target)][1:]
-            self._files.read(kind, shards[start], slots[start] * geometry.slot_bytes, places)
+            self._files.read(kind, shards[start], geometry.row_offset(slots[start]), places)
             if self.checked:
                 for i, target in enumerate(targets, start):
                     if crc32c(target) != crcs[i]:

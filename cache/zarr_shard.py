@@ -46,6 +46,15 @@ class Geometry:
         return self.row_bytes + CRC_BYTES
 
     @property
+    def gap_bytes(self) -> int:
+        """Bytes between the end of one row and the start of the next."""
+        return self.slot_bytes - self.row_bytes
+
+    def row_offset(self, slot: int) -> int:
+        """Where the row of a slot starts in its file."""
+        return slot * self.slot_bytes
+
+    @property
     def index_bytes(self) -> int:
         """Bytes of the index, with its crc."""
         return 16 * self.slots + CRC_BYTES
