@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from cache.tables import (
     MediaRecord,
+    MediaRef,
+    Sample,
     append_media,
 )
 from configs import UserError
@@ -64,6 +67,23 @@ def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> N
         "other",
     )
     assert names_of(world.join()) == ["d/s"]
+
+
+def test_a_picture_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
+    """Two data sets may say different hashes for one URL; only one of them can be right."""
+
+    def says(name: str, sha256: str | None) -> Sample:
+        return replace(ask(name), media=(MediaRef(source="/a.png", sha256=sha256),))
+
+    world.write(
+        right=[says("1", key_of("a"))],
+        silent=[says("1", None)],
+        wrong=[says("1", key_of("b")), ask("2", ["b"])],
+    )
+    world.encode(["a", "b"])
+    joined = world.join("right", "silent", "wrong")
+    assert names_of(joined) == ["right/1", "silent/1", "wrong/2"]
+    assert (joined.missing, joined.failed, joined.coverage) == (0, 1, 1)
 
 
 def test_too_little_coverage_is_refused_with_the_failures_and_the_command(world: World) -> None:

@@ -138,7 +138,7 @@ def _availability(
     The ledger serves all spaces: what failed for one may have its rows in this one.
     """
     here = np.append(media.rows.counts > 0, False)[part.media]
-    broken = failed[part.source] & ~here
+    broken = (failed[part.source] | part.other) & ~here
     return _count(~here, part.counts) == 0, _count(broken, part.counts) > 0
 
 

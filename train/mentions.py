@@ -37,6 +37,8 @@ class Part:
     """Media of each sample."""
     source: Ints
     """(R,) row in the media table; -1 where it has none."""
+    other: npt.NDArray[np.bool_]
+    """(R,) what is known by that source hashes to something else than this data set says: not its picture."""
     kind: npt.NDArray[np.uint8]
     """(R,) number in MEDIA_KINDS."""
     media: Ints
@@ -69,6 +71,7 @@ def read_part(root: CacheRoot, name: str, ledger: pa.Table) -> Part:
             f"on: python -m encode.run --dataset {name} writes it again"
         )
     at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())
+    other = pc.not_equal(flat.field("sha256"), ledger["key"].combine_chunks().take(at))
     return Part(
         digest=digest,
         ids=table["id"].combine_chunks(),
@@ -76,6 +79,7 @@ def read_part(root: CacheRoot, name: str, ledger: pa.Table) -> Part:
         task=table["task"].combine_chunks(),
         counts=np.asarray(media.value_lengths(), dtype=np.int64),
         source=np.asarray(at.fill_null(-1), dtype=np.int64),
+        other=np.asarray(other.fill_null(False), dtype=bool),
         kind=np.asarray(kind, dtype=np.uint8),
         media=np.empty(0, dtype=np.int64),
     )
@@ -97,7 +101,7 @@ def mentioned(
 
     codes = []  # key x kinds + kind
     for part in parts:
-        key = of_source[part.source]
+        key = np.where(part.other, -1, of_source[part.source])
         codes.append(np.where(key >= 0, key * len(MEDIA_KINDS) + part.kind, -1))
     seen = np.zeros(len(distinct) * len(MEDIA_KINDS) + 1, dtype=bool)
     for code in codes:
