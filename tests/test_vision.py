@@ -167,7 +167,13 @@ def test_a_tower_with_computed_positions_runs() -> None:
 def test_demo_tower_is_a_plain_pre_norm_transformer() -> None:
     sizes = DemoTowerConfig(image_size=16, patch_size=8, width=8, depth=2, heads=2, mlp_ratio=2)
     config = EncoderConfig(
-        name="demo", library="demo", activation="gelu", blocks=(1,), pool_frame=1, tower=sizes
+        name="demo",
+        library="demo",
+        activation="gelu",
+        blocks=(1,),
+        pool_frame=1,
+        compute_dtype="float32",  # by default bf16 on CPUs that have it
+        tower=sizes,
     )
     encoder = load_encoder(config, device="cpu")
     pixels = noise(3, 16)
