@@ -69,10 +69,7 @@ def outcome(record: MediaRecord) -> tuple[str, str | None, str | None]:
 def test_drivers_and_workers_killed_while_they_fetch(
     tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    photos, kills = (
-        soak(12, 1950),
-        soak(2, 34),
-    )  # with the troubles 2,000 URLs; some kills come too late
+    photos, kills = soak(12, 1950), soak(2, 30)  # with the troubles 2,000 URLs
     dice = random.Random(7)
     with TroubleServer(photos) as server:
         # In `make test` without the troubles that cost time: they come last.
@@ -84,10 +81,10 @@ def test_drivers_and_workers_killed_while_they_fetch(
         killed = {"driver": 0, "worker": 0}
         mark = secrets.token_hex(8)
         process = start(lists, wild, mark)
-        for _ in range(kills):
+        while sum(killed.values()) < kills and process.poll() is None:
             before = commits(wild)
             deadline = time.monotonic() + 120
-            more = dice.randrange(1, 4)
+            more = dice.randrange(1, 3)
             while process.poll() is None and commits(wild) < before + more:
                 assert time.monotonic() < deadline, "the job does not get on"
                 time.sleep(0.01)
@@ -107,7 +104,7 @@ def test_drivers_and_workers_killed_while_they_fetch(
         # What failed while things were killed around it gets the try it would have had.
         finish(start(lists, wild, "again", "--retry-failed", count=0))
         print(f"{len(urls)} URLs, killed: {killed}")
-        assert sum(killed.values()) >= kills // 2
+        assert sum(killed.values()) >= soak(1, kills), "the job ended before it was killed so often"
 
         ledgers = [read_media(CacheRoot(folder)) for folder in (calm, wild)]
         for entry, (url, _) in zip(entries, urls, strict=True):
