@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from cache.index import save_index
 from cache.layout import CacheRoot
 from cache.spec import KINDS
 from cache.tables import read_media
@@ -141,6 +142,7 @@ class Job:
         finally:
             self._progress.clear()
             self._keep()
+        self._save_index()
         if not interrupts.stopping():
             assert self._book.finished(), "a source is not accounted for"
 
@@ -182,6 +184,13 @@ class Job:
     def _grow(self) -> None:
         for kind in KINDS:
             self._space.grow(kind)
+
+    def _save_index(self) -> None:
+        """What makes the space open fast."""
+        try:
+            save_index(self.paths, self._space.info)
+        except OSError as error:
+            log.warning("no index was saved, so opening takes longer: %s", error)
 
     def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
         """Print what became of it; returns the exit code."""
