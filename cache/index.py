@@ -133,9 +133,11 @@ def _current(paths: SpacePaths, info: SpaceInfo, kind: str) -> tuple[Snapshot, i
         return old, 0
     # What is not in `fresh` was replaced when the file was written, by a commit that is gone.
     commits = [fresh.get(n) or read_commit(paths, info, kind, n) for n in missing]
-    columns = old.index.columns if kept.all() else old.index.columns.only(kept)
+    index = old.index
+    if not kept.all():
+        index = RowIndex.of(index.columns.only(kept), info.slots[kind])
     snapshot = Snapshot(
-        index=RowIndex.of(columns.merged(Columns.of(commits)), info.slots[kind]),
+        index=index.with_rows(Columns.of(commits)) if commits else index,
         **_files(stats, old, same, fresh, now),
         replaces=np.array(replaces, np.int64).reshape(-1, 2),
     )

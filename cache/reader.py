@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from cache.layout import CacheRoot, SpacePaths
 from cache.shard_files import LocalFiles, ShardFiles, corrupt_shard
 from cache.space import read_info
 from cache.spec import KINDS
+from cache.zarr_shard import Geometry
 from configs import UserError, nearest
 
 RUN_ROWS = 512
@@ -72,6 +74,10 @@ class FeatureReader:
         self.index = {kind: open_index(paths, info, kind) for kind in KINDS}
         sizes = {kind: index.nbytes for kind, index in self.index.items()}
         self._files = files or LocalFiles(paths, sizes)
+        self._layout = {
+            kind: _Layout.of(self.geometry[kind], self.index[kind], RUN_ROWS, RUN_BYTES)
+            for kind in KINDS
+        }
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
@@ -114,15 +120,18 @@ class FeatureReader:
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
-        size = self.geometry[kind].row_bytes
-        if out.shape != (len(rows), size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(len(rows), size)}")
+        layout = self._layout[kind]
+        shape = (len(rows), layout.row_bytes)
+        if out.shape != shape or out.dtype != _UINT8 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {shape}")
         if not len(rows):
             return
         numbers: list[int] = np.asarray(rows, np.int64).tolist()
-        runs = _runs(numbers, self.geometry[kind].slots, max(1, min(RUN_ROWS, RUN_BYTES // size)))
+        runs = _runs(numbers, layout.slots, layout.run_rows)
         flat = out.data.cast("B")
-        parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
+        parts = 1
+        if self._threads > 1:
+            parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
         if parts == 1:
             self._read_runs(kind, numbers, runs, flat)
             return
@@ -145,9 +154,8 @@ class FeatureReader:
 
         A row of 64 KB comes in 8 microseconds, so a microsecond of Python a row is much.
         """
-        geometry, index, read = self.geometry[kind], self.index[kind], self._files.read
-        size, slots, spans, crcs = geometry.row_bytes, geometry.slots, index.spans, index.crc_of
-        gap = memoryview(bytearray(geometry.gap_bytes))  # what stands between rows goes nowhere
+        read = self._files.read
+        size, slots, _, spans, crcs, start_offset, slot_bytes, gap = self._layout[kind]
         for run in runs:
             shard, slot = divmod(numbers[run[0]], slots)
             start, count = spans.get(shard, _NO_SPAN)
@@ -157,7 +165,7 @@ class FeatureReader:
             if len(run) > 1:
                 places = [gap] * (2 * len(run) - 1)
                 places[::2] = targets
-            read(kind, shard, geometry.row_offset(slot), places)
+            read(kind, shard, start_offset + slot * slot_bytes, places)
             if self.checked:
                 for position, target in enumerate(targets, start + slot):
                     if crc32c(target) != crcs[position]:
@@ -201,15 +209,47 @@ class FeatureReader:
 
 
 _NO_SPAN = (0, 0)
+_UINT8 = np.dtype(np.uint8)
+
+
+class _Layout(NamedTuple):
+    """What reading rows of one array asks for all the time, as plain values."""
+
+    row_bytes: int
+    slots: int
+    run_rows: int
+    """Rows that one call reads at most."""
+    spans: Mapping[int, tuple[int, int]]
+    crcs: memoryview
+    start_offset: int
+    """Of the row in slot 0."""
+    slot_bytes: int
+    gap: memoryview
+    """Where the bytes between adjacent rows go: nobody looks at them."""
+
+    @staticmethod
+    def of(geometry: Geometry, index: RowIndex, most_rows: int, most_bytes: int) -> _Layout:
+        return _Layout(
+            row_bytes=geometry.row_bytes,
+            slots=geometry.slots,
+            run_rows=max(1, min(most_rows, most_bytes // geometry.row_bytes)),
+            spans=index.spans,
+            crcs=index.crc_of,
+            start_offset=geometry.row_offset(0),
+            slot_bytes=geometry.slot_bytes,
+            gap=memoryview(bytearray(geometry.gap_bytes)),
+        )
 
 
 def _runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
     """Places in `numbers` by row number, cut into stretches of adjacent rows of one shard."""
+    if len(numbers) == 1:
+        return [[0]]
     runs: list[list[int]] = []
-    last = -2
+    last = 0
     for i in sorted(range(len(numbers)), key=numbers.__getitem__):
         number = numbers[i]
-        if number == last + 1 and number % slots and len(runs[-1]) < limit:
+        if runs and number == last + 1 and number % slots and len(runs[-1]) < limit:
             runs[-1].append(i)
         else:
             runs.append([i])

@@ -166,6 +166,16 @@ class RowIndex:
         """The crcs by position, as Python integers."""
         self._bisected = self._hashes.data  # a scalar of it is a Python integer
 
+    def with_rows(self, more: Columns) -> RowIndex:
+        """This and `more`, whose shards are none of those here."""
+        both = self.columns.merged(more)
+        if not len(self) or not len(more.shards) or more.shards[0] < self.shards[-1]:
+            return RowIndex.of(both, self.slots)
+        order, hashes = _sorted(_hashes(more.keys, more.views))
+        at = np.searchsorted(self._hashes, hashes, side="right")  # behind what is older
+        order = np.insert(self._order, at, order + np.uint32(len(self)))
+        return RowIndex.of(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
+
     def __len__(self) -> int:
         return len(self.keys)
 

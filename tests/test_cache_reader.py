@@ -98,6 +98,7 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
     assert calls == [5, 3, 3], "0-2, 5-6 and 12-13: whatever the order asked for"
     calls.clear()
     monkeypatch.setattr(reader, "RUN_ROWS", 2)
+    seen = FeatureReader(filled.paths)
     seen.read_into("picture", np.arange(7), out)
     assert calls == [3, 3, 3, 1]
 
