@@ -74,10 +74,7 @@ class FeatureReader:
         self.index = {kind: open_index(paths, info, kind) for kind in KINDS}
         sizes = {kind: index.nbytes for kind, index in self.index.items()}
         self._files = files or LocalFiles(paths, sizes)
-        self._layout = {
-            kind: _Layout.of(self.geometry[kind], self.index[kind], RUN_ROWS, RUN_BYTES)
-            for kind in KINDS
-        }
+        self._layout = {kind: _Layout.of(self.geometry[kind], self.index[kind]) for kind in KINDS}
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
@@ -161,8 +158,10 @@ class FeatureReader:
             start, count = spans.get(shard, _NO_SPAN)
             if slot + len(run) > count:
                 raise IndexError("a row number that is not committed")
-            places = targets = [flat[i * size : (i + 1) * size] for i in run]
-            if len(run) > 1:
+            if len(run) == 1:
+                places = targets = [flat[run[0] * size : (run[0] + 1) * size]]
+            else:
+                targets = [flat[i * size : (i + 1) * size] for i in run]
                 places = [gap] * (2 * len(run) - 1)
                 places[::2] = targets
             read(kind, shard, start_offset + slot * slot_bytes, places)
@@ -228,11 +227,11 @@ class _Layout(NamedTuple):
     """Where the bytes between adjacent rows go: nobody looks at them."""
 
     @staticmethod
-    def of(geometry: Geometry, index: RowIndex, most_rows: int, most_bytes: int) -> _Layout:
+    def of(geometry: Geometry, index: RowIndex) -> _Layout:
         return _Layout(
             row_bytes=geometry.row_bytes,
             slots=geometry.slots,
-            run_rows=max(1, min(most_rows, most_bytes // geometry.row_bytes)),
+            run_rows=max(1, min(RUN_ROWS, RUN_BYTES // geometry.row_bytes)),
             spans=index.spans,
             crcs=index.crc_of,
             start_offset=geometry.row_offset(0),

@@ -142,7 +142,6 @@ class Job:
         finally:
             self._progress.clear()
             self._keep()
-        self._save_index()
         if not interrupts.stopping():
             assert self._book.finished(), "a source is not accounted for"
 
@@ -194,6 +193,7 @@ class Job:
 
     def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
         """Print what became of it; returns the exit code."""
+        self._save_index()
         book = self._book
         if interrupts.stopping():
             left = book.total - book.settled

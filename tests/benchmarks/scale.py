@@ -32,8 +32,6 @@ from cache.reader import FeatureReader, find_space
 from cache.spec import FeatureSpec
 from cache.writer import Space
 from configs import command, parse
-from train.plan import StepPlan
-from train.trees import Trees
 
 SPEC = FeatureSpec(
     encoder="scale",
@@ -172,6 +170,9 @@ def touch(root: CacheRoot, rows: int) -> dict[str, float]:
 
 def plan(root: CacheRoot, rows: int) -> dict[str, float]:
     """Lay out an epoch of as many samples, two data sets of trees of one or two samples each."""
+    from train.plan import StepPlan  # imports torch, which the other steps need no memory for
+    from train.trees import Trees
+
     trees = max(2, rows * 2 // 3)
     starts = np.concatenate([[0], np.cumsum(1 + np.arange(trees) % 2)]).astype(np.int64)
     samples = int(starts[-1])

@@ -71,9 +71,9 @@ class Store:
         """In batches of 32; a store that has no such thing reads one after the other."""
         self.singles(rows)
 
-    def sequential(self, count: int) -> None:
-        """The first `count` rows in order."""
-        self.batches(np.arange(count))
+    def sequential(self, start: int, count: int) -> Any:
+        """Rows in order, a batch at a time, from row 0 on; the next call asks for what comes next."""
+        return self.batches(np.arange(start, start + count))
 
     def files(self) -> list[Path]:
         """All of it, to fsync, or to drop from the page cache."""
@@ -183,16 +183,23 @@ class Raw(Ours):
         self.pool = ThreadPoolExecutor(self.several)
 
     def singles(self, rows: Rows) -> None:
+        self.read_at(rows, 0)
+
+    def read_at(self, rows: Rows, first: int) -> None:
+        """Rows to the places of the batch from `first` on."""
         preadv, fds, targets = os.preadv, self.fds, self.targets
-        for i, row in enumerate(rows.tolist()):
+        for i, row in enumerate(rows.tolist(), first):
             shard, slot = divmod(row, self.per_shard)
             preadv(fds[shard], targets[i % BATCH], slot * self.slot_bytes)
 
     def batches(self, rows: Rows) -> None:
         if self.several == 1:
-            self.singles(rows)
-        else:
-            list(self.pool.map(self.singles, np.array_split(rows, self.several)))
+            self.read_at(rows, 0)
+            return
+        for start in range(0, len(rows), BATCH):
+            parts = np.array_split(rows[start : start + BATCH], self.several)
+            firsts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
+            list(self.pool.map(self.read_at, parts, firsts))
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -345,12 +352,14 @@ class WebDataset(Store):
             for number in range(count):
                 tar.write({"__key__": f"{number:08d}", "bin": row(number).tobytes()})
 
-    def sequential(self, count: int) -> None:
+    def sequential(self, start: int, count: int) -> None:
         import webdataset
 
-        rows = iter(webdataset.WebDataset(str(self.folder / "rows.tar"), shardshuffle=False))
+        if start == 0:
+            path = str(self.folder / "rows.tar")
+            self.rows = iter(webdataset.WebDataset(path, shardshuffle=False))
         for i in range(count):
-            self.keep(i, next(rows)["bin"])
+            self.keep(i, next(self.rows)["bin"])
 
 
 class LitData(Store):
@@ -479,9 +488,6 @@ class Mds(Store):
 
     def batches(self, rows: Rows) -> Any:
         return self.singles(rows)
-
-    def sequential(self, count: int) -> Any:
-        return self.singles(np.arange(count))
 
     def close(self) -> None:
         self.ask(do="close")
