@@ -137,7 +137,8 @@ def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceRepor
         digests[kind] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
         findings += _check_array_json(paths, info, kind, commits)
         findings += _check_duplicates(paths, kind, index[kind])
-        if derived := check_index(paths, info, kind, index[kind] if deep else None):
+        sound = None if findings else index[kind]
+        if derived := check_index(paths, info, kind, deep=deep, rebuilt=sound):
             findings.append(_finding(derived, derived.path))
         report.findings += findings
         report.rows[kind] = len(index[kind])

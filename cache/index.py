@@ -88,7 +88,7 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
 
 
 def check_index(
-    paths: SpacePaths, info: SpaceInfo, kind: str, rebuilt: RowIndex | None = None
+    paths: SpacePaths, info: SpaceInfo, kind: str, *, deep: bool, rebuilt: RowIndex | None = None
 ) -> Corrupt | None:
     """What is wrong with the file, if anything. One that only lacks the newest commits is sound.
 
@@ -96,17 +96,18 @@ def check_index(
         paths: of the space.
         info: its description.
         kind: which array.
-        rebuilt: an index made from the commits alone: compare every byte, too.
+        deep: read all of it.
+        rebuilt: an index made from the commits alone, all of them sound: with `deep`, compare with it.
     """
     path = paths.index(kind)
-    if not path.exists():
-        return None
     try:
-        _load(path, info, kind, deep=rebuilt is not None)
-        if rebuilt is not None and not _same(_current(paths, info, kind)[0].index, rebuilt):
+        _load(path, info, kind, deep)
+        if deep and rebuilt is not None and not _same(open_index(paths, info, kind), rebuilt):
             return Corrupt(path, "it does not say what the commits say", WAY_OUT)
+    except FileNotFoundError:
+        return None
     except Corrupt as error:
-        return error if error.path == path else None  # a commit's damage is the commit's finding
+        return error
     return None
 
 
@@ -257,8 +258,8 @@ def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
         size = os.fstat(file.fileno()).st_size
         if size != values["nbytes"]:
             raise Corrupt(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
-        # Read ahead as a whole where the system can: page by page takes three times as long.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        # Read ahead as a whole, where the system can.
+        flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
         data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
     arrays = {
         name: _array(data, entry, path, name, deep) for name, entry in values["arrays"].items()

@@ -128,7 +128,9 @@ def test_after_any_history_it_says_what_a_rebuild_says(
             paths.commit("picture", some).unlink()
         elif step == "save":
             save_index(paths, space.info)
-            assert check_index(paths, space.info, "picture", rebuilt(space)) is None
+            assert (
+                check_index(paths, space.info, "picture", deep=True, rebuilt=rebuilt(space)) is None
+            )
         elif step == "age":
             age(space)
         elif step == "damage" and some is not None:
@@ -143,7 +145,10 @@ def test_after_any_history_it_says_what_a_rebuild_says(
             path.write_bytes(good)
         elif step == "flip" and paths.index("picture").exists():
             flip(paths.index("picture"), data.draw(st.integers(0, 10**6)))
-            assert check_index(paths, space.info, "picture", rebuilt(space)) is not None
+            assert (
+                check_index(paths, space.info, "picture", deep=True, rebuilt=rebuilt(space))
+                is not None
+            )
         assert_same(opened(space), rebuilt(space))
 
 
@@ -236,7 +241,7 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
     places = [*range(0, header, 41), *range(header, 4096, 211), *range(4096, len(good), 7)]
     for at in places:
         flip(path, at + at % 8 * len(good))
-        error = check_index(space.paths, space.info, "picture", expected)
+        error = check_index(space.paths, space.info, "picture", deep=True, rebuilt=expected)
         assert error is not None and error.path == path, at
         with caplog.at_level(logging.ERROR):
             index = opened(space)
@@ -244,7 +249,7 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
         np.testing.assert_array_equal(index.crcs, expected.crcs)
         path.write_bytes(good)
     path.write_bytes(good[:-1])
-    assert check_index(space.paths, space.info, "picture") is not None, (
+    assert check_index(space.paths, space.info, "picture", deep=False) is not None, (
         "the size is looked at always"
     )
     assert_same(opened(space), expected)
@@ -275,7 +280,7 @@ def test_an_index_of_another_space_is_not_believed(tmp_path: Path) -> None:
         save_index(space.paths, space.info)
     shutil.copy(other.paths.index("picture"), one.paths.index("picture"))
     assert_same(opened(one), rebuilt(one))
-    error = check_index(one.paths, one.info, "picture")
+    error = check_index(one.paths, one.info, "picture", deep=False)
     assert error is not None and "another space" in str(error)
 
 
@@ -287,8 +292,8 @@ def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
     columns = replace(snapshot.index.columns, crcs=snapshot.index.crcs ^ 1)
     snapshot = replace(snapshot, index=RowIndex.of(columns, SLOTS))
     derived._write(space.paths.index("picture"), snapshot, space.info, "picture")
-    assert check_index(space.paths, space.info, "picture") is None
-    error = check_index(space.paths, space.info, "picture", rebuilt(space))
+    assert check_index(space.paths, space.info, "picture", deep=False) is None
+    error = check_index(space.paths, space.info, "picture", deep=True, rebuilt=rebuilt(space))
     assert error is not None and "not say what the commits say" in str(error)
     with pytest.raises(Corrupt, match="row 0 fails"):
         FeatureReader(space.paths).read("picture", key(1))
