@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.commits import Commit, RowIndex, current, read_commit
+from cache.index import check_index
 from cache.layout import (
     MAKE_ANEW,
     PARTIAL,
@@ -136,6 +137,9 @@ def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceRepor
         digests[kind] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
         findings += _check_array_json(paths, info, kind, commits)
         findings += _check_duplicates(paths, kind, index[kind])
+        sound = None if findings else index[kind]
+        if derived := check_index(paths, info, kind, deep=deep, rebuilt=sound):
+            findings.append(_finding(derived, derived.path))
         report.findings += findings
         report.rows[kind] = len(index[kind])
         report.nbytes += sum(commit.nbytes for commit in commits)
@@ -262,7 +266,8 @@ def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _check_names(paths: SpacePaths) -> Iterator[Finding]:
     """Files that no commit knows."""
-    known = {paths.space_json, paths.group_json, *map(paths.array_json, KINDS)}
+    known = {paths.space_json, paths.group_json}
+    known |= {path(kind) for path in (paths.array_json, paths.index) for kind in KINDS}
     for kind in KINDS:
         for number in paths.committed(kind):
             known |= {paths.commit(kind, number), paths.shard(kind, number)}

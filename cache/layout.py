@@ -141,6 +141,27 @@ class SpacePaths:
         names = (_COMMIT_NAME.fullmatch(p.name) for p in self.commits_dir.glob(f"{kind}-*.parquet"))
         return sorted(int(name[2]) for name in names if name)
 
+    def commit_stats(self, kind: str) -> dict[int, tuple[int, int]]:
+        """Number -> (bytes, time of the last change in ns) of the same files; none if the folder is gone."""
+        stats = {}
+        entries = os.scandir(self.commits_dir) if self.commits_dir.is_dir() else ()
+        for entry in entries:
+            name = _COMMIT_NAME.fullmatch(entry.name)
+            if name and name[1] == kind:
+                with contextlib.suppress(FileNotFoundError):  # removed just now
+                    stat = entry.stat()
+                    stats[int(name[2])] = stat.st_size, stat.st_mtime_ns
+        return stats
+
+    @property
+    def index_dir(self) -> Path:
+        """What can be had from the commits again, laid out to be opened fast."""
+        return self.root / "index"
+
+    def index(self, kind: str) -> Path:
+        """The commits of one kind as flat arrays."""
+        return self.index_dir / f"{kind}.bin"
+
     def started(self, kind: str) -> list[int]:
         """Numbers that have a folder: committed, finished without commit, or only begun."""
         return sorted(int(p.name) for p in self.shards_dir(kind).glob("*") if p.name.isdecimal())
@@ -229,13 +250,14 @@ def seal_file(file: BinaryIO) -> None:
         data[at : at + 64] = _digest(data, at)
 
 
-def check_seal(data: bytes | mmap.mmap, path: Path) -> None:
-    """Raise Corrupt unless `data`, read from `path`, is exactly what was sealed."""
+def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
+    """The seal (32 bytes); raise Corrupt unless `data`, read from `path`, is exactly what was sealed."""
     at = _seal_position(data)
     if at < 0:
         raise Corrupt(path, "its seal (sha256:...) is missing")
     if data[at : at + 64] != _digest(data, at):
         raise Corrupt(path, "its bytes do not match its seal (sha256)")
+    return bytes.fromhex(data[at : at + 64].decode())
 
 
 def check_seal_file(path: Path) -> None:

@@ -43,8 +43,9 @@ class LocalFiles:
     def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """See ShardFiles. One system call, unless it is interrupted."""
         file = self._file(kind, shard)
+        wanted = len(targets[0]) if len(targets) == 1 else sum(map(len, targets))
         try:
-            whole = file.read(targets, offset)
+            whole = os.preadv(file.fd, targets, offset) == wanted or file.read(targets, offset)
         except OSError as error:  # a dying disk
             why = error.strerror or str(error)
             raise corrupt_shard(self._paths, kind, shard, why) from error
@@ -69,20 +70,19 @@ class _ShardFile:
     """An open shard; closes itself when the last reader lets go of it."""
 
     def __init__(self, path: str):
-        self._fd = -1
-        self._fd = os.open(path, os.O_RDONLY)
-        self.nbytes = os.fstat(self._fd).st_size
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY)
+        self.nbytes = os.fstat(self.fd).st_size
 
     def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
     def read(self, targets: Sequence[memoryview], offset: int) -> bool:
-        """Fill `targets`; False at the file's end."""
-        wanted = sum(map(len, targets))
-        got = os.preadv(self._fd, targets, offset)
+        """Fill `targets`, in as many calls as it takes; False at the file's end."""
+        wanted, got = sum(map(len, targets)), 0
         while got < wanted:  # an interrupted call, or a file cut short since it was opened
-            more = os.preadv(self._fd, _after(targets, got), offset + got)
+            more = os.preadv(self.fd, _after(targets, got), offset + got)
             if not more:
                 return False
             got += more

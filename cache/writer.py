@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
+from cache.index import open_index
 from cache.layout import (
     PARTIAL,
     CacheRoot,
@@ -33,6 +34,7 @@ from cache.layout import (
     read_sealed_json,
     write_atomic,
 )
+from cache.row_index import Identities, RowIndex
 from cache.space import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
 from cache.spec import KINDS, FeatureSpec
 from cache.zarr_shard import GROUP_VALUES, array_values, crc_bytes, zarr_json
@@ -97,9 +99,13 @@ class Space:
         commits = read_commits(self.paths, self.info, kind)
         return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
 
-    def keys(self, kind: str) -> set[tuple[str, str]]:
+    def index(self, kind: str) -> RowIndex:
+        """All committed rows, to look up."""
+        return open_index(self.paths, self.info, kind)
+
+    def keys(self, kind: str) -> Set[tuple[str, str]]:
         """(key, view) of all committed rows."""
-        return _identities(self.commits(kind))
+        return Identities(self.index(kind))
 
     def shard_keys(self, kind: str, number: int) -> set[tuple[str, str]]:
         """(key, view) of one shard's rows; empty when it was not committed."""

@@ -6,7 +6,7 @@ A picture that kills its worker kills the job here; with `--workers 1` it goes t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from encode.book import Book, TooManyFailures
 from encode.tasks import Registrar, Timings
@@ -20,7 +20,10 @@ class Counter(Registrar):
     """A registrar over the counter: what the worker reports is shown at once."""
 
     def __init__(
-        self, committed: Iterable[str], next_shard: dict[str, int], show: Callable[[Timings], None]
+        self,
+        committed: Collection[str],
+        next_shard: dict[str, int],
+        show: Callable[[Timings], None],
     ):
         super().__init__(committed, next_shard)
         self._show = show

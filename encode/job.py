@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from cache.index import save_index
 from cache.layout import CacheRoot
 from cache.spec import KINDS
 from cache.tables import read_media
@@ -183,8 +184,16 @@ class Job:
         for kind in KINDS:
             self._space.grow(kind)
 
+    def _save_index(self) -> None:
+        """What makes the space open fast."""
+        try:
+            save_index(self.paths, self._space.info)
+        except OSError as error:
+            log.warning("no index was saved, so opening takes longer: %s", error)
+
     def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
         """Print what became of it; returns the exit code."""
+        self._save_index()
         book = self._book
         if interrupts.stopping():
             left = book.total - book.settled

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Self
 
-from cache.commits import RowIndex, key_bytes, read_commits
+from cache.commits import RowIndex, key_bytes
+from cache.row_index import Identities
 from cache.spec import ARRAY_OF
 from cache.views import FULL, MAX_FRAMES, frame_views
 from cache.writer import Space
 
 PICTURE, VIDEO = "picture", "video"
+
+
+class Keys(Collection[str]):
+    """The keys of the pictures in an index: no string is held for any of them."""
+
+    def __init__(self, index: RowIndex):
+        self._identities = Identities(index)
+
+    def __contains__(self, key: object) -> bool:
+        return (key, FULL) in self._identities
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, view in self._identities if view == FULL)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Present:
@@ -30,12 +47,10 @@ class Present:
     @classmethod
     def of(cls, space: Space, *, max_frames: int = MAX_FRAMES) -> Self:
         """What is committed in `space` now."""
-        keys = space.keys(ARRAY_OF[PICTURE])
-        array = ARRAY_OF[VIDEO]
-        commits = read_commits(space.paths, space.info, array)
+        frames = space.index(ARRAY_OF[VIDEO])
         return cls(
-            {key for key, view in keys if view == FULL},
-            RowIndex(commits, space.rows_per_shard(array)) if commits else None,
+            Keys(space.index(ARRAY_OF[PICTURE])),
+            frames if len(frames) else None,
             max_frames=max_frames,
         )
 

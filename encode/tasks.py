@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -106,8 +106,9 @@ class Office(Protocol):
 class Registrar:
     """Hands out media and shard numbers, each once; gathers timings; carries the word to stop."""
 
-    def __init__(self, committed: Iterable[str], next_shard: dict[str, int]):
-        self._taken = set(committed)
+    def __init__(self, committed: Collection[str], next_shard: dict[str, int]):
+        self._committed = committed
+        self._taken: set[str] = set()
         self._claims: dict[int, set[str]] = {}
         self._next_shard = dict(next_shard)
         self._shards: dict[int, list[tuple[str, int]]] = {}
@@ -120,7 +121,7 @@ class Registrar:
         mine = self._claims.setdefault(worker, set())
         granted = []
         for key in keys:
-            granted.append(key not in self._taken)
+            granted.append(key not in self._taken and key not in self._committed)
             if granted[-1]:
                 self._taken.add(key)
                 mine.add(key)

@@ -7,12 +7,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import codec, commits, layout, reader, shard_files
@@ -67,13 +68,21 @@ def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
         seen.read("picture", key(99))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("checked", [True, False])
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(wanted=st.lists(st.sampled_from(sorted(ROWS)), max_size=30))
 def test_any_rows_in_any_order_are_the_bytes_written(
-    filled: Space, checked: bool, wanted: list[int]
+    filled: Space,
+    monkeypatch: pytest.MonkeyPatch,
+    checked: bool,
+    threads: int,
+    wanted: list[int],
 ) -> None:
-    seen = FeatureReader(filled.paths, checked=checked)
+    monkeypatch.setattr(reader, "THREAD_BYTES", 300)
+    seen = FeatureReader(filled.paths, checked=checked, threads=threads)
     out = np.zeros((len(wanted), SPEC.row_bytes("picture")), np.uint8)
     seen.read_into("picture", np.array([ROWS[number] for number in wanted], np.int64), out)
     for number, found in zip(wanted, out, strict=True):
@@ -95,9 +104,10 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
     assert calls == [7, 5], "one for each shard: its rows, and the crcs between them"
     calls.clear()
     seen.read_into("picture", np.array([2, 1, 12, 13, 5, 6, 0]), out)
-    assert calls == [1, 1, 3, 3, 1]
+    assert calls == [5, 3, 3], "0-2, 5-6 and 12-13: whatever the order asked for"
     calls.clear()
     monkeypatch.setattr(reader, "RUN_ROWS", 2)
+    seen = FeatureReader(filled.paths)
     seen.read_into("picture", np.arange(7), out)
     assert calls == [3, 3, 3, 1]
 
@@ -282,6 +292,38 @@ def test_threads_share_one_reader_though_files_are_closed_meanwhile(
         assert sum(threads.map(work, range(6))) == 6
 
 
+def test_several_threads_are_over_when_the_call_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage in one thread's part: it is raised, and nobody writes to the buffer afterwards."""
+    monkeypatch.setattr(reader, "THREAD_BYTES", 1)
+    space = make_space(tmp_path)
+    for n in range(4):
+        fill(space, [n])
+    path = space.paths.shard("picture", 0)
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    seen = FeatureReader(space.paths, threads=4)
+    running, real = [], os.preadv
+
+    def slow(*arguments: object) -> int:
+        running.append(1)
+        time.sleep(0.02 * len(running))
+        got = real(*arguments)  # type: ignore[arg-type]
+        running.pop()
+        return got
+
+    monkeypatch.setattr(os, "preadv", slow)
+    out = np.zeros((4, SPEC.row_bytes("picture")), np.uint8)
+    for _ in range(3):
+        with pytest.raises(Corrupt, match="row 0 fails"):
+            seen.read_into("picture", np.arange(4) * SLOTS, out)
+        assert not running
+    seen.read_into("picture", np.array([4, 8, 12]), out[:3])
+    assert (out[:3] == [row(n) for n in (1, 2, 3)]).all()
+
+
 EXPECTED = {number: row(number) for number in ROWS}
 
 FORKED = """
@@ -289,8 +331,10 @@ import os, sys
 import numpy as np
 from pathlib import Path
 from cache.reader import FeatureReader
+from cache import reader as module
 from tests.test_cache_reader import ROWS, EXPECTED
-reader = FeatureReader(Path(sys.argv[1]))
+module.THREAD_BYTES = 300
+reader = FeatureReader(Path(sys.argv[1]), threads=int(sys.argv[2]))
 numbers = list(ROWS)
 out = np.empty((len(ROWS), reader.spec.row_bytes("picture")), np.uint8)
 def work():
@@ -315,9 +359,10 @@ sys.exit(sum(os.waitpid(child, 0)[1] for child in children))
 """
 
 
-def test_forked_processes_share_one_reader(filled: Space) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_forked_processes_share_one_reader(filled: Space, threads: int) -> None:
     subprocess.run(
-        [sys.executable, "-c", FORKED, str(filled.paths.root)],
+        [sys.executable, "-c", FORKED, str(filled.paths.root), str(threads)],
         check=True,
         cwd=Path(layout.__file__).parents[1],
     )

@@ -12,9 +12,12 @@ import pytest
 import yaml
 
 import configs
+from cache import index
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
+from cache.space import read_info
 from cache.tables import read_samples
+from cache.verify import verify
 from configs import UserError
 from encode import machine
 from encode.book import Book
@@ -68,6 +71,24 @@ def test_a_job_says_what_it_will_do_and_what_it_did(
     found = CLOSING.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert found is not None
     assert found.groups() == ("0", "6", "1", "none")
+
+
+def test_a_job_leaves_an_index_where_it_is_worth_one(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(photos) == 0
+    paths = find_space(CacheRoot(photos.parent / "cache"), None)
+    assert not paths.index_dir.exists(), "one shard is read as fast"
+    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            index.save_index(paths, read_info(paths))
+        assert run(photos) == 0, "an index is no reason to fail"
+    assert run(photos) == 0
+    assert [p.name for p in paths.index_dir.iterdir()] == ["picture.bin"]
+    assert FeatureReader(paths).rows("picture") == 6
+    assert not verify(CacheRoot(photos.parent / "cache"), deep=True).all_findings
 
 
 def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

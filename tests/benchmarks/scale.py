@@ -1,0 +1,277 @@
+"""Ten million rows in twenty thousand shards: opening a space, looking rows up, planning an epoch.
+
+python -m tests.benchmarks.scale                          # 3-5 minutes, 1.5 GB of disk, 4 GB of memory
+python -m tests.benchmarks.scale --rows 100000            # seconds
+
+The commits are real files, sealed as a job seals them; the shards they speak of are not there, because
+nothing here reads a row. The same is done with a tenth of the rows, to show what grows with them. Every step
+runs in a process of its own, so that its memory is its own. Prints a requirement a line
+(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache.commits import SCHEMA, commit_bytes
+from cache.index import save_index
+from cache.layout import CacheRoot, SpacePaths
+from cache.reader import FeatureReader, find_space
+from cache.spec import FeatureSpec
+from cache.writer import Space
+from configs import command, parse
+
+SPEC = FeatureSpec(
+    encoder="scale",
+    architecture="none",
+    weights="0" * 64,
+    activation="gelu",
+    blocks=(0,),
+    image_size=336,
+    patch_size=14,
+    width=1024,
+    fit="squash",
+    resize="none",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    compute_dtype="float32",
+    batch_size=1,
+    codec="int8",
+)
+ROWS_A_SHARD = 500
+NEW_COMMITS = 40
+"""Committed after the index was saved: a reader adds them itself."""
+LOOKUPS = 1_000_000
+SAMPLES_A_STEP = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    rows: int = 10_000_000
+    """Rows of the large space; the small one has a tenth."""
+    folder: Path | None = None
+    """Where to make them; a temporary folder by default, removed afterwards."""
+    child: str | None = None
+    """Used by the command itself: one step, printed as JSON."""
+
+
+def keys_of(shard: int) -> npt.NDArray[np.uint8]:
+    """(500, 32) made-up keys."""
+    return np.random.default_rng(shard).integers(0, 256, (ROWS_A_SHARD, 32), np.uint8)
+
+
+def write_commits(space: Space, shards: range) -> None:
+    """The commits of shards whose files are not there; not fsynced, for they are for a minute."""
+    slots = space.rows_per_shard("picture")
+    nbytes = space.info.geometry("picture").file_bytes(ROWS_A_SHARD)
+    errors = np.linspace(0.004, 0.006, ROWS_A_SHARD, dtype=np.float32)
+    for shard in shards:
+        keys = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(32), ROWS_A_SHARD, [None, pa.py_buffer(keys_of(shard).tobytes())]
+        )
+        rows = np.arange(shard * slots, shard * slots + ROWS_A_SHARD)
+        columns = {
+            "key": keys,
+            "view": pa.array(["full"] * ROWS_A_SHARD),
+            "time_s": pa.nulls(ROWS_A_SHARD, pa.float64()),
+            "row": rows,
+            "crc": (rows * 2654435761 % 2**32).astype(np.uint32),
+            "error": errors,
+        }
+        data = commit_bytes(
+            pa.table(columns, SCHEMA),
+            fingerprint=space.spec.fingerprint,
+            kind="picture",
+            shard=shard,
+            nbytes=nbytes,
+            index_crc=shard,
+        )
+        space.paths.commit("picture", shard).write_bytes(data)
+
+
+# ---- steps, each in a process of its own
+
+
+def memory_mb(field: str = "VmRSS") -> float:
+    """Of this process: VmRSS now, VmHWM at most, RssAnon without what files lend it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def build(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Write the commits."""
+    write_commits(Space.create(root, SPEC, {}), range(rows // ROWS_A_SHARD))
+    return {}
+
+
+def add(root: CacheRoot, rows: int) -> dict[str, float]:
+    """A few commits more."""
+    first = rows // ROWS_A_SHARD
+    write_commits(Space.open(find_space(root, None)), range(first, first + NEW_COMMITS))
+    return {}
+
+
+def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Open it, whatever index there is; then look keys up."""
+    paths = find_space(root, None)
+    before, started = memory_mb(), time.perf_counter()
+    reader = FeatureReader(paths)
+    seconds = time.perf_counter() - started
+    found = {"seconds": seconds, "rss": memory_mb() - before, "peak": memory_mb("VmHWM") - before}
+    draw = np.random.default_rng(7)
+    shards = draw.permutation(rows // ROWS_A_SHARD)[: -(-LOOKUPS // ROWS_A_SHARD)]
+    wanted = np.concatenate([keys_of(shard) for shard in shards.tolist()])
+    wanted = wanted[draw.permutation(len(wanted))]
+    index, started = reader.index["picture"], time.perf_counter()
+    rows_found = index.lookup(wanted, "full")
+    found["lookup_us"] = (time.perf_counter() - started) / len(wanted) * 1e6
+    assert (rows_found >= 0).all(), "a key is not found"
+    assert np.array_equal(index.keys[index.positions(rows_found)], wanted), "another key is found"
+    assert (index.lookup(wanted ^ 1, "full") == -1).all(), "a stranger is found"
+    some = [key.tobytes() for key in wanted[:20_000]]
+    started = time.perf_counter()
+    assert all(index.contains(key, "full") for key in some)
+    found["contains_us"] = (time.perf_counter() - started) / len(some) * 1e6
+    return found
+
+
+def save(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Write the derived index, from the commits alone."""
+    space, before, started = Space.open(find_space(root, None)), memory_mb(), time.perf_counter()
+    save_index(space.paths, space.info)
+    seconds = time.perf_counter() - started
+    size = space.paths.index("picture").stat().st_size
+    return {"seconds": seconds, "bytes": size / rows, "peak": memory_mb("VmHWM") - before}
+
+
+def touch(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Other times for all commits, as a copy would have."""
+    paths: SpacePaths = find_space(root, None)
+    for number in paths.committed("picture"):
+        paths.commit("picture", number).touch()
+    return {}
+
+
+def plan(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Lay out an epoch of as many samples, two data sets of trees of one or two samples each."""
+    from train.plan import StepPlan  # imports torch, which the other steps need no memory for
+    from train.trees import Trees
+
+    trees = max(2, rows * 2 // 3)
+    starts = np.concatenate([[0], np.cumsum(1 + np.arange(trees) % 2)]).astype(np.int64)
+    samples = int(starts[-1])
+    nothing: Any = None  # a plan looks at no text and no media
+    grown = Trees(
+        join=nothing,
+        names=("captions", "points"),
+        mix=(0.6, 0.4),
+        members=np.arange(samples),
+        starts=starts,
+        dataset=(np.arange(trees) > trees // 3).astype(np.int16),
+        prefix=np.zeros(trees, np.int32),
+        first_row=np.random.default_rng(0).permutation(trees),
+        length=np.full(samples, 700, np.int32),
+        loss_weight=np.ones(samples),
+        places=nothing,
+        max_tokens=4096,
+    )
+    found = {}
+    for order in ("random", "blocks"):
+        before, started = memory_mb(), time.perf_counter()
+        steps = StepPlan(grown, SAMPLES_A_STEP, seed=1, order=order)  # type: ignore[arg-type]
+        steps.step(0)
+        found[f"{order}_seconds"] = time.perf_counter() - started
+        found[f"{order}_rss"] = memory_mb() - before
+    return found
+
+
+STEPS: dict[str, Callable[[CacheRoot, int], dict[str, float]]] = {
+    f.__name__: f for f in (build, add, open_space, save, touch, plan)
+}
+
+
+# ---- the table
+
+
+def in_child(step: str, folder: Path, rows: int) -> dict[str, float]:
+    """One step in a process of its own."""
+    argv = ("--child", step, "--folder", str(folder), "--rows", str(rows))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.scale", *argv],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def measure(folder: Path, rows: int) -> dict[str, dict[str, float]]:
+    """All steps, in an order in which each finds what it needs."""
+    found: dict[str, dict[str, float]] = {}
+    names = {"rebuild": "open_space", "extend": "open_space", "copied": "open_space"}
+    for name in (
+        "build",
+        "rebuild",
+        "save",
+        "open_space",
+        "add",
+        "extend",
+        "touch",
+        "copied",
+        "plan",
+    ):
+        found[name] = in_child(names.get(name, name), folder, rows)
+        figures = {k: round(v, 2) for k, v in found[name].items()}
+        print(f"  {rows:>10,} rows  {name:12}{figures}", flush=True)
+    return found
+
+
+def main() -> None:
+    options = parse(Options, prog="python -m tests.benchmarks.scale", description=__doc__)
+    if options.child:
+        assert options.folder is not None
+        print(json.dumps(STEPS[options.child](CacheRoot(options.folder), options.rows)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        small = measure(Path(folder) / "small", options.rows // 10)
+        large = measure(Path(folder) / "large", options.rows)
+    lines = [
+        ("open with its index, s", large["open_space"]["seconds"], 2.0),
+        ("memory of the index, MB", large["open_space"]["peak"], 1000.0),
+        ("plan an epoch, random, s", large["plan"]["random_seconds"], 10.0),
+        ("plan an epoch, blocks, s", large["plan"]["blocks_seconds"], 10.0),
+        ("look up a key among many, us", large["open_space"]["lookup_us"], 5.0),
+    ]
+    for name, step, field in (
+        ("open", "open_space", "seconds"),
+        ("memory", "open_space", "peak"),
+        ("rebuild", "rebuild", "seconds"),
+    ):
+        lines.append((f"{name}: x for 10 x rows", large[step][field] / small[step][field], 13.0))
+    ok = 0
+    for name, value, required in lines:
+        ok += value < required
+        state = "ok" if value < required else "short"
+        print(f"{name:32}{value:>12.2f}{f'< {required:g}':>12}  {state}")
+    print(f"scale: {ok}/{len(lines)} ok")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,340 @@
+"""The store beside raw `preadv` and beside other stores: rows a second, reading and writing.
+
+python -m tests.benchmarks.store                                   # about 5 minutes, 5 GB of disk
+python -m tests.benchmarks.store --rows 40 --rounds 3 --no-peers   # seconds
+python -m tests.benchmarks.store --markdown table.md               # the tables for docs/BENCHMARKS.md, too
+
+Everything is measured in one run, interleaved: a batch of each in turn. Ratios are those within a turn,
+medians over the turns. Peers come from the `[bench]` extra; MosaicML's MDS, which wants an old transformers,
+gets an environment of its own, once. One that cannot be had is a line `skipped`. Prints a requirement a line
+(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from configs import command, parse
+from tests.benchmarks import stores
+from tests.benchmarks.stores import BATCH, Ours, Raw, Store
+
+SHAPES = {
+    "fp16": (576, 1024),
+    "int8": (576, 528),
+    "int4": (576, 272),
+    "frames": (64, 1024),
+}
+"""Tokens and float16 values that make rows of 1.18, 0.61, 0.31 and 0.13 MB: the sizes of 576 x 1024 in each
+codec, and of a pooled fp16 frame. Reading looks at bytes only, so all are stored as fp16."""
+
+PEERS = (
+    stores.ZarrPython,
+    stores.Zarrs,
+    stores.TensorStore,
+    stores.WebDataset,
+    stores.Mds,
+    stores.LitData,
+    stores.Lance,
+    stores.SafeTensors,
+)
+COLUMNS = ("single", "batch", "sequential", "single, cold", "batch, cold", "write")
+WARM = COLUMNS[:3]
+READ_BYTES = 48 << 20
+"""About what one store reads in one round of one column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    rows: int = 384
+    """Rows of the largest size; the smaller ones take as much disk."""
+    rounds: int = 15
+    """Of warm reads; a third as many of cold ones and of writing."""
+    peers: bool = True
+    """Also the other stores."""
+    folder: Path | None = None
+    """Where to make the stores; a temporary folder by default. Removed afterwards."""
+    environments: Path = Path("~/.cache/nanomolmo2/bench")
+    """Where the environment of MDS is kept."""
+    markdown: Path | None = None
+    """Write the tables there."""
+
+
+class Figures:
+    """Seconds: (size, column) -> store -> one a turn, and how many rows each took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        self.rows: dict[tuple[str, str], int] = {}
+
+    def add(self, size: str, column: str, store: Store, seconds: float) -> None:
+        """One measurement."""
+        self.seconds[size, column][store.name].append(seconds)
+
+    def ratio(self, size: str, column: str, one: str, other: str) -> float:
+        """How many times faster `one` is than `other`: median of the turns."""
+        found = self.seconds[size, column]
+        return statistics.median(b / a for a, b in zip(found[one], found[other], strict=True))
+
+    def rate(self, size: str, column: str, name: str) -> tuple[float, float]:
+        """(rows/s, MB/s)."""
+        rows = self.rows[size, column] / statistics.median(self.seconds[size, column][name])
+        tokens, width = SHAPES[size]
+        return rows, rows * tokens * width * 2 / 1e6
+
+
+def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+    """How long it takes, or says it took."""
+    started = time.perf_counter()
+    told = work(*arguments)
+    return told if isinstance(told, float) else time.perf_counter() - started
+
+
+def make_rows(shape: tuple[int, int]) -> Callable[[int], np.ndarray]:
+    """Row number -> its bytes; float16 normals, which no store can shorten by much."""
+    values = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float16)
+    data = values.reshape(8, -1).view(np.uint8)
+    return lambda number: data[number % 8]
+
+
+def fsync(files: Sequence[Path]) -> None:
+    """As durable as ours."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Out of the page cache; they are clean, and nobody maps them."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def our_readers(folder: Path, shape: tuple[int, int]) -> list[Store]:
+    """Raw, and ours in every way."""
+    return [
+        Raw(folder, shape),
+        Ours(folder, shape, checked=False),
+        Ours(folder, shape),
+        Raw(folder, shape, threads=2),
+        Ours(folder, shape, checked=False, threads=2),
+        Ours(folder, shape, threads=2),
+    ]
+
+
+def written(
+    folder: Path, shape: tuple[int, int], count: int, options: Options
+) -> Iterator[Store | str]:
+    """The peers, each with its rows; or why there is none."""
+    row = make_rows(shape)
+    for kind in PEERS if options.peers else ():
+        try:
+            if kind is stores.Mds:
+                place = options.environments.expanduser() / "mds"
+                stores.Mds.python = stores.mds_python(place, timeout_s=600)
+            same_files = issubclass(kind, stores.ZarrPython)
+            store = kind(folder / "ours" if same_files else folder / kind.__name__, shape)
+            if not same_files:
+                store.prepare()
+                store.write(row, count)
+                fsync(store.files())
+            store.open()
+            if store.random:
+                store.singles(np.array([0, count - 1]))
+            store.close()
+        except Exception as error:
+            # Whatever a library made by others does, the rest is still measured.
+            yield f"{kind.name or kind.__name__}: skipped: {str(error).splitlines()[0][:160]}"
+            continue
+        yield store
+
+
+def read_warm(
+    figures: Figures, size: str, readers: Sequence[Store], count: int, rounds: int
+) -> None:
+    """Random rows, one by one and in batches, and all in order; the page cache holds everything."""
+    tokens, width = SHAPES[size]
+    batch = min(count, BATCH)
+    some = max(1, min(count, READ_BYTES // (2 * tokens * width)) // batch) * batch
+    for column in WARM:
+        figures.rows[size, column] = batch
+    for store in readers:
+        store.open()
+        for start in range(0, count // batch * batch, batch):  # into the page cache
+            store.sequential(start, batch)
+    for number in range(rounds):
+        draw = np.random.default_rng(number)
+        orders = [draw.permutation(count)[:some] for _ in range(2)]
+        # A batch of each in turn: what else this machine does in these milliseconds hits all alike. The order
+        # is drawn, because a thread that has just waited for others is given the processor for longer.
+        for start in range(0, some, batch):
+            one, together = (order[start : start + batch] for order in orders)
+            for store in draw.permutation(np.array(readers, object)):
+                if store.random:
+                    figures.add(size, "single", store, seconds_of(store.singles, one))
+                    figures.add(size, "batch", store, seconds_of(store.batches, together))
+                took = seconds_of(store.sequential, start, batch)
+                figures.add(size, "sequential", store, took)
+    for store in readers:
+        store.close()
+
+
+def read_cold(
+    figures: Figures, size: str, readers: Sequence[Store], count: int, rounds: int
+) -> None:
+    """Random rows that the page cache does not hold."""
+    tokens, width = SHAPES[size]
+    some = max(2, min(count // 2, READ_BYTES // (2 * tokens * width)))
+    for number in range(rounds):
+        rows = np.random.default_rng(number).permutation(count)[:some]
+        for column in ("single, cold", "batch, cold"):
+            figures.rows[size, column] = some
+            for store in readers:
+                if store.random:
+                    forget(store.files())
+                    store.open()
+                    read = store.singles if column.startswith("single") else store.batches
+                    figures.add(size, column, store, seconds_of(read, rows))
+                    store.close()
+
+
+def write_all(
+    figures: Figures,
+    size: str,
+    writers: Sequence[type[Store]],
+    folder: Path,
+    count: int,
+    rounds: int,
+) -> None:
+    """Writing as many rows, and fsync."""
+    shape, row = SHAPES[size], make_rows(SHAPES[size])
+    figures.rows[size, "write"] = count
+    for number in range(rounds):
+        turn = number % len(writers)
+        for kind in [*writers[turn:], *writers[:turn]]:
+            store = kind(folder / "written", shape)
+            if kind is Ours:
+                store.name = "ours"
+            store.prepare()
+
+            seconds = seconds_of(store.write, row, count)
+            if type(store) is not Ours:  # ours fsyncs what it commits
+                seconds += seconds_of(fsync, store.files())
+            figures.add(size, "write", store, seconds)
+            store.end()
+            shutil.rmtree(folder / "written")
+
+
+def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
+    """Everything, size after size; and the peers there were."""
+    figures, peers = Figures(), []
+    largest = 2 * SHAPES["fp16"][0] * SHAPES["fp16"][1]
+    for size, shape in SHAPES.items():
+        started = time.monotonic()
+        count = options.rows * largest // (2 * shape[0] * shape[1])
+        ours = Ours(folder / "ours", shape)
+        ours.prepare()
+        ours.write(make_rows(shape), count)
+        ours.space.grow("picture")
+        readers = our_readers(ours.folder, shape)
+        few = max(2, options.rounds // 3)
+        writers: list[type[Store]] = [Raw, Ours]
+        if size == "fp16":
+            for peer in written(folder, shape, count, options):
+                if isinstance(peer, str):
+                    print(peer, flush=True)
+                else:
+                    peers.append(peer)
+            readers += peers
+            writers += [type(peer) for peer in peers]
+        read_warm(figures, size, readers, count, options.rounds)
+        read_cold(figures, size, readers, count, few)
+        for reader in readers:
+            reader.end()
+        for used in folder.iterdir():
+            shutil.rmtree(used)
+        write_all(figures, size, writers, folder, count * 2 // 3, few)
+        seconds = time.monotonic() - started
+        print(f"{size}: {count} rows, {seconds:.0f} s", flush=True)
+    return figures, peers
+
+
+def requirements(figures: Figures, peers: Sequence[Store]) -> list[tuple[str, float, float]]:
+    """(name, measured, required) of every requirement."""
+    lines = []
+    for size in SHAPES:
+        for column in COLUMNS[:-1]:
+            for name, required in (("ours, unchecked", 0.9), ("ours, checked", 0.7)):
+                ratio = figures.ratio(size, column, name, "raw preadv")
+                what = f"{size}, {column}, {name.removeprefix('ours, ')} / raw"
+                lines.append((what, ratio, required))
+        ratio = figures.ratio(size, "write", "ours", "raw preadv")
+        lines.append((f"{size}, write + fsync + commit / raw", ratio, 0.8))
+    for peer in peers:
+        for column in COLUMNS:
+            if peer.name in figures.seconds["fp16", column]:
+                # Like with like: who compares checksums, against ours comparing them.
+                name = "ours, checked" if peer.checks else "ours, unchecked"
+                name = "ours" if column == "write" else name
+                ratio = figures.ratio("fp16", column, name, peer.name)
+                lines.append((f"fp16, {column}, {name} / {peer.name}", ratio, 1.0))
+    return lines
+
+
+def tables(figures: Figures) -> str:
+    """What was measured, in Markdown."""
+    cores = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
+    lines = [f"{datetime.now(UTC):%Y-%m-%d}, {cores}, Python {platform.python_version()}.", ""]
+    for size, (tokens, width) in SHAPES.items():
+        lines += [f"{size}: rows of {2 * tokens * width:,} bytes; rows/s (MB/s).", ""]
+        lines.append("| | " + " | ".join(COLUMNS) + " |")
+        lines.append("|---" * (len(COLUMNS) + 1) + "|")
+        names = dict.fromkeys(n for c in COLUMNS for n in figures.seconds[size, c])
+        for name in names:
+            cells = []
+            for column in COLUMNS:
+                if name in figures.seconds[size, column]:
+                    rows, megabytes = figures.rate(size, column, name)
+                    cells.append(f"{rows:,.0f} ({megabytes:,.0f})")
+                else:
+                    cells.append("–")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse(Options, prog="python -m tests.benchmarks.store", description=__doc__)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures, peers = measure(options, Path(folder))
+    text = tables(figures)
+    print("\n" + text)
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    lines = requirements(figures, peers)
+    for name, value, required in lines:
+        state = "ok" if value >= required else "short"
+        print(f"{name:58}{value:>8.2f}{f'>= {required:g}':>10}  {state}")
+    print(f"store: {sum(value >= required for _, value, required in lines)}/{len(lines)} ok")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,71 @@
+"""The benchmarks run, small: every line is there, and a store that cannot be had is no crash."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from cache.layout import CacheRoot
+from tests.benchmarks import scale, store, stores
+
+
+class Missing(stores.Store):
+    """A library that is not installed."""
+
+    name = "missing"
+
+    def write(self, *_: object) -> None:
+        raise ImportError("No module named 'missing'\nand a second line")
+
+
+def test_the_store_benchmark_measures_every_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "PEERS", (Missing, stores.ZarrPython, stores.SafeTensors))
+    monkeypatch.setattr(
+        store, "SHAPES", {"fp16": (16, 64), "int8": (16, 33), "int4": (16, 17), "frames": (4, 64)}
+    )
+    options = store.Options(rows=34, rounds=3, folder=tmp_path)
+    figures, peers = store.measure(options, tmp_path)
+    assert "missing: skipped: No module named 'missing'" in capsys.readouterr().out.splitlines()
+    assert [peer.name for peer in peers] == ["zarr-python", "safetensors"]
+    lines = store.requirements(figures, peers)
+    assert len(lines) == 4 * (5 * 2 + 1) + 2 * 6
+    assert all(math.isfinite(value) and value > 0 for _, value, _ in lines)
+    text = store.tables(figures)
+    assert text.count("| ours, checked |") == 4
+    assert text.count("–") == 4 * (5 + 5), "five readers do not write, and `ours` does nothing else"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_store_gives_the_bytes_back(tmp_path: Path) -> None:
+    """Those that come with the product; what a batch holds is what was written."""
+    shape = (16, 64)
+    row = store.make_rows(shape)
+    ours = stores.Ours(tmp_path / "ours", shape)
+    ours.prepare()
+    ours.write(row, 40)
+    ours.space.grow("picture")
+    safe = stores.SafeTensors(tmp_path / "safe", shape)
+    safe.write(row, 40)
+    readers = [stores.Raw(ours.folder, shape, threads=2), ours, safe]
+    rows = store.np.random.default_rng(0).permutation(40)[:32]
+    for reader in [*readers, stores.ZarrPython(ours.folder, shape)]:
+        reader.open()
+        for read in (reader.singles, reader.batches):
+            reader.out[:] = 0
+            read(rows)
+            assert all((reader.out[i] == row(n)).all() for i, n in enumerate(rows)), reader.name
+
+
+def test_the_scale_benchmark_finds_what_it_wrote(tmp_path: Path) -> None:
+    root, rows = CacheRoot(tmp_path), 66 * scale.ROWS_A_SHARD
+    scale.build(root, rows)
+    rebuilt = scale.open_space(root, rows)
+    assert scale.save(root, rows)["bytes"] < 54, "bytes a row"
+    assert scale.open_space(root, rows).keys() == rebuilt.keys()
+    scale.add(root, rows)
+    assert scale.open_space(root, rows)["seconds"] > 0
+    assert scale.plan(root, 1000)["random_seconds"] > 0
