@@ -1,7 +1,7 @@
 """The row codecs in torch, on any device: twins of `cache.codec`, equal to it to the bit.
 
 Features are packed where they were computed, before the copy to the host, and unpacked where they are
-used, after the copy from it: what travels is a quarter of float32.
+used, after the copy from it: what travels is a quarter of float32, or an eighth.
 
     rows = pack(features, "int8").rows                     # (B, M, V) -> (B, row_bytes) uint8
     features = unpack(rows, "int8", tokens=M, width=V)     # -> (B, M, V) float16
@@ -16,7 +16,20 @@ from dataclasses import dataclass
 
 import torch
 
-from cache.codec import BLOCK, CODECS, FP16_MAX, INT8_MAX, hadamard, rotation_signs, row_bytes
+from cache.codec import (
+    BLOCK,
+    CODECS,
+    FP16_MAX,
+    INT4_CELLS,
+    INT4_DIVISORS,
+    INT4_LEVELS,
+    INT8_MAX,
+    code_bytes,
+    hadamard,
+    int4_cells,
+    rotation_signs,
+    row_bytes,
+)
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -60,7 +73,7 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
-        rows = _pack_int8(clean)
+        rows = _pack_blocks(clean, codec)
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
@@ -93,28 +106,31 @@ def unpack(
     rows = rows.contiguous()
     if codec == "fp16":
         return rows.view(torch.float16).reshape(batch, tokens, width).to(dtype)
-    signs, matrix, _ = _constants(rows.device)
-    values = tokens * width
-    codes = rows[:, :values].view(torch.int8).reshape(batch, -1, BLOCK).float()
-    scales = rows[:, values:].contiguous().view(torch.float16).float()
-    # Sums of integers up to 64 * 127: exact in float32 (and in TF32) in any order.
-    x = (codes @ matrix).mul_((scales * 0.125)[..., None]).mul_(signs)
+    constants = _constants(rows.device)
+    split = code_bytes(codec, tokens * width)
+    stored = rows[:, :split]
+    if codec == "int8":
+        codes = stored.view(torch.int8).reshape(-1, BLOCK).float()
+    else:
+        stored = stored.reshape(-1, BLOCK // 2)
+        codes = torch.cat([constants.level(stored & 15), constants.level(stored >> 4)], dim=1)
+    scales = rows[:, split:].contiguous().view(torch.float16).float().view(-1, 1)
+    # Sums of integers up to 64 * 127: exact in float32 (and in TF32) in any order. Autocast, under which
+    # a trainer may call this, would round them.
+    with torch.autocast(rows.device.type, enabled=False):
+        x = codes @ constants.matrix
+    x = x.mul_(scales * 0.125).mul_(constants.signs)
     x = x.clamp_(-_LIMIT, _LIMIT).half()
     return x.reshape(batch, tokens, width).to(dtype)
 
 
-def _pack_int8(x: torch.Tensor) -> torch.Tensor:
+def _pack_blocks(x: torch.Tensor, codec: str) -> torch.Tensor:
     """(B, M, V) within float16's range -> (B, row_bytes)."""
     batch = len(x)
-    signs, _, divisor = _constants(x.device)
+    constants = _constants(x.device)
     # Values of a block stand below one another from here on: (64, blocks) keeps every stage contiguous.
-    blocks = _rotate((x.reshape(-1, BLOCK) * signs).t().contiguous())
-    largest = blocks.abs().amax(0)
-    # By a tensor: CUDA turns division by a Python number into multiplication by its reciprocal.
-    scales = (largest / divisor).half()
-    steps = scales.float()
-    quotient = torch.where(steps > 0, blocks.div_(steps), 0.0)
-    codes = quotient.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    blocks = _rotate((x.reshape(-1, BLOCK) * constants.signs).t().contiguous())
+    codes, scales = (_int8_codes if codec == "int8" else _int4_codes)(blocks, constants)
     return torch.cat(
         [
             codes.t().contiguous().view(torch.uint8).reshape(batch, -1),
@@ -122,6 +138,55 @@ def _pack_int8(x: torch.Tensor) -> torch.Tensor:
         ],
         dim=1,
     )
+
+
+def _int8_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated (64, blocks) -> codes (64, blocks) int8, scales (blocks,) float16."""
+    scales = (blocks.abs().amax(0) / constants.int8_max).half()
+    codes = _in_scales(blocks, scales).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scales
+
+
+def _int4_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated (64, blocks) -> two codes a byte (32, blocks) uint8, scales (blocks,) float16.
+
+    The search of `cache.codec`, in its order.
+    """
+    high, low = blocks.amax(0), blocks.amin(0)
+    largest = torch.maximum(high.abs(), low.abs())
+    side = torch.where(high > -low, -1.0, 1.0)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest, dtype=torch.float16)
+    for divisor in constants.int4_divisors:
+        scales = (largest / divisor).mul_(side).half()
+        off = constants.levels_of.index_select(0, _cell(blocks, scales)).view_as(blocks)
+        off.mul_(scales.float()).sub_(blocks)
+        lost = _sum(off.mul_(off))
+        better = lost < least
+        least = torch.where(better, lost, least)
+        best = torch.where(better, scales, best)
+    codes = constants.codes_of.index_select(0, _cell(blocks, best)).view_as(blocks)
+    low_half, high_half = codes.chunk(2)
+    return low_half | high_half << 4, best
+
+
+def _cell(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Where `int4_cells` has the code of each value, flat, int32."""
+    cells = _in_scales(blocks, scales).mul_(2).ceil_().clamp_(-INT4_CELLS, INT4_CELLS)
+    return cells.int().add_(INT4_CELLS).flatten()
+
+
+def _in_scales(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Values divided by the scale of their block; 0 where that is 0."""
+    steps = scales.float()
+    return torch.where(steps != 0, blocks / steps, 0.0)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis (64): halves added to halves, as in `cache.codec`. Overwrites `values`."""
+    while (half := len(values) // 2) > 0:
+        values = values[:half].add_(values[half:])
+    return values[0]
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
@@ -141,15 +206,46 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
     return x.mul_(0.125)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Constants:
+    """What both ways need, on one device."""
+
+    signs: torch.Tensor
+    """(64,) of +-1."""
+    matrix: torch.Tensor
+    """(64, 64), the unnormalised Hadamard matrix."""
+    # As tensors: CUDA turns division by a Python number into multiplication by its reciprocal.
+    int8_max: torch.Tensor
+    """(1,)"""
+    int4_divisors: tuple[torch.Tensor, ...]
+    """Each (1,)."""
+    codes_of: torch.Tensor
+    """(511,) uint8: `cache.codec.int4_cells`."""
+    levels_of: torch.Tensor
+    """(511,): the levels of those codes."""
+    levels: torch.Tensor
+    """(16,): the levels of int4."""
+
+    def level(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes below 16, any shape -> their levels, float32."""
+        return self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
 @functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rotation's signs (64,), its matrix (64, 64), and 127 as a tensor."""
-    signs = torch.from_numpy(rotation_signs()).to(device)
-    return (
-        signs,
-        torch.from_numpy(hadamard()).to(device),
-        torch.full((1,), float(INT8_MAX), device=device),
+def _constants(device: torch.device) -> _Constants:
+    codes_of = int4_cells()
+    levels = torch.tensor(INT4_LEVELS, dtype=torch.float32)
+    return _Constants(
+        signs=torch.from_numpy(rotation_signs()).to(device),
+        matrix=torch.from_numpy(hadamard()).to(device),
+        int8_max=torch.full((1,), float(INT8_MAX), device=device),
+        int4_divisors=tuple(
+            torch.full((1,), float(divisor), device=device) for divisor in INT4_DIVISORS
+        ),
+        codes_of=torch.from_numpy(codes_of).to(device),
+        levels_of=levels[torch.from_numpy(codes_of).int()].to(device),
+        levels=levels.to(device),
     )
 
 
-assert set(CODECS) == {"fp16", "int8"}, "a codec was added without its twin here"
+assert set(CODECS) == {"fp16", "int8", "int4"}, "a codec was added without its twin here"
