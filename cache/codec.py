@@ -131,16 +131,24 @@ def unpack(
         return rows.view("<f2").astype(np.float16, copy=False).reshape(*lead, tokens, width)
     split = code_bytes(codec, tokens * width)
     stored = rows[..., :split].reshape(*lead, -1, split * BLOCK // (tokens * width))
+    # H = [[h, h], [h, -h]]: the sums and differences of a block's halves are the first stage.
+    halves = np.empty((*stored.shape[:-1], 2, BLOCK // 2), np.float32)
     if codec == "int8":
         codes = stored.view(np.int8).astype(np.float32)
+        left, right = codes[..., : BLOCK // 2], codes[..., BLOCK // 2 :]
+        np.add(left, right, out=halves[..., 0, :])
+        np.subtract(left, right, out=halves[..., 1, :])
     else:
-        levels = np.array(INT4_LEVELS, np.float32)
-        codes = np.concatenate([levels[stored & 15], levels[stored >> 4]], axis=-1)
+        high, low = np.meshgrid(*[np.array(INT4_LEVELS, np.float32)] * 2, indexing="ij")
+        halves[..., 0, :] = (low + high).ravel()[stored]
+        halves[..., 1, :] = (low - high).ravel()[stored]
     scales = np.ascontiguousarray(rows[..., split:]).view("<f2").astype(np.float32)
-    sums = codes @ hadamard()  # exact: integers, at most 64 * 127
-    x = sums * (scales * np.float32(0.125))[..., None] * rotation_signs()
+    # Exact: integers, at most 64 * 127.
+    x = (halves @ hadamard()[: BLOCK // 2, : BLOCK // 2]).reshape(*scales.shape, BLOCK)
+    x *= (scales * np.float32(0.125))[..., None]
+    x *= rotation_signs()
     # Rounding can carry a value at float16's edge beyond it.
-    return np.clip(x, -FP16_MAX, FP16_MAX).astype(np.float16).reshape(*lead, tokens, width)
+    return np.clip(x, -FP16_MAX, FP16_MAX, out=x).astype(np.float16).reshape(*lead, tokens, width)
 
 
 def _int8_codes(blocks: Any) -> tuple[Any, Any]:
