@@ -4,12 +4,14 @@
     int8   a random-sign Hadamard rotation over blocks of 64 values, one fp16 scale a block,
            one signed byte a value.
     int4   the same rotation, one fp16 scale a block, half a byte a value: the number of one of 16 levels.
-           Byte j of a block holds value j in its low half and value j + 32 in its high half.
+           Byte j of a block holds value j in its low half and value j + 32 in its high half. Rows of 32
+           tokens and more hold their mean token apart, and codes of what is left without it.
 
-All codes stand first, then all scales: one read gets a row. The rotation spreads a transformer's outlier
-channels over their block; `python -m tests.benchmarks.codecs` measures what that and the rest is worth.
+All codes stand first, then all scales, then the mean token, both float16: one read gets a row. The rotation
+spreads a transformer's outlier channels over their block; `python -m tests.benchmarks.codecs` measures what that
+and the rest is worth.
 
-Unpacking is sign * (scale / 8) * (H @ codes), of int4 H @ levels: sums of integers below 2^24 and so exact
+Unpacking is sign * (scale / 8) * (H @ codes) + mean, of int4 H @ levels: sums of integers below 2^24 and so exact
 in float32 in any order, which is why `model.quantize`, on any device, agrees with this file to the bit.
 Packing agrees too: every sum that decides something is added in one fixed order.
 
@@ -34,6 +36,9 @@ of any others, for scales chosen as below: 9 % less error than even steps. Part 
 INT4_DIVISORS = tuple(map(np.float32, (102.5, 107.5, 117.5, 122.5, 127.5, 132.5, 137.5, 142.5)))
 """Scales tried for a block are its largest magnitude divided by these. Above 127 the largest is clipped
 so that the others get finer steps. The best eight; four more gain 0.3 % (2026-11-24)."""
+INT4_MEAN_TOKENS = 32
+"""Tokens from which on an int4 row holds its mean token: much of a picture's features is the same in all its
+tokens, and without that the error is a third lower. In smaller rows it costs more bits than it saves."""
 INT4_CELLS = 255
 """`int4_cells` are numbered from -255 to 255."""
 
@@ -81,12 +86,16 @@ def row_bytes(codec: str, tokens: int, width: int) -> int:
         raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
     if width % BLOCK:
         raise ValueError(f"codec {codec} needs a width that is a multiple of {BLOCK}, not {width}")
-    return code_bytes(codec, values) + 2 * (values // BLOCK)
+    return row_parts(codec, tokens, width)[-1]
 
 
-def code_bytes(codec: str, values: int) -> int:
-    """Bytes of a lossy row before its scales."""
-    return values if codec == "int8" else values // 2
+def row_parts(codec: str, tokens: int, width: int) -> tuple[int, int, int]:
+    """Where the codes, the scales and the mean token of a lossy row end, bytes."""
+    values = tokens * width
+    codes = values if codec == "int8" else values // 2
+    scales = codes + 2 * (values // BLOCK)
+    has_mean = codec == "int4" and tokens >= INT4_MEAN_TOKENS
+    return codes, scales, scales + 2 * width * has_mean
 
 
 def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
@@ -106,10 +115,15 @@ def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
     x = np.clip(x, -FP16_MAX, FP16_MAX)
     if codec == "fp16":
         return np.ascontiguousarray(x.astype("<f2")).view(np.uint8).reshape(*lead, size)
+    _, before_mean, _ = row_parts(codec, tokens, width)
+    mean = np.zeros((*lead, 0), "<f2")
+    if before_mean < size:
+        mean = _mean_token(x).astype("<f2")
+        x = x - mean.astype(np.float32)[..., None, :]
     blocks = _rotate(x.reshape(*lead, -1, BLOCK) * rotation_signs())
     codes, scales = (_int8_codes if codec == "int8" else _int4_codes)(blocks)
-    flat_scales = np.ascontiguousarray(scales).view(np.uint8).reshape(*lead, -1)
-    return np.concatenate([codes.reshape(*lead, -1), flat_scales], axis=-1)
+    tail = np.concatenate([scales, mean], axis=-1).view(np.uint8)
+    return np.concatenate([codes.reshape(*lead, -1), tail], axis=-1)
 
 
 def unpack(
@@ -129,8 +143,10 @@ def unpack(
     rows = np.ascontiguousarray(rows)
     if codec == "fp16":
         return rows.view("<f2").astype(np.float16, copy=False).reshape(*lead, tokens, width)
-    split = code_bytes(codec, tokens * width)
-    stored = rows[..., :split].reshape(*lead, -1, split * BLOCK // (tokens * width))
+    codes_end, scales_end, _ = row_parts(codec, tokens, width)
+    blocks = tokens * width // BLOCK
+    stored = rows[..., :codes_end].reshape(*lead, blocks, -1)
+    tail = np.ascontiguousarray(rows[..., codes_end:]).view("<f2").astype(np.float32)
     # H = [[h, h], [h, -h]]: the sums and differences of a block's halves are the first stage.
     halves = np.empty((*stored.shape[:-1], 2, BLOCK // 2), np.float32)
     if codec == "int8":
@@ -142,13 +158,15 @@ def unpack(
         high, low = np.meshgrid(*[np.array(INT4_LEVELS, np.float32)] * 2, indexing="ij")
         halves[..., 0, :] = (low + high).ravel()[stored]
         halves[..., 1, :] = (low - high).ravel()[stored]
-    scales = np.ascontiguousarray(rows[..., split:]).view("<f2").astype(np.float32)
     # Exact: integers, at most 64 * 127.
-    x = (halves @ hadamard()[: BLOCK // 2, : BLOCK // 2]).reshape(*scales.shape, BLOCK)
-    x *= (scales * np.float32(0.125))[..., None]
+    x = (halves @ hadamard()[: BLOCK // 2, : BLOCK // 2]).reshape(*lead, blocks, BLOCK)
+    x *= (tail[..., :blocks] * np.float32(0.125))[..., None]
     x *= rotation_signs()
+    x = x.reshape(*lead, tokens, width)
+    if scales_end < size:
+        x += tail[..., None, blocks:]
     # Rounding can carry a value at float16's edge beyond it.
-    return np.clip(x, -FP16_MAX, FP16_MAX, out=x).astype(np.float16).reshape(*lead, tokens, width)
+    return np.clip(x, -FP16_MAX, FP16_MAX, out=x).astype(np.float16)
 
 
 def _int8_codes(blocks: Any) -> tuple[Any, Any]:
@@ -193,6 +211,16 @@ def _in_scales(blocks: Any, scales: Any) -> Any:
     """Values divided by the scale of their block; 0 where that is 0."""
     steps = scales.astype(np.float32)[..., None]
     return np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps != 0)
+
+
+def _mean_token(x: Any) -> Any:
+    """(..., tokens, width) -> (..., width): halves added to halves, an odd last token to the first."""
+    tokens = np.float32(x.shape[-2])
+    while (half := x.shape[-2] // 2) > 0:
+        last = x[..., 2 * half :, :]
+        x = x[..., :half, :] + x[..., half : 2 * half, :]
+        x[..., : last.shape[-2], :] += last
+    return x[..., 0, :] / tokens
 
 
 def _sum(values: Any) -> Any:

@@ -26,19 +26,19 @@ from cache.codec import (
     INT4_DIVISORS,
     INT4_LEVELS,
     INT8_MAX,
-    code_bytes,
     hadamard,
     int4_cells,
     rotation_signs,
     row_bytes,
+    row_parts,
 )
 
 __all__ = ["Packed", "pack", "unpack"]
 
 _LIMIT = float(FP16_MAX)
 CPU_BLOCKS = 8192
-"""Blocks of 64 values that a CPU packs or unpacks at a time: 2 MB as float32, so that a batch's
-intermediate values stay in its cache. Eight rows of 576 x 1024 unpack three times faster so."""
+"""Blocks of 64 values that a CPU packs or unpacks at a time, or one row: 2 MB as float32, so that a
+batch's intermediate values stay in its cache. Eight rows of 576 x 1024 unpack three times faster so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
         with _without_autocast(x.device):
-            rows = _pack_blocks(clean, codec)
+            pieces = _pieces(batch, tokens * width // BLOCK, x.device)
+            rows = torch.cat([_pack_rows(clean[part], codec) for part in pieces])
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
@@ -112,16 +113,11 @@ def unpack(
     rows = rows.contiguous()
     if codec == "fp16":
         return rows.view(torch.float16).reshape(batch, tokens, width).to(dtype)
-    split = code_bytes(codec, tokens * width)
-    blocks = batch * tokens * width // BLOCK
-    stored = rows[:, :split].reshape(blocks, -1)
-    scales = rows[:, split:].contiguous().view(torch.float16).view(blocks, 1)
-    constants = _constants(rows.device)
-    x = torch.empty((blocks, BLOCK), dtype=torch.float16, device=rows.device)
+    x = torch.empty((batch, tokens, width), dtype=torch.float16, device=rows.device)
     with _without_autocast(rows.device):
-        for part in _pieces(blocks, rows.device):
-            x[part] = _values(stored[part], scales[part].float(), codec, constants)
-    return x.reshape(batch, tokens, width).to(dtype)
+        for part in _pieces(batch, tokens * width // BLOCK, rows.device):
+            x[part] = _values(rows[part], codec, tokens, width)
+    return x.to(dtype)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -129,20 +125,22 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _pieces(blocks: int, device: torch.device) -> Iterator[slice]:
-    """Blocks worked on at a time: all on a GPU, what a cache holds on a CPU."""
-    step = CPU_BLOCKS if device.type == "cpu" else max(blocks, 1)
-    return (slice(start, start + step) for start in range(0, blocks, step))
+def _pieces(rows: int, blocks: int, device: torch.device) -> Iterator[slice]:
+    """Rows (of so many blocks) worked on at a time: all on a GPU, what a cache holds on a CPU."""
+    step = max(1, CPU_BLOCKS // blocks if device.type == "cpu" else rows)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _values(
-    stored: torch.Tensor, scales: torch.Tensor, codec: str, constants: _Constants
-) -> torch.Tensor:
-    """Stored codes (N, 64 or 32) uint8 and scales (N, 1) -> values (N, 64) float32, within float16's range.
+def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Tensor:
+    """Lossy rows (R, row_bytes) -> (R, M, V) float32, within float16's range.
 
     The first stage of the transform is done by hand, which halves the product: H = [[h, h], [h, -h]].
     """
-    halves = torch.empty((len(stored), 2, BLOCK // 2), device=stored.device)
+    constants = _constants(rows.device)
+    codes_end, scales_end, size = row_parts(codec, tokens, width)
+    blocks = len(rows) * tokens * width // BLOCK
+    stored = rows[:, :codes_end].reshape(blocks, -1)
+    halves = torch.empty((blocks, 2, BLOCK // 2), device=rows.device)
     if codec == "int8":
         left, right = stored.view(torch.int8).float().chunk(2, dim=1)
         torch.add(left, right, out=halves[:, 0])
@@ -153,22 +151,43 @@ def _values(
         halves[:, 1] = constants.differences.index_select(0, index).view(stored.shape)
     # Sums of integers up to 64 * 127: exact in float32 (and in TF32) in any order.
     x = (halves.view(-1, BLOCK // 2) @ constants.matrix).view(-1, BLOCK)
-    return x.mul_(scales * 0.125).mul_(constants.signs).clamp_(-_LIMIT, _LIMIT)
+    x.mul_(_halves_of(rows, codes_end, scales_end).mul_(0.125).view(-1, 1)).mul_(constants.signs)
+    x = x.view(len(rows), tokens, width)
+    if scales_end < size:
+        x += _halves_of(rows, scales_end, size)[:, None]
+    return x.clamp_(-_LIMIT, _LIMIT)
 
 
-def _pack_blocks(x: torch.Tensor, codec: str) -> torch.Tensor:
-    """(B, M, V) within float16's range -> (B, row_bytes)."""
+def _halves_of(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The float16 values in these bytes of every row, as float32."""
+    return rows[:, start:stop].contiguous().view(torch.float16).float()
+
+
+def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
+    """(R, M, V) within float16's range -> lossy rows (R, row_bytes)."""
+    rows, tokens, width = x.shape
     constants = _constants(x.device)
-    values = x.reshape(-1, BLOCK)
-    codes, scales = [], []
-    for part in _pieces(len(values), x.device):
-        # Values of a block stand below one another from here on: (64, N) keeps every stage contiguous.
-        blocks = _rotate((values[part] * constants.signs).t().contiguous())
-        some = (_int8_codes if codec == "int8" else _int4_codes)(blocks, constants)
-        codes.append(some[0].t().contiguous().view(torch.uint8))
-        scales.append(some[1])
-    flat_scales = torch.cat(scales).view(torch.uint8)
-    return torch.cat([torch.cat(codes).view(len(x), -1), flat_scales.view(len(x), -1)], dim=1)
+    _, scales_end, size = row_parts(codec, tokens, width)
+    parts = []
+    if scales_end < size:
+        mean = _mean_token(x).half()
+        x = x - mean.float()[:, None]
+        parts.append(mean)
+    # Values of a block stand below one another from here on: (64, N) keeps every stage contiguous.
+    blocks = _rotate((x.reshape(-1, BLOCK) * constants.signs).t().contiguous())
+    codes, scales = (_int8_codes if codec == "int8" else _int4_codes)(blocks, constants)
+    parts = [codes.t().contiguous(), scales, *parts]
+    return torch.cat([part.view(torch.uint8).reshape(rows, -1) for part in parts], dim=1)
+
+
+def _mean_token(x: torch.Tensor) -> torch.Tensor:
+    """(R, M, V) -> (R, V), added in the order of `cache.codec`."""
+    tokens = torch.full((1,), float(x.shape[1]), device=x.device)
+    while (half := x.shape[1] // 2) > 0:
+        last = x[:, 2 * half :]
+        x = x[:, :half] + x[:, half : 2 * half]
+        x[:, : last.shape[1]] += last
+    return x[:, 0] / tokens
 
 
 def _int8_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
