@@ -7,13 +7,13 @@
            Byte j of a block holds value j in its low half and value j + 32 in its high half. Rows of 32
            tokens and more hold their mean token apart, and codes of what is left without it.
 
-All codes stand first, then all scales, then the mean token, both float16: one read gets a row. The rotation
-spreads a transformer's outlier channels over their block; `python -m tests.benchmarks.codecs` measures what that
-and the rest is worth.
+All codes stand first, then all scales, then the mean token, both float16: one read gets a row. The
+rotation spreads a transformer's outlier channels over their block; what that and the rest is worth,
+`python -m tests.benchmarks.codecs` measures.
 
-Unpacking is sign * (scale / 8) * (H @ codes) + mean, of int4 H @ levels: sums of integers below 2^24 and so exact
-in float32 in any order, which is why `model.quantize`, on any device, agrees with this file to the bit.
-Packing agrees too: every sum that decides something is added in one fixed order.
+Unpacking is sign * (scale / 8) * (H @ codes) + mean, of int4 H @ levels: sums of integers below 2^24 and
+so exact in float32 in any order, which is why `model.quantize`, on any device, agrees with this file to
+the bit. Packing agrees too: every sum that decides something is added in one fixed order.
 
 This file needs numpy and nothing else: `nanomolmo2_codec` loads it by its place for zarr-python.
 """
