@@ -1,4 +1,4 @@
-"""Entry point for zarr-python: lets `zarr.open` read our int8 feature arrays, from any folder.
+"""Entry point for zarr-python: lets `zarr.open` read our int8 and int4 feature arrays, from any folder.
 
 The name `cache` is not ours alone: the folder a reader works in may hold its own. So this module has
 a name nobody else uses, and loads its two neighbours by their place on disk instead of by name.

@@ -51,8 +51,8 @@ class Options:
     """Data sets: a name or group (see --list), `folder:PATH`, or `NAME=folder:PATH`. May be repeated."""
     encoder: str = DEFAULT_ENCODER
     """Which vision tower: an entry of configs/encoders.yaml."""
-    codec: Literal["int8", "fp16"] = "int8"
-    """How a row is stored: int8 is half of fp16, 0.5 % off."""
+    codec: Literal["int8", "int4", "fp16"] = "int8"
+    """How a row is stored: int8 is half of fp16, 0.5 % off; int4 a quarter, 5-8 % off (CLIP: unproven)."""
     pool: int | None = None
     """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
     features: Path = Path("cache")

@@ -1,7 +1,7 @@
 """The row codecs in torch, on any device: twins of `cache.codec`, equal to it to the bit.
 
 Features are packed where they were computed, before the copy to the host, and unpacked where they are
-used, after the copy from it: what travels is a quarter of float32.
+used, after the copy from it: what travels is a quarter of float32, or an eighth.
 
     rows = pack(features, "int8").rows                     # (B, M, V) -> (B, row_bytes) uint8
     features = unpack(rows, "int8", tokens=M, width=V)     # -> (B, M, V) float16
@@ -12,15 +12,33 @@ B pictures, M tokens, V values a token.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from cache.codec import BLOCK, CODECS, FP16_MAX, INT8_MAX, hadamard, rotation_signs, row_bytes
+from cache.codec import (
+    BLOCK,
+    CODECS,
+    FP16_MAX,
+    INT4_CELLS,
+    INT4_DIVISORS,
+    INT4_LEVELS,
+    INT8_MAX,
+    hadamard,
+    int4_cells,
+    rotation_signs,
+    row_bytes,
+    row_parts,
+)
 
 __all__ = ["Packed", "pack", "unpack"]
 
 _LIMIT = float(FP16_MAX)
+CPU_BLOCKS = 8192
+"""Blocks of 64 values that a CPU packs or unpacks at a time, or one row: 2 MB as float32, so that a
+batch's intermediate values stay in its cache. Eight rows of 576 x 1024 unpack three times faster so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +78,9 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
-        rows = _pack_int8(clean)
+        with _without_autocast(x.device):
+            pieces = _pieces(batch, tokens * width // BLOCK, x.device)
+            rows = torch.cat([_pack_rows(clean[part], codec) for part in pieces])
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
@@ -93,35 +113,130 @@ def unpack(
     rows = rows.contiguous()
     if codec == "fp16":
         return rows.view(torch.float16).reshape(batch, tokens, width).to(dtype)
-    signs, matrix, _ = _constants(rows.device)
-    values = tokens * width
-    codes = rows[:, :values].view(torch.int8).reshape(batch, -1, BLOCK).float()
-    scales = rows[:, values:].contiguous().view(torch.float16).float()
+    x = torch.empty((batch, tokens, width), dtype=torch.float16, device=rows.device)
+    with _without_autocast(rows.device):
+        for part in _pieces(batch, tokens * width // BLOCK, rows.device):
+            x[part] = _values(rows[part], codec, tokens, width)
+    return x.to(dtype)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A trainer calls this where matrix products are bfloat16, which would round sums that are exact."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _pieces(rows: int, blocks: int, device: torch.device) -> Iterator[slice]:
+    """Rows (of so many blocks) worked on at a time: all on a GPU, what a cache holds on a CPU."""
+    step = max(1, CPU_BLOCKS // blocks if device.type == "cpu" else rows)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Tensor:
+    """Lossy rows (R, row_bytes) -> (R, M, V) float32, within float16's range.
+
+    The first stage of the transform is done by hand, which halves the product: H = [[h, h], [h, -h]].
+    """
+    constants = _constants(rows.device)
+    codes_end, scales_end, size = row_parts(codec, tokens, width)
+    blocks = len(rows) * tokens * width // BLOCK
+    stored = rows[:, :codes_end].reshape(blocks, -1)
+    halves = torch.empty((blocks, 2, BLOCK // 2), device=rows.device)
+    if codec == "int8":
+        left, right = stored.view(torch.int8).float().chunk(2, dim=1)
+        torch.add(left, right, out=halves[:, 0])
+        torch.sub(left, right, out=halves[:, 1])
+    else:  # the two halves of a byte are what this stage adds and subtracts
+        index = stored.flatten().int()
+        halves[:, 0] = constants.sums.index_select(0, index).view(stored.shape)
+        halves[:, 1] = constants.differences.index_select(0, index).view(stored.shape)
     # Sums of integers up to 64 * 127: exact in float32 (and in TF32) in any order.
-    x = (codes @ matrix).mul_((scales * 0.125)[..., None]).mul_(signs)
-    x = x.clamp_(-_LIMIT, _LIMIT).half()
-    return x.reshape(batch, tokens, width).to(dtype)
+    x = (halves.view(-1, BLOCK // 2) @ constants.matrix).view(-1, BLOCK)
+    x.mul_(_halves_of(rows, codes_end, scales_end).mul_(0.125).view(-1, 1)).mul_(constants.signs)
+    x = x.view(len(rows), tokens, width)
+    if scales_end < size:
+        x += _halves_of(rows, scales_end, size)[:, None]
+    return x.clamp_(-_LIMIT, _LIMIT)
 
 
-def _pack_int8(x: torch.Tensor) -> torch.Tensor:
-    """(B, M, V) within float16's range -> (B, row_bytes)."""
-    batch = len(x)
-    signs, _, divisor = _constants(x.device)
-    # Values of a block stand below one another from here on: (64, blocks) keeps every stage contiguous.
-    blocks = _rotate((x.reshape(-1, BLOCK) * signs).t().contiguous())
-    largest = blocks.abs().amax(0)
-    # By a tensor: CUDA turns division by a Python number into multiplication by its reciprocal.
-    scales = (largest / divisor).half()
+def _halves_of(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The float16 values in these bytes of every row, as float32."""
+    return rows[:, start:stop].contiguous().view(torch.float16).float()
+
+
+def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
+    """(R, M, V) within float16's range -> lossy rows (R, row_bytes)."""
+    rows, tokens, width = x.shape
+    constants = _constants(x.device)
+    _, scales_end, size = row_parts(codec, tokens, width)
+    parts = []
+    if scales_end < size:
+        mean = _mean_token(x).half()
+        x = x - mean.float()[:, None]
+        parts.append(mean)
+    # Values of a block stand below one another from here on: (64, N) keeps every stage contiguous.
+    blocks = _rotate((x.reshape(-1, BLOCK) * constants.signs).t().contiguous())
+    codes, scales = (_int8_codes if codec == "int8" else _int4_codes)(blocks, constants)
+    parts = [codes.t().contiguous(), scales, *parts]
+    return torch.cat([part.view(torch.uint8).reshape(rows, -1) for part in parts], dim=1)
+
+
+def _mean_token(x: torch.Tensor) -> torch.Tensor:
+    """(R, M, V) -> (R, V), added in the order of `cache.codec`."""
+    tokens = torch.full((1,), float(x.shape[1]), device=x.device)
+    while (half := x.shape[1] // 2) > 0:
+        last = x[:, 2 * half :]
+        x = x[:, :half] + x[:, half : 2 * half]
+        x[:, : last.shape[1]] += last
+    return x[:, 0] / tokens
+
+
+def _int8_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated (64, blocks) -> codes (64, blocks) int8, scales (blocks,) float16."""
+    scales = (blocks.abs().amax(0) / constants.int8_max).half()
+    codes = _in_scales(blocks, scales).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scales
+
+
+def _int4_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated (64, blocks) -> two codes a byte (32, blocks) uint8, scales (blocks,) float16.
+
+    The search of `cache.codec`, in its order.
+    """
+    high, low = blocks.amax(0), blocks.amin(0)
+    largest = torch.maximum(high.abs(), low.abs())
+    side = torch.where(high > -low, -1.0, 1.0)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest, dtype=torch.float16)
+    for divisor in constants.int4_divisors:
+        scales = (largest / divisor).mul_(side).half()
+        off = constants.levels_of.index_select(0, _cell(blocks, scales)).view_as(blocks)
+        off.mul_(scales.float()).sub_(blocks)
+        lost = _sum(off.mul_(off))
+        better = lost < least
+        least = torch.where(better, lost, least)
+        best = torch.where(better, scales, best)
+    codes = constants.codes_of.index_select(0, _cell(blocks, best)).view_as(blocks)
+    low_half, high_half = codes.chunk(2)
+    return low_half | high_half << 4, best
+
+
+def _cell(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Where `int4_cells` has the code of each value, flat, int32."""
+    cells = _in_scales(blocks, scales).mul_(2).ceil_().clamp_(-INT4_CELLS, INT4_CELLS)
+    return cells.int().add_(INT4_CELLS).flatten()
+
+
+def _in_scales(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Values divided by the scale of their block; 0 where that is 0."""
     steps = scales.float()
-    quotient = torch.where(steps > 0, blocks.div_(steps), 0.0)
-    codes = quotient.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return torch.cat(
-        [
-            codes.t().contiguous().view(torch.uint8).reshape(batch, -1),
-            scales.reshape(batch, -1).view(torch.uint8),
-        ],
-        dim=1,
-    )
+    return torch.where(steps != 0, blocks / steps, 0.0)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis (64): halves added to halves, as in `cache.codec`. Overwrites `values`."""
+    while (half := len(values) // 2) > 0:
+        values = values[:half].add_(values[half:])
+    return values[0]
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
@@ -141,15 +256,46 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
     return x.mul_(0.125)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Constants:
+    """What both ways need, on one device."""
+
+    signs: torch.Tensor
+    """(64,) of +-1."""
+    matrix: torch.Tensor
+    """(32, 32), the unnormalised Hadamard matrix of half a block."""
+    # As tensors: CUDA turns division by a Python number into multiplication by its reciprocal.
+    int8_max: torch.Tensor
+    """(1,)"""
+    int4_divisors: tuple[torch.Tensor, ...]
+    """Each (1,)."""
+    codes_of: torch.Tensor
+    """(511,) uint8: `cache.codec.int4_cells`."""
+    levels_of: torch.Tensor
+    """(511,): the levels of those codes."""
+    sums: torch.Tensor
+    """(256,): the levels in the two halves of a byte of int4, added."""
+    differences: torch.Tensor
+    """(256,): the low half's level minus the high half's."""
+
+
 @functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rotation's signs (64,), its matrix (64, 64), and 127 as a tensor."""
-    signs = torch.from_numpy(rotation_signs()).to(device)
-    return (
-        signs,
-        torch.from_numpy(hadamard()).to(device),
-        torch.full((1,), float(INT8_MAX), device=device),
+def _constants(device: torch.device) -> _Constants:
+    codes_of = torch.from_numpy(int4_cells())
+    levels = torch.tensor(INT4_LEVELS, dtype=torch.float32)
+    high, low = levels[:, None], levels[None, :]
+    return _Constants(
+        signs=torch.from_numpy(rotation_signs()).to(device),
+        matrix=torch.from_numpy(hadamard()[: BLOCK // 2, : BLOCK // 2].copy()).to(device),
+        int8_max=torch.full((1,), float(INT8_MAX), device=device),
+        int4_divisors=tuple(
+            torch.full((1,), float(divisor), device=device) for divisor in INT4_DIVISORS
+        ),
+        codes_of=codes_of.to(device),
+        levels_of=levels[codes_of.int()].to(device),
+        sums=(low + high).flatten().to(device),
+        differences=(low - high).flatten().to(device),
     )
 
 
-assert set(CODECS) == {"fp16", "int8"}, "a codec was added without its twin here"
+assert set(CODECS) == {"fp16", "int8", "int4"}, "a codec was added without its twin here"

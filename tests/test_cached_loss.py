@@ -82,7 +82,7 @@ def encode_all(
 
 @pytest.mark.parametrize(
     ("codec", "rounded", "relative"),
-    [("fp16", True, 0.0), ("fp16", False, 1e-4), ("int8", False, 1e-2)],
+    [("fp16", True, 0.0), ("fp16", False, 1e-4), ("int8", False, 1e-2), ("int4", False, 0.1)],
 )
 def test_cached_training_equals_live_training(
     tmp_path: Path, codec: str, rounded: bool, relative: float

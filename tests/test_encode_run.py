@@ -116,14 +116,14 @@ def test_a_limit_is_the_first_samples(photos: Path) -> None:
 
 
 def test_pooling_and_codec_make_other_spaces(photos: Path) -> None:
-    for more in ((), ("--pool", "2"), ("--codec", "fp16")):
+    for more in ((), ("--pool", "2"), ("--codec", "fp16"), ("--codec", "int4")):
         assert run(photos, *more) == 0
     root = CacheRoot(photos.parent / "cache")
     sizes = {
         (r.spec.codec, r.spec.tokens("picture"))
         for r in (FeatureReader(root.space(n)) for n in root.space_names())
     }
-    assert sizes == {("int8", 4), ("int8", 1), ("fp16", 4)}
+    assert sizes == {("int8", 4), ("int8", 1), ("fp16", 4), ("int4", 4)}
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
@@ -156,7 +156,7 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
         (["--dataset", "folder:/x", "--limit", "-3"], "--limit -3"),
         (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
         (["--dataset", "folder:/x", "--workers", "many"], "many"),
-        (["--dataset", "folder:/x", "--codec", "int4"], "int4"),
+        (["--dataset", "folder:/x", "--codec", "int3"], "int3"),
         (["--dataset", "folder:/x", "--timeout-s", "0"], "--timeout-s"),
         (["--dataset", "folder:/x", "--wrokers", "2"], "no option --wrokers; nearest: --workers"),
         (["--dataset", "folder:/nowhere"], "folder:/nowhere: no such folder"),

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import zarr_codec, zarr_shard
+from cache import codec, zarr_codec, zarr_shard
 from cache.reader import FeatureReader
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SLOTS, features, fill, key, make_space
 
 
-@pytest.fixture(params=["fp16", "int8"])
+@pytest.fixture(params=codec.CODECS)
 def space(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
     """A full shard, one never committed, one with two rows; frames."""
     space = make_space(tmp_path, request.param)
@@ -28,6 +28,9 @@ def space(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
     space.grow("frame")
     return space
 
+
+ERRORS = {"fp16": 5e-4, "int8": 8e-3, "int4": 0.1}
+"""Largest relative error of a row of 256 normal values."""
 
 ROWS = {0: 0, 1: 1, 2: 2, 3: 3, 5: 8, 4: 9}
 
@@ -43,7 +46,8 @@ def test_zarr_reads_the_values_our_reader_reads(space: Space) -> None:
     for number, row in ROWS.items():
         ours = reader.read("picture", key(number))
         np.testing.assert_array_equal(pictures[row], ours)
-        np.testing.assert_allclose(ours, features(number), atol=0.03)
+        error = np.linalg.norm(ours.astype(np.float32) - features(number))
+        assert error <= ERRORS[space.spec.codec] * np.linalg.norm(features(number))
     np.testing.assert_array_equal(frames[0], reader.read("frame", key(7)))
     missing = sorted(set(range(3 * SLOTS)) - set(ROWS.values()))
     whole = np.asarray(pictures[:])

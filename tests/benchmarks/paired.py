@@ -1,0 +1,260 @@
+"""What a codec costs a trained model: the demo learned on fp16, int8 and int4, paired.
+
+python -m tests.benchmarks.paired                            # 15 trainings, about half an hour on two cores
+python -m tests.benchmarks.paired --seeds 2 --steps 100      # a rehearsal
+python -m tests.benchmarks.paired --folder FOLDER            # keeps what it makes, and goes on from it
+
+The same drawings are encoded once a codec, in one cache, without pooling: 36 tokens a picture, so that int4
+holds a mean token as it does for real pictures. For every seed one model learns on each, from
+scratch: same first weights, same samples in the same order, only the codec differs. Then all answer the
+held-out questions. A difference is codec minus fp16, so a negative difference of exact match is a loss. Its
+95 % interval is Student's over the seeds; for exact match a second one resamples the held-out drawings
+(10,000 times, with all their questions), which tells what other drawings would have shown. Last, lines
+`name  measured  required  ok|short`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+import configs
+from cache.layout import CacheRoot
+from cache.reader import FeatureReader
+
+CODECS = ("fp16", "int8", "int4")
+DATASETS = {"demo-points": 0.4, "demo-questions": 0.6}
+RESAMPLED = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train on several codecs, paired."""
+
+    folder: Path | None = None
+    """Where the cache and the runs are kept, and taken from when they are there."""
+    seeds: int = 5
+    """Models a codec."""
+    steps: int = 600
+    """Steps of 64 samples each of them learns."""
+    held_out: float = 0.15
+    """Share of the drawings that are asked about."""
+    jobs: int = 2
+    """Trainings at a time, of one thread each."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One trained model, on the held-out questions."""
+
+    loss: float
+    """Nats a supervised token."""
+    mean: float
+    """Exact match, mean over the question types."""
+    right: dict[str, bool]
+    """By sample."""
+    task: dict[str, str] = field(repr=False)
+    picture: dict[str, str] = field(repr=False)
+    digest: str
+    """Of the samples trained on, in their order."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions answered right."""
+        return float(np.mean(list(self.right.values())))
+
+
+# ---- encode, train, evaluate
+
+
+def command(module: str, flags: dict[str, Any], log: Path) -> None:
+    """Run one of the product's commands with one thread; its output goes to `log`."""
+    words = [sys.executable, "-m", module]
+    for name, value in flags.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            option = "--" + name.replace("_", "-")
+            words += [option] if one is True else [option, str(one)]
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run(
+            words, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    if done.returncode:
+        raise SystemExit(f"exit code {done.returncode}: {' '.join(words[1:])}; see {log}")
+
+
+def encode_all(folder: Path) -> dict[str, str]:
+    """Space name of every codec."""
+    for codec in CODECS:
+        flags = {
+            "dataset": tuple(DATASETS),
+            "encoder": "demo",
+            "codec": codec,
+            "pool": 1,
+            "workers": 0,
+        }
+        command("encode.run", flags | {"features": folder / "cache"}, folder / "encode.log")
+    root = CacheRoot(folder / "cache")
+    readers = [FeatureReader(root.space(name)) for name in root.space_names()]
+    return {reader.spec.codec: reader.path.name for reader in readers}
+
+
+def train_and_ask(options: Options, folder: Path, space: str, codec: str, seed: int) -> Result:
+    """One model; nothing when its answers are there already."""
+    run = folder / f"{codec}-{seed}-{options.steps}"
+    answers = run / "stage1" / "evaluation-val.json"
+    if not answers.exists():
+        demo = configs.load("demo")
+        flags = {
+            **demo["train"],
+            **demo["stages"][2],
+            "datasets": ",".join(f"{name}={share}" for name, share in DATASETS.items()),
+            "max_steps": options.steps,
+            "held_out": options.held_out,
+            "seed": seed,
+            "space": space,
+        }
+        where = {"run": run, "features": folder / "cache"}
+        log = folder / f"{run.name}.log"
+        command("train.run", {"stage": 1, "resume": True, **where, **flags}, log)
+        command("train.evaluate", {**where, "limit": 100_000, "no_blind": True}, log)
+    evaluation = json.loads(answers.read_text(encoding="utf-8"))
+    given = evaluation["answers"]
+    return Result(
+        loss=evaluation["loss"],
+        mean=evaluation["mean"],
+        right={one["sample"]: one["correct"] for one in given},
+        task={one["sample"]: one["task"] for one in given},
+        picture={one["sample"]: one["media"][0] for one in given},
+        digest=json.loads((run / "stage1" / "run.json").read_text())["samples_digest"],
+    )
+
+
+def all_results(options: Options, folder: Path) -> dict[tuple[str, int], Result]:
+    """(codec, seed) -> result. Seeds in order, so that an interrupted run has whole pairs."""
+    spaces = encode_all(folder)
+    begun = time.monotonic()
+    wanted = list(product(range(options.seeds), CODECS))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {
+            (codec, seed): pool.submit(train_and_ask, options, folder, spaces[codec], codec, seed)
+            for seed, codec in wanted
+        }
+        results = {}
+        for number, (key, job) in enumerate(jobs.items(), 1):
+            results[key] = one = job.result()
+            seconds = time.monotonic() - begun
+            left = seconds / number * (len(jobs) - number)
+            print(
+                f"{number}/{len(jobs)}  {key[0]} seed {key[1]}: loss {one.loss:.4f}, exact match "
+                f"{one.accuracy:.4f}  ({seconds:.0f} s, ETA {left:.0f} s)",
+                flush=True,
+            )
+    return results
+
+
+# ---- differences
+
+
+def over_seeds(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval (Student's, paired)."""
+    n = len(differences)
+    if n < 2:
+        return float(np.mean(differences)), float("nan")
+    spread = float(np.std(differences, ddof=1)) / n**0.5
+    return float(np.mean(differences)), float(stats.t.ppf(0.975, n - 1)) * spread
+
+
+def over_pictures(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, float]:
+    """95 % interval of the difference of accuracy, mean over seeds, when the drawings are drawn again."""
+    samples = list(base[0].right)
+    pictures, index = np.unique([base[0].picture[s] for s in samples], return_inverse=True)
+    difference = np.zeros(len(samples))
+    for one, other in zip(ours, base, strict=True):
+        difference += [float(one.right[s]) - float(other.right[s]) for s in samples]
+    sums = np.bincount(index, difference / len(base))
+    counts = np.bincount(index)
+    rng = np.random.default_rng(0)
+    means = np.empty(RESAMPLED)
+    for i in range(RESAMPLED):
+        taken = rng.integers(0, len(pictures), len(pictures))
+        means[i] = sums[taken].sum() / counts[taken].sum()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
+    """The tables, then the lines."""
+    of = {codec: [results[codec, seed] for seed in range(seeds)] for codec in CODECS}
+    base = of["fp16"]
+    questions = len(base[0].right)
+    print(f"\n{'':6}{'loss':>9}{'exact match':>13}{'mean of types':>15}")
+    for codec, them in of.items():
+        loss, right, mean = (
+            float(np.mean([getattr(one, name) for one in them]))
+            for name in ("loss", "accuracy", "mean")
+        )
+        print(f"{codec:6}{loss:9.4f}{right:13.4f}{mean:15.4f}")
+    spread = [float(np.std([one.accuracy for one in base], ddof=1))] if seeds > 1 else []
+    for value in spread:
+        print(f"from seed to seed, fp16: standard deviation of exact match {value:.4f}")
+
+    print("\ndifference from fp16, and its 95 % interval")
+    for codec in CODECS[1:]:
+        pairs = list(zip(of[codec], base, strict=True))
+        loss = over_seeds([a.loss - b.loss for a, b in pairs])
+        right = over_seeds([a.accuracy - b.accuracy for a, b in pairs])
+        low, high = over_pictures(of[codec], base)
+        print(f"{codec:6}loss         {loss[0]:+.4f} ± {loss[1]:.4f} over seeds")
+        print(f"{codec:6}exact match  {right[0]:+.4f} ± {right[1]:.4f} over seeds, "
+              f"{low:+.4f} to {high:+.4f} over drawings")  # fmt: skip
+        for task in sorted(set(base[0].task.values())):
+            mine = [s for s, t in base[0].task.items() if t == task]
+            part = over_seeds(
+                [float(np.mean([a.right[s] - b.right[s] for s in mine])) for a, b in pairs]
+            )
+            print(
+                f"{'':8}{task:11}{part[0]:+.4f} ± {part[1]:.4f} over seeds, {len(mine)} questions"
+            )
+
+    print()
+    paired = all(
+        len({results[codec, seed].digest for codec in CODECS}) == 1
+        and len({tuple(results[codec, seed].right) for codec in CODECS}) == 1
+        for seed in range(seeds)
+    )
+    lines = [
+        ("held-out questions", f"{questions:,}", ">= 2,000", questions >= 2000),
+        ("seeds", str(seeds), ">= 5", seeds >= 5),
+        ("same samples, same order", "yes" if paired else "no", "yes", paired),
+    ]
+    for name, measured, required, ok in lines:
+        print(f"{name:26}{measured:>10}{required:>10}  {'ok' if ok else 'short'}")
+    print(f"paired: {sum(line[3] for line in lines)}/{len(lines)} ok")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = configs.parse(
+        Options, argv, prog="python -m tests.benchmarks.paired", description=__doc__
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        report(all_results(options, folder), options.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    configs.command(main)
