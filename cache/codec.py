@@ -78,8 +78,12 @@ def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
     *lead, tokens, width = x.shape
     size = row_bytes(codec, tokens, width)
     x = np.clip(x, -FP16_MAX, FP16_MAX)
+    halves = x.astype(
+        "<f2"
+    )  # what every codec stores: an int8 row made from an fp16 one is the same
     if codec == "fp16":
-        return np.ascontiguousarray(x.astype("<f2")).view(np.uint8).reshape(*lead, size)
+        return np.ascontiguousarray(halves).view(np.uint8).reshape(*lead, size)
+    x = halves.astype(np.float32)
     blocks = _rotate(x.reshape(*lead, -1, BLOCK) * rotation_signs())
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     scale = (largest / np.float32(INT8_MAX)).astype("<f2")

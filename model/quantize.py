@@ -60,7 +60,7 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
-        rows = _pack_int8(clean)
+        rows = _pack_int8(clean.half().float())  # so that an fp16 row packs alike: cache.convert
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
