@@ -171,9 +171,13 @@ def _ready(
     what: Checked,
     report: CheckReport,
 ) -> Iterator[_Again]:
-    """Those of the media that can be had, decoded."""
+    """Those of the media that can be had, decoded; one that has several sources once."""
+    seen: set[str | None] = set()
     while group := list(islice(records, GROUP)):
         for record, data in source.get(group):
+            if record.key in seen:
+                continue
+            seen.add(record.key)
             stored = stored_media(reader, record.kind, record, what.max_frames)
             try:
                 pixels = inputs_of(encoder, data, stored)

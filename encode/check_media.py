@@ -54,7 +54,7 @@ class Checked:
 def drawn(
     root: CacheRoot, reader: FeatureReader, what: Checked, source: Bytes
 ) -> Iterator[MediaRecord]:
-    """Media of the ledger in random order, each key once, whose rows are all in the space."""
+    """Sources of the ledger in random order, whose rows are all in the space."""
     table = media_table(root)
     table = table.filter(pc.is_valid(table["key"]))
     if what.datasets:
@@ -66,12 +66,10 @@ def drawn(
         left = int(pc.sum(web).as_py() or 0)
         source.skipped.update({NOT_KEPT: left} if left else {})
         table = table.filter(pc.invert(web))
-    seen: set[str] = set()
     for at in np.random.default_rng(SEED).permutation(len(table)).tolist():
         record = MediaRecord(**table.slice(at, 1).to_pylist()[0])
         rows = row_numbers(reader, record.kind, record, what.max_frames)
-        if record.key not in seen and len(rows) and (rows >= 0).all():
-            seen.add(record.key or "")
+        if len(rows) and (rows >= 0).all():
             yield record
 
 

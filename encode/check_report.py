@@ -62,7 +62,7 @@ class CheckReport:
     media: Counter[str] = field(default_factory=Counter)
     """Kind -> media looked at."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Why -> media that could not be looked at."""
+    """Why -> sources that could not be looked at."""
     rows: int = 0
     """Rows compared."""
     equal: int = 0
@@ -83,7 +83,7 @@ class CheckReport:
         """For the reader."""
         media = ", ".join(f"{n:,} {kind}s" for kind, n in sorted(self.media.items()))
         lines = [f"space    {self.spec.name}: {media}, {self.rows:,} rows encoded again"]
-        lines += [f"left out {n:,} media: {why}" for why, n in self.skipped.most_common()]
+        lines += [f"left out {n:,} sources: {why}" for why, n in self.skipped.most_common()]
         if self.rows:
             mean, most, cosine, least = self.stored.cells()
             limit = f"at most {self.tolerance:.3f}"
