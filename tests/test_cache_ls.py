@@ -143,7 +143,7 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     pictures = [MediaRecord(source=f"/f/{n}.png", key=key(n % 3)) for n in range(4)]
     bad = MediaRecord(source="/f/bad.png", status="failed", stage="decode", error="cut short")
     append_media(root, [*clips, *pictures, bad], "job")
-    names = "0.png 1.png 2.png 3.png bad.png here.mp4 short.mp4 new.mp4".split()
+    names = ["0.png", "1.png", "2.png", "3.png", "bad.png", "here.mp4", "short.mp4", "new.mp4"]
     samples = []
     for name in names:
         kind = "video" if name.endswith("mp4") else "picture"
