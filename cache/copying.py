@@ -1,8 +1,8 @@
 """Rows of one space into another: what `cache.merge` and `cache.convert` have in common.
 
-Rows are read a few MB at a time by several threads, each checked against the crc32c of its commit, changed
-where a caller wants them changed, and appended in their order to shards of the target. A shard exists once
-its commit does, so a copy that was killed is finished by doing it again: only what is missing is copied.
+Rows are read a few MB at a time, each checked against the crc32c of its commit, changed where a caller
+wants them changed, by several threads, and appended in their order to shards of the target. A shard exists
+once its commit does, so a copy that was killed is finished by doing it again: only what is missing is copied.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import numpy.typing as npt
 from cache.commits import read_commits
 from cache.layout import Corrupt
 from cache.printing import bytes_text
-from cache.reader import FeatureReader
+from cache.reader import RUN_BYTES, FeatureReader
 from cache.space import read_info
 from cache.writer import ShardWriter, Space
 from configs import UserError
 
 BATCH_BYTES = 4 << 20
-"""Read, and changed, by one thread at a time."""
+"""Read and changed by one thread at a time."""
 
 ROW_OVERHEAD = 160
 """Bytes beside a row: its checksum and index entry, and its line in the commit."""
@@ -163,7 +163,8 @@ def copy_rows(
     index = source.index[kind]
     stored = codec_errors(source, kind, positions) if change is None else None
     room = _room_wanted(index.keys[positions], target.rows_per_shard(kind))
-    step = max(1, BATCH_BYTES // source.geometry[kind].row_bytes)
+    # Bytes that nothing is done to are written while the processor's cache still holds them.
+    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[kind].row_bytes)
 
     def read(start: int) -> _Batch:
         return _read(
@@ -173,7 +174,7 @@ def copy_rows(
     damaged: list[Corrupt] = []
     filler = _Filler(target, kind)
     try:
-        for batch in _in_order(read, range(0, len(positions), step)):
+        for batch in (_in_order if change else map)(read, range(0, len(positions), step)):
             damaged += batch.damaged
             errors = batch.errors if stored is None else stored[batch.places]
             for place, row, error in zip(
@@ -187,7 +188,7 @@ def copy_rows(
         filler.finish()
     finally:
         filler.close()
-        target.grow(kind)
+    target.grow(kind)
     return damaged
 
 
@@ -304,5 +305,5 @@ def damage_text(damaged: Sequence[Corrupt]) -> str:
     first = damaged[0]
     return (
         f"{len(damaged):,} damaged rows were not copied, the first: {first.path}: {first.what}; "
-        "find all: python -m cache.verify --deep, mend the other cache and run the same command again"
+        "find all: python -m cache.verify --deep; once they are mended, run the same command again"
     )

@@ -106,6 +106,20 @@ def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None
     assert len(set(reader.index["frame"].shards.tolist())) <= 3
 
 
+def test_the_frames_of_a_clip_stay_side_by_side_in_one_shard(tmp_path: Path) -> None:
+    make_space(tmp_path / "a")
+    theirs = make_space(tmp_path / "b")
+    for number in (20, 21, 22):
+        add_clip(theirs, number, 10)
+    assert theirs.rows_per_shard("frame") == 16
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
+    views = [time_view(at * 500_000) for at in range(10)]
+    for number in (20, 21, 22):
+        rows = reader.lookup_pairs("frame", [key(number)] * 10, views)
+        assert (rows == rows[0] + range(10)).all() and rows[0] // 16 == rows[-1] // 16
+
+
 def test_the_second_time_there_is_nothing_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,7 +196,7 @@ def main() -> None:
         folder = Path(made)
         measure_merge(board, folder, options.rows, options.rounds)
         measure_again(board, folder, options.rows)
-        measure_convert(board, folder, options.rows, options.rounds)
+        measure_convert(board, folder, options.rows, min(3, options.rounds))
     print(f"move: {board.met}/{board.total} ok")
 
 
