@@ -91,6 +91,10 @@ def compare_media(root: CacheRoot, other: CacheRoot) -> MediaNews:
     came = open_ & (their_status == "ok")
     newer = open_ & (their_status == "failed")
     newer[newer] = (their_ns[newer] > our_ns[newer]).astype(bool)
+    # The same failure entered again, by a merge the other way, is no news.
+    newer &= np.logical_or.reduce(
+        [np.not_equal(*both(name)) for name in ("stage", "error", "attempts")]
+    )
     take = ~known | came | newer
     sources = theirs["source"].filter(pa.array(conflict)).to_pylist()
     return MediaNews(

@@ -11,7 +11,8 @@ python -m encode.run --list                                   # data sets by nam
 
 A job may be killed at any moment; the same command goes on where it was, and does nothing once all is
 done. Exit 0: every picture is in the space or, with its reason, in the ledger (python -m cache.ls
---failures). 2: something to mend, in one line. 130: interrupted; what was encoded is kept.
+--failures). 1: --check found rows that differ. 2: something to mend, in one line. 130: interrupted; what
+was encoded is kept.
 """
 
 from __future__ import annotations

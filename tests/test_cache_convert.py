@@ -110,6 +110,13 @@ def test_converted_is_encoded(
     assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_picture == picture
 
 
+def test_in_other_shards_the_same_rows(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    assert run(tmp_path / "cache", "--format", "webdataset") == 0
+    made = hashes(tmp_path / "cache")
+    assert len(made) == 2 and len(set(made.values())) == 1
+
+
 def test_only_what_is_missing_is_converted(
     whole: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -260,6 +260,17 @@ def test_an_older_failure_does_not_replace_a_newer_one(tmp_path: Path) -> None:
     assert merged_media(tmp_path, [bad("s", "new")], [])["s"].error == "new"
 
 
+def test_merging_to_and_fro_adds_nothing(tmp_path: Path) -> None:
+    merged_media(tmp_path, [bad("s", "ours"), ok("t", 1)], [bad("s", "theirs"), bad("t", "404")])
+    for source, target in (("a", "b"), ("b", "a"), ("a", "b")):
+        run("--source", tmp_path / source, "--features", tmp_path / target)
+        parts = {name: len(list((tmp_path / name / "media").iterdir())) for name in "ab"}
+        assert parts == {"a": 3, "b": 3}
+    tables = [read_media(CacheRoot(tmp_path / name)) for name in "ab"]
+    assert tables[0] == tables[1]
+    assert (tables[0]["s"].error, tables[0]["t"].status) == ("theirs", "ok")
+
+
 def test_other_bytes_under_one_source_are_told_and_ours_stand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
