@@ -113,8 +113,10 @@ def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
     *lead, tokens, width = x.shape
     size = row_bytes(codec, tokens, width)
     x = np.clip(x, -FP16_MAX, FP16_MAX)
+    halves = x.astype("<f2")  # what all codecs start from: a row made from an fp16 one is the same
     if codec == "fp16":
-        return np.ascontiguousarray(x.astype("<f2")).view(np.uint8).reshape(*lead, size)
+        return np.ascontiguousarray(halves).view(np.uint8).reshape(*lead, size)
+    x = halves.astype(np.float32)
     _, before_mean, _ = row_parts(codec, tokens, width)
     mean = np.zeros((*lead, 0), "<f2")
     if before_mean < size:
@@ -231,12 +233,27 @@ def _sum(values: Any) -> Any:
 
 
 def _rotate(blocks: Any) -> Any:
-    """Orthonormal Hadamard transform of the last axis (64), six butterfly stages in a fixed order."""
-    lead = blocks.shape[:-1]
-    half = 1
-    while half < BLOCK:
-        pairs = blocks.reshape(*lead, BLOCK // (2 * half), 2, half)
-        left, right = pairs[..., 0, :], pairs[..., 1, :]
-        blocks = np.stack([left + right, left - right], axis=-2).reshape(*lead, BLOCK)
-        half *= 2
-    return blocks * np.float32(0.125)
+    """Orthonormal Hadamard transform of the last axis (64), six butterfly stages in a fixed order.
+
+    Values of a block stand below one another meanwhile, a few hundred blocks at a time: every stage is then
+    additions of long runs that a cache holds, three times faster than side by side.
+    """
+    flat = blocks.reshape(-1, BLOCK)
+    rotated = np.empty_like(flat)
+    for start in range(0, len(flat), _ROTATED):
+        x = np.ascontiguousarray(flat[start : start + _ROTATED].T)
+        y = np.empty_like(x)
+        half = 1
+        while half < BLOCK:
+            pairs = (BLOCK // (2 * half), 2, half, x.shape[1])
+            before, after = x.reshape(pairs), y.reshape(pairs)
+            np.add(before[:, 0], before[:, 1], out=after[:, 0])
+            np.subtract(before[:, 0], before[:, 1], out=after[:, 1])
+            x, y = y, x
+            half *= 2
+        np.multiply(x.T, np.float32(0.125), out=rotated[start : start + _ROTATED])
+    return rotated.reshape(blocks.shape)
+
+
+_ROTATED = 256
+"""Blocks rotated together: 64 KB."""

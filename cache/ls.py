@@ -1,6 +1,6 @@
 """List what is in a cache.
 
-python -m cache.ls                           # spaces; data sets, and how much of each has features
+python -m cache.ls                           # spaces, what their codecs lost; data sets, what they need
 python -m cache.ls --failures                # what could not be had: why, of which host, for which data set
 python -m cache.ls --json                    # the same, for a script
 
@@ -26,6 +26,10 @@ from cache.survey import (
 from cache.tables import STAGES
 from configs import UserError, command, parse
 
+LEGEND = (
+    "pass: bytes of features that one pass over the data set reads\n"
+    "missing, add: media without features that have not failed, and what they would take at most"
+)
 SHOWN = 5
 """Sources printed of each group of failures."""
 
@@ -55,21 +59,25 @@ def main() -> None:
         else:
             print(_failures_text(failures))
         return
-    spaces, readers = open_spaces(root)
+    spaces, readers = open_spaces(root, errors=True)
     datasets = summarise_datasets(root, readers)
     if options.json:
         values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
         print(json.dumps(values, indent=2))
     else:
-        print(_spaces_text(spaces, root))
-        print()
-        print(_datasets_text(datasets))
+        parts = [
+            _spaces_text(spaces, root),
+            _errors_text(spaces),
+            _datasets_text(datasets),
+            _needs_text(datasets),
+        ]
+        print("\n\n".join(part for part in parts if part))
 
 
 def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     if not spaces:
         return f"no spaces; make one: python -m encode.run --dataset demo --features {root.path}"
-    header = ("space", "encoder", "codec", "blocks", "pool", "pictures", "frames", "size")
+    header = ("space", "encoder", "codec", "blocks", "pool", "format", "pictures", "frames", "size")
     rows = [
         (
             space.name,
@@ -77,6 +85,7 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
             space.codec,
             ",".join(map(str, space.blocks)),
             "/".join(map(str, space.pool.values())),
+            space.container,
             f"{space.rows['picture']:,}",
             f"{space.rows['frame']:,}",
             bytes_text(space.nbytes),
@@ -87,28 +96,65 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     lines = [table_text(header, rows, right="pictures frames size")]
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
+    lines += [
+        f"{space.name}: made before features were rounded to float16; read as ever, but encode.run "
+        "makes another space (unpooled fp16 rows move there by cache.convert)"
+        for space in spaces
+        if space.closed
+    ]
     return "\n".join(lines)
+
+
+def _errors_text(spaces: list[SpaceSummary]) -> str:
+    """What packing lost, measured row by row when the rows were made; '' when there are no rows."""
+    header = ("codec error", "rows of", "codec", "mean", "median", "99%", "largest")
+    rows = [
+        (
+            space.name,
+            f"{space.rows[kind]:,} {kind}s",
+            space.codec,
+            *(f"{value:.5f}" for value in (error.mean, error.median, error.p99, error.largest)),
+        )
+        for space in spaces
+        for kind, error in space.error.items()
+    ]
+    return table_text(header, rows, right="mean median 99% largest") if rows else ""
 
 
 def _datasets_text(datasets: list[DatasetSummary]) -> str:
     if not datasets:
         return "no data sets"
-    spaces = list(datasets[0].coverage)
-    header = ("data set", "samples", "media", "failed", *(f"in {space}" for space in spaces))
-    rows = [
-        (
-            dataset.name,
-            f"{dataset.samples:,}",
-            f"{dataset.media:,}",
-            f"{dataset.failed:,}",
-            *(f"{dataset.coverage[space]:.1%}" for space in spaces),
-        )
-        for dataset in datasets
-    ]
+    header = ("data set", "samples", "media", "failed")
+    rows = [(d.name, f"{d.samples:,}", f"{d.media:,}", f"{d.failed:,}") for d in datasets]
     text = table_text(header, rows, right="samples media failed")
     if any(dataset.failed for dataset in datasets):
         text += "\nwhy media failed: python -m cache.ls --failures"
     return text
+
+
+def _needs_text(datasets: list[DatasetSummary]) -> str:
+    """For each data set and space: what is there, and what is missing; '' without either."""
+    header = ("data set", "in space", "covered", "pass", "missing", "add")
+    rows = [
+        (
+            dataset.name,
+            space,
+            f"{dataset.coverage[space]:.1%}",
+            bytes_text(need.reads),
+            f"{need.media:,}",
+            bytes_text(need.nbytes),
+        )
+        for dataset in datasets
+        for space, need in dataset.needs.items()
+    ]
+    if not rows:
+        return ""
+    lines = [
+        table_text(header, rows, right="covered pass missing add"),
+        LEGEND,
+    ]
+    commands = [need.command for d in datasets for need in d.needs.values() if need.command]
+    return "\n".join([*lines, *(f"complete: {command}" for command in dict.fromkeys(commands))])
 
 
 def _failures_text(failures: list[Failures]) -> str:

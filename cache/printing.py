@@ -47,10 +47,11 @@ class Meter:
             now = time.monotonic()
             if now - self._last > (1 if self._terminal else 60):
                 self._last = now
-                left_s = (now - self._start) * (self._total / max(1, self._done) - 1)
+                passed_s = now - self._start
+                left_s = passed_s * (self._total / max(1, self._done) - 1)
                 text = (
                     f"{self._what}: {bytes_text(self._done)} of {bytes_text(self._total)}, "
-                    f"{max(0.0, left_s):.0f} s left"
+                    f"{bytes_text(self._done / passed_s)}/s, {max(0.0, left_s):.0f} s left"
                 )
                 print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
 

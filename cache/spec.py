@@ -28,7 +28,8 @@ CONTAINERS = ("zarr", "webdataset")
 _NOT_HASHED = frozenset(
     {"encoder"}
 )  # a name for people; `weights` and `architecture` say what it is
-_LATER = {"container": "zarr"}
+PACKED_FROM = ("float32", "float16")
+_LATER = {"container": "zarr", "packed_from": "float32"}
 """Fields younger than the first spaces: hashed only where they are not this."""
 
 
@@ -76,6 +77,9 @@ class FeatureSpec:
     """Version of the on-disk format."""
     container: str = "zarr"
     """What a shard is: `zarr` (a shard of a Zarr v3 array) or `webdataset` (a tar of standard members)."""
+    packed_from: str = "float32"
+    """What is pooled and packed: features as computed (`float32`, the first spaces) or rounded to `float16`
+    before, as encoders do now. So what `cache.convert` makes of a float16 space is what encoding makes."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -84,6 +88,10 @@ class FeatureSpec:
             raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
         if self.container not in CONTAINERS:
             raise ValueError(f"container {self.container!r} is none of {', '.join(CONTAINERS)}")
+        if self.packed_from not in PACKED_FROM:
+            raise ValueError(
+                f"packed_from {self.packed_from!r} is none of {', '.join(PACKED_FROM)}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"

@@ -11,17 +11,29 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.layout import CacheRoot
+from cache.commits import read_commits
+from cache.layout import CacheRoot, SpacePaths
 from cache.locks import driver_holder
+from cache.needs import Need, SpaceMedia, find_references
 from cache.reader import FeatureReader
-from cache.spec import ARRAY_OF, KINDS
-from cache.tables import dataset_names, media_table, samples_table
-from cache.views import FULL, time_view
+from cache.space import read_info
+from cache.spec import KINDS, PACKED_FROM
+from cache.tables import dataset_names, media_table
 from configs import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecError:
+    """Relative errors that the codec made in the rows of one array, each measured when its row was packed."""
+
+    mean: float
+    median: float
+    p99: float
+    """99 of 100 rows lose at most this."""
+    largest: float
 
 
 @dataclass(kw_only=True)
@@ -40,12 +52,22 @@ class SpaceSummary:
     """Kind -> side of the pooling window, patches."""
     rows: dict[str, int] = field(default_factory=dict)
     """Kind -> committed rows."""
+    container: str = ""
+    """What its shards are."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Kind -> committed shards."""
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    """Kind -> size of these."""
     nbytes: int = 0
-    """Size of the committed shards."""
+    """Size of the committed shards of all kinds."""
+    error: dict[str, CodecError] = field(default_factory=dict)
+    """Kind -> what the codec lost; of kinds that have rows."""
     writer: str | None = None
     """The job that writes to it now."""
     damage: str | None = None
     """Why it cannot be opened."""
+    closed: bool = False
+    """Whether encode.run adds to it no longer: made before features were rounded to float16."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +84,8 @@ class DatasetSummary:
     """Of these, how many the ledger has as failed."""
     coverage: dict[str, float]
     """Space -> share of the samples whose media all have features there."""
+    needs: dict[str, Need]
+    """Space -> what is missing there, and what a training on it reads."""
 
 
 @dataclass(kw_only=True)
@@ -80,22 +104,10 @@ class Failures:
     """Which."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _References:
-    """What the samples of one data set mention."""
-
-    samples: int
-    """S."""
-    sample: npt.NDArray[np.int64]
-    """(R,) number of the sample."""
-    media: npt.NDArray[np.int64]
-    """(R,) row in the media table, -1 for a source it does not know."""
-    sources: pa.Array
-    """Distinct sources."""
-
-
-def open_spaces(root: CacheRoot) -> tuple[list[SpaceSummary], dict[str, FeatureReader]]:
-    """A summary of every space, and a reader of those that can be opened."""
+def open_spaces(
+    root: CacheRoot, *, errors: bool = False
+) -> tuple[list[SpaceSummary], dict[str, FeatureReader]]:
+    """A summary of every space, with `errors` also of its codec's; and a reader of those that open."""
     summaries, readers = [], {}
     for name in root.space_names():
         paths = root.space(name)
@@ -103,6 +115,8 @@ def open_spaces(root: CacheRoot) -> tuple[list[SpaceSummary], dict[str, FeatureR
         summaries.append(summary)
         try:
             reader = FeatureReader(paths)
+            if errors:
+                summary.error = codec_errors(paths)
         except UserError as error:  # damaged, or of another format
             summary.damage = str(error)
             continue
@@ -111,8 +125,30 @@ def open_spaces(root: CacheRoot) -> tuple[list[SpaceSummary], dict[str, FeatureR
         summary.blocks = reader.spec.blocks
         summary.pool = {kind: reader.spec.pool(kind) for kind in KINDS}
         summary.rows = {kind: reader.rows(kind) for kind in KINDS}
-        summary.nbytes = sum(sum(index.nbytes.values()) for index in reader.index.values())
+        summary.container = reader.spec.container
+        summary.closed = reader.spec.packed_from != PACKED_FROM[-1]
+        sizes = {kind: index.nbytes for kind, index in reader.index.items()}
+        summary.shards = {kind: len(of) for kind, of in sizes.items()}
+        summary.bytes_of = {kind: sum(of.values()) for kind, of in sizes.items()}
+        summary.nbytes = sum(summary.bytes_of.values())
     return summaries, readers
+
+
+def codec_errors(paths: SpacePaths) -> dict[str, CodecError]:
+    """Of each kind that has rows: one pass over the commits.
+
+    Raises:
+        UserError: the space cannot be read.
+    """
+    info, found = read_info(paths), {}
+    for kind in KINDS:
+        columns = [c.table["error"].to_numpy() for c in read_commits(paths, info, kind)]
+        if columns:
+            errors = np.concatenate(columns)
+            median, p99 = np.percentile(errors, (50, 99)).tolist()
+            mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
+            found[kind] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
+    return found
 
 
 def summarise_datasets(
@@ -121,10 +157,10 @@ def summarise_datasets(
     """A summary of every data set, with its coverage by each space."""
     media = media_table(root)
     failed = np.asarray(pc.equal(media["status"], "failed"), bool)
-    present = {name: _present(media, reader) for name, reader in readers.items()}
+    spaces = {name: SpaceMedia(media, reader) for name, reader in readers.items()}
     summaries = []
     for name in dataset_names(root):
-        references = _references(root, name, media)
+        references = find_references(root, name, media)
         known = references.media[references.media >= 0]
         summaries.append(
             DatasetSummary(
@@ -132,7 +168,11 @@ def summarise_datasets(
                 samples=references.samples,
                 media=len(references.sources),
                 failed=int(failed[np.unique(known)].sum()),
-                coverage={space: _coverage(references, here) for space, here in present.items()},
+                coverage={space: here.coverage(references) for space, here in spaces.items()},
+                needs={
+                    space: here.need(references, dataset=name, root=root)
+                    for space, here in spaces.items()
+                },
             )
         )
     return summaries
@@ -144,7 +184,7 @@ def list_failures(root: CacheRoot) -> list[Failures]:
     failed = media.filter(pc.equal(media["status"], "failed"))
     mentioned: dict[str, list[str]] = defaultdict(list)
     for name in dataset_names(root):
-        sources = _references(root, name, media).sources
+        sources = find_references(root, name, media).sources
         for source in failed["source"].filter(pc.is_in(failed["source"], sources)).to_pylist():
             mentioned[source].append(name)
     groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
@@ -172,40 +212,7 @@ def mentioned_keys(root: CacheRoot) -> set[bytes]:
     media = media_table(root)
     mentioned = np.zeros(len(media), bool)
     for name in dataset_names(root):
-        known = _references(root, name, media).media
+        known = find_references(root, name, media).media
         mentioned[known[known >= 0]] = True
     keys = media["key"].filter(pa.array(mentioned)).drop_null().unique().to_pylist()
     return set(map(bytes.fromhex, keys))
-
-
-def _present(media: pa.Table, reader: FeatureReader) -> npt.NDArray[np.bool_]:
-    """(M + 1,) whether each row of the media table has features; the last, for -1, has none.
-
-    A clip has them when its first frame is there: its frames are committed together, and how many a
-    training wants is for the trainer to say.
-    """
-    present = np.zeros(len(media) + 1, bool)
-    keys = np.array(media["key"].to_pylist(), object)
-    kinds = np.array(media["kind"].to_pylist(), object)
-    for kind, view in (("picture", FULL), ("video", time_view(0))):
-        rows = np.flatnonzero((kinds == kind) & (keys != None))  # noqa: E711 - elementwise
-        present[rows] = reader.lookup(ARRAY_OF[kind], keys[rows].tolist(), view) >= 0
-    return present
-
-
-def _coverage(references: _References, present: npt.NDArray[np.bool_]) -> float:
-    lacking = np.unique(references.sample[~present[references.media]])
-    return 1 - len(lacking) / references.samples if references.samples else 1.0
-
-
-def _references(root: CacheRoot, dataset: str, media: pa.Table) -> _References:
-    table = samples_table(root, dataset, ["media"])
-    lists = table["media"].combine_chunks()
-    sources = pc.struct_field(pc.list_flatten(lists), "source")
-    rows = pc.index_in(sources, media["source"].combine_chunks()).fill_null(-1)
-    return _References(
-        samples=len(table),
-        sample=np.asarray(pc.list_parent_indices(lists), np.int64),
-        media=np.asarray(rows, np.int64),
-        sources=sources.unique(),
-    )

@@ -254,31 +254,39 @@ def _intact_digest(path: Path) -> str | None:
 
 def append_media(root: CacheRoot, records: Sequence[MediaRecord], job: str) -> None:
     """Add one part to the media table. `job` (letters, digits, '-') tells writers of one instant apart."""
-    if not records:
-        return
+    if records:
+        append_media_table(root, _media_rows(records), job)
+
+
+def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
+    """The same for rows of another media table, columns as MediaRecord; at least one."""
     # A clock set back must not make this part older than those it follows.
     newest = max((_part_ns(path) for path in _media_parts(root)), default=0)
     path = root.media_dir / f"part-{max(time.time_ns(), newest + 1):020d}-{job}.parquet"
     with new_file(path) as file:
         with pq.ParquetWriter(file, _MEDIA_SCHEMA, write_statistics=False) as writer:
-            writer.write_table(_media_rows(records))
+            writer.write_table(table)
             writer.add_key_value_metadata({"seal": UNSEALED})
         seal_file(file)
 
 
-def media_table(root: CacheRoot) -> pa.Table:
-    """One row a source, the latest, with the columns of MediaRecord.
+def media_table(root: CacheRoot, *, stamped: bool = False) -> pa.Table:
+    """One row a source, the latest, with the columns of MediaRecord; `stamped`: and `ns`, when entered.
 
     Links rot and files go, features stay: a source that could not be had any more keeps the key, size and
     length it had when it last came, so that spaces made of it then go on knowing it. Not a file that is
     there and cannot be read: it may hold other bytes by now.
     """
     parts = [_MEDIA_SCHEMA.empty_table()]
+    stamps = [np.empty(0, np.int64)]
     for path in _media_parts(root):
         data = path.read_bytes()
         check_seal(data, path)
         parts.append(pq.read_table(pa.BufferReader(data), schema=_MEDIA_SCHEMA))
+        stamps.append(np.full(len(parts[-1]), _part_ns(path)))
     table = pa.concat_tables(parts)
+    if stamped:
+        table = table.append_column("ns", pa.array(np.concatenate(stamps)))
     number = pa.array(np.arange(len(table)))
     latest = pa.table({"source": table["source"], "number": number}).group_by("source")
     return _keep_known(

@@ -24,7 +24,7 @@ from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.spec import ARRAY_OF, FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Sample, dataset_names, read_media, read_samples
-from cache.views import MAX_FRAMES, frame_views, sample_times
+from cache.views import FULL, MAX_FRAMES, frame_views, sample_times, time_view
 from configs import UserError
 from encode.urls import is_url
 from model import video
@@ -223,6 +223,11 @@ class StoredMedia:
     rows: torch.Tensor
     """(R, row_bytes) uint8: one for a picture, one a different frame for a clip."""
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """(R,) their names."""
+        return tuple(map(time_view, self.asked_us)) or (FULL,)
+
 
 def stored_media(
     reader: FeatureReader, kind: str, record: MediaRecord, max_frames: int
@@ -286,15 +291,30 @@ def encode_file(encoder: VisionEncoder, ref: MediaRef, stored: StoredMedia) -> t
         if ref.kind == "video":
             with path.open("rb"):
                 pass
-            found = video.frames(path, stored.asked_us, video.probe(path))
-            pixels = [encoder.prepare(frame.image) for frame in found]
+            pixels = inputs_of(encoder, path, stored)
         else:
-            pixels = [encoder.prepare(decode_picture(path.read_bytes()))]
+            pixels = inputs_of(encoder, path.read_bytes(), stored)
     except OSError as error:
         raise UserError(f"{path}: cannot be read to encode it again: {error.strerror}") from None
     except BadMedia as error:
         raise UserError(f"{path}: {error}; it has changed since it was encoded") from None
-    return encoder.encode(np.stack(pixels), stored.array)
+    return encoder.encode(pixels, stored.array)
+
+
+def inputs_of(
+    encoder: VisionEncoder, data: bytes | Path, stored: StoredMedia
+) -> npt.NDArray[np.uint8]:
+    """Encoder inputs (R, S, S, 3) of the views that are stored; `data` may be a file where it is a clip.
+
+    Raises:
+        BadMedia: it cannot be decoded.
+        OSError: it cannot be read.
+    """
+    if stored.array == ARRAY_OF["picture"]:
+        assert isinstance(data, bytes), "pictures are read whole"
+        return encoder.prepare(decode_picture(data))[None]
+    found = video.frames(data, stored.asked_us, video.probe(data))
+    return np.stack([encoder.prepare(frame.image) for frame in found])
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ python -m encode.run --dataset pixmo                          # from the hub's l
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
 python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
+python -m encode.run --check 50                               # encode 50 media again: is it what is stored?
 python -m encode.run --list                                   # data sets by name
 
 A job may be killed at any moment; the same command goes on where it was, and does nothing once all is
 done. Exit 0: every picture is in the space or, with its reason, in the ledger (python -m cache.ls
---failures). 2: something to mend, in one line. 130: interrupted; what was encoded is kept.
+--failures). 1: --check found rows that differ. 2: something to mend, in one line. 130: interrupted; what
+was encoded is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from encode.row_writer import disk_full
 from encode.setup import COMMIT_EVERY_S, Setup
 from encode.sources import Dataset, catalogue, open_datasets
 from encode.sources.folder import FolderDataset
-from model.encoder_config import encoder_config
+from model.encoder_config import EncoderConfig, encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
 COUNTS = ("max_frames", "connections", "connections_per_host", "fetch_tries")
@@ -55,6 +57,8 @@ class Options:
     """How a row is stored: int8 is half of fp16, 0.5 % off; int4 a quarter, 5-8 % off (CLIP: unproven)."""
     pool: int | None = None
     """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
+    frame_pool: int | None = None
+    """The same for frames of clips."""
     features: Path = Path("cache")
     """Folder of the feature cache."""
     source: Path | None = None
@@ -81,6 +85,11 @@ class Options:
     """Take only the first N samples of each data set; the data set is these until it is encoded again."""
     rehash: bool = False
     """Read every file again, even those whose size, times and inode say that they are unchanged."""
+    check: int | None = None
+    """Encode N media of the cache again, compare with what is stored, and stop. Takes what is on this disk:
+    files, and what --keep-media kept. Of all data sets when none is named."""
+    check_urls: bool = False
+    """With --check, download what is not on this disk, too."""
     plan: bool = False
     """Print what the job would do and cost, and stop. Writes nothing."""
     list: bool = False
@@ -101,7 +110,7 @@ class Options:
     """A shard is committed after this long even if it is not full: the most work a crash can lose."""
 
     def __post_init__(self) -> None:
-        for name in (*COUNTS, "pool", "limit", "threads"):
+        for name in (*COUNTS, "pool", "frame_pool", "limit", "threads", "check"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
@@ -115,7 +124,7 @@ class Options:
             raise ValueError(
                 "--fetch-only keeps what it downloads: say where with --keep-media DIR"
             )
-        if not self.dataset and not self.list:
+        if not self.dataset and not self.list and not self.check:
             raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
 
 
@@ -135,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
 def encode(root: CacheRoot, options: Options, start: float) -> int:
     """The whole job, step by step; returns the exit code."""
     datasets = open_datasets(options.dataset, root.path, options.source)
+    if options.check is not None:
+        return check(root, options, [dataset.name for dataset in datasets])
     counter = keep_samples(root, datasets, options)
     if options.fetch_only:
         assert options.keep_media is not None, "refused before"
@@ -204,7 +215,7 @@ def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
 def setup_of(options: Options) -> Setup:
     """How workers are made, as far as it is known before there is a space."""
     return Setup(
-        config=encoder_config(options.encoder, pool_picture=options.pool),
+        config=encoder_of(options),
         max_frames=options.max_frames,
         fetch=fetch_rules(options),
         keep=options.keep_media.expanduser().absolute() if options.keep_media else None,
@@ -213,6 +224,39 @@ def setup_of(options: Options) -> Setup:
         weights=options.weights,
         commit_every_s=options.commit_every_s,
     )
+
+
+def encoder_of(options: Options) -> EncoderConfig:
+    """The encoder's entry, with what the command line says of it."""
+    pools = {"pool_picture": options.pool, "pool_frame": options.frame_pool}
+    return encoder_config(options.encoder, **pools)
+
+
+def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
+    """Stored against live; returns the exit code."""
+    from encode.check import check_space, choose_space
+    from encode.check_media import Checked
+
+    config = encoder_of(options)
+    wanted = {
+        "encoder": (config.name, f"random-{config.name}"),
+        "codec": (options.codec,),
+        "pool_picture": (config.pool_picture,),
+        "pool_frame": (config.pool_frame,),
+    }
+    assert options.check is not None, "asked before"
+    what = Checked(
+        media=options.check,
+        datasets=tuple(datasets),
+        max_frames=options.max_frames,
+        keep=options.keep_media.expanduser().absolute() if options.keep_media else None,
+        fetch=fetch_rules(options) if options.check_urls else None,
+        device=options.device,
+        weights=options.weights,
+    )
+    report = check_space(root, choose_space(root, wanted), what)
+    print(report.text())
+    return 0 if report.ok else 1
 
 
 def fetch_rules(options: Options) -> FetchRules:

@@ -80,7 +80,8 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     else:
         with _without_autocast(x.device):
             pieces = _pieces(batch, tokens * width // BLOCK, x.device)
-            rows = torch.cat([_pack_rows(clean[part], codec) for part in pieces])
+            # Rounded first, so that an fp16 row packs alike: cache.convert.
+            rows = torch.cat([_pack_rows(clean[part].half().float(), codec) for part in pieces])
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)

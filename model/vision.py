@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 RESIZE = "pillow:bicubic"
 HALF = (0.5, 0.5, 0.5)
+_FP16_MAX = 65504.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,11 @@ def rebuild_encoder(
         config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
-    for key in ("compute_dtype", "encoder"):
+    for key in (
+        "compute_dtype",
+        "encoder",
+        "packed_from",
+    ):  # nothing, or less than float16 tells apart
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
     if different == ["weights"]:
@@ -266,6 +271,7 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             compute_dtype=compute_dtype,
             batch_size=config.batch_size,
             codec=codec,
+            packed_from="float16",
         )
         spec.row_bytes("picture")  # refuses a width the codec cannot divide
     except ValueError as error:
@@ -274,9 +280,22 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
 
 
 def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches."""
+    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches, rounded to float16.
+
+    Rounded before, summed in one order and multiplied: `cache.pooling` does to stored rows what this does to
+    new ones, to the bit. What exceeds float16 is clipped, as storing it would; NaN and Inf stay.
+    """
     if window == 1:
         return x
+    over = (x.abs() > _FP16_MAX) & x.isfinite()
+    if over.any():
+        log.warning("%d values beyond float16 were clipped before pooling", int(over.sum()))
+        x = torch.where(over, x.sign() * _FP16_MAX, x)
     batch, patches, width = x.shape
     side = round(patches**0.5) // window
-    return x.view(batch, side, window, side, window, width).mean((2, 4)).flatten(1, 2)
+    blocks = x.half().float().view(batch, side, window, side, window, width)
+    total = torch.zeros(batch, side, side, width, device=x.device)
+    for row in range(window):
+        for column in range(window):
+            total += blocks[:, :, row, :, column]
+    return total.mul_(1 / window**2).flatten(1, 2)

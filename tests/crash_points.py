@@ -1,6 +1,8 @@
 """Write to copies of a space, dying each time one system call later; run as a process of its own.
 
-python -m tests.crash_points FOLDER     # FOLDER/cache is copied to FOLDER/0, FOLDER/1, ...
+python -m tests.crash_points FOLDER [merge]     # FOLDER/cache is copied to FOLDER/0, FOLDER/1, ...
+
+With `merge` it is FOLDER/b that is merged into each copy.
 
 Dying is `os._exit` in a forked child just before the call: no cleanup of ours runs, as with `kill -9`.
 Prints how many calls there were.
@@ -8,13 +10,15 @@ Prints how many calls there were.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache import merge
 from cache.layout import CacheRoot
 from cache.writer import ShardWriter, Space
 from tests.toy_space import key, row
@@ -47,7 +51,14 @@ def write(folder: Path) -> None:
     space.grow("picture")
 
 
-def die_at(call: int) -> None:
+def merge_into(folder: Path) -> None:
+    """What `cache.merge` does, its words apart."""
+    other = folder.parent / "b"
+    with contextlib.redirect_stdout(None):
+        merge.merge(CacheRoot(folder), CacheRoot(other), merge.Options(source=(other,)))
+
+
+def die_at(call: int, calls: Sequence[str] = CALLS) -> None:
     """Let the process end just before its `call`-th system call that changes something."""
     count = 0
 
@@ -61,21 +72,23 @@ def die_at(call: int) -> None:
 
         return call_or_die
 
-    for name in CALLS:
+    for name in calls:
         setattr(os, name, guarded(getattr(os, name)))
 
 
 def main() -> None:
     """Copies and deaths, until one survives."""
     folder = Path(sys.argv[1])
+    work = merge_into if sys.argv[2:] == ["merge"] else write
     call = 0
     while True:
         copy = folder / str(call)
         shutil.copytree(folder / "cache", copy)
         child = os.fork()
         if child == 0:
-            die_at(call)
-            write(copy)
+            # A merge opens and closes many files that it only reads.
+            die_at(call, CALLS if work is write else sorted({*CALLS} - {"open", "close"}))
+            work(copy)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)

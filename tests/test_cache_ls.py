@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cache.layout import CacheRoot
 from cache.locks import DriverLock
 from cache.printing import Meter, bytes_text, table_text
 from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.writer import ShardWriter, Space
 from configs import UserError
-from tests.toy_space import fill, key, make_space
+from tests.toy_space import SPEC, fill, key, make_space, row
 
 Run = Callable[..., str]
 
@@ -78,10 +80,95 @@ def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
     with DriverLock(root.space(int8), "job 7"):
         lines = run().splitlines()
     fields = [line.split() for line in lines]
-    assert [int8, "toy", "int8", "0", "1/2", "2", "0", "604", "B"] in fields
+    assert [int8, "toy", "int8", "0", "1/2", "zarr", "2", "0", "604", "B"] in fields
+    assert [int8, "2", "pictures", "int8", *["0.00500"] * 4] in fields
     assert f"{int8}: being written by job 7" in lines
-    assert ["two", "6", "4", "1", "33.3%", "66.7%"] in fields
+    assert ["two", "6", "4", "1"] in fields
+    assert ["two", int8, "66.7%", "528", "B", "1", "264", "B"] in fields
+    assert [
+        "one",
+        int8,
+        "50.0%",
+        "264",
+        "B",
+        "0",
+        "0",
+        "B",
+    ] in fields  # what is missing there has failed
     assert "why media failed: python -m cache.ls --failures" in lines
+
+
+def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run) -> None:
+    space = make_space(tmp_path)
+    for number in range(250):
+        if number % space.rows_per_shard("picture") == 0:
+            shard = ShardWriter(space, "picture", space.next_shard("picture"))
+        shard.append(key(number), "full", row(number), error=number / 1000)
+        if shard.full or number == 249:
+            shard.commit()
+    fill(space, [1], kind="frame")
+    (summary,) = json.loads(run("--json"))["spaces"]
+    assert summary["error"]["picture"] == pytest.approx(
+        {"mean": 0.1245, "median": 0.1245, "p99": 0.24651, "largest": 0.249}, rel=1e-5
+    )
+    assert summary["error"]["frame"]["largest"] == pytest.approx(0.005)
+    lines = [line.split() for line in run().splitlines()]
+    assert [
+        space.spec.name,
+        "250",
+        "pictures",
+        "int8",
+        "0.12450",
+        "0.12450",
+        "0.24651",
+        "0.24900",
+    ] in lines
+
+
+def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
+    """Two pictures and a clip are there; a picture, a short clip and one of unknown length are missing."""
+    root = CacheRoot(tmp_path)
+    spec = replace(SPEC, packed_from="float16")
+    load = {"encoder": {"name": "demo"}}
+    space = Space.create(root, spec, load)
+    fill(space, [0, 1])
+    shard = ShardWriter(space, "frame", 0)
+    for us in (0, 500_000, 700_000):
+        shard.append(key(5), f"t:{us}", row(us, "frame"), time_s=us / 1e6)
+    shard.commit()
+    clips = [
+        MediaRecord(source=s, key=key(n), kind="video", duration_s=d)
+        for s, n, d in (("/f/here.mp4", 5, 0.7), ("/f/short.mp4", 6, 0.3))
+    ]
+    pictures = [MediaRecord(source=f"/f/{n}.png", key=key(n % 3)) for n in range(4)]
+    bad = MediaRecord(source="/f/bad.png", status="failed", stage="decode", error="cut short")
+    append_media(root, [*clips, *pictures, bad], "job")
+    names = ["0.png", "1.png", "2.png", "3.png", "bad.png", "here.mp4", "short.mp4", "new.mp4"]
+    samples = []
+    for name in names:
+        kind = "video" if name.endswith("mp4") else "picture"
+        ref = MediaRef(source=f"/f/{name}", kind=kind)
+        samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
+    write_samples(root, "f-1", samples)
+    values = json.loads(run("--json"))["datasets"][0]
+    need = values["needs"][spec.name]
+    picture, frame = spec.row_bytes("picture"), spec.row_bytes("frame")
+    assert values["coverage"] == {spec.name: 4 / 8}
+    assert need["reads"] == 2 * picture + 3 * frame  # 0.png and 3.png are one picture
+    assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
+    assert need["nbytes"] == picture + 130 * frame
+    assert need["command"] == (
+        "python -m encode.run --dataset f-1=folder:/f --encoder demo --codec int8 --pool 1 "
+        f"--features {tmp_path}"
+    )
+    assert f"complete: {need['command']}" in run().splitlines()
+
+
+def test_a_space_that_is_not_added_to_any_more_says_so(root: CacheRoot, run: Run) -> None:
+    values = json.loads(run("--json"))
+    assert all(space["closed"] for space in values["spaces"])
+    assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}
+    assert run().count("made before features were rounded to float16") == 2
 
 
 def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
@@ -161,4 +248,4 @@ def test_a_meter_reports_each_minute(
     assert capsys.readouterr().err == ""
     now += 61
     meter.add(500_000)
-    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 183 s left"
+    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 16.4 kB/s, 183 s left"

@@ -47,6 +47,7 @@ CHANGES: dict[str, Any] = {
     "codec": "fp16",
     "format": 2,
     "container": "webdataset",
+    "packed_from": "float16",
 }
 
 
@@ -91,6 +92,7 @@ def test_sizes_are_those_the_design_promises() -> None:
     [
         {"codec": "zip"},
         {"container": "rar"},
+        {"packed_from": "int4"},
         {"fit": "stretch"},
         {"patch_size": 15},
         {"pool_picture": 5},

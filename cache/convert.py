@@ -1,0 +1,226 @@
+"""Make another space of a float16 one, without the encoder: what encoding that way would have made.
+
+python -m cache.convert --codec int8                                # of the only fp16 space here
+python -m cache.convert --space clip --codec int4 --pool 2          # of that one; pictures pooled 2 x 2
+python -m cache.convert --codec fp16 --pool 2 --format webdataset
+
+The new space has the fingerprint that `encode.run` with these options gives, and the same stored bytes, so
+either may go on with it. That holds because features are rounded to float16 before they are pooled and
+packed; what rounding has changed otherwise is refused: rows of a lossy codec, rows pooled already. Only rows
+that are not there yet are converted: run it again when the first space has grown. Killed, the same command
+goes on. Exit 1: rows of the source were damaged; they are told, never converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import codec
+from cache.copying import (
+    ROW_OVERHEAD,
+    Change,
+    Rows,
+    check_room,
+    copy_rows,
+    damage_text,
+    full_disk_is_said,
+    holder,
+    missing,
+)
+from cache.layout import CacheRoot, Corrupt
+from cache.locks import DriverLock
+from cache.pooling import pool
+from cache.printing import Meter, bytes_text
+from cache.reader import FeatureReader, find_space
+from cache.space import read_info
+from cache.spec import KINDS, FeatureSpec
+from cache.writer import Space
+from configs import UserError, command, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make another space of a float16 one."""
+
+    features: Path = Path("cache")
+    """Folder of the cache."""
+    space: str | None = None
+    """The fp16 space to convert: its name, or how it begins; not needed where there is one."""
+    codec: Literal["fp16", "int8", "int4"] = "fp16"
+    """How rows of the new space are stored."""
+    pool: int | None = None
+    """Average n x n patches of a picture; as in the source when not given."""
+    frame_pool: int | None = None
+    """The same for frames of clips."""
+    format: Literal["zarr", "webdataset"] | None = None
+    """What the new space's shards are; as in the source when not given."""
+    plan: bool = False
+    """Say what there is to do, and stop."""
+
+
+def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
+    """The space to convert: the one named, or the only fp16 one.
+
+    Raises:
+        UserError: there is none, or there are several; or its codec has lost what it would take.
+    """
+    way_out = f"make one to convert from: python -m encode.run --codec fp16 --features {root.path}"
+    if name is None and (all_names := root.space_names()):
+        names = [n for n in all_names if read_info(root.space(n)).spec.codec == "fp16"]
+        if not names:
+            raise UserError(f"no fp16 space under {root.path}/ ({', '.join(all_names)}); {way_out}")
+        if len(names) > 1:
+            raise UserError(
+                f"{len(names)} fp16 spaces under {root.path}/, say which: --space {' | '.join(names)}"
+            )
+        name = names[0]
+    reader = FeatureReader(find_space(root, name))
+    if reader.spec.codec != "fp16":
+        raise UserError(
+            f"{reader.paths.name} is stored as {reader.spec.codec}, which has lost what encoding starts "
+            f"from; {way_out}"
+        )
+    return reader
+
+
+def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
+    """The spec that encoding with these options has.
+
+    Raises:
+        UserError: no such space can be, or it would not be identical to encoding it.
+    """
+    spec = source.spec
+    pools = {"picture": options.pool, "frame": options.frame_pool}
+    new = {kind: spec.pool(kind) if given is None else given for kind, given in pools.items()}
+    try:
+        target = replace(
+            spec,
+            codec=options.codec,
+            pool_picture=new["picture"],
+            pool_frame=new["frame"],
+            container=options.format or spec.container,
+            packed_from="float16",
+        )
+        target.row_bytes("picture")  # refuses a width the codec cannot divide
+    except ValueError as error:
+        raise UserError(f"{source.paths.name}: {error}") from None
+    for kind in KINDS:
+        if spec.pool(kind) == 1 or not source.rows(kind):
+            continue
+        if new[kind] != spec.pool(kind):
+            raise UserError(
+                f"{source.paths.name}: its {kind} rows are pooled {spec.pool(kind)} x {spec.pool(kind)} "
+                "and rounded; pooled again they would not be what encoding makes: convert a space with "
+                "pool 1, or encode them"
+            )
+        if spec.packed_from != "float16":
+            raise UserError(
+                f"{source.paths.name}: its {kind} rows were pooled before they were rounded, by an older "
+                "version; encoding does not make them so any more: encode them again"
+            )
+    if target.fingerprint == spec.fingerprint:
+        raise UserError(
+            f"{source.paths.name} is that already; say what to make: --codec, --pool, --frame-pool, --format"
+        )
+    return target
+
+
+def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict[str, Any]:
+    """How the encoder of the new space is built: as that of the source, but for the pooling."""
+    new = {**load, "converted_from": source}
+    if isinstance(load.get("encoder"), Mapping):
+        pools = {"pool_picture": spec.pool_picture, "pool_frame": spec.pool_frame}
+        new["encoder"] = {**load["encoder"], **pools}
+    return new
+
+
+def converter(source: FeatureSpec, target: FeatureSpec, kind: str) -> Change:
+    """What turns stored rows of `source` into those of `target`."""
+    window = target.pool(kind) // source.pool(kind)
+    shape = source.tokens(kind), source.width
+    tokens = target.tokens(kind)
+
+    def change(rows: Rows) -> tuple[Rows, npt.NDArray[np.float32]]:
+        """A row at a time: its values stay in the processor's cache."""
+        packed = np.empty((len(rows), target.row_bytes(kind)), np.uint8)
+        errors = np.empty(len(rows), np.float32)
+        for i, row in enumerate(rows):
+            halves = codec.unpack(row, "fp16", *shape)
+            features = pool(halves, window) if window > 1 else halves.astype(np.float32)
+            packed[i] = codec.pack(features, target.codec)
+            back = codec.unpack(packed[i], target.codec, tokens, target.width)
+            errors[i] = relative_error(features, back)
+        return packed, errors
+
+    return change
+
+
+def relative_error(features: npt.NDArray[np.float32], back: npt.NDArray[np.float16]) -> float:
+    """|back - features| / |features|; 0 for a row of zeros."""
+    norm = float(np.linalg.norm(features))
+    return float(np.linalg.norm(back.astype(np.float32) - features)) / norm if norm else 0.0
+
+
+def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Corrupt]:
+    """Make or complete the space; what is wrong with the rows that could not be converted.
+
+    Raises:
+        UserError: as `target_spec`; a job writes to the target; too little room.
+    """
+    spec = target_spec(source, options)
+    paths = root.space(spec.name)
+    if options.plan:
+        print(_todo(source, FeatureReader(paths) if paths.space_json.exists() else None, spec)[1])
+        return []
+    with DriverLock(paths, holder("cache.convert")):
+        here = FeatureReader(paths) if paths.space_json.exists() else None
+        positions, text = _todo(source, here, spec)
+        print(text, flush=True)
+        rows = {kind: len(found) for kind, found in positions.items()}
+        needed = sum(n * (spec.row_bytes(kind) + ROW_OVERHEAD) for kind, n in rows.items())
+        check_room(root.path, needed, f"the space {spec.name}")
+        space = Space.create(root, spec, target_load(source.load, spec, source.paths.name))
+        meter = Meter("convert", sum(n * source.spec.row_bytes(kind) for kind, n in rows.items()))
+        damaged = []
+        for kind, found in positions.items():
+            change = converter(source.spec, spec, kind)
+            damaged += copy_rows(source, space, kind, found, change=change, done=meter.add)
+        meter.close()
+    print(f"converted {source.paths.name}: {sum(rows.values()) - len(damaged):,} rows")
+    return damaged
+
+
+def _todo(
+    source: FeatureReader, here: FeatureReader | None, spec: FeatureSpec
+) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
+    """Kind -> positions of the rows to convert; and what to say of them."""
+    positions = {kind: missing(source, here, kind) for kind in KINDS}
+    rows = sum(map(len, positions.values()))
+    nbytes = sum(len(found) * spec.row_bytes(kind) for kind, found in positions.items())
+    total = sum(map(source.rows, KINDS))
+    return (
+        positions,
+        f"space    {spec.name}: {rows:,} of {total:,} rows to make ({bytes_text(nbytes)})",
+    )
+
+
+def main() -> int:
+    """The command; 1 when rows of the source were damaged."""
+    options = parse(Options, prog="python -m cache.convert", description=__doc__)
+    root = CacheRoot(options.features)
+    source = find_source(root, options.space)
+    with full_disk_is_said(root.path):
+        damaged = convert(root, source, options)
+    if damaged:
+        print(damage_text(damaged))
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    command(main)
