@@ -33,6 +33,7 @@ from cache.copying import (
     holder,
     missing,
 )
+from cache.index import save_index
 from cache.layout import CacheRoot, Corrupt
 from cache.locks import DriverLock
 from cache.pooling import pool
@@ -192,6 +193,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
             change = converter(source.spec, spec, kind)
             damaged += copy_rows(source, space, kind, found, change=change, done=meter.add)
         meter.close()
+        save_index(space.paths, space.info)
     print(f"converted {source.paths.name}: {sum(rows.values()) - len(damaged):,} rows")
     return damaged
 

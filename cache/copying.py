@@ -22,11 +22,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.commits import read_commits
 from cache.layout import Corrupt
 from cache.printing import bytes_text
 from cache.reader import RUN_BYTES, FeatureReader
-from cache.space import read_info
 from cache.writer import ShardWriter, Space
 from configs import UserError
 
@@ -61,30 +59,12 @@ def missing(
     wanted = []
     for start in range(0, len(index), _LOOKUP):
         positions = np.arange(start, min(start + _LOOKUP, len(index)))
-        keys = index.keys[positions]
-        views = [index.views[code] for code in index.view_codes[positions].tolist()]
-        first = index.lookup_pairs(keys, views) == index.rows(positions)
+        identities = index.keys[positions], index.columns.views[positions]
+        first = index.lookup_coded(*identities) == index.rows(positions)
         if target is not None:
-            first &= target.index[kind].lookup_pairs(keys, views) < 0
+            first &= target.index[kind].lookup_coded(*identities) < 0
         wanted.append(positions[first])
     return np.concatenate([np.empty(0, np.int64), *wanted])
-
-
-def codec_errors(
-    reader: FeatureReader, kind: str, positions: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """The relative error (n,) that the commits of these rows give."""
-    commits = read_commits(reader.paths, read_info(reader.paths), kind)
-    # By row number: the space may have grown since it was opened.
-    rows = np.concatenate([np.empty(0, np.int64), *(c.table["row"].to_numpy() for c in commits)])
-    errors = np.concatenate(
-        [np.empty(0, np.float32), *(c.table["error"].to_numpy() for c in commits)]
-    )
-    wanted = reader.index[kind].rows(positions)
-    at = np.searchsorted(rows, wanted)
-    if len(wanted) and (at.max() == len(rows) or (rows[at] != wanted).any()):
-        raise UserError(f"{reader.path} lost shards while it was read; run the same command again")
-    return errors[at]
 
 
 def check_room(folder: Path, nbytes: int, what: str) -> None:
@@ -161,7 +141,7 @@ def copy_rows(
         One finding a damaged row; those rows were not copied.
     """
     index = source.index[kind]
-    stored = codec_errors(source, kind, positions) if change is None else None
+    stored = index.columns.errors[positions] if change is None else None
     room = _room_wanted(index.keys[positions], target.rows_per_shard(kind))
     # Bytes that nothing is done to are written while the processor's cache still holds them.
     step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[kind].row_bytes)

@@ -32,6 +32,7 @@ from cache.copying import (
     holder,
     missing,
 )
+from cache.index import save_index
 from cache.layout import CacheRoot, Corrupt, SpacePaths, write_atomic
 from cache.locks import DriverLock
 from cache.merge_tables import (
@@ -125,8 +126,7 @@ def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
 def _different(there: FeatureReader, here: FeatureReader, kind: str) -> int:
     """Rows that both have, with different checksums."""
     index, ours = there.index[kind], here.index[kind]
-    views = [index.views[code] for code in index.view_codes.tolist()]
-    rows = ours.lookup_pairs(index.keys, views)
+    rows = ours.lookup_coded(index.keys, index.columns.views)
     both = np.flatnonzero(rows >= 0)
     return int((index.crcs[both] != ours.crcs[ours.positions(rows[both])]).sum())
 
@@ -141,6 +141,7 @@ def merge_space(news: SpaceNews, meter: Meter) -> list[Corrupt]:
     damaged = []
     for kind, positions in news.positions.items():
         damaged += copy_rows(news.source, target, kind, positions, done=meter.add)
+    save_index(target.paths, target.info)
     return damaged
 
 

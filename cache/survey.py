@@ -14,12 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.commits import read_commits
-from cache.layout import CacheRoot, SpacePaths
+from cache.layout import CacheRoot
 from cache.locks import driver_holder
 from cache.needs import Need, SpaceMedia, find_references
 from cache.reader import FeatureReader
-from cache.space import read_info
 from cache.spec import KINDS, PACKED_FROM
 from cache.tables import dataset_names, media_table
 from configs import UserError
@@ -115,8 +113,6 @@ def open_spaces(
         summaries.append(summary)
         try:
             reader = FeatureReader(paths)
-            if errors:
-                summary.error = codec_errors(paths)
         except UserError as error:  # damaged, or of another format
             summary.damage = str(error)
             continue
@@ -131,20 +127,17 @@ def open_spaces(
         summary.shards = {kind: len(of) for kind, of in sizes.items()}
         summary.bytes_of = {kind: sum(of.values()) for kind, of in sizes.items()}
         summary.nbytes = sum(summary.bytes_of.values())
+        if errors:
+            summary.error = codec_errors(reader)
     return summaries, readers
 
 
-def codec_errors(paths: SpacePaths) -> dict[str, CodecError]:
-    """Of each kind that has rows: one pass over the commits.
-
-    Raises:
-        UserError: the space cannot be read.
-    """
-    info, found = read_info(paths), {}
-    for kind in KINDS:
-        columns = [c.table["error"].to_numpy() for c in read_commits(paths, info, kind)]
-        if columns:
-            errors = np.concatenate(columns)
+def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
+    """Of each kind that has rows, as measured when they were packed."""
+    found = {}
+    for kind, index in reader.index.items():
+        if len(index):
+            errors = index.columns.errors
             median, p99 = np.percentile(errors, (50, 99)).tolist()
             mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
             found[kind] = CodecError(mean=mean, median=median, p99=p99, largest=largest)

@@ -67,7 +67,7 @@ def test_int4_takes_off_what_all_tokens_of_a_row_share() -> None:
     assert len(row) == codec.row_bytes("int4", 64, 128) == 64 * (64 + 4) + 256
     assert len(codec.pack(x[:31], "int4")) == 31 * (64 + 4)
     mean = row[-256:].view("<f2")
-    assert np.array_equal(mean, x.mean(0, dtype=np.float64).astype(np.float16))
+    assert np.array_equal(mean, x.astype(np.float16).mean(0, dtype=np.float64).astype(np.float16))
     exact = np.broadcast_to(shared.astype(np.float16), (64, 128))
     assert np.array_equal(codec.unpack(codec.pack(exact, "int4"), "int4", 64, 128), exact)
 
