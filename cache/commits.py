@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.columns import KEY_BYTES
 from cache.layout import UNSEALED, Corrupt, SpacePaths, check_seal, seal
-from cache.row_index import KEY_BYTES, RowIndex
+from cache.row_index import RowIndex
 from cache.space import SpaceInfo
 
 __all__ = [

@@ -27,9 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.checksum import crc32c
+from cache.columns import ROW_COLUMNS, SHARD_COLUMNS, Columns, view_names
 from cache.commits import Commit, read_commit
 from cache.layout import UNSEALED, Corrupt, SpacePaths, check_seal, new_file, seal
-from cache.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
+from cache.row_index import RowIndex
 from cache.space import SpaceInfo
 from cache.spec import KINDS
 
@@ -170,8 +171,9 @@ def _unchanged(
     same = {}
     for at, (number, size, mtime_ns) in enumerate(old.files.tolist()):
         now_bytes, now_ns = stats.get(number, (-1, 0))
-        path = paths.commit(kind, number)
-        if now_bytes == size and (now_ns == mtime_ns or _sealed_so(path, old.seals[at].tobytes())):
+        if now_bytes == size and (
+            now_ns == mtime_ns or _sealed_so(paths.commit(kind, number), old.seals[at].tobytes())
+        ):
             same[number] = at
     return same
 
@@ -262,7 +264,8 @@ def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
         flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
         data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
     arrays = {
-        name: _array(data, entry, path, name, deep) for name, entry in values["arrays"].items()
+        name: _array(data, entry, path, name, deep or name == "names")
+        for name, entry in values["arrays"].items()
     }
     columns = Columns(
         **{name: arrays[name] for name in (*SHARD_COLUMNS, *ROW_COLUMNS)},
@@ -277,12 +280,12 @@ def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
 
 
 def _array(
-    data: mmap.mmap, entry: Mapping[str, Any], path: Path, name: str, deep: bool
+    data: mmap.mmap, entry: Mapping[str, Any], path: Path, name: str, checked: bool
 ) -> npt.NDArray[Any]:
     dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["offset"]
     stored = (entry["stored"], *shape[1:])
     nbytes = dtype.itemsize * int(np.prod(stored))
-    if deep:
+    if checked:
         with memoryview(data) as whole:
             if crc32c(whole[offset : offset + nbytes + -nbytes % ALIGN_BYTES]) != entry["crc32c"]:
                 raise Corrupt(path, f"its {name} fail their checksum", WAY_OUT)

@@ -6,11 +6,12 @@ is locked, nothing written. Files are opened when first needed; the least recent
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from cache.layout import Corrupt, SpacePaths
 
@@ -26,6 +27,17 @@ class ShardFiles(Protocol):
         """
 
 
+@runtime_checkable
+class AheadFiles(ShardFiles, Protocol):
+    """Shard files that can begin several reads at once."""
+
+    def read_now(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
+        """As `read` if that needs no waiting; else False, and what is in `targets` is meaningless."""
+
+    def begin(self, kind: str, places: Iterable[tuple[int, int, int]]) -> None:
+        """Begin to fetch (shard, offset, bytes), each of which will be read soon."""
+
+
 class LocalFiles:
     """The shards below a folder."""
 
@@ -37,20 +49,43 @@ class LocalFiles:
             sizes: kind -> shard -> bytes, as committed.
         """
         self._paths = paths
+        can_tell = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")
+        self._nowait: int = os.RWF_NOWAIT if can_tell else 0
         # No method of ours inside: files close with the last reference, not with the next collection.
         self._file = functools.lru_cache(open_files())(functools.partial(_open, paths, sizes))
 
     def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """See ShardFiles. One system call, unless it is interrupted."""
         file = self._file(kind, shard)
-        wanted = len(targets[0]) if len(targets) == 1 else sum(map(len, targets))
         try:
-            whole = os.preadv(file.fd, targets, offset) == wanted or file.read(targets, offset)
+            got = os.preadv(file.fd, targets, offset)
+            whole = got == _length(targets) or file.read(targets, offset)
         except OSError as error:  # a dying disk
             why = error.strerror or str(error)
             raise corrupt_shard(self._paths, kind, shard, why) from error
         if not whole:
             raise corrupt_shard(self._paths, kind, shard, "it ends early")
+
+    def read_now(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
+        """See AheadFiles: from the page cache, at no more cost than `read`."""
+        if self._nowait:
+            try:
+                file = self._file(kind, shard)  # open until it is read
+                got = os.preadv(file.fd, targets, offset, self._nowait)
+                return got == _length(targets)
+            except BlockingIOError:
+                return False
+            except OSError:  # this file system cannot tell; or `read` meets it again, and says so
+                self._nowait = 0
+        self.read(kind, shard, offset, targets)
+        return True
+
+    def begin(self, kind: str, places: Iterable[tuple[int, int, int]]) -> None:
+        """See AheadFiles: the disk works on all of them at a time."""
+        for shard, offset, nbytes in places:
+            with contextlib.suppress(Corrupt, KeyError, OSError):  # whoever reads it says so
+                file = self._file(kind, shard)
+                os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _open(
@@ -80,13 +115,17 @@ class _ShardFile:
 
     def read(self, targets: Sequence[memoryview], offset: int) -> bool:
         """Fill `targets`, in as many calls as it takes; False at the file's end."""
-        wanted, got = sum(map(len, targets)), 0
+        wanted, got = _length(targets), 0
         while got < wanted:  # an interrupted call, or a file cut short since it was opened
             more = os.preadv(self.fd, _after(targets, got), offset + got)
             if not more:
                 return False
             got += more
         return True
+
+
+def _length(targets: Sequence[memoryview]) -> int:
+    return len(targets[0]) if len(targets) == 1 else sum(map(len, targets))
 
 
 def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:

@@ -93,9 +93,9 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
     calls: list[int] = []
     real = os.preadv
 
-    def counted(fd: int, buffers: list[memoryview], at: int) -> int:
+    def counted(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
         calls.append(len(buffers))
-        return real(fd, buffers, at)
+        return real(fd, buffers, at, flags)
 
     monkeypatch.setattr(os, "preadv", counted)
     seen = FeatureReader(filled.paths)
@@ -118,19 +118,53 @@ def test_reads_that_come_up_short_are_continued(
     real = os.preadv
     chunk = 0
 
-    def short(fd: int, buffers: list[memoryview], at: int) -> int:
+    def short(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
         left = chunk
         some = []
         for buffer in buffers:
             some.append(buffer[:left])
             left -= len(some[-1])
-        return real(fd, some, at)
+        return real(fd, some, at, flags)
 
     monkeypatch.setattr(os, "preadv", short)
     out = np.empty((4, SPEC.row_bytes("picture")), np.uint8)
     for chunk in (1, 97, 266, 700):  # noqa: B007 - `short` reads it: ends within rows and crcs
         FeatureReader(filled.paths).read_into("picture", np.arange(4), out)
         np.testing.assert_array_equal(out, [row(number) for number in (3, 1, 2, 0)])
+
+
+def test_what_is_not_in_memory_is_begun_together(
+    filled: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the page cache held shard 0 alone; then as if this file system could not tell."""
+    begun: list[tuple[int, int]] = []
+    real = os.preadv
+    first = filled.paths.shard("picture", 0).stat().st_ino
+    answer: OSError = BlockingIOError()
+
+    def only_first(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        if flags and os.fstat(fd).st_ino != first:
+            raise answer
+        return real(fd, buffers, at, flags)
+
+    monkeypatch.setattr(os, "preadv", only_first)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, __: begun.append((at, size)))
+    monkeypatch.setattr(reader, "AHEAD_RUNS", 2)
+    wanted = [9, 3, 8, 6, 4, 0]
+    slot_bytes = SPEC.row_bytes("picture") + 4
+    for answer, expected in (  # noqa: B007 - `only_first` reads it
+        (BlockingIOError(), [(0, 2 * slot_bytes), (0, slot_bytes), (0, slot_bytes)]),
+        (OSError(95, "Operation not supported"), []),
+    ):
+        out = np.zeros((6, SPEC.row_bytes("picture")), np.uint8)
+        begun.clear()
+        FeatureReader(filled.paths).read_into("picture", np.array([ROWS[n] for n in wanted]), out)
+        np.testing.assert_array_equal(out, [row(n) for n in wanted])
+        assert begun == expected, "4 and 6 side by side; 8; then 9"
+    begun.clear()
+    seen = FeatureReader(filled.paths)
+    with pytest.raises(IndexError):  # what is begun need not be there; what is read must
+        seen.read_into("picture", np.array([0, 4, 12, 400]), np.empty((4, out.shape[1]), np.uint8))
 
 
 def test_what_cannot_be_read_is_refused(filled: Space) -> None:

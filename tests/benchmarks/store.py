@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import command, parse
-from tests.benchmarks import stores
+from tests.benchmarks import store_peers
 from tests.benchmarks.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {
@@ -40,18 +40,18 @@ SHAPES = {
 codec, and of a pooled fp16 frame. Reading looks at bytes only, so all are stored as fp16."""
 
 PEERS = (
-    stores.ZarrPython,
-    stores.Zarrs,
-    stores.TensorStore,
-    stores.WebDataset,
-    stores.Mds,
-    stores.LitData,
-    stores.Lance,
-    stores.SafeTensors,
+    store_peers.ZarrPython,
+    store_peers.Zarrs,
+    store_peers.TensorStore,
+    store_peers.WebDataset,
+    store_peers.Mds,
+    store_peers.LitData,
+    store_peers.Lance,
+    store_peers.SafeTensors,
 )
 COLUMNS = ("single", "batch", "sequential", "single, cold", "batch, cold", "write")
 WARM = COLUMNS[:3]
-READ_BYTES = 48 << 20
+READ_BYTES = 96 << 20
 """About what one store reads in one round of one column."""
 
 
@@ -81,6 +81,8 @@ class Figures:
             lambda: defaultdict(list)
         )
         self.rows: dict[tuple[str, str], int] = {}
+        self.names: list[str] = []
+        """Of stores, as the tables list them."""
 
     def add(self, size: str, column: str, store: Store, seconds: float) -> None:
         """One measurement."""
@@ -147,10 +149,10 @@ def written(
     row = make_rows(shape)
     for kind in PEERS if options.peers else ():
         try:
-            if kind is stores.Mds:
+            if kind is store_peers.Mds:
                 place = options.environments.expanduser() / "mds"
-                stores.Mds.python = stores.mds_python(place, timeout_s=600)
-            same_files = issubclass(kind, stores.ZarrPython)
+                store_peers.Mds.python = store_peers.mds_python(place, timeout_s=600)
+            same_files = issubclass(kind, store_peers.ZarrPython)
             store = kind(folder / "ours" if same_files else folder / kind.__name__, shape)
             if not same_files:
                 store.prepare()
@@ -265,6 +267,8 @@ def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
                     peers.append(peer)
             readers += peers
             writers += [type(peer) for peer in peers]
+        if size == "fp16":
+            figures.names = ["ours", *(reader.name for reader in readers)]
         read_warm(figures, size, readers, count, options.rounds)
         read_cold(figures, size, readers, count, few)
         for reader in readers:
@@ -307,8 +311,8 @@ def tables(figures: Figures) -> str:
         lines += [f"{size}: rows of {2 * tokens * width:,} bytes; rows/s (MB/s).", ""]
         lines.append("| | " + " | ".join(COLUMNS) + " |")
         lines.append("|---" * (len(COLUMNS) + 1) + "|")
-        names = dict.fromkeys(n for c in COLUMNS for n in figures.seconds[size, c])
-        for name in names:
+        measured = {name for column in COLUMNS for name in figures.seconds[size, column]}
+        for name in filter(measured.__contains__, figures.names):
             cells = []
             for column in COLUMNS:
                 if name in figures.seconds[size, column]:
