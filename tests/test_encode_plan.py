@@ -268,6 +268,7 @@ def test_a_job_that_cannot_fit_is_refused_with_what_would() -> None:
     assert lines[0].split() == ["codec", "pool", "1", "pool", "2", "pool", "3", "pool", "4"]
     assert lines[1].split()[:4] == ["fp16", "846", "GB", "-"]
     assert lines[2].split()[4:7] == ["109", "GB", "fits"]
+    assert lines[3].split()[:7] == ["int4", "226", "GB", "-", "57.8", "GB", "fits"]
 
 
 def test_the_last_bytes_of_a_disk_stay_free() -> None:

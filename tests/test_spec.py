@@ -85,6 +85,8 @@ def test_sizes_are_those_the_design_promises() -> None:
     assert SPEC.row_bytes("picture") == 608_256  # 0.61 MB
     fp16 = dataclasses.replace(SPEC, codec="fp16")
     assert fp16.row_bytes("picture") == 1_179_648  # 1.18 MB
+    int4 = dataclasses.replace(SPEC, codec="int4")
+    assert int4.row_bytes("picture") == 315_392  # 0.32 MB
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -156,11 +157,15 @@ def tables(data: dict[str, Features]) -> list[tuple[str, str, str, bool]]:
 def speed() -> list[tuple[str, str, str, bool]]:
     """Prints how fast rows unpack; the requirements' lines."""
     lines = []
-    print("\nunpack, GB/s of float16    torch, 1 thread   2 threads   numpy, 1 thread   2 threads")
+    print("\n               unpack, GB/s of float16                         pack, ms of CPU a row")
+    print("          torch, 1 thread   2 threads   numpy, 1 thread   2 threads    torch, 1 thread")
     step = step_seconds()
-    for name in codec.CODECS:
+    row = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    for name in LIMITS:  # fp16 is a view
         cells = [gigabytes_per_second(name, t, lib) for lib in ("torch", "numpy") for t in (1, 2)]
-        print(f"{name:25}{cells[0]:17.2f}{cells[1]:12.2f}{cells[2]:18.2f}{cells[3]:12.2f}")
+        packing = 1e3 * seconds(partial(quantize.pack, row, name), time.process_time)
+        speeds = f"{cells[0]:17.2f}{cells[1]:12.2f}{cells[2]:18.2f}{cells[3]:12.2f}"
+        print(f"{name:8}{speeds}{packing:19.0f}")
         share = TOKENS * WIDTH * 2 / 1e9 / cells[0] / step
         lines.append((f"{name} unpack / step, one thread", f"{share:.3%}", "<= 1%", share <= 0.01))
     print(f"a step's 28 layers: {step:.1f} s of CPU, {TOKENS} + {TEXT_TOKENS} tokens")

@@ -168,13 +168,13 @@ def all_results(options: Options, folder: Path) -> dict[tuple[str, int], Result]
 # ---- differences
 
 
-def over_seeds(differences: Sequence[float]) -> tuple[float, float]:
+def over_seeds(differences: Sequence[float]) -> str:
     """Mean, and half of its 95 % interval (Student's, paired)."""
-    n = len(differences)
+    n, mean = len(differences), float(np.mean(differences))
     if n < 2:
-        return float(np.mean(differences)), float("nan")
-    spread = float(np.std(differences, ddof=1)) / n**0.5
-    return float(np.mean(differences)), float(stats.t.ppf(0.975, n - 1)) * spread
+        return f"{mean:+.4f} (one seed: no interval)"
+    half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(differences, ddof=1)) / n**0.5
+    return f"{mean:+.4f} ± {half:.4f} over {n} seeds"
 
 
 def over_pictures(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, float]:
@@ -214,20 +214,14 @@ def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
     print("\ndifference from fp16, and its 95 % interval")
     for codec in CODECS[1:]:
         pairs = list(zip(of[codec], base, strict=True))
-        loss = over_seeds([a.loss - b.loss for a, b in pairs])
-        right = over_seeds([a.accuracy - b.accuracy for a, b in pairs])
         low, high = over_pictures(of[codec], base)
-        print(f"{codec:6}loss         {loss[0]:+.4f} ± {loss[1]:.4f} over seeds")
-        print(f"{codec:6}exact match  {right[0]:+.4f} ± {right[1]:.4f} over seeds, "
-              f"{low:+.4f} to {high:+.4f} over drawings")  # fmt: skip
+        print(f"{codec:6}loss         {over_seeds([a.loss - b.loss for a, b in pairs])}")
+        right = over_seeds([a.accuracy - b.accuracy for a, b in pairs])
+        print(f"{codec:6}exact match  {right}; {low:+.4f} to {high:+.4f} over drawings")
         for task in sorted(set(base[0].task.values())):
             mine = [s for s, t in base[0].task.items() if t == task]
-            part = over_seeds(
-                [float(np.mean([a.right[s] - b.right[s] for s in mine])) for a, b in pairs]
-            )
-            print(
-                f"{'':8}{task:11}{part[0]:+.4f} ± {part[1]:.4f} over seeds, {len(mine)} questions"
-            )
+            part = [float(np.mean([a.right[s] - b.right[s] for s in mine])) for a, b in pairs]
+            print(f"{'':8}{task:11}{over_seeds(part)}, {len(mine)} questions")
 
     print()
     paired = all(
