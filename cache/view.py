@@ -23,6 +23,9 @@ from configs import UserError, command, parse
 
 PROG = "python -m cache.view"
 
+MOST = 500
+"""Pictures of one page: 2.4 GB of memory for features of 576 x 1024, 20 MB of page."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -42,8 +45,8 @@ class Options:
     """Folder of kept downloads (as encode.run --keep-media): thumbnails of what came from the web."""
 
     def __post_init__(self) -> None:
-        if self.pictures < 1:
-            raise ValueError(f"--pictures {self.pictures}: must be at least 1")
+        if not 1 <= self.pictures <= MOST:
+            raise ValueError(f"--pictures {self.pictures}: must be 1 to {MOST}")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be 0 or more")
 

@@ -45,7 +45,7 @@ def _colour_legend(found: Findings) -> str:
     return (
         '<p><i class="rgb"></i><span><b>Colour</b>: the three directions in which the tokens on this page '
         f"differ most, as red, green and blue: {sum(shares):.0%} of their variance ({each}). One basis "
-        "for all pictures and clips: equal colours mean equal content.</span></p>"
+        "for all pictures and clips: equal colours mean similar features.</span></p>"
     )
 
 
@@ -58,7 +58,7 @@ def _norm_legend(found: Findings, kind: str) -> str:
     outliers = (
         f"Rings mark outliers, longer than {limit}."
         if rings
-        else f"No token here is an outlier, longer than {limit}."
+        else f"No token here is an outlier (longer than {limit})."
     )
     return (
         f'<p><i class="heat"></i><span><b>Norm</b>: the length of each token, dark {number(norms.low)} '

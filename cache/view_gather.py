@@ -22,7 +22,7 @@ from cache.spec import KINDS
 from cache.survey import DatasetSummary, Failures, list_failures, summarise_datasets
 from cache.view_figures import Basis, Channels, Floats
 from cache.view_media import Medium, look_up, thumbnail
-from cache.view_rows import Chosen, Errors, Ledger, choose, newest_commit, read_rows, sample
+from cache.view_rows import Chosen, Errors, Recorded, choose, newest_commit, read_rows, sample
 from configs import UserError
 
 TOUCH_BYTES = 1 << 20
@@ -154,9 +154,9 @@ def gather(
         norms[kind], of_kind = _distributions(reader, kind, seed)
         channels = channels or of_kind
     assert channels is not None
-    ledger = Ledger(reader=reader)
+    recorded = Recorded(reader)
     chosen = choose(reader, pictures, seed)
-    shown, basis, touch = _show(root, reader, chosen, norms, ledger, keep)
+    shown, basis, touch = _show(root, reader, chosen, norms, recorded, keep)
     return Findings(
         reader=reader,
         newest=newest_commit(reader.paths, kinds),
@@ -167,7 +167,7 @@ def gather(
         norms=norms,
         channels=channels,
         channels_kind=kinds[0],
-        errors={kind: ledger.spread(kind, seed) for kind in kinds},
+        errors={kind: recorded.spread(kind, seed) for kind in kinds},
         datasets=summarise_datasets(root, {reader.paths.name: reader}),
         failures=list_failures(root),
     )
@@ -195,7 +195,7 @@ def _show(
     reader: FeatureReader,
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
-    ledger: Ledger,
+    recorded: Recorded,
     keep: Path | None,
 ) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
     """The media with their pictures; the basis fitted to all of them; the script's directions."""
@@ -211,7 +211,7 @@ def _show(
         picture, absent = None, "clips are shown by their features"
         if one.kind == "picture":
             picture, absent = thumbnail(media[one.key], one.key, reader.spec, keep)
-        errors = ledger.of_rows(one.kind, one.rows).tolist()
+        errors = recorded.of_rows(one.kind, one.rows).tolist()
         limit = norms[one.kind].limit
         shown.append(
             Shown(

@@ -6,7 +6,7 @@ A space may hold millions of rows: a few are read, spread evenly over all of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -150,24 +150,24 @@ def read_rows(
     return codec.unpack(packed, reader.spec.codec, tokens, width).astype(np.float32)
 
 
-@dataclass(kw_only=True)
-class Ledger:
-    """What the commits of a space record beside its rows."""
+class Recorded:
+    """Codec errors as the commits of a space record them, each commit read once."""
 
-    reader: FeatureReader
-    """Of the space."""
-    _errors: dict[tuple[str, int], npt.NDArray[np.float64]] = field(default_factory=dict)
+    def __init__(self, reader: FeatureReader):
+        self._reader = reader
+        self._info = read_info(reader.paths)
+        self._errors: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
 
     def of_rows(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Relative codec error (n,) of rows (n,); NaN where it was not measured."""
-        slots = self.reader.geometry[kind].slots
+        slots = self._reader.geometry[kind].slots
         shards, at = np.divmod(rows, slots)
         pairs = zip(shards.tolist(), at.tolist(), strict=True)
         return np.array([self._shard(kind, shard)[slot] for shard, slot in pairs], np.float64)
 
     def spread(self, kind: str, seed: int) -> Errors:
         """The errors of all rows of some shards: of all shards, where there are few."""
-        index, slots = self.reader.index[kind], self.reader.geometry[kind].slots
+        index, slots = self._reader.index[kind], self._reader.geometry[kind].slots
         # Through rows, since those alone say which shards exist.
         some = spread(64 * SAMPLE_SHARDS, len(index), np.random.default_rng(seed))
         shards = np.unique(index.rows(some) // slots)
@@ -182,10 +182,8 @@ class Ledger:
 
     def _shard(self, kind: str, shard: int) -> npt.NDArray[np.float64]:
         if (kind, shard) not in self._errors:
-            paths = self.reader.paths
-            commit = read_commit(paths, read_info(paths), kind, shard)
-            errors = commit.table["error"].to_numpy().astype(np.float64)
-            self._errors[kind, shard] = errors
+            commit = read_commit(self._reader.paths, self._info, kind, shard)
+            self._errors[kind, shard] = commit.table["error"].to_numpy().astype(np.float64)
         return self._errors[kind, shard]
 
 

@@ -167,8 +167,8 @@ def failures(found: Findings) -> str:
     return (
         '<section><h2>Failures</h2><p class="hint">Of the whole cache. All of them: '
         f"<code>python -m cache.ls --failures</code>.{rest}</p>"
-        '<div class="failures"><table><thead><tr><th scope="col">stage</th><th scope="col">media</th>'
-        f'</tr></thead><tbody>{counts}</tbody></table><div class="scroll"><table><thead><tr>'
+        '<div class="failures"><div><table><thead><tr><th scope="col">stage</th><th scope="col">media</th>'
+        f'</tr></thead><tbody>{counts}</tbody></table></div><div class="scroll"><table><thead><tr>'
         '<th scope="col">stage</th><th scope="col" class="text">reason</th>'
         '<th scope="col" class="text">host</th><th scope="col" class="text">data set</th>'
         f'<th scope="col">media</th></tr></thead><tbody>{reasons}</tbody></table></div></div></section>'

@@ -499,7 +499,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
         source=str(path), key=name, width=500, height=300, bytes=path.stat().st_size
     )
     append_media(root, [record], "job")
-    said = (Message(role="user", content="<image>"), Message(role="assistant", content="A noise."))
+    said = (Message(role="user", content="<image>"), Message(role="assistant", content=HOSTILE))
     ref = MediaRef(source=str(path))
     samples = [
         Sample(id="0", dataset="d", messages=(), media=(ref, ref)),
@@ -508,7 +508,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
     write_samples(root, "d", samples)
     page = Page(render(find(tmp_path / "cache"), seed=0))
     (image,) = (tag for tag in page.all("img") if tag.get("class") == "thumb")
-    assert image["alt"] == "A noise."
+    assert image["alt"] == HOSTILE
     data = base64.b64decode((image["src"] or "").split(",")[1])
     with Image.open(io.BytesIO(data)) as shown:
         assert shown.size == (336, 202)
@@ -531,7 +531,8 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("argv", "message"),
     [
         (["--features", "{nowhere}"], "no cache at"),
-        (["--pictures", "0"], "--pictures 0: must be"),
+        (["--pictures", "0"], "--pictures 0: must be 1 to 500"),
+        (["--pictures", "501"], "--pictures 501: must be 1 to 500"),
         (["--seed", "-1"], "--seed -1: must be"),
         (["--out", "{here}"], "a folder; name a file"),
         (["--space", "nix"], "no space 'nix'"),
