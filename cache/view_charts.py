@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from cache.svg import nice_ticks, number
 
-WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 40, 30
+WIDTH, HEIGHT = 440, 240
+LEFT, RIGHT, TOP, BOTTOM = 46, 22, 54, 30
 BINS = 48
 """Of a histogram, at most."""
+
+TAG_APART = 0.08
+"""Of a chart's width: channels nearer than that to a louder one go without their number."""
 
 Values = npt.NDArray[np.floating]
 
@@ -139,9 +142,12 @@ def spikes(mean: Values, std: Values, named: Sequence[int], *, title: str, note:
         for i, (m, s) in enumerate(zip(mean, std, strict=True))
     )
     spike = "".join(f"M{i} {y(0):.2f}V{y(m):.2f}" for i, m in enumerate(mean))
+    tagged: list[int] = []
+    for at in named:
+        if all(abs(at - other) > TAG_APART * total for other in tagged):
+            tagged.append(at)
     labels = "".join(
-        f'<span class="tag" style="left:{100 * (i + 0.5) / total:.2f}%">{i}</span>'
-        for i in named[:4]
+        f'<span class="tag" style="left:{100 * (i + 0.5) / total:.2f}%">{i}</span>' for i in tagged
     )
     return (
         f'<figure class="wide"><figcaption><b>{escape(title)}</b><span class="legend a">mean</span>'
@@ -186,10 +192,10 @@ class _Frame:
 
 
 def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[str]:
-    """Vertical lines, the labels in two rows above the plot so that neighbours do not touch."""
+    """Vertical lines, the labels in three rows above the plot so that neighbours do not touch."""
     parts = []
     for at, mark in enumerate(sorted(marks, key=lambda mark: mark.value)):
-        x, y = frame.x(mark.value), 14 + 15 * (at % 2)
+        x, y = frame.x(mark.value), 12 + 15 * (at % 3)
         anchor = "end" if x > 0.62 * WIDTH else "start"
         shift = -4 if anchor == "end" else 4
         parts.append(

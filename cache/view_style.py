@@ -110,6 +110,7 @@ transform:translateY(-50%)}
 .tag{position:absolute;transform:translateX(-50%);font-size:12px;color:var(--ink)}
 table{width:100%;border-collapse:collapse;font-size:14px}
 th,td{padding:7px 12px;text-align:right;border-top:1px solid var(--line);font-weight:400;vertical-align:top}
+th{overflow-wrap:normal}td:not(.text){white-space:nowrap}
 th:first-child{text-align:left}thead th,thead td{border:0;color:var(--soft);font-size:13px}
 .text{text-align:left}
 section>.scroll,.failures>*,details .scroll{background:var(--card);border:1px solid var(--line);
@@ -120,8 +121,10 @@ border-radius:14px;overflow:auto}
 .bar b{display:block;height:100%;background:var(--a);border-radius:4px}
 details{margin-top:56px}summary{cursor:pointer;color:var(--soft);margin-bottom:12px}
 .recipe td{font:13px ui-monospace,SFMono-Regular,Menlo,monospace}
+td.text{min-width:80px}.failures td:nth-child(2).text{min-width:170px}
+.recipe th{width:1%;white-space:nowrap}
 footer{padding-top:30px;padding-bottom:60px}
-@media (max-width:760px){.inner,main,footer{padding:0 16px}
+@media (max-width:760px){.inner,main{padding:0 16px}footer{padding:30px 16px 40px}
 .legends,.charts,.failures,.clips{grid-template-columns:minmax(0,1fr)}
 .banner,.banner img{height:72px}.banner img{flex-basis:72px}.lead{font-size:16px}h2{margin-top:48px}
 .boxes{grid-template-columns:1fr 1fr}.boxes div:last-child:nth-child(odd){grid-column:1/-1}
@@ -129,7 +132,7 @@ footer{padding-top:30px;padding-bottom:60px}
 .strip{grid-template-columns:repeat(var(--m),1fr)}
 .below{grid-template-columns:minmax(0,1fr);padding:6px 6px 0}
 .tick,.label{font-size:14px}figure{padding:14px 12px 12px}
-.facts{grid-template-columns:1fr 1fr;gap:12px 16px}th,td{padding:7px 8px}footer{padding-bottom:40px}
+.bar{display:none}.facts{grid-template-columns:1fr 1fr;gap:12px 16px}th,td{padding:7px 8px}
 .pairs{grid-template-columns:repeat(auto-fill,minmax(120px,1fr))}}
 @media (max-width:400px){.about{grid-template-columns:72px 1fr;gap:12px}.stage.small{width:72px}}
 """
