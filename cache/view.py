@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = gather(
         root, reader, pictures=options.pictures, seed=options.seed, keep=options.keep_media
     )
-    page = render(found, seed=options.seed).encode(errors="replace")
+    page = render(found).encode(errors="replace")
     write_atomic(options.out, page)
     print(f"{options.out}: {len(found.shown)} pictures and clips, {bytes_text(len(page))}")
     return 0

@@ -107,6 +107,10 @@ class Findings:
 
     reader: FeatureReader
     """Of the space."""
+    pictures: int
+    """Media asked for."""
+    seed: int
+    """Of the draw."""
     newest: datetime | None
     """When its last shard was committed."""
     writer: str | None
@@ -159,6 +163,8 @@ def gather(
     shown, basis, touch = _show(root, reader, chosen, norms, recorded, keep)
     return Findings(
         reader=reader,
+        pictures=pictures,
+        seed=seed,
         newest=newest_commit(reader.paths, kinds),
         writer=driver_holder(reader.paths),
         shown=shown,

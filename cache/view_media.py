@@ -184,8 +184,10 @@ def _decode(data: bytes) -> Image.Image:
     """RGB, upright, at most about twice THUMBNAIL where the format allows a cheap reduction."""
     Image.init()
     known = tuple(name for name in FORMATS if name in Image.OPEN)
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=known) as image:
-        warnings.simplefilter("ignore")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        Image.open(io.BytesIO(data), formats=known) as image,
+    ):
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("too many pixels")
         image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))

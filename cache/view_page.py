@@ -24,7 +24,7 @@ BANNER = 12
 """Feature maps across the top."""
 
 
-def render(found: Findings, *, seed: int) -> str:
+def render(found: Findings) -> str:
     """The whole page."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
@@ -46,7 +46,7 @@ def render(found: Findings, *, seed: int) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(found.reader.paths.name)}</title><style>{STYLE}</style></head><body>"
         f"{head(found)}<main>{boxes(found)}{facts(found)}{''.join(sections)}</main>"
-        f"{foot(found, seed)}{touch_data(found)}<script>{SCRIPT}</script></body></html>\n"
+        f"{foot(found)}{touch_data(found)}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -136,11 +136,11 @@ def recipe(found: Findings) -> str:
     )
 
 
-def foot(found: Findings, seed: int) -> str:
+def foot(found: Findings) -> str:
     """How to have this page again."""
     command = (
         f"python -m cache.view --space {found.reader.paths.name} "
-        f"--pictures {len(found.shown)} --seed {seed}"
+        f"--pictures {found.pictures} --seed {found.seed}"
     )
     return (
         f"<footer><code>{escape(command)}</code><br>"

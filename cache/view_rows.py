@@ -76,7 +76,7 @@ def choose(reader: FeatureReader, count: int, seed: int) -> list[Chosen]:
     pictures, frames = reader.index["picture"], reader.index["frame"]
     clip_count = count
     if len(pictures):
-        clip_count = count // CLIPS_OF
+        clip_count = max(count // CLIPS_OF, count - len(pictures))
     clips = [_clip(reader, at) for at in _distinct(frames, clip_count, rng)]
     shown = [_picture(reader, at) for at in _distinct(pictures, count - len(clips), rng)]
     return shown + clips

@@ -198,7 +198,7 @@ def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
     vectors = found.basis.project(np.concatenate(rows).reshape(-1, 64), codes.shape[1])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert np.abs(codes @ codes.T / 127**2 - unit @ unit.T).max() < 0.03
-    page = Page(render(found, seed=0))
+    page = Page(render(found))
     starts = [int(tag["data-at"] or 0) for tag in page.all("div") if "data-at" in tag]
     assert starts == [4 * at for at in range(6)]
     (data,) = (text for attrs, text in page.scripts if attrs.get("type") == "text/plain")
@@ -216,7 +216,7 @@ def test_outliers_are_marked_where_they_are(tmp_path: Path) -> None:
     first, second = find(tmp_path).shown
     assert not first.tiles[0].outliers.any()
     assert second.tiles[0].outliers.tolist() == [[False, False], [True, False]]
-    page = Page(render(find(tmp_path), seed=0))
+    page = Page(render(find(tmp_path)))
     ((circle, *_),) = [page.all("circle")]
     assert (circle["cx"], circle["cy"]) == ("0.5", "1.5")
 
@@ -236,11 +236,20 @@ def test_a_seed_decides_the_page_to_the_byte(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     pictures(space, range(40))
     clip(space, 1, 3)
-    pages = [render(find(tmp_path, 5, seed), seed=seed) for seed in (0, 0, 1)]
+    pages = [render(find(tmp_path, 5, seed)) for seed in (0, 0, 1)]
     assert pages[0] == pages[1] != pages[2]
+    assert "--pictures 5 --seed 1" in pages[2]
     found = find(tmp_path, 5)
     assert [one.chosen.kind for one in found.shown] == ["picture"] * 4 + ["frame"]
     assert len({one.chosen.key for one in found.shown}) == 5
+
+
+def test_clips_take_the_place_of_pictures_that_are_not_there(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    pictures(space, range(2))
+    for number in range(10, 16):
+        clip(space, number, 2)
+    assert [one.chosen.kind for one in find(tmp_path, 6).shown] == ["picture"] * 2 + ["frame"] * 4
 
 
 def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) -> None:
@@ -256,7 +265,7 @@ def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) ->
         [100 + 2 * i for i in range(8)]
     )
     assert long.chosen.of == 15
-    page = Page(render(find(tmp_path), seed=0))
+    page = Page(render(find(tmp_path)))
     assert re.findall(r"\d\.\d\d s", page.text)[:8] == [f"{i}.00 s" for i in range(8)]
     assert "Pictures" not in page.text  # a space of frames alone
 
@@ -292,9 +301,7 @@ def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
     pictures(other_space(tmp_path / "pooled", pool_picture=2), range(3))
     (tile, *_) = find(tmp_path / "pooled").shown[0].tiles
     assert tile.colours.shape == (1, 1, 3)
-    assert "1 × 1 tokens, each the mean of 2 × 2 patches" in render(
-        find(tmp_path / "pooled"), seed=0
-    )
+    assert "1 × 1 tokens, each the mean of 2 × 2 patches" in render(find(tmp_path / "pooled"))
     space = other_space(tmp_path / "cls", keep_cls=True, pool_frame=1)
     pictures(space, range(3))
     for one in find(tmp_path / "cls").shown:
@@ -302,7 +309,7 @@ def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
         norms = np.linalg.norm(stored, axis=1)
         assert one.tiles[0].cls_norm == pytest.approx(norms[0])
         np.testing.assert_allclose(one.tiles[0].norms.ravel(), norms[1:], rtol=1e-6)
-    page = Page(render(find(tmp_path / "cls"), seed=0))
+    page = Page(render(find(tmp_path / "cls")))
     assert "2 × 2 tokens of 64 and a CLS token" in page.text
 
 
@@ -310,7 +317,7 @@ def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
 def test_a_handful_of_rows_is_a_page(tmp_path: Path, numbers: list[int]) -> None:
     space = make_space(tmp_path)
     pictures(space, numbers)
-    assert len(Page(render(find(tmp_path), seed=0)).all("article")) == len(numbers)
+    assert len(Page(render(find(tmp_path))).all("article")) == len(numbers)
 
 
 def test_equal_tokens_are_a_page(tmp_path: Path) -> None:
@@ -319,7 +326,7 @@ def test_equal_tokens_are_a_page(tmp_path: Path) -> None:
     for number in range(3):
         writer.append(key(number), "full", np.zeros(512, np.uint8))
     writer.commit()
-    page = Page(render(find(tmp_path), seed=0))
+    page = Page(render(find(tmp_path)))
     assert len(page.all("article")) == 3
     assert "nan" not in page.text.lower()
 
@@ -366,7 +373,7 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def test_what_strangers_wrote_is_text_and_nothing_else(hostile: Path) -> None:
-    page = Page(render(find(hostile), seed=0))  # tags balance, so nothing broke out
+    page = Page(render(find(hostile)))  # tags balance, so nothing broke out
     assert page.text.count(HOSTILE) >= 4 * 4 + 2  # asked, said, note, source; clip's source, reason
     assert {
         tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)
@@ -377,7 +384,7 @@ def test_what_strangers_wrote_is_text_and_nothing_else(hostile: Path) -> None:
 
 
 def test_the_page_asks_nobody_and_runs_one_script(hostile: Path) -> None:
-    html = render(find(hostile), seed=0)
+    html = render(find(hostile))
     page = Page(html)
     for tag, attrs in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form", "video", "audio")
@@ -397,7 +404,7 @@ def test_the_page_asks_nobody_and_runs_one_script(hostile: Path) -> None:
 
 
 def test_pictures_have_words_and_tables_have_headers(hostile: Path) -> None:
-    page = Page(render(find(hostile), seed=0))
+    page = Page(render(find(hostile)))
     assert all("alt" in tag for tag in page.all("img"))
     assert all(tag.get("aria-label") for tag in page.all("svg"))
     assert all(tag.get("scope") for tag in page.all("th"))
@@ -407,7 +414,7 @@ def test_pictures_have_words_and_tables_have_headers(hostile: Path) -> None:
 
 
 def test_coverage_and_failures_are_those_of_cache_ls(hostile: Path) -> None:
-    text = Page(render(find(hostile), seed=0)).text
+    text = Page(render(find(hostile))).text
     assert "80.0%" in text  # 4 of 5 samples
     assert re.search(r"fetch1", text)
     assert "b.example" in text
@@ -506,7 +513,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
         Sample(id="1", dataset="d", messages=said, media=(ref,)),
     ]
     write_samples(root, "d", samples)
-    page = Page(render(find(tmp_path / "cache"), seed=0))
+    page = Page(render(find(tmp_path / "cache")))
     (image,) = (tag for tag in page.all("img") if tag.get("class") == "thumb")
     assert image["alt"] == HOSTILE
     data = base64.b64decode((image["src"] or "").split(",")[1])
@@ -572,4 +579,4 @@ def test_what_is_touched_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(view_gather, "TOUCH_BYTES", 16 * 7)
     found = find(tmp_path)
     assert found.touch is None
-    assert len(Page(render(found, seed=0)).scripts) == 1
+    assert len(Page(render(found)).scripts) == 1
