@@ -257,6 +257,11 @@ class _Pool:
         self._pid = os.getpid()
         self._tls: ssl.SSLContext | None = None
 
+    def __del__(self) -> None:
+        for waiting in self._idle.values():
+            for connection, _ in waiting:
+                connection.close()
+
     @contextlib.contextmanager
     def request(
         self, origin: _Origin, path: str, headers: Mapping[str, str], deadline: float

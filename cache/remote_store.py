@@ -77,6 +77,7 @@ class ObjectStore:
             client_options={
                 "allow_http": plain.scheme == "http",
                 "connect_timeout": datetime.timedelta(seconds=rules.connect_s),
+                "read_timeout": datetime.timedelta(seconds=rules.read_s),
                 "timeout": datetime.timedelta(seconds=rules.request_s),
             },
             # One try: pauses, patience and what to say of them are the same for every store.

@@ -256,7 +256,7 @@ class BadS3(Counts):
         if environ["REQUEST_METHOD"] != "GET":
             return list(self._moto(environ, start))
         if trouble == "reset":
-            reset(environ["test.socket"])
+            environ["test.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
         if trouble in ("500", "429"):
             start(f"{trouble} Not now", [("Content-Length", "0")])
@@ -264,7 +264,11 @@ class BadS3(Counts):
         data = b"".join(self._moto(environ, start))
         body = data[: len(data) // 2] if trouble == "short" else data
         self.sent(path, len(body))
-        return [body]
+        return [body] if body is data else self._broken(body, environ["test.socket"])
+
+    def _broken(self, body: bytes, connection: socket.socket) -> Iterator[bytes]:
+        yield body
+        connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> BadS3:
         self._thread.start()

@@ -18,7 +18,7 @@ from tests import remote_world, small_world
 from tests.test_train_run import BASE, losses
 from train.run import main
 
-STEPS = ("--max-steps", "12", "--eval-every", "6", "--order", "blocks")
+STEPS = ("--max-steps", "6", "--eval-every", "6", "--batch-size", "16", "--order", "blocks")
 
 
 @pytest.fixture(scope="module")
