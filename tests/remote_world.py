@@ -52,7 +52,7 @@ class Counts:
             self.requests.append((path, span))
             if self._random.random() >= self.bad:
                 return None
-            trouble = self._random.choice(TROUBLES)
+            trouble = TROUBLES[self.troubles.total() % len(TROUBLES)]
             self.troubles[trouble] += 1
             return trouble
 
