@@ -54,7 +54,7 @@ class Corrupt(UserError):  # noqa: N818 - a state of a file, met as often as rai
 # ---- paths
 
 SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")
-_URL = re.compile(rf"({'|'.join(SCHEMES)}):/+(.*)", re.IGNORECASE | re.DOTALL)
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def is_url(features: str | Path) -> str | None:

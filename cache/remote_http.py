@@ -75,13 +75,15 @@ class HttpStore:
         self._headers = dict(headers or {})
         try:
             parts = urlsplit(base)
-            self._origin = _origin(base)
+            secret = bool(parts.query or parts.fragment or "@" in parts.netloc)
+            if not secret:
+                self._origin = _origin(base)
         except ValueError:
             raise UserError(f"{self.place}: no valid URL") from None
-        if parts.query or parts.fragment or "@" in parts.netloc:
+        if secret:  # which is not repeated here
             raise UserError(
-                f"{self.place}: a URL with a password, a query or a fragment; give the plain URL of the "
-                "folder (for private ones there are s3:// and hf://)"
+                f"{parts.scheme}://{parts.hostname}: a URL with a password, a query or a fragment; give "
+                "the plain URL of the folder (for private ones there are s3:// and hf://)"
             )
         # Who names this machine means it; nothing that a server says can lead there.
         self._local = is_loopback(self._origin.host)

@@ -1,9 +1,9 @@
 """Servers on the loopback that a cache is read from: a web server, and moto's S3, both as bad as asked for.
 
-    with WebServer(folder) as server:               # the folder, with Range requests, over http
-        server.url                                  # http://127.0.0.1:PORT
-        server.bad = 0.1                            # so many requests fail: 500, 429, a reset, a short body
-        server.row_bytes                            # bytes of shards that were sent
+with WebServer(folder) as server:               # the folder, with Range requests, over http
+    server.url                                  # http://127.0.0.1:PORT
+    server.bad = 0.1                            # so many requests fail: 500, 429, a reset, a short body
+    server.row_bytes                            # bytes of shards that were sent
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 TROUBLES = ("500", "429", "reset", "short")
 
