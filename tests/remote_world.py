@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -102,14 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self.answer(404, b"nothing here")
             return
-        data = file.read_bytes()
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not found:
-            self.answer(200, data, path=path, short=short)
+            self.answer(200, file.read_bytes(), path=path, short=short)
             return
-        start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
-        span = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
-        self.answer(206, data[start:stop], span, path=path, short=short)
+        size = file.stat().st_size
+        start, stop = int(found[1]), min(int(found[2]) + 1, size)
+        with file.open("rb") as shard:
+            data = os.pread(shard.fileno(), stop - start, start)
+        span = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        self.answer(206, data, span, path=path, short=short)
 
     def answer(
         self,
@@ -309,8 +312,6 @@ def upload(folder: Path, url: str) -> None:
 
 @contextlib.contextmanager
 def patched(names: dict[str, str]) -> Iterator[None]:
-    import os
-
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
