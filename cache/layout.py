@@ -53,12 +53,35 @@ class Corrupt(UserError):  # noqa: N818 - a state of a file, met as often as rai
 
 # ---- paths
 
+SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def is_url(features: str | Path) -> str | None:
+    """The URL that `--features` names, also one taken for a path (`https:/x`); None for a folder."""
+    found = _URL.fullmatch(str(features))
+    return f"{found[1].lower()}://{found[2]}" if found else None
+
 
 @dataclass(frozen=True)
 class CacheRoot:
-    """A folder of samples, media and spaces: what `--features` names."""
+    """A folder of samples, media and spaces: what `--features` names.
+
+    Raises:
+        UserError: it is a URL. Commands that take those ask `cache.remote`, and get here with a local copy.
+    """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        parts = Path(self.path).parts
+        for at, part in enumerate(parts):
+            if part.lower().removesuffix(":") in SCHEMES and part.endswith(":"):
+                raise UserError(
+                    f"{is_url('/'.join(parts[at:]))}: this command needs a cache in a local folder "
+                    "(--features DIR): it writes there, or reads all of it. URLs are read by "
+                    "train.run, train.evaluate and cache.ls"
+                )
 
     def samples(self, dataset: str) -> Path:
         """The text side of one data set."""

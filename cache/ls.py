@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from cache.layout import CacheRoot
 from cache.printing import bytes_text, table_text
+from cache.remote import Elsewhere, local_root
 from cache.survey import (
     DatasetSummary,
     Failures,
@@ -35,11 +35,11 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Elsewhere):
     """What to list."""
 
-    features: Path = Path("cache")
-    """Folder of the cache."""
+    features: str = "cache"
+    """The cache: a folder, or a URL as train.run takes it."""
     failures: bool = False
     """List the media that failed instead, by reason, host and data set."""
     json: bool = False
@@ -49,8 +49,8 @@ class Options:
 def main() -> None:
     """The command."""
     options = parse(Options, prog="python -m cache.ls", description=__doc__)
-    root = CacheRoot(options.features)
-    if not options.features.is_dir():
+    root = local_root(options.features, options)
+    if not root.path.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
     if options.failures:
         failures = list_failures(root)

@@ -11,6 +11,7 @@ import tyro
 import yaml
 
 import configs
+from cache.remote import Elsewhere
 from cache.views import MAX_FRAMES
 from configs import UserError, nearest
 
@@ -22,6 +23,7 @@ SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
 MACHINE_KEYS = frozenset(
     {
         *("run", "resume", "inspect", "hardware", "device", "features", "min_coverage"),
+        *("mirror", "mirror_gb", "allow_private"),
         *("max_tokens", "use_gradient_checkpointing", "use_flash_attention"),
         *("log", "log_every", "save_every", "eval_every", "eval_samples"),
         *("read_threads", "read_ahead"),
@@ -31,7 +33,7 @@ MACHINE_KEYS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Elsewhere):
     """Train the connector and the language model on cached features, one stage at a time."""
 
     stage: Literal[1, 2, 3] = 1
@@ -39,8 +41,8 @@ class Options:
     hardware: Literal["auto", "cpu", "24gb", "40gb", "80gb"] = "auto"
     """Preset for batch, length and memory (configs/train.yaml); `auto` looks at the GPU."""
 
-    features: Path = Path("cache")
-    """Folder of the feature cache."""
+    features: str = "cache"
+    """The feature cache: a folder, or where it lies: https://HOST/PATH, s3://BUCKET/PREFIX, hf://datasets/ORG/NAME."""
     space: str | None = None
     """Which feature space to read, by the start of its name; not needed when there is only one."""
     datasets: str = ""
@@ -51,8 +53,8 @@ class Options:
     """Least share of samples whose media must be in the space; known failures do not count."""
     max_frames: int = MAX_FRAMES
     """Frames of one clip, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
-    order: Literal["random", "blocks"] = "random"
-    """Order of reading within an epoch: `blocks` keeps neighbours together, for network disks."""
+    order: Literal["auto", "random", "blocks"] = "auto"
+    """Order of reading within an epoch: `blocks` keeps neighbours together; `auto`: random."""
 
     run: str = "default"
     """Name of the run, below runs/, or a path."""
@@ -133,6 +135,7 @@ class Options:
     """Micro-batches read ahead of the one in use."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.freeze_vision_encoder:
             raise ValueError(
                 "freeze_vision_encoder: false is not possible: training reads features that the frozen "

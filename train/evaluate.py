@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 import configs
 from cache.layout import CacheRoot, write_atomic
-from cache.reader import FeatureReader, find_space
+from cache.reader import FeatureReader
+from cache.remote import Elsewhere, open_reader, root_of
 from configs import UserError
 from model.answer import answer
 from model.device import pick_device
 from model.load import find_run, load_final
 from train.config import Options as TrainOptions
-from train.config import read_saved
+from train.config import parse_mix, read_saved
 from train.data import (
     FeatureLoader,
     HeldOut,
@@ -57,15 +58,15 @@ ANSWER_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Elsewhere):
     """Answer held-out questions with a trained model."""
 
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
     """Which stage; the newest finished one when not given."""
-    features: Path = Path("cache")
-    """Folder of the feature cache."""
+    features: str = "cache"
+    """The feature cache: a folder, or a URL as train.run takes it."""
     datasets: str = ""
     """Data sets, with commas; those the run was trained on when empty."""
     split: Literal["val", "train"] = "val"
@@ -84,6 +85,7 @@ class Options:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.limit < 1 or self.max_new_tokens < 1:
             raise ValueError("limit and max_new_tokens must be at least 1")
 
@@ -122,10 +124,11 @@ def evaluate(options: Options) -> Evaluation:
     final = find_run(options.run, options.stage)
     device = pick_device(options.device)
     vlm, tokenizer, meta = load_final(final, device)
-    root = CacheRoot(options.features)
-    reader = FeatureReader(find_space(root, meta["space"]["name"]))
-    check_space(meta, reader.spec, final)
     trained = trained_with(final)
+    chosen = parse_mix(options.datasets or trained.datasets)
+    reader = open_reader(options.features, meta["space"]["name"], options, datasets=chosen)
+    check_space(meta, reader.spec, final)
+    root = root_of(reader)
     asked_for = replace(trained, datasets=options.datasets or trained.datasets)
     mix = dict.fromkeys(mix_of(asked_for, root))
     seen = join(

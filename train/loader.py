@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,14 @@ class RowReader(Protocol):
 
     def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
         """Stored bytes of the rows, checked."""
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A reader whose reads may take minutes, as one over a network that is down."""
+
+    def give_up(self) -> None:
+        """Let reads that are under way end: nobody waits for them any more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,6 +213,8 @@ class FeatureLoader:
     def close(self) -> None:
         """Stop the threads; what they read ahead is given up. More than once is harmless."""
         self._closed = True
+        if isinstance(self._reader, Interruptible) and any(not f.done() for f in self._queue):
+            self._reader.give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._free.clear()

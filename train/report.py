@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import configs
 from cache.layout import CacheRoot, write_atomic
+from cache.remote import Elsewhere, local_root
 from model.load import find_run, read_meta
 from train import evaluate as evaluation
 from train.charts import Line, chart, finite, smoothed
@@ -35,15 +36,15 @@ PROG = "python -m train.report"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Elsewhere):
     """Write the report of a run."""
 
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
     """Which stage; the newest finished one when not given."""
-    features: Path = Path("cache")
-    """Folder of the feature cache."""
+    features: str = "cache"
+    """The feature cache: a folder, or a URL as train.run takes it."""
     split: Literal["val", "train"] = "val"
     """Which pictures and clips to show."""
     pictures: int = 36
@@ -54,6 +55,7 @@ class Options:
     """Where to compute the answers, when that has not been done."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pictures < 0:
             raise ValueError(f"pictures {self.pictures} is negative")
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = render(
         result,
         read_metrics(folder),
-        pictures_of(result.answers, options.pictures, CacheRoot(options.features)),
+        pictures_of(result.answers, options.pictures, local_root(options.features, options)),
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
         meta=read_meta(final),
     )
@@ -87,7 +89,13 @@ def evaluated(final: Path, options: Options) -> Evaluation:
             return result
     return evaluation.evaluate(
         evaluation.Options(
-            run=str(final), features=options.features, split=options.split, device=options.device
+            run=str(final),
+            features=options.features,
+            split=options.split,
+            device=options.device,
+            mirror=options.mirror,
+            mirror_gb=options.mirror_gb,
+            allow_private=options.allow_private,
         )
     )
 

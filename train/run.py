@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import configs
+from cache.layout import is_url
 from cache.reader import FeatureReader
 from model.language import load_tokenizer
 from model.load import save_final
@@ -38,6 +39,9 @@ from train.processes import Processes, joined
 from train.step import Share, by_step, refuse_non_finite
 
 PROG = "python -m train.run"
+REMOTE_THREADS, REMOTE_AHEAD = 8, 16
+"""At least so many threads, and micro-batches ahead, when features come over a network: seconds of steps
+hide seconds of trouble."""
 INSPECTED = 2
 """Micro-batches `--inspect` shows."""
 ALONE = Processes()
@@ -219,10 +223,17 @@ def load(
         stop=stop,
         rank=processes.rank,
         world=processes.world,
-        threads=options.read_threads,
-        ahead=options.read_ahead,
+        **reading(options),
         pin=device.type == "cuda",
     )
+
+
+def reading(options: Options) -> dict[str, int]:
+    """How many micro-batches are in the making, and ready: more where each read takes a journey."""
+    threads, ahead = options.read_threads, options.read_ahead
+    if is_url(options.features):
+        threads, ahead = max(threads, REMOTE_THREADS), max(ahead, REMOTE_AHEAD)
+    return {"threads": threads, "ahead": ahead}
 
 
 def held_out_loss(

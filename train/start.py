@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import configs
 from cache.layout import CacheRoot, read_sealed_json
-from cache.reader import FeatureReader, find_space
+from cache.reader import FeatureReader
+from cache.remote import open_reader, root_of
 from cache.spec import FeatureSpec
 from cache.tables import dataset_names
 from configs import UserError
@@ -52,9 +53,10 @@ def open_space(options: Options) -> FeatureReader:
     """The space to read features from.
 
     Raises:
-        UserError: there is none, or several and no `--space`.
+        UserError: there is none, or several and no `--space`; or it cannot be reached.
     """
-    return FeatureReader(find_space(CacheRoot(options.features), options.space))
+    datasets = parse_mix(options.datasets)
+    return open_reader(options.features, options.space, options, datasets=datasets)
 
 
 def starting_point(options: Options) -> Path | None:
@@ -86,6 +88,7 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
         UserError: the checkpoint was trained on another space, is another model than asked for, or the
             window is longer than its language model.
     """
+    options = dataclasses.replace(options, order=order_of(options))
     if origin is None:
         fresh = configs.load("model")
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
@@ -103,6 +106,11 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
     check_window(options, str(origin))
     log.info("starting from %s (stage %s, step %s)", origin, meta["stage"], meta["step"])
     return dataclasses.replace(options, llm=meta["llm"], connector=meta["connector"])
+
+
+def order_of(options: Options) -> Literal["random", "blocks"]:
+    """The order of reading, when nobody has chosen one."""
+    return "random" if options.order == "auto" else options.order
 
 
 def check_window(options: Options, llm: str) -> None:
@@ -206,7 +214,7 @@ def load_data(
     Raises:
         UserError: too few features, no such data set, a sample longer than the window, ...
     """
-    root = CacheRoot(options.features)
+    root = root_of(reader)
     mix = mix_of(options, root)
     facts = stage.read_facts(folder)
     train = join(
@@ -233,7 +241,7 @@ def load_data(
         grow_trees(train, tokens, **window),
         options.samples_per_step,
         seed=options.seed,
-        order=options.order,
+        order=order_of(options),
     )
     val = val_tokens = None
     if (held := _held_out(options, reader, train)) is not None:

@@ -1,0 +1,82 @@
+"""Make a cache ready to be read from elsewhere: writes listing.json at its root.
+
+python -m cache.share --features cache       # then serve or upload the folder: any web server, S3, the hub
+
+Run it again whenever the cache has changed. Whoever reads it gets the texts, and the sources as they are
+written there: URLs, and the absolute paths of local files. No picture is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.commits import read_commits
+from cache.layout import CacheRoot, write_atomic
+from cache.printing import bytes_text
+from cache.remote_listing import LISTING, listing_bytes
+from cache.shard_files import corrupt_shard
+from cache.space import read_info
+from cache.spec import KINDS
+from configs import UserError, command, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to share."""
+
+    features: Path = Path("cache")
+    """Folder of the cache."""
+
+
+def main() -> None:
+    """The command."""
+    options = parse(Options, prog="python -m cache.share", description=__doc__)
+    root = CacheRoot(options.features)
+    if not options.features.is_dir():
+        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
+    print(share(root))
+
+
+def share(root: CacheRoot) -> str:
+    """Write listing.json; returns what to tell of it.
+
+    Raises:
+        UserError: there is no space.
+        Corrupt: a table is damaged, or a shard is missing or of another size.
+    """
+    if not root.space_names():
+        raise UserError(
+            f"no feature space under {root.path}/ to share; make one: "
+            f"python -m encode.run --dataset pixmo --features {root.path}"
+        )
+    shards = nbytes = 0
+    for name in root.space_names():
+        for size in _shard_sizes(root, name):
+            shards, nbytes = shards + 1, nbytes + size
+    data, entries = listing_bytes(root)
+    write_atomic(root.path / LISTING, data)
+    tables = sum(entry.nbytes for entry in entries.values())
+    return (
+        f"{root.path / LISTING}: {len(entries):,} tables ({bytes_text(tables)}), which readers copy, and "
+        f"{shards:,} shards ({bytes_text(nbytes)}), of which they read what they use"
+    )
+
+
+def _shard_sizes(root: CacheRoot, name: str) -> list[int]:
+    """Bytes of every shard of a space, each there and of the size its commit says."""
+    paths = root.space(name)
+    info, sizes = read_info(paths), []
+    for kind in KINDS:
+        for commit in read_commits(paths, info, kind):
+            path = paths.shard(kind, commit.shard)
+            found = path.stat().st_size if path.exists() else 0
+            if found != commit.nbytes:
+                what = f"{found} bytes, not {commit.nbytes}" if found else "missing"
+                raise corrupt_shard(paths, kind, commit.shard, what)
+            sizes.append(commit.nbytes)
+    return sizes
+
+
+if __name__ == "__main__":
+    command(main)

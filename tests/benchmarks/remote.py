@@ -1,0 +1,208 @@
+"""Training on features that lie elsewhere, beside training on the same folder.
+
+python -m tests.benchmarks.remote                # two minutes, 0.5 GB of disk below the temporary folder
+
+Rows of the real size (576 x 1024, int8), a tiny language model, servers on the loopback: a web server, and
+moto's S3. 10 % of the requests fail: 500, 429, a reset, a short body. Prints a requirement a line
+(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache import codec
+from cache.layout import CacheRoot
+from cache.reader import FeatureReader, find_space
+from cache.remote import Elsewhere, RemoteCache
+from cache.share import share
+from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.writer import ShardWriter, Space
+from tests import remote_world, small_world
+
+PICTURES = 192
+BATCH = 8
+STEPS = PICTURES // BATCH
+BAD = 0.1
+LATENCY_S = 0.03
+BATCH_ROWS = 16
+RUNS = 3
+
+
+def make_cache(folder: Path) -> CacheRoot:
+    """Pictures of the real size, a question each."""
+    root = CacheRoot(folder)
+    spec = small_world.spec(image_size=336, patch_size=14, width=1024, codec="int8")
+    space = Space.create(
+        root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("picture")
+    )
+    rng = np.random.default_rng(0)
+    records, samples = [], []
+    shard: ShardWriter | None = None
+    for number in range(PICTURES):
+        if shard is None or shard.full:
+            if shard is not None:
+                shard.commit()
+            shard = ShardWriter(space, "picture", space.next_shard("picture"))
+        key = f"{number:064x}"
+        features = rng.standard_normal((spec.tokens("picture"), spec.width), np.float32)
+        shard.append(key, "full", codec.pack(features, spec.codec))
+        source = f"/pictures/{number}.png"
+        records.append(MediaRecord(source=source, key=key, width=336, height=336))
+        asked = Message(role="user", content="<image>Which?")
+        answer = Message(role="assistant", content=str(number))
+        media = (MediaRef(source=source),)
+        sample = Sample(id=str(number), dataset="d", messages=(asked, answer), media=media)
+        samples.append(sample)
+    assert shard is not None
+    shard.commit()
+    append_media(root, records, "bench")
+    write_samples(root, "d", samples)
+    share(root)
+    return root
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run of `train.run`."""
+
+    first_step_s: float
+    """From the start of the command, imports included."""
+    total_s: float
+    """Until its end."""
+    losses: list[float]
+    """Of every step."""
+
+
+def train(folder: Path, name: str, features: str, *more: str) -> Trained:
+    """A whole epoch in a process of its own."""
+    words = [
+        *("-m", "train.run", "--features", features, "--run", name, "--log-every", "1"),
+        *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu", "--held-out", "0"),
+        *("--batch-size", str(BATCH), "--max-steps", str(STEPS), "--eval-every", "0"),
+        *("--mirror", str(folder / f"mirror-{name}"), *more),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    first = 0.0
+    with subprocess.Popen(
+        [sys.executable, "-u", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if not first and line.lstrip().startswith("step"):
+                first = time.monotonic() - started
+    if process.returncode:
+        raise SystemExit("".join(lines[-20:]))
+    total = time.monotonic() - started
+    with (folder / "runs" / name / "stage1" / "metrics.jsonl").open() as file:
+        found = [json.loads(line) for line in file]
+    return Trained(first, total, [line["loss"] for line in found if "loss" in line])
+
+
+class Lines:
+    """The requirements, as they are printed."""
+
+    def __init__(self) -> None:
+        self.good = self.all = 0
+
+    def add(self, name: str, value: str, required: str, ok: bool) -> None:
+        self.all += 1
+        self.good += ok
+        print(f"{name:<44} {value:>12}  {required:>10}  {'ok' if ok else 'short'}", flush=True)
+
+
+def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
+    """Local, then over each kind of server, calm and bad."""
+    used = PICTURES * FeatureReader(find_space(root, None)).geometry["picture"].row_bytes
+    local = train(folder, "local", str(root.path))
+    print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
+    with remote_world.WebServer(root.path) as web, remote_world.BadS3() as s3:
+        aws = remote_world.environment(s3.endpoint)
+        with remote_world.patched(aws):
+            remote_world.upload(root.path, "s3://features/real")
+        places: dict[str, tuple[remote_world.Counts, str]] = {
+            "https": (web, web.url),
+            "s3": (s3, "s3://features/real"),
+        }
+        for kind, (server, url) in places.items():
+            for bad in (0.0, BAD):
+                server.bad, server.latency_s, server.row_bytes = bad, LATENCY_S, 0
+                with remote_world.patched(aws) if kind == "s3" else nullcontext():
+                    found = train(folder, f"{kind}-{bad}", url)
+                name = f"{kind}, {bad:.0%} of requests fail"
+                first, ratio = found.first_step_s, server.row_bytes / used
+                lines.add(f"{name}: first step, s", f"{first:.1f}", "<= 10", first <= 10)
+                print(f"  {first - local.first_step_s:+.1f} s to the local one's")
+                lines.add(f"{name}: bytes / rows used", f"{ratio:.4f}", "<= 1.05", ratio <= 1.05)
+                same = found.losses == local.losses
+                lines.add(f"{name}: losses as local", "equal" if same else "not", "equal", same)
+                print(f"  all {found.total_s:.1f} s ({found.total_s / local.total_s:.2f} of local)")
+
+
+def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
+    """Rows a second of one reader, by latency, and from what is kept."""
+    with remote_world.WebServer(root.path) as server:
+        for latency in (0.0, 0.03, 0.1):
+            server.latency_s = latency
+            rates, kept = [], []
+            for run in range(RUNS):
+                elsewhere = Elsewhere(mirror=folder / f"rows-{latency}-{run}")
+                reader = RemoteCache(server.url, elsewhere).reader(None)
+                rates.append(rate(reader, run))
+                kept.append(rate(reader, run))
+            size = reader.geometry["picture"].row_bytes
+            fetched, again = statistics.median(rates), statistics.median(kept)
+            print(
+                f"latency {latency * 1000:.0f} ms: {fetched:,.0f} rows/s ({fetched * size / 1e6:,.0f} MB/s) "
+                f"fetched, {again:,.0f} rows/s ({again * size / 1e6:,.0f} MB/s) from what is kept"
+            )
+            if latency:
+                # One request after the other could do no more than this.
+                most = 1 / latency
+                gain = fetched / most
+                name = f"rows/s at {latency * 1000:.0f} ms / one at a time"
+                lines.add(name, f"{gain:.1f}", ">= 4", gain >= 4)
+
+
+def rate(reader: FeatureReader, seed: int) -> float:
+    """Rows a second, all of them once, in batches in random order."""
+    rows = np.random.default_rng(seed).permutation(PICTURES)
+    out = np.empty((BATCH_ROWS, reader.geometry["picture"].row_bytes), np.uint8)
+    started = time.monotonic()
+    for at in range(0, PICTURES, BATCH_ROWS):
+        reader.read_into("picture", rows[at : at + BATCH_ROWS], out)
+    return PICTURES / (time.monotonic() - started)
+
+
+def main() -> None:
+    """Everything."""
+    lines = Lines()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root = make_cache(folder / "cache")
+        trainings(lines, folder, root)
+        reading(lines, folder, root)
+    print(f"remote: {lines.good}/{lines.all} ok")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Servers on the loopback that a cache is read from: a web server, and moto's S3, both as bad as asked for.
+
+with WebServer(folder) as server:               # the folder, with Range requests, over http
+    server.url                                  # http://127.0.0.1:PORT
+    server.bad = 0.1                            # so many requests fail: 500, 429, a reset, a short body
+    server.row_bytes                            # bytes of shards that were sent
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TROUBLES = ("500", "429", "reset", "short")
+
+
+class Counts:
+    """What a server has done, and how badly it does it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.bad = 0.0
+        """Share of the requests that fail."""
+        self.latency_s = 0.0
+        """Before each answer."""
+        self.row_bytes = 0
+        """Bytes of shards that were sent."""
+        self.troubles: Counter[str] = Counter()
+        """Failures, by kind."""
+        self.requests: list[tuple[str, str | None]] = []
+        """(path, Range header) of all requests."""
+        self.lock = threading.Lock()
+        self._random = random.Random(seed)
+
+    def arrive(self, path: str, span: str | None) -> str | None:
+        """Note a request; which trouble it is to have, if any."""
+        time.sleep(self.latency_s)
+        with self.lock:
+            self.requests.append((path, span))
+            if self._random.random() >= self.bad:
+                return None
+            trouble = TROUBLES[self.troubles.total() % len(TROUBLES)]
+            self.troubles[trouble] += 1
+            return trouble
+
+    def sent(self, path: str, nbytes: int) -> None:
+        if is_shard(path):
+            with self.lock:
+                self.row_bytes += nbytes
+
+    def shard_requests(self) -> list[tuple[str, str | None]]:
+        return [request for request in self.requests if is_shard(request[0])]
+
+
+def is_shard(path: str) -> bool:
+    return "/c/" in path and path.endswith("/0/0")
+
+
+def reset(connection: socket.socket) -> None:
+    """Hang up at once, so that the other side sees a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+# ---- a web server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def do_GET(self) -> None:
+        world: WebServer = self.server.world
+        path = unquote(urlsplit(self.path).path)
+        world.headers.append(dict(self.headers))
+        trouble = world.arrive(path, self.headers.get("Range"))
+        for prefix, act in world.acts.items():
+            if path.startswith(prefix) and act(self, path):
+                return
+        if trouble == "reset":
+            self.close_connection = True
+            reset(self.connection)
+        elif trouble in ("500", "429"):
+            self.answer(int(trouble), b"not now", {"Retry-After": "0"})
+        else:
+            self.file(world.folder / path.lstrip("/"), path, short=trouble == "short")
+
+    def file(self, file: Path, path: str, short: bool = False) -> None:
+        if not file.is_file():
+            self.answer(404, b"nothing here")
+            return
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not found:
+            self.answer(200, file.read_bytes(), path=path, short=short)
+            return
+        size = file.stat().st_size
+        start, stop = int(found[1]), min(int(found[2]) + 1, size)
+        with file.open("rb") as shard:
+            data = os.pread(shard.fileno(), stop - start, start)
+        span = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        self.answer(206, data, span, path=path, short=short)
+
+    def answer(
+        self,
+        status: int,
+        data: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        path: str = "",
+        short: bool = False,
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        body = data[: len(data) // 2] if short else data
+        self.wfile.write(body)
+        self.server.world.sent(path, len(body))
+        if short:
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Silence."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The client hung up."""
+
+
+Act = Callable[[_Handler, str], bool]
+
+
+class WebServer(Counts):
+    """See above."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.folder = folder
+        self.acts: dict[str, Act] = {}
+        """Path prefix -> what is done instead of serving the file, where it returns True."""
+        self.headers: list[dict[str, str]] = []
+        """Of all requests."""
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.world = self  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> WebServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+# ---- the hub, as far as reading a data set's files goes
+
+
+def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str = "/cdn") -> None:
+    """Let a WebServer answer as the hub does for one data set: its API, and files behind a redirect."""
+    files = server.folder
+
+    def api(handler: _Handler, path: str) -> bool:
+        rest = path.removeprefix(f"/api/datasets/{repo}").strip("/")
+        if not path.startswith(f"/api/datasets/{repo}"):
+            handler.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif rest.startswith("tree/"):
+            handler.answer(200, json.dumps(tree()).encode(), {"Content-Type": "application/json"})
+        else:
+            info = {"id": repo, "sha": commit, "siblings": [], "private": False, "tags": []}
+            handler.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        return True
+
+    def tree() -> list[dict[str, Any]]:
+        found = []
+        for file in sorted(files.rglob("*")):
+            if file.is_file():
+                data = file.read_bytes()
+                item: dict[str, Any] = {
+                    "type": "file",
+                    "path": file.relative_to(files).as_posix(),
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                if file.suffix != ".json":
+                    digest = hashlib.sha256(data).hexdigest()
+                    item["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
+                found.append(item)
+        return found
+
+    def resolve(handler: _Handler, path: str) -> bool:
+        name = path.removeprefix(f"/datasets/{repo}/resolve/{commit}/")
+        handler.answer(302, b"", {"Location": f"{moved}/{name}?signature=s3cret"})
+        return True
+
+    def cdn(handler: _Handler, path: str) -> bool:
+        handler.file(files / path.removeprefix(f"{moved}/"), path)
+        return True
+
+    server.acts |= {"/api/": api, f"/datasets/{repo}/resolve/": resolve, moved: cdn}
+
+
+# ---- S3
+
+
+class BadS3(Counts):
+    """moto's server with failures, and a count of what it sent."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log(self, *_: Any) -> None:
+                """Silence."""
+
+            def make_environ(self) -> dict[str, Any]:
+                return {**super().make_environ(), "test.socket": self.connection}
+
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Quiet)
+        self._server.daemon_threads = True  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def _app(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        trouble = self.arrive(path, environ.get("HTTP_RANGE"))
+        if environ["REQUEST_METHOD"] != "GET":
+            return list(self._moto(environ, start))
+        if trouble == "reset":
+            environ["test.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
+        if trouble in ("500", "429"):
+            start(f"{trouble} Not now", [("Content-Length", "0")])
+            return [b""]
+        data = b"".join(self._moto(environ, start))
+        body = data[: len(data) // 2] if trouble == "short" else data
+        self.sent(path, len(body))
+        return [body] if body is data else self._broken(body, environ["test.socket"])
+
+    def _broken(self, body: bytes, connection: socket.socket) -> Iterator[bytes]:
+        yield body
+        connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> BadS3:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """What the AWS tools read, for a server of ours."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def upload(folder: Path, url: str) -> None:
+    """Every file below a folder into a bucket, made for it. The AWS environment says where."""
+    import obstore
+    from obstore.store import S3Store
+
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    store = S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True})
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            obstore.put(store, file.relative_to(folder).as_posix(), io.BytesIO(file.read_bytes()))
+
+
+@contextlib.contextmanager
+def patched(names: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
