@@ -53,6 +53,8 @@ class Options:
     """Which vision tower: an entry of configs/encoders.yaml."""
     codec: Literal["int8", "fp16"] = "int8"
     """How a row is stored: int8 is half of fp16, 0.5 % off."""
+    format: Literal["zarr", "webdataset"] = "zarr"
+    """What a shard is: part of a Zarr v3 array, or a tar that the webdataset library streams."""
     pool: int | None = None
     """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
     features: Path = Path("cache")
@@ -147,7 +149,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     from encode.machine import choose_crew
     from encode.signals import Interrupts
 
-    job = Job(root, counter, codec=options.codec, setup=setup_of(options))
+    codec, container = options.codec, options.format
+    job = Job(root, counter, codec=codec, container=container, setup=setup_of(options))
     anew = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
         job.show(job.plan(**anew), always_measure=True)

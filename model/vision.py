@@ -179,7 +179,7 @@ def rebuild_encoder(
         config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
-    for key in ("compute_dtype", "encoder"):
+    for key in ("compute_dtype", "encoder", "container"):
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
     if different == ["weights"]:
