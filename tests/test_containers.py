@@ -285,7 +285,7 @@ def stream(*shards: Path) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
         samples = list(webdataset.WebDataset(list(map(str, shards)), shardshuffle=False).decode())
-        garbage.collect()
+        garbage.collect(1)
     return samples
 
 
