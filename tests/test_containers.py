@@ -28,8 +28,11 @@ from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
 from cache.spec import CONTAINERS
 from cache.writer import ShardWriter, Space
+from tests import small_world
 from tests.encode_world import draw, encode
 from tests.toy_space import SLOTS, features, fill, key, make_space, row
+from train.metrics import read_metrics
+from train.run import main as train_main
 
 REPOSITORY = Path(__file__).parents[1]
 FRAMES = {0: "t:0", 1: "t:500000", 2: "t:1000000"}
@@ -255,6 +258,26 @@ def test_a_job_fills_either_container_with_the_same_rows(tmp_path: Path) -> None
         assert again.plan.reused == 5
     both = encode(tmp_path / "zarr", spec, container="webdataset")
     assert len(both.root.space_names()) == 2, "another format is another space"
+
+
+def test_training_sees_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses to the bit; and what was trained on the one goes on with the other."""
+    monkeypatch.chdir(tmp_path)
+    fixed = ["--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"]
+    fixed += ["--batch-size", "4", "--held-out", "0", "--max-steps", "3"]
+
+    def losses(container: str, run: str, *more: str) -> list[float]:
+        at = ["--features", str(roots[container].path), "--run", run]
+        assert train_main([*at, *fixed, *more]) == 0
+        lines = read_metrics(tmp_path / "runs" / run / "stage1")
+        return [line["loss"] for line in lines if "loss" in line]
+
+    roots = {"zarr": small_world.make(tmp_path / "a", 16)}
+    roots["webdataset"] = small_world.make(tmp_path / "b", 16, container="webdataset")
+    first, second = (losses(container, container) for container in CONTAINERS)
+    assert first == second
+    assert len(first) == 3
+    assert losses("webdataset", "on", "--from", "zarr") == losses("zarr", "over", "--from", "zarr")
 
 
 # ---- other people's readers
