@@ -5,6 +5,7 @@ python -m encode.run --dataset folder:photos                  # your pictures an
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
+python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
 python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
 python -m encode.run --list                                   # data sets by name
 
