@@ -171,7 +171,7 @@ def check_shard(
             tail, tail_crc = geometry.tail_with_crc(rows)
             found = os.pread(file.fileno(), len(tail), rows * geometry.slot_bytes)
             if found != tail or tail_crc != commit.index_crc:
-                broken("its index is damaged")
+                broken("its last bytes are damaged: the index, or the end of the tar")
             digests = _NO_DIGESTS
             if deep:
                 bad, digests = _check_rows(file.fileno(), geometry, commit, progress)

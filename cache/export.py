@@ -29,6 +29,7 @@ from typing import BinaryIO, Literal
 from cache.export_rows import (
     Part,
     Positions,
+    Progress,
     Source,
     chosen_rows,
     safetensors_parts,
@@ -118,8 +119,9 @@ class Export:
         else:
             yield from tar_parts(self.source, self.rows)
 
-    def _write_texts(self, data: Exported, file: BinaryIO, _: object) -> None:
-        file.writelines(texts(self.root, data))
+    def _write_texts(self, data: Exported, file: BinaryIO, progress: Progress) -> None:
+        for line in texts(self.root, data):
+            progress(file.write(line))
 
     def _state(self) -> str:
         """sha256 (hex) of which rows leave with which samples. A shard's number is never used again."""

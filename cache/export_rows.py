@@ -18,7 +18,7 @@ from cache import codec
 from cache.commits import read_commit
 from cache.container import RowFacts
 from cache.reader import FeatureReader
-from cache.space import SpaceInfo
+from cache.space import read_info
 from cache.spec import KINDS
 from cache.wds_shard import END, WdsGeometry
 from configs import UserError
@@ -60,11 +60,7 @@ class Source:
     @staticmethod
     def of(reader: FeatureReader, unpack: bool) -> Source:
         """With the errors, which an index of rows need not have."""
-        info = SpaceInfo(
-            spec=reader.spec,
-            load=reader.load,
-            slots={kind: reader.geometry[kind].slots for kind in KINDS},
-        )
+        info = read_info(reader.paths)
         errors = {}
         for kind in KINDS:
             shards = reader.index[kind].shards.tolist()
@@ -142,10 +138,20 @@ def chosen_rows(reader: FeatureReader, kind: str, keys: set[bytes] | None) -> Po
     return np.flatnonzero(keep)
 
 
-def cut(positions: Positions, row_bytes: int) -> list[Positions]:
-    """As many stretches as files are needed."""
-    step = max(1, min(FILE_ROWS, FILE_BYTES // row_bytes))
-    return [positions[start : start + step] for start in range(0, len(positions), step)]
+def cut(source: Source, kind: str, positions: Positions, nbytes: int) -> Iterator[Positions]:
+    """Stretches of rows, `nbytes` each, for a file each; between two media where that is possible."""
+    most = max(1, min(FILE_ROWS, FILE_BYTES // nbytes))
+    keys = source.reader.index[kind].keys
+    start = 0
+    while start < len(positions):
+        stop = end = start + most
+        while start < stop < len(positions) and (
+            keys[positions[stop]].tobytes() == keys[positions[stop - 1]].tobytes()
+        ):
+            stop -= 1
+        stop = stop if stop > start else end  # a clip of more rows than a file may hold
+        yield positions[start:stop]
+        start = stop
 
 
 def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
@@ -172,7 +178,7 @@ def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
                 progress(len(batch) * geometry.slot_bytes)
             file.write(END)
 
-        for number, some in enumerate(cut(positions, geometry.slot_bytes)):
+        for number, some in enumerate(cut(source, kind, positions, geometry.slot_bytes)):
             name = f"{kind}-{number:06d}.tar"
             nbytes = geometry.file_bytes(len(some))
             yield Part(name, nbytes, _bound(write, kind, some))
@@ -189,7 +195,7 @@ def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator
 
     for kind, positions in rows.items():
         size = source.row_bytes(kind)
-        for number, some in enumerate(cut(positions, size)):
+        for number, some in enumerate(cut(source, kind, positions, size)):
             nbytes = len(some) * size
             yield Part(safetensors_name(kind, number), nbytes, _bound(write, kind, some))
 
@@ -235,7 +241,7 @@ def write_index(file: BinaryIO, source: Source, rows: Mapping[str, Positions]) -
     file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
     separator = b"\n"
     for kind, positions in rows.items():
-        for number, some in enumerate(cut(positions, source.row_bytes(kind))):
+        for number, some in enumerate(cut(source, kind, positions, source.row_bytes(kind))):
             name = json.dumps(safetensors_name(kind, number)).encode()
             for position in some.tolist():
                 tensor = json.dumps("/".join(source.reader.index[kind].identity(position)))

@@ -139,7 +139,7 @@ class SpacePaths:
         known: str | None = self.__dict__.get("_known_container")
         if known is None:
             try:
-                known = read_sealed_json(self.space_json)["spec"].get("container", "zarr")
+                known = read_sealed_json(self.space_json).get("spec", {}).get("container", "zarr")
             except (Corrupt, OSError):
                 return "zarr"
             self.__dict__["_known_container"] = known

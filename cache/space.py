@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,9 +40,14 @@ class SpaceInfo:
         """The on-disk format of its shards."""
         return _CONTAINERS[self.spec.container]
 
+    @functools.cached_property
+    def _geometries(self) -> Mapping[str, Geometry]:
+        make = self.container.geometry
+        return {kind: make(self.spec, kind, slots) for kind, slots in self.slots.items()}
+
     def geometry(self, kind: str) -> Geometry:
         """Where things stand in the shards of `kind`."""
-        return self.container.geometry(self.spec, kind, self.slots[kind])
+        return self._geometries[kind]
 
 
 def slot_bytes(spec: FeatureSpec, kind: str) -> int:

@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from cache.codec import row_bytes
 from cache.container import Geometry, RowFacts
 from cache.spec import FeatureSpec
 
@@ -155,12 +154,11 @@ class WdsContainer:
 
     def geometry(self, spec: FeatureSpec, kind: str, slots: int) -> Geometry:
         """Of the shards of one array."""
-        tokens = spec.tokens(kind)
         return WdsGeometry(
-            row_bytes=row_bytes(spec.codec, tokens, spec.width),
+            row_bytes=spec.row_bytes(kind),
             slots=slots,
             codec=spec.codec,
-            tokens=tokens,
+            tokens=spec.tokens(kind),
             width=spec.width,
         )
 

@@ -199,6 +199,24 @@ def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path
     assert (metadata["codec"], metadata["tokens"], metadata["width"]) == ("int8", "1", "64")
 
 
+def test_a_clip_stays_in_one_file(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = make_space(tmp_path / "cache")
+    clips = ShardWriter(space, "frame", 0)
+    for media, frames in ((1, 3), (2, 2), (3, 6), (4, 1)):
+        for number in range(frames):
+            clips.append(key(media), f"t:{number}", row(number, "frame"), time_s=float(number))
+    clips.commit()
+    monkeypatch.setattr(export_rows, "FILE_ROWS", 4)
+    out, _ = run("webdataset")
+    files = [
+        [(s["__key__"], sum(name.endswith("npy") for name in s)) for s in stream(out, path.name)]
+        for path in sorted(out.glob("*.tar"))
+    ]
+    assert files == [[(key(1), 3)], [(key(2), 2)], [(key(3), 4)], [(key(3), 2), (key(4), 1)]]
+
+
 # ---- data sets
 
 
