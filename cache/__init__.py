@@ -5,8 +5,12 @@ In this folder, files are code and folders are data: it is also the default plac
     spec, codec, zarr_codec      what a feature is, and how a row of them is packed
     layout                       every path, whole files, seals
     tables                       samples and media
-    zarr_shard, commits, space   the bytes of a shard, which rows exist, space.json
+    container                    what a shard is: zarr_shard or wds_shard
+    commits, space               which rows exist, space.json
     locks                        who may write
     writer, reader               rows in, rows out
-    ls, verify, gc, view         commands; survey, damage, printing, svg and view_* are what they stand on
+    ls, verify, gc, merge, convert, export, share, view
+                                 commands; survey, needs, damage, copying, printing, export_* and view_*
+                                 are what they stand on
+    remote_*                     the same from https, s3 and hf
 """

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from cache.checksum import crc32c
 from cache.commits import Commit, RowIndex, current, read_commit
+from cache.container import Geometry, row_facts
 from cache.index import check_index
 from cache.layout import (
     MAKE_ANEW,
@@ -33,7 +34,6 @@ from cache.reader import RUN_BYTES, find_space, logical_hash, row_digests
 from cache.shard_files import corrupt_shard
 from cache.space import SpaceInfo, read_info
 from cache.spec import KINDS
-from cache.zarr_shard import CRC_BYTES, GROUP_VALUES, Geometry, array_values, crc_bytes
 from configs import UserError
 
 THREADS = 4
@@ -143,8 +143,9 @@ def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceRepor
         report.findings += findings
         report.rows[kind] = len(index[kind])
         report.nbytes += sum(commit.nbytes for commit in commits)
-    report.findings += _check_values(paths.group_json, GROUP_VALUES)
-    report.findings += _check_names(paths)
+    if (group := info.container.group_values()) is not None:
+        report.findings += _check_values(paths.group_json, group)
+    report.findings += _check_names(paths, info)
     if deep and not any(finding.broken for finding in report.findings):
         report.logical_hash = logical_hash(index, digests)
     return report
@@ -171,10 +172,10 @@ def check_shard(
                 broken(f"{size} bytes, not {commit.nbytes}")
                 return findings, _NO_DIGESTS
             rows = commit.table.num_rows
-            index, index_crc = geometry.index_with_crc(rows)
-            found = os.pread(file.fileno(), len(index), rows * geometry.slot_bytes)
-            if found != index or index_crc != commit.index_crc:
-                broken("its index is damaged")
+            tail, tail_crc = geometry.tail_with_crc(rows)
+            found = os.pread(file.fileno(), len(tail), rows * geometry.slot_bytes)
+            if found != tail or tail_crc != commit.index_crc:
+                broken("its last bytes are damaged: the index, or the end of the tar")
             digests = _NO_DIGESTS
             if deep:
                 bad, digests = _check_rows(file.fileno(), geometry, commit, progress)
@@ -189,8 +190,9 @@ def check_shard(
 def _check_rows(
     fd: int, geometry: Geometry, commit: Commit, progress: Progress
 ) -> tuple[list[int], npt.NDArray[np.uint8]]:
-    """Row numbers whose payload or checksum has changed; and the sha256 (n, 32) of all."""
-    numbers, crcs = commit.table["row"].to_pylist(), commit.table["crc"].to_pylist()
+    """Row numbers whose payload has changed, or what stands around it; and the sha256 (n, 32) of all."""
+    numbers, facts = commit.table["row"].to_pylist(), list(row_facts(commit.table))
+    lead, end = geometry.lead_bytes, geometry.lead_bytes + geometry.row_bytes
     step = max(1, RUN_BYTES // geometry.slot_bytes)
     buffer = np.empty((step, geometry.slot_bytes), np.uint8)
     bad, digests = [], []
@@ -198,11 +200,11 @@ def _check_rows(
         slots = buffer[: len(numbers) - start]
         nbytes = os.preadv(fd, [slots.data], start * geometry.slot_bytes)
         progress(nbytes)
-        for slot, number, crc in zip(slots, numbers[start:], crcs[start:], strict=False):
-            row, stored = slot[:-CRC_BYTES], slot[-CRC_BYTES:].tobytes()
-            if crc32c(row) != crc or stored != crc_bytes(crc):
+        for slot, number, fact in zip(slots, numbers[start:], facts[start:], strict=False):
+            around = slot[:lead].tobytes(), slot[end:].tobytes()
+            if crc32c(slot[lead:end]) != fact.crc or around != geometry.around(fact):
                 bad.append(number)
-        digests.append(row_digests(slots[:, :-CRC_BYTES]))
+        digests.append(row_digests(slots[:, lead:end]))
     return bad, np.concatenate(digests)
 
 
@@ -243,13 +245,17 @@ def _check_array_json(
     paths: SpacePaths, info: SpaceInfo, kind: str, commits: Sequence[Commit]
 ) -> Iterator[Finding]:
     path, slots = paths.array_json(kind), info.slots[kind]
+    if info.container.array_values(info.spec, kind, slots, 0) is None:
+        return
     needed = (commits[-1].shard + 1) * slots if commits else 0
     try:
         covered = read_sealed_json(path)["shape"][0]
     except Corrupt as error:
         yield _finding(error, path)
         return
-    yield from _check_values(path, array_values(info.spec, kind, slots, covered))
+    expected = info.container.array_values(info.spec, kind, slots, covered)
+    assert expected is not None
+    yield from _check_values(path, expected)
     if covered < needed:
         yield _note(path, "does not cover the newest shards", "the next encode.run puts it right")
 
@@ -264,10 +270,11 @@ def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
         yield _finding(error, path)
 
 
-def _check_names(paths: SpacePaths) -> Iterator[Finding]:
+def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
     """Files that no commit knows."""
-    known = {paths.space_json, paths.group_json}
-    known |= {path(kind) for path in (paths.array_json, paths.index) for kind in KINDS}
+    known = {paths.space_json, *map(paths.index, KINDS)}
+    if info.container.group_values() is not None:
+        known |= {paths.group_json, *map(paths.array_json, KINDS)}
     for kind in KINDS:
         for number in paths.committed(kind):
             known |= {paths.commit(kind, number), paths.shard(kind, number)}

@@ -135,7 +135,7 @@ class SpacePaths:
         return self.root / "features" / "zarr.json"
 
     def array(self, kind: str) -> Path:
-        """The Zarr array of one kind."""
+        """The array of one kind; of a Zarr space, a Zarr array."""
         return self.root / "features" / kind
 
     def array_json(self, kind: str) -> Path:
@@ -146,9 +146,27 @@ class SpacePaths:
         """One folder a shard, as Zarr wants it."""
         return self.array(kind) / "c"
 
+    def shard_dir(self, kind: str, number: int) -> Path:
+        """All that one shard is, whatever its container: it is taken once this is there."""
+        return self.shards_dir(kind) / str(number)
+
     def shard(self, kind: str, number: int) -> Path:
         """The file of one shard."""
-        return self.shards_dir(kind) / str(number) / "0" / "0"
+        if self._container == "webdataset":
+            return self.shard_dir(kind, number) / f"{kind}-{number:08d}.tar"
+        return self.shard_dir(kind, number) / "0" / "0"
+
+    @property
+    def _container(self) -> str:
+        """`spec.container` of space.json; `zarr` while that can't be read, and is not to be relied on."""
+        known: str | None = self.__dict__.get("_known_container")
+        if known is None:
+            try:
+                known = read_sealed_json(self.space_json).get("spec", {}).get("container", "zarr")
+            except (Corrupt, OSError):
+                return "zarr"
+            self.__dict__["_known_container"] = known
+        return known
 
     @property
     def commits_dir(self) -> Path:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cache.container import Container, Geometry
 from cache.layout import Corrupt, SpacePaths, read_sealed_json, sealed_json
 from cache.spec import FORMAT, KINDS, FeatureSpec
-from cache.zarr_shard import Geometry
+from cache.wds_shard import WdsContainer
+from cache.zarr_shard import ZarrContainer
 from configs import UserError
+
+_CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": WdsContainer()}
 
 SHARD_BYTES = 256 << 20
 """About the size of a shard."""
@@ -30,9 +35,24 @@ class SpaceInfo:
     slots: Mapping[str, int]
     """Kind -> rows per shard."""
 
+    @property
+    def container(self) -> Container:
+        """The on-disk format of its shards."""
+        return _CONTAINERS[self.spec.container]
+
+    @functools.cached_property
+    def _geometries(self) -> Mapping[str, Geometry]:
+        make = self.container.geometry
+        return {kind: make(self.spec, kind, slots) for kind, slots in self.slots.items()}
+
     def geometry(self, kind: str) -> Geometry:
         """Where things stand in the shards of `kind`."""
-        return Geometry(row_bytes=self.spec.row_bytes(kind), slots=self.slots[kind])
+        return self._geometries[kind]
+
+
+def slot_bytes(spec: FeatureSpec, kind: str) -> int:
+    """Bytes a row of `kind` takes in a shard, with what stands around it."""
+    return _CONTAINERS[spec.container].geometry(spec, kind, 1).slot_bytes
 
 
 def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> SpaceInfo:

@@ -6,9 +6,10 @@
     shard.commit()                          # from here on the rows exist
     space.grow("picture")                   # the driver, now and then: zarr-python sees them too
 
-A shard's bytes go to a temporary file as they come. Committing is: fsync, rename, fsync of the folders;
-then the same for the commit, which makes the rows visible. A crash anywhere before that leaves a file
-nobody reads, under a number nobody uses again, for `cache.gc` to remove.
+A shard's bytes go to a temporary file as they come (what they are is `cache.container`'s to say).
+Committing is: fsync, rename, fsync of the folders; then the same for the commit, which makes the rows
+visible. A crash anywhere before that leaves a file nobody reads, under a number nobody uses again, for
+`cache.gc` to remove.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from cache.checksum import crc32c
 from cache.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
+from cache.container import RowFacts
 from cache.index import open_index
 from cache.layout import (
     PARTIAL,
@@ -37,7 +39,7 @@ from cache.layout import (
 from cache.row_index import Identities, RowIndex
 from cache.space import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
 from cache.spec import KINDS, FeatureSpec
-from cache.zarr_shard import GROUP_VALUES, array_values, crc_bytes, zarr_json
+from cache.zarr_shard import zarr_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -80,9 +82,10 @@ class Space:
         for kind in KINDS:
             make_folder(paths.shards_dir(kind))
             space.grow(kind)
-        group = zarr_json(GROUP_VALUES)
-        if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
-            write_atomic(paths.group_json, group)
+        if (values := space.info.container.group_values()) is not None:
+            group = zarr_json(values)
+            if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
+                write_atomic(paths.group_json, group)
         return space
 
     @staticmethod
@@ -122,15 +125,19 @@ class Space:
         """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
 
         A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
+        A space of another container has none.
         """
         path, slots = self.paths.array_json(kind), self.rows_per_shard(kind)
         rows = max((number + 1 for number in self.paths.committed(kind)), default=0) * slots
+        values = self.info.container.array_values(self.spec, kind, slots, rows)
+        if values is None:
+            return
         try:
             covered = read_sealed_json(path)["shape"][0]
         except Corrupt:
             covered = -1
         if rows > covered:
-            write_atomic(path, zarr_json(array_values(self.spec, kind, slots, rows)))
+            write_atomic(path, zarr_json(values))
 
 
 def _identities(table: pa.Table) -> set[tuple[str, str]]:
@@ -152,9 +159,10 @@ class ShardWriter:
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._identities: set[tuple[bytes, str]] = set()
         self._over = False
-        self._folder = self._path.parent.parent
+        self._folder = space.paths.shard_dir(kind, number)
         self._folder.mkdir()
-        self._path.parent.mkdir()
+        if self._path.parent != self._folder:
+            self._path.parent.mkdir()
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     @property
@@ -191,7 +199,8 @@ class ShardWriter:
             error: relative error of the row codec.
 
         Raises:
-            ValueError: the shard is full, holds this (key, view), or the payload has another length.
+            ValueError: the shard is full, holds this (key, view), cannot name this view, or the payload
+                has another length.
             OSError: it could not be written; the shard is as it was before.
         """
         identity = (bytes.fromhex(key), view)
@@ -204,8 +213,12 @@ class ShardWriter:
                 raise ValueError(f"{key} {view} is in shard {self._number} already")
             if len(data) != self._geometry.row_bytes:
                 raise ValueError(f"a row of {len(data)} bytes, not {self._geometry.row_bytes}")
+            self._geometry.check_view(view)
             crc = crc32c(data)
-            _pwrite(self._fd, [data, crc_bytes(crc)], self.rows * self._geometry.slot_bytes)
+            facts = RowFacts(key=identity[0].hex(), view=view, time_s=time_s, crc=crc, error=error)
+            before, behind = self._geometry.around(facts)
+            buffers: list[Buffer] = [before, data, behind] if before else [data, behind]
+            _pwrite(self._fd, buffers, self.rows * self._geometry.slot_bytes)
         row = self._number * self._geometry.slots + self.rows
         values = (identity[0], view, time_s, row, crc, error)
         for column, value in zip(self._columns.values(), values, strict=True):
@@ -227,24 +240,28 @@ class ShardWriter:
             self.abort()
             return 0
         rows, paths = self.rows, self._space.paths
-        index, index_crc = self._geometry.index_with_crc(rows)
+        tail, tail_crc = self._geometry.tail_with_crc(rows)
         end = rows * self._geometry.slot_bytes
         os.ftruncate(self._fd, end)  # a row that failed half-way may lie there
-        _pwrite(self._fd, [index], end)
+        _pwrite(self._fd, [tail], end)
         os.fsync(self._fd)
         self._close()
         if self._fence is not None:
             self._fence()
         self._temporary.rename(self._path)
-        for folder in (self._path.parent, self._folder, self._folder.parent):  # each has a new name
+        # Each has a new name in it. In a tar's folder, the first two are one.
+        for folder in dict.fromkeys((self._path.parent, self._folder, self._folder.parent)):
             fsync_folder(folder)
+        table = pa.table(self._columns, SCHEMA)
+        for name, column in self._geometry.commit_columns(rows).items():
+            table = table.append_column(name, pa.array(column))
         commit = commit_bytes(
-            pa.table(self._columns, SCHEMA),
+            table,
             fingerprint=self._space.spec.fingerprint,
             kind=self._kind,
             shard=self._number,
             nbytes=self._geometry.file_bytes(rows),
-            index_crc=index_crc,
+            index_crc=tail_crc,
             replaces=replaces,
         )
         write_atomic(paths.commit(self._kind, self._number), commit, self._fence)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from crc32c import crc32c
 
+from cache.container import Geometry, RowFacts
 from cache.layout import UNSEALED, seal
 from cache.spec import FeatureSpec
 
@@ -32,13 +34,10 @@ def crc_bytes(crc: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Where things stand in the shards of one array."""
+class ZarrGeometry(Geometry):
+    """A row starts its slot; its crc32c ends it. The tail is the index."""
 
-    row_bytes: int
-    """Bytes of one row, without its crc."""
-    slots: int
-    """Rows a full shard holds."""
+    lead_bytes = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -46,30 +45,28 @@ class Geometry:
         return self.row_bytes + CRC_BYTES
 
     @property
-    def gap_bytes(self) -> int:
-        """Bytes between the end of one row and the start of the next."""
-        return self.slot_bytes - self.row_bytes
-
-    def row_offset(self, slot: int) -> int:
-        """Where the row of a slot starts in its file."""
-        return slot * self.slot_bytes
-
-    @property
-    def index_bytes(self) -> int:
+    def tail_bytes(self) -> int:
         """Bytes of the index, with its crc."""
         return 16 * self.slots + CRC_BYTES
 
-    def file_bytes(self, rows: int) -> int:
-        """Size of a shard that holds `rows` rows."""
-        return rows * self.slot_bytes + self.index_bytes
+    def check_view(self, view: str) -> None:
+        """Any will do: the shard does not name its rows."""
 
-    def index_with_crc(self, rows: int) -> tuple[bytes, int]:
-        """The last bytes of a shard that holds `rows` rows, and the crc they end in."""
+    def around(self, facts: RowFacts) -> tuple[bytes, bytes]:
+        """Nothing, and the row's crc."""
+        return b"", crc_bytes(facts.crc)
+
+    def tail_with_crc(self, rows: int) -> tuple[bytes, int]:
+        """The index of a shard that holds `rows` rows, and the crc it ends in."""
         entries = np.full((self.slots, 2), MISSING, "<u8")
         entries[:rows, 0] = np.arange(rows, dtype=np.uint64) * np.uint64(self.slot_bytes)
         entries[:rows, 1] = self.slot_bytes
         crc = crc32c(entries)
         return entries.tobytes() + crc_bytes(crc), crc
+
+    def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:  # noqa: ARG002
+        """None: a row's place follows from its number, and the index in the shard says it, too."""
+        return {}
 
 
 def array_values(spec: FeatureSpec, kind: str, slots: int, rows: int) -> dict[str, Any]:
@@ -105,3 +102,21 @@ def zarr_json(values: Mapping[str, Any]) -> bytes:
     """The file zarr.json, sealed in its attributes: elsewhere Zarr allows no keys of our own."""
     text = json.dumps({**values, "attributes": {"seal": UNSEALED}}, indent=2, allow_nan=False)
     return seal(text.encode() + b"\n")
+
+
+class ZarrContainer:
+    """Zarr v3 arrays: see `cache.container.Container`."""
+
+    def geometry(self, spec: FeatureSpec, kind: str, slots: int) -> Geometry:
+        """Of the shards of one array."""
+        return ZarrGeometry(row_bytes=spec.row_bytes(kind), slots=slots)
+
+    def group_values(self) -> Mapping[str, Any]:
+        """The arrays are a group."""
+        return GROUP_VALUES
+
+    def array_values(
+        self, spec: FeatureSpec, kind: str, slots: int, rows: int
+    ) -> Mapping[str, Any]:
+        """What zarr.json says."""
+        return array_values(spec, kind, slots, rows)

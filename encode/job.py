@@ -52,6 +52,7 @@ class Job:
         counter: MediaCounter,
         *,
         codec: str,
+        container: str = "zarr",
         setup: Setup,
         worker_class: type[Worker] = Worker,
     ):
@@ -61,13 +62,14 @@ class Job:
             root: the cache.
             counter: the media of all data sets asked for.
             codec: how rows are stored.
+            container: the on-disk format of a new space: `zarr` or `webdataset`.
             setup: how workers are made.
             worker_class: what does the work, inline or in an actor.
         """
         self._root, self._counter, self._setup = root, counter, setup
         self._worker_class = worker_class
         self._encoder = setup.load()
-        self.spec = self._encoder.spec(codec)
+        self.spec = replace(self._encoder.spec(codec), container=container)
         self.device_type = self._encoder.device.type
         self.paths = root.space(self.spec.name)
         self._present = Present()

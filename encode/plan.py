@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from cache.space import slot_bytes
 from cache.spec import ARRAY_OF, FeatureSpec
 from cache.tables import MediaRecord, MediaRef, Sample
 from cache.views import MAX_FRAMES, frame_views
@@ -25,8 +26,8 @@ from encode.tasks import OWN_STAGES, SourceTask, claim_id
 OWN_ATTEMPTS = 3
 """A picture our own code failed on is tried again by this many jobs."""
 
-OVERHEAD_BYTES = 160
-"""Beside a row: its checksum and index entry, its line in the commit and in the media table."""
+OVERHEAD_BYTES = 156
+"""Beside a row's slot: its index entry, its line in the commit and in the media table."""
 
 
 class Mention(NamedTuple):
@@ -98,7 +99,7 @@ class Plan:
 
     def bytes_needed(self, spec: FeatureSpec) -> int:
         """On the disk, at most."""
-        return sum(n * (spec.row_bytes(a) + OVERHEAD_BYTES) for a, n in self.new_rows.items())
+        return sum(n * (slot_bytes(spec, a) + OVERHEAD_BYTES) for a, n in self.new_rows.items())
 
 
 def make_plan(

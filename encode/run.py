@@ -5,6 +5,7 @@ python -m encode.run --dataset folder:photos                  # your pictures an
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
+python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
 python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
 python -m encode.run --check 50                               # encode 50 media again: is it what is stored?
 python -m encode.run --list                                   # data sets by name
@@ -55,6 +56,8 @@ class Options:
     """Which vision tower: an entry of configs/encoders.yaml."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
     """How a row is stored: int8 is half of fp16, 0.5 % off; int4 a quarter, 5-8 % off (CLIP: unproven)."""
+    format: Literal["zarr", "webdataset"] = "zarr"
+    """What a shard is: part of a Zarr v3 array, or a tar that the webdataset library streams."""
     pool: int | None = None
     """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
     frame_pool: int | None = None
@@ -158,7 +161,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     from encode.machine import choose_crew
     from encode.signals import Interrupts
 
-    job = Job(root, counter, codec=options.codec, setup=setup_of(options))
+    codec, container = options.codec, options.format
+    job = Job(root, counter, codec=codec, container=container, setup=setup_of(options))
     anew = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
         job.show(job.plan(**anew), always_measure=True)

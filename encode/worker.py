@@ -109,7 +109,9 @@ class Worker:
         """
         paths = SpacePaths(setup.space)
         self.space = Space.open(paths)
-        if encoder.spec(self.space.spec.codec).fingerprint != self.space.spec.fingerprint:
+        spec = self.space.spec
+        made = replace(encoder.spec(spec.codec), container=spec.container)
+        if made.fingerprint != spec.fingerprint:
             raise UserError(f"{paths.root}: this encoder does not make the features of this space")
         self._lease = WorkerLease(paths, setup.token, str(number))
         self._lease.__enter__()

@@ -180,11 +180,8 @@ def rebuild_encoder(
         config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
-    for key in (
-        "compute_dtype",
-        "encoder",
-        "packed_from",
-    ):  # nothing, or less than float16 tells apart
+    # Nothing that changes a value, or less than float16 tells apart.
+    for key in ("compute_dtype", "encoder", "container", "packed_from"):
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
     if different == ["weights"]:

@@ -81,6 +81,7 @@ def encode(
     workers: int = 0,
     setup: Setup = SETUP,
     codec: str = "int8",
+    container: str = "zarr",
     worker_class: type[Worker] = Worker,
     rehash: bool = False,
     timeout_s: float = 60.0,
@@ -90,7 +91,9 @@ def encode(
     """One job, as `encode.run` does it, with an encoder that is in no YAML file."""
     cache = CacheRoot(root)
     counter = count(cache, specs)
-    job = Job(cache, counter, codec=codec, setup=setup, worker_class=worker_class)
+    job = Job(
+        cache, counter, codec=codec, container=container, setup=setup, worker_class=worker_class
+    )
     with DriverLock(job.paths, "test") as lock, interrupts or Interrupts() as interrupts:
         plan = job.plan(rehash=rehash)
         job.show(plan)

@@ -251,7 +251,10 @@ def pictures(count: int) -> Plan:
 
 
 def test_bytes_are_rows_and_a_little() -> None:
-    assert pictures(1000).bytes_needed(CLIP) == 1000 * (576 * 1024 + 576 * 16 * 2 + OVERHEAD_BYTES)
+    row = 576 * 1024 + 576 * 16 * 2
+    assert pictures(1000).bytes_needed(CLIP) == 1000 * (row + 4 + OVERHEAD_BYTES)
+    tar = replace(CLIP, container="webdataset")
+    assert pictures(1000).bytes_needed(tar) == 1000 * (row + 2048 + OVERHEAD_BYTES)
 
 
 def test_a_job_that_cannot_fit_is_refused_with_what_would() -> None:

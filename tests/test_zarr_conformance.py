@@ -80,7 +80,7 @@ def test_zarr_writes_the_bytes_we_write(space: Space, tmp_path: Path) -> None:
     if space.spec.codec == "fp16":
         assert theirs == ours
     else:  # the values went through float16 on the way to zarr: codes may differ by one step
-        index = space.info.geometry("picture").index_bytes
+        index = space.info.geometry("picture").tail_bytes
         assert theirs[-index:] == ours[-index:]
 
 

@@ -58,9 +58,9 @@ def row(number: int, kind: str = "picture", spec: FeatureSpec = SPEC) -> npt.NDA
     return codec.pack(features(number, kind, spec), spec.codec)
 
 
-def make_space(folder: Path, codec_name: str = "int8") -> Space:
+def make_space(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
     """An empty space below `folder`."""
-    spec = dataclasses.replace(SPEC, codec=codec_name)
+    spec = dataclasses.replace(SPEC, codec=codec_name, container=container)
     load = {"library": "toy", "note": "a text like sha256:" + "0" * 64 + " must do no harm"}
     return Space.create(
         CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("picture")

@@ -151,6 +151,8 @@ def check_space(meta: Mapping[str, Any], spec: FeatureSpec, origin: Path) -> Non
         UserError: these were made differently; it names what differs.
     """
     trained_on = FeatureSpec.from_json(meta["space"]["spec"])
+    # The same rows in another on-disk format are the same features.
+    trained_on = dataclasses.replace(trained_on, container=spec.container)
     if trained_on.fingerprint == spec.fingerprint:
         return
     before, now = trained_on.to_json(), spec.to_json()
