@@ -12,9 +12,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
 from cache import codec
+from cache.checksum import crc32c
 from cache.commits import read_commit
 from cache.container import RowFacts
 from cache.reader import FeatureReader
@@ -112,7 +112,7 @@ class Source:
         index = self.reader.index[kind]
         key, view = index.identity(position)
         time_s = float(index.times[position])
-        crc = crc32c(row) if self.unpack else int(index.crcs[position])
+        crc = crc32c(row.data) if self.unpack else int(index.crcs[position])
         error = float(self.errors[kind][position])
         known = None if np.isnan(time_s) else time_s
         return RowFacts(key=key, view=view, time_s=known, crc=crc, error=error)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.layout import SpacePaths
 from cache.reader import FeatureReader
 from cache.remote_rows import RowCache
@@ -76,8 +76,8 @@ class RemoteReader(FeatureReader):
         super().__init__(paths, files=self._remote)
         self._rows = rows
         self._stop = threading.Event()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_pid = 0
+        self._asking: ThreadPoolExecutor | None = None
+        self._asking_pid = 0
         self._lock = threading.Lock()
         self.traffic = Traffic()
 
@@ -120,7 +120,7 @@ class RemoteReader(FeatureReader):
             for run in runs:
                 self._fetch(kind, run, stop)
             return
-        pool = self._threads()
+        pool = self._askers()
         futures: list[Future[None]] = [pool.submit(self._fetch, kind, run, stop) for run in runs]
         try:
             for future in futures:
@@ -174,14 +174,14 @@ class RemoteReader(FeatureReader):
             self.traffic.requests += 1
             self.traffic.nbytes += nbytes
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _askers(self) -> ThreadPoolExecutor:
         """Those that ask; a forked child needs its own."""
         with self._lock:
-            if self._pool is None or self._pool_pid != os.getpid():
+            if self._asking is None or self._asking_pid != os.getpid():
                 connections = self._remote.rules.connections
-                self._pool = ThreadPoolExecutor(connections, thread_name_prefix="remote")
-                self._pool_pid = os.getpid()
-            return self._pool
+                self._asking = ThreadPoolExecutor(connections, thread_name_prefix="remote")
+                self._asking_pid = os.getpid()
+            return self._asking
 
 
 _Run = dict[int, tuple[int, memoryview]]

@@ -23,8 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from crc32c import crc32c
-
+from cache.checksum import crc32c
 from cache.layout import PARTIAL
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.container import Geometry, RowFacts
 from cache.spec import FeatureSpec
 

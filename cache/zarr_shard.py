@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.container import Geometry, RowFacts
 from cache.layout import UNSEALED, seal
 from cache.spec import FeatureSpec
@@ -61,7 +61,7 @@ class ZarrGeometry(Geometry):
         entries = np.full((self.slots, 2), MISSING, "<u8")
         entries[:rows, 0] = np.arange(rows, dtype=np.uint64) * np.uint64(self.slot_bytes)
         entries[:rows, 1] = self.slot_bytes
-        crc = crc32c(entries)
+        crc = crc32c(entries.data)
         return entries.tobytes() + crc_bytes(crc), crc
 
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:  # noqa: ARG002

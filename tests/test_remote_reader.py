@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crc32c import crc32c
 
+from cache.checksum import crc32c
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.remote import Elsewhere, RemoteCache, open_reader
