@@ -50,9 +50,15 @@ class Meter:
                 left_s = (now - self._start) * (self._total / max(1, self._done) - 1)
                 text = (
                     f"{self._what}: {bytes_text(self._done)} of {bytes_text(self._total)}, "
-                    f"{max(0.0, left_s):.0f} s left"
+                    f"{bytes_text(self._done / (now - self._start))}/s, {max(0.0, left_s):.0f} s left"
                 )
                 print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
+
+    def total_text(self) -> str:
+        """`read 12.3 GB in 4.1 s: 3 GB/s`, so far."""
+        seconds = time.monotonic() - self._start
+        rate = bytes_text(self._done / max(seconds, 1e-9))
+        return f"{self._what} {bytes_text(self._done)} in {seconds:.1f} s: {rate}/s"
 
     def close(self) -> None:
         """Leave the line empty."""

@@ -33,6 +33,7 @@ from cache.layout import (
     read_sealed_json,
     write_atomic,
 )
+from cache.mend import fitting_info
 from cache.space import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
 from cache.spec import KINDS, FeatureSpec
 from cache.zarr_shard import GROUP_VALUES, array_values, crc_bytes, zarr_json
@@ -68,7 +69,8 @@ class Space:
         """
         paths = root.space(spec.name)
         if not paths.space_json.exists():
-            write_atomic(paths.space_json, info_bytes(new_info(spec, load, shard_bytes)))
+            info = fitting_info(paths, new_info(spec, load, shard_bytes))
+            write_atomic(paths.space_json, info_bytes(info))
         space = Space.open(paths)
         if space.spec.fingerprint != spec.fingerprint:
             raise Corrupt(

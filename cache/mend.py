@@ -1,0 +1,117 @@
+"""Metadata put back as it was.
+
+A sealed file contains the sha256 of its own bytes. So where a single bit has flipped, the commonest damage by
+memory or disk, every bit can be tried: when the seal fits again, those are the bytes that were written,
+beyond any doubt. (Rows are not mended: a crc32c has 32 bits and a row millions; a flip that fits is no proof.)
+What space.json said can be proven in other ways, too: every commit carries the fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from cache.commits import read_commit
+from cache.layout import SEAL, Corrupt, SpacePaths, check_seal
+from cache.space import MAX_SLOTS, SpaceInfo
+from cache.spec import KINDS, FeatureSpec
+
+MOST_BYTES = 256 << 10
+"""Longest file tried: the commit of 4,096 rows. The work grows with the square of it."""
+
+
+def flip_back(data: bytes) -> bytes | None:
+    """The sealed bytes that `data` was before one bit of it flipped; None when it was not just that."""
+    if not 0 < len(data) <= MOST_BYTES:
+        return None
+    return _near_the_seal(data) or _outside_the_seal(data)
+
+
+def _outside_the_seal(data: bytes) -> bytes | None:
+    """The flip is in what is hashed: then the seal says what the hash must be."""
+    at = data.rfind(SEAL) + len(SEAL)
+    seal = data[at : at + 64].decode("ascii", errors="replace")
+    if at < len(SEAL) or len(seal) != 64:
+        return None
+    zeroed = data[:at] + b"0" * 64 + data[at + 64 :]
+    before = hashlib.sha256()  # of all that stands before the byte that is tried
+    for place in range(len(zeroed)):
+        byte, behind = zeroed[place], zeroed[place + 1 :]
+        if not at <= place < at + 64:
+            for bit in range(8):
+                tried = before.copy()
+                tried.update(bytes([byte ^ 1 << bit]) + behind)
+                if tried.hexdigest() == seal:
+                    return data[:place] + bytes([byte ^ 1 << bit]) + data[place + 1 :]
+        before.update(zeroed[place : place + 1])
+    return None
+
+
+def _near_the_seal(data: bytes) -> bytes | None:
+    """The flip is in the seal itself, or in the word before it, so that none or another one was found."""
+    digits = data.rfind(SEAL) + len(SEAL)
+    # A word with one wrong letter still has its other letters: look wherever one half of it stands.
+    places = {place for half in (SEAL[:3], SEAL[4:]) for place in _all(data, half)}
+    near = {p for place in places for p in range(place - 4, place + len(SEAL))}
+    near |= set(range(digits, digits + 64)) if digits >= len(SEAL) else set()
+    for place in sorted(p for p in near if 0 <= p < len(data)):
+        for bit in range(8):
+            tried = data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+            try:
+                check_seal(tried, Path())
+            except Corrupt:
+                continue
+            return tried
+    return None
+
+
+def _all(data: bytes, what: bytes) -> list[int]:
+    found, at = [], data.find(what)
+    while at >= 0:
+        found.append(at)
+        at = data.find(what, at + 1)
+    return found
+
+
+def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:
+    """What a damaged space.json said, as far as `fingerprint` (of the commits) proves it: all of the spec.
+
+    How to load the encoder is not part of the fingerprint; wrong, it loads an encoder of another one, which
+    is noticed. Rows per shard are checked against every commit. None when the text is not understood, or
+    describes another space.
+    """
+    try:
+        values = json.loads(data)
+        spec = FeatureSpec.from_json(values["spec"])
+        slots = {kind: int(values["rows_per_shard"][kind]) for kind in KINDS}
+        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return info if spec.fingerprint == fingerprint and min(slots.values()) > 0 else None
+
+
+def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
+    """`info`, with as many rows per shard as the commits that are here already were made with.
+
+    For a space whose space.json was lost, while its rows were not.
+
+    Raises:
+        Corrupt: the commits are of another space.
+    """
+    slots = {}
+    for kind, usual in info.slots.items():
+        slots[kind] = usual
+        if not (numbers := paths.committed(kind)):
+            continue
+        for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
+            guessed = replace(info, slots={**info.slots, kind: guess})
+            with contextlib.suppress(Corrupt):
+                read_commit(paths, guessed, kind, numbers[-1])
+                slots[kind] = guess
+                break
+        else:
+            read_commit(paths, info, kind, numbers[-1])  # raises what is wrong with it
+    return replace(info, slots=slots)
