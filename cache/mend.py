@@ -2,7 +2,7 @@
 
 A sealed file contains the sha256 of its own bytes. So where a single bit has flipped, the commonest damage by
 memory or disk, every bit can be tried: when the seal fits again, those are the bytes that were written,
-beyond any doubt. (Rows are not mended: a crc32c has 32 bits and a row millions; a flip that fits is no proof.)
+beyond any doubt. (Rows are not mended: a crc32c has 32 bits, a row millions; a flip that fits is no proof.)
 What space.json said can be proven in other ways, too: every commit carries the fingerprint.
 """
 

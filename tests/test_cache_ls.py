@@ -161,4 +161,4 @@ def test_a_meter_reports_each_minute(
     assert capsys.readouterr().err == ""
     now += 61
     meter.add(500_000)
-    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 183 s left"
+    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 16.4 kB/s, 183 s left"
