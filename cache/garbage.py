@@ -229,4 +229,3 @@ def take_out_unreferenced(found: Unreferenced) -> None:
     """
     for group in found.groups:
         take_out(found.space, found.array, group, delete)
-    found.space.grow(found.array)

@@ -33,8 +33,10 @@ from cache.layout import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_fold
 from cache.locks import driver_holder
 from cache.printing import bytes_text
 from cache.rewrite import alone, one_line
+from cache.spec import KINDS
 from cache.survey import open_spaces, summarise_datasets
 from cache.tables import dataset_names
+from cache.writer import Space
 from configs import UserError, command, nearest, parse
 
 
@@ -63,8 +65,8 @@ def main() -> None:
     spaces = root.space_folders()
     with contextlib.ExitStack() as held:
         if options.delete:
-            held.enter_context(alone(spaces, "cache.gc"))
             held.enter_context(one_line(root.path))
+            held.enter_context(alone(spaces, "cache.gc"))
         else:
             for space in spaces:
                 if holder := driver_holder(space):
@@ -106,6 +108,10 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
             if options.delete:
                 take_out_unreferenced(rows)
             freed += rows.nbytes
+    if options.delete:
+        for space in filter(lambda space: space.space_json.exists(), spaces):
+            for kind in KINDS:
+                Space.open(space).grow(kind)
     if not options.damaged and root.damaged_dir.is_dir():
         print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
     return freed

@@ -131,6 +131,7 @@ class Repair:
             self._commits(space, kind)
         report = check_space(paths, self._deep, self._progress)
         if not report.broken:
+            self._arrays(space)  # where an earlier repair was cut short, they lag behind
             return report
         newest = {kind: space.next_shard(kind) for kind in KINDS}
         for kind in KINDS:
