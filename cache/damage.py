@@ -239,10 +239,12 @@ def _check_array_json(
     path, slots = paths.array_json(kind), info.slots[kind]
     needed = (commits[-1].shard + 1) * slots if commits else 0
     try:
-        covered = read_sealed_json(path)["shape"][0]
+        covered = int(read_sealed_json(path)["shape"][0])
     except Corrupt as error:
         yield damage(error, path)
         return
+    except (KeyError, IndexError, TypeError, ValueError):  # intact, but of something else
+        covered = needed
     yield from _check_values(path, array_values(info.spec, kind, slots, covered))
     if covered < needed:
         yield note(path, "does not cover the newest shards", "the next encode.run puts it right")

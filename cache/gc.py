@@ -58,7 +58,11 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = parse(Options, prog="python -m cache.gc", description=__doc__)
+    run(parse(Options, prog="python -m cache.gc", description=__doc__))
+
+
+def run(options: Options) -> None:
+    """Do what the options say, and print it."""
     root = CacheRoot(options.features)
     if not options.features.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")

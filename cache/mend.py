@@ -27,45 +27,58 @@ def flip_back(data: bytes) -> bytes | None:
     """The sealed bytes that `data` was before one bit of it flipped; None when it was not just that."""
     if not 0 < len(data) <= MOST_BYTES:
         return None
-    return _near_the_seal(data) or _outside_the_seal(data)
+    return _in_the_word(data) or _around_the_seal(data)
 
 
-def _outside_the_seal(data: bytes) -> bytes | None:
-    """The flip is in what is hashed: then the seal says what the hash must be."""
+def _in_the_word(data: bytes) -> bytes | None:
+    """The flip is in the word before the seal, so that no seal was found, or another one, that is quoted."""
+    # Only one of its letters is wrong: look wherever its first three or its last three stand.
+    places = {at - offset for offset in (0, 4) for at in _all(data, SEAL[offset : offset + 3])}
+    for start in sorted(places):
+        for place in range(max(start, 0), min(start + len(SEAL), len(data))):
+            for bit in range(8):
+                tried = _flipped(data, place, bit)
+                if tried[start : start + len(SEAL)] == SEAL and _fits(tried):
+                    return tried
+    return None
+
+
+def _around_the_seal(data: bytes) -> bytes | None:
+    """The flip is in the seal's digits, or in what it is the hash of."""
     at = data.rfind(SEAL) + len(SEAL)
-    seal = data[at : at + 64].decode("ascii", errors="replace")
-    if at < len(SEAL) or len(seal) != 64:
+    if at < len(SEAL) or len(data) < at + 64:
         return None
     zeroed = data[:at] + b"0" * 64 + data[at + 64 :]
+    digest = hashlib.sha256(zeroed).hexdigest().encode()
+    if (int.from_bytes(digest) ^ int.from_bytes(data[at : at + 64])).bit_count() == 1:
+        return data[:at] + digest + data[at + 64 :]
+    try:
+        seal = bytes.fromhex(data[at : at + 64].decode())
+    except ValueError:
+        return None
     before = hashlib.sha256()  # of all that stands before the byte that is tried
-    for place in range(len(zeroed)):
-        byte, behind = zeroed[place], zeroed[place + 1 :]
-        if not at <= place < at + 64:
-            for bit in range(8):
-                tried = before.copy()
-                tried.update(bytes([byte ^ 1 << bit]) + behind)
-                if tried.hexdigest() == seal:
-                    return data[:place] + bytes([byte ^ 1 << bit]) + data[place + 1 :]
+    for place in range(len(data)):
+        behind = zeroed[place + 1 :]
+        for bit in range(8) if not at <= place < at + 64 else ():
+            tried = before.copy()
+            tried.update(bytes([data[place] ^ 1 << bit]))
+            tried.update(behind)
+            if tried.digest() == seal:
+                return _flipped(data, place, bit)
         before.update(zeroed[place : place + 1])
     return None
 
 
-def _near_the_seal(data: bytes) -> bytes | None:
-    """The flip is in the seal itself, or in the word before it, so that none or another one was found."""
-    digits = data.rfind(SEAL) + len(SEAL)
-    # A word with one wrong letter still has its other letters: look wherever one half of it stands.
-    places = {place for half in (SEAL[:3], SEAL[4:]) for place in _all(data, half)}
-    near = {p for place in places for p in range(place - 4, place + len(SEAL))}
-    near |= set(range(digits, digits + 64)) if digits >= len(SEAL) else set()
-    for place in sorted(p for p in near if 0 <= p < len(data)):
-        for bit in range(8):
-            tried = data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
-            try:
-                check_seal(tried, Path())
-            except Corrupt:
-                continue
-            return tried
-    return None
+def _flipped(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+def _fits(data: bytes) -> bool:
+    try:
+        check_seal(data, Path())
+    except Corrupt:
+        return False
+    return True
 
 
 def _all(data: bytes, what: bytes) -> list[int]:

@@ -108,7 +108,7 @@ class Repair:
         return True
 
     def _tables(self) -> None:
-        for finding in check_tables(self._root, self._progress):
+        for finding in list(check_tables(self._root, self._progress)):
             path = Path(finding.path)
             if not finding.broken or self._flipped_back(finding):
                 continue
@@ -131,13 +131,13 @@ class Repair:
             self._commits(space, kind)
         report = check_space(paths, self._deep, self._progress)
         if not report.broken:
-            self._arrays(space)  # where an earlier repair was cut short, they lag behind
+            self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
             return report
         newest = {kind: space.next_shard(kind) for kind in KINDS}
         for kind in KINDS:
             self._shards(space, kind, [f for f in report.findings if f.broken and f.array == kind])
             self._doubles(space, kind)
-        self._arrays(space)
+        self._arrays(space, report)
         left = check_space(paths, False, lambda _: None)
         for kind in KINDS:  # what was written just now is read back
             for commit in read_commits(paths, space.info, kind):
@@ -227,15 +227,18 @@ class Repair:
             self.done.lost[kind] += len(keep) - kept
             self.done.spaces.add(space.paths.name)
 
-    def _arrays(self, space: Space) -> None:
+    def _arrays(self, space: Space, report: SpaceReport) -> None:
         """Zarr's descriptions, which follow from what else is there."""
         files = {space.paths.group_json: zarr_json(GROUP_VALUES)}
         for kind in KINDS:
             files[space.paths.array_json(kind)] = _array_json(space, kind)
+        why = {finding.path: finding.what for finding in report.findings if finding.broken}
         for path, data in files.items():
-            if not path.is_file() or path.read_bytes() != data:
-                self._tell(path, "it does not describe the data beside it", "made anew")
-                write_atomic(path, data)
+            if path.is_file() and path.read_bytes() == data:
+                continue
+            if str(path) in why:  # else it only lags behind
+                self._tell(path, why[str(path)], "made anew")
+            write_atomic(path, data)
 
 
 def _array_json(space: Space, kind: str) -> bytes:

@@ -123,7 +123,7 @@ class Space:
         rows = max((number + 1 for number in self.paths.committed(kind)), default=0) * slots
         try:
             covered = read_sealed_json(path)["shape"][0]
-        except Corrupt:
+        except (Corrupt, KeyError):  # or it describes something else
             covered = -1
         if rows > covered:
             write_atomic(path, zarr_json(array_values(self.spec, kind, slots, rows)))

@@ -101,13 +101,9 @@ def repair(root: CacheRoot, said: list[str]) -> None:
 
 def collect(root: CacheRoot, said: list[str]) -> None:
     """`cache.gc --unreferenced --delete`."""
-    argv = ["cache.gc", "--features", str(root.path), "--unreferenced", "--delete"]
-    before, sys.argv = sys.argv, argv
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            gc.main()
-    finally:
-        sys.argv = before
+    options = gc.Options(features=root.path, unreferenced=True, delete=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gc.run(options)
 
 
 WORK = {"write": write, "repair": repair, "gc": collect}

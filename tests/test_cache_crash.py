@@ -23,6 +23,7 @@ from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samp
 from cache.writer import Space
 from tests import crash_points
 from tests.crash_points import CALLS, DIED, FAULTS, FINISHED, REFUSED, write
+from tests.damage_tools import garble
 from tests.toy_space import fill, key, make_space, row
 
 
@@ -111,16 +112,12 @@ def test_a_repair_that_is_cut_short_loses_no_intact_row(
 ) -> None:
     space = make_space(folder / "cache")
     paths = space.paths
-    for numbers in ([0, 1, 2], [3, 4], [5, 6], [7], [8, 9]):
+    for numbers in ([0, 1, 2], [3, 4], [5, 6]):
         fill(space, numbers)
-    fill(space, [10], kind="frame")
-    for kind in ("picture", "frame"):
-        space.grow(kind)
-    damage(paths.shard("picture", 0), 300)  # of the second row
-    damage(paths.commit("picture", 1), 100, 20)
-    paths.shard("picture", 3).unlink()
-    damage(paths.array_json("frame"), 50, 20)
-    intact = {0, 2, 5, 6, 8, 9}
+    space.grow("picture")
+    garble(paths.shard("picture", 0), 300)  # of the second row
+    garble(paths.commit("picture", 1), 100)
+    intact = {0, 2, 5, 6}
     copies = struck(folder, "repair", *list(FAULTS)[: soak(1, len(FAULTS))])
     for copy in copies:
         root = CacheRoot(Path(copy["folder"]))
@@ -132,7 +129,7 @@ def test_a_repair_that_is_cut_short_loses_no_intact_row(
         assert good_rows(here) == intact, copy
         report = verify(root, deep=True)
         assert not report.broken, copy
-        assert report.spaces[0].rows == {"picture": len(intact), "frame": 1}, copy
+        assert report.spaces[0].rows == {"picture": len(intact), "frame": 0}, copy
     print(f"{len(copies)} faults at the calls of a repair")
 
 
@@ -142,11 +139,11 @@ def test_taking_rows_out_that_is_cut_short_loses_no_mentioned_row(
 ) -> None:
     root = CacheRoot(folder / "cache")
     space = make_space(folder / "cache")
-    for numbers in ([0, 1, 2], [3, 4], [5, 6], [7], [8, 9]):
+    for numbers in ([0, 1, 2], [3, 4], [5, 6], [7]):
         fill(space, numbers)
     space.grow("picture")
-    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(10)], "job")
-    mentioned = {0, 2, 4, 5, 6, 8}  # the shard of 5 and 6 stays as it is; 7's goes
+    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(8)], "job")
+    mentioned = {0, 2, 4, 5, 6}  # the shard of 5 and 6 stays as it is; 7's goes
     refs = tuple(MediaRef(source=str(n)) for n in sorted(mentioned))
     write_samples(root, "toy", [Sample(id="0", dataset="toy", messages=(), media=refs)])
     untouched = space.paths.shard("picture", 2).read_bytes()
@@ -163,13 +160,6 @@ def test_taking_rows_out_that_is_cut_short_loses_no_mentioned_row(
         assert report.all_findings == [], copy
         assert here.shard("picture", 2).read_bytes() == untouched
     print(f"{len(copies)} faults at the calls of a collection")
-
-
-def damage(path: Path, at: int, length: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    for place in range(at, at + length):
-        data[place] ^= 0x55
-    path.write_bytes(data)
 
 
 def current_keys(space: Space) -> list[Any]:
