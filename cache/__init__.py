@@ -8,5 +8,5 @@ In this folder, files are code and folders are data: it is also the default plac
     zarr_shard, commits, space   the bytes of a shard, which rows exist, space.json
     locks                        who may write
     writer, reader               rows in, rows out
-    ls, verify, gc               commands; survey, damage and printing are what they stand on
+    ls, verify, gc               commands; survey, damage, repair, garbage, rewrite are what they stand on
 """
