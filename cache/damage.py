@@ -45,15 +45,16 @@ def verify(
     *,
     space: str | None = None,
     deep: bool = False,
+    hashed: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """All of a cache, or one space of it; with `deep`, every byte."""
+    """All of a cache, or one space of it; with `deep`, every byte; if `hashed`, its logical hash, too."""
     progress = progress or (lambda _: None)
     if space is not None:
-        return Report(spaces=[check_space(find_space(root, space), deep, progress)])
+        return Report(spaces=[check_space(find_space(root, space), deep, progress, hashed)])
     report = Report(findings=list(check_tables(root, progress)))
     for paths in root.space_folders():
-        report.spaces.append(check_space(paths, deep, progress))
+        report.spaces.append(check_space(paths, deep, progress, hashed))
     return report
 
 
@@ -70,7 +71,9 @@ def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
     return total
 
 
-def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceReport:
+def check_space(
+    paths: SpacePaths, deep: bool, progress: Progress, hashed: bool = False
+) -> SpaceReport:
     """One space."""
     report = SpaceReport(name=paths.name)
     try:
@@ -88,7 +91,7 @@ def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceRepor
         commits, findings = check_commits(paths, info, kind, progress)
         with ThreadPoolExecutor(THREADS) as threads:
             shards = [
-                threads.submit(check_shard, paths, info, kind, commit, deep, progress)
+                threads.submit(check_shard, paths, info, kind, commit, deep, progress, hashed)
                 for commit in commits
             ]
             for shard in shards:
@@ -103,7 +106,7 @@ def check_space(paths: SpacePaths, deep: bool, progress: Progress) -> SpaceRepor
         report.nbytes += sum(commit.nbytes for commit in commits)
     report.findings += _check_values(paths.group_json, GROUP_VALUES)
     report.findings += _check_names(paths)
-    if deep and not report.broken:
+    if deep and hashed and not report.broken:
         report.logical_hash = logical_hash(index, digests)
     return report
 
@@ -112,9 +115,15 @@ _NO_DIGESTS = np.empty((0, 32), np.uint8)
 
 
 def check_shard(
-    paths: SpacePaths, info: SpaceInfo, kind: str, commit: Commit, deep: bool, progress: Progress
+    paths: SpacePaths,
+    info: SpaceInfo,
+    kind: str,
+    commit: Commit,
+    deep: bool,
+    progress: Progress,
+    hashed: bool = False,
 ) -> tuple[list[Finding], npt.NDArray[np.uint8]]:
-    """What is wrong with one shard; and, with `deep`, the sha256 (n, 32) of its rows."""
+    """What is wrong with one shard; and, with `deep` and `hashed`, the sha256 (n, 32) of its rows."""
     path, geometry = paths.shard(kind, commit.shard), info.geometry(kind)
     findings: list[Finding] = []
 
@@ -136,7 +145,8 @@ def check_shard(
             digests = _NO_DIGESTS
             if deep:
                 finite = Finite(info.spec, kind)
-                bad, odd, digests = _check_rows(file.fileno(), geometry, commit, finite, progress)
+                fd = file.fileno()
+                bad, odd, digests = _check_rows(fd, geometry, commit, finite, progress, hashed)
                 if bad:
                     broken(f"{len(bad)} of {rows} rows fail their checksum (row {bad[0]} first)")
                 if odd:
@@ -148,14 +158,19 @@ def check_shard(
 
 
 def _check_rows(
-    fd: int, geometry: Geometry, commit: Commit, finite: Finite, progress: Progress
+    fd: int,
+    geometry: Geometry,
+    commit: Commit,
+    finite: Finite,
+    progress: Progress,
+    hashed: bool,
 ) -> tuple[list[int], list[int], npt.NDArray[np.uint8]]:
     """Row numbers whose payload or checksum has changed; of others that hold no numbers; and the sha256
     (n, 32) of all."""
     numbers, crcs = commit.table["row"].to_pylist(), commit.table["crc"].to_pylist()
     step = max(1, RUN_BYTES // geometry.slot_bytes)
     buffer = np.empty((step, geometry.slot_bytes), np.uint8)
-    bad, odd, digests = [], [], []
+    bad, odd, digests = [], [], [_NO_DIGESTS]
     for start in range(0, len(numbers), step):
         slots = buffer[: len(numbers) - start]
         nbytes = os.preadv(fd, [slots.data], start * geometry.slot_bytes)
@@ -166,7 +181,8 @@ def _check_rows(
                 bad.append(number)
             elif not finite(row):
                 odd.append(number)
-        digests.append(row_digests(slots[:, :-CRC_BYTES]))
+        if hashed:
+            digests.append(row_digests(slots[:, :-CRC_BYTES]))
     return bad, odd, np.concatenate(digests)
 
 

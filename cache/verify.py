@@ -1,7 +1,8 @@
 """Look for damage in a cache, and take it out.
 
 python -m cache.verify                       # every seal, size and index; seconds
-python -m cache.verify --deep                # every byte, at the speed of the disk
+python -m cache.verify --deep                # every byte; ends with the logical hash
+python -m cache.verify --deep --no-hash      # without sha256, so without a logical hash: faster yet
 python -m cache.verify --space clip --json   # one space, for a script
 python -m cache.verify --deep --repair       # what is damaged goes to cache/damaged/; then encode.run again
 
@@ -37,6 +38,8 @@ class Options:
     """Look at this space alone (its name, or how it begins), not at samples and media."""
     deep: bool = False
     """Read every row, too."""
+    hash: bool = True
+    """With --deep: compute the logical hash, too. sha256 is what bounds the speed: --no-hash is faster."""
     repair: bool = False
     """Set aside what is damaged, keep what is not, and say what encode.run must do again."""
     json: bool = False
@@ -52,7 +55,9 @@ def main() -> int:
     meter = Meter("read", bytes_to_read(root, options.space, options.deep))
     if options.repair:
         return _repair(root, options, meter)
-    report = verify(root, space=options.space, deep=options.deep, progress=meter.add)
+    report = verify(
+        root, space=options.space, deep=options.deep, hashed=options.hash, progress=meter.add
+    )
     meter.close()
     print(_json(report) if options.json else _text(report))
     print(meter.total_text(), file=sys.stderr)
