@@ -37,7 +37,16 @@ from cache.layout import (
     write_atomic,
 )
 from cache.mend import flip_back, rebuild_info
-from cache.rewrite import Part, alone, intact_rows, one_line, retire, set_aside, take_out
+from cache.rewrite import (
+    Part,
+    alone,
+    clear_shard,
+    intact_rows,
+    one_line,
+    retire,
+    set_aside,
+    take_out,
+)
 from cache.space import info_bytes, read_info
 from cache.spec import KINDS
 from cache.writer import Space
@@ -46,6 +55,8 @@ from configs import UserError
 
 Tell = Callable[[str], None]
 """Called with one line for each thing that is about to be done."""
+
+ASIDE = "set aside, with its shard: nobody knows whose rows it has"
 
 
 @dataclass(kw_only=True)
@@ -125,6 +136,8 @@ class Repair:
 
     def _space(self, paths: SpacePaths) -> SpaceReport:
         if not self._description(paths):
+            if not paths.space_json.exists():
+                self._seals(paths)
             return check_space(paths, False, lambda _: None)
         space = Space.open(paths)
         for kind in KINDS:
@@ -176,15 +189,27 @@ class Repair:
         self.done.spaces.add(paths.name)
         return False
 
+    def _seals(self, paths: SpacePaths) -> None:
+        """Damaged commits of a space that lost its description: encode.run could not go on with them."""
+        for kind in KINDS:
+            for number in paths.committed(kind):
+                path = paths.commit(kind, number)
+                try:
+                    check_seal_file(path)
+                except Corrupt as error:
+                    finding = Finding(path=str(path), what=error.what, way_out="")
+                    if not self._flipped_back(finding):
+                        self._tell(path, finding.what, ASIDE)
+                        self._aside(path)
+                        clear_shard(paths, kind, number, self._aside)
+
     def _commits(self, space: Space, kind: str) -> None:
         """Damaged commits go, with their shards."""
         for finding in check_commits(space.paths, space.info, kind, lambda _: None)[1]:
             if self._flipped_back(finding):
                 continue
             path = Path(finding.path)
-            self._tell(
-                path, finding.what, "set aside, with its shard: nobody knows whose rows it has"
-            )
+            self._tell(path, finding.what, ASIDE)
             number = next(
                 n for n in space.paths.committed(kind) if space.paths.commit(kind, n) == path
             )

@@ -128,7 +128,8 @@ def test_a_flipped_bit_of_any_sealed_file_is_put_back(root: CacheRoot) -> None:
     assert len(sealed) == 10
     for name in sealed:
         flip(root.path / name, 8 * len(before[name]) // 3)
-    assert len([finding for finding in verify(root).all_findings if finding.broken]) >= 4
+    found = {Path(finding.path).name for finding in verify(root).all_findings}
+    assert found >= {"space.json", "part-00000.parquet"}, "behind space.json, nothing can be judged"
     repair(root)
     assert contents(root.path) == before
     assert not root.damaged_dir.exists()
@@ -373,10 +374,11 @@ def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
     again = encode(root.path, media, setup=setup)
     assert (again.job._book.encoded, again.reader.logical_hash()) == (1, whole)
     garble(paths.space_json, 0, 400)
+    garble(paths.commit("picture", 2), 60)  # of the one row encoded last
     Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
     assert root.space_names() == []
     again = encode(root.path, media, setup=setup)
-    assert (again.job._book.encoded, again.plan.reused) == (0, 12), "every row is known again"
+    assert (again.job._book.encoded, again.plan.reused) == (1, 11), "every other row is known again"
     assert again.reader.logical_hash() == whole
     for path in (root.samples("pictures"), *root.media_dir.glob("*.parquet")):
         garble(path, 40)
