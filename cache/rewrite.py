@@ -172,9 +172,17 @@ def clear_shard(paths: SpacePaths, kind: str, number: int, away: Away) -> None:
         return
     for path in sorted(path for path in home.rglob("*") if path.is_file()):
         away(path)
-    if number < max(*paths.committed(kind), *paths.started(kind), -1, -1):
+    if not _newest(paths, kind, number):
         shutil.rmtree(home)
         fsync_folder(home.parent)
+
+
+def _newest(paths: SpacePaths, kind: str, number: int) -> bool:
+    """Whether no shard with a higher number was ever begun."""
+    after = number + 1  # mostly there, and found without listing thousands
+    if paths.commit(kind, after).exists() or shard_home(paths, kind, after).exists():
+        return False
+    return number >= max([*paths.committed(kind), *paths.started(kind)], default=-1)
 
 
 def drop_index(paths: SpacePaths) -> None:

@@ -152,8 +152,8 @@ def test_taking_rows_out_that_is_cut_short_loses_no_mentioned_row(
         root = CacheRoot(Path(copy["folder"]))
         here = root.space(space.paths.name)
         assert mentioned <= good_rows(here), copy
-        report = verify(root, deep=True)
-        assert not report.broken, "a row is there once, whenever it ends"
+        doubles = FeatureReader(here).index["picture"].duplicates()
+        assert doubles == [], "a row is there once, whenever it ends"
         crash_points.collect(root, [])  # again, undisturbed
         assert good_rows(here) == mentioned, copy
         report = verify(root, deep=True)
