@@ -10,7 +10,7 @@ In this folder, files are code and folders are data: it is also the default plac
     locks                        who may write
     writer, reader               rows in, rows out
     ls, verify, gc, merge, convert, export, share, view
-                                 commands; survey, needs, damage, copying, printing, export_* and view_*
-                                 are what they stand on
+                                 commands; survey, needs, damage, repair, garbage, rewrite, copying,
+                                 printing, export_* and view_* are what they stand on
     remote_*                     the same from https, s3 and hf
 """

@@ -1,33 +1,43 @@
-"""Remove what crashes left behind in a cache.
+"""Remove what nothing refers to in a cache, and what you name.
 
 python -m cache.gc                           # say what there is; removes nothing
-python -m cache.gc --delete                  # remove it
+python -m cache.gc --delete                  # files never finished, shards never committed, or replaced
+python -m cache.gc --unreferenced --delete   # rows that no sample mentions, too
+python -m cache.gc --damaged --delete        # what cache.verify --repair set aside, too
+python -m cache.gc --drop-space NAME         # what a whole space holds, and what would lack it; --delete
 
-That is: files that were never finished, and shards that were never committed. Nothing that is part of a
-cache is ever removed; rows that no sample mentions any more are counted, and kept. Refused while a job
-writes to a space.
+Nothing is removed without `--delete`, nor while a job writes to the cache. Rows that a sample mentions are
+never removed, but with their whole space. Rows are taken out shard by shard: the others are copied to a new
+shard that takes the old one's place in one step, so nothing is lost where it is interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
-import socket
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.layout import PARTIAL, CacheRoot, SpacePaths, fsync_folder
-from cache.locks import DriverLock, driver_holder
+from cache.garbage import (
+    Garbage,
+    Unreferenced,
+    find_garbage,
+    find_unreferenced,
+    remove,
+    take_out_unreferenced,
+    wanted_keys,
+)
+from cache.layout import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
+from cache.locks import driver_holder
 from cache.printing import bytes_text
+from cache.rewrite import alone, one_line
 from cache.spec import KINDS
-from cache.survey import mentioned_keys, open_spaces
-from configs import UserError, command, parse
-
-REST_S = 3600.0
-"""Unfinished samples and media younger than this may still be finished: no lock guards those."""
+from cache.survey import open_spaces, summarise_datasets
+from cache.tables import dataset_names
+from cache.writer import Space
+from configs import UserError, command, nearest, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,108 +48,148 @@ class Options:
     """Folder of the cache."""
     delete: bool = False
     """Remove what is found, instead of saying so."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Garbage:
-    """One file or folder that nothing refers to."""
-
-    path: Path
-    """Where."""
-    what: str
-    """What it was to become."""
-    nbytes: int
-    """Its size on disk."""
-
-
-def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]:
-    """What can go from samples, media and these spaces. Sure only while nobody writes to them."""
-    old = time.time() - REST_S
-    partial = [p for folder in (root.samples_dir, root.media_dir) for p in _partial(folder)]
-    found = [_garbage(path, "never finished") for path in partial if path.stat().st_mtime < old]
-    for space in spaces:
-        found += _space_garbage(space)
-    return found
-
-
-def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
-    for kind in KINDS:
-        orphans = sorted(set(paths.started(kind)) - set(paths.committed(kind)))
-        if orphans and not paths.commits_dir.is_dir():
-            raise UserError(
-                f"{paths.commits_dir} is missing, so every shard looks uncommitted; "
-                f"put it back, or delete {paths.root} yourself"
-            )
-        for number in orphans:
-            yield _garbage(paths.shards_dir(kind) / str(number), "shard, never committed")
-    shards = tuple(map(paths.shards_dir, KINDS))
-    for path in _partial(paths.root):
-        if not any(path.is_relative_to(folder) for folder in shards):
-            yield _garbage(path, "never finished")
-
-
-def _partial(folder: Path) -> list[Path]:
-    return sorted(folder.rglob(f"*{PARTIAL}"))
-
-
-def _garbage(path: Path, what: str) -> Garbage:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return Garbage(path=path, what=what, nbytes=sum(file.stat().st_size for file in files))
-
-
-@contextlib.contextmanager
-def _locked(spaces: Sequence[SpacePaths]) -> Iterator[None]:
-    """Keep writing jobs away from these spaces, or raise UserError naming one that is there."""
-    holder = f"cache.gc (pid {os.getpid()} on {socket.gethostname()})"
-    with contextlib.ExitStack() as locks:
-        for space in spaces:
-            locks.enter_context(DriverLock(space, holder))
-        yield
-
-
-def remove(garbage: Garbage) -> None:
-    """Gone, durably."""
-    if garbage.path.is_dir():
-        shutil.rmtree(garbage.path)
-    else:
-        garbage.path.unlink()
-    fsync_folder(garbage.path.parent)
+    unreferenced: bool = False
+    """Also rows that no sample mentions any more, under any source."""
+    damaged: bool = False
+    """Also what `cache.verify --repair` set aside."""
+    drop_space: str | None = None
+    """Instead, this space with all its rows: its whole name."""
 
 
 def main() -> None:
     """The command."""
-    options = parse(Options, prog="python -m cache.gc", description=__doc__)
+    run(parse(Options, prog="python -m cache.gc", description=__doc__))
+
+
+def run(options: Options) -> None:
+    """Do what the options say, and print it."""
     root = CacheRoot(options.features)
     if not options.features.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
-    spaces = [SpacePaths(folder) for folder in sorted(root.spaces_dir.glob("*/"))]
-    if options.delete:
-        with _locked(spaces):
-            found = find_garbage(root, spaces)
-            for garbage in found:
-                remove(garbage)
-    else:
-        for space in spaces:
-            if holder := driver_holder(space):
-                raise UserError(f"{space.root} is being written by {holder}; wait until that ends")
-        found = find_garbage(root, spaces)
+    spaces = root.space_folders()
+    with contextlib.ExitStack() as held:
+        if options.delete:
+            held.enter_context(one_line(root.path))
+            held.enter_context(alone(spaces, "cache.gc"))
+        else:
+            for space in spaces:
+                if holder := driver_holder(space):
+                    raise UserError(
+                        f"{space.root} is being written by {holder}; wait until that ends"
+                    )
+        if options.drop_space is not None:
+            freed = _drop_space(root, options.drop_space, delete=options.delete)
+        else:
+            freed = _collect(root, spaces, options)
+    verb = "freed" if options.delete else "would be freed"
+    way = "" if options.delete or not freed else "; do it: the same command with --delete"
+    print(f"{verb}: {bytes_text(freed)}{way}")
+
+
+def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) -> int:
+    """All garbage, and what else is asked for; the bytes of it."""
+    if options.unreferenced:
+        _refuse_without_samples(root)
+    found = find_garbage(root, spaces)
+    wanted = wanted_keys(root)
+    unreferenced = [
+        rows
+        for space in spaces
+        if space.space_json.exists()
+        for rows in find_unreferenced(space, wanted)
+    ]
+    if options.damaged and root.damaged_dir.is_dir():
+        found.append(_damaged(root))
+    freed = 0
     for garbage in found:
         print(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
-    total = bytes_text(sum(garbage.nbytes for garbage in found))
-    verb = "removed" if options.delete else "to remove"
-    way = "" if options.delete or not found else "; do it: python -m cache.gc --delete"
-    print(f"{verb}: {len(found)} ({total}){way}")
-    _print_unreferenced(root)
+        if options.delete:
+            remove(garbage)
+        freed += garbage.nbytes
+    for rows in unreferenced:
+        print(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
+        if options.unreferenced:
+            if options.delete:
+                take_out_unreferenced(rows)
+            freed += rows.nbytes
+    if options.delete:
+        for space in filter(lambda space: space.space_json.exists(), spaces):
+            for kind in KINDS:
+                Space.open(space).grow(kind)
+    if not options.damaged and root.damaged_dir.is_dir():
+        print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
+    return freed
 
 
-def _print_unreferenced(root: CacheRoot) -> None:
-    mentioned = mentioned_keys(root)
-    for name, reader in open_spaces(root)[1].items():
-        for kind, index in reader.index.items():
-            count = sum(key.tobytes() not in mentioned for key in index.keys)
-            if count:
-                size = bytes_text(count * reader.geometry[kind].slot_bytes)
-                print(f"{name}: no sample mentions {count:,} {kind} rows ({size}); kept")
+def _unreferenced_text(rows: Unreferenced, *, kept: bool) -> str:
+    text = (
+        f"{rows.space.paths.name}: no sample mentions {rows.rows:,} {rows.array} rows "
+        f"({bytes_text(rows.nbytes)} in {rows.shards:,} shards"
+    )
+    if kept:
+        return f"{text}); kept (take them out: --unreferenced)"
+    return f"{text}, {bytes_text(rows.copied)} to copy)"
+
+
+def _damaged(root: CacheRoot) -> Garbage:
+    files = [path for path in root.damaged_dir.rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_size for path in files)
+    what = f"{len(files):,} files that cache.verify --repair set aside"
+    return Garbage(path=root.damaged_dir, what=what, nbytes=nbytes)
+
+
+def _refuse_without_samples(root: CacheRoot) -> None:
+    """Without samples, every row looks unreferenced."""
+    if not dataset_names(root):
+        raise UserError(
+            f"no samples under {root.samples_dir}, so no row is mentioned; to remove a whole space: "
+            "--drop-space NAME"
+        )
+    for lost in (root.samples_dir, root.media_dir):
+        aside = root.damaged_dir / lost.name
+        if aside.is_dir():
+            raise UserError(
+                f"{aside} holds tables that were damaged, so rows may look unmentioned that are not; run "
+                "encode.run for them, then remove what was set aside: python -m cache.gc --damaged --delete"
+            )
+
+
+def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
+    """Say what a space holds, and remove it; the bytes of it."""
+    names = [space.name for space in root.space_folders()]
+    if name not in names:
+        raise UserError(
+            f"no space {name!r} under {root.spaces_dir} (the whole name, please); there: "
+            f"{', '.join(names) or 'none'}{nearest(name, names)}"
+        )
+    paths = root.space(name)
+    nbytes = sum(path.stat().st_size for path in paths.root.rglob("*") if path.is_file())
+    print(f"{paths.root}: {bytes_text(nbytes)}")
+    with contextlib.suppress(Corrupt):  # of a damaged cache, only the size is known
+        _print_users(root, name)
+    if delete:
+        make_folder(root.garbage_dir)
+        going = root.garbage_dir / f"{name}-{secrets.token_hex(4)}"
+        paths.root.rename(going)  # one step: the space is whole, or not there
+        fsync_folder(root.spaces_dir)
+        shutil.rmtree(going)
+        fsync_folder(root.garbage_dir)
+    return nbytes
+
+
+def _print_users(root: CacheRoot, name: str) -> None:
+    summaries, readers = open_spaces(root)
+    for summary in summaries:
+        if summary.name == name:
+            rows = ", ".join(f"{count:,} {kind} rows" for kind, count in summary.rows.items())
+            print(f"  {summary.damage or rows}")
+    for dataset in summarise_datasets(root, readers):
+        if name in dataset.coverage:
+            best = max((c for n, c in dataset.coverage.items() if n != name), default=0.0)
+            print(
+                f"  {dataset.name}: {dataset.coverage[name]:.1%} of {dataset.samples:,} samples; "
+                f"without it {best:.1%}, in another space"
+            )
 
 
 if __name__ == "__main__":

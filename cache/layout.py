@@ -36,8 +36,8 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT_NAME = re.compile(rf"({'|'.join(KINDS)})-(\d{{8}})\.parquet")
 
 
-MAKE_ANEW = "delete it and run encode.run again, which makes it anew"
-"""The way out for any sealed file: what it says can be had again from the sources."""
+MAKE_ANEW = "python -m cache.verify --deep --repair drops it, then encode.run makes it anew"
+"""The way out for any file that is damaged: what it held can be had again from the sources."""
 
 
 class Corrupt(UserError):  # noqa: N818 - a state of a file, met as often as raised
@@ -104,9 +104,23 @@ class CacheRoot:
         """One folder a space."""
         return self.path / "spaces"
 
+    @property
+    def damaged_dir(self) -> Path:
+        """Where `cache.verify --repair` puts what it takes out of the cache, in the same tree."""
+        return self.path / "damaged"
+
+    @property
+    def garbage_dir(self) -> Path:
+        """Folders on their way out: `cache.gc` begun to remove them."""
+        return self.path / "garbage"
+
     def space(self, name: str) -> SpacePaths:
         """The files of the space `name`, which need not exist."""
         return SpacePaths(self.spaces_dir / name)
+
+    def space_folders(self) -> list[SpacePaths]:
+        """All folders of spaces, also of those whose space.json is gone, sorted."""
+        return [SpacePaths(folder) for folder in sorted(self.spaces_dir.glob("*/"))]
 
     def space_names(self) -> list[str]:
         """Names of the spaces here, sorted."""
@@ -202,6 +216,11 @@ class SpacePaths:
     def index(self, kind: str) -> Path:
         """The commits of one kind as flat arrays."""
         return self.index_dir / f"{kind}.bin"
+
+    @property
+    def has_commits(self) -> bool:
+        """Whether any shard exists here."""
+        return any(map(self.committed, KINDS))
 
     def started(self, kind: str) -> list[int]:
         """Numbers that have a folder: committed, finished without commit, or only begun."""

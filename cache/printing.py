@@ -55,6 +55,12 @@ class Meter:
                 )
                 print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
 
+    def total_text(self) -> str:
+        """`read 12.3 GB in 4.1 s: 3 GB/s`, so far."""
+        seconds = time.monotonic() - self._start
+        rate = bytes_text(self._done / max(seconds, 1e-9))
+        return f"{self._what} {bytes_text(self._done)} in {seconds:.1f} s: {rate}/s"
+
     def close(self) -> None:
         """Leave the line empty."""
         if self._terminal and self._last > self._start:

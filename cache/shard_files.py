@@ -145,8 +145,4 @@ def open_files() -> int:
 
 def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrupt:
     """Damage to a shard, and how to get its rows back."""
-    return Corrupt(
-        paths.shard(kind, shard),
-        what,
-        f"delete {paths.commit(kind, shard)} and run encode.run again: it re-encodes that shard",
-    )
+    return Corrupt(paths.shard(kind, shard), what)

@@ -1,23 +1,30 @@
-"""Look for damage in a cache.
+"""Look for damage in a cache, and take it out.
 
 python -m cache.verify                       # every seal, size and index; seconds
-python -m cache.verify --deep                # every byte, at the speed of the disk
+python -m cache.verify --deep                # every byte; ends with the logical hash
+python -m cache.verify --deep --no-hash      # without sha256, so without a logical hash: faster yet
 python -m cache.verify --space clip --json   # one space, for a script
+python -m cache.verify --deep --repair       # what is damaged goes to cache/damaged/; then encode.run again
 
 Prints a line for each finding, and exits 1 when something is broken. Notes break nothing: they name what a
-crash left behind. `--deep` ends with each space's logical hash: equal hashes mean equal content.
+crash left behind, and rows that their codec holds far worse than the others. `--deep` ends with each space's
+logical hash: equal hashes mean equal content. `--repair` keeps every row that is intact, deletes nothing, and
+says what encode.run has to do again; not while a job writes to the cache, nor while a training reads it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.damage import Report, verify
+from cache.damage import bytes_to_read, verify
+from cache.findings import Report
 from cache.layout import CacheRoot
 from cache.printing import Meter, bytes_text
-from cache.spec import KINDS
+from cache.reader import find_space
+from cache.repair import Repair, Repaired
 from configs import UserError, command, parse
 
 
@@ -31,6 +38,10 @@ class Options:
     """Look at this space alone (its name, or how it begins), not at samples and media."""
     deep: bool = False
     """Read every row, too."""
+    hash: bool = True
+    """With --deep: compute the logical hash, too. sha256 is what bounds the speed: --no-hash is faster."""
+    repair: bool = False
+    """Set aside what is damaged, keep what is not, and say what encode.run must do again."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -41,26 +52,59 @@ def main() -> int:
     root = CacheRoot(options.features)
     if not options.features.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
-    meter = Meter("read", _shard_bytes(root) if options.deep else 0)
-    report = verify(root, space=options.space, deep=options.deep, progress=meter.add)
+    meter = Meter("read", bytes_to_read(root, options.space, options.deep))
+    if options.repair:
+        return _repair(root, options, meter)
+    report = verify(
+        root, space=options.space, deep=options.deep, hashed=options.hash, progress=meter.add
+    )
     meter.close()
     print(_json(report) if options.json else _text(report))
+    print(meter.total_text(), file=sys.stderr)
     return 1 if report.broken else 0
 
 
-def _shard_bytes(root: CacheRoot) -> int:
-    spaces = map(root.space, root.space_names())
-    return sum(
-        space.shard(kind, number).stat().st_size
-        for space in spaces
-        for kind in KINDS
-        for number in space.committed(kind)
-        if space.shard(kind, number).exists()
-    )
+def _repair(root: CacheRoot, options: Options, meter: Meter) -> int:
+    def tell(line: str) -> None:
+        meter.close()
+        print(f"REPAIR: {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    repair = Repair(root, deep=options.deep, tell=tell, progress=meter.add)
+    space = find_space(root, options.space) if options.space is not None else None
+    report = repair.run(space)
+    meter.close()
+    if options.json:
+        done = {**asdict(repair.done), "datasets": sorted(repair.done.datasets)}
+        print(_json(report, repaired={**done, "spaces": sorted(repair.done.spaces)}))
+    else:
+        print("\n".join([_text(report), *_after(repair.done, root)]))
+    print(meter.total_text(), file=sys.stderr)
+    return 1 if report.broken else 0
 
 
-def _json(report: Report) -> str:
-    return json.dumps({"broken": report.broken, **asdict(report)}, indent=2)
+def _after(done: Repaired, root: CacheRoot) -> list[str]:
+    """What was done in all, and what the user has to do now."""
+    if not done.steps:
+        return ["nothing to repair"]
+    kept, lost = sum(done.kept.values()), sum(done.lost.values())
+    lines = [f"repaired: {done.steps} things, {kept:,} rows kept, {lost:,} taken out"]
+    if root.damaged_dir.is_dir():
+        lines[0] += f"; what was set aside is in {root.damaged_dir} (python -m cache.gc --damaged)"
+    if done.media:
+        lines.append("run encode.run again for every data set: part of the media table was lost")
+    elif done.datasets:
+        lines.append(
+            f"run encode.run again for {', '.join(sorted(done.datasets))}: the samples were lost"
+        )
+    lines += [
+        f"run encode.run again for {name}: it makes good the rows that are missing"
+        for name in sorted(done.spaces)
+    ]
+    return lines
+
+
+def _json(report: Report, **more: object) -> str:
+    return json.dumps({"broken": report.broken, **asdict(report), **more}, indent=2)
 
 
 def _text(report: Report) -> str:

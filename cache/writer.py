@@ -36,6 +36,7 @@ from cache.layout import (
     read_sealed_json,
     write_atomic,
 )
+from cache.mend import fitting_info
 from cache.row_index import Identities, RowIndex
 from cache.space import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
 from cache.spec import KINDS, FeatureSpec
@@ -72,7 +73,8 @@ class Space:
         """
         paths = root.space(spec.name)
         if not paths.space_json.exists():
-            write_atomic(paths.space_json, info_bytes(new_info(spec, load, shard_bytes)))
+            info = fitting_info(paths, new_info(spec, load, shard_bytes))
+            write_atomic(paths.space_json, info_bytes(info))
         space = Space.open(paths)
         if space.spec.fingerprint != spec.fingerprint:
             raise Corrupt(
@@ -134,7 +136,7 @@ class Space:
             return
         try:
             covered = read_sealed_json(path)["shape"][0]
-        except Corrupt:
+        except (Corrupt, KeyError):  # or it describes something else
             covered = -1
         if rows > covered:
             write_atomic(path, zarr_json(values))

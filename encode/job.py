@@ -12,6 +12,8 @@ import torch
 
 from cache.index import save_index
 from cache.layout import CacheRoot
+from cache.mend import fitting_info
+from cache.space import SHARD_BYTES, new_info
 from cache.spec import KINDS
 from cache.tables import read_media
 from cache.writer import Space
@@ -78,8 +80,8 @@ class Job:
     def plan(self, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
         """What is to do. For a job that shall run: with the lock held, so that it stays true."""
         most = self._setup.max_frames
-        if self.paths.space_json.exists():
-            self._present = Present.of(Space.open(self.paths), max_frames=most)
+        if (space := self._space_there()) is not None:
+            self._present = Present.of(space, max_frames=most)
         return make_plan(
             self._counter.media,
             read_media(self._root),
@@ -89,6 +91,15 @@ class Job:
             rehash=rehash,
             retry_failed=retry_failed,
         )
+
+    def _space_there(self) -> Space | None:
+        """The space as it is, also when only its space.json was lost; None when there is none yet."""
+        if self.paths.space_json.exists():
+            return Space.open(self.paths)
+        if not self.paths.has_commits:
+            return None
+        info = new_info(self.spec, self._encoder.load_info(), SHARD_BYTES)
+        return Space(self.paths, fitting_info(self.paths, info))
 
     def show(self, plan: Plan, *, always_measure: bool = False) -> float:
         """Print the plan; returns how many seconds it will take, about (0: not worth measuring).

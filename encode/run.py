@@ -243,6 +243,7 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
 
     config = encoder_of(options)
     wanted = {
+        "container": (options.format,),
         "encoder": (config.name, f"random-{config.name}"),
         "codec": (options.codec,),
         "pool_picture": (config.pool_picture,),

@@ -82,7 +82,7 @@ def test_a_missing_or_changed_json_file_is_named(tmp_path: Path) -> None:
         read_sealed_json(path)
     path.write_bytes(sealed_json({"n": 1}).replace(b'"n": 1', b'"n": 2'))
     with pytest.raises(
-        Corrupt, match=r"space\.json: .*seal.*; delete it and run encode\.run again"
+        Corrupt, match=r"space\.json: .*seal.*; .* --repair drops it, then encode\.run"
     ):
         read_sealed_json(path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,8 @@ from cache.tables import (
 from cache.views import time_view
 from cache.writer import ShardWriter, Space
 from configs import UserError
-from tests import encode_world
+from tests import crash_points, encode_world
+from tests.crash_points import struck
 from tests.encode_world import draw, encode
 from tests.toy_space import fill, key, make_space, row
 
@@ -207,19 +207,17 @@ def test_killed_at_any_system_call_and_done_again_it_is_as_if_never_killed(tmp_p
     fill(theirs, [6])
     append_media(CacheRoot(tmp_path / "b"), [MediaRecord(source="s", key=key(3))], "job")
     write_samples(CacheRoot(tmp_path / "b"), "d", [Sample(id="1", dataset="d", messages=())])
-    command = [sys.executable, "-m", "tests.crash_points", tmp_path, "merge"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    deaths = int(done.stdout.split()[-1])
-    assert deaths > 30
-    wanted = hash_of(tmp_path / str(deaths))
-    other, options = CacheRoot(tmp_path / "b"), merge.Options(source=(tmp_path / "b",))
-    for number in range(deaths):
-        folder = tmp_path / str(number)
+    shutil.copytree(tmp_path / "cache", tmp_path / "whole")
+    crash_points.merge_other(CacheRoot(tmp_path / "whole"), [])
+    wanted = hash_of(tmp_path / "whole")
+    copies = struck(tmp_path, "merge", "kill")
+    assert len(copies) > 25
+    for copy in copies:
+        folder = Path(copy["folder"])
         known = columns(folder, "picture")
-        assert {(key(1), "full"), (key(2), "full")} <= set(known), number
-        merge.merge(CacheRoot(folder), other, options)
-        assert hash_of(folder) == wanted, number
+        assert {(key(1), "full"), (key(2), "full")} <= set(known), copy
+        crash_points.merge_other(CacheRoot(folder), [])
+        assert hash_of(folder) == wanted, copy
         assert read_media(CacheRoot(folder))["s"].key == key(3)
         assert dataset_names(CacheRoot(folder)) == ["d"]
 

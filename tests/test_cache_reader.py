@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from cache import codec, commits, layout, reader, shard_files
 from cache.commits import SCHEMA, Commit, RowIndex, key_bytes
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader, find_space
+from cache.space import info_bytes
 from cache.writer import Space
 from configs import UserError
 from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
@@ -222,7 +224,7 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
         for number in (0, 1):
             out = np.empty((1, size), np.uint8)
             if number == hit and within < size:
-                with pytest.raises(Corrupt, match=rf"row {number} fails its checksum; delete .*"):
+                with pytest.raises(Corrupt, match=rf"row {number} fails its checksum; .* --repair"):
                     seen.read_into("picture", np.array([number]), out)
             else:
                 seen.read_into("picture", np.array([number]), out)
@@ -266,10 +268,8 @@ def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
 def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    space.paths.space_json.unlink()
-    Space.create(
-        CacheRoot(tmp_path), space.spec, space.load, shard_bytes=8 * SPEC.row_bytes("picture")
-    )
+    other = dataclasses.replace(space.info, slots={**space.info.slots, "picture": 8})
+    space.paths.space_json.write_bytes(info_bytes(other))
     with pytest.raises(Corrupt, match="not made with 8 rows a shard"):
         FeatureReader(space.paths)
 
@@ -286,7 +286,7 @@ def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -
     assert seen.read("picture", key(0)) is not None, "the row before the cut"
     with pytest.raises(Corrupt, match="it ends early"):
         seen.read("picture", key(1))
-    with pytest.raises(Corrupt, match=r"300 bytes, not 604; delete .*picture-00000000\.parquet"):
+    with pytest.raises(Corrupt, match=r"300 bytes, not 604; .* --repair"):
         FeatureReader(space.paths).read("picture", key(0))
     path.unlink()
     with pytest.raises(Corrupt, match="missing"):
@@ -301,7 +301,7 @@ def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(Corrupt, match=r"c/0/0/0: Input/output error; delete"):
+    with pytest.raises(Corrupt, match=r"c/0/0/0: Input/output error; .* --repair"):
         FeatureReader(filled.paths).read("picture", key(0))
 
 

@@ -133,10 +133,8 @@ def test_the_same_row_twice_is_found(root: CacheRoot) -> None:
     (finding,) = verify(root).all_findings
     assert finding.path == str(space.paths.shard("picture", again))
     assert finding.what == f"row 8 is {key(1)} full, and so is row 1"
-    assert finding.way_out.startswith(f"delete {space.paths.commit('picture', again)} ")
+    assert "cache.verify --deep --repair" in finding.way_out
     assert FeatureReader(space.paths).lookup("picture", [key(1)]).tolist() == [1]
-    space.paths.commit("picture", again).unlink()  # the way out
-    assert broken(verify(root)) == []
 
 
 def test_what_a_crash_leaves_is_a_note(root: CacheRoot) -> None:
@@ -189,7 +187,7 @@ def test_the_command_prints_a_line_a_finding_and_exits_1(
     code, out = run(monkeypatch, capsys, *at, "--deep", "--space", "toy")
     assert code == 1
     assert out.splitlines()[0].startswith(
-        f"BROKEN: {paths.shard('picture', 1)}: 1 of 1 rows fail their checksum (row 4 first); delete "
+        f"BROKEN: {paths.shard('picture', 1)}: 1 of 1 rows fail their checksum (row 4 first); "
     )
     assert "logical hash" not in out
     code, out = run(monkeypatch, capsys, *at, "--deep", "--json")

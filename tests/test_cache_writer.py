@@ -251,46 +251,6 @@ def test_nothing_is_named_before_it_is_durable(
     assert last == ("fsync", commits)
 
 
-def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
-    space = make_space(tmp_path / "cache")
-    fill(space, [1, 2])
-    space.grow("picture")
-    shutil.rmtree(space.paths.array("frame"))  # as if creation, too, had died half-way
-    before = space.keys("picture")
-    after = before | {(key(11), "full"), (key(12), "full")}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.crash_points", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(layout.__file__).parents[1],
-    )
-    calls = int(run.stdout)
-    assert calls > 25
-    seen = []
-    for call in range(calls + 1):
-        root = CacheRoot(tmp_path / str(call))
-        copy = Space.open(root.space(space.paths.name))
-        keys = copy.keys("picture")
-        assert keys in (before, after)
-        seen.append(keys == after)
-        reader = FeatureReader(copy.paths)
-        for media, view in keys:
-            assert reader.contains("picture", media, view)
-            reader.read("picture", media)
-        if not seen[-1]:  # the next job does it again, beside what was left
-            completed = Space.create(root, copy.spec, copy.load)
-            fill(completed, [11, 12])
-            completed.grow("picture")
-        report = verify(root, deep=True)
-        assert not report.broken
-        assert report.spaces[0].logical_hash == FeatureReader(copy.paths).logical_hash()
-        assert report.spaces[0].rows["picture"] == 4
-    assert seen == sorted(seen), "once visible, always visible"
-    assert seen[0] is False
-    assert seen[-1] is True
-
-
 WRITE_ON = """
 import sys
 import time

@@ -1,0 +1,151 @@
+"""How fast `cache.verify` reads: against a plain read of the same files, and against sha256 alone.
+
+python -m tests.benchmarks.care                    # 1 GB in a temporary folder, half a minute
+python -m tests.benchmarks.care --dir /mnt/disk    # on another disk
+
+Every figure is the median of several rounds, in which all take turns. *Cold*: the files were dropped from the
+page cache before; *warm*: they are in it. Plain reading and verifying use as many threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.checksum import crc32c
+from cache.codec import BLOCK
+from cache.damage import THREADS, verify
+from cache.layout import CacheRoot
+from cache.writer import ShardWriter, Space
+from configs import command, parse
+from tests.toy_space import SPEC, key
+
+ROW = (576, 1024)
+"""Tokens and width of a ViT-L/14@336 picture."""
+
+PIECE = 2 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    dir: Path | None = None
+    """Folder to work in; a temporary one when not given."""
+    shards: int = 4
+    """Shards of about 256 MB."""
+    rounds: int = 5
+    """Rounds whose median counts."""
+
+
+def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
+    """A space of int8 rows of random codes, and its shards."""
+    spec = dataclasses.replace(SPEC, image_size=336, patch_size=14, width=ROW[1], pool_frame=3)
+    root = CacheRoot(folder)
+    space = Space.create(root, spec, {})
+    rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("picture")), np.uint8)
+    rows[:, -2 * ROW[0] * ROW[1] // BLOCK :] = 0x2C  # the scales: small numbers
+    paths = []
+    for _ in range(shards):
+        writer = ShardWriter(space, "picture", space.next_shard("picture"))
+        shard = space.next_shard("picture") - 1
+        while not writer.full:
+            number = shard * space.rows_per_shard("picture") + writer.rows
+            writer.append(key(number), "full", rows[number % 8], error=0.005)
+        writer.commit()
+        paths.append(space.paths.shard("picture", shard))
+    space.grow("picture")
+    return root, paths
+
+
+def read_through(path: Path, use: Callable[[memoryview], object] | None = None) -> None:
+    """Read a file in pieces into one buffer."""
+    buffer = memoryview(bytearray(PIECE))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        at = 0
+        while got := os.preadv(fd, [buffer], at):
+            if use is not None:
+                use(buffer[:got])
+            at += got
+    finally:
+        os.close(fd)
+
+
+def drop(paths: list[Path]) -> None:
+    """Out of the page cache with these files."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse(Options, prog="python -m tests.benchmarks.care", description=__doc__)
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        root, paths = build(Path(name) / "cache", options.shards)
+        nbytes = sum(path.stat().st_size for path in paths)
+
+        def in_threads(use: Callable[[memoryview], object] | None) -> None:
+            with ThreadPoolExecutor(THREADS) as threads:
+                list(threads.map(lambda path: read_through(path, use), paths))
+
+        def check(hashed: bool) -> None:
+            assert not verify(root, deep=True, hashed=hashed).broken
+
+        tasks: dict[str, tuple[Callable[[], None], bool]] = {
+            "read, cold": (lambda: in_threads(None), True),
+            "verify --deep, cold": (lambda: check(True), True),
+            "... --no-hash, cold": (lambda: check(False), True),
+            "read, warm": (lambda: in_threads(None), False),
+            "read and sha256, warm": (lambda: in_threads(hashlib.sha256), False),
+            "read and crc32c, warm": (lambda: in_threads(crc32c), False),
+            "verify --deep, warm": (lambda: check(True), False),
+            "... --no-hash, warm": (lambda: check(False), False),
+            "verify (quick)": (lambda: verify(root) and None, False),
+        }
+        seconds: dict[str, list[float]] = {task: [] for task in tasks}
+        for _ in range(options.rounds):
+            for task, (run, cold) in tasks.items():
+                if cold:
+                    drop(paths)
+                start = time.perf_counter()
+                run()
+                seconds[task].append(time.perf_counter() - start)
+    median = {task: statistics.median(found) for task, found in seconds.items()}
+    print(
+        f"{nbytes / 1e9:.2f} GB in {len(paths)} shards, {THREADS} threads, {os.cpu_count()} cores"
+    )
+    for task, spent in median.items():
+        print(f"{task:<24}{spent:8.3f} s{nbytes / 1e6 / spent:10,.0f} MB/s")
+    ratios = [
+        (f"{what} / {beside}", median[beside] / median[what], 0.9)
+        for what, beside in (
+            ("... --no-hash, cold", "read, cold"),
+            ("... --no-hash, warm", "read and crc32c, warm"),
+            ("verify --deep, warm", "read and sha256, warm"),
+        )
+    ]
+    good = 0
+    for what, measured, required in ratios:
+        good += measured >= required
+        print(
+            f"{what:<46}{measured:6.2f}{required:6.2f}  {'ok' if measured >= required else 'short'}"
+        )
+    print(f"care: {good}/{len(ratios)} ok")
+
+
+if __name__ == "__main__":
+    command(main)
