@@ -113,7 +113,8 @@ def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
     *lead, tokens, width = x.shape
     size = row_bytes(codec, tokens, width)
     x = np.clip(x, -FP16_MAX, FP16_MAX)
-    halves = x.astype("<f2")  # what all codecs start from: a row made from an fp16 one is the same
+    # What every codec starts from, so that a row packed from a stored fp16 row is the same row.
+    halves = x.astype("<f2")
     if codec == "fp16":
         return np.ascontiguousarray(halves).view(np.uint8).reshape(*lead, size)
     x = halves.astype(np.float32)

@@ -180,7 +180,7 @@ def rebuild_encoder(
         config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
-    # Nothing that changes a value, or less than float16 tells apart.
+    # Nothing that features depend on, or less than float16 tells apart.
     for key in ("compute_dtype", "encoder", "container", "packed_from"):
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
@@ -277,10 +277,10 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
 
 
 def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches, rounded to float16.
+    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches, of values rounded to float16.
 
-    Rounded before, summed in one order and multiplied: `cache.pooling` does to stored rows what this does to
-    new ones, to the bit. What exceeds float16 is clipped, as storing it would; NaN and Inf stay.
+    Summed in one order and multiplied: `cache.pooling` does to stored rows what this does to new ones, to the
+    bit. What exceeds float16 is clipped, as storing it would; NaN and Inf stay.
     """
     if window == 1:
         return x

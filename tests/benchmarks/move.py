@@ -128,8 +128,9 @@ def compare(
 def measure_merge(board: Board, folder: Path, rows: int, rounds: int) -> None:
     """Into nothing."""
     for name in ("fp16", "int8"):
-        space = make_space(folder / f"source-{name}", replace(CLIP, codec=name), rows)
-        nbytes = rows * space.spec.row_bytes("picture")
+        count = rows if name == "fp16" else 2 * rows  # about as many bytes
+        space = make_space(folder / f"source-{name}", replace(CLIP, codec=name), count)
+        nbytes = count * space.spec.row_bytes("picture")
         ratio, seconds = compare(
             folder,
             rounds,
