@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import codec
+from cache import codec, index
 from cache.commits import read_commits
 from cache.damage import verify
 from cache.layout import CacheRoot, SpacePaths, read_sealed_json, sealed_json
@@ -67,6 +67,23 @@ def pictures(root: CacheRoot) -> set[int]:
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and "locks" not in path.parts)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_damaged_index_is_made_anew_and_costs_no_row(
+    root: CacheRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
+    space = Space.open(only_space(root))
+    index.save_index(space.paths, space.info)
+    path, hash_before = space.paths.index("picture"), FeatureReader(space.paths).logical_hash()
+    draw_bit = np.random.default_rng(0)
+    for bit in draw_bit.integers(0, 8 * path.stat().st_size, 12).tolist():
+        flip(path, bit)
+        (finding,) = verify(root, deep=True).all_findings
+        assert (finding.path, finding.broken) == (str(path), True)
+        done, said = repair(root)
+        assert (done.steps, len(said)) == (1, 1)
+        assert FeatureReader(space.paths).logical_hash() == hash_before
 
 
 def test_an_intact_cache_is_left_alone(root: CacheRoot) -> None:
