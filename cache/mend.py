@@ -14,6 +14,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from cache.commits import read_commit
 from cache.layout import SEAL, Corrupt, SpacePaths, check_seal
 from cache.space import MAX_SLOTS, SpaceInfo
@@ -87,6 +90,20 @@ def _all(data: bytes, what: bytes) -> list[int]:
         found.append(at)
         at = data.find(what, at + 1)
     return found
+
+
+def commits_fingerprint(paths: SpacePaths) -> str | None:
+    """The one that all intact commits of a space carry; None when there are none, or several."""
+    found = set()
+    for kind in KINDS:
+        for number in paths.committed(kind):
+            data = paths.commit(kind, number).read_bytes()
+            try:
+                check_seal(data, paths.commit(kind, number))
+            except Corrupt:
+                continue
+            found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
+    return found.pop() if len(found) == 1 else None
 
 
 def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:

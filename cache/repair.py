@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache.commits import RowIndex, read_commits
 from cache.damage import check_commits, check_shard, check_space, check_tables
@@ -33,16 +31,16 @@ from cache.layout import (
     CacheRoot,
     Corrupt,
     SpacePaths,
-    check_seal,
     check_seal_file,
     read_sealed_json,
     write_atomic,
 )
-from cache.mend import flip_back, rebuild_info
+from cache.mend import commits_fingerprint, flip_back, rebuild_info
 from cache.rewrite import (
     Part,
     alone,
     clear_shard,
+    drop_index,
     intact_rows,
     one_line,
     retire,
@@ -145,6 +143,7 @@ class Repair:
         for kind in KINDS:
             self._commits(space, kind)
         report = check_space(paths, self._deep, self._progress)
+        self._index(paths, report)
         if not report.broken:
             self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
             return report
@@ -173,7 +172,7 @@ class Repair:
             return False
         if self._flipped_back(finding):
             return True
-        fingerprint = _fingerprint(paths)
+        fingerprint = commits_fingerprint(paths)
         info = rebuild_info(paths.space_json.read_bytes(), fingerprint) if fingerprint else None
         if info is not None:
             self._tell(
@@ -255,6 +254,15 @@ class Repair:
             self.done.lost[kind] += len(keep) - kept
             self.done.spaces.add(space.paths.name)
 
+    def _index(self, paths: SpacePaths, report: SpaceReport) -> None:
+        """What is derived from the commits only goes: whoever needs it makes it anew."""
+        folder = paths.root / "index"
+        about = [f for f in report.findings if Path(f.path).is_relative_to(folder)]
+        if about:
+            self._tell(folder, about[0].what, "removed: it is derived, and made anew when needed")
+            drop_index(paths)
+            report.findings = [f for f in report.findings if f not in about]
+
     def _arrays(self, space: Space, report: SpaceReport) -> None:
         """Zarr's descriptions, which follow from what else is there."""
         files = {}
@@ -289,20 +297,6 @@ def _array_values(space: Space, kind: str) -> Mapping[str, Any] | None:
     with contextlib.suppress(Corrupt, KeyError, IndexError, TypeError):
         rows = max(rows, int(read_sealed_json(space.paths.array_json(kind))["shape"][0]))
     return space.info.container.array_values(space.spec, kind, slots, rows)
-
-
-def _fingerprint(paths: SpacePaths) -> str | None:
-    """The one that all intact commits of a space carry; None when there are none, or several."""
-    found = set()
-    for kind in KINDS:
-        for number in paths.committed(kind):
-            data = paths.commit(kind, number).read_bytes()
-            try:
-                check_seal(data, paths.commit(kind, number))
-            except Corrupt:
-                continue
-            found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
-    return found.pop() if len(found) == 1 else None
 
 
 def _intact(path: Path) -> bool:

@@ -8,7 +8,7 @@ import io
 import random
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,11 +102,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def pick(root: CacheRoot, dice: random.Random) -> tuple[Path, int]:
     """A bit of a file, of each kind of file as often, though shards have most of the bytes."""
-    files: dict[str, list[Path]] = {kind: [] for kind in (".json", ".parquet", "")}
+    files: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.path.rglob("*")):
         if path.is_file() and not {"damaged", "locks"} & {*path.relative_to(root.path).parts}:
             files[path.suffix].append(path)
-    path = dice.choice(files[dice.choice([".json", ".parquet", "", ""])])
+    path = dice.choice(files[dice.choice(["", *sorted(files)])])
     return path, dice.randrange(8 * path.stat().st_size)
 
 
@@ -145,4 +145,4 @@ def test_flips_are_found_never_returned_and_repaired(
         assert result.job._book.encoded == len({key for _, key, _ in rows.keys() - left.keys()})
         assert here.logical_hash == clean, f"bit {bit} of {path}"
     print(f"{count} flips: {dict(flips)}; media encoded again: {dict(redone)}")
-    assert set(flips) == {"shard", ".parquet", ".json"}
+    assert set(flips) >= {"shard", ".parquet", ".json"}

@@ -214,6 +214,16 @@ def test_what_follows_from_the_rest_is_made_anew(root: CacheRoot) -> None:
     assert contents(root.path) == before
 
 
+def test_a_derived_index_that_is_odd_only_goes(root: CacheRoot) -> None:
+    before = contents(root.path)
+    folder = only_space(root).root / "index"
+    folder.mkdir()
+    (folder / "snapshot").write_bytes(b"nobody can read this")
+    _, said = repair(root)
+    assert len(said) == 1
+    assert contents(root.path) == before
+
+
 def test_tables_are_set_aside_and_named(root: CacheRoot) -> None:
     samples, (media,) = root.samples("toy"), root.media_dir.glob("*.parquet")
     for path in (samples, media):
