@@ -146,13 +146,14 @@ class Repair:
         self._index(paths, report)
         if not report.broken:
             self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
+            save_index(paths, space.info)
             return report
         newest = {kind: space.next_shard(kind) for kind in KINDS}
         for kind in KINDS:
             self._shards(space, kind, [f for f in report.findings if f.broken and f.array == kind])
             self._doubles(space, kind)
         self._arrays(space, report)
-        self._index(space, report)
+        save_index(paths, space.info)
         left = check_space(paths, False, lambda _: None)
         for kind in KINDS:  # what was written just now is read back
             for commit in read_commits(paths, space.info, kind):
@@ -278,16 +279,6 @@ class Repair:
             if str(path) in why:  # else it only lags behind
                 self._tell(path, why[str(path)], "made anew")
             write_atomic(path, data)
-
-    def _index(self, space: Space, report: SpaceReport) -> None:
-        """What is derived from the commits, if a reader cannot use it."""
-        for kind in KINDS:
-            path = space.paths.index(kind)
-            for finding in report.findings:
-                if finding.broken and finding.path == str(path) and path.exists():
-                    self._tell(path, finding.what, "removed: it is made of the commits again")
-                    path.unlink()
-        save_index(space.paths, space.info)
 
 
 def _array_values(space: Space, kind: str) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cache.codec import BLOCK
+from cache.codec import row_parts
 from cache.spec import FeatureSpec
 
 FP16_SIGN = 0x8000
@@ -28,18 +28,22 @@ class Finite:
     """Whether the numbers in a stored row are numbers. Not for several threads at once."""
 
     def __init__(self, spec: FeatureSpec, kind: str):
-        values = spec.tokens(kind) * spec.width
-        self._lossy = spec.codec != "fp16"
-        # Lossy codecs: integer codes first, which cannot be wrong, then one scale a block.
-        self._start = spec.row_bytes(kind) - 2 * (values // BLOCK) if self._lossy else 0
+        # Lossy codecs: integer codes first, which cannot be wrong; then float16, scales before all else.
+        self._start = self._unsigned = 0
+        if spec.codec != "fp16":
+            self._start, scales_end, _ = row_parts(spec.codec, spec.tokens(kind), spec.width)
+            if spec.codec == "int8":  # int4's scales have signs
+                self._unsigned = (scales_end - self._start) // 2
         self._bits = np.empty((spec.row_bytes(kind) - self._start) // 2, np.uint16)
 
     def __call__(self, row: npt.NDArray[np.uint8]) -> bool:
-        """Row (row_bytes,) -> False when it holds NaN or Inf, or a negative scale."""
+        """Row (row_bytes,) -> False when it holds NaN or Inf, or a negative scale where none can be."""
         bits = row[self._start :].view("<u2")
-        if not self._lossy:
-            bits = np.bitwise_and(bits, ~FP16_SIGN & 0xFFFF, out=self._bits)
-        return bool(bits.max() < FP16_INF)  # with its sign: a negative scale is beyond it, too
+        if (
+            self._unsigned and bits[: self._unsigned].max() >= FP16_INF
+        ):  # the sign is beyond it, too
+            return False
+        return bool(np.bitwise_and(bits, ~FP16_SIGN & 0xFFFF, out=self._bits).max() < FP16_INF)
 
 
 def outliers(errors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

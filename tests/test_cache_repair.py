@@ -21,14 +21,14 @@ from cache.mend import flip_back
 from cache.reader import FeatureReader
 from cache.repair import Repair, Repaired
 from cache.rewrite import take_out
-from cache.sanity import outliers
+from cache.sanity import Finite, outliers
 from cache.tables import MediaRecord, append_media, write_samples
 from cache.verify import main
 from cache.writer import ShardWriter, Space
 from configs import UserError
 from tests.damage_tools import flip, garble
 from tests.encode_world import SETUP, draw, encode
-from tests.toy_space import features, fill, key, make_space, row
+from tests.toy_space import SPEC, features, fill, key, make_space, row
 
 
 @pytest.fixture
@@ -457,3 +457,20 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     values = json.loads(out)
     assert (code, values["broken"], values["repaired"]["spaces"]) == (0, False, [paths.name])
     assert "REPAIR: " in err
+
+
+@pytest.mark.parametrize("name", codec.CODECS)
+@pytest.mark.parametrize("kind", ["picture", "frame"])
+def test_a_row_as_packed_is_sound_whatever_its_codec(name: str, kind: str) -> None:
+    spec = dataclasses.replace(
+        SPEC, codec=name, image_size=12, pool_frame=1
+    )  # 36 tokens: a mean, too
+    finite, tokens = Finite(spec, kind), spec.tokens(kind)
+    values = np.random.default_rng(1).normal(size=(20, tokens, spec.width)) * 10.0
+    for packed in codec.pack(values.astype(np.float32), name):
+        assert finite(packed)
+        for end in (len(packed), *codec.row_parts(name, tokens, spec.width)[1:]):
+            for bad in (np.nan, np.inf, -np.inf):
+                damaged = packed.copy()
+                damaged[end - 2 : end] = np.array([bad], "<f2").view(np.uint8)
+                assert not finite(damaged)
