@@ -52,7 +52,7 @@ class RemoteCache:
         Args:
             url: where it lies, as `cache.layout.is_url` finds it to be.
             elsewhere: the user's choices.
-            rules: limits; `elsewhere.allow_private` wins.
+            rules: limits, for tests; by default those of RemoteRules, with `elsewhere.allow_private`.
         """
         self.url = str(is_url(url)).rstrip("/")
         self._elsewhere = elsewhere

@@ -129,8 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         body = data[: len(data) // 2] if short else data
+        self.server.world.sent(path, len(body))  # before: who has it may look at the count
         self.wfile.write(body)
-        self.server.world.sent(path, len(body))
         if short:
             self.close_connection = True
 

@@ -38,6 +38,8 @@ BAD = 0.1
 LATENCY_S = 0.03
 BATCH_ROWS = 16
 RUNS = 3
+COMMAND = "import sys, train.run; print('ready'); sys.exit(train.run.main())"
+"""As `python -m train.run`, telling when everything is imported."""
 
 
 def make_cache(folder: Path) -> CacheRoot:
@@ -78,9 +80,9 @@ class Trained:
     """One run of `train.run`."""
 
     first_step_s: float
-    """From the start of the command, imports included."""
+    """Until the first step is done, from when everything is imported."""
     total_s: float
-    """Until its end."""
+    """From the same moment to the end."""
     losses: list[float]
     """Of every step."""
 
@@ -88,7 +90,7 @@ class Trained:
 def train(folder: Path, name: str, features: str, *more: str) -> Trained:
     """A whole epoch in a process of its own."""
     words = [
-        *("-m", "train.run", "--features", features, "--run", name, "--log-every", "1"),
+        *("-c", COMMAND, "--features", features, "--run", name, "--log-every", "1"),
         *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu", "--held-out", "0"),
         *("--batch-size", str(BATCH), "--max-steps", str(STEPS), "--eval-every", "0"),
         *("--mirror", str(folder / f"mirror-{name}"), *more),
@@ -108,6 +110,8 @@ def train(folder: Path, name: str, features: str, *more: str) -> Trained:
         lines = []
         for line in process.stdout:
             lines.append(line)
+            if line == "ready\n":
+                started = time.monotonic()
             if not first and line.lstrip().startswith("step"):
                 first = time.monotonic() - started
     if process.returncode:
