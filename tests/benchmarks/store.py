@@ -323,7 +323,15 @@ def tables(figures: Figures) -> str:
                     cells.append("–")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    lines += ["Ratios to raw `preadv`, and to raw write + fsync.", ""]
+    lines.append("| | " + " | ".join(COLUMNS) + " |")
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for size in SHAPES:
+        for name in ("ours, unchecked", "ours, checked"):
+            cells = [f"{figures.ratio(size, c, name, 'raw preadv'):.2f}" for c in COLUMNS[:-1]]
+            cells.append(f"{figures.ratio(size, 'write', 'ours', 'raw preadv'):.2f}")
+            lines.append(f"| {size}, {name.removeprefix('ours, ')} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
