@@ -27,7 +27,7 @@ from cache.checksum import crc32c
 from cache.commits import RowIndex, key_bytes
 from cache.container import Geometry
 from cache.index import open_index
-from cache.layout import CacheRoot, SpacePaths
+from cache.layout import CacheRoot, Corrupt, SpacePaths
 from cache.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_shard
 from cache.space import read_info
 from cache.spec import KINDS
@@ -128,8 +128,8 @@ class FeatureReader:
         if not len(rows):
             return
         flat = out.data.cast("B")
-        if len(rows) == 1:  # half a microsecond less than the way of many
-            self._read_runs(kind, [int(rows[0])], _ONE_RUN, flat)
+        if len(rows) == 1:
+            self._read_one(kind, int(rows[0]), flat)
             return
         numbers: list[int] = np.asarray(rows, np.int64).tolist()
         runs = _runs(numbers, layout.slots, layout.run_rows)
@@ -150,6 +150,21 @@ class FeatureReader:
             wait(others)  # nobody writes to `out` when this is over, however it ends
         for other in others:
             other.result()
+
+    def _read_one(self, kind: str, number: int, target: memoryview) -> None:
+        """As `_read_runs`, in half the Python: small rows asked for one by one are bound by that."""
+        _, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[kind]
+        shard, slot = divmod(number, slots)
+        start, count = spans.get(shard, _NO_SPAN)
+        if slot >= count:
+            raise IndexError("a row number that is not committed")
+        self._files.read(kind, shard, start_offset + slot * slot_bytes, (target,))
+        if self.checked and crc32c(target) != crcs[start + slot]:
+            raise self._damaged(kind, number)
+
+    def _damaged(self, kind: str, number: int) -> Corrupt:
+        shard = number // self.geometry[kind].slots
+        return corrupt_shard(self.paths, kind, shard, f"row {number} fails its checksum")
 
     def _read_runs(
         self, kind: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview
@@ -181,8 +196,7 @@ class FeatureReader:
             if self.checked:
                 for position, target in enumerate(targets, start + slot):
                     if crc32c(target) != crcs[position]:
-                        what = f"row {shard * slots + position - start} fails its checksum"
-                        raise corrupt_shard(self.paths, kind, shard, what)
+                        raise self._damaged(kind, shard * slots + position - start)
 
     def _threads_here(self) -> ThreadPoolExecutor:
         """The other threads; a forked child needs its own."""
@@ -221,7 +235,6 @@ class FeatureReader:
 
 
 _NO_SPAN = (0, 0)
-_ONE_RUN = [[0]]
 _UINT8 = np.dtype(np.uint8)
 
 

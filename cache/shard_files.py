@@ -59,7 +59,9 @@ class LocalFiles:
         file = self._file(kind, shard)
         try:
             got = os.preadv(file.fd, targets, offset)
-            whole = got == _length(targets) or file.read(targets, offset)
+            if got == (len(targets[0]) if len(targets) == 1 else _length(targets)):
+                return
+            whole = file.read(targets, offset)
         except OSError as error:  # a dying disk
             why = error.strerror or str(error)
             raise corrupt_shard(self._paths, kind, shard, why) from error
@@ -125,7 +127,7 @@ class _ShardFile:
 
 
 def _length(targets: Sequence[memoryview]) -> int:
-    return len(targets[0]) if len(targets) == 1 else sum(map(len, targets))
+    return sum(map(len, targets))
 
 
 def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
