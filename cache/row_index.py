@@ -188,7 +188,10 @@ class Identities(Set[tuple[str, str]]):
 
     def __contains__(self, identity: Any) -> bool:
         key, view = identity
-        return self._index.contains(bytes.fromhex(key), view)
+        try:
+            return self._index.contains(bytes.fromhex(key), view)
+        except ValueError:  # no key at all: not here, as in any set
+            return False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         again = {position for _, position in self._index.duplicates()}
