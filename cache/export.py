@@ -90,9 +90,9 @@ class Export:
         Raises:
             UserError: there is no such space or data set.
         """
-        root = CacheRoot(options.features)
+        root = CacheRoot.existing(options.features)
         reader = FeatureReader(find_space(root, options.space))
-        source = Source.of(reader, options.unpack)
+        source = Source(reader=reader, unpack=options.unpack)
         views = all_views(reader) if options.dataset else {}
         data = [gather(root, name, views) for name in dict.fromkeys(options.dataset)]
         rows = {}
@@ -254,8 +254,6 @@ def summary(export: Export, out: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(Options, argv, prog="python -m cache.export", description=__doc__)
-    if not options.features.is_dir():
-        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
     refuse_full_folder(options.out)
     export = Export.plan(options)
     run(export)

@@ -15,11 +15,8 @@ import numpy.typing as npt
 
 from cache import codec
 from cache.checksum import crc32c
-from cache.commits import read_commit
 from cache.container import RowFacts
 from cache.reader import FeatureReader
-from cache.space import read_info
-from cache.spec import KINDS
 from cache.wds_shard import END, WdsGeometry
 from configs import UserError
 
@@ -54,20 +51,6 @@ class Source:
     """Of the space; checked."""
     unpack: bool
     """Whether rows leave as float16."""
-    errors: Mapping[str, npt.NDArray[np.float32]]
-    """Kind -> (n,) relative error of the codec, by position."""
-
-    @staticmethod
-    def of(reader: FeatureReader, unpack: bool) -> Source:
-        """With the errors, which an index of rows need not have."""
-        info = read_info(reader.paths)
-        errors = {}
-        for kind in KINDS:
-            shards = reader.index[kind].shards.tolist()
-            tables = (read_commit(reader.paths, info, kind, number).table for number in shards)
-            columns = [table["error"].to_numpy() for table in tables]
-            errors[kind] = np.concatenate([np.empty(0, np.float32), *columns])
-        return Source(reader=reader, unpack=unpack, errors=errors)
 
     @property
     def codec(self) -> str:
@@ -113,7 +96,7 @@ class Source:
         key, view = index.identity(position)
         time_s = float(index.times[position])
         crc = crc32c(row.data) if self.unpack else int(index.crcs[position])
-        error = float(self.errors[kind][position])
+        error = float(index.columns.errors[position])
         known = None if np.isnan(time_s) else time_s
         return RowFacts(key=key, view=view, time_s=known, crc=crc, error=error)
 

@@ -63,9 +63,7 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """Do what the options say, and print it."""
-    root = CacheRoot(options.features)
-    if not options.features.is_dir():
-        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
+    root = CacheRoot.existing(options.features)
     spaces = root.space_folders()
     with contextlib.ExitStack() as held:
         if options.delete:

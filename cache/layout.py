@@ -83,6 +83,18 @@ class CacheRoot:
                     "train.run, train.evaluate and cache.ls"
                 )
 
+    @staticmethod
+    def existing(folder: Path) -> CacheRoot:
+        """The cache in a folder that is there.
+
+        Raises:
+            UserError: it is not; or `folder` is a URL.
+        """
+        root = CacheRoot(folder)
+        if not folder.is_dir():
+            raise UserError(f"no cache at {folder}/ (say where: --features DIR)")
+        return root
+
     def samples(self, dataset: str) -> Path:
         """The text side of one data set."""
         if not _FOLDER_NAME.fullmatch(dataset):

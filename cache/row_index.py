@@ -191,7 +191,7 @@ class Identities(Set[tuple[str, str]]):
         key, view = identity
         try:
             return self._index.contains(bytes.fromhex(key), view)
-        except ValueError:  # no key at all
+        except ValueError:  # no key at all: not here, as in any set
             return False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:

@@ -32,9 +32,7 @@ class Options:
 def main() -> None:
     """The command."""
     options = parse(Options, prog="python -m cache.share", description=__doc__)
-    root = CacheRoot(options.features)
-    if not options.features.is_dir():
-        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
+    root = CacheRoot.existing(options.features)
     print(share(root))
 
 

@@ -25,7 +25,7 @@ from cache.layout import CacheRoot
 from cache.printing import Meter, bytes_text
 from cache.reader import find_space
 from cache.repair import Repair, Repaired
-from configs import UserError, command, parse
+from configs import command, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class Options:
 def main() -> int:
     """The command; 1 when something is broken."""
     options = parse(Options, prog="python -m cache.verify", description=__doc__)
-    root = CacheRoot(options.features)
-    if not options.features.is_dir():
-        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
+    root = CacheRoot.existing(options.features)
     meter = Meter("read", bytes_to_read(root, options.space, options.deep))
     if options.repair:
         return _repair(root, options, meter)

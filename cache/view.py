@@ -54,9 +54,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     options = parse(Options, argv, prog=PROG, description=__doc__)
-    root = CacheRoot(options.features)
-    if not options.features.is_dir():
-        raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
+    root = CacheRoot.existing(options.features)
     if options.out.is_dir():
         raise UserError(f"{options.out}: a folder; name a file: --out {options.out / 'view.html'}")
     reader = FeatureReader(find_space(root, options.space))

@@ -361,7 +361,8 @@ def test_identities_are_a_set_without_strings(tmp_path: Path) -> None:
     assert found == expected
     assert (len(found), set(found)) == (4, expected)
     assert found - {(key(1), "full")} == expected - {(key(1), "full")}
-    assert (key(1), "crop:0,0,1,1") not in found
+    for stranger in (key(1), "crop:0,0,1,1"), ("video:" + key(1), "full"), (key(1)[:8], "full"):
+        assert stranger not in found
 
 
 def tmp_root(space: Space) -> CacheRoot:
