@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -147,6 +148,30 @@ def _identities(table: pa.Table) -> set[tuple[str, str]]:
     return set(zip(keys, table["view"].to_pylist(), strict=True))
 
 
+WRITE_BYTES = 4 << 20
+"""Bytes of neighbouring rows written by one call. The page cache takes rows of 131 KB, each by a call of its
+own, at two thirds of the speed of the same bytes in a few large calls (2026-11-24, ext4, Linux 6.18)."""
+
+WRITE_BUFFERS = 1000
+"""Pieces of one call at most: Linux takes 1,024."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRow:
+    """A row to be written."""
+
+    key: str
+    """The media's key, 64 hex digits."""
+    view: str
+    """Which view of it."""
+    payload: Buffer
+    """The packed row, contiguous bytes."""
+    time_s: float | None = None
+    """Where in its video the view is, seconds; None for a picture."""
+    error: float = 0.0
+    """Relative error of the row codec."""
+
+
 class ShardWriter:
     """One shard being filled. Not for several threads at once.
 
@@ -205,27 +230,57 @@ class ShardWriter:
                 has another length.
             OSError: it could not be written; the shard is as it was before.
         """
-        identity = (bytes.fromhex(key), view)
-        with memoryview(payload).cast("B") as data:
-            if self.full:
-                raise ValueError(f"shard {self._number} is full ({self.rows} rows)")
-            if len(identity[0]) != KEY_BYTES:
-                raise ValueError(f"a key has 64 hex digits, not {len(key)}")
-            if identity in self._identities:
-                raise ValueError(f"{key} {view} is in shard {self._number} already")
-            if len(data) != self._geometry.row_bytes:
-                raise ValueError(f"a row of {len(data)} bytes, not {self._geometry.row_bytes}")
-            self._geometry.check_view(view)
-            crc = crc32c(data)
-            facts = RowFacts(key=identity[0].hex(), view=view, time_s=time_s, crc=crc, error=error)
+        self.extend([NewRow(key=key, view=view, payload=payload, time_s=time_s, error=error)])
+
+    def extend(self, rows: Sequence[NewRow]) -> None:
+        """Write rows behind the others, small ones many to a call: all of them, or none.
+
+        Raises:
+            ValueError, OSError: as `append`.
+        """
+        identities: dict[tuple[bytes, str], None] = {}
+        buffers: list[Buffer] = []
+        crcs: list[int] = []
+        start = self.rows * self._geometry.slot_bytes
+        end = start
+        for row in rows:
+            identities[self._check(row, identities)] = None
+            with memoryview(row.payload).cast("B") as data:
+                crcs.append(crc32c(data))
+            facts = RowFacts(
+                key=row.key.lower(), view=row.view, time_s=row.time_s, crc=crcs[-1], error=row.error
+            )
             before, behind = self._geometry.around(facts)
-            buffers: list[Buffer] = [before, data, behind] if before else [data, behind]
-            _pwrite(self._fd, buffers, self.rows * self._geometry.slot_bytes)
-        row = self._number * self._geometry.slots + self.rows
-        values = (identity[0], view, time_s, row, crc, error)
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
-        self._identities.add(identity)
+            buffers += [before, row.payload, behind] if before else [row.payload, behind]
+            end += self._geometry.slot_bytes
+            if end - start >= WRITE_BYTES or len(buffers) > WRITE_BUFFERS:
+                _pwrite(self._fd, buffers, start)
+                start, buffers = end, []
+        if buffers:
+            _pwrite(self._fd, buffers, start)
+        first = self._number * self._geometry.slots + self.rows
+        for number, (row, crc, (key, view)) in enumerate(
+            zip(rows, crcs, identities, strict=True), first
+        ):
+            values = (key, view, row.time_s, number, crc, row.error)
+            for column, value in zip(self._columns.values(), values, strict=True):
+                column.append(value)
+        self._identities.update(identities)
+
+    def _check(self, row: NewRow, others: Collection[tuple[bytes, str]]) -> tuple[bytes, str]:
+        """The row's identity, when it may stand here behind `others`."""
+        identity = bytes.fromhex(row.key), row.view
+        nbytes = memoryview(row.payload).nbytes
+        if self.left <= len(others):
+            raise ValueError(f"shard {self._number} is full ({self.rows} rows)")
+        if len(identity[0]) != KEY_BYTES:
+            raise ValueError(f"a key has 64 hex digits, not {len(row.key)}")
+        if identity in self._identities or identity in others:
+            raise ValueError(f"{row.key} {row.view} is in shard {self._number} already")
+        if nbytes != self._geometry.row_bytes:
+            raise ValueError(f"a row of {nbytes} bytes, not {self._geometry.row_bytes}")
+        self._geometry.check_view(row.view)
+        return identity
 
     def commit(self, replaces: Sequence[int] = ()) -> int:
         """Make the rows exist, durably; their number. A shard without rows just goes away.

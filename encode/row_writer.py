@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cache.spec import ARRAY_OF
 from cache.tables import MediaRecord
-from cache.writer import ShardWriter, Space
+from cache.writer import NewRow, ShardWriter, Space
 from configs import UserError
 from encode.local import failed
 from encode.tasks import Outcome, SourceTask
@@ -192,10 +192,16 @@ class RowWriter:
             wholly = len(rows) <= self._space.rows_per_shard(array)
             if wholly and len(rows) > begun.shard.left:
                 self._commit(array)
-        for number, row in enumerate(rows, 1):
+        new = [
+            NewRow(key=key, view=r.view, payload=r.payload.data, time_s=r.time_s, error=r.lost)
+            for r in rows
+        ]
+        while new:
             here = self._open.get(array) or self._begin(array)
-            here.shard.append(key, row.view, row.payload.data, time_s=row.time_s, error=row.lost)
-            if number == len(rows):
+            part = new[: here.shard.left]
+            here.shard.extend(part)
+            del new[: len(part)]
+            if not new:
                 here.groups.append(group)
                 self._current = None
             if here.shard.full:

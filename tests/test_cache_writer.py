@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from cache.damage import verify
 from cache.layout import CacheRoot, Corrupt, read_sealed_json, sealed_json
 from cache.reader import FeatureReader
 from cache.space import MAX_SLOTS, new_info
-from cache.writer import ShardWriter, Space
+from cache.writer import NewRow, ShardWriter, Space
 from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
 
 
@@ -107,6 +108,46 @@ def test_a_write_that_fails_can_be_tried_again(
         with pytest.raises(OSError, match="No space"):
             writer.append(key(2), "full", row(2))
     assert writer.commit() == 1, "what fitted, with nothing of the other row behind it"
+    assert not verify(CacheRoot(tmp_path), deep=True).broken
+
+
+def test_rows_written_together_are_all_there_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new(number: int) -> NewRow:
+        return NewRow(key=key(number), view="full", payload=row(number), error=number / 100)
+
+    space = make_space(tmp_path)
+    writer = ShardWriter(space, "picture", 0)
+    writer.append(key(0), "full", row(0))
+    for wrong, why in (
+        ([new(1), new(1)], "already"),
+        ([new(1), new(0)], "already"),
+        ([new(n) for n in range(1, 5)], "full"),
+        ([new(1), dataclasses.replace(new(2), payload=row(2)[1:])], "263 bytes"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            writer.extend(wrong)
+    assert writer.rows == 1
+    monkeypatch.setattr("cache.writer.WRITE_BYTES", 300)  # two rows a call
+    real, calls = os.pwritev, 0
+
+    def full_at_the_second(fd: int, buffers: Any, at: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(28, "No space left on device")
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(os, "pwritev", full_at_the_second)
+    with pytest.raises(OSError, match="No space"):
+        writer.extend([new(1), new(2), new(3)])
+    assert writer.rows == 1
+    writer.extend([new(3), new(2)])
+    assert writer.commit() == 3
+    table = space.commits("picture").to_pydict()
+    assert table["key"] == [bytes.fromhex(key(n)) for n in (0, 3, 2)]
+    assert (table["row"], table["error"][1]) == ([0, 1, 2], pytest.approx(0.03))
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
@@ -258,7 +299,7 @@ from collections.abc import Callable
 from pathlib import Path
 from cache.layout import CacheRoot
 from cache.locks import DriverLock, WorkerLease
-from cache.writer import ShardWriter, Space
+from cache.writer import NewRow, ShardWriter, Space
 from tests.toy_space import SLOTS, SPEC, key, row
 root = CacheRoot(Path(sys.argv[1]))
 paths = root.space(SPEC.name)

@@ -315,17 +315,17 @@ def test_bad_pictures_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
 # ---- the disk
 
 
-def failing_append(number: int, count: int) -> Callable[..., None]:
-    """ShardWriter.append that fails with errno `number` after `count` rows, for good."""
-    original, rows = ShardWriter.append, [0]
+def failing_extend(number: int, count: int) -> Callable[..., None]:
+    """ShardWriter.extend that fails with errno `number` after `count` calls, for good."""
+    original, rows = ShardWriter.extend, [0]
 
-    def append(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+    def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
         rows[0] += 1
         if rows[0] > count:
             raise OSError(number, os.strerror(number))
         original(self, *args, **kwargs)
 
-    return append
+    return extend
 
 
 def test_a_full_disk_loses_nothing_committed_and_says_one_line(
@@ -333,7 +333,7 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
 ) -> None:
     whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "append", failing_append(errno.ENOSPC, 9))
+        patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, 9))
         with pytest.raises(DiskFull) as full:
             encode(tmp_path / "cache", f"folder:{photos}")
     assert str(full.value).startswith("disk full (")
@@ -346,16 +346,16 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
 def test_a_disk_error_costs_one_shard_and_is_ours(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, rows = ShardWriter.append, [0]
+    original, rows = ShardWriter.extend, [0]
 
-    def append(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+    def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
         rows[0] += 1
         if rows[0] == 5:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         original(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "append", append)
+        patched.setattr(ShardWriter, "extend", extend)
         result = encode(tmp_path / "cache", f"folder:{photos}")
     assert [stage for stage, _ in result.failures().values()] == ["write"]
     assert result.reader.rows("picture") == 13

@@ -19,10 +19,12 @@ import numpy.typing as npt
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.spec import FeatureSpec
-from cache.writer import ShardWriter, Space
+from cache.writer import NewRow, ShardWriter, Space
 
 Rows = npt.NDArray[np.int64]
 BATCH = 32
+CLIP_FRAMES, FRAME_BYTES = 64, 1 << 18
+"""Rows up to this size are written as the frames of clips of this length."""
 
 
 class Store:
@@ -120,9 +122,14 @@ class Ours(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         space = self.space
         shard: ShardWriter | None = None
-        for number in range(count):
+        # As a job does: a picture at a time, the frames of a clip together.
+        together = CLIP_FRAMES if self.row_bytes <= FRAME_BYTES else 1
+        number = 0
+        while number < count:
             shard = shard or ShardWriter(space, "picture", space.next_shard("picture"))
-            shard.append(f"{number:064x}", "full", row(number))
+            numbers = range(number, min(number + together, count, number + shard.left))
+            shard.extend([NewRow(key=f"{n:064x}", view="full", payload=row(n)) for n in numbers])
+            number = numbers.stop
             if shard.full:
                 shard = shard.commit() and None
         if shard is not None:
