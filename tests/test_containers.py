@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 import webdataset
 import zarr
 
@@ -288,7 +289,6 @@ def test_zarr_reads_zarr_spaces(tmp_path: Path, codec_name: str) -> None:
 
 
 def test_tensorstore_reads_fp16_zarr_spaces(tmp_path: Path) -> None:
-    tensorstore = pytest.importorskip("tensorstore")
     space = full(tmp_path, "fp16", "zarr")
     reader = FeatureReader(space.paths)
     store = {"driver": "file", "path": str(space.paths.array("picture"))}
