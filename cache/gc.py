@@ -29,6 +29,7 @@ from cache.garbage import (
     take_out_unreferenced,
     wanted_keys,
 )
+from cache.index import save_index
 from cache.layout import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
 from cache.locks import driver_holder
 from cache.printing import bytes_text
@@ -111,9 +112,11 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
                 take_out_unreferenced(rows)
             freed += rows.nbytes
     if options.delete:
-        for space in filter(lambda space: space.space_json.exists(), spaces):
+        for paths in filter(lambda paths: paths.space_json.exists(), spaces):
+            space = Space.open(paths)
             for kind in KINDS:
-                Space.open(space).grow(kind)
+                space.grow(kind)
+            save_index(paths, space.info)  # rows that were taken out took it with them
     if not options.damaged and root.damaged_dir.is_dir():
         print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
     return freed

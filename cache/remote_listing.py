@@ -30,7 +30,6 @@ _SPACE = re.compile(
     rf"spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_KIND})/)?zarr\.json"
     rf"|commits/(?:{_KIND})-\d{{8}}\.parquet|index/{_NAME})"
 )
-_SHARD = re.compile(rf"spaces/{_NAME}/features/(?:{_KIND})/c/\d+/0/0")
 
 
 def is_table(name: str) -> bool:

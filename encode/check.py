@@ -85,7 +85,7 @@ def _options(spec: FeatureSpec) -> str:
     """The command line that means a space."""
     encoder = spec.encoder.removeprefix("random-")
     pools = f"--pool {spec.pool_picture} --frame-pool {spec.pool_frame}"
-    return f"--encoder {encoder} --codec {spec.codec} {pools}"
+    return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}"
 
 
 def check_space(root: CacheRoot, paths: SpacePaths, what: Checked) -> CheckReport:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cache import gc
+from cache import gc, index
 from cache.damage import verify
 from cache.layout import CacheRoot
 from cache.locks import DriverLock
@@ -204,6 +204,18 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
     garble(crowded.paths.shard("picture", 0), 5)
     assert files(crowded.paths.root) == before
     assert FeatureReader(crowded.paths).logical_hash() == logical_hash
+
+
+def test_an_index_is_made_anew_when_rows_were_taken_out(
+    crowded: Space, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
+    index.save_index(crowded.paths, crowded.info)
+    run("--unreferenced", "--delete")
+    path = crowded.paths.index("picture")
+    assert path.exists()
+    assert verify(CacheRoot(crowded.paths.root.parents[1]), deep=True).all_findings == []
+    assert len(FeatureReader(crowded.paths).index["picture"]) == 5
 
 
 def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, run: Run) -> None:

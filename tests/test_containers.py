@@ -26,10 +26,12 @@ from cache.commits import commit_bytes, read_commit
 from cache.damage import check_shard, verify
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
+from cache.repair import Repair
 from cache.spec import CONTAINERS
 from cache.writer import ShardWriter, Space
 from tests import crash_points, small_world
 from tests.crash_points import struck
+from tests.damage_tools import garble
 from tests.encode_world import draw, encode
 from tests.toy_space import SLOTS, features, fill, key, make_space, row
 from train.metrics import read_metrics
@@ -235,6 +237,32 @@ def test_gc_removes_what_was_never_committed_and_nothing_else(
     assert {
         path.parent.relative_to(shards).parts[0] for path in shards.rglob("?*") if path.is_file()
     } == ({"0", "1"})
+
+
+def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_name: str) -> None:
+    space = make_space(tmp_path, codec_name, container=container)
+    for numbers in ([0, 1, 2, 3], [4, 5], [6]):
+        fill(space, numbers)
+    space.grow("picture")
+    shards = [space.paths.shard("picture", number) for number in range(3)]
+    geometry = space.info.geometry("picture")
+    garble(shards[0], geometry.row_offset(1) + 8)
+    garble(shards[0], geometry.row_offset(2) + geometry.row_bytes, 4)  # beside a row: it stays
+    os.truncate(shards[1], geometry.row_offset(1) + 5)
+    garble(space.paths.commit("picture", 2), 100)
+    root = CacheRoot(tmp_path)
+    report = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
+    assert not report.broken
+    assert verify(root, deep=True).all_findings == []
+    kept = {key(number) for number in (0, 2, 3, 4)}
+    assert {name for name, _ in space.keys("picture")} == kept
+    fill(space, [1, 5, 6])
+    space.grow("picture")
+    whole = make_space(tmp_path / "whole", codec_name, container=container)
+    for number in range(7):
+        fill(whole, [number])
+    reader = FeatureReader(space.paths)
+    assert reader.logical_hash() == FeatureReader(whole.paths).logical_hash()
 
 
 # ---- a whole job, and training on it

@@ -155,7 +155,9 @@ def test_what_cannot_be_compared_is_one_line(photos: Path, run: Run, tmp_path: P
     assert run("--check", 1, "--codec", "fp16")[0] == 0  # the only space there is
     assert run("--dataset", f"folder:{photos}", "--codec", "fp16")[0] == 0
     assert "fp16-" in run("--check", 1, "--codec", "fp16")[1].splitlines()[0]
-    with pytest.raises(UserError, match=r"none of 2 spaces .* --codec int8 --pool \d --frame-pool"):
+    with pytest.raises(
+        UserError, match=r"none of 2 .* --codec int8 --format zarr --pool \d --frame-pool"
+    ):
         run("--check", 1, "--pool", "7")
     row = reader_of_codec(tmp_path, "int8")
     data = bytearray(row.read_bytes())

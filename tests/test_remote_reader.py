@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cache.checksum import crc32c
+from cache.codec import CODECS
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.remote import Elsewhere, RemoteCache, open_reader
@@ -21,6 +22,7 @@ from cache.remote_reader import RemoteReader
 from cache.remote_rows import RowCache
 from cache.remote_rules import RemoteRules, Trouble, Unreachable
 from cache.share import share
+from cache.spec import CONTAINERS
 from configs import UserError
 from tests import remote_world
 from tests.remote_world import WebServer
@@ -68,6 +70,24 @@ def spans(server: WebServer) -> list[str | None]:
 
 
 # ---- what is asked for
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("codec_name", CODECS)
+def test_every_kind_of_space_is_read_from_elsewhere(
+    tmp_path: Path, container: str, codec_name: str
+) -> None:
+    space = make_space(tmp_path / "there", codec_name, container=container)
+    fill(space, range(SLOTS))
+    fill(space, [SLOTS])
+    share(CacheRoot(tmp_path / "there"))
+    local = FeatureReader(space.paths)
+    with WebServer(tmp_path / "there") as server:
+        remote = open_remote(server, tmp_path / "here")
+        for number in range(SLOTS + 1):
+            expected = local.read("picture", key(number))
+            np.testing.assert_array_equal(remote.read("picture", key(number)), expected)
+        assert remote.logical_hash() == local.logical_hash()
 
 
 def test_rows_are_those_of_a_local_reader_in_any_order(
