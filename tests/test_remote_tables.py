@@ -21,8 +21,6 @@ from cache.tables import read_samples, samples_table
 from configs import UserError
 from tests import small_world
 from tests.remote_world import WebServer
-from train import stage, start
-from train.config import Options
 
 RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3)
 DIGEST = "0" * 64
@@ -212,12 +210,3 @@ def test_what_reads_no_row_works_on_the_copy(server: WebServer, tmp_path: Path) 
     elsewhere = Elsewhere(mirror=tmp_path)
     assert local_root(server.url, elsewhere).space_names() == ["toy-fp16-0362b551"]
     assert local_root("cache", elsewhere) == CacheRoot(Path("cache"))
-
-
-def test_an_order_nobody_chose_is_random_and_what_a_run_began_with_stays() -> None:
-    assert start.order_of(Options(features="cache")) == "random"
-    assert start.order_of(Options(features="https://h/p")) == "random"
-    assert start.order_of(Options(features="https://h/p", order="blocks")) == "blocks"
-    begun = Options(order="blocks")
-    assert stage.same_words(begun, Options()).order == "blocks"
-    assert stage.same_words(begun, Options(order="random")).order == "random"

@@ -53,8 +53,8 @@ class Options(Elsewhere):
     """Least share of samples whose media must be in the space; known failures do not count."""
     max_frames: int = MAX_FRAMES
     """Frames of one clip, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
-    order: Literal["auto", "random", "blocks"] = "auto"
-    """Order of reading within an epoch: `blocks` keeps neighbours together; `auto`: random."""
+    order: Literal["random", "blocks"] = "random"
+    """Order of reading within an epoch: `blocks` keeps neighbours on disk together, for disks that seek."""
 
     run: str = "default"
     """Name of the run, below runs/, or a path."""

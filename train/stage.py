@@ -74,8 +74,6 @@ def same_words(before: Options, now: Options) -> Options:
         now = dataclasses.replace(now, datasets=before.datasets)
     if before.space is not None and before.space.startswith(now.space or ""):
         now = dataclasses.replace(now, space=before.space)
-    if now.order == "auto":
-        now = dataclasses.replace(now, order=before.order)
     return now
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -88,7 +88,6 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
         UserError: the checkpoint was trained on another space, is another model than asked for, or the
             window is longer than its language model.
     """
-    options = dataclasses.replace(options, order=order_of(options))
     if origin is None:
         fresh = configs.load("model")
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
@@ -106,11 +105,6 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
     check_window(options, str(origin))
     log.info("starting from %s (stage %s, step %s)", origin, meta["stage"], meta["step"])
     return dataclasses.replace(options, llm=meta["llm"], connector=meta["connector"])
-
-
-def order_of(options: Options) -> Literal["random", "blocks"]:
-    """The order of reading, when nobody has chosen one."""
-    return "random" if options.order == "auto" else options.order
 
 
 def check_window(options: Options, llm: str) -> None:
@@ -243,7 +237,7 @@ def load_data(
         grow_trees(train, tokens, **window),
         options.samples_per_step,
         seed=options.seed,
-        order=order_of(options),
+        order=options.order,
     )
     val = val_tokens = None
     if (held := _held_out(options, reader, train)) is not None:
