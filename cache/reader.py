@@ -56,6 +56,7 @@ class FeatureReader:
         files: ShardFiles | None = None,
         *,
         threads: int = 1,
+        mapped: bool = True,
     ):
         """Open a space.
 
@@ -65,6 +66,8 @@ class FeatureReader:
             files: where the shards are, when not in that folder.
             threads: how many read the rows of one call together, the caller's own included. Callers that
                 are several threads already (`train.loader`) need no more.
+            mapped: whether shards that are read again and again are mapped: the fastest way to read what the
+                page cache holds, which then counts as memory of this process, too.
         """
         paths = space_path if isinstance(space_path, SpacePaths) else SpacePaths(Path(space_path))
         info = read_info(paths)
@@ -76,7 +79,7 @@ class FeatureReader:
         self.geometry = {kind: info.geometry(kind) for kind in KINDS}
         self.index = {kind: open_index(paths, info, kind) for kind in KINDS}
         sizes = {kind: index.nbytes for kind, index in self.index.items()}
-        self._files = files or LocalFiles(paths, sizes)
+        self._files = files or LocalFiles(paths, sizes, mapped=mapped)
         self._ahead = self._files if isinstance(self._files, AheadFiles) else None
         self._layout = {kind: _Layout.of(self.geometry[kind], self.index[kind]) for kind in KINDS}
         self._threads = threads

@@ -120,7 +120,8 @@ def open_reader(
     """
     if is_url(features):
         return RemoteCache(features, elsewhere).reader(space, datasets)
-    return FeatureReader(find_space(CacheRoot(Path(features)), space))
+    # Not mapped: training never waits for a copy, and `memory_gib` should be what training takes.
+    return FeatureReader(find_space(CacheRoot(Path(features)), space), mapped=False)
 
 
 def local_root(features: str | Path, elsewhere: Elsewhere) -> CacheRoot:

@@ -1,7 +1,8 @@
 """Where the bytes of a space's shards come from: files here, or anything else that reads at an offset.
 
 Reads are positioned (`preadv`), so any number of threads and forked processes may share one object; nothing
-is locked, nothing written. Files are opened when first needed; the least recently used close themselves.
+is locked, nothing written. Files are opened when first needed; the least recently used close themselves. Of a
+file that was read as often as it is long, what is in memory is copied from there (`cache.mapped`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from cache.layout import Corrupt, SpacePaths
+from cache.mapped import MappedFile, can_map
 
 
 class ShardFiles(Protocol):
@@ -41,22 +43,29 @@ class AheadFiles(ShardFiles, Protocol):
 class LocalFiles:
     """The shards below a folder."""
 
-    def __init__(self, paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]]):
+    def __init__(
+        self, paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], *, mapped: bool = True
+    ):
         """Nothing is opened yet.
 
         Args:
             paths: of the space.
             sizes: kind -> shard -> bytes, as committed.
+            mapped: whether shards that are read again and again are mapped.
         """
         self._paths = paths
         can_tell = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")
         self._nowait: int = os.RWF_NOWAIT if can_tell else 0
         # No method of ours inside: files close with the last reference, not with the next collection.
-        self._file = functools.lru_cache(open_files())(functools.partial(_open, paths, sizes))
+        self._file = functools.lru_cache(open_files())(
+            functools.partial(_open, paths, sizes, mapped)
+        )
 
     def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """See ShardFiles. One system call, unless it is interrupted."""
         file = self._file(kind, shard)
+        if file.copy(offset, targets):
+            return
         try:
             got = os.preadv(file.fd, targets, offset)
             if got == (len(targets[0]) if len(targets) == 1 else _length(targets)):
@@ -73,6 +82,10 @@ class LocalFiles:
         if self._nowait:
             try:
                 file = self._file(kind, shard)  # open until it is read
+                if file.copy(offset, targets):
+                    return True
+                if file.mapped is not None:  # which told that it is not there
+                    return False
                 got = os.preadv(file.fd, targets, offset, self._nowait)
                 return got == _length(targets)
             except BlockingIOError:
@@ -91,10 +104,10 @@ class LocalFiles:
 
 
 def _open(
-    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], kind: str, shard: int
+    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], mapped: bool, kind: str, shard: int
 ) -> _ShardFile:
     try:
-        file = _ShardFile(os.fspath(paths.shard(kind, shard)))
+        file = _ShardFile(os.fspath(paths.shard(kind, shard)), mapped)
     except FileNotFoundError:
         raise corrupt_shard(paths, kind, shard, "missing") from None
     expected = sizes[kind][shard]
@@ -106,14 +119,31 @@ def _open(
 class _ShardFile:
     """An open shard; closes itself when the last reader lets go of it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, mapped: bool):
         self.fd = -1
         self.fd = os.open(path, os.O_RDONLY)
         self.nbytes = os.fstat(self.fd).st_size
+        self.mapped: MappedFile | None = None
+        # Who reads everything once gains nothing by a mapping (the first touch costs what it saves), and
+        # would find all that it read in its memory.
+        self._until_mapped = self.nbytes if mapped and can_map(path) else None
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+    def copy(self, offset: int, targets: Sequence[memoryview]) -> bool:
+        """As `MappedFile.copy`; False, too, while this file is not mapped."""
+        if self.mapped is not None:
+            return self.mapped.copy(offset, targets)
+        left = self._until_mapped
+        if left is not None:  # threads may count less than they read, and map it twice: no harm
+            left -= _length(targets)
+            self._until_mapped = left if left > 0 else None
+            if left <= 0:
+                with contextlib.suppress(OSError, ValueError):
+                    self.mapped = MappedFile(self.fd, self.nbytes)
+        return False
 
     def read(self, targets: Sequence[memoryview], offset: int) -> bool:
         """Fill `targets`, in as many calls as it takes; False at the file's end."""
@@ -140,7 +170,7 @@ def _after(buffers: Sequence[memoryview], skip: int) -> list[memoryview]:
 
 
 def open_files() -> int:
-    """Shards to keep open: a quarter of the files this process may have."""
+    """Shards to keep open: a quarter of the files this process may have; a mapped one counts twice."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
 

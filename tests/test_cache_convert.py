@@ -161,7 +161,8 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
 
 DIE = """
 import os, sys
-from cache import convert
+from cache import aligned, convert
+aligned.HUGE_PAGE = 4  # so that every row is written when it comes
 real, left = os.pwritev, 13
 def pwritev(*args):
     global left

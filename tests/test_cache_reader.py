@@ -100,7 +100,7 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
         return real(fd, buffers, at, flags)
 
     monkeypatch.setattr(os, "preadv", counted)
-    seen = FeatureReader(filled.paths)
+    seen = FeatureReader(filled.paths, mapped=False)
     out = np.empty((7, SPEC.row_bytes("picture")), np.uint8)
     seen.read_into("picture", np.arange(7), out)
     assert calls == [7, 5], "one for each shard: its rows, and the crcs between them"
@@ -407,12 +407,18 @@ def test_files_are_closed_with_their_reader(filled: Space) -> None:
         links = list(Path("/proc/self/fd").iterdir())
         return sum(str(filled.paths.root) in str(link.resolve()) for link in links)
 
+    def mapped_shards() -> int:
+        return Path("/proc/self/maps").read_text().count(str(filled.paths.root))
+
     seen = FeatureReader(filled.paths)
     seen.read("picture", key(0))
     seen.read("picture", key(9))
-    assert open_shards() == 2
+    assert (open_shards(), mapped_shards()) == (2, 0)
+    for _ in range(SLOTS):
+        seen.read("picture", key(0))
+    assert (open_shards(), mapped_shards()) == (3, 1)
     del seen
-    assert open_shards() == 0
+    assert (open_shards(), mapped_shards()) == (0, 0)
 
 
 def test_equal_content_has_an_equal_logical_hash(tmp_path: Path, filled: Space) -> None:
