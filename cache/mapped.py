@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+PAGE = mmap.PAGESIZE
 PAGES = 4096
 """Asked about at a time: 16 MB, more than any row or run of rows. What is longer is not copied."""
 
-SMALL = 4096
-"""Bytes up to which letting other threads run meanwhile takes longer than the copy."""
+SMALL = 256 << 10
+"""Bytes above which copying beats reading: asking first costs 1.7 microseconds. A smaller piece of what is
+copied keeps Python's other threads waiting meanwhile: it is over before one of them would have begun."""
 
 
 class MappedFile:
@@ -39,14 +41,20 @@ class MappedFile:
         self._bytes = memoryview(memory)
         self._array = np.frombuffer(memory, np.uint8)
         self._address: int = self._array.ctypes.data
+        self._length = nbytes
 
-    def copy(self, offset: int, targets: Sequence[memoryview]) -> bool:
-        """Fill `targets`, one after the other, with what stands at `offset`, if all of it is in memory; else
-        False, and they are as they were."""
-        length = len(targets[0]) if len(targets) == 1 else sum(map(len, targets))
-        first = offset & -mmap.PAGESIZE
-        pages = (offset + length - first + mmap.PAGESIZE - 1) // mmap.PAGESIZE
-        if offset + length > len(self._array) or not _in_memory(self._address + first, pages):
+    def copy(self, offset: int, targets: Sequence[memoryview], length: int) -> bool:
+        """Fill `targets`, `length` bytes in all, with what stands at `offset`, if all of it is in memory;
+        else False, and they are as they were."""
+        first = offset & -PAGE
+        nbytes = offset + length - first
+        pages = (nbytes + PAGE - 1) // PAGE
+        if pages > PAGES or offset + length > self._length or _mincore is None:
+            return False
+        answer = _answer
+        if _mincore(self._address + first, nbytes, answer.address) != 0:
+            return False
+        if answer.pages.find(0, 0, pages) >= 0:
             return False
         for target in targets:
             end = offset + len(target)
@@ -80,13 +88,3 @@ if sys.platform == "linux":
     _mincore = ctypes.CDLL(None).mincore
     _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     _mincore.restype = ctypes.c_int
-
-
-def _in_memory(address: int, pages: int) -> bool:
-    """Whether so many pages from a page's address on are in the page cache; False if nobody can tell."""
-    if _mincore is None or pages > PAGES:
-        return False
-    answer = _answer
-    if _mincore(address, pages * mmap.PAGESIZE, answer.address) != 0:
-        return False
-    return answer.pages.find(0, 0, pages) < 0

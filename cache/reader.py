@@ -124,17 +124,29 @@ class FeatureReader:
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
-        layout = self._layout[kind]
-        shape = (len(rows), layout.row_bytes)
-        if out.shape != shape or out.dtype != _UINT8 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {shape}")
-        if not len(rows):
+        size, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[kind]
+        count = len(rows)
+        if out.shape != (count, size) or out.dtype != _UINT8 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(count, size)}")
+        if not count:
             return
         flat = out.data.cast("B")
-        if len(rows) == 1:
-            self._read_one(kind, int(rows[0]), flat)
+        if count > 1:
+            self._read_many(kind, np.asarray(rows, np.int64).tolist(), flat)
             return
-        numbers: list[int] = np.asarray(rows, np.int64).tolist()
+        # As `_read_runs` does, in half the Python: small rows asked for one by one are bound by that.
+        number = int(rows[0])
+        shard, slot = divmod(number, slots)
+        start, committed = spans.get(shard, _NO_SPAN)
+        if slot >= committed:
+            raise IndexError("a row number that is not committed")
+        self._files.read(kind, shard, start_offset + slot * slot_bytes, (flat,))
+        if self.checked and crc32c(flat) != crcs[start + slot]:
+            raise self._damaged(kind, number)
+
+    def _read_many(self, kind: str, numbers: Sequence[int], flat: memoryview) -> None:
+        """Rows in the order of the disk, by as many threads as it is worth."""
+        layout = self._layout[kind]
         runs = _runs(numbers, layout.slots, layout.run_rows)
         parts = 1
         if self._threads > 1:
@@ -150,20 +162,9 @@ class FeatureReader:
         try:
             self._read_runs(kind, numbers, runs[:step], flat)
         finally:
-            wait(others)  # nobody writes to `out` when this is over, however it ends
+            wait(others)  # nobody writes to `flat` when this is over, however it ends
         for other in others:
             other.result()
-
-    def _read_one(self, kind: str, number: int, target: memoryview) -> None:
-        """As `_read_runs`, in half the Python: small rows asked for one by one are bound by that."""
-        _, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[kind]
-        shard, slot = divmod(number, slots)
-        start, count = spans.get(shard, _NO_SPAN)
-        if slot >= count:
-            raise IndexError("a row number that is not committed")
-        self._files.read(kind, shard, start_offset + slot * slot_bytes, (target,))
-        if self.checked and crc32c(target) != crcs[start + slot]:
-            raise self._damaged(kind, number)
 
     def _damaged(self, kind: str, number: int) -> Corrupt:
         shard = number // self.geometry[kind].slots

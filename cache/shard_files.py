@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from cache.layout import Corrupt, SpacePaths
-from cache.mapped import MappedFile, can_map
+from cache.mapped import SMALL, MappedFile, can_map
 
 
 class ShardFiles(Protocol):
@@ -64,11 +64,11 @@ class LocalFiles:
     def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """See ShardFiles. One system call, unless it is interrupted."""
         file = self._file(kind, shard)
-        if file.copy(offset, targets):
+        length = len(targets[0]) if len(targets) == 1 else _length(targets)
+        if length > SMALL and file.copy(offset, targets, length):
             return
         try:
-            got = os.preadv(file.fd, targets, offset)
-            if got == (len(targets[0]) if len(targets) == 1 else _length(targets)):
+            if os.preadv(file.fd, targets, offset) == length:
                 return
             whole = file.read(targets, offset)
         except OSError as error:  # a dying disk
@@ -82,12 +82,10 @@ class LocalFiles:
         if self._nowait:
             try:
                 file = self._file(kind, shard)  # open until it is read
-                if file.copy(offset, targets):
+                length = len(targets[0]) if len(targets) == 1 else _length(targets)
+                if length > SMALL and file.copy(offset, targets, length):
                     return True
-                if file.mapped is not None:  # which told that it is not there
-                    return False
-                got = os.preadv(file.fd, targets, offset, self._nowait)
-                return got == _length(targets)
+                return os.preadv(file.fd, targets, offset, self._nowait) == length
             except BlockingIOError:
                 return False
             except OSError:  # this file system cannot tell; or `read` meets it again, and says so
@@ -132,13 +130,13 @@ class _ShardFile:
         if self.fd >= 0:
             os.close(self.fd)
 
-    def copy(self, offset: int, targets: Sequence[memoryview]) -> bool:
-        """As `MappedFile.copy`; False, too, while this file is not mapped."""
+    def copy(self, offset: int, targets: Sequence[memoryview], length: int) -> bool:
+        """As `MappedFile.copy`; until it is mapped, False."""
         if self.mapped is not None:
-            return self.mapped.copy(offset, targets)
+            return self.mapped.copy(offset, targets, length)
         left = self._until_mapped
-        if left is not None:  # threads may count less than they read, and map it twice: no harm
-            left -= _length(targets)
+        if left is not None:  # threads may count less than they read, or map it twice: no harm
+            left -= length
             self._until_mapped = left if left > 0 else None
             if left <= 0:
                 with contextlib.suppress(OSError, ValueError):

@@ -70,10 +70,11 @@ def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
         seen.read("picture", key(99))
 
 
+@pytest.mark.parametrize("mapped", ["", "held", "let go"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("checked", [True, False])
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(wanted=st.lists(st.sampled_from(sorted(ROWS)), max_size=30))
 def test_any_rows_in_any_order_are_the_bytes_written(
@@ -81,14 +82,20 @@ def test_any_rows_in_any_order_are_the_bytes_written(
     monkeypatch: pytest.MonkeyPatch,
     checked: bool,
     threads: int,
+    mapped: str,
     wanted: list[int],
 ) -> None:
+    """`mapped`: copied from mappings from the second time on, other threads of Python held or let go."""
     monkeypatch.setattr(reader, "THREAD_BYTES", 300)
+    monkeypatch.setattr(shard_files, "SMALL", 0 if mapped else 10**6)
+    monkeypatch.setattr("cache.mapped.SMALL", 0 if mapped == "let go" else 10**6)
     seen = FeatureReader(filled.paths, checked=checked, threads=threads)
-    out = np.zeros((len(wanted), SPEC.row_bytes("picture")), np.uint8)
-    seen.read_into("picture", np.array([ROWS[number] for number in wanted], np.int64), out)
-    for number, found in zip(wanted, out, strict=True):
-        np.testing.assert_array_equal(found, row(number))
+    rows = np.array([ROWS[number] for number in wanted], np.int64)
+    for _ in range(6 if mapped else 1):
+        out = np.zeros((len(wanted), SPEC.row_bytes("picture")), np.uint8)
+        seen.read_into("picture", rows, out)
+        for number, found in zip(wanted, out, strict=True):
+            np.testing.assert_array_equal(found, row(number))
 
 
 def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +409,9 @@ def test_forked_processes_share_one_reader(filled: Space, threads: int) -> None:
     )
 
 
-def test_files_are_closed_with_their_reader(filled: Space) -> None:
+def test_files_are_closed_with_their_reader(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "SMALL", 0)
+
     def open_shards() -> int:
         links = list(Path("/proc/self/fd").iterdir())
         return sum(str(filled.paths.root) in str(link.resolve()) for link in links)
