@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +127,8 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
 def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     """Two pictures and a clip are there; a picture, a short clip and one of unknown length are missing."""
     root = CacheRoot(tmp_path)
-    spec = replace(SPEC, packed_from="float16")
     load = {"encoder": {"name": "demo"}}
-    space = Space.create(root, spec, load)
+    space = Space.create(root, SPEC, load)
     fill(space, [0, 1])
     shard = ShardWriter(space, "frame", 0)
     for us in (0, 500_000, 700_000):
@@ -151,9 +149,9 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
         samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
     write_samples(root, "f-1", samples)
     values = json.loads(run("--json"))["datasets"][0]
-    need = values["needs"][spec.name]
-    picture, frame = spec.row_bytes("picture"), spec.row_bytes("frame")
-    assert values["coverage"] == {spec.name: 4 / 8}
+    need = values["needs"][SPEC.name]
+    picture, frame = SPEC.row_bytes("picture"), SPEC.row_bytes("frame")
+    assert values["coverage"] == {SPEC.name: 4 / 8}
     assert need["reads"] == 2 * picture + 3 * frame  # 0.png and 3.png are one picture
     assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
     assert need["nbytes"] == picture + 130 * frame
