@@ -32,7 +32,7 @@ from tests.clips import make_clip
 from tests.encode_world import TINY, draw, encode
 from tests.toy_space import SPEC, fill, key, make_space
 
-TOWER = DemoTowerConfig(image_size=84, patch_size=14, width=64, depth=1, heads=2)
+TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 
 def setup_with(picture: int, frame: int) -> Setup:

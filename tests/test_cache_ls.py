@@ -39,13 +39,17 @@ def sample(dataset: str, name: str, *sources: str) -> Sample:
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:
+    return cache_of(tmp_path)
+
+
+def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
     """a, b, c are keys 0, 1, 0; d failed to decode, e to be fetched; f is unknown.
 
     The int8 space has keys 0 and 1, the fp16 space only 1.
     """
-    fill(make_space(tmp_path, "int8"), [0, 1])
-    fill(make_space(tmp_path, "fp16"), [1])
-    root = CacheRoot(tmp_path)
+    fill(make_space(folder, "int8", packed_from=packed_from), [0, 1])
+    fill(make_space(folder, "fp16", packed_from=packed_from), [1])
+    root = CacheRoot(folder)
     ok = [MediaRecord(source=s, key=key(n)) for s, n in (("a", 0), ("b", 1), ("c", 0))]
     bad = MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="cut short")
     gone = MediaRecord(source="e", status="failed", stage="fetch", error="404")
@@ -162,7 +166,8 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     assert f"complete: {need['command']}" in run().splitlines()
 
 
-def test_a_space_that_is_not_added_to_any_more_says_so(root: CacheRoot, run: Run) -> None:
+def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:
+    cache_of(tmp_path, packed_from="float32")
     values = json.loads(run("--json"))
     assert all(space["closed"] for space in values["spaces"])
     assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}
