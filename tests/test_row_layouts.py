@@ -54,6 +54,11 @@ def first_row(x: np.ndarray) -> bytes:
     return codes.tobytes() + scales.tobytes()
 
 
+def new_row(x: np.ndarray) -> bytes:
+    """A row as it is packed now."""
+    return codec.pack(x, "int8m").tobytes()
+
+
 def unpacked(row: bytes) -> np.ndarray:
     """What a row of the first version has always stood for."""
     codes = np.frombuffer(row, np.int8, TOKENS * 64).reshape(TOKENS, 64).astype(np.float64)
@@ -71,11 +76,8 @@ def fill(folder: Path, container: str, packed_from: str) -> tuple[Space, list[by
         del values["spec"]["packed_from"]
         space.paths.space_json.write_bytes(sealed_json(values))
         space = Space.open(space.paths)
-    rows = [
-        first_row(features(n)) if packed_from == "float32"
-        else codec.pack(features(n), "int8m").tobytes()
-        for n in range(6)
-    ]  # fmt: skip
+    pack = first_row if packed_from == "float32" else new_row
+    rows = [pack(features(number)) for number in range(6)]
     shard = ShardWriter(space, "picture", 0)
     for number, row in enumerate(rows):
         if shard.full:
