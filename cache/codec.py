@@ -1,15 +1,17 @@
-"""Row codecs in numpy: how `tokens x width` features become the bytes of one row, and back.
+"""Row layouts in numpy: how `tokens x width` features become the bytes of one row, and back.
 
-    fp16   the values as little-endian float16.
-    int8   a random-sign Hadamard rotation over blocks of 64 values, one fp16 scale a block,
-           one signed byte a value.
-    int4   the same rotation, one fp16 scale a block, half a byte a value: the number of one of 16 levels.
-           Byte j of a block holds value j in its low half and value j + 32 in its high half. Rows of 32
-           tokens and more hold their mean token apart, and codes of what is left without it.
+    fp16    the values as little-endian float16.
+    int8m   a random-sign Hadamard rotation over blocks of 64 values, one fp16 scale a block,
+            one signed byte a value. Rows of 32 tokens and more hold their mean token apart, and codes of
+            what is left without it.
+    int4    as int8m, but half a byte a value: the number of one of 16 levels. Byte j of a block holds value
+            j in its low half and value j + 32 in its high half.
+    int8    int8m without the mean token, whatever the row's length: rows of the first spaces.
 
 All codes stand first, then all scales, then the mean token, both float16: one read gets a row. The
 rotation spreads a transformer's outlier channels over their block; what that and the rest is worth,
-`python -m tests.benchmarks.codecs` measures.
+`python -m tests.benchmarks.codecs` measures. Which layout the rows of a space have, `FeatureSpec.layout`
+says: its codec `int8` is int8m, or int8 in the first spaces.
 
 Unpacking is sign * (scale / 8) * (H @ codes) + mean, of int4 H @ levels: sums of integers below 2^24 and
 so exact in float32 in any order, which is why `model.quantize`, on any device, agrees with this file to
@@ -25,9 +27,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-CODECS = ("fp16", "int8", "int4")
+LAYOUTS = ("fp16", "int8m", "int4", "int8")
 BLOCK = 64
 """Values that share a rotation and a scale."""
+
+MEAN_TOKENS = 32
+"""Tokens from which on a row of int8m or int4 holds its mean token: much of a picture's features is the same
+in all its tokens, and without that the error is a third lower. In smaller rows it costs more bits than it
+saves."""
 
 INT8_MAX = 127
 INT4_LEVELS = (-127, -99, -78, -62, -48, -35, -23, -11, 0, 12, 23, 36, 49, 64, 82, 105)
@@ -36,9 +43,6 @@ of any others, for scales chosen as below: 9 % less error than even steps. Part 
 INT4_DIVISORS = tuple(map(np.float32, (102.5, 107.5, 117.5, 122.5, 127.5, 132.5, 137.5, 142.5)))
 """Scales tried for a block are its largest magnitude divided by these. Above 127 the largest is clipped
 so that the others get finer steps. The best eight; four more gain 0.3 % (2026-11-24)."""
-INT4_MEAN_TOKENS = 32
-"""Tokens from which on an int4 row holds its mean token: much of a picture's features is the same in all its
-tokens, and without that the error is a third lower. In smaller rows it costs more bits than it saves."""
 INT4_CELLS = 255
 """`int4_cells` are numbered from -255 to 255."""
 
@@ -73,32 +77,32 @@ def int4_cells() -> npt.NDArray[np.uint8]:
     return np.searchsorted(twice_between, cells).astype(np.uint8)
 
 
-def row_bytes(codec: str, tokens: int, width: int) -> int:
+def row_bytes(layout: str, tokens: int, width: int) -> int:
     """Bytes of one packed row.
 
     Raises:
-        ValueError: unknown codec, or a row that does not divide into blocks.
+        ValueError: unknown layout, or a row that does not divide into blocks.
     """
     values = tokens * width
-    if codec == "fp16":
+    if layout == "fp16":
         return 2 * values
-    if codec not in CODECS:
-        raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"row layout {layout!r} is none of {', '.join(LAYOUTS)}")
     if width % BLOCK:
-        raise ValueError(f"codec {codec} needs a width that is a multiple of {BLOCK}, not {width}")
-    return row_parts(codec, tokens, width)[-1]
+        raise ValueError(f"{layout} rows need a width that is a multiple of {BLOCK}, not {width}")
+    return row_parts(layout, tokens, width)[-1]
 
 
-def row_parts(codec: str, tokens: int, width: int) -> tuple[int, int, int]:
+def row_parts(layout: str, tokens: int, width: int) -> tuple[int, int, int]:
     """Where the codes, the scales and the mean token of a lossy row end, bytes."""
     values = tokens * width
-    codes = values if codec == "int8" else values // 2
+    codes = values // 2 if layout == "int4" else values
     scales = codes + 2 * (values // BLOCK)
-    has_mean = codec == "int4" and tokens >= INT4_MEAN_TOKENS
+    has_mean = layout != "int8" and tokens >= MEAN_TOKENS
     return codes, scales, scales + 2 * width * has_mean
 
 
-def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
+def pack(features: npt.ArrayLike, layout: str) -> npt.NDArray[np.uint8]:
     """Features (..., tokens, width), finite -> rows (..., row_bytes) uint8.
 
     What exceeds float16 is clipped to its range. `model.quantize.pack` is the twin that runs on the
@@ -111,56 +115,56 @@ def pack(features: npt.ArrayLike, codec: str) -> npt.NDArray[np.uint8]:
     if not np.isfinite(x).all():
         raise ValueError("NaN or Inf among the features")
     *lead, tokens, width = x.shape
-    size = row_bytes(codec, tokens, width)
+    size = row_bytes(layout, tokens, width)
     x = np.clip(x, -FP16_MAX, FP16_MAX)
-    # What every codec starts from, so that a row packed from a stored fp16 row is the same row.
+    # What every layout starts from, so that a row packed from a stored fp16 row is the same row.
     halves = x.astype("<f2")
-    if codec == "fp16":
+    if layout == "fp16":
         return np.ascontiguousarray(halves).view(np.uint8).reshape(*lead, size)
     x = halves.astype(np.float32)
-    _, before_mean, _ = row_parts(codec, tokens, width)
+    _, before_mean, _ = row_parts(layout, tokens, width)
     mean = np.zeros((*lead, 0), "<f2")
     if before_mean < size:
         mean = _mean_token(x).astype("<f2")
         x = x - mean.astype(np.float32)[..., None, :]
     blocks = _rotate(x.reshape(*lead, -1, BLOCK) * rotation_signs())
-    codes, scales = (_int8_codes if codec == "int8" else _int4_codes)(blocks)
+    codes, scales = (_int4_codes if layout == "int4" else _int8_codes)(blocks)
     tail = np.concatenate([scales, mean], axis=-1).view(np.uint8)
     return np.concatenate([codes.reshape(*lead, -1), tail], axis=-1)
 
 
 def unpack(
-    rows: npt.NDArray[np.uint8], codec: str, tokens: int, width: int
+    rows: npt.NDArray[np.uint8], layout: str, tokens: int, width: int
 ) -> npt.NDArray[np.float16]:
     """Rows (..., row_bytes) uint8 -> features (..., tokens, width) float16.
 
     Raises:
-        ValueError: the rows have another length than `row_bytes(codec, tokens, width)`.
+        ValueError: the rows have another length than `row_bytes(layout, tokens, width)`.
     """
-    size = row_bytes(codec, tokens, width)
+    size = row_bytes(layout, tokens, width)
     if rows.shape[-1] != size:
         raise ValueError(
-            f"a row of {rows.shape[-1]} bytes; {codec} {tokens} x {width} takes {size}"
+            f"a row of {rows.shape[-1]} bytes; {layout} {tokens} x {width} takes {size}"
         )
     lead = rows.shape[:-1]
     rows = np.ascontiguousarray(rows)
-    if codec == "fp16":
+    if layout == "fp16":
         return rows.view("<f2").astype(np.float16, copy=False).reshape(*lead, tokens, width)
-    codes_end, scales_end, _ = row_parts(codec, tokens, width)
+    codes_end, scales_end, _ = row_parts(layout, tokens, width)
     blocks = tokens * width // BLOCK
     stored = rows[..., :codes_end].reshape(*lead, blocks, -1)
     tail = np.ascontiguousarray(rows[..., codes_end:]).view("<f2").astype(np.float32)
     # H = [[h, h], [h, -h]]: the sums and differences of a block's halves are the first stage.
     halves = np.empty((*stored.shape[:-1], 2, BLOCK // 2), np.float32)
-    if codec == "int8":
+    if layout == "int4":
+        high, low = np.meshgrid(*[np.array(INT4_LEVELS, np.float32)] * 2, indexing="ij")
+        halves[..., 0, :] = (low + high).ravel()[stored]
+        halves[..., 1, :] = (low - high).ravel()[stored]
+    else:
         codes = stored.view(np.int8).astype(np.float32)
         left, right = codes[..., : BLOCK // 2], codes[..., BLOCK // 2 :]
         np.add(left, right, out=halves[..., 0, :])
         np.subtract(left, right, out=halves[..., 1, :])
-    else:
-        high, low = np.meshgrid(*[np.array(INT4_LEVELS, np.float32)] * 2, indexing="ij")
-        halves[..., 0, :] = (low + high).ravel()[stored]
-        halves[..., 1, :] = (low - high).ravel()[stored]
     # Exact: integers, at most 64 * 127.
     x = (halves @ hadamard()[: BLOCK // 2, : BLOCK // 2]).reshape(*lead, blocks, BLOCK)
     x *= (tail[..., :blocks] * np.float32(0.125))[..., None]

@@ -154,8 +154,8 @@ def converter(source: FeatureSpec, target: FeatureSpec, kind: str) -> Change:
         for i, row in enumerate(rows):
             halves = codec.unpack(row, "fp16", *shape)
             features = pool(halves, window) if window > 1 else halves.astype(np.float32)
-            packed[i] = codec.pack(features, target.codec)
-            back = codec.unpack(packed[i], target.codec, tokens, target.width)
+            packed[i] = codec.pack(features, target.layout)
+            back = codec.unpack(packed[i], target.layout, tokens, target.width)
             errors[i] = relative_error(features, back)
         return packed, errors
 

@@ -142,8 +142,8 @@ class Export:
             "to": self.options.to,
             "space": self.source.reader.paths.name,
             "fingerprint": spec.fingerprint,
-            "codec": self.source.codec,
-            "stored_as": spec.codec,
+            "codec": self.source.layout,
+            "stored_as": spec.layout,
             "width": spec.width,
             "tokens": {kind: spec.tokens(kind) for kind in KINDS},
             "rows": {kind: len(rows) for kind, rows in self.rows.items()},
@@ -241,7 +241,7 @@ def summary(export: Export, out: Path) -> str:
     """What was written, and what was left out."""
     rows = ", ".join(f"{len(rows):,} {kind} rows" for kind, rows in export.rows.items())
     size = sum(path.stat().st_size for path in out.iterdir())
-    lines = [f"{out}: {rows} as {export.source.codec}, {bytes_text(size)}"]
+    lines = [f"{out}: {rows} as {export.source.layout}, {bytes_text(size)}"]
     for data in export.data:
         samples = sum(len(group.samples) for group in data.groups)
         line = f"{data.name}: {samples:,} samples"

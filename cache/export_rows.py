@@ -53,19 +53,19 @@ class Source:
     """Whether rows leave as float16."""
 
     @property
-    def codec(self) -> str:
+    def layout(self) -> str:
         """How a row is handed on."""
-        return "fp16" if self.unpack else self.reader.spec.codec
+        return "fp16" if self.unpack else self.reader.spec.layout
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Of one row's array: (tokens, width) float16, or (row_bytes,) uint8."""
-        if self.codec == "fp16":
+        if self.layout == "fp16":
             return self.reader.spec.tokens(kind), self.reader.spec.width
         return (self.reader.spec.row_bytes(kind),)
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one row, as it is handed on."""
-        return codec.row_bytes(self.codec, self.reader.spec.tokens(kind), self.reader.spec.width)
+        return codec.row_bytes(self.layout, self.reader.spec.tokens(kind), self.reader.spec.width)
 
     def geometry(self, kind: str) -> WdsGeometry:
         """What stands around such rows in a tar."""
@@ -73,7 +73,7 @@ class Source:
         tokens, width = spec.tokens(kind), spec.width
         size = self.row_bytes(kind)
         return WdsGeometry(
-            row_bytes=size, slots=FILE_ROWS, codec=self.codec, tokens=tokens, width=width
+            row_bytes=size, slots=FILE_ROWS, layout=self.layout, tokens=tokens, width=width
         )
 
     def rows(self, kind: str, positions: Positions) -> npt.NDArray[np.uint8]:
@@ -85,9 +85,9 @@ class Source:
         spec, index = self.reader.spec, self.reader.index[kind]
         stored = np.empty((len(positions), spec.row_bytes(kind)), np.uint8)
         self.reader.read_into(kind, index.rows(positions), stored)
-        if self.codec == spec.codec:
+        if self.layout == spec.layout:
             return stored
-        values = codec.unpack(stored, spec.codec, spec.tokens(kind), spec.width)
+        values = codec.unpack(stored, spec.layout, spec.tokens(kind), spec.width)
         return np.ascontiguousarray(values, "<f2").view(np.uint8).reshape(len(positions), -1)
 
     def facts(self, kind: str, position: int, row: npt.NDArray[np.uint8]) -> RowFacts:
@@ -202,12 +202,12 @@ def _safetensors_header(source: Source, kind: str, some: Positions) -> bytes:
             "space": source.reader.paths.name,
             "fingerprint": spec.fingerprint,
             "array": kind,
-            "codec": source.codec,
+            "codec": source.layout,
             "tokens": str(spec.tokens(kind)),
             "width": str(spec.width),
         }
     }
-    dtype = "F16" if source.codec == "fp16" else "U8"
+    dtype = "F16" if source.layout == "fp16" else "U8"
     for number, position in enumerate(some.tolist()):
         offsets = [number * size, (number + 1) * size]
         name = "/".join(index.identity(position))
@@ -220,7 +220,7 @@ def _safetensors_header(source: Source, kind: str, some: Positions) -> bytes:
 def write_index(file: BinaryIO, source: Source, rows: Mapping[str, Positions]) -> None:
     """index.json of a safetensors export: which file a tensor is in, and when a frame is."""
     spec = source.reader.spec
-    metadata = {"space": source.reader.paths.name, "codec": source.codec, "spec": spec.to_json()}
+    metadata = {"space": source.reader.paths.name, "codec": source.layout, "spec": spec.to_json()}
     file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
     separator = b"\n"
     for kind, positions in rows.items():

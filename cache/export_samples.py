@@ -164,7 +164,7 @@ def _write_group(
         kind = ARRAY_OF[one.kind]
         positions = views[kind].positions(one.key)
         rows = source.rows(kind, positions)
-        dtype = "<f2" if source.codec == "fp16" else "|u1"
+        dtype = "<f2" if source.layout == "fp16" else "|u1"
         header = npy_header(dtype, (len(rows), *source.shape(kind)))
         members.append((f"{name}.{number}.npy", (header, rows.data.cast("B"))))
         facts = [
@@ -183,7 +183,7 @@ def _write_group(
         )
     values = {
         "dataset": data.name,
-        "codec": source.codec,
+        "codec": source.layout,
         "width": source.reader.spec.width,
         "media": about,
         "samples": _samples(data.table, group.samples),

@@ -221,7 +221,7 @@ class FeatureReader:
             raise KeyError(f"no {kind} {key} {view} in {self.path}")
         out = np.empty((1, self.geometry[kind].row_bytes), np.uint8)
         self.read_into(kind, rows, out)
-        return codec.unpack(out[0], self.spec.codec, self.spec.tokens(kind), self.spec.width)
+        return codec.unpack(out[0], self.spec.layout, self.spec.tokens(kind), self.spec.width)
 
     def logical_hash(self) -> str:
         """What two stores of equal content share, however they are cut into shards: sha256 (hex)."""

@@ -31,8 +31,8 @@ class Finite:
         # Lossy codecs: integer codes first, which cannot be wrong; then float16, scales before all else.
         self._start = self._unsigned = 0
         if spec.codec != "fp16":
-            self._start, scales_end, _ = row_parts(spec.codec, spec.tokens(kind), spec.width)
-            if spec.codec == "int8":  # int4's scales have signs
+            self._start, scales_end, _ = row_parts(spec.layout, spec.tokens(kind), spec.width)
+            if spec.codec == "int8":  # int4's scales have signs, as any mean token
                 self._unsigned = (scales_end - self._start) // 2
         self._bits = np.empty((spec.row_bytes(kind) - self._start) // 2, np.uint16)
 

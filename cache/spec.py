@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache.codec import CODECS, row_bytes
+from cache.codec import row_bytes
 
 FORMAT = 1
 KINDS = ("picture", "frame")
@@ -23,6 +23,8 @@ KINDS = ("picture", "frame")
 ARRAY_OF = {"picture": "picture", "video": "frame"}
 """Kind of media -> the array its views' rows are in."""
 
+CODECS = ("fp16", "int8", "int4")
+"""How rows can be stored, as one asks for it; `FeatureSpec.layout` says what bytes that makes."""
 FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
 _NOT_HASHED = frozenset(
@@ -72,14 +74,15 @@ class FeatureSpec:
     batch_size: int
     """The one batch shape the encoder runs; in bf16, batch 1 and batch 8 differ by 1 %."""
     codec: str
-    """How a row is stored: see `cache.codec`."""
+    """How rows are stored: `fp16`, `int8` or `int4`."""
     format: int = FORMAT
     """Version of the on-disk format."""
     container: str = "zarr"
     """What a shard is: `zarr` (a shard of a Zarr v3 array) or `webdataset` (a tar of standard members)."""
     packed_from: str = "float32"
     """What is pooled and packed: features as computed (`float32`, the first spaces) or rounded to `float16`
-    before, as encoders do now. So what `cache.convert` makes of a float16 space is what encoding makes."""
+    before, as encoders do now. So what `cache.convert` makes of a float16 space is what encoding makes. It
+    also tells the first spaces' int8 rows from those of now: see `layout`."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -120,9 +123,15 @@ class FeatureSpec:
         """Tokens in one row of `kind`."""
         return (self.grid // self.pool(kind)) ** 2 + self.keep_cls
 
+    @property
+    def layout(self) -> str:
+        """What a row's bytes are, by the name `cache.codec` has for it. The first spaces' int8 rows hold no
+        mean token."""
+        return "int8m" if (self.codec, self.packed_from) == ("int8", "float16") else self.codec
+
     def row_bytes(self, kind: str) -> int:
         """Stored bytes of one row of `kind`, without its checksum."""
-        return row_bytes(self.codec, self.tokens(kind), self.width)
+        return row_bytes(self.layout, self.tokens(kind), self.width)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -147,7 +147,7 @@ def read_rows(
     packed = np.empty((len(rows), reader.geometry[kind].row_bytes), np.uint8)
     reader.read_into(kind, rows, packed)
     tokens, width = reader.spec.tokens(kind), reader.spec.width
-    return codec.unpack(packed, reader.spec.codec, tokens, width).astype(np.float32)
+    return codec.unpack(packed, reader.spec.layout, tokens, width).astype(np.float32)
 
 
 class Recorded:

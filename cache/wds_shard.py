@@ -74,8 +74,8 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 class WdsGeometry(Geometry):
     """Tar header, npy header, row, zeros; tar header, JSON, zeros. The tail is the end of the archive."""
 
-    codec: str
-    """How a row is stored."""
+    layout: str
+    """How a row is laid out: see `cache.codec`."""
     tokens: int
     """Tokens in a row."""
     width: int
@@ -83,7 +83,7 @@ class WdsGeometry(Geometry):
 
     @functools.cached_property
     def _npy(self) -> bytes:
-        if self.codec == "fp16":
+        if self.layout == "fp16":
             return npy_header("<f2", (self.tokens, self.width))
         return npy_header("|u1", (self.row_bytes,))
 
@@ -130,7 +130,7 @@ class WdsGeometry(Geometry):
             "key": facts.key,
             "view": facts.view,
             "time_s": time_s if time_s is not None and math.isfinite(time_s) else None,
-            "codec": self.codec,
+            "codec": self.layout,
             "tokens": self.tokens,
             "width": self.width,
             "crc32c": facts.crc,
@@ -157,7 +157,7 @@ class WdsContainer:
         return WdsGeometry(
             row_bytes=spec.row_bytes(kind),
             slots=slots,
-            codec=spec.codec,
+            layout=spec.layout,
             tokens=spec.tokens(kind),
             width=spec.width,
         )

@@ -1,4 +1,4 @@
-"""The lossy row codecs as a Zarr v3 array-to-bytes codec, so that `zarr.open(...)[i]` gives float16.
+"""The lossy row layouts as a Zarr v3 array-to-bytes codec, so that `zarr.open(...)[i]` gives float16.
 
 zarr-python finds it by the entry point `zarr.codecs` (see pyproject.toml), which names
 `nanomolmo2_codec`: a reader's own folder may well contain another `cache`. For the same reason this
@@ -30,6 +30,7 @@ def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
         """One row (1, tokens, width) of float16 as the bytes `cache.codec.pack` makes."""
 
         codec: str = "int8"
+        """Name of the row layout. It stands in zarr.json, where `int8` means what it always has."""
         is_fixed_size = True
 
         @classmethod

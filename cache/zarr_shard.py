@@ -25,7 +25,7 @@ MISSING = 2**64 - 1
 """Offset and nbytes of a slot that holds no row."""
 
 ROW_CODEC = "nanomolmo2.row"
-"""Zarr's name for our lossy row codecs; `cache.zarr_codec` has the class."""
+"""Zarr's name for our lossy row layouts; `cache.zarr_codec` has the class."""
 
 
 def crc_bytes(crc: int) -> bytes:
@@ -74,8 +74,8 @@ def array_values(spec: FeatureSpec, kind: str, slots: int, rows: int) -> dict[st
     tokens, width = spec.tokens(kind), spec.width
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     row = little
-    if spec.codec != "fp16":
-        row = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
+    if spec.layout != "fp16":
+        row = {"name": ROW_CODEC, "configuration": {"codec": spec.layout}}
     sharding = {
         "chunk_shape": [1, tokens, width],
         "codecs": [row, {"name": "crc32c"}],

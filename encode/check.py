@@ -13,7 +13,7 @@ R rows, M tokens, V values a token, S side of the encoder's input in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache.codec import CODECS
 from cache.layout import CacheRoot, SpacePaths
 from cache.reader import FeatureReader
 from cache.space import read_info
-from cache.spec import ARRAY_OF, FeatureSpec
+from cache.spec import ARRAY_OF, CODECS, FeatureSpec
 from cache.tables import MediaRecord
 from configs import UserError
 from encode.check_media import Bytes, Checked, drawn
@@ -104,7 +103,7 @@ def check_space(root: CacheRoot, paths: SpacePaths, what: Checked) -> CheckRepor
         trained=not reader.load.get("random_weights") and not spec.encoder.startswith("random-"),
         precision=precision,
         tolerance=TOLERANCE[spec.codec] + max(SLACK[precision], SLACK[spec.compute_dtype]),
-        codecs={codec: Loss() for codec in CODECS if _divides(spec, codec)},
+        variants={variant: Loss() for variant in _variants(spec)},
     )
     waiting: dict[str, list[_Again]] = {array: [] for array in ARRAY_OF.values()}
     with Bytes(what, report.skipped) as source:
@@ -127,13 +126,15 @@ def check_space(root: CacheRoot, paths: SpacePaths, what: Checked) -> CheckRepor
     return report
 
 
-def _divides(spec: FeatureSpec, codec: str) -> bool:
-    """Whether the codec takes features of this width."""
-    try:
-        FeatureSpec.from_json({**spec.to_json(), "codec": codec}).row_bytes("picture")
-    except ValueError:
-        return False
-    return True
+def _variants(spec: FeatureSpec) -> Iterator[FeatureSpec]:
+    """The same features under every codec that takes their width, as encoding would store them now."""
+    for codec in CODECS:
+        variant = replace(spec, codec=codec, packed_from="float16")
+        try:
+            variant.row_bytes("picture")
+        except ValueError:
+            continue
+        yield variant
 
 
 def _compare(encoder: VisionEncoder, batch: Sequence[_Again], report: CheckReport) -> None:
@@ -144,14 +145,15 @@ def _compare(encoder: VisionEncoder, batch: Sequence[_Again], report: CheckRepor
     tokens = spec.tokens(array)
     features = encoder.encode(np.concatenate([one.pixels for one in batch]), array)
     stored = torch.cat([one.stored.rows for one in batch])
-    same = (pack(features, spec.codec).rows.cpu() == stored).all(1)
+    same = (pack(features, spec.layout).rows.cpu() == stored).all(1)
     report.rows += len(stored)
     report.equal += int(same.sum())
-    for codec, loss in report.codecs.items():
-        rows = pack(features, codec).rows
-        loss.add(features.cpu(), unpack(rows, codec, tokens, spec.width, torch.float32).cpu())
+    for variant, loss in report.variants.items():
+        rows = pack(features, variant.layout).rows
+        values = unpack(rows, variant.layout, tokens, spec.width, torch.float32)
+        loss.add(features.cpu(), values.cpu())
     before = len(report.stored.errors)
-    values = unpack(stored, spec.codec, tokens, spec.width, torch.float32)
+    values = unpack(stored, spec.layout, tokens, spec.width, torch.float32)
     report.stored.add(features.cpu(), values)
     names = [
         f"{one.record.key} {view} ({one.record.source})"

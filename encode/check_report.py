@@ -6,7 +6,7 @@ R rows, M tokens, V values a token.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -69,8 +69,8 @@ class CheckReport:
     """Of these, rows equal to the bit."""
     stored: Loss = field(default_factory=Loss)
     """Stored rows against live features."""
-    codecs: dict[str, Loss] = field(default_factory=dict)
-    """Codec -> the same live features through it."""
+    variants: dict[FeatureSpec, Loss] = field(default_factory=dict)
+    """The same live features as spaces of other codecs would hold them."""
     differing: list[tuple[float, str]] = field(default_factory=list)
     """Error, and which row: those beyond the tolerance."""
 
@@ -106,14 +106,13 @@ class CheckReport:
 
     def _table(self) -> str:
         """Every codec on the live features."""
-        spec = self.spec
         rows = [
-            (codec, bytes_text(replace(spec, codec=codec).row_bytes("picture")), *loss.cells())
-            for codec, loss in self.codecs.items()
+            (variant.codec, bytes_text(variant.row_bytes("picture")), *loss.cells())
+            for variant, loss in self.variants.items()
         ]
         header = ("codec", "picture", "error", "max", "cosine", "min")
         weights = (
             "trained weights" if self.trained else "random weights: no measure of trained ones"
         )
-        title = f"the same features of {spec.encoder} through each codec ({weights})"
+        title = f"the same features of {self.spec.encoder} through each codec ({weights})"
         return f"{title}\n{table_text(header, rows, right='picture error max cosine min')}"

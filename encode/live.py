@@ -131,7 +131,7 @@ def compare(options: Options) -> Comparison:
         computed = [
             encode_file(encoder, ref, one) for ref, one in zip(sample.media, stored, strict=True)
         ]
-        again = [pack(features, spec.codec).rows.cpu() for features in computed]
+        again = [pack(features, spec.layout).rows.cpu() for features in computed]
         rows += sum(len(one.rows) for one in stored)
         same += sum(
             int((one.rows == new).all(1).sum()) for one, new in zip(stored, again, strict=True)
@@ -139,7 +139,7 @@ def compare(options: Options) -> Comparison:
         batch = alone(tokenizer, messages, stored, spec)
         as_stored = [
             [
-                unpack(codes, spec.codec, spec.tokens(one.array), spec.width)
+                unpack(codes, spec.layout, spec.tokens(one.array), spec.width)
                 for codes, one in zip(of, stored, strict=True)
             ]
             for of in ([one.rows for one in stored], again)

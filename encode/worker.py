@@ -260,7 +260,7 @@ class Worker:
         start = time.perf_counter()
         try:
             features = self._encoder.encode(np.stack([view.pixels for view in batch]), array)
-            packed = pack(features, self.space.spec.codec)
+            packed = pack(features, self.space.spec.layout)
             rows = packed.rows.cpu().numpy()
         except RuntimeError as error:  # what torch raises, out of memory included
             for view in batch:

@@ -255,11 +255,11 @@ def live_features(
     """
     spec = FeatureSpec.from_json(space["spec"])
     features = encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]), array)
-    packed = pack(features, spec.codec)
+    packed = pack(features, spec.layout)
     if not bool(packed.finite.all()):
         number = int((~packed.finite).nonzero()[0])
         raise UserError(f"{array} {number + 1}: the encoder overflows on it; try --device cpu")
-    return unpack(packed.rows, spec.codec, spec.tokens(array), spec.width)
+    return unpack(packed.rows, spec.layout, spec.tokens(array), spec.width)
 
 
 if __name__ == "__main__":

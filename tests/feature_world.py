@@ -122,7 +122,7 @@ class World:
                     shard.commit()
                     shard = ShardWriter(space, "frame", space.next_shard("frame"))
                 time_s = frame_time(asked)
-                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.codec)
+                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.layout)
                 shard.append(key_of(name), time_view(asked), row, time_s=time_s)
             source = ref(name).source
             records.append(
@@ -136,7 +136,7 @@ class World:
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
         shard = ShardWriter(space, "picture", space.next_shard("picture"))
         for picture in pictures:
-            row = codec.pack(features(picture).astype(np.float32), SPEC.codec)
+            row = codec.pack(features(picture).astype(np.float32), SPEC.layout)
             shard.append(key_of(picture), "full", row)
         shard.commit()
         records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in pictures]

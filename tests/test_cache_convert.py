@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache import codec, convert
+from cache import convert
 from cache.damage import verify
 from cache.layout import CacheRoot
 from cache.pooling import pool
 from cache.reader import FeatureReader, find_space
+from cache.spec import CODECS
 from cache.writer import Space
 from configs import UserError
 from encode.setup import Setup
@@ -31,8 +32,7 @@ from tests.clips import make_clip
 from tests.encode_world import TINY, draw, encode
 from tests.toy_space import SPEC, fill, key, make_space
 
-TOWER = DemoTowerConfig(image_size=56, patch_size=14, width=64, depth=1, heads=2)
-CODECS = [name for name in codec.CODECS if name != "fp16"]
+TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 
 def setup_with(picture: int, frame: int) -> Setup:
@@ -71,9 +71,7 @@ def hashes(folder: Path) -> dict[str, str | None]:
 
 
 POOLS = ((1, 1), (2, 1), (4, 2))
-MADE = [
-    (name, *pools) for name in codec.CODECS for pools in POOLS if (name, pools) != ("fp16", (1, 1))
-]
+MADE = [(name, *pools) for name in CODECS for pools in POOLS if (name, pools) != ("fp16", (1, 1))]
 
 
 @pytest.mark.parametrize(("name", "picture", "frame"), MADE)
@@ -143,20 +141,19 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     for start in range(0, 40, 4):
         fill(space, range(start, start + 4))
     root, small = CacheRoot(tmp_path), 4 * SPEC.row_bytes("picture")
-    spec = replace(SPEC, packed_from="float16")
-    Space.create(root, spec, {}, shard_bytes=small)
+    Space.create(root, SPEC, {}, shard_bytes=small)
     command = [sys.executable, "-c", DIE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert FeatureReader(root.space(spec.name)).rows("picture") in (
+    assert FeatureReader(root.space(SPEC.name)).rows("picture") in (
         4,
         8,
     )  # the second was under way
     assert run(tmp_path, "--codec", "int8") == 0
-    killed = hashes(tmp_path)[spec.name]
-    shutil.rmtree(tmp_path / "spaces" / spec.name)
+    killed = hashes(tmp_path)[SPEC.name]
+    shutil.rmtree(tmp_path / "spaces" / SPEC.name)
     run(tmp_path, "--codec", "int8")
-    assert hashes(tmp_path)[spec.name] == killed
+    assert hashes(tmp_path)[SPEC.name] == killed
 
 
 DIE = """
@@ -233,7 +230,7 @@ def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
     refused("lossy", r"no fp16 space under .*encode\.run --codec fp16", "--codec", "int8")
     words = ("--codec", "int8", "--space", "toy")
     refused("lossy", "is stored as int8, which has lost what encoding starts from", *words)
-    fp16 = make_space(tmp_path / "fp16", "fp16")
+    fp16 = make_space(tmp_path / "fp16", "fp16", packed_from="float32")
     fill(fp16, [1])
     refused("fp16", "pool_picture 3 does not divide", "--pool", "3")
     new = replace(fp16.spec, packed_from="float16")
@@ -250,11 +247,11 @@ def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
 
 def test_unpooled_rows_of_the_first_spaces_convert(tmp_path: Path) -> None:
     """They hold the same bytes as those made now, so the new space bears the new name."""
-    fill(make_space(tmp_path, "fp16"), [1, 2])
-    assert SPEC.packed_from == "float32"
+    first = make_space(tmp_path, "fp16", packed_from="float32")
+    fill(first, [1, 2])
     assert run(tmp_path, "--codec", "int8", "--pool", "2") == 0
-    wanted = replace(SPEC, codec="int8", pool_picture=2, packed_from="float16")
+    wanted = replace(SPEC, codec="int8", pool_picture=2)
     assert wanted.name in CacheRoot(tmp_path).space_names()
     reader = FeatureReader(find_space(CacheRoot(tmp_path), wanted.name))
-    assert reader.load["converted_from"] == replace(SPEC, codec="fp16").name
+    assert reader.load["converted_from"] == first.spec.name
     assert reader.rows("picture") == 2

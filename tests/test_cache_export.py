@@ -18,10 +18,9 @@ import webdataset
 from safetensors import safe_open
 
 from cache import codec, export, export_rows, export_samples
-from cache.codec import CODECS
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
-from cache.spec import CONTAINERS
+from cache.spec import CODECS, CONTAINERS
 from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.writer import ShardWriter, Space
 from configs import UserError
@@ -196,7 +195,7 @@ def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path
     assert index["time_s"] == {f"{key(9)}/{view}": time_s for view, time_s in TIMES.items()}
     with safe_open(out / "frame-00000.safetensors", "numpy") as file:
         metadata = file.metadata()
-    assert (metadata["codec"], metadata["tokens"], metadata["width"]) == ("int8", "1", "64")
+    assert (metadata["codec"], metadata["tokens"], metadata["width"]) == ("int8m", "1", "64")
 
 
 def test_a_clip_stays_in_one_file(

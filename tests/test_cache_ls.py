@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,17 @@ def sample(dataset: str, name: str, *sources: str) -> Sample:
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:
+    return cache_of(tmp_path)
+
+
+def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
     """a, b, c are keys 0, 1, 0; d failed to decode, e to be fetched; f is unknown.
 
     The int8 space has keys 0 and 1, the fp16 space only 1.
     """
-    fill(make_space(tmp_path, "int8"), [0, 1])
-    fill(make_space(tmp_path, "fp16"), [1])
-    root = CacheRoot(tmp_path)
+    fill(make_space(folder, "int8", packed_from=packed_from), [0, 1])
+    fill(make_space(folder, "fp16", packed_from=packed_from), [1])
+    root = CacheRoot(folder)
     ok = [MediaRecord(source=s, key=key(n)) for s, n in (("a", 0), ("b", 1), ("c", 0))]
     bad = MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="cut short")
     gone = MediaRecord(source="e", status="failed", stage="fetch", error="404")
@@ -128,9 +131,8 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
 def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     """Two pictures and a clip are there; a picture, a short clip and one of unknown length are missing."""
     root = CacheRoot(tmp_path)
-    spec = replace(SPEC, packed_from="float16")
     load = {"encoder": {"name": "demo"}}
-    space = Space.create(root, spec, load)
+    space = Space.create(root, SPEC, load)
     fill(space, [0, 1])
     shard = ShardWriter(space, "frame", 0)
     for us in (0, 500_000, 700_000):
@@ -151,9 +153,9 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
         samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
     write_samples(root, "f-1", samples)
     values = json.loads(run("--json"))["datasets"][0]
-    need = values["needs"][spec.name]
-    picture, frame = spec.row_bytes("picture"), spec.row_bytes("frame")
-    assert values["coverage"] == {spec.name: 4 / 8}
+    need = values["needs"][SPEC.name]
+    picture, frame = SPEC.row_bytes("picture"), SPEC.row_bytes("frame")
+    assert values["coverage"] == {SPEC.name: 4 / 8}
     assert need["reads"] == 2 * picture + 3 * frame  # 0.png and 3.png are one picture
     assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
     assert need["nbytes"] == picture + 130 * frame
@@ -164,7 +166,8 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     assert f"complete: {need['command']}" in run().splitlines()
 
 
-def test_a_space_that_is_not_added_to_any_more_says_so(root: CacheRoot, run: Run) -> None:
+def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:
+    cache_of(tmp_path, packed_from="float32")
     values = json.loads(run("--json"))
     assert all(space["closed"] for space in values["spaces"])
     assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}

@@ -22,6 +22,7 @@ from cache.reader import FeatureReader
 from cache.repair import Repair, Repaired
 from cache.rewrite import take_out
 from cache.sanity import Finite, outliers
+from cache.spec import CODECS, PACKED_FROM
 from cache.tables import MediaRecord, append_media, write_samples
 from cache.verify import main
 from cache.writer import ShardWriter, Space
@@ -459,17 +460,23 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     assert "REPAIR: " in err
 
 
-@pytest.mark.parametrize("name", codec.CODECS)
+@pytest.mark.parametrize("packed_from", PACKED_FROM)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("kind", ["picture", "frame"])
-def test_a_row_as_packed_is_sound_whatever_its_codec(name: str, kind: str) -> None:
+def test_a_row_as_packed_is_sound_whatever_its_codec(
+    name: str, kind: str, packed_from: str
+) -> None:
     spec = dataclasses.replace(
-        SPEC, codec=name, image_size=12, pool_frame=1
+        SPEC, codec=name, packed_from=packed_from, image_size=12, pool_frame=1
     )  # 36 tokens: a mean, too
     finite, tokens = Finite(spec, kind), spec.tokens(kind)
     values = np.random.default_rng(1).normal(size=(20, tokens, spec.width)) * 10.0
-    for packed in codec.pack(values.astype(np.float32), name):
+    _, scales_end, size = codec.row_parts(spec.layout, tokens, spec.width)
+    for packed in codec.pack(values.astype(np.float32), spec.layout):
         assert finite(packed)
-        for end in (len(packed), *codec.row_parts(name, tokens, spec.width)[1:]):
+        # A mean token may have any sign.
+        assert (packed[scales_end:size].view("<f2") < 0).any() == (scales_end < size)
+        for end in (len(packed), scales_end, size):
             for bad in (np.nan, np.inf, -np.inf):
                 damaged = packed.copy()
                 damaged[end - 2 : end] = np.array([bad], "<f2").view(np.uint8)

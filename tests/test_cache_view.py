@@ -44,7 +44,7 @@ def shard(space: Space, rows: Sequence[tuple[str, str, int, float | None]], kind
     """A committed shard of (key, view, number, time): the number decides features and error."""
     writer = ShardWriter(space, kind, space.next_shard(kind))
     for name, at, number, time_s in rows:
-        packed = codec.pack(features(number, kind, space.spec), space.spec.codec)
+        packed = codec.pack(features(number, kind, space.spec), space.spec.layout)
         writer.append(name, at, packed, error=number / 1000, time_s=time_s)
     writer.commit()
     space.grow(kind)

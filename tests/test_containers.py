@@ -21,13 +21,12 @@ import webdataset
 import zarr
 
 from cache import codec, gc, wds_shard
-from cache.codec import CODECS
 from cache.commits import commit_bytes, read_commit
 from cache.damage import check_shard, verify
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
 from cache.repair import Repair
-from cache.spec import CONTAINERS
+from cache.spec import CODECS, CONTAINERS
 from cache.writer import ShardWriter, Space
 from tests import crash_points, small_world
 from tests.crash_points import struck
@@ -90,7 +89,7 @@ def test_rows_come_back_singly_and_in_runs(space: Space) -> None:
         for number, stored in zip(order, out, strict=True):
             assert stored.tobytes() == row(number, spec=space.spec).tobytes()
     for number, view in FRAMES.items():
-        expected = codec.unpack(row(number, "frame", space.spec), space.spec.codec, 1, 64)
+        expected = codec.unpack(row(number, "frame", space.spec), space.spec.layout, 1, 64)
         np.testing.assert_array_equal(reader.read("frame", key(9), view), expected)
     clip = reader.lookup_pairs("frame", [key(9)] * 3, list(FRAMES.values()))
     assert reader.times("frame", clip).tolist() == [0.04, 0.54, 1.04]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cache import codec
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
+from cache.spec import CODECS
 from cache.tables import append_media, read_media
 from cache.writer import ShardWriter, Space
 from configs import UserError
@@ -62,7 +62,7 @@ def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
     assert "ok: stored rows are what encoding makes" in out
     table = out[out.index("the same features of random-demo through each codec (random") :]
     lines = {line.split()[0]: line.split()[-4:] for line in table.splitlines()[2:]}
-    assert list(lines) == list(codec.CODECS)
+    assert list(lines) == list(CODECS)
     stored = out[out.index("error ") :].splitlines()[0].replace(",", "").split()
     assert lines["int8"][:2] == [stored[stored.index(w) + 1] for w in ("mean", "max")]
     assert 0.003 < float(lines["int8"][0]) <= float(lines["int8"][1]) < 0.008

@@ -58,8 +58,8 @@ def from_cache(world: Path, encoder: VisionEncoder, names: list[str]) -> torch.T
     spec = encoder.spec("int8")
     pictures = [decode_picture((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
     batch = encoder.encode(np.stack([encoder.prepare(p) for p in pictures]))
-    rows = codec.pack(batch.numpy(), "int8")
-    stored = codec.unpack(rows, "int8", spec.tokens("picture"), spec.width)
+    rows = codec.pack(batch.numpy(), spec.layout)
+    stored = codec.unpack(rows, spec.layout, spec.tokens("picture"), spec.width)
     order = ["blue", "red", "lime"]
     return torch.from_numpy(stored[[order.index(n) for n in names]])
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from cache.checksum import crc32c
-from cache.codec import CODECS
 from cache.layout import CacheRoot
 from cache.reader import FeatureReader, find_space
 from cache.remote import Elsewhere, RemoteCache, open_reader
@@ -22,7 +21,7 @@ from cache.remote_reader import RemoteReader
 from cache.remote_rows import RowCache
 from cache.remote_rules import RemoteRules, Trouble, Unreachable
 from cache.share import share
-from cache.spec import CONTAINERS
+from cache.spec import CODECS, CONTAINERS
 from configs import UserError
 from tests import remote_world
 from tests.remote_world import WebServer

@@ -208,5 +208,5 @@ def test_ls_lists_a_cache_elsewhere_as_a_local_one(
 
 def test_what_reads_no_row_works_on_the_copy(server: WebServer, tmp_path: Path) -> None:
     elsewhere = Elsewhere(mirror=tmp_path)
-    assert local_root(server.url, elsewhere).space_names() == ["toy-fp16-0362b551"]
+    assert local_root(server.url, elsewhere).space_names() == [small_world.spec().name]
     assert local_root("cache", elsewhere) == CacheRoot(Path("cache"))

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import codec, zarr_codec, zarr_shard
+from cache import zarr_codec, zarr_shard
 from cache.reader import FeatureReader
+from cache.spec import CODECS
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SLOTS, features, fill, key, make_space
 
 
-@pytest.fixture(params=codec.CODECS)
+@pytest.fixture(params=CODECS)
 def space(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
     """A full shard, one never committed, one with two rows; frames."""
     space = make_space(tmp_path, request.param)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ SPEC = FeatureSpec(
     compute_dtype="float32",
     batch_size=1,
     codec="int8",
+    packed_from="float16",
 )
 """4 tokens of 64 values a picture: 264 bytes as int8, 512 as fp16. A frame has one token."""
 
@@ -55,12 +57,14 @@ def features(
 
 def row(number: int, kind: str = "picture", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
     """Its stored row."""
-    return codec.pack(features(number, kind, spec), spec.codec)
+    return codec.pack(features(number, kind, spec), spec.layout)
 
 
-def make_space(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
-    """An empty space below `folder`."""
-    spec = dataclasses.replace(SPEC, codec=codec_name, container=container)
+def make_space(
+    folder: Path, codec_name: str = "int8", container: str = "zarr", **changes: Any
+) -> Space:
+    """An empty space below `folder`; `changes` to SPEC."""
+    spec = dataclasses.replace(SPEC, codec=codec_name, container=container, **changes)
     load = {"library": "toy", "note": "a text like sha256:" + "0" * 64 + " must do no harm"}
     return Space.create(
         CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("picture")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.checksum import crc32c
-from cache.codec import BLOCK
+from cache.codec import row_parts
 from cache.damage import THREADS, verify
 from cache.layout import CacheRoot
 from cache.writer import ShardWriter, Space
@@ -54,7 +54,7 @@ def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
     root = CacheRoot(folder)
     space = Space.create(root, spec, {})
     rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("picture")), np.uint8)
-    rows[:, -2 * ROW[0] * ROW[1] // BLOCK :] = 0x2C  # the scales: small numbers
+    rows[:, row_parts(spec.layout, *ROW)[0] :] = 0x2C  # scales and mean token: small numbers
     paths = []
     for _ in range(shards):
         writer = ShardWriter(space, "picture", space.next_shard("picture"))

@@ -82,9 +82,11 @@ FOUR_BITS: Mapping[str, Variant] = {
     "no mean off, rotated, even steps": replace(PLAIN, mean="none"),
     "no mean off, a scale a token, even steps": replace(PLAIN, mean="none", rotation=0, block=0),
 }
-INT8 = Variant(code_bits=8, levels=tuple(range(-127, 128)), divisors=(127,), side=False)
+INT8 = Variant(code_bits=8, levels=tuple(range(-127, 128)), divisors=(127,), side=False, mean="row")
 EIGHT_BITS: Mapping[str, Variant] = {
-    "int8: 64, rotated, largest value on 127": INT8,
+    "int8: row's mean off, rotated, 64 a scale, largest on 127": INT8,
+    "no mean off (the first spaces)": replace(INT8, mean="none"),
+    "the mean token of other rows off": replace(INT8, mean="space"),
     "scale searched": replace(INT8, divisors=(127, 129, 131, 134, 137, 141)),
     "-128 too, signed scale": replace(
         INT8, levels=tuple(range(-128, 128)), divisors=(128,), side=True
@@ -95,8 +97,6 @@ EIGHT_BITS: Mapping[str, Variant] = {
     "not rotated": replace(INT8, rotation=0),
     "a scale a token, rotated": replace(INT8, block=0),
     "a scale a token, not rotated": replace(INT8, block=0, rotation=0),
-    "row's mean off": replace(INT8, mean="row"),
-    "the mean token of other rows off": replace(INT8, mean="space"),
 }
 
 

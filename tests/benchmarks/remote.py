@@ -59,7 +59,7 @@ def make_cache(folder: Path) -> CacheRoot:
             shard = ShardWriter(space, "picture", space.next_shard("picture"))
         key = f"{number:064x}"
         features = rng.standard_normal((spec.tokens("picture"), spec.width), np.float32)
-        shard.append(key, "full", codec.pack(features, spec.codec))
+        shard.append(key, "full", codec.pack(features, spec.layout))
         source = f"/pictures/{number}.png"
         records.append(MediaRecord(source=source, key=key, width=336, height=336))
         asked = Message(role="user", content="<image>Which?")
