@@ -89,7 +89,9 @@ def row_bytes(layout: str, tokens: int, width: int) -> int:
     if layout not in LAYOUTS:
         raise ValueError(f"row layout {layout!r} is none of {', '.join(LAYOUTS)}")
     if width % BLOCK:
-        raise ValueError(f"{layout} rows need a width that is a multiple of {BLOCK}, not {width}")
+        raise ValueError(
+            f"int8 and int4 need a width that is a multiple of {BLOCK}, not {width}; fp16 takes any"
+        )
     return row_parts(layout, tokens, width)[-1]
 
 
