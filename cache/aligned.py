@@ -35,8 +35,10 @@ class AlignedFile:
         """
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._written = 0
-        self._waiting: list[Buffer] = []
-        self._waiting_bytes = 0
+        self._waiting = memoryview(
+            bytearray(HUGE_PAGE)
+        )  # used over and over: new memory costs page faults
+        self._count = 0
 
     def extend(self, buffers: Sequence[Buffer]) -> None:
         """Write contiguous buffers behind what is there; they may be changed afterwards.
@@ -44,18 +46,18 @@ class AlignedFile:
         Raises:
             OSError: it could not be written; the file is as if nothing had been asked.
         """
-        pieces = [memoryview(b).cast("B") for b in (*self._waiting, *buffers)]
+        pieces = [self._waiting[: self._count], *(memoryview(b).cast("B") for b in buffers)]
         total = sum(map(len, pieces))
         whole = total - total % HUGE_PAGE
         written = self._written
         for call in _calls(pieces, whole):
             _pwrite(self._fd, call, written)
             written += sum(map(len, call))
-        if whole:
-            self._waiting = [bytes(piece) for piece in _cut(pieces, whole, total)]
-        else:
-            self._waiting += [bytes(memoryview(b).cast("B")) for b in buffers]
-        self._written, self._waiting_bytes = written, total - whole
+        count = 0 if whole else self._count
+        for piece in _cut(pieces, whole or count, total):
+            self._waiting[count : count + len(piece)] = piece
+            count += len(piece)
+        self._written, self._count = written, count
 
     def finish(self, tail: Buffer) -> None:
         """Write what waits, then `tail`, and wait for the disk.
@@ -64,7 +66,7 @@ class AlignedFile:
             OSError: it could not be written; `finish` may be tried again.
         """
         os.ftruncate(self._fd, self._written)  # what failed half-way may lie there
-        _pwrite(self._fd, [b"".join((*self._waiting, tail))], self._written)
+        _pwrite(self._fd, [self._waiting[: self._count], tail], self._written)
         os.fsync(self._fd)
 
     def close(self) -> None:
