@@ -14,6 +14,7 @@ visible. A crash anywhere before that leaves a file nobody reads, under a number
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from cache.aligned import AlignedFile
 from cache.checksum import crc32c
 from cache.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
 from cache.container import RowFacts
@@ -148,6 +148,14 @@ def _identities(table: pa.Table) -> set[tuple[str, str]]:
     return set(zip(keys, table["view"].to_pylist(), strict=True))
 
 
+WRITE_BYTES = 4 << 20
+"""Bytes of neighbouring rows written by one call. The page cache takes rows of 131 KB, each by a call of its
+own, at two thirds of the speed of the same bytes in a few large calls (2026-11-24, ext4, Linux 6.18)."""
+
+WRITE_BUFFERS = 1000
+"""Pieces of one call at most: Linux takes 1,024."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewRow:
     """A row to be written."""
@@ -182,7 +190,7 @@ class ShardWriter:
         self._folder.mkdir()
         if self._path.parent != self._folder:
             self._path.parent.mkdir()
-        self._file = AlignedFile(self._temporary)
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     @property
     def rows(self) -> int:
@@ -225,7 +233,7 @@ class ShardWriter:
         self.extend([NewRow(key=key, view=view, payload=payload, time_s=time_s, error=error)])
 
     def extend(self, rows: Sequence[NewRow]) -> None:
-        """Write rows behind the others: all of them, or none.
+        """Write rows behind the others, small ones many to a call: all of them, or none.
 
         Raises:
             ValueError, OSError: as `append`.
@@ -233,6 +241,8 @@ class ShardWriter:
         identities: dict[tuple[bytes, str], None] = {}
         buffers: list[Buffer] = []
         crcs: list[int] = []
+        start = self.rows * self._geometry.slot_bytes
+        end = start
         for row in rows:
             identities[self._check(row, identities)] = None
             with memoryview(row.payload).cast("B") as data:
@@ -242,7 +252,12 @@ class ShardWriter:
             )
             before, behind = self._geometry.around(facts)
             buffers += [before, row.payload, behind] if before else [row.payload, behind]
-        self._file.extend(buffers)
+            end += self._geometry.slot_bytes
+            if end - start >= WRITE_BYTES or len(buffers) > WRITE_BUFFERS:
+                _pwrite(self._fd, buffers, start)
+                start, buffers = end, []
+        if buffers:
+            _pwrite(self._fd, buffers, start)
         first = self._number * self._geometry.slots + self.rows
         for number, (row, crc, (key, view)) in enumerate(
             zip(rows, crcs, identities, strict=True), first
@@ -283,8 +298,11 @@ class ShardWriter:
             return 0
         rows, paths = self.rows, self._space.paths
         tail, tail_crc = self._geometry.tail_with_crc(rows)
-        self._file.finish(tail)
-        self._file.close()
+        end = rows * self._geometry.slot_bytes
+        os.ftruncate(self._fd, end)  # a row that failed half-way may lie there
+        _pwrite(self._fd, [tail], end)
+        os.fsync(self._fd)
+        self._close()
         if self._fence is not None:
             self._fence()
         self._temporary.rename(self._path)
@@ -309,7 +327,22 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Take back what is not committed: the whole shard, or nothing once its commit stands."""
-        self._file.close()
+        self._close()
         if not self._over and not self._space.paths.commit(self._kind, self._number).exists():
             shutil.rmtree(self._folder)
         self._over = True
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _pwrite(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write all of `buffers` at `offset`."""
+    written = os.pwritev(fd, buffers, offset)
+    rest = b""
+    total = sum(memoryview(b).nbytes for b in buffers)
+    while written < total:  # a full disk, or an interrupted call: go on, or learn why not
+        rest = rest or b"".join(buffers)
+        written += os.pwrite(fd, rest[written:], offset + written)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache import aligned, gc, merge
+from cache import gc, merge
 from cache.layout import CacheRoot
 from cache.repair import Repair
 from cache.spec import KINDS
@@ -241,7 +241,6 @@ def struck(folder: Path, work: str, *faults: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Every fault at every call."""
-    aligned.HUGE_PAGE = aligned.CALL_BYTES = 128  # several calls a row, and something that waits
     folder, work = Path(sys.argv[1]), WORK[sys.argv[2]]
     faults = sys.argv[3].split("/") if len(sys.argv) > 3 else list(FAULTS)
     number = 0

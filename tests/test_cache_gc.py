@@ -36,9 +36,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.fixture
-def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
+def space(tmp_path: Path) -> Space:
     """Shard 0 committed, 1 begun, 2 finished but not committed, 3 committed."""
-    monkeypatch.setattr("cache.aligned.HUGE_PAGE", 4)
     space = make_space(tmp_path)
     fill(space, [0, 1])
     ShardWriter(space, "picture", 1).append(key(9), "full", row(9))

@@ -361,7 +361,6 @@ def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
     theirs = make_space(tmp_path / "b")
     fill(theirs, [2, 3, 4, 5])
     fill(theirs, [6, 7])
-    monkeypatch.setattr("cache.aligned.HUGE_PAGE", 4)
     real, calls = os.pwritev, 0
 
     def pwritev(*args: Any) -> int:

@@ -90,7 +90,6 @@ def test_a_write_that_comes_up_short_is_continued(
 def test_a_write_that_fails_can_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.aligned.HUGE_PAGE", 4)  # so that every row is written when it comes
     space = make_space(tmp_path)
     writer = ShardWriter(space, "picture", 0)
 
@@ -130,8 +129,7 @@ def test_rows_written_together_are_all_there_or_none(
         with pytest.raises(ValueError, match=why):
             writer.extend(wrong)
     assert writer.rows == 1
-    monkeypatch.setattr("cache.aligned.HUGE_PAGE", 4)
-    monkeypatch.setattr("cache.aligned.CALL_BYTES", 300)
+    monkeypatch.setattr("cache.writer.WRITE_BYTES", 300)  # two rows a call
     real, calls = os.pwritev, 0
 
     def full_at_the_second(fd: int, buffers: Any, at: int) -> int:
@@ -260,7 +258,6 @@ def test_nothing_is_named_before_it_is_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rename comes after the fsync of what it names, and before the fsync of its folder."""
-    monkeypatch.setattr("cache.aligned.HUGE_PAGE", 4)
     space = make_space(tmp_path)
     trace: list[tuple[str, str]] = []
 
