@@ -20,6 +20,8 @@ from tests.toy_space import SPEC, fill, key, make_space, row
 
 SIZE = SPEC.row_bytes("picture")
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is mapped")
+
 
 @pytest.fixture
 def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
@@ -96,7 +98,6 @@ def test_what_is_not_in_memory_is_read(
     assert calls == [slot, 0, 2 * slot, 3 * slot, 0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is mapped")
 def test_the_kernel_is_asked(tmp_path: Path) -> None:
     """Pages of a file that nobody has read are not in memory; what was read of it is."""
     path = tmp_path / "file"
