@@ -54,6 +54,8 @@ class References:
     """(R,) number of the sample."""
     media: Numbers
     """(R,) row in the media table, -1 for a source it does not know."""
+    other: Mask
+    """(R,) whether the sample says another hash than the bytes have that came: it is about another media."""
     sources: pa.Array
     """(D,) distinct sources."""
     rows: Numbers
@@ -71,6 +73,8 @@ def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> Reference
     rows = np.asarray(
         pc.index_in(sources, media["source"].combine_chunks()).fill_null(-1), np.int64
     )
+    keys = media["key"].combine_chunks().take(pa.array(rows, mask=rows < 0))
+    other = pc.not_equal(pc.struct_field(refs, "sha256"), keys)  # null where one of them is unknown
     distinct = sources.unique()
     first = np.asarray(pc.index_in(distinct, sources), np.int64)
     kinds = pc.struct_field(refs, "kind").take(pa.array(first))
@@ -78,6 +82,7 @@ def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> Reference
         samples=len(table),
         sample=np.asarray(pc.list_parent_indices(lists), np.int64),
         media=rows,
+        other=np.asarray(other.fill_null(False), bool),
         sources=distinct,
         rows=rows[first],
         clips=np.asarray(pc.equal(kinds, "video"), bool),
@@ -113,7 +118,8 @@ class SpaceMedia:
 
     def coverage(self, references: References) -> float:
         """Share of the samples whose media all have features."""
-        lacking = np.unique(references.sample[~self._present[references.media]])
+        lacking = references.other | ~self._present[references.media]
+        lacking = np.unique(references.sample[lacking])
         return 1 - len(lacking) / references.samples if references.samples else 1.0
 
     def need(self, references: References, *, dataset: str, root: CacheRoot) -> Need:

@@ -166,6 +166,17 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     assert f"complete: {need['command']}" in run().splitlines()
 
 
+def test_a_sample_that_means_other_bytes_is_not_covered(root: CacheRoot, run: Run) -> None:
+    said = [key(0), key(1), None]  # of a, whose bytes have key 0
+    samples = [
+        Sample(id=str(n), dataset="hash", messages=(), media=(MediaRef(source="a", sha256=sha),))
+        for n, sha in enumerate(said)
+    ]
+    write_samples(root, "hash", samples)
+    values = {one["name"]: one for one in json.loads(run("--json"))["datasets"]}
+    assert {round(share, 3) for share in values["hash"]["coverage"].values()} == {0.667, 0.0}
+
+
 def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:
     cache_of(tmp_path, packed_from="float32")
     values = json.loads(run("--json"))
