@@ -25,7 +25,7 @@ from cache.index import check_index
 from cache.layout import PARTIAL, CacheRoot, Corrupt, SpacePaths, check_seal_file, read_sealed_json
 from cache.reader import RUN_BYTES, find_space, logical_hash, row_digests
 from cache.sanity import Finite, outliers
-from cache.shard_files import begin_read, corrupt_shard
+from cache.shard_files import corrupt_shard
 from cache.space import SpaceInfo, read_info
 from cache.spec import KINDS
 from configs import UserError
@@ -179,9 +179,7 @@ def _check_rows(
     bad, odd, digests = [], [], [_NO_DIGESTS]
     for start in range(0, len(numbers), step):
         slots = buffer[: len(numbers) - start]
-        offset = start * geometry.slot_bytes
-        nbytes = os.preadv(fd, [slots.data], offset)
-        begin_read(fd, offset + nbytes, buffer.nbytes)  # while these are looked at
+        nbytes = os.preadv(fd, [slots.data], start * geometry.slot_bytes)
         progress(nbytes)
         for slot, number, fact in zip(slots, numbers[start:], facts[start:], strict=False):
             around = slot[:lead].tobytes(), slot[end:].tobytes()

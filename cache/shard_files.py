@@ -97,7 +97,8 @@ class LocalFiles:
         """See AheadFiles: the disk works on all of them at a time."""
         for shard, offset, nbytes in places:
             with contextlib.suppress(Corrupt, KeyError, OSError):  # whoever reads it says so
-                begin_read(self._file(kind, shard).fd, offset, nbytes)
+                file = self._file(kind, shard)
+                os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _open(
@@ -151,16 +152,6 @@ class _ShardFile:
                 return False
             got += more
         return True
-
-
-def begin_read(fd: int, offset: int, nbytes: int) -> None:
-    """Let the disk begin with what will be read soon, where a system can be told.
-
-    Raises:
-        OSError: it will not be read either.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _length(targets: Sequence[memoryview]) -> int:
