@@ -527,7 +527,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
     killed_at = []
     folder = tmp_path / "runs" / "killed" / "stage1"
-    kills = soak(3, 20)
+    kills = soak(2, 20)
     for kill in range(kills):
         process = start_run("killed")
         aim = rng.randrange(steps * (kill + 1) // (kills + 1) + 1)  # ever later, or before anything
