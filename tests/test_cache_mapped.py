@@ -15,6 +15,7 @@ import pytest
 from cache import mapped, shard_files
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
+from cache.remote import Elsewhere, open_reader
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SPEC, fill, key, make_space, row
 
@@ -112,9 +113,28 @@ def test_the_kernel_is_asked(tmp_path: Path) -> None:
     )
     os.pread(fd, 5000, 200 * page - 10)
     assert seen.copy(200 * page - 10, [out], 5000)
-    assert not seen.copy((1 << 20) - 100, [out], 5000), "beyond the end"
     os.close(fd)
     assert seen.copy(200 * page - 10, [out], 5000), "the mapping stays"
+
+
+def test_nothing_is_copied_from_behind_the_end(tmp_path: Path) -> None:
+    """Where the file's last page, which is in memory, goes on."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 5000)
+    with path.open("rb") as file:
+        seen = mapped.MappedFile(file.fileno(), 5000)
+    out = memoryview(bytearray(100))
+    assert seen.copy(4900, [out], 100)
+    assert not seen.copy(4901, [out], 100)
+    assert not seen.copy(6000, [out], 100)
+
+
+def test_the_trainer_does_not_map(space: Space, tmp_path: Path, calls: list[int]) -> None:
+    """Its memory figure is what training takes."""
+    reader = open_reader(tmp_path, None, Elsewhere())
+    for _ in range(4):
+        read(reader, [0, 1, 2, 3])
+    assert len(calls) == 4
 
 
 def test_only_where_the_kernel_tells_the_truth(
