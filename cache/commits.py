@@ -14,22 +14,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.columns import KEY_BYTES
 from cache.layout import UNSEALED, Corrupt, SpacePaths, check_seal, seal
-from cache.row_index import RowIndex
 from cache.space import SpaceInfo
 
 __all__ = [
     "KEY_BYTES",
     "SCHEMA",
     "Commit",
-    "RowIndex",
     "commit_bytes",
     "current",
     "key_bytes",
     "read_commit",
     "read_commits",
 ]
+
+KEY_BYTES = 32
+"""Bytes of a key: the sha256 of the bytes of one media item."""
 
 SCHEMA = pa.schema(
     {

@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.checksum import crc32c
-from cache.commits import Commit, RowIndex, current, read_commit
+from cache.commits import Commit, current, read_commit
 from cache.container import Geometry, row_facts
 from cache.findings import GC, Finding, Progress, Report, SpaceReport, damage, note
 from cache.index import check_index
 from cache.layout import PARTIAL, CacheRoot, Corrupt, SpacePaths, check_seal_file, read_sealed_json
 from cache.reader import RUN_BYTES, find_space, logical_hash, row_digests
+from cache.row_index import RowIndex
 from cache.sanity import Finite, outliers
 from cache.shard_files import corrupt_shard
 from cache.space import SpaceInfo, read_info

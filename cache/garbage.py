@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.commits import KEY_BYTES, RowIndex, current, read_commit, read_commits
+from cache.commits import KEY_BYTES, current, read_commit, read_commits
 from cache.layout import PARTIAL, CacheRoot, SpacePaths, fsync_folder
 from cache.rewrite import Part, clear_shard, delete, retire, shard_home, take_out
+from cache.row_index import RowIndex
 from cache.space import SpaceInfo, read_info
 from cache.spec import KINDS
 from cache.survey import mentioned_keys

@@ -27,10 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.checksum import crc32c
-from cache.columns import ROW_COLUMNS, SHARD_COLUMNS, Columns, view_names
 from cache.commits import Commit, read_commit
 from cache.layout import UNSEALED, Corrupt, SpacePaths, check_seal, new_file, seal
-from cache.row_index import RowIndex
+from cache.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
 from cache.space import SpaceInfo
 from cache.spec import KINDS
 

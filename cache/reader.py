@@ -24,10 +24,11 @@ import numpy.typing as npt
 
 from cache import codec
 from cache.checksum import crc32c
-from cache.commits import RowIndex, key_bytes
+from cache.commits import key_bytes
 from cache.container import Geometry
 from cache.index import open_index
 from cache.layout import CacheRoot, Corrupt, SpacePaths
+from cache.row_index import RowIndex
 from cache.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_shard
 from cache.space import read_info
 from cache.spec import KINDS

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.commits import RowIndex, read_commits
+from cache.commits import read_commits
 from cache.damage import check_commits, check_shard, check_space, check_tables
 from cache.findings import Finding, Progress, Report, SpaceReport
 from cache.index import save_index
@@ -47,6 +47,7 @@ from cache.rewrite import (
     set_aside,
     take_out,
 )
+from cache.row_index import RowIndex
 from cache.space import info_bytes, read_info
 from cache.spec import KINDS
 from cache.writer import Space

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cache import codec
-from cache.commits import RowIndex, read_commit
+from cache.commits import read_commit
 from cache.layout import SpacePaths
 from cache.reader import FeatureReader
+from cache.row_index import RowIndex
 from cache.space import read_info
 
 FRAMES = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Self
 
-from cache.commits import RowIndex, key_bytes
-from cache.row_index import Identities
+from cache.commits import key_bytes
+from cache.row_index import Identities, RowIndex
 from cache.spec import ARRAY_OF
 from cache.views import FULL, MAX_FRAMES, frame_views
 from cache.writer import Space

@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import index as derived
-from cache.columns import ROW_COLUMNS, SHARD_COLUMNS
 from cache.commits import read_commits
 from cache.index import check_index, open_index, save_index
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader
-from cache.row_index import RowIndex
+from cache.row_index import ROW_COLUMNS, SHARD_COLUMNS, RowIndex
 from cache.verify import verify
 from cache.writer import ShardWriter, Space
 from tests.toy_space import SLOTS, fill, key, make_space, row

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import codec, commits, layout, reader, shard_files
-from cache.commits import SCHEMA, Commit, RowIndex, key_bytes
+from cache.commits import SCHEMA, Commit, key_bytes
 from cache.layout import CacheRoot, Corrupt
 from cache.reader import FeatureReader, find_space
+from cache.row_index import RowIndex
 from cache.space import info_bytes
 from cache.writer import Space
 from configs import UserError
