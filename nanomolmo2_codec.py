@@ -14,7 +14,7 @@ __all__ = ["RowCodec"]
 
 def _neighbour(name: str) -> ModuleType:
     spec = spec_from_file_location(
-        f"nanomolmo2_codec.{name}", Path(__file__).parent / "cache" / f"{name}.py"
+        f"nanomolmo2_codec.{name}", Path(__file__).parent / "cache" / "format" / f"{name}.py"
     )
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)

@@ -21,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cache import codec
-from cache.copying import (
+from cache.format import codec
+from cache.format.space_info import read_info
+from cache.format.spec import KINDS, FeatureSpec
+from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     Change,
     Rows,
@@ -33,16 +35,14 @@ from cache.copying import (
     holder,
     missing,
 )
-from cache.index import save_index
-from cache.layout import CacheRoot, Corrupt
-from cache.locks import DriverLock
 from cache.pooling import pool
-from cache.printing import Meter, bytes_text
-from cache.reader import FeatureReader, find_space
-from cache.space import read_info
-from cache.spec import KINDS, FeatureSpec
-from cache.writer import Space
+from cache.store.index_file import save_index
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import Space
 from configs import UserError, command, parse
+from configs.console import Meter, bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.garbage import (
+from cache.format.spec import KINDS
+from cache.maintenance.compaction import alone, one_line
+from cache.maintenance.garbage import (
     Garbage,
     Unreferenced,
     find_garbage,
@@ -29,16 +31,14 @@ from cache.garbage import (
     take_out_unreferenced,
     wanted_keys,
 )
-from cache.index import save_index
-from cache.layout import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
-from cache.locks import driver_holder
-from cache.printing import bytes_text
-from cache.rewrite import alone, one_line
-from cache.spec import KINDS
-from cache.survey import open_spaces, summarise_datasets
-from cache.tables import dataset_names
-from cache.writer import Space
+from cache.maintenance.survey import open_spaces, summarise_datasets
+from cache.store.index_file import save_index
+from cache.store.locks import driver_holder
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
+from cache.store.samples import dataset_names
+from cache.store.writer import Space
 from configs import UserError, command, nearest, parse
+from configs.console import bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from cache.layout import CacheRoot
-from cache.printing import bytes_text, table_text
-from cache.remote import Elsewhere, local_root
-from cache.survey import (
+from cache.maintenance.survey import (
     DatasetSummary,
     Failures,
     SpaceSummary,
@@ -23,8 +20,11 @@ from cache.survey import (
     open_spaces,
     summarise_datasets,
 )
-from cache.tables import STAGES
+from cache.remote.open import Elsewhere, local_root
+from cache.store.paths import CacheRoot
+from cache.store.samples import STAGES
 from configs import UserError, command, parse
+from configs.console import bytes_text, table_text
 
 LEGEND = (
     "pass: bytes of features that one pass over the data set reads\n"

@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.copying import (
+from cache.format.space_info import info_bytes, read_info
+from cache.format.spec import KINDS
+from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     check_room,
     copy_rows,
@@ -32,10 +34,7 @@ from cache.copying import (
     holder,
     missing,
 )
-from cache.index import save_index
-from cache.layout import CacheRoot, Corrupt, SpacePaths, write_atomic
-from cache.locks import DriverLock
-from cache.merge_tables import (
+from cache.maintenance.merge_tables import (
     MediaNews,
     SampleNews,
     Samples,
@@ -45,12 +44,13 @@ from cache.merge_tables import (
     copy_samples,
     tables_bytes,
 )
-from cache.printing import Meter, bytes_text
-from cache.reader import FeatureReader, find_space
-from cache.space import info_bytes, read_info
-from cache.spec import KINDS
-from cache.writer import Space
+from cache.store.index_file import save_index
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths, write_atomic
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import Space
 from configs import UserError, command, parse
+from configs.console import Meter, bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)

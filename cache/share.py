@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.commits import read_commits
-from cache.layout import CacheRoot, write_atomic
-from cache.printing import bytes_text
-from cache.remote_listing import LISTING, listing_bytes
-from cache.shard_files import corrupt_shard
-from cache.space import read_info
-from cache.spec import KINDS
+from cache.format.space_info import read_info
+from cache.format.spec import KINDS
+from cache.remote.listing import LISTING, listing_bytes
+from cache.store.commits import read_commits
+from cache.store.paths import CacheRoot, write_atomic
+from cache.store.shard_files import corrupt_shard
 from configs import UserError, command, parse
+from configs.console import bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.damage import bytes_to_read, verify
-from cache.findings import Report
-from cache.layout import CacheRoot
-from cache.printing import Meter, bytes_text
-from cache.reader import find_space
-from cache.repair import Repair, Repaired
+from cache.maintenance.checks import bytes_to_read, verify
+from cache.maintenance.findings import Report
+from cache.maintenance.repair import Repair, Repaired
+from cache.store.paths import CacheRoot
+from cache.store.reader import find_space
 from configs import command, parse
+from configs.console import Meter, bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from cache.addresses import RefusedAddress, literal, refusal
+from cache.remote.net import RefusedAddress, literal, refusal
 
 __all__ = [
     "CheckedResolver",

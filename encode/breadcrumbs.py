@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.layout import SpacePaths
+from cache.store.paths import SpacePaths
 
 SUFFIX = ".decoding"
 SLOT_BYTES = 8192  # a path has at most 4096 bytes

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache.layout import CacheRoot, SpacePaths
-from cache.reader import FeatureReader
-from cache.space import read_info
-from cache.spec import ARRAY_OF, CODECS, FeatureSpec
-from cache.tables import MediaRecord
+from cache.format.space_info import read_info
+from cache.format.spec import ARRAY_OF, CODECS, FeatureSpec
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord
 from configs import UserError
 from encode.check_media import Bytes, Checked, drawn
 from encode.check_report import CheckReport, Loss

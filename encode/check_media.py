@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord, media_table, samples_table
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, media_table, samples_table
 from configs import UserError
 from encode.fetch import Fetched, Fetcher, FetchRules
 from encode.keep import MediaStore

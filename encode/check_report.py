@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cache.printing import bytes_text, table_text
-from cache.spec import FeatureSpec
+from cache.format.spec import FeatureSpec
+from configs.console import bytes_text, table_text
 
 SHOWN = 5
 """Rows printed of those that differ."""

@@ -21,10 +21,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cache.layout import SpacePaths
-from cache.locks import wait_gone
-from cache.spec import ARRAY_OF, KINDS
-from cache.writer import Space
+from cache.format.spec import ARRAY_OF, KINDS
+from cache.store.locks import wait_gone
+from cache.store.paths import SpacePaths
+from cache.store.writer import Space
 from configs import UserError
 from encode.book import Book, TooManyFailures
 from encode.breadcrumbs import breadcrumb_file, read_crumbs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache.spec import CODECS, FeatureSpec
+from cache.format.spec import CODECS, FeatureSpec
 from configs import UserError
 from encode.plan import Plan
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from cache.tables import MediaRecord
+from cache.store.samples import MediaRecord
 from encode.fetch import Fetched, Fetcher, FetchRules
 from encode.items import Item
 from encode.keep import MediaStore

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from cache.layout import CacheRoot
-from cache.tables import MediaRecord, read_media
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, read_media
 from encode.book import Ledger
 from encode.cost import about
 from encode.download import Downloads

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from cache.tables import MediaRecord
-from cache.views import FULL, sample_times, time_view
+from cache.format.frame_sampling import FULL, sample_times, time_view
+from cache.store.samples import MediaRecord
 from encode.breadcrumbs import Breadcrumbs
 from encode.download import Downloads
 from encode.fetch import is_url

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from cache.index import save_index
-from cache.layout import CacheRoot
-from cache.mend import fitting_info
-from cache.space import SHARD_BYTES, new_info
-from cache.spec import KINDS
-from cache.tables import read_media
-from cache.writer import Space
+from cache.format.space_info import SHARD_BYTES, new_info
+from cache.format.spec import KINDS
+from cache.store.index_file import save_index
+from cache.store.mend import fitting_info
+from cache.store.paths import CacheRoot
+from cache.store.samples import read_media
+from cache.store.writer import Space
 from configs import UserError
 from encode.book import Book, Ledger
 from encode.breadcrumbs import clear_breadcrumbs

@@ -20,11 +20,18 @@ import numpy.typing as npt
 import torch
 
 import configs
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.spec import ARRAY_OF, FeatureSpec
-from cache.tables import MediaRecord, MediaRef, Sample, dataset_names, read_media, read_samples
-from cache.views import FULL, MAX_FRAMES, frame_views, sample_times, time_view
+from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views, sample_times, time_view
+from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import (
+    MediaRecord,
+    MediaRef,
+    Sample,
+    dataset_names,
+    read_media,
+    read_samples,
+)
 from configs import UserError
 from encode.urls import is_url
 from model import video

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cache.tables import MediaRecord
+from cache.store.samples import MediaRecord
 from encode.tasks import SourceTask
 from model.media import FORMATS, BadMedia
 

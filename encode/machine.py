@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cache.spec import FeatureSpec
+from cache.format.spec import FeatureSpec
 from configs import UserError
 from encode.cost import DECODE_S, Speed
 from encode.worker import Encoder

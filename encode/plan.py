@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from cache.space import slot_bytes
-from cache.spec import ARRAY_OF, FeatureSpec
-from cache.tables import MediaRecord, MediaRef, Sample
-from cache.views import MAX_FRAMES, frame_views
+from cache.format.frame_sampling import MAX_FRAMES, frame_views
+from cache.format.space_info import slot_bytes
+from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.samples import MediaRecord, MediaRef, Sample
 from encode.fetch import is_url
 from encode.local import failed, identify
 from encode.present import VIDEO, Present

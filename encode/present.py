@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Self
 
-from cache.commits import key_bytes
-from cache.row_index import Identities, RowIndex
-from cache.spec import ARRAY_OF
-from cache.views import FULL, MAX_FRAMES, frame_views
-from cache.writer import Space
+from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
+from cache.format.spec import ARRAY_OF
+from cache.store.commits import key_bytes
+from cache.store.row_index import Identities, RowIndex
+from cache.store.writer import Space
 
 PICTURE, VIDEO = "picture", "video"
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cache.spec import ARRAY_OF
-from cache.tables import MediaRecord
-from cache.writer import NewRow, ShardWriter, Space
+from cache.format.spec import ARRAY_OF
+from cache.store.samples import MediaRecord
+from cache.store.writer import NewRow, ShardWriter, Space
 from configs import UserError
 from encode.local import failed
 from encode.tasks import Outcome, SourceTask

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Literal
 
 import configs
-from cache.layout import CacheRoot
-from cache.locks import DriverLock
-from cache.tables import dataset_names, media_sizes, read_samples, write_samples
-from cache.views import MAX_FRAMES
+from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.samples import dataset_names, media_sizes, read_samples, write_samples
 from configs import UserError
 from encode.fetch import FetchRules
 from encode.fetch_only import fetch_only

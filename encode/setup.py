@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.views import MAX_FRAMES
+from cache.format.frame_sampling import MAX_FRAMES
 from encode.fetch import FetchRules
 from model.encoder_config import EncoderConfig
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cache.tables import MediaRecord
+from cache.store.samples import MediaRecord
 from configs import UserError
 from encode.fetch import is_url
 from encode.local import failed, hash_local, unreadable

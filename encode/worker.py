@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cache.layout import SpacePaths
-from cache.locks import WorkerLease
-from cache.spec import ARRAY_OF, FeatureSpec
-from cache.writer import Space
+from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.locks import WorkerLease
+from cache.store.paths import SpacePaths
+from cache.store.writer import Space
 from configs import UserError
 from encode.breadcrumbs import Breadcrumbs, breadcrumb_file
 from encode.download import Downloads

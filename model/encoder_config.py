@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cache.spec import FITS
+from cache.format.spec import FITS
 from configs import UserError, build, load, nearest
 
 __all__ = ["DemoTowerConfig", "EncoderConfig", "encoder_config"]

@@ -30,8 +30,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 import configs
-from cache.spec import ARRAY_OF, FeatureSpec
-from cache.views import MAX_FRAMES, sample_times
+from cache.format.frame_sampling import MAX_FRAMES, sample_times
+from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
 from model import video
 from model.answer import Clip, answer

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cache.codec import (
+from cache.format.codec import (
     BLOCK,
     FP16_MAX,
     INT4_CELLS,

@@ -23,7 +23,7 @@ import PIL
 import torch
 from PIL import Image
 
-from cache.spec import FeatureSpec
+from cache.format.spec import FeatureSpec
 from configs import UserError, build
 from model.demo_tower import DemoTower
 from model.device import DTYPES, native_dtype, pick_device

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
 from model.media import BadMedia
 from model.video import frames, probe
 from model.video_source import MAX_FRAME_PIXELS

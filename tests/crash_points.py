@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from cache import gc, merge
-from cache.layout import CacheRoot
-from cache.repair import Repair
-from cache.spec import KINDS
-from cache.tables import MediaRecord
-from cache.writer import Space
+from cache.format.spec import KINDS
+from cache.maintenance.repair import Repair
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord
+from cache.store.writer import Space
 from configs import UserError
 from encode.row_writer import Group, Row, RowWriter
 from encode.tasks import Outcome, SourceTask

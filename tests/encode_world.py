@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cache.layout import CacheRoot, SpacePaths
-from cache.locks import DriverLock
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord, read_media, write_samples
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, read_media, write_samples
 from encode.job import Job
 from encode.machine import Crew
 from encode.plan import MediaCounter, Plan

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from cache import codec
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.spec import FeatureSpec
-from cache.tables import (
+from cache.format import codec
+from cache.format.frame_sampling import sample_times, time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import (
     MediaRecord,
     MediaRef,
     Message,
@@ -26,8 +27,7 @@ from cache.tables import (
     append_media,
     write_samples,
 )
-from cache.views import sample_times, time_view
-from cache.writer import ShardWriter, Space
+from cache.store.writer import ShardWriter, Space
 from model.language import load_tokenizer
 from tests.small_world import spec as small_spec
 from train.data import (

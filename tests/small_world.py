@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import codec
-from cache.layout import CacheRoot
-from cache.spec import FeatureSpec
-from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.views import sample_times, time_view
-from cache.writer import ShardWriter, Space
+from cache.format import codec
+from cache.format.frame_sampling import sample_times, time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SPEC
 
 COLORS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot
+from cache.store.paths import CacheRoot
 from tests.benchmarks import scale, store, store_peers, stores
 
 

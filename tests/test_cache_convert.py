@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cache import convert
-from cache.damage import verify
-from cache.layout import CacheRoot
+from cache.format.spec import CODECS
+from cache.maintenance.checks import verify
 from cache.pooling import pool
-from cache.reader import FeatureReader, find_space
-from cache.spec import CODECS
-from cache.writer import Space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import Space
 from configs import UserError
 from encode.setup import Setup
 from model.encoder_config import DemoTowerConfig

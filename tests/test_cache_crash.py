@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.damage import check_commits, verify
-from cache.layout import CacheRoot, Corrupt, SpacePaths
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.writer import Space
+from cache.maintenance.checks import check_commits, verify
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.store.writer import Space
 from tests import crash_points
 from tests.crash_points import CALLS, FAULTS, FINISHED, REFUSED, struck, write
 from tests.damage_tools import garble

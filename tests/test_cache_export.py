@@ -17,12 +17,15 @@ import pytest
 import webdataset
 from safetensors import safe_open
 
-from cache import codec, export, export_rows, export_samples
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.spec import CODECS, CONTAINERS
-from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.writer import ShardWriter, Space
+from cache.export import __main__ as export
+from cache.export import rows as export_rows
+from cache.export import samples as export_samples
+from cache.format import codec
+from cache.format.spec import CODECS, CONTAINERS
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from tests.toy_space import fill, key, make_space, row
 

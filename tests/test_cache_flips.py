@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.damage import verify
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.repair import Repair, Repaired
-from cache.space import new_info
-from cache.spec import KINDS
-from cache.writer import Space
+from cache.format.space_info import new_info
+from cache.format.spec import KINDS
+from cache.maintenance.checks import verify
+from cache.maintenance.repair import Repair, Repaired
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.writer import Space
 from tests.clips import make_clip
 from tests.damage_tools import flip
 from tests.encode_world import SETUP, Result, draw, encode

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from cache import gc, index
-from cache.damage import verify
-from cache.layout import CacheRoot
-from cache.locks import DriverLock
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.writer import ShardWriter, Space
+from cache import gc
+from cache.maintenance.checks import verify
+from cache.store import index_file
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from tests.damage_tools import garble
 from tests.toy_space import fill, key, make_space, row
@@ -209,8 +210,8 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
 def test_an_index_is_made_anew_when_rows_were_taken_out(
     crowded: Space, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
-    index.save_index(crowded.paths, crowded.info)
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
+    index_file.save_index(crowded.paths, crowded.info)
     run("--unreferenced", "--delete")
     path = crowded.paths.index("picture")
     assert path.exists()

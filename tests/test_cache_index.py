@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import index as derived
-from cache.commits import read_commits
-from cache.index import check_index, open_index, save_index
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.row_index import ROW_COLUMNS, SHARD_COLUMNS, RowIndex
+from cache.store import index_file as derived
+from cache.store.commits import read_commits
+from cache.store.index_file import check_index, open_index, save_index
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, RowIndex
+from cache.store.writer import ShardWriter, Space
 from cache.verify import verify
-from cache.writer import ShardWriter, Space
 from tests.toy_space import SLOTS, fill, key, make_space, row
 
 

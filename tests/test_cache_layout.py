@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.layout import (
+from cache.store.paths import (
     PARTIAL,
     UNSEALED,
     CacheRoot,

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import SpacePaths
-from cache.locks import (
+from cache.store.locks import (
     DriverLock,
     StaleJob,
     WorkerLease,
@@ -25,14 +24,15 @@ from cache.locks import (
     driver_token,
     wait_gone,
 )
-from cache.writer import ShardWriter
+from cache.store.paths import SpacePaths
+from cache.store.writer import ShardWriter
 from configs import UserError
 from tests.toy_space import key, make_space, row
 
 HOLD = """
 import sys
-from cache.layout import SpacePaths
-from cache.locks import DriverLock, WorkerLease
+from cache.store.paths import SpacePaths
+from cache.store.locks import DriverLock, WorkerLease
 from pathlib import Path
 paths, what = SpacePaths(Path(sys.argv[1])), sys.argv[2]
 lock = DriverLock(paths, "job 1") if what == "driver" else WorkerLease(paths, what, "w1")

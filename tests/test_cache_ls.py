@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from cache import ls
-from cache.layout import CacheRoot
-from cache.locks import DriverLock
-from cache.printing import Meter, bytes_text, table_text
-from cache.tables import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.writer import ShardWriter, Space
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
+from configs.console import Meter, bytes_text, table_text
 from tests.toy_space import SPEC, fill, key, make_space, row
 
 Run = Callable[..., str]
@@ -256,7 +256,7 @@ def test_a_meter_reports_each_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("cache.printing.time.monotonic", lambda: now)
+    monkeypatch.setattr("configs.console.time.monotonic", lambda: now)
     meter = Meter("read", 4_000_000)
     meter.add(500_000)
     assert capsys.readouterr().err == ""

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import mapped, shard_files
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.remote import Elsewhere, open_reader
-from cache.writer import ShardWriter, Space
+from cache.remote.open import Elsewhere, open_reader
+from cache.store import mapped, shard_files
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SPEC, fill, key, make_space, row
 
 SIZE = SPEC.row_bytes("picture")
@@ -186,9 +186,9 @@ def test_damage_of_a_mapped_row_is_noticed(space: Space) -> None:
 CUT = """
 import os, sys
 import numpy as np
-from cache import shard_files
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
+from cache.store import shard_files
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
 shard_files.SMALL = 0
 reader = FeatureReader(sys.argv[1])
 out = np.empty((4, reader.spec.row_bytes("picture")), np.uint8)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from cache import merge
-from cache.damage import verify
-from cache.layout import CacheRoot
-from cache.locks import DriverLock
-from cache.reader import FeatureReader, find_space
-from cache.tables import (
+from cache.format.frame_sampling import time_view
+from cache.maintenance.checks import verify
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import (
     MediaRecord,
     MediaRef,
     Sample,
@@ -26,8 +27,7 @@ from cache.tables import (
     read_samples,
     write_samples,
 )
-from cache.views import time_view
-from cache.writer import ShardWriter, Space
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from tests import crash_points, encode_world
 from tests.crash_points import struck
@@ -348,7 +348,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with DriverLock(ours.paths, "job 7"), pytest.raises(UserError, match="being written by job 7"):
         run(*words)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("cache.copying.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
         run(*words)
     assert columns(tmp_path / "a", "picture") == {}

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import codec, commits, layout, reader, shard_files
-from cache.commits import SCHEMA, Commit, key_bytes
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader, find_space
-from cache.row_index import RowIndex
-from cache.space import info_bytes
-from cache.writer import Space
+from cache.format import codec
+from cache.format.space_info import info_bytes
+from cache.store import commits, paths, reader, shard_files
+from cache.store.commits import SCHEMA, Commit, key_bytes
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader, find_space
+from cache.store.row_index import RowIndex
+from cache.store.writer import Space
 from configs import UserError
 from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
 
@@ -89,7 +90,7 @@ def test_any_rows_in_any_order_are_the_bytes_written(
     """`mapped`: copied from mappings from the second time on, other threads of Python held or let go."""
     monkeypatch.setattr(reader, "THREAD_BYTES", 300)
     monkeypatch.setattr(shard_files, "SMALL", 0 if mapped else 10**6)
-    monkeypatch.setattr("cache.mapped.SMALL", 0 if mapped == "let go" else 10**6)
+    monkeypatch.setattr("cache.store.mapped.SMALL", 0 if mapped == "let go" else 10**6)
     seen = FeatureReader(filled.paths, checked=checked, threads=threads)
     rows = np.array([ROWS[number] for number in wanted], np.int64)
     for _ in range(6 if mapped else 1):
@@ -372,8 +373,8 @@ FORKED = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from cache.reader import FeatureReader
-from cache import reader as module
+from cache.store.reader import FeatureReader
+from cache.store import reader as module
 from tests.test_cache_reader import ROWS, EXPECTED
 module.THREAD_BYTES = 300
 reader = FeatureReader(Path(sys.argv[1]), threads=int(sys.argv[2]))
@@ -406,7 +407,7 @@ def test_forked_processes_share_one_reader(filled: Space, threads: int) -> None:
     subprocess.run(
         [sys.executable, "-c", FORKED, str(filled.paths.root), str(threads)],
         check=True,
-        cwd=Path(layout.__file__).parents[1],
+        cwd=Path(paths.__file__).parents[2],
     )
 
 

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import codec, index
-from cache.commits import read_commits
-from cache.damage import verify
-from cache.layout import CacheRoot, SpacePaths, read_sealed_json, sealed_json
-from cache.locks import DriverLock
-from cache.mend import flip_back
-from cache.reader import FeatureReader
-from cache.repair import Repair, Repaired
-from cache.rewrite import take_out
-from cache.sanity import Finite, outliers
-from cache.spec import CODECS, PACKED_FROM
-from cache.tables import MediaRecord, append_media, write_samples
+from cache.format import codec
+from cache.format.spec import CODECS, PACKED_FROM
+from cache.maintenance.checks import verify
+from cache.maintenance.compaction import take_out
+from cache.maintenance.repair import Repair, Repaired
+from cache.maintenance.row_checks import Finite, outliers
+from cache.store import index_file
+from cache.store.commits import read_commits
+from cache.store.locks import DriverLock
+from cache.store.mend import flip_back
+from cache.store.paths import CacheRoot, SpacePaths, read_sealed_json, sealed_json
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from cache.verify import main
-from cache.writer import ShardWriter, Space
 from configs import UserError
 from tests.damage_tools import flip, garble
 from tests.encode_world import SETUP, draw, encode
@@ -73,9 +74,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_damaged_index_is_made_anew_and_costs_no_row(
     root: CacheRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     space = Space.open(only_space(root))
-    index.save_index(space.paths, space.info)
+    index_file.save_index(space.paths, space.info)
     path, hash_before = space.paths.index("picture"), FeatureReader(space.paths).logical_hash()
     draw_bit = np.random.default_rng(0)
     for bit in draw_bit.integers(0, 8 * path.stat().st_size, 12).tolist():

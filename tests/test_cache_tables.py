@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import tables
-from cache.layout import CacheRoot, Corrupt
-from cache.tables import (
+from cache.store import samples
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.samples import (
     MediaRecord,
     MediaRef,
     Message,
@@ -36,7 +36,7 @@ sample = st.builds(
     id=text,
     dataset=st.just("toy"),
     messages=st.lists(
-        st.builds(Message, role=st.sampled_from(tables.ROLES), content=text, weight=weight),
+        st.builds(Message, role=st.sampled_from(samples.ROLES), content=text, weight=weight),
         max_size=3,
     ).map(tuple),
     media=st.lists(
@@ -74,7 +74,7 @@ def test_samples_come_back_as_they_were(
 def test_many_samples_are_streamed_in_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROW_GROUP", 4)
+    monkeypatch.setattr(samples, "ROW_GROUP", 4)
     root = CacheRoot(tmp_path)
     assert write_samples(root, "toy", map(question, range(11)))
     with pq.ParquetFile(root.samples("toy")) as file:

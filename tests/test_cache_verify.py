@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.commits import read_commit
-from cache.damage import Report, check_shard, verify
-from cache.layout import CacheRoot, Corrupt, SpacePaths
-from cache.reader import FeatureReader
-from cache.space import read_info
-from cache.tables import MediaRecord, append_media, write_samples
+from cache.format.space_info import read_info
+from cache.maintenance.checks import Report, check_shard, verify
+from cache.store.commits import read_commit
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, append_media, write_samples
+from cache.store.writer import ShardWriter
 from cache.verify import main
-from cache.writer import ShardWriter
 from tests.toy_space import fill, key, make_space, row
 
 

@@ -21,17 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache import codec, view, view_figures, view_gather, view_rows
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.shard_files import LocalFiles
-from cache.spec import FeatureSpec
-from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.view_gather import Findings, gather
-from cache.view_media import Medium, thumbnail
-from cache.view_page import render
-from cache.views import time_view
-from cache.writer import ShardWriter, Space
+from cache.format import codec
+from cache.format.frame_sampling import time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.shard_files import LocalFiles
+from cache.store.writer import ShardWriter, Space
+from cache.view import __main__ as view
+from cache.view import collect, sampling, statistics
+from cache.view.collect import Findings, gather
+from cache.view.media import Medium, thumbnail
+from cache.view.page import render
 from configs import UserError
 from model.media import decode_picture, fit_picture
 from tests.toy_space import SPEC, features, key, make_space
@@ -159,7 +161,7 @@ def test_directions_are_the_principal_ones(count: int) -> None:
     tokens[::10] *= 50  # outliers would be the first direction
     outliers = np.zeros(count, bool)
     outliers[::10] = True
-    basis = view_figures.fit_basis(tokens, outliers)
+    basis = statistics.fit_basis(tokens, outliers)
     usual = tokens[~outliers].astype(np.float64)
     _, singular, rows = np.linalg.svd(usual - usual.mean(axis=0), full_matrices=False)
     shares = singular**2 / (singular**2).sum()
@@ -177,7 +179,7 @@ def test_neighbours_are_the_most_similar_and_never_oneself() -> None:
     rng = np.random.default_rng(1)
     means = rng.normal(size=(9, 64)).astype(np.float32) + 30  # a constant would make all alike
     centred = means - means.mean(axis=0)
-    for at, (other, cosine) in enumerate(view_figures.neighbours(means)):
+    for at, (other, cosine) in enumerate(statistics.neighbours(means)):
         found = {
             i: float(v @ centred[at] / np.linalg.norm(v) / np.linalg.norm(centred[at]))
             for i, v in enumerate(centred)
@@ -185,7 +187,7 @@ def test_neighbours_are_the_most_similar_and_never_oneself() -> None:
         }
         assert other == max(found, key=found.__getitem__)
         assert cosine == pytest.approx(found[other], abs=1e-5)
-    assert view_figures.neighbours(means[:2]) == []
+    assert statistics.neighbours(means[:2]) == []
 
 
 def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
     found = find(tmp_path)
     assert found.touch is not None
     codes = found.touch.codes.astype(np.float64)
-    rows = [view_rows.read_rows(found.reader, "picture", one.chosen.rows) for one in found.shown]
+    rows = [sampling.read_rows(found.reader, "picture", one.chosen.rows) for one in found.shown]
     vectors = found.basis.project(np.concatenate(rows).reshape(-1, 64), codes.shape[1])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert np.abs(codes @ codes.T / 127**2 - unit @ unit.T).max() < 0.03
@@ -226,7 +228,7 @@ def test_outliers_are_marked_where_they_are(tmp_path: Path) -> None:
 
 @given(st.integers(0, 40), st.integers(0, 10**7), st.integers(0, 2**32))
 def test_a_draw_has_one_of_each_of_equal_stretches(count: int, total: int, seed: int) -> None:
-    drawn = view_rows.spread(count, total, np.random.default_rng(seed))
+    drawn = sampling.spread(count, total, np.random.default_rng(seed))
     assert len(drawn) == min(count, total)
     edges = np.linspace(0, total, len(drawn) + 1).astype(np.int64)
     assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
@@ -273,8 +275,8 @@ def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) ->
 def test_a_large_space_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = make_space(tmp_path)
     pictures(space, range(240))
-    monkeypatch.setattr(view_rows, "SAMPLE_ROWS", 6)
-    monkeypatch.setattr(view_rows, "SAMPLE_SHARDS", 5)
+    monkeypatch.setattr(sampling, "SAMPLE_ROWS", 6)
+    monkeypatch.setattr(sampling, "SAMPLE_SHARDS", 5)
     read: list[int] = []
 
     class Counting:  # not a LocalFiles, which has more ways to read
@@ -308,7 +310,7 @@ def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
     space = other_space(tmp_path / "cls", keep_cls=True, pool_frame=1)
     pictures(space, range(3))
     for one in find(tmp_path / "cls").shown:
-        stored = view_rows.read_rows(find(tmp_path / "cls").reader, "picture", one.chosen.rows)[0]
+        stored = sampling.read_rows(find(tmp_path / "cls").reader, "picture", one.chosen.rows)[0]
         norms = np.linalg.norm(stored, axis=1)
         assert one.tiles[0].cls_norm == pytest.approx(norms[0])
         np.testing.assert_allclose(one.tiles[0].norms.ravel(), norms[1:], rtol=1e-6)
@@ -575,11 +577,11 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
 
 def test_what_is_touched_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(make_space(tmp_path), range(4))
-    monkeypatch.setattr(view_gather, "TOUCH_BYTES", 16 * 9)
+    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 9)
     touch = find(tmp_path).touch
     assert touch is not None
     assert touch.codes.shape == (16, 9)
-    monkeypatch.setattr(view_gather, "TOUCH_BYTES", 16 * 7)
+    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 7)
     found = find(tmp_path)
     assert found.touch is None
     assert len(Page(render(found)).scripts) == 1

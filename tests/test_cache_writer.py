@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from cache import layout
-from cache.commits import read_commit
-from cache.damage import verify
-from cache.layout import CacheRoot, Corrupt, read_sealed_json, sealed_json
-from cache.reader import FeatureReader
-from cache.space import MAX_SLOTS, new_info
-from cache.writer import NewRow, ShardWriter, Space
+from cache.format.space_info import MAX_SLOTS, new_info
+from cache.maintenance.checks import verify
+from cache.store import paths
+from cache.store.commits import read_commit
+from cache.store.paths import CacheRoot, Corrupt, read_sealed_json, sealed_json
+from cache.store.reader import FeatureReader
+from cache.store.writer import NewRow, ShardWriter, Space
 from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
 
 
@@ -129,7 +129,7 @@ def test_rows_written_together_are_all_there_or_none(
         with pytest.raises(ValueError, match=why):
             writer.extend(wrong)
     assert writer.rows == 1
-    monkeypatch.setattr("cache.writer.WRITE_BYTES", 300)  # two rows a call
+    monkeypatch.setattr("cache.store.writer.WRITE_BYTES", 300)  # two rows a call
     real, calls = os.pwritev, 0
 
     def full_at_the_second(fd: int, buffers: Any, at: int) -> int:
@@ -297,9 +297,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from cache.layout import CacheRoot
-from cache.locks import DriverLock, WorkerLease
-from cache.writer import NewRow, ShardWriter, Space
+from cache.store.paths import CacheRoot
+from cache.store.locks import DriverLock, WorkerLease
+from cache.store.writer import NewRow, ShardWriter, Space
 from tests.toy_space import SLOTS, SPEC, key, row
 root = CacheRoot(Path(sys.argv[1]))
 paths = root.space(SPEC.name)
@@ -330,7 +330,7 @@ def test_jobs_killed_at_random_lose_and_double_nothing(
             [sys.executable, "-c", WRITE_ON, str(tmp_path)],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(layout.__file__).parents[1],
+            cwd=Path(paths.__file__).parents[2],
         ) as job:
             assert job.stdout is not None
             first = int(job.stdout.readline())

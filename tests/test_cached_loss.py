@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.writer import ShardWriter, Space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from encode.sources.demo import questions
 from encode.sources.demo_world import World, draw, things
 from model.language import load_tokenizer

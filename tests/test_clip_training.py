@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.tables import Message, Sample
+from cache.store.samples import Message, Sample
 from configs import UserError
 from model.packed import PackedBatch
 from model.template import prompt_ids

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache import codec
+from cache.format import codec
 
 ERROR = {"int8": 0.006, "int8m": 0.006, "int4": 0.09}
 """Relative error of a row, as promised for a transformer's."""

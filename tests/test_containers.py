@@ -20,14 +20,15 @@ import tensorstore
 import webdataset
 import zarr
 
-from cache import codec, gc, wds_shard
-from cache.commits import commit_bytes, read_commit
-from cache.damage import check_shard, verify
-from cache.layout import CacheRoot, Corrupt
-from cache.reader import FeatureReader
-from cache.repair import Repair
-from cache.spec import CODECS, CONTAINERS
-from cache.writer import ShardWriter, Space
+from cache import gc
+from cache.format import codec, tar_shard
+from cache.format.spec import CODECS, CONTAINERS
+from cache.maintenance.checks import check_shard, verify
+from cache.maintenance.repair import Repair
+from cache.store.commits import commit_bytes, read_commit
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from tests import crash_points, small_world
 from tests.crash_points import struck
 from tests.damage_tools import garble
@@ -402,7 +403,7 @@ def test_headers_are_those_of_tarfile(nbytes: int) -> None:
         info = tarfile.TarInfo(name)
         info.size, info.mode = nbytes, 0o644
         expected = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-        assert wds_shard.member_header(name, nbytes) == expected
+        assert tar_shard.member_header(name, nbytes) == expected
 
 
 @pytest.mark.parametrize("view", ["v" * 31, "T:5", "a/b", "", ".full", "größe", "a b", "full\n"])

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import configs
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.tables import Sample
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import Sample
 from configs import UserError
 from encode import live
 from encode import run as encode_run

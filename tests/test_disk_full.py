@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache.damage import verify
-from cache.garbage import find_unreferenced, take_out_unreferenced
-from cache.layout import CacheRoot
-from cache.locks import DriverLock
-from cache.reader import FeatureReader
-from cache.spec import KINDS
-from cache.tables import read_media
+from cache.format.spec import KINDS
+from cache.maintenance.checks import verify
+from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import read_media
 from configs import UserError
 from encode import row_writer
 from encode.row_writer import DiskFull

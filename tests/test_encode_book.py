@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.layout import CacheRoot
-from cache.tables import MediaRecord, read_media
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, read_media
 from configs import UserError
 from encode.book import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
 from encode.local import failed, identify

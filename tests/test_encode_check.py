@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.spec import CODECS
-from cache.tables import append_media, read_media
-from cache.writer import ShardWriter, Space
+from cache.format.spec import CODECS
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import append_media, read_media
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from encode import run as encode_run
 from encode.check_report import Loss

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.codec import pack
-from cache.reader import FeatureReader
-from cache.tables import MediaRecord
-from cache.views import frame_views, sample_times
-from cache.writer import Space
+from cache.format.codec import pack
+from cache.format.frame_sampling import frame_views, sample_times
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord
+from cache.store.writer import Space
 from encode import intake
 from encode.items import Pixels
 from encode.row_writer import Group, Row, RowWriter

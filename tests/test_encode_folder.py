@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import configs
-from cache.tables import MediaRef, Message, Sample
+from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError
 from encode.sources import catalogue, open_dataset, open_datasets
 from encode.sources.folder import CAPTION_PROMPT

@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.codec import pack
-from cache.locks import DriverLock
-from cache.tables import read_media
-from cache.writer import ShardWriter
+from cache.format.codec import pack
+from cache.store.locks import DriverLock
+from cache.store.samples import read_media
+from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.book import TooManyFailures
 from encode.row_writer import DiskFull

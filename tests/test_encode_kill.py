@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot, SpacePaths
-from cache.locks import driver_holder
-from cache.reader import FeatureReader, find_space
+from cache.store.locks import driver_holder
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader, find_space
 from tests.encode_world import Result, draw, encode
 
 PICTURES = 80

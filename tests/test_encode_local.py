@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cache.layout import SpacePaths
+from cache.store.paths import SpacePaths
 from encode import local
 from encode.breadcrumbs import (
     Breadcrumbs,

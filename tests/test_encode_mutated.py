@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cache.tables import MediaRecord
-from cache.views import frame_views
+from cache.format.frame_sampling import frame_views
+from cache.store.samples import MediaRecord
 from tests.clip_mutations import mutated
 from tests.clips import make_clip
 from tests.encode_world import SETUP, Result, encode

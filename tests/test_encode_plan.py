@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot
-from cache.spec import FeatureSpec
-from cache.tables import MediaRecord, MediaRef, Message, Sample
-from cache.views import frame_views
-from cache.writer import ShardWriter, Space
+from cache.format.frame_sampling import frame_views
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample
+from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from encode.cost import (
     SPARE_BYTES,

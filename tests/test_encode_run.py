@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import configs
-from cache import index
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.space import read_info
-from cache.tables import read_samples
+from cache.format.space_info import read_info
+from cache.store import index_file
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import read_samples
 from cache.verify import verify
 from configs import UserError
 from encode import machine
@@ -79,11 +79,11 @@ def test_a_job_leaves_an_index_where_it_is_worth_one(
     assert run(photos) == 0
     paths = find_space(CacheRoot(photos.parent / "cache"), None)
     assert not paths.index_dir.exists(), "one shard is read as fast"
-    monkeypatch.setattr(index, "WORTH_COMMITS", 1)
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(index_file, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="full"):
-            index.save_index(paths, read_info(paths))
+            index_file.save_index(paths, read_info(paths))
         assert run(photos) == 0, "an index is no reason to fail"
     assert run(photos) == 0
     assert [p.name for p in paths.index_dir.iterdir()] == ["picture.bin"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
-from cache.tables import MediaRef, Message, Sample, read_samples, write_samples
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
 from tests import small_world
 from train import evaluate, run, scoring

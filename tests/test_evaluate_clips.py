@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from configs import UserError
 from model.answer import Clip
 from model.load import read_meta

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cache.addresses
+import cache.remote.net
 from encode.addresses import CheckedResolver, RefusedAddress, checked_socket, refusal
 from encode.fetch import Fetched, Fetcher
 from tests.test_fetch import outcome, rules
@@ -168,7 +168,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
 def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1, and nothing else of the loopback, counts as global."""
     public = (ipaddress.IPv4Network("127.0.0.1/32"), "global")
-    monkeypatch.setattr(cache.addresses, "_NETWORKS_4", (public, *cache.addresses._NETWORKS_4))
+    monkeypatch.setattr(cache.remote.net, "_NETWORKS_4", (public, *cache.remote.net._NETWORKS_4))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cache import codec
-from cache.spec import FeatureSpec
+from cache.format import codec
+from cache.format.spec import FeatureSpec
 from configs import UserError
 from model.answer import answer
 from model.encoder_config import encoder_config

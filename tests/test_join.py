@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.tables import (
+from cache.store.samples import (
     MediaRecord,
     MediaRef,
     Sample,

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache.tables import MediaRecord, MediaRef, append_media
-from cache.views import frame_views, sample_times
+from cache.format.frame_sampling import frame_views, sample_times
+from cache.store.samples import MediaRecord, MediaRef, append_media
 from configs import UserError
 from tests.feature_world import World, ask, frame_time, key_of, names_of, new_world, ref
 from train.media_rows import PICTURE, VIDEO, find_rows

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.tables import MediaRef, append_media, read_media, read_samples, write_samples
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import MediaRef, append_media, read_media, read_samples, write_samples
 from configs import UserError
 from encode import live
 from encode import run as encode_run

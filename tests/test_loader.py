@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.layout import Corrupt
-from cache.reader import FeatureReader, find_space
+from cache.store.paths import Corrupt
+from cache.store.reader import FeatureReader, find_space
 from model.vlm import build_vlm
 from tests.feature_world import (
     PICTURES,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.tables import read_media
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import read_media
 from tests.photographs import CAPTIONS, make_folder
 
 STEPS = {1: 500, 2: 60, 3: 30}

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import configs
-from cache.layout import CacheRoot
-from cache.tables import MediaRef, Message, Sample, read_samples, write_samples
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
 from encode.sources import Dataset, catalogue, open_dataset, open_datasets
 from encode.sources.pixmo import NAMES

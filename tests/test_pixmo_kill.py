@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.tables import MediaRecord, read_media
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import MediaRecord, read_media
 from tests.pixmo_world import write_pixmo
 from tests.trouble import TroubleServer
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cache.tables import MediaRef
+from cache.store.samples import MediaRef
 from encode.sources.folder import CAPTION_PROMPT
 from encode.sources.pixmo_text import (
     EDGE,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.tables import MediaRecord, read_media, read_samples
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import MediaRecord, read_media, read_samples
 from encode.run import main
 from tests.pixmo_world import write_pixmo
 from tests.trouble import Handler, TroubleServer, instead, status

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.layout import CacheRoot
+from cache.store.paths import CacheRoot
 from train.join import Join
 from train.places import Places
 from train.plan import OnePass, StepPlan, deal, quotas, shuffled

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 from torch.distributed.run import parse_args
 
-from cache.layout import CacheRoot
+from cache.store.paths import CacheRoot
 from configs import UserError, dump, parse
 from model.load import META
 from tests import small_world

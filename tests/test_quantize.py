@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache import codec
+from cache.format import codec
 from model import quantize
 
 WIDE = hnp.arrays(

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.checksum import crc32c
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.remote import Elsewhere, RemoteCache, open_reader
-from cache.remote_http import HttpStore
-from cache.remote_reader import RemoteReader
-from cache.remote_rows import RowCache
-from cache.remote_rules import RemoteRules, Trouble, Unreachable
+from cache.format.checksums import crc32c
+from cache.format.spec import CODECS, CONTAINERS
+from cache.remote.http import HttpStore
+from cache.remote.open import Elsewhere, RemoteCache, open_reader
+from cache.remote.reader import RemoteReader
+from cache.remote.retry import RemoteRules, Trouble, Unreachable
+from cache.remote.row_cache import RowCache
 from cache.share import share
-from cache.spec import CODECS, CONTAINERS
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
 from configs import UserError
 from tests import remote_world
 from tests.remote_world import WebServer

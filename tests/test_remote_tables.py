@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from cache import ls as cache_ls
-from cache.layout import CacheRoot, Corrupt, is_url, sealed_json
-from cache.remote import Elsewhere, RemoteCache, local_root
-from cache.remote_listing import LISTING, is_table, local_tables
-from cache.remote_rules import RemoteRules, Unreachable
+from cache.remote.listing import LISTING, is_table, local_tables
+from cache.remote.open import Elsewhere, RemoteCache, local_root
+from cache.remote.retry import RemoteRules, Unreachable
 from cache.share import share
-from cache.tables import read_samples, samples_table
+from cache.store.paths import CacheRoot, Corrupt, is_url, sealed_json
+from cache.store.samples import read_samples, samples_table
 from configs import UserError
 from tests import small_world
 from tests.remote_world import WebServer

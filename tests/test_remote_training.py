@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
-from cache.remote_reader import RemoteReader
+from cache.remote.reader import RemoteReader
 from cache.share import share
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from tests import remote_world, small_world
 from tests.test_train_run import BASE, losses
 from train.run import main

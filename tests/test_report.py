@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache.layout import CacheRoot
+from cache.store.paths import CacheRoot
 from tests import small_world
 from train import charts, report, report_media, run
 from train.charts import Line, chart

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cache.layout import CacheRoot
-from cache.tables import MediaRecord, append_media
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, append_media
 from tests.clips import make_clip, number_of
 from train import report, report_media
 from train.report_media import Found, find_media, medium

@@ -18,13 +18,14 @@ import webdataset
 import zarr
 from safetensors import safe_open
 
-from cache import codec, export
-from cache.damage import verify
-from cache.layout import CacheRoot, read_sealed_json, sealed_json
+from cache.export import __main__ as export
+from cache.format import codec
+from cache.format.spec import CONTAINERS
+from cache.maintenance.checks import verify
 from cache.merge import main as merge_main
-from cache.reader import FeatureReader
-from cache.spec import CONTAINERS
-from cache.writer import ShardWriter, Space
+from cache.store.paths import CacheRoot, read_sealed_json, sealed_json
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from model.quantize import unpack
 from tests.toy_space import key, make_space
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cache.spec import CODECS, PACKED_FROM, FeatureSpec
+from cache.format.spec import CODECS, PACKED_FROM, FeatureSpec
 
 SPEC = FeatureSpec(
     encoder="clip",

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.layout import CacheRoot
-from cache.tables import MediaRef, Message, Sample, write_samples
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRef, Message, Sample, write_samples
 from configs import UserError
 from model.language import TokenizedSample, load_tokenizer, tokenize_messages
 from model.tokenizer import byte_tokenizer

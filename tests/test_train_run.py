@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.layout import CacheRoot
-from cache.tables import dataset_names
+from cache.store.paths import CacheRoot
+from cache.store.samples import dataset_names
 from configs import UserError
 from model.load import load_final
 from model.vlm import build_vlm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.tables import (
+from cache.store.samples import (
     Message,
 )
 from configs import UserError

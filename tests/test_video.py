@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
 from model.media import BadMedia
 from model.video import VIDEO_SUFFIXES, ClipInfo, Frame, frames, probe
 from tests.clips import BIKES, drawing, ffmpeg, make_clip, number_of

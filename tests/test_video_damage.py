@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
 from model.media import BadMedia
 from model.video import frames, probe
 from tests.clip_mutations import PATIENCE_S, mutated

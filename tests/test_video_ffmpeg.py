@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
 from model.media import BadMedia
 from model.video import ClipInfo, frames, probe
 from model.video_pixels import picture_of

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.views import frame_views, sample_times
+from cache.format.frame_sampling import frame_views, sample_times
 
 
 @pytest.mark.parametrize(

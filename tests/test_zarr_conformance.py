@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import zarr_codec, zarr_shard
-from cache.reader import FeatureReader
-from cache.spec import CODECS
-from cache.writer import ShardWriter, Space
+from cache.format import zarr_codec, zarr_shard
+from cache.format.spec import CODECS
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SLOTS, features, fill, key, make_space
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache import codec
-from cache.layout import CacheRoot
-from cache.spec import FeatureSpec
-from cache.writer import ShardWriter, Space
+from cache.format import codec
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.writer import ShardWriter, Space
 
 SPEC = FeatureSpec(
     encoder="toy",

@@ -11,8 +11,8 @@ import tyro
 import yaml
 
 import configs
-from cache.remote import Elsewhere
-from cache.views import MAX_FRAMES
+from cache.format.frame_sampling import MAX_FRAMES
+from cache.remote.open import Elsewhere
 from configs import UserError, nearest
 
 GIB = 2**30

@@ -27,8 +27,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cache.layout import CacheRoot
-from cache.tables import MediaRef, Message, Sample
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRef, Message, Sample
 from train.join import Join, join
 from train.loader import FeatureLoader, MicroBatch
 from train.packing import PlacedTree

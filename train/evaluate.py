@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import configs
-from cache.layout import CacheRoot, write_atomic
-from cache.reader import FeatureReader
-from cache.remote import Elsewhere, open_reader, root_of
+from cache.remote.open import Elsewhere, open_reader, root_of
+from cache.store.paths import CacheRoot, write_atomic
+from cache.store.reader import FeatureReader
 from configs import UserError
 from model.answer import answer
 from model.device import pick_device

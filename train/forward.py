@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache.spec import FeatureSpec
+from cache.format.spec import FeatureSpec
 from model.quantize import unpack
 from model.vlm import VLM
 from train.data import MicroBatch

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.layout import CacheRoot
-from cache.tables import dataset_names, media_table
-from cache.views import MAX_FRAMES
+from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.paths import CacheRoot
+from cache.store.samples import dataset_names, media_table
 from configs import UserError
 from train.media_rows import Rows, edges_of, within
 from train.mentions import Media, Part, mentioned, read_part

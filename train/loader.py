@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache.spec import ARRAY_OF, FeatureSpec
+from cache.format.spec import ARRAY_OF, FeatureSpec
 from model.packed import PackedBatch
 from train.media_rows import MEDIA_KINDS, within
 from train.packing import PlacedTree, Tree, assemble, build_tree, first_fit

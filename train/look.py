@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cache.reader import FeatureReader
-from cache.spec import ARRAY_OF, FeatureSpec
+from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.reader import FeatureReader
 from model.answer import Clip
 from model.quantize import unpack
 from train.loader import feature_order

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cache.spec import ARRAY_OF
-from cache.views import frame_views
+from cache.format.frame_sampling import frame_views
+from cache.format.spec import ARRAY_OF
 
 Ints = npt.NDArray[np.int64]
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cache.layout import CacheRoot
-from cache.tables import samples_digest
+from cache.store.paths import CacheRoot
+from cache.store.samples import samples_digest
 from configs import UserError
 from train.media_rows import MEDIA_KINDS, MediaRows, Rows, find_rows
 from train.sample_list import Ints

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.spec import ARRAY_OF, FeatureSpec
+from cache.format.spec import ARRAY_OF, FeatureSpec
 from model.template import clip_ids, stamp_ids
 from model.tokenizer import IMAGE, token_id
 from train.media_rows import PICTURE

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import configs
-from cache.layout import CacheRoot, write_atomic
-from cache.remote import Elsewhere, local_root
+from cache.remote.open import Elsewhere, local_root
+from cache.store.paths import CacheRoot, write_atomic
 from model.load import find_run, read_meta
 from train import evaluate as evaluation
 from train.charts import Line, chart, finite, smoothed

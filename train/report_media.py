@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cache.layout import CacheRoot
-from cache.tables import media_table
-from cache.views import sample_times
+from cache.format.frame_sampling import sample_times
+from cache.store.paths import CacheRoot
+from cache.store.samples import media_table
 from model import video
 from model.media import BadMedia
 

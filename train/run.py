@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 import configs
-from cache.layout import is_url
-from cache.reader import FeatureReader
+from cache.store.paths import is_url
+from cache.store.reader import FeatureReader
 from model.language import load_tokenizer
 from model.load import save_final
 from model.vlm import parameter_counts

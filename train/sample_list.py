@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from cache.layout import CacheRoot
+from cache.store.paths import CacheRoot
 from configs import UserError
 from train.media_rows import NOUNS, PICTURE, VIDEO, within
 

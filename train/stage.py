@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from cache.layout import write_atomic
-from cache.reader import FeatureReader
+from cache.store.paths import write_atomic
+from cache.store.reader import FeatureReader
 from configs import UserError
 from model.load import META
 from train.config import MACHINE_KEYS, Options, format_mix, parse_mix, read_saved, stage_folder

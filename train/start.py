@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 import configs
-from cache.layout import CacheRoot, read_sealed_json
-from cache.reader import FeatureReader
-from cache.remote import open_reader, root_of
-from cache.spec import FeatureSpec
-from cache.tables import dataset_names
+from cache.format.spec import FeatureSpec
+from cache.remote.open import open_reader, root_of
+from cache.store.paths import CacheRoot, read_sealed_json
+from cache.store.reader import FeatureReader
+from cache.store.samples import dataset_names
 from configs import UserError
 from model.language import max_positions
 from model.load import find_run, load_final, read_meta

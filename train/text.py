@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cache.layout import CacheRoot
-from cache.tables import Sample, read_samples, samples_digest
+from cache.store.paths import CacheRoot
+from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
 from model.language import (
     IMAGE,

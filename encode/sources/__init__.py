@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import configs
-from cache.tables import Sample
+from cache.store.samples import Sample
 from configs import UserError, nearest
 
 log = logging.getLogger(__name__)

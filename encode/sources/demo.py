@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from cache.tables import MediaRef, Message, Sample
+from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
 from encode.sources import demo_clips
 from encode.sources.demo_world import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things

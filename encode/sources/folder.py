@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cache.tables import ROLES, MediaRef, Message, Sample
+from cache.store.samples import ROLES, MediaRef, Message, Sample
 from configs import UserError, nearest
 from model.video import VIDEO_SUFFIXES
 

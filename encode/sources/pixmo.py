@@ -31,7 +31,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.tables import Sample
+from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.sources.pixmo_files import hub_files, local_files
 from encode.sources.pixmo_text import READERS, BadRowError, Row, Size, Unusable, picture

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from cache.tables import MediaRef, Message
+from cache.store.samples import MediaRef, Message
 from encode.sources.folder import CAPTION_PROMPT, IMAGE
 
 TRANSCRIPT_PROMPT = "Describe this picture as you would tell it to somebody."

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.checksum import crc32c
-from cache.codec import row_parts
-from cache.damage import THREADS, verify
-from cache.layout import CacheRoot
-from cache.writer import ShardWriter, Space
+from cache.format.checksums import crc32c
+from cache.format.codec import row_parts
+from cache.maintenance.checks import THREADS, verify
+from cache.store.paths import CacheRoot
+from cache.store.writer import ShardWriter, Space
 from configs import command, parse
 from tests.toy_space import SPEC, key
 

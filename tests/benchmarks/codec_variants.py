@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cache.codec import INT4_DIVISORS, INT4_LEVELS, rotation_signs
+from cache.format.codec import INT4_DIVISORS, INT4_LEVELS, rotation_signs
 from tests.benchmarks.activations import Features
 
 NF4 = (

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import configs
-from cache import codec
+from cache.format import codec
 from model import quantize
 from tests.benchmarks import activations
 from tests.benchmarks.activations import Features

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from cache.damage import verify
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
-from cache.space import slot_bytes
-from cache.spec import CONTAINERS, FeatureSpec
-from cache.writer import ShardWriter, Space
+from cache.format.space_info import slot_bytes
+from cache.format.spec import CONTAINERS, FeatureSpec
+from cache.maintenance.checks import verify
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SPEC, key
 
 ROUNDS = 5

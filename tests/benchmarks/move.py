@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import codec
 from cache.convert import Options as ConvertOptions
 from cache.convert import convert, find_source
-from cache.copying import BATCH_BYTES
-from cache.layout import CacheRoot
+from cache.format import codec
+from cache.format.spec import FeatureSpec
+from cache.maintenance.copy_rows import BATCH_BYTES
 from cache.merge import Options as MergeOptions
 from cache.merge import merge
-from cache.reader import FeatureReader
-from cache.spec import FeatureSpec
-from cache.writer import ShardWriter, Space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SPEC, key
 
 CLIP: FeatureSpec = replace(

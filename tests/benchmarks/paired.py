@@ -32,8 +32,8 @@ import numpy as np
 from scipy import stats
 
 import configs
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 
 CODECS = ("fp16", "int8", "int4")
 DATASETS = {"demo-points": 0.4, "demo-questions": 0.6}

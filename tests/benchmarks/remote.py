@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import codec
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.remote import Elsewhere, RemoteCache
+from cache.format import codec
+from cache.remote.open import Elsewhere, RemoteCache
 from cache.share import share
-from cache.tables import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.writer import ShardWriter, Space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
 from tests import remote_world, small_world
 
 PICTURES = 192

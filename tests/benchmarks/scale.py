@@ -25,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.commits import SCHEMA, commit_bytes
-from cache.index import save_index
-from cache.layout import CacheRoot, SpacePaths
-from cache.reader import FeatureReader, find_space
-from cache.spec import FeatureSpec
-from cache.writer import Space
+from cache.format.spec import FeatureSpec
+from cache.store.commits import SCHEMA, commit_bytes
+from cache.store.index_file import save_index
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import Space
 from configs import command, parse
 
 SPEC = FeatureSpec(

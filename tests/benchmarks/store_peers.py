@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.layout import CacheRoot
-from cache.reader import find_space
+from cache.store.paths import CacheRoot
+from cache.store.reader import find_space
 from tests.benchmarks.stores import BATCH, Ours, Rows, Store
 
 PEER_SHARD_BYTES = 256 << 20

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.layout import CacheRoot
-from cache.reader import FeatureReader, find_space
-from cache.spec import FeatureSpec
-from cache.writer import NewRow, ShardWriter, Space
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import NewRow, ShardWriter, Space
 
 Rows = npt.NDArray[np.int64]
 BATCH = 32

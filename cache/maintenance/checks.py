@@ -1,0 +1,315 @@
+"""What is wrong with a cache: the checks behind `cache.verify`.
+
+Quick checks read all metadata (every seal), and of each shard its size and index. Deep ones read every
+byte: each row against the crc32c in its commit and against the one beside it, and whether its numbers are
+numbers. Together they cover every byte of a space exactly because a space holds nothing that is not under a
+seal or a crc.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.format.checksums import crc32c
+from cache.format.shard import Geometry, row_facts
+from cache.format.space_info import SpaceInfo, read_info
+from cache.format.spec import KINDS
+from cache.maintenance.findings import GC, Finding, Progress, Report, SpaceReport, damage, note
+from cache.maintenance.row_checks import Finite, outliers
+from cache.store.commits import Commit, current, read_commit
+from cache.store.index_file import check_index
+from cache.store.paths import (
+    PARTIAL,
+    CacheRoot,
+    Corrupt,
+    SpacePaths,
+    check_seal_file,
+    read_sealed_json,
+)
+from cache.store.reader import RUN_BYTES, find_space, logical_hash, row_digests
+from cache.store.row_index import RowIndex
+from cache.store.shard_files import corrupt_shard
+from configs import UserError
+
+THREADS = max(4, os.cpu_count() or 1)
+"""Shards read at a time. Reading, sha256 and crc32c let other threads run, so every core counts; four at
+least, so that a disk always has something to do."""
+
+LOST = "encode.run with the same encoder and codec writes it anew, and keeps every row"
+"""The way out for a space without its description: every commit carries the fingerprint."""
+
+SHOWN = 10
+"""Outliers named of one array."""
+
+
+def verify(
+    root: CacheRoot,
+    *,
+    space: str | None = None,
+    deep: bool = False,
+    hashed: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """All of a cache, or one space of it; with `deep`, every byte; if `hashed`, its logical hash, too."""
+    progress = progress or (lambda _: None)
+    if space is not None:
+        return Report(spaces=[check_space(find_space(root, space), deep, progress, hashed)])
+    report = Report(findings=list(check_tables(root, progress)))
+    for paths in root.space_folders():
+        report.spaces.append(check_space(paths, deep, progress, hashed))
+    return report
+
+
+def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
+    """What `verify` will report as read, about: for a meter."""
+    folders = [root.samples_dir, root.media_dir, root.spaces_dir]
+    if space is not None:
+        folders = [find_space(root, space).root]
+    total = 0
+    for folder in folders:
+        for path in _files(folder):
+            if deep or path.suffix == ".parquet":
+                total += path.stat().st_size
+    return total
+
+
+def check_space(
+    paths: SpacePaths, deep: bool, progress: Progress, hashed: bool = False
+) -> SpaceReport:
+    """One space."""
+    report = SpaceReport(name=paths.name)
+    try:
+        info = read_info(paths)
+    except UserError as error:  # Corrupt, too: without it, nothing else here can be understood
+        if paths.space_json.exists():
+            report.findings.append(damage(error, paths.space_json))
+        elif paths.has_commits:
+            report.findings.append(
+                damage(Corrupt(paths.space_json, "missing", LOST), paths.space_json)
+            )
+        return report
+    index, digests = {}, {}
+    for kind in KINDS:
+        commits, findings = check_commits(paths, info, kind, progress)
+        with ThreadPoolExecutor(THREADS) as threads:
+            shards = [
+                threads.submit(check_shard, paths, info, kind, commit, deep, progress, hashed)
+                for commit in commits
+            ]
+            for shard in shards:
+                findings += shard.result()[0]
+        index[kind] = RowIndex(commits, info.slots[kind])
+        digests[kind] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
+        findings += _check_array_json(paths, info, kind, commits)
+        findings += _check_duplicates(paths, kind, index[kind])
+        findings += _check_errors(paths, kind, commits)
+        sound = None if any(f.broken for f in findings) else index[kind]
+        if derived := check_index(paths, info, kind, deep=deep, rebuilt=sound):
+            findings.append(damage(derived, derived.path))
+        report.findings += findings
+        report.rows[kind] = len(index[kind])
+        report.nbytes += sum(commit.nbytes for commit in commits)
+    if (group := info.container.group_values()) is not None:
+        report.findings += _check_values(paths.group_json, group)
+    report.findings += _check_names(paths, info)
+    if deep and hashed and not report.broken:
+        report.logical_hash = logical_hash(index, digests)
+    return report
+
+
+_NO_DIGESTS = np.empty((0, 32), np.uint8)
+
+
+def check_shard(
+    paths: SpacePaths,
+    info: SpaceInfo,
+    kind: str,
+    commit: Commit,
+    deep: bool,
+    progress: Progress,
+    hashed: bool = False,
+) -> tuple[list[Finding], npt.NDArray[np.uint8]]:
+    """What is wrong with one shard; and, with `deep` and `hashed`, the sha256 (n, 32) of its rows."""
+    path, geometry = paths.shard(kind, commit.shard), info.geometry(kind)
+    findings: list[Finding] = []
+
+    def broken(what: str) -> None:
+        error = corrupt_shard(paths, kind, commit.shard, what)
+        findings.append(damage(error, path, array=kind, shard=commit.shard))
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != commit.nbytes:
+                broken(f"{size} bytes, not {commit.nbytes}")
+                return findings, _NO_DIGESTS
+            rows = commit.table.num_rows
+            tail, tail_crc = geometry.tail_with_crc(rows)
+            found = os.pread(file.fileno(), len(tail), rows * geometry.slot_bytes)
+            if found != tail or tail_crc != commit.index_crc:
+                broken("its last bytes are damaged: the index, or the end of the tar")
+            digests = _NO_DIGESTS
+            if deep:
+                finite = Finite(info.spec, kind)
+                fd = file.fileno()
+                bad, odd, digests = _check_rows(fd, geometry, commit, finite, progress, hashed)
+                if bad:
+                    broken(f"{len(bad)} of {rows} rows fail their checksum (row {bad[0]} first)")
+                if odd:
+                    broken(f"{len(odd)} of {rows} rows hold NaN or Inf (row {odd[0]} first)")
+    except OSError as error:
+        broken(error.strerror or str(error))
+        return findings, _NO_DIGESTS
+    return findings, digests
+
+
+def _check_rows(
+    fd: int,
+    geometry: Geometry,
+    commit: Commit,
+    finite: Finite,
+    progress: Progress,
+    hashed: bool,
+) -> tuple[list[int], list[int], npt.NDArray[np.uint8]]:
+    """Row numbers whose payload has changed, or what stands around it; of others that hold no numbers; and
+    the sha256 (n, 32) of all."""
+    numbers, facts = commit.table["row"].to_pylist(), list(row_facts(commit.table))
+    lead, end = geometry.lead_bytes, geometry.lead_bytes + geometry.row_bytes
+    step = max(1, RUN_BYTES // geometry.slot_bytes)
+    buffer = np.empty((step, geometry.slot_bytes), np.uint8)
+    bad, odd, digests = [], [], [_NO_DIGESTS]
+    for start in range(0, len(numbers), step):
+        slots = buffer[: len(numbers) - start]
+        nbytes = os.preadv(fd, [slots.data], start * geometry.slot_bytes)
+        progress(nbytes)
+        for slot, number, fact in zip(slots, numbers[start:], facts[start:], strict=False):
+            around = slot[:lead].tobytes(), slot[end:].tobytes()
+            if crc32c(slot[lead:end]) != fact.crc or around != geometry.around(fact):
+                bad.append(number)
+            elif not finite(slot[lead:end]):
+                odd.append(number)
+        if hashed:
+            digests.append(row_digests(slots[:, lead:end]))
+    return bad, odd, np.concatenate(digests)
+
+
+def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
+    """Samples and media: their seals, and what a crash left among them."""
+    for path in [*_files(root.samples_dir), *_files(root.media_dir)]:
+        if path.name.endswith(PARTIAL):
+            yield note(path, "was never finished", GC)
+            continue
+        try:
+            check_seal_file(path)
+        except Corrupt as error:
+            yield damage(error, path)
+        except OSError as error:  # a dying disk
+            yield damage(Corrupt(path, error.strerror or str(error)), path)
+        progress(path.stat().st_size)
+
+
+def check_commits(
+    paths: SpacePaths, info: SpaceInfo, kind: str, progress: Progress
+) -> tuple[list[Commit], list[Finding]]:
+    """The intact commits of all shards that exist, by number; and what is wrong with the others."""
+    commits, findings = [], []
+    for number in paths.committed(kind):
+        path = paths.commit(kind, number)
+        try:
+            commits.append(read_commit(paths, info, kind, number))
+        except Corrupt as error:
+            findings.append(damage(error, path))
+        except OSError as error:
+            findings.append(damage(Corrupt(path, error.strerror or str(error)), path))
+        progress(path.stat().st_size)
+    return current(commits), findings
+
+
+def _check_errors(paths: SpacePaths, kind: str, commits: Sequence[Commit]) -> Iterator[Finding]:
+    """Rows whose codec lost far more than that of the others."""
+    errors = [commit.table["error"].to_numpy() for commit in commits]
+    together = np.concatenate([np.empty(0, np.float32), *errors])
+    found = outliers(together)
+    starts = np.cumsum([0, *map(len, errors)])
+    for position in found[:SHOWN].tolist():
+        which = int(np.searchsorted(starts, position, side="right")) - 1
+        commit, slot = commits[which], position - int(starts[which])
+        key, view = (commit.table[name][slot].as_py() for name in ("key", "view"))
+        error, median = float(together[position]), float(np.median(together))
+        more = f", {len(found) - SHOWN} more like it" if position == found[:SHOWN][-1] else ""
+        yield note(
+            paths.shard(kind, commit.shard),
+            f"{key.hex()} {view}: its codec's error is {error:.3g}, the median {median:.3g}"
+            + (more if len(found) > SHOWN else ""),
+            "stored as it was written; look at the picture",
+        )
+
+
+def _check_duplicates(paths: SpacePaths, kind: str, index: RowIndex) -> Iterator[Finding]:
+    for pair in index.duplicates():
+        key, view = index.identity(pair[0])
+        first, again = index.rows(np.array(pair)).tolist()
+        shard = again // index.slots
+        error = corrupt_shard(
+            paths, kind, shard, f"row {again} is {key} {view}, and so is row {first}"
+        )
+        yield damage(error, paths.shard(kind, shard), array=kind)
+
+
+def _check_array_json(
+    paths: SpacePaths, info: SpaceInfo, kind: str, commits: Sequence[Commit]
+) -> Iterator[Finding]:
+    path, slots = paths.array_json(kind), info.slots[kind]
+    if info.container.array_values(info.spec, kind, slots, 0) is None:
+        return
+    needed = (commits[-1].shard + 1) * slots if commits else 0
+    try:
+        covered = int(read_sealed_json(path)["shape"][0])
+    except Corrupt as error:
+        yield damage(error, path)
+        return
+    except (KeyError, IndexError, TypeError, ValueError):  # intact, but of something else
+        covered = needed
+    expected = info.container.array_values(info.spec, kind, slots, covered)
+    assert expected is not None
+    yield from _check_values(path, expected)
+    if covered < needed:
+        yield note(path, "does not cover the newest shards", "the next encode.run puts it right")
+
+
+def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
+    """A zarr.json that is intact, but says something else, misleads as much as a damaged one."""
+    try:
+        found = read_sealed_json(path)
+        if {**found, "attributes": None} != {**expected, "attributes": None}:
+            raise Corrupt(path, "it does not describe the data beside it")
+    except Corrupt as error:
+        yield damage(error, path)
+
+
+def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
+    """Files that no commit knows."""
+    known = {paths.space_json, *map(paths.index, KINDS)}
+    if info.container.group_values() is not None:
+        known |= {paths.group_json, *map(paths.array_json, KINDS)}
+    for kind in KINDS:
+        for number in paths.committed(kind):
+            known |= {paths.commit(kind, number), paths.shard(kind, number)}
+    for path in _files(paths.root):
+        if path.name.endswith(PARTIAL):
+            yield note(path, "was never finished", GC)
+        elif path not in known and path.is_relative_to(paths.root / "features"):
+            yield note(path, "no commit names it", GC)
+        elif path not in known:
+            yield note(path, "is no file of ours", "nothing reads it: move it away")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

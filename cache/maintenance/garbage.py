@@ -1,0 +1,232 @@
+"""What may go from a cache: what nothing refers to, and what the user names.
+
+Everything here is a list of files in the order in which they must go, so that a crash between any two of them
+leaves a valid space. `cache.gc` is the command.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cache.format.space_info import SpaceInfo, read_info
+from cache.format.spec import KINDS
+from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
+from cache.maintenance.survey import mentioned_keys
+from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
+from cache.store.paths import PARTIAL, CacheRoot, SpacePaths, fsync_folder
+from cache.store.row_index import RowIndex
+from cache.store.samples import dataset_names, samples_table
+from cache.store.writer import Space
+from configs import UserError
+
+REST_S = 3600.0
+"""Unfinished samples and media younger than this may still be finished: no lock guards those."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One thing that nothing refers to."""
+
+    path: Path
+    """A file, or a folder."""
+    what: str
+    """What it is, or was to become."""
+    nbytes: int
+    """Its size on disk."""
+    space: SpacePaths | None = None
+    """For a shard: the space it lies in."""
+    array: str = ""
+    """For a shard: its array."""
+    shard: int = -1
+    """For a shard: its number."""
+    info: SpaceInfo | None = None
+    """For a shard that was committed once, and replaced: its space."""
+
+
+def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]:
+    """What can go from samples, media and these spaces. Sure only while nobody writes to them.
+
+    Raises:
+        UserError: the commits of a space are gone, or damaged, so that its shards cannot be judged.
+    """
+    old = time.time() - REST_S
+    partial = [p for folder in (root.samples_dir, root.media_dir) for p in _partial(folder)]
+    found = [_garbage(path, "never finished") for path in partial if path.stat().st_mtime < old]
+    found += [_garbage(path, "half removed") for path in sorted(root.garbage_dir.glob("*"))]
+    for space in spaces:
+        found += _space_garbage(space)
+    return found
+
+
+def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
+    for kind in KINDS:
+        orphans = sorted(set(paths.started(kind)) - set(paths.committed(kind)))
+        if orphans and not paths.commits_dir.is_dir():
+            raise UserError(
+                f"{paths.commits_dir} is missing, so every shard looks uncommitted; "
+                f"put it back, or delete {paths.root} yourself"
+            )
+        for number in orphans:
+            if any(path.is_file() for path in shard_home(paths, kind, number).rglob("*")):
+                yield _shard(paths, kind, number, "shard, never committed")
+    if paths.space_json.exists() and paths.has_commits:
+        yield from _replaced(paths)
+    shards = tuple(map(paths.shards_dir, KINDS))
+    for path in _partial(paths.root):
+        if not any(path.is_relative_to(folder) for folder in shards):
+            yield _garbage(path, "never finished")
+
+
+def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
+    """Shards whose rows stand in newer ones, ascending: so none comes back to life."""
+    info = read_info(paths)
+    for kind in KINDS:
+        commits = [read_commit(paths, info, kind, number) for number in paths.committed(kind)]
+        alive = {commit.shard for commit in current(commits)}
+        for number in sorted({commit.shard for commit in commits} - alive):
+            yield _shard(paths, kind, number, "shard, replaced by a newer one", info)
+
+
+def _shard(
+    paths: SpacePaths, kind: str, number: int, what: str, info: SpaceInfo | None = None
+) -> Garbage:
+    home, commit = shard_home(paths, kind, number), paths.commit(kind, number)
+    nbytes = _size(home) + _size(commit)
+    return Garbage(
+        path=home, what=what, nbytes=nbytes, space=paths, array=kind, shard=number, info=info
+    )
+
+
+def _partial(folder: Path) -> list[Path]:
+    return sorted(folder.rglob(f"*{PARTIAL}"))
+
+
+def _garbage(path: Path, what: str) -> Garbage:
+    return Garbage(path=path, what=what, nbytes=_size(path))
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def remove(garbage: Garbage) -> None:
+    """Gone, durably."""
+    if garbage.space is not None and garbage.info is not None:
+        retire(garbage.space, garbage.info, garbage.array, [garbage.shard], delete)
+    elif garbage.space is not None:
+        clear_shard(garbage.space, garbage.array, garbage.shard, delete)
+    elif garbage.path.is_dir():
+        shutil.rmtree(garbage.path)
+        fsync_folder(garbage.path.parent)
+    else:
+        delete(garbage.path)
+
+
+# ---- rows no sample mentions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreferenced:
+    """Rows of one array that no sample mentions."""
+
+    space: Space
+    """Where they are."""
+    array: str
+    """In which array."""
+    rows: int
+    """How many."""
+    groups: list[list[Part]]
+    """Shards that hold some of them, with the rows that stay; those of one group fit into one shard."""
+
+    @property
+    def shards(self) -> int:
+        """Shards that would be written anew, or go."""
+        return sum(map(len, self.groups))
+
+    @property
+    def copied(self) -> int:
+        """Bytes that would be written."""
+        return sum(map(self._new_bytes, self.groups))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that would be freed."""
+        old = sum(commit.nbytes for group in self.groups for commit, _ in group)
+        return old - self.copied
+
+    def _new_bytes(self, group: Sequence[Part]) -> int:
+        stay = sum(int(keep.sum()) for _, keep in group)
+        return self.space.info.geometry(self.array).file_bytes(stay) if stay else 0
+
+
+def wanted_keys(root: CacheRoot) -> pa.Array:
+    """Keys (32 bytes) that a sample refers to: through the media table, or by the hash it states itself."""
+    wanted = mentioned_keys(root)
+    for name in dataset_names(root):
+        media = pc.list_flatten(samples_table(root, name, ["media"])["media"])
+        stated = pc.struct_field(media, "sha256").drop_null().unique().to_pylist()
+        wanted |= {bytes.fromhex(key) for key in stated}
+    return pa.array(sorted(wanted), pa.binary(KEY_BYTES))
+
+
+def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]:
+    """Rows whose key is not among `wanted`, in each array that has any.
+
+    Raises:
+        UserError: the space is damaged, and what is there cannot be judged.
+    """
+    space = Space.open(paths)
+    found = []
+    for kind in KINDS:
+        slots = space.rows_per_shard(kind)
+        commits = read_commits(paths, space.info, kind)
+        parts: list[Part] = []
+        for commit in commits:
+            keep = np.asarray(pc.is_in(commit.table["key"], wanted), bool)
+            if not keep.all():
+                parts.append((commit, keep))
+        if not parts:
+            continue
+        if RowIndex(commits, slots).duplicates():
+            raise UserError(
+                f"{paths.root} holds rows twice: python -m cache.verify --deep --repair"
+            )
+        rows = sum(int((~keep).sum()) for _, keep in parts)
+        groups = _groups(parts, slots)
+        found.append(Unreferenced(space=space, array=kind, rows=rows, groups=groups))
+    return found
+
+
+def _groups(parts: Sequence[Part], slots: int) -> list[list[Part]]:
+    """Neighbours whose rows that stay fit into one shard together. A shard is never divided: it is replaced
+    whole, in one step, and the rows of a clip stay side by side."""
+    groups: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        stay = int(part[1].sum())
+        if stay > room or not groups:
+            groups.append([])
+            room = slots
+        groups[-1].append(part)
+        room -= stay
+    return groups
+
+
+def take_out_unreferenced(found: Unreferenced) -> None:
+    """Write the other rows into new shards, one group after the other; the old shards are deleted.
+
+    Raises:
+        Corrupt: a row that stays is damaged.
+        UserError: the disk refused. In either case every row that stays is still there.
+    """
+    for group in found.groups:
+        take_out(found.space, found.array, group, delete)

@@ -1,0 +1,198 @@
+"""The tables of two caches, compared: which media and samples `cache.merge` brings over.
+
+M rows of a media table, one a source.
+"""
+
+from __future__ import annotations
+
+import mmap
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cache.store.paths import CacheRoot, check_seal, new_file
+from cache.store.samples import (
+    Sample,
+    append_media_table,
+    dataset_names,
+    media_table,
+    read_samples,
+    samples_digest,
+    write_samples,
+)
+from configs import UserError
+
+SHOWN = 5
+"""Sources printed of those that gave different bytes."""
+
+Samples = Literal["ours", "theirs", "both"]
+
+
+# ---- media
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MediaNews:
+    """What another ledger knows better."""
+
+    table: pa.Table
+    """Rows to append, columns of MediaRecord."""
+    new: int
+    """Of these, sources that are unknown here."""
+    came: int
+    """Of these, what failed here and came there."""
+    conflicts: list[tuple[str, str, str]]
+    """Source, key here, key there: it gave different bytes on the two machines."""
+
+    def text(self) -> str:
+        """In one line, and more where sources gave different bytes."""
+        newer = len(self.table) - self.new - self.came
+        line = (
+            f"{self.new:,} new; {self.came:,} that failed here and came there; "
+            f"{newer:,} newer failures"
+        )
+        if not self.conflicts:
+            return line
+        said = "what is recorded here stands, and samples that mention them show it"
+        lines = [f"{line}; {len(self.conflicts):,} gave other bytes there: {said}"]
+        lines += [
+            f"    {source}: {ours[:12]}... here, {theirs[:12]}... there"
+            for source, ours, theirs in self.conflicts[:SHOWN]
+        ]
+        if len(self.conflicts) > SHOWN:
+            lines.append(f"    and {len(self.conflicts) - SHOWN:,} more")
+        return "\n".join(lines)
+
+
+def compare_media(root: CacheRoot, other: CacheRoot) -> MediaNews:
+    """What the ledger of `other` adds to that of `root`; equal ledgers add nothing."""
+    ours, theirs = media_table(root, stamped=True), media_table(other, stamped=True)
+    at = pc.index_in(theirs["source"], ours["source"].combine_chunks())
+    known = np.asarray(pc.is_valid(at), bool)
+    here = ours.take(at)  # beside each of theirs, ours; nulls where there is none
+
+    def both(name: str) -> Sequence[Any]:
+        """Values of a column, ours and theirs, (M,) each."""
+        return [np.array(table[name].to_pylist(), object) for table in (here, theirs)]
+
+    our_key, their_key = both("key")
+    our_status, their_status = both("status")
+    our_kind, their_kind = both("kind")
+    our_ns, their_ns = both("ns")
+    keyed = (our_key != None) & (their_key != None)  # noqa: E711 - elementwise
+    conflict = known & keyed & (our_key != their_key)
+    open_ = known & ~conflict & (our_kind == their_kind) & (our_status == "failed")
+    came = open_ & (their_status == "ok")
+    newer = open_ & (their_status == "failed")
+    newer[newer] = (their_ns[newer] > our_ns[newer]).astype(bool)
+    # The same failure entered again, by a merge the other way, is no news.
+    newer &= np.logical_or.reduce(
+        [np.not_equal(*both(name)) for name in ("stage", "error", "attempts")]
+    )
+    take = ~known | came | newer
+    sources = theirs["source"].filter(pa.array(conflict)).to_pylist()
+    return MediaNews(
+        table=theirs.filter(pa.array(take)).drop_columns(["ns"]),
+        new=int((~known).sum()),
+        came=int(came.sum()),
+        conflicts=list(zip(sources, our_key[conflict], their_key[conflict], strict=True)),
+    )
+
+
+def append_news(root: CacheRoot, news: MediaNews) -> None:
+    """Enter it into the ledger, in one part."""
+    if len(news.table):
+        append_media_table(root, news.table, f"merge-{secrets.token_hex(4)}")
+
+
+# ---- samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleNews:
+    """What becomes of one data set."""
+
+    dataset: str
+    """Its name."""
+    what: str
+    """For the reader."""
+    take: Samples
+    """ours: nothing; theirs: copied; both: ours and, behind them, what only theirs has."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether anything is written."""
+        return self.take != "ours"
+
+
+def compare_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> list[SampleNews]:
+    """What becomes of each data set there.
+
+    Raises:
+        UserError: data sets of one name say different things, and nobody said which counts.
+    """
+    ours = set(dataset_names(root))
+    found, unclear = [], []
+    for name in dataset_names(other):
+        if name not in ours:
+            found.append(SampleNews(dataset=name, what="new", take="theirs"))
+        elif samples_digest(root, name) == samples_digest(other, name):
+            found.append(SampleNews(dataset=name, what="the same", take="ours"))
+        elif choice is None:
+            unclear.append(name)
+        elif choice == "both" and not any(True for _ in _others(root, other, name)):
+            found.append(SampleNews(dataset=name, what="all of them are here", take="ours"))
+        else:
+            what = {
+                "ours": "differs, ours stays",
+                "theirs": "differs, theirs is taken",
+                "both": "differs, what only theirs has is added",
+            }[choice]
+            found.append(SampleNews(dataset=name, what=what, take=choice))
+    if unclear:
+        raise UserError(
+            f"{', '.join(unclear)}: the samples under {other.path} are not those under {root.path}; "
+            "say which count: --samples ours | theirs | both (both: ours, and those of theirs with other ids)"
+        )
+    return found
+
+
+def copy_samples(root: CacheRoot, other: CacheRoot, news: Sequence[SampleNews]) -> None:
+    """Write them, each data set whole or not at all.
+
+    Raises:
+        Corrupt: a file there is damaged; what was here stays.
+    """
+    for one in news:
+        if one.take == "both":
+            write_samples(root, one.dataset, _joined(root, other, one.dataset))
+        elif one.take == "theirs":
+            path = other.samples(one.dataset)
+            with path.open("rb") as theirs, new_file(root.samples(one.dataset)) as file:
+                shutil.copyfileobj(theirs, file)
+                file.flush()
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    check_seal(data, path)
+
+
+def tables_bytes(samples: Sequence[SampleNews], media: MediaNews, other: CacheRoot) -> int:
+    """What the tables will take, about."""
+    sizes = [other.samples(one.dataset).stat().st_size for one in samples if one.copies]
+    return 2 * sum(sizes) + int(media.table.nbytes)
+
+
+def _joined(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]:
+    yield from read_samples(root, dataset)
+    yield from _others(root, other, dataset)
+
+
+def _others(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]:
+    """Samples there whose id no sample here has."""
+    ids = {sample.id for sample in read_samples(root, dataset)}
+    return (sample for sample in read_samples(other, dataset) if sample.id not in ids)

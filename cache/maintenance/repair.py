@@ -1,0 +1,299 @@
+"""Damage taken out of a cache, so that the next encode makes good exactly what is missing.
+
+No data is deleted: what is damaged goes to `<features>/damaged/`, at the same place as in the cache. Every
+step is whole or not done; killed anywhere, the next repair goes on. In this order, so that one pass over the
+rows is enough: tables, space.json, commits; then the rows of every shard; then what is made of these.
+
+    sealed file with one flipped bit     put back as it was
+    samples, media, space.json           set aside; `encode.run` makes them anew
+    commit                               set aside, with its shard: nobody knows whose rows they are
+    shard                                its intact rows go to a new shard; it is set aside
+    the same row twice                   the older stays
+    zarr.json, index                     made anew
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.format.space_info import info_bytes, read_info
+from cache.format.spec import KINDS
+from cache.format.zarr_shard import zarr_json
+from cache.maintenance.checks import check_commits, check_shard, check_space, check_tables
+from cache.maintenance.compaction import (
+    Part,
+    alone,
+    clear_shard,
+    drop_index,
+    intact_rows,
+    one_line,
+    retire,
+    set_aside,
+    take_out,
+)
+from cache.maintenance.findings import Finding, Progress, Report, SpaceReport
+from cache.store.commits import read_commits
+from cache.store.index_file import save_index
+from cache.store.mend import commits_fingerprint, flip_back, rebuild_info
+from cache.store.paths import (
+    CacheRoot,
+    Corrupt,
+    SpacePaths,
+    check_seal_file,
+    read_sealed_json,
+    write_atomic,
+)
+from cache.store.row_index import RowIndex
+from cache.store.writer import Space
+from configs import UserError
+
+Tell = Callable[[str], None]
+"""Called with one line for each thing that is about to be done."""
+
+ASIDE = "set aside, with its shard: nobody knows whose rows it has"
+
+
+@dataclass(kw_only=True)
+class Repaired:
+    """What a repair did."""
+
+    kept: Counter[str] = field(default_factory=Counter)
+    """Array -> rows that were saved from damaged shards."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Array -> rows known to be gone: the next encode makes them anew."""
+    steps: int = 0
+    """Things done."""
+    datasets: set[str] = field(default_factory=set)
+    """Data sets whose samples were set aside."""
+    media: bool = False
+    """Whether a part of the media table was set aside: every data set must be looked at again."""
+    spaces: set[str] = field(default_factory=set)
+    """Spaces that miss something now."""
+
+
+class Repair:
+    """One run of it, over a cache or one of its spaces."""
+
+    def __init__(self, root: CacheRoot, *, deep: bool, tell: Tell, progress: Progress):
+        self._root, self._deep, self._progress = root, deep, progress
+        self._tell_line = tell
+        self.done = Repaired()
+
+    def run(self, space: SpacePaths | None) -> Report:
+        """Repair everything, or one space, with every job kept away; what is left to say of it.
+
+        Raises:
+            UserError: a job writes there, or the disk refused.
+        """
+        folders = [space] if space else self._root.space_folders()
+        report = Report()
+        with one_line(self._root.path), alone(folders, "cache.verify --repair"):
+            if space is None:
+                self._tables()
+                report.findings += check_tables(self._root, lambda _: None)
+            report.spaces += map(self._space, folders)
+        return report
+
+    def _tell(self, path: Path, what: str, todo: str) -> None:
+        self.done.steps += 1
+        self._tell_line(f"{path}: {what}; {todo}")
+
+    def _aside(self, path: Path) -> None:
+        set_aside(self._root, path)
+
+    # ---- sealed files
+
+    def _flipped_back(self, finding: Finding) -> bool:
+        """Whether a sealed file could be put back as it was."""
+        path = Path(finding.path)
+        if not path.is_file() or (data := flip_back(path.read_bytes())) is None:
+            return False
+        self._tell(path, finding.what, "one bit had flipped: put back, its seal fits again")
+        write_atomic(path, data)
+        return True
+
+    def _tables(self) -> None:
+        for finding in list(check_tables(self._root, self._progress)):
+            path = Path(finding.path)
+            if not finding.broken or self._flipped_back(finding):
+                continue
+            self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
+            place = set_aside(self._root, path)
+            if _intact(place) and not path.exists():  # a job made it anew at this very moment
+                place.rename(path)
+            elif path.is_relative_to(self._root.media_dir):
+                self.done.media = True
+            else:
+                self.done.datasets.add(path.parent.name)
+
+    # ---- spaces
+
+    def _space(self, paths: SpacePaths) -> SpaceReport:
+        if not self._description(paths):
+            if not paths.space_json.exists():
+                self._seals(paths)
+            return check_space(paths, False, lambda _: None)
+        space = Space.open(paths)
+        for kind in KINDS:
+            self._commits(space, kind)
+        report = check_space(paths, self._deep, self._progress)
+        self._index(paths, report)
+        if not report.broken:
+            self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
+            save_index(paths, space.info)
+            return report
+        newest = {kind: space.next_shard(kind) for kind in KINDS}
+        for kind in KINDS:
+            self._shards(space, kind, [f for f in report.findings if f.broken and f.array == kind])
+            self._doubles(space, kind)
+        self._arrays(space, report)
+        save_index(paths, space.info)
+        left = check_space(paths, False, lambda _: None)
+        for kind in KINDS:  # what was written just now is read back
+            for commit in read_commits(paths, space.info, kind):
+                if commit.shard >= newest[kind]:
+                    again = check_shard(paths, space.info, kind, commit, True, self._progress)
+                    left.findings += again[0]
+        return left
+
+    def _description(self, paths: SpacePaths) -> bool:
+        """space.json; whether it is there, in the end."""
+        try:
+            read_info(paths)
+            return True
+        except Corrupt as error:
+            finding = Finding(path=str(paths.space_json), what=error.what, way_out="")
+        except UserError:  # none, or of another version: not ours to touch
+            return False
+        if self._flipped_back(finding):
+            return True
+        fingerprint = commits_fingerprint(paths)
+        info = rebuild_info(paths.space_json.read_bytes(), fingerprint) if fingerprint else None
+        if info is not None:
+            self._tell(
+                paths.space_json,
+                finding.what,
+                "written anew: its spec has the commits' fingerprint",
+            )
+            write_atomic(paths.space_json, info_bytes(info))
+            return True
+        self._tell(
+            paths.space_json,
+            finding.what,
+            "set aside; encode.run with the same encoder and codec writes it anew, and keeps every row",
+        )
+        self._aside(paths.space_json)
+        self.done.spaces.add(paths.name)
+        return False
+
+    def _seals(self, paths: SpacePaths) -> None:
+        """Damaged commits of a space that lost its description: encode.run could not go on with them."""
+        for kind in KINDS:
+            for number in paths.committed(kind):
+                path = paths.commit(kind, number)
+                try:
+                    check_seal_file(path)
+                except Corrupt as error:
+                    finding = Finding(path=str(path), what=error.what, way_out="")
+                    if not self._flipped_back(finding):
+                        self._tell(path, finding.what, ASIDE)
+                        self._aside(path)
+                        clear_shard(paths, kind, number, self._aside)
+
+    def _commits(self, space: Space, kind: str) -> None:
+        """Damaged commits go, with their shards."""
+        for finding in check_commits(space.paths, space.info, kind, lambda _: None)[1]:
+            if self._flipped_back(finding):
+                continue
+            path = Path(finding.path)
+            self._tell(path, finding.what, ASIDE)
+            number = next(
+                n for n in space.paths.committed(kind) if space.paths.commit(kind, n) == path
+            )
+            retire(space.paths, space.info, kind, [number], self._aside)
+            self.done.spaces.add(space.paths.name)
+
+    def _shards(self, space: Space, kind: str, findings: list[Finding]) -> None:
+        """Damaged shards: their intact rows, in new ones."""
+        commits = {c.shard: c for c in read_commits(space.paths, space.info, kind)}
+        why: dict[int, list[str]] = {}
+        for finding in findings:
+            if finding.shard is not None:
+                why.setdefault(finding.shard, []).append(finding.what)
+        for number, reasons in sorted(why.items()):
+            commit = commits[number]
+            keep = intact_rows(space.paths, space.info, kind, commit)
+            self._take_out(space, kind, (commit, keep), " and ".join(reasons))
+
+    def _doubles(self, space: Space, kind: str) -> None:
+        """Of rows with one identity, the oldest stays."""
+        commits = read_commits(space.paths, space.info, kind)
+        index = RowIndex(commits, space.info.slots[kind])
+        again = index.rows(np.array([second for _, second in index.duplicates()], np.int64))
+        for commit in commits:
+            keep = ~np.isin(commit.table["row"].to_numpy(), again)
+            if not keep.all():
+                what = f"{int((~keep).sum())} of its rows are in older shards, too"
+                self._take_out(space, kind, (commit, keep), what, lost=False)
+
+    def _take_out(
+        self, space: Space, kind: str, part: Part, what: str, *, lost: bool = True
+    ) -> None:
+        commit, keep = part
+        kept = int(keep.sum())
+        todo = f"its {kept} good rows go to a new shard" if kept else "set aside, with its commit"
+        self._tell(space.paths.shard(kind, commit.shard), what, todo)
+        take_out(space, kind, [part], self._aside)
+        self.done.kept[kind] += kept
+        if lost and kept < len(keep):
+            self.done.lost[kind] += len(keep) - kept
+            self.done.spaces.add(space.paths.name)
+
+    def _index(self, paths: SpacePaths, report: SpaceReport) -> None:
+        """What is derived from the commits only goes: whoever needs it makes it anew."""
+        folder = paths.root / "index"
+        about = [f for f in report.findings if Path(f.path).is_relative_to(folder)]
+        if about:
+            self._tell(folder, about[0].what, "removed: it is derived, and made anew when needed")
+            drop_index(paths)
+            report.findings = [f for f in report.findings if f not in about]
+
+    def _arrays(self, space: Space, report: SpaceReport) -> None:
+        """Zarr's descriptions, which follow from what else is there."""
+        files = {}
+        if (group := space.info.container.group_values()) is not None:
+            files[space.paths.group_json] = zarr_json(group)
+        for kind in KINDS:
+            if (values := _array_values(space, kind)) is not None:
+                files[space.paths.array_json(kind)] = zarr_json(values)
+        why = {finding.path: finding.what for finding in report.findings if finding.broken}
+        for path, data in files.items():
+            if path.is_file() and path.read_bytes() == data:
+                continue
+            if str(path) in why:  # else it only lags behind
+                self._tell(path, why[str(path)], "made anew")
+            write_atomic(path, data)
+
+
+def _array_values(space: Space, kind: str) -> Mapping[str, Any] | None:
+    """An array's zarr.json, if it has one: it covers every committed shard, and never shrinks."""
+    slots = space.rows_per_shard(kind)
+    rows = max((number + 1 for number in space.paths.committed(kind)), default=0) * slots
+    with contextlib.suppress(Corrupt, KeyError, IndexError, TypeError):
+        rows = max(rows, int(read_sealed_json(space.paths.array_json(kind))["shape"][0]))
+    return space.info.container.array_values(space.spec, kind, slots, rows)
+
+
+def _intact(path: Path) -> bool:
+    try:
+        check_seal_file(path)
+    except Corrupt:
+        return False
+    return True

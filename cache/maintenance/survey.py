@@ -1,0 +1,211 @@
+"""What is in a cache: the figures behind `cache.ls` and `cache.gc`.
+
+S samples of a data set, R media references of all of them together, M rows of the media table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cache.format.spec import KINDS, PACKED_FROM
+from cache.maintenance.inventory import Need, SpaceMedia, find_references
+from cache.store.locks import driver_holder
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import dataset_names, media_table
+from configs import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecError:
+    """Relative errors that the codec made in the rows of one array, each measured when its row was packed."""
+
+    mean: float
+    median: float
+    p99: float
+    """99 of 100 rows lose at most this."""
+    largest: float
+
+
+@dataclass(kw_only=True)
+class SpaceSummary:
+    """One space."""
+
+    name: str
+    """Its name."""
+    encoder: str = ""
+    """Display name of the encoder."""
+    codec: str = ""
+    """How rows are stored."""
+    blocks: tuple[int, ...] = ()
+    """Transformer blocks the features come from."""
+    pool: dict[str, int] = field(default_factory=dict)
+    """Kind -> side of the pooling window, patches."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Kind -> committed rows."""
+    container: str = ""
+    """What its shards are."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Kind -> committed shards."""
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    """Kind -> size of these."""
+    nbytes: int = 0
+    """Size of the committed shards of all kinds."""
+    error: dict[str, CodecError] = field(default_factory=dict)
+    """Kind -> what the codec lost; of kinds that have rows."""
+    writer: str | None = None
+    """The job that writes to it now."""
+    damage: str | None = None
+    """Why it cannot be opened."""
+    closed: bool = False
+    """Whether encode.run adds to it no longer: made before features were rounded to float16."""
+
+
+@dataclass(kw_only=True)
+class DatasetSummary:
+    """One data set."""
+
+    name: str
+    """Its name."""
+    samples: int
+    """Its samples."""
+    media: int
+    """Distinct media it mentions."""
+    failed: int
+    """Of these, how many the ledger has as failed."""
+    coverage: dict[str, float]
+    """Space -> share of the samples whose media all have features there."""
+    needs: dict[str, Need]
+    """Space -> what is missing there, and what a training on it reads."""
+
+
+@dataclass(kw_only=True)
+class Failures:
+    """Media that failed for one reason, of one host, in one data set."""
+
+    stage: str
+    """Where: fetch, verify, decode, encode or write."""
+    error: str
+    """Why."""
+    host: str
+    """Of the URLs; empty for files."""
+    dataset: str
+    """The data set that mentions them; empty when none does any more."""
+    sources: list[str]
+    """Which."""
+
+
+def open_spaces(
+    root: CacheRoot, *, errors: bool = False
+) -> tuple[list[SpaceSummary], dict[str, FeatureReader]]:
+    """A summary of every space, with `errors` also of its codec's; and a reader of those that open."""
+    summaries, readers = [], {}
+    for name in root.space_names():
+        paths = root.space(name)
+        summary = SpaceSummary(name=name, writer=driver_holder(paths))
+        summaries.append(summary)
+        try:
+            reader = FeatureReader(paths)
+        except UserError as error:  # damaged, or of another format
+            summary.damage = str(error)
+            continue
+        readers[name] = reader
+        summary.encoder, summary.codec = reader.spec.encoder, reader.spec.codec
+        summary.blocks = reader.spec.blocks
+        summary.pool = {kind: reader.spec.pool(kind) for kind in KINDS}
+        summary.rows = {kind: reader.rows(kind) for kind in KINDS}
+        summary.container = reader.spec.container
+        summary.closed = reader.spec.packed_from != PACKED_FROM[-1]
+        sizes = {kind: index.nbytes for kind, index in reader.index.items()}
+        summary.shards = {kind: len(of) for kind, of in sizes.items()}
+        summary.bytes_of = {kind: sum(of.values()) for kind, of in sizes.items()}
+        summary.nbytes = sum(summary.bytes_of.values())
+        if errors:
+            summary.error = codec_errors(reader)
+    return summaries, readers
+
+
+def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
+    """Of each kind that has rows, as measured when they were packed."""
+    found = {}
+    for kind, index in reader.index.items():
+        if len(index):
+            errors = index.columns.errors
+            median, p99 = np.percentile(errors, (50, 99)).tolist()
+            mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
+            found[kind] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
+    return found
+
+
+def summarise_datasets(
+    root: CacheRoot, readers: Mapping[str, FeatureReader]
+) -> list[DatasetSummary]:
+    """A summary of every data set, with its coverage by each space."""
+    media = media_table(root)
+    failed = np.asarray(pc.equal(media["status"], "failed"), bool)
+    spaces = {name: SpaceMedia(media, reader) for name, reader in readers.items()}
+    summaries = []
+    for name in dataset_names(root):
+        references = find_references(root, name, media)
+        known = references.media[references.media >= 0]
+        summaries.append(
+            DatasetSummary(
+                name=name,
+                samples=references.samples,
+                media=len(references.sources),
+                failed=int(failed[np.unique(known)].sum()),
+                coverage={space: here.coverage(references) for space, here in spaces.items()},
+                needs={
+                    space: here.need(references, dataset=name, root=root)
+                    for space, here in spaces.items()
+                },
+            )
+        )
+    return summaries
+
+
+def list_failures(root: CacheRoot) -> list[Failures]:
+    """All failed media, the most frequent (stage, error, host, data set) first."""
+    media = media_table(root)
+    failed = media.filter(pc.equal(media["status"], "failed"))
+    mentioned: dict[str, list[str]] = defaultdict(list)
+    for name in dataset_names(root):
+        sources = find_references(root, name, media).sources
+        for source in failed["source"].filter(pc.is_in(failed["source"], sources)).to_pylist():
+            mentioned[source].append(name)
+    groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for row in failed.select(["source", "stage", "error"]).to_pylist():
+        for dataset in mentioned.get(row["source"], [""]):
+            host = _host(row["source"])
+            groups[row["stage"], row["error"], host, dataset].append(row["source"])
+    found = [
+        Failures(stage=stage, error=error, host=host, dataset=dataset, sources=sources)
+        for (stage, error, host, dataset), sources in groups.items()
+    ]
+    return sorted(found, key=lambda f: (-len(f.sources), f.stage, f.error, f.host, f.dataset))
+
+
+def _host(source: str) -> str:
+    """Of a URL, without its port; '' for a path, or what is no URL after all."""
+    try:
+        return urlsplit(source).hostname or ""
+    except ValueError:
+        return ""
+
+
+def mentioned_keys(root: CacheRoot) -> set[bytes]:
+    """Keys (32 bytes) of all media that a sample mentions, under any source."""
+    media = media_table(root)
+    mentioned = np.zeros(len(media), bool)
+    for name in dataset_names(root):
+        known = find_references(root, name, media).media
+        mentioned[known[known >= 0]] = True
+    keys = media["key"].filter(pa.array(mentioned)).drop_null().unique().to_pylist()
+    return set(map(bytes.fromhex, keys))

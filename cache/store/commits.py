@@ -1,0 +1,153 @@
+"""Commits: the small sealed tables that make shards exist. `cache.row_index` looks up the rows they name.
+
+Nothing else makes a row visible. Row `shard * slots + slot` is the slot-th row of its shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.format.space_info import SpaceInfo
+from cache.store.paths import UNSEALED, Corrupt, SpacePaths, check_seal, seal
+
+__all__ = [
+    "KEY_BYTES",
+    "SCHEMA",
+    "Commit",
+    "commit_bytes",
+    "current",
+    "key_bytes",
+    "read_commit",
+    "read_commits",
+]
+
+KEY_BYTES = 32
+"""Bytes of a key: the sha256 of the bytes of one media item."""
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.binary(KEY_BYTES),  # sha256 of the media's bytes
+        "view": pa.string(),  # which view of it
+        "time_s": pa.float64(),  # where in its video, null for pictures
+        "row": pa.int64(),  # row number in the array
+        "crc": pa.uint32(),  # crc32c of the stored row
+        "error": pa.float32(),  # relative error of the row codec
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Commit:
+    """One shard's rows, in slot order."""
+
+    shard: int
+    """Number of the shard."""
+    nbytes: int
+    """Size of its file."""
+    index_crc: int
+    """crc32c of its index."""
+    table: pa.Table
+    """The rows, as SCHEMA."""
+    replaces: tuple[int, ...] = ()
+    """Shards that stopped existing at the instant this one began to; their rows are here, or given up."""
+    seal: bytes = b""
+    """sha256 (32 bytes) that its file is sealed with."""
+
+
+def key_bytes(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Keys of 64 hex digits -> (n, 32) bytes."""
+    if not all(len(key) == 2 * KEY_BYTES for key in keys):
+        raise ValueError("a key has 64 hex digits")
+    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def commit_bytes(
+    table: pa.Table,
+    *,
+    fingerprint: str,
+    kind: str,
+    shard: int,
+    nbytes: int,
+    index_crc: int,
+    replaces: Sequence[int] = (),
+) -> bytes:
+    """The file of a commit. See `Commit` for what `replaces` means.
+
+    `table` is as SCHEMA, and has the geometry's own columns (`commit_columns`) behind it.
+    """
+    sink = pa.BufferOutputStream()
+    # Keys do not compress; plain columns open in 0.2 ms, a third of the time (512 rows, 2 cores).
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": ["view"]}
+    with pq.ParquetWriter(sink, table.schema, write_statistics=False, **plain) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(
+            {
+                "space": fingerprint,
+                "array": kind,
+                "shard": str(shard),
+                "nbytes": str(nbytes),
+                "index_crc": str(index_crc),
+                **({"replaces": " ".join(map(str, replaces))} if replaces else {}),
+                "seal": UNSEALED,
+            }
+        )
+    return seal(sink.getvalue().to_pybytes())
+
+
+def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> Commit:
+    """One commit, checked: its seal, and that it belongs where it lies.
+
+    Raises:
+        Corrupt: it does not.
+    """
+    path, slots = paths.commit(kind, number), info.slots[kind]
+    data = path.read_bytes()
+    sealed = check_seal(data, path)
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        meta = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
+        table = file.read(use_threads=False)
+    if (meta["space"], meta["array"], meta["shard"]) != (
+        info.spec.fingerprint,
+        kind,
+        str(number),
+    ):
+        raise Corrupt(
+            path, f"it is the commit of {meta['array']} shard {meta['shard']}, or of another space"
+        )
+    rows = table["row"].to_numpy()
+    if not 0 < len(rows) <= slots or (rows != number * slots + np.arange(len(rows))).any():
+        raise Corrupt(path, "its row numbers are not those of its shard")
+    nbytes, geometry = int(meta["nbytes"]), info.geometry(kind)
+    if nbytes != geometry.file_bytes(len(rows)):
+        raise Corrupt(path, f"its shard was not made with {slots} rows a shard, as space.json says")
+    own = geometry.commit_columns(len(rows))
+    if table.column_names != [*SCHEMA.names, *own]:
+        raise Corrupt(path, f"its columns are not those of a {info.spec.container} space")
+    if any((table[name].to_numpy() != values).any() for name, values in own.items()):
+        raise Corrupt(path, "its rows are not where the shards of this space have them")
+    return Commit(
+        shard=number,
+        nbytes=nbytes,
+        index_crc=int(meta["index_crc"]),
+        table=table.select(SCHEMA.names),
+        replaces=tuple(map(int, meta.get("replaces", "").split())),
+        seal=sealed,
+    )
+
+
+def read_commits(paths: SpacePaths, info: SpaceInfo, kind: str) -> list[Commit]:
+    """The commits of all shards that exist, by number."""
+    return current([read_commit(paths, info, kind, number) for number in paths.committed(kind)])
+
+
+def current(commits: Sequence[Commit]) -> list[Commit]:
+    """`commits` without those that another of them replaces: at any moment a row exists once."""
+    replaced = {number for commit in commits for number in commit.replaces}
+    return [commit for commit in commits if commit.shard not in replaced]

@@ -1,0 +1,292 @@
+"""The derived index of a space: what its commits say, as flat arrays mapped into memory.
+
+    index = open_index(paths, info, "picture")   # any reader
+    save_index(paths, info)                      # whoever holds the driver lock, at the end of its work
+
+Never authoritative. The file lists the commits it was made from (size, time of change, seal); one that is
+gone, new or changed since is noticed, and only those are read. A commit that has another time and the same
+seal, as after a copy, is the same. Everything in the file is under a checksum that is compared when it is
+opened; a damaged one is as good as none.
+
+One file: 4096 bytes of sealed JSON that say where each array is and its crc32c, then the arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.format.checksums import crc32c
+from cache.format.space_info import SpaceInfo
+from cache.format.spec import KINDS
+from cache.store.commits import Commit, read_commit
+from cache.store.paths import UNSEALED, Corrupt, SpacePaths, check_seal, new_file, seal
+from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+HEADER_BYTES = 4096
+ALIGN_BYTES = 64
+
+WORTH_COMMITS = 64
+"""A new file is written when it saves a reader from reading so many commits."""
+
+RACY_NS = 2_000_000_000
+"""A commit changed later than this before it was looked at may change again within one tick of the file
+system's clock: its time is not noted, so that its seal is compared."""
+
+WAY_OUT = "delete it: opening takes longer until the next encode.run makes it anew"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """An index, and what it was made from: k commits, also those that others replace."""
+
+    index: RowIndex
+    """Of the shards that exist."""
+    files: npt.NDArray[np.int64]
+    """(k, 3) number, bytes and time of change (ns; -1: do not rely on it) of each commit."""
+    seals: npt.NDArray[np.uint8]
+    """(k, 32) what each is sealed with."""
+    replaces: npt.NDArray[np.int64]
+    """(r, 2) pairs (by, of): shard `by` replaces shard `of`."""
+
+
+def open_index(paths: SpacePaths, info: SpaceInfo, kind: str) -> RowIndex:
+    """The rows that the commits of one array name.
+
+    Raises:
+        Corrupt: a commit that had to be read is damaged.
+    """
+    return _current(paths, info, kind)[0].index
+
+
+def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
+    """Write what opening needs, where that is worth it. For the one who holds the driver lock.
+
+    Raises:
+        Corrupt: a commit is damaged.
+        OSError: the file could not be written; the one before is still there.
+    """
+    for kind in KINDS:
+        snapshot, saved = _current(paths, info, kind)
+        path = paths.index(kind)
+        useless = path.exists() and saved >= len(snapshot.files)  # damaged, or of other commits
+        if saved >= WORTH_COMMITS or useless:
+            _write(path, snapshot, info, kind)
+
+
+def check_index(
+    paths: SpacePaths, info: SpaceInfo, kind: str, *, deep: bool, rebuilt: RowIndex | None = None
+) -> Corrupt | None:
+    """What is wrong with the file, if anything. One that only lacks the newest commits is sound.
+
+    Args:
+        paths: of the space.
+        info: its description.
+        kind: which array.
+        deep: read all of it.
+        rebuilt: an index made from the commits alone, all of them sound: with `deep`, compare with it.
+    """
+    path = paths.index(kind)
+    try:
+        _load(path, info, kind, deep)
+        if deep and rebuilt is not None and not _same(open_index(paths, info, kind), rebuilt):
+            return Corrupt(path, "it does not say what the commits say", WAY_OUT)
+    except FileNotFoundError:
+        return None
+    except Corrupt as error:
+        return error
+    return None
+
+
+def _same(one: RowIndex, other: RowIndex) -> bool:
+    names = (*SHARD_COLUMNS, *ROW_COLUMNS)
+    pairs = [(getattr(one.columns, name), getattr(other.columns, name)) for name in names]
+    pairs += zip(one.by_hash, other.by_hash, strict=True)
+    return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
+
+
+def _current(paths: SpacePaths, info: SpaceInfo, kind: str) -> tuple[Snapshot, int]:
+    """What the commits say now; and how many of them are not in the file as it is."""
+    now = time.time_ns()
+    stats = paths.commit_stats(kind)
+    old = _load_sound(paths.index(kind), info, kind)
+    same = _unchanged(old, paths, kind, stats)
+    fresh = {n: read_commit(paths, info, kind, n) for n in sorted(stats.keys() - same.keys())}
+    replaces = [pair for pair in old.replaces.tolist() if pair[0] in same]
+    replaces += [[by, of] for by, commit in fresh.items() for of in commit.replaces]
+    exist = stats.keys() - {of for _, of in replaces}
+    kept = np.array([n in exist and n in same for n in old.index.shards.tolist()], bool)
+    missing = sorted(exist - set(old.index.shards[kept].tolist()))
+    if not fresh and not missing and kept.all():
+        return old, 0
+    # What is not in `fresh` was replaced when the file was written, by a commit that is gone.
+    commits = [fresh.get(n) or read_commit(paths, info, kind, n) for n in missing]
+    index = old.index
+    if not kept.all():
+        index = RowIndex.of(index.columns.only(kept), info.slots[kind])
+    snapshot = Snapshot(
+        index=index.with_rows(Columns.of(commits)) if commits else index,
+        **_files(stats, old, same, fresh, now),
+        replaces=np.array(replaces, np.int64).reshape(-1, 2),
+    )
+    return snapshot, len(fresh.keys() | set(missing)) + int((~kept).sum())
+
+
+def _files(
+    stats: Mapping[int, tuple[int, int]],
+    old: Snapshot,
+    same: Mapping[int, int],
+    fresh: Mapping[int, Commit],
+    now: int,
+) -> dict[str, npt.NDArray[Any]]:
+    """`files` and `seals` of the commits that are there."""
+    files, seals = [], []
+    for number, (size, mtime_ns) in sorted(stats.items()):
+        files.append((number, size, mtime_ns if mtime_ns < now - RACY_NS else -1))
+        seals.append(old.seals[same[number]].tobytes() if number in same else fresh[number].seal)
+    return {
+        "files": np.array(files, np.int64).reshape(-1, 3),
+        "seals": np.frombuffer(b"".join(seals), np.uint8).reshape(-1, 32),
+    }
+
+
+def _unchanged(
+    old: Snapshot, paths: SpacePaths, kind: str, stats: Mapping[int, tuple[int, int]]
+) -> dict[int, int]:
+    """Commits that are what the file was made from: number -> which of its list."""
+    same = {}
+    for at, (number, size, mtime_ns) in enumerate(old.files.tolist()):
+        now_bytes, now_ns = stats.get(number, (-1, 0))
+        if now_bytes == size and (
+            now_ns == mtime_ns or _sealed_so(paths.commit(kind, number), old.seals[at].tobytes())
+        ):
+            same[number] = at
+    return same
+
+
+def _sealed_so(path: Path, expected: bytes) -> bool:
+    try:
+        return check_seal(path.read_bytes(), path) == expected
+    except Corrupt:
+        return False  # whoever reads it says so
+
+
+# ---- the file
+
+
+def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, kind: str) -> None:
+    columns = snapshot.index.columns
+    order, hashes = snapshot.index.by_hash
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "files": snapshot.files,
+        "seals": snapshot.seals,
+        "replaces": snapshot.replaces,
+        "names": np.frombuffer(json.dumps(list(columns.names.values())).encode(), np.uint8),
+        **{name: getattr(columns, name) for name in (*SHARD_COLUMNS, *ROW_COLUMNS)},
+        "order": order,
+        "hashes": hashes,
+    }
+    entries = {}
+    with new_file(path) as file:
+        file.seek(HEADER_BYTES)
+        for name, array in arrays.items():
+            once = array[:1] if array.strides[0] == 0 else array  # one value, seen n times
+            data = np.ascontiguousarray(once)
+            padding = bytes(-data.nbytes % ALIGN_BYTES)
+            entries[name] = {
+                "dtype": data.dtype.str,
+                "shape": list(array.shape),
+                "stored": len(data),
+                "offset": file.tell(),
+                "crc32c": crc32c(padding, crc32c(data.data)),
+            }
+            file.write(data.data)
+            file.write(padding)
+        header = {
+            "format": FORMAT,
+            "space": info.spec.fingerprint,
+            "array": kind,
+            "slots": info.slots[kind],
+            "nbytes": file.tell(),
+            "arrays": entries,
+            "seal": UNSEALED,
+        }
+        text = json.dumps(header).encode().ljust(HEADER_BYTES)
+        assert len(text) == HEADER_BYTES, "the header has outgrown its place"
+        file.seek(0)
+        file.write(seal(text))
+
+
+def _load_sound(path: Path, info: SpaceInfo, kind: str) -> Snapshot:
+    """The file as it is; an empty snapshot where there is none, or none to rely on."""
+    try:
+        return _load(path, info, kind, deep=True)
+    except FileNotFoundError:
+        pass
+    except (Corrupt, OSError) as error:
+        log.warning("reading all commits instead: %s", error)
+    nothing = RowIndex([], info.slots[kind])
+    return Snapshot(
+        index=nothing,
+        files=np.empty((0, 3), np.int64),
+        seals=np.empty((0, 32), np.uint8),
+        replaces=np.empty((0, 2), np.int64),
+    )
+
+
+def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
+    """What the file says; with `deep`, its arrays are compared with their checksums."""
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+        check_seal(header, path)
+        values = json.loads(header)
+        found = [values["format"], values["space"], values["array"], values["slots"]]
+        if found != [FORMAT, info.spec.fingerprint, kind, info.slots[kind]]:
+            raise Corrupt(path, "it is of another space, array or version", WAY_OUT)
+        size = os.fstat(file.fileno()).st_size
+        if size != values["nbytes"]:
+            raise Corrupt(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
+        # Read ahead as a whole, where the system can.
+        flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
+        data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+    arrays = {
+        name: _array(data, entry, path, name, deep or name == "names")
+        for name, entry in values["arrays"].items()
+    }
+    columns = Columns(
+        **{name: arrays[name] for name in (*SHARD_COLUMNS, *ROW_COLUMNS)},
+        names=view_names(json.loads(arrays["names"].tobytes())),
+    )
+    return Snapshot(
+        index=RowIndex.of(columns, info.slots[kind], (arrays["order"], arrays["hashes"])),
+        files=arrays["files"],
+        seals=arrays["seals"],
+        replaces=arrays["replaces"],
+    )
+
+
+def _array(
+    data: mmap.mmap, entry: Mapping[str, Any], path: Path, name: str, checked: bool
+) -> npt.NDArray[Any]:
+    dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["offset"]
+    stored = (entry["stored"], *shape[1:])
+    nbytes = dtype.itemsize * int(np.prod(stored))
+    if checked:
+        with memoryview(data) as whole:
+            if crc32c(whole[offset : offset + nbytes + -nbytes % ALIGN_BYTES]) != entry["crc32c"]:
+                raise Corrupt(path, f"its {name} fail their checksum", WAY_OUT)
+    array = np.frombuffer(data, dtype, int(np.prod(stored)), offset).reshape(stored)
+    return np.broadcast_to(array, shape) if stored != shape else array

@@ -1,0 +1,344 @@
+"""Reading a space: which rows exist, and their bytes at the speed of the disk.
+
+    reader = FeatureReader(find_space(root, None))
+    rows = reader.lookup("picture", keys)                  # (n,) int64, -1 = missing
+    reader.read_into("picture", rows, buffer)              # (n, row_bytes) uint8, packed
+    features = reader.read("picture", key)                 # (tokens, width) float16, unpacked
+
+Opening reads the commits or the index made of them, not the shards. A row is checked against the crc32c
+its commit recorded, which also catches a row that is intact but stands in the wrong place. Any number of
+threads and forked processes may share one reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.format import codec
+from cache.format.checksums import crc32c
+from cache.format.shard import Geometry
+from cache.format.space_info import read_info
+from cache.format.spec import KINDS
+from cache.store.commits import key_bytes
+from cache.store.index_file import open_index
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.row_index import RowIndex
+from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_shard
+from configs import UserError, nearest
+
+RUN_ROWS = 512
+"""Adjacent rows read by one call: with the crcs between them, as many buffers as Linux takes."""
+
+RUN_BYTES = 2 << 20
+"""Bytes read by one call, so that they are still in the processor's cache when they are checked."""
+
+AHEAD_RUNS = 64
+"""Reads begun together when they must wait for the disk: it serves many at a time as fast as a few."""
+
+THREAD_BYTES = 1 << 20
+"""Another thread is worth waking for so much."""
+
+
+class FeatureReader:
+    """The committed rows of one space, as they were when it was opened."""
+
+    def __init__(
+        self,
+        space_path: Path | SpacePaths,
+        checked: bool = True,
+        files: ShardFiles | None = None,
+        *,
+        threads: int = 1,
+        mapped: bool = True,
+    ):
+        """Open a space.
+
+        Args:
+            space_path: its folder.
+            checked: whether every row read is compared with its crc32c.
+            files: where the shards are, when not in that folder.
+            threads: how many read the rows of one call together, the caller's own included. Callers that
+                are several threads already (`train.loader`) need no more.
+            mapped: whether shards that are read again and again are mapped: the fastest way to read what the
+                page cache holds, which then counts as memory of this process, too.
+        """
+        paths = space_path if isinstance(space_path, SpacePaths) else SpacePaths(Path(space_path))
+        info = read_info(paths)
+        self.paths = paths
+        self.path = paths.root
+        self.spec = info.spec
+        self.load = info.load
+        self.checked = checked
+        self.geometry = {kind: info.geometry(kind) for kind in KINDS}
+        self.index = {kind: open_index(paths, info, kind) for kind in KINDS}
+        sizes = {kind: index.nbytes for kind, index in self.index.items()}
+        self._files = files or LocalFiles(paths, sizes, mapped=mapped)
+        self._ahead = self._files if isinstance(self._files, AheadFiles) else None
+        self._layout = {kind: _Layout.of(self.geometry[kind], self.index[kind]) for kind in KINDS}
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_pid = 0
+
+    def rows(self, kind: str) -> int:
+        """How many rows of `kind` there are."""
+        return len(self.index[kind])
+
+    def contains(self, kind: str, key: str, view: str = "full") -> bool:
+        """Whether this view of this media is here."""
+        return bool(self.lookup(kind, [key], view)[0] >= 0)
+
+    def lookup(self, kind: str, keys: Sequence[str], view: str = "full") -> npt.NDArray[np.int64]:
+        """Row numbers (n,) of the keys (64 hex digits each); -1 where there is no row."""
+        return self.index[kind].lookup(key_bytes(keys), view)
+
+    def lookup_pairs(
+        self, kind: str, keys: Sequence[str], views: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        """Row numbers (n,) of n keys, each with a view of its own; -1 where there is no row."""
+        return self.index[kind].lookup_pairs(key_bytes(keys), views)
+
+    def times(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Where in their videos rows (n,) are, seconds after the first frame; NaN for pictures.
+
+        Raises:
+            IndexError: a row number that is not committed (as -1).
+        """
+        index = self.index[kind]
+        return index.times[index.positions(np.asarray(rows, np.int64))]
+
+    def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+        """Stored bytes of rows (n,) into `out` (n, row_bytes), in that order.
+
+        Read in the order of the disk, whatever the order asked for; adjacent rows are one system call.
+        When it raises, what `out` holds is meaningless.
+
+        Raises:
+            Corrupt: a row is not what was written, or its file is missing or of another size.
+            IndexError: a row number that is not committed (as -1).
+            ValueError: `out` is not contiguous uint8 of that shape.
+        """
+        size, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[kind]
+        count = len(rows)
+        if out.shape != (count, size) or out.dtype != _UINT8 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(count, size)}")
+        if not count:
+            return
+        flat = out.data.cast("B")
+        if count > 1:
+            self._read_many(kind, np.asarray(rows, np.int64).tolist(), flat)
+            return
+        # As `_read_runs` does, in half the Python: small rows asked for one by one are bound by that.
+        number = int(rows[0])
+        shard, slot = divmod(number, slots)
+        start, committed = spans.get(shard, _NO_SPAN)
+        if slot >= committed:
+            raise IndexError("a row number that is not committed")
+        self._files.read(kind, shard, start_offset + slot * slot_bytes, (flat,))
+        if self.checked and crc32c(flat) != crcs[start + slot]:
+            raise self._damaged(kind, number)
+
+    def _read_many(self, kind: str, numbers: Sequence[int], flat: memoryview) -> None:
+        """Rows in the order of the disk, by as many threads as it is worth."""
+        layout = self._layout[kind]
+        runs = _runs(numbers, layout.slots, layout.run_rows)
+        parts = 1
+        if self._threads > 1:
+            parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
+        if parts == 1:
+            self._read_runs(kind, numbers, runs, flat)
+            return
+        pool, step = self._threads_here(), -(-len(runs) // parts)
+        others = [
+            pool.submit(self._read_runs, kind, numbers, runs[start : start + step], flat)
+            for start in range(step, len(runs), step)
+        ]
+        try:
+            self._read_runs(kind, numbers, runs[:step], flat)
+        finally:
+            wait(others)  # nobody writes to `flat` when this is over, however it ends
+        for other in others:
+            other.result()
+
+    def _damaged(self, kind: str, number: int) -> Corrupt:
+        shard = number // self.geometry[kind].slots
+        return corrupt_shard(self.paths, kind, shard, f"row {number} fails its checksum")
+
+    def _read_runs(
+        self, kind: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview
+    ) -> None:
+        """Read and check runs of adjacent rows, each given by its places in `numbers` and `flat`.
+
+        A row of 64 KB comes in 8 microseconds, so a microsecond of Python a row is much.
+        """
+        files, ahead, begun = self._files, self._ahead if len(runs) > 1 else None, 0
+        size, slots, _, spans, crcs, start_offset, slot_bytes, gap = self._layout[kind]
+        for number, run in enumerate(runs):
+            shard, slot = divmod(numbers[run[0]], slots)
+            start, count = spans.get(shard, _NO_SPAN)
+            if slot + len(run) > count:
+                raise IndexError("a row number that is not committed")
+            if len(run) == 1:
+                places = targets = [flat[run[0] * size : (run[0] + 1) * size]]
+            else:
+                targets = [flat[i * size : (i + 1) * size] for i in run]
+                places = [gap] * (2 * len(run) - 1)
+                places[::2] = targets
+            offset = start_offset + slot * slot_bytes
+            # Once one has to be waited for, let the disk begin with all that follow.
+            if begun or ahead is None or not ahead.read_now(kind, shard, offset, places):
+                if ahead is not None and number >= begun:
+                    begun = number + AHEAD_RUNS
+                    ahead.begin(kind, _extents(self._layout[kind], numbers, runs[number:begun]))
+                files.read(kind, shard, offset, places)
+            if self.checked:
+                for position, target in enumerate(targets, start + slot):
+                    if crc32c(target) != crcs[position]:
+                        raise self._damaged(kind, shard * slots + position - start)
+
+    def _threads_here(self) -> ThreadPoolExecutor:
+        """The other threads; a forked child needs its own."""
+        if self._pool is None or self._pool_pid != os.getpid():
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="rows")
+            self._pool_pid = os.getpid()
+        return self._pool
+
+    def read(self, kind: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
+        """The features (tokens, width) of one view.
+
+        Raises:
+            KeyError: it is not in this space.
+            Corrupt: as `read_into`.
+        """
+        rows = self.lookup(kind, [key], view)
+        if rows[0] < 0:
+            raise KeyError(f"no {kind} {key} {view} in {self.path}")
+        out = np.empty((1, self.geometry[kind].row_bytes), np.uint8)
+        self.read_into(kind, rows, out)
+        return codec.unpack(out[0], self.spec.layout, self.spec.tokens(kind), self.spec.width)
+
+    def logical_hash(self) -> str:
+        """What two stores of equal content share, however they are cut into shards: sha256 (hex)."""
+        digests = {}
+        for kind, index in self.index.items():
+            step = max(1, RUN_BYTES // self.geometry[kind].row_bytes)
+            buffer = np.empty((step, self.geometry[kind].row_bytes), np.uint8)
+            digests[kind] = np.empty((len(index), 32), np.uint8)
+            for start in range(0, len(index), step):
+                positions = np.arange(start, min(start + step, len(index)))
+                rows = buffer[: len(positions)]
+                self.read_into(kind, index.rows(positions), rows)
+                digests[kind][positions] = row_digests(rows)
+        return logical_hash(self.index, digests)
+
+
+_NO_SPAN = (0, 0)
+_UINT8 = np.dtype(np.uint8)
+
+
+class _Layout(NamedTuple):
+    """What reading rows of one array asks for all the time, as plain values."""
+
+    row_bytes: int
+    slots: int
+    run_rows: int
+    """Rows that one call reads at most."""
+    spans: Mapping[int, tuple[int, int]]
+    crcs: memoryview
+    start_offset: int
+    """Of the row in slot 0."""
+    slot_bytes: int
+    gap: memoryview
+    """Where the bytes between adjacent rows go: nobody looks at them."""
+
+    @staticmethod
+    def of(geometry: Geometry, index: RowIndex) -> _Layout:
+        return _Layout(
+            row_bytes=geometry.row_bytes,
+            slots=geometry.slots,
+            run_rows=max(1, min(RUN_ROWS, RUN_BYTES // geometry.row_bytes)),
+            spans=index.spans,
+            crcs=index.crc_of,
+            start_offset=geometry.row_offset(0),
+            slot_bytes=geometry.slot_bytes,
+            gap=memoryview(bytearray(geometry.gap_bytes)),
+        )
+
+
+def _runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
+    """Places in `numbers` by row number, cut into stretches of adjacent rows of one shard."""
+    runs: list[list[int]] = []
+    last = 0
+    for i in sorted(range(len(numbers)), key=numbers.__getitem__):
+        number = numbers[i]
+        if runs and number == last + 1 and number % slots and len(runs[-1]) < limit:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        last = number
+    return runs
+
+
+def _extents(
+    layout: _Layout, numbers: Sequence[int], runs: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(shard, offset, bytes) of runs."""
+    for run in runs:
+        shard, slot = divmod(numbers[run[0]], layout.slots)
+        yield shard, layout.start_offset + slot * layout.slot_bytes, len(run) * layout.slot_bytes
+
+
+def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
+    digests = b"".join(hashlib.sha256(row).digest() for row in rows)
+    return np.frombuffer(digests, np.uint8).reshape(-1, 32)
+
+
+def logical_hash(
+    index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
+) -> str:
+    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
+
+    Args:
+        index: kind -> its rows.
+        digests: kind -> `row_digests` of all of them, by position.
+    """
+    whole = hashlib.sha256()
+    for kind in sorted(index):
+        for position in index[kind].by_identity().tolist():
+            key, view = index[kind].identity(position)
+            digest = digests[kind][position].tobytes().hex()
+            whole.update(f"{kind}\t{key}\t{view}\t{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
+    """The only space under `root`, or the one whose name is, or alone begins with, `name`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    names = root.space_names()
+    if not names:
+        raise UserError(
+            f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
+            f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
+        )
+    matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
+    if not matches:
+        assert name is not None  # everything begins with nothing
+        raise UserError(
+            f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
+        )
+    if len(matches) > 1:
+        raise UserError(
+            f"{len(matches)} spaces under {root.path}/, say which: --space {' | '.join(matches)}"
+        )
+    return root.space(matches[0])

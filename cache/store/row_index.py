@@ -1,0 +1,370 @@
+"""(key, view) -> row number, for the rows of one array, found by the hash of both.
+
+A *position* counts the committed rows in row order, 0 to n-1; row numbers have gaps where shards end
+early or never came. n rows in m shards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache.store.commits import KEY_BYTES, Commit
+
+LOOKUP_ROWS = 1 << 18
+"""Keys looked up together: what bounds the memory it takes."""
+
+ByHash = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
+"""Positions (n,) in order of their hashes, of equal ones the older first; and those hashes (n,)."""
+
+
+class RowIndex:
+    """The rows of one array. Looked up by a 64-bit hash, sorted; a hit is confirmed by the whole key."""
+
+    def __init__(self, commits: Sequence[Commit], slots: int):
+        """Of commits in order of their numbers, `slots` rows a full shard."""
+        self._set(Columns.of(commits), slots, None)
+
+    @classmethod
+    def of(cls, columns: Columns, slots: int, by_hash: ByHash | None = None) -> Self:
+        """Of columns that are there already; `by_hash` is what the `by_hash` of such an index was."""
+        index = cls.__new__(cls)
+        index._set(columns, slots, by_hash)
+        return index
+
+    def _set(self, columns: Columns, slots: int, by_hash: ByHash | None) -> None:
+        self.columns, self.slots = columns, slots
+        self.keys, self.crcs, self.times = columns.keys, columns.crcs, columns.times
+        self.shards, self.counts = columns.shards, columns.counts
+        self.starts = np.concatenate([[0], np.cumsum(columns.counts)])
+        self.nbytes = dict(zip(columns.shards.tolist(), columns.nbytes.tolist(), strict=True))
+        self.spans = dict(
+            zip(
+                columns.shards.tolist(),
+                zip(self.starts[:-1].tolist(), columns.counts.tolist(), strict=True),
+                strict=True,
+            )
+        )
+        """Shard -> (position of its first row, rows)."""
+        self.by_hash = by_hash or _sorted(_hashes(columns.keys, columns.views))
+        """See ByHash."""
+        self._order, self._hashes = self.by_hash
+        self.crc_of = np.ascontiguousarray(columns.crcs).data
+        """The crcs by position, as Python integers."""
+        self._bisected = self._hashes.data  # a scalar of it is a Python integer
+
+    def with_rows(self, more: Columns) -> RowIndex:
+        """This and `more`, whose shards are none of those here."""
+        both = self.columns.merged(more)
+        if not len(self) or not len(more.shards) or more.shards[0] < self.shards[-1]:
+            return RowIndex.of(both, self.slots)
+        order, hashes = _sorted(_hashes(more.keys, more.views))
+        at = np.searchsorted(self._hashes, hashes, side="right")  # behind what is older
+        order = np.insert(self._order, at, order + np.uint32(len(self)))
+        return RowIndex.of(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def lookup(self, keys: npt.NDArray[np.uint8], view: str) -> npt.NDArray[np.int64]:
+        """Keys (k, 32) -> row numbers (k,); -1 where there is none."""
+        code = np.int64(view_code(view))
+        return self.lookup_coded(keys, np.broadcast_to(code, len(keys)))
+
+    def lookup_pairs(
+        self, keys: npt.NDArray[np.uint8], views: Sequence[str]
+    ) -> npt.NDArray[np.int64]:
+        """Keys (k, 32), each with a view of its own -> row numbers (k,); -1 where there is none."""
+        return self.lookup_coded(keys, np.array([view_code(view) for view in views], np.int64))
+
+    def lookup_coded(
+        self, keys: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """The same for views as numbers: `columns.views` of this index or of another."""
+        found = np.full(len(keys), -1, np.int64)
+        for start in range(0, len(keys), LOOKUP_ROWS):
+            part = slice(start, start + LOOKUP_ROWS)
+            self._lookup_some(keys[part], codes[part], found[part])
+        return found
+
+    def contains(self, key: bytes, view: str) -> bool:
+        """Whether there is such a row: 3 microseconds, where `lookup` takes 30 for one and less for many."""
+        code = view_code(view)
+        wanted = int.from_bytes(key[:8], "little") ^ _mixed_one(code)
+        at = bisect.bisect_left(self._bisected, wanted)
+        while at < len(self._bisected) and self._bisected[at] == wanted:
+            position = self._order[at]
+            if self.columns.views[position] == code and self.keys[position].tobytes() == key:
+                return True
+            at += 1
+        return False
+
+    def _lookup_some(
+        self,
+        keys: npt.NDArray[np.uint8],
+        codes: npt.NDArray[np.int64],
+        found: npt.NDArray[np.int64],
+    ) -> None:
+        wanted = _hashes(keys, codes)
+        open_ = np.argsort(wanted)  # neighbours are found near each other, in the processor's cache
+        at = np.empty(len(wanted), np.int64)
+        at[open_] = np.searchsorted(self._hashes, wanted[open_])
+        while True:  # a second round only when two identities share a hash: odds 3e-6 at 10 M rows
+            open_ = open_[at[open_] < len(self._hashes)]
+            open_ = open_[self._hashes[at[open_]] == wanted[open_]]
+            if not len(open_):
+                return
+            position = self._order[at[open_]].astype(np.int64)
+            hit = self.columns.views[position] == codes[open_]
+            hit &= (_words(self.keys[position]) == _words(keys[open_])).all(axis=1)
+            found[open_[hit]] = self.rows(position[hit])
+            open_ = open_[~hit]
+            at[open_] += 1
+
+    def rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions -> row numbers."""
+        shard = np.searchsorted(self.starts, positions, side="right") - 1
+        return self.shards[shard] * self.slots + positions - self.starts[shard]
+
+    def positions(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row numbers -> positions.
+
+        Raises:
+            IndexError: one of the rows is not committed.
+        """
+        shard, slot = np.divmod(rows, self.slots)
+        at = np.searchsorted(self.shards, shard)
+        known = at < len(self.shards)
+        there = at[known]
+        known[known] = (self.shards[there] == shard[known]) & (slot[known] < self.counts[there])
+        if not known.all():
+            raise IndexError("a row number that is not committed")
+        return self.starts[at] + slot
+
+    def by_identity(self) -> npt.NDArray[np.int64]:
+        """All positions, sorted by (key, view)."""
+        codes, inverse = np.unique(self.columns.views, return_inverse=True)
+        names = [self._view(code) for code in codes.tolist()]
+        rank = np.argsort(np.argsort(np.array(names, dtype=np.str_)))
+        return np.lexsort((rank[inverse], self.keys.view(f"S{KEY_BYTES}").reshape(-1)))
+
+    def identity(self, position: int) -> tuple[str, str]:
+        """(key, view) of one row."""
+        view = self._view(int(self.columns.views[position]))
+        return self.keys[position].tobytes().hex(), view
+
+    def _view(self, code: int) -> str:
+        return f"t:{code}" if code >= 0 else self.columns.names[code]
+
+    def duplicates(self) -> list[tuple[int, int]]:
+        """Pairs of positions, (first, again), whose (key, view) is the same."""
+        pairs: list[tuple[int, int]] = []
+        same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        first: dict[tuple[str, str], int] = {}
+        for at in np.unique(np.concatenate([same, same + 1])):
+            position = int(self._order[at])
+            seen = first.setdefault(self.identity(position), position)
+            if seen != position:
+                pairs.append((seen, position))
+        return pairs
+
+
+class Identities(Set[tuple[str, str]]):
+    """The (key, view) of all rows of an index, as a set that holds no strings."""
+
+    def __init__(self, index: RowIndex):
+        self._index = index
+
+    @classmethod
+    def _from_iterable(cls, it: Iterable[Any]) -> Any:  # what `&`, `|` and `-` give
+        return set(it)
+
+    def __contains__(self, identity: Any) -> bool:
+        key, view = identity
+        try:
+            return self._index.contains(bytes.fromhex(key), view)
+        except ValueError:  # no key at all: not here, as in any set
+            return False
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        again = {position for _, position in self._index.duplicates()}
+        return (self._index.identity(i) for i in range(len(self._index)) if i not in again)
+
+    def __len__(self) -> int:
+        return len(self._index) - len(self._index.duplicates())
+
+
+def _sorted(hashes: npt.NDArray[np.uint64]) -> ByHash:
+    """Positions by hash, and the hashes so. Of two rows with one identity the older comes first, always."""
+    order = np.argsort(hashes)  # not stable, and so several times faster: equal ones are few
+    ordered = hashes[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(same):
+        at = np.union1d(same, same + 1)
+        order[at] = order[at][np.lexsort((order[at], ordered[at]))]
+    return order.astype(np.uint32), ordered
+
+
+def _hashes(keys: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Keys are sha256, so any 8 of their bytes are a good hash; the view is mixed in."""
+    first = np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)
+    if codes.strides == (0,) and len(codes):
+        codes = codes[:1]
+    return first ^ _mixed(codes)
+
+
+def _mixed(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """splitmix64: views that are near each other become numbers that have nothing in common."""
+    x = codes.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # modulo 2**64, as meant
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@functools.lru_cache(1024)
+def _mixed_one(code: int) -> int:
+    return int(_mixed(np.array([code], np.int64))[0])
+
+
+def _words(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """(k, 32) bytes -> (k, 4), to compare eight at a time."""
+    return np.ascontiguousarray(keys).view(np.uint64)
+
+
+_TIME = re.compile(r"t:(0|[1-9]\d{0,17})")
+
+
+def view_code(view: str) -> int:
+    """A view as a number: of `t:<microseconds>` the time, of any other a negative hash of its name."""
+    time = _TIME.fullmatch(view)
+    return int(time[1]) if time else _name_code(view)
+
+
+@functools.lru_cache(4096)
+def _name_code(view: str) -> int:
+    return -1 - (int.from_bytes(hashlib.sha256(view.encode()).digest()[:8]) >> 1)
+
+
+def view_names(names: Iterable[str]) -> dict[int, str]:
+    """Code -> view, of those that are no times."""
+    return {view_code(name): name for name in names}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """What commits say, in row order. A column whose values are all the same takes no memory."""
+
+    shards: npt.NDArray[np.int64]
+    """(m,) numbers, ascending."""
+    counts: npt.NDArray[np.int64]
+    """(m,) rows of each."""
+    nbytes: npt.NDArray[np.int64]
+    """(m,) size of each file."""
+    keys: npt.NDArray[np.uint8]
+    """(n, 32) sha256 of the media's bytes."""
+    views: npt.NDArray[np.int64]
+    """(n,) see `view_code`."""
+    crcs: npt.NDArray[np.uint32]
+    """(n,) crc32c of the stored row."""
+    times: npt.NDArray[np.float64]
+    """(n,) where in its video, seconds; NaN for pictures."""
+    errors: npt.NDArray[np.float32]
+    """(n,) relative error of the row codec."""
+    names: Mapping[int, str]
+    """Code -> view, of at least those here that are no times."""
+
+    @staticmethod
+    def of(commits: Sequence[Commit]) -> Columns:
+        """Those of `commits`, in their order."""
+        names = ("key", "view", "crc", "time_s", "error")
+        table = pa.concat_tables([c.table.select(names) for c in commits]) if commits else None
+        if table is None:
+            return _NO_COLUMNS
+        coded = table["view"].combine_chunks().dictionary_encode()
+        views = coded.dictionary.to_pylist()
+        codes = np.array([view_code(view) for view in views], np.int64)
+        return Columns(
+            shards=np.array([c.shard for c in commits], np.int64),
+            counts=np.array([c.table.num_rows for c in commits], np.int64),
+            nbytes=np.array([c.nbytes for c in commits], np.int64),
+            keys=_fixed_bytes(table["key"]),
+            views=_compact(codes[coded.indices.to_numpy()]),
+            crcs=table["crc"].to_numpy(),
+            times=_compact(table["time_s"].to_numpy()),
+            errors=_compact(table["error"].to_numpy()),
+            names=view_names(view for view in views if not _TIME.fullmatch(view)),
+        )
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Columns:
+        """Those of some shards, (m,)."""
+        rows = np.repeat(kept, self.counts)
+        return self._each(lambda a: a[kept], lambda a: _compact(a[rows]))
+
+    def merged(self, other: Columns) -> Columns:
+        """Both, by shard number; no shard is in both."""
+        names = (*SHARD_COLUMNS, *ROW_COLUMNS)
+        parts: dict[str, Any] = {f: _joined(getattr(self, f), getattr(other, f)) for f in names}
+        both = Columns(**parts, names={**self.names, **other.names})
+        if len(self.shards) and len(other.shards) and self.shards[-1] > other.shards[0]:
+            order = np.argsort(both.shards)
+            ends = np.cumsum(both.counts)
+            lengths = both.counts[order]
+            skip = np.repeat((ends - both.counts)[order] - (np.cumsum(lengths) - lengths), lengths)
+            rows = np.arange(len(skip)) + skip
+            both = both._each(lambda a: a[order], lambda a: _compact(a[rows]))
+        return both
+
+    def _each(self, of_shards: Any, of_rows: Any) -> Columns:
+        shards = {f: of_shards(getattr(self, f)) for f in SHARD_COLUMNS}
+        return replace(self, **shards, **{f: of_rows(getattr(self, f)) for f in ROW_COLUMNS})
+
+
+SHARD_COLUMNS = ("shards", "counts", "nbytes")
+
+
+ROW_COLUMNS = ("keys", "views", "crcs", "times", "errors")
+
+
+_NO_COLUMNS = Columns(
+    **{name: np.empty(0, np.int64) for name in (*SHARD_COLUMNS, "views")},
+    keys=np.empty((0, KEY_BYTES), np.uint8),
+    crcs=np.empty(0, np.uint32),
+    times=np.empty(0, np.float64),
+    errors=np.empty(0, np.float32),
+    names={},
+)
+
+
+def _joined(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not len(second):
+        return first
+    return _compact(np.concatenate([first, second])) if len(first) else second
+
+
+def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`values`, or where all of them are the same, one of them seen n times."""
+    if values.ndim > 1 or len(values) < 2:
+        return values
+    same = (values == values[0]) | (values[0] != values[0]) & (values != values)
+    return np.broadcast_to(values[:1].copy(), values.shape) if same.all() else values
+
+
+def _fixed_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """A column of 32-byte values -> (n, 32), without a Python object a value."""
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * KEY_BYTES :][
+            : len(chunk) * KEY_BYTES
+        ]
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate([np.empty(0, np.uint8), *chunks]).reshape(-1, KEY_BYTES)

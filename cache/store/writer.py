@@ -1,0 +1,348 @@
+"""Writing a space: create it, fill one shard after another, commit each.
+
+    space = Space.create(root, spec, load)
+    shard = ShardWriter(space, "picture", space.next_shard("picture"))
+    shard.append(key, "full", row)          # uint8, spec.row_bytes long; any number of times
+    shard.commit()                          # from here on the rows exist
+    space.grow("picture")                   # the driver, now and then: zarr-python sees them too
+
+A shard's bytes go to a temporary file as they come (what they are is `cache.container`'s to say).
+Committing is: fsync, rename, fsync of the folders; then the same for the commit, which makes the rows
+visible. A crash anywhere before that leaves a file nobody reads, under a number nobody uses again, for
+`cache.gc` to remove.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from cache.format.checksums import crc32c
+from cache.format.shard import RowFacts
+from cache.format.space_info import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
+from cache.format.spec import KINDS, FeatureSpec
+from cache.format.zarr_shard import zarr_json
+from cache.store.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
+from cache.store.index_file import open_index
+from cache.store.mend import fitting_info
+from cache.store.paths import (
+    PARTIAL,
+    CacheRoot,
+    Corrupt,
+    Fence,
+    SpacePaths,
+    fsync_folder,
+    make_folder,
+    read_sealed_json,
+    write_atomic,
+)
+from cache.store.row_index import Identities, RowIndex
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Space:
+    """One space, as its writers see it. Readers use `cache.reader.FeatureReader`."""
+
+    def __init__(self, paths: SpacePaths, info: SpaceInfo):
+        self.paths = paths
+        self.info = info
+        self.spec = info.spec
+        self.load = info.load
+
+    @staticmethod
+    def create(
+        root: CacheRoot,
+        spec: FeatureSpec,
+        load: Mapping[str, Any],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> Space:
+        """The space of `spec` under `root`; made, or completed after a crash, where it is missing.
+
+        Args:
+            root: the cache.
+            spec: how pixels become rows; names the space.
+            load: how to load the encoder again, as JSON. An existing space keeps its own.
+            shard_bytes: size of a shard, about. An existing space keeps its own.
+        """
+        paths = root.space(spec.name)
+        if not paths.space_json.exists():
+            info = fitting_info(paths, new_info(spec, load, shard_bytes))
+            write_atomic(paths.space_json, info_bytes(info))
+        space = Space.open(paths)
+        if space.spec.fingerprint != spec.fingerprint:
+            raise Corrupt(
+                paths.space_json, "it describes another space than its folder's name says"
+            )
+        make_folder(paths.commits_dir)
+        for kind in KINDS:
+            make_folder(paths.shards_dir(kind))
+            space.grow(kind)
+        if (values := space.info.container.group_values()) is not None:
+            group = zarr_json(values)
+            if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
+                write_atomic(paths.group_json, group)
+        return space
+
+    @staticmethod
+    def open(paths: SpacePaths) -> Space:
+        """The space at `paths`, which exists."""
+        return Space(paths, read_info(paths))
+
+    def rows_per_shard(self, kind: str) -> int:
+        """Rows a full shard of `kind` holds."""
+        return self.info.slots[kind]
+
+    def commits(self, kind: str) -> pa.Table:
+        """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
+        commits = read_commits(self.paths, self.info, kind)
+        return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
+
+    def index(self, kind: str) -> RowIndex:
+        """All committed rows, to look up."""
+        return open_index(self.paths, self.info, kind)
+
+    def keys(self, kind: str) -> Set[tuple[str, str]]:
+        """(key, view) of all committed rows."""
+        return Identities(self.index(kind))
+
+    def shard_keys(self, kind: str, number: int) -> set[tuple[str, str]]:
+        """(key, view) of one shard's rows; empty when it was not committed."""
+        if not self.paths.commit(kind, number).exists():
+            return set()
+        return _identities(read_commit(self.paths, self.info, kind, number).table)
+
+    def next_shard(self, kind: str) -> int:
+        """A number above that of every shard ever begun."""
+        used = [*self.paths.committed(kind), *self.paths.started(kind)]
+        return max(used, default=-1) + 1
+
+    def grow(self, kind: str) -> None:
+        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
+
+        A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
+        A space of another container has none.
+        """
+        path, slots = self.paths.array_json(kind), self.rows_per_shard(kind)
+        rows = max((number + 1 for number in self.paths.committed(kind)), default=0) * slots
+        values = self.info.container.array_values(self.spec, kind, slots, rows)
+        if values is None:
+            return
+        try:
+            covered = read_sealed_json(path)["shape"][0]
+        except (Corrupt, KeyError):  # or it describes something else
+            covered = -1
+        if rows > covered:
+            write_atomic(path, zarr_json(values))
+
+
+def _identities(table: pa.Table) -> set[tuple[str, str]]:
+    keys = (key.hex() for key in table["key"].to_pylist())
+    return set(zip(keys, table["view"].to_pylist(), strict=True))
+
+
+WRITE_BYTES = 4 << 20
+"""Bytes of neighbouring rows written by one call. The page cache takes rows of 131 KB, each by a call of its
+own, at two thirds of the speed of the same bytes in a few large calls (2026-11-24, ext4, Linux 6.18)."""
+
+WRITE_BUFFERS = 1000
+"""Pieces of one call at most: Linux takes 1,024."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRow:
+    """A row to be written."""
+
+    key: str
+    """The media's key, 64 hex digits."""
+    view: str
+    """Which view of it."""
+    payload: Buffer
+    """The packed row, contiguous bytes."""
+    time_s: float | None = None
+    """Where in its video the view is, seconds; None for a picture."""
+    error: float = 0.0
+    """Relative error of the row codec."""
+
+
+class ShardWriter:
+    """One shard being filled. Not for several threads at once.
+
+    Whoever makes it must own `number` (see `Space.next_shard`); that its folder is new proves it.
+    """
+
+    def __init__(self, space: Space, kind: str, number: int, fence: Fence | None = None):
+        self._space, self._kind, self._number, self._fence = space, kind, number, fence
+        self._geometry = space.info.geometry(kind)
+        self._path = space.paths.shard(kind, number)
+        self._temporary = self._path.with_name(self._path.name + PARTIAL)
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._identities: set[tuple[bytes, str]] = set()
+        self._over = False
+        self._folder = space.paths.shard_dir(kind, number)
+        self._folder.mkdir()
+        if self._path.parent != self._folder:
+            self._path.parent.mkdir()
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    @property
+    def rows(self) -> int:
+        """Rows appended so far."""
+        return len(self._identities)
+
+    @property
+    def left(self) -> int:
+        """Rows that still fit."""
+        return self._geometry.slots - self.rows
+
+    @property
+    def full(self) -> bool:
+        """Whether no row fits any more."""
+        return self.left == 0
+
+    def append(
+        self,
+        key: str,
+        view: str,
+        payload: Buffer,
+        *,
+        time_s: float | None = None,
+        error: float = 0.0,
+    ) -> None:
+        """Write one row behind the others.
+
+        Args:
+            key: the media's key, 64 hex digits.
+            view: which view of it.
+            payload: the packed row, contiguous bytes.
+            time_s: where in its video the view is, seconds.
+            error: relative error of the row codec.
+
+        Raises:
+            ValueError: the shard is full, holds this (key, view), cannot name this view, or the payload
+                has another length.
+            OSError: it could not be written; the shard is as it was before.
+        """
+        self.extend([NewRow(key=key, view=view, payload=payload, time_s=time_s, error=error)])
+
+    def extend(self, rows: Sequence[NewRow]) -> None:
+        """Write rows behind the others, small ones many to a call: all of them, or none.
+
+        Raises:
+            ValueError, OSError: as `append`.
+        """
+        identities: dict[tuple[bytes, str], None] = {}
+        buffers: list[Buffer] = []
+        crcs: list[int] = []
+        start = self.rows * self._geometry.slot_bytes
+        end = start
+        for row in rows:
+            identities[self._check(row, identities)] = None
+            with memoryview(row.payload).cast("B") as data:
+                crcs.append(crc32c(data))
+            facts = RowFacts(
+                key=row.key.lower(), view=row.view, time_s=row.time_s, crc=crcs[-1], error=row.error
+            )
+            before, behind = self._geometry.around(facts)
+            buffers += [before, row.payload, behind] if before else [row.payload, behind]
+            end += self._geometry.slot_bytes
+            if end - start >= WRITE_BYTES or len(buffers) > WRITE_BUFFERS:
+                _pwrite(self._fd, buffers, start)
+                start, buffers = end, []
+        if buffers:
+            _pwrite(self._fd, buffers, start)
+        first = self._number * self._geometry.slots + self.rows
+        for number, (row, crc, (key, view)) in enumerate(
+            zip(rows, crcs, identities, strict=True), first
+        ):
+            values = (key, view, row.time_s, number, crc, row.error)
+            for column, value in zip(self._columns.values(), values, strict=True):
+                column.append(value)
+        self._identities.update(identities)
+
+    def _check(self, row: NewRow, others: Collection[tuple[bytes, str]]) -> tuple[bytes, str]:
+        """The row's identity, when it may stand here behind `others`."""
+        identity = bytes.fromhex(row.key), row.view
+        nbytes = memoryview(row.payload).nbytes
+        if self.left <= len(others):
+            raise ValueError(f"shard {self._number} is full ({self.rows} rows)")
+        if len(identity[0]) != KEY_BYTES:
+            raise ValueError(f"a key has 64 hex digits, not {len(row.key)}")
+        if identity in self._identities or identity in others:
+            raise ValueError(f"{row.key} {row.view} is in shard {self._number} already")
+        if nbytes != self._geometry.row_bytes:
+            raise ValueError(f"a row of {nbytes} bytes, not {self._geometry.row_bytes}")
+        self._geometry.check_view(row.view)
+        return identity
+
+    def commit(self, replaces: Sequence[int] = ()) -> int:
+        """Make the rows exist, durably; their number. A shard without rows just goes away.
+
+        Args:
+            replaces: shards of the same array that cease to exist at that very instant; only their files
+                remain, for `cache.gc`.
+
+        Raises:
+            StaleJob: from the fence; or OSError. `abort` then takes the shard back, unless only the
+                very last step failed and the rows exist already.
+        """
+        if not self.rows:
+            self.abort()
+            return 0
+        rows, paths = self.rows, self._space.paths
+        tail, tail_crc = self._geometry.tail_with_crc(rows)
+        end = rows * self._geometry.slot_bytes
+        os.ftruncate(self._fd, end)  # a row that failed half-way may lie there
+        _pwrite(self._fd, [tail], end)
+        os.fsync(self._fd)
+        self._close()
+        if self._fence is not None:
+            self._fence()
+        self._temporary.rename(self._path)
+        # Each has a new name in it. In a tar's folder, the first two are one.
+        for folder in dict.fromkeys((self._path.parent, self._folder, self._folder.parent)):
+            fsync_folder(folder)
+        table = pa.table(self._columns, SCHEMA)
+        for name, column in self._geometry.commit_columns(rows).items():
+            table = table.append_column(name, pa.array(column))
+        commit = commit_bytes(
+            table,
+            fingerprint=self._space.spec.fingerprint,
+            kind=self._kind,
+            shard=self._number,
+            nbytes=self._geometry.file_bytes(rows),
+            index_crc=tail_crc,
+            replaces=replaces,
+        )
+        write_atomic(paths.commit(self._kind, self._number), commit, self._fence)
+        self._over = True
+        return rows
+
+    def abort(self) -> None:
+        """Take back what is not committed: the whole shard, or nothing once its commit stands."""
+        self._close()
+        if not self._over and not self._space.paths.commit(self._kind, self._number).exists():
+            shutil.rmtree(self._folder)
+        self._over = True
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _pwrite(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write all of `buffers` at `offset`."""
+    written = os.pwritev(fd, buffers, offset)
+    rest = b""
+    total = sum(memoryview(b).nbytes for b in buffers)
+    while written < total:  # a full disk, or an interrupted call: go on, or learn why not
+        rest = rest or b"".join(buffers)
+        written += os.pwrite(fd, rest[written:], offset + written)

@@ -1,0 +1,217 @@
+"""What is known of the media a page shows: sizes, sources, what is said of them, and a small picture.
+
+A picture comes from a local path of the media table, or from the folder of kept downloads; nothing is
+fetched, and bytes that are not those that were encoded are never shown. Clips are not decoded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.samples import dataset_names, media_table, samples_table
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""As the encoder reads them. PIL's rarer decoders are attack surface."""
+
+MAX_FILE_BYTES = 64 << 20
+MAX_PIXELS = 89_478_485
+"""Larger pictures were never encoded: `model.media` refuses them."""
+
+THUMBNAIL = 336
+"""Longer side of a picture in the page, pixels."""
+
+SAID_CHARACTERS = 160
+"""Of the text under a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """What the tables say of one media."""
+
+    sources: tuple[str, ...] = ()
+    """Where it was found: paths and URLs."""
+    width: int = 0
+    """Pixels; 0 where nobody knows."""
+    height: int = 0
+    """Pixels."""
+    nbytes: int = 0
+    """Of the file."""
+    duration_s: float | None = None
+    """Of a clip."""
+    note: str | None = None
+    """What was odd about it."""
+    datasets: tuple[str, ...] = ()
+    """Which mention it."""
+    asked: str = ""
+    """A question about it: of the first sample that shows it and nothing else."""
+    said: str = ""
+    """The answer to that, or a caption."""
+
+
+_Mentions = dict[str, list[tuple[str, dict[str, Any]]]]
+"""Source -> (data set, what is asked and said there) of each data set that shows it."""
+
+
+def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, Medium]:
+    """Key (64 hex) -> what the tables say of it; every key has an entry."""
+    table = media_table(root)
+    rows = table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(set(keys)), pa.string())))
+    by_key: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
+    for row in rows.to_pylist():
+        by_key[row["key"]].append(row)
+    mentions = _mentions(root, [row["source"] for found in by_key.values() for row in found])
+    return {key: _medium(found, mentions) for key, found in by_key.items()}
+
+
+def _medium(rows: list[dict[str, Any]], mentions: _Mentions) -> Medium:
+    if not rows:
+        return Medium()
+    best = max(rows, key=lambda row: (row["status"] == "ok", row["width"]))
+    mentioned = [found for row in rows for found in mentions.get(row["source"], [])]
+    return Medium(
+        sources=tuple(row["source"] for row in rows),
+        width=best["width"],
+        height=best["height"],
+        nbytes=best["bytes"],
+        duration_s=best["duration_s"],
+        note=best["note"],
+        datasets=tuple(dict.fromkeys(name for name, _ in mentioned)),
+        **next((said for _, said in mentioned if said), {}),
+    )
+
+
+def _mentions(root: CacheRoot, sources: Sequence[str]) -> _Mentions:
+    """Who mentions these sources; what is said comes from the first sample that shows one alone."""
+    found: _Mentions = {}
+    wanted = pa.array(sorted(set(sources)), pa.string())
+    for name in dataset_names(root):
+        lists = samples_table(root, name, ["media"])["media"].combine_chunks()
+        shown = pc.struct_field(pc.list_flatten(lists), "source")
+        hits = np.flatnonzero(np.asarray(pc.is_in(shown, value_set=wanted)))
+        parents = np.asarray(pc.list_parent_indices(lists))
+        alone = np.asarray(pc.list_value_length(lists).fill_null(0)) == 1
+        first: dict[str, int] = {}
+        for at, source in zip(hits.tolist(), shown.take(pa.array(hits)).to_pylist(), strict=True):
+            sample = int(parents[at])
+            if source not in first or (alone[sample] and not alone[first[source]]):
+                first[source] = sample
+        texts = _texts(root.samples(name), [n for n in first.values() if alone[n]])
+        for source, sample in first.items():
+            found.setdefault(source, []).append((name, texts.get(sample, {})))
+    return found
+
+
+def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Number of a sample -> what is asked and said in it. Reads only the row groups those are in."""
+    texts: dict[int, dict[str, Any]] = {}
+    with pq.ParquetFile(path) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            here = sorted(number for number in samples if start <= number < stop)
+            if here:
+                messages = file.read_row_group(group, ["messages"])["messages"]
+                texts |= {number: _exchange(messages[number - start].as_py()) for number in here}
+            start = stop
+    return texts
+
+
+def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first answer of a conversation, and the question before it."""
+    found = {}
+    for message in messages:
+        text = " ".join(message["content"].replace("<image>", " ").split())
+        if len(text) > SAID_CHARACTERS:
+            text = text[: SAID_CHARACTERS - 1] + "…"
+        found["said" if message["role"] == "assistant" else "asked"] = text
+        if message["role"] == "assistant":
+            break
+    return found if "said" in found else {}
+
+
+# ---- small pictures
+
+
+def thumbnail(
+    medium: Medium, key: str, spec: FeatureSpec, keep: Path | None
+) -> tuple[Image.Image | None, str]:
+    """The picture as the encoder saw it, small, RGB; or None, and why there is none."""
+    candidates = [Path(source) for source in medium.sources if source.startswith("/")]
+    if keep is not None:
+        candidates.append(keep / key[:2] / key)  # as encode.keep names them
+    reason = "not on this machine" if candidates else "came from the web and was not kept"
+    for path in candidates:
+        data = _regular_file(path)
+        if data is None:
+            continue
+        if hashlib.sha256(data).hexdigest() != key:
+            reason = "has changed since it was encoded"
+            continue
+        try:
+            return _as_seen(_decode(data), spec), ""
+        except Exception:  # PIL's decoders raise whatever the bytes lead them to
+            reason = "cannot be read"
+    return None, reason
+
+
+def _regular_file(path: Path) -> bytes | None:
+    """Its bytes; None for what is no file, or can't be read, or is larger than any picture."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            return None
+        return path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return None
+
+
+def _decode(data: bytes) -> Image.Image:
+    """RGB, upright, at most about twice THUMBNAIL where the format allows a cheap reduction."""
+    Image.init()
+    known = tuple(name for name in FORMATS if name in Image.OPEN)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        Image.open(io.BytesIO(data), formats=known) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("too many pixels")
+        image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey: 65535 is white
+            grey = np.asarray(upright).astype(np.float64) / 257
+            upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if upright.has_transparency_data:  # on white, as the encoder sees it
+            upright = upright.convert("RGBA")
+            paper = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(paper, upright)
+        return upright.convert("RGB")
+
+
+def _as_seen(image: Image.Image, spec: FeatureSpec) -> Image.Image:
+    """What the patch grid covers: `squash` the whole picture, `pad` with its margins, `crop` the middle."""
+    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    side = min(image.size)
+    if spec.fit == "crop":
+        image = ImageOps.fit(image, (side, side))
+    elif spec.fit == "pad":
+        colour = tuple(int(value * 255) for value in spec.mean)
+        longer = max(image.size)
+        image = ImageOps.pad(image, (longer, longer), color=colour)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
