@@ -18,19 +18,19 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import read_media
 from cache.store.writer import Space
 from configs import UserError
-from encode.book import Book, Ledger
-from encode.breadcrumbs import clear_breadcrumbs
-from encode.cost import check_fits, describe, free_bytes, table
-from encode.fetch import FetchRules
-from encode.inline import Counter, run_inline
-from encode.machine import MEASURE_BATCHES, Crew, measure_speed
+from encode.download.client import FetchRules
+from encode.driver.inline import Counter, run_inline
+from encode.driver.progress import Progress, closing_line, failure_line, stage_line
+from encode.driver.resources import MEASURE_BATCHES, Crew, measure_speed
+from encode.driver.signals import Interrupts
+from encode.driver.tracker import Book, Ledger
+from encode.estimate import check_fits, describe, free_bytes, table
 from encode.plan import MediaCounter, Plan, make_plan
 from encode.present import Present
-from encode.report import Progress, closing_line, failure_line, stage_line
-from encode.setup import Setup
-from encode.signals import Interrupts
-from encode.tasks import Timings
-from encode.worker import Worker
+from encode.worker.config import Setup
+from encode.worker.decode_log import clear_breadcrumbs
+from encode.worker.messages import Timings
+from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -166,14 +166,14 @@ class Job:
 
     def _run_cluster(self, crew: Crew, interrupts: Interrupts, timeout_s: float) -> None:
         # Ray takes a second to import, and the workers load encoders of their own.
-        from encode import cluster
+        from encode.driver import ray_pool
 
         del self._encoder
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
-        with cluster.session(crew.workers, crew.workers * crew.gpus):
+        with ray_pool.session(crew.workers, crew.workers * crew.gpus):
             interrupts.install()
-            workers = cluster.Cluster(
+            workers = ray_pool.Cluster(
                 self._book,
                 self._space,
                 self._setup,

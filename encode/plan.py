@@ -18,10 +18,10 @@ from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.samples import MediaRecord, MediaRef, Sample
-from encode.fetch import is_url
-from encode.local import failed, identify
+from encode.download.client import is_url
 from encode.present import VIDEO, Present
-from encode.tasks import OWN_STAGES, SourceTask, claim_id
+from encode.worker.local_files import failed, identify
+from encode.worker.messages import OWN_STAGES, SourceTask, claim_id
 
 OWN_ATTEMPTS = 3
 """A picture our own code failed on is tried again by this many jobs."""

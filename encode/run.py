@@ -33,13 +33,13 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, media_sizes, read_samples, write_samples
 from configs import UserError
-from encode.fetch import FetchRules
-from encode.fetch_only import fetch_only
+from encode.download.client import FetchRules
+from encode.download.fetch_only import fetch_only
 from encode.plan import MediaCounter
-from encode.row_writer import disk_full
-from encode.setup import COMMIT_EVERY_S, Setup
 from encode.sources import Dataset, catalogue, open_datasets
 from encode.sources.folder import FolderDataset
+from encode.worker.config import COMMIT_EVERY_S, Setup
+from encode.worker.row_writer import disk_full
 from model.encoder_config import EncoderConfig, encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
@@ -157,9 +157,9 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         return fetch_only(root, counter.media, rules, keep, retry_failed=again)
 
     # torch takes 3 s to import: not for --list, --help or a wrong path.
+    from encode.driver.resources import choose_crew
+    from encode.driver.signals import Interrupts
     from encode.job import Job
-    from encode.machine import choose_crew
-    from encode.signals import Interrupts
 
     codec, container = options.codec, options.format
     job = Job(root, counter, codec=codec, container=container, setup=setup_of(options))
@@ -238,8 +238,8 @@ def encoder_of(options: Options) -> EncoderConfig:
 
 def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
     """Stored against live; returns the exit code."""
-    from encode.check import check_space, choose_space
-    from encode.check_media import Checked
+    from encode.check.media import Checked
+    from encode.check.stored import check_space, choose_space
 
     config = encoder_of(options)
     wanted = {

@@ -29,8 +29,8 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord
 from cache.store.writer import Space
 from configs import UserError
-from encode.row_writer import Group, Row, RowWriter
-from encode.tasks import Outcome, SourceTask
+from encode.worker.messages import Outcome, SourceTask
+from encode.worker.row_writer import Group, Row, RowWriter
 from tests.toy_space import key, row
 
 WRITES = ("write", "pwrite", "pwritev")

@@ -19,13 +19,13 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord, read_media, write_samples
+from encode.driver.resources import Crew
+from encode.driver.signals import Interrupts
 from encode.job import Job
-from encode.machine import Crew
 from encode.plan import MediaCounter, Plan
-from encode.setup import Setup
-from encode.signals import Interrupts
 from encode.sources import open_datasets
-from encode.worker import Worker
+from encode.worker.config import Setup
+from encode.worker.worker import Worker
 from model.encoder_config import DemoTowerConfig, EncoderConfig
 
 TINY = EncoderConfig(

@@ -32,18 +32,12 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_the_contracts_name_every_module() -> None:
+def test_the_contracts_list_no_packages_modules() -> None:
+    """A new file needs no change here: contracts name layers and rooms, about 45 names in all."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    named = {c["name"]: c for c in contracts["contracts"]}
-
-    def modules(package: str, but: set[str]) -> set[str]:
-        found = {p.stem for p in (ROOT / package).glob("*.py")} - {"__init__"} - but
-        return {f"{package}.{stem}" for stem in found}
-
-    forbidden = named["model uses only the format of the cache"]["forbidden_modules"]
-    assert forbidden == ["cache.*"]
-    bare = named["Ray is a coat: one file wears it"]["source_modules"]
-    assert modules("encode", but={"cluster"}) <= set(bare)
+    lists = [v for c in contracts["contracts"] for v in c.values() if isinstance(v, list)]
+    names = [name for each in lists for line in each for name in line.split(" | ")]
+    assert len(names) <= 45, names
 
 
 def test_the_contracts_hold(copy: Path) -> None:
@@ -59,7 +53,7 @@ def test_the_contracts_hold(copy: Path) -> None:
         ("train/run.py", "import encode.plan", "Siblings encode and train"),
         ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
         ("model/vlm.py", "import cache.store.reader", "model uses only the format"),
-        ("encode/worker.py", "import ray", "Ray is a coat"),
+        ("encode/worker/worker.py", "import ray", "One file imports Ray"),
     ],
 )
 def test_a_planted_import_turns_them_red(

@@ -25,7 +25,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader, find_space
 from cache.store.writer import Space
 from configs import UserError
-from encode.setup import Setup
+from encode.worker.config import Setup
 from model.encoder_config import DemoTowerConfig
 from model.vision import _pool, rebuild_encoder
 from tests.clips import make_clip

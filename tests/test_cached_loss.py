@@ -14,7 +14,7 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.store.writer import ShardWriter, Space
 from encode.sources.demo import questions
-from encode.sources.demo_world import World, draw, things
+from encode.sources.demo_drawings import World, draw, things
 from model.language import load_tokenizer
 from model.media import decode_picture
 from model.quantize import pack

@@ -170,7 +170,8 @@ def test_commands_leave_with_two_and_one_line_after_a_mistake(
 
 def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, configs, cache.store.reader, cache.store.writer, cache.store.samples; configs.load('train');"
+        "import sys, configs, cache.store.reader, cache.store.writer, cache.store.samples;"
+        "configs.load('train');"
         "print({'torch', 'ray', 'transformers', 'tyro'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,13 +20,13 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader, find_space
 from cache.store.samples import Sample
 from configs import UserError
-from encode import live
 from encode import run as encode_run
+from encode.check import loss
 from encode.sources import demo as world
 from encode.sources import demo_clips as clips
 from encode.sources import open_dataset
 from encode.sources.demo import DemoDataset
-from encode.sources.demo_world import SHAPES, Thing, World, draw, paint, paper, png, things
+from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
 from model.language import load_tokenizer
 from model.load import save_final
 from model.template import tokenize_messages
@@ -375,9 +375,9 @@ def test_cached_loss_is_live_loss(
     trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, features = trained
-    assert live.main(["--run", str(model), "--features", str(features), "--samples", "6"]) == 0
+    assert loss.main(["--run", str(model), "--features", str(features), "--samples", "6"]) == 0
     assert "cached loss = live loss: " in capsys.readouterr().out
-    result = live.compare(live.Options(run=str(model), features=features, samples=6))
+    result = loss.compare(loss.Options(run=str(model), features=features, samples=6))
     assert (result.samples, result.pictures, result.same_rows) == (6, 6, 6)
     assert result.cached == result.live
     assert result.cached == pytest.approx(result.unrounded, rel=0.01)
@@ -389,7 +389,7 @@ def test_a_changed_picture_is_noticed(trained: tuple[Path, Path]) -> None:
     before = path.read_bytes()
     path.write_bytes(draw(World(pictures=9, seed=5), 0))
     try:
-        result = live.compare(live.Options(run=str(model), features=features, samples=1))
+        result = loss.compare(loss.Options(run=str(model), features=features, samples=1))
     finally:
         path.write_bytes(before)
     assert (result.pictures, result.same_rows) == (1, 0)
@@ -403,9 +403,9 @@ def test_a_sample_alone_is_a_batch_of_one() -> None:
     text = tokenize_messages(tokenizer, turns, 1)
     spec = small_world.spec()
     row = torch.zeros(1, spec.row_bytes("picture"), dtype=torch.uint8)
-    picture = live.StoredMedia(array="picture", asked_us=(), times_s=(), rows=row)
+    picture = loss.StoredMedia(array="picture", asked_us=(), times_s=(), rows=row)
     assert spec.tokens("picture") == 4
-    batch = live.alone(tokenizer, turns, [picture], spec)
+    batch = loss.alone(tokenizer, turns, [picture], spec)
     assert len(batch.input_ids) == len(text.ids) + 3
     first = int((torch.from_numpy(text.ids) == image).nonzero()[0])
     assert batch.image_slots.tolist() == [first, first + 1, first + 2, first + 3]

@@ -21,9 +21,9 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import read_media
 from configs import UserError
-from encode import row_writer
-from encode.row_writer import DiskFull
-from encode.worker import Worker
+from encode.worker import row_writer
+from encode.worker.row_writer import DiskFull
+from encode.worker.worker import Worker
 from tests.encode_world import SETUP, draw, encode
 from tests.toy_space import fill, key, make_space
 

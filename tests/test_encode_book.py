@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord, read_media
 from configs import UserError
-from encode.book import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
-from encode.local import failed, identify
-from encode.suspects import Suspects, sentence
-from encode.tasks import Outcome, Registrar, SourceTask, Timings
+from encode.driver.culprits import Suspects, sentence
+from encode.driver.tracker import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
+from encode.worker.local_files import failed, identify
+from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
 
 
 class World:

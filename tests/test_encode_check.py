@@ -20,8 +20,8 @@ from cache.store.samples import append_media, read_media
 from cache.store.writer import ShardWriter, Space
 from configs import UserError
 from encode import run as encode_run
-from encode.check_report import Loss
-from encode.keep import MediaStore
+from encode.check.report import Loss
+from encode.download.media_store import MediaStore
 from tests.clips import make_clip
 from tests.encode_world import draw
 from tests.trouble import TroubleServer

@@ -20,13 +20,13 @@ from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord
 from cache.store.writer import Space
-from encode import intake
-from encode.items import Pixels
-from encode.row_writer import Group, Row, RowWriter
 from encode.sources.demo_clips import film
-from encode.sources.demo_world import World
-from encode.tasks import Outcome, SourceTask
-from encode.worker import Worker
+from encode.sources.demo_drawings import World
+from encode.worker import prefetch
+from encode.worker.media_item import Pixels
+from encode.worker.messages import Outcome, SourceTask
+from encode.worker.row_writer import Group, Row, RowWriter
+from encode.worker.worker import Worker
 from model.media import BadMedia
 from model.video import frames, probe
 from model.vision import load_encoder
@@ -160,8 +160,8 @@ def test_a_clip_that_gives_too_few_frames_is_not_called_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shoot(tmp_path / "clips", (5,))
-    some = intake.frames
-    monkeypatch.setattr(intake, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
+    some = prefetch.frames
+    monkeypatch.setattr(prefetch, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
     result = encode(tmp_path / "cache", f"folder:{tmp_path / 'clips'}")
     assert result.failures() == {"clip00.y4m": ("decode", "3 of 5 frames could be decoded")}
     assert result.reader.rows("frame") == 0

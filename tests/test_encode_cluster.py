@@ -18,13 +18,13 @@ import ray
 from PIL import Image
 
 from configs import UserError
-from encode import cluster
-from encode.items import Pixels
-from encode.setup import Setup
+from encode.driver import ray_pool
 from encode.sources.demo_clips import film
-from encode.sources.demo_world import World
-from encode.tasks import Office
-from encode.worker import Encoder, Worker
+from encode.sources.demo_drawings import World
+from encode.worker.config import Setup
+from encode.worker.media_item import Pixels
+from encode.worker.messages import Office
+from encode.worker.worker import Encoder, Worker
 from tests.encode_world import SETUP, Result, draw, encode
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -33,7 +33,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests of this file: starting it takes seconds."""
-    with cluster.session(cpus=3, gpus=0):
+    with ray_pool.session(cpus=3, gpus=0):
         yield
 
 

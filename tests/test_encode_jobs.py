@@ -23,11 +23,11 @@ from cache.store.locks import DriverLock
 from cache.store.samples import read_media
 from cache.store.writer import ShardWriter
 from configs import UserError
-from encode.book import TooManyFailures
-from encode.row_writer import DiskFull
-from encode.setup import Setup
-from encode.signals import Interrupts
-from encode.worker import Worker
+from encode.driver.signals import Interrupts
+from encode.driver.tracker import TooManyFailures
+from encode.worker.config import Setup
+from encode.worker.row_writer import DiskFull
+from encode.worker.worker import Worker
 from model.media import decode_picture
 from model.vision import VisionEncoder, load_encoder
 from tests.encode_world import SETUP, TINY, Result, draw, encode

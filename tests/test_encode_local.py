@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from cache.store.paths import SpacePaths
-from encode import local
-from encode.breadcrumbs import (
+from encode.worker import local_files
+from encode.worker.decode_log import (
     Breadcrumbs,
     breadcrumb_file,
     clear_breadcrumbs,
     read_crumbs,
 )
-from encode.local import Identity, identify, read_local, size_in_header, unreadable
-from encode.tasks import SourceTask
+from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
+from encode.worker.messages import SourceTask
 from model.media import BadMedia, decode_picture
 
 
@@ -59,7 +59,7 @@ def test_stamps_of_whole_seconds_and_of_the_future_are_not_trusted() -> None:
     assert fine.settle_s() == 0.0
     whole = (now // 10**9) * 10**9
     coarse = Identity(size=1, mtime_ns=whole, ctime_ns=whole, inode=5)
-    assert 0 < coarse.settle_s() <= local.COARSE_TICK_S
+    assert 0 < coarse.settle_s() <= local_files.COARSE_TICK_S
     future = Identity(size=1, mtime_ns=now + 10**12, ctime_ns=now, inode=5)
     assert future.settle_s() < 0
 
@@ -82,7 +82,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
 ) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"x")
-    original, left = local._regular, [changes]
+    original, left = local_files._regular, [changes]
 
     def look(status: os.stat_result, most: int) -> Identity:
         """Somebody appends a byte each time after we looked."""
@@ -93,7 +93,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
                 file.write(b"y")
         return identity
 
-    monkeypatch.setattr(local, "_regular", look)
+    monkeypatch.setattr(local_files, "_regular", look)
     if readable:
         data, record = read_local(task(path))
         assert data == b"xyy"
@@ -110,7 +110,7 @@ def test_what_is_no_file_is_a_failure_and_never_waits(
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "big.png").write_bytes(b"12345")
-    monkeypatch.setattr(local, "MAX_BYTES", 4)
+    monkeypatch.setattr(local_files, "MAX_BYTES", 4)
     expected = {
         "pipe.png": "not a regular file",
         "folder.png": "Is a directory",

@@ -14,7 +14,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord, MediaRef, Message, Sample
 from cache.store.writer import ShardWriter, Space
 from configs import UserError
-from encode.cost import (
+from encode.estimate import (
     SPARE_BYTES,
     Speed,
     break_even,
@@ -25,10 +25,10 @@ from encode.cost import (
     table,
     time_text,
 )
-from encode.local import identify
 from encode.plan import OVERHEAD_BYTES, OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
 from encode.present import Present
-from encode.tasks import SourceTask
+from encode.worker.local_files import identify
+from encode.worker.messages import SourceTask
 from tests.toy_space import SPEC as TOY
 
 KEY = "ab" * 32

@@ -19,12 +19,12 @@ from cache.store.reader import FeatureReader, find_space
 from cache.store.samples import read_samples
 from cache.verify import verify
 from configs import UserError
-from encode import machine
-from encode.book import Book
-from encode.machine import Crew, choose_crew
-from encode.report import Progress, closing_line, failure_line
+from encode.driver import resources
+from encode.driver.progress import Progress, closing_line, failure_line
+from encode.driver.resources import Crew, choose_crew
+from encode.driver.tracker import Book
 from encode.run import main
-from encode.tasks import SourceTask, Timings
+from encode.worker.messages import SourceTask, Timings
 from tests.encode_world import TINY, draw
 
 CLOSING = re.compile(
@@ -203,15 +203,15 @@ def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
 
 
 def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> Crew:
-    kind = "cpu" if machine.gpus(device) == 0 else "cuda"
+    kind = "cpu" if resources.gpus(device) == 0 else "cuda"
     kind = device.partition(":")[0] if device != "auto" else kind
     return choose_crew(workers, threads, device=device, device_type=kind, seconds=seconds)
 
 
 def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cores", lambda: 16)
-    monkeypatch.setattr(machine, "torch_cores", lambda: 16)
-    monkeypatch.setattr(machine, "gpus", lambda device: 0)
+    monkeypatch.setattr(resources, "cores", lambda: 16)
+    monkeypatch.setattr(resources, "torch_cores", lambda: 16)
+    monkeypatch.setattr(resources, "gpus", lambda device: 0)
     small, large = crew("auto", None, 5.0), crew("auto", None, 5000.0)
     assert (small.workers, small.torch_threads) == (0, 16)
     assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
@@ -222,7 +222,7 @@ def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             0,
         )
-    monkeypatch.setattr(machine, "gpus", lambda device: 4)
+    monkeypatch.setattr(resources, "gpus", lambda device: 4)
     four = crew("auto", None, 5000.0)
     assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
     with pytest.raises(UserError, match="one a GPU, and there are 4"):
@@ -251,7 +251,7 @@ def test_progress_tells_rate_bound_and_time_left(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("encode.report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
     tasks = [SourceTask(source=str(i)) for i in range(1000)]
     screen = Screen(terminal)
     progress = Progress(Book(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from encode.exchange import _retry_after
-from encode.fetch import Fetched, Fetcher, FetchRules, is_url
+from encode.download.client import Fetched, Fetcher, FetchRules, is_url
+from encode.download.request import _retry_after
 from model.media import BadMedia, decode_picture
 from tests.trouble import TROUBLES, Handler, TroubleServer, at_first, status
 
@@ -473,7 +473,7 @@ def test_a_cancelled_fetch_ends_and_gives_back_its_place(
 
 QUIET_END = """
 import sys, time
-from encode.fetch import Fetcher, FetchRules
+from encode.download.client import Fetcher, FetchRules
 rules = FetchRules(allow_private=True, read_s=20)
 fetcher = Fetcher(rules)
 ahead = [fetcher.submit(url) for url in sys.argv[2:]]

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cache.remote.net
-from encode.addresses import CheckedResolver, RefusedAddress, checked_socket, refusal
-from encode.fetch import Fetched, Fetcher
+from encode.download.client import Fetched, Fetcher
+from encode.download.session import CheckedResolver, RefusedAddress, checked_socket, refusal
 from tests.test_fetch import outcome, rules
 from tests.trouble import TroubleServer, redirect
 

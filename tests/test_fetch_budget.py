@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encode.budget import FIRST_SHARE, Budget, Lease, NoRoom
-from encode.fetch import Fetched, Fetcher
+from encode.download.client import Fetched, Fetcher
+from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoom
 from tests.test_fetch import outcome, rules, wait_until
 from tests.trouble import Act, Handler, TroubleServer, chunked, until_closed
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from encode.keep import MediaStore
+from encode.download.media_store import MediaStore
 
 
 def key_of(data: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from encode.fetch import Fetched, Fetcher
+from encode.download.client import Fetched, Fetcher
 from tests.test_fetch import outcome, rules
 from tests.trouble import Act, Handler, TroubleServer
 

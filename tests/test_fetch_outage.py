@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import encode.outage
-from encode.fetch import Fetched, Fetcher
-from encode.fetch_rules import Trouble
-from encode.outage import HOSTS, Outage
+import encode.download.outage
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import Trouble
+from encode.download.outage import HOSTS, Outage
 from tests.test_fetch import outcome, rules, wait_until
 from tests.trouble import TroubleServer
 
@@ -39,7 +39,7 @@ class Names:
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     made = Names()
     monkeypatch.setattr(socket, "getaddrinfo", made.lookup)
-    monkeypatch.setattr(encode.outage, "PROBE_S", 0.2)
+    monkeypatch.setattr(encode.download.outage, "PROBE_S", 0.2)
     return made
 
 

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
-from encode.fetch import Fetched, Fetcher
-from encode.fetch_rules import Trouble
-from encode.urls import host_of, parse_url, redirect_url
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import Trouble
+from encode.download.urls import host_of, parse_url, redirect_url
 from tests.test_fetch import outcome, rules
 from tests.trouble import Handler, TroubleServer
 

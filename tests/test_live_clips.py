@@ -16,8 +16,8 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader, find_space
 from cache.store.samples import MediaRef, append_media, read_media, read_samples, write_samples
 from configs import UserError
-from encode import live
 from encode import run as encode_run
+from encode.check import loss
 from model import generate, video
 from model.answer import answer
 from model.generate import Options, in_order, live_clip
@@ -90,9 +90,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
 
 def test_cached_loss_is_live_loss_on_clips(world: Live, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--run", str(world.model), "--features", str(world.features), "--samples", "8"]
-    assert live.main(words) == 0
+    assert loss.main(words) == 0
     assert "pictures and frames give the stored row to the bit" in capsys.readouterr().out
-    result = live.compare(live.Options(run=str(world.model), features=world.features, samples=8))
+    result = loss.compare(loss.Options(run=str(world.model), features=world.features, samples=8))
     assert (result.samples, result.clips) == (8, 4)
     assert result.same_rows == result.pictures > 4 + 2 * 4
     assert result.cached == result.live
@@ -100,8 +100,8 @@ def test_cached_loss_is_live_loss_on_clips(world: Live, capsys: pytest.CaptureFi
 
 
 def test_with_other_frames_than_are_stored_there_is_nothing_to_compare(world: Live) -> None:
-    options = live.Options(run=str(world.model), features=world.features, samples=20, max_frames=3)
-    result = live.compare(options)
+    options = loss.Options(run=str(world.model), features=world.features, samples=20, max_frames=3)
+    result = loss.compare(options)
     assert (result.samples, result.clips) == (6, 0)  # the pictures
 
 
@@ -114,8 +114,8 @@ def test_what_came_from_the_web_cannot_be_looked_at_again(world: Live) -> None:
     write_samples(
         root, "web", [replace(sample, dataset="web", media=(MediaRef(source=url, kind="video"),))]
     )
-    options = live.Options(run=str(world.model), features=world.features, samples=50)
-    assert live.compare(options).samples == 12
+    options = loss.Options(run=str(world.model), features=world.features, samples=50)
+    assert loss.compare(options).samples == 12
     joined = join(
         root,
         world.reader,
@@ -132,14 +132,14 @@ def test_a_clip_that_is_gone_or_broken_is_said(world: Live) -> None:
     sample = next(iter(read_samples(CacheRoot(world.features), "demo-clips")))
     path = Path(sample.media[0].source)
     whole = path.read_bytes()
-    options = live.Options(run=str(world.model), features=world.features, samples=2)
+    options = loss.Options(run=str(world.model), features=world.features, samples=2)
     try:
         path.write_bytes(b"YUV4MPEG2 nothing")
         with pytest.raises(UserError, match="it has changed since it was encoded"):
-            live.compare(options)
+            loss.compare(options)
         path.unlink()
         with pytest.raises(UserError, match="cannot be read to encode it again: No such file"):
-            live.compare(options)
+            loss.compare(options)
     finally:
         path.write_bytes(whole)
 

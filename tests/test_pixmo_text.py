@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cache.store.samples import MediaRef
 from encode.sources.folder import CAPTION_PROMPT
-from encode.sources.pixmo_text import (
+from encode.sources.pixmo_rows import (
     EDGE,
     NONE,
     POINTS_WEIGHT,

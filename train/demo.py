@@ -102,7 +102,7 @@ def show(demo: Demo, features: Path) -> None:
     for stage, flags in demo.stages.items():
         run("train.run", {"stage": stage, "run": RUN.name, **where, **demo.train, **flags})
     del where["space"]  # from here on the model knows its own
-    live = run("encode.live", {"run": RUN.name, **where, "samples": demo.live_samples})
+    live = run("encode.check.loss", {"run": RUN.name, **where, "samples": demo.live_samples})
     run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
     result = json.loads((last_stage(demo) / "evaluation-val.json").read_text(encoding="utf-8"))
     for prompt, picture in zip(demo.prompts, held_out_pictures(result), strict=False):

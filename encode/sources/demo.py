@@ -23,7 +23,7 @@ from typing import ClassVar
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
 from encode.sources import demo_clips
-from encode.sources.demo_world import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things
+from encode.sources.demo_drawings import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things
 
 LOSS_WEIGHTS = {"caption": 0.5}
 """Of the long answers, which would drown the short ones."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from encode.sources.demo_world import (
+from encode.sources.demo_drawings import (
     COLUMNS,
     NUMBERS,
     ROWS,

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.sources.pixmo_files import hub_files, local_files
-from encode.sources.pixmo_text import READERS, BadRowError, Row, Size, Unusable, picture
+from encode.sources.pixmo_rows import READERS, BadRowError, Row, Size, Unusable, picture
 
 log = logging.getLogger(__name__)
 

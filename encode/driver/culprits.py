@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from cache.store.samples import MediaRecord
 from configs import UserError
-from encode.fetch import is_url
-from encode.local import failed, hash_local, unreadable
-from encode.tasks import SourceTask
+from encode.download.client import is_url
+from encode.worker.local_files import failed, hash_local, unreadable
+from encode.worker.messages import SourceTask
 from model.media import BadMedia
 
 SOLO_DEATHS = 2

@@ -15,8 +15,8 @@ import aiohttp
 import certifi
 from yarl import URL
 
-from encode.addresses import CheckedResolver, Lookups, checked_socket
-from encode.fetch_rules import FetchRules
+from encode.download.config import FetchRules
+from encode.download.session import CheckedResolver, Lookups, checked_socket
 
 __all__ = ["Sockets", "new_session"]
 

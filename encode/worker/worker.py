@@ -30,16 +30,16 @@ from cache.store.locks import WorkerLease
 from cache.store.paths import SpacePaths
 from cache.store.writer import Space
 from configs import UserError
-from encode.breadcrumbs import Breadcrumbs, breadcrumb_file
-from encode.download import Downloads
-from encode.fetch import is_url
-from encode.intake import Intake
-from encode.items import Item, Piece, Pixels
-from encode.local import failed
+from encode.download.client import is_url
 from encode.present import Present
-from encode.row_writer import Group, Row, RowWriter
-from encode.setup import Setup
-from encode.tasks import Office, Outcome, SourceTask, Timings
+from encode.worker.config import Setup
+from encode.worker.decode_log import Breadcrumbs, breadcrumb_file
+from encode.worker.downloads import Downloads
+from encode.worker.local_files import failed
+from encode.worker.media_item import Item, Piece, Pixels
+from encode.worker.messages import Office, Outcome, SourceTask, Timings
+from encode.worker.prefetch import Intake
+from encode.worker.row_writer import Group, Row, RowWriter
 from model.media import decode_picture
 from model.quantize import pack
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord, append_media
 from configs import UserError
-from encode.local import failed
-from encode.tasks import OWN_STAGES, Outcome, SourceTask, claim_id
+from encode.worker.local_files import failed
+from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, claim_id
 
 LEDGER_EVERY_S = 30.0
 LEDGER_EVERY_RECORDS = 8192

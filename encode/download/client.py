@@ -33,14 +33,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from encode.addresses import Lookups
-from encode.budget import Budget, Lease, NoRoom
-from encode.exchange import Body, Exchange
-from encode.fetch_rules import FetchRules, Trouble
-from encode.lanes import Lanes
-from encode.outage import Outage
-from encode.session import Sockets, new_session
-from encode.urls import host_of, is_url, parse_url
+from encode.download.config import FetchRules, Trouble
+from encode.download.connections import Sockets, new_session
+from encode.download.host_limits import Lanes
+from encode.download.memory_budget import Budget, Lease, NoRoom
+from encode.download.outage import Outage
+from encode.download.request import Body, Exchange
+from encode.download.session import Lookups
+from encode.download.urls import host_of, is_url, parse_url
 from model.media import BadMedia
 
 __all__ = ["FetchRules", "Fetched", "Fetcher", "is_url"]

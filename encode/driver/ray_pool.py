@@ -26,13 +26,13 @@ from cache.store.locks import wait_gone
 from cache.store.paths import SpacePaths
 from cache.store.writer import Space
 from configs import UserError
-from encode.book import Book, TooManyFailures
-from encode.breadcrumbs import breadcrumb_file, read_crumbs
+from encode.driver.culprits import Suspects, sentence
+from encode.driver.tracker import Book, TooManyFailures
 from encode.present import Present
-from encode.setup import Setup
-from encode.suspects import Suspects, sentence
-from encode.tasks import Outcome, Registrar, SourceTask, Timings, claim_id
-from encode.worker import Worker
+from encode.worker.config import Setup
+from encode.worker.decode_log import breadcrumb_file, read_crumbs
+from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, claim_id
+from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

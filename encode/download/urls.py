@@ -11,7 +11,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from yarl import URL
 
-from encode.fetch_rules import Trouble
+from encode.download.config import Trouble
 
 __all__ = ["host_of", "is_url", "parse_url", "redirect_url"]
 

@@ -16,17 +16,17 @@ from pathlib import Path
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord, read_media
-from encode.book import Ledger
-from encode.cost import about
-from encode.download import Downloads
-from encode.fetch import FetchRules, is_url
-from encode.items import Item
-from encode.keep import MediaStore
-from encode.local import failed
+from encode.download.client import FetchRules, is_url
+from encode.download.media_store import MediaStore
+from encode.driver.progress import LOG_EVERY_S
+from encode.driver.signals import Interrupts
+from encode.driver.tracker import Ledger
+from encode.estimate import about
 from encode.plan import Mention, spread
-from encode.report import LOG_EVERY_S
-from encode.signals import Interrupts
-from encode.tasks import SourceTask
+from encode.worker.downloads import Downloads
+from encode.worker.local_files import failed
+from encode.worker.media_item import Item
+from encode.worker.messages import SourceTask
 
 POLL_S = 0.5
 

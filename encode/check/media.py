@@ -19,10 +19,10 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord, media_table, samples_table
 from configs import UserError
-from encode.fetch import Fetched, Fetcher, FetchRules
-from encode.keep import MediaStore
-from encode.live import row_numbers
-from encode.urls import is_url
+from encode.check.loss import row_numbers
+from encode.download.client import Fetched, Fetcher, FetchRules
+from encode.download.media_store import MediaStore
+from encode.download.urls import is_url
 from model.media import BadMedia
 
 SEED = 0

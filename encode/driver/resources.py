@@ -12,8 +12,8 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from encode.cost import DECODE_S, Speed
-from encode.worker import Encoder
+from encode.estimate import DECODE_S, Speed
+from encode.worker.worker import Encoder
 
 INLINE_S = 120.0
 """Shorter jobs run in the driver itself: starting Ray and loading the encoder again takes 10 s."""

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.store.samples import MediaRecord
-from encode.fetch import Fetched, Fetcher, FetchRules
-from encode.items import Item
-from encode.keep import MediaStore
-from encode.tasks import SourceTask
+from encode.download.client import Fetched, Fetcher, FetchRules
+from encode.download.media_store import MediaStore
+from encode.worker.media_item import Item
+from encode.worker.messages import SourceTask
 from model.media import BadMedia
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 
-from encode.fetch_rules import Trouble
+from encode.download.config import Trouble
 
 __all__ = ["Outage"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.format.frame_sampling import MAX_FRAMES
-from encode.fetch import FetchRules
+from encode.download.client import FetchRules
 from model.encoder_config import EncoderConfig
 
 if TYPE_CHECKING:

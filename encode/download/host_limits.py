@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from encode.fetch_rules import FetchRules, Trouble
+from encode.download.config import FetchRules, Trouble
 
 RECENT = 64
 """Hosts asked last. Asked again, their connections are kept a while; of a million hosts asked once, none

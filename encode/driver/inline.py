@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection
 
-from encode.book import Book, TooManyFailures
-from encode.tasks import Registrar, Timings
-from encode.worker import Worker
+from encode.driver.tracker import Book, TooManyFailures
+from encode.worker.messages import Registrar, Timings
+from encode.worker.worker import Worker
 
 NUMBER = 0
 TASK_SOURCES = 32

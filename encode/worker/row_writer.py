@@ -23,8 +23,8 @@ from cache.format.spec import ARRAY_OF
 from cache.store.samples import MediaRecord
 from cache.store.writer import NewRow, ShardWriter, Space
 from configs import UserError
-from encode.local import failed
-from encode.tasks import Outcome, SourceTask
+from encode.worker.local_files import failed
+from encode.worker.messages import Outcome, SourceTask
 
 ROWS_AHEAD = 64
 """Rows waiting for the disk: 75 MB of the largest ones. One clip may have more."""

@@ -12,9 +12,9 @@ import sys
 import time
 from typing import TextIO
 
-from encode.book import Book
-from encode.cost import about
-from encode.tasks import Timings
+from encode.driver.tracker import Book
+from encode.estimate import about
+from encode.worker.messages import Timings
 
 WINDOW_S = 60.0
 """The rate that an ETA is made of is that of the last minute."""

@@ -22,12 +22,18 @@ from PIL import Image
 
 from cache.format.frame_sampling import FULL, sample_times, time_view
 from cache.store.samples import MediaRecord
-from encode.breadcrumbs import Breadcrumbs
-from encode.download import Downloads
-from encode.fetch import is_url
-from encode.items import Item, Piece, Pixels, piece_of
-from encode.local import check_unchanged, hash_local, read_local, size_in_header, unreadable
-from encode.tasks import SourceTask, claim_id
+from encode.download.client import is_url
+from encode.worker.decode_log import Breadcrumbs
+from encode.worker.downloads import Downloads
+from encode.worker.local_files import (
+    check_unchanged,
+    hash_local,
+    read_local,
+    size_in_header,
+    unreadable,
+)
+from encode.worker.media_item import Item, Piece, Pixels, piece_of
+from encode.worker.messages import SourceTask, claim_id
 from model.media import BadMedia
 from model.video import frames, probe
 

@@ -1,6 +1,6 @@
 """What a trained model loses by reading features instead of computing them: nothing, shown on samples.
 
-python -m encode.live --run demo --features cache --samples 16
+python -m encode.check.loss --run demo --features cache --samples 16
 
 Pictures and clips of a few samples are read from their files and encoded again. The model's loss on them
 is compared with its loss on the stored rows. It fails when the two are apart, so it also notices an encoder,
@@ -33,7 +33,7 @@ from cache.store.samples import (
     read_samples,
 )
 from configs import UserError
-from encode.urls import is_url
+from encode.download.urls import is_url
 from model import video
 from model.load import find_run, load_final
 from model.media import BadMedia, decode_picture
@@ -43,7 +43,7 @@ from model.template import Message, clip_ids, fill_places, tokenize_messages
 from model.tokenizer import IMAGE, token_id
 from model.vision import VisionEncoder, rebuild_encoder
 
-PROG = "python -m encode.live"
+PROG = "python -m encode.check.loss"
 TOLERANCE = 0.01
 """Largest difference of the losses, relative. Where precision and library are the same it is 0."""
 

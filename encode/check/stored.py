@@ -27,9 +27,9 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord
 from configs import UserError
-from encode.check_media import Bytes, Checked, drawn
-from encode.check_report import CheckReport, Loss
-from encode.live import StoredMedia, inputs_of, stored_media
+from encode.check.loss import StoredMedia, inputs_of, stored_media
+from encode.check.media import Bytes, Checked, drawn
+from encode.check.report import CheckReport, Loss
 from model.media import BadMedia
 from model.quantize import pack, unpack
 from model.vision import VisionEncoder, rebuild_encoder

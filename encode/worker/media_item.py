@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.store.samples import MediaRecord
-from encode.tasks import SourceTask
+from encode.worker.messages import SourceTask
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
-from encode.addresses import RefusedAddress, literal, refusal
-from encode.budget import Lease
-from encode.fetch_rules import FetchRules, Trouble
-from encode.lanes import Lanes
-from encode.session import KEEP_ALIVE_S
-from encode.urls import host_of, redirect_url
+from encode.download.config import FetchRules, Trouble
+from encode.download.connections import KEEP_ALIVE_S
+from encode.download.host_limits import Lanes
+from encode.download.memory_budget import Lease
+from encode.download.session import RefusedAddress, literal, refusal
+from encode.download.urls import host_of, redirect_url
 
 __all__ = ["Body", "Exchange"]
 

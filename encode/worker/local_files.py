@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from cache.store.samples import MediaRecord
-from encode.tasks import SourceTask
+from encode.worker.messages import SourceTask
 from model.media import FORMATS, BadMedia
 
 MAX_BYTES = 1 << 30
