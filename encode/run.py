@@ -40,7 +40,7 @@ from encode.sources import Dataset, catalogue, open_datasets
 from encode.sources.folder import FolderDataset
 from encode.worker.config import COMMIT_EVERY_S, Setup
 from encode.worker.row_writer import disk_full
-from model.encoder_config import EncoderConfig, encoder_config
+from model.vision.config import EncoderConfig, encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
 COUNTS = ("max_frames", "connections", "connections_per_host", "fetch_tries")

@@ -33,14 +33,14 @@ import configs
 from cache.format.frame_sampling import MAX_FRAMES, sample_times
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
-from model import video
-from model.answer import Clip, answer
-from model.device import pick_device
-from model.load import find_run, load_final, read_meta
-from model.media import BadMedia, decode_picture
+from model.inference import Clip, answer
+from model.io.device import pick_device
+from model.io.saved_model import find_run, load_final, read_meta
+from model.language.tokenizer import IMAGE
+from model.media import video
+from model.media.images import BadMedia, decode_picture
 from model.quantize import pack, unpack
-from model.tokenizer import IMAGE
-from model.vision import VisionEncoder, rebuild_encoder
+from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 PROG = "python -m model.generate"
 VIDEO = "<video>"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from model.attention_plan import AttentionPlan
+from model.attention.batch import PackedBatch, register_packed_attention
+from model.attention.plan import AttentionPlan
 from model.connector import build_connector
-from model.language import load_language
+from model.language.model import load_language
 from model.loss import weighted_cross_entropy
-from model.packed import PackedBatch, register_packed_attention
 
 
 class VLM(nn.Module):

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from cache.format.frame_sampling import sample_times
-from model.media import BadMedia
-from model.video import frames, probe
-from model.video_source import MAX_FRAME_PIXELS
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from model.media.video_open import MAX_FRAME_PIXELS
 
 PATIENCE_S = 20
 """A clip that takes longer ends the child."""

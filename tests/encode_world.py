@@ -26,7 +26,7 @@ from encode.plan import MediaCounter, Plan
 from encode.sources import open_datasets
 from encode.worker.config import Setup
 from encode.worker.worker import Worker
-from model.encoder_config import DemoTowerConfig, EncoderConfig
+from model.vision.config import DemoTowerConfig, EncoderConfig
 
 TINY = EncoderConfig(
     name="tiny",

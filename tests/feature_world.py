@@ -28,7 +28,7 @@ from cache.store.samples import (
     write_samples,
 )
 from cache.store.writer import ShardWriter, Space
-from model.language import load_tokenizer
+from model.language.model import load_tokenizer
 from tests.small_world import spec as small_spec
 from train.data import (
     Join,

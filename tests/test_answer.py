@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model import answer as answers
-from model.answer import Clip, Prompt, answer, decode
-from model.packed import PackedBatch
-from model.template import prompt_ids
-from model.tokenizer import eos_ids, token_id
+from model import inference as answers
+from model.attention.batch import PackedBatch
+from model.inference import Clip, Prompt, answer, decode
+from model.language.chat_template import prompt_ids
+from model.language.tokenizer import eos_ids, token_id
 from model.vlm import VLM, build_vlm
 
 VISION = 24

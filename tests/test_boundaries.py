@@ -48,8 +48,8 @@ def test_the_contracts_hold(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "planted", "contract"),
     [
-        ("train/data.py", "import model.vision", "The trainer cannot load the encoder"),
-        ("model/vlm.py", "import model.vision", "The trainer cannot load the encoder"),
+        ("train/data/loader.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
+        ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
         ("train/run.py", "import encode.plan", "Siblings encode and train"),
         ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
         ("model/vlm.py", "import cache.store.reader", "model uses only the format"),
@@ -71,7 +71,7 @@ def test_importing_the_trainer_loads_no_encoder() -> None:
     code = (
         "import sys, train.run, train.evaluate, train.demo\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('open_clip', 'ray', 'encode')"
-        " or m == 'model.vision'])"
+        " or m == 'model.vision.encoder.encoder'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

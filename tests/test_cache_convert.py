@@ -26,8 +26,8 @@ from cache.store.reader import FeatureReader, find_space
 from cache.store.writer import Space
 from configs import UserError
 from encode.worker.config import Setup
-from model.encoder_config import DemoTowerConfig
-from model.vision import _pool, rebuild_encoder
+from model.vision.config import DemoTowerConfig
+from model.vision.encoder import _pool, rebuild_encoder
 from tests.clips import make_clip
 from tests.encode_world import TINY, draw, encode
 from tests.toy_space import SPEC, fill, key, make_space

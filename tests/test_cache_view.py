@@ -35,7 +35,7 @@ from cache.view.collect import Findings, gather
 from cache.view.media import Medium, thumbnail
 from cache.view.page import render
 from configs import UserError
-from model.media import decode_picture, fit_picture
+from model.media.images import decode_picture, fit_picture
 from tests.toy_space import SPEC, features, key, make_space
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"

@@ -15,10 +15,10 @@ from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_m
 from cache.store.writer import ShardWriter, Space
 from encode.sources.demo import questions
 from encode.sources.demo_drawings import World, draw, things
-from model.language import load_tokenizer
-from model.media import decode_picture
+from model.language.model import load_tokenizer
+from model.media.images import decode_picture
 from model.quantize import pack
-from model.vision import VisionEncoder, encoder_config, load_encoder
+from model.vision.encoder import VisionEncoder, encoder_config, load_encoder
 from train import stage, start
 from train.config import Options
 from train.data import Join, MicroBatch

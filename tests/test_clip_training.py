@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cache.store.samples import Message, Sample
 from configs import UserError
-from model.packed import PackedBatch
-from model.template import prompt_ids
+from model.attention.batch import PackedBatch
+from model.language.chat_template import prompt_ids
 from model.vlm import VLM, build_vlm
 from tests.feature_world import (
     SPEC,

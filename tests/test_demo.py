@@ -27,11 +27,11 @@ from encode.sources import demo_clips as clips
 from encode.sources import open_dataset
 from encode.sources.demo import DemoDataset
 from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
-from model.language import load_tokenizer
-from model.load import save_final
-from model.template import tokenize_messages
-from model.tokenizer import IMAGE, token_id
-from model.video import frames, probe
+from model.io.saved_model import save_final
+from model.language.chat_template import tokenize_messages
+from model.language.model import load_tokenizer
+from model.language.tokenizer import IMAGE, token_id
+from model.media.video import frames, probe
 from model.vlm import build_vlm
 from tests import small_world
 from train import demo

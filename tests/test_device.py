@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import UserError
-from model import device
+from model.io import device
 
 
 @pytest.fixture

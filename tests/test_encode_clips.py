@@ -27,9 +27,9 @@ from encode.worker.media_item import Pixels
 from encode.worker.messages import Outcome, SourceTask
 from encode.worker.row_writer import Group, Row, RowWriter
 from encode.worker.worker import Worker
-from model.media import BadMedia
-from model.video import frames, probe
-from model.vision import load_encoder
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from model.vision.encoder import load_encoder
 from tests.encode_world import SETUP, TINY, Result, draw, encode
 from tests.test_encode_kill import committed, space, start, wait_for_rows
 from tests.toy_space import key, make_space, row

@@ -28,8 +28,8 @@ from encode.driver.tracker import TooManyFailures
 from encode.worker.config import Setup
 from encode.worker.row_writer import DiskFull
 from encode.worker.worker import Worker
-from model.media import decode_picture
-from model.vision import VisionEncoder, load_encoder
+from model.media.images import decode_picture
+from model.vision.encoder import VisionEncoder, load_encoder
 from tests.encode_world import SETUP, TINY, Result, draw, encode
 
 

@@ -21,7 +21,7 @@ from encode.worker.decode_log import (
 )
 from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
 from encode.worker.messages import SourceTask
-from model.media import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_picture
 
 
 def task(path: Path) -> SourceTask:

@@ -10,8 +10,8 @@ import pytest
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from configs import UserError
-from model.answer import Clip
-from model.load import read_meta
+from model.inference import Clip
+from model.io.saved_model import read_meta
 from tests import small_world
 from train import evaluate, run
 from train.evaluate import Evaluation, Options

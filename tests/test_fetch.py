@@ -19,7 +19,7 @@ import pytest
 
 from encode.download.client import Fetched, Fetcher, FetchRules, is_url
 from encode.download.request import _retry_after
-from model.media import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_picture
 from tests.trouble import TROUBLES, Handler, TroubleServer, at_first, status
 
 QUICK: dict[str, Any] = {

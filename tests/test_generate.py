@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from cache.format import codec
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from model.answer import answer
-from model.encoder_config import encoder_config
 from model.generate import live_features, main
-from model.load import load_final, save_final
-from model.media import decode_picture
-from model.vision import VisionEncoder, load_encoder
+from model.inference import answer
+from model.io.saved_model import load_final, save_final
+from model.media.images import decode_picture
+from model.vision.config import encoder_config
+from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm
 
 

@@ -15,8 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from configs import UserError
-from model import hub
-from model.vision import encoder_config, load_encoder
+from model.io import hub
+from model.vision.encoder import encoder_config, load_encoder
 from tests import tiny_clip
 
 PLACE = "org/tiny-clip/"

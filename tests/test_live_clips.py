@@ -18,11 +18,12 @@ from cache.store.samples import MediaRef, append_media, read_media, read_samples
 from configs import UserError
 from encode import run as encode_run
 from encode.check import loss
-from model import generate, video
-from model.answer import answer
+from model import generate
 from model.generate import Options, in_order, live_clip
-from model.load import load_final, save_final
-from model.vision import rebuild_encoder
+from model.inference import answer
+from model.io.saved_model import load_final, save_final
+from model.media import video
+from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
 from tests.clips import make_clip
 from train.join import Join, join

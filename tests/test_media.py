@@ -21,7 +21,7 @@ from transformers import (
     LlavaImageProcessorPil,
 )
 
-from model.media import FORMATS, MAX_PIXELS, BadMedia, decode_picture, fit_picture
+from model.media.images import FORMATS, MAX_PIXELS, BadMedia, decode_picture, fit_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 # Every corner and edge differs, so that no turn or flip goes unseen.

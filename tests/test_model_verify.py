@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import configs
 from configs import UserError
-from model import verify
+from model.attention.batch import PackedBatch
 from model.connector import build_connector
-from model.encoder_config import encoder_config
-from model.language import LanguagePreset, load_language
-from model.memory import (
+from model.language.model import LanguagePreset, load_language
+from model.verify import __main__ as verify
+from model.verify.memory import (
     GIB,
     Sizes,
     Step,
@@ -28,8 +28,8 @@ from model.memory import (
     stage_days,
     step_bytes,
 )
-from model.packed import PackedBatch
-from model.vision import load_encoder
+from model.vision.config import encoder_config
+from model.vision.encoder import load_encoder
 from model.vlm import VLM, parameter_counts
 
 T = 256  # tokens of the model that is watched

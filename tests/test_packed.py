@@ -19,11 +19,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from model import attention, attention_plan
-from model.attention import packed_attention, sdpa_packed, varlen_packed
-from model.attention_plan import AttentionPlan, SdpaPlan, plan_sdpa, plan_varlen
+from model.attention import kernels, plan
+from model.attention.batch import PackedBatch
+from model.attention.kernels import packed_attention, sdpa_packed, varlen_packed
+from model.attention.plan import AttentionPlan, SdpaPlan, plan_sdpa, plan_varlen
 from model.connector import build_connector
-from model.packed import PackedBatch
 from model.vlm import VLM, build_vlm
 
 VISION = 48  # feature width
@@ -157,14 +157,14 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way a batch can be cut into SDPA calls."""
     if request.param.startswith("long"):
-        monkeypatch.setattr(attention_plan, "LONG_TREE", 1)
+        monkeypatch.setattr(plan, "LONG_TREE", 1)
     if request.param == "long in pieces":
-        monkeypatch.setattr(attention_plan, "MASK_ELEMENTS", 1)
+        monkeypatch.setattr(plan, "MASK_ELEMENTS", 1)
     if request.param == "every tree alone":
-        monkeypatch.setattr(attention_plan, "MAX_PADDING", 0.0)
+        monkeypatch.setattr(plan, "MAX_PADDING", 0.0)
     if request.param == "varlen":  # the CUDA path, with a kernel written out
-        monkeypatch.setattr(attention, "choose_kernel", lambda q, flash: naive_kernel)
-        monkeypatch.setattr(attention, "sdpa_packed", None)
+        monkeypatch.setattr(kernels, "choose_kernel", lambda q, flash: naive_kernel)
+        monkeypatch.setattr(kernels, "sdpa_packed", None)
     return request.param
 
 
@@ -248,7 +248,7 @@ def test_autocast_computes_attention_in_its_precision(
         seen.append({x.dtype for x in (q, k, v, *(p.mask for p in plan.parts))})
         return sdpa_packed(q, k, v, plan, scale)
 
-    monkeypatch.setattr(attention, "sdpa_packed", spy)
+    monkeypatch.setattr(kernels, "sdpa_packed", spy)
     cases = [make_case(seed, branches=2) for seed in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
         vlm.hidden(pack(cases, True), features_of(cases, True))
@@ -346,8 +346,8 @@ def test_both_paths_compute_what_a_unit_means(units: Tensor, long_tree: int, cel
     k, v = torch.randn(2, tokens, 2, 8, generator=g, dtype=torch.float64).unbind()
     inputs = [x.requires_grad_() for x in (q, k, v)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_plan, "LONG_TREE", long_tree)
-        patch.setattr(attention_plan, "MASK_ELEMENTS", cells)
+        patch.setattr(plan, "LONG_TREE", long_tree)
+        patch.setattr(plan, "MASK_ELEMENTS", cells)
         plan = AttentionPlan(units, tokens, CPU)
         outputs = [
             naive_attention(q, k, v, units, 0.3),
@@ -379,7 +379,7 @@ def test_padding_is_bounded() -> None:
     plan = plan_sdpa(units, 520, CPU)
     cells = sum(p.trees * p.length**2 for p in plan.parts)
     used = sum((b - a) ** 2 for a, b in itertools.pairwise(edges))
-    assert used >= (1 - attention_plan.MAX_PADDING) * cells
+    assert used >= (1 - plan.MAX_PADDING) * cells
     assert len(plan.parts) < len(units)
 
 
@@ -402,7 +402,7 @@ def test_impossible_units_are_refused(units: list[list[int]], message: str) -> N
 
 def test_kernels_are_for_short_floats_on_cuda() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention.choose_kernel(torch.empty(1, 1, 1, dtype=dtype), flash=True) is None
+        assert kernels.choose_kernel(torch.empty(1, 1, 1, dtype=dtype), flash=True) is None
 
 
 def test_attention_without_a_plan_is_refused(vlm: VLM) -> None:

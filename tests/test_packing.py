@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.language import TokenizedSample
-from model.packed import PackedBatch
+from model.attention.batch import PackedBatch
+from model.language.model import TokenizedSample
 from train.packing import Tree, assemble, build_tree, first_fit, pack
 
 IMAGE_ID = 9

@@ -25,7 +25,7 @@ from encode.sources.pixmo_rows import (
     picture,
     thousandths,
 )
-from model.template import place_pictures
+from model.language.chat_template import place_pictures
 from train.scoring import points_in
 
 SHA = "ab" * 32

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.language import load_tokenizer
-from model.template import clip_ids, fill_places, stamp
-from model.tokenizer import encode_text
+from model.language.chat_template import clip_ids, fill_places, stamp
+from model.language.model import load_tokenizer
+from model.language.tokenizer import encode_text
 from tests.feature_world import SPEC, ask, new_world
 from train.places import Places, tenths_of
 

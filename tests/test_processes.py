@@ -27,7 +27,7 @@ from torch.distributed.run import parse_args
 
 from cache.store.paths import CacheRoot
 from configs import UserError, dump, parse
-from model.load import META
+from model.io.saved_model import META
 from tests import small_world
 from tests.processes_child import Outcome, Scene
 from train import checkpoint, processes, stage, step

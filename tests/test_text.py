@@ -11,8 +11,8 @@ import pytest
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, write_samples
 from configs import UserError
-from model.language import TokenizedSample, load_tokenizer, tokenize_messages
-from model.tokenizer import byte_tokenizer
+from model.language.model import TokenizedSample, load_tokenizer, tokenize_messages
+from model.language.tokenizer import byte_tokenizer
 from train import text
 from train.text import TokenStore, messages_of
 

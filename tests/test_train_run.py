@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names
 from configs import UserError
-from model.load import load_final
+from model.io.saved_model import load_final
 from model.vlm import build_vlm
 from tests import small_world
 from train import checkpoint, stage, start

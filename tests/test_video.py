@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cache.format.frame_sampling import sample_times
-from model.media import BadMedia
-from model.video import VIDEO_SUFFIXES, ClipInfo, Frame, frames, probe
+from model.media.images import BadMedia
+from model.media.video import VIDEO_SUFFIXES, ClipInfo, Frame, frames, probe
 from tests.clips import BIKES, drawing, ffmpeg, make_clip, number_of
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from cache.format.frame_sampling import sample_times
-from model.media import BadMedia
-from model.video import frames, probe
+from model.media.images import BadMedia
+from model.media.video import frames, probe
 from tests.clip_mutations import PATIENCE_S, mutated
 from tests.clips import BIKES, BUNNY, ffmpeg, make_clip, number_of, times_by_ffmpeg
 

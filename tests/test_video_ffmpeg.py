@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from cache.format.frame_sampling import sample_times
-from model.media import BadMedia
-from model.video import ClipInfo, frames, probe
-from model.video_pixels import picture_of
-from model.video_tape import Starts
+from model.media.images import BadMedia
+from model.media.video import ClipInfo, frames, probe
+from model.media.video_decoder import Starts
+from model.media.video_pixels import picture_of
 from tests.clips import BIKES, BUNNY, PHONE, ffmpeg, make_clip, pictures_by_ffmpeg, psnr
 from tests.clips import times_by_ffmpeg as their_times
 

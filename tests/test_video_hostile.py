@@ -11,9 +11,9 @@ import av
 import pytest
 from PIL import Image
 
-import model.video_source
-from model.media import BadMedia
-from model.video import frames, probe
+import model.media.video_open
+from model.media.images import BadMedia
+from model.media.video import frames, probe
 from tests.clips import PHONE, ffmpeg, make_clip, number_of
 
 
@@ -69,7 +69,7 @@ def test_lists_of_other_files_are_refused(
     secret = make_clip(tmp_path / "secret.mp4")
     assert "no readable clip" in reason(playlists(secret)[kind])
     # Were the list of formats wider one day: no protocol is there to open the second file with.
-    monkeypatch.setattr(model.video_source, "FORMATS", (*model.video_source.FORMATS, kind))
+    monkeypatch.setattr(model.media.video_open, "FORMATS", (*model.media.video_open.FORMATS, kind))
     with pytest.raises(BadMedia):
         probe(playlists(secret)[kind])
 

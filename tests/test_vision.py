@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from configs import UserError, load
-from model.encoder_config import DemoTowerConfig, EncoderConfig
-from model.tensors import hash_tensors, seeded_weights
-from model.vision import VisionEncoder, encoder_config, load_encoder, rebuild_encoder
+from model.io.tensors import hash_tensors, seeded_weights
+from model.vision.config import DemoTowerConfig, EncoderConfig
+from model.vision.encoder import VisionEncoder, encoder_config, load_encoder, rebuild_encoder
 from tests import tiny_clip
 
 
@@ -545,8 +545,8 @@ def test_every_entry_builds_and_its_spec_holds(name: str) -> None:
     encoder = encoder_config(name)
     assert encoder.name == name
     if encoder.library == "open_clip":
-        from model.clip_tower import ClipTower
-        from model.training_facts import check_entry
+        from model.vision.activation_check import check_entry
+        from model.vision.clip_tower import ClipTower
 
         tower = ClipTower(encoder.model, encoder.blocks)  # on the meta device: no weights, no time
         check_entry(tower, encoder)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import UserError
-from model import load, loss
+from model import loss
+from model.attention.batch import PackedBatch
 from model.connector import build_connector
-from model.load import find_run, load_final, read_meta, save_final, weights_of
+from model.io import saved_model
+from model.io.saved_model import find_run, load_final, read_meta, save_final, weights_of
 from model.loss import weighted_cross_entropy
-from model.packed import PackedBatch
 from model.vlm import VLM, build_vlm
 
 VISION = 24
@@ -270,7 +271,7 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path, connector: str) -> None
 def test_weights_are_stored_once_under_our_names(tmp_path: Path) -> None:
     vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
     save_final(tmp_path / "final", vlm, tok, META)
-    stored = load_file(tmp_path / "final" / load.WEIGHTS)
+    stored = load_file(tmp_path / "final" / saved_model.WEIGHTS)
     assert "language.lm_head.weight" not in stored  # tied
     assert {name.split(".")[0] for name in stored} == {"connector", "language"}
     assert sum(x.numel() for x in stored.values()) == sum(p.numel() for p in vlm.parameters())
@@ -306,7 +307,7 @@ def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
     save_final(tmp_path / "final", vlm, tok, META)
     weights = weights_of(vlm)
     del weights["language.model.norm.weight"]
-    save_file(weights, tmp_path / "final" / load.WEIGHTS)
+    save_file(weights, tmp_path / "final" / saved_model.WEIGHTS)
     with pytest.raises(UserError, match=r"not the weights of this model: language\.model\.norm"):
         load_final(tmp_path / "final")
 
@@ -321,7 +322,7 @@ def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
 def test_other_versions_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
     save_final(tmp_path / "final", vlm, tok, META)
-    path = tmp_path / "final" / load.META
+    path = tmp_path / "final" / saved_model.META
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         load_final(tmp_path / "final")
@@ -332,11 +333,11 @@ def test_broken_files_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train one: python -m train\.run --stage 1"):
         load_final(tmp_path / "final")
     save_final(tmp_path / "final", vlm, tok, META)
-    weights = tmp_path / "final" / load.WEIGHTS
+    weights = tmp_path / "final" / saved_model.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
         load_final(tmp_path / "final")
-    (tmp_path / "final" / load.META).write_text("{")
+    (tmp_path / "final" / saved_model.META).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         load_final(tmp_path / "final")
 
@@ -347,7 +348,7 @@ def test_the_newest_finished_stage_is_found(
     monkeypatch.chdir(tmp_path)
     for stage in (1, 2):
         (tmp_path / f"runs/cats/stage{stage}/final").mkdir(parents=True)
-        (tmp_path / f"runs/cats/stage{stage}/final" / load.META).write_text("{}")
+        (tmp_path / f"runs/cats/stage{stage}/final" / saved_model.META).write_text("{}")
     (tmp_path / "runs/cats/stage3").mkdir()
     (tmp_path / "runs/dogs/stage1").mkdir(parents=True)
     assert find_run("cats") == Path("runs/cats/stage2/final")

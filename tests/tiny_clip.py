@@ -10,7 +10,7 @@ import open_clip
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from model.encoder_config import EncoderConfig
+from model.vision.config import EncoderConfig
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
 

@@ -24,9 +24,9 @@ from cache.remote.open import Elsewhere, open_reader, root_of
 from cache.store.paths import CacheRoot, write_atomic
 from cache.store.reader import FeatureReader
 from configs import UserError
-from model.answer import answer
-from model.device import pick_device
-from model.load import find_run, load_final
+from model.inference import answer
+from model.io.device import pick_device
+from model.io.saved_model import find_run, load_final
 from train.config import Options as TrainOptions
 from train.config import parse_mix, read_saved
 from train.data import (

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from model.packed import PackedBatch
+from model.attention.batch import PackedBatch
 from train.media_rows import MEDIA_KINDS, within
 from train.packing import PlacedTree, Tree, assemble, build_tree, first_fit
 from train.plan import Plan, Step, deal

@@ -9,7 +9,7 @@ import torch
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.reader import FeatureReader
-from model.answer import Clip
+from model.inference import Clip
 from model.quantize import unpack
 from train.loader import feature_order
 from train.sample_list import Join

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.packed import PackedBatch
-from model.template import TokenizedSample, fill_places
+from model.attention.batch import PackedBatch
+from model.language.chat_template import TokenizedSample, fill_places
 from train.text import used_tokens
 
 Ints = npt.NDArray[np.int64]

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from model.template import clip_ids, stamp_ids
-from model.tokenizer import IMAGE, token_id
+from model.language.chat_template import clip_ids, stamp_ids
+from model.language.tokenizer import IMAGE, token_id
 from train.media_rows import PICTURE
 from train.sample_list import Ints, Join
 

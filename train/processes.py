@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from configs import USER_ERROR_EXIT, UserError, wrong_place
-from model.device import pick_device
+from model.io.device import pick_device
 from train.gradients import sum_over_processes
 
 T = TypeVar("T")

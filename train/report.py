@@ -20,7 +20,7 @@ from typing import Any, Literal
 import configs
 from cache.remote.open import Elsewhere, local_root
 from cache.store.paths import CacheRoot, write_atomic
-from model.load import find_run, read_meta
+from model.io.saved_model import find_run, read_meta
 from train import evaluate as evaluation
 from train.charts import Line, chart, finite, smoothed
 from train.evaluate import Evaluation

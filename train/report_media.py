@@ -21,8 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cache.format.frame_sampling import sample_times
 from cache.store.paths import CacheRoot
 from cache.store.samples import media_table
-from model import video
-from model.media import BadMedia
+from model.media import video
+from model.media.images import BadMedia
 
 VERBATIM_BYTES = 100_000
 """Small pictures go into the page as they are."""

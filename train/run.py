@@ -26,8 +26,8 @@ import torch
 import configs
 from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
-from model.language import load_tokenizer
-from model.load import save_final
+from model.io.saved_model import save_final
+from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
 from train import checkpoint, metrics, stage, start
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset

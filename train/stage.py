@@ -25,7 +25,7 @@ import configs
 from cache.store.paths import write_atomic
 from cache.store.reader import FeatureReader
 from configs import UserError
-from model.load import META
+from model.io.saved_model import META
 from train.config import MACHINE_KEYS, Options, format_mix, parse_mix, read_saved, stage_folder
 from train.metrics import read_metrics
 from train.sample_list import Join

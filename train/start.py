@@ -20,8 +20,8 @@ from cache.store.paths import CacheRoot, read_sealed_json
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
 from configs import UserError
-from model.language import max_positions
-from model.load import find_run, load_final, read_meta
+from model.io.saved_model import find_run, load_final, read_meta
+from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
 from train import stage
 from train.config import Options, parse_mix, stage_folder

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
-from model.language import (
+from model.language.model import (
     IMAGE,
     TEMPLATE_VERSION,
     TokenizedSample,

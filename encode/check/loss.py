@@ -34,14 +34,14 @@ from cache.store.samples import (
 )
 from configs import UserError
 from encode.download.urls import is_url
-from model import video
-from model.load import find_run, load_final
-from model.media import BadMedia, decode_picture
-from model.packed import PackedBatch
+from model.attention.batch import PackedBatch
+from model.io.saved_model import find_run, load_final
+from model.language.chat_template import Message, clip_ids, fill_places, tokenize_messages
+from model.language.tokenizer import IMAGE, token_id
+from model.media import video
+from model.media.images import BadMedia, decode_picture
 from model.quantize import pack, unpack
-from model.template import Message, clip_ids, fill_places, tokenize_messages
-from model.tokenizer import IMAGE, token_id
-from model.vision import VisionEncoder, rebuild_encoder
+from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 PROG = "python -m encode.check.loss"
 TOLERANCE = 0.01

@@ -23,7 +23,7 @@ from encode.check.loss import row_numbers
 from encode.download.client import Fetched, Fetcher, FetchRules
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
-from model.media import BadMedia
+from model.media.images import BadMedia
 
 SEED = 0
 """Of the draw: the same media each time, as long as the cache is the same."""

@@ -30,9 +30,9 @@ from configs import UserError
 from encode.check.loss import StoredMedia, inputs_of, stored_media
 from encode.check.media import Bytes, Checked, drawn
 from encode.check.report import CheckReport, Loss
-from model.media import BadMedia
+from model.media.images import BadMedia
 from model.quantize import pack, unpack
-from model.vision import VisionEncoder, rebuild_encoder
+from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 TOLERANCE = {"fp16": 0.001, "int8": 0.01, "int4": 0.12}
 """Relative error of a stored row against live features, at most: what the codec may lose."""

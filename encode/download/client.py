@@ -41,7 +41,7 @@ from encode.download.outage import Outage
 from encode.download.request import Body, Exchange
 from encode.download.session import Lookups
 from encode.download.urls import host_of, is_url, parse_url
-from model.media import BadMedia
+from model.media.images import BadMedia
 
 __all__ = ["FetchRules", "Fetched", "Fetcher", "is_url"]
 

@@ -15,7 +15,7 @@ from configs import UserError
 from encode.download.client import is_url
 from encode.worker.local_files import failed, hash_local, unreadable
 from encode.worker.messages import SourceTask
-from model.media import BadMedia
+from model.media.images import BadMedia
 
 SOLO_DEATHS = 2
 DEATHS_IN_VAIN = 6

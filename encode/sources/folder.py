@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from cache.store.samples import ROLES, MediaRef, Message, Sample
 from configs import UserError, nearest
-from model.video import VIDEO_SUFFIXES
+from model.media.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
 IMAGE = "<image>"

@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 
 from configs import UserError
-from model.hub import unreachable
+from model.io.hub import unreachable
 
 log = logging.getLogger(__name__)
 

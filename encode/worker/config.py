@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from cache.format.frame_sampling import MAX_FRAMES
 from encode.download.client import FetchRules
-from model.encoder_config import EncoderConfig
+from model.vision.config import EncoderConfig
 
 if TYPE_CHECKING:
-    from model.vision import VisionEncoder
+    from model.vision.encoder import VisionEncoder
 
 COMMIT_EVERY_S = 300.0
 
@@ -49,7 +49,7 @@ class Setup:
         """The encoder, on its device."""
         import torch  # 3 s, and the driver may not need it
 
-        from model.vision import load_encoder
+        from model.vision.encoder import load_encoder
 
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)

@@ -18,7 +18,7 @@ from encode.download.client import Fetched, Fetcher, FetchRules
 from encode.download.media_store import MediaStore
 from encode.worker.media_item import Item
 from encode.worker.messages import SourceTask
-from model.media import BadMedia
+from model.media.images import BadMedia
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cache.store.samples import MediaRecord
 from encode.worker.messages import SourceTask
-from model.media import FORMATS, BadMedia
+from model.media.images import FORMATS, BadMedia
 
 MAX_BYTES = 1 << 30
 """Larger files are refused: no picture we decode needs as much, and threads read several at once."""

@@ -34,8 +34,8 @@ from encode.worker.local_files import (
 )
 from encode.worker.media_item import Item, Piece, Pixels, piece_of
 from encode.worker.messages import SourceTask, claim_id
-from model.media import BadMedia
-from model.video import frames, probe
+from model.media.images import BadMedia
+from model.media.video import frames, probe
 
 READ_GROUP = 16
 """Sources read, and claimed with one question, at a time."""

@@ -40,7 +40,7 @@ from encode.worker.media_item import Item, Piece, Pixels
 from encode.worker.messages import Office, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Intake
 from encode.worker.row_writer import Group, Row, RowWriter
-from model.media import decode_picture
+from model.media.images import decode_picture
 from model.quantize import pack
 
 REPORT_EVERY_S = 1.0

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model.attention import ATTENTION
-from model.template import Message, clip_ids, fill_places, prompt_ids
-from model.tokenizer import IMAGE, eos_ids, token_id
+from model.attention.kernels import ATTENTION
+from model.language.chat_template import Message, clip_ids, fill_places, prompt_ids
+from model.language.tokenizer import IMAGE, eos_ids, token_id
 from model.vlm import VLM
 
 PADDED_TOKENS = 1 << 16

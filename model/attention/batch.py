@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import register_packed_attention
+from model.attention.kernels import register_packed_attention
 
 __all__ = ["PackedBatch", "register_packed_attention"]
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from model.media import MAX_REASON, BadMedia
+from model.media.images import MAX_REASON, BadMedia
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from model.media import BadMedia
-from model.video_index import ClipIndex, examine
-from model.video_pixels import picture_of
-from model.video_tape import Tape
+from model.media.images import BadMedia
+from model.media.video_decoder import Tape
+from model.media.video_index import ClipIndex, examine
+from model.media.video_pixels import picture_of
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame

@@ -17,7 +17,7 @@ from open_clip.model import _build_vision_tower
 from torch import nn
 
 from configs import UserError, nearest
-from model.tensors import seeded_weights
+from model.io.tensors import seeded_weights
 
 __all__ = ["ClipTower"]
 

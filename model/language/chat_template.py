@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from model.tokenizer import IM_END, IM_START, IMAGE, ROLES, encode_text, token_id
+from model.language.tokenizer import IM_END, IM_START, IMAGE, ROLES, encode_text, token_id
 
 TEMPLATE_VERSION = "chatml-1"
 """Changes whenever the same messages would give other ids or weights; tokenised text is stored under it."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
-from model.media import BadMedia
-from model.video_source import MAX_FRAME_PIXELS, check_size, reason_of
+from model.media.images import BadMedia
+from model.media.video_open import MAX_FRAME_PIXELS, check_size, reason_of
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame

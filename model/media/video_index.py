@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from model.media import BadMedia
-from model.video_pixels import HDR, picture_of
-from model.video_source import Clip, open_clip, reason_of
-from model.video_tape import Clock, Starts, Tape, decoded
+from model.media.images import BadMedia
+from model.media.video_decoder import Clock, Starts, Tape, decoded
+from model.media.video_open import Clip, open_clip, reason_of
+from model.media.video_pixels import HDR, picture_of
 
 if TYPE_CHECKING:
     from av.packet import Packet

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from model.video_source import Clip, open_clip
+from model.media.video_open import Clip, open_clip
 
 if TYPE_CHECKING:
     from av.packet import Packet

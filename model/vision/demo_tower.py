@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from configs import UserError
-from model.encoder_config import DemoTowerConfig
-from model.tensors import seeded_weights
+from model.io.tensors import seeded_weights
+from model.vision.config import DemoTowerConfig
 
 __all__ = ["DemoTower"]
 

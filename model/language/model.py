@@ -30,8 +30,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import configs
-from model.template import TEMPLATE_VERSION, TokenizedSample, prompt_ids, tokenize_messages
-from model.tokenizer import (
+from model.language.chat_template import (
+    TEMPLATE_VERSION,
+    TokenizedSample,
+    prompt_ids,
+    tokenize_messages,
+)
+from model.language.tokenizer import (
     IMAGE,
     byte_tokenizer,
     eos_ids,

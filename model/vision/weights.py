@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configs import UserError
-from model.clip_tower import ClipTower
-from model.encoder_config import EncoderConfig
-from model.hub import fetch
-from model.training_facts import Colours, check_file, tag_record
+from model.io.hub import fetch
+from model.vision.activation_check import Colours, check_file, tag_record
+from model.vision.clip_tower import ClipTower
+from model.vision.config import EncoderConfig
 
 __all__ = ["fill"]
 

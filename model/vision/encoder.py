@@ -25,11 +25,11 @@ from PIL import Image
 
 from cache.format.spec import FeatureSpec
 from configs import UserError, build
-from model.demo_tower import DemoTower
-from model.device import DTYPES, native_dtype, pick_device
-from model.encoder_config import EncoderConfig, encoder_config
-from model.media import fit_picture
-from model.tensors import hash_tensors
+from model.io.device import DTYPES, native_dtype, pick_device
+from model.io.tensors import hash_tensors
+from model.media.images import fit_picture
+from model.vision.config import EncoderConfig, encoder_config
+from model.vision.demo_tower import DemoTower
 
 __all__ = ["EncoderConfig", "VisionEncoder", "encoder_config", "load_encoder", "rebuild_encoder"]
 
@@ -219,9 +219,9 @@ def _build_demo(config: EncoderConfig) -> _Built:
 
 def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None) -> _Built:
     # open_clip takes 3 s to import: only its own encoders pay for it.
-    from model.clip_tower import ClipTower
-    from model.training_facts import check_entry
-    from model.weights import fill
+    from model.vision.activation_check import check_entry
+    from model.vision.clip_tower import ClipTower
+    from model.vision.weights import fill
 
     tower = ClipTower(config.model, config.blocks)
     mean, std = check_entry(tower, config)

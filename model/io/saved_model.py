@@ -21,8 +21,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedToke
 
 from configs import UserError, nearest
 from model.connector import build_connector
-from model.language import load_tokenizer, no_progress_bar, save_language, wrap_language
-from model.template import TEMPLATE_VERSION
+from model.language.chat_template import TEMPLATE_VERSION
+from model.language.model import load_tokenizer, no_progress_bar, save_language, wrap_language
 from model.vlm import VLM
 
 WEIGHTS = "model.safetensors"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from model.attention_plan import AttentionPlan, Group, LongTree, SdpaPlan, VarlenPlan
+from model.attention.plan import AttentionPlan, Group, LongTree, SdpaPlan, VarlenPlan
 
 ATTENTION = "nano_packed"
 """The name under which transformers finds this attention."""

@@ -27,8 +27,8 @@ import open_clip
 import torch
 
 from configs import UserError
-from model.clip_tower import ClipTower
-from model.encoder_config import EncoderConfig
+from model.vision.clip_tower import ClipTower
+from model.vision.config import EncoderConfig
 
 __all__ = ["Colours", "check_entry", "check_file", "tag_record"]
 

@@ -24,15 +24,24 @@ from PIL import Image
 
 import configs
 from configs import UserError
-from model.attention import cuda_kernel
-from model.device import pick_device
-from model.encoder_config import encoder_config
+from model.attention.batch import PackedBatch
+from model.attention.kernels import cuda_kernel
 from model.generate import live_features
-from model.memory import GIB, USABLE, Sizes, Step, sample_flops, sizes_of, stage_days, step_bytes
-from model.packed import PackedBatch
-from model.template import tokenize_messages
-from model.tokenizer import IMAGE, token_id
-from model.vision import VisionEncoder, load_encoder
+from model.io.device import pick_device
+from model.language.chat_template import tokenize_messages
+from model.language.tokenizer import IMAGE, token_id
+from model.verify.memory import (
+    GIB,
+    USABLE,
+    Sizes,
+    Step,
+    sample_flops,
+    sizes_of,
+    stage_days,
+    step_bytes,
+)
+from model.vision.config import encoder_config
+from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm, parameter_counts
 
 PROG = "python -m model.verify"
