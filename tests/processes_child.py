@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import configs
 from configs import UserError
-from train import run, start, step
+from train import run, setup, step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def play(scene: Scene, rank: int) -> Outcome:
 @contextlib.contextmanager
 def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
     """The trainer with what the scene changes in it."""
-    refuse, build = run.refuse_non_finite, start.build_model
+    refuse, build = run.refuse_non_finite, setup.build_model
 
     class Counted(step.Share):
         def total(self, *arguments: Any) -> step.Totals:

@@ -48,7 +48,11 @@ def test_the_contracts_hold(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "planted", "contract"),
     [
-        ("train/data/loader.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
+        (
+            "train/data/loader.py",
+            "import model.vision.encoder",
+            "The trainer cannot load the encoder",
+        ),
         ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
         ("train/run.py", "import encode.plan", "Siblings encode and train"),
         ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),

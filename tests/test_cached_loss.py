@@ -19,7 +19,7 @@ from model.language.model import load_tokenizer
 from model.media.images import decode_picture
 from model.quantize import pack
 from model.vision.encoder import VisionEncoder, encoder_config, load_encoder
-from train import stage, start
+from train import run_folder, setup
 from train.config import Options
 from train.data import Join, MicroBatch
 from train.forward import Forward
@@ -106,9 +106,9 @@ def test_cached_training_equals_live_training(
     cpu = torch.device("cpu")
     losses = {}
     for name in ("cached", "live"):
-        folder = stage.stage_folder(str(tmp_path / name), 1)
-        vlm = start.build_model(options, None, reader.spec, cpu)
-        data = start.load_data(options, reader, load_tokenizer("random:qwen3-tiny"), folder)
+        folder = run_folder.stage_folder(str(tmp_path / name), 1)
+        vlm = setup.build_model(options, None, reader.spec, cpu)
+        data = setup.load_data(options, reader, load_tokenizer("random:qwen3-tiny"), folder)
         forward = Forward(vlm=vlm, spec=reader.spec, device=cpu, autocast=None)
         if name == "live":
             forward = LiveForward(

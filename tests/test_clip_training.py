@@ -28,8 +28,8 @@ from tests.feature_world import (
     new_world,
 )
 from train.data import FeatureLoader, Join, OnePass, StepPlan, inspect_text
+from train.data.loader import feature_order
 from train.forward import Forward
-from train.loader import feature_order
 
 CLIPS = {"clip a": 2.2, "clip b": 0.0, "clip c": 4.1}
 PICTURES = ["p", "q"]

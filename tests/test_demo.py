@@ -241,7 +241,7 @@ def test_every_turn_of_a_dialogue_has_exactly_the_answer_given(tmp_path: Path) -
 
 
 def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Path) -> None:
-    from train.scoring import pointed_cells
+    from train.evaluate.scoring import pointed_cells
 
     for sample in all_samples(tmp_path, "demo-points"):
         if sample.task == "point":
@@ -338,7 +338,7 @@ def test_the_headline_is_the_mean_over_its_types() -> None:
 def test_configs_demo_names_only_options_that_exist() -> None:
     """Each command would refuse them too, but minutes later."""
     from train.config import Options as TrainOptions
-    from train.evaluate import Options as EvaluateOptions
+    from train.evaluate.__main__ import Options as EvaluateOptions
 
     settings = configs.build(demo.Demo, configs.load("demo"), "configs/demo.yaml")
     train = set(TrainOptions.__dataclass_fields__) | {"batch_size"}

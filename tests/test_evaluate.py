@@ -14,11 +14,13 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
 from tests import small_world
-from train import evaluate, run, scoring
-from train.evaluate import Evaluation, Options
-from train.join import join
+from train import run
+from train.data.join import join
+from train.evaluate import __main__ as evaluate
+from train.evaluate import scoring
+from train.evaluate.__main__ import Evaluation, Options
+from train.evaluate.scoring import Answer, is_right, pointed_cells
 from train.metrics import read_metrics
-from train.scoring import Answer, is_right, pointed_cells
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ from configs import UserError
 from model.inference import Clip
 from model.io.saved_model import read_meta
 from tests import small_world
-from train import evaluate, run
-from train.evaluate import Evaluation, Options
-from train.join import join
-from train.look import feature_bytes, looked_at
+from train import run
+from train.data.features import feature_bytes, looked_at
+from train.data.join import join
+from train.evaluate import __main__ as evaluate
+from train.evaluate.__main__ import Evaluation, Options
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.samples import MediaRecord, MediaRef, append_media
 from configs import UserError
 from tests.feature_world import World, ask, frame_time, key_of, names_of, new_world, ref
-from train.media_rows import PICTURE, VIDEO, find_rows
+from train.data.media_rows import PICTURE, VIDEO, find_rows
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ class CountingRows:
 
 
 def test_many_clips_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.media_rows.CLIPS_AT_ONCE", 3)
+    monkeypatch.setattr("train.data.media_rows.CLIPS_AT_ONCE", 3)
     keys = pa.array([key_of(str(i)) for i in range(11)])
     kinds = np.array([VIDEO, PICTURE] * 5 + [VIDEO], np.uint8)
     durations = np.where(kinds == VIDEO, 1.0, np.nan)

@@ -26,8 +26,8 @@ from model.media import video
 from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
 from tests.clips import make_clip
-from train.join import Join, join
-from train.look import looked_at
+from train.data.features import looked_at
+from train.data.join import Join, join
 
 LIMIT = 5
 """Frames of a clip."""

@@ -33,7 +33,7 @@ from train.data import (
     OnePass,
     StepPlan,
 )
-from train.packing import build_tree
+from train.data.packing import build_tree
 
 
 @pytest.fixture

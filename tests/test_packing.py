@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.attention.batch import PackedBatch
 from model.language.model import TokenizedSample
-from train.packing import Tree, assemble, build_tree, first_fit, pack
+from train.data.packing import Tree, assemble, build_tree, first_fit, pack
 
 IMAGE_ID = 9
 CONTENTS = [

@@ -26,7 +26,7 @@ from encode.sources.pixmo_rows import (
     thousandths,
 )
 from model.language.chat_template import place_pictures
-from train.scoring import points_in
+from train.evaluate.scoring import points_in
 
 SHA = "ab" * 32
 

@@ -19,7 +19,7 @@ from cache.store.samples import MediaRecord, read_media, read_samples
 from encode.run import main
 from tests.pixmo_world import write_pixmo
 from tests.trouble import Handler, TroubleServer, instead, status
-from train.join import join
+from train.data.join import join
 
 CLOSING = re.compile(r"encoded=(\d+) reused=(\d+) failed=(\d+) ")
 

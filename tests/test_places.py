@@ -13,7 +13,7 @@ from model.language.chat_template import clip_ids, fill_places, stamp
 from model.language.model import load_tokenizer
 from model.language.tokenizer import encode_text
 from tests.feature_world import SPEC, ask, new_world
-from train.places import Places, tenths_of
+from train.data.placeholders import Places, tenths_of
 
 
 @given(

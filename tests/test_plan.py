@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.store.paths import CacheRoot
-from train.join import Join
-from train.places import Places
-from train.plan import OnePass, StepPlan, deal, quotas, shuffled
-from train.trees import Piece, Trees
+from train.data.join import Join
+from train.data.message_trees import Piece, Trees
+from train.data.placeholders import Places
+from train.data.schedule import OnePass, StepPlan, deal, quotas, shuffled
 
 
 def some_trees(

@@ -30,11 +30,11 @@ from configs import UserError, dump, parse
 from model.io.saved_model import META
 from tests import small_world
 from tests.processes_child import Outcome, Scene
-from train import checkpoint, processes, stage, step
+from train import checkpoint, distributed, run_folder, step
 from train.config import Options, preset
+from train.distributed import LostProcessError, Processes, join, joined
 from train.gradients import buckets, fingerprint
 from train.metrics import read_metrics
-from train.processes import LostProcessError, Processes, join, joined
 from train.run import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def place(
         ]
         plan = place / "plan.json"
         plan.write_text(json.dumps([asdict(scene) for scene in scenes]))
-        with stage.hold(place / "runs" / "busy" / "stage1"):
+        with run_folder.hold(place / "runs" / "busy" / "stage1"):
             done = subprocess.run(
                 torchrun("tests.processes_child", str(plan)),
                 env=environment(),
@@ -406,7 +406,7 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
-    monkeypatch.setattr(processes, "pick_device", lambda name: torch.device(kind))
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(kind))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     kind = "cuda"
@@ -476,7 +476,7 @@ def test_steps_of_a_process_that_is_dealt_little() -> None:
 def test_torchrun_understands_the_commands_we_show() -> None:
     import train.run
 
-    text = f"{train.run.__doc__}\n{processes.__doc__}\n"
+    text = f"{train.run.__doc__}\n{distributed.__doc__}\n"
     text += (REPOSITORY / "docs" / "TRAINING_PIPELINE.md").read_text()
     shown = re.findall(r"^ *torchrun (.*?)(?:  +#.*)?$", text, re.MULTILINE)
     assert len(shown) >= 4

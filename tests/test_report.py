@@ -18,10 +18,12 @@ from PIL import Image
 
 from cache.store.paths import CacheRoot
 from tests import small_world
-from train import charts, report, report_media, run
-from train.charts import Line, chart
-from train.evaluate import Evaluation
-from train.scoring import Answer, by_task
+from train import run
+from train.evaluate.__main__ import Evaluation
+from train.evaluate.scoring import Answer, by_task
+from train.report import __main__ as report
+from train.report import charts, media
+from train.report.charts import Line, chart
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 
@@ -70,7 +72,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Cache
         *("--features", str(root.path), "--run", str(folder / "run"), "--log-every", "1000"),
     ]
     assert run.main(words) == 0
-    from train import evaluate
+    from train.evaluate import __main__ as evaluate
 
     asked = evaluate.Options(run=str(folder / "run"), features=root.path, max_new_tokens=4)
     shown = [a.media[0] for a in evaluate.evaluate(asked).answers]
@@ -211,13 +213,13 @@ def test_large_pictures_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise).save(path, quality=95, exif=exif)
-    html = report_media.picture(path, None)
+    html = media.picture(path, None)
     data = base64.b64decode(html.split("base64,")[1].split('"')[0])
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (240, 480)
-    assert len(data) < report_media.VERBATIM_BYTES < path.stat().st_size
+    assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
     path.write_bytes(b"no picture")
-    assert "picture cannot be read" in report_media.picture(path, None)
+    assert "picture cannot be read" in media.picture(path, None)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

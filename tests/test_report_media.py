@@ -14,9 +14,10 @@ from PIL import Image
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord, append_media
 from tests.clips import make_clip, number_of
-from train import report, report_media
-from train.report_media import Found, find_media, medium
-from train.scoring import Answer
+from train.evaluate.scoring import Answer
+from train.report import __main__ as report
+from train.report import media
+from train.report.media import Found, find_media, medium
 
 
 @pytest.fixture
@@ -78,4 +79,4 @@ def test_clips_and_pictures_stand_in_one_page(clip: Path, tmp_path: Path) -> Non
     (shown,) = report.pictures_of([asked], 5, root)
     assert 'class="strip"' in shown.images[0]
     assert "data:image/png" in shown.images[1]
-    assert report.card(shown).count("<img") == report_media.FRAMES + 1
+    assert report.card(shown).count("<img") == media.FRAMES + 1

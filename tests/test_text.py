@@ -13,8 +13,8 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from configs import UserError
 from model.language.model import TokenizedSample, load_tokenizer, tokenize_messages
 from model.language.tokenizer import byte_tokenizer
-from train import text
-from train.text import TokenStore, messages_of
+from train.data import tokens
+from train.data.tokens import TokenStore, messages_of
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_second_opening_tokenises_nothing(
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
     write_samples(root, "d", some_samples())
     first = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
-    monkeypatch.setattr(text, "tokenize_messages", None)  # calling it would fail
+    monkeypatch.setattr(tokens, "tokenize_messages", None)  # calling it would fail
     assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == first
 
 
@@ -106,7 +106,7 @@ def test_other_text_tokenizer_or_template_is_another_store(
     words = TokenStore.open(root, ["d"], byte_tokenizer(["three"]), folder=folder)
     assert stores() == 3
     assert len(words.sample(0, 0).ids) < len(changed.sample(0, 0).ids)
-    monkeypatch.setattr(text, "TEMPLATE_VERSION", "other")
+    monkeypatch.setattr(tokens, "TEMPLATE_VERSION", "other")
     TokenStore.open(root, ["d"], tokenizer, folder=folder)
     assert stores() == 4
 
@@ -117,7 +117,7 @@ def test_an_interrupted_or_shortened_store_is_made_again(
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
     write_samples(root, "d", some_samples())
 
-    tokenize_sample = text.tokenize_sample
+    tokenize_sample = tokens.tokenize_sample
 
     def stop(sample: Sample, tok: object) -> object:
         if sample.id == "two":
@@ -125,12 +125,12 @@ def test_an_interrupted_or_shortened_store_is_made_again(
         return tokenize_sample(sample, tok)
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "tokenize_sample", stop)
+        patch.setattr(tokens, "tokenize_sample", stop)
         with pytest.raises(KeyboardInterrupt):
             TokenStore.open(root, ["d"], tokenizer, folder=folder)
     assert list(folder.iterdir()) == []
     whole = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
-    for name in text.FILES:
+    for name in tokens.FILES:
         (path,) = folder.glob(f"*/{name}")
         data = path.read_bytes()
         path.write_bytes(data[:-1])
@@ -145,7 +145,7 @@ def test_the_first_token_is_predicted_from_nothing_so_its_weight_does_not_count(
     sample = TokenizedSample(
         ids=np.array([5, 9, 6], np.int32), weights=np.array([1.0, 0.0, 0.5], np.float32)
     )
-    record = text._record(sample, 3, 9)[0]
+    record = tokens._record(sample, 3, 9)[0]
     assert (record["loss_weight"], record["prefix"], record["pictures"]) == (0.5, 2, 1)
     assert record["used"] == 2  # the third is predicted by the second and then not read
 
@@ -155,14 +155,14 @@ def test_two_processes_may_make_the_same_store_at_once(
 ) -> None:
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
     write_samples(root, "d", some_samples())
-    tokenize = text._tokenize
+    tokenize = tokens._tokenize
 
     def overtaken(*arguments: object) -> int:
-        monkeypatch.setattr(text, "_tokenize", tokenize)
+        monkeypatch.setattr(tokens, "_tokenize", tokenize)
         TokenStore.open(root, ["d"], tokenizer, folder=folder)  # the other one is faster
         return tokenize(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(text, "_tokenize", overtaken)
+    monkeypatch.setattr(tokens, "_tokenize", overtaken)
     store = TokenStore.open(root, ["d"], tokenizer, folder=folder)
     assert len(all_samples(store, 4)) == 4
     assert len(list(folder.iterdir())) == 1
@@ -201,8 +201,8 @@ def test_long_work_says_how_far_it_is(
 ) -> None:
     root = CacheRoot(tmp_path / "cache")
     write_samples(root, "d", some_samples())
-    monkeypatch.setattr(text, "PROGRESS_S", 0.0)
-    with caplog.at_level(logging.INFO, "train.text"):
+    monkeypatch.setattr(tokens, "PROGRESS_S", 0.0)
+    with caplog.at_level(logging.INFO, "train.data.tokens"):
         TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
     assert "d: 2 samples tokenised" in caplog.text
 
@@ -219,4 +219,4 @@ def test_long_work_says_how_far_it_is(
 def test_tokens_are_used_up_to_the_last_that_predicts(
     weights: list[float], prefix: int, used: int
 ) -> None:
-    assert text.used_tokens(np.array(weights, np.float32), prefix) == used
+    assert tokens.used_tokens(np.array(weights, np.float32), prefix) == used

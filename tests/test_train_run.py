@@ -24,7 +24,7 @@ from configs import UserError
 from model.io.saved_model import load_final
 from model.vlm import build_vlm
 from tests import small_world
-from train import checkpoint, stage, start
+from train import checkpoint, run_folder, setup
 from train.config import Options, preset
 from train.forward import choose_precision
 from train.metrics import StepRecord, read_metrics, screen_line
@@ -172,7 +172,7 @@ def test_precision_follows_device_and_size(monkeypatch: pytest.MonkeyPatch) -> N
 def test_frozen_means_unchanged(train: Callable[..., Path], frozen: str, capsys: Any) -> None:
     folder = train("--max-steps", "2", f"--no-train-{frozen}")
     after = load_file(folder / "final" / "model.safetensors")
-    fresh = start.build_model(
+    fresh = setup.build_model(
         Options(llm="random:qwen3-tiny", connector="linear"),
         None,
         small_world.spec(),
@@ -241,7 +241,7 @@ def test_an_existing_run_is_refused(train: Callable[..., Path], capsys: Any) -> 
 
 def test_two_trainers_do_not_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "default" / "stage1"
-    with stage.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
+    with run_folder.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
         train("--max-steps", "1")
     train("--max-steps", "1")
 
@@ -371,8 +371,8 @@ def test_an_infinite_gradient_stops_before_the_step(
         vlm.connector.weight.register_hook(lambda grad: grad * float("inf"))
         return vlm
 
-    start_build = start.build_model
-    monkeypatch.setattr(start, "build_model", with_hook)
+    start_build = setup.build_model
+    monkeypatch.setattr(setup, "build_model", with_hook)
     with pytest.raises(
         UserError, match=r"step 1: the gradient is not finite in 1 .*connector.weight"
     ):
@@ -476,10 +476,10 @@ def test_dropout_draws_the_same_after_a_resume(
         )
         return vlm
 
-    start_build = start.build_model
+    start_build = setup.build_model
     words = ["--max-steps", "6", "--save-every", "2"]
     without = losses(train(*words, "--run", "without"))
-    monkeypatch.setattr(start, "build_model", with_dropout)
+    monkeypatch.setattr(setup, "build_model", with_dropout)
     whole = losses(train(*words, "--run", "whole"))
     assert whole != without
     folder = interrupted(train, monkeypatch, *words)

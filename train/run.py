@@ -29,13 +29,13 @@ from cache.store.reader import FeatureReader
 from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
-from train import checkpoint, metrics, stage, start
+from train import checkpoint, metrics, run_folder, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data import FeatureLoader, OnePass, StepPlan, TokenStore, inspect_text
+from train.distributed import Processes, joined
 from train.forward import Forward, choose_precision
 from train.gradients import fingerprint
 from train.optim import build_optimizer, clip_gradients, schedules, set_rates
-from train.processes import Processes, joined
 from train.step import Share, by_step, refuse_non_finite
 
 PROG = "python -m train.run"
@@ -64,35 +64,35 @@ def run(argv: Sequence[str] | None, processes: Processes) -> int:
         Options, words, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
     )
     options = dataclasses.replace(options, processes=options.processes or processes.world)
-    folder, options = stage.check_folder(options)
-    if processes.from_leader(lambda: stage.is_finished(folder)) and not options.inspect:
+    folder, options = run_folder.check_folder(options)
+    if processes.from_leader(lambda: run_folder.is_finished(folder)) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
     device = processes.device(options.device)
     processes.connect(device)
-    reader = start.open_space(options)
-    origin = start.starting_point(options)
-    options = start.resolve(options, origin, reader.spec)
+    reader = setup.open_space(options)
+    origin = setup.starting_point(options)
+    options = setup.resolve(options, origin, reader.spec)
     tokenizer = load_tokenizer(str(origin or options.llm))
-    data = start.load_data(options, reader, tokenizer, folder, processes.leader_first)
+    data = setup.load_data(options, reader, tokenizer, folder, processes.leader_first)
     if options.inspect:
         if processes.leader:
             inspect(options, reader, data, tokenizer)
         return 0
-    vlm = start.build_model(options, origin, reader.spec, device)
+    vlm = setup.build_model(options, origin, reader.spec, device)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
-    with stage.hold(folder) if processes.leader else contextlib.nullcontext():
+    with run_folder.hold(folder) if processes.leader else contextlib.nullcontext():
         facts = processes.from_leader(
-            lambda: stage.open_folder(folder, options, reader, data.train)
+            lambda: run_folder.open_folder(folder, options, reader, data.train)
         )
         describe(folder, options, reader, data, forward, processes)
         step = train(folder, options, reader, data, forward, processes, run_id=facts["id"])
         with processes.leader_first():
             if processes.leader:
-                meta = start.final_meta(options, reader, step)
-                save_final(folder / stage.FINAL, vlm, tokenizer, meta)
-    print(f"stage {options.stage} is finished: {folder / stage.FINAL}")
+                meta = setup.final_meta(options, reader, step)
+                save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
+    print(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
     return 0
 
 
@@ -100,7 +100,7 @@ def train(
     folder: Path,
     options: Options,
     reader: FeatureReader,
-    data: start.Data,
+    data: setup.Data,
     forward: Forward,
     processes: Processes = ALONE,
     *,
@@ -109,7 +109,7 @@ def train(
     """Every step of the stage, from the newest checkpoint on; returns the number of the last."""
     vlm, device = forward.vlm, forward.device
     optimizer, rates = build_optimizer(vlm, options), schedules(options)
-    checkpoints = folder / stage.CHECKPOINTS
+    checkpoints = folder / run_folder.CHECKPOINTS
     done = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = checkpoint.load(newest, vlm, optimizer)["step"]
@@ -171,7 +171,7 @@ def train(
 
 
 def starting_facts(
-    options: Options, data: start.Data, forward: Forward, done: int
+    options: Options, data: setup.Data, forward: Forward, done: int
 ) -> dict[str, object]:
     """What must be the same on every process, or they would not train one model."""
     rhythm = ("run", "eval_every", "eval_samples", "save_every")
@@ -239,7 +239,7 @@ def reading(options: Options) -> dict[str, int]:
 def held_out_loss(
     options: Options,
     reader: FeatureReader,
-    data: start.Data,
+    data: setup.Data,
     forward: Forward,
     processes: Processes = ALONE,
 ) -> tuple[float, int]:
@@ -255,7 +255,7 @@ def held_out_loss(
     return sum(totals) / weights[0], round(sum(samples))
 
 
-def inspect(options: Options, reader: FeatureReader, data: start.Data, tokenizer: Any) -> None:
+def inspect(options: Options, reader: FeatureReader, data: setup.Data, tokenizer: Any) -> None:
     """Print the first packed batches as text."""
     device = torch.device("cpu")
     with load(options, reader, data.plan, data.tokens, device, 0, options.max_steps) as loader:
@@ -267,7 +267,7 @@ def describe(
     folder: Path,
     options: Options,
     reader: FeatureReader,
-    data: start.Data,
+    data: setup.Data,
     forward: Forward,
     processes: Processes,
 ) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from configs import UserError
 from train.data import MicroBatch
+from train.data.sample_list import Join
+from train.distributed import Processes
 from train.metrics import memory_gib
 from train.optim import broken_gradients
-from train.processes import Processes
-from train.sample_list import Join
 
 NAMED = 5
 """Samples an error names."""

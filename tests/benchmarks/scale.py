@@ -170,8 +170,10 @@ def touch(root: CacheRoot, rows: int) -> dict[str, float]:
 
 def plan(root: CacheRoot, rows: int) -> dict[str, float]:
     """Lay out an epoch of as many samples, two data sets of trees of one or two samples each."""
-    from train.plan import StepPlan  # imports torch, which the other steps need no memory for
-    from train.trees import Trees
+    from train.data.message_trees import Trees
+    from train.data.schedule import (
+        StepPlan,  # imports torch, which the other steps need no memory for
+    )
 
     trees = max(2, rows * 2 // 3)
     starts = np.concatenate([[0], np.cumsum(1 + np.arange(trees) % 2)]).astype(np.int64)

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from model.attention.batch import PackedBatch
-from train.media_rows import MEDIA_KINDS, within
-from train.packing import PlacedTree, Tree, assemble, build_tree, first_fit
-from train.plan import Plan, Step, deal
-from train.sample_list import Join
-from train.text import TokenStore
-from train.trees import Piece
+from train.data.media_rows import MEDIA_KINDS, within
+from train.data.message_trees import Piece
+from train.data.packing import PlacedTree, Tree, assemble, build_tree, first_fit
+from train.data.sample_list import Join
+from train.data.schedule import Plan, Step, deal
+from train.data.tokens import TokenStore
 
 
 class RowReader(Protocol):

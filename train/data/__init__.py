@@ -29,13 +29,13 @@ import pyarrow.parquet as pq
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
-from train.join import Join, join
-from train.loader import FeatureLoader, MicroBatch
-from train.packing import PlacedTree
-from train.places import Places
-from train.plan import OnePass, StepPlan
-from train.text import TokenStore, messages_of
-from train.trees import Trees, grow_trees
+from train.data.join import Join, join
+from train.data.loader import FeatureLoader, MicroBatch
+from train.data.message_trees import Trees, grow_trees
+from train.data.packing import PlacedTree
+from train.data.placeholders import Places
+from train.data.schedule import OnePass, StepPlan
+from train.data.tokens import TokenStore, messages_of
 
 __all__ = [
     "FeatureLoader",

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from configs import UserError
-from train.media_rows import VIDEO
-from train.places import Places
-from train.sample_list import Join
-from train.text import TokenStore
+from train.data.media_rows import VIDEO
+from train.data.placeholders import Places
+from train.data.sample_list import Join
+from train.data.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 

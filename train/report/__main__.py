@@ -21,14 +21,14 @@ import configs
 from cache.remote.open import Elsewhere, local_root
 from cache.store.paths import CacheRoot, write_atomic
 from model.io.saved_model import find_run, read_meta
-from train import evaluate as evaluation
-from train.charts import Line, chart, finite, smoothed
-from train.evaluate import Evaluation
+from train.evaluate import __main__ as evaluation
+from train.evaluate.__main__ import Evaluation
+from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
 from train.metrics import duration, read_metrics
-from train.report_media import find_media, medium
-from train.report_style import STYLE
-from train.scoring import CAPTION, POINTS, Answer, points_in
-from train.stage import CONFIG
+from train.report.charts import Line, chart, finite, smoothed
+from train.report.media import find_media, medium
+from train.report.style import STYLE
+from train.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
 

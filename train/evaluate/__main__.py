@@ -40,11 +40,11 @@ from train.data import (
     held_out_samples,
     join,
 )
+from train.data.features import feature_bytes, looked_at
+from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.forward import Forward, choose_precision
-from train.look import feature_bytes, looked_at
-from train.scoring import Answer, Task, by_task, headline, is_right
-from train.stage import CONFIG
-from train.start import check_space, mix_of
+from train.run_folder import CONFIG
+from train.setup import check_space, mix_of
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from model.language.chat_template import clip_ids, stamp_ids
 from model.language.tokenizer import IMAGE, token_id
-from train.media_rows import PICTURE
-from train.sample_list import Ints, Join
+from train.data.media_rows import PICTURE
+from train.data.sample_list import Ints, Join
 
 TIE = 1e-6
 """Times this near to the middle of two tenths are rounded as text is, one by one."""

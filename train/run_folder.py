@@ -27,8 +27,8 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 from model.io.saved_model import META
 from train.config import MACHINE_KEYS, Options, format_mix, parse_mix, read_saved, stage_folder
+from train.data.sample_list import Join
 from train.metrics import read_metrics
-from train.sample_list import Join
 
 CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.safetensors"
 FINAL, CHECKPOINTS = "final", "checkpoints"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from cache.store.paths import CacheRoot
 from configs import UserError
-from train.media_rows import NOUNS, PICTURE, VIDEO, within
+from train.data.media_rows import NOUNS, PICTURE, VIDEO, within
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]

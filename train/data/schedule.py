@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from train.trees import Piece, Trees
+from train.data.message_trees import Piece, Trees
 
 Ints = npt.NDArray[np.int64]
 

@@ -11,8 +11,8 @@ from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.reader import FeatureReader
 from model.inference import Clip
 from model.quantize import unpack
-from train.loader import feature_order
-from train.sample_list import Join
+from train.data.loader import feature_order
+from train.data.sample_list import Join
 
 
 def feature_bytes(joined: Join, media: Sequence[int], spec: FeatureSpec) -> int:

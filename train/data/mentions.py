@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from cache.store.paths import CacheRoot
 from cache.store.samples import samples_digest
 from configs import UserError
-from train.media_rows import MEDIA_KINDS, MediaRows, Rows, find_rows
-from train.sample_list import Ints
+from train.data.media_rows import MEDIA_KINDS, MediaRows, Rows, find_rows
+from train.data.sample_list import Ints
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,10 +23,10 @@ from configs import UserError
 from model.io.saved_model import find_run, load_final, read_meta
 from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
-from train import stage
+from train import run_folder
 from train.config import Options, parse_mix, stage_folder
 from train.data import Join, OnePass, Places, StepPlan, TokenStore, grow_trees, join
-from train.join import EmptySplitError
+from train.data.join import EmptySplitError
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +70,15 @@ def starting_point(options: Options) -> Path | None:
     if options.stage == 1:
         return None
     before = stage_folder(options.run, options.stage - 1)
-    if not stage.is_finished(before):
-        begun = (before / stage.CONFIG).exists()
+    if not run_folder.is_finished(before):
+        begun = (before / run_folder.CONFIG).exists()
         raise UserError(
             f"stage {options.stage} starts from stage {options.stage - 1} of the same run, and {before} "
             f"{'is not finished' if begun else 'does not exist'}: python -m train.run --run {options.run} "
             f"--stage {options.stage - 1}{' --resume' if begun else ''}, or start from another model: "
             "--from RUN"
         )
-    return before / stage.FINAL
+    return before / run_folder.FINAL
 
 
 def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options:
@@ -212,7 +212,7 @@ def load_data(
     """
     root = root_of(reader)
     mix = mix_of(options, root)
-    facts = stage.read_facts(folder)
+    facts = run_folder.read_facts(folder)
     train = join(
         root,
         reader,
@@ -221,7 +221,7 @@ def load_data(
         held_out=options.held_out,
         min_coverage=options.min_coverage,
         max_frames=options.max_frames,
-        frozen=folder / stage.SAMPLES if facts else None,
+        frozen=folder / run_folder.SAMPLES if facts else None,
     )
     if facts:
         _notice_growth(facts["samples"], train)
@@ -267,7 +267,7 @@ def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | No
 
 
 def _notice_growth(before: Mapping[str, int], now: Join) -> None:
-    grown = {name: n - before.get(name, 0) for name, n in stage.present(now).items()}
+    grown = {name: n - before.get(name, 0) for name, n in run_folder.present(now).items()}
     for name, more in grown.items():
         if more > 0:
             log.warning(

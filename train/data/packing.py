@@ -18,7 +18,7 @@ import torch
 
 from model.attention.batch import PackedBatch
 from model.language.chat_template import TokenizedSample, fill_places
-from train.text import used_tokens
+from train.data.tokens import used_tokens
 
 Ints = npt.NDArray[np.int64]
 

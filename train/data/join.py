@@ -25,9 +25,9 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, media_table
 from configs import UserError
-from train.media_rows import Rows, edges_of, within
-from train.mentions import Media, Part, mentioned, read_part
-from train.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
+from train.data.media_rows import Rows, edges_of, within
+from train.data.mentions import Media, Part, mentioned, read_part
+from train.data.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
 
 log = logging.getLogger(__name__)
 
