@@ -100,7 +100,7 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(run, "Share", Counted),
         mock.patch.object(run, "refuse_non_finite", stop),
-        mock.patch.object(start, "build_model", drift),
+        mock.patch.object(setup, "build_model", drift),
     ):
         yield
 

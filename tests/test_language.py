@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from configs import UserError
-from model.language import model
+from model.language import model as language
 from model.language.chat_template import Message, place_pictures
 from model.language.model import (
     LanguagePreset,
@@ -225,7 +225,7 @@ def folder_with(tmp_path: Path, rows: int) -> tuple[Path, PreTrainedTokenizerFas
     plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     sizes = {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "intermediate_size": 32}
     preset = LanguagePreset(hidden_size=16, vocab_rows=rows, **sizes)
-    model = model.AutoModelForCausalLM.from_config(preset.config(len(plain)))
+    model = language.AutoModelForCausalLM.from_config(preset.config(len(plain)))
     model.save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path)
     return tmp_path, plain
@@ -274,7 +274,7 @@ def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
 
 
 def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"nobody/nothing.*HF_HUB_OFFLINE is set; give a local folder"
     ):
@@ -282,8 +282,8 @@ def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_answer_from_the_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(model.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(language.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot be reached: .*refused; give a local folder"):
         load_language("nobody/nothing")
 
@@ -296,10 +296,10 @@ def test_models_we_would_compute_wrongly_are_refused(name: str) -> None:
     found.model.config.use_sliding_window = True
     setattr(found.model.config, name, 30)
     with pytest.raises(UserError, match=f"language model qwen3 with {name}=30"):
-        model.wrap_language(found.model, found.tokenizer)
+        language.wrap_language(found.model, found.tokenizer)
     found.model.config.use_sliding_window = False
     if name == "sliding_window":  # Qwen2's folders name a window and do not use it
-        model.wrap_language(found.model, found.tokenizer)
+        language.wrap_language(found.model, found.tokenizer)
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 7}])
@@ -322,7 +322,7 @@ def test_special_marks_are_added_where_a_model_lacks_them() -> None:
         state = state.replace(f'"{mark}"', f'"<old {mark[1:-1]}>"')
     plain = PreTrainedTokenizerFast(tokenizer_object=type(backend).from_str(state))
     plain.add_tokens([AddedToken("<|im_end|>", special=False)])  # there, but as a word
-    tok = model.prepare_tokenizer(plain)
+    tok = language.prepare_tokenizer(plain)
     sample = tokenize_messages(tok, [("user", "<|im_end|>x", 1.0), ("assistant", "y", 1.0)], 1)
     ids = sample.ids.tolist()
     assert ids.count(token_id(tok, "<|im_end|>")) == 2

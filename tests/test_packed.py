@@ -19,7 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from model.attention import kernels, plan
+from model.attention import kernels
+from model.attention import plan as attention_plan
 from model.attention.batch import PackedBatch
 from model.attention.kernels import packed_attention, sdpa_packed, varlen_packed
 from model.attention.plan import AttentionPlan, SdpaPlan, plan_sdpa, plan_varlen
@@ -157,11 +158,11 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way a batch can be cut into SDPA calls."""
     if request.param.startswith("long"):
-        monkeypatch.setattr(plan, "LONG_TREE", 1)
+        monkeypatch.setattr(attention_plan, "LONG_TREE", 1)
     if request.param == "long in pieces":
-        monkeypatch.setattr(plan, "MASK_ELEMENTS", 1)
+        monkeypatch.setattr(attention_plan, "MASK_ELEMENTS", 1)
     if request.param == "every tree alone":
-        monkeypatch.setattr(plan, "MAX_PADDING", 0.0)
+        monkeypatch.setattr(attention_plan, "MAX_PADDING", 0.0)
     if request.param == "varlen":  # the CUDA path, with a kernel written out
         monkeypatch.setattr(kernels, "choose_kernel", lambda q, flash: naive_kernel)
         monkeypatch.setattr(kernels, "sdpa_packed", None)
@@ -346,8 +347,8 @@ def test_both_paths_compute_what_a_unit_means(units: Tensor, long_tree: int, cel
     k, v = torch.randn(2, tokens, 2, 8, generator=g, dtype=torch.float64).unbind()
     inputs = [x.requires_grad_() for x in (q, k, v)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "LONG_TREE", long_tree)
-        patch.setattr(plan, "MASK_ELEMENTS", cells)
+        patch.setattr(attention_plan, "LONG_TREE", long_tree)
+        patch.setattr(attention_plan, "MASK_ELEMENTS", cells)
         plan = AttentionPlan(units, tokens, CPU)
         outputs = [
             naive_attention(q, k, v, units, 0.3),
@@ -379,7 +380,7 @@ def test_padding_is_bounded() -> None:
     plan = plan_sdpa(units, 520, CPU)
     cells = sum(p.trees * p.length**2 for p in plan.parts)
     used = sum((b - a) ** 2 for a, b in itertools.pairwise(edges))
-    assert used >= (1 - plan.MAX_PADDING) * cells
+    assert used >= (1 - attention_plan.MAX_PADDING) * cells
     assert len(plan.parts) < len(units)
 
 
