@@ -1,7 +1,7 @@
 """Make another space of a float16 one, without the encoder: what encoding that way would have made.
 
 python -m cache.convert --codec int8                                # of the only fp16 space here
-python -m cache.convert --space clip --codec int4 --pool 2          # of that one; pictures pooled 2 x 2
+python -m cache.convert --space clip --codec int4 --pool 2          # of that one; images pooled 2 x 2
 python -m cache.convert --codec fp16 --pool 2 --format webdataset
 
 The new space has the fingerprint that `encode.run` with these options gives, and the same stored bytes, so
@@ -56,9 +56,9 @@ class Options:
     codec: Literal["fp16", "int8", "int4"] = "fp16"
     """How rows of the new space are stored."""
     pool: int | None = None
-    """Average n x n patches of a picture; as in the source when not given."""
+    """Average n x n patches of an image; as in the source when not given."""
     frame_pool: int | None = None
-    """The same for frames of clips."""
+    """The same for frames of videos."""
     format: Literal["zarr", "webdataset"] | None = None
     """What the new space's shards are; as in the source when not given."""
     plan: bool = False
@@ -97,18 +97,18 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
         UserError: no such space can be, or it would not be identical to encoding it.
     """
     spec = source.spec
-    pools = {"picture": options.pool, "frame": options.frame_pool}
+    pools = {"image": options.pool, "frame": options.frame_pool}
     new = {kind: spec.pool(kind) if given is None else given for kind, given in pools.items()}
     try:
         target = replace(
             spec,
             codec=options.codec,
-            pool_picture=new["picture"],
+            pool_image=new["image"],
             pool_frame=new["frame"],
             container=options.format or spec.container,
             packed_from="float16",
         )
-        target.row_bytes("picture")  # refuses a width the codec cannot divide
+        target.row_bytes("image")  # refuses a width the codec cannot divide
     except ValueError as error:
         raise UserError(f"{source.paths.name}: {error}") from None
     for kind in KINDS:
@@ -136,7 +136,7 @@ def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict
     """How the encoder of the new space is built: as that of the source, but for the pooling."""
     new = {**load, "converted_from": source}
     if isinstance(load.get("encoder"), Mapping):
-        pools = {"pool_picture": spec.pool_picture, "pool_frame": spec.pool_frame}
+        pools = {"pool_image": spec.pool_image, "pool_frame": spec.pool_frame}
         new["encoder"] = {**load["encoder"], **pools}
     return new
 

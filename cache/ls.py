@@ -77,7 +77,7 @@ def main() -> None:
 def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     if not spaces:
         return f"no spaces; make one: python -m encode.run --dataset demo --features {root.path}"
-    header = ("space", "encoder", "codec", "blocks", "pool", "format", "pictures", "frames", "size")
+    header = ("space", "encoder", "codec", "blocks", "pool", "format", "images", "frames", "size")
     rows = [
         (
             space.name,
@@ -86,14 +86,14 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
             ",".join(map(str, space.blocks)),
             "/".join(map(str, space.pool.values())),
             space.container,
-            f"{space.rows['picture']:,}",
+            f"{space.rows['image']:,}",
             f"{space.rows['frame']:,}",
             bytes_text(space.nbytes),
         )
         for space in spaces
         if not space.damage
     ]
-    lines = [table_text(header, rows, right="pictures frames size")]
+    lines = [table_text(header, rows, right="images frames size")]
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
     lines += [

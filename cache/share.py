@@ -3,7 +3,7 @@
 python -m cache.share --features cache       # then serve or upload the folder: any web server, S3, the hub
 
 Run it again whenever the cache has changed. Whoever reads it gets the texts, and the sources as they are
-written there: URLs, and the absolute paths of local files. No picture is in it.
+written there: URLs, and the absolute paths of local files. No image is in it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ SPARE_BYTES = 64 << 20
 
 POOLS = (1, 2, 3, 4)
 DECODE_S = 0.015
-"""Assumed: one picture of about 1 megapixel read and decoded by one core."""
+"""Assumed: one image of about 1 megapixel read and decoded by one core."""
 DISK_BYTES_S = 500e6
 """Assumed: how fast a trainer reads rows back."""
 
@@ -28,7 +28,7 @@ class Speed:
     batch_s: float
     """Seconds one batch takes, on one device or on all cores."""
     batch_size: int
-    """Pictures in it."""
+    """Images in it."""
     devices: int
     """GPUs that work side by side; 1 on a CPU."""
     cores: int
@@ -38,11 +38,11 @@ class Speed:
     how: str
     """Where the figure comes from, for the reader."""
 
-    def seconds(self, pictures: int) -> float:
-        """How long a number of pictures takes, reading and decoding included."""
+    def seconds(self, images: int) -> float:
+        """How long a number of images takes, reading and decoding included."""
         encode = self.batch_s / self.batch_size / self.devices
         decode = DECODE_S / self.cores
-        return pictures * (encode + decode if self.shared else max(encode, decode))
+        return images * (encode + decode if self.shared else max(encode, decode))
 
 
 def free_bytes(folder: Path) -> int:
@@ -58,7 +58,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
     needed = plan.bytes_needed(spec)
     failures = plan.known_failures + len(plan.missing)
     before = f"{failures} failed before" + (" or missing" if plan.missing else "")
-    arrays = [array for array, rows in plan.new_rows.items() if rows] or ["picture"]
+    arrays = [array for array, rows in plan.new_rows.items() if rows] or ["image"]
     stored = "; ".join(
         f"{spec.tokens(a)} tokens x {spec.width}, {size_text(spec.row_bytes(a))} a {a} "
         f"({spec.codec}, pool {spec.pool(a)})"
@@ -81,10 +81,10 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
 
 
 def _rows_text(plan: Plan) -> str:
-    pictures, frames = (plan.new_rows.get(array, 0) for array in ("picture", "frame"))
+    images, frames = (plan.new_rows.get(array, 0) for array in ("image", "frame"))
     if not frames:
-        return f"{pictures}, one view each"
-    return f"{pictures + frames}: {pictures} pictures, {frames} frames of clips"
+        return f"{images}, one view each"
+    return f"{images + frames}: {images} images, {frames} frames of videos"
 
 
 def _at_most(plan: Plan) -> str:
@@ -92,7 +92,7 @@ def _at_most(plan: Plan) -> str:
 
 
 def break_even(plan: Plan, spec: FeatureSpec, speed: Speed) -> str:
-    """After how many passes over the pictures caching is cheaper than encoding anew each time."""
+    """After how many passes over the images caching is cheaper than encoding anew each time."""
     live = speed.seconds(plan.rows)
     read = plan.bytes_needed(spec) / DISK_BYTES_S
     if live <= read:
@@ -119,7 +119,7 @@ def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
     ]
     fitting.sort(key=lambda pair: -pair[0])
     choices = ", ".join(
-        f"--codec {v.codec} --pool {v.pool_picture} ({size_text(size)})" for size, v in fitting
+        f"--codec {v.codec} --pool {v.pool_image} ({size_text(size)})" for size, v in fitting
     )
     way_out = f"what would fit: {choices}" if choices else "no codec and pooling would fit"
     raise UserError(
@@ -131,7 +131,7 @@ def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
 def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
     """Bytes by codec and pooling, what fits marked: printed with a refusal."""
     rows = variants(spec)
-    pools = sorted({v.pool_picture for v in rows})
+    pools = sorted({v.pool_image for v in rows})
     lines = ["codec   " + "".join(f"{f'pool {pool}':>14}" for pool in pools)]
     for codec in CODECS:
         cells = []
@@ -146,7 +146,7 @@ def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
 def variants(spec: FeatureSpec) -> Sequence[FeatureSpec]:
     """The same features under every codec and every pooling the grid allows."""
     pools = [pool for pool in POOLS if spec.grid % pool == 0 and (pool == 1 or not spec.keep_cls)]
-    return [replace(spec, codec=codec, pool_picture=pool) for codec in CODECS for pool in pools]
+    return [replace(spec, codec=codec, pool_image=pool) for codec in CODECS for pool in pools]
 
 
 def size_text(size: float) -> str:

@@ -130,7 +130,7 @@ class Job:
         for record in (*plan.missing, *plan.recognised):
             self._ledger.add(record)
         self._ledger.flush()
-        self._book = Book(plan.todo, already=self._present.pictures, tell=self._ledger.add)
+        self._book = Book(plan.todo, already=self._present.images, tell=self._ledger.add)
 
     def run(self, crew: Crew, token: str, interrupts: Interrupts, *, timeout_s: float) -> None:
         """Encode what is to do.
@@ -160,7 +160,7 @@ class Job:
 
     def _run_inline(self, interrupts: Interrupts) -> None:
         numbers = {kind: self._space.next_shard(kind) for kind in KINDS}
-        registrar = Counter(self._present.pictures, numbers, self._update)
+        registrar = Counter(self._present.images, numbers, self._update)
         with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
             run_inline(self._book, worker, registrar, interrupts.stopping)
 

@@ -24,7 +24,7 @@ from encode.worker.local_files import failed, identify
 from encode.worker.messages import OWN_STAGES, SourceTask, claim_id
 
 OWN_ATTEMPTS = 3
-"""A picture our own code failed on is tried again by this many jobs."""
+"""An image our own code failed on is tried again by this many jobs."""
 
 OVERHEAD_BYTES = 156
 """Beside a row's slot: its index entry, its line in the commit and in the media table."""
@@ -34,7 +34,7 @@ class Mention(NamedTuple):
     """What samples say of a source."""
 
     kind: str
-    """picture or video."""
+    """image or video."""
     sha256: str | None = None
     """What its bytes hash to, if a data set says so."""
 
@@ -119,7 +119,7 @@ def make_plan(
         ledger: source -> what is known of it.
         present: the rows of the space.
         space: its name.
-        max_frames: of one clip.
+        max_frames: of one video.
         rehash: read every file again, whatever its stamps say.
         retry_failed: try known failures again.
     """

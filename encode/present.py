@@ -1,4 +1,4 @@
-"""Which rows a space has already: of pictures their keys, of clips every view."""
+"""Which rows a space has already: of images their keys, of videos every view."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cache.store.commits import key_bytes
 from cache.store.row_index import Identities, RowIndex
 from cache.store.writer import Space
 
-PICTURE, VIDEO = "picture", "video"
+IMAGE, VIDEO = "image", "video"
 
 
 class Keys(Collection[str]):
-    """The keys of the pictures in an index: no string is held for any of them."""
+    """The keys of the images in an index: no string is held for any of them."""
 
     def __init__(self, index: RowIndex):
         self._identities = Identities(index)
@@ -35,12 +35,12 @@ class Present:
 
     def __init__(
         self,
-        pictures: Collection[str] = frozenset(),
+        images: Collection[str] = frozenset(),
         frames: RowIndex | None = None,
         *,
         max_frames: int = MAX_FRAMES,
     ):
-        self.pictures = pictures
+        self.images = images
         """Keys."""
         self._frames, self._max_frames = frames, max_frames
 
@@ -49,23 +49,23 @@ class Present:
         """What is committed in `space` now."""
         frames = space.index(ARRAY_OF[VIDEO])
         return cls(
-            Keys(space.index(ARRAY_OF[PICTURE])),
+            Keys(space.index(ARRAY_OF[IMAGE])),
             frames if len(frames) else None,
             max_frames=max_frames,
         )
 
     def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
-        """Whether every view of this media is here. A clip of unknown length never is."""
+        """Whether every view of this media is here. A video of unknown length never is."""
         if key is None:
             return False
-        if kind == PICTURE:
-            return key in self.pictures
+        if kind == IMAGE:
+            return key in self.images
         return duration_s is not None and not self.missing(
             key, frame_views(duration_s, self._max_frames)
         )
 
     def missing(self, key: str, views: Sequence[str]) -> list[str]:
-        """Those of a clip's views that are not here."""
+        """Those of a video's views that are not here."""
         if self._frames is None:
             return list(views)
         keys = key_bytes([key]).repeat(len(views), axis=0)

@@ -1,7 +1,7 @@
-"""Encode data sets into the feature cache: every picture once, however many data sets and runs use it.
+"""Encode data sets into the feature cache: every image once, however many data sets and runs use it.
 
 python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
-python -m encode.run --dataset folder:photos                  # your pictures and clips, CLIP ViT-L/14@336
+python -m encode.run --dataset folder:photos                  # your images and videos, CLIP ViT-L/14@336
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
@@ -11,7 +11,7 @@ python -m encode.run --check 50                               # encode 50 media 
 python -m encode.run --list                                   # data sets by name
 
 A job may be killed at any moment; the same command goes on where it was, and does nothing once all is
-done. Exit 0: every picture is in the space or, with its reason, in the ledger (python -m cache.ls
+done. Exit 0: every image is in the space or, with its reason, in the ledger (python -m cache.ls
 --failures). 1: --check found rows that differ. 2: something to mend, in one line. 130: interrupted; what
 was encoded is kept.
 """
@@ -59,15 +59,15 @@ class Options:
     format: Literal["zarr", "webdataset"] = "zarr"
     """What a shard is: part of a Zarr v3 array, or a tar that the webdataset library streams."""
     pool: int | None = None
-    """Average n x n patches of a picture before storing; when not given, as the encoder's entry says."""
+    """Average n x n patches of an image before storing; when not given, as the encoder's entry says."""
     frame_pool: int | None = None
-    """The same for frames of clips."""
+    """The same for frames of videos."""
     features: Path = Path("cache")
     """Folder of the feature cache."""
     source: Path | None = None
     """Folder of downloaded lists, one folder a data set (PixMo), instead of the hub."""
     max_frames: int = MAX_FRAMES
-    """Frames of one clip: 2 a second, or so many evenly where that is more."""
+    """Frames of one video: 2 a second, or so many evenly where that is more."""
     keep_media: Path | None = None
     """Keep what is downloaded in this folder, and look there before asking a server."""
     fetch_only: bool = False
@@ -108,7 +108,7 @@ class Options:
     threads: int | None = None
     """Threads that read, and as many that decode, in each worker; when not given, by the cores."""
     timeout_s: float = 120.0
-    """A picture that takes longer to decode hangs: its worker is ended, the picture tried alone once."""
+    """An image that takes longer to decode hangs: its worker is ended, the image tried alone once."""
     commit_every_s: float = COMMIT_EVERY_S
     """A shard is committed after this long even if it is not full: the most work a crash can lose."""
 
@@ -182,7 +182,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
             )
             with interrupts:
                 job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
-        # Points in pixels become words only now that the sizes of the pictures are known.
+        # Points in pixels become words only now that the sizes of the images are known.
         keep_samples(root, [d for d in datasets if d.needs_sizes], options)
         return job.close(plan, time.monotonic() - start, interrupts)
 
@@ -210,9 +210,9 @@ def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
     for sample in islice(read_samples(root, dataset.name), 1):
         if sample.media and not Path(sample.media[0].source).is_relative_to(folder):
             raise UserError(
-                f"{root.samples(dataset.name).parent} holds the pictures of "
+                f"{root.samples(dataset.name).parent} holds the images of "
                 f"{Path(sample.media[0].source).parent}; give {folder} a name of its own: --dataset "
-                f"NAME=folder:{folder}, or remove that folder of samples if the pictures have moved"
+                f"NAME=folder:{folder}, or remove that folder of samples if the images have moved"
             )
 
 
@@ -232,7 +232,7 @@ def setup_of(options: Options) -> Setup:
 
 def encoder_of(options: Options) -> EncoderConfig:
     """The encoder's entry, with what the command line says of it."""
-    pools = {"pool_picture": options.pool, "pool_frame": options.frame_pool}
+    pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
     return encoder_config(options.encoder, **pools)
 
 
@@ -246,7 +246,7 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
         "container": (options.format,),
         "encoder": (config.name, f"random-{config.name}"),
         "codec": (options.codec,),
-        "pool_picture": (config.pool_picture,),
+        "pool_image": (config.pool_image,),
         "pool_frame": (config.pool_frame,),
     }
     assert options.check is not None, "asked before"
@@ -291,7 +291,7 @@ def listing() -> str:
     rows.append(
         (
             "folder:PATH",
-            "a folder of pictures and clips, with metadata.jsonl for captions or questions",
+            "a folder of images and videos, with metadata.jsonl for captions or questions",
         )
     )
     width = max(len(name) for name, _ in rows)

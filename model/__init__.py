@@ -1,1 +1,1 @@
-"""The model: pictures to features (frozen), features and text to answers."""
+"""The model: images to features (frozen), features and text to answers."""

@@ -1,17 +1,17 @@
-"""Ask a trained model about pictures and clips: the whole model, encoder included.
+"""Ask a trained model about images and videos: the whole model, encoder included.
 
 python -m model.generate --run demo --image cat.png --prompt "How many shapes?"
 python -m model.generate --image a.jpg --image b.jpg --prompt "<image> and <image>: what differs?"
-python -m model.generate --video clip.mp4 --prompt "What happens?"
+python -m model.generate --video video.mp4 --prompt "What happens?"
 python -m model.generate --image a.jpg --video b.mp4 --prompt "In <video>, where is <image>?"
-python -m model.generate --prompt "No picture at all." --temperature 0.7 --verbose
+python -m model.generate --prompt "No image at all." --temperature 0.7 --verbose
 
 The encoder is rebuilt as the features' space says, its weights checked against the space's, and its
-features pass through the space's codec: a picture looks exactly as it did from the cache. Of a clip the
+features pass through the space's codec: an image looks exactly as it did from the cache. Of a video the
 same frames are taken as for training. Only the answer goes to standard output.
 
-`<image>` in the prompt says where a picture stands, `<video>` where a clip does, each in the order given;
-without such marks the pictures come first, then the clips, then the text.
+`<image>` in the prompt says where an image stands, `<video>` where a video does, each in the order given;
+without such marks the images come first, then the videos, then the text.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ import configs
 from cache.format.frame_sampling import MAX_FRAMES, sample_times
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
-from model.inference import Clip, answer
+from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
-from model.language.tokenizer import IMAGE
+from model.language.tokenizer import IMAGE_TOKEN
 from model.media import video
-from model.media.images import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_image
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 PROG = "python -m model.generate"
-VIDEO = "<video>"
-"""Where a clip stands in a prompt. (Samples say `<image>` for both: they list their media in one order.)"""
+VIDEO_TOKEN = "<video>"
+"""Where a video stands in a prompt. (Samples say `<image>` for both: they list their media in one order.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Ask a trained model about pictures and clips."""
+    """Ask a trained model about images and videos."""
 
     prompt: str = ""
     """What to ask; `<image>` and `<video>` marks say where media stand, without them they come first."""
     image: tuple[Path, ...] = ()
-    """Picture files, in the order of their `<image>` marks."""
+    """Image files, in the order of their `<image>` marks."""
     video: tuple[Path, ...] = ()
     """Video files, in the order of their `<video>` marks."""
     max_frames: int | None = None
-    """Frames of one clip, at most; as in the model's training when not given."""
+    """Frames of one video, at most; as in the model's training when not given."""
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
@@ -85,17 +85,17 @@ class Options:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"max_frames {self.max_frames} is below 1")
-        pictures, clips = self.prompt.count(IMAGE), self.prompt.count(VIDEO)
+        images, videos = self.prompt.count(IMAGE_TOKEN), self.prompt.count(VIDEO_TOKEN)
         if not self.video:  # then <video> is a word like any other
-            if self.image and pictures not in (0, len(self.image)):
+            if self.image and images not in (0, len(self.image)):
                 raise ValueError(
-                    f"{len(self.image)} --image but {pictures} {IMAGE} marks in the prompt; "
-                    "give one mark for each picture, or none"
+                    f"{len(self.image)} --image but {images} {IMAGE_TOKEN} marks in the prompt; "
+                    "give one mark for each image, or none"
                 )
-        elif (pictures, clips) not in ((0, 0), (len(self.image), len(self.video))):
+        elif (images, videos) not in ((0, 0), (len(self.image), len(self.video))):
             raise ValueError(
-                f"{len(self.image)} --image and {len(self.video)} --video but {pictures} {IMAGE} and "
-                f"{clips} {VIDEO} marks in the prompt; give one mark for each, or none at all"
+                f"{len(self.image)} --image and {len(self.video)} --video but {images} {IMAGE_TOKEN} and "
+                f"{videos} {VIDEO_TOKEN} marks in the prompt; give one mark for each, or none at all"
             )
 
 
@@ -126,10 +126,10 @@ def generate(options: Options) -> str:
     watch = Stopwatch(options.verbose)
     folder = find_run(options.run, options.stage)
     meta = read_meta(folder)
-    media: list[Tensor | Clip] = []
+    media: list[Tensor | Video] = []
     if options.image or options.video:
-        pictures = [_read_picture(path) for path in options.image]
-        clips = {path: _probe(path) for path in options.video}
+        images = [_read_image(path) for path in options.image]
+        videos = {path: _probe(path) for path in options.video}
         encoder = rebuild_encoder(
             meta["space"]["load"],
             FeatureSpec.from_json(meta["space"]["spec"]),
@@ -140,7 +140,7 @@ def generate(options: Options) -> str:
             f"encoder {encoder.config.library}: {encoder.parameters_used:,} parameters on {encoder.device}"
         )
         most = options.max_frames or meta.get("max_frames", MAX_FRAMES)
-        media += _encode(encoder, meta["space"], pictures, clips, options, most, watch)
+        media += _encode(encoder, meta["space"], images, videos, options, most, watch)
     prompt, media = in_order(options, media)
     device = pick_device(options.device)
     vlm, tokenizer, _ = load_final(folder, device)
@@ -157,33 +157,33 @@ def generate(options: Options) -> str:
     return said
 
 
-def in_order(options: Options, media: Sequence[Tensor | Clip]) -> tuple[str, list[Tensor | Clip]]:
+def in_order(options: Options, media: Sequence[Tensor | Video]) -> tuple[str, list[Tensor | Video]]:
     """The prompt with `<image>` marks alone, and its media as they follow each other there.
 
     Args:
-        options: pictures, clips, and the prompt with marks for them.
-        media: all pictures, then all clips.
+        options: images, videos, and the prompt with marks for them.
+        media: all images, then all videos.
     """
-    if not options.video or VIDEO not in options.prompt:
+    if not options.video or VIDEO_TOKEN not in options.prompt:
         return options.prompt, list(media)
-    pictures, clips = iter(media[: len(options.image)]), iter(media[len(options.image) :])
-    marks = re.findall(f"{IMAGE}|{VIDEO}", options.prompt)
-    ordered = [next(pictures if mark == IMAGE else clips) for mark in marks]
-    return options.prompt.replace(VIDEO, IMAGE), ordered
+    images, videos = iter(media[: len(options.image)]), iter(media[len(options.image) :])
+    marks = re.findall(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", options.prompt)
+    ordered = [next(images if mark == IMAGE_TOKEN else videos) for mark in marks]
+    return options.prompt.replace(VIDEO_TOKEN, IMAGE_TOKEN), ordered
 
 
-def _read_picture(path: Path) -> Image:
+def _read_image(path: Path) -> Image:
     try:
-        return decode_picture(path.read_bytes())
+        return decode_image(path.read_bytes())
     except BadMedia as error:
         raise UserError(
             f"{path}: {error}; give a sound JPEG, PNG, WebP, GIF, BMP or TIFF"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --image takes picture files") from None
+        raise UserError(f"{path}: {error.strerror}; --image takes image files") from None
 
 
-def _probe(path: Path) -> video.ClipInfo:
+def _probe(path: Path) -> video.VideoInfo:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --video takes video files")
     try:
@@ -192,14 +192,14 @@ def _probe(path: Path) -> video.ClipInfo:
         raise UserError(f"{path}: {error}; give a sound video file") from None
 
 
-def live_clip(
+def live_video(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
     path: Path,
-    info: video.ClipInfo,
+    info: video.VideoInfo,
     max_frames: int,
-) -> Clip:
-    """A clip with those frames that encode.run would take, each once, as `live_features`.
+) -> Video:
+    """A video with those frames that encode.run would take, each once, as `live_features`.
 
     Raises:
         BadMedia: it cannot be decoded.
@@ -213,48 +213,48 @@ def live_clip(
                 yield frame.image
 
     features = live_features(encoder, space, images(), ARRAY_OF["video"])
-    return Clip(times_s=times, features=features)
+    return Video(times_s=times, features=features)
 
 
 def _encode(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
-    pictures: Sequence[Image],
-    clips: Mapping[Path, video.ClipInfo],
+    images: Sequence[Image],
+    videos: Mapping[Path, video.VideoInfo],
     options: Options,
     max_frames: int,
     watch: Stopwatch,
-) -> Iterator[Tensor | Clip]:
-    """Features of all pictures, then of all clips."""
-    if pictures:
-        features = live_features(encoder, space, pictures)
-        watch.lap(f"{len(pictures)} pictures, {features.shape[1]} tokens each")
+) -> Iterator[Tensor | Video]:
+    """Features of all images, then of all videos."""
+    if images:
+        features = live_features(encoder, space, images)
+        watch.lap(f"{len(images)} images, {features.shape[1]} tokens each")
         yield from features
     for path in options.video:
         try:
-            clip = live_clip(encoder, space, path, clips[path], max_frames)
+            video = live_video(encoder, space, path, videos[path], max_frames)
         except BadMedia as error:
             raise UserError(f"{path}: {error}; give a sound video file") from None
-        watch.lap(f"{path}: {len(clip.times_s)} frames, {clip.features.shape[1]} tokens each")
-        yield clip
+        watch.lap(f"{path}: {len(video.times_s)} frames, {video.features.shape[1]} tokens each")
+        yield video
 
 
 def live_features(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
-    pictures: Iterable[Image],
-    array: str = "picture",
+    images: Iterable[Image],
+    array: str = "image",
 ) -> Tensor:
-    """(P, M, V) float16 features of pictures, with what the space's codec does to them.
+    """(P, M, V) float16 features of images, with what the space's codec does to them.
 
     Args:
         encoder: that of the space, see `model.vision.rebuild_encoder`.
         space: the content of space.json.
-        pictures: RGB.
-        array: `picture`, or `frame` for frames of clips, which are pooled more.
+        images: RGB.
+        array: `image`, or `frame` for frames of videos, which are pooled more.
     """
     spec = FeatureSpec.from_json(space["spec"])
-    features = encoder.encode(np.stack([encoder.prepare(picture) for picture in pictures]), array)
+    features = encoder.encode(np.stack([encoder.prepare(image) for image in images]), array)
     packed = pack(features, spec.layout)
     if not bool(packed.finite.all()):
         number = int((~packed.finite).nonzero()[0])

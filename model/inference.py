@@ -1,6 +1,6 @@
 """Answers from features: what `model.generate` and `train.evaluate` both use.
 
-Legend: M tokens per picture or frame, F frames of a clip, N feature tokens of one prompt, V vision width,
+Legend: M tokens per image or frame, F frames of a video, N feature tokens of one prompt, V vision width,
 D language width, B prompts at a time, L tokens of the longest of them.
 """
 
@@ -16,27 +16,27 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.attention.kernels import ATTENTION
-from model.language.chat_template import Message, clip_ids, fill_places, prompt_ids
-from model.language.tokenizer import IMAGE, eos_ids, token_id
+from model.language.chat_template import Message, fill_places, prompt_ids, video_ids
+from model.language.tokenizer import IMAGE_TOKEN, eos_ids, token_id
 from model.vlm import VLM
 
 PADDED_TOKENS = 1 << 16
-"""Prompts at a time take no more tokens, padding included: clips are long. One prompt always goes."""
+"""Prompts at a time take no more tokens, padding included: videos are long. One prompt always goes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Clip:
-    """What is seen of a clip."""
+class Video:
+    """What is seen of a video."""
 
     times_s: Sequence[float]
-    """(F,) where in the clip the frames are, seconds after the first, ascending."""
+    """(F,) where in the video the frames are, seconds after the first, ascending."""
     features: Tensor
     """(F, M, V)."""
 
 
-Prompt = tuple[Sequence[Message], Iterable[Tensor | Clip] | None]
-"""Messages, and what stands at the places in them, in order: the (M, V) features of a picture, or a clip.
-A (pictures, M, V) tensor is as many pictures."""
+Prompt = tuple[Sequence[Message], Iterable[Tensor | Video] | None]
+"""Messages, and what stands at the places in them, in order: the (M, V) features of an image, or a video.
+A (images, M, V) tensor is as many images."""
 
 
 def answer(
@@ -54,7 +54,7 @@ def answer(
     Args:
         vlm: on any device, in any mode; left as it was.
         tokenizer: its tokenizer.
-        prompts: conversations ending in a user turn, with the features of their pictures and clips.
+        prompts: conversations ending in a user turn, with the features of their images and videos.
         max_new_tokens: longest answer, tokens.
         temperature: 0 = the likeliest token each time; above 0 sampled.
         seed: of the sampling. Greedy answers do not depend on what else is in the batch, sampled ones do.
@@ -93,19 +93,19 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
 def expand(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L,) ids with all that stands for pictures and clips, the (N,) places of features, and those (N, V)."""
+    """(L,) ids with all that stands for images and videos, the (N,) places of features, and those (N, V)."""
     messages, given = prompt
     media = [] if given is None else list(given)
-    image = token_id(tokenizer, IMAGE)
+    image = token_id(tokenizer, IMAGE_TOKEN)
     contents = [
-        clip_ids(tokenizer, one.times_s, one.features.shape[1])
-        if isinstance(one, Clip)
+        video_ids(tokenizer, one.times_s, one.features.shape[1])
+        if isinstance(one, Video)
         else np.full(len(one), image, dtype=np.int32)
         for one in media
     ]
     text = np.array(prompt_ids(tokenizer, messages, len(media)), dtype=np.int32)
     row = torch.from_numpy(fill_places(text, image, contents)[0]).long()
-    features = [one.features.flatten(0, 1) if isinstance(one, Clip) else one for one in media]
+    features = [one.features.flatten(0, 1) if isinstance(one, Video) else one for one in media]
     return row, (row == image).nonzero().squeeze(1), torch.cat(features) if features else None
 
 
@@ -139,8 +139,8 @@ def generation_config(
         **sampling,
         eos_token_id=list(eos_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
-        # Rows beyond the tokenizer exist to fill the matrix; they and pictures are nothing to say.
-        suppress_tokens=[token_id(tokenizer, IMAGE), *range(len(tokenizer), vocabulary)],
+        # Rows beyond the tokenizer exist to fill the matrix; they and images are nothing to say.
+        suppress_tokens=[token_id(tokenizer, IMAGE_TOKEN), *range(len(tokenizer), vocabulary)],
         use_cache=True,
     )
 

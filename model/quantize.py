@@ -6,7 +6,7 @@ used, after the copy from it: what travels is a quarter of float32, or an eighth
     rows = pack(features, "int8m").rows                    # (B, M, V) -> (B, row_bytes) uint8
     features = unpack(rows, "int8m", tokens=M, width=V)    # -> (B, M, V) float16
 
-B pictures, M tokens, V values a token.
+B images, M tokens, V values a token.
 """
 
 from __future__ import annotations

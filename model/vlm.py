@@ -1,6 +1,6 @@
 """The trained half of the model: connector and language model, fed with cached features.
 
-Legend: T tokens in a packed batch, N of them features of pictures and frames, V vision width,
+Legend: T tokens in a packed batch, N of them features of images and frames, V vision width,
 D language width, S supervised predictions.
 """
 
@@ -38,8 +38,8 @@ class VLM(nn.Module):
 
         Args:
             batch: on the model's device.
-            features: (N, V) of the batch's pictures and frames, in the order of their places; also
-                (pictures, tokens a picture, V). None when it has none.
+            features: (N, V) of the batch's images and frames, in the order of their places; also
+                (images, tokens an image, V). None when it has none.
         """
         hidden = self.hidden(batch, features)
         head = self.language.get_output_embeddings()

@@ -1,6 +1,6 @@
-"""Damaged clips, one after the other, told on standard output: run as a child, since FFmpeg may crash.
+"""Damaged videos, one after the other, told on standard output: run as a child, since FFmpeg may crash.
 
-python -m tests.clip_mutations FOLDER FIRST LAST
+python -m tests.video_mutations FOLDER FIRST LAST
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from model.media.video import frames, probe
 from model.media.video_open import MAX_FRAME_PIXELS
 
 PATIENCE_S = 20
-"""A clip that takes longer ends the child."""
+"""A video that takes longer ends the child."""
 
 
 def mutated(number: int, files: list[bytes]) -> bytes:
-    """The damaged clip of a number: bytes changed, inserted, missing, taken from another clip, or cut off."""
+    """The damaged video of a number: bytes changed, inserted, missing, from another video, or cut off."""
     rng = np.random.default_rng(number)
     changed = bytearray(files[number % len(files)])
     for _ in range(rng.integers(1, 8)):
@@ -52,7 +52,7 @@ def mutated(number: int, files: list[bytes]) -> bytes:
 
 
 def outcome(data: bytes) -> str:
-    """What becomes of a clip: `frames`, or why not; anything else is an error of ours."""
+    """What becomes of a video: `frames`, or why not; anything else is an error of ours."""
     try:
         info = probe(data)
         shown = list(frames(data, sample_times(info.duration_s, 6), info))

@@ -1,6 +1,6 @@
-"""Small clips whose frames say their own number, made with PyAV; and what FFmpeg's program makes of clips.
+"""Small videos whose frames say their own number, made with PyAV; and what FFmpeg's program makes of videos.
 
-python -m tests.clips clips        # a folder of them, to look at
+python -m tests.videos videos        # a folder of them, to look at
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def number_of(image: Image.Image) -> int:
     return int(sum(1 << i for i, bit in enumerate(bits) if bit))
 
 
-def make_clip(
+def make_video(
     path: Path,
     *,
     frames: int = 8,
@@ -60,10 +60,10 @@ def make_clip(
     pixels: str = "yuv420p",
     gop: int = 12,
     times_ms: Sequence[int] | None = None,
-    pictures: Sequence[npt.NDArray[np.uint8]] | None = None,
+    images: Sequence[npt.NDArray[np.uint8]] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a clip and return its path; the container is the suffix's.
+    """Write a video and return its path; the container is the suffix's.
 
     Args:
         path: where.
@@ -74,10 +74,10 @@ def make_clip(
         pixels: FFmpeg's name of the pixel format that is encoded.
         gop: key frames at most so many frames apart.
         times_ms: when each frame is shown, instead of `fps`; ascending.
-        pictures: RGB frames to take instead of drawn numbers.
+        images: RGB frames to take instead of drawn numbers.
         options: of the encoder.
     """
-    shown = pictures or [drawing(number, size) for number in range(frames)]
+    shown = images or [drawing(number, size) for number in range(frames)]
     tick = Fraction(1, 1000) if times_ms is not None else 1 / Fraction(fps)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options or {}))
@@ -85,8 +85,8 @@ def make_clip(
         stream.pix_fmt = pixels
         stream.codec_context.gop_size = gop
         stream.codec_context.time_base = tick
-        for number, picture in enumerate(shown):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+        for number, image in enumerate(shown):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)
             frame.pts = times_ms[number] if times_ms is not None else number
             frame.time_base = tick
             container.mux(stream.encode(frame))
@@ -115,7 +115,7 @@ def times_by_ffmpeg(path: Path) -> list[int]:
     return [round((stamp - stamps[0]) * tick * 1_000_000) for stamp in stamps]
 
 
-def pictures_by_ffmpeg(
+def images_by_ffmpeg(
     path: Path, numbers: Sequence[int], size: tuple[int, int], matrix: str = "auto"
 ) -> list[npt.NDArray[np.uint8]]:
     """Frames by number, upright, as RGB of a given size, as FFmpeg's program shows them."""
@@ -140,4 +140,4 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, encoder in (("mp4", "mpeg4"), ("mkv", "ffv1"), ("avi", "mjpeg")):
         kind = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
-        print(make_clip(folder / f"{encoder}.{suffix}", codec=encoder, pixels=kind))
+        print(make_video(folder / f"{encoder}.{suffix}", codec=encoder, pixels=kind))

@@ -10,7 +10,7 @@ import torch
 
 LONG = (
     *("test_pixmo_kill", "test_photographs", "test_encode_cluster", "test_encode_kill"),
-    *("test_processes", "test_train_run", "test_encode_clips", "test_pixmo_web", "test_vision"),
+    *("test_processes", "test_train_run", "test_encode_videos", "test_pixmo_web", "test_vision"),
 )
 """Files that take longest: first, so that two processes end at about one time."""
 

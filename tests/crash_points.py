@@ -57,7 +57,7 @@ FAULTS: dict[str, tuple[int, tuple[str, ...], bool]] = {
 """Name -> errno, calls it can strike, whether it strikes all later ones, too."""
 
 NEW = (11, 12, 13, 14, 15)
-"""Pictures that `write` adds: a full shard and one more row."""
+"""Images that `write` adds: a full shard and one more row."""
 
 FINISHED, REFUSED, ELSEWHERE, NEVER, DIED, WRONG = 0, 3, 7, 8, 9, 10
 
@@ -69,7 +69,7 @@ def write(root: CacheRoot, said: list[str]) -> None:
     """What a job does with the disk: complete the space, write what is missing, commit, grow the arrays."""
     made = Space.open(root.space(root.space_names()[0]))
     space = Space.create(root, made.spec, made.load)
-    missing = [number for number in NEW if (key(number), "full") not in space.keys("picture")]
+    missing = [number for number in NEW if (key(number), "full") not in space.keys("image")]
     numbers = {kind: space.next_shard(kind) for kind in KINDS}
 
     def next_shard(kind: str) -> int:
@@ -86,8 +86,8 @@ def write(root: CacheRoot, said: list[str]) -> None:
     try:
         for number in missing:
             record = MediaRecord(source=str(number), key=key(number))
-            picture = Row(view="full", time_s=None, payload=row(number), lost=0.005)
-            writer.put(Group(task=SourceTask(source=str(number)), record=record, rows=[picture]))
+            image = Row(view="full", time_s=None, payload=row(number), lost=0.005)
+            writer.put(Group(task=SourceTask(source=str(number)), record=record, rows=[image]))
         writer.commit()
     finally:
         writer.close()

@@ -1,6 +1,6 @@
-"""Tiny pictures and a tiny encoder, and one function that runs a whole encode job over them.
+"""Tiny images and a tiny encoder, and one function that runs a whole encode job over them.
 
-python -m tests.encode_world FOLDER WORKERS     # a driver to be killed: FOLDER/pictures -> FOLDER/cache
+python -m tests.encode_world FOLDER WORKERS     # a driver to be killed: FOLDER/images -> FOLDER/cache
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ TINY = EncoderConfig(
     batch_size=4,
     tower=DemoTowerConfig(image_size=28, patch_size=14, width=64, depth=1, heads=2),
 )
-"""4 tokens of 64 values a picture."""
+"""4 tokens of 64 values an image."""
 
 SETUP = Setup(config=TINY, device="cpu", commit_every_s=0.0)
-"""Every row is a shard of its own: as many commits to die between as there are pictures."""
+"""Every row is a shard of its own: as many commits to die between as there are images."""
 
 
 def draw(folder: Path, count: int, *, first: int = 0, side: int = 24) -> list[Path]:
-    """`count` different pictures of noise."""
+    """`count` different images of noise."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(first, first + count):
@@ -132,7 +132,7 @@ def main(folder: Path, workers: int) -> None:
     setup = replace(SETUP, torch_threads=1)
     result = encode(
         folder / "cache",
-        f"folder:{folder / 'pictures'}",
+        f"folder:{folder / 'images'}",
         workers=workers,
         setup=setup,
         worker_class=SlowWorker,

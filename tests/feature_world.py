@@ -1,6 +1,6 @@
-"""A cache with made-up pictures, clips and rows, for the tests of the trainer's data side.
+"""A cache with made-up images, videos and rows, for the tests of the trainer's data side.
 
-A picture is a name; its key, its source and its stored row all follow from it. A clip is a name that begins
+An image is a name; its key, its source and its stored row all follow from it. A video is a name that begins
 with "clip"; its frames are those of a video with 12.5 frames a second.
 """
 
@@ -40,18 +40,18 @@ from train.data import (
 )
 
 SPEC: FeatureSpec = small_spec()
-M = SPEC.tokens("picture")
+M = SPEC.tokens("image")
 FRAME_RATE = 12.5
 
 
-def key_of(picture: str) -> str:
-    return hashlib.sha256(picture.encode()).hexdigest()
+def key_of(image: str) -> str:
+    return hashlib.sha256(image.encode()).hexdigest()
 
 
-def payload(picture: str) -> bytes:
-    """The stored row of a picture: bytes that nobody else has."""
-    rng = np.random.default_rng(int(key_of(picture)[:8], 16))
-    return rng.integers(0, 256, SPEC.row_bytes("picture"), dtype=np.uint8).tobytes()
+def payload(image: str) -> bytes:
+    """The stored row of an image: bytes that nobody else has."""
+    rng = np.random.default_rng(int(key_of(image)[:8], 16))
+    return rng.integers(0, 256, SPEC.row_bytes("image"), dtype=np.uint8).tobytes()
 
 
 def frame_time(microseconds: int) -> float:
@@ -60,21 +60,21 @@ def frame_time(microseconds: int) -> float:
 
 
 def ref(name: str) -> MediaRef:
-    """How samples mention a picture or clip."""
+    """How samples mention an image or video."""
     if name.startswith("clip"):
         return MediaRef(source=f"/{name}.mp4", kind="video")
     return MediaRef(source=f"/{name}.png")
 
 
 def features(name: str, time_s: float | None = None) -> np.ndarray:
-    """(tokens, width) float16 that nobody else has: of a picture, or of the frame at a time."""
-    kind = "picture" if time_s is None else "frame"
+    """(tokens, width) float16 that nobody else has: of an image, or of the frame at a time."""
+    kind = "image" if time_s is None else "frame"
     rng = np.random.default_rng(int(key_of(f"{name}@{time_s}")[:8], 16))
     return rng.standard_normal((SPEC.tokens(kind), SPEC.width)).astype(np.float16)
 
 
 def ask(
-    name: str, pictures: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
+    name: str, images: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
 ) -> Sample:
     return Sample(
         id=name,
@@ -83,7 +83,7 @@ def ask(
             Message(role="user", content=question),
             Message(role="assistant", content=answer),
         ),
-        media=tuple(map(ref, pictures)),
+        media=tuple(map(ref, images)),
         **more,
     )
 
@@ -100,23 +100,23 @@ class World:
         for name, samples in datasets.items():
             write_samples(self.root, name, [replace(s, dataset=name) for s in samples])
 
-    def encode(self, pictures: Sequence[str]) -> None:
-        """Give pictures their rows, two shards a call."""
-        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
-        for at in range(0, len(pictures), 4):
-            shard = ShardWriter(space, "picture", space.next_shard("picture"))
-            for picture in pictures[at : at + 4]:
-                shard.append(key_of(picture), "full", payload(picture))
+    def encode(self, images: Sequence[str]) -> None:
+        """Give images their rows, two shards a call."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
+        for at in range(0, len(images), 4):
+            shard = ShardWriter(space, "image", space.next_shard("image"))
+            for image in images[at : at + 4]:
+                shard.append(key_of(image), "full", payload(image))
             shard.commit()
-        records = [MediaRecord(source=f"/{p}.png", key=key_of(p)) for p in pictures]
+        records = [MediaRecord(source=f"/{p}.png", key=key_of(p)) for p in images]
         append_media(self.root, records, "test")
 
-    def encode_clips(self, clips: Mapping[str, float], max_frames: int = 128) -> None:
-        """Give clips (name -> duration) their frames, each clip's side by side."""
-        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
+    def encode_videos(self, videos: Mapping[str, float], max_frames: int = 128) -> None:
+        """Give videos (name -> duration) their frames, each video's side by side."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         shard = ShardWriter(space, "frame", space.next_shard("frame"))
         records = []
-        for name, duration in clips.items():
+        for name, duration in videos.items():
             for asked in sample_times(duration, max_frames):
                 if shard.full:
                     shard.commit()
@@ -131,21 +131,21 @@ class World:
         shard.commit()
         append_media(self.root, records, "test")
 
-    def encode_real(self, pictures: Sequence[str]) -> None:
+    def encode_real(self, images: Sequence[str]) -> None:
         """As `encode`, with features that are numbers."""
-        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("picture"))
-        shard = ShardWriter(space, "picture", space.next_shard("picture"))
-        for picture in pictures:
-            row = codec.pack(features(picture).astype(np.float32), SPEC.layout)
-            shard.append(key_of(picture), "full", row)
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
+        shard = ShardWriter(space, "image", space.next_shard("image"))
+        for image in images:
+            row = codec.pack(features(image).astype(np.float32), SPEC.layout)
+            shard.append(key_of(image), "full", row)
         shard.commit()
-        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in pictures]
+        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]
         append_media(self.root, records, "test")
 
-    def fail(self, pictures: Sequence[str]) -> None:
+    def fail(self, images: Sequence[str]) -> None:
         records = [
             MediaRecord(source=f"/{p}.png", status="failed", stage="decode", error="truncated")
-            for p in pictures
+            for p in images
         ]
         append_media(self.root, records, "test")
 
@@ -178,15 +178,15 @@ def names_of(joined: Join) -> list[str]:
 
 
 def mixed_samples(count: int, seed: int) -> list[Sample]:
-    """Text, one picture, several pictures; shared and not; weights of every kind."""
+    """Text, one image, several images; shared and not; weights of every kind."""
     rng = np.random.default_rng(seed)
     samples = []
     for i in range(count):
-        pictures = [f"p{j}" for j in rng.integers(0, 6, rng.integers(0, 3))]
+        images = [f"p{j}" for j in rng.integers(0, 6, rng.integers(0, 3))]
         sample = ask(
             f"{i}",
-            pictures,
-            "<image>" * len(pictures) + "q" * int(rng.integers(1, 9)),
+            images,
+            "<image>" * len(images) + "q" * int(rng.integers(1, 9)),
             "a" * int(rng.integers(1, 9)),
             weight=float(rng.choice([0.5, 1.0, 2.0])),
         )
@@ -198,7 +198,7 @@ def mixed_samples(count: int, seed: int) -> list[Sample]:
     return samples
 
 
-PICTURES = [f"p{i}" for i in range(6)]
+IMAGES = [f"p{i}" for i in range(6)]
 
 
 def new_world(folder: Path) -> World:
@@ -208,5 +208,5 @@ def new_world(folder: Path) -> World:
 def mixed_world(folder: Path) -> World:
     world = new_world(folder)
     world.write(d=mixed_samples(60, 0), e=mixed_samples(30, 1))
-    world.encode(PICTURES)
+    world.encode(IMAGES)
     return world

@@ -3,9 +3,9 @@
 python -m tests.photographs photos
 python -m encode.run --dataset folder:photos --encoder clip-vit-l14-336
 
-The pictures are those that scikit-image and scikit-learn carry in their wheels. Several are saved again
+The images are those that scikit-image and scikit-learn carry in their wheels. Several are saved again
 in another mode, so that the folder holds what folders hold: grey, palette, alpha, CMYK, 16 bit, WebP,
-GIF, a picture the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
+GIF, an image the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CAPTIONS = {
     "microaneurysms.png": "Thin dark vessels crossing a small grey patch.",
     "moon.png": "The surface of the moon with a few craters.",
     "motorcycle_left.png": "A red motorcycle parked in a garage.",
-    "no_time_for_that_tiny.gif": "A tiny animated picture of a person.",
+    "no_time_for_that_tiny.gif": "A tiny animated image of a person.",
     "page.png": "A printed page headed Region-based segmentation.",
     "retina.jpg": "The back of an eye, orange with red vessels.",
     "rocket.jpg": "A rocket on its launch pad at dusk between lightning towers.",
@@ -48,7 +48,7 @@ SIDEWAYS = 6  # EXIF orientation: the camera was turned; shown upright it needs 
 
 
 def make_folder(folder: Path) -> Path:
-    """Write the pictures and their metadata.jsonl into `folder`; returns it."""
+    """Write the images and their metadata.jsonl into `folder`; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
         for name, caption in CAPTIONS.items():

@@ -1,4 +1,4 @@
-"""PixMo in small: Parquet files as the hub has them, about pictures at given addresses.
+"""PixMo in small: Parquet files as the hub has them, about images at given addresses.
 
 The types are those of the repositories' cards (allenai/pixmo-*, read in 2026): points are a list of structs
 of doubles in pixmo-points, a struct of lists of floats in pixmo-count, which also has other splits.
@@ -18,26 +18,26 @@ HELD_OUT = "never read"
 """In every text of the splits that are no training data."""
 
 _URL = {"image_url": pa.string()}
-_PICTURE = {**_URL, "image_sha256": pa.string()}
+_IMAGE = {**_URL, "image_sha256": pa.string()}
 _ASKED = {"question": pa.string(), "answer": pa.string()}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "pixmo-cap": {**_URL, "caption": pa.string(), "transcripts": pa.list_(pa.string())},
     "pixmo-points": {
-        **_PICTURE,
+        **_IMAGE,
         "points": pa.list_(pa.struct({"x": pa.float64(), "y": pa.float64()})),
         "count": pa.int64(),
         "label": pa.string(),
         "collection_method": pa.string(),
     },
     "pixmo-count": {
-        **_PICTURE,
+        **_IMAGE,
         "count": pa.int32(),
         "points": pa.struct({"x": pa.list_(pa.float32()), "y": pa.list_(pa.float32())}),
         "label": pa.string(),
     },
     "pixmo-cap-qa": {**_URL, **_ASKED, "messages": pa.list_(pa.string())},
-    "pixmo-ask-model-anything": {**_PICTURE, **_ASKED},
+    "pixmo-ask-model-anything": {**_IMAGE, **_ASKED},
 }
 
 
@@ -59,20 +59,20 @@ def write_table(
 
 
 def write_pixmo(folder: Path, urls: Sequence[tuple[str, str | None]]) -> Path:
-    """All five data sets about the pictures at these addresses, each with its sha256 if it is known.
+    """All five data sets about the images at these addresses, each with its sha256 if it is known.
 
-    Of a picture: a caption and one or two transcripts, two pointings (one at what is not there), a count of 0
+    Of an image: a caption and one or two transcripts, two pointings (one at what is not there), a count of 0
     to 3, a conversation of one or two questions, a question.
     """
     numbered = list(enumerate(urls))
     write_table(folder, "pixmo-cap", [_caption(n, url) for n, (url, _) in numbered])
-    pointings = [row for n, picture in numbered for row in _pointings(n, *picture)]
+    pointings = [row for n, image in numbered for row in _pointings(n, *image)]
     write_table(folder, "pixmo-points", pointings)
-    write_table(folder, "pixmo-count", [_count(n, *picture) for n, picture in numbered])
+    write_table(folder, "pixmo-count", [_count(n, *image) for n, image in numbered])
     for split in ("validation", "test"):
         rows = [
-            {**_count(n, *picture), "label": HELD_OUT, "points": {"x": [], "y": []}}
-            for n, picture in numbered
+            {**_count(n, *image), "label": HELD_OUT, "points": {"x": [], "y": []}}
+            for n, image in numbered
         ]
         write_table(folder, "pixmo-count", rows, stem=f"{split}-00000-of-00001")
     write_table(folder, "pixmo-cap-qa", [_conversation(n, url) for n, (url, _) in numbered])
@@ -90,8 +90,8 @@ def write_pixmo(folder: Path, urls: Sequence[tuple[str, str | None]]) -> Path:
 
 
 def _caption(n: int, url: str) -> dict[str, Any]:
-    said = [f"So this is picture {n}, um, number {i}." for i in range(1 + n % 2)]
-    return {"image_url": url, "caption": f"Picture {n}, in detail.", "transcripts": said}
+    said = [f"So this is image {n}, um, number {i}." for i in range(1 + n % 2)]
+    return {"image_url": url, "caption": f"Image {n}, in detail.", "transcripts": said}
 
 
 def _pointings(n: int, url: str, sha256: str | None) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def _pointings(n: int, url: str, sha256: str | None) -> list[dict[str, Any]]:
 
 
 def _count(n: int, url: str, sha256: str | None) -> dict[str, Any]:
-    places = [0.25 * (i + 1) for i in range(n % 4)]  # pixels: inside even a picture of one
+    places = [0.25 * (i + 1) for i in range(n % 4)]  # pixels: inside even an image of one
     return {
         "image_url": url,
         "image_sha256": sha256,
@@ -115,7 +115,7 @@ def _count(n: int, url: str, sha256: str | None) -> dict[str, Any]:
 
 
 def _conversation(n: int, url: str) -> dict[str, Any]:
-    turns = [f"What is in picture {n}?", f"Number {n}.", "Sure?", "Yes."][: 2 + 2 * (n % 2)]
+    turns = [f"What is in image {n}?", f"Number {n}.", "Sure?", "Yes."][: 2 + 2 * (n % 2)]
     tags = ("[USER]", "[ASSISTANT]")
     tagged = " ".join(f"{tags[i % 2]} {turn}" for i, turn in enumerate(turns[:-1]))
     return {

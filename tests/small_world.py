@@ -1,6 +1,6 @@
 """A cache small enough to train on in seconds, made without an encoder.
 
-Each "picture" is a PNG file of one colour on disk, and its features are that colour's code plus noise: a
+Each "image" is a PNG file of one colour on disk, and its features are that colour's code plus noise: a
 language model that looks can name it. Questions: colour (learnable), caption, and a text-only sample.
 """
 
@@ -31,7 +31,7 @@ COLORS = {
 
 
 def spec(**changes: object) -> FeatureSpec:
-    """Four tokens of 64 values a picture, stored as float16."""
+    """Four tokens of 64 values an image, stored as float16."""
     return dataclasses.replace(SPEC, **{"codec": "fp16", **changes})  # type: ignore[arg-type]
 
 
@@ -55,7 +55,7 @@ def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
 
 
 def features(color: str, number: int) -> np.ndarray:
-    """(4, 64) float32: the colour's code in every token, and noise of the picture's own."""
+    """(4, 64) float32: the colour's code in every token, and noise of the image's own."""
     noise = np.random.default_rng(number).normal(size=(4, 64)) * 0.3
     code = np.zeros(64)
     code[list(COLORS).index(color) * 8 : list(COLORS).index(color) * 8 + 8] = 3.0
@@ -64,7 +64,7 @@ def features(color: str, number: int) -> np.ndarray:
 
 def make(
     folder: Path,
-    pictures: int = 60,
+    images: int = 60,
     *,
     first: int = 0,
     dataset: str = "colors",
@@ -72,24 +72,24 @@ def make(
     broken: int = -1,
     **changes: object,
 ) -> CacheRoot:
-    """A cache below `folder` whose pictures [first, pictures) are encoded.
+    """A cache below `folder` whose images [first, images) are encoded.
 
     Args:
         folder: where; called again with a higher `first`, the cache grows.
-        pictures: how many there are then.
+        images: how many there are then.
         first: the first one to encode.
         dataset: name of the data set.
-        answered: pictures that have samples, when more than `pictures`.
-        broken: the picture whose features are NaN.
+        answered: images that have samples, when more than `images`.
+        broken: the image whose features are NaN.
         changes: fields of the space's spec.
     """
     root = CacheRoot(folder / "cache")
-    files = folder / "pictures"
+    files = folder / "images"
     files.mkdir(parents=True, exist_ok=True)
     space = Space.create(root, spec(**changes), {"library": "none"}, shard_bytes=1 << 16)
-    shard = ShardWriter(space, "picture", space.next_shard("picture"))
+    shard = ShardWriter(space, "image", space.next_shard("image"))
     records: list[MediaRecord] = []
-    for number in range(first, pictures):
+    for number in range(first, images):
         color = list(COLORS)[number % len(COLORS)]
         data = png(COLORS[color], number)
         path = files / f"{number}.png"
@@ -101,23 +101,23 @@ def make(
         shard.append(key, "full", row)
         records.append(MediaRecord(source=str(path), key=key, bytes=len(data), width=24, height=24))
     shard.commit()
-    space.grow("picture")
+    space.grow("image")
     append_media(root, records, "test")
-    write_samples(root, dataset, samples(files, max(pictures, answered), dataset))
+    write_samples(root, dataset, samples(files, max(images, answered), dataset))
     return root
 
 
-def film(folder: Path, clips: int = 40, *, dataset: str = "films") -> CacheRoot:
-    """Clips of one colour beside the pictures of `make`: their frames' features alone, there are no files.
+def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot:
+    """Videos of one colour beside the images of `make`: their frames' features alone, there are no files.
 
-    A clip's frames are of its colour, but for the first, which is of none. Clip n lasts n % 4 seconds.
+    A video's frames are of its colour, but for the first, which is of none. Video n lasts n % 4 seconds.
     """
     root = CacheRoot(folder / "cache")
     space = Space.create(root, spec(), {"library": "none"}, shard_bytes=1 << 16)
     shard = ShardWriter(space, "frame", space.next_shard("frame"))
     records: list[MediaRecord] = []
     asked: list[Sample] = []
-    for number in range(clips):
+    for number in range(videos):
         color = list(COLORS)[number % len(COLORS)]
         key = hashlib.sha256(f"film {number}".encode()).hexdigest()
         duration = float(1 + number // 4 % 3)
@@ -141,10 +141,10 @@ def film(folder: Path, clips: int = 40, *, dataset: str = "films") -> CacheRoot:
     return root
 
 
-def samples(files: Path, pictures: int, dataset: str) -> list[Sample]:
-    """A question about the colour and a caption for each picture."""
+def samples(files: Path, images: int, dataset: str) -> list[Sample]:
+    """A question about the colour and a caption for each image."""
     result: list[Sample] = []
-    for number in range(pictures):
+    for number in range(images):
         color = list(COLORS)[number % len(COLORS)]
         media = (MediaRef(source=str(files / f"{number}.png")),)
         asked = {"colour": ("Which colour?", color), "caption": ("Describe.", f"all {color}")}

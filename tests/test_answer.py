@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model import inference as answers
 from model.attention.batch import PackedBatch
-from model.inference import Clip, Prompt, answer, decode
+from model.inference import Prompt, Video, answer, decode
 from model.language.chat_template import prompt_ids
 from model.language.tokenizer import eos_ids, token_id
 from model.vlm import VLM, build_vlm
@@ -28,7 +28,7 @@ def model() -> tuple[VLM, PreTrainedTokenizerFast]:
 
 
 def prompts(count: int) -> list[Prompt]:
-    """Of different lengths, with nought to two pictures."""
+    """Of different lengths, with nought to two images."""
     g = torch.Generator().manual_seed(2)
     result: list[Prompt] = []
     for i in range(count):
@@ -40,7 +40,7 @@ def prompts(count: int) -> list[Prompt]:
 def greedy_by_full_forward(
     vlm: VLM, tok: PreTrainedTokenizerFast, prompt: Prompt, longest: int
 ) -> str:
-    """The answer to a prompt with pictures."""
+    """The answer to a prompt with images."""
     messages, features = prompt
     assert features is None or isinstance(features, Tensor)
     count = 0 if features is None else len(features)
@@ -77,13 +77,13 @@ def full_forward(
     return decode(tok, ids[start:])
 
 
-def test_clips_are_answered_as_the_full_forward_says(
+def test_videos_are_answered_as_the_full_forward_says(
     model: tuple[VLM, PreTrainedTokenizerFast],
 ) -> None:
-    """Frames with their times as text, clips and pictures in the order of their marks."""
+    """Frames with their times as text, videos and images in the order of their marks."""
     vlm, tok = model
     ask = [("user", "<image> or <image>?", 1.0)]
-    image = token_id(tok, "<image>")
+    image_id = token_id(tok, "<image>")
 
     def spelt(*parts: str | int) -> list[int]:
         """Texts, and numbers of feature places."""
@@ -91,7 +91,7 @@ def test_clips_are_answered_as_the_full_forward_says(
             i
             for part in parts
             for i in (
-                [image] * part
+                [image_id] * part
                 if isinstance(part, int)
                 else tok(part, add_special_tokens=False)["input_ids"]
             )
@@ -102,15 +102,15 @@ def test_clips_are_answered_as_the_full_forward_says(
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         frames = 9 * torch.randn(3, 2, VISION, generator=g)
-        clip = Clip(times_s=(0.0, 0.5, 12.34), features=frames)
-        picture = 9 * torch.randn(TOKENS, VISION, generator=g)
+        video = Video(times_s=(0.0, 0.5, 12.34), features=frames)
+        image = 9 * torch.randn(TOKENS, VISION, generator=g)
         if seed % 2:
-            media: list[Tensor | Clip] = [clip, picture]
+            media: list[Tensor | Video] = [video, image]
             places = (*film, " or ", TOKENS)
-            features = torch.cat((frames.flatten(0, 1), picture))
+            features = torch.cat((frames.flatten(0, 1), image))
         else:
-            media, places = [picture, clip], (TOKENS, " or ", *film)
-            features = torch.cat((picture, frames.flatten(0, 1)))
+            media, places = [image, video], (TOKENS, " or ", *film)
+            features = torch.cat((image, frames.flatten(0, 1)))
         ids = spelt("<|im_start|>user\n", *places, "?<|im_end|>\n<|im_start|>assistant\n")
         wanted = full_forward(vlm, tok, ids, features, 12)
         assert answer(vlm, tok, [(ask, media)], max_new_tokens=12) == [wanted]
@@ -155,7 +155,7 @@ def test_an_answer_ends_at_its_end_mark(model: tuple[VLM, PreTrainedTokenizerFas
         handle.remove()
 
 
-def test_pictures_and_empty_rows_are_never_said(
+def test_images_and_empty_rows_are_never_said(
     model: tuple[VLM, PreTrainedTokenizerFast],
 ) -> None:
     """The embedding has more rows than the tokenizer ids; the likeliest of them must not come out."""

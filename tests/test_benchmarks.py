@@ -47,7 +47,7 @@ def test_every_store_gives_the_bytes_back(tmp_path: Path) -> None:
     ours = stores.Ours(tmp_path / "ours", shape)
     ours.prepare()
     ours.write(row, 40)
-    ours.space.grow("picture")
+    ours.space.grow("image")
     safe = store_peers.SafeTensors(tmp_path / "safe", shape)
     safe.write(row, 40)
     readers = [stores.Raw(ours.folder, shape, threads=2), ours, safe]

@@ -28,18 +28,16 @@ from configs import UserError
 from encode.worker.config import Setup
 from model.vision.config import DemoTowerConfig
 from model.vision.encoder import _pool, rebuild_encoder
-from tests.clips import make_clip
 from tests.encode_world import TINY, draw, encode
 from tests.toy_space import SPEC, fill, key, make_space
+from tests.videos import make_video
 
 TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 
-def setup_with(picture: int, frame: int) -> Setup:
+def setup_with(image: int, frame: int) -> Setup:
     """In float32, so that rounding to float16 changes something."""
-    config = replace(
-        TINY, tower=TOWER, compute_dtype="float32", pool_picture=picture, pool_frame=frame
-    )
+    config = replace(TINY, tower=TOWER, compute_dtype="float32", pool_image=image, pool_frame=frame)
     return Setup(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
 
 
@@ -52,7 +50,7 @@ def run(folder: Path, *argv: Any) -> int:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media") / "photos"
     draw(folder, 6)
-    make_clip(folder / "clip.mp4", frames=30, fps=Fraction(10))
+    make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
     return folder
 
 
@@ -74,22 +72,22 @@ POOLS = ((1, 1), (2, 1), (4, 2))
 MADE = [(name, *pools) for name in CODECS for pools in POOLS if (name, pools) != ("fp16", (1, 1))]
 
 
-@pytest.mark.parametrize(("name", "picture", "frame"), MADE)
+@pytest.mark.parametrize(("name", "image", "frame"), MADE)
 def test_converted_is_encoded(
-    whole: Path, photos: Path, tmp_path: Path, name: str, picture: int, frame: int
+    whole: Path, photos: Path, tmp_path: Path, name: str, image: int, frame: int
 ) -> None:
     shutil.copytree(whole, tmp_path / "cache")
-    words = ("--codec", name, "--pool", picture, "--frame-pool", frame)
+    words = ("--codec", name, "--pool", image, "--frame-pool", frame)
     assert run(tmp_path / "cache", *words) == 0
     encoded = encode(
-        tmp_path / "encoded", f"folder:{photos}", codec=name, setup=setup_with(picture, frame)
+        tmp_path / "encoded", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
     )
     made = hashes(tmp_path / "cache")
     assert made.items() >= hashes(tmp_path / "encoded").items() and len(made) == 2
     # What the commits say of each row, too; errors are measured against features rounded or not yet.
     theirs = Space.open(encoded.paths)
     ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
-    for kind in ("picture", "frame"):
+    for kind in ("image", "frame"):
         columns = [
             {(r["key"], r["view"]): r for r in space.commits(kind).to_pylist()}
             for space in (ours, theirs)
@@ -101,11 +99,11 @@ def test_converted_is_encoded(
             assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
     # And encoding goes on with it: nothing is left to do, its encoder can be built.
     again = encode(
-        tmp_path / "cache", f"folder:{photos}", codec=name, setup=setup_with(picture, frame)
+        tmp_path / "cache", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
     )
     assert not again.plan.todo and again.paths.name == encoded.paths.name
     reader = FeatureReader(again.paths)
-    assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_picture == picture
+    assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image
 
 
 def test_in_other_shards_the_same_rows(whole: Path, tmp_path: Path) -> None:
@@ -140,12 +138,12 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     space = make_space(tmp_path, "fp16")
     for start in range(0, 40, 4):
         fill(space, range(start, start + 4))
-    root, small = CacheRoot(tmp_path), 4 * SPEC.row_bytes("picture")
+    root, small = CacheRoot(tmp_path), 4 * SPEC.row_bytes("image")
     Space.create(root, SPEC, {}, shard_bytes=small)
     command = [sys.executable, "-c", DIE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert FeatureReader(root.space(SPEC.name)).rows("picture") in (
+    assert FeatureReader(root.space(SPEC.name)).rows("image") in (
         4,
         8,
     )  # the second was under way
@@ -177,15 +175,15 @@ def test_damaged_rows_are_told_and_never_converted(
 ) -> None:
     space = make_space(tmp_path, "fp16")
     fill(space, [1, 2, 3])
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
-    data[space.info.geometry("picture").row_offset(2)] ^= 1
+    data[space.info.geometry("image").row_offset(2)] ^= 1
     path.write_bytes(data)
     assert run(tmp_path, "--codec", "int8") == 1
     assert "1 damaged rows were not copied" in capsys.readouterr().out
     name = next(n for n in CacheRoot(tmp_path).space_names() if "int8" in n)
     reader = FeatureReader(CacheRoot(tmp_path).space(name))
-    assert [reader.contains("picture", key(n)) for n in (1, 2, 3)] == [True, True, False]
+    assert [reader.contains("image", key(n)) for n in (1, 2, 3)] == [True, True, False]
 
 
 HALVES = hnp.arrays(
@@ -205,7 +203,7 @@ def test_pooling_in_numpy_is_the_encoders_to_the_bit(x: np.ndarray, window: int)
     assert np.allclose(ours, mean, rtol=1e-5, atol=1e-2)
 
 
-def test_pooling_clips_as_storing_would_and_keeps_what_is_no_number(
+def test_pooling_videos_as_storing_would_and_keeps_what_is_no_number(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     x = torch.zeros(3, 4, 64)
@@ -231,14 +229,14 @@ def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
     refused("lossy", "is stored as int8, which has lost what encoding starts from", *words)
     fp16 = make_space(tmp_path / "fp16", "fp16", packed_from="float32")
     fill(fp16, [1])
-    refused("fp16", "pool_picture 3 does not divide", "--pool", "3")
+    refused("fp16", "pool_image 3 does not divide", "--pool", "3")
     new = replace(fp16.spec, packed_from="float16")
     fill(Space.create(CacheRoot(tmp_path / "new"), new, {}), [1])
     refused("new", r"is that already; say what to make: --codec")
-    pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(new, pool_picture=2), {})
+    pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(new, pool_image=2), {})
     fill(pooled, [1])
-    refused("pooled", "its picture rows are pooled 2 x 2 and rounded", "--pool", "1")
-    fill(Space.create(CacheRoot(tmp_path / "new"), replace(new, pool_picture=2), {}), [1])
+    refused("pooled", "its image rows are pooled 2 x 2 and rounded", "--pool", "1")
+    fill(Space.create(CacheRoot(tmp_path / "new"), replace(new, pool_image=2), {}), [1])
     refused("new", r"2 fp16 spaces under .*say which: --space .* \| ", "--codec", "int8")
     fill(fp16, [1], kind="frame")
     refused("fp16", "its frame rows were pooled before they were rounded, by an older version")
@@ -249,8 +247,8 @@ def test_unpooled_rows_of_the_first_spaces_convert(tmp_path: Path) -> None:
     first = make_space(tmp_path, "fp16", packed_from="float32")
     fill(first, [1, 2])
     assert run(tmp_path, "--codec", "int8", "--pool", "2") == 0
-    wanted = replace(SPEC, codec="int8", pool_picture=2)
+    wanted = replace(SPEC, codec="int8", pool_image=2)
     assert wanted.name in CacheRoot(tmp_path).space_names()
     reader = FeatureReader(find_space(CacheRoot(tmp_path), wanted.name))
     assert reader.load["converted_from"] == first.spec.name
-    assert reader.rows("picture") == 2
+    assert reader.rows("image") == 2

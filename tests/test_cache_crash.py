@@ -35,15 +35,15 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def good_rows(paths: SpacePaths) -> set[int]:
-    """Numbers of the pictures whose rows a checked read returns; what it returns is what was written."""
+    """Numbers of the images whose rows a checked read returns; what it returns is what was written."""
     reader, found = FeatureReader(paths), set()
-    out = np.empty((1, reader.spec.row_bytes("picture")), np.uint8)
+    out = np.empty((1, reader.spec.row_bytes("image")), np.uint8)
     for number in range(20):
-        rows = reader.lookup("picture", [key(number)])
+        rows = reader.lookup("image", [key(number)])
         if rows[0] < 0:
             continue
         with contextlib.suppress(Corrupt):
-            reader.read_into("picture", rows, out)
+            reader.read_into("image", rows, out)
             assert out.tobytes() == row(number).tobytes()
             found.add(number)
     return found
@@ -55,7 +55,7 @@ def test_a_fault_at_any_call_of_a_write_leaves_a_valid_space(
 ) -> None:
     space = make_space(folder / "cache")
     fill(space, [1, 2])
-    space.grow("picture")
+    space.grow("image")
     shutil.rmtree(space.paths.array("frame"))  # as if creation, too, had died half-way
     shutil.copytree(folder / "cache", folder / "whole")
     write(CacheRoot(folder / "whole"), [])
@@ -95,9 +95,9 @@ def test_a_repair_that_is_cut_short_loses_no_intact_row(
     paths = space.paths
     for numbers in ([0, 1, 2], [3, 4], [5, 6]):
         fill(space, numbers)
-    space.grow("picture")
-    garble(paths.shard("picture", 0), 300)  # of the second row
-    garble(paths.commit("picture", 1), 100)
+    space.grow("image")
+    garble(paths.shard("image", 0), 300)  # of the second row
+    garble(paths.commit("image", 1), 100)
     intact = {0, 2, 5, 6}
     copies = struck(folder, "repair", *list(FAULTS)[: soak(1, len(FAULTS))])
     for copy in copies:
@@ -110,7 +110,7 @@ def test_a_repair_that_is_cut_short_loses_no_intact_row(
         assert good_rows(here) == intact, copy
         report = verify(root, deep=True)
         assert not report.broken, copy
-        assert report.spaces[0].rows == {"picture": len(intact), "frame": 0}, copy
+        assert report.spaces[0].rows == {"image": len(intact), "frame": 0}, copy
     print(f"{len(copies)} faults at the calls of a repair")
 
 
@@ -122,28 +122,28 @@ def test_taking_rows_out_that_is_cut_short_loses_no_mentioned_row(
     space = make_space(folder / "cache")
     for numbers in ([0, 1, 2], [3, 4], [5, 6], [7]):
         fill(space, numbers)
-    space.grow("picture")
+    space.grow("image")
     append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(8)], "job")
     mentioned = {0, 2, 4, 5, 6}  # the shard of 5 and 6 stays as it is; 7's goes
     refs = tuple(MediaRef(source=str(n)) for n in sorted(mentioned))
     write_samples(root, "toy", [Sample(id="0", dataset="toy", messages=(), media=refs)])
-    untouched = space.paths.shard("picture", 2).read_bytes()
+    untouched = space.paths.shard("image", 2).read_bytes()
     copies = struck(folder, "gc", *list(FAULTS)[: soak(1, len(FAULTS))])
     for copy in copies:
         root = CacheRoot(Path(copy["folder"]))
         here = root.space(space.paths.name)
         assert mentioned <= good_rows(here), copy
-        doubles = FeatureReader(here).index["picture"].duplicates()
+        doubles = FeatureReader(here).index["image"].duplicates()
         assert doubles == [], "a row is there once, whenever it ends"
         crash_points.collect(root, [])  # again, undisturbed
         assert good_rows(here) == mentioned, copy
         report = verify(root, deep=True)
         assert report.all_findings == [], copy
-        assert here.shard("picture", 2).read_bytes() == untouched
+        assert here.shard("image", 2).read_bytes() == untouched
     print(f"{len(copies)} faults at the calls of a collection")
 
 
 def current_keys(space: Space) -> list[Any]:
     """Keys of the rows whose commits are intact."""
-    commits, _ = check_commits(space.paths, space.info, "picture", lambda _: None)
+    commits, _ = check_commits(space.paths, space.info, "image", lambda _: None)
     return [k for commit in commits for k in commit.table["key"]]

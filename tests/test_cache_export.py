@@ -30,18 +30,18 @@ from configs import UserError
 from tests.toy_space import fill, key, make_space, row
 
 TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
-"""Views of the clip; by name, the last one would stand second."""
+"""Views of the video; by name, the last one would stand second."""
 
 
 def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
-    """Seven pictures in two shards, one of them twice; a clip of three frames; a data set."""
+    """Seven images in two shards, one of them twice; a video of three frames; a data set."""
     space = make_space(folder, codec_name, container)
     fill(space, [3, 0, 2, 1])
     fill(space, [5, 4, 0, 6])
-    clip = ShardWriter(space, "frame", 0)
+    video = ShardWriter(space, "frame", 0)
     for number, (view, time_s) in enumerate(TIMES.items()):
-        clip.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
-    clip.commit()
+        video.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
+    video.commit()
     root = CacheRoot(folder)
     records = [MediaRecord(source=f"/{n}.png", key=key(n)) for n in range(7)]
     records.append(MediaRecord(source="/9.mp4", key=key(9), kind="video", duration_s=10.0))
@@ -60,7 +60,7 @@ def say(name: str, *sources: str) -> Sample:
             Message(role="user", content="<image>" * len(sources) + f"what, {name}?"),
             Message(role="assistant", content=f"größe of {name}", weight=0.5),
         ),
-        media=tuple(MediaRef(source=s, kind="video" if "mp4" in s else "picture") for s in sources),
+        media=tuple(MediaRef(source=s, kind="video" if "mp4" in s else "image") for s in sources),
         task="ask",
     )
 
@@ -73,7 +73,7 @@ SAMPLES = [
     say("none", "/8.png"),
     say("failed", "/1.png", "/x.png"),
 ]
-PICTURES = range(7)
+IMAGES = range(7)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ Rows = dict[tuple[str, str, str], np.ndarray]
 
 def tar_rows(folder: Path) -> Rows:
     rows = {}
-    for kind in ("picture", "frame"):
+    for kind in ("image", "frame"):
         for sample in stream(folder, f"{kind}-*.tar"):
             for name, about in sample.items():
                 if name.endswith(".json"):
@@ -115,7 +115,7 @@ def tar_rows(folder: Path) -> Rows:
 def safetensors_rows(folder: Path) -> Rows:
     rows = {}
     index = json.loads((folder / "index.json").read_text())
-    for kind in ("picture", "frame"):
+    for kind in ("image", "frame"):
         for path in sorted(folder.glob(f"{kind}-*.safetensors")):
             with safe_open(path, "numpy") as file:
                 for name in list(file.keys()):
@@ -142,10 +142,10 @@ def without_doubles(space: Space) -> str:
     clean = make_space(space.paths.root.parents[1].with_name("clean"), space.spec.codec)
     fill(clean, range(4))
     fill(clean, range(4, 7))
-    clip = ShardWriter(clean, "frame", 0)
+    video = ShardWriter(clean, "frame", 0)
     for number, view in enumerate(TIMES):
-        clip.append(key(9), view, row(number, "frame", space.spec))
-    clip.commit()
+        video.append(key(9), view, row(number, "frame", space.spec))
+    video.commit()
     return FeatureReader(clean.paths).logical_hash()
 
 
@@ -157,10 +157,10 @@ def test_the_same_rows_come_out_bit_for_bit(
 ) -> None:
     space = make(tmp_path / "cache", codec_name, container)
     out, said = run(to)
-    assert "7 picture rows, 3 frame rows" in said
+    assert "7 image rows, 3 frame rows" in said
     assert logical_hash(READ[to](out)) == without_doubles(space)
     about = json.loads((out / "export.json").read_text())
-    assert about["rows"] == {"picture": 7, "frame": 3}
+    assert about["rows"] == {"image": 7, "frame": 3}
     assert {*about["files"], "export.json"} == {path.name for path in out.iterdir()}
 
 
@@ -181,14 +181,14 @@ def test_unpacked_rows_are_those_our_reader_gives(
 def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
     make(tmp_path / "cache")
     out, _ = run("webdataset")
-    (clip,) = stream(out, "frame-*.tar")
+    (video,) = stream(out, "frame-*.tar")
     for view, time_s in TIMES.items():
-        about = clip[f"{view}.json"]
+        about = video[f"{view}.json"]
         assert (about["time_s"], about["relative_error"]) == (time_s, 0.004)
-        assert about["crc32c"] == export_rows.crc32c(clip[f"{view}.npy"])
+        assert about["crc32c"] == export_rows.crc32c(video[f"{view}.npy"])
     shutil.rmtree(out)
     out, _ = run("webdataset", "--unpack")
-    for sample in stream(out, "picture-*.tar"):
+    for sample in stream(out, "image-*.tar"):
         about = sample["full.json"]
         assert about["codec"] == "fp16"
         assert about["crc32c"] == export_rows.crc32c(np.ascontiguousarray(sample["full.npy"]))
@@ -201,15 +201,15 @@ def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path
     assert (metadata["codec"], metadata["tokens"], metadata["width"]) == ("int8m", "1", "64")
 
 
-def test_a_clip_stays_in_one_file(
+def test_a_video_stays_in_one_file(
     tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = make_space(tmp_path / "cache")
-    clips = ShardWriter(space, "frame", 0)
+    videos = ShardWriter(space, "frame", 0)
     for media, frames in ((1, 3), (2, 2), (3, 6), (4, 1)):
         for number in range(frames):
-            clips.append(key(media), f"t:{number}", row(number, "frame"), time_s=float(number))
-    clips.commit()
+            videos.append(key(media), f"t:{number}", row(number, "frame"), time_s=float(number))
+    videos.commit()
     monkeypatch.setattr(export_rows, "FILE_ROWS", 4)
     out, _ = run("webdataset")
     files = [
@@ -240,7 +240,7 @@ def test_a_data_set_leaves_with_its_text_and_features(
     reader = FeatureReader(space.paths)
     twice, both, text = stream(out)
     assert twice["__key__"] == key(4)
-    assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the picture stands once"
+    assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the image stands once"
     assert twice["json"]["samples"][1]["messages"] == [
         {"role": "user", "content": "<image>what, c?", "weight": 1.0},
         {"role": "assistant", "content": "größe of c", "weight": 0.5},
@@ -249,8 +249,8 @@ def test_a_data_set_leaves_with_its_text_and_features(
     assert [m["key"] for m in both["json"]["media"]] == [key(1), key(9)]
     assert both["json"]["media"][1]["time_s"] == list(TIMES.values()), "in time order"
     for sample, number, kind, media in (
-        (twice, 0, "picture", key(4)),
-        (both, 0, "picture", key(1)),
+        (twice, 0, "image", key(4)),
+        (both, 0, "image", key(1)),
         (both, 1, "frame", key(9)),
     ):
         for view, features in packed(sample, number):
@@ -280,8 +280,8 @@ def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(
     out, _ = run("safetensors", "--dataset", "talk")
     rows = safetensors_rows(out)
     assert {(kind, media) for kind, media, _ in rows} == {
-        ("picture", key(1)),
-        ("picture", key(4)),
+        ("image", key(1)),
+        ("image", key(4)),
         ("frame", key(9)),
     }
     lines = [json.loads(line) for line in (out / "talk.jsonl").read_text().splitlines()]
@@ -416,9 +416,9 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost(
 
 def test_a_damaged_row_never_leaves(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
     space = make(tmp_path / "cache")
-    path = space.paths.shard("picture", 1)
+    path = space.paths.shard("image", 1)
     data = bytearray(path.read_bytes())
-    data[space.info.geometry("picture").row_offset(1)] ^= 1  # of picture 4
+    data[space.info.geometry("image").row_offset(1)] ^= 1  # of image 4
     path.write_bytes(data)
     for arguments in (("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")):
         with pytest.raises(Corrupt, match="checksum"):

@@ -23,9 +23,9 @@ from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot, Corrupt
 from cache.store.reader import FeatureReader
 from cache.store.writer import Space
-from tests.clips import make_clip
 from tests.damage_tools import flip
 from tests.encode_world import SETUP, Result, draw, encode
+from tests.videos import make_video
 
 SEED = 4
 EACH = 10
@@ -34,7 +34,7 @@ EACH = 10
 
 @dataclass(frozen=True)
 class World:
-    """A cache of ten pictures and two clips, made by an encode job, in shards of four rows."""
+    """A cache of ten images and two videos, made by an encode job, in shards of four rows."""
 
     root: CacheRoot
     media: str
@@ -84,18 +84,18 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    pictures = tmp_path_factory.mktemp("media") / "pictures"
-    draw(pictures, 10)
+    images = tmp_path_factory.mktemp("media") / "images"
+    draw(images, 10)
     for number in range(2):
-        make_clip(pictures / f"clip-{number}.mp4", frames=5 + number, size=(32, 32))
+        make_video(images / f"video-{number}.mp4", frames=5 + number, size=(32, 32))
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        made = World(CacheRoot(Path(folder) / "cache"), f"folder:{pictures}")
+        made = World(CacheRoot(Path(folder) / "cache"), f"folder:{images}")
         first = made.encode()
         spec, load = first.job.spec, first.reader.load
         shutil.rmtree(made.root.spaces_dir)  # again, in smaller shards
-        space = Space.create(made.root, spec, load, shard_bytes=4 * spec.row_bytes("picture"))
-        assert space.info == new_info(spec, load, 4 * spec.row_bytes("picture"))
+        space = Space.create(made.root, spec, load, shard_bytes=4 * spec.row_bytes("image"))
+        assert space.info == new_info(spec, load, 4 * spec.row_bytes("image"))
         made.encode()
         yield made
 

@@ -41,11 +41,11 @@ def space(tmp_path: Path) -> Space:
     """Shard 0 committed, 1 begun, 2 finished but not committed, 3 committed."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    ShardWriter(space, "picture", 1).append(key(9), "full", row(9))
+    ShardWriter(space, "image", 1).append(key(9), "full", row(9))
     fill(space, [8])
-    space.paths.commit("picture", 2).unlink()
+    space.paths.commit("image", 2).unlink()
     fill(space, [2])
-    space.grow("picture")
+    space.grow("image")
     return space
 
 
@@ -57,7 +57,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_dry_by_default(space: Space, tmp_path: Path, run: Run) -> None:
     before = files(tmp_path)
     lines = run().splitlines()
-    shards = space.paths.shards_dir("picture")
+    shards = space.paths.shards_dir("image")
     assert [*lines[:2], lines[-1]] == [
         f"{shards / '1'}: shard, never committed, 268 B",
         f"{shards / '2'}: shard, never committed, 336 B",
@@ -76,7 +76,7 @@ def test_only_garbage_goes(space: Space, tmp_path: Path, run: Run) -> None:
         media / "part-1-x.parquet.0a.partial",
         samples / "part-00000.parquet.0b.partial",
         space.paths.root / "space.json.0c.partial",
-        space.paths.commits_dir / "picture-00000004.parquet.0d.partial",
+        space.paths.commits_dir / "image-00000004.parquet.0d.partial",
         space.paths.array("frame") / "zarr.json.0e.partial",
     ]
     for path in partial:
@@ -91,12 +91,12 @@ def test_only_garbage_goes(space: Space, tmp_path: Path, run: Run) -> None:
     assert len(garbage) == 2
     expected = {name: data for name, data in clean.items() if name not in garbage}
     assert files(tmp_path) == {**expected, str(young.relative_to(tmp_path)): b"x"}
-    assert not space.paths.shard("picture", 1).parent.parent.exists()
+    assert not space.paths.shard("image", 1).parent.parent.exists()
     assert FeatureReader(space.paths).logical_hash() == logical_hash
     young.unlink()
     assert verify(root, deep=True).all_findings == []
     assert "freed: 0 B" in run("--delete")
-    assert space.next_shard("picture") == 4
+    assert space.next_shard("image") == 4
 
 
 def test_refused_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> None:
@@ -126,8 +126,8 @@ def test_rows_no_sample_mentions_are_counted_and_kept(
     mentioned = Sample(id="0", dataset="toy", messages=(), media=(MediaRef(source="2"),))
     write_samples(root, "toy", [mentioned])
     out = run("--delete")
-    assert f"{space.paths.name}: no sample mentions 2 picture rows (604 B in 1 shards); kept" in out
-    assert space.keys("picture") == {(key(n), "full") for n in range(3)}
+    assert f"{space.paths.name}: no sample mentions 2 image rows (604 B in 1 shards); kept" in out
+    assert space.keys("image") == {(key(n), "full") for n in range(3)}
 
 
 # ---- rows that no sample mentions
@@ -135,7 +135,7 @@ def test_rows_no_sample_mentions_are_counted_and_kept(
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Space:
-    """Pictures in shards (0 1 2 3) (4 5) (6) (7 8) (9), frames of 0 and 4; mentioned: 0 2 5 7 8."""
+    """Images in shards (0 1 2 3) (4 5) (6) (7 8) (9), frames of 0 and 4; mentioned: 0 2 5 7 8."""
     space = make_space(tmp_path)
     for numbers in ([0, 1, 2, 3], [4, 5], [6], [7, 8], [9]):
         fill(space, numbers)
@@ -145,7 +145,7 @@ def crowded(tmp_path: Path) -> Space:
     refs = tuple(MediaRef(source=str(n)) for n in (0, 2, 5, 7))
     by_hash = MediaRef(source="never fetched", sha256=key(8))
     write_samples(root, "toy", [Sample(id="0", dataset="toy", messages=(), media=(*refs, by_hash))])
-    space.grow("picture")
+    space.grow("image")
     space.grow("frame")
     return space
 
@@ -154,9 +154,7 @@ def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
     crowded: Space, tmp_path: Path, run: Run
 ) -> None:
     paths = crowded.paths
-    untouched = [
-        path.read_bytes() for path in (paths.shard("picture", 3), paths.commit("picture", 3))
-    ]
+    untouched = [path.read_bytes() for path in (paths.shard("image", 3), paths.commit("image", 3))]
     (paths.root / "index").mkdir()  # derived: rebuilt by whoever wants it
     (paths.root / "index" / "snapshot").write_bytes(b"old")
     alone = make_space(tmp_path / "alone")
@@ -166,13 +164,13 @@ def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
     before, size = files(tmp_path / "spaces"), disk_use(paths.root)
     dry = run("--unreferenced")
     assert files(tmp_path / "spaces") == before
-    assert "no sample mentions 5 picture rows" in dry
+    assert "no sample mentions 5 image rows" in dry
     out = run("--unreferenced", "--delete")
     assert FeatureReader(paths).logical_hash() == FeatureReader(alone.paths).logical_hash()
     assert [
-        p.read_bytes() for p in (paths.shard("picture", 3), paths.commit("picture", 3))
+        p.read_bytes() for p in (paths.shard("image", 3), paths.commit("image", 3))
     ] == untouched
-    assert paths.committed("picture") == [3, 5], "what is left of three shards fits into one"
+    assert paths.committed("image") == [3, 5], "what is left of three shards fits into one"
     assert paths.committed("frame") == [1]
     assert not (paths.root / "index").exists()
     assert verify(CacheRoot(tmp_path), deep=True).all_findings == []
@@ -199,10 +197,10 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
         with pytest.raises(UserError, match=r"disk full \(.*nothing is lost: free some space"):
             run("--unreferenced", "--delete")
     assert files(crowded.paths.root) == before
-    garble(crowded.paths.shard("picture", 0), 5)  # of a row that stays
+    garble(crowded.paths.shard("image", 0), 5)  # of a row that stays
     with pytest.raises(UserError, match=r"c/0/0/0: row 0 fails its checksum; .* --repair"):
         run("--unreferenced", "--delete")
-    garble(crowded.paths.shard("picture", 0), 5)
+    garble(crowded.paths.shard("image", 0), 5)
     assert files(crowded.paths.root) == before
     assert FeatureReader(crowded.paths).logical_hash() == logical_hash
 
@@ -213,10 +211,10 @@ def test_an_index_is_made_anew_when_rows_were_taken_out(
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     index_file.save_index(crowded.paths, crowded.info)
     run("--unreferenced", "--delete")
-    path = crowded.paths.index("picture")
+    path = crowded.paths.index("image")
     assert path.exists()
     assert verify(CacheRoot(crowded.paths.root.parents[1]), deep=True).all_findings == []
-    assert len(FeatureReader(crowded.paths).index["picture"]) == 5
+    assert len(FeatureReader(crowded.paths).index["image"]) == 5
 
 
 def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, run: Run) -> None:
@@ -241,7 +239,7 @@ def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, 
 
 def test_replaced_shards_go_oldest_first(space: Space, run: Run) -> None:
     for replaces, numbers in (((0,), [1, 4]), ((4, 3), [1])):
-        writer = ShardWriter(space, "picture", space.next_shard("picture"))
+        writer = ShardWriter(space, "image", space.next_shard("image"))
         for number in numbers:
             writer.append(key(number), "full", row(number))
         writer.commit(replaces=replaces)
@@ -249,8 +247,8 @@ def test_replaced_shards_go_oldest_first(space: Space, run: Run) -> None:
     what = "shard, replaced by a newer one"
     assert [line.split("/")[-1].split(":")[0] for line in lines if what in line] == ["0", "3", "4"]
     run("--delete")
-    assert space.paths.committed("picture") == [5]
-    assert space.keys("picture") == {(key(1), "full")}
+    assert space.paths.committed("image") == [5]
+    assert space.keys("image") == {(key(1), "full")}
 
 
 # ---- whole spaces
@@ -266,7 +264,7 @@ def test_a_space_is_dropped_by_its_whole_name_only(
         with pytest.raises(UserError, match=r"no space 'toy-int8' .*the whole name, please"):
             run(*argv)
     out = run("--drop-space", name)
-    assert "10 picture rows, 2 frame rows" in out
+    assert "10 image rows, 2 frame rows" in out
     assert "toy: 0.0% of 1 samples; without it 0.0%" in out, "one of its media never came"
     assert "would be freed: " in out
     assert files(tmp_path) == before

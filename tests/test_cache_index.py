@@ -32,12 +32,12 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derived, "RACY_NS", -(10**18))
 
 
-def rebuilt(space: Space, kind: str = "picture") -> RowIndex:
+def rebuilt(space: Space, kind: str = "image") -> RowIndex:
     """From the commits alone."""
     return RowIndex(read_commits(space.paths, space.info, kind), space.rows_per_shard(kind))
 
 
-def opened(space: Space, kind: str = "picture") -> RowIndex:
+def opened(space: Space, kind: str = "image") -> RowIndex:
     return open_index(space.paths, space.info, kind)
 
 
@@ -68,8 +68,8 @@ def commits_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def commit_instead(space: Space, shards: list[int], numbers: list[int]) -> int:
-    number = space.next_shard("picture")
-    writer = ShardWriter(space, "picture", number)
+    number = space.next_shard("image")
+    writer = ShardWriter(space, "image", number)
     for n in numbers:
         writer.append(key(n), "full", row(n))
     writer.commit(replaces=shards)
@@ -112,7 +112,7 @@ def test_after_any_history_it_says_what_a_rebuild_says(
     space = make_space(tmp_path_factory.mktemp("history"))
     paths, new, sound = space.paths, 0, b""
     for step in steps:
-        there = paths.committed("picture")
+        there = paths.committed("image")
         some = data.draw(st.sampled_from(there)) if there else None
         if step == "add":
             rows = data.draw(st.integers(1, SLOTS))
@@ -125,30 +125,30 @@ def test_after_any_history_it_says_what_a_rebuild_says(
         elif step == "replace" and some is not None:
             commit_instead(space, [some], [new])
         elif step == "remove" and some is not None:
-            paths.commit("picture", some).unlink()
+            paths.commit("image", some).unlink()
         elif step == "save":
             save_index(paths, space.info)
-            if paths.index("picture").exists():  # not of a space without commits
-                sound = paths.index("picture").read_bytes()
+            if paths.index("image").exists():  # not of a space without commits
+                sound = paths.index("image").read_bytes()
             assert (
-                check_index(paths, space.info, "picture", deep=True, rebuilt=rebuilt(space)) is None
+                check_index(paths, space.info, "image", deep=True, rebuilt=rebuilt(space)) is None
             )
         elif step == "age":
             age(space)
         elif step == "damage" and some is not None:
-            path = paths.commit("picture", some)
+            path = paths.commit("image", some)
             good, stat = path.read_bytes(), path.stat()
             path.write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
             os.utime(path, ns=(1, stat.st_mtime_ns + 5))
             for view_of in (rebuilt, opened):
-                if some in paths.committed("picture"):
+                if some in paths.committed("image"):
                     with pytest.raises(Corrupt, match=path.name):
                         view_of(space)
             path.write_bytes(good)
-        elif step == "flip" and paths.index("picture").exists():
-            flip(paths.index("picture"), data.draw(st.integers(0, 10**6)))
-            found = check_index(paths, space.info, "picture", deep=True, rebuilt=rebuilt(space))
-            assert (found is None) == (paths.index("picture").read_bytes() == sound), "flipped back"
+        elif step == "flip" and paths.index("image").exists():
+            flip(paths.index("image"), data.draw(st.integers(0, 10**6)))
+            found = check_index(paths, space.info, "image", deep=True, rebuilt=rebuilt(space))
+            assert (found is None) == (paths.index("image").read_bytes() == sound), "flipped back"
         assert_same(opened(space), rebuilt(space))
 
 
@@ -180,7 +180,7 @@ def test_only_what_it_does_not_know_is_read(
     assert_same(opened(space), rebuilt(space))
     assert read == [5, 6], "what it replaces is left out, what is left is not read again"
     read.clear()
-    space.paths.commit("picture", 6).unlink()
+    space.paths.commit("image", 6).unlink()
     assert_same(opened(space), rebuilt(space))
     assert read == [5], "1 and 2 exist again"
     read.clear()
@@ -204,7 +204,7 @@ def test_what_was_replaced_when_it_was_saved_can_come_back(
     read = commits_read(monkeypatch)
     assert len(opened(space)) == 2
     assert read == []
-    space.paths.commit("picture", 2).unlink()
+    space.paths.commit("image", 2).unlink()
     assert_same(opened(space), rebuilt(space))
     assert len(opened(space)) == 3
 
@@ -213,18 +213,18 @@ def test_a_commit_made_anew_under_its_old_name_is_noticed(tmp_path: Path) -> Non
     """Same number, same size; its time may even be the same, when that was too young to be relied on."""
     space = make_space(tmp_path)
     fill(space, [1])
-    path = space.paths.commit("picture", 0)
+    path = space.paths.commit("image", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(derived, "RACY_NS", 2 * 10**9)
         save_index(space.paths, space.info)
     stat = path.stat()
     path.unlink()
-    shutil.rmtree(space.paths.shard("picture", 0).parents[1])
+    shutil.rmtree(space.paths.shard("image", 0).parents[1])
     fill(space, [2])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     seen = FeatureReader(space.paths)
-    assert (seen.contains("picture", key(1)), seen.contains("picture", key(2))) == (False, True)
+    assert (seen.contains("image", key(1)), seen.contains("image", key(2))) == (False, True)
 
 
 def test_every_flipped_bit_is_found_and_none_is_believed(
@@ -235,13 +235,13 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
         fill(space, [2 * n, 2 * n + 1], view="full" if n else "crop:0,0,1,1")
     expected = rebuilt(space)
     save_index(space.paths, space.info)
-    path = space.paths.index("picture")
+    path = space.paths.index("image")
     good = path.read_bytes()
     header = len(json.dumps(json.loads(good[:4096])))
     places = [*range(0, header, 41), *range(header, 4096, 211), *range(4096, len(good), 7)]
     for at in places:
         flip(path, at + at % 8 * len(good))
-        error = check_index(space.paths, space.info, "picture", deep=True, rebuilt=expected)
+        error = check_index(space.paths, space.info, "image", deep=True, rebuilt=expected)
         assert error is not None and error.path == path, at
         with caplog.at_level(logging.ERROR):
             index = opened(space)
@@ -249,7 +249,7 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
         np.testing.assert_array_equal(index.crcs, expected.crcs)
         path.write_bytes(good)
     path.write_bytes(good[:-1])
-    assert check_index(space.paths, space.info, "picture", deep=False) is not None, (
+    assert check_index(space.paths, space.info, "image", deep=False) is not None, (
         "the size is looked at always"
     )
     assert_same(opened(space), expected)
@@ -259,10 +259,10 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
 def test_verify_names_a_damaged_one_and_the_next_job_makes_it_anew(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    space.grow("picture")
+    space.grow("image")
     save_index(space.paths, space.info)
     assert not verify(tmp_root(space), deep=True).all_findings
-    path = space.paths.index("picture")
+    path = space.paths.index("image")
     flip(path, path.stat().st_size - 70)
     assert not verify(tmp_root(space)).all_findings, "a quick look does not read all of it"
     (finding,) = verify(tmp_root(space), deep=True).all_findings
@@ -278,9 +278,9 @@ def test_an_index_of_another_space_is_not_believed(tmp_path: Path) -> None:
     fill(other, [2])
     for space in (one, other):
         save_index(space.paths, space.info)
-    shutil.copy(other.paths.index("picture"), one.paths.index("picture"))
+    shutil.copy(other.paths.index("image"), one.paths.index("image"))
     assert_same(opened(one), rebuilt(one))
-    error = check_index(one.paths, one.info, "picture", deep=False)
+    error = check_index(one.paths, one.info, "image", deep=False)
     assert error is not None and "another space" in str(error)
 
 
@@ -288,15 +288,15 @@ def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
     """Intact, and wrong all the same: as if we had written it wrong."""
     space = make_space(tmp_path)
     fill(space, [1, 2])
-    snapshot, _ = derived._current(space.paths, space.info, "picture")
+    snapshot, _ = derived._current(space.paths, space.info, "image")
     columns = replace(snapshot.index.columns, crcs=snapshot.index.crcs ^ 1)
     snapshot = replace(snapshot, index=RowIndex.of(columns, SLOTS))
-    derived._write(space.paths.index("picture"), snapshot, space.info, "picture")
-    assert check_index(space.paths, space.info, "picture", deep=False) is None
-    error = check_index(space.paths, space.info, "picture", deep=True, rebuilt=rebuilt(space))
+    derived._write(space.paths.index("image"), snapshot, space.info, "image")
+    assert check_index(space.paths, space.info, "image", deep=False) is None
+    error = check_index(space.paths, space.info, "image", deep=True, rebuilt=rebuilt(space))
     assert error is not None and "not say what the commits say" in str(error)
     with pytest.raises(Corrupt, match="row 0 fails"):
-        FeatureReader(space.paths).read("picture", key(1))
+        FeatureReader(space.paths).read("image", key(1))
 
 
 def test_it_is_written_only_where_it_is_worth_it(
@@ -304,7 +304,7 @@ def test_it_is_written_only_where_it_is_worth_it(
 ) -> None:
     monkeypatch.setattr(derived, "WORTH_COMMITS", 3)
     space = make_space(tmp_path)
-    path = space.paths.index("picture")
+    path = space.paths.index("image")
     for n, expected in enumerate([False, False, True]):
         fill(space, [n])
         save_index(space.paths, space.info)
@@ -330,7 +330,7 @@ def test_a_reader_writes_nothing_and_needs_no_permission(tmp_path: Path) -> None
         path.chmod(0o500 if path.is_dir() else 0o400)
     try:
         seen = FeatureReader(space.paths)
-        assert (seen.contains("picture", key(1)), seen.contains("picture", key(2))) == (True, True)
+        assert (seen.contains("image", key(1)), seen.contains("image", key(2))) == (True, True)
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     finally:
         for path in [tmp_path, *tmp_path.rglob("*")]:
@@ -344,9 +344,9 @@ def test_an_open_reader_outlives_a_new_index(tmp_path: Path) -> None:
     seen = FeatureReader(space.paths)
     fill(space, [3])
     save_index(space.paths, space.info)
-    assert seen.rows("picture") == 2
+    assert seen.rows("image") == 2
     np.testing.assert_array_equal(
-        seen.read("picture", key(2)), FeatureReader(space.paths).read("picture", key(2))
+        seen.read("image", key(2)), FeatureReader(space.paths).read("image", key(2))
     )
 
 
@@ -356,7 +356,7 @@ def test_identities_are_a_set_without_strings(tmp_path: Path) -> None:
     fill(space, [2], view="crop:0,0,1,1")
     fill(space, [2, 3])  # 2 again
     expected = {(key(n), "full") for n in (1, 2, 3)} | {(key(2), "crop:0,0,1,1")}
-    found = space.keys("picture")
+    found = space.keys("image")
     assert found == expected
     assert (len(found), set(found)) == (4, expected)
     assert found - {(key(1), "full")} == expected - {(key(1), "full")}

@@ -33,7 +33,7 @@ HERE = Path("somewhere")
 def test_every_flipped_bit_of_every_sealed_file_breaks_its_seal(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [1])
-    space.grow("picture")
+    space.grow("image")
     sealed = [p for p in space.paths.root.rglob("*") if p.suffix in (".json", ".parquet")]
     assert len(sealed) == 5  # space.json, three zarr.json, one commit
     for path in sealed:

@@ -133,21 +133,21 @@ def test_a_stale_worker_can_neither_start_nor_commit(tmp_path: Path) -> None:
     with DriverLock(space.paths, "job 1") as first:
         token = first.token
     with WorkerLease(space.paths, token, "w1") as lease:
-        writer = ShardWriter(space, "picture", 0, lease.fence)
+        writer = ShardWriter(space, "image", 0, lease.fence)
         writer.append(key(1), "full", row(1))
-        late = ShardWriter(space, "picture", 1, lease.fence)
+        late = ShardWriter(space, "image", 1, lease.fence)
         late.append(key(2), "full", row(2))
         assert writer.commit() == 1, "the job is over, but nobody else has begun"
         # What another node's driver would do, whose locks this one does not see:
         space.paths.driver_lock.write_text('{"holder": "job 2", "token": "another"}')
         with pytest.raises(StaleJob, match="belongs to another job now"):
             late.commit()
-        assert not space.paths.shard("picture", 1).exists()
+        assert not space.paths.shard("image", 1).exists()
         late.abort()
     with pytest.raises(StaleJob), WorkerLease(space.paths, token, "w2"):
         pass
-    assert space.keys("picture") == {(key(1), "full")}
-    assert space.next_shard("picture") == 1
+    assert space.keys("image") == {(key(1), "full")}
+    assert space.next_shard("image") == 1
 
 
 def test_the_fence_falls_between_shard_and_commit_too(tmp_path: Path) -> None:
@@ -160,15 +160,15 @@ def test_the_fence_falls_between_shard_and_commit_too(tmp_path: Path) -> None:
         if calls == 2:
             raise StaleJob
 
-    writer = ShardWriter(space, "picture", 0, fence)
+    writer = ShardWriter(space, "image", 0, fence)
     writer.append(key(1), "full", row(1))
     with pytest.raises(StaleJob):
         writer.commit()
-    assert space.paths.shard("picture", 0).exists()
-    assert space.keys("picture") == set()
-    assert space.next_shard("picture") == 1
+    assert space.paths.shard("image", 0).exists()
+    assert space.keys("image") == set()
+    assert space.next_shard("image") == 1
     writer.abort()
-    assert not space.paths.shard("picture", 0).parent.parent.exists()
+    assert not space.paths.shard("image", 0).parent.parent.exists()
 
 
 def test_a_killed_worker_is_seen_to_be_gone_and_stays_gone(paths: SpacePaths) -> None:

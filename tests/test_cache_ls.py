@@ -65,10 +65,10 @@ def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
 def test_spaces_and_coverage_are_counted(root: CacheRoot, run: Run) -> None:
     values: Any = json.loads(run("--json"))
     fp16, int8 = values["spaces"]
-    assert (int8["rows"], fp16["rows"]) == ({"picture": 2, "frame": 0}, {"picture": 1, "frame": 0})
+    assert (int8["rows"], fp16["rows"]) == ({"image": 2, "frame": 0}, {"image": 1, "frame": 0})
     assert (int8["nbytes"], fp16["nbytes"]) == (2 * 268 + 68, 516 + 68)
     assert (int8["codec"], int8["encoder"], int8["blocks"]) == ("int8", "toy", [0])
-    assert int8["pool"] == {"picture": 1, "frame": 2}
+    assert int8["pool"] == {"image": 1, "frame": 2}
     none, one, two = values["datasets"]
     assert (none["samples"], one["samples"], two["samples"]) == (0, 2, 6)
     assert (none["media"], one["media"], two["media"]) == (0, 3, 4)
@@ -84,7 +84,7 @@ def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
         lines = run().splitlines()
     fields = [line.split() for line in lines]
     assert [int8, "toy", "int8", "0", "1/2", "zarr", "2", "0", "604", "B"] in fields
-    assert [int8, "2", "pictures", "int8", *["0.00500"] * 4] in fields
+    assert [int8, "2", "images", "int8", *["0.00500"] * 4] in fields
     assert f"{int8}: being written by job 7" in lines
     assert ["two", "6", "4", "1"] in fields
     assert ["two", int8, "66.7%", "528", "B", "1", "264", "B"] in fields
@@ -104,14 +104,14 @@ def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
 def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run) -> None:
     space = make_space(tmp_path)
     for number in range(250):
-        if number % space.rows_per_shard("picture") == 0:
-            shard = ShardWriter(space, "picture", space.next_shard("picture"))
+        if number % space.rows_per_shard("image") == 0:
+            shard = ShardWriter(space, "image", space.next_shard("image"))
         shard.append(key(number), "full", row(number), error=number / 1000)
         if shard.full or number == 249:
             shard.commit()
     fill(space, [1], kind="frame")
     (summary,) = json.loads(run("--json"))["spaces"]
-    assert summary["error"]["picture"] == pytest.approx(
+    assert summary["error"]["image"] == pytest.approx(
         {"mean": 0.1245, "median": 0.1245, "p99": 0.24651, "largest": 0.249}, rel=1e-5
     )
     assert summary["error"]["frame"]["largest"] == pytest.approx(0.005)
@@ -119,7 +119,7 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
     assert [
         space.spec.name,
         "250",
-        "pictures",
+        "images",
         "int8",
         "0.12450",
         "0.12450",
@@ -129,7 +129,7 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
 
 
 def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
-    """Two pictures and a clip are there; a picture, a short clip and one of unknown length are missing."""
+    """Two images and a video are there; an image, a short video and one of unknown length are missing."""
     root = CacheRoot(tmp_path)
     load = {"encoder": {"name": "demo"}}
     space = Space.create(root, SPEC, load)
@@ -138,27 +138,27 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     for us in (0, 500_000, 700_000):
         shard.append(key(5), f"t:{us}", row(us, "frame"), time_s=us / 1e6)
     shard.commit()
-    clips = [
+    videos = [
         MediaRecord(source=s, key=key(n), kind="video", duration_s=d)
         for s, n, d in (("/f/here.mp4", 5, 0.7), ("/f/short.mp4", 6, 0.3))
     ]
-    pictures = [MediaRecord(source=f"/f/{n}.png", key=key(n % 3)) for n in range(4)]
+    images = [MediaRecord(source=f"/f/{n}.png", key=key(n % 3)) for n in range(4)]
     bad = MediaRecord(source="/f/bad.png", status="failed", stage="decode", error="cut short")
-    append_media(root, [*clips, *pictures, bad], "job")
+    append_media(root, [*videos, *images, bad], "job")
     names = ["0.png", "1.png", "2.png", "3.png", "bad.png", "here.mp4", "short.mp4", "new.mp4"]
     samples = []
     for name in names:
-        kind = "video" if name.endswith("mp4") else "picture"
+        kind = "video" if name.endswith("mp4") else "image"
         ref = MediaRef(source=f"/f/{name}", kind=kind)
         samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
     write_samples(root, "f-1", samples)
     values = json.loads(run("--json"))["datasets"][0]
     need = values["needs"][SPEC.name]
-    picture, frame = SPEC.row_bytes("picture"), SPEC.row_bytes("frame")
+    image, frame = SPEC.row_bytes("image"), SPEC.row_bytes("frame")
     assert values["coverage"] == {SPEC.name: 4 / 8}
-    assert need["reads"] == 2 * picture + 3 * frame  # 0.png and 3.png are one picture
+    assert need["reads"] == 2 * image + 3 * frame  # 0.png and 3.png are one image
     assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
-    assert need["nbytes"] == picture + 130 * frame
+    assert need["nbytes"] == image + 130 * frame
     assert need["command"] == (
         "python -m encode.run --dataset f-1=folder:/f --encoder demo --codec int8 --pool 1 "
         f"--features {tmp_path}"
@@ -222,7 +222,7 @@ def test_a_source_that_failed_and_then_came_is_no_failure(root: CacheRoot, run: 
 
 def test_damage_to_one_space_does_not_hide_the_others(root: CacheRoot, run: Run) -> None:
     fp16, int8 = root.space_names()
-    path = root.space(int8).commit("picture", 0)
+    path = root.space(int8).commit("image", 0)
     path.write_bytes(path.read_bytes()[:-1])
     lines = run().splitlines()
     assert any(line.startswith(f"{int8}: DAMAGED: {path}: ") for line in lines)

@@ -19,7 +19,7 @@ from cache.store.reader import FeatureReader
 from cache.store.writer import ShardWriter, Space
 from tests.toy_space import SPEC, fill, key, make_space, row
 
-SIZE = SPEC.row_bytes("picture")
+SIZE = SPEC.row_bytes("image")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is mapped")
 
@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def read(reader: FeatureReader, numbers: list[int]) -> None:
     out = np.zeros((len(numbers), SIZE), np.uint8)
-    reader.read_into("picture", np.array(numbers), out)
+    reader.read_into("image", np.array(numbers), out)
     for number, found in zip(numbers, out, strict=True):
         np.testing.assert_array_equal(found, row(number))
 
@@ -141,7 +141,7 @@ def test_only_where_the_kernel_tells_the_truth(
     space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of other people's files that we may not write, it says that all pages are in memory."""
-    path = os.fspath(space.paths.shard("picture", 0))
+    path = os.fspath(space.paths.shard("image", 0))
     assert mapped.can_map(path)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     assert mapped.can_map(path)
@@ -170,7 +170,7 @@ def test_damage_of_a_mapped_row_is_noticed(space: Space) -> None:
     reader = FeatureReader(space.paths)
     for _ in range(3):
         read(reader, [0, 1, 2, 3])
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     with path.open("r+b") as file:  # the file itself, as a disk would change it
         file.seek(SIZE + 4 + 9)
         byte = file.read(1)
@@ -191,13 +191,13 @@ from cache.store.paths import CacheRoot, Corrupt
 from cache.store.reader import FeatureReader
 shard_files.SMALL = 0
 reader = FeatureReader(sys.argv[1])
-out = np.empty((4, reader.spec.row_bytes("picture")), np.uint8)
+out = np.empty((4, reader.spec.row_bytes("image")), np.uint8)
 for _ in range(3):
-    reader.read_into("picture", np.arange(4), out)
-assert reader._files._file("picture", 0).mapped is not None
-os.truncate(reader.paths.shard("picture", 0), 20000)
+    reader.read_into("image", np.arange(4), out)
+assert reader._files._file("image", 0).mapped is not None
+os.truncate(reader.paths.shard("image", 0), 20000)
 try:
-    reader.read_into("picture", np.arange(4), out)
+    reader.read_into("image", np.arange(4), out)
 except Corrupt as error:
     print(error)
 """
@@ -207,9 +207,9 @@ def test_a_mapped_shard_that_is_cut_short_is_an_error_not_a_signal(tmp_path: Pat
     """Rows of several pages, so that whole pages go away beneath the mapping."""
     spec = dataclasses.replace(SPEC, codec="fp16", width=4096)
     space = Space.create(CacheRoot(tmp_path), spec, {})
-    shard = ShardWriter(space, "picture", 0)
+    shard = ShardWriter(space, "image", 0)
     for number in range(4):
-        shard.append(key(number), "full", bytes(spec.row_bytes("picture")))
+        shard.append(key(number), "full", bytes(spec.row_bytes("image")))
     shard.commit()
     done = subprocess.run(
         [sys.executable, "-c", CUT, str(space.paths.root)],

@@ -51,9 +51,9 @@ def hash_of(folder: Path) -> str:
 
 
 def test_two_halves_encoded_apart_are_the_whole_encoded_at_once(tmp_path: Path) -> None:
-    """The proof of the command: real pictures, a real encoder, an overlap, one logical hash."""
-    pictures = draw(tmp_path / "photos", 9)
-    for name, part in (("left", pictures[:6]), ("right", pictures[4:])):
+    """The proof of the command: real images, a real encoder, an overlap, one logical hash."""
+    images = draw(tmp_path / "photos", 9)
+    for name, part in (("left", images[:6]), ("right", images[4:])):
         (tmp_path / name).mkdir()
         for path in part:
             shutil.copy(path, tmp_path / name)
@@ -76,8 +76,8 @@ def columns(folder: Path, kind: str) -> dict[tuple[str, str], tuple[Any, ...]]:
     return {(r["key"].hex(), r["view"]): (r["time_s"], r["crc"], r["error"]) for r in table}
 
 
-def add_clip(space: Space, number: int, frames: int) -> None:
-    """One shard with the frames of one clip, each with a time and an error of its own."""
+def add_video(space: Space, number: int, frames: int) -> None:
+    """One shard with the frames of one video, each with a time and an error of its own."""
     shard = ShardWriter(space, "frame", space.next_shard("frame"))
     for at in range(frames):
         stored = row(100 * number + at, "frame", space.spec)
@@ -91,10 +91,10 @@ def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None
     fill(ours, [1, 2, 3])
     fill(theirs, [3, 4])
     fill(theirs, [5, 1, 6])
-    add_clip(ours, 20, 3)
-    add_clip(theirs, 21, 4)
-    add_clip(theirs, 20, 5)
-    expected = {kind: columns(tmp_path / "b", kind) for kind in ("picture", "frame")}
+    add_video(ours, 20, 3)
+    add_video(theirs, 21, 4)
+    add_video(theirs, 20, 5)
+    expected = {kind: columns(tmp_path / "b", kind) for kind in ("image", "frame")}
     for kind, rows in expected.items():
         rows.update(columns(tmp_path / "a", kind))
     assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
@@ -102,15 +102,15 @@ def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None
         assert columns(tmp_path / "a", kind) == rows
     hash_of(tmp_path / "a")  # reads every row; says nothing stands twice
     reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
-    assert reader.read("picture", key(6)).shape == (4, 64)
+    assert reader.read("image", key(6)).shape == (4, 64)
     assert len(set(reader.index["frame"].shards.tolist())) <= 3
 
 
-def test_the_frames_of_a_clip_stay_side_by_side_in_one_shard(tmp_path: Path) -> None:
+def test_the_frames_of_a_video_stay_side_by_side_in_one_shard(tmp_path: Path) -> None:
     make_space(tmp_path / "a")
     theirs = make_space(tmp_path / "b")
     for number in (20, 21, 22):
-        add_clip(theirs, number, 10)
+        add_video(theirs, number, 10)
     assert theirs.rows_per_shard("frame") == 16
     run("--source", tmp_path / "b", "--features", tmp_path / "a")
     reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
@@ -154,11 +154,11 @@ def test_shards_of_another_size_fit_too(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "a"), [1])
     made = make_space(tmp_path / "x")
     other = Space.create(
-        CacheRoot(tmp_path / "b"), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("picture")
+        CacheRoot(tmp_path / "b"), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("image")
     )
     fill(other, range(10, 23))
     run("--source", tmp_path / "b", "--features", tmp_path / "a")
-    assert len(columns(tmp_path / "a", "picture")) == 14
+    assert len(columns(tmp_path / "a", "image")) == 14
     hash_of(tmp_path / "a")
 
 
@@ -168,19 +168,19 @@ def test_damaged_rows_are_told_and_never_copied(
     fill(make_space(tmp_path / "a"), [1])
     theirs = make_space(tmp_path / "b")
     fill(theirs, [2, 3, 4])
-    path = theirs.paths.shard("picture", 0)
+    path = theirs.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
-    data[theirs.info.geometry("picture").row_offset(1) + 9] ^= 1
+    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
     path.write_bytes(data)
     assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 1
     out = capsys.readouterr().out
     assert "1 damaged rows were not copied" in out and "row 1 fails its checksum" in out
-    assert set(columns(tmp_path / "a", "picture")) == {(key(n), "full") for n in (1, 2, 4)}
+    assert set(columns(tmp_path / "a", "image")) == {(key(n), "full") for n in (1, 2, 4)}
     hash_of(tmp_path / "a")
-    data[theirs.info.geometry("picture").row_offset(1) + 9] ^= 1
+    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
     path.write_bytes(data)
     assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
-    assert (key(3), "full") in columns(tmp_path / "a", "picture")
+    assert (key(3), "full") in columns(tmp_path / "a", "image")
 
 
 def test_rows_that_two_machines_computed_differently_stay_ours(
@@ -188,13 +188,13 @@ def test_rows_that_two_machines_computed_differently_stay_ours(
 ) -> None:
     ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
     fill(ours, [1, 2])
-    shard = ShardWriter(theirs, "picture", 0)
+    shard = ShardWriter(theirs, "image", 0)
     shard.append(key(1), "full", row(7))
     shard.commit()
-    before = columns(tmp_path / "a", "picture")
+    before = columns(tmp_path / "a", "image")
     run("--source", tmp_path / "b", "--features", tmp_path / "a")
     assert "1 are here with other bytes, which stand" in capsys.readouterr().out
-    assert columns(tmp_path / "a", "picture") == before
+    assert columns(tmp_path / "a", "image") == before
 
 
 # ---- killed
@@ -214,11 +214,11 @@ def test_killed_at_any_system_call_and_done_again_it_is_as_if_never_killed(tmp_p
     assert len(copies) > 25
     for copy in copies:
         folder = Path(copy["folder"])
-        known = columns(folder, "picture")
+        known = columns(folder, "image")
         assert {(key(1), "full"), (key(2), "full")} <= set(known), copy
         crash_points.merge_other(CacheRoot(folder), [])
         reader = FeatureReader(find_space(CacheRoot(folder), None))
-        assert reader.logical_hash() == wanted and reader.rows("picture") == 6, copy
+        assert reader.logical_hash() == wanted and reader.rows("image") == 6, copy
         assert read_media(CacheRoot(folder))["s"].key == key(3)
         assert dataset_names(CacheRoot(folder)) == ["d"]
 
@@ -310,14 +310,14 @@ def test_samples_that_differ_are_refused_until_somebody_says_which_count(tmp_pat
     root = make()
     with pytest.raises(UserError, match=r"d: the samples under .*--samples ours \| theirs \| both"):
         run(*words[:-1])
-    assert len(columns(tmp_path / "a", "picture")) == 1  # refused before anything was written
+    assert len(columns(tmp_path / "a", "image")) == 1  # refused before anything was written
     for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
         root = make()
         for _ in range(2):
             assert run(*words, choice) == 0
             found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]
             assert found == wanted.split()
-        assert len(columns(tmp_path / "a", "picture")) == 2
+        assert len(columns(tmp_path / "a", "image")) == 2
 
 
 def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
         run(*words)
-    assert columns(tmp_path / "a", "picture") == {}
+    assert columns(tmp_path / "a", "image") == {}
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
@@ -375,7 +375,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
     with pytest.raises(UserError, match="No space left on device; all shards committed so far"):
         run(*words)
     monkeypatch.undo()
-    assert len(columns(tmp_path / "a", "picture")) in (1, 5)
+    assert len(columns(tmp_path / "a", "image")) in (1, 5)
     run(*words)
-    assert len(columns(tmp_path / "a", "picture")) == 7
+    assert len(columns(tmp_path / "a", "image")) == 7
     hash_of(tmp_path / "a")

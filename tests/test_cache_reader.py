@@ -31,11 +31,11 @@ from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Space:
-    """Pictures 0-9 in shards of 4, 3, none, 2 and 1 rows; frames 0-2."""
+    """Images 0-9 in shards of 4, 3, none, 2 and 1 rows; frames 0-2."""
     space = make_space(tmp_path_factory.mktemp("filled"))
     fill(space, [3, 1, 2, 0])
     fill(space, [6, 4, 5])
-    space.paths.shard("picture", 2).parent.mkdir(parents=True)  # begun, never committed
+    space.paths.shard("image", 2).parent.mkdir(parents=True)  # begun, never committed
     fill(space, [8, 7])
     fill(space, [9])
     fill(space, [0, 1, 2], kind="frame")
@@ -43,33 +43,33 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Space:
 
 
 ROWS = {3: 0, 1: 1, 2: 2, 0: 3, 6: 4, 4: 5, 5: 6, 8: 12, 7: 13, 9: 16}
-"""Picture -> its row number there."""
+"""Image -> its row number there."""
 
 
 def test_keys_are_found_and_strangers_are_not(filled: Space) -> None:
     seen = FeatureReader(filled.paths)
-    assert (seen.rows("picture"), seen.rows("frame")) == (10, 3)
-    rows = seen.lookup("picture", [key(number) for number in range(12)])
+    assert (seen.rows("image"), seen.rows("frame")) == (10, 3)
+    rows = seen.lookup("image", [key(number) for number in range(12)])
     assert rows.dtype == np.int64
     assert rows.tolist() == [ROWS.get(number, -1) for number in range(12)]
     assert seen.lookup("frame", [key(2), key(3)]).tolist() == [2, -1]
-    assert seen.lookup("picture", []).tolist() == []
-    assert seen.lookup("picture", [key(0)], "crop:0,0,1,1").tolist() == [-1]
-    assert seen.contains("picture", key(9))
-    assert not seen.contains("picture", key(10))
+    assert seen.lookup("image", []).tolist() == []
+    assert seen.lookup("image", [key(0)], "crop:0,0,1,1").tolist() == [-1]
+    assert seen.contains("image", key(9))
+    assert not seen.contains("image", key(10))
     with pytest.raises(ValueError, match="64 hex digits"):
-        seen.lookup("picture", ["abc"])
+        seen.lookup("image", ["abc"])
 
 
 def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
     seen = FeatureReader(filled.paths.root)
-    expected = codec.unpack(row(5), SPEC.layout, SPEC.tokens("picture"), SPEC.width)
-    np.testing.assert_array_equal(seen.read("picture", key(5)), expected)
-    np.testing.assert_allclose(seen.read("picture", key(5)), features(5), atol=0.03)
+    expected = codec.unpack(row(5), SPEC.layout, SPEC.tokens("image"), SPEC.width)
+    np.testing.assert_array_equal(seen.read("image", key(5)), expected)
+    np.testing.assert_allclose(seen.read("image", key(5)), features(5), atol=0.03)
     assert seen.read("frame", key(1)).shape == (1, 64)
     assert (seen.spec, seen.load, seen.path) == (filled.spec, filled.load, filled.paths.root)
-    with pytest.raises(KeyError, match="no picture"):
-        seen.read("picture", key(99))
+    with pytest.raises(KeyError, match="no image"):
+        seen.read("image", key(99))
 
 
 @pytest.mark.parametrize("mapped", ["", "held", "let go"])
@@ -94,8 +94,8 @@ def test_any_rows_in_any_order_are_the_bytes_written(
     seen = FeatureReader(filled.paths, checked=checked, threads=threads)
     rows = np.array([ROWS[number] for number in wanted], np.int64)
     for _ in range(6 if mapped else 1):
-        out = np.zeros((len(wanted), SPEC.row_bytes("picture")), np.uint8)
-        seen.read_into("picture", rows, out)
+        out = np.zeros((len(wanted), SPEC.row_bytes("image")), np.uint8)
+        seen.read_into("image", rows, out)
         for number, found in zip(wanted, out, strict=True):
             np.testing.assert_array_equal(found, row(number))
 
@@ -110,16 +110,16 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "preadv", counted)
     seen = FeatureReader(filled.paths, mapped=False)
-    out = np.empty((7, SPEC.row_bytes("picture")), np.uint8)
-    seen.read_into("picture", np.arange(7), out)
+    out = np.empty((7, SPEC.row_bytes("image")), np.uint8)
+    seen.read_into("image", np.arange(7), out)
     assert calls == [7, 5], "one for each shard: its rows, and the crcs between them"
     calls.clear()
-    seen.read_into("picture", np.array([2, 1, 12, 13, 5, 6, 0]), out)
+    seen.read_into("image", np.array([2, 1, 12, 13, 5, 6, 0]), out)
     assert calls == [5, 3, 3], "0-2, 5-6 and 12-13: whatever the order asked for"
     calls.clear()
     monkeypatch.setattr(reader, "RUN_ROWS", 2)
     seen = FeatureReader(filled.paths)
-    seen.read_into("picture", np.arange(7), out)
+    seen.read_into("image", np.arange(7), out)
     assert calls == [3, 3, 3, 1]
 
 
@@ -138,9 +138,9 @@ def test_reads_that_come_up_short_are_continued(
         return real(fd, some, at, flags)
 
     monkeypatch.setattr(os, "preadv", short)
-    out = np.empty((4, SPEC.row_bytes("picture")), np.uint8)
+    out = np.empty((4, SPEC.row_bytes("image")), np.uint8)
     for chunk in (1, 97, 266, 700):  # noqa: B007 - `short` reads it: ends within rows and crcs
-        FeatureReader(filled.paths).read_into("picture", np.arange(4), out)
+        FeatureReader(filled.paths).read_into("image", np.arange(4), out)
         np.testing.assert_array_equal(out, [row(number) for number in (3, 1, 2, 0)])
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_in_memory_is_begun_together(
     """As if the page cache held shard 0 alone; then as if this file system could not tell."""
     begun: list[tuple[int, int]] = []
     real = os.preadv
-    first = filled.paths.shard("picture", 0).stat().st_ino
+    first = filled.paths.shard("image", 0).stat().st_ino
     answer: OSError = BlockingIOError()
 
     def only_first(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
@@ -162,28 +162,28 @@ def test_what_is_not_in_memory_is_begun_together(
     monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, __: begun.append((at, size)))
     monkeypatch.setattr(reader, "AHEAD_RUNS", 2)
     wanted = [9, 3, 8, 6, 4, 0]
-    slot_bytes = SPEC.row_bytes("picture") + 4
+    slot_bytes = SPEC.row_bytes("image") + 4
     for answer, expected in (  # noqa: B007 - `only_first` reads it
         (BlockingIOError(), [(0, 2 * slot_bytes), (0, slot_bytes), (0, slot_bytes)]),
         (OSError(95, "Operation not supported"), []),
     ):
-        out = np.zeros((6, SPEC.row_bytes("picture")), np.uint8)
+        out = np.zeros((6, SPEC.row_bytes("image")), np.uint8)
         begun.clear()
-        FeatureReader(filled.paths).read_into("picture", np.array([ROWS[n] for n in wanted]), out)
+        FeatureReader(filled.paths).read_into("image", np.array([ROWS[n] for n in wanted]), out)
         np.testing.assert_array_equal(out, [row(n) for n in wanted])
         assert begun == expected, "4 and 6 side by side; 8; then 9"
     begun.clear()
     seen = FeatureReader(filled.paths)
     with pytest.raises(IndexError):  # what is begun need not be there; what is read must
-        seen.read_into("picture", np.array([0, 4, 12, 400]), np.empty((4, out.shape[1]), np.uint8))
+        seen.read_into("image", np.array([0, 4, 12, 400]), np.empty((4, out.shape[1]), np.uint8))
 
 
 def test_what_cannot_be_read_is_refused(filled: Space) -> None:
     seen = FeatureReader(filled.paths)
-    size = SPEC.row_bytes("picture")
+    size = SPEC.row_bytes("image")
     for rows in ([-1], [7], [8], [17], [0, 400], [10**12]):
         with pytest.raises(IndexError, match="not committed"):
-            seen.read_into("picture", np.array(rows), np.empty((len(rows), size), np.uint8))
+            seen.read_into("image", np.array(rows), np.empty((len(rows), size), np.uint8))
     for out in (
         np.empty((1, size - 1), np.uint8),
         np.empty((2, size), np.uint8),
@@ -191,15 +191,15 @@ def test_what_cannot_be_read_is_refused(filled: Space) -> None:
         np.empty((size, 1), np.uint8).T[:, ::-1],
     ):
         with pytest.raises(ValueError, match="out is"):
-            seen.read_into("picture", np.array([0]), out)
+            seen.read_into("image", np.array([0]), out)
 
 
 def test_an_empty_space_has_no_rows(tmp_path: Path) -> None:
     seen = FeatureReader(make_space(tmp_path).paths)
-    assert seen.rows("picture") == 0
-    assert seen.lookup("picture", [key(0)]).tolist() == [-1]
+    assert seen.rows("image") == 0
+    assert seen.lookup("image", [key(0)]).tolist() == [-1]
     with pytest.raises(IndexError):
-        seen.read_into("picture", np.array([0]), np.empty((1, SPEC.row_bytes("picture")), np.uint8))
+        seen.read_into("image", np.array([0]), np.empty((1, SPEC.row_bytes("image")), np.uint8))
     assert len(seen.logical_hash()) == 64
 
 
@@ -210,7 +210,7 @@ def test_no_write_permission_is_needed(tmp_path: Path) -> None:
         path.chmod(0o500 if path.is_dir() else 0o400)
     before = sorted(tmp_path.rglob("*"))
     try:
-        FeatureReader(space.paths).read("picture", key(1))
+        FeatureReader(space.paths).read("image", key(1))
         assert sorted(tmp_path.rglob("*")) == before
     finally:
         for path in [tmp_path, *tmp_path.rglob("*")]:
@@ -221,9 +221,9 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
     """Every byte. What is no part of a row (crc, index) leaves the rows what they are."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
-    size, slot_bytes = SPEC.row_bytes("picture"), SPEC.row_bytes("picture") + 4
+    size, slot_bytes = SPEC.row_bytes("image"), SPEC.row_bytes("image") + 4
     seen = FeatureReader(space.paths)
     for at in range(len(data)):
         data[at] ^= 1 << at % 8
@@ -234,13 +234,13 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
             out = np.empty((1, size), np.uint8)
             if number == hit and within < size:
                 with pytest.raises(Corrupt, match=rf"row {number} fails its checksum; .* --repair"):
-                    seen.read_into("picture", np.array([number]), out)
+                    seen.read_into("image", np.array([number]), out)
             else:
-                seen.read_into("picture", np.array([number]), out)
+                seen.read_into("image", np.array([number]), out)
                 np.testing.assert_array_equal(out[0], row(number))
 
 
-@pytest.mark.parametrize("which", ["space.json", "commits/picture-00000000.parquet"])
+@pytest.mark.parametrize("which", ["space.json", "commits/image-00000000.parquet"])
 def test_a_flipped_byte_of_the_metadata_is_noticed_at_opening(tmp_path: Path, which: str) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
@@ -258,18 +258,18 @@ def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2, 3])
-    first, second = (space.paths.shard("picture", number) for number in (0, 1))
+    first, second = (space.paths.shard("image", number) for number in (0, 1))
     first.write_bytes(second.read_bytes())
     with pytest.raises(Corrupt, match="row 0 fails"):
-        FeatureReader(space.paths).read("picture", key(0))
-    shutil.copy(space.paths.commit("picture", 1), space.paths.commit("picture", 0))
+        FeatureReader(space.paths).read("image", key(0))
+    shutil.copy(space.paths.commit("image", 1), space.paths.commit("image", 0))
     with pytest.raises(
-        Corrupt, match=r"picture-00000000\.parquet: it is the commit of picture shard 1"
+        Corrupt, match=r"image-00000000\.parquet: it is the commit of image shard 1"
     ):
         FeatureReader(space.paths)
     other = make_space(tmp_path / "other", "fp16")
     fill(other, [0, 1])
-    shutil.copy(other.paths.commit("picture", 0), space.paths.commit("picture", 0))
+    shutil.copy(other.paths.commit("image", 0), space.paths.commit("image", 0))
     with pytest.raises(Corrupt, match="or of another space"):
         FeatureReader(space.paths)
 
@@ -277,7 +277,7 @@ def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
 def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    other = dataclasses.replace(space.info, slots={**space.info.slots, "picture": 8})
+    other = dataclasses.replace(space.info, slots={**space.info.slots, "image": 8})
     space.paths.space_json.write_bytes(info_bytes(other))
     with pytest.raises(Corrupt, match="not made with 8 rows a shard"):
         FeatureReader(space.paths)
@@ -286,23 +286,23 @@ def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
 def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
-    path, commit = space.paths.shard("picture", 0), space.paths.commit("picture", 0)
+    path, commit = space.paths.shard("image", 0), space.paths.commit("image", 0)
     seen = FeatureReader(space.paths)
-    seen.read("picture", key(0))
+    seen.read("image", key(0))
     whole = path.read_bytes()
     with path.open("r+b") as file:
         file.truncate(300)
-    assert seen.read("picture", key(0)) is not None, "the row before the cut"
+    assert seen.read("image", key(0)) is not None, "the row before the cut"
     with pytest.raises(Corrupt, match="it ends early"):
-        seen.read("picture", key(1))
+        seen.read("image", key(1))
     with pytest.raises(Corrupt, match=r"300 bytes, not 604; .* --repair"):
-        FeatureReader(space.paths).read("picture", key(0))
+        FeatureReader(space.paths).read("image", key(0))
     path.unlink()
     with pytest.raises(Corrupt, match="missing"):
-        FeatureReader(space.paths).read("picture", key(0))
+        FeatureReader(space.paths).read("image", key(0))
     path.write_bytes(whole)
     commit.unlink()  # the way out
-    assert FeatureReader(space.paths).rows("picture") == 0
+    assert FeatureReader(space.paths).rows("image") == 0
 
 
 def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(Corrupt, match=r"c/0/0/0: Input/output error; .* --repair"):
-        FeatureReader(filled.paths).read("picture", key(0))
+        FeatureReader(filled.paths).read("image", key(0))
 
 
 def test_threads_share_one_reader_though_files_are_closed_meanwhile(
@@ -323,10 +323,10 @@ def test_threads_share_one_reader_though_files_are_closed_meanwhile(
 
     def work(seed: int) -> int:
         draw = random.Random(seed)
-        out = np.empty((6, SPEC.row_bytes("picture")), np.uint8)
+        out = np.empty((6, SPEC.row_bytes("image")), np.uint8)
         for _ in range(150):
             chosen = [draw.choice(numbers) for _ in range(6)]
-            seen.read_into("picture", np.array([ROWS[number] for number in chosen]), out)
+            seen.read_into("image", np.array([ROWS[number] for number in chosen]), out)
             for number, found in zip(chosen, out, strict=True):
                 assert (found == EXPECTED[number]).all()
         return 1
@@ -343,7 +343,7 @@ def test_several_threads_are_over_when_the_call_is(
     space = make_space(tmp_path)
     for n in range(4):
         fill(space, [n])
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)
@@ -358,12 +358,12 @@ def test_several_threads_are_over_when_the_call_is(
         return got
 
     monkeypatch.setattr(os, "preadv", slow)
-    out = np.zeros((4, SPEC.row_bytes("picture")), np.uint8)
+    out = np.zeros((4, SPEC.row_bytes("image")), np.uint8)
     for _ in range(3):
         with pytest.raises(Corrupt, match="row 0 fails"):
-            seen.read_into("picture", np.arange(4) * SLOTS, out)
+            seen.read_into("image", np.arange(4) * SLOTS, out)
         assert not running
-    seen.read_into("picture", np.array([4, 8, 12]), out[:3])
+    seen.read_into("image", np.array([4, 8, 12]), out[:3])
     assert (out[:3] == [row(n) for n in (1, 2, 3)]).all()
 
 
@@ -379,11 +379,11 @@ from tests.test_cache_reader import ROWS, EXPECTED
 module.THREAD_BYTES = 300
 reader = FeatureReader(Path(sys.argv[1]), threads=int(sys.argv[2]))
 numbers = list(ROWS)
-out = np.empty((len(ROWS), reader.spec.row_bytes("picture")), np.uint8)
+out = np.empty((len(ROWS), reader.spec.row_bytes("image")), np.uint8)
 def work():
     for _ in range(200):
         out[:] = 0
-        reader.read_into("picture", np.array([ROWS[n] for n in numbers]), out)
+        reader.read_into("image", np.array([ROWS[n] for n in numbers]), out)
         assert all((EXPECTED[n] == found).all() for n, found in zip(numbers, out))
 work()
 children = []
@@ -422,11 +422,11 @@ def test_files_are_closed_with_their_reader(filled: Space, monkeypatch: pytest.M
         return Path("/proc/self/maps").read_text().count(str(filled.paths.root))
 
     seen = FeatureReader(filled.paths)
-    seen.read("picture", key(0))
-    seen.read("picture", key(9))
+    seen.read("image", key(0))
+    seen.read("image", key(9))
     assert (open_shards(), mapped_shards()) == (2, 0)
     for _ in range(SLOTS):
-        seen.read("picture", key(0))
+        seen.read("image", key(0))
     assert (open_shards(), mapped_shards()) == (3, 1)
     del seen
     assert (open_shards(), mapped_shards()) == (0, 0)

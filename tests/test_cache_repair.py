@@ -35,13 +35,13 @@ from tests.toy_space import SPEC, features, fill, key, make_space, row
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:
-    """Pictures 0-3, 4-6 and 7-8 in three shards, frames of 0-2; samples and media."""
+    """Images 0-3, 4-6 and 7-8 in three shards, frames of 0-2; samples and media."""
     root = CacheRoot(tmp_path / "cache")
     space = make_space(root.path)
     for numbers in ([0, 1, 2, 3], [4, 5, 6], [7, 8]):
         fill(space, numbers)
     fill(space, [0, 1, 2], kind="frame", view="t:0")
-    space.grow("picture")
+    space.grow("image")
     space.grow("frame")
     write_samples(root, "toy", [])
     append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(9)], "job")
@@ -61,9 +61,9 @@ def repair(root: CacheRoot, space: SpacePaths | None = None) -> tuple[Repaired, 
     return job.done, said
 
 
-def pictures(root: CacheRoot) -> set[int]:
+def images(root: CacheRoot) -> set[int]:
     space = Space.open(only_space(root))
-    return {n for n in range(20) if (key(n), "full") in space.keys("picture")}
+    return {n for n in range(20) if (key(n), "full") in space.keys("image")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_a_damaged_index_is_made_anew_and_costs_no_row(
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     space = Space.open(only_space(root))
     index_file.save_index(space.paths, space.info)
-    path, hash_before = space.paths.index("picture"), FeatureReader(space.paths).logical_hash()
+    path, hash_before = space.paths.index("image"), FeatureReader(space.paths).logical_hash()
     draw_bit = np.random.default_rng(0)
     for bit in draw_bit.integers(0, 8 * path.stat().st_size, 12).tolist():
         flip(path, bit)
@@ -112,19 +112,19 @@ def test_of_a_damaged_shard_the_intact_rows_stay(
     root: CacheRoot, hurt: Any, lost: set[int]
 ) -> None:
     paths = only_space(root)
-    shard = paths.shard("picture", 1)
+    shard = paths.shard("image", 1)
     hurt(shard)
     damaged = shard.read_bytes() if shard.exists() else None
-    others = {n: paths.shard("picture", n).read_bytes() for n in (0, 2)}
+    others = {n: paths.shard("image", n).read_bytes() for n in (0, 2)}
     done, said = repair(root)
-    assert pictures(root) == set(range(9)) - lost
+    assert images(root) == set(range(9)) - lost
     assert len(said) == done.steps
     assert f"its {3 - len(lost)} good rows" in said[0] or len(lost) == 3
-    assert (done.kept["picture"], done.lost["picture"]) == (3 - len(lost), len(lost))
-    assert others == {n: paths.shard("picture", n).read_bytes() for n in others}
+    assert (done.kept["image"], done.lost["image"]) == (3 - len(lost), len(lost))
+    assert others == {n: paths.shard("image", n).read_bytes() for n in others}
     reader = FeatureReader(paths)
     for number in set(range(9)) - lost:
-        reader.read("picture", key(number))
+        reader.read("image", key(number))
     aside = root.damaged_dir / shard.relative_to(root.path)
     assert (aside.read_bytes() if aside.exists() else None) == damaged, "set aside, not deleted"
     assert not shard.exists()
@@ -132,12 +132,12 @@ def test_of_a_damaged_shard_the_intact_rows_stay(
 
 def test_a_damaged_commit_takes_its_shard_with_it(root: CacheRoot) -> None:
     paths = only_space(root)
-    garble(paths.commit("picture", 0), 60)
+    garble(paths.commit("image", 0), 60)
     done, said = repair(root)
-    assert pictures(root) == set(range(4, 9))
+    assert images(root) == set(range(4, 9))
     assert done.spaces == {paths.name}
     assert "nobody knows whose rows" in said[0]
-    for path in (paths.commit("picture", 0), paths.shard("picture", 0)):
+    for path in (paths.commit("image", 0), paths.shard("image", 0)):
         assert (root.damaged_dir / path.relative_to(root.path)).exists()
 
 
@@ -186,19 +186,19 @@ def test_a_description_whose_spec_can_be_proven_is_written_anew(root: CacheRoot)
     assert job.done.spaces == {paths.name}
     make_space(root.path)  # what encode.run does
     assert paths.space_json.read_bytes() == data
-    assert pictures(root) == set(range(9))
+    assert images(root) == set(range(9))
     repair(root)
 
 
 def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot) -> None:
     paths = only_space(root)
     made = Space.open(paths)
-    for keep in ("picture-00000002", "picture-00000000"):  # the number says, or the size
+    for keep in ("image-00000002", "image-00000000"):  # the number says, or the size
         paths.space_json.unlink()
         Space.create(root, made.spec, made.load, shard_bytes=1 << 20)
-        assert Space.open(paths).info.slots["picture"] == made.info.slots["picture"], keep
+        assert Space.open(paths).info.slots["image"] == made.info.slots["image"], keep
         for number in (1, 2):
-            paths.commit("picture", number).unlink(missing_ok=True)
+            paths.commit("image", number).unlink(missing_ok=True)
     paths.space_json.unlink()
     spec = dataclasses.replace(made.spec, mean=(0.0, 0.0, 0.0))
     shutil.move(paths.root, root.space(spec.name).root)
@@ -209,7 +209,7 @@ def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot)
 def test_what_follows_from_the_rest_is_made_anew(root: CacheRoot) -> None:
     paths = only_space(root)
     before = contents(root.path)
-    garble(paths.array_json("picture"), 30)
+    garble(paths.array_json("image"), 30)
     shutil.copy(paths.group_json, paths.array_json("frame"))
     paths.group_json.unlink()
     repair(root)
@@ -248,42 +248,42 @@ def test_rows_that_are_no_numbers_go(tmp_path: Path) -> None:
     for codec_name, at in (("fp16", 2 * 70), ("int8", 256 + 2)):
         root = CacheRoot(tmp_path / codec_name)
         space = make_space(root.path, codec_name)
-        writer = ShardWriter(space, "picture", 0)
+        writer = ShardWriter(space, "image", 0)
         for number in range(3):
             stored = row(number, spec=space.spec).copy()
             if number == 1:
                 stored[at : at + 2] = np.array([np.nan], "<f2").view(np.uint8)
             writer.append(key(number), "full", stored)
         writer.commit()
-        space.grow("picture")
+        space.grow("image")
         assert not verify(root).broken
         (finding,) = verify(root, deep=True).all_findings
         assert finding.what == "1 of 3 rows hold NaN or Inf (row 1 first)"
         repair(root)
-        assert pictures(root) == {0, 2}
+        assert images(root) == {0, 2}
 
 
 def test_numbers_at_the_edge_are_numbers(tmp_path: Path) -> None:
     space = make_space(tmp_path, "fp16")
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     extreme = np.full((4, 64), -1e6, np.float32)
     extreme[::2] = 1e6
     writer.append(key(0), "full", codec.pack(extreme, "fp16"))
     writer.append(key(1), "full", codec.pack(-features(1), "fp16"))
     writer.commit()
-    space.grow("picture")
+    space.grow("image")
     assert verify(CacheRoot(tmp_path), deep=True).all_findings == []
 
 
 def test_of_equal_rows_the_older_stays_unless_it_is_damaged(root: CacheRoot) -> None:
     space = Space.open(only_space(root))
     fill(space, [1, 4, 10])
-    space.grow("picture")
-    garble(space.paths.shard("picture", 1), 5)  # 4, as it was first
+    space.grow("image")
+    garble(space.paths.shard("image", 1), 5)  # 4, as it was first
     done, _ = repair(root)
-    assert pictures(root) == {*range(9), 10}
-    assert (done.lost["picture"], done.spaces) == (1, {space.paths.name})
-    index = FeatureReader(space.paths).index["picture"]
+    assert images(root) == {*range(9), 10}
+    assert (done.lost["image"], done.spaces) == (1, {space.paths.name})
+    index = FeatureReader(space.paths).index["image"]
     assert len(index) == 10
     assert index.duplicates() == []
 
@@ -292,38 +292,38 @@ def test_a_shard_that_comes_back_is_checked_like_any_other(root: CacheRoot) -> N
     """The commit that replaced it is damaged, its files are still there: as after a gc that was killed."""
     space = Space.open(only_space(root))
     keep = np.array([True, False, True, True])
-    old = read_commits(space.paths, space.info, "picture")[0]
-    files = (space.paths.commit("picture", 0), space.paths.shard("picture", 0))
+    old = read_commits(space.paths, space.info, "image")[0]
+    files = (space.paths.commit("image", 0), space.paths.shard("image", 0))
     kept_files = {path: path.read_bytes() for path in files}
-    take_out(space, "picture", [(old, keep)], Path.unlink)
+    take_out(space, "image", [(old, keep)], Path.unlink)
     for path, data in kept_files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    assert pictures(root) == set(range(9)) - {1}
-    garble(space.paths.commit("picture", 3), 60)
-    garble(space.paths.shard("picture", 0), 268 * 2)
+    assert images(root) == set(range(9)) - {1}
+    garble(space.paths.commit("image", 3), 60)
+    garble(space.paths.shard("image", 0), 268 * 2)
     repair(root)
-    assert pictures(root) == set(range(9)) - {2}
+    assert images(root) == set(range(9)) - {2}
 
 
 def test_numbers_are_not_used_again_after_a_repair(root: CacheRoot) -> None:
     space = Space.open(only_space(root))
-    space.paths.shard("picture", 2).unlink()
-    garble(space.paths.shard("picture", 2 - 1), 0, 3 * 268)
+    space.paths.shard("image", 2).unlink()
+    garble(space.paths.shard("image", 2 - 1), 0, 3 * 268)
     garble(space.paths.commit("frame", 0), 60)
     repair(root)
-    assert pictures(root) == {0, 1, 2, 3}
-    assert (space.next_shard("picture"), space.next_shard("frame")) == (3, 1)
+    assert images(root) == {0, 1, 2, 3}
+    assert (space.next_shard("image"), space.next_shard("frame")) == (3, 1)
 
 
 def test_only_what_is_asked_for_is_touched(root: CacheRoot) -> None:
     other = make_space(root.path, "fp16")
     fill(other, [0])
-    other.grow("picture")
-    garble(other.paths.shard("picture", 0), 5)
+    other.grow("image")
+    garble(other.paths.shard("image", 0), 5)
     garble(root.samples("toy"), 40)
     here = root.space(next(name for name in root.space_names() if "int8" in name))
-    garble(here.shard("picture", 0), 5)
+    garble(here.shard("image", 0), 5)
     before = contents(other.paths.root), contents(root.samples_dir)
     job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
     assert not job.run(here).broken
@@ -344,7 +344,7 @@ def test_a_space_of_a_newer_version_is_not_touched(root: CacheRoot) -> None:
 
 
 def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
-    garble(only_space(root).shard("picture", 0), 5)
+    garble(only_space(root).shard("image", 0), 5)
     before = contents(root.path)
     with (
         DriverLock(only_space(root), "process 7 on node-3"),
@@ -357,18 +357,18 @@ def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
 def test_what_a_codec_holds_far_worse_than_the_rest_is_a_note(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     for first in range(0, 40, 4):
-        writer = ShardWriter(space, "picture", space.next_shard("picture"))
+        writer = ShardWriter(space, "image", space.next_shard("image"))
         for number in range(first, first + 4):
             error = {17: 0.2, 30: float("nan")}.get(number, 0.004 + 0.00005 * number)
             writer.append(key(number), "full", row(number), error=error)
         writer.commit()
-    space.grow("picture")
+    space.grow("image")
     report = verify(CacheRoot(tmp_path), deep=True)
     assert not report.broken
     assert report.spaces[0].logical_hash is not None
     assert [(f.path, f.what.split(",")[0]) for f in report.all_findings] == [
-        (str(space.paths.shard("picture", 7)), f"{key(30)} full: its codec's error is nan"),
-        (str(space.paths.shard("picture", 4)), f"{key(17)} full: its codec's error is 0.2"),
+        (str(space.paths.shard("image", 7)), f"{key(30)} full: its codec's error is nan"),
+        (str(space.paths.shard("image", 4)), f"{key(17)} full: its codec's error is 0.2"),
     ]
 
 
@@ -388,28 +388,28 @@ def test_outliers_are_few_and_scale_does_not_matter() -> None:
 
 
 def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures", 12)
+    draw(tmp_path / "images", 12)
     media, setup = (
-        f"folder:{tmp_path / 'pictures'}",
+        f"folder:{tmp_path / 'images'}",
         dataclasses.replace(SETUP, commit_every_s=60.0),
     )
     first = encode(tmp_path / "cache", media, setup=setup)
     root, paths, whole = first.root, first.paths, first.reader.logical_hash()
-    kept = FeatureReader(paths).index["picture"].keys[[0, 1, *range(3, 12)]]
-    garble(paths.shard("picture", 0), 2 * 268 + 7)
+    kept = FeatureReader(paths).index["image"].keys[[0, 1, *range(3, 12)]]
+    garble(paths.shard("image", 0), 2 * 268 + 7)
     done, _ = repair(root)
-    assert (done.lost["picture"], done.kept["picture"]) == (1, 11)
-    assert (FeatureReader(paths).index["picture"].keys == kept).all()
+    assert (done.lost["image"], done.kept["image"]) == (1, 11)
+    assert (FeatureReader(paths).index["image"].keys == kept).all()
     again = encode(root.path, media, setup=setup)
     assert (again.job._book.encoded, again.reader.logical_hash()) == (1, whole)
     garble(paths.space_json, 0, 400)
-    garble(paths.commit("picture", 2), 60)  # of the one row encoded last
+    garble(paths.commit("image", 2), 60)  # of the one row encoded last
     Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
     assert root.space_names() == []
     again = encode(root.path, media, setup=setup)
     assert (again.job._book.encoded, again.plan.reused) == (1, 11), "every other row is known again"
     assert again.reader.logical_hash() == whole
-    for path in (root.samples("pictures"), *root.media_dir.glob("*.parquet")):
+    for path in (root.samples("images"), *root.media_dir.glob("*.parquet")):
         garble(path, 40)
     repair(root)
     again = encode(root.path, media, setup=setup)
@@ -435,7 +435,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
 ) -> None:
     paths = only_space(root)
     at = ("--features", str(root.path), "--deep")
-    garble(paths.shard("picture", 1), 5)
+    garble(paths.shard("image", 1), 5)
     garble(root.samples("toy"), 40)
     code, out, _ = run(monkeypatch, capsys, *at)
     assert (code, out.count("cache.verify --deep --repair")) == (1, 2)
@@ -446,7 +446,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     assert lines[0] == f"REPAIR: {root.samples('toy')}: {why}; set aside in {root.damaged_dir}"
     why = "1 of 3 rows fail their checksum (row 4 first)"
     todo = "its 2 good rows go to a new shard"
-    assert lines[1] == f"REPAIR: {paths.shard('picture', 1)}: {why}; {todo}"
+    assert lines[1] == f"REPAIR: {paths.shard('image', 1)}: {why}; {todo}"
     assert lines[-3].startswith("repaired: 2 things, 2 rows kept, 1 taken out; ")
     assert lines[-2] == "run encode.run again for toy: the samples were lost"
     assert lines[-1].startswith(f"run encode.run again for {paths.name}: ")
@@ -454,7 +454,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     assert err.rstrip().endswith("/s")
     code, out, _ = run(monkeypatch, capsys, *at, "--repair")
     assert (code, out.splitlines()[-1]) == (0, "nothing to repair")
-    garble(paths.commit("picture", 0), 60)
+    garble(paths.commit("image", 0), 60)
     code, out, err = run(monkeypatch, capsys, *at, "--repair", "--json", "--space", "toy")
     values = json.loads(out)
     assert (code, values["broken"], values["repaired"]["spaces"]) == (0, False, [paths.name])
@@ -463,7 +463,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
 
 @pytest.mark.parametrize("packed_from", PACKED_FROM)
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("kind", ["picture", "frame"])
+@pytest.mark.parametrize("kind", ["image", "frame"])
 def test_a_row_as_packed_is_sound_whatever_its_codec(
     name: str, kind: str, packed_from: str
 ) -> None:

@@ -40,7 +40,7 @@ sample = st.builds(
         max_size=3,
     ).map(tuple),
     media=st.lists(
-        st.builds(MediaRef, source=text, kind=st.sampled_from(["picture", "frame"])), max_size=3
+        st.builds(MediaRef, source=text, kind=st.sampled_from(["image", "frame"])), max_size=3
     ).map(tuple),
     weight=weight,
     task=text,
@@ -55,7 +55,7 @@ def question(number: int) -> Sample:
             Message(role="user", content="<image>What?"),
             Message(role="assistant", content=f"{number}: sha256:{'0' * 64}", weight=0.2),
         ),
-        media=(MediaRef(source=f"/pictures/{number}.png"),),
+        media=(MediaRef(source=f"/images/{number}.png"),),
         task="what",
     )
 
@@ -190,7 +190,7 @@ def test_what_is_gone_is_still_known_by_the_key_it_had(tmp_path: Path) -> None:
     key = "ab" * 32
     came = [
         MediaRecord(source="https://a/1", key=key, width=7, height=5, bytes=9),
-        MediaRecord(source="/clip", key=key, kind="video", duration_s=1.5, inode=3, size=4),
+        MediaRecord(source="/video", key=key, kind="video", duration_s=1.5, inode=3, size=4),
         MediaRecord(source="/there", key=key, inode=3),
         MediaRecord(source="https://a/2", key=key),
     ]
@@ -200,7 +200,7 @@ def test_what_is_gone_is_still_known_by_the_key_it_had(tmp_path: Path) -> None:
         cache,
         [
             MediaRecord(source="https://a/1", **gone),
-            MediaRecord(source="/clip", kind="video", **gone),
+            MediaRecord(source="/video", kind="video", **gone),
             MediaRecord(source="/there", inode=4, **gone),  # a file that cannot be read
             MediaRecord(source="https://a/2", **(gone | {"stage": "verify"})),  # other bytes
             MediaRecord(source="https://a/never", **gone),
@@ -209,7 +209,7 @@ def test_what_is_gone_is_still_known_by_the_key_it_had(tmp_path: Path) -> None:
     )
     now = read_media(cache)
     assert {record.status for record in now.values()} == {"failed"}
-    first, clip = now["https://a/1"], now["/clip"]
+    first, video = now["https://a/1"], now["/video"]
     assert (first.key, first.width, first.height, first.bytes) == (key, 7, 5, 9)
-    assert (clip.key, clip.duration_s) == (key, 1.5)
+    assert (video.key, video.duration_s) == (key, 1.5)
     assert [now[s].key for s in ("/there", "https://a/2", "https://a/never")] == [None] * 3

@@ -23,12 +23,12 @@ from tests.toy_space import fill, key, make_space, row
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:
-    """A space with two shards of pictures and one of frames, samples and media."""
+    """A space with two shards of images and one of frames, samples and media."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
     fill(space, [0], kind="frame")
-    space.grow("picture")
+    space.grow("image")
     space.grow("frame")
     root = CacheRoot(tmp_path)
     write_samples(root, "toy", [])
@@ -57,7 +57,7 @@ def test_an_intact_cache_has_no_findings(root: CacheRoot) -> None:
     assert quick.all_findings == deep.all_findings == []
     assert quick.spaces[0].logical_hash is None
     assert deep.spaces[0].logical_hash == FeatureReader(only_space(root)).logical_hash()
-    assert deep.spaces[0].rows == {"picture": 3, "frame": 1}
+    assert deep.spaces[0].rows == {"image": 3, "frame": 1}
 
 
 @pytest.mark.soak_counted
@@ -89,7 +89,7 @@ def test_any_flipped_byte_is_found_and_never_returned(
 def test_any_flipped_byte_of_a_shard_is_found(root: CacheRoot) -> None:
     paths = only_space(root)
     info = read_info(paths)
-    commits = [("picture", 0), ("picture", 1), ("frame", 0)]
+    commits = [("image", 0), ("image", 1), ("frame", 0)]
     for kind, number in commits:
         commit, path = read_commit(paths, info, kind, number), paths.shard(kind, number)
         for at in range(path.stat().st_size):
@@ -101,7 +101,7 @@ def test_any_flipped_byte_of_a_shard_is_found(root: CacheRoot) -> None:
 
 def test_quick_finds_what_needs_no_reading(root: CacheRoot) -> None:
     paths = only_space(root)
-    shard = paths.shard("picture", 0)
+    shard = paths.shard("image", 0)
     flip(shard, 0)
     assert broken(verify(root)) == [], "a row: only deep reads those"
     flip(shard, shard.stat().st_size - 1)
@@ -118,31 +118,31 @@ def test_quick_finds_what_needs_no_reading(root: CacheRoot) -> None:
 
 def test_an_intact_file_in_the_wrong_place_is_found(root: CacheRoot) -> None:
     paths = only_space(root)
-    shutil.copy(paths.array_json("frame"), paths.array_json("picture"))
-    shutil.copy(paths.commit("frame", 0), paths.commit("picture", 0))
+    shutil.copy(paths.array_json("frame"), paths.array_json("image"))
+    shutil.copy(paths.commit("frame", 0), paths.commit("image", 0))
     assert broken(verify(root)) == [
-        str(paths.commit("picture", 0)),
-        str(paths.array_json("picture")),
+        str(paths.commit("image", 0)),
+        str(paths.array_json("image")),
     ]
 
 
 def test_the_same_row_twice_is_found(root: CacheRoot) -> None:
     space = make_space(root.path)
     again = fill(space, [1])
-    space.grow("picture")
+    space.grow("image")
     (finding,) = verify(root).all_findings
-    assert finding.path == str(space.paths.shard("picture", again))
+    assert finding.path == str(space.paths.shard("image", again))
     assert finding.what == f"row 8 is {key(1)} full, and so is row 1"
     assert "cache.verify --deep --repair" in finding.way_out
-    assert FeatureReader(space.paths).lookup("picture", [key(1)]).tolist() == [1]
+    assert FeatureReader(space.paths).lookup("image", [key(1)]).tolist() == [1]
 
 
 def test_what_a_crash_leaves_is_a_note(root: CacheRoot) -> None:
     space = make_space(root.path)
-    begun = ShardWriter(space, "picture", 2)
+    begun = ShardWriter(space, "image", 2)
     begun.append(key(9), "full", row(9))
     fill(space, [8])
-    space.paths.commit("picture", 3).unlink()
+    space.paths.commit("image", 3).unlink()
     (root.media_dir / "part-1.parquet.abcd.partial").write_bytes(b"")
     (space.paths.commits_dir / "README").write_text("mine")
     (root.spaces_dir / "begun").mkdir()
@@ -180,18 +180,18 @@ def test_the_command_prints_a_line_a_finding_and_exits_1(
     code, out = run(monkeypatch, capsys, *at, "--deep")
     assert code == 0
     assert out.splitlines() == [
-        f"{paths.name}: 3 picture rows, 1 frame rows, 1.27 kB: intact",
+        f"{paths.name}: 3 image rows, 1 frame rows, 1.27 kB: intact",
         f"logical hash: {expected}",
     ]
-    flip(paths.shard("picture", 1), 0)
+    flip(paths.shard("image", 1), 0)
     code, out = run(monkeypatch, capsys, *at, "--deep", "--space", "toy")
     assert code == 1
     assert out.splitlines()[0].startswith(
-        f"BROKEN: {paths.shard('picture', 1)}: 1 of 1 rows fail their checksum (row 4 first); "
+        f"BROKEN: {paths.shard('image', 1)}: 1 of 1 rows fail their checksum (row 4 first); "
     )
     assert "logical hash" not in out
     code, out = run(monkeypatch, capsys, *at, "--deep", "--json")
     values = json.loads(out)
     assert (code, values["broken"]) == (1, True)
-    assert values["spaces"][0]["rows"] == {"picture": 3, "frame": 1}
-    assert values["spaces"][0]["findings"][0]["path"] == str(paths.shard("picture", 1))
+    assert values["spaces"][0]["rows"] == {"image": 3, "frame": 1}
+    assert values["spaces"][0]["findings"][0]["path"] == str(paths.shard("image", 1))

@@ -35,7 +35,7 @@ from cache.view.collect import Findings, gather
 from cache.view.media import Medium, thumbnail
 from cache.view.page import render
 from configs import UserError
-from model.media.images import decode_picture, fit_picture
+from model.media.images import decode_image, fit_image
 from tests.toy_space import SPEC, features, key, make_space
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"
@@ -52,14 +52,14 @@ def shard(space: Space, rows: Sequence[tuple[str, str, int, float | None]], kind
     space.grow(kind)
 
 
-def pictures(space: Space, numbers: Sequence[int]) -> None:
-    """Made-up pictures, four a shard."""
+def images(space: Space, numbers: Sequence[int]) -> None:
+    """Made-up images, four a shard."""
     for start in range(0, len(numbers), 4):
-        shard(space, [(key(n), "full", n, None) for n in numbers[start : start + 4]], "picture")
+        shard(space, [(key(n), "full", n, None) for n in numbers[start : start + 4]], "image")
 
 
-def clip(space: Space, number: int, frames: int, *, backwards: bool = False) -> None:
-    """A clip of frames half a second apart; their numbers are 100 * number + 0, 1, ..."""
+def video(space: Space, number: int, frames: int, *, backwards: bool = False) -> None:
+    """A video of frames half a second apart; their numbers are 100 * number + 0, 1, ..."""
     views = [(key(number), time_view(500_000 * i), 100 * number + i, i / 2) for i in range(frames)]
     shard(space, views[::-1] if backwards else views, "frame")
 
@@ -67,7 +67,7 @@ def clip(space: Space, number: int, frames: int, *, backwards: bool = False) -> 
 def find(root: Path, count: int = 24, seed: int = 0, keep: Path | None = None) -> Findings:
     (name,) = CacheRoot(root).space_names()
     reader = FeatureReader(CacheRoot(root).space(name))
-    return gather(CacheRoot(root), reader, pictures=count, seed=seed, keep=keep)
+    return gather(CacheRoot(root), reader, images=count, seed=seed, keep=keep)
 
 
 class Page(HTMLParser):
@@ -113,10 +113,10 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("codec_name", ["fp16", "int8"])
 def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_name: str) -> None:
     space = make_space(tmp_path, codec_name)
-    pictures(space, range(1, 11))
-    clip(space, 3, 4)
+    images(space, range(1, 11))
+    video(space, 3, 4)
     found = find(tmp_path)
-    assert [(one.chosen.kind, one.chosen.of) for one in found.shown].count(("picture", 1)) == 10
+    assert [(one.chosen.kind, one.chosen.of) for one in found.shown].count(("image", 1)) == 10
     recorded = {}
     for path in sorted(space.paths.commits_dir.glob("*.parquet")):
         kind = path.name.split("-")[0]
@@ -124,7 +124,7 @@ def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_na
             (kind, row["key"].hex(), row["view"]): row for row in pq.read_table(path).to_pylist()
         }
     arrays = {
-        kind: zarr.open_array(space.paths.array(kind), mode="r") for kind in ("picture", "frame")
+        kind: zarr.open_array(space.paths.array(kind), mode="r") for kind in ("image", "frame")
     }
     for one in found.shown:
         for tile in one.tiles:
@@ -138,20 +138,20 @@ def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_na
             colours = found.basis.colours(stored).reshape(side, side, 3)
             assert (tile.colours == colours).all()
             assert (tile.outliers == (norms > 2 * found.norms[one.chosen.kind].median)).all()
-    errors = [row["error"] for (kind, *_), row in recorded.items() if kind == "picture"]
-    assert sorted(found.errors["picture"].values) == sorted(errors)
-    assert (found.errors["picture"].shards, found.errors["picture"].of) == (3, 3)
+    errors = [row["error"] for (kind, *_), row in recorded.items() if kind == "image"]
+    assert sorted(found.errors["image"].values) == sorted(errors)
+    assert (found.errors["image"].shards, found.errors["image"].of) == (3, 3)
     every = np.stack(
         [
-            np.asarray(arrays["picture"][row["row"]])
+            np.asarray(arrays["image"][row["row"]])
             for (kind, *_), row in recorded.items()
-            if kind == "picture"
+            if kind == "image"
         ]
     )
     tokens = every.reshape(-1, 64).astype(np.float64)
     np.testing.assert_allclose(found.channels.mean, tokens.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(found.channels.std, tokens.std(axis=0), rtol=1e-5)
-    assert found.norms["picture"].median == pytest.approx(np.median(np.linalg.norm(tokens, axis=1)))
+    assert found.norms["image"].median == pytest.approx(np.median(np.linalg.norm(tokens, axis=1)))
 
 
 @pytest.mark.parametrize("count", [40, 900])  # fewer tokens than channels, and more
@@ -192,11 +192,11 @@ def test_neighbours_are_the_most_similar_and_never_oneself() -> None:
 
 def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    pictures(space, range(6))
+    images(space, range(6))
     found = find(tmp_path)
     assert found.touch is not None
     codes = found.touch.codes.astype(np.float64)
-    rows = [sampling.read_rows(found.reader, "picture", one.chosen.rows) for one in found.shown]
+    rows = [sampling.read_rows(found.reader, "image", one.chosen.rows) for one in found.shown]
     vectors = found.basis.project(np.concatenate(rows).reshape(-1, 64), codes.shape[1])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     assert np.abs(codes @ codes.T / 127**2 - unit @ unit.T).max() < 0.03
@@ -211,7 +211,7 @@ def test_outliers_are_marked_where_they_are(tmp_path: Path) -> None:
     space = make_space(tmp_path, "fp16")
     values = features(1)
     values[2] *= 5
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     writer.append(key(0), "full", codec.pack(features(0), "fp16"))
     writer.append(key(1), "full", codec.pack(values, "fp16"))
     writer.commit()
@@ -236,29 +236,29 @@ def test_a_draw_has_one_of_each_of_equal_stretches(count: int, total: int, seed:
 
 def test_a_seed_decides_the_page_to_the_byte(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    pictures(space, range(40))
-    clip(space, 1, 3)
+    images(space, range(40))
+    video(space, 1, 3)
     pages = [render(find(tmp_path, 5, seed)) for seed in (0, 0, 1)]
     assert pages[0] == pages[1] != pages[2]
-    assert "--pictures 5 --seed 1" in pages[2]
+    assert "--images 5 --seed 1" in pages[2]
     found = find(tmp_path, 5)
-    assert [one.chosen.kind for one in found.shown] == ["picture"] * 4 + ["frame"]
+    assert [one.chosen.kind for one in found.shown] == ["image"] * 4 + ["frame"]
     assert len({one.chosen.key for one in found.shown}) == 5
 
 
-def test_clips_take_the_place_of_pictures_that_are_not_there(tmp_path: Path) -> None:
+def test_videos_take_the_place_of_images_that_are_not_there(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    pictures(space, range(2))
+    images(space, range(2))
     for number in range(10, 16):
-        clip(space, number, 2)
-    assert [one.chosen.kind for one in find(tmp_path, 6).shown] == ["picture"] * 2 + ["frame"] * 4
+        video(space, number, 2)
+    assert [one.chosen.kind for one in find(tmp_path, 6).shown] == ["image"] * 2 + ["frame"] * 4
 
 
 def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    clip(space, 1, 15, backwards=True)
-    clip(space, 2, 3)
-    clip(space, 3, 1)
+    video(space, 1, 15, backwards=True)
+    video(space, 2, 3)
+    video(space, 3, 1)
     found = {one.chosen.key: one for one in find(tmp_path).shown}
     assert found.keys() == {key(1), key(2), key(3)}
     long = found[key(1)]
@@ -269,12 +269,12 @@ def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) ->
     assert long.chosen.of == 15
     page = Page(render(find(tmp_path)))
     assert re.findall(r"\d\.\d\d s", page.text)[:8] == [f"{i}.00 s" for i in range(8)]
-    assert "Pictures" not in page.text  # a space of frames alone
+    assert "Images" not in page.text  # a space of frames alone
 
 
 def test_a_large_space_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = make_space(tmp_path)
-    pictures(space, range(240))
+    images(space, range(240))
     monkeypatch.setattr(sampling, "SAMPLE_ROWS", 6)
     monkeypatch.setattr(sampling, "SAMPLE_SHARDS", 5)
     read: list[int] = []
@@ -290,27 +290,27 @@ def test_a_large_space_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.Mon
     reader = FeatureReader(space.paths)
     sizes = {kind: index.nbytes for kind, index in reader.index.items()}
     reader = FeatureReader(space.paths, files=Counting(LocalFiles(space.paths, sizes)))
-    found = gather(CacheRoot(tmp_path), reader, pictures=4, seed=0, keep=None)
-    assert sum(read) == 10 * reader.geometry["picture"].row_bytes
-    assert found.norms["picture"].rows == 6
-    assert (found.errors["picture"].shards, found.errors["picture"].of) == (5, 60)
-    assert len(found.errors["picture"].values) == 20
+    found = gather(CacheRoot(tmp_path), reader, images=4, seed=0, keep=None)
+    assert sum(read) == 10 * reader.geometry["image"].row_bytes
+    assert found.norms["image"].rows == 6
+    assert (found.errors["image"].shards, found.errors["image"].of) == (5, 60)
+    assert len(found.errors["image"].values) == 20
 
 
 def other_space(folder: Path, **changes: Any) -> Space:
     spec: FeatureSpec = dataclasses.replace(SPEC, **changes)
-    return Space.create(CacheRoot(folder), spec, {}, shard_bytes=4 * spec.row_bytes("picture"))
+    return Space.create(CacheRoot(folder), spec, {}, shard_bytes=4 * spec.row_bytes("image"))
 
 
 def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
-    pictures(other_space(tmp_path / "pooled", pool_picture=2), range(3))
+    images(other_space(tmp_path / "pooled", pool_image=2), range(3))
     (tile, *_) = find(tmp_path / "pooled").shown[0].tiles
     assert tile.colours.shape == (1, 1, 3)
     assert "1 × 1 tokens, each the mean of 2 × 2 patches" in render(find(tmp_path / "pooled"))
     space = other_space(tmp_path / "cls", keep_cls=True, pool_frame=1)
-    pictures(space, range(3))
+    images(space, range(3))
     for one in find(tmp_path / "cls").shown:
-        stored = sampling.read_rows(find(tmp_path / "cls").reader, "picture", one.chosen.rows)[0]
+        stored = sampling.read_rows(find(tmp_path / "cls").reader, "image", one.chosen.rows)[0]
         norms = np.linalg.norm(stored, axis=1)
         assert one.tiles[0].cls_norm == pytest.approx(norms[0])
         np.testing.assert_allclose(one.tiles[0].norms.ravel(), norms[1:], rtol=1e-6)
@@ -321,13 +321,13 @@ def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numbers", [[0], [0, 1]])
 def test_a_handful_of_rows_is_a_page(tmp_path: Path, numbers: list[int]) -> None:
     space = make_space(tmp_path)
-    pictures(space, numbers)
+    images(space, numbers)
     assert len(Page(render(find(tmp_path))).all("article")) == len(numbers)
 
 
 def test_equal_tokens_are_a_page(tmp_path: Path) -> None:
     space = make_space(tmp_path, "fp16")
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     for number in range(3):
         writer.append(key(number), "full", np.zeros(512, np.uint8))
     writer.commit()
@@ -343,8 +343,8 @@ def test_equal_tokens_are_a_page(tmp_path: Path) -> None:
 def hostile(tmp_path: Path) -> Path:
     """A cache in which everything a stranger may write says HOSTILE."""
     space = make_space(tmp_path)
-    pictures(space, range(4))
-    clip(space, 9, 2)
+    images(space, range(4))
+    video(space, 9, 2)
     root = CacheRoot(tmp_path)
     sources = [f"/nowhere/{number}{HOSTILE}" for number in range(4)]
     append_media(
@@ -379,7 +379,9 @@ def hostile(tmp_path: Path) -> Path:
 
 def test_what_strangers_wrote_is_text_and_nothing_else(hostile: Path) -> None:
     page = Page(render(find(hostile)))  # tags balance, so nothing broke out
-    assert page.text.count(HOSTILE) >= 4 * 4 + 2  # asked, said, note, source; clip's source, reason
+    assert (
+        page.text.count(HOSTILE) >= 4 * 4 + 2
+    )  # asked, said, note, source; video's source, reason
     assert {
         tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)
     } == set()
@@ -408,7 +410,7 @@ def test_the_page_asks_nobody_and_runs_one_script(hostile: Path) -> None:
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|https?:|innerHTML|eval\(", script)
 
 
-def test_pictures_have_words_and_tables_have_headers(hostile: Path) -> None:
+def test_images_have_words_and_tables_have_headers(hostile: Path) -> None:
     page = Page(render(find(hostile)))
     assert all("alt" in tag for tag in page.all("img"))
     assert all(tag.get("aria-label") for tag in page.all("svg"))
@@ -436,7 +438,7 @@ def photo(tmp_path: Path) -> tuple[Path, str]:
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_picture_comes_from_its_path_or_from_kept_downloads(
+def test_a_image_comes_from_its_path_or_from_kept_downloads(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
@@ -453,7 +455,7 @@ def test_a_picture_comes_from_its_path_or_from_kept_downloads(
     assert (np.asarray(kept) == np.asarray(here)).all()
 
 
-def test_a_picture_that_is_gone_or_another_one_is_not_shown(
+def test_a_image_that_is_gone_or_another_one_is_not_shown(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
@@ -489,13 +491,13 @@ def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, kind: 
         options = {"exif": Image.Exif()}
         options["exif"][0x0112] = 6
     image.save(out, "JPEG" if kind in ("CMYK", "turned") else "PNG", **options)
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(out.getvalue())
     spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
     name = hashlib.sha256(out.getvalue()).hexdigest()
     shown, _ = thumbnail(Medium(sources=(str(path),)), name, spec, None)
     assert shown is not None
-    seen = fit_picture(decode_picture(out.getvalue()), 56, fit, spec.mean)
+    seen = fit_image(decode_image(out.getvalue()), 56, fit, spec.mean)
     small = np.asarray(shown.resize((56, 56), Image.Resampling.BICUBIC))
     assert np.abs(small.astype(int) - seen.astype(int)).mean() < 2
 
@@ -505,7 +507,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
 ) -> None:
     path, name = photo
     space = make_space(tmp_path / "cache")
-    shard(space, [(name, "full", 1, None), (key(2), "full", 2, None)], "picture")
+    shard(space, [(name, "full", 1, None), (key(2), "full", 2, None)], "image")
     root = CacheRoot(tmp_path / "cache")
     record = MediaRecord(
         source=str(path), key=name, width=500, height=300, bytes=path.stat().st_size
@@ -532,19 +534,19 @@ def test_a_page_shows_thumbnails_with_their_captions(
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures(make_space(tmp_path), range(4))
+    images(make_space(tmp_path), range(4))
     out = tmp_path / "pages" / "view.html"
-    assert view.main(["--features", str(tmp_path), "--out", str(out), "--pictures", "2"]) == 0
+    assert view.main(["--features", str(tmp_path), "--out", str(out), "--images", "2"]) == 0
     assert len(Page(out.read_text()).all("article")) == 2
-    assert "2 pictures and clips" in capsys.readouterr().out
+    assert "2 images and videos" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--features", "{nowhere}"], "no cache at"),
-        (["--pictures", "0"], "--pictures 0: must be 1 to 500"),
-        (["--pictures", "501"], "--pictures 501: must be 1 to 500"),
+        (["--images", "0"], "--images 0: must be 1 to 500"),
+        (["--images", "501"], "--images 501: must be 1 to 500"),
         (["--seed", "-1"], "--seed -1: must be"),
         (["--out", "{here}"], "a folder; name a file"),
         (["--space", "nix"], "no space 'nix'"),
@@ -566,8 +568,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, argv: list[str], message:
 
 def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    pictures(space, range(4))
-    path = space.paths.shard("picture", 0)
+    images(space, range(4))
+    path = space.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
     data[30] ^= 1
     path.write_bytes(data)
@@ -576,7 +578,7 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
 
 
 def test_what_is_touched_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures(make_space(tmp_path), range(4))
+    images(make_space(tmp_path), range(4))
     monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 9)
     touch = find(tmp_path).touch
     assert touch is not None

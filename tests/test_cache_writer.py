@@ -27,36 +27,36 @@ from tests.toy_space import SLOTS, SPEC, features, fill, key, make_space, row
 
 def test_rows_come_back_and_the_table_says_what_was_said(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    writer = ShardWriter(space, "picture", space.next_shard("picture"))
+    writer = ShardWriter(space, "image", space.next_shard("image"))
     writer.append(key(1), "full", row(1), error=0.25)
     writer.append(key(1), "crop:0,0,1,1", row(2), time_s=1.5)
     assert (writer.rows, writer.full) == (2, False)
-    assert space.keys("picture") == set()
+    assert space.keys("image") == set()
     assert writer.commit() == 2
-    table = space.commits("picture").to_pydict()
+    table = space.commits("image").to_pydict()
     assert table["key"] == [bytes.fromhex(key(1))] * 2
     assert (table["view"], table["time_s"]) == (["full", "crop:0,0,1,1"], [None, 1.5])
     assert (table["row"], table["error"]) == ([0, 1], [0.25, 0.0])
-    assert space.keys("picture") == {(key(1), "full"), (key(1), "crop:0,0,1,1")}
-    assert space.shard_keys("picture", 0) == space.keys("picture")
-    assert space.shard_keys("picture", 1) == set()
-    assert FeatureReader(space.paths).read("picture", key(1)).shape == features(1).shape
+    assert space.keys("image") == {(key(1), "full"), (key(1), "crop:0,0,1,1")}
+    assert space.shard_keys("image", 0) == space.keys("image")
+    assert space.shard_keys("image", 1) == set()
+    assert FeatureReader(space.paths).read("image", key(1)).shape == features(1).shape
 
 
 def test_a_shard_holds_what_its_geometry_says(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, range(SLOTS))
     fill(space, [SLOTS])
-    geometry = space.info.geometry("picture")
+    geometry = space.info.geometry("image")
     for number, rows in ((0, SLOTS), (1, 1)):
-        commit = read_commit(space.paths, space.info, "picture", number)
-        size = space.paths.shard("picture", number).stat().st_size
+        commit = read_commit(space.paths, space.info, "image", number)
+        size = space.paths.shard("image", number).stat().st_size
         assert size == commit.nbytes == geometry.file_bytes(rows) == rows * 268 + 16 * SLOTS + 4
 
 
 def test_a_row_that_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     writer.append(key(0), "full", row(0))
     for name, view, payload, why in (
         (key(0), "full", row(0), "already"),
@@ -91,7 +91,7 @@ def test_a_write_that_fails_can_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = make_space(tmp_path)
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
 
     def full_disk(fd: int, buffers: Any, at: int) -> int:
         os.pwrite(fd, b"half a row" * 20, at)
@@ -118,7 +118,7 @@ def test_rows_written_together_are_all_there_or_none(
         return NewRow(key=key(number), view="full", payload=row(number), error=number / 100)
 
     space = make_space(tmp_path)
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     writer.append(key(0), "full", row(0))
     for wrong, why in (
         ([new(1), new(1)], "already"),
@@ -145,7 +145,7 @@ def test_rows_written_together_are_all_there_or_none(
     assert writer.rows == 1
     writer.extend([new(3), new(2)])
     assert writer.commit() == 3
-    table = space.commits("picture").to_pydict()
+    table = space.commits("image").to_pydict()
     assert table["key"] == [bytes.fromhex(key(n)) for n in (0, 3, 2)]
     assert (table["row"], table["error"][1]) == ([0, 1, 2], pytest.approx(0.03))
     assert not verify(CacheRoot(tmp_path), deep=True).broken
@@ -154,13 +154,13 @@ def test_rows_written_together_are_all_there_or_none(
 def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     assert fill(space, [0]) == 0
-    ShardWriter(space, "picture", 1)  # begun, and its process died
-    assert space.next_shard("picture") == 2
+    ShardWriter(space, "image", 1)  # begun, and its process died
+    assert space.next_shard("image") == 2
     with pytest.raises(FileExistsError):
-        ShardWriter(space, "picture", 1)
+        ShardWriter(space, "image", 1)
     assert fill(space, [2]) == 2
-    shutil.rmtree(space.paths.shard("picture", 2).parent.parent)  # lost, but committed
-    assert space.next_shard("picture") == 3
+    shutil.rmtree(space.paths.shard("image", 2).parent.parent)  # lost, but committed
+    assert space.next_shard("image") == 3
     assert space.next_shard("frame") == 0
 
 
@@ -168,38 +168,38 @@ def test_a_shard_takes_the_place_of_others_at_once(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
-    writer = ShardWriter(space, "picture", space.next_shard("picture"))
+    writer = ShardWriter(space, "image", space.next_shard("image"))
     for number in (1, 2):
         writer.append(key(number), "full", row(number))
-    assert len(space.keys("picture")) == 3
+    assert len(space.keys("image")) == 3
     writer.commit(replaces=(0, 1))
-    assert space.keys("picture") == {(key(1), "full"), (key(2), "full")}
+    assert space.keys("image") == {(key(1), "full"), (key(2), "full")}
     reader = FeatureReader(space.paths)
-    assert reader.lookup("picture", [key(0), key(1), key(2)]).tolist() == [-1, 8, 9]
+    assert reader.lookup("image", [key(0), key(1), key(2)]).tolist() == [-1, 8, 9]
     assert not verify(CacheRoot(tmp_path), deep=True).broken, "no row is there twice"
-    assert space.next_shard("picture") == 3
+    assert space.next_shard("image") == 3
 
 
 def test_an_aborted_or_empty_shard_leaves_nothing(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     writer.append(key(1), "full", row(1))
     writer.abort()
-    assert ShardWriter(space, "picture", 0).commit() == 0
-    assert list(space.paths.shards_dir("picture").iterdir()) == []
-    committed = ShardWriter(space, "picture", 0)
+    assert ShardWriter(space, "image", 0).commit() == 0
+    assert list(space.paths.shards_dir("image").iterdir()) == []
+    committed = ShardWriter(space, "image", 0)
     committed.append(key(1), "full", row(1))
     committed.commit()
     committed.abort()
     writer.abort()  # late, when the number is another's
-    assert space.keys("picture") == {(key(1), "full")}
+    assert space.keys("image") == {(key(1), "full")}
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
 def test_creating_is_idempotent_and_keeps_what_is_there(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [1])
-    space.grow("picture")
+    space.grow("image")
     files = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
     again = Space.create(CacheRoot(tmp_path), space.spec, {"other": 1}, shard_bytes=1 << 30)
     assert (again.load, again.info) == (space.load, space.info)
@@ -223,24 +223,24 @@ def test_a_space_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
 
 def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> None:
     space = make_space(tmp_path)
-    path = space.paths.array_json("picture")
+    path = space.paths.array_json("image")
 
     def rows() -> int:
         return int(read_sealed_json(path)["shape"][0])
 
     assert rows() == 0
     fill(space, [1])
-    ShardWriter(space, "picture", 1)
+    ShardWriter(space, "image", 1)
     fill(space, [2])
-    space.grow("picture")
+    space.grow("image")
     assert rows() == 3 * SLOTS
-    space.paths.commit("picture", 2).unlink()
-    space.grow("picture")
+    space.paths.commit("image", 2).unlink()
+    space.grow("image")
     assert rows() == 3 * SLOTS
     path.write_bytes(path.read_bytes().replace(b"float16", b"float32"))
     with pytest.raises(Corrupt):
         rows()
-    space.grow("picture")
+    space.grow("image")
     assert rows() == SLOTS
     space.paths.group_json.unlink()
     make_space(tmp_path)
@@ -248,10 +248,10 @@ def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> N
 
 
 def test_shards_are_about_as_large_as_asked() -> None:
-    info = new_info(SPEC, {}, 1000)  # 264 bytes a picture, 66 a frame
-    assert info.slots == {"picture": 4, "frame": 16}
-    assert new_info(SPEC, {}, 1).slots == {"picture": 1, "frame": 1}
-    assert new_info(SPEC, {}, 1 << 40).slots == {"picture": MAX_SLOTS, "frame": MAX_SLOTS}
+    info = new_info(SPEC, {}, 1000)  # 264 bytes an image, 66 a frame
+    assert info.slots == {"image": 4, "frame": 16}
+    assert new_info(SPEC, {}, 1).slots == {"image": 1, "frame": 1}
+    assert new_info(SPEC, {}, 1 << 40).slots == {"image": MAX_SLOTS, "frame": MAX_SLOTS}
 
 
 def test_nothing_is_named_before_it_is_durable(
@@ -278,7 +278,7 @@ def test_nothing_is_named_before_it_is_durable(
     spy(os, "mkdir", lambda path, *_: str(path))
     spy(os, "rename", lambda source, target: f"{source}>{target}")
     fill(space, [1, 2])
-    shard = str(space.paths.shard("picture", 0))
+    shard = str(space.paths.shard("image", 0))
     folders = [str(parent) for parent in Path(shard).parents][:3]
     commits = str(space.paths.commits_dir)
     assert trace[:2] == [("mkdir", folders[1]), ("mkdir", folders[0])]
@@ -288,7 +288,7 @@ def test_nothing_is_named_before_it_is_durable(
     (call, temporary), renamed, last = trace[10:]
     assert call == "fsync"
     assert temporary.startswith(commits)
-    assert renamed == ("rename", f"{temporary}>{space.paths.commit('picture', 0)}")
+    assert renamed == ("rename", f"{temporary}>{space.paths.commit('image', 0)}")
     assert last == ("fsync", commits)
 
 
@@ -304,18 +304,18 @@ from tests.toy_space import SLOTS, SPEC, key, row
 root = CacheRoot(Path(sys.argv[1]))
 paths = root.space(SPEC.name)
 with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "0") as lease:
-    space = Space.create(root, SPEC, {}, shard_bytes=SLOTS * SPEC.row_bytes("picture"))
-    space.grow("picture")
-    number = len(space.keys("picture"))
+    space = Space.create(root, SPEC, {}, shard_bytes=SLOTS * SPEC.row_bytes("image"))
+    space.grow("image")
+    number = len(space.keys("image"))
     print(number, flush=True)
     while True:
-        writer = ShardWriter(space, "picture", space.next_shard("picture"), lease.fence)
+        writer = ShardWriter(space, "image", space.next_shard("image"), lease.fence)
         while not writer.full:
             writer.append(key(number), "full", row(number))
             number += 1
         writer.commit()
         print(number, flush=True)
-        space.grow("picture")
+        space.grow("image")
 """
 
 
@@ -342,8 +342,8 @@ def test_jobs_killed_at_random_lose_and_double_nothing(
             committed = int([str(first), *seen, *job.stdout.read().split()][-1])
         report = verify(CacheRoot(tmp_path), deep=True)
         assert not report.broken
-        rows = report.spaces[0].rows["picture"]
+        rows = report.spaces[0].rows["image"]
         assert committed <= rows <= committed + SLOTS
         space = Space.open(CacheRoot(tmp_path).space(SPEC.name))
-        assert space.keys("picture") == {(key(number), "full") for number in range(rows)}
+        assert space.keys("image") == {(key(number), "full") for number in range(rows)}
     assert committed > SLOTS, "the jobs were killed while they wrote"

@@ -16,7 +16,7 @@ from cache.store.writer import ShardWriter, Space
 from encode.sources.demo import questions
 from encode.sources.demo_drawings import World, draw, things
 from model.language.model import load_tokenizer
-from model.media.images import decode_picture
+from model.media.images import decode_image
 from model.quantize import pack
 from model.vision.encoder import VisionEncoder, encoder_config, load_encoder
 from train import run_folder, setup
@@ -26,24 +26,24 @@ from train.forward import Forward
 from train.metrics import read_metrics
 from train.run import train
 
-WORLD = World(pictures=24)
+WORLD = World(images=24)
 STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveForward(Forward):
-    """Encodes a micro-batch's pictures from their files instead of unpacking what is stored."""
+    """Encodes a micro-batch's images from their files instead of unpacking what is stored."""
 
     encoder: VisionEncoder
     joined: Join
     files: dict[str, Path]
-    """Key -> picture."""
+    """Key -> image."""
     rounded: bool
 
     def features(self, micro: MicroBatch) -> torch.Tensor | None:
         media = [number for tree in micro.placed for number in tree.media]
-        pictures = [decode_picture(self.files[self.joined.key(m)].read_bytes()) for m in media]
-        pixels = [self.encoder.prepare(picture)[None] for picture in pictures]
+        images = [decode_image(self.files[self.joined.key(m)].read_bytes()) for m in media]
+        pixels = [self.encoder.prepare(image)[None] for image in images]
         computed = torch.cat([self.encoder.encode(one) for one in pixels])
         return computed.half() if self.rounded else computed
 
@@ -54,15 +54,15 @@ def encode_all(
     """Drawings as files, encoded and asked about."""
     root = CacheRoot(folder / "cache")
     space = Space.create(root, encoder.spec(codec), encoder.load_info(), shard_bytes=1 << 20)
-    shard = ShardWriter(space, "picture", 0)
+    shard = ShardWriter(space, "image", 0)
     files, samples = {}, []
-    for number in range(WORLD.pictures):
+    for number in range(WORLD.images):
         data = draw(WORLD, number)
         path = folder / f"{number}.png"
         path.write_bytes(data)
         key = hashlib.sha256(data).hexdigest()
         files[key] = path
-        computed = encoder.encode(encoder.prepare(decode_picture(data))[None])
+        computed = encoder.encode(encoder.prepare(decode_image(data))[None])
         shard.append(key, "full", pack(computed, codec).rows[0].numpy())
         append_media(root, [MediaRecord(source=str(path), key=key)], "test")
         for i, (task, question, answer) in enumerate(questions(things(WORLD, number))):
@@ -75,7 +75,7 @@ def encode_all(
                 Sample(id=f"{number}-{i}", dataset="drawn", messages=turns, media=media, task=task)
             )
     shard.commit()
-    space.grow("picture")
+    space.grow("image")
     write_samples(root, "drawn", samples)
     return root, files
 

@@ -1,4 +1,4 @@
-"""Clips in packed micro-batches: read, placed and learned from as if every sample stood alone."""
+"""Videos in packed micro-batches: read, placed and learned from as if every sample stood alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from train.data import FeatureLoader, Join, OnePass, StepPlan, inspect_text
 from train.data.loader import feature_order
 from train.forward import Forward
 
-CLIPS = {"clip a": 2.2, "clip b": 0.0, "clip c": 4.1}
-PICTURES = ["p", "q"]
+VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
+IMAGES = ["p", "q"]
 
 
 def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
@@ -43,15 +43,15 @@ def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
 
 
 def samples() -> list[Sample]:
-    """Clips alone, shared, beside pictures, twice; text; unanswered ends; an answer before a picture."""
-    talk = ask("late", ["p", "clip b"])
+    """Videos alone, shared, beside images, twice; text; unanswered ends; an answer before an image."""
+    talk = ask("late", ["p", "video b"])
     return [
-        ask("one", ["clip a"], "<image>what?", "red"),
-        ask("same", ["clip a"], "<image>where?", "there it is", weight=0.5),
-        ask("again", ["clip a"], "<image>where then?", "no"),
-        ask("mixed", ["p", "clip c", "q"], "<image> in <image> or <image>?", "both"),
-        ask("twice", ["clip b", "clip b"], "<image><image>?", "same"),
-        ask("picture", ["p"], "<image>what?", "a dog"),
+        ask("one", ["video a"], "<image>what?", "red"),
+        ask("same", ["video a"], "<image>where?", "there it is", weight=0.5),
+        ask("again", ["video a"], "<image>where then?", "no"),
+        ask("mixed", ["p", "video c", "q"], "<image> in <image> or <image>?", "both"),
+        ask("twice", ["video b", "video b"], "<image><image>?", "same"),
+        ask("image", ["p"], "<image>what?", "a dog"),
         ask("words", [], "hello", "hi"),
         replace(talk, messages=turns("<image> first", "yes", "then <image>?", "no", "why?")),
         replace(ask("early", ["q"]), messages=turns("hm", "an answer", "<image> now?")),
@@ -60,17 +60,17 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = new_world(tmp_path_factory.mktemp("clips"))
-    world.write(d=samples(), e=[ask("other", ["clip a", "q"], "<image> <image>", "x")])
-    world.encode_real(PICTURES)
-    world.encode_clips(CLIPS)
+    world = new_world(tmp_path_factory.mktemp("videos"))
+    world.write(d=samples(), e=[ask("other", ["video a", "q"], "<image> <image>", "x")])
+    world.encode_real(IMAGES)
+    world.encode_videos(VIDEOS)
     return world
 
 
 def frames_of(name: str) -> list[tuple[float, np.ndarray]]:
-    """Times and features of a clip, by hand: two a second and the last, each once."""
-    asked = [i * 500_000 for i in range(int(CLIPS[name] / 0.5) + 1)]
-    times = sorted({frame_time(us) for us in (*asked, round(CLIPS[name] * 1e6))})
+    """Times and features of a video, by hand: two a second and the last, each once."""
+    asked = [i * 500_000 for i in range(int(VIDEOS[name] / 0.5) + 1)]
+    times = sorted({frame_time(us) for us in (*asked, round(VIDEOS[name] * 1e6))})
     return [(t, features(name, t)) for t in times]
 
 
@@ -105,7 +105,7 @@ def whole(world: World, sample: Sample) -> tuple[PackedBatch, Tensor | None]:
                     add([*text_ids(f"{time_s:.1f} "), *[image] * len(frame)], 0.0)
                     seen.append(frame)
             else:
-                add([image] * SPEC.tokens("picture"), 0.0)
+                add([image] * SPEC.tokens("image"), 0.0)
                 seen.append(features(name))
             add(text_ids(part), weight)
         add(text_ids("<|im_end|>"), weight)
@@ -149,7 +149,7 @@ def gradients(vlm: VLM) -> dict[str, Tensor]:
 def test_packed_is_unpacked_in_loss_and_gradients(
     world: World, max_branches: int, max_tokens: int
 ) -> None:
-    """Clips, shared clips, pictures beside clips, and no token read that predicts nothing."""
+    """Videos, shared videos, images beside videos, and no token read that predicts nothing."""
     vlm = stirred()
     total = weight = 0.0
     length = 0
@@ -183,7 +183,7 @@ def test_packed_is_unpacked_in_loss_and_gradients(
 
 
 def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
-    """Lengths by hand: up to the last predictor, or to the end of the last picture."""
+    """Lengths by hand: up to the last predictor, or to the end of the last image."""
     joined = world.join("d")
     trees = world.trees(joined, 512, max_branches=1)
     lengths = dict(zip(names_of(joined), trees.length.tolist(), strict=True))
@@ -197,13 +197,13 @@ def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
     assert lengths["d/words"] == len(prompt) + len("hi")
 
 
-def test_samples_that_share_a_clip_read_it_once(world: World) -> None:
+def test_samples_that_share_a_video_read_it_once(world: World) -> None:
     joined = world.join("d")
     trees = world.trees(joined, 512)
     piece = trees.piece(0)
     assert [joined.name_of(int(m)) for m in piece.members] == ["d/one", "d/same", "d/again"]
-    clip = len(trees.places.contents(joined, joined.media_of(0).tolist())[0])
-    assert piece.prefix == len(["<|im_start|>", "user", "\n"]) + clip
+    video = len(trees.places.contents(joined, joined.media_of(0).tolist())[0])
+    assert piece.prefix == len(["<|im_start|>", "user", "\n"]) + video
     assert piece.tokens == int(trees.length[piece.members].sum()) - 2 * piece.prefix
 
 
@@ -219,24 +219,24 @@ def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
     wanted = []
     for tree in micro.placed:
         for m in tree.media:
-            name = next(n for n in (*CLIPS, *PICTURES) if key_of(n) == joined.key(m))
-            if joined.is_clip(m):
+            name = next(n for n in (*VIDEOS, *IMAGES) if key_of(n) == joined.key(m))
+            if joined.is_video(m):
                 wanted += [frame for _, frame in frames_of(name)]
             else:
                 wanted.append(features(name))
     assert torch.equal(rows, torch.from_numpy(np.concatenate(wanted)))
     assert len(rows) == len(micro.packed.image_slots)
-    # Every picture and every frame once, whatever number of samples show it.
+    # Every image and every frame once, whatever number of samples show it.
     assert {k: len(c) for k, c in micro.codes.items()} == {
-        "picture": 2,
-        "frame": sum(len(frames_of(name)) for name in CLIPS),
+        "image": 2,
+        "frame": sum(len(frames_of(name)) for name in VIDEOS),
     }
 
 
-def test_a_clip_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = new_world(tmp_path)
     world.write(d=[ask("1", ["clip"], "<image>?", "yes")])
-    world.encode_clips({"clip": 7.0})
+    world.encode_videos({"clip": 7.0})
     joined = world.join()
     assert len(joined.rows_of(0)) == 15
     calls: list[int] = []
@@ -256,9 +256,9 @@ def test_a_clip_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> None:
-    """Pictures of 4 tokens and frames of 16: each place gets the token that is its own."""
-    spec = replace(SPEC, image_size=8, pool_picture=2, pool_frame=1)
-    assert (spec.tokens("picture"), spec.tokens("frame")) == (4, 16)
+    """Images of 4 tokens and frames of 16: each place gets the token that is its own."""
+    spec = replace(SPEC, image_size=8, pool_image=2, pool_frame=1)
+    assert (spec.tokens("image"), spec.tokens("frame")) == (4, 16)
     joined = world.join("d", "e")
     rng = np.random.default_rng(seed)
     media = rng.integers(0, len(joined.kinds), 9)
@@ -266,7 +266,7 @@ def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> No
     tokens = [(k, int(row), t) for k in rows for row in rows[k] for t in range(spec.tokens(k))]
     expected = []
     for m in media.tolist():
-        array = "frame" if joined.is_clip(m) else "picture"
+        array = "frame" if joined.is_video(m) else "image"
         expected += [
             (array, int(row), t) for row in joined.rows_of(m) for t in range(spec.tokens(array))
         ]
@@ -304,17 +304,17 @@ def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) ->
     assert losses(300, 2, world_size=2) == pytest.approx(first, rel=1e-5)
 
 
-def test_a_clip_longer_than_the_window_is_refused_with_ways_out(world: World) -> None:
+def test_a_video_longer_than_the_window_is_refused_with_ways_out(world: World) -> None:
     joined = world.join("d")
     with pytest.raises(UserError) as refused:
         world.trees(joined, max_tokens=60)
     message = str(refused.value)
-    frames = len(frames_of("clip c"))
+    frames = len(frames_of("video c"))
     assert "d/mixed is " in message
     tokens = (
         frames * len("0.0 ") + frames
     )  # no time has more than four characters, a frame one token
-    assert f"(2 x 4 for pictures, {tokens} for {frames} frames of clips, " in message
+    assert f"(2 x 4 for images, {tokens} for {frames} frames of videos, " in message
     assert "--max-frames, here and in encode.run" in message
     assert "\n" not in message
 
@@ -327,7 +327,7 @@ def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
         sample = int(trees.piece(t).members[0])
         if len(joined.media_of(sample)):
             m = int(joined.media_of(sample)[0])
-            array = "frame" if joined.is_clip(m) else "picture"
+            array = "frame" if joined.is_video(m) else "image"
             rows.setdefault(int(trees.first_row[t]), (array, int(joined.rows_of(m)[0])))
             assert rows[int(trees.first_row[t])] == (array, int(joined.rows_of(m)[0]))
     ordered = [rows[number] for number in sorted(rows)]
@@ -336,26 +336,25 @@ def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
 
 def test_inspect_shows_frames_with_their_times(tmp_path: Path) -> None:
     world = new_world(tmp_path)
-    world.write(d=[ask("1", ["clip b", "p"], "<image> or <image>?", "no")])
+    world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
     world.encode(["p"])
-    world.encode_clips({"clip b": 0.8})
+    world.encode_videos({"video b": 0.8})
     joined: Join = world.join()
     trees = world.trees(joined)
     with FeatureLoader(
         OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
     ) as loader:
         text = inspect_text(next(loader), world.tokenizer, trees)
-    clip, picture = key_of("clip b")[:12], key_of("p")[:12]
-    assert "1 picture, 1 clip, 1 sample" in text.splitlines()[0]
+    video, image = key_of("video b")[:12], key_of("p")[:12]
+    assert "1 image, 1 video, 1 sample" in text.splitlines()[0]
     assert (
-        f"user\\n0.0 [1/3 of clip {clip}.. x1 tokens]0.5 [2/3 of clip {clip}.. x1 tokens]"
-        f"0.8 [3/3 of clip {clip}.. x1 tokens] or [picture {picture}.. x4 tokens]?<|im_end|>"
-        in text
+        f"user\\n0.0 [1/3 of video {video}.. x1 tokens]0.5 [2/3 of video {video}.. x1 tokens]"
+        f"0.8 [3/3 of video {video}.. x1 tokens] or [image {image}.. x4 tokens]?<|im_end|>" in text
     )
     assert "«no»«<|im_end|>»" in text
 
 
-def test_a_sample_that_ends_with_its_picture_is_shown_without_words_of_its_own(
+def test_a_sample_that_ends_with_its_image_is_shown_without_words_of_its_own(
     tmp_path: Path,
 ) -> None:
     world = new_world(tmp_path)

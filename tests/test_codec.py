@@ -95,7 +95,7 @@ def test_int8m_is_int8_of_what_is_left_without_the_mean_token(tokens: int, width
 
 @pytest.mark.parametrize("width", [768, 1024, 1152, 2048])
 def test_a_strong_mean_token_costs_int8m_nothing(width: int) -> None:
-    """It is often half of the energy of a real picture's features; `int8` codes it in every token."""
+    """It is often half of the energy of a real image's features; `int8` codes it in every token."""
     rng = np.random.default_rng(7)
     left = rng.standard_normal((96, width)).astype(np.float32)
     shared = 2 * rng.standard_normal(width).astype(np.float32)

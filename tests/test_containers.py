@@ -57,22 +57,22 @@ def space(tmp_path: Path, codec_name: str, container: str) -> Space:
 
 
 def full(folder: Path, codec_name: str, container: str) -> Space:
-    """A full shard of pictures, one with two rows, and a clip of three frames."""
+    """A full shard of images, one with two rows, and a video of three frames."""
     space = make_space(folder, codec_name, container)
     fill(space, range(SLOTS))
     fill(space, [5, 4])
-    clip = ShardWriter(space, "frame", 0)
+    video = ShardWriter(space, "frame", 0)
     for number, view in FRAMES.items():
         time_s = 0.04 + number / 2
-        clip.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
-    clip.commit()
-    space.grow("picture")
+        video.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
+    video.commit()
+    space.grow("image")
     space.grow("frame")
     return space
 
 
-PICTURES = {**{number: number for number in range(SLOTS)}, 5: SLOTS, 4: SLOTS + 1}
-"""Made-up picture -> its row."""
+IMAGES = {**{number: number for number in range(SLOTS)}, 5: SLOTS, 4: SLOTS + 1}
+"""Made-up image -> its row."""
 
 
 # ---- written, read
@@ -80,20 +80,20 @@ PICTURES = {**{number: number for number in range(SLOTS)}, 5: SLOTS, 4: SLOTS + 
 
 def test_rows_come_back_singly_and_in_runs(space: Space) -> None:
     reader = FeatureReader(space.paths)
-    numbers = list(PICTURES)
-    rows = reader.lookup("picture", [key(number) for number in numbers])
-    assert rows.tolist() == list(PICTURES.values())
-    assert reader.lookup("picture", [key(99)]).tolist() == [-1]
+    numbers = list(IMAGES)
+    rows = reader.lookup("image", [key(number) for number in numbers])
+    assert rows.tolist() == list(IMAGES.values())
+    assert reader.lookup("image", [key(99)]).tolist() == [-1]
     for order in (numbers, numbers[::-1], [4, 0, 1, 5, 3, 2], [2]):
-        out = np.empty((len(order), space.spec.row_bytes("picture")), np.uint8)
-        reader.read_into("picture", np.array([PICTURES[number] for number in order]), out)
+        out = np.empty((len(order), space.spec.row_bytes("image")), np.uint8)
+        reader.read_into("image", np.array([IMAGES[number] for number in order]), out)
         for number, stored in zip(order, out, strict=True):
             assert stored.tobytes() == row(number, spec=space.spec).tobytes()
     for number, view in FRAMES.items():
         expected = codec.unpack(row(number, "frame", space.spec), space.spec.layout, 1, 64)
         np.testing.assert_array_equal(reader.read("frame", key(9), view), expected)
-    clip = reader.lookup_pairs("frame", [key(9)] * 3, list(FRAMES.values()))
-    assert reader.times("frame", clip).tolist() == [0.04, 0.54, 1.04]
+    video = reader.lookup_pairs("frame", [key(9)] * 3, list(FRAMES.values()))
+    assert reader.times("frame", video).tolist() == [0.04, 0.54, 1.04]
 
 
 def test_equal_rows_have_one_logical_hash(tmp_path: Path, codec_name: str) -> None:
@@ -109,23 +109,23 @@ def test_equal_rows_have_one_logical_hash(tmp_path: Path, codec_name: str) -> No
 def test_an_intact_space_has_no_findings(space: Space) -> None:
     report = verify(CacheRoot(space.paths.root.parents[1]), deep=True)
     assert report.all_findings == []
-    assert report.spaces[0].rows == {"picture": 6, "frame": 3}
+    assert report.spaces[0].rows == {"image": 6, "frame": 3}
     sizes = [path.stat().st_size for path in space.paths.root.rglob("c/*/**/*") if path.is_file()]
     assert report.spaces[0].nbytes == sum(sizes)
 
 
 def test_sizes_are_those_of_the_geometry(space: Space) -> None:
-    for kind, number, rows in (("picture", 0, SLOTS), ("picture", 1, 2), ("frame", 0, 3)):
+    for kind, number, rows in (("image", 0, SLOTS), ("image", 1, 2), ("frame", 0, 3)):
         geometry = space.info.geometry(kind)
         data = space.paths.shard(kind, number).read_bytes()
         assert len(data) == geometry.file_bytes(rows)
         assert geometry.gap_bytes == geometry.slot_bytes - geometry.row_bytes
         commit = read_commit(space.paths, space.info, kind, number)
         assert data.endswith(geometry.tail_with_crc(commit.table.num_rows)[0])
-    for number, at in PICTURES.items():
+    for number, at in IMAGES.items():
         shard, slot = divmod(at, SLOTS)
-        start = space.info.geometry("picture").row_offset(slot)
-        data = space.paths.shard("picture", shard).read_bytes()
+        start = space.info.geometry("image").row_offset(slot)
+        data = space.paths.shard("image", shard).read_bytes()
         assert data[start:].startswith(row(number, spec=space.spec).tobytes())
 
 
@@ -148,10 +148,10 @@ def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
 ) -> None:
     """Headers, padding and the end of the archive too; every byte of them in `make soak`."""
     clean = FeatureReader(space.paths).logical_hash()
-    path = space.paths.shard("picture", 1)
+    path = space.paths.shard("image", 1)
     commit, geometry = (
-        read_commit(space.paths, space.info, "picture", 1),
-        space.info.geometry("picture"),
+        read_commit(space.paths, space.info, "image", 1),
+        space.info.geometry("image"),
     )
     starts = [geometry.row_offset(slot) for slot in range(commit.table.num_rows)]
     stored = {at for start in starts for at in range(start, start + geometry.row_bytes)}
@@ -160,7 +160,7 @@ def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
         for at in range(0, len(data), soak(17, 1)):
             os.pwrite(file.fileno(), bytes([data[at] ^ 1 << at % 8]), at)
             findings, _ = check_shard(
-                space.paths, space.info, "picture", commit, True, lambda _: None
+                space.paths, space.info, "image", commit, True, lambda _: None
             )
             assert [finding.path for finding in findings] == [str(path)], f"byte {at}"
             if at % 5 == 0 and at in stored:
@@ -173,18 +173,18 @@ def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
 
 
 def test_a_shard_of_another_length_is_never_read(space: Space) -> None:
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     path.write_bytes(path.read_bytes()[:-1])
     reader = FeatureReader(space.paths)
     with pytest.raises(Corrupt, match="bytes, not"):
-        reader.read("picture", key(0))
+        reader.read("image", key(0))
     path.unlink()
     with pytest.raises(Corrupt, match="missing"):
-        FeatureReader(space.paths).read("picture", key(0))
+        FeatureReader(space.paths).read("image", key(0))
 
 
 def test_a_stray_file_is_named(space: Space) -> None:
-    beside = space.paths.array("picture") / "notes.txt"
+    beside = space.paths.array("image") / "notes.txt"
     beside.write_text("mine")
     (finding,) = verify(CacheRoot(space.paths.root.parents[1]), deep=True).all_findings
     assert (finding.path, finding.what, finding.broken) == (
@@ -201,7 +201,7 @@ def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
     """Of tars; test_cache_writer does the same with Zarr."""
     space = make_space(tmp_path / "cache", container="webdataset")
     fill(space, [1, 2])
-    space.grow("picture")
+    space.grow("image")
     shutil.copytree(tmp_path / "cache", tmp_path / "whole")
     crash_points.write(CacheRoot(tmp_path / "whole"), [])
     whole = FeatureReader(tmp_path / "whole" / "spaces" / space.paths.name).logical_hash()
@@ -209,7 +209,7 @@ def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
     for copy in struck(tmp_path, "write", "kill"):
         root = CacheRoot(Path(copy["folder"]))
         left = Space.open(root.space(space.paths.name))
-        keys = left.keys("picture")
+        keys = left.keys("image")
         assert {(key(1), "full"), (key(2), "full")} <= keys
         seen.append(len(keys))
         crash_points.write(root, [])
@@ -224,16 +224,16 @@ def test_gc_removes_what_was_never_committed_and_nothing_else(
     space: Space, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean = FeatureReader(space.paths).logical_hash()
-    ShardWriter(space, "picture", 2).append(key(9), "full", row(9, spec=space.spec))
+    ShardWriter(space, "image", 2).append(key(9), "full", row(9, spec=space.spec))
     fill(space, [8])
-    space.paths.commit("picture", 3).unlink()
+    space.paths.commit("image", 3).unlink()
     root = space.paths.root.parents[1]
     monkeypatch.setattr(sys, "argv", ["cache.gc", "--features", str(root), "--delete"])
     gc.main()
     capsys.readouterr()
     assert verify(CacheRoot(root), deep=True).all_findings == []
     assert FeatureReader(space.paths).logical_hash() == clean
-    shards = space.paths.shards_dir("picture")
+    shards = space.paths.shards_dir("image")
     assert {
         path.parent.relative_to(shards).parts[0] for path in shards.rglob("?*") if path.is_file()
     } == ({"0", "1"})
@@ -243,21 +243,21 @@ def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_nam
     space = make_space(tmp_path, codec_name, container=container)
     for numbers in ([0, 1, 2, 3], [4, 5], [6]):
         fill(space, numbers)
-    space.grow("picture")
-    shards = [space.paths.shard("picture", number) for number in range(3)]
-    geometry = space.info.geometry("picture")
+    space.grow("image")
+    shards = [space.paths.shard("image", number) for number in range(3)]
+    geometry = space.info.geometry("image")
     garble(shards[0], geometry.row_offset(1) + 8)
     garble(shards[0], geometry.row_offset(2) + geometry.row_bytes, 4)  # beside a row: it stays
     os.truncate(shards[1], geometry.row_offset(1) + 5)
-    garble(space.paths.commit("picture", 2), 100)
+    garble(space.paths.commit("image", 2), 100)
     root = CacheRoot(tmp_path)
     report = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
     assert not report.broken
     assert verify(root, deep=True).all_findings == []
     kept = {key(number) for number in (0, 2, 3, 4)}
-    assert {name for name, _ in space.keys("picture")} == kept
+    assert {name for name, _ in space.keys("image")} == kept
     fill(space, [1, 5, 6])
-    space.grow("picture")
+    space.grow("image")
     whole = make_space(tmp_path / "whole", codec_name, container=container)
     for number in range(7):
         fill(whole, [number])
@@ -269,13 +269,13 @@ def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_nam
 
 
 def test_a_job_fills_either_container_with_the_same_rows(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures", 5)
-    spec = f"folder:{tmp_path / 'pictures'}"
+    draw(tmp_path / "images", 5)
+    spec = f"folder:{tmp_path / 'images'}"
     made = {name: encode(tmp_path / name, spec, container=name) for name in CONTAINERS}
     hashes = {result.reader.logical_hash() for result in made.values()}
     assert len(hashes) == 1
     for name, result in made.items():
-        assert (result.code, result.reader.rows("picture")) == (0, 5)
+        assert (result.code, result.reader.rows("image")) == (0, 5)
         assert result.reader.spec.container == name
         assert not verify(result.root, deep=True).broken
         again = encode(tmp_path / name, spec, container=name)
@@ -311,20 +311,18 @@ def test_training_sees_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_zarr_reads_zarr_spaces(tmp_path: Path, codec_name: str) -> None:
     space = full(tmp_path, codec_name, "zarr")
     reader = FeatureReader(space.paths)
-    pictures: Any = zarr.open_group(space.paths.root / "features", mode="r")["picture"]
-    for number, at in PICTURES.items():
-        np.testing.assert_array_equal(pictures[at], reader.read("picture", key(number)))
+    images: Any = zarr.open_group(space.paths.root / "features", mode="r")["image"]
+    for number, at in IMAGES.items():
+        np.testing.assert_array_equal(images[at], reader.read("image", key(number)))
 
 
 def test_tensorstore_reads_fp16_zarr_spaces(tmp_path: Path) -> None:
     space = full(tmp_path, "fp16", "zarr")
     reader = FeatureReader(space.paths)
-    store = {"driver": "file", "path": str(space.paths.array("picture"))}
-    pictures = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
-    for number, at in PICTURES.items():
-        np.testing.assert_array_equal(
-            pictures[at].read().result(), reader.read("picture", key(number))
-        )
+    store = {"driver": "file", "path": str(space.paths.array("image"))}
+    images = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
+    for number, at in IMAGES.items():
+        np.testing.assert_array_equal(images[at].read().result(), reader.read("image", key(number)))
 
 
 def stream(*shards: Path) -> list[dict[str, Any]]:
@@ -346,13 +344,13 @@ def values(member: np.ndarray, about: dict[str, Any]) -> np.ndarray:
 def test_webdataset_streams_webdataset_spaces(tmp_path: Path, codec_name: str) -> None:
     space = full(tmp_path, codec_name, "webdataset")
     reader = FeatureReader(space.paths)
-    samples = stream(*(space.paths.shard("picture", number) for number in (0, 1)))
-    assert [sample["__key__"] for sample in samples] == [key(number) for number in PICTURES]
-    for number, sample in zip(PICTURES, samples, strict=True):
+    samples = stream(*(space.paths.shard("image", number) for number in (0, 1)))
+    assert [sample["__key__"] for sample in samples] == [key(number) for number in IMAGES]
+    for number, sample in zip(IMAGES, samples, strict=True):
         about = sample["full.json"]
         assert (about["key"], about["view"], about["time_s"]) == (key(number), "full", None)
         assert (about["tokens"], about["width"], about["relative_error"]) == (4, 64, 0.005)
-        ours = reader.read("picture", key(number))
+        ours = reader.read("image", key(number))
         theirs = values(sample["full.npy"], about)
         assert theirs.dtype == np.float16
         np.testing.assert_array_equal(theirs, ours)
@@ -361,7 +359,7 @@ def test_webdataset_streams_webdataset_spaces(tmp_path: Path, codec_name: str) -
         )
 
 
-def test_the_views_of_a_clip_are_one_sample(tmp_path: Path, codec_name: str) -> None:
+def test_the_views_of_a_video_are_one_sample(tmp_path: Path, codec_name: str) -> None:
     space = full(tmp_path, codec_name, "webdataset")
     reader = FeatureReader(space.paths)
     (sample,) = stream(space.paths.shard("frame", 0))
@@ -379,7 +377,7 @@ def test_every_view_has_a_member_name(tmp_path: Path, view: str) -> None:
     """Commas, colons and the longest names come through the library, and through tar itself."""
     space = make_space(tmp_path, container="webdataset")
     fill(space, [1], view=view)
-    path = space.paths.shard("picture", 0)
+    path = space.paths.shard("image", 0)
     (sample,) = stream(path)
     assert sample[f"{view}.npy"].tobytes() == row(1).tobytes()
     assert sample[f"{view}.json"]["view"] == view
@@ -409,7 +407,7 @@ def test_headers_are_those_of_tarfile(nbytes: int) -> None:
 @pytest.mark.parametrize("view", ["v" * 31, "T:5", "a/b", "", ".full", "größe", "a b", "full\n"])
 def test_a_view_that_would_break_the_tar_is_refused(tmp_path: Path, view: str) -> None:
     space = make_space(tmp_path, container="webdataset")
-    writer = ShardWriter(space, "picture", 0)
+    writer = ShardWriter(space, "image", 0)
     with pytest.raises(ValueError, match="view"):
         writer.append(key(1), view, row(1))
     assert writer.rows == 0
@@ -420,22 +418,22 @@ def test_random_access_needs_the_commit_alone(tmp_path: Path, codec_name: str) -
     import pyarrow.parquet as pq
 
     space = full(tmp_path, codec_name, "webdataset")
-    size = space.spec.row_bytes("picture")
+    size = space.spec.row_bytes("image")
     for shard in (0, 1):
-        data = space.paths.shard("picture", shard).read_bytes()
-        for line in pq.read_table(space.paths.commit("picture", shard)).to_pylist():
-            number = next(n for n in PICTURES if key(n) == line["key"].hex())
+        data = space.paths.shard("image", shard).read_bytes()
+        for line in pq.read_table(space.paths.commit("image", shard)).to_pylist():
+            number = next(n for n in IMAGES if key(n) == line["key"].hex())
             stored = data[line["offset"] : line["offset"] + size]
             assert stored == row(number, spec=space.spec).tobytes()
     zarr_space = full(tmp_path / "z", codec_name, "zarr")
-    assert "offset" not in pq.read_schema(zarr_space.paths.commit("picture", 0)).names
+    assert "offset" not in pq.read_schema(zarr_space.paths.commit("image", 0)).names
 
 
 def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
     space = full(tmp_path, "int8", "webdataset")
-    info, path = space.info, space.paths.commit("picture", 1)
-    good = read_commit(space.paths, info, "picture", 1)
-    columns = info.geometry("picture").commit_columns(2)
+    info, path = space.info, space.paths.commit("image", 1)
+    good = read_commit(space.paths, info, "image", 1)
+    columns = info.geometry("image").commit_columns(2)
 
     def write(**own: Any) -> None:
         table = good.table
@@ -445,7 +443,7 @@ def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
             commit_bytes(
                 table,
                 fingerprint=space.spec.fingerprint,
-                kind="picture",
+                kind="image",
                 shard=1,
                 nbytes=good.nbytes,
                 index_crc=good.index_crc,
@@ -453,19 +451,19 @@ def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
         )
 
     write(**columns)
-    assert read_commit(space.paths, info, "picture", 1).table.equals(good.table)
+    assert read_commit(space.paths, info, "image", 1).table.equals(good.table)
     write(offset=columns["offset"] + 512)
     with pytest.raises(Corrupt, match="not where the shards"):
-        read_commit(space.paths, info, "picture", 1)
+        read_commit(space.paths, info, "image", 1)
     write()
     with pytest.raises(Corrupt, match="columns are not those of a webdataset space"):
-        read_commit(space.paths, info, "picture", 1)
+        read_commit(space.paths, info, "image", 1)
 
 
 def test_a_webdataset_space_holds_tars_and_nothing_of_zarr(tmp_path: Path) -> None:
     space = full(tmp_path, "int8", "webdataset")
     names = [path.name for path in (space.paths.root / "features").rglob("*") if path.is_file()]
-    assert sorted(names) == ["frame-00000000.tar", "picture-00000000.tar", "picture-00000001.tar"]
+    assert sorted(names) == ["frame-00000000.tar", "image-00000000.tar", "image-00000001.tar"]
     moved = tmp_path / "moved"
     shutil.copytree(space.paths.root, moved)
     assert FeatureReader(moved).logical_hash() == FeatureReader(space.paths).logical_hash()

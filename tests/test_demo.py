@@ -23,20 +23,20 @@ from configs import UserError
 from encode import run as encode_run
 from encode.check import loss
 from encode.sources import demo as world
-from encode.sources import demo_clips as clips
+from encode.sources import demo_videos as videos
 from encode.sources import open_dataset
 from encode.sources.demo import DemoDataset
 from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
 from model.io.saved_model import save_final
 from model.language.chat_template import tokenize_messages
 from model.language.model import load_tokenizer
-from model.language.tokenizer import IMAGE, token_id
+from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.media.video import frames, probe
 from model.vlm import build_vlm
 from tests import small_world
 from train import demo
 
-SMALL = World(pictures=200, dialogues=20, clips=40)
+SMALL = World(images=200, dialogues=20, videos=40)
 
 
 def all_samples(tmp_path: Path, name: str) -> list[Sample]:
@@ -54,7 +54,7 @@ def test_drawings_are_the_same_bytes_on_every_machine() -> None:
     """Held-out is decided by these bytes: other bytes would be another split, another result."""
     whole = hashlib.sha256()
     for number in range(100):
-        whole.update(draw(World(pictures=100), number))
+        whole.update(draw(World(images=100), number))
     assert whole.hexdigest() == PINNED
 
 
@@ -98,7 +98,7 @@ def test_shapes_differ_in_more_than_a_few_pixels() -> None:
 def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) -> None:
     before = all_samples(tmp_path, "demo-captions")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(stamps) == SMALL.pictures
+    assert len(stamps) == SMALL.images
     lost = tmp_path / "00003.png"
     data = lost.read_bytes()
     lost.unlink()
@@ -109,36 +109,36 @@ def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) 
 
 
 def test_another_world_is_other_files() -> None:
-    ids = {World(pictures=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
+    ids = {World(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
     assert len(ids) == 3
-    assert World(pictures=9, per_kind=1).id8 == World(pictures=7).id8
+    assert World(images=9, per_kind=1).id8 == World(images=7).id8
 
 
-# ---- clips
+# ---- videos
 
 
-def test_clips_are_the_same_bytes_on_every_machine() -> None:
+def test_videos_are_the_same_bytes_on_every_machine() -> None:
     whole = hashlib.sha256()
     for number in range(20):
-        whole.update(clips.film(World(pictures=9), number))
-    assert whole.hexdigest() == PINNED_CLIPS
+        whole.update(videos.film(World(images=9), number))
+    assert whole.hexdigest() == PINNED_VIDEOS
 
 
-PINNED_CLIPS = "60fb83dea7a0aa4eacc16b154dc7d050e7985bed0a0d258627bca1f4edee17a2"
+PINNED_VIDEOS = "60fb83dea7a0aa4eacc16b154dc7d050e7985bed0a0d258627bca1f4edee17a2"
 
 
 def test_a_decoder_sees_the_frames_that_were_drawn() -> None:
     """Colours within what YUV of 8 bits can say, times half a second apart."""
     for number in range(4):
-        data = clips.film(SMALL, number)
+        data = videos.film(SMALL, number)
         info = probe(data)
-        assert (info.frames, info.duration_s) == (SMALL.clip_frames, (SMALL.clip_frames - 1) / 2)
-        what = clips.scene(SMALL, number)
+        assert (info.frames, info.duration_s) == (SMALL.video_frames, (SMALL.video_frames - 1) / 2)
+        what = videos.scene(SMALL, number)
         decoded = list(frames(data, sample_times(info.duration_s, 128), info))
-        assert [frame.time_s for frame in decoded] == [i / 2 for i in range(SMALL.clip_frames)]
+        assert [frame.time_s for frame in decoded] == [i / 2 for i in range(SMALL.video_frames)]
         for i, frame in enumerate(decoded):
             drawn, palette = paint(
-                SMALL, clips.shown(SMALL, what, i), paper(SMALL, f"clip {number}")
+                SMALL, videos.shown(SMALL, what, i), paper(SMALL, f"clip {number}")
             )
             expected = np.array(palette)[drawn]
             assert np.abs(np.asarray(frame.image).astype(int) - expected).max() <= 4
@@ -146,7 +146,7 @@ def test_a_decoder_sees_the_frames_that_were_drawn() -> None:
 
 def test_planes_are_bt601_in_limited_range() -> None:
     white, black, red = (
-        clips.planes(np.zeros((1, 1), np.uint8), [colour]).ravel().tolist()
+        videos.planes(np.zeros((1, 1), np.uint8), [colour]).ravel().tolist()
         for colour in [(255, 255, 255), (0, 0, 0), (255, 0, 0)]
     )
     assert (white, black) == ([235, 128, 128], [16, 128, 128])
@@ -155,8 +155,8 @@ def test_planes_are_bt601_in_limited_range() -> None:
 
 def find_event(number: int) -> dict[str, str]:
     """What happens, and every answer to it, found from what the frames show."""
-    what = clips.scene(SMALL, number)
-    shown_all = [clips.shown(SMALL, what, i) for i in range(SMALL.clip_frames)]
+    what = videos.scene(SMALL, number)
+    shown_all = [videos.shown(SMALL, what, i) for i in range(SMALL.video_frames)]
     first, last = shown_all[0], shown_all[-1]
     found = {"count": ("one", "two", "three", "four", "five")[len(last) - 1]}
     new = [t for t in last if t.name not in {other.name for other in first}]
@@ -172,26 +172,26 @@ def where(thing: Thing) -> str:
     return f"{row} {('left', 'centre', 'right')[int(thing.x * 3)]}"
 
 
-def test_every_question_about_a_clip_has_the_answer_that_its_frames_show() -> None:
+def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> None:
     seen = set()
-    for number in range(SMALL.clips):
+    for number in range(SMALL.videos):
         truth = find_event(number)
-        for kind, question, told in clips.asked(SMALL, number):
+        for kind, question, told in videos.asked(SMALL, number):
             words = question.rstrip("?").split()
-            key = "count" if kind == "clip-count" else words[-1]
+            key = "count" if kind == "video-count" else words[-1]
             assert told == truth[key], question
             seen.add((kind, key))
-            if kind == "clip-where":
+            if kind == "video-where":
                 assert " ".join(words[3:5]) == truth.get("moves", truth.get("appears"))
-        what = clips.scene(SMALL, number)
+        what = videos.scene(SMALL, number)
         cells = [thing.cell for thing in (*what.standing, what.actor)]
         assert len(set(cells)) == len(cells)
         assert what.goal.cell not in {thing.cell for thing in what.standing}
-    wheres = {("clip-where", "start"), ("clip-where", "end")}
+    wheres = {("video-where", "start"), ("video-where", "end")}
     assert seen == wheres | {
-        ("clip-count", "count"),
-        ("clip-what", "moves"),
-        ("clip-what", "appears"),
+        ("video-count", "count"),
+        ("video-what", "moves"),
+        ("video-what", "appears"),
     }
 
 
@@ -224,7 +224,7 @@ def answer_by_search(question: str, shown: tuple[Thing, ...]) -> list[str]:
 @pytest.mark.parametrize("name", ["demo-points", "demo-questions"])
 def test_every_question_has_exactly_the_answer_given(tmp_path: Path, name: str) -> None:
     samples = all_samples(tmp_path, name)
-    assert len(samples) > SMALL.pictures
+    assert len(samples) > SMALL.images
     for sample in samples:
         question, told = (m.content for m in sample.messages)
         assert answer_by_search(question, shown_in(sample)) == [told]
@@ -235,7 +235,7 @@ def test_every_turn_of_a_dialogue_has_exactly_the_answer_given(tmp_path: Path) -
         assert len(sample.media) == len({m.source for m in sample.media})
         turns = [m.content for m in sample.messages]
         for asked, told in zip(turns[::2], turns[1::2], strict=True):
-            which, question = asked.removeprefix("In the ").split(" picture: ")
+            which, question = asked.removeprefix("In the ").split(" image: ")
             shown = shown_in(sample, ("first", "second", "third", "fourth").index(which))
             assert answer_by_search(question[0].upper() + question[1:], shown) == [told]
 
@@ -254,14 +254,14 @@ def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Pa
 def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:
     """The best that can be known without looking: the commonest answer to each question."""
     answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    large = World(pictures=2000)
-    for number in range(large.pictures):
+    large = World(images=2000)
+    for number in range(large.images):
         shown = things(large, number)
         for kind, question, told in [*world.points(shown), *world.questions(shown)]:
             said = next(t.place for t in shown if t.points == told) if kind == "point" else told
             answers[kind][question][said] += 1
-    for number in range(large.clips):
-        for kind, question, told in clips.asked(large, number):
+    for number in range(large.videos):
+        for kind, question, told in videos.asked(large, number):
             answers[kind][question][told] += 1
     assert set(answers) == set(demo.TYPES)
     blind = {
@@ -326,7 +326,7 @@ def test_the_headline_is_the_mean_over_its_types() -> None:
         for name, exact, blind in [
             *[("cell", 1.0, 0.1), ("colour", 0.9, 0.2), ("count", 0.8, 0.3), ("point", 0.7, 0.4)],
             *[("shape", 0.6, 0.5), ("dialogue", 0.0, 0.0), ("caption", 0.0, 0.0)],
-            *[("clip-count", 1.0, 0.0), ("clip-what", 0.5, 0.1), ("clip-where", 0.5, 0.4)],
+            *[("video-count", 1.0, 0.0), ("video-what", 0.5, 0.1), ("video-where", 0.5, 0.4)],
         ]
     ]
     assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
@@ -350,7 +350,7 @@ def test_configs_demo_names_only_options_that_exist() -> None:
         part.split("=")[0] for s in settings.stages.values() for part in s["datasets"].split(",")
     }
     assert named == set(world.NAMES)
-    assert World.load().pictures > 0
+    assert World.load().images > 0
 
 
 # ---- cached loss = live loss
@@ -378,36 +378,36 @@ def test_cached_loss_is_live_loss(
     assert loss.main(["--run", str(model), "--features", str(features), "--samples", "6"]) == 0
     assert "cached loss = live loss: " in capsys.readouterr().out
     result = loss.compare(loss.Options(run=str(model), features=features, samples=6))
-    assert (result.samples, result.pictures, result.same_rows) == (6, 6, 6)
+    assert (result.samples, result.images, result.same_rows) == (6, 6, 6)
     assert result.cached == result.live
     assert result.cached == pytest.approx(result.unrounded, rel=0.01)
 
 
-def test_a_changed_picture_is_noticed(trained: tuple[Path, Path]) -> None:
+def test_a_changed_image_is_noticed(trained: tuple[Path, Path]) -> None:
     model, features = trained
     path = next(features.glob("demo/*/00000.png"))
     before = path.read_bytes()
-    path.write_bytes(draw(World(pictures=9, seed=5), 0))
+    path.write_bytes(draw(World(images=9, seed=5), 0))
     try:
         result = loss.compare(loss.Options(run=str(model), features=features, samples=1))
     finally:
         path.write_bytes(before)
-    assert (result.pictures, result.same_rows) == (1, 0)
+    assert (result.images, result.same_rows) == (1, 0)
     assert result.cached != result.live
 
 
 def test_a_sample_alone_is_a_batch_of_one() -> None:
     tokenizer = load_tokenizer("random:qwen3-tiny")
-    image = token_id(tokenizer, IMAGE)
+    image_id = token_id(tokenizer, IMAGE_TOKEN)
     turns = [("user", "a", 1.0), ("assistant", "b", 0.5)]
     text = tokenize_messages(tokenizer, turns, 1)
     spec = small_world.spec()
-    row = torch.zeros(1, spec.row_bytes("picture"), dtype=torch.uint8)
-    picture = loss.StoredMedia(array="picture", asked_us=(), times_s=(), rows=row)
-    assert spec.tokens("picture") == 4
-    batch = loss.alone(tokenizer, turns, [picture], spec)
+    row = torch.zeros(1, spec.row_bytes("image"), dtype=torch.uint8)
+    image = loss.StoredMedia(array="image", asked_us=(), times_s=(), rows=row)
+    assert spec.tokens("image") == 4
+    batch = loss.alone(tokenizer, turns, [image], spec)
     assert len(batch.input_ids) == len(text.ids) + 3
-    first = int((torch.from_numpy(text.ids) == image).nonzero()[0])
+    first = int((torch.from_numpy(text.ids) == image_id).nonzero()[0])
     assert batch.image_slots.tolist() == [first, first + 1, first + 2, first + 3]
     assert tokenizer.decode(batch.targets.tolist()) == "b<|im_end|>"
     assert torch.equal(batch.input_ids[batch.loss_positions + 1], batch.targets)

@@ -83,14 +83,14 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 def test_an_encode_job_on_a_disk_that_fills_up(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw(tmp_path / "pictures", 24)
-    media = f"folder:{tmp_path / 'pictures'}"
+    draw(tmp_path / "images", 24)
+    media = f"folder:{tmp_path / 'images'}"
     setup = replace(SETUP, config=replace(SETUP.config, batch_size=2))
     whole = encode(tmp_path / "whole", media, setup=setup).reader.logical_hash()
     cache = disk.folder / "cache"
 
     class Greedy(Worker):
-        """After eight pictures, the disk is full."""
+        """After eight images, the disk is full."""
 
         seen = 0
 
@@ -138,21 +138,21 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     disk.free()
     (found,) = find_unreferenced(space.paths, wanted)
     take_out_unreferenced(found)
-    assert space.keys("picture") == {(key(n), "full") for n in range(0, 40, 2)}
-    assert len(space.paths.committed("picture")) == 5
-    assert np.isfinite(FeatureReader(space.paths).read("picture", key(0))).all()
+    assert space.keys("image") == {(key(n), "full") for n in range(0, 40, 2)}
+    assert len(space.paths.committed("image")) == 5
+    assert np.isfinite(FeatureReader(space.paths).read("image", key(0))).all()
 
 
 def test_a_second_job_is_told_who_the_first_is_and_changes_nothing(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures", 2)
-    first = encode(tmp_path / "cache", f"folder:{tmp_path / 'pictures'}")
-    draw(tmp_path / "pictures", 4)
+    draw(tmp_path / "images", 2)
+    first = encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
+    draw(tmp_path / "images", 4)
     whole = first.reader.logical_hash()
     with (
         DriverLock(first.paths, "process 7 on node-3"),
         pytest.raises(UserError, match="is being written by process 7 on node-3; wait until that"),
     ):
-        encode(tmp_path / "cache", f"folder:{tmp_path / 'pictures'}")
+        encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
     assert first.reader.logical_hash() == whole
     assert not verify(first.root, deep=True).broken
-    assert encode(tmp_path / "cache", f"folder:{tmp_path / 'pictures'}").job._book.encoded == 2
+    assert encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}").job._book.encoded == 2

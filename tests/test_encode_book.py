@@ -29,7 +29,7 @@ class World:
         self.present = {f"{i:064x}" for i in range(already)} - self.broken
         self.rows: Counter[str] = Counter()
         self.told: dict[str, list[MediaRecord]] = {source: [] for source in self.bytes}
-        self.registrar = Registrar(self.present, {"picture": 0})
+        self.registrar = Registrar(self.present, {"image": 0})
         self.book = Book(
             [SourceTask(source=source) for source in self.bytes],
             already=set(self.present),
@@ -146,7 +146,7 @@ def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors()
     assert settle(["decode"] * 50, budget).failed == 50
     assert settle(["encode"] * 9, budget).failed == 9
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
-    with pytest.raises(TooManyFailures, match=r"3 of 10 pictures .* /9 at stage write: why"):
+    with pytest.raises(TooManyFailures, match=r"3 of 10 images .* /9 at stage write: why"):
         settle([None] * 7 + ["encode", "write", "write"], budget)
 
 
@@ -181,11 +181,11 @@ def test_the_ledger_writes_parts_as_records_come(tmp_path: Path) -> None:
 
 
 def test_the_registrar_gives_each_number_and_each_media_once() -> None:
-    registrar = Registrar(["a"], {"picture": 7})
+    registrar = Registrar(["a"], {"image": 7})
     assert registrar.claim(1, ["a", "b", "b", "c"]) == [False, True, False, True]
     assert registrar.claim(2, ["b", "d"]) == [False, True]
-    assert [registrar.next_shard(w, "picture") for w in (1, 2, 1)] == [7, 8, 9]
-    assert registrar.shards(1) == [("picture", 7), ("picture", 9)]
+    assert [registrar.next_shard(w, "image") for w in (1, 2, 1)] == [7, 8, 9]
+    assert registrar.shards(1) == [("image", 7), ("image", 9)]
     assert registrar.release(1, {"b"}) == ["c"]
     assert registrar.claim(2, ["b", "c"]) == [False, True]
     assert registrar.report(2, Timings(media=3))

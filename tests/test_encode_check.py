@@ -22,9 +22,9 @@ from configs import UserError
 from encode import run as encode_run
 from encode.check.report import Loss
 from encode.download.media_store import MediaStore
-from tests.clips import make_clip
 from tests.encode_world import draw
 from tests.trouble import TroubleServer
+from tests.videos import make_video
 
 Run = Callable[..., tuple[int, str]]
 ENCODER = ("--encoder", "demo", "--max-frames", "5", "--workers", "0")
@@ -42,10 +42,10 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def photos(tmp_path: Path, run: Run) -> Path:
-    """Six pictures and a clip of five frames, encoded."""
+    """Six images and a video of five frames, encoded."""
     folder = tmp_path / "photos"
     draw(folder, 6, side=40)
-    make_clip(folder / "clip.mp4", frames=30, fps=Fraction(10))
+    make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
     assert run("--dataset", f"folder:{folder}")[0] == 0
     return folder
 
@@ -57,7 +57,7 @@ def reader_of(tmp_path: Path) -> FeatureReader:
 def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
     code, out = run("--check", 50)
     assert code == 0
-    assert "6 pictures, 1 videos, 11 rows encoded again" in out
+    assert "6 images, 1 videos, 11 rows encoded again" in out
     assert "equal    11 of 11 rows, to the bit" in out
     assert "ok: stored rows are what encoding makes" in out
     table = out[out.index("the same features of random-demo through each codec (random") :]
@@ -72,22 +72,22 @@ def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
 def test_so_many_are_drawn_by_chance_and_the_same_again(photos: Path, run: Run) -> None:
     first, again = run("--check", 3), run("--check", 3)
     assert first == again and first[0] == 0
-    assert "3 pictures, 3 rows" in first[1] or "2 pictures, 1 videos, 7 rows" in first[1]
+    assert "3 images, 3 rows" in first[1] or "2 images, 1 videos, 7 rows" in first[1]
 
 
-def test_rows_of_another_picture_are_found(photos: Path, run: Run, tmp_path: Path) -> None:
-    """Intact bytes, checksums and all; only no encoding of this picture."""
+def test_rows_of_another_image_are_found(photos: Path, run: Run, tmp_path: Path) -> None:
+    """Intact bytes, checksums and all; only no encoding of this image."""
     ledger = read_media(CacheRoot(tmp_path / "cache"))
     space = Space.open(reader_of(tmp_path).paths)
     keys = [ledger[str(photos / f"{n:04d}.png")].key for n in range(6)]
-    out = np.empty((6, space.spec.row_bytes("picture")), np.uint8)
+    out = np.empty((6, space.spec.row_bytes("image")), np.uint8)
     reader = reader_of(tmp_path)
-    reader.read_into("picture", reader.lookup("picture", [str(key) for key in keys]), out)
+    reader.read_into("image", reader.lookup("image", [str(key) for key in keys]), out)
     out[[1, 3]] = out[[3, 1]]
-    shard = ShardWriter(space, "picture", space.next_shard("picture"))
+    shard = ShardWriter(space, "image", space.next_shard("image"))
     for key, row in zip(keys, out, strict=True):
         shard.append(str(key), "full", row)
-    shard.commit(replaces=space.paths.committed("picture"))
+    shard.commit(replaces=space.paths.committed("image"))
     code, text = run("--check", 50)
     assert code == 1
     assert (
@@ -103,16 +103,16 @@ def test_rows_of_another_picture_are_found(photos: Path, run: Run, tmp_path: Pat
 def test_files_that_changed_or_went_are_left_out_and_counted(photos: Path, run: Run) -> None:
     (photos / "0000.png").unlink()
     (photos / "0001.png").write_bytes((photos / "0002.png").read_bytes())
-    (photos / "clip.mp4").write_bytes(b"no clip")
+    (photos / "video.mp4").write_bytes(b"no video")
     code, out = run("--check", 50)
     assert code == 0
     assert "left out 2 sources: file has changed since it was encoded" in out
     assert "left out 1 sources: file cannot be read: No such file or directory" in out
-    assert "4 pictures, 4 rows" in out
+    assert "4 images, 4 rows" in out
 
 
-def test_other_frames_than_are_stored_leave_the_clip_out(photos: Path, run: Run) -> None:
-    assert "6 pictures, 6 rows" in run("--max-frames", 4, "--check", 50)[1]
+def test_other_frames_than_are_stored_leave_the_video_out(photos: Path, run: Run) -> None:
+    assert "6 images, 6 rows" in run("--max-frames", 4, "--check", 50)[1]
 
 
 def test_media_from_the_web_are_kept_ones_or_downloaded_again(
@@ -120,7 +120,7 @@ def test_media_from_the_web_are_kept_ones_or_downloaded_again(
 ) -> None:
     root, kept = CacheRoot(tmp_path / "cache"), MediaStore(tmp_path / "kept")
     with TroubleServer(photos=1) as server:
-        (photos / "web.jpg").write_bytes(server.picture("photo-0"))
+        (photos / "web.jpg").write_bytes(server.image("photo-0"))
         run("--dataset", f"folder:{photos}")
         ledger = read_media(root)
         names = {"web.jpg": server.url("photo-0"), "0001.png": server.url("404")}
@@ -136,11 +136,11 @@ def test_media_from_the_web_are_kept_ones_or_downloaded_again(
         ):
             run("--check", 50)
         code, out = run("--check", 50, "--keep-media", tmp_path / "kept")
-        assert code == 0 and "1 pictures, 1 rows" in out
+        assert code == 0 and "1 images, 1 rows" in out
         assert "left out 2 sources: from the web, and not kept" in out
         asked = ("--check-urls", "--allow-private", "--fetch-tries", 1)
         code, out = run("--check", 50, *asked, "--keep-media", tmp_path / "kept")
-        assert code == 0 and "2 pictures, 2 rows" in out and "equal    2 of 2 rows" in out
+        assert code == 0 and "2 images, 2 rows" in out and "equal    2 of 2 rows" in out
         assert "left out 1 sources: not to be downloaded any more: fetch: HTTP 404" in out
         assert server.counts == {"/photo-0": 1, "/404": 1}
 
@@ -150,8 +150,8 @@ def test_what_cannot_be_compared_is_one_line(photos: Path, run: Run, tmp_path: P
         run("--check", 0)
     with pytest.raises(UserError, match="no such folder"):
         run("--check", 1, "--keep-media", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no data set 'demo-clips' under"):
-        run("--check", 1, "--dataset", "demo-clips")
+    with pytest.raises(UserError, match=r"no data set 'demo-videos' under"):
+        run("--check", 1, "--dataset", "demo-videos")
     assert run("--check", 1, "--codec", "fp16")[0] == 0  # the only space there is
     assert run("--dataset", f"folder:{photos}", "--codec", "fp16")[0] == 0
     assert "fp16-" in run("--check", 1, "--codec", "fp16")[1].splitlines()[0]
@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_one_line(photos: Path, run: Run, tmp_path: P
 def reader_of_codec(tmp_path: Path, name: str) -> Path:
     root = CacheRoot(tmp_path / "cache")
     space = root.space(next(n for n in root.space_names() if name in n))
-    return space.shard("picture", 0)
+    return space.shard("image", 0)
 
 
 def test_losses_are_relative_and_rows_of_zeros_lose_nothing() -> None:

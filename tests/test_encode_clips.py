@@ -1,4 +1,4 @@
-"""Clips through the encode job: rows, times, limits, neighbours on disk, failures, kills."""
+"""Videos through the encode job: rows, times, limits, neighbours on disk, failures, kills."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRecord
 from cache.store.writer import Space
-from encode.sources.demo_clips import film
 from encode.sources.demo_drawings import World
+from encode.sources.demo_videos import film
 from encode.worker import prefetch
 from encode.worker.media_item import Pixels
 from encode.worker.messages import Outcome, SourceTask
@@ -35,23 +35,23 @@ from tests.test_encode_kill import committed, space, start, wait_for_rows
 from tests.toy_space import key, make_space, row
 
 LENGTHS = (2, 5, 16, 3, 8, 7)
-"""Frames of the clips; two a second."""
+"""Frames of the videos; two a second."""
 
 
 def shoot(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> list[Path]:
-    """Clips of these lengths."""
+    """Videos of these lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, length in enumerate(lengths):
-        paths.append(folder / f"clip{number:02}.y4m")
-        paths[-1].write_bytes(film(World(pictures=9, side=24, clip_frames=length), number))
+        paths.append(folder / f"video{number:02}.y4m")
+        paths[-1].write_bytes(film(World(images=9, side=24, video_frames=length), number))
     return paths
 
 
 @pytest.fixture
-def clips(tmp_path: Path) -> Path:
-    shoot(tmp_path / "clips")
-    return tmp_path / "clips"
+def videos(tmp_path: Path) -> Path:
+    shoot(tmp_path / "videos")
+    return tmp_path / "videos"
 
 
 def record_of(result: Result, name: str) -> MediaRecord:
@@ -66,13 +66,13 @@ def rows_of(reader: FeatureReader, record: MediaRecord, max_frames: int = 128) -
     return reader.lookup_pairs("frame", [record.key] * len(views), views).tolist()
 
 
-def test_rows_are_what_the_encoder_makes_of_each_frame_alone(clips: Path, tmp_path: Path) -> None:
-    result = encode(tmp_path / "cache", f"folder:{clips}", codec="fp16")
+def test_rows_are_what_the_encoder_makes_of_each_frame_alone(videos: Path, tmp_path: Path) -> None:
+    result = encode(tmp_path / "cache", f"folder:{videos}", codec="fp16")
     assert (result.code, result.failures()) == (0, {})
     assert result.reader.rows("frame") == sum(LENGTHS)
-    assert result.reader.rows("picture") == 0
+    assert result.reader.rows("image") == 0
     encoder = load_encoder(TINY, device="cpu")
-    for path, length in zip(sorted(clips.iterdir()), LENGTHS, strict=True):
+    for path, length in zip(sorted(videos.iterdir()), LENGTHS, strict=True):
         record = record_of(result, path.name)
         assert (record.kind, record.width, record.height) == ("video", 24, 24)
         assert record.duration_s == (length - 1) / 2
@@ -86,24 +86,24 @@ def test_rows_are_what_the_encoder_makes_of_each_frame_alone(clips: Path, tmp_pa
             assert stored.tobytes() == pack(alone, "fp16").tobytes()
 
 
-def test_a_clip_lies_in_one_piece_in_time_order(clips: Path, tmp_path: Path) -> None:
-    draw(clips, 9)  # between the clips, in an array of their own
+def test_a_video_lies_in_one_piece_in_time_order(videos: Path, tmp_path: Path) -> None:
+    draw(videos, 9)  # between the videos, in an array of their own
     result = encode(
-        tmp_path / "cache", f"folder:{clips}", setup=replace(SETUP, commit_every_s=60.0)
+        tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, commit_every_s=60.0)
     )
-    assert (result.reader.rows("picture"), result.reader.rows("frame")) == (9, sum(LENGTHS))
-    for name in (path.name for path in clips.glob("*.y4m")):
+    assert (result.reader.rows("image"), result.reader.rows("frame")) == (9, sum(LENGTHS))
+    for name in (path.name for path in videos.glob("*.y4m")):
         rows = rows_of(result.reader, record_of(result, name))
         assert rows == list(range(rows[0], rows[0] + len(rows)))
-    assert len(result.paths.committed("frame")) == len(result.paths.committed("picture")) == 1
+    assert len(result.paths.committed("frame")) == len(result.paths.committed("image")) == 1
 
 
-def test_a_higher_limit_encodes_only_the_new_frames(clips: Path, tmp_path: Path) -> None:
-    few = encode(tmp_path / "cache", f"folder:{clips}", setup=replace(SETUP, max_frames=4))
+def test_a_higher_limit_encodes_only_the_new_frames(videos: Path, tmp_path: Path) -> None:
+    few = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=4))
     before = {path: path.stat().st_mtime_ns for path in few.paths.root.rglob("c/*")}
     counts = [len(frame_views((n - 1) / 2, 4)) for n in LENGTHS]
     assert few.reader.rows("frame") == sum(counts)
-    more = encode(tmp_path / "cache", f"folder:{clips}", setup=replace(SETUP, max_frames=8))
+    more = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
     wanted = [set(frame_views((n - 1) / 2, 4)) | set(frame_views((n - 1) / 2, 8)) for n in LENGTHS]
     assert more.reader.rows("frame") == sum(map(len, wanted))
     assert more.plan.rows == more.plan.new_rows["frame"] == sum(map(len, wanted)) - sum(counts)
@@ -112,32 +112,32 @@ def test_a_higher_limit_encodes_only_the_new_frames(clips: Path, tmp_path: Path)
     assert more.reader.index["frame"].duplicates() == []
     for name, record in more.ledger.items():
         assert min(rows_of(more.reader, record, 8)) >= 0, name
-    again = encode(tmp_path / "cache", f"folder:{clips}", setup=replace(SETUP, max_frames=8))
+    again = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
     assert again.plan.todo == ()
 
 
-def test_the_same_clip_under_two_names_is_encoded_once(clips: Path, tmp_path: Path) -> None:
-    (clips / "copy.y4m").write_bytes((clips / "clip02.y4m").read_bytes())
-    result = encode(tmp_path / "cache", f"folder:{clips}")
+def test_the_same_video_under_two_names_is_encoded_once(videos: Path, tmp_path: Path) -> None:
+    (videos / "copy.y4m").write_bytes((videos / "video02.y4m").read_bytes())
+    result = encode(tmp_path / "cache", f"folder:{videos}")
     assert result.reader.rows("frame") == sum(LENGTHS)
     assert result.job._book.reused == 1
-    copy, first = (record_of(result, name) for name in ("copy.y4m", "clip02.y4m"))
+    copy, first = (record_of(result, name) for name in ("copy.y4m", "video02.y4m"))
     assert (copy.key, copy.duration_s) == (first.key, first.duration_s)
     assert copy.duration_s == 7.5
 
 
-def test_a_changed_clip_is_another_clip(clips: Path, tmp_path: Path) -> None:
-    encode(tmp_path / "cache", f"folder:{clips}")
-    data = bytearray((clips / "clip01.y4m").read_bytes())
+def test_a_changed_video_is_another_video(videos: Path, tmp_path: Path) -> None:
+    encode(tmp_path / "cache", f"folder:{videos}")
+    data = bytearray((videos / "video01.y4m").read_bytes())
     data[-1] ^= 1
-    (clips / "clip01.y4m").write_bytes(data)
-    after = encode(tmp_path / "cache", f"folder:{clips}")
+    (videos / "video01.y4m").write_bytes(data)
+    after = encode(tmp_path / "cache", f"folder:{videos}")
     assert len(after.plan.todo) == 1
     assert after.reader.rows("frame") == sum(LENGTHS) + 5
 
 
 class FailsLate(Worker):
-    """The third frame it sees of any clip cannot be prepared."""
+    """The third frame it sees of any video cannot be prepared."""
 
     def prepare(self, image: Image.Image) -> Pixels:
         self.seen = getattr(self, "seen", 0) + 1
@@ -146,35 +146,35 @@ class FailsLate(Worker):
         return super().prepare(image)
 
 
-def test_a_clip_that_fails_half_way_leaves_no_row(tmp_path: Path) -> None:
-    shoot(tmp_path / "clips", (16,))
-    clips = f"folder:{tmp_path / 'clips'}"
-    result = encode(tmp_path / "cache", clips, worker_class=FailsLate)
-    assert result.failures() == {"clip00.y4m": ("decode", "no such frame")}
+def test_a_video_that_fails_half_way_leaves_no_row(tmp_path: Path) -> None:
+    shoot(tmp_path / "videos", (16,))
+    videos = f"folder:{tmp_path / 'videos'}"
+    result = encode(tmp_path / "cache", videos, worker_class=FailsLate)
+    assert result.failures() == {"video00.y4m": ("decode", "no such frame")}
     assert result.reader.rows("frame") == 0
-    again = encode(tmp_path / "cache", clips)
+    again = encode(tmp_path / "cache", videos)
     assert (again.plan.known_failures, again.plan.todo) == (1, ())
 
 
-def test_a_clip_that_gives_too_few_frames_is_not_called_encoded(
+def test_a_video_that_gives_too_few_frames_is_not_called_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shoot(tmp_path / "clips", (5,))
+    shoot(tmp_path / "videos", (5,))
     some = prefetch.frames
     monkeypatch.setattr(prefetch, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
-    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'clips'}")
-    assert result.failures() == {"clip00.y4m": ("decode", "3 of 5 frames could be decoded")}
+    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'videos'}")
+    assert result.failures() == {"video00.y4m": ("decode", "3 of 5 frames could be decoded")}
     assert result.reader.rows("frame") == 0
 
 
-def test_damaged_clips_end_in_the_ledger_or_give_what_they_have(
-    clips: Path, tmp_path: Path
+def test_damaged_videos_end_in_the_ledger_or_give_what_they_have(
+    videos: Path, tmp_path: Path
 ) -> None:
-    (clips / "nonsense.mp4").write_bytes(b"no clip at all" * 100)
-    (clips / "empty.mkv").touch()
-    whole = (clips / "clip02.y4m").read_bytes()
-    (clips / "cut.y4m").write_bytes(whole[: len(whole) // 2])
-    result = encode(tmp_path / "cache", f"folder:{clips}")
+    (videos / "nonsense.mp4").write_bytes(b"no video at all" * 100)
+    (videos / "empty.mkv").touch()
+    whole = (videos / "video02.y4m").read_bytes()
+    (videos / "cut.y4m").write_bytes(whole[: len(whole) // 2])
+    result = encode(tmp_path / "cache", f"folder:{videos}")
     assert {name: stage for name, (stage, _) in result.failures().items()} == {
         "nonsense.mp4": "decode",
         "empty.mkv": "decode",
@@ -185,10 +185,10 @@ def test_damaged_clips_end_in_the_ledger_or_give_what_they_have(
     assert result.reader.rows("frame") == sum(LENGTHS) + len(rows_of(result.reader, cut))
 
 
-def test_two_workers_make_the_same_store_as_one(clips: Path, tmp_path: Path) -> None:
-    draw(clips, 12)
-    one = encode(tmp_path / "one", f"folder:{clips}")
-    two = encode(tmp_path / "two", f"folder:{clips}", workers=2)
+def test_two_workers_make_the_same_store_as_one(videos: Path, tmp_path: Path) -> None:
+    draw(videos, 12)
+    one = encode(tmp_path / "one", f"folder:{videos}")
+    two = encode(tmp_path / "two", f"folder:{videos}", workers=2)
     assert two.code == 0
     assert two.reader.rows("frame") == sum(LENGTHS)
     assert two.reader.logical_hash() == one.reader.logical_hash()
@@ -196,28 +196,28 @@ def test_two_workers_make_the_same_store_as_one(clips: Path, tmp_path: Path) -> 
 
 @pytest.mark.soak_counted
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_driver_killed_among_clips(
+def test_a_driver_killed_among_videos(
     tmp_path: Path, workers: int, soak: Callable[[int, int], int]
 ) -> None:
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     lengths = LENGTHS * 4
-    shoot(pictures, lengths)
-    draw(pictures, 20)
-    whole = encode(tmp_path / "whole", f"folder:{pictures}")
-    total = len(whole.paths.committed("frame")) + len(whole.paths.committed("picture"))
+    shoot(images, lengths)
+    draw(images, 20)
+    whole = encode(tmp_path / "whole", f"folder:{images}")
+    total = len(whole.paths.committed("frame")) + len(whole.paths.committed("image"))
     dice = random.Random(workers)
     in_the_middle = 0
     for i in range(soak(1, 10)):
         folder = tmp_path / f"job-{i}"
         folder.mkdir()
-        (folder / "pictures").symlink_to(pictures)
+        (folder / "images").symlink_to(images)
         process = start(folder, workers)
         wait_for_rows(folder, process, rows=dice.randrange(1, total // 2))
         time.sleep(dice.uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         in_the_middle += committed(folder) < total
-        resumed = encode(folder / "cache", f"folder:{pictures}")
+        resumed = encode(folder / "cache", f"folder:{images}")
         assert resumed.code == 0
         reader = FeatureReader(space(folder))
         assert reader.index["frame"].duplicates() == []
@@ -242,15 +242,15 @@ def writer_of(made: Space) -> tuple[RowWriter, list[Outcome]]:
     return writer, done
 
 
-def test_a_clip_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> None:
-    """One row is left beside the first clip; a clip larger than a shard goes on in the next."""
+def test_a_video_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> None:
+    """One row is left beside the first video; a video larger than a shard goes on in the next."""
     made = make_space(tmp_path)
     slots = made.rows_per_shard("frame")
     lengths = (slots - 1, slots - 1, slots + 2, 2)
     writer, done = writer_of(made)
-    for clip, length in enumerate(lengths):
-        task = SourceTask(source=f"/{clip}", kind="video")
-        record = MediaRecord(source=task.source, kind="video", key=key(clip))
+    for video, length in enumerate(lengths):
+        task = SourceTask(source=f"/{video}", kind="video")
+        record = MediaRecord(source=task.source, kind="video", key=key(video))
         rows = [
             Row(view=f"t:{i}", time_s=float(i), payload=row(i, "frame"), lost=0.0)
             for i in range(length)
@@ -262,17 +262,17 @@ def test_a_clip_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> Non
     assert all(outcome.result == "ok" for outcome in done)
     table = made.commits("frame")
     found = {
-        clip: [
+        video: [
             row
             for row, of in zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True)
-            if of.hex() == key(clip)
+            if of.hex() == key(video)
         ]
-        for clip in range(4)
+        for video in range(4)
     }
     starts = (0, slots, 2 * slots - 1, 3 * slots + 1)
     assert found == {
-        clip: list(range(first, first + length))
-        for clip, (first, length) in enumerate(zip(starts, lengths, strict=True))
+        video: list(range(first, first + length))
+        for video, (first, length) in enumerate(zip(starts, lengths, strict=True))
     }
 
 

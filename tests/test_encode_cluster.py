@@ -1,4 +1,4 @@
-"""Jobs over Ray: the same rows as inline, workers that die or hang, pictures that kill them."""
+"""Jobs over Ray: the same rows as inline, workers that die or hang, images that kill them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 
 from configs import UserError
 from encode.driver import ray_pool
-from encode.sources.demo_clips import film
 from encode.sources.demo_drawings import World
+from encode.sources.demo_videos import film
 from encode.worker.config import Setup
 from encode.worker.media_item import Pixels
 from encode.worker.messages import Office
@@ -45,8 +45,8 @@ def photos(tmp_path: Path) -> Path:
 
 def assert_whole(result: Result, like: Result) -> None:
     """Every row exactly once, and each the one an uninterrupted job makes."""
-    assert result.reader.index["picture"].duplicates() == []
-    assert result.reader.rows("picture") == like.reader.rows("picture")
+    assert result.reader.index["image"].duplicates() == []
+    assert result.reader.rows("image") == like.reader.rows("image")
     assert result.reader.logical_hash() == like.reader.logical_hash()
     assert {n: (r.key, r.width, r.status) for n, r in result.ledger.items()} == {
         n: (r.key, r.width, r.status) for n, r in like.ledger.items()
@@ -58,7 +58,7 @@ def assert_whole(result: Result, like: Result) -> None:
 def test_workers_make_the_rows_that_inline_makes(
     photos: Path, tmp_path: Path, workers: int
 ) -> None:
-    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "broken.png").write_bytes(b"no image")
     (photos / "twin.png").write_bytes((photos / "0007.png").read_bytes())
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     setup = replace(SETUP, commit_every_s=1000.0)
@@ -67,9 +67,7 @@ def test_workers_make_the_rows_that_inline_makes(
     assert result.job._book.encoded == 60
     assert result.job._book.reused == 1
     assert set(result.failures()) == {"broken.png"}
-    assert len(result.paths.committed("picture")) <= workers + 1, (
-        "shards are filled, not one a task"
-    )
+    assert len(result.paths.committed("image")) <= workers + 1, "shards are filled, not one a task"
 
 
 class Marked(Worker):
@@ -121,12 +119,12 @@ def test_a_worker_killed_at_any_moment_costs_no_row(
         hits += killer.hit
         assert result.code == 0
         assert_whole(result, inline)
-        assert result.failures() == {}, "no picture is blamed for a bullet"
+        assert result.failures() == {}, "no image is blamed for a bullet"
     assert hits, "no kill hit a worker at work: the test has lost its teeth"
 
 
 class Deadly(Worker):
-    """Pictures of one size kill the process that decodes them."""
+    """Images of one size kill the process that decodes them."""
 
     def decode(self, data: bytes) -> Image.Image:
         image = super().decode(data)
@@ -136,7 +134,7 @@ class Deadly(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_picture_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+def test_a_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     (deadly,) = draw(tmp_path / "deadly", 1, first=500, side=31)
     deadly.rename(photos / "0030-deadly.png")
@@ -165,11 +163,11 @@ class Hanging(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_clip_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
     # Takes 6.4 s, longer than the time-out, but gets on: it is not to be suspected.
-    (photos / "0029-long.y4m").write_bytes(film(World(pictures=9, side=25, clip_frames=16), 1))
+    (photos / "0029-long.y4m").write_bytes(film(World(images=9, side=25, video_frames=16), 1))
     inline = encode(tmp_path / "inline", f"folder:{photos}")
-    (photos / "0030-endless.y4m").write_bytes(film(World(pictures=9, side=31), 1))
+    (photos / "0030-endless.y4m").write_bytes(film(World(images=9, side=31), 1))
     result = encode(
         tmp_path / "ray", f"folder:{photos}", workers=2, worker_class=Hanging, timeout_s=4.0
     )
@@ -193,7 +191,7 @@ def test_workers_that_only_die_stop_the_job(photos: Path, tmp_path: Path) -> Non
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Doomed)
     result = encode(tmp_path / "ray", f"folder:{photos}")
     assert result.failures() == {}
-    assert result.reader.rows("picture") == 60
+    assert result.reader.rows("image") == 60
 
 
 class Refusing(Worker):

@@ -28,7 +28,7 @@ from encode.driver.tracker import TooManyFailures
 from encode.worker.config import Setup
 from encode.worker.row_writer import DiskFull
 from encode.worker.worker import Worker
-from model.media.images import decode_picture
+from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
 from tests.encode_world import SETUP, TINY, Result, draw, encode
 
@@ -49,30 +49,28 @@ def key_of(result: Result, name: str) -> str:
     return key
 
 
-def test_rows_are_what_the_encoder_makes_of_each_picture_alone(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_rows_are_what_the_encoder_makes_of_each_image_alone(photos: Path, tmp_path: Path) -> None:
     result = encode(tmp_path / "cache", f"folder:{photos}", codec="fp16")
     encoder = load_encoder(TINY, device="cpu")
     assert result.code == 0
-    assert result.reader.rows("picture") == 14
+    assert result.reader.rows("image") == 14
     for path in photos.iterdir():
-        image = decode_picture(path.read_bytes())
+        image = decode_image(path.read_bytes())
         alone = encoder.encode(encoder.prepare(image)[None]).numpy()
-        stored = result.reader.read("picture", key_of(result, path.name))
+        stored = result.reader.read("image", key_of(result, path.name))
         assert stored.tobytes() == pack(alone, "fp16").tobytes()
         record = result.ledger[path.name]
         assert (record.width, record.height, record.bytes) == (24, 24, path.stat().st_size)
 
 
-def test_what_a_picture_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
+def test_what_a_image_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
     together = encode(tmp_path / "a", f"folder:{photos}")
     for path in sorted(photos.iterdir(), reverse=True):
         (tmp_path / "one").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "one")
         apart = encode(tmp_path / "b", f"folder:{tmp_path / 'one'}")
     assert apart.reader.logical_hash() == together.reader.logical_hash()
-    assert apart.reader.rows("picture") == 14
+    assert apart.reader.rows("image") == 14
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
@@ -86,7 +84,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 def test_a_finished_job_again_touches_no_file_and_starts_no_worker(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photos / "broken.jpg").write_bytes(b"no picture")
+    (photos / "broken.jpg").write_bytes(b"no image")
     (photos / "metadata.jsonl").write_text(
         "".join(f'{{"file": "{n}"}}\n' for n in (*names(photos), "gone.png"))
     )
@@ -110,7 +108,7 @@ def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_pat
     for i in range(5):
         shutil.copy(photos / "0003.png", photos / f"copy-{i}.png")
     result = encode(tmp_path / "cache", f"folder:{photos}")
-    assert result.reader.rows("picture") == 14
+    assert result.reader.rows("image") == 14
     assert result.job._book.encoded == 14
     assert result.job._book.reused == 5
     keys = {result.ledger[f"copy-{i}.png"].key for i in range(5)}
@@ -118,7 +116,7 @@ def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_pat
     assert result.ledger["copy-0.png"].width == 24, "size is known of every name"
 
 
-def test_one_changed_pixel_is_another_picture(photos: Path, tmp_path: Path) -> None:
+def test_one_changed_pixel_is_another_image(photos: Path, tmp_path: Path) -> None:
     before = encode(tmp_path / "cache", f"folder:{photos}")
     with Image.open(photos / "0005.png") as image:
         image.load()
@@ -128,7 +126,7 @@ def test_one_changed_pixel_is_another_picture(photos: Path, tmp_path: Path) -> N
     after = encode(tmp_path / "cache", f"folder:{photos}")
     assert len(after.plan.todo) == 1
     assert key_of(after, "0005.png") != key_of(before, "0005.png")
-    assert after.reader.rows("picture") == 15, "the old row stays: other samples may refer to it"
+    assert after.reader.rows("image") == 15, "the old row stays: other samples may refer to it"
 
 
 def test_a_file_changed_behind_its_old_time_stamp_is_noticed(photos: Path, tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_rehash_reads_everything_and_encodes_nothing(photos: Path, tmp_path: Pat
     assert (len(again.plan.todo), again.job._book.encoded, again.job._book.reused) == (14, 0, 14)
 
 
-def test_features_outlive_their_pictures(photos: Path, tmp_path: Path) -> None:
+def test_features_outlive_their_images(photos: Path, tmp_path: Path) -> None:
     (photos / "metadata.jsonl").write_text('{"file": "0000.png", "caption": "Noise."}\n')
     encode(tmp_path / "cache", f"folder:{photos}")
     (photos / "0000.png").unlink()
@@ -174,7 +172,7 @@ def test_features_outlive_their_pictures(photos: Path, tmp_path: Path) -> None:
     assert (again.plan.reused, again.plan.missing) == (1, ())
 
 
-def test_bad_pictures_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
+def test_bad_images_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
     whole = (photos / "0000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.jpg").write_bytes(b"")
@@ -192,12 +190,12 @@ def test_bad_pictures_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_pa
         "pipe.png": "fetch",
         "never-there.png": "fetch",
     }
-    assert failures["page.jpg"][1] == "an HTML page, not a picture"
-    assert result.reader.rows("picture") == 14
+    assert failures["page.jpg"][1] == "an HTML page, not an image"
+    assert result.reader.rows("image") == 14
     assert result.ledger["cut.png"].key is not None, "its bytes are known, so it is not tried again"
 
 
-def test_a_mended_picture_is_encoded(photos: Path, tmp_path: Path) -> None:
+def test_a_mended_image_is_encoded(photos: Path, tmp_path: Path) -> None:
     whole = (photos / "0000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[:100])
     assert set(encode(tmp_path / "cache", f"folder:{photos}").failures()) == {"cut.png"}
@@ -205,7 +203,7 @@ def test_a_mended_picture_is_encoded(photos: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "new" / "0050.png", photos / "cut.png")
     mended = encode(tmp_path / "cache", f"folder:{photos}")
     assert mended.failures() == {}
-    assert mended.reader.rows("picture") == 15
+    assert mended.reader.rows("image") == 15
 
 
 def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_path: Path) -> None:
@@ -234,7 +232,7 @@ def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Pat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OddSetup(Setup):
-    """An encoder that gives NaN, or raises, for pictures with these first pixels."""
+    """An encoder that gives NaN, or raises, for images with these first pixels."""
 
     nan: tuple[int, ...] = ()
     raises: str = ""
@@ -243,12 +241,12 @@ class OddSetup(Setup):
         encoder = super().load()
         original = encoder.encode
 
-        def encode_oddly(pixels: npt.NDArray[np.uint8], kind: str = "picture") -> torch.Tensor:
+        def encode_oddly(pixels: npt.NDArray[np.uint8], kind: str = "image") -> torch.Tensor:
             if self.raises == "always" or (self.raises and pixels.any()):
                 raise torch.OutOfMemoryError("no memory left\non this device")
             features = original(pixels, kind)
-            for i, picture in enumerate(pixels):
-                if int(picture.sum()) in self.nan:
+            for i, image in enumerate(pixels):
+                if int(image.sum()) in self.nan:
                     features[i, 0, 0] = float("nan")
             return features
 
@@ -261,17 +259,17 @@ def odd(**values: Any) -> OddSetup:
     return OddSetup(**{**fields, **values})
 
 
-def test_nan_is_a_failure_of_that_picture_alone(photos: Path, tmp_path: Path) -> None:
+def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> None:
     draw(photos, 30, first=14)
     encoder = load_encoder(TINY, device="cpu")
-    prepared = encoder.prepare(decode_picture((photos / "0006.png").read_bytes()))
+    prepared = encoder.prepare(decode_image((photos / "0006.png").read_bytes()))
     setup = odd(nan=(int(prepared.sum()),))
     result = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
     assert set(result.failures()) == {"0006.png"}
     stage, error = result.failures()["0006.png"]
     assert stage == "encode"
     assert error == f"{result.paths.name}: the features hold NaN or Inf"
-    assert result.reader.rows("picture") == 43
+    assert result.reader.rows("image") == 43
     # Ours, so later jobs try it again, up to three times in all; then it stays in the ledger.
     for attempts in (2, 3):
         again = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
@@ -285,14 +283,14 @@ def test_nan_is_a_failure_of_that_picture_alone(photos: Path, tmp_path: Path) ->
 def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -> None:
     draw(photos, 100, first=14)
     with pytest.raises(TooManyFailures) as stopped:
-        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="pictures"))
+        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="images"))
     message = str(stopped.value)
     assert "OutOfMemoryError: no memory left on this device" in message
     assert "\n" not in message
     # Once the cause is mended, all of them are tried again.
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert result.failures() == {}
-    assert result.reader.rows("picture") == 114
+    assert result.reader.rows("image") == 114
 
 
 def test_an_encoder_that_cannot_run_is_noticed_before_anything_is_written(
@@ -304,12 +302,12 @@ def test_an_encoder_that_cannot_run_is_noticed_before_anything_is_written(
     assert not (tmp_path / "cache" / "spaces").exists()
 
 
-def test_bad_pictures_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
+def test_bad_images_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
     for i in range(60):
-        (photos / f"bad-{i}.png").write_bytes(b"no picture %d" % i)
+        (photos / f"bad-{i}.png").write_bytes(b"no image %d" % i)
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert len(result.failures()) == 60
-    assert result.reader.rows("picture") == 14
+    assert result.reader.rows("image") == 14
 
 
 # ---- the disk
@@ -339,7 +337,7 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
     assert str(full.value).startswith("disk full (")
     assert "run the same command again" in str(full.value)
     result = encode(tmp_path / "cache", f"folder:{photos}")
-    assert (result.job._book.encoded, result.reader.rows("picture")) == (5, 14)
+    assert (result.job._book.encoded, result.reader.rows("image")) == (5, 14)
     assert result.reader.logical_hash() == whole
 
 
@@ -358,10 +356,10 @@ def test_a_disk_error_costs_one_shard_and_is_ours(
         patched.setattr(ShardWriter, "extend", extend)
         result = encode(tmp_path / "cache", f"folder:{photos}")
     assert [stage for stage, _ in result.failures().values()] == ["write"]
-    assert result.reader.rows("picture") == 13
+    assert result.reader.rows("image") == 13
     again = encode(tmp_path / "cache", f"folder:{photos}")
     assert again.failures() == {}
-    assert again.reader.rows("picture") == 14
+    assert again.reader.rows("image") == 14
 
 
 # ---- stopping
@@ -391,7 +389,7 @@ def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
         interrupts=interrupts,
     )
     timer.join()
-    kept = stopped.reader.rows("picture")
+    kept = stopped.reader.rows("image")
     assert stopped.code == 130
     assert 0 < kept < 134
     last = capsys.readouterr().out.splitlines()[-1]
@@ -399,8 +397,8 @@ def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
     assert len(read_media(stopped.root)) == kept, "the ledger knows them, nothing is read twice"
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert result.plan.reused == kept
-    assert result.reader.rows("picture") == 134
-    assert result.reader.index["picture"].duplicates() == []
+    assert result.reader.rows("image") == 134
+    assert result.reader.index["image"].duplicates() == []
 
 
 def test_the_encoder_runs_in_one_thread_and_decoding_in_others(

@@ -21,7 +21,7 @@ from encode.worker.decode_log import (
 )
 from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
 from encode.worker.messages import SourceTask
-from model.media.images import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_image
 
 
 def task(path: Path) -> SourceTask:
@@ -132,16 +132,16 @@ def test_what_is_no_file_is_a_failure_and_never_waits(
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_size_in_the_header_is_that_of_the_decoded_picture(orientation: int, kind: str) -> None:
+def test_the_size_in_the_header_is_that_of_the_decoded_image(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, kind, exif=exif)
-    assert size_in_header(buffer.getvalue()) == decode_picture(buffer.getvalue()).size
+    assert size_in_header(buffer.getvalue()) == decode_image(buffer.getvalue()).size
 
 
 def test_a_header_that_says_nothing() -> None:
-    assert size_in_header(b"no picture") == (0, 0)
+    assert size_in_header(b"no image") == (0, 0)
 
 
 # ---- breadcrumbs

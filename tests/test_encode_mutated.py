@@ -13,17 +13,17 @@ from PIL import Image
 
 from cache.format.frame_sampling import frame_views
 from cache.store.samples import MediaRecord
-from tests.clip_mutations import mutated
-from tests.clips import make_clip
 from tests.encode_world import SETUP, Result, encode
 from tests.trouble import photo
+from tests.video_mutations import mutated
+from tests.videos import make_video
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 LONGEST_S = 10.0
 """One media may take so long to decode; the time-out that ends its worker."""
 
 
-def pictures() -> dict[str, list[bytes]]:
+def images() -> dict[str, list[bytes]]:
     """Real photographs, small, in every format: ending -> files."""
     made: dict[str, list[bytes]] = {}
     for form, ending in FORMATS.items():
@@ -34,14 +34,14 @@ def pictures() -> dict[str, list[bytes]]:
     return made
 
 
-def clips(folder: Path) -> dict[str, list[bytes]]:
-    """Small clips in the containers people have."""
+def videos(folder: Path) -> dict[str, list[bytes]]:
+    """Small videos in the containers people have."""
     folder.mkdir()
     kinds = [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx"), ("webm", "libvpx-vp9")]
     made: dict[str, list[bytes]] = {}
     for number, (ending, codec) in enumerate(kinds):
         path = folder / f"{number}.{ending}"
-        make_clip(path, frames=10, codec=codec)
+        make_video(path, frames=10, codec=codec)
         made.setdefault(ending, []).append(path.read_bytes())
     return made
 
@@ -51,8 +51,8 @@ def accounted(result: Result, record: MediaRecord) -> bool:
     if record.status == "failed":
         return record.stage == "decode" and bool(record.error)
     assert record.key is not None
-    if record.kind == "picture":
-        return result.reader.contains("picture", record.key)
+    if record.kind == "image":
+        return result.reader.contains("image", record.key)
     views = frame_views(record.duration_s or 0.0, SETUP.max_frames)
     rows = result.reader.lookup_pairs("frame", [record.key] * len(views), views)
     return bool((rows >= 0).all())
@@ -63,7 +63,7 @@ def test_every_damaged_file_is_encoded_or_in_the_ledger(
     tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
     count = soak(60, 10_000)
-    victims = {**pictures(), **clips(tmp_path / "whole")}
+    victims = {**images(), **videos(tmp_path / "whole")}
     folder = tmp_path / "damaged"
     folder.mkdir()
     endings = sorted(victims)

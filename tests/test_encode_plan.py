@@ -55,7 +55,7 @@ CLIP = FeatureSpec(
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "a.png"
     path.write_bytes(b"bytes")
     return path
@@ -71,7 +71,7 @@ def known(path: Path, **values: object) -> MediaRecord:
 
 def plan_of(path: Path, record: MediaRecord | None, *present: str, rehash: bool = False) -> Plan:
     ledger = {} if record is None else {str(path): record}
-    media = {str(path): Mention("picture")}
+    media = {str(path): Mention("image")}
     return make_plan(media, ledger, Present(set(present)), space="s", rehash=rehash)
 
 
@@ -87,35 +87,35 @@ def sorted_as(plan: Plan) -> str:
     return name
 
 
-def test_each_media_has_one_fate(picture: Path) -> None:
-    assert sorted_as(plan_of(picture, None)) == "todo"
-    assert sorted_as(plan_of(picture, known(picture), KEY)) == "reused"
-    assert sorted_as(plan_of(picture, known(picture), OTHER)) == "todo"
-    assert sorted_as(plan_of(picture, known(picture), KEY, rehash=True)) == "todo"
+def test_each_media_has_one_fate(image: Path) -> None:
+    assert sorted_as(plan_of(image, None)) == "todo"
+    assert sorted_as(plan_of(image, known(image), KEY)) == "reused"
+    assert sorted_as(plan_of(image, known(image), OTHER)) == "todo"
+    assert sorted_as(plan_of(image, known(image), KEY, rehash=True)) == "todo"
 
 
 @pytest.mark.parametrize("stamp", ["size", "mtime_ns", "ctime_ns", "inode"])
-def test_any_stamp_that_differs_means_reading_again(picture: Path, stamp: str) -> None:
-    record = known(picture)
+def test_any_stamp_that_differs_means_reading_again(image: Path, stamp: str) -> None:
+    record = known(image)
     moved = replace(record, **{stamp: getattr(record, stamp) + 1})
-    assert sorted_as(plan_of(picture, moved, KEY)) == "todo"
+    assert sorted_as(plan_of(image, moved, KEY)) == "todo"
 
 
-def test_a_failure_of_the_media_stands_until_the_file_changes(picture: Path) -> None:
-    broken = known(picture, status="failed", stage="decode", error="truncated")
-    assert sorted_as(plan_of(picture, broken)) == "failed"
-    assert sorted_as(plan_of(picture, broken, rehash=True)) == "todo"
+def test_a_failure_of_the_media_stands_until_the_file_changes(image: Path) -> None:
+    broken = known(image, status="failed", stage="decode", error="truncated")
+    assert sorted_as(plan_of(image, broken)) == "failed"
+    assert sorted_as(plan_of(image, broken, rehash=True)) == "todo"
     changed = replace(broken, size=1)
-    assert plan_of(picture, changed).todo == (SourceTask(source=str(picture)),)
+    assert plan_of(image, changed).todo == (SourceTask(source=str(image)),)
 
 
-def test_a_failure_of_ours_is_tried_a_few_times_and_only_for_its_space(picture: Path) -> None:
-    ours = known(picture, status="failed", stage="encode", error="s: NaN")
-    assert plan_of(picture, ours).todo == (SourceTask(source=str(picture), attempts=1),)
-    assert sorted_as(plan_of(picture, replace(ours, attempts=OWN_ATTEMPTS))) == "failed"
+def test_a_failure_of_ours_is_tried_a_few_times_and_only_for_its_space(image: Path) -> None:
+    ours = known(image, status="failed", stage="encode", error="s: NaN")
+    assert plan_of(image, ours).todo == (SourceTask(source=str(image), attempts=1),)
+    assert sorted_as(plan_of(image, replace(ours, attempts=OWN_ATTEMPTS))) == "failed"
     elsewhere = replace(ours, attempts=OWN_ATTEMPTS, error="another-space: NaN")
-    assert sorted_as(plan_of(picture, elsewhere)) == "todo"
-    assert sorted_as(plan_of(picture, elsewhere, KEY)) == "reused", "a row that is here counts"
+    assert sorted_as(plan_of(image, elsewhere)) == "todo"
+    assert sorted_as(plan_of(image, elsewhere, KEY)) == "reused", "a row that is here counts"
 
 
 def test_a_missing_file_is_news_once(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_known_bytes_are_counted_once(tmp_path: Path) -> None:
     for path in paths:
         path.write_bytes(b"same")
     ledger = {str(p): known(p) for p in paths[:2]}
-    plan = make_plan({str(p): Mention("picture") for p in paths}, ledger, Present(), space="s")
+    plan = make_plan({str(p): Mention("image") for p in paths}, ledger, Present(), space="s")
     assert (len(plan.todo), plan.unread, plan.rows) == (3, 1, 2)
 
 
@@ -153,7 +153,7 @@ URL = "https://host.example/a.jpg"
 
 
 def test_what_a_url_once_gave_counts_as_what_it_gives() -> None:
-    media = {URL: Mention("picture")}
+    media = {URL: Mention("image")}
     assert sorted_as(web_plan(media)) == "todo"
     came = MediaRecord(source=URL, key=KEY)
     assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "reused"
@@ -165,31 +165,30 @@ def test_what_a_url_once_gave_counts_as_what_it_gives() -> None:
     assert task.attempts == 1
 
 
-def test_a_picture_known_by_its_hash_is_not_asked_for() -> None:
+def test_a_image_known_by_its_hash_is_not_asked_for() -> None:
     other = MediaRecord(source="/same.jpg", key=KEY, width=640, height=480, bytes=9)
-    media = {URL: Mention("picture", KEY)}
+    media = {URL: Mention("image", KEY)}
     plan = web_plan(media, other, present=Present({KEY}))
     assert sorted_as(plan) == "reused"
     assert plan.recognised == (replace(other, source=URL),)
     assert sorted_as(web_plan(media, other)) == "todo", "another space lacks it"
-    assert sorted_as(web_plan({URL: Mention("picture", OTHER)}, other)) == "todo"
+    assert sorted_as(web_plan({URL: Mention("image", OTHER)}, other)) == "todo"
 
 
 def test_a_url_that_gave_other_bytes_than_its_data_set_means_is_asked_again() -> None:
-    media = {URL: Mention("picture", OTHER)}
+    media = {URL: Mention("image", OTHER)}
     came = MediaRecord(source=URL, key=KEY)
     assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "todo"
     assert (
-        sorted_as(web_plan({URL: Mention("picture", KEY)}, came, present=Present({KEY})))
-        == "reused"
+        sorted_as(web_plan({URL: Mention("image", KEY)}, came, present=Present({KEY}))) == "reused"
     )
     refused = MediaRecord(source=URL, status="failed", stage="verify", error="other bytes")
     assert sorted_as(web_plan(media, refused)) == "failed", "and not every time"
 
 
 def test_one_host_does_not_stand_in_a_row() -> None:
-    slow = {f"https://slow.example/{i}": Mention("picture") for i in range(4)}
-    quick = {f"https://quick.example/{i}": Mention("picture") for i in range(2)}
+    slow = {f"https://slow.example/{i}": Mention("image") for i in range(4)}
+    quick = {f"https://quick.example/{i}": Mention("image") for i in range(2)}
     sources = [task.source for task in web_plan(slow | quick).todo]
     hosts = [source.split("/")[2].split(".")[0] for source in sources]
     assert hosts == ["slow", "quick", "slow", "quick", "slow", "slow"]
@@ -200,22 +199,22 @@ def test_the_first_hash_that_a_data_set_gives_is_believed() -> None:
     counter = MediaCounter()
     for sha256 in (None, KEY, OTHER):
         counter.add(MediaRef(source=URL, sha256=sha256))
-    assert counter.media == {URL: Mention("picture", KEY)}
+    assert counter.media == {URL: Mention("image", KEY)}
 
 
-# ---- clips
+# ---- videos
 
 
-def test_a_clip_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> None:
+def test_a_video_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> None:
     space = Space.create(CacheRoot(tmp_path), TOY, {})
     shard = ShardWriter(space, "frame", 0)
     for view in frame_views(1.5, 128)[:-1]:
         shard.append(KEY, view, bytes(TOY.row_bytes("frame")))
     shard.commit()
-    clip = MediaRecord(source=URL, key=KEY, kind="video", duration_s=1.5)
+    video = MediaRecord(source=URL, key=KEY, kind="video", duration_s=1.5)
     media = {URL: Mention("video")}
     present = Present.of(space)
-    plan = web_plan(media, clip, present=present)
+    plan = web_plan(media, video, present=present)
     assert (sorted_as(plan), dict(plan.new_rows), plan.unread) == ("todo", {"frame": 1}, 0)
     fewer = Present.of(space, max_frames=2)  # the first and the last, which is missing
     assert fewer.missing(KEY, frame_views(1.5, 2)) == ["t:1500000"]
@@ -223,7 +222,7 @@ def test_a_clip_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> None
     assert one.has("video", KEY, 1.5)
     assert not one.has("video", KEY, None), "of unknown length"
     assert not one.has("video", OTHER, 1.5)
-    assert not one.has("picture", KEY, None), "frames are no picture"
+    assert not one.has("image", KEY, None), "frames are no image"
     unknown = web_plan(media, present=present)
     assert (dict(unknown.new_rows), unknown.unread) == ({"frame": 128}, 1)
 
@@ -246,20 +245,20 @@ def test_samples_pass_through_and_their_media_are_counted_once() -> None:
 # ---- the disk
 
 
-def pictures(count: int) -> Plan:
+def images(count: int) -> Plan:
     todo = (SourceTask(source="/a"),) * min(count, 1000)
-    return Plan(todo=todo, new_rows={"picture": count}, unread=count)
+    return Plan(todo=todo, new_rows={"image": count}, unread=count)
 
 
 def test_bytes_are_rows_and_a_little() -> None:
     row = 576 * 1024 + 576 * 16 * 2 + 1024 * 2
-    assert pictures(1000).bytes_needed(CLIP) == 1000 * (row + 4 + OVERHEAD_BYTES)
+    assert images(1000).bytes_needed(CLIP) == 1000 * (row + 4 + OVERHEAD_BYTES)
     tar = replace(CLIP, container="webdataset")
-    assert pictures(1000).bytes_needed(tar) == 1000 * (row + 2048 + OVERHEAD_BYTES)
+    assert images(1000).bytes_needed(tar) == 1000 * (row + 2048 + OVERHEAD_BYTES)
 
 
 def test_a_job_that_cannot_fit_is_refused_with_what_would() -> None:
-    plan = pictures(717_042)  # pixmo-cap
+    plan = images(717_042)  # pixmo-cap
     free = 120_000_000_000
     with pytest.raises(UserError) as refused:
         check_fits(plan, CLIP, free)
@@ -276,7 +275,7 @@ def test_a_job_that_cannot_fit_is_refused_with_what_would() -> None:
 
 
 def test_the_last_bytes_of_a_disk_stay_free() -> None:
-    plan = pictures(10)
+    plan = images(10)
     needed = plan.bytes_needed(CLIP)
     check_fits(plan, CLIP, needed + SPARE_BYTES)
     with pytest.raises(UserError):
@@ -286,7 +285,7 @@ def test_the_last_bytes_of_a_disk_stay_free() -> None:
 
 def test_nothing_fits() -> None:
     with pytest.raises(UserError, match="no codec and pooling would fit"):
-        check_fits(pictures(10**9), CLIP, 10**9)
+        check_fits(images(10**9), CLIP, 10**9)
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -311,16 +310,16 @@ def test_time_adds_up_on_a_cpu_and_overlaps_on_a_gpu() -> None:
 
 
 def test_caching_pays_from_the_second_pass_unless_reading_is_as_slow() -> None:
-    assert break_even(pictures(1000), CLIP, speed(4.0)).startswith("from pass 2 on")
+    assert break_even(images(1000), CLIP, speed(4.0)).startswith("from pass 2 on")
     slow_to_read = speed(0.0, cores=15, shared=False)
-    assert break_even(pictures(1000), CLIP, slow_to_read).startswith("not in time")
+    assert break_even(images(1000), CLIP, slow_to_read).startswith("not in time")
 
 
 def test_the_plan_in_words() -> None:
-    plan = replace(pictures(3), reused=5, known_failures=1)
+    plan = replace(images(3), reused=5, known_failures=1)
     text = describe(plan, CLIP, samples=20, free=10**12, speed=speed(4.0))
     assert text.splitlines()[:4] == [
-        f"space    {CLIP.name}: 576 tokens x 1024, 610 kB a picture (int8, pool 1)",
+        f"space    {CLIP.name}: 576 tokens x 1024, 610 kB an image (int8, pool 1)",
         "media    9 in 20 samples: 3 to do, 5 reused, 1 failed before",
         "rows     at most 3, one view each",
         "disk     at most 1.8 MB needed, 1.0 TB free",

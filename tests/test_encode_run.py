@@ -35,7 +35,7 @@ CLOSING = re.compile(
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six pictures, and a configs folder in which `tiny` is an encoder."""
+    """Six images, and a configs folder in which `tiny` is an encoder."""
     (tmp_path / "configs").mkdir()
     values = yaml.safe_load(configs.dump(TINY))
     values.pop("name")
@@ -56,7 +56,7 @@ def run(photos: Path, *more: str) -> int:
 def test_a_job_says_what_it_will_do_and_what_it_did(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photos / "bad.png").write_bytes(b"no picture")
+    (photos / "bad.png").write_bytes(b"no image")
     assert run(photos) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["space", "media", "rows", "disk"]
@@ -86,8 +86,8 @@ def test_a_job_leaves_an_index_where_it_is_worth_one(
             index_file.save_index(paths, read_info(paths))
         assert run(photos) == 0, "an index is no reason to fail"
     assert run(photos) == 0
-    assert [p.name for p in paths.index_dir.iterdir()] == ["picture.bin"]
-    assert FeatureReader(paths).rows("picture") == 6
+    assert [p.name for p in paths.index_dir.iterdir()] == ["image.bin"]
+    assert FeatureReader(paths).rows("image") == 6
     assert not verify(CacheRoot(photos.parent / "cache"), deep=True).all_findings
 
 
@@ -109,10 +109,10 @@ def test_a_limit_is_the_first_samples(photos: Path) -> None:
     assert run(photos, "--limit", "2") == 0
     root = CacheRoot(photos.parent / "cache")
     assert [s.id for s in read_samples(root, "photos")] == ["0000.png", "0001.png"]
-    assert FeatureReader(find_space(root, None)).rows("picture") == 2
+    assert FeatureReader(find_space(root, None)).rows("image") == 2
     assert run(photos) == 0
     assert len(list(read_samples(root, "photos"))) == 6
-    assert FeatureReader(find_space(root, None)).rows("picture") == 6
+    assert FeatureReader(find_space(root, None)).rows("image") == 6
 
 
 def test_pooling_and_codec_make_other_spaces(photos: Path) -> None:
@@ -120,7 +120,7 @@ def test_pooling_and_codec_make_other_spaces(photos: Path) -> None:
         assert run(photos, *more) == 0
     root = CacheRoot(photos.parent / "cache")
     sizes = {
-        (r.spec.codec, r.spec.tokens("picture"))
+        (r.spec.codec, r.spec.tokens("image"))
         for r in (FeatureReader(root.space(n)) for n in root.space_names())
     }
     assert sizes == {("int8", 4), ("int8", 1), ("fp16", 4), ("int4", 4)}
@@ -257,7 +257,7 @@ def test_progress_tells_rate_bound_and_time_left(
     progress = Progress(Book(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]
     for second in range(61):
         clock[0] = 100.0 + second
-        # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded pictures.
+        # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded images.
         worked = max(0, second - 10)
         progress.update(
             Timings(

@@ -64,10 +64,10 @@ def test_it_sees_and_blind_does_not(result: Evaluation) -> None:
     assert result.blind_loss is not None and result.blind_loss > result.loss + 0.5
 
 
-def test_blind_answers_are_about_the_other_picture(
+def test_blind_answers_are_about_the_other_image(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
-    """What is said blindly is the colour of the picture in its place, which is never the same one."""
+    """What is said blindly is the colour of the image in its place, which is never the same one."""
     _, root = trained
     reader = FeatureReader(root.space(result.space))
     seen = join(root, reader, {"colors": None}, split="val", held_out=0.25, min_coverage=1.0)
@@ -87,7 +87,7 @@ def test_blind_answers_are_about_the_other_picture(
             assert said[name] == color_of_row[int(other.rows[other.media_of(i)[0]])]
 
 
-def test_only_held_out_pictures_are_asked_about(
+def test_only_held_out_images_are_asked_about(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
     folder, root = trained
@@ -141,9 +141,9 @@ def test_conversations_and_text_are_asked_too(
     samples = [
         Sample(id="chat", dataset="talk", messages=chat, media=media, task="chat"),
         Sample(id="text", dataset="talk", messages=chat[:2]),
-        Sample(id="picture only", dataset="talk", messages=chat[:1], media=media),
+        Sample(id="image only", dataset="talk", messages=chat[:1], media=media),
     ]
-    # The text-only sample is on the side its id decides, pictures on theirs: both sides are asked.
+    # The text-only sample is on the side its id decides, images on theirs: both sides are asked.
     write_samples(root, "talk", samples)
     answers: dict[str, Answer] = {}
     for split in ("train", "val"):
@@ -187,7 +187,7 @@ def test_exact_match_is_of_normalised_text(expected: str, given: str, right: boo
         ('<points coords="1 1 340 660">red ring</points>', True),  # another place in the same cell
         ('<points coords="1 1 334 666">ring', True),
         ('<points coords="1 1 333 660">red ring</points>', False),  # one cell to the left
-        ('<points coords="2 1 340 660">red ring</points>', False),  # in another picture
+        ('<points coords="2 1 340 660">red ring</points>', False),  # in another image
         ('<points coords="1 1 340 660 2 10 10">red ring</points>', False),  # one point too many
         ('<points coords="1 1 340">red ring</points>', False),
         ("middle", False),

@@ -1,4 +1,4 @@
-"""A model trained on pictures and clips: it sees clips, and blind it does not."""
+"""A model trained on images and videos: it sees videos, and blind it does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from configs import UserError
-from model.inference import Clip
+from model.inference import Video
 from model.io.saved_model import read_meta
 from tests import small_world
 from train import run
@@ -22,7 +22,7 @@ from train.evaluate.__main__ import Evaluation, Options
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
-    """A run that has learned to name colours of pictures and of clips, and its cache."""
+    """A run that has learned to name colours of images and of videos, and its cache."""
     folder = tmp_path_factory.mktemp("films")
     small_world.make(folder)
     root = small_world.film(folder)
@@ -30,9 +30,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
     words += ["--batch-size", "12", "--learning-rate", "3e-3", "--held-out", "0.25"]
     words += ["--max-steps", "120", "--max-frames", "5", "--features", str(root.path)]
     words += ["--run", str(folder / "run"), "--log-every", "1000"]
-    with pytest.raises(UserError, match=r"clips have some of their frames.*--max-frames 5"):
+    with pytest.raises(UserError, match=r"videos have some of their frames.*--max-frames 5"):
         run.main(words)
-    words[words.index("--max-frames") + 1] = "64"  # as good as 128: no clip lasts half a minute
+    words[words.index("--max-frames") + 1] = "64"  # as good as 128: no video lasts half a minute
     assert run.main(words) == 0
     return folder / "run", root
 
@@ -45,7 +45,7 @@ def result(trained: tuple[Path, CacheRoot]) -> Evaluation:
     )
 
 
-def test_it_sees_clips_and_blind_does_not(result: Evaluation) -> None:
+def test_it_sees_videos_and_blind_does_not(result: Evaluation) -> None:
     tasks = {task.name: task for task in result.tasks}
     assert tasks["film"].questions >= 5
     assert tasks["film"].exact == 1.0
@@ -54,7 +54,7 @@ def test_it_sees_clips_and_blind_does_not(result: Evaluation) -> None:
     assert result.blind_loss is not None and result.blind_loss > result.loss + 0.5
 
 
-def test_blind_answers_are_about_the_other_clip(
+def test_blind_answers_are_about_the_other_video(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
     _, root = trained
@@ -67,7 +67,7 @@ def test_blind_answers_are_about_the_other_clip(
         seen.key(m): names[int(seen.name_of(i).split("/")[1]) % len(names)]
         for i in range(seen.size)
         for m in seen.media_of(i)
-        if seen.is_clip(m)
+        if seen.is_video(m)
     }
     said = {a.sample: a.blind for a in result.answers if a.task == "film"}
     checked = 0
@@ -87,18 +87,18 @@ def test_features_for_an_answer_are_the_stored_ones(
         root, reader, {"films": None, "colors": None}, split="val", held_out=0.25, min_coverage=1.0
     )
     media = [0, len(seen.kinds) - 1, 0]
-    assert [seen.is_clip(m) for m in media] == [True, False, True]
-    first, picture, again = looked_at(seen, media, reader)
-    assert not isinstance(picture, Clip) and isinstance(first, Clip)
+    assert [seen.is_video(m) for m in media] == [True, False, True]
+    first, image, again = looked_at(seen, media, reader)
+    assert not isinstance(image, Video) and isinstance(first, Video)
     assert tuple(first.times_s) == tuple(seen.times_of(0).tolist())
-    assert isinstance(again, Clip)
+    assert isinstance(again, Video)
     assert np.array_equal(first.features.numpy(), again.features.numpy())
-    assert np.array_equal(picture.numpy(), reader.read("picture", seen.key(media[1])))
+    assert np.array_equal(image.numpy(), reader.read("image", seen.key(media[1])))
     stored = np.stack(
         [reader.read("frame", seen.key(0), f"t:{round(t * 1e6)}") for t in first.times_s]
     )
     assert np.array_equal(first.features.numpy(), stored)
-    sizes = [x.features.nbytes if isinstance(x, Clip) else x.nbytes for x in (first, picture)]
+    sizes = [x.features.nbytes if isinstance(x, Video) else x.nbytes for x in (first, image)]
     assert feature_bytes(seen, media[:2], reader.spec) == sum(sizes)
 
 

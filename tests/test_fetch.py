@@ -19,7 +19,7 @@ import pytest
 
 from encode.download.client import Fetched, Fetcher, FetchRules, is_url
 from encode.download.request import _retry_after
-from model.media.images import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_image
 from tests.trouble import TROUBLES, Handler, TroubleServer, at_first, status
 
 QUICK: dict[str, Any] = {
@@ -133,12 +133,12 @@ def test_every_kind_ends_at_the_stage_it_should(
             assert isinstance(got, Fetched), f"{entry.kind}: {got}"
         if entry.expected == "ok":
             assert isinstance(got, Fetched)
-            assert got.data == server.picture(entry.kind), entry.kind
-            decode_picture(got.data)
+            assert got.data == server.image(entry.kind), entry.kind
+            decode_image(got.data)
         if entry.expected == "decode":
             assert isinstance(got, Fetched)
             with pytest.raises(BadMedia):
-                decode_picture(got.data)
+                decode_image(got.data)
 
 
 @pytest.mark.parametrize("kind", REASONS)
@@ -196,7 +196,7 @@ def test_a_healed_server_serves_everything(fetcher: Callable[..., Fetcher]) -> N
             got = outcome(future)
             assert isinstance(got, Fetched), f"{entry.kind}: {got}"
             assert hashlib.sha256(got.data).digest() == (
-                hashlib.sha256(server.kinds[entry.path].picture).digest()
+                hashlib.sha256(server.kinds[entry.path].image).digest()
             )
 
 
@@ -224,7 +224,7 @@ def test_a_known_hash_is_checked_in_either_case(
     quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
 ) -> None:
     one, url = fetcher(), quiet_server.url("photo-1")
-    digest = hashlib.sha256(quiet_server.picture("photo-1")).hexdigest()
+    digest = hashlib.sha256(quiet_server.image("photo-1")).hexdigest()
     assert isinstance(outcome(one.submit(url, sha256=digest)), Fetched)
     assert isinstance(outcome(one.submit(url, sha256=digest.upper())), Fetched)
     got = outcome(one.submit(url, sha256="0" * 64))
@@ -240,14 +240,14 @@ def gauge(hold_s: float) -> tuple[Callable[[Handler, bytes, int], None], list[in
     lock = threading.Lock()
     now = [0, 0]
 
-    def act(h: Handler, picture: bytes, _: int) -> None:
+    def act(h: Handler, image: bytes, _: int) -> None:
         with lock:
             now[0] += 1
             now[1] = max(now)
         h.wait(hold_s)
         with lock:
             now[0] -= 1
-        h.send(picture)
+        h.send(image)
 
     return act, now
 
@@ -287,7 +287,7 @@ def test_a_slow_host_keeps_nobody_else_waiting(fetcher: Callable[..., Fetcher]) 
 def test_sizes_are_capped_to_the_byte(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=1) as server:
         for kind in ("photo-0", "chunked", "until-closed"):
-            size = len(server.picture(kind))
+            size = len(server.image(kind))
             got = outcome(fetcher(max_bytes=size).submit(server.url(kind)))
             assert isinstance(got, Fetched), f"{kind}: {got}"
             got = outcome(fetcher(max_bytes=size - 1).submit(server.url(kind)))

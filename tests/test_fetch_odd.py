@@ -18,8 +18,8 @@ INVALID = "the answer is no valid HTTP"
 def raw(answer: bytes) -> Act:
     """These bytes, with BODY and LEN filled in, and the end of the connection."""
 
-    def act(h: Handler, picture: bytes, _: int) -> None:
-        h.wfile.write(answer.replace(b"LEN", b"%d" % len(picture)).replace(b"BODY", picture))
+    def act(h: Handler, image: bytes, _: int) -> None:
+        h.wfile.write(answer.replace(b"LEN", b"%d" % len(image)).replace(b"BODY", image))
         h.hang_up()
 
     return act
@@ -100,7 +100,7 @@ def test_odd_answers(caplog: pytest.LogCaptureFixture) -> None:
             else:
                 assert isinstance(got, Fetched), f"{kind}: {got}"
                 expected = "photo-0" if kind == "latin-location" else kind
-                assert got.data == server.picture(expected), kind
+                assert got.data == server.image(expected), kind
         one.close()
     assert caplog.text == ""
 

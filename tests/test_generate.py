@@ -1,4 +1,4 @@
-"""The whole model, live: pictures in, an answer out, the same as from the cache."""
+"""The whole model, live: images in, an answer out, the same as from the cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from configs import UserError
 from model.generate import live_features, main
 from model.inference import answer
 from model.io.saved_model import load_final, save_final
-from model.media.images import decode_picture
+from model.media.images import decode_image
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm
@@ -31,17 +31,17 @@ def encoder() -> VisionEncoder:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> Path:
-    """A run whose model says different things to different pictures, and three pictures."""
+    """A run whose model says different things to different images, and three images."""
     folder = tmp_path_factory.mktemp("world")
     for i, colour in enumerate(("red", "lime", "blue")):
-        picture = Image.new("RGB", (150 + 40 * i, 120), "white")
-        ImageDraw.Draw(picture).ellipse((20 * i, 10, 60 + 30 * i, 90), fill=colour)
-        picture.save(folder / f"{colour}.png")
+        image = Image.new("RGB", (150 + 40 * i, 120), "white")
+        ImageDraw.Draw(image).ellipse((20 * i, 10, 60 + 30 * i, 90), fill=colour)
+        image.save(folder / f"{colour}.png")
     vlm, tok = build_vlm(encoder.spec("int8").width, "random:qwen3-tiny", "linear", seed=6)
     generator = torch.Generator().manual_seed(11)
     for p in vlm.language.parameters():
         p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
-    # What pictures have in common is taken away and what differs enlarged, or all would look alike.
+    # What images have in common is taken away and what differs enlarged, or all would look alike.
     pixels = np.stack([encoder.prepare(Image.open(p).convert("RGB")) for p in folder.glob("*.png")])
     common = encoder.encode(pixels).mean((0, 1))
     vlm.connector.weight.data *= 20
@@ -56,10 +56,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> P
 def from_cache(world: Path, encoder: VisionEncoder, names: list[str]) -> torch.Tensor:
     """Features as a job would have stored and a trainer read them: encoded among others, by numpy."""
     spec = encoder.spec("int8")
-    pictures = [decode_picture((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
-    batch = encoder.encode(np.stack([encoder.prepare(p) for p in pictures]))
+    images = [decode_image((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
+    batch = encoder.encode(np.stack([encoder.prepare(p) for p in images]))
     rows = codec.pack(batch.numpy(), spec.layout)
-    stored = codec.unpack(rows, spec.layout, spec.tokens("picture"), spec.width)
+    stored = codec.unpack(rows, spec.layout, spec.tokens("image"), spec.width)
     order = ["blue", "red", "lime"]
     return torch.from_numpy(stored[[order.index(n) for n in names]])
 
@@ -78,8 +78,8 @@ def images(world: Path, *names: str) -> list[str]:
 def test_live_features_are_the_cached_ones(world: Path, encoder: VisionEncoder) -> None:
     """To the bit, whatever else was in the batch when the cache was filled."""
     space = {"spec": encoder.spec("int8").to_json(), "load": encoder.load_info()}
-    pictures = [decode_picture((world / f"{n}.png").read_bytes()) for n in ("red", "lime")]
-    live = live_features(encoder, space, pictures)
+    images = [decode_image((world / f"{n}.png").read_bytes()) for n in ("red", "lime")]
+    live = live_features(encoder, space, images)
     assert live.dtype == torch.float16
     assert torch.equal(live, from_cache(world, encoder, ["red", "lime"]))
 
@@ -102,10 +102,10 @@ def test_live_answers_are_those_from_the_cache(
         assert out == cached[0] + "\n"
         assert err == ""
         said[(*names, prompt)] = out
-    assert len(set(said.values())) == len(said), "pictures, their order and their place all matter"
+    assert len(set(said.values())) == len(said), "images, their order and their place all matter"
 
 
-def test_without_pictures_no_encoder_is_needed(
+def test_without_images_no_encoder_is_needed(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.generate.rebuild_encoder", None)
@@ -131,7 +131,7 @@ def test_verbose_leaves_the_answer_alone(world: Path, capsys: pytest.CaptureFixt
     lines = err.splitlines()
     assert len(lines) == 4
     assert "encoder demo" in lines[0]
-    assert "1 pictures, " in lines[1]
+    assert "1 images, " in lines[1]
     assert all(" s  " in line for line in lines)
 
 
@@ -153,7 +153,7 @@ def test_mistakes_are_one_line(world: Path, words: list[str], message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_picture_is_said(world: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_said(world: Path, tmp_path: Path) -> None:
     whole = (world / "red.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"half\.png: .*give a sound JPEG"):

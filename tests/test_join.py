@@ -44,7 +44,7 @@ def test_a_sample_is_present_when_all_its_media_are(world: World) -> None:
     assert names_of(joined) == ["d/both", "d/text"]
     assert (joined.missing, joined.failed, joined.coverage) == (1, 1, 2 / 3)
     rows = joined.rows[joined.media_of(0)]
-    assert rows.tolist() == world.reader.lookup("picture", [key_of("a"), key_of("b")]).tolist()
+    assert rows.tolist() == world.reader.lookup("image", [key_of("a"), key_of("b")]).tolist()
     assert [joined.key(m) for m in joined.media_of(0)] == [key_of("a"), key_of("b")]
     assert "d: 2 train samples of 4 (1 with failed media, 1 not encoded)" in joined.describe()
 
@@ -69,7 +69,7 @@ def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> N
     assert names_of(world.join()) == ["d/s"]
 
 
-def test_a_picture_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
+def test_a_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
     """Two data sets may say different hashes for one URL; only one of them can be right."""
 
     def says(name: str, sha256: str | None) -> Sample:
@@ -115,15 +115,15 @@ def test_absent_data_sets_leave_the_mix_by_name(
         world.join(mix={"d": 0.5, "e": None})
 
 
-def test_no_picture_is_on_both_sides(world: World) -> None:
-    pictures = [f"p{i}" for i in range(60)]
+def test_no_image_is_on_both_sides(world: World) -> None:
+    images = [f"p{i}" for i in range(60)]
     rng = np.random.default_rng(0)
     samples = [
-        ask(f"{i}", [pictures[j] for j in rng.choice(60, rng.integers(0, 4), replace=False)])
+        ask(f"{i}", [images[j] for j in rng.choice(60, rng.integers(0, 4), replace=False)])
         for i in range(300)
     ]
     world.write(d=samples[:150], e=samples[150:])
-    world.encode(pictures)
+    world.encode(images)
     sides = {
         side: world.join("d", "e", split=side, held_out=0.3, min_coverage=1.0)
         for side in ("train", "val")
@@ -133,7 +133,7 @@ def test_no_picture_is_on_both_sides(world: World) -> None:
     )
     held = {
         p
-        for p in pictures
+        for p in images
         if int(key_of(p)[:8], 16) < int(0.3 * 2**32)  # by hand
     }
     trained_on = {sides["train"].key(m) for m in sides["train"].media}
@@ -152,9 +152,7 @@ def test_an_empty_side_says_so(world: World) -> None:
         world.join(split="val")
 
 
-def test_the_digest_is_of_texts_and_pictures_not_of_row_numbers(
-    world: World, tmp_path: Path
-) -> None:
+def test_the_digest_is_of_texts_and_images_not_of_row_numbers(world: World, tmp_path: Path) -> None:
     samples = [ask("1", ["a"]), ask("2", ["b"])]
     world.write(d=samples)
     world.encode(["a", "b"])
@@ -197,7 +195,7 @@ def test_limit_takes_the_first_of_each_data_set(world: World) -> None:
     assert names_of(world.join("e", "d", limit=2)) == ["e/y", "e/z", "d/0", "d/1"]
 
 
-def test_blind_exchanges_every_picture_for_another_of_the_split(world: World) -> None:
+def test_blind_exchanges_every_image_for_another_of_the_split(world: World) -> None:
     world.write(d=[ask(f"{i}", [f"p{i % 7}"]) for i in range(20)])
     world.encode([f"p{i}" for i in range(7)])
     joined = world.join()
@@ -208,9 +206,9 @@ def test_blind_exchanges_every_picture_for_another_of_the_split(world: World) ->
     reader = world.reader
     assert [blind.key(m) for m in range(7)] == [
         k for row in blind.rows for k in map(key_of, (f"p{i}" for i in range(7)))
-        if reader.lookup("picture", [k])[0] == row
+        if reader.lookup("image", [k])[0] == row
     ]  # fmt: skip
     assert world.trees(blind).starts.tolist() == world.trees(joined).starts.tolist()
     world.write(d=[ask("only", ["p0"])])
-    with pytest.raises(UserError, match="one picture"):
+    with pytest.raises(UserError, match="one image"):
         world.join().blind(0)

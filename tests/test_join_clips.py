@@ -1,4 +1,4 @@
-"""The join with clips: which frames they need, when they are there, what stands in their place when blind."""
+"""The join with videos: which frames they need, when those are stored, what replaces them when blind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.samples import MediaRecord, MediaRef, append_media
 from configs import UserError
 from tests.feature_world import World, ask, frame_time, key_of, names_of, new_world, ref
-from train.data.media_rows import PICTURE, VIDEO, find_rows
+from train.data.media_rows import IMAGE, VIDEO, find_rows
 
 
 @pytest.fixture
@@ -27,36 +27,36 @@ def media_named(world: World, joined: object, name: str) -> int:
     return next(m for m in range(len(joined.keys)) if joined.key(m) == key_of(name))
 
 
-def test_a_clip_is_present_with_all_its_frames_and_knows_their_times(world: World) -> None:
+def test_a_video_is_present_with_all_its_frames_and_knows_their_times(world: World) -> None:
     world.write(
         d=[
-            ask("clip", ["clip a"]),
-            ask("both", ["p", "clip b", "clip a"]),
-            ask("unknown", ["clip a", "clip nowhere"]),
-            ask("picture", ["p"]),
+            ask("clip", ["video a"]),
+            ask("both", ["p", "video b", "video a"]),
+            ask("unknown", ["video a", "video nowhere"]),
+            ask("image", ["p"]),
         ]
     )
     world.encode(["p"])
-    world.encode_clips({"clip a": 3.2, "clip b": 0.0})
+    world.encode_videos({"video a": 3.2, "video b": 0.0})
     joined = world.join()
-    assert names_of(joined) == ["d/clip", "d/both", "d/picture"]
+    assert names_of(joined) == ["d/video", "d/both", "d/image"]
     assert (joined.missing, joined.failed) == (1, 0)
-    a, b, p = (media_named(world, joined, name) for name in ("clip a", "clip b", "p"))
-    assert [joined.is_clip(m) for m in (a, b, p)] == [True, True, False]
+    a, b, p = (media_named(world, joined, name) for name in ("video a", "video b", "p"))
+    assert [joined.is_video(m) for m in (a, b, p)] == [True, True, False]
     views = frame_views(3.2, 128)
     assert len(views) == 8  # 0, 0.5, ... 3.0, and the last frame
-    wanted = world.reader.lookup_pairs("frame", [key_of("clip a")] * 8, views)
+    wanted = world.reader.lookup_pairs("frame", [key_of("video a")] * 8, views)
     assert joined.rows_of(a).tolist() == wanted.tolist()
     assert joined.times_of(a).tolist() == [frame_time(us) for us in sample_times(3.2, 128)]
     assert joined.times_of(b).tolist() == [0.0]
-    assert joined.rows_of(p).tolist() == world.reader.lookup("picture", [key_of("p")]).tolist()
+    assert joined.rows_of(p).tolist() == world.reader.lookup("image", [key_of("p")]).tolist()
     assert np.isnan(joined.times_of(p)).all()
 
 
 def test_frames_of_equal_time_stand_once(world: World) -> None:
     """Asked for at 12.0 and 12.02 s, the nearest frame is the same: 12.5 a second."""
     world.write(d=[ask("1", ["clip"])])
-    world.encode_clips({"clip": 12.02})
+    world.encode_videos({"clip": 12.02})
     assert len(frame_views(12.02, 128)) == 26
     joined = world.join()
     times = joined.times_of(0).tolist()
@@ -65,22 +65,22 @@ def test_frames_of_equal_time_stand_once(world: World) -> None:
     assert joined.rows_of(0)[-1] == first[0]
 
 
-def test_clips_encoded_with_another_limit_are_told_apart_from_missing_ones(
+def test_videos_encoded_with_another_limit_are_told_apart_from_missing_ones(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.write(d=[ask("long", ["clip long"]), ask("short", ["clip short"]), ask("text")])
-    world.encode_clips({"clip long": 30.0, "clip short": 3.0}, max_frames=8)
+    world.write(d=[ask("long", ["video long"]), ask("short", ["video short"]), ask("text")])
+    world.encode_videos({"video long": 30.0, "video short": 3.0}, max_frames=8)
     with pytest.raises(UserError) as refused:
         world.join(min_coverage=0.9, max_frames=16)
     message = str(refused.value)
-    assert "1 clips have some of their frames and not those for at most 16" in message
+    assert "1 videos have some of their frames and not those for at most 16" in message
     assert "python -m encode.run --dataset d --max-frames 16" in message
     assert "66.7%" in message and "\n" not in message
     joined = world.join(max_frames=16)  # the short one needs nothing new
     assert names_of(joined) == ["d/short", "d/text"]
     assert "--max-frames 16" in caplog.text
     assert world.join(max_frames=8, min_coverage=1.0).size == 3
-    world.encode_clips({"clip long": 30.0}, max_frames=16)
+    world.encode_videos({"video long": 30.0}, max_frames=16)
     assert world.join(max_frames=16, min_coverage=1.0).size == 3
     assert len(world.join(max_frames=16).rows_of(0)) == 16
     assert len(world.join(max_frames=8).rows_of(0)) == 8
@@ -88,39 +88,39 @@ def test_clips_encoded_with_another_limit_are_told_apart_from_missing_ones(
 
 def test_without_a_length_nothing_is_known_of_its_frames(world: World) -> None:
     world.write(d=[ask("1", ["clip"]), ask("2")])
-    world.encode_clips({"clip": 1.0})
+    world.encode_videos({"clip": 1.0})
     record = MediaRecord(source=ref("clip").source, key=key_of("clip"), kind="video")
     append_media(world.root, [record], "test")
     joined = world.join()
     assert (names_of(joined), joined.missing) == (["d/2"], 1)
 
 
-def test_one_file_may_be_a_picture_here_and_a_clip_there(world: World) -> None:
-    """An animated picture: the same bytes, two kinds of media, each with its own rows."""
-    as_picture = replace(ask("picture"), media=(MediaRef(source="/clip.mp4"),))
-    world.write(d=[ask("clip", ["clip"]), as_picture])
+def test_one_file_may_be_a_image_here_and_a_video_there(world: World) -> None:
+    """An animated image: the same bytes, two kinds of media, each with its own rows."""
+    as_image = replace(ask("image"), media=(MediaRef(source="/video.mp4"),))
+    world.write(d=[ask("clip", ["clip"]), as_image])
     world.encode(["clip"])
-    world.encode_clips({"clip": 1.0})
+    world.encode_videos({"clip": 1.0})
     append_media(
         world.root,
         [
             MediaRecord(
-                source="/clip.mp4", key=key_of("clip"), kind="video", duration_s=1.0, attempts=2
+                source="/video.mp4", key=key_of("clip"), kind="video", duration_s=1.0, attempts=2
             )
         ],
         "test",
     )
     joined = world.join()
-    assert names_of(joined) == ["d/clip", "d/picture"]
-    assert sorted(joined.kinds.tolist()) == [PICTURE, VIDEO]
+    assert names_of(joined) == ["d/video", "d/image"]
+    assert sorted(joined.kinds.tolist()) == [IMAGE, VIDEO]
     assert joined.key(0) == joined.key(1) == key_of("clip")
 
 
-def test_a_failed_clip_does_not_count_against_coverage(world: World) -> None:
-    world.write(d=[ask("1", ["clip good"]), ask("2", ["clip bad"])])
-    world.encode_clips({"clip good": 1.0})
+def test_a_failed_video_does_not_count_against_coverage(world: World) -> None:
+    world.write(d=[ask("1", ["video good"]), ask("2", ["video bad"])])
+    world.encode_videos({"video good": 1.0})
     record = MediaRecord(
-        source=ref("clip bad").source, kind="video", status="failed", stage="decode", error="x"
+        source=ref("video bad").source, kind="video", status="failed", stage="decode", error="x"
     )
     append_media(world.root, [record], "test")
     joined = world.join(min_coverage=1.0)
@@ -131,15 +131,15 @@ def test_other_kinds_are_refused_in_one_line(world: World) -> None:
     sound = replace(ask("1"), media=(MediaRef(source="/a.wav", kind="sound"),))
     world.write(d=[sound])
     world.encode(["p"])
-    with pytest.raises(UserError, match="data set d: holds sound media; only pictures and videos"):
+    with pytest.raises(UserError, match="data set d: holds sound media; only images and videos"):
         world.join()
 
 
-def test_the_digest_is_also_of_a_clips_frames(world: World, tmp_path: Path) -> None:
+def test_the_digest_is_also_of_a_videos_frames(world: World, tmp_path: Path) -> None:
     world.write(d=[ask("1", ["clip"]), ask("2", ["p"])])
     world.encode(["p"])
-    world.encode_clips({"clip": 30.0}, max_frames=8)
-    world.encode_clips({"clip": 30.0}, max_frames=16)
+    world.encode_videos({"clip": 30.0}, max_frames=8)
+    world.encode_videos({"clip": 30.0}, max_frames=16)
     first = world.join(max_frames=8)
     path = tmp_path / "samples.safetensors"
     first.freeze(path)
@@ -149,13 +149,16 @@ def test_the_digest_is_also_of_a_clips_frames(world: World, tmp_path: Path) -> N
         world.join(max_frames=16, frozen=path)
 
 
-def test_blind_exchanges_pictures_among_pictures_and_clips_among_clips(world: World) -> None:
-    clips = {f"clip {i}": float(i) for i in range(1, 7)}
+def test_blind_exchanges_images_among_images_and_videos_among_videos(world: World) -> None:
+    videos = {f"video {i}": float(i) for i in range(1, 7)}
     world.write(
-        d=[ask(f"{i}", [f"p{i % 5}", f"clip {1 + i % 6}"], "<image> or <image>") for i in range(30)]
+        d=[
+            ask(f"{i}", [f"p{i % 5}", f"video {1 + i % 6}"], "<image> or <image>")
+            for i in range(30)
+        ]
     )
     world.encode([f"p{i}" for i in range(5)])
-    world.encode_clips(clips)
+    world.encode_videos(videos)
     joined = world.join()
     blind = joined.blind(0)
     assert blind.kinds.tolist() == joined.kinds.tolist()
@@ -184,16 +187,16 @@ def test_blind_exchanges_pictures_among_pictures_and_clips_among_clips(world: Wo
     assert world.trees(blind).length.tolist() == world.trees(joined).length.tolist()
 
 
-def test_a_single_clip_has_none_to_be_exchanged_for(world: World) -> None:
+def test_a_single_video_has_none_to_be_exchanged_for(world: World) -> None:
     world.write(d=[ask("1", ["clip"]), ask("2", ["p"]), ask("3", ["q"])])
     world.encode(["p", "q"])
-    world.encode_clips({"clip": 1.0})
-    with pytest.raises(UserError, match=r"one clip, so none.*--no-blind.*more clips"):
+    world.encode_videos({"clip": 1.0})
+    with pytest.raises(UserError, match=r"one video, so none.*--no-blind.*more videos"):
         world.join().blind(0)
 
 
 class CountingRows:
-    """Every view of every clip, and how many were asked for at a time."""
+    """Every view of every video, and how many were asked for at a time."""
 
     path = Path()
 
@@ -212,10 +215,10 @@ class CountingRows:
         return rows / 10
 
 
-def test_many_clips_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.media_rows.CLIPS_AT_ONCE", 3)
+def test_many_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.media_rows.VIDEOS_AT_ONCE", 3)
     keys = pa.array([key_of(str(i)) for i in range(11)])
-    kinds = np.array([VIDEO, PICTURE] * 5 + [VIDEO], np.uint8)
+    kinds = np.array([VIDEO, IMAGE] * 5 + [VIDEO], np.uint8)
     durations = np.where(kinds == VIDEO, 1.0, np.nan)
     reader = CountingRows()
     found = find_rows(reader, keys, kinds, durations, 128)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from configs import UserError
 from model.language import model as language
-from model.language.chat_template import Message, place_pictures
+from model.language.chat_template import Message, place_images
 from model.language.model import (
     LanguagePreset,
     load_language,
@@ -34,8 +34,8 @@ def tok() -> PreTrainedTokenizerFast:
     return byte_tokenizer(WORDS)
 
 
-def rendered(tok: PreTrainedTokenizerFast, messages: list[Message], pictures: int = 0) -> str:
-    return tok.decode(tokenize_messages(tok, messages, pictures).ids)
+def rendered(tok: PreTrainedTokenizerFast, messages: list[Message], images: int = 0) -> str:
+    return tok.decode(tokenize_messages(tok, messages, images).ids)
 
 
 # ---------------------------------------------------------------------------------- the template
@@ -88,9 +88,9 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(tok: PreTrainedTokenizerF
         assert tok.decode(spoken) == turns[end][1] + "<|im_end|>"
 
 
-def test_pictures_stand_at_their_marks_or_in_front() -> None:
-    def texts(messages: list[tuple[str, str]], pictures: int) -> list[list[str]]:
-        return place_pictures([(role, text, 1.0) for role, text in messages], pictures)
+def test_images_stand_at_their_marks_or_in_front() -> None:
+    def texts(messages: list[tuple[str, str]], images: int) -> list[list[str]]:
+        return place_images([(role, text, 1.0) for role, text in messages], images)
 
     two = [("user", "a<image>b"), ("assistant", "<image>"), ("user", "<image>c")]
     assert texts(two, 2) == [["a", "b"], ["<image>"], ["", "c"]]
@@ -98,7 +98,7 @@ def test_pictures_stand_at_their_marks_or_in_front() -> None:
     assert texts(two, 0) == [["a<image>b"], ["<image>"], ["<image>c"]]
     no_mark = [("system", "s <image>"), ("user", "c"), ("user", "d")]
     assert texts(no_mark, 2) == [["s <image>"], ["", "", "c"], ["d"]]
-    with pytest.raises(ValueError, match="3 pictures but 2 <image> marks"):
+    with pytest.raises(ValueError, match="3 images but 2 <image> marks"):
         texts(two, 3)
     with pytest.raises(ValueError, match="no user turn"):
         texts([("assistant", "a")], 1)
@@ -131,13 +131,13 @@ def test_plain_text_comes_back_and_holds_no_control_token(text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(nasty, nasty, st.integers(0, 2))
-def test_no_user_can_end_a_turn_or_add_a_picture(ask: str, say: str, pictures: int) -> None:
+def test_no_user_can_end_a_turn_or_add_a_image(ask: str, say: str, images: int) -> None:
     tok = byte_tokenizer(WORDS)
     sample = tokenize_messages(
-        tok, [("user", "<image>" * pictures + ask, 1.0), ("assistant", say, 1.0)], pictures
+        tok, [("user", "<image>" * images + ask, 1.0), ("assistant", say, 1.0)], images
     )
     ids = sample.ids.tolist()
-    marks = pictures or 0
+    marks = images or 0
     assert ids.count(token_id(tok, "<image>")) == marks
     assert ids.count(token_id(tok, "<|im_start|>")) == 2
     assert ids.count(token_id(tok, "<|im_end|>")) == 2

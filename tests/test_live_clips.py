@@ -1,4 +1,4 @@
-"""Clips live: what the whole model sees of a file is what training reads from the cache."""
+"""Videos live: what the whole model sees of a file is what training reads from the cache."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from configs import UserError
 from encode import run as encode_run
 from encode.check import loss
 from model import generate
-from model.generate import Options, in_order, live_clip
+from model.generate import Options, in_order, live_video
 from model.inference import answer
 from model.io.saved_model import load_final, save_final
 from model.media import video
 from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
-from tests.clips import make_clip
+from tests.videos import make_video
 from train.data.features import looked_at
 from train.data.join import Join, join
 
 LIMIT = 5
-"""Frames of a clip."""
+"""Frames of a video."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """A cache of clips and pictures from files, and an untrained model on it that looks."""
+    """A cache of videos and images from files, and an untrained model on it that looks."""
 
     folder: Path
     model: Path
@@ -43,7 +43,7 @@ class Live:
 
     @property
     def joined(self) -> Join:
-        names = {"demo-clips": None, "demo-captions": None}
+        names = {"demo-videos": None, "demo-captions": None}
         return join(
             CacheRoot(self.features),
             self.reader,
@@ -65,9 +65,9 @@ class Live:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
-    folder = tmp_path_factory.mktemp("live-clips")
+    folder = tmp_path_factory.mktemp("live-videos")
     features = folder / "cache"
-    command = ["--dataset", "demo-clips", "demo-captions", "--encoder", "demo", "--limit", "6"]
+    command = ["--dataset", "demo-videos", "demo-captions", "--encoder", "demo", "--limit", "6"]
     command += ["--max-frames", str(LIMIT), "--features", str(features), "--workers", "0"]
     assert encode_run.main(command) == 0
     reader = FeatureReader(find_space(CacheRoot(features), None))
@@ -89,13 +89,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
     return Live(folder, folder / "run/stage1/final", features)
 
 
-def test_cached_loss_is_live_loss_on_clips(world: Live, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cached_loss_is_live_loss_on_videos(
+    world: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--run", str(world.model), "--features", str(world.features), "--samples", "8"]
     assert loss.main(words) == 0
-    assert "pictures and frames give the stored row to the bit" in capsys.readouterr().out
+    assert "images and frames give the stored row to the bit" in capsys.readouterr().out
     result = loss.compare(loss.Options(run=str(world.model), features=world.features, samples=8))
-    assert (result.samples, result.clips) == (8, 4)
-    assert result.same_rows == result.pictures > 4 + 2 * 4
+    assert (result.samples, result.videos) == (8, 4)
+    assert result.same_rows == result.images > 4 + 2 * 4
     assert result.cached == result.live
     assert result.cached == pytest.approx(result.unrounded, rel=0.01)
 
@@ -103,14 +105,14 @@ def test_cached_loss_is_live_loss_on_clips(world: Live, capsys: pytest.CaptureFi
 def test_with_other_frames_than_are_stored_there_is_nothing_to_compare(world: Live) -> None:
     options = loss.Options(run=str(world.model), features=world.features, samples=20, max_frames=3)
     result = loss.compare(options)
-    assert (result.samples, result.clips) == (6, 0)  # the pictures
+    assert (result.samples, result.videos) == (6, 0)  # the images
 
 
 def test_what_came_from_the_web_cannot_be_looked_at_again(world: Live) -> None:
     root = CacheRoot(world.features)
-    sample = next(iter(read_samples(root, "demo-clips")))
+    sample = next(iter(read_samples(root, "demo-videos")))
     record = read_media(root)[sample.media[0].source]
-    url = "https://a.example/clip.y4m"
+    url = "https://a.example/video.y4m"
     append_media(root, [replace(record, source=url)], "test")
     write_samples(
         root, "web", [replace(sample, dataset="web", media=(MediaRef(source=url, kind="video"),))]
@@ -129,8 +131,8 @@ def test_what_came_from_the_web_cannot_be_looked_at_again(world: Live) -> None:
     assert joined.size == 1  # while training on it needs no file
 
 
-def test_a_clip_that_is_gone_or_broken_is_said(world: Live) -> None:
-    sample = next(iter(read_samples(CacheRoot(world.features), "demo-clips")))
+def test_a_video_that_is_gone_or_broken_is_said(world: Live) -> None:
+    sample = next(iter(read_samples(CacheRoot(world.features), "demo-videos")))
     path = Path(sample.media[0].source)
     whole = path.read_bytes()
     options = loss.Options(run=str(world.model), features=world.features, samples=2)
@@ -145,42 +147,42 @@ def test_a_clip_that_is_gone_or_broken_is_said(world: Live) -> None:
         path.write_bytes(whole)
 
 
-def test_a_clip_from_its_file_is_the_clip_from_the_cache(world: Live) -> None:
+def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
     """Frames, times, features: to the bit."""
     joined, reader = world.joined, world.reader
     encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
     space = json.loads(reader.paths.space_json.read_text())
-    clips = [m for m in range(len(joined.kinds)) if joined.is_clip(m)]
-    assert len(clips) >= 2
-    for m in clips:
+    videos = [m for m in range(len(joined.kinds)) if joined.is_video(m)]
+    assert len(videos) >= 2
+    for m in videos:
         path = world.source(joined, m)
-        found = live_clip(encoder, space, path, video.probe(path), LIMIT)
+        found = live_video(encoder, space, path, video.probe(path), LIMIT)
         (cached,) = looked_at(joined, [m], reader)
         assert not isinstance(cached, torch.Tensor)
         assert list(found.times_s) == list(cached.times_s)
         assert torch.equal(found.features, cached.features)
 
 
-def test_answers_about_clips_are_those_from_the_cache(
+def test_answers_about_videos_are_those_from_the_cache(
     world: Live, capsys: pytest.CaptureFixture[str]
 ) -> None:
     joined, reader = world.joined, world.reader
     vlm, tokenizer, _ = load_final(world.model)
-    clip = next(m for m in range(len(joined.kinds)) if joined.is_clip(m))
-    other = next(m for m in range(clip + 1, len(joined.kinds)) if joined.is_clip(m))
-    picture = next(m for m in range(len(joined.kinds)) if not joined.is_clip(m))
-    files = {m: str(world.source(joined, m)) for m in (clip, other, picture)}
+    video = next(m for m in range(len(joined.kinds)) if joined.is_video(m))
+    other = next(m for m in range(video + 1, len(joined.kinds)) if joined.is_video(m))
+    image = next(m for m in range(len(joined.kinds)) if not joined.is_video(m))
+    files = {m: str(world.source(joined, m)) for m in (video, other, image)}
     said = set()
     for words, prompt, order in (
-        (["--video", files[clip]], "what?", [clip]),
+        (["--video", files[video]], "what?", [video]),
         (["--video", files[other]], "what?", [other]),
-        (["--video", files[clip], files[other]], "<video> or <video>?", [clip, other]),
+        (["--video", files[video], files[other]], "<video> or <video>?", [video, other]),
         (
-            ["--video", files[clip], "--image", files[picture]],
+            ["--video", files[video], "--image", files[image]],
             "In <video> see <image>?",
-            [clip, picture],
+            [video, image],
         ),
-        (["--video", files[clip], "--image", files[picture]], "see?", [picture, clip]),
+        (["--video", files[video], "--image", files[image]], "see?", [image, video]),
     ):
         capsys.readouterr()
         command = ["--run", str(world.model), "--max-new-tokens", "12", "--prompt", prompt]
@@ -191,41 +193,43 @@ def test_answers_about_clips_are_those_from_the_cache(
         out, err = capsys.readouterr()
         assert (out, err) == (wanted[0] + "\n", "")
         said.add(out)
-    assert len(said) >= 4, "clips, their order and their place all matter"
+    assert len(said) >= 4, "videos, their order and their place all matter"
 
 
 def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> None:
     """A real container; more frames by --max-frames, and each frame once."""
-    path = make_clip(tmp_path / "clip.mp4", frames=30, fps=Fraction(10))
+    path = make_video(tmp_path / "video.mp4", frames=30, fps=Fraction(10))
     info = video.probe(path)
     reader = world.reader
     encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
     space = json.loads(reader.paths.space_json.read_text())
-    few = live_clip(encoder, space, path, info, 3)
+    few = live_video(encoder, space, path, info, 3)
     assert list(few.times_s) == pytest.approx([0.0, 1.4, 2.9], abs=0.051)
-    many = live_clip(encoder, space, path, info, 128)
+    many = live_video(encoder, space, path, info, 128)
     assert list(many.times_s) == pytest.approx([us / 1e6 for us in sample_times(2.9, 128)])
-    short = make_clip(tmp_path / "short.mp4", frames=2, times_ms=[0, 980])
+    short = make_video(tmp_path / "short.mp4", frames=2, times_ms=[0, 980])
     info = video.probe(short)
     assert len(sample_times(info.duration_s, 128)) == 3  # 0, 0.5, 0.98
-    found = live_clip(encoder, space, short, info, 128)
+    found = live_video(encoder, space, short, info, 128)
     assert list(found.times_s) == [0.0, 0.98]
     assert len(found.features) == 2
     assert np.isfinite(found.features.numpy()).all()
 
 
 def test_media_follow_their_marks() -> None:
-    pictures = [torch.zeros(1, 1), torch.ones(1, 1)]
-    clips = [generate.Clip(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)]
+    images = [torch.zeros(1, 1), torch.ones(1, 1)]
+    videos = [
+        generate.Video(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)
+    ]
     files = {"image": (Path("a"), Path("b")), "video": (Path("c"), Path("d"))}
     options = Options(prompt="<video>x<image> <image><video>", **files)
-    prompt, media = in_order(options, [*pictures, *clips])
+    prompt, media = in_order(options, [*images, *videos])
     assert prompt == "<image>x<image> <image><image>"
-    assert media == [clips[0], *pictures, clips[1]]
-    prompt, media = in_order(Options(prompt="what?", **files), [*pictures, *clips])
-    assert (prompt, media) == ("what?", [*pictures, *clips])
+    assert media == [videos[0], *images, videos[1]]
+    prompt, media = in_order(Options(prompt="what?", **files), [*images, *videos])
+    assert (prompt, media) == ("what?", [*images, *videos])
     word = Options(prompt="a <video> word", image=files["image"])
-    assert in_order(word, pictures) == ("a <video> word", pictures)
+    assert in_order(word, images) == ("a <video> word", images)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +253,8 @@ def test_mistakes_are_one_line(world: Live, words: list[str], message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_clip_is_said(world: Live, tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_bytes(b"no clip at all")
+def test_a_file_that_is_no_video_is_said(world: Live, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_bytes(b"no video at all")
     words = ["--run", str(world.model), "--prompt", "x", "--video", str(tmp_path / "text.mp4")]
     with pytest.raises(UserError, match=r"text\.mp4: .*; give a sound video file") as caught:
         generate.main(words)

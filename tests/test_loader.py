@@ -18,7 +18,7 @@ from cache.store.paths import Corrupt
 from cache.store.reader import FeatureReader, find_space
 from model.vlm import build_vlm
 from tests.feature_world import (
-    PICTURES,
+    IMAGES,
     SPEC,
     M,
     World,
@@ -62,7 +62,7 @@ def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
     return found
 
 
-def test_micro_batches_hold_the_features_of_the_pictures_they_name(mixed: World) -> None:
+def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -> None:
     joined = mixed.join("d", "e")
     plan = StepPlan(mixed.trees(joined), 16, seed=0)
     seen = 0
@@ -73,14 +73,14 @@ def test_micro_batches_hold_the_features_of_the_pictures_they_name(mixed: World)
             assert len(micro.codes["frame"]) == 0
             rows = micro.order[::M] // M
             assert (micro.order.view(-1, M) == rows[:, None] * M + torch.arange(M)).all()
-            codes = micro.codes["picture"][rows]
+            codes = micro.codes["image"][rows]
             firsts = [tree.branches[0][2] for tree in micro.placed]
             media = [int(m) for sample in firsts for m in joined.media_of(sample)]
             assert len(codes) == len(media) == len(micro.packed.image_slots) // M
             for row, number in zip(codes, media, strict=True):
-                picture = next(p for p in PICTURES if key_of(p) == joined.key(number))
-                assert row.numpy().tobytes() == payload(picture)
-            assert len(micro.codes["picture"]) == len(set(media))  # each distinct row was read once
+                image = next(p for p in IMAGES if key_of(p) == joined.key(number))
+                assert row.numpy().tobytes() == payload(image)
+            assert len(micro.codes["image"]) == len(set(media))  # each distinct row was read once
             seen += len(media)
     assert seen > 100
 
@@ -177,7 +177,7 @@ def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
             plan, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
         ) as loader:
             return [
-                (m.step, m.index, m.packed.input_ids.tolist(), m.codes["picture"].numpy().tobytes())
+                (m.step, m.index, m.packed.input_ids.tolist(), m.codes["image"].numpy().tobytes())
                 for m in loader
             ]
 
@@ -213,7 +213,7 @@ def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> 
     world.write(d=[ask(f"{i}", [f"p{i}"]) for i in range(8)])
     world.encode([f"p{i}" for i in range(8)])
     joined = world.join()
-    shard = find_space(world.root, None).shard("picture", 1)
+    shard = find_space(world.root, None).shard("image", 1)
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
@@ -291,9 +291,9 @@ def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) ->
         plan, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
     ) as loader:
         for micro in loader:
-            before = micro.codes["picture"].clone()
+            before = micro.codes["image"].clone()
             time.sleep(0.005)  # readers are busy with the next ones
-            assert (micro.codes["picture"] == before).all()
+            assert (micro.codes["image"] == before).all()
 
 
 def test_the_loader_refuses_a_micro_batch_smaller_than_the_window(mixed: World) -> None:

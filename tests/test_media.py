@@ -1,4 +1,4 @@
-"""Bytes to pixels: every kind of picture comes out right, everything else is BadMedia and nothing worse."""
+"""Bytes to pixels: every kind of image comes out right, everything else is BadMedia and nothing worse."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import (
     LlavaImageProcessorPil,
 )
 
-from model.media.images import FORMATS, MAX_PIXELS, BadMedia, decode_picture, fit_picture
+from model.media.images import FORMATS, MAX_PIXELS, BadMedia, decode_image, fit_image
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+VIDEO_MEAN = (0.48145466, 0.4578275, 0.40821073)
 # Every corner and edge differs, so that no turn or flip goes unseen.
 GRADIENT = np.stack(
     [
@@ -42,21 +42,21 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    image = decode_picture(data)
+    image = decode_image(data)
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def reason(data: bytes) -> str:
     with pytest.raises(BadMedia) as caught:
-        decode_picture(data)
+        decode_image(data)
     assert caught.value.stage == "decode"
     assert str(caught.value) == caught.value.reason
     assert "\n" not in caught.value.reason and len(caught.value.reason) <= 200
     return caught.value.reason
 
 
-def picture_files() -> dict[str, bytes]:
+def image_files() -> dict[str, bytes]:
     """One sound file of every kind that is decoded differently."""
     rgb = Image.fromarray(GRADIENT)
     rgba = rgb.convert("RGBA")
@@ -86,16 +86,16 @@ def picture_files() -> dict[str, bytes]:
     }
 
 
-FILES = picture_files()
+FILES = image_files()
 
 
 def test_every_format_we_name_is_tried() -> None:
     found = {Image.open(io.BytesIO(data)).format for data in FILES.values()}
-    assert found == {*FORMATS, "MPO"}  # a JPEG, for PIL, until it finds the second picture
+    assert found == {*FORMATS, "MPO"}  # a JPEG, for PIL, until it finds the second image
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_sound_pictures_of_every_kind_are_decoded(kind: str) -> None:
+def test_sound_images_of_every_kind_are_decoded(kind: str) -> None:
     assert pixels(FILES[kind]).shape in {(16, 24, 3), (24, 16, 3)}
 
 
@@ -122,7 +122,7 @@ STORED = {
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+def test_images_are_turned_upright(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](GRADIENT)))
@@ -139,20 +139,20 @@ def test_nonsense_orientations_are_no_turn(orientation: int) -> None:
     assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), "PNG", exif=exif)), GRADIENT)
 
 
-def test_damaged_exif_loses_no_picture() -> None:
+def test_damaged_exif_loses_no_image() -> None:
     turned = Image.Exif()
     turned[0x0112], turned[0x010F] = 6, "a camera whose name is long"
     block = bytearray(turned.tobytes())
     name = block.index(b"\x01\x0f\x00\x02")
     block[name + 4 : name + 8] = b"\x7f\xff\xff\xff"  # a name of two thousand million letters
-    picture = Image.fromarray(GRADIENT)
-    with_damage = saved(picture, "JPEG", exif=bytes(block))
+    original = Image.fromarray(GRADIENT)
+    with_damage = saved(original, "JPEG", exif=bytes(block))
     with pytest.warns(UserWarning, match="Tag"), Image.open(io.BytesIO(with_damage)) as image:
         image.getexif()
-    assert np.array_equal(pixels(with_damage), pixels(saved(picture, "JPEG", exif=turned)))
+    assert np.array_equal(pixels(with_damage), pixels(saved(original, "JPEG", exif=turned)))
     for garbage in (b"", b"MM\0", b"garbage without any structure", block[6:20]):
-        with_garbage = saved(picture, "JPEG", exif=b"Exif\0\0" + garbage)
-        assert np.array_equal(pixels(with_garbage), pixels(saved(picture, "JPEG")))
+        with_garbage = saved(original, "JPEG", exif=b"Exif\0\0" + garbage)
+        assert np.array_equal(pixels(with_garbage), pixels(saved(original, "JPEG")))
 
 
 def test_transparency_lies_on_white() -> None:
@@ -208,15 +208,15 @@ def test_cmyk_keeps_its_colours_whatever_the_polarity() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_of_several_pictures_counts(kind: str) -> None:
+def test_the_first_of_several_images_counts(kind: str) -> None:
     red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
     data = saved(red, kind, save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert np.abs(pixels(data).astype(int) - (255, 0, 0)).max() <= 5
 
 
-def test_damage_behind_the_first_picture_does_not_matter() -> None:
-    """PIL warns of both; a lone warning must not lose a sound picture."""
+def test_damage_behind_the_first_image_does_not_matter() -> None:
+    """PIL warns of both; a lone warning must not lose a sound image."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     several = saved(noise, "MPO", save_all=True, append_images=[noise])
     assert np.array_equal(pixels(several[: several.index(b"\xff\xd8\xff", 3)]), pixels(several))
@@ -238,11 +238,11 @@ def test_damage_behind_the_first_picture_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
-def test_one_pixel_is_a_picture(kind: str) -> None:
+def test_one_pixel_is_a_image(kind: str) -> None:
     data = saved(Image.new("RGB", (1, 1), "white"), kind)
     assert pixels(data).shape == (1, 1, 3)
     for fit in ("squash", "pad", "crop"):
-        assert (fit_picture(decode_picture(data), 28, fit, CLIP_MEAN) == 255).all()
+        assert (fit_image(decode_image(data), 28, fit, VIDEO_MEAN) == 255).all()
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -275,7 +275,7 @@ def png_with(width: int, height: int, *chunks: bytes) -> bytes:
 @pytest.mark.parametrize(
     "size", [(MAX_PIXELS + 1, 1), (9460, 9460), (14000, 14000), (60000, 60000)]
 )
-def test_pictures_beyond_the_limit_are_refused_from_their_header(
+def test_images_beyond_the_limit_are_refused_from_their_header(
     size: tuple[int, int], limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -301,12 +301,12 @@ def test_chunks_that_unpack_to_much_are_refused(kind: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_what_is_no_picture_is_named() -> None:
+def test_what_is_no_image_is_named() -> None:
     assert reason(b"") == "empty file"
-    assert reason(b"  <!DOCTYPE html><html>404</html>") == "an HTML page, not a picture"
+    assert reason(b"  <!DOCTYPE html><html>404</html>") == "an HTML page, not an image"
     assert "SVG" in reason(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
     for data in (b"Not Found", b"\0" * 100, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
-        assert reason(data).startswith("no readable picture in a known format (JPEG")
+        assert reason(data).startswith("no readable image in a known format (JPEG")
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
@@ -330,22 +330,22 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.soak_counted
-def test_mutated_files_are_pictures_or_bad_media(soak: Callable[[int, int], int]) -> None:
+def test_mutated_files_are_images_or_bad_media(soak: Callable[[int, int], int]) -> None:
     rng = np.random.default_rng(7)
-    outcomes = {"picture": 0, "bad": 0}
+    outcomes = {"image": 0, "bad": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # as in production: only our own filters make errors
         for _ in range(soak(60, 3000)):
             for data in FILES.values():
                 try:
-                    image = decode_picture(mutate(data, rng))
+                    image = decode_image(mutate(data, rng))
                 except BadMedia as error:
                     outcomes["bad"] += 1
                     assert error.reason and "\n" not in error.reason
                 else:
-                    outcomes["picture"] += 1
+                    outcomes["image"] += 1
                     assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-                    assert fit_picture(image, 14, "pad", CLIP_MEAN).shape == (14, 14, 3)
+                    assert fit_image(image, 14, "pad", VIDEO_MEAN).shape == (14, 14, 3)
     assert min(outcomes.values()) > 100  # both ways were taken
 
 
@@ -385,15 +385,15 @@ PLAIN = {
     [
         ("squash", CLIPImageProcessorPil(**PLAIN), 0),
         ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds in other places
-        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 0),
-        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 1),
+        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(VIDEO_MEAN), **PLAIN), 0),
+        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(VIDEO_MEAN), **PLAIN), 1),
     ],
     ids=["squash-pil", "squash-torchvision", "pad-pil", "pad-torchvision"],
 )
 def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) -> None:
     for image in photographs():
         theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-        ours = fit_picture(image, 336, fit, CLIP_MEAN).transpose(2, 0, 1)
+        ours = fit_image(image, 336, fit, VIDEO_MEAN).transpose(2, 0, 1)
         difference = np.abs(theirs.astype(int) - ours)
         assert (difference > levels).mean() <= 1e-5 and difference.mean() <= 0.015
 
@@ -401,19 +401,19 @@ def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) 
 def test_pad_fills_with_the_mean_colour_and_crop_takes_the_centre() -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 255
-    padded = fit_picture(Image.fromarray(wide), 60, "pad", (0.5, 0.25, 1.0))
+    padded = fit_image(Image.fromarray(wide), 60, "pad", (0.5, 0.25, 1.0))
     assert (padded[:20] == (127, 63, 255)).all() and (padded[40:] == (127, 63, 255)).all()
     assert np.array_equal(padded[22:38], wide[2:18])
-    cropped = fit_picture(Image.fromarray(wide), 20, "crop", CLIP_MEAN)
+    cropped = fit_image(Image.fromarray(wide), 20, "crop", VIDEO_MEAN)
     assert (cropped[:, 2:18] == 255).all()
     with pytest.raises(ValueError, match="fit 'stretch'"):
-        fit_picture(Image.fromarray(wide), 20, "stretch", CLIP_MEAN)
+        fit_image(Image.fromarray(wide), 20, "stretch", VIDEO_MEAN)
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
 @pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
 def test_strips_of_extreme_shape_need_no_extreme_memory(fit: str, size: tuple[int, int]) -> None:
     strip = Image.new("RGB", size, (255, 0, 0))
-    square = fit_picture(strip, 336, fit, CLIP_MEAN)  # padded naively: 40,000 million pixels
+    square = fit_image(strip, 336, fit, VIDEO_MEAN)  # padded naively: 40,000 million pixels
     assert square.shape == (336, 336, 3)
     assert (square[168, 168, 0] > square[168, 168, 1]).all()

@@ -132,7 +132,7 @@ def test_the_published_figures_of_qwen3() -> None:
 
 
 def test_the_estimate_is_near_a_measured_peak() -> None:
-    """Qwen3-0.6B in train.run on a CPU, two pictures in 1,414 tokens: 15.14 GiB resident at most."""
+    """Qwen3-0.6B in train.run on a CPU, two images in 1,414 tokens: 15.14 GiB resident at most."""
     step = Step(tokens=1414, checkpointing=False, autocast=False, gpu=False)
     assert step_bytes(qwen3(), step)["total"] / GIB == pytest.approx(15.14, rel=0.05)
 

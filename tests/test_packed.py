@@ -28,7 +28,7 @@ from model.connector import build_connector
 from model.vlm import VLM, build_vlm
 
 VISION = 48  # feature width
-TOKENS = 4  # feature tokens per picture
+TOKENS = 4  # feature tokens per image
 CPU = torch.device("cpu")
 
 
@@ -37,11 +37,11 @@ IMAGE_ID = 276  # of the built-in tokenizer without extra words
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A tree spelt out: a beginning with pictures in it, and its branches."""
+    """A tree spelt out: a beginning with images in it, and its branches."""
 
     seed: int
     beginning: tuple[int, ...]
-    pictures: int
+    images: int
     branches: tuple[tuple[int, ...], ...]
 
 
@@ -66,10 +66,10 @@ def make_case(seed: int, branches: int, length: int = 8) -> Case:
     def words(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, 250, (n,), generator=g).tolist())
 
-    pictures = seed % 3
-    beginning = words(3) + (IMAGE_ID,) * (pictures * TOKENS) + words(2 + seed % 5)
+    images = seed % 3
+    beginning = words(3) + (IMAGE_ID,) * (images * TOKENS) + words(2 + seed % 5)
     tails = tuple(words(1 + (length + 3 * i + seed) % length) for i in range(branches))
-    return Case(seed, beginning, pictures, tails)
+    return Case(seed, beginning, images, tails)
 
 
 def pack(cases: list[Case], shared: bool) -> PackedBatch:
@@ -122,7 +122,7 @@ def features_of(cases: list[Case], shared: bool) -> Tensor | None:
     rows = []
     for case in cases:
         g = torch.Generator().manual_seed(1000 + case.seed)
-        one = torch.randn(case.pictures, TOKENS, VISION, generator=g)
+        one = torch.randn(case.images, TOKENS, VISION, generator=g)
         rows += [one] * (1 if shared else len(case.branches))
     out = torch.cat(rows)
     return out if len(out) else None

@@ -18,8 +18,8 @@ IMAGE_ID = 9
 CONTENTS = [
     np.array(ids, np.int32)
     for ids in (
-        [IMAGE_ID] * 3,  # a picture
-        [7, IMAGE_ID, IMAGE_ID, 8, 7, IMAGE_ID, IMAGE_ID],  # a clip of two frames with their times
+        [IMAGE_ID] * 3,  # an image
+        [7, IMAGE_ID, IMAGE_ID, 8, 7, IMAGE_ID, IMAGE_ID],  # a video of two frames with their times
         [7, IMAGE_ID, IMAGE_ID],
         [IMAGE_ID] * 3,
         [8, 8, 8, IMAGE_ID],
@@ -34,7 +34,7 @@ words = st.lists(st.integers(0, 8), max_size=6)
 
 @dataclass(frozen=True)
 class Family:
-    """Samples of the same pictures and the same beginning."""
+    """Samples of the same images and the same beginning."""
 
     samples: list[TokenizedSample]
     factors: list[float]
@@ -43,11 +43,11 @@ class Family:
 
 @st.composite
 def families(draw: st.DrawFn) -> Family:
-    pictures = draw(st.integers(0, 2))
+    images = draw(st.integers(0, 2))
     start: list[int] = []
-    for _ in range(pictures):
+    for _ in range(images):
         start += [*draw(words), IMAGE_ID]
-    branches = draw(st.integers(1, 4)) if pictures else 1
+    branches = draw(st.integers(1, 4)) if images else 1
     samples = []
     for _ in range(branches):
         ids = [*start, draw(st.integers(0, 8)), *draw(words)]
@@ -56,7 +56,7 @@ def families(draw: st.DrawFn) -> Family:
             TokenizedSample(ids=np.array(ids, np.int32), weights=np.array(weights, np.float32))
         )
     factors = draw(st.lists(st.sampled_from([0.5, 1.0]), min_size=branches, max_size=branches))
-    return Family(samples, factors, [draw(st.integers(0, 5)) for _ in range(pictures)])
+    return Family(samples, factors, [draw(st.integers(0, 5)) for _ in range(images)])
 
 
 def tree_of(family: Family, first_number: int = 0) -> Tree:
@@ -190,14 +190,14 @@ def test_pack_keeps_every_token_within_the_window_and_repeats_itself(many: list[
 
 @given(st.lists(families(), min_size=1, max_size=5))
 @settings(deadline=None)
-def test_image_slots_follow_the_pictures(many: list[Family]) -> None:
+def test_image_slots_follow_the_images(many: list[Family]) -> None:
     batch, placed = assemble([tree_of(f) for f in many])
-    pictures = [m for tree in placed for m in tree.media]
-    assert pictures == [m for f in many for m in f.media]
+    images = [m for tree in placed for m in tree.media]
+    assert images == [m for f in many for m in f.media]
     assert (batch.input_ids[batch.image_slots] == IMAGE_ID).all()
     slots = iter(batch.image_slots.tolist())
     ids = batch.input_ids.tolist()
-    for m in pictures:  # each stands as a whole, its own text between its frames
+    for m in images:  # each stands as a whole, its own text between its frames
         first = None
         for offset, token in enumerate(CONTENTS[m].tolist()):
             if token == IMAGE_ID:
@@ -228,13 +228,13 @@ def test_first_fit_puts_the_longest_first() -> None:
 
 
 def test_a_supervised_token_right_after_the_shared_part_is_learned_by_every_branch() -> None:
-    """Its predictor, the last picture token, stands once and predicts for all of them."""
+    """Its predictor, the last image token, stands once and predicts for all of them."""
     samples = [
         TokenizedSample(ids=np.array([1, IMAGE_ID, t], np.int32), weights=np.ones(3, np.float32))
         for t in (4, 5)
     ]
     batch, _ = assemble([tree_of(Family(samples, [1.0, 0.5], [0]))])
-    # Neither branch has anything to read: what they say is predicted by the picture.
+    # Neither branch has anything to read: what they say is predicted by the image.
     assert batch.input_ids.tolist() == [1, IMAGE_ID, IMAGE_ID, IMAGE_ID]
     assert batch.position_ids.tolist() == [0, 1, 2, 3]
     assert batch.loss_positions.tolist() == [3, 3]

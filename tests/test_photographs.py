@@ -53,7 +53,7 @@ def test_every_photograph_is_in_the_space_with_its_size(trained: Path) -> None:
     media = read_media(root)
     assert len(media) == len(CAPTIONS) >= 20
     assert {record.status for record in media.values()} == {"ok"}
-    assert reader.rows("picture") == len(CAPTIONS)
+    assert reader.rows("image") == len(CAPTIONS)
     sizes = {Path(source).stem: (record.width, record.height) for source, record in media.items()}
     assert sizes["retina"] == (1411, 1411)
     assert sizes["no_time_for_that_tiny"] == (14, 25)
@@ -65,7 +65,7 @@ def test_a_photograph_answers_with_the_caption_it_was_trained_on(trained: Path, 
     caption = next(text for file, text in CAPTIONS.items() if Path(file).stem == Path(name).stem)
     said = run(
         *("model.generate", "--run", "photos", "--image", f"photos/{name}"),
-        *("--prompt", "Describe this picture."),
+        *("--prompt", "Describe this image."),
         folder=trained,
     )
     assert said.strip() == caption

@@ -124,8 +124,8 @@ def test_sizes_add_points_to_counts_and_change_no_id(source: Path) -> None:
 
 
 def test_only_counts_in_pixels_need_sizes(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    specs = [*NAMES, "demo", f"folder:{tmp_path / 'pictures'}"]
+    (tmp_path / "images").mkdir()
+    specs = [*NAMES, "demo", f"folder:{tmp_path / 'images'}"]
     needy = {d.name for d in open_datasets(specs, tmp_path / "cache", source) if d.needs_sizes}
     assert needy == {"pixmo-count"}
 
@@ -401,7 +401,7 @@ def test_points_not_used_for_a_count_are_told_in_the_second_pass(
     assert warnings(caplog) == []
     assert list(dataset.samples({url: (10, 10)})) == before
     (line,) = warnings(caplog)
-    assert "counted without its points: a point outside the picture (1, first" in line
+    assert "counted without its points: a point outside the image (1, first" in line
 
 
 def test_bytes_that_are_no_text_cost_their_row_alone(

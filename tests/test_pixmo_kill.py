@@ -115,5 +115,5 @@ def test_drivers_and_workers_killed_while_they_fetch(
             assert stage == after[1] == (None if entry.expected == "ok" else entry.expected), entry
             assert key == after[2], entry
         readers = [FeatureReader(find_space(CacheRoot(folder), None)) for folder in (calm, wild)]
-        assert readers[1].index["picture"].duplicates() == []
+        assert readers[1].index["image"].duplicates() == []
         assert readers[0].logical_hash() == readers[1].logical_hash()

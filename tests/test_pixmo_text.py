@@ -22,10 +22,10 @@ from encode.sources.pixmo_rows import (
     BadRowError,
     Conversation,
     Unusable,
-    picture,
+    image,
     thousandths,
 )
-from model.language.chat_template import place_pictures
+from model.language.chat_template import place_images
 from train.evaluate.scoring import points_in
 
 SHA = "ab" * 32
@@ -118,11 +118,11 @@ def test_what_is_not_there_is_answered_with_a_sentence_of_full_weight() -> None:
     [
         ({"points": [], "count": 3}, "no points, though the count is not 0"),
         ({"points": None, "count": None}, "no points, though the count is not 0"),
-        ({"points": [{"x": 250.0, "y": 1.0}]}, "a point outside the picture"),
-        ({"points": [{"x": 50.0, "y": -5.1}]}, "a point outside the picture"),
-        ({"points": [{"x": math.nan, "y": 1.0}]}, "a point outside the picture"),
-        ({"points": [{"x": math.inf, "y": 1.0}]}, "a point outside the picture"),
-        ({"points": [{"x": None, "y": 1.0}]}, "a point outside the picture"),
+        ({"points": [{"x": 250.0, "y": 1.0}]}, "a point outside the image"),
+        ({"points": [{"x": 50.0, "y": -5.1}]}, "a point outside the image"),
+        ({"points": [{"x": math.nan, "y": 1.0}]}, "a point outside the image"),
+        ({"points": [{"x": math.inf, "y": 1.0}]}, "a point outside the image"),
+        ({"points": [{"x": None, "y": 1.0}]}, "a point outside the image"),
         ({"points": [None]}, "points lack an x or a y"),
         ({"points": {"x": [1.0], "y": []}}, "points lack an x or a y"),
         ({"label": None}, "no label"),
@@ -160,7 +160,7 @@ def test_anything_else_is_refused(share: float) -> None:
     if -EDGE <= share <= 1 + EDGE:
         assert 0 <= thousandths(share, 1.0) <= 1000
     else:
-        with pytest.raises(BadRowError, match="outside the picture"):
+        with pytest.raises(BadRowError, match="outside the image"):
             thousandths(share, 1.0)
 
 
@@ -190,7 +190,7 @@ def test_the_answer_does_not_depend_on_the_order_of_the_points(
 DOGS = {"label": "dogs", "count": 2, "points": {"x": [320.0, 80.0], "y": [120.0, 240.0]}}
 
 
-def test_without_the_size_of_the_picture_the_count_stands_alone() -> None:
+def test_without_the_size_of_the_image_the_count_stands_alone() -> None:
     found = said("pixmo-count", **DOGS)
     assert told(found) == [
         ("user", "<image>How many dogs are there?", 1.0),
@@ -216,8 +216,8 @@ def test_with_the_size_pixels_become_points() -> None:
         ({"x": None, "y": None}, "points and count disagree"),
         (None, "points and count disagree"),
         ({"x": [1.0, 2.0], "y": [1.0]}, "points lack an x or a y"),
-        ({"x": [1.0, 2000.0], "y": [1.0, 2.0]}, "a point outside the picture"),
-        ({"x": [1.0, math.nan], "y": [1.0, 2.0]}, "a point outside the picture"),
+        ({"x": [1.0, 2000.0], "y": [1.0, 2.0]}, "a point outside the image"),
+        ({"x": [1.0, math.nan], "y": [1.0, 2.0]}, "a point outside the image"),
     ],
 )
 def test_points_that_cannot_be_trusted_leave_the_count(points: Any, why: str) -> None:
@@ -308,7 +308,7 @@ def test_a_question_and_its_answer() -> None:
     assert reason("pixmo-ask-model-anything", question="", answer="x") == "no question"
 
 
-# ---- the picture
+# ---- the image
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_question_and_its_answer() -> None:
     ["http://127.0.0.1:8080/a.jpg", "https://x.org/a b.jpg?q=%20&r#s", "https://x.org/ä猫.png "],
 )
 def test_addresses_are_kept_to_the_letter(url: str) -> None:
-    assert picture(as_read({"image_url": url})) == MediaRef(source=url)
+    assert image(as_read({"image_url": url})) == MediaRef(source=url)
 
 
 @pytest.mark.parametrize(
@@ -336,18 +336,18 @@ def test_addresses_are_kept_to_the_letter(url: str) -> None:
         ({"image_sha256": ""}, "no image_sha256"),
     ],
 )
-def test_a_row_without_a_usable_picture_says_why(row: dict[str, Any], says: str) -> None:
+def test_a_row_without_a_usable_image_says_why(row: dict[str, Any], says: str) -> None:
     good = {"image_url": "https://x.org/a.jpg", "image_sha256": SHA}
     with pytest.raises(BadRowError) as refused:
-        picture(as_read({**good, **row}))
+        image(as_read({**good, **row}))
     assert str(refused.value) == says
 
 
 def test_the_hash_goes_along_where_there_is_one() -> None:
     url = "https://x.org/a.jpg"
-    known = picture(as_read({"image_url": url, "image_sha256": SHA.upper()}))
+    known = image(as_read({"image_url": url, "image_sha256": SHA.upper()}))
     assert known == MediaRef(source=url, sha256=SHA)
-    assert picture(as_read({"image_url": url, "image_sha256": None})).sha256 is None
+    assert image(as_read({"image_url": url, "image_sha256": None})).sha256 is None
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_the_hash_goes_along_where_there_is_one() -> None:
 )
 def test_a_placeholder_in_somebodys_words_stays_text(name: str, row: dict[str, Any]) -> None:
     for found in read(name, **row):
-        texts = place_pictures(told(found), pictures=1)
+        texts = place_images(told(found), images=1)
         assert [len(cut) - 1 for cut in texts] == [1] + [0] * (len(texts) - 1)
         assert texts[0][0] == "", "the one place is at the very beginning"
         rest = "".join(piece for cut in texts for piece in cut)

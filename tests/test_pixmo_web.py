@@ -47,7 +47,7 @@ class World:
         return FeatureReader(find_space(CacheRoot(self.features), None))
 
     def key(self, kind: str) -> str:
-        return hashlib.sha256(self.server.picture(kind)).hexdigest()
+        return hashlib.sha256(self.server.image(kind)).hexdigest()
 
     def counts(self) -> dict[str, int]:
         return dict(self.server.counts)
@@ -86,14 +86,14 @@ def test_every_url_is_in_the_space_or_in_the_ledger(world: World, evening: str) 
         if entry.expected == "ok":
             assert (record.status, record.error) == ("ok", None), (entry.kind, record.error)
             assert record.key == world.key(entry.kind), entry.kind
-            assert reader.contains("picture", record.key)
+            assert reader.contains("image", record.key)
             assert record.width * record.height > 0
         else:
             assert (record.status, record.stage) == ("failed", entry.expected), entry.kind
             assert record.error
             assert "\n" not in record.error
     distinct = {world.key(entry.kind) for entry in entries if entry.expected == "ok"}
-    assert reader.rows("picture") == len(distinct)
+    assert reader.rows("image") == len(distinct)
     found = CLOSING.match(evening.splitlines()[-1])
     assert found is not None
     good = len(entries) - len(troubles)
@@ -112,7 +112,7 @@ def test_points_in_pixels_became_words_once_sizes_were_known(world: World) -> No
     }
     with_points = [text for text in told.values() if "<points coords=" in text]
     assert with_points
-    # Three quarters of the pictures have points; those that failed have no size to count them by.
+    # Three quarters of the images have points; those that failed have no size to count them by.
     ledger = world.ledger()
     for source, text in told.items():
         record = ledger[source.removeprefix(world.server.base + "/")]
@@ -162,7 +162,7 @@ def test_another_space_asks_again_unless_the_bytes_were_kept(
     keep = tmp_path / "media"
     features = tmp_path / "cache"
     there = World(server=world.server, lists=world.lists, features=features)
-    quick = ["--limit", "12", "--keep-media", str(keep)]  # good pictures come first
+    quick = ["--limit", "12", "--keep-media", str(keep)]  # good images come first
     assert there.encode("--fetch-only", *quick) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("fetched=12 reused=0 failed=0 ")
@@ -204,8 +204,8 @@ def test_the_healed_server_is_asked_again_only_for_what_failed(
     assert {record.status for record in ledger.values()} == {"ok"}
     reader = world.reader()
     for kind in failed:
-        assert ledger[kind].key == hashlib.sha256(world.server.picture(kind)).hexdigest()
-        assert reader.contains("picture", ledger[kind].key or "")
+        assert ledger[kind].key == hashlib.sha256(world.server.image(kind)).hexdigest()
+        assert reader.contains("image", ledger[kind].key or "")
     assert all(ledger[kind].key == key for kind, key in good.items() if kind not in failed)
     assert " failed=0 " in capsys.readouterr().out.splitlines()[-1]
 
@@ -215,8 +215,8 @@ def test_a_link_that_dies_takes_no_features_away(
 ) -> None:
     """Encoded once; a second encoder finds it dead; the first one's space goes on training on it."""
 
-    def once(handler: Handler, picture: bytes, count: int) -> None:
-        (instead(picture) if count == 1 else status(404))(handler, picture, count)
+    def once(handler: Handler, image: bytes, count: int) -> None:
+        (instead(image) if count == 1 else status(404))(handler, image, count)
 
     with TroubleServer(photos=3, extra={"dies": once}) as server:
         kinds = ["photo-0", "photo-1", "dies"]

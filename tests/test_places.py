@@ -1,4 +1,4 @@
-"""What stands for a clip: its frames' times as text, and how long that is."""
+"""What stands for a video: its frames' times as text, and how long that is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.language.chat_template import clip_ids, fill_places, stamp
+from model.language.chat_template import fill_places, stamp, video_ids
 from model.language.model import load_tokenizer
 from model.language.tokenizer import encode_text
 from tests.feature_world import SPEC, ask, new_world
@@ -31,17 +31,17 @@ def test_tenths_are_what_the_text_says(times: list[float]) -> None:
     assert [f"{t // 10}.{t % 10} " for t in found.tolist()] == [stamp(t) for t in times]
 
 
-def test_a_picture_has_no_time() -> None:
+def test_a_image_has_no_time() -> None:
     assert tenths_of(np.array([np.nan, 0.25, 0.35, 99.95])).tolist() == [-1, 2, 3, 1000]
 
 
-def test_a_clip_is_its_times_and_its_frames() -> None:
+def test_a_video_is_its_times_and_its_frames() -> None:
     tokenizer = load_tokenizer("random:qwen3-tiny")
     image = tokenizer.convert_tokens_to_ids("<image>")
     expected = []
     for text in ("0.0 ", "0.5 ", "12.3 "):
         expected += [*encode_text(tokenizer, text), image, image]
-    assert clip_ids(tokenizer, [0.0, 0.5, 12.3456], 2).tolist() == expected
+    assert video_ids(tokenizer, [0.0, 0.5, 12.3456], 2).tolist() == expected
 
 
 def test_places_are_filled_in_order() -> None:
@@ -56,10 +56,10 @@ def test_places_are_filled_in_order() -> None:
 
 def test_lengths_are_those_of_the_contents(tmp_path: Path) -> None:
     world = new_world(tmp_path)
-    clips = {f"clip {i}": duration for i, duration in enumerate((0.0, 0.2, 3.3, 31.7, 120.0))}
-    world.write(d=[ask("1", ["p", *clips, "q"], "<image>" * 7)])
+    videos = {f"video {i}": duration for i, duration in enumerate((0.0, 0.2, 3.3, 31.7, 120.0))}
+    world.write(d=[ask("1", ["p", *videos, "q"], "<image>" * 7)])
     world.encode(["p", "q"])
-    world.encode_clips(clips)
+    world.encode_videos(videos)
     joined = world.join()
     places = Places.of(SPEC, world.tokenizer)
     contents = places.contents(joined, range(7))

@@ -65,7 +65,7 @@ def some_trees(
         first_row=np.arange(len(flat))[::-1].copy(),
         length=(everything % 100 + 1).astype(np.int32),
         loss_weight=np.ones(count),
-        places=Places(tokenizer=None, picture_tokens=1, frame_tokens=1),
+        places=Places(tokenizer=None, image_tokens=1, frame_tokens=1),
         max_tokens=10**9,
     )
 

@@ -85,10 +85,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
     """With a bit of row 17 turned over."""
     root = small_world.make(tmp_path_factory.mktemp("damaged"))
-    files = [p for p in root.path.glob("spaces/*/features/picture/**/*") if p.is_file()]
+    files = [p for p in root.path.glob("spaces/*/features/image/**/*") if p.is_file()]
     shard = max(files, key=lambda p: p.stat().st_size)
     data = bytearray(shard.read_bytes())
-    data[17 * (small_world.spec().row_bytes("picture") + 4) + 5] ^= 4  # a checksum follows each row
+    data[17 * (small_world.spec().row_bytes("image") + 4) + 5] ^= 4  # a checksum follows each row
     shard.write_bytes(data)
     return root
 

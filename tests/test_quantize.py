@@ -77,7 +77,7 @@ def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("name", codec.LAYOUTS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_twins_agree_on_whole_pictures(name: str, threads: int) -> None:
+def test_twins_agree_on_whole_images(name: str, threads: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 576, 1024)).astype(np.float32)
     x[..., 7] *= 300
     before = torch.get_num_threads()

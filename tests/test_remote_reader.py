@@ -28,7 +28,7 @@ from tests.remote_world import WebServer
 from tests.toy_space import SLOTS, SPEC, fill, key, make_space
 
 ROWS = 3 * SLOTS
-ROW_BYTES = SPEC.row_bytes("picture")
+ROW_BYTES = SPEC.row_bytes("image")
 RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3, retry_after_s=0.2)
 
 
@@ -60,7 +60,7 @@ def open_remote(server: WebServer, folder: Path, mirror_gb: float = 1.0) -> Remo
 
 def read(reader: FeatureReader, rows: list[int]) -> np.ndarray:
     out = np.zeros((len(rows), ROW_BYTES), np.uint8)
-    reader.read_into("picture", np.array(rows), out)
+    reader.read_into("image", np.array(rows), out)
     return out
 
 
@@ -84,8 +84,8 @@ def test_every_kind_of_space_is_read_from_elsewhere(
     with WebServer(tmp_path / "there") as server:
         remote = open_remote(server, tmp_path / "here")
         for number in range(SLOTS + 1):
-            expected = local.read("picture", key(number))
-            np.testing.assert_array_equal(remote.read("picture", key(number)), expected)
+            expected = local.read("image", key(number))
+            np.testing.assert_array_equal(remote.read("image", key(number)), expected)
         assert remote.logical_hash() == local.logical_hash()
 
 
@@ -97,7 +97,7 @@ def test_rows_are_those_of_a_local_reader_in_any_order(
         assert (read(reader, rows) == read(local, rows)).all()
     assert reader.logical_hash() == local.logical_hash()
     numbers = [key(i) for i in (3, 999, 0)]
-    assert (reader.lookup("picture", numbers) == local.lookup("picture", numbers)).all()
+    assert (reader.lookup("image", numbers) == local.lookup("image", numbers)).all()
 
 
 def test_neighbours_are_one_request_and_no_row_is_asked_for_twice(
@@ -140,25 +140,25 @@ def test_only_what_is_needed_is_copied_and_only_what_changed_is_copied_again(
         share(there)
         server.requests.clear()
         again = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
-        assert again.reader(names["int8"]).rows("picture") == 3
+        assert again.reader(names["int8"]).rows("image") == 3
         fetched = {path.split("/")[-1] for path, _ in server.requests}
-        assert fetched == {"listing.json", "picture-00000001.parquet"}
+        assert fetched == {"listing.json", "image-00000001.parquet"}
 
-        space.paths.commit("picture", 0).unlink()  # as gc does with a shard that others replaced
+        space.paths.commit("image", 0).unlink()  # as gc does with a shard that others replaced
         share(there)
         last = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
-        assert last.reader(names["int8"]).rows("picture") == 1
+        assert last.reader(names["int8"]).rows("image") == 1
 
 
 def test_a_copied_table_that_is_damaged_here_is_copied_again(
     server: WebServer, tmp_path: Path
 ) -> None:
-    path = open_remote(server, tmp_path).paths.commit("picture", 1)
+    path = open_remote(server, tmp_path).paths.commit("image", 1)
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
     server.requests.clear()
-    assert open_remote(server, tmp_path).rows("picture") == ROWS
+    assert open_remote(server, tmp_path).rows("image") == ROWS
     assert [p.split("/")[-1] for p, _ in server.requests] == ["listing.json", path.name]
 
 
@@ -271,7 +271,7 @@ def test_a_row_that_is_damaged_there_is_named_and_never_kept(
     server.acts["/spaces"] = damaged(1000)
     with pytest.raises(Unreachable) as error:
         read(reader, [6])
-    assert f"{reader.path.name}/features/picture/c/1/0/0: row 6 fails its checksum" in str(
+    assert f"{reader.path.name}/features/image/c/1/0/0: row 6 fails its checksum" in str(
         error.value
     )
     server.acts.clear()
@@ -407,7 +407,7 @@ def row(number: int) -> tuple[int, memoryview]:
 
 def put(rows: RowCache, *numbers: int) -> None:
     for number in numbers:
-        rows.put("picture", number, *row(number))
+        rows.put("image", number, *row(number))
 
 
 def kept(rows: RowCache, *numbers: int) -> list[bool]:
@@ -415,7 +415,7 @@ def kept(rows: RowCache, *numbers: int) -> list[bool]:
     found = []
     for number in numbers:
         crc, data = row(number)
-        here = rows.get("picture", number, crc, target)
+        here = rows.get("image", number, crc, target)
         assert not here or target == data
         found.append(here)
     return found
@@ -426,7 +426,7 @@ def test_rows_are_kept_within_the_limit_the_longest_unused_go(tmp_path: Path) ->
     put(rows, *range(10))
     for age, number in enumerate([3, 5, *(n for n in range(10) if n not in (3, 5))]):
         crc, _ = row(number)
-        os.utime(rows._path("picture", number, crc), (0, time.time() - 1000 + age))
+        os.utime(rows._path("image", number, crc), (0, time.time() - 1000 + age))
     assert kept(rows, 3) == [True]  # used now
     put(rows, 10)
     assert kept(rows, 3, 5, 0, 1, 10) == [True, False, False, True, True]
@@ -443,7 +443,7 @@ def test_an_epoch_larger_than_the_limit_keeps_what_came_first(tmp_path: Path) ->
 def test_a_kept_row_that_is_damaged_or_another_is_as_good_as_none(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 100_000)
     put(rows, 1, 2, 3)
-    paths = {n: rows._path("picture", n, row(n)[0]) for n in (1, 2, 3)}
+    paths = {n: rows._path("image", n, row(n)[0]) for n in (1, 2, 3)}
     data = bytearray(paths[1].read_bytes())
     data[500] ^= 4
     paths[1].write_bytes(data)
@@ -451,7 +451,7 @@ def test_a_kept_row_that_is_damaged_or_another_is_as_good_as_none(tmp_path: Path
     assert kept(rows, 1, 2, 3) == [False, False, True]
     assert not paths[1].exists() and not paths[2].exists()
     target = memoryview(bytearray(1000))
-    assert not rows.get("picture", 3, row(4)[0], target)  # another cache's row of that number
+    assert not rows.get("image", 3, row(4)[0], target)  # another cache's row of that number
 
 
 def test_without_room_on_the_disk_nothing_is_kept_and_all_is_read(
@@ -460,7 +460,7 @@ def test_without_room_on_the_disk_nothing_is_kept_and_all_is_read(
     reader = open_remote(server, tmp_path)
     reader._rows._folder.parent.mkdir(parents=True, exist_ok=True)
     reader._rows._folder.mkdir()
-    (reader._rows._folder / "picture").write_bytes(b"")  # no folder can be made here
+    (reader._rows._folder / "image").write_bytes(b"")  # no folder can be made here
     local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 8]) == read(local, [0, 1, 8])).all()
     assert "nothing more is kept here" in caplog.text

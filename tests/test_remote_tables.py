@@ -29,8 +29,8 @@ DIGEST = "0" * 64
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
     folder = tmp_path_factory.mktemp("there")
-    small_world.make(folder, pictures=8)
-    return small_world.make(folder, pictures=8, first=4, dataset="again")
+    small_world.make(folder, images=8)
+    return small_world.make(folder, images=8, first=4, dataset="again")
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_the_list_names_every_table_and_no_shard(cache: CacheRoot, tmp_path: Pat
 
 
 def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
-    root = small_world.make(tmp_path, pictures=4)
+    root = small_world.make(tmp_path, images=4)
     (paths,) = map(root.space, root.space_names())
-    shard = paths.shard("picture", 0)
+    shard = paths.shard("image", 0)
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
     with pytest.raises(Corrupt, match="bytes, not"):
@@ -89,8 +89,8 @@ def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
         "samples/a\\b/part-00000.parquet",
         "samples/a/part-00000.parquet\n",
         "samples/.ssh/part-00000.parquet",
-        "spaces/x/features/picture/c/0/0/0",
-        "spaces/x/commits/picture-00000001.parquet.0a.partial",
+        "spaces/x/features/image/c/0/0/0",
+        "spaces/x/commits/image-00000001.parquet.0a.partial",
         "spaces/x/index/../../../y",
         "locks/x/driver.lock",
         "runs/x.py",

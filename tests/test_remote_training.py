@@ -23,7 +23,7 @@ STEPS = ("--max-steps", "6", "--eval-every", "6", "--batch-size", "16", "--order
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
-    """A cache of pictures and clips, ready to be shared."""
+    """A cache of images and videos, ready to be shared."""
     folder = tmp_path_factory.mktemp("shared")
     small_world.make(folder)
     root = small_world.film(folder)
@@ -37,7 +37,7 @@ class Used:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows: dict[str, set[int]] = defaultdict(set)
         self.rows = rows
-        self.row_bytes = {k: small_world.spec().row_bytes(k) for k in ("picture", "frame")}
+        self.row_bytes = {k: small_world.spec().row_bytes(k) for k in ("image", "frame")}
         for cls in (FeatureReader, RemoteReader):
             original = cls.read_into
 
@@ -98,9 +98,9 @@ def test_over_s3_the_losses_are_the_local_ones(
         remote_world.BadS3() as server,
         remote_world.patched(remote_world.environment(server.endpoint)),
     ):
-        remote_world.upload(cache.path, "s3://features/clip")
+        remote_world.upload(cache.path, "s3://features/video")
         server.bad = 0.1
-        assert train("remote", "s3://features/clip") == local
+        assert train("remote", "s3://features/video") == local
         assert set(server.troubles) == set(remote_world.TROUBLES)
         assert expected <= server.row_bytes <= 1.05 * expected
 

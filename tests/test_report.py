@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, CacheRoot]:
-    """The report of a short run, made by the command, from a cache with one picture gone and one changed."""
+    """The report of a short run, made by the command, from a cache with one image gone and one changed."""
     folder = tmp_path_factory.mktemp("reported")
     root = small_world.make(folder, 24)
     words = [
@@ -94,9 +94,9 @@ def test_it_is_one_whole_page(reported: tuple[str, Path, CacheRoot]) -> None:
     assert "run, stage 1" in page.text and "blind" in page.text
 
 
-def test_pictures_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_images_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
     text, folder, _ = reported
-    files = {p.read_bytes() for p in (folder / "pictures").iterdir()}
+    files = {p.read_bytes() for p in (folder / "images").iterdir()}
     sources = [str(a["src"]) for tag, a in Page(text).tags if tag == "img"]
     shown = [base64.b64decode(source.split(",", 1)[1]) for source in sources]
     assert len(shown) >= 4 and len(set(shown)) == len(shown)
@@ -104,10 +104,10 @@ def test_pictures_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_pictures_that_cannot_be_shown_are_said(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_images_that_cannot_be_shown_are_said(reported: tuple[str, Path, CacheRoot]) -> None:
     text = reported[0]
-    assert text.count("picture not on this machine") == 1
-    assert text.count("picture has changed since it was encoded") == 1
+    assert text.count("image not on this machine") == 1
+    assert text.count("image has changed since it was encoded") == 1
 
 
 def test_curves_show_the_run(reported: tuple[str, Path, CacheRoot]) -> None:
@@ -154,7 +154,7 @@ def evaluation(*answers: Answer) -> Evaluation:
 
 def test_text_never_becomes_markup(tmp_path: Path) -> None:
     result = evaluation(answer())
-    shown = report.pictures_of(result.answers, 5, CacheRoot(tmp_path))
+    shown = report.images_of(result.answers, 5, CacheRoot(tmp_path))
     meta = {"llm": "<llm>", "connector": "linear"}
     page = Page(report.render(result, [], shown, config="a: <b>", meta=meta))
     tags = {tag for tag, _ in page.tags}
@@ -199,27 +199,27 @@ def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
     answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
-    shown = report.pictures_of(answers, 4, CacheRoot(tmp_path))
+    shown = report.images_of(answers, 4, CacheRoot(tmp_path))
     assert [s.answers[0].sample for s in shown] == ["big/0", "small/0", "big/1", "small/1"]
     assert [a.sample for a in shown[0].answers] == [
         "big/0",
         "big/again",
-    ]  # all about one picture together
+    ]  # all about one image together
 
 
-def test_large_pictures_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
+def test_large_images_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (600, 1200, 3), np.uint8)
     path = tmp_path / "large.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise).save(path, quality=95, exif=exif)
-    html = media.picture(path, None)
+    html = media.image(path, None)
     data = base64.b64decode(html.split("base64,")[1].split('"')[0])
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (240, 480)
     assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
-    path.write_bytes(b"no picture")
-    assert "picture cannot be read" in media.picture(path, None)
+    path.write_bytes(b"no image")
+    assert "image cannot be read" in media.image(path, None)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

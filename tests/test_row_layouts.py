@@ -69,7 +69,7 @@ def unpacked(row: bytes) -> np.ndarray:
 
 
 def fill(folder: Path, container: str, packed_from: str) -> tuple[Space, list[bytes]]:
-    """A space of six pictures, and its rows. As the first version made it: `packed_from` is absent, and rows
+    """A space of six images, and its rows. As the first version made it: `packed_from` is absent, and rows
     are packed without any code of ours."""
     space = make_space(folder, "int8", container, image_size=12, packed_from=packed_from)
     if packed_from == "float32":
@@ -79,14 +79,14 @@ def fill(folder: Path, container: str, packed_from: str) -> tuple[Space, list[by
         space = Space.open(space.paths)
     pack = first_row if packed_from == "float32" else new_row
     rows = [pack(features(number)) for number in range(6)]
-    shard = ShardWriter(space, "picture", 0)
+    shard = ShardWriter(space, "image", 0)
     for number, row in enumerate(rows):
         if shard.full:
             shard.commit()
-            shard = ShardWriter(space, "picture", space.next_shard("picture"))
+            shard = ShardWriter(space, "image", space.next_shard("image"))
         shard.append(key(number), "full", np.frombuffer(row, np.uint8), error=0.005)
     shard.commit()
-    space.grow("picture")
+    space.grow("image")
     return space, rows
 
 
@@ -111,15 +111,15 @@ def test_a_space_reads_and_verifies(tmp_path: Path, container: str, packed_from:
     space, rows = fill(tmp_path, container, packed_from)
     layout = LAYOUT[packed_from]
     assert (space.spec.codec, space.spec.layout) == ("int8", layout)
-    assert len(rows[0]) == space.spec.row_bytes("picture") == 36 * 66 + 128 * (layout == "int8m")
+    assert len(rows[0]) == space.spec.row_bytes("image") == 36 * 66 + 128 * (layout == "int8m")
     reader = FeatureReader(space.paths)
     stored = np.empty((6, len(rows[0])), np.uint8)
-    reader.read_into("picture", np.arange(6), stored)
+    reader.read_into("image", np.arange(6), stored)
     assert stored.tobytes() == b"".join(rows)
     on_device = unpack(torch.from_numpy(stored), reader.spec.layout, TOKENS, 64).numpy()
     for number, row in enumerate(rows):
         expected = values_of(row, layout)
-        np.testing.assert_array_equal(reader.read("picture", key(number)), expected)
+        np.testing.assert_array_equal(reader.read("image", key(number)), expected)
         np.testing.assert_array_equal(on_device[number], expected)
     report = verify(CacheRoot(tmp_path), deep=True)
     assert report.all_findings == []
@@ -130,7 +130,7 @@ def test_the_first_spaces_are_as_they_were(tmp_path: Path) -> None:
     space, rows = fill(tmp_path, "zarr", "float32")
     assert space.paths.name == FIRST_NAME
     assert "packed_from" not in read_sealed_json(space.paths.space_json)["spec"]
-    configuration = json.loads(space.paths.array_json("picture").read_text())
+    configuration = json.loads(space.paths.array_json("image").read_text())
     (sharding,) = configuration["codecs"]
     assert sharding["configuration"]["codecs"][0] == {
         "name": "nanomolmo2.row",
@@ -143,7 +143,7 @@ def test_the_first_spaces_are_as_they_were(tmp_path: Path) -> None:
 
 def test_zarr_opens_it(tmp_path: Path, packed_from: str) -> None:
     space, rows = fill(tmp_path, "zarr", packed_from)
-    array = zarr.open_array(space.paths.array("picture"), mode="r")
+    array = zarr.open_array(space.paths.array("image"), mode="r")
     for number, row in enumerate(rows):
         expected = values_of(row, LAYOUT[packed_from])
         np.testing.assert_array_equal(np.asarray(array[number]), expected)
@@ -151,7 +151,7 @@ def test_zarr_opens_it(tmp_path: Path, packed_from: str) -> None:
 
 def test_a_tar_says_how_to_unpack_it(tmp_path: Path, packed_from: str) -> None:
     space, rows = fill(tmp_path, "webdataset", packed_from)
-    with tarfile.open(space.paths.shard("picture", 0)) as tar:
+    with tarfile.open(space.paths.shard("image", 0)) as tar:
         about = json.load(tar.extractfile(f"{key(0)}.full.json"))  # type: ignore[arg-type]
         member = tar.extractfile(f"{key(0)}.full.npy").read()  # type: ignore[union-attr]
     assert about["codec"] == LAYOUT[packed_from]
@@ -173,7 +173,7 @@ def test_exports_say_how_to_unpack_them(tmp_path: Path, container: str, packed_f
     out = export_to(cache, tmp_path / "st", "--to", "safetensors")
     about = json.loads((out / "export.json").read_text())
     assert (about["codec"], about["stored_as"], about["spec"]["codec"]) == (layout, layout, "int8")
-    with safe_open(out / "picture-00000.safetensors", "numpy") as file:
+    with safe_open(out / "image-00000.safetensors", "numpy") as file:
         assert file.metadata()["codec"] == layout
         assert file.get_tensor(f"{key(3)}/full").tobytes() == rows[3]
     out = export_to(cache, tmp_path / "tars", "--to", "webdataset", "--unpack")
@@ -195,9 +195,9 @@ def test_merged_rows_stay_as_they_are(
     monkeypatch.setattr(sys, "argv", words)
     merge_main()
     reader = FeatureReader(CacheRoot(tmp_path / "b").space(there.paths.name))
-    found = reader.lookup("picture", [key(number) for number in range(6)])
+    found = reader.lookup("image", [key(number) for number in range(6)])
     stored = np.empty((6, len(rows[0])), np.uint8)
-    reader.read_into("picture", found, stored)
+    reader.read_into("image", found, stored)
     assert hashlib.sha256(stored).digest() == hashlib.sha256(b"".join(rows)).digest()
 
 
@@ -209,7 +209,7 @@ def test_the_mean_token_is_what_the_new_layout_gains(tmp_path: Path) -> None:
         reader = FeatureReader(space.paths)
         for number in range(6):
             x = features(number).astype(np.float64)
-            off = reader.read("picture", key(number)).astype(np.float64) - x
+            off = reader.read("image", key(number)).astype(np.float64) - x
             errors.setdefault(layout, []).append(float(np.linalg.norm(off) / np.linalg.norm(x)))
     assert max(errors["int8m"]) < 0.5 * min(errors["int8"])
     assert max(errors["int8m"]) <= 0.006

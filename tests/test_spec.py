@@ -40,7 +40,7 @@ CHANGES: dict[str, Any] = {
     "resize": "torch:bicubic",
     "mean": (0.5, 0.5, 0.4),
     "std": (0.25, 0.25, 0.2),
-    "pool_picture": 2,
+    "pool_image": 2,
     "pool_frame": 2,
     "compute_dtype": "float32",
     "batch_size": 1,
@@ -66,7 +66,7 @@ def test_every_field_but_the_display_name_is_hashed() -> None:
 def test_the_fingerprint_is_part_of_the_format() -> None:
     """Spaces on users' disks carry it: if this fails, every cache in the world went stale."""
     assert SPEC.fingerprint == "52971f0026fff562ff2f72c6428e496738533cff470f0af0332150a85b61b3ef"
-    assert SPEC.name == "clip-int8-" + SPEC.fingerprint[:8]
+    assert SPEC.name == "video-int8-" + SPEC.fingerprint[:8]
 
 
 def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
@@ -80,16 +80,16 @@ def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
 
 
 def test_sizes_are_those_the_design_promises() -> None:
-    assert SPEC.tokens("picture") == 576
+    assert SPEC.tokens("image") == 576
     assert SPEC.tokens("frame") == 64
-    assert SPEC.row_bytes("picture") == 608_256  # 0.61 MB, of the first spaces
+    assert SPEC.row_bytes("image") == 608_256  # 0.61 MB, of the first spaces
     now = dataclasses.replace(SPEC, packed_from="float16")
-    assert now.row_bytes("picture") == 610_304  # with a mean token
+    assert now.row_bytes("image") == 610_304  # with a mean token
     assert now.row_bytes("frame") == 64 * (1024 + 32) + 2048
     fp16 = dataclasses.replace(SPEC, codec="fp16")
-    assert fp16.row_bytes("picture") == 1_179_648  # 1.18 MB
+    assert fp16.row_bytes("image") == 1_179_648  # 1.18 MB
     int4 = dataclasses.replace(SPEC, codec="int4")
-    assert int4.row_bytes("picture") == 315_392  # 0.32 MB
+    assert int4.row_bytes("image") == 315_392  # 0.32 MB
 
 
 def test_only_int8_rows_of_the_first_spaces_are_laid_out_otherwise() -> None:
@@ -113,8 +113,8 @@ def test_only_int8_rows_of_the_first_spaces_are_laid_out_otherwise() -> None:
         {"packed_from": "int4"},
         {"fit": "stretch"},
         {"patch_size": 15},
-        {"pool_picture": 5},
-        {"pool_picture": 0},
+        {"pool_image": 5},
+        {"pool_image": 0},
         {"blocks": ()},
         {"keep_cls": True},  # with frames pooled
     ],

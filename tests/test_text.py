@@ -23,7 +23,7 @@ def tokenizer() -> object:
 
 
 def some_samples(answer: str = "two") -> list[Sample]:
-    def sample(name: str, user: str, pictures: int, weight: float = 1.0) -> Sample:
+    def sample(name: str, user: str, images: int, weight: float = 1.0) -> Sample:
         return Sample(
             id=name,
             dataset="d",
@@ -31,7 +31,7 @@ def some_samples(answer: str = "two") -> list[Sample]:
                 Message(role="user", content=user),
                 Message(role="assistant", content=answer, weight=weight),
             ),
-            media=tuple(MediaRef(source=f"/{name}/{i}") for i in range(pictures)),
+            media=tuple(MediaRef(source=f"/{name}/{i}") for i in range(images)),
         )
 
     return [
@@ -146,7 +146,7 @@ def test_the_first_token_is_predicted_from_nothing_so_its_weight_does_not_count(
         ids=np.array([5, 9, 6], np.int32), weights=np.array([1.0, 0.0, 0.5], np.float32)
     )
     record = tokens._record(sample, 3, 9)[0]
-    assert (record["loss_weight"], record["prefix"], record["pictures"]) == (0.5, 2, 1)
+    assert (record["loss_weight"], record["prefix"], record["images"]) == (0.5, 2, 1)
     assert record["used"] == 2  # the third is predicted by the second and then not read
 
 
@@ -168,9 +168,7 @@ def test_two_processes_may_make_the_same_store_at_once(
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_sample_whose_pictures_and_marks_differ_is_named(
-    tmp_path: Path, tokenizer: object
-) -> None:
+def test_a_sample_whose_images_and_marks_differ_is_named(tmp_path: Path, tokenizer: object) -> None:
     root = CacheRoot(tmp_path / "cache")
     media = (MediaRef(source="/a"), MediaRef(source="/b"))
     messages = (
@@ -178,7 +176,7 @@ def test_a_sample_whose_pictures_and_marks_differ_is_named(
         Message(role="assistant", content="yes"),
     )
     write_samples(root, "d", [Sample(id="s7", dataset="d", messages=messages, media=media)])
-    with pytest.raises(UserError, match=r"sample d/s7: 2 pictures but 1 <image> marks.*encode.run"):
+    with pytest.raises(UserError, match=r"sample d/s7: 2 images but 1 <image> marks.*encode.run"):
         TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
 

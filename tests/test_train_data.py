@@ -49,10 +49,10 @@ def test_held_out_samples_come_with_words_and_rows_in_order(mixed: World) -> Non
         assert held.messages == [(m.role, m.content, m.weight) for m in source.messages]
         keys = [key_of(Path(m.source).stem) for m in source.media]
         rows = [int(row) for m in held.media for row in joined.rows_of(m)]
-        assert rows == mixed.reader.lookup("picture", keys).tolist()
+        assert rows == mixed.reader.lookup("image", keys).tolist()
 
 
-def test_inspect_shows_shared_pictures_branches_and_what_is_learned(world: World) -> None:
+def test_inspect_shows_shared_images_branches_and_what_is_learned(world: World) -> None:
     world.write(
         d=[
             ask("1", ["a"], "<image>how many?", "two"),
@@ -72,12 +72,12 @@ def test_inspect_shows_shared_pictures_branches_and_what_is_learned(world: World
     assert (
         text
         == f"""\
-step 0, micro-batch 0: 57 tokens, 1 picture, 3 samples, 15 supervised tokens of weight 13.0 (the step's: 13.0)
-sequence 0: tokens 0-37, 1 picture, 2 samples
-  shared 0-6: {start}user\\n[picture {key}.. x4 tokens]
+step 0, micro-batch 0: 57 tokens, 1 image, 3 samples, 15 supervised tokens of weight 13.0 (the step's: 13.0)
+sequence 0: tokens 0-37, 1 image, 2 samples
+  shared 0-6: {start}user\\n[image {key}.. x4 tokens]
   d/1 7-23 (positions 7-23): how many?{end}{start}assistant\\n«two»«<|im_end|>»
   d/2 24-37 (positions 7-20): which?{end}{start}assistant\\n«0.5: red»«0.5: <|im_end|>»
-sequence 1: tokens 38-56, 0 pictures, 1 sample
+sequence 1: tokens 38-56, 0 images, 1 sample
   d/3 38-56 (positions 0-18): {start}user\\nhello{end}{start}assistant\\n«hi\\nyou»«<|im_end|>»
 «...» is supervised, «0.2: ...» with that weight; samples see what is shared above them; \
 a sample's last word is only predicted, never read"""

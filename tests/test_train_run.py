@@ -70,12 +70,12 @@ def losses(folder: Path) -> list[float]:
 # ---- it learns
 
 
-def test_it_learns_what_pictures_show(train: Callable[..., Path]) -> None:
+def test_it_learns_what_images_show(train: Callable[..., Path]) -> None:
     folder = train("--max-steps", "150", "--eval-every", "50")
     lines = read_metrics(folder)
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert losses(folder)[-1] < 0.05 < 3 < losses(folder)[0]
-    # Looking is the only way to know the colour of a picture never seen: ln(4) / tokens without it.
+    # Looking is the only way to know the colour of an image never seen: ln(4) / tokens without it.
     assert held_out[-1] < 0.05
     assert [line["step"] for line in lines if "held_out_loss" in line] == [50, 100, 150]
     _, _, meta = load_final(folder / "final")
@@ -297,7 +297,7 @@ def test_another_space_than_the_checkpoints(train: Callable[..., Path], tmp_path
 
 def test_too_few_features(train: Callable[..., Path], tmp_path: Path) -> None:
     root = small_world.make(tmp_path / "half", 20)
-    files = tmp_path / "half" / "pictures"
+    files = tmp_path / "half" / "images"
     small_world.write_samples(root, "colors", small_world.samples(files, 40, "colors"))
     with pytest.raises(
         UserError, match=r"features for 50.0% .* min_coverage 95.0%.*--min-coverage"

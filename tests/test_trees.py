@@ -1,4 +1,4 @@
-"""Message trees: what may share a picture, and what may not."""
+"""Message trees: what may share an image, and what may not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def family(trees: Trees) -> list[list[str]]:
     return [[trees.join.name_of(int(m)) for m in trees.piece(t).members] for t in range(len(trees))]
 
 
-def test_trees_join_same_pictures_and_same_beginning_only(world: World) -> None:
+def test_trees_join_same_images_and_same_beginning_only(world: World) -> None:
     world.write(
         d=[
             ask("1", ["a"], "<image> what?"),
@@ -99,7 +99,7 @@ def test_a_sample_longer_than_the_window_is_refused_by_name(world: World) -> Non
     length = int(world.trees(joined).length[2])
     with pytest.raises(UserError) as refused:
         world.trees(joined, max_tokens=100)
-    assert f"d/longest is {length} tokens long (1 x 4 for pictures" in str(refused.value)
+    assert f"d/longest is {length} tokens long (1 x 4 for images" in str(refused.value)
     assert "2 of 3 samples do not fit" in str(refused.value)
     assert f"--max-sequence-length to {length}" in str(refused.value)
     assert len(world.trees(joined, max_tokens=length).members) == 3

@@ -17,8 +17,8 @@ from PIL import Image
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMedia
-from model.media.video import VIDEO_SUFFIXES, ClipInfo, Frame, frames, probe
-from tests.clips import BIKES, drawing, ffmpeg, make_clip, number_of
+from model.media.video import VIDEO_SUFFIXES, Frame, VideoInfo, frames, probe
+from tests.videos import BIKES, drawing, ffmpeg, make_video, number_of
 
 
 def taken(data: bytes | Path, wanted: Sequence[int]) -> list[Frame]:
@@ -29,10 +29,10 @@ def numbers(data: bytes | Path, wanted: Sequence[int]) -> list[int]:
     return [number_of(frame.image) for frame in taken(data, wanted)]
 
 
-def test_a_clip_gives_each_frame_at_its_time(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mp4", frames=40, fps=8)
+def test_a_video_gives_each_frame_at_its_time(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "video.mp4", frames=40, fps=8)
     info = probe(path)
-    assert info == ClipInfo(duration_s=39 / 8, width=96, height=64, frames=40, note=None)
+    assert info == VideoInfo(duration_s=39 / 8, width=96, height=64, frames=40, note=None)
     found = taken(path, [n * 125_000 for n in range(40)])
     assert [number_of(frame.image) for frame in found] == list(range(40))
     assert [frame.time_s for frame in found] == [n / 8 for n in range(40)]
@@ -40,7 +40,7 @@ def test_a_clip_gives_each_frame_at_its_time(tmp_path: Path) -> None:
 
 
 def test_bytes_and_path_are_the_same_whatever_the_name(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mkv", frames=20, codec="ffv1")
+    path = make_video(tmp_path / "video.mkv", frames=20, codec="ffv1")
     odd = tmp_path / "concat:a|b%03d.png"
     odd.write_bytes(path.read_bytes())
     for data in (path, odd, path.read_bytes()):
@@ -49,7 +49,7 @@ def test_bytes_and_path_are_the_same_whatever_the_name(tmp_path: Path) -> None:
 
 
 def test_the_nearest_frame_is_taken_and_the_earlier_on_a_tie(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mkv", times_ms=[0, 100, 200, 1000], frames=4, codec="ffv1")
+    path = make_video(tmp_path / "video.mkv", times_ms=[0, 100, 200, 1000], frames=4, codec="ffv1")
     wanted = [0, 49_999, 50_000, 50_001, 150_001, 600_000, 600_001, 9_000_000]
     found = taken(path, wanted)
     assert [number_of(frame.image) for frame in found] == [0, 0, 0, 1, 2, 2, 3, 3]
@@ -59,8 +59,8 @@ def test_the_nearest_frame_is_taken_and_the_earlier_on_a_tie(tmp_path: Path) -> 
         frames(path, [1, 0], probe(path))
 
 
-def test_no_times_no_frames_and_one_frame_is_a_clip(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mp4", frames=1)
+def test_no_times_no_frames_and_one_frame_is_a_video(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "video.mp4", frames=1)
     info = probe(path)
     assert (info.duration_s, info.frames) == (0, 1)
     assert list(frames(path, [], info)) == []
@@ -77,8 +77,8 @@ def test_any_times_give_what_a_look_at_all_frames_gives(
     tmp_path_factory: pytest.TempPathFactory, gaps: list[int], gop: int, wanted: list[int]
 ) -> None:
     times = np.cumsum([0, *gaps])
-    path = tmp_path_factory.mktemp("any") / "clip.mkv"
-    make_clip(path, times_ms=times.tolist(), frames=len(times), gop=gop, fps=1000)
+    path = tmp_path_factory.mktemp("any") / "video.mkv"
+    make_video(path, times_ms=times.tolist(), frames=len(times), gop=gop, fps=1000)
     info = probe(path)
     assert (info.duration_s, info.frames) == (times[-1] / 1000, len(times))
     nearest = [int(np.argmin(np.abs(times * 1000 - us))) for us in wanted]  # the first of equals
@@ -111,8 +111,8 @@ CONTAINERS = {
 @pytest.mark.parametrize("suffix", CONTAINERS)
 def test_every_container_gives_its_frames(tmp_path: Path, suffix: str) -> None:
     codec, pixels = CONTAINERS[suffix]
-    source = make_clip(tmp_path / "source.nut", frames=50, fps=25, codec="ffv1")
-    path = tmp_path / f"clip.{suffix}"
+    source = make_video(tmp_path / "source.nut", frames=50, fps=25, codec="ffv1")
+    path = tmp_path / f"video.{suffix}"
     ffmpeg("-i", source, "-c:v", codec, "-pix_fmt", pixels, "-b:v", "2M", path)
     assert f".{suffix}" in VIDEO_SUFFIXES
     info = probe(path)
@@ -124,9 +124,9 @@ def test_every_container_gives_its_frames(tmp_path: Path, suffix: str) -> None:
     assert [frame.time_s for frame in found] == [us / 1_000_000 for us in wanted]
 
 
-def test_a_clip_of_hours_is_not_decoded_whole(tmp_path: Path) -> None:
+def test_a_video_of_hours_is_not_decoded_whole(tmp_path: Path) -> None:
     times = [n * 45_000 for n in range(800)]  # ten hours, a key frame every nine minutes
-    path = make_clip(tmp_path / "long.mkv", times_ms=times, frames=800, fps=1000, size=(32, 32))
+    path = make_video(tmp_path / "long.mkv", times_ms=times, frames=800, fps=1000, size=(32, 32))
     beats = 0
 
     def beat() -> None:
@@ -142,7 +142,7 @@ def test_a_clip_of_hours_is_not_decoded_whole(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_for_every_frame_and_while_probing(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mp4", frames=30, fps=30)
+    path = make_video(tmp_path / "video.mp4", frames=30, fps=30)
     beats: list[int] = []
     info = probe(path, lambda: beats.append(0))
     assert beats
@@ -175,7 +175,7 @@ def test_threads_give_what_one_gives() -> None:
 
 
 def test_a_reader_may_stop_in_the_middle(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mp4", frames=30)
+    path = make_video(tmp_path / "video.mp4", frames=30)
     shown = frames(path, range(0, 7_000_000, 250_000), probe(path))
     assert number_of(next(shown).image) == 0
     shown.close()  # type: ignore[attr-defined]
@@ -183,8 +183,8 @@ def test_a_reader_may_stop_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_raw_streams_without_timestamps_are_counted(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.nut", frames=40, fps=25, codec="ffv1")
-    path = tmp_path / "clip.264"
+    source = make_video(tmp_path / "source.nut", frames=40, fps=25, codec="ffv1")
+    path = tmp_path / "video.264"
     ffmpeg("-i", source, "-c:v", "libx264", "-bf", 3, "-r", 25, path)
     info = probe(path)
     assert (info.duration_s, info.frames) == (39 / 25, 40)
@@ -192,9 +192,9 @@ def test_raw_streams_without_timestamps_are_counted(tmp_path: Path) -> None:
 
 
 def test_time_counts_from_the_first_frame_wherever_the_clock_starts(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.nut", frames=60, fps=25, codec="ffv1")
+    source = make_video(tmp_path / "source.nut", frames=60, fps=25, codec="ffv1")
     for offset in (7, 95_442.5):  # the second passes the 33 bits of MPEG's clock on its way
-        path = tmp_path / "clip.ts"
+        path = tmp_path / "video.ts"
         encode = ["-c:v", "mpeg2video", "-bf", 2, "-b:v", "2M", "-output_ts_offset", offset]
         ffmpeg("-i", source, *encode, path)
         info = probe(path)
@@ -203,7 +203,7 @@ def test_time_counts_from_the_first_frame_wherever_the_clock_starts(tmp_path: Pa
 
 
 def test_edit_lists_are_followed(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.mp4", frames=60, fps=10, gop=20)
+    source = make_video(tmp_path / "source.mp4", frames=60, fps=10, gop=20)
     path = tmp_path / "cut.mp4"
     ffmpeg("-ss", 2.5, "-i", source, "-c", "copy", path)  # the key frame is 0.5 s earlier, hidden
     info = probe(path)
@@ -213,7 +213,7 @@ def test_edit_lists_are_followed(tmp_path: Path) -> None:
 
 def test_recordings_glued_together_give_what_advances(tmp_path: Path) -> None:
     parts = [
-        make_clip(tmp_path / f"{name}.ts", frames=count, fps=25, codec="mpeg2video")
+        make_video(tmp_path / f"{name}.ts", frames=count, fps=25, codec="mpeg2video")
         for name, count in (("long", 50), ("short", 20))
     ]
     info = probe(b"".join(part.read_bytes() for part in parts))
@@ -229,7 +229,7 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_suffixes_are_lower_case_and_no_pictures() -> None:
+def test_suffixes_are_lower_case_and_no_images() -> None:
     assert all(s.startswith(".") and s == s.lower() for s in VIDEO_SUFFIXES)
     assert not VIDEO_SUFFIXES & {".gif", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tiff"}
 
@@ -237,7 +237,7 @@ def test_suffixes_are_lower_case_and_no_pictures() -> None:
 def test_sizes_that_change_on_the_way_are_shown_as_they_are(tmp_path: Path) -> None:
     parts = []
     for name, size in (("a", (96, 64)), ("b", (64, 96))):
-        source = make_clip(tmp_path / f"{name}.nut", frames=25, fps=25, size=size, codec="ffv1")
+        source = make_video(tmp_path / f"{name}.nut", frames=25, fps=25, size=size, codec="ffv1")
         ffmpeg("-i", source, "-c:v", "libx264", "-bf", 0, part := tmp_path / f"{name}.264")
         parts.append(part.read_bytes())
     data = b"".join(parts)

@@ -1,4 +1,4 @@
-"""Clips that are cut off or damaged: the frames they have, or `BadMedia`, soon, and nothing else."""
+"""Videos that are cut off or damaged: the frames they have, or `BadMedia`, soon, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ import pytest
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMedia
 from model.media.video import frames, probe
-from tests.clip_mutations import PATIENCE_S, mutated
-from tests.clips import BIKES, BUNNY, ffmpeg, make_clip, number_of, times_by_ffmpeg
+from tests.video_mutations import PATIENCE_S, mutated
+from tests.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
 
 # ---- cut off ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real clips as files that can be cut: what is needed to read them stands in front."""
+    """Real videos as files that can be cut: what is needed to read them stands in front."""
     folder = tmp_path_factory.mktemp("whole")
     small = ["-c:v", "libx264", "-g", 25, "-vf", "scale=160:90"]
     ffmpeg("-i", BUNNY, *small, "-movflags", "+faststart", folder / "front.mp4")
-    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "clip.mkv")
-    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "clip.flv")
-    ffmpeg("-i", folder / "front.mp4", "-c", "copy", "-an", folder / "clip.ts")
-    ffmpeg("-i", BUNNY, "-c:v", "mpeg4", "-bf", 2, "-vf", "scale=160:90", folder / "clip.avi")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.mkv")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.flv")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", "-an", folder / "video.ts")
+    ffmpeg("-i", BUNNY, "-c:v", "mpeg4", "-bf", 2, "-vf", "scale=160:90", folder / "video.avi")
     return folder
 
 
-@pytest.mark.parametrize("name", ["front.mp4", "clip.mkv", "clip.flv", "clip.ts", "clip.avi"])
+@pytest.mark.parametrize("name", ["front.mp4", "video.mkv", "video.flv", "video.ts", "video.avi"])
 @pytest.mark.parametrize("part", [0.3, 0.8])
-def test_a_cut_clip_gives_what_decodes_and_says_so(
+def test_a_cut_video_gives_what_decodes_and_says_so(
     whole: Path, tmp_path: Path, name: str, part: float
 ) -> None:
     data = (whole / name).read_bytes()
@@ -49,7 +49,7 @@ def test_a_cut_clip_gives_what_decodes_and_says_so(
     full, info = probe(whole / name), probe(cut)
     assert full.note is None
     assert 0 < info.duration_s < full.duration_s and info.frames < full.frames
-    if name != "clip.ts":  # which is made to be cut anywhere, and says no length
+    if name != "video.ts":  # which is made to be cut anywhere, and says no length
         assert info.note is not None and info.note.startswith("ends early: ")
     theirs = times_by_ffmpeg(cut)
     assert abs(theirs[-1] / 1e6 - info.duration_s) < 0.1  # the last one may be cut in two
@@ -66,12 +66,12 @@ def test_an_mp4_that_lost_its_end_lost_its_table() -> None:
     at = data.index(b"moov")
     if at < len(data) // 2:
         data = data[: at - 4]
-    with pytest.raises(BadMedia, match="no readable clip"):
+    with pytest.raises(BadMedia, match="no readable video"):
         probe(data[: len(data) // 2])
 
 
 def test_damage_in_the_middle_costs_only_its_own_frames(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mkv", frames=60, fps=10, gop=10, codec="ffv1")
+    path = make_video(tmp_path / "video.mkv", frames=60, fps=10, gop=10, codec="ffv1")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 60] = bytes(60)
@@ -85,11 +85,11 @@ def test_damage_in_the_middle_costs_only_its_own_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "encode"),
     [
-        ("clip.avi", ["-c:v", "mpeg4", "-bf", 2]),
-        ("clip.webm", ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime"]),
+        ("video.avi", ["-c:v", "mpeg4", "-bf", 2]),
+        ("video.webm", ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime"]),
     ],
 )
-def test_a_frame_of_a_damaged_clip_is_the_same_asked_alone_or_with_all(
+def test_a_frame_of_a_damaged_video_is_the_same_asked_alone_or_with_all(
     tmp_path: Path, name: str, encode: list[str | int]
 ) -> None:
     path = tmp_path / name
@@ -109,7 +109,7 @@ def test_a_frame_of_a_damaged_clip_is_the_same_asked_alone_or_with_all(
 
 
 def test_frames_at_the_end_that_do_not_decode_are_not_counted(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.avi", frames=40, fps=10, codec="mjpeg", pixels="yuvj420p")
+    path = make_video(tmp_path / "video.avi", frames=40, fps=10, codec="mjpeg", pixels="yuvj420p")
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux() if packet.size]
@@ -128,21 +128,21 @@ def test_frames_at_the_end_that_do_not_decode_are_not_counted(tmp_path: Path) ->
 
 @dataclass
 class Tally:
-    """What became of damaged clips."""
+    """What became of damaged videos."""
 
     told: Counter[str] = field(default_factory=Counter)
     crashes: list[tuple[int, int]] = field(default_factory=list)
-    """Number of the clip, and what killed the child."""
+    """Number of the video, and what killed the child."""
     slowest: tuple[float, int] = (0.0, -1)
     megabytes: int = 0
 
     def watch(self, folder: Path, first: int, last: int) -> None:
-        """Run a child over the clips, and another one after each crash."""
+        """Run a child over the videos, and another one after each crash."""
         while first < last:
             command = [
                 sys.executable,
                 "-m",
-                "tests.clip_mutations",
+                "tests.video_mutations",
                 str(folder),
                 str(first),
                 str(last),
@@ -153,8 +153,8 @@ class Tally:
                     self._note(json.loads(line))
                     first = self._at
                 errors = child.stderr.read().decode(errors="replace")
-            assert child.returncode <= 0, f"clip {first}: {errors}"
-            assert child.returncode != -signal.SIGALRM, f"clip {first} took {PATIENCE_S} s"
+            assert child.returncode <= 0, f"video {first}: {errors}"
+            assert child.returncode != -signal.SIGALRM, f"video {first} took {PATIENCE_S} s"
             if child.returncode < 0:
                 self.crashes.append((first, -child.returncode))
             first += 1
@@ -171,7 +171,7 @@ class Tally:
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small real clips of every kind that is decoded differently."""
+    """Small real videos of every kind that is decoded differently."""
     folder = tmp_path_factory.mktemp("victims")
     small = ["-t", 1.2, "-vf", "scale=96:40", "-an"]
     kinds = {
@@ -198,14 +198,14 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.soak_counted
-def test_damaged_clips_give_frames_or_bad_media(
+def test_damaged_videos_give_frames_or_bad_media(
     victims: Path, soak: Callable[[int, int], int]
 ) -> None:
     tally = Tally()
     count = soak(96, 4000)
     tally.watch(victims, 0, count)
-    slowest = f"{tally.slowest[0]:.1f} s (clip {tally.slowest[1]})"
-    print(f"\n{count} damaged clips: {dict(tally.told)}, crashes (clip, signal): {tally.crashes}")
+    slowest = f"{tally.slowest[0]:.1f} s (video {tally.slowest[1]})"
+    print(f"\n{count} damaged videos: {dict(tally.told)}, crashes (video, signal): {tally.crashes}")
     print(f"slowest {slowest}, peak {tally.megabytes} MB")
     assert sum(tally.told.values()) + len(tally.crashes) == count
     assert min(tally.told["frames"], tally.told["bad"]) > count // 12  # both ways were taken
@@ -214,9 +214,9 @@ def test_damaged_clips_give_frames_or_bad_media(
     assert len(tally.crashes) <= count // 500  # FFmpeg's own; reported above
 
 
-def test_damaged_clips_are_the_same_every_time_in_any_thread(victims: Path) -> None:
+def test_damaged_videos_are_the_same_every_time_in_any_thread(victims: Path) -> None:
     files = [path.read_bytes() for path in sorted(victims.iterdir())]
-    clips = [mutated(number, files) for number in range(32)]
+    videos = [mutated(number, files) for number in range(32)]
 
     def told(data: bytes) -> object:
         try:
@@ -226,6 +226,6 @@ def test_damaged_clips_are_the_same_every_time_in_any_thread(victims: Path) -> N
         except BadMedia as error:
             return error.reason
 
-    alone = [told(clip) for clip in clips]
+    alone = [told(video) for video in videos]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(told, clips)) == alone
+        assert list(pool.map(told, videos)) == alone

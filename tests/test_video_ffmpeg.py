@@ -1,4 +1,4 @@
-"""Times and pixels agree with FFmpeg's own program, another build of another version, on real clips."""
+"""Times and pixels agree with FFmpeg's own program, another build of another version, on real videos."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from PIL import Image
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMedia
-from model.media.video import ClipInfo, frames, probe
+from model.media.video import VideoInfo, frames, probe
 from model.media.video_decoder import Starts
-from model.media.video_pixels import picture_of
-from tests.clips import BIKES, BUNNY, PHONE, ffmpeg, make_clip, pictures_by_ffmpeg, psnr
-from tests.clips import times_by_ffmpeg as their_times
+from model.media.video_pixels import image_of
+from tests.videos import BIKES, BUNNY, PHONE, ffmpeg, images_by_ffmpeg, make_video, psnr
+from tests.videos import times_by_ffmpeg as their_times
 
 SMALL = ("-vf", "scale=160:68", "-an")
 
 
 def made(*arguments: str | int | float, source: Path = BIKES, suffix: str = "mp4") -> Make:
-    """A maker of a variant of a real clip."""
+    """A maker of a variant of a real video."""
 
     def make(folder: Path) -> Path:
         path = folder / f"variant.{suffix}"
@@ -37,7 +37,7 @@ Make = Callable[[Path], Path]
 
 
 def turned(*arguments: str | int) -> Make:
-    """The clip as it is, said to be held otherwise."""
+    """The video as it is, said to be held otherwise."""
 
     def make(folder: Path) -> Path:
         ffmpeg(*arguments, "-i", BIKES, "-c", "copy", "-t", 2, path := folder / "turned.mp4")
@@ -104,15 +104,13 @@ def test_times_and_pixels_agree(name: str, tmp_path: Path) -> None:
     numbers = sorted({0, 1, len(theirs) // 2, len(theirs) - 1})
     # The bunny is HD and names no matrix: BT.709, as players take it; the program takes BT.601.
     matrix = "bt709" if name == "bunny" else "auto"
-    shown = pictures_by_ffmpeg(path, numbers, (info.width, info.height), matrix)
-    likeness = [
-        psnr(ours[theirs[n]].image, picture) for n, picture in zip(numbers, shown, strict=True)
-    ]
+    shown = images_by_ffmpeg(path, numbers, (info.width, info.height), matrix)
+    likeness = [psnr(ours[theirs[n]].image, image) for n, image in zip(numbers, shown, strict=True)]
     assert min(likeness) > 42, likeness
 
 
 def sequential(path: Path) -> dict[int, bytes]:
-    """Every frame of a clip in PyAV's own plain loop: microseconds -> pixels."""
+    """Every frame of a video in PyAV's own plain loop: microseconds -> pixels."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.time_base is not None
@@ -122,7 +120,7 @@ def sequential(path: Path) -> dict[int, bytes]:
             assert frame.pts is not None
             first = frame.pts if first is None else first
             time_us = round((frame.pts - first) * stream.time_base * 1_000_000)
-            found[time_us] = picture_of(frame, stream.sample_aspect_ratio or 1).tobytes()  # type: ignore[arg-type]
+            found[time_us] = image_of(frame, stream.sample_aspect_ratio or 1).tobytes()  # type: ignore[arg-type]
         return found
 
 
@@ -226,7 +224,7 @@ def test_palettes_that_change_are_followed(tmp_path: Path) -> None:
         assert frame.image.tobytes() == whole[round(frame.time_s * 1e6)]
 
 
-def test_sound_alone_and_cover_art_are_no_clip(tmp_path: Path) -> None:
+def test_sound_alone_and_cover_art_are_no_video(tmp_path: Path) -> None:
     ffmpeg("-i", BUNNY, "-vn", "-c", "copy", "-t", 1, sound := tmp_path / "sound.mp4")
     with pytest.raises(BadMedia, match="no video in it, only audio"):
         probe(sound)
@@ -238,11 +236,11 @@ def test_sound_alone_and_cover_art_are_no_clip(tmp_path: Path) -> None:
         probe(both)
 
 
-def test_cover_art_beside_a_clip_is_passed_over(tmp_path: Path) -> None:
-    clip = make_clip(tmp_path / "clip.mp4", frames=8)
+def test_cover_art_beside_a_video_is_passed_over(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "video.mp4", frames=8)
     Image.new("RGB", (640, 640), "red").save(cover := tmp_path / "cover.png")
     both = tmp_path / "both.mp4"
-    ffmpeg("-i", cover, "-i", clip, "-map", 0, "-map", 1, "-c", "copy",
+    ffmpeg("-i", cover, "-i", video, "-map", 0, "-map", 1, "-c", "copy",
            "-disposition:v:0", "attached_pic", both)  # fmt: skip
-    expected = ClipInfo(duration_s=1.75, width=96, height=64, frames=8, note=None)
+    expected = VideoInfo(duration_s=1.75, width=96, height=64, frames=8, note=None)
     assert probe(both) == expected

@@ -1,4 +1,4 @@
-"""Files that are no clips, or hostile ones: `BadMedia` in words, and no other file is ever opened."""
+"""Files that are no videos, or hostile ones: `BadMedia` in words, and no other file is ever opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 import model.media.video_open
 from model.media.images import BadMedia
 from model.media.video import frames, probe
-from tests.clips import PHONE, ffmpeg, make_clip, number_of
+from tests.videos import PHONE, ffmpeg, make_video, number_of
 
 
 def reason(data: bytes | Path) -> str:
@@ -24,18 +24,18 @@ def reason(data: bytes | Path) -> str:
     return caught.value.reason
 
 
-# ---- no clips --------------------------------------------------------------------------------------
+# ---- no videos --------------------------------------------------------------------------------------
 
 
-def test_what_is_no_clip_is_said_to_be_none(tmp_path: Path) -> None:
+def test_what_is_no_video_is_said_to_be_none(tmp_path: Path) -> None:
     assert reason(b"") == "empty file"
-    assert reason(b"\n<!DOCTYPE html><html>gone</html>") == "an HTML page, not a clip"
+    assert reason(b"\n<!DOCTYPE html><html>gone</html>") == "an HTML page, not a video"
     for data in (b"\0", b"words " * 500, bytes(100_000), bytes(range(256)) * 400):
-        assert reason(data).startswith(("no readable clip", "no video", "no frame", "frames of"))
+        assert reason(data).startswith(("no readable video", "no video", "no frame", "frames of"))
     for suffix in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
-        Image.new("RGB", (64, 64), "red").save(path := tmp_path / f"picture.{suffix}")
-        assert "no readable clip" in reason(path)
-    assert reason(Path(__file__)).startswith("no readable clip")
+        Image.new("RGB", (64, 64), "red").save(path := tmp_path / f"image.{suffix}")
+        assert "no readable video" in reason(path)
+    assert reason(Path(__file__)).startswith("no readable video")
 
 
 def test_a_codec_that_is_not_run_is_named(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def playlists(secret: Path) -> dict[str, bytes]:
 def test_lists_of_other_files_are_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = make_clip(tmp_path / "secret.mp4")
-    assert "no readable clip" in reason(playlists(secret)[kind])
+    secret = make_video(tmp_path / "secret.mp4")
+    assert "no readable video" in reason(playlists(secret)[kind])
     # Were the list of formats wider one day: no protocol is there to open the second file with.
     monkeypatch.setattr(model.media.video_open, "FORMATS", (*model.media.video_open.FORMATS, kind))
     with pytest.raises(BadMedia):
@@ -92,12 +92,12 @@ def reference_movie(target: Path) -> bytes:
 
 
 def test_a_quicktime_reference_to_another_file_is_not_followed(tmp_path: Path) -> None:
-    target = make_clip(tmp_path / "target.mov", codec="qtrle", pixels="rgb24")
+    target = make_video(tmp_path / "target.mov", codec="qtrle", pixels="rgb24")
     reference = reference_movie(target)
     options = {"enable_drefs": "1", "use_absolute_path": "1"}
     with av.open(io.BytesIO(reference), options=options) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert [number_of(Image.fromarray(picture)) for picture in shown] == list(range(8))  # followed
+    assert [number_of(Image.fromarray(image)) for image in shown] == list(range(8))  # followed
 
     def told() -> object:
         try:
@@ -125,16 +125,16 @@ def png(width: int, height: int) -> bytes:
 
 def test_bombs_are_refused_from_their_header(tmp_path: Path) -> None:
     y4m = b"YUV4MPEG2 W60000 H60000 F25:1 Ip A1:1 C420\nFRAME\n" + bytes(1000)
-    assert "60000 x 60000" in reason(y4m) or "no readable clip" in reason(y4m)
-    source = make_clip(tmp_path / "clip.mov", frames=1, codec="qtrle", pixels="rgb24")
+    assert "60000 x 60000" in reason(y4m) or "no readable video" in reason(y4m)
+    source = make_video(tmp_path / "video.mov", frames=1, codec="qtrle", pixels="rgb24")
     data = source.read_bytes()
     sized = struct.pack(">HH", 96, 64)
     assert data.count(sized) == 1
     headers = data.replace(sized, struct.pack(">HH", 60_000, 60_000))
     assert reason(headers).startswith("frames of ")
-    source = make_clip(tmp_path / "clip.mov", frames=1, codec="png", pixels="rgb24")
+    source = make_video(tmp_path / "video.mov", frames=1, codec="png", pixels="rgb24")
     data = source.read_bytes()
-    # A sane table, and a picture inside that is none: as long as the old one, so that places hold.
+    # A sane table, and an image inside that is none: as long as the old one, so that places hold.
     at = data.index(b"\x89PNG")
     length = data.index(b"IEND", at) + 8 - at
     inner = png(60_000, 60_000)[:length].ljust(length, b"\0")
@@ -142,5 +142,5 @@ def test_bombs_are_refused_from_their_header(tmp_path: Path) -> None:
 
 
 def test_a_time_of_centuries_is_refused(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mkv", frames=3, times_ms=[0, 40, 700_000_000], codec="ffv1")
+    path = make_video(tmp_path / "video.mkv", frames=3, times_ms=[0, 40, 700_000_000], codec="ffv1")
     assert reason(path) == "it claims to last 8 days"

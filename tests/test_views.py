@@ -1,4 +1,4 @@
-"""Which frames of a clip are taken: the rule, and that a higher limit keeps what is there."""
+"""Which frames of a video are taken: the rule, and that a higher limit keeps what is there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_rule(duration_s: float, limit: int, expected: list[int]) -> None:
 
 
 @given(st.floats(0, 20_000), st.integers(1, 400))
-def test_times_rise_stay_in_the_clip_and_end_with_it(duration_s: float, limit: int) -> None:
+def test_times_rise_stay_in_the_video_and_end_with_it(duration_s: float, limit: int) -> None:
     times = sample_times(duration_s, limit)
     assert 1 <= len(times) <= limit
     assert list(times) == sorted(set(times))
@@ -39,7 +39,7 @@ def test_times_rise_stay_in_the_clip_and_end_with_it(duration_s: float, limit: i
 
 
 @given(st.floats(0, 63.5), st.integers(128, 400))
-def test_a_clip_that_fits_the_old_limit_has_the_same_views_under_a_higher_one(
+def test_a_video_that_fits_the_old_limit_has_the_same_views_under_a_higher_one(
     duration_s: float, limit: int
 ) -> None:
     assert frame_views(duration_s, 128) == frame_views(duration_s, limit)

@@ -218,7 +218,7 @@ def test_rows_do_not_depend_on_their_company(tower: str, dtype: str) -> None:
 
 def test_pooling_is_the_mean_of_neighbouring_patches() -> None:
     single = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
-    double = load_encoder(tiny_clip.entry(pool_picture=2), device="cpu", random_weights=True)
+    double = load_encoder(tiny_clip.entry(pool_image=2), device="cpu", random_weights=True)
     pixels = noise(2, tiny_clip.SIDE)
     grid = single.encode(pixels).half().float().view(2, 4, 4, 64)  # pooled is what could be stored
     corner = grid[:, :2, 2:].mean((1, 2))  # upper right window of 2 x 2
@@ -227,12 +227,12 @@ def test_pooling_is_the_mean_of_neighbouring_patches() -> None:
         assert torch.allclose(pooled[:, 1], corner, atol=1e-6)
 
 
-def test_no_pictures_are_no_rows_and_wrong_pixels_are_refused() -> None:
+def test_no_images_are_no_rows_and_wrong_pixels_are_refused() -> None:
     encoder = demo()
     spec = encoder.spec("fp16")
     side = spec.image_size
     empty = encoder.encode(np.empty((0, side, side, 3), np.uint8))
-    assert empty.shape == (0, spec.tokens("picture"), spec.width)
+    assert empty.shape == (0, spec.tokens("image"), spec.width)
     for wrong in (noise(1, side + 1), noise(1, side).astype(np.float32)):
         with pytest.raises(ValueError, match="expected"):
             encoder.encode(wrong)
@@ -274,7 +274,7 @@ def test_every_change_that_counts_changes_the_fingerprint() -> None:
         {"fit": "pad"},
         {"fit": "crop"},
         {"codec": "int8"},
-        {"pool_picture": 2},
+        {"pool_image": 2},
         {"pool_frame": 4},
         {"batch_size": 4},
         {"compute_dtype": "bfloat16"},
@@ -564,7 +564,7 @@ def test_every_entry_builds_and_its_spec_holds(name: str) -> None:
         ({"model": "tiny-quickgelo"}, "nearest: tiny-quickgelu"),
         ({"model": "RN50-quickgelu"}, "no Vision Transformer"),
         ({"model": "hf-hub:org/name"}, "no model 'hf-hub:org/name'"),
-        ({"pool_picture": 3}, "does not divide"),
+        ({"pool_image": 3}, "does not divide"),
         ({"model": "ViT-B-32-quickgelu", "pretrained": "opneai"}, "it has: openai"),
     ],
 )
@@ -628,4 +628,4 @@ def test_full_size_random_tower_has_the_published_size() -> None:
     without_projection, block, last_norm = 303_507_456, 12_596_224, 2_048
     assert encoder.parameters_used == without_projection - block - last_norm
     assert encoder.spec("int8").layout == "int8m"
-    assert encoder.spec("int8").row_bytes("picture") == 576 * 1024 + 2 * 576 * 16 + 2 * 1024
+    assert encoder.spec("int8").row_bytes("image") == 576 * 1024 + 2 * 576 * 16 + 2 * 1024

@@ -31,13 +31,13 @@ def tiny(connector: str = "linear", seed: int = 0, **options: Any) -> VLM:
     return build_vlm(VISION, "random:qwen3-tiny", connector, seed, **options)[0]
 
 
-def batch(pictures: int = 1, tokens: int = 3) -> PackedBatch:
-    """Twelve tokens of one sample, its pictures from the second token on; the last four supervised."""
+def batch(images: int = 1, tokens: int = 3) -> PackedBatch:
+    """Twelve tokens of one sample, its images from the second token on; the last four supervised."""
     places = torch.arange(12)
     return PackedBatch(
         input_ids=places + 40,
         position_ids=places,
-        image_slots=places[1 : 1 + pictures * tokens],
+        image_slots=places[1 : 1 + images * tokens],
         loss_positions=places[7:11],
         targets=places[8:12] + 40,
         loss_weights=torch.tensor([1.0, 0.5, 0.5, 2.0]),
@@ -45,7 +45,7 @@ def batch(pictures: int = 1, tokens: int = 3) -> PackedBatch:
     )
 
 
-def pictures(count: int = 1, tokens: int = 3) -> Tensor:
+def images(count: int = 1, tokens: int = 3) -> Tensor:
     return torch.randn(count, tokens, VISION, generator=torch.Generator().manual_seed(count))
 
 
@@ -162,7 +162,7 @@ def test_only_supervised_positions_reach_the_head(monkeypatch: pytest.MonkeyPatc
         return inner(hidden, *rest)
 
     monkeypatch.setattr("model.vlm.weighted_cross_entropy", spy)
-    total, weight = vlm(batch(), pictures())
+    total, weight = vlm(batch(), images())
     assert seen == [(4, 64)]
     assert float(weight) == 4.0
     assert total.requires_grad
@@ -187,8 +187,8 @@ def test_frozen_means_no_gradient(train_connector: bool, train_llm: bool, count:
         "connector": (total["connector"] * train_connector, total["connector"]),
         "language": (total["language"] * train_llm, total["language"]),
     }
-    features = pictures(count) if count else None
-    vlm.loss(batch(pictures=count), features)[0].backward()
+    features = images(count) if count else None
+    vlm.loss(batch(images=count), features)[0].backward()
     for part, learns in (("connector", train_connector), ("language", train_llm)):
         for name, p in getattr(vlm, part).named_parameters():
             assert (p.grad is not None) == learns, name
@@ -197,7 +197,7 @@ def test_frozen_means_no_gradient(train_connector: bool, train_llm: bool, count:
 def test_text_alone_touches_the_connector_with_nothing() -> None:
     """Its gradient is there (DDP waits for it) and is zero; the loss is as without it."""
     vlm = tiny("mlp")
-    total, _ = vlm.loss(batch(pictures=0), None)
+    total, _ = vlm.loss(batch(images=0), None)
     total.backward()
     grads = [p.grad for p in vlm.connector.parameters()]
     assert all(g is not None and not bool(g.any()) for g in grads)
@@ -240,8 +240,8 @@ def test_build_on_meta_holds_nothing() -> None:
 
 def test_features_land_in_their_slots() -> None:
     vlm = tiny()
-    two = batch(pictures=2)
-    features = pictures(2)
+    two = batch(images=2)
+    features = images(2)
     embedded = vlm.embed(two.input_ids, two.image_slots, features.half())
     wanted = vlm.connector(features.half().float()).view(6, 64)
     torch.testing.assert_close(embedded[1:7], wanted)
@@ -265,7 +265,7 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path, connector: str) -> None
     assert not again.training
     assert tok_again.get_vocab() == tok.get_vocab()
     assert (meta["vision_width"], meta["note"], meta["step"]) == (VISION, "kept", 5)
-    assert torch.equal(again.loss(batch(), pictures())[0], vlm.eval().loss(batch(), pictures())[0])
+    assert torch.equal(again.loss(batch(), images())[0], vlm.eval().loss(batch(), images())[0])
 
 
 def test_weights_are_stored_once_under_our_names(tmp_path: Path) -> None:

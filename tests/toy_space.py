@@ -29,33 +29,31 @@ SPEC = FeatureSpec(
     resize="none",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
-    pool_picture=1,
+    pool_image=1,
     pool_frame=2,
     compute_dtype="float32",
     batch_size=1,
     codec="int8",
     packed_from="float16",
 )
-"""4 tokens of 64 values a picture: 264 bytes as int8, 512 as fp16. A frame has one token."""
+"""4 tokens of 64 values an image: 264 bytes as int8, 512 as fp16. A frame has one token."""
 
 SLOTS = 4
-"""Rows in a full shard of pictures."""
+"""Rows in a full shard of images."""
 
 
 def key(number: int) -> str:
-    """The key of the number-th made-up picture."""
+    """The key of the number-th made-up image."""
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
-def features(
-    number: int, kind: str = "picture", spec: FeatureSpec = SPEC
-) -> npt.NDArray[np.float32]:
+def features(number: int, kind: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.float32]:
     """Its features, (tokens, width)."""
     shape = spec.tokens(kind), spec.width
     return np.random.default_rng(number).normal(size=shape).astype(np.float32)
 
 
-def row(number: int, kind: str = "picture", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
+def row(number: int, kind: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
     """Its stored row."""
     return codec.pack(features(number, kind, spec), spec.layout)
 
@@ -66,13 +64,11 @@ def make_space(
     """An empty space below `folder`; `changes` to SPEC."""
     spec = dataclasses.replace(SPEC, codec=codec_name, container=container, **changes)
     load = {"library": "toy", "note": "a text like sha256:" + "0" * 64 + " must do no harm"}
-    return Space.create(
-        CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("picture")
-    )
+    return Space.create(CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("image"))
 
 
-def fill(space: Space, numbers: Sequence[int], kind: str = "picture", view: str = "full") -> int:
-    """One committed shard with these pictures; its number."""
+def fill(space: Space, numbers: Sequence[int], kind: str = "image", view: str = "full") -> int:
+    """One committed shard with these images; its number."""
     shard = space.next_shard(kind)
     writer = ShardWriter(space, kind, shard)
     for number in numbers:

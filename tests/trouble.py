@@ -4,9 +4,9 @@
         server.url("404")              # a URL of this kind
         server.entries()               # all of them: path, kind, sha256, what is to come of it
         server.counts["/404"]          # requests so far
-        server.heal()                  # from now on every path serves a good picture
+        server.heal()                  # from now on every path serves a good image
 
-Every path has a picture of its own, so that what a fetch brought can be told by its bytes; only the
+Every path has an image of its own, so that what a fetch brought can be told by its bytes; only the
 `same-...` kinds share one.
 """
 
@@ -133,9 +133,9 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             self.send(b"nothing here", status=404, kind="text/plain")
         elif found.act is None or world.healed:
-            self.send(found.picture)
+            self.send(found.image)
         else:
-            found.act(self, found.picture, count)
+            found.act(self, found.image, count)
 
     def send(
         self, data: bytes, *, status: int = 200, kind: str = "image/jpeg", **headers: str
@@ -186,11 +186,11 @@ def status(number: int, **headers: str) -> Act:
 def at_first(number: int, times: int, **headers: str) -> Act:
     """`number` so many times, then the picture."""
 
-    def act(h: Handler, picture: bytes, count: int) -> None:
+    def act(h: Handler, image: bytes, count: int) -> None:
         if count <= times:
             h.send(b"not yet", status=number, kind="text/plain", **headers)
         else:
-            h.send(picture)
+            h.send(image)
 
     return act
 
@@ -203,18 +203,18 @@ def redirect(location: str, number: int = 302) -> Act:
     return lambda h, _, __: h.send(b"", status=number, kind="text/html", Location=location)
 
 
-def trickle(h: Handler, picture: bytes, _: int) -> None:
+def trickle(h: Handler, image: bytes, _: int) -> None:
     """A byte now and then: never long without one, never done."""
-    h.head(200, length=len(picture))
-    for i in range(len(picture)):
+    h.head(200, length=len(image))
+    for i in range(len(image)):
         if h.wait(0.05):
             return
-        h.wfile.write(picture[i : i + 1])
+        h.wfile.write(image[i : i + 1])
 
 
-def stall(h: Handler, picture: bytes, _: int) -> None:
-    h.head(200, length=len(picture))
-    h.wfile.write(picture[:100])
+def stall(h: Handler, image: bytes, _: int) -> None:
+    h.head(200, length=len(image))
+    h.wfile.write(image[:100])
     h.wait()
     h.close_connection = True
 
@@ -224,15 +224,15 @@ def silent(h: Handler, _: bytes, __: int) -> None:
     h.close_connection = True
 
 
-def truncated(h: Handler, picture: bytes, _: int) -> None:
-    h.head(200, length=len(picture))
-    h.wfile.write(picture[: len(picture) // 2])
+def truncated(h: Handler, image: bytes, _: int) -> None:
+    h.head(200, length=len(image))
+    h.wfile.write(image[: len(image) // 2])
     h.hang_up()
 
 
-def truncated_chunks(h: Handler, picture: bytes, _: int) -> None:
+def truncated_chunks(h: Handler, image: bytes, _: int) -> None:
     h.head(200, length=None, Transfer_Encoding="chunked")
-    h.wfile.write(b"%x\r\n" % len(picture) + picture[:500])
+    h.wfile.write(b"%x\r\n" % len(image) + image[:500])
     h.hang_up()
 
 
@@ -240,9 +240,9 @@ def reset(h: Handler, _: bytes, __: int) -> None:
     h.hang_up(reset=True)
 
 
-def reset_in_body(h: Handler, picture: bytes, _: int) -> None:
-    h.head(200, length=len(picture))
-    h.wfile.write(picture[:1000])
+def reset_in_body(h: Handler, image: bytes, _: int) -> None:
+    h.head(200, length=len(image))
+    h.wfile.write(image[:1000])
     h.hang_up(reset=True)
 
 
@@ -255,35 +255,35 @@ def garbage(h: Handler, _: bytes, __: int) -> None:
     h.hang_up()
 
 
-def huge(h: Handler, picture: bytes, _: int) -> None:
+def huge(h: Handler, image: bytes, _: int) -> None:
     h.head(200, length=HUGE)
-    h.wfile.write(picture)
+    h.wfile.write(image)
     h.wait(1)
     h.hang_up()
 
 
-def endless(h: Handler, picture: bytes, _: int) -> None:
+def endless(h: Handler, image: bytes, _: int) -> None:
     """200 MB without saying so."""
     h.head(200, length=None)
-    block = picture + bytes((1 << 20) - len(picture))
+    block = image + bytes((1 << 20) - len(image))
     for _i in range(HUGE >> 20):
         h.wfile.write(block)
         if h.wait(0):
             return
 
 
-def chunked(h: Handler, picture: bytes, _: int) -> None:
+def chunked(h: Handler, image: bytes, _: int) -> None:
     h.head(200, length=None, Transfer_Encoding="chunked")
-    for start in range(0, len(picture), 1000):
-        part = picture[start : start + 1000]
+    for start in range(0, len(image), 1000):
+        part = image[start : start + 1000]
         h.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
     h.wfile.write(b"0\r\n\r\n")
 
 
-def until_closed(h: Handler, picture: bytes, _: int) -> None:
+def until_closed(h: Handler, image: bytes, _: int) -> None:
     """No length at all, as HTTP/1.0 servers do."""
     h.head(200, length=None)
-    h.wfile.write(picture)
+    h.wfile.write(image)
 
 
 def late_date(h: Handler, _: bytes, __: int) -> None:
@@ -291,14 +291,14 @@ def late_date(h: Handler, _: bytes, __: int) -> None:
     h.send(b"later", status=503, kind="text/plain", Retry_After=date)
 
 
-def cookie_wall(h: Handler, picture: bytes, _: int) -> None:
+def cookie_wall(h: Handler, image: bytes, _: int) -> None:
     if "Cookie" in h.headers:
-        h.send(picture)
+        h.send(image)
     else:
         h.send(b"", status=302, Location=h.path, Set_Cookie="seen=yes")
 
 
-PAGE = b"<!DOCTYPE html><html><body>This picture has moved.</body></html>"
+PAGE = b"<!DOCTYPE html><html><body>This image has moved.</body></html>"
 NOISE = np.random.default_rng(5).bytes(20_000)
 
 TROUBLES: dict[str, tuple[str, Act]] = {
@@ -333,7 +333,7 @@ TROUBLES: dict[str, tuple[str, Act]] = {
     "cookie-wall": ("fetch", cookie_wall),
     "gzip": (
         "fetch",
-        lambda h, picture, _: h.send(gzip.compress(picture), Content_Encoding="gzip"),
+        lambda h, image, _: h.send(gzip.compress(image), Content_Encoding="gzip"),
     ),
     "wrong-sha": ("verify", instead(b"other bytes")),
     "html-as-jpeg": ("decode", instead(PAGE)),
@@ -341,7 +341,7 @@ TROUBLES: dict[str, tuple[str, Act]] = {
     "svg": ("decode", instead(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "image/svg+xml")),
     "empty": ("decode", instead(b"")),
     "random-bytes": ("decode", instead(NOISE)),
-    "half-a-jpeg": ("decode", lambda h, picture, _: h.send(picture[: len(picture) // 2])),
+    "half-a-jpeg": ("decode", lambda h, image, _: h.send(image[: len(image) // 2])),
     "bomb": ("decode", instead(_bomb(), "image/png")),
 }
 """What fails, at which stage, and how."""
@@ -350,14 +350,14 @@ PASSING: dict[str, Act] = {
     "500-then-fine": at_first(500, 1),
     "503-then-fine": at_first(503, 2, Retry_After="0"),
     "429-then-fine": at_first(429, 1, Retry_After="1"),
-    "reset-then-fine": lambda h, picture, n: reset(h, picture, n) if n == 1 else h.send(picture),
-    "truncated-then-fine": lambda h, picture, n: (truncated if n == 1 else chunked)(h, picture, n),
+    "reset-then-fine": lambda h, image, n: reset(h, image, n) if n == 1 else h.send(image),
+    "truncated-then-fine": lambda h, image, n: (truncated if n == 1 else chunked)(h, image, n),
     "chunked": chunked,
     "until-closed": until_closed,
     "redirect": redirect("/photo-0"),
     "redirect-thrice": redirect("/redirect-twice", 301),
     "redirect-twice": redirect("redirect", 307),
-    "as-html": lambda h, picture, _: h.send(picture, kind="text/html"),
+    "as-html": lambda h, image, _: h.send(image, kind="text/html"),
 }
 """What works in the end."""
 
@@ -365,7 +365,7 @@ PASSING: dict[str, Act] = {
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
     entry: Entry
-    picture: bytes
+    image: bytes
     act: Act | None
 
 
@@ -437,18 +437,18 @@ class TroubleServer:
         assert f"/{kind}" in self.kinds, f"{kind} is none of {', '.join(self.kinds)}"
         return f"{self.base}/{kind}"
 
-    def picture(self, kind: str) -> bytes:
+    def image(self, kind: str) -> bytes:
         """What its path serves once it is healed, or from the start when it is good."""
         if kind.startswith("redirect") and not self.healed and kind in PASSING:
             kind = "photo-0"
-        return self.kinds[f"/{kind}"].picture
+        return self.kinds[f"/{kind}"].image
 
     def entries(self) -> list[Entry]:
         """All paths."""
         return [kind.entry for kind in self.kinds.values()]
 
     def heal(self) -> None:
-        """All troubles serve their picture from now on."""
+        """All troubles serve their image from now on."""
         self.healed = True
 
     def __enter__(self) -> TroubleServer:
@@ -477,10 +477,10 @@ class TroubleServer:
             "deep-png": _deep(1004),
             "one-pixel": _save(Image.new("RGB", (1, 1), "red"), "PNG"),
         }
-        for kind, picture in forms.items():
-            self._add(kind, "ok", None, picture=picture)
+        for kind, image in forms.items():
+            self._add(kind, "ok", None, image=image)
         for i in range(3):
-            self._add(f"same-{i}", "ok", None, picture=photo(1005))
+            self._add(f"same-{i}", "ok", None, image=photo(1005))
 
     def _add(
         self,
@@ -488,15 +488,15 @@ class TroubleServer:
         expected: str,
         act: Act | None,
         *,
-        picture: bytes | None = None,
+        image: bytes | None = None,
         claimed: bool = False,
     ) -> None:
-        if picture is None:
-            picture = photo(self._number)
+        if image is None:
+            image = photo(self._number)
             self._number += 1
-        sha256 = hashlib.sha256(picture).hexdigest()
+        sha256 = hashlib.sha256(image).hexdigest()
         claimed = claimed or expected == "verify"
         entry = Entry(
             path=f"/{kind}", kind=kind, sha256=sha256 if claimed else None, expected=expected
         )
-        self.kinds[entry.path] = _Kind(entry=entry, picture=picture, act=act)
+        self.kinds[entry.path] = _Kind(entry=entry, image=image, act=act)

@@ -52,7 +52,7 @@ class Options(Elsewhere):
     min_coverage: float = 0.95
     """Least share of samples whose media must be in the space; known failures do not count."""
     max_frames: int = MAX_FRAMES
-    """Frames of one clip, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
+    """Frames of one video, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
     order: Literal["random", "blocks"] = "random"
     """Order of reading within an epoch: `blocks` keeps neighbours on disk together, for disks that seek."""
 
@@ -86,7 +86,7 @@ class Options(Elsewhere):
     """Multiplies them too: how many processes the batch is counted for; 0: as many as torchrun started. It
     starts none. A run keeps the number it began with, and any number of processes may go on with it."""
     max_sequence_length: int = 4096
-    """Longest sequence, tokens: one picture (or several) with its annotations."""
+    """Longest sequence, tokens: one image (or several) with its annotations."""
     max_tokens: int = 8192
     """Longest micro-batch, tokens. Changes memory and speed, never what is learned."""
     use_gradient_checkpointing: bool = True

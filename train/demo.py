@@ -5,8 +5,8 @@ python -m train.demo --features other-cache
 
 Every step is one of the product's own commands, printed before it runs; their options are in
 configs/demo.yaml. Features are kept: another `make demo` encodes nothing and trains anew. The last line
-is the result: exact match on held-out drawings and clips, mean over the question types, and the same *blind*,
-with every drawing and clip exchanged for another.
+is the result: exact match on held-out drawings and videos, mean over the question types, and the same
+*blind*, with every drawing and video exchanged for another.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MARK = "demo.json"
 """Lies in a run's folder when the demo made it, and may therefore replace it."""
 TYPES = (
     *("count", "colour", "shape", "cell", "point"),
-    *("clip-count", "clip-what", "clip-where"),
+    *("video-count", "video-what", "video-where"),
 )
-"""The question types of the headline, on pictures and on clips."""
+"""The question types of the headline, on images and on videos."""
 
 Flags = Mapping[str, Any]
 
@@ -105,8 +105,8 @@ def show(demo: Demo, features: Path) -> None:
     live = run("encode.check.loss", {"run": RUN.name, **where, "samples": demo.live_samples})
     run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
     result = json.loads((last_stage(demo) / "evaluation-val.json").read_text(encoding="utf-8"))
-    for prompt, picture in zip(demo.prompts, held_out_pictures(result), strict=False):
-        run("model.generate", {"run": RUN.name, "image": picture, "prompt": prompt})
+    for prompt, image in zip(demo.prompts, held_out_images(result), strict=False):
+        run("model.generate", {"run": RUN.name, "image": image, "prompt": prompt})
     run("train.report", {"run": RUN.name, **where, "output": RUN / "report.html"})
 
     second = time.monotonic()
@@ -115,7 +115,7 @@ def show(demo: Demo, features: Path) -> None:
     run("train.run", {"stage": 1, "run": SECOND.name, **where, "space": space, **flags})
     second_s = time.monotonic() - second
 
-    print(f"\nheld-out drawings and clips, stage {result['stage']}\n{table(result)}\n")
+    print(f"\nheld-out drawings and videos, stage {result['stage']}\n{table(result)}\n")
     print(f"experiment 2: encoded={encoded} seconds={second_s:.0f}")
     print(next(line for line in live if line.startswith("cached loss")))
     right, blind = headline(result)
@@ -195,7 +195,7 @@ def last_stage(demo: Demo) -> Path:
     return RUN / f"stage{max(demo.stages)}"
 
 
-def held_out_pictures(result: Mapping[str, Any]) -> Iterator[str]:
+def held_out_images(result: Mapping[str, Any]) -> Iterator[str]:
     """Files of held-out drawings, each once."""
     shown = (answer["media"][0] for answer in result["answers"])
     yield from dict.fromkeys(path for path in shown if Path(path).suffix == ".png")

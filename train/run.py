@@ -1,4 +1,4 @@
-"""Train a stage on cached features. No encoder is loaded; pictures are not opened.
+"""Train a stage on cached features. No encoder is loaded; images are not opened.
 
 python -m train.run --stage 1 --features cache                    # Qwen3-0.6B on every data set in the cache
 python -m train.run --stage 2                                     # goes on from stage 1 of the same run
@@ -274,8 +274,8 @@ def describe(
     """What is about to happen."""
     precision = "float32" if forward.autocast is None else "bfloat16"
     print(f"run       {folder}: stage {options.stage}, {options.max_steps} steps")
-    frames = f", {n:,} frames of clips" if (n := reader.rows("frame")) else ""
-    print(f"space     {reader.path.name}: {reader.rows('picture'):,} pictures{frames}")
+    frames = f", {n:,} frames of videos" if (n := reader.rows("frame")) else ""
+    print(f"space     {reader.path.name}: {reader.rows('image'):,} images{frames}")
     for line in data.train.describe().splitlines():
         print(f"data      {line}")
     print(f"plan      {options.samples_per_step} samples a step; {data.plan.describe()}")

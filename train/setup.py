@@ -31,7 +31,7 @@ from train.data.join import EmptySplitError
 log = logging.getLogger(__name__)
 
 MAX_BRANCHES = 64
-"""Annotations of one picture that share a sequence; more are split."""
+"""Annotations of one image that share a sequence; more are split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | No
             limit=-(-options.eval_samples // len(train.names)),
         )
     except EmptySplitError:
-        log.warning("nothing is held out (--held-out %s of a few pictures)", options.held_out)
+        log.warning("nothing is held out (--held-out %s of a few images)", options.held_out)
         return None
 
 

@@ -5,7 +5,7 @@ python -m cache.export --to webdataset --out tars --dataset demo     # that data
 python -m cache.export --to safetensors --out st --unpack            # a tensor a row, float16, and index.json
 
 Rows leave as they are stored, bit for bit; with --unpack as float16, for readers that lack our codec. Each
-row is checked on the way. With --dataset, tars hold a sample for each picture or clip (or tuple of them):
+row is checked on the way. With --dataset, tars hold a sample for each image or video (or tuple of them):
 what the data set says of it, and its features; safetensors come with a line of JSON a sample. The folder
 appears under its name when all of it is there; until then it is called NAME.partial, and the same command
 goes on with it.

@@ -132,7 +132,7 @@ def cut(source: Source, kind: str, positions: Positions, nbytes: int) -> Iterato
             keys[positions[stop]].tobytes() == keys[positions[stop - 1]].tobytes()
         ):
             stop -= 1
-        stop = stop if stop > start else end  # a clip of more rows than a file may hold
+        stop = stop if stop > start else end  # a video of more rows than a file may hold
         yield positions[start:stop]
         start = stop
 

@@ -1,6 +1,6 @@
 """Data sets with their features, as WebDataset tars that train elsewhere by themselves.
 
-One sample of the tars is one tuple of media with everything a data set says of it, so that a picture with
+One sample of the tars is one tuple of media with everything a data set says of it, so that an image with
 six annotations is stored once:
 
     <name>.json     dataset, media, samples
@@ -31,10 +31,10 @@ from cache.store.samples import media_table, samples_table
 
 
 class Media(NamedTuple):
-    """A picture or clip of a sample, with features."""
+    """An image or video of a sample, with features."""
 
     kind: str
-    """picture or video."""
+    """image or video."""
     key: str
     """64 hex digits."""
 

@@ -32,7 +32,7 @@ BLOCK = 64
 """Values that share a rotation and a scale."""
 
 MEAN_TOKENS = 32
-"""Tokens from which on a row of int8m or int4 holds its mean token: much of a picture's features is the same
+"""Tokens from which on a row of int8m or int4 holds its mean token: much of an image's features is the same
 in all its tokens, and without that the error is a third lower. In smaller rows it costs more bits than it
 saves."""
 

@@ -1,20 +1,20 @@
-"""Which views a media has: `full` for a picture, one a sampled frame (`t:<microseconds>`) for a video.
+"""Which views a media has: `full` for an image, one a sampled frame (`t:<microseconds>`) for a video.
 
-A view is named by the time the rule asks for, a pure function of the clip's length, so that encoder and
+A view is named by the time the rule asks for, a pure function of the video's length, so that encoder and
 trainer agree without opening the file. The frame nearest to it is taken; its own time is kept in the
-commit (`time_s`). Raising the limit of a clip that was short enough for the old one asks for nothing new.
+commit (`time_s`). Raising the limit of a video that was short enough for the old one asks for nothing new.
 """
 
 from __future__ import annotations
 
 FULL = "full"
-"""The one view of a picture."""
+"""The one view of an image."""
 
 FRAMES_PER_SECOND = 2.0
 """At most; Molmo2's rate."""
 
 MAX_FRAMES = 128
-"""Of one clip unless told otherwise: Molmo2's limit in fine-tuning (384 for long context)."""
+"""Of one video unless told otherwise: Molmo2's limit in fine-tuning (384 for long context)."""
 
 _US = 1_000_000
 _PREFIX = "t:"
@@ -25,7 +25,7 @@ def sample_times(
 ) -> tuple[int, ...]:
     """Times to take frames at, in whole microseconds from the first frame, ascending, all different.
 
-    Molmo2's rule: `fps` frames a second and the last one; of a clip too long for that, `max_frames`
+    Molmo2's rule: `fps` frames a second and the last one; of a video too long for that, `max_frames`
     at equal distances from the first frame to the last.
 
     Args:
@@ -50,7 +50,7 @@ def sample_times(
 def frame_views(
     duration_s: float, max_frames: int, fps: float = FRAMES_PER_SECOND
 ) -> tuple[str, ...]:
-    """The views of a clip, in time order."""
+    """The views of a video, in time order."""
     return tuple(time_view(us) for us in sample_times(duration_s, max_frames, fps))
 
 

@@ -28,7 +28,7 @@ class RowFacts(NamedTuple):
     view: str
     """Which view of it."""
     time_s: float | None
-    """Where in its video, seconds; None for pictures."""
+    """Where in its video, seconds; None for images."""
     crc: int
     """crc32c of the stored row."""
     error: float

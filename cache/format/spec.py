@@ -17,10 +17,10 @@ from typing import Any
 from cache.format.codec import row_bytes
 
 FORMAT = 1
-KINDS = ("picture", "frame")
+KINDS = ("image", "frame")
 """Kinds of media view. Each has its own array in a space, under the same name."""
 
-ARRAY_OF = {"picture": "picture", "video": "frame"}
+ARRAY_OF = {"image": "image", "video": "frame"}
 """Kind of media -> the array its views' rows are in."""
 
 CODECS = ("fp16", "int8", "int4")
@@ -58,15 +58,15 @@ class FeatureSpec:
     width: int
     """Values per token, all blocks together."""
     fit: str
-    """How a picture becomes square: `squash`, `pad` or `crop`."""
+    """How an image becomes square: `squash`, `pad` or `crop`."""
     resize: str
     """Resampling filter and the library that computes it."""
     mean: tuple[float, float, float]
     """Subtracted from pixels in [0, 1], per channel."""
     std: tuple[float, float, float]
     """Divides what is left, per channel."""
-    pool_picture: int = 1
-    """Pictures: n x n patches are averaged into one token."""
+    pool_image: int = 1
+    """Images: n x n patches are averaged into one token."""
     pool_frame: int = 3
     """Video frames: the same."""
     compute_dtype: str
@@ -105,7 +105,7 @@ class FeatureSpec:
                     f"pool_{kind} {self.pool(kind)} does not divide "
                     f"the grid of {self.grid} x {self.grid} patches"
                 )
-        if self.keep_cls and (self.pool_picture > 1 or self.pool_frame > 1):
+        if self.keep_cls and (self.pool_image > 1 or self.pool_frame > 1):
             raise ValueError("keep_cls with pooling: a CLS token has no place on the patch grid")
         if not self.blocks:
             raise ValueError("blocks is empty: name at least one transformer block")
@@ -117,7 +117,7 @@ class FeatureSpec:
 
     def pool(self, kind: str) -> int:
         """Side of the pooling window for `kind`, patches."""
-        return {"picture": self.pool_picture, "frame": self.pool_frame}[kind]
+        return {"image": self.pool_image, "frame": self.pool_frame}[kind]
 
     def tokens(self, kind: str) -> int:
         """Tokens in one row of `kind`."""

@@ -248,7 +248,7 @@ def _check_errors(paths: SpacePaths, kind: str, commits: Sequence[Commit]) -> It
             paths.shard(kind, commit.shard),
             f"{key.hex()} {view}: its codec's error is {error:.3g}, the median {median:.3g}"
             + (more if len(found) > SHOWN else ""),
-            "stored as it was written; look at the picture",
+            "stored as it was written; look at the image",
         )
 
 

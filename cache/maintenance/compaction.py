@@ -1,7 +1,7 @@
 """Taking rows out of shards: what stays is copied into a new shard, which takes their place in one step.
 
-    parts = [(commit, intact_rows(space.paths, space.info, "picture", commit))]
-    take_out(space, "picture", parts, away)       # the other rows no longer exist
+    parts = [(commit, intact_rows(space.paths, space.info, "image", commit))]
+    take_out(space, "image", parts, away)       # the other rows no longer exist
 
 Whoever does so holds the space's `driver.lock` (see `alone`). The new shard's commit `replaces` the old
 ones, so a crash leaves the old rows or the kept ones, never both and never less. What `away` does with the

@@ -29,7 +29,7 @@ class Finding:
     broken: bool = True
     """Whether something is lost; else a note."""
     array: str | None = None
-    """The array whose rows it concerns: picture or frame."""
+    """The array whose rows it concerns: image or frame."""
     shard: int | None = None
     """The committed shard whose rows it concerns."""
 

@@ -208,7 +208,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
 
 def _groups(parts: Sequence[Part], slots: int) -> list[list[Part]]:
     """Neighbours whose rows that stay fit into one shard together. A shard is never divided: it is replaced
-    whole, in one step, and the rows of a clip stay side by side."""
+    whole, in one step, and the rows of a video stay side by side."""
     groups: list[list[Part]] = []
     room = 0
     for part in parts:

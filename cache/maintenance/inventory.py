@@ -35,7 +35,7 @@ class Need:
     media: int
     """Distinct media without features there that did not fail: an encode job has these to do."""
     rows: int
-    """Rows of these, at most: a clip of unknown length counts with the most frames it may have."""
+    """Rows of these, at most: a video of unknown length counts with the most frames it may have."""
     nbytes: int
     """Bytes of these, at most."""
     reads: int
@@ -60,8 +60,8 @@ class References:
     """(D,) distinct sources."""
     rows: Numbers
     """(D,) their rows in the media table, -1 likewise."""
-    clips: Mask
-    """(D,) whether the samples take them for clips."""
+    videos: Mask
+    """(D,) whether the samples take them for videos."""
 
 
 def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> References:
@@ -85,14 +85,14 @@ def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> Reference
         other=np.asarray(other.fill_null(False), bool),
         sources=distinct,
         rows=rows[first],
-        clips=np.asarray(pc.equal(kinds, "video"), bool),
+        videos=np.asarray(pc.equal(kinds, "video"), bool),
     )
 
 
 class SpaceMedia:
     """The media table seen from one space.
 
-    A clip has features when its first frame is there: its frames are committed together, and how many a
+    A video has features when its first frame is there: its frames are committed together, and how many a
     training wants is for the trainer to say.
     """
 
@@ -101,14 +101,14 @@ class SpaceMedia:
         self._failed = np.asarray(pc.equal(media["status"], "failed"), bool)
         self._durations = media["duration_s"].to_numpy()
         keys = np.array(media["key"].to_pylist(), object)
-        clips = np.asarray(pc.equal(media["kind"], "video"), bool)
+        videos = np.asarray(pc.equal(media["kind"], "video"), bool)
         keyed = np.asarray(pc.is_valid(media["key"]), bool)
         self._codes = np.asarray(
             media["key"].combine_chunks().dictionary_encode().indices.fill_null(-1), np.int64
         )
         self._present = np.zeros(len(media) + 1, bool)  # the last one stands for unknown sources
         self._nbytes = np.zeros(len(media), np.int64)
-        for kind, of, view in (("picture", ~clips, FULL), ("video", clips, time_view(0))):
+        for kind, of, view in (("image", ~videos, FULL), ("video", videos, time_view(0))):
             at, array = np.flatnonzero(of & keyed), ARRAY_OF[kind]
             found = reader.lookup(array, keys[at].tolist(), view)
             at = at[found >= 0]
@@ -129,10 +129,10 @@ class SpaceMedia:
         _, once = np.unique(self._codes[here], return_index=True)
         absent = ~self._present[references.rows]
         absent[references.rows >= 0] &= ~self._failed[known]
-        spec, counts = self._reader.spec, {"picture": 0, "frame": 0}
+        spec, counts = self._reader.spec, {"image": 0, "frame": 0}
         open_ = spec.packed_from == PACKED_FROM[-1]
-        counts["picture"] = int((absent & ~references.clips).sum())
-        for row in references.rows[absent & references.clips].tolist():
+        counts["image"] = int((absent & ~references.videos).sum())
+        for row in references.rows[absent & references.videos].tolist():
             duration_s = self._durations[row] if row >= 0 else np.nan
             frames = (
                 MAX_FRAMES if np.isnan(duration_s) else len(frame_views(duration_s, MAX_FRAMES))
@@ -161,7 +161,7 @@ def encode_command(reader: FeatureReader, root: CacheRoot, dataset: str) -> str:
     entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
     words = ["python", "-m", "encode.run", "--dataset", _dataset_word(root, dataset)]
     words += ["--encoder", str(entry["name"]), "--codec", spec.codec]
-    words += _pool_words(spec.pool_picture, spec.pool_frame, entry)
+    words += _pool_words(spec.pool_image, spec.pool_frame, entry)
     if spec.container != "zarr":
         words += ["--format", spec.container]
     if reader.load.get("random_weights") and entry.get("library") == "open_clip":
@@ -169,10 +169,10 @@ def encode_command(reader: FeatureReader, root: CacheRoot, dataset: str) -> str:
     return shlex.join([*words, "--features", str(root.path)])
 
 
-def _pool_words(picture: int, frame: int, entry: Mapping[str, Any]) -> list[str]:
+def _pool_words(image: int, frame: int, entry: Mapping[str, Any]) -> list[str]:
     """Pooling, where encoders.yaml does not say the same."""
     preset = load("encoders").get(entry["name"], {})
-    words = ["--pool", str(picture)] if preset.get("pool_picture", 1) != picture else []
+    words = ["--pool", str(image)] if preset.get("pool_image", 1) != image else []
     return words + (["--frame-pool", str(frame)] if preset.get("pool_frame", 3) != frame else [])
 
 

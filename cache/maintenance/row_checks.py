@@ -2,7 +2,7 @@
 
 Two signs of it. A number that is none (NaN, Inf) in a row, or in the scales of its codec: the fault of the
 encoder or of the packing. And a row that its codec holds far worse than all others of its space, an
-*outlier*: only a note, since a strange picture is no damage.
+*outlier*: only a note, since a strange image is no damage.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
     {
         "key": pa.binary(KEY_BYTES),  # sha256 of the media's bytes
         "view": pa.string(),  # which view of it
-        "time_s": pa.float64(),  # where in its video, null for pictures
+        "time_s": pa.float64(),  # where in its video, null for images
         "row": pa.int64(),  # row number in the array
         "crc": pa.uint32(),  # crc32c of the stored row
         "error": pa.float32(),  # relative error of the row codec

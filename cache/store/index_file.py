@@ -1,6 +1,6 @@
 """The derived index of a space: what its commits say, as flat arrays mapped into memory.
 
-    index = open_index(paths, info, "picture")   # any reader
+    index = open_index(paths, info, "image")   # any reader
     save_index(paths, info)                      # whoever holds the driver lock, at the end of its work
 
 Never authoritative. The file lists the commits it was made from (size, time of change, seal); one that is

@@ -1,9 +1,9 @@
 """Reading a space: which rows exist, and their bytes at the speed of the disk.
 
     reader = FeatureReader(find_space(root, None))
-    rows = reader.lookup("picture", keys)                  # (n,) int64, -1 = missing
-    reader.read_into("picture", rows, buffer)              # (n, row_bytes) uint8, packed
-    features = reader.read("picture", key)                 # (tokens, width) float16, unpacked
+    rows = reader.lookup("image", keys)                  # (n,) int64, -1 = missing
+    reader.read_into("image", rows, buffer)              # (n, row_bytes) uint8, packed
+    features = reader.read("image", key)                 # (tokens, width) float16, unpacked
 
 Opening reads the commits or the index made of them, not the shards. A row is checked against the crc32c
 its commit recorded, which also catches a row that is intact but stands in the wrong place. Any number of
@@ -106,7 +106,7 @@ class FeatureReader:
         return self.index[kind].lookup_pairs(key_bytes(keys), views)
 
     def times(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Where in their videos rows (n,) are, seconds after the first frame; NaN for pictures.
+        """Where in their videos rows (n,) are, seconds after the first frame; NaN for images.
 
         Raises:
             IndexError: a row number that is not committed (as -1).

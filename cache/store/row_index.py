@@ -276,7 +276,7 @@ class Columns:
     crcs: npt.NDArray[np.uint32]
     """(n,) crc32c of the stored row."""
     times: npt.NDArray[np.float64]
-    """(n,) where in its video, seconds; NaN for pictures."""
+    """(n,) where in its video, seconds; NaN for images."""
     errors: npt.NDArray[np.float32]
     """(n,) relative error of the row codec."""
     names: Mapping[int, str]

@@ -59,8 +59,8 @@ class MediaRef:
 
     source: str
     """URL verbatim, absolute path, or hf:ID#row. The media table says which key it has."""
-    kind: str = "picture"
-    """picture or video: a key of `cache.spec.ARRAY_OF`."""
+    kind: str = "image"
+    """image or video: a key of `cache.spec.ARRAY_OF`."""
     sha256: str | None = None
     """What its bytes hash to, where the data set says so (64 hex); other bytes are refused."""
 
@@ -91,8 +91,8 @@ class MediaRecord:
     """As the samples name it."""
     key: str | None = None
     """sha256 (64 hex) of the bytes; None when they never came."""
-    kind: str = "picture"
-    """picture or video."""
+    kind: str = "image"
+    """image or video."""
     bytes: int = 0
     """Length of what was hashed."""
     width: int = 0
@@ -118,7 +118,7 @@ class MediaRecord:
     attempts: int = 1
     """Times it was tried."""
     note: str | None = None
-    """What is odd about a media that is usable all the same, as a clip that ends early."""
+    """What is odd about a media that is usable all the same, as a video that ends early."""
 
     def __post_init__(self) -> None:
         if self.status not in ("ok", "failed"):

@@ -1,10 +1,10 @@
 """Writing a space: create it, fill one shard after another, commit each.
 
     space = Space.create(root, spec, load)
-    shard = ShardWriter(space, "picture", space.next_shard("picture"))
+    shard = ShardWriter(space, "image", space.next_shard("image"))
     shard.append(key, "full", row)          # uint8, spec.row_bytes long; any number of times
     shard.commit()                          # from here on the rows exist
-    space.grow("picture")                   # the driver, now and then: zarr-python sees them too
+    space.grow("image")                   # the driver, now and then: zarr-python sees them too
 
 A shard's bytes go to a temporary file as they come (what they are is `cache.container`'s to say).
 Committing is: fsync, rename, fsync of the folders; then the same for the commit, which makes the rows
@@ -167,7 +167,7 @@ class NewRow:
     payload: Buffer
     """The packed row, contiguous bytes."""
     time_s: float | None = None
-    """Where in its video the view is, seconds; None for a picture."""
+    """Where in its video the view is, seconds; None for an image."""
     error: float = 0.0
     """Relative error of the row codec."""
 

@@ -1,4 +1,4 @@
-"""Pictures and clips of the page: each beside its features, its norms and its figures."""
+"""Images and videos of the page: each beside its features, its norms and its figures."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from configs.console import bytes_text
 
 SOURCES_SHOWN = 3
 WIDEST = 2.0
-"""Width over height (or the inverse) up to which a picture keeps its shape in the page."""
+"""Width over height (or the inverse) up to which an image keeps its shape in the page."""
 NARROW_STRIP = 4
-"""Frames up to which two clips stand side by side; also frames in a line on a phone."""
+"""Frames up to which two videos stand side by side; also frames in a line on a phone."""
 
 
 def gallery(kind: str, found: Findings) -> str:
-    """The section of the pictures, or of the clips, that are shown."""
+    """The section of the images, or of the videos, that are shown."""
     starts = np.cumsum([0, *(len(s.tiles) * s.tiles[0].norms.size for s in found.shown)]).tolist()
-    card = picture_card if kind == "picture" else clip_card
+    card = image_card if kind == "image" else video_card
     shown = [(at, one) for at, one in enumerate(found.shown) if one.chosen.kind == kind]
     if not shown:
         return ""
     cards = "".join(card(found, one, at, starts[at]) for at, one in shown)
-    title, style = {"picture": ("Pictures", "cards"), "frame": ("Clips", "clips")}[kind]
+    title, style = {"image": ("Images", "cards"), "frame": ("Videos", "videos")}[kind]
     rows = f"{found.reader.rows(kind):,}"
-    count = f"{len(shown)} of {rows}" if kind == "picture" else f"{len(shown)}, of {rows} frames"
+    count = f"{len(shown)} of {rows}" if kind == "image" else f"{len(shown)}, of {rows} frames"
     first = shown[0][0] == 0  # on the page: says what the colours mean
     return (
         f'<section><h2>{title} <small>{count}</small></h2><div class="legends">'
@@ -45,7 +45,7 @@ def _colour_legend(found: Findings) -> str:
     return (
         '<p><i class="rgb"></i><span><b>Colour</b>: the three directions in which the tokens on this page '
         f"differ most, as red, green and blue: {sum(shares):.0%} of their variance ({each}). One basis "
-        "for all pictures and clips: equal colours mean similar features.</span></p>"
+        "for all images and videos: equal colours mean similar features.</span></p>"
     )
 
 
@@ -80,34 +80,34 @@ def _touch_legend(found: Findings) -> str:
 # ---- cards
 
 
-def picture_card(found: Findings, one: Shown, at: int, start: int) -> str:
-    """A picture, its features, its norms. `start`: where its tokens are in the script's data."""
+def image_card(found: Findings, one: Shown, at: int, start: int) -> str:
+    """An image, its features, its norms. `start`: where its tokens are in the script's data."""
     tile, fit = one.tiles[0], _square_fit(_shape(one, found.reader.spec.fit))
-    features = colour_map(tile, start, f"features of picture {at + 1}")
-    norms = norm_map(tile, found.norms["picture"], f"picture {at + 1}")
+    features = colour_map(tile, start, f"features of image {at + 1}")
+    norms = norm_map(tile, found.norms["image"], f"image {at + 1}")
     return (
-        f'<article id="m{at}"><div class="pair"><div class="stage"><div {fit}>{_picture(one)}</div></div>'
+        f'<article id="m{at}"><div class="pair"><div class="stage"><div {fit}>{_image(one)}</div></div>'
         f'<div class="stage"><div {fit}>{features}</div></div></div>'
         f'<div class="about"><div class="stage small"><div {fit}>{norms}</div></div>'
         f"<div>{_said(one, at)}{_figures(found, one)}</div></div></article>"
     )
 
 
-def _picture(one: Shown) -> str:
+def _image(one: Shown) -> str:
     if one.thumbnail is None:
-        return f'<span class="absent">{escape("picture " + one.absent)}</span>'
-    alt = one.medium.said or "the picture as the encoder saw it"
+        return f'<span class="absent">{escape("image " + one.absent)}</span>'
+    alt = one.medium.said or "the image as the encoder saw it"
     return f'<img class="thumb" alt="{escape(alt)}" src="{images.jpeg(one.thumbnail)}">'
 
 
-def clip_card(found: Findings, one: Shown, at: int, start: int) -> str:
-    """The features of a clip as a strip of frames in time order, norms and times below."""
+def video_card(found: Findings, one: Shown, at: int, start: int) -> str:
+    """The features of a video as a strip of frames in time order, norms and times below."""
     width, height = _shape(one, found.reader.spec.fit)
     fit = f'style="aspect-ratio:{width:.4g}/{height:.4g}"'
     frames = []
     for i, tile in enumerate(one.tiles):
         when = f"{tile.time_s:.2f} s" if math.isfinite(tile.time_s) else tile.view
-        what = f"clip {at + 1} at {when}"
+        what = f"video {at + 1} at {when}"
         error = f"<small>{tile.error:.2%}</small>" if math.isfinite(tile.error) else ""
         frames.append(
             f"<li><div {fit}>{colour_map(tile, start + i * tile.norms.size, f'features of {what}')}</div>"
@@ -124,7 +124,7 @@ def clip_card(found: Findings, one: Shown, at: int, start: int) -> str:
 
 
 def _shape(one: Shown, fit: str) -> tuple[float, float]:
-    """Width and height of what the patch grid covers: the picture's own where it was squashed."""
+    """Width and height of what the patch grid covers: the image's own where it was squashed."""
     if fit != "squash" or not one.medium.width or not one.medium.height:
         return 1.0, 1.0
     shape = one.medium.width / one.medium.height
@@ -205,11 +205,11 @@ def _figures(found: Findings, one: Shown) -> str:
 
 def name_of(one: Shown) -> str:
     """What to call it."""
-    return "clip" if one.chosen.kind == "frame" else "picture"
+    return "video" if one.chosen.kind == "frame" else "image"
 
 
 def _views(one: Shown) -> str:
-    if one.chosen.kind == "picture":
+    if one.chosen.kind == "image":
         return one.chosen.views[0]
     length = f", {one.medium.duration_s:.1f} s" if one.medium.duration_s is not None else ""
     return f"{len(one.tiles)} of {one.chosen.of} frames{length}"
@@ -240,18 +240,18 @@ def neighbours(found: Findings) -> str:
     if not pairs:
         return ""
 
-    def picture(at: int) -> str:
+    def image(at: int) -> str:
         one = found.shown[at]
         label = f"{name_of(one)} {at + 1}"
-        picture, style = one.thumbnail, ""
-        if picture is None:
+        image, style = one.thumbnail, ""
+        if image is None:
             source, style = images.png(one.tiles[0].colours), ' class="pixels"'
         else:
-            source = images.stamp(picture)
+            source = images.stamp(image)
         return f'<a href="#m{at}"><img alt="{label}"{style} src="{source}"></a>'
 
     cells = "".join(
-        f"<li>{picture(a)}{picture(b)}<span>{cosine:.2f}</span></li>"
+        f"<li>{image(a)}{image(b)}<span>{cosine:.2f}</span></li>"
         for (a, b), cosine in sorted(pairs.items(), key=lambda pair: -pair[1])
     )
     return (

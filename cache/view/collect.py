@@ -55,12 +55,12 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tile:
-    """One row as small pictures."""
+    """One row as small images."""
 
     view: str
     """Which view."""
     time_s: float
-    """Where in its clip; NaN for a picture."""
+    """Where in its video; NaN for an image."""
     error: float
     """Relative error of the codec; NaN where it was not measured."""
     colours: npt.NDArray[np.uint8]
@@ -75,14 +75,14 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shown:
-    """One picture or clip."""
+    """One image or video."""
 
     chosen: Chosen
     """Its rows."""
     medium: Medium
     """What the tables say of it."""
     thumbnail: Image.Image | None
-    """What the encoder saw, small; None for clips, and where there is none to be had."""
+    """What the encoder saw, small; None for videos, and where there is none to be had."""
     absent: str
     """Why not."""
     tiles: tuple[Tile, ...]
@@ -107,7 +107,7 @@ class Findings:
 
     reader: FeatureReader
     """Of the space."""
-    pictures: int
+    images: int
     """Media asked for."""
     seed: int
     """Of the draw."""
@@ -116,7 +116,7 @@ class Findings:
     writer: str | None
     """The job that writes to it now."""
     shown: tuple[Shown, ...]
-    """Pictures first."""
+    """Images first."""
     basis: Basis
     """What the colours mean."""
     touch: Touch | None
@@ -133,14 +133,14 @@ class Findings:
 
 
 def gather(
-    root: CacheRoot, reader: FeatureReader, *, pictures: int, seed: int, keep: Path | None
+    root: CacheRoot, reader: FeatureReader, *, images: int, seed: int, keep: Path | None
 ) -> Findings:
     """Read and measure a space.
 
     Args:
         root: the cache it is in.
         reader: of the space, checked.
-        pictures: media to show, at most.
+        images: media to show, at most.
         seed: of the draw.
         keep: folder of kept downloads.
 
@@ -159,11 +159,11 @@ def gather(
         channels = channels or of_kind
     assert channels is not None
     recorded = Recorded(reader)
-    chosen = choose(reader, pictures, seed)
+    chosen = choose(reader, images, seed)
     shown, basis, touch = _show(root, reader, chosen, norms, recorded, keep)
     return Findings(
         reader=reader,
-        pictures=pictures,
+        images=images,
         seed=seed,
         newest=newest_commit(reader.paths, kinds),
         writer=driver_holder(reader.paths),
@@ -204,7 +204,7 @@ def _show(
     recorded: Recorded,
     keep: Path | None,
 ) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
-    """The media with their pictures; the basis fitted to all of them; the script's directions."""
+    """The media with their images; the basis fitted to all of them; the script's directions."""
     features = [read_rows(reader, one.kind, one.rows) for one in chosen]
     tokens = [patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
     limits = np.repeat([norms[one.kind].limit for one in chosen], list(map(len, tokens)))
@@ -214,16 +214,16 @@ def _show(
     media = look_up(root, [one.key for one in chosen])
     shown = []
     for at, (one, rows) in enumerate(zip(chosen, features, strict=True)):
-        picture, absent = None, "clips are shown by their features"
-        if one.kind == "picture":
-            picture, absent = thumbnail(media[one.key], one.key, reader.spec, keep)
+        image, absent = None, "videos are shown by their features"
+        if one.kind == "image":
+            image, absent = thumbnail(media[one.key], one.key, reader.spec, keep)
         errors = recorded.of_rows(one.kind, one.rows).tolist()
         limit = norms[one.kind].limit
         shown.append(
             Shown(
                 chosen=one,
                 medium=media[one.key],
-                thumbnail=picture,
+                thumbnail=image,
                 absent=absent,
                 tiles=tuple(
                     _tile(rows[i], view, float(one.times[i]), errors[i], limit, basis, reader)

@@ -1,7 +1,7 @@
-"""What is known of the media a page shows: sizes, sources, what is said of them, and a small picture.
+"""What is known of the media a page shows: sizes, sources, what is said of them, and a small image.
 
-A picture comes from a local path of the media table, or from the folder of kept downloads; nothing is
-fetched, and bytes that are not those that were encoded are never shown. Clips are not decoded here.
+An image comes from a local path of the media table, or from the folder of kept downloads; nothing is
+fetched, and bytes that are not those that were encoded are never shown. Videos are not decoded here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 89_478_485
-"""Larger pictures were never encoded: `model.media` refuses them."""
+"""Larger images were never encoded: `model.media` refuses them."""
 
 THUMBNAIL = 336
-"""Longer side of a picture in the page, pixels."""
+"""Longer side of an image in the page, pixels."""
 
 SAID_CHARACTERS = 160
-"""Of the text under a picture."""
+"""Of the text under an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Medium:
     nbytes: int = 0
     """Of the file."""
     duration_s: float | None = None
-    """Of a clip."""
+    """Of a video."""
     note: str | None = None
     """What was odd about it."""
     datasets: tuple[str, ...] = ()
@@ -144,13 +144,13 @@ def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found if "said" in found else {}
 
 
-# ---- small pictures
+# ---- small images
 
 
 def thumbnail(
     medium: Medium, key: str, spec: FeatureSpec, keep: Path | None
 ) -> tuple[Image.Image | None, str]:
-    """The picture as the encoder saw it, small, RGB; or None, and why there is none."""
+    """The image as the encoder saw it, small, RGB; or None, and why there is none."""
     candidates = [Path(source) for source in medium.sources if source.startswith("/")]
     if keep is not None:
         candidates.append(keep / key[:2] / key)  # as encode.keep names them
@@ -170,7 +170,7 @@ def thumbnail(
 
 
 def _regular_file(path: Path) -> bytes | None:
-    """Its bytes; None for what is no file, or can't be read, or is larger than any picture."""
+    """Its bytes; None for what is no file, or can't be read, or is larger than any image."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
@@ -204,7 +204,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _as_seen(image: Image.Image, spec: FeatureSpec) -> Image.Image:
-    """What the patch grid covers: `squash` the whole picture, `pad` with its margins, `crop` the middle."""
+    """What the patch grid covers: `squash` the whole image, `pad` with its margins, `crop` the middle."""
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     side = min(image.size)
     if spec.fit == "crop":

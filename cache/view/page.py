@@ -32,7 +32,7 @@ def render(found: Findings) -> str:
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
     sections = (
-        gallery("picture", found),
+        gallery("image", found),
         gallery("frame", found),
         neighbours(found),
         distributions(found),
@@ -140,7 +140,7 @@ def foot(found: Findings) -> str:
     """How to have this page again."""
     command = (
         f"python -m cache.view --space {found.reader.paths.name} "
-        f"--pictures {found.pictures} --seed {found.seed}"
+        f"--images {found.images} --seed {found.seed}"
     )
     return (
         f"<footer><code>{escape(command)}</code><br>"

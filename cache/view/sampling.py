@@ -20,7 +20,7 @@ from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex
 
 FRAMES = 8
-"""Frames shown of one clip, evenly from its first to its last."""
+"""Frames shown of one video, evenly from its first to its last."""
 
 SAMPLE_ROWS = 256
 """Rows of each kind that the distributions are measured on."""
@@ -31,16 +31,16 @@ SAMPLE_BYTES = 128 << 20
 SAMPLE_SHARDS = 256
 """Commits whose recorded errors are looked at: 2 ms each."""
 
-CLIPS_OF = 4
-"""One clip to show for so many media, where a space has both kinds."""
+VIDEOS_OF = 4
+"""One video to show for so many media, where a space has both kinds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen:
-    """One picture, or some frames of one clip."""
+    """One image, or some frames of one video."""
 
     kind: str
-    """The array its rows are in: picture or frame."""
+    """The array its rows are in: image or frame."""
     key: str
     """sha256 (hex) of its bytes."""
     views: tuple[str, ...]
@@ -48,7 +48,7 @@ class Chosen:
     rows: npt.NDArray[np.int64]
     """(n,) row numbers."""
     times: npt.NDArray[np.float64]
-    """(n,) seconds after the first frame; NaN for a picture."""
+    """(n,) seconds after the first frame; NaN for an image."""
     of: int
     """Rows it has in the space, of which these are some."""
 
@@ -72,15 +72,15 @@ def spread(count: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.i
 
 
 def choose(reader: FeatureReader, count: int, seed: int) -> list[Chosen]:
-    """At most `count` different media, pictures first, evenly over the rows of each kind."""
+    """At most `count` different media, images first, evenly over the rows of each kind."""
     rng = np.random.default_rng(seed)
-    pictures, frames = reader.index["picture"], reader.index["frame"]
-    clip_count = count
-    if len(pictures):
-        clip_count = max(count // CLIPS_OF, count - len(pictures))
-    clips = [_clip(reader, at) for at in _distinct(frames, clip_count, rng)]
-    shown = [_picture(reader, at) for at in _distinct(pictures, count - len(clips), rng)]
-    return shown + clips
+    images, frames = reader.index["image"], reader.index["frame"]
+    video_count = count
+    if len(images):
+        video_count = max(count // VIDEOS_OF, count - len(images))
+    videos = [_video(reader, at) for at in _distinct(frames, video_count, rng)]
+    shown = [_image(reader, at) for at in _distinct(images, count - len(videos), rng)]
+    return shown + videos
 
 
 def _distinct(index: RowIndex, count: int, rng: np.random.Generator) -> list[int]:
@@ -93,12 +93,12 @@ def _distinct(index: RowIndex, count: int, rng: np.random.Generator) -> list[int
     return sorted(found.values())
 
 
-def _picture(reader: FeatureReader, position: int) -> Chosen:
-    return _chosen(reader, "picture", np.array([position]), of=1)
+def _image(reader: FeatureReader, position: int) -> Chosen:
+    return _chosen(reader, "image", np.array([position]), of=1)
 
 
-def _clip(reader: FeatureReader, position: int) -> Chosen:
-    """The clip that the row at `position` is of: its rows lie side by side."""
+def _video(reader: FeatureReader, position: int) -> Chosen:
+    """The video that the row at `position` is of: its rows lie side by side."""
     index = reader.index["frame"]
     key, _ = index.identity(position)
     first = last = position

@@ -12,8 +12,8 @@ from cache.view.charts import Mark, Series, curve, histogram, spikes
 from cache.view.collect import Findings
 from cache.view.svg import number
 
-KIND_NAMES = {"picture": "pictures", "frame": "frames"}
-STYLES = {"picture": "a", "frame": "b"}
+KIND_NAMES = {"image": "images", "frame": "frames"}
+STYLES = {"image": "a", "frame": "b"}
 """Kind -> its colour in the charts."""
 
 REASONS_SHOWN = 12
@@ -136,7 +136,7 @@ def coverage(found: Findings) -> str:
         for one in found.datasets
     )
     return (
-        '<section><h2>Coverage</h2><p class="hint">A sample is covered when all its pictures and clips have '
+        '<section><h2>Coverage</h2><p class="hint">A sample is covered when all its images and videos have '
         'rows here.</p><div class="scroll"><table><thead><tr><th scope="col">data set</th>'
         '<th scope="col">samples</th><th scope="col">media</th><th scope="col">failed</th>'
         '<th scope="colgroup" colspan="2">covered</th></tr></thead>'

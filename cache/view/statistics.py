@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 
 OUTLIER = 2.0
 """A token is an outlier when its norm is more than so many times the median of its kind. In trained
-transformers such tokens carry no picture content but serve as scratch space (Darcet et al. 2023)."""
+transformers such tokens carry no image content but serve as scratch space (Darcet et al. 2023)."""
 
 FIT_TOKENS = 32_768
 """Tokens that principal directions are fitted to, at most."""
@@ -37,7 +37,7 @@ class Basis:
     shares: npt.NDArray[np.float64]
     """(k,) of the variance, each."""
     low: Floats
-    """(3,) what becomes 0 in a picture."""
+    """(3,) what becomes 0 in an image."""
     high: Floats
     """(3,) what becomes 255."""
     tokens: int

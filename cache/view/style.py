@@ -40,8 +40,8 @@ vertical-align:bottom;user-select:all;cursor:copy}
 .touch{margin:0 0 18px;padding:10px 16px;border:1px solid var(--line);border-left:3px solid var(--a);
 background:var(--card);font-size:14px;border-radius:4px 10px 10px 4px}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,372px),1fr));gap:18px}
-.clips{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px}
-.clips .wide{grid-column:1/-1}
+.videos{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px}
+.videos .wide{grid-column:1/-1}
 article{background:var(--card);border:1px solid var(--line);border-radius:14px;overflow:hidden;
 scroll-margin:16px}
 article:target{border-color:var(--a);box-shadow:0 0 0 2px var(--a)}
@@ -60,14 +60,14 @@ article:target{border-color:var(--a);box-shadow:0 0 0 2px var(--a)}
 .absent{display:grid;place-items:center;width:100%;height:100%;padding:14px;text-align:center;color:var(--soft);
 font-size:13px}
 .about{display:grid;grid-template-columns:96px 1fr;gap:16px;padding:14px 16px 16px}
-.clips .about{grid-template-columns:1fr}
+.videos .about{grid-template-columns:1fr}
 .stage.small{width:96px;border-radius:6px;overflow:hidden}
 .said{margin:0 0 8px;unicode-bidi:isolate;font-weight:500;line-height:1.35}
 .said small{display:block;font-weight:400}
 article dl{font-size:13px;line-height:1.55}
 article dl div{display:grid;grid-template-columns:80px 1fr;gap:8px}
-.clips article dl{columns:2 220px;column-gap:28px}
-.clips article dl div{break-inside:avoid}
+.videos article dl{columns:2 220px;column-gap:28px}
+.videos article dl div{break-inside:avoid}
 .source{display:block;unicode-bidi:isolate}
 .strip{list-style:none;margin:0;padding:0;display:grid;grid-template-columns:repeat(var(--n),1fr);gap:1px}
 .below{display:grid;grid-template-columns:minmax(0,56px) 1fr;gap:8px;align-items:center;padding:8px 8px 0;
@@ -125,7 +125,7 @@ td.text{min-width:80px}.failures td:nth-child(2).text{min-width:170px}
 .recipe th{width:1%;white-space:nowrap}
 footer{padding-top:30px;padding-bottom:60px}
 @media (max-width:760px){.inner,main{padding:0 16px}footer{padding:30px 16px 40px}
-.legends,.charts,.failures,.clips{grid-template-columns:minmax(0,1fr)}
+.legends,.charts,.failures,.videos{grid-template-columns:minmax(0,1fr)}
 .banner,.banner img{height:72px}.banner img{flex-basis:72px}.lead{font-size:16px}h2{margin-top:48px}
 .boxes{grid-template-columns:1fr 1fr}.boxes div:last-child:nth-child(odd){grid-column:1/-1}
 .boxes div{padding:12px 14px}.boxes strong{font-size:22px}

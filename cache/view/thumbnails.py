@@ -1,4 +1,4 @@
-"""Arrays and small pictures as images that stand inside the page."""
+"""Arrays and small images as images that stand inside the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 JPEG_QUALITY = 82
 NEIGHBOUR = 96
-"""Side of the pictures in the list of neighbours, pixels."""
+"""Side of the images in the list of neighbours, pixels."""
 
 _HEAT = ((13, 14, 38), (58, 28, 99), (129, 37, 110), (201, 62, 86), (243, 120, 62), (252, 222, 140))
 """Dark to bright in even steps of lightness: readable in grey, and by all who see colours differently."""
@@ -37,7 +37,7 @@ def jpeg(image: Image.Image) -> str:
 
 
 def stamp(image: Image.Image) -> str:
-    """The middle of a picture, tiny, as a data URI."""
+    """The middle of an image, tiny, as a data URI."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))

@@ -2,7 +2,7 @@
 
 python -m encode.check.loss --run demo --features cache --samples 16
 
-Pictures and clips of a few samples are read from their files and encoded again. The model's loss on them
+Images and videos of a few samples are read from their files and encoded again. The model's loss on them
 is compared with its loss on the stored rows. It fails when the two are apart, so it also notices an encoder,
 a library or a machine that no longer computes what the space was made with.
 """
@@ -36,10 +36,10 @@ from configs import UserError
 from encode.download.urls import is_url
 from model.attention.batch import PackedBatch
 from model.io.saved_model import find_run, load_final
-from model.language.chat_template import Message, clip_ids, fill_places, tokenize_messages
-from model.language.tokenizer import IMAGE, token_id
+from model.language.chat_template import Message, fill_places, tokenize_messages, video_ids
+from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.media import video
-from model.media.images import BadMedia, decode_picture
+from model.media.images import BadMedia, decode_image
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
@@ -61,9 +61,9 @@ class Options:
     weights: str | None = None
     """File or folder with the encoder's weights, where they are not where they were."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps: where pictures are encoded."""
+    """auto, cpu, cuda, cuda:N or mps: where images are encoded."""
     max_frames: int | None = None
-    """Frames of one clip, at most; as in the model's training when not given."""
+    """Frames of one video, at most; as in the model's training when not given."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -77,12 +77,12 @@ class Comparison:
     """Losses are means a supervised token, nats."""
 
     samples: int
-    pictures: int
-    """Pictures and frames looked at."""
-    clips: int
-    """Clips among their media."""
+    images: int
+    """Images and frames looked at."""
+    videos: int
+    """Videos among their media."""
     same_rows: int
-    """Pictures and frames whose newly encoded rows equal the stored ones to the bit."""
+    """Images and frames whose newly encoded rows equal the stored ones to the bit."""
     cached: float
     """On stored rows."""
     live: float
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = compare(options)
     agree = result.difference <= TOLERANCE
     print(
-        f"{result.samples} samples: {result.same_rows} of {result.pictures} "
-        f"{'pictures and frames' if result.clips else 'pictures'} give the stored row "
+        f"{result.samples} samples: {result.same_rows} of {result.images} "
+        f"{'images and frames' if result.videos else 'images'} give the stored row "
         f"to the bit; loss before the codec's rounding {result.unrounded:.6f}\n"
         f"cached loss {'=' if agree else 'is not'} live loss: {result.cached:.6f} and {result.live:.6f} "
         f"(relative difference {result.difference:.1e})"
@@ -115,7 +115,7 @@ def compare(options: Options) -> Comparison:
     """Measure.
 
     Raises:
-        UserError: no such run or space, no sample whose pictures are in it, another encoder.
+        UserError: no such run or space, no sample whose images are in it, another encoder.
     """
     vlm, tokenizer, meta = load_final(find_run(options.run))
     root = CacheRoot(options.features)
@@ -159,8 +159,8 @@ def compare(options: Options) -> Comparison:
     cached, live, unrounded = (losses / weights).tolist()
     return Comparison(
         samples=len(chosen),
-        pictures=rows,
-        clips=sum(ref.kind == "video" for sample in chosen for ref in sample.media),
+        images=rows,
+        videos=sum(ref.kind == "video" for sample in chosen for ref in sample.media),
         same_rows=same,
         cached=cached,
         live=live,
@@ -208,8 +208,8 @@ def _usable(
 def row_numbers(
     reader: FeatureReader, kind: str, record: MediaRecord, max_frames: int
 ) -> npt.NDArray[np.int64]:
-    """Rows of all views a media has, -1 where there is none; empty for a clip of unknown length."""
-    if kind == "picture":
+    """Rows of all views a media has, -1 where there is none; empty for a video of unknown length."""
+    if kind == "image":
         return reader.lookup(ARRAY_OF[kind], [record.key or ""])
     if record.duration_s is None:
         return np.empty(0, dtype=np.int64)
@@ -219,16 +219,16 @@ def row_numbers(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredMedia:
-    """What the space has of one picture or clip."""
+    """What the space has of one image or video."""
 
     array: str
     """Where its rows are."""
     asked_us: tuple[int, ...]
-    """Times its frames were asked for at, microseconds; empty for a picture."""
+    """Times its frames were asked for at, microseconds; empty for an image."""
     times_s: tuple[float, ...]
-    """When its frames really are, as stored; empty for a picture."""
+    """When its frames really are, as stored; empty for an image."""
     rows: torch.Tensor
-    """(R, row_bytes) uint8: one for a picture, one a different frame for a clip."""
+    """(R, row_bytes) uint8: one for an image, one a different frame for a video."""
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def stored_media(
     times: npt.NDArray[np.float64] = np.empty(0)
     asked: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
     if kind == "video":
-        assert record.duration_s is not None, "a clip without a length has no rows"
+        assert record.duration_s is not None, "a video without a length has no rows"
         times = reader.times(array, numbers)
         first = np.append(True, times[1:] != times[:-1])
         asked = np.array(sample_times(record.duration_s, max_frames))[first]
@@ -265,9 +265,9 @@ def alone(
 ) -> PackedBatch:
     """One sample as a batch: nothing is shared, nothing left out."""
     text = tokenize_messages(tokenizer, messages, len(media))
-    image = token_id(tokenizer, IMAGE)
+    image = token_id(tokenizer, IMAGE_TOKEN)
     contents = [
-        clip_ids(tokenizer, one.times_s, spec.tokens(one.array))
+        video_ids(tokenizer, one.times_s, spec.tokens(one.array))
         if one.times_s
         else np.full(spec.tokens(one.array), image, dtype=np.int32)
         for one in media
@@ -311,15 +311,15 @@ def encode_file(encoder: VisionEncoder, ref: MediaRef, stored: StoredMedia) -> t
 def inputs_of(
     encoder: VisionEncoder, data: bytes | Path, stored: StoredMedia
 ) -> npt.NDArray[np.uint8]:
-    """Encoder inputs (R, S, S, 3) of the views that are stored; `data` may be a file where it is a clip.
+    """Encoder inputs (R, S, S, 3) of the views that are stored; `data` may be a file where it is a video.
 
     Raises:
         BadMedia: it cannot be decoded.
         OSError: it cannot be read.
     """
-    if stored.array == ARRAY_OF["picture"]:
-        assert isinstance(data, bytes), "pictures are read whole"
-        return encoder.prepare(decode_picture(data))[None]
+    if stored.array == ARRAY_OF["image"]:
+        assert isinstance(data, bytes), "images are read whole"
+        return encoder.prepare(decode_image(data))[None]
     found = video.frames(data, stored.asked_us, video.probe(data))
     return np.stack([encoder.prepare(frame.image) for frame in found])
 

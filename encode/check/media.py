@@ -40,7 +40,7 @@ class Checked:
     datasets: tuple[str, ...] = ()
     """Only of these data sets; empty: all of the cache."""
     max_frames: int
-    """Of one clip: as when it was encoded."""
+    """Of one video: as when it was encoded."""
     keep: Path | None = None
     """Folder of kept media."""
     fetch: FetchRules | None = None
@@ -136,7 +136,7 @@ class Bytes:
         return fetched.data
 
     def _file(self, record: MediaRecord) -> bytes | Path | None:
-        """A clip stays a file: it may be larger than memory."""
+        """A video stays a file: it may be larger than memory."""
         path = Path(record.source)
         try:
             if record.kind == "video":

@@ -107,12 +107,12 @@ class CheckReport:
     def _table(self) -> str:
         """Every codec on the live features."""
         rows = [
-            (variant.codec, bytes_text(variant.row_bytes("picture")), *loss.cells())
+            (variant.codec, bytes_text(variant.row_bytes("image")), *loss.cells())
             for variant, loss in self.variants.items()
         ]
-        header = ("codec", "picture", "error", "max", "cosine", "min")
+        header = ("codec", "image", "error", "max", "cosine", "min")
         weights = (
             "trained weights" if self.trained else "random weights: no measure of trained ones"
         )
         title = f"the same features of {self.spec.encoder} through each codec ({weights})"
-        return f"{title}\n{table_text(header, rows, right='picture error max cosine min')}"
+        return f"{title}\n{table_text(header, rows, right='image error max cosine min')}"

@@ -5,7 +5,7 @@ python -m encode.run --check 50 --dataset pixmo-cap --check-urls # downloads the
 
 Media are drawn at random, every one as likely, by a fixed seed. On the machine that encoded them rows are
 equal to the bit; elsewhere they differ by what another device or library rounds differently. The same
-features are then put through every codec: what a smaller one would lose on this encoder and these pictures.
+features are then put through every codec: what a smaller one would lose on this encoder and these images.
 
 R rows, M tokens, V values a token, S side of the encoder's input in pixels.
 """
@@ -83,7 +83,7 @@ def choose_space(root: CacheRoot, wanted: Mapping[str, Sequence[Any]]) -> SpaceP
 def _options(spec: FeatureSpec) -> str:
     """The command line that means a space."""
     encoder = spec.encoder.removeprefix("random-")
-    pools = f"--pool {spec.pool_picture} --frame-pool {spec.pool_frame}"
+    pools = f"--pool {spec.pool_image} --frame-pool {spec.pool_frame}"
     return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}"
 
 
@@ -131,7 +131,7 @@ def _variants(spec: FeatureSpec) -> Iterator[FeatureSpec]:
     for codec in CODECS:
         variant = replace(spec, codec=codec, packed_from="float16")
         try:
-            variant.row_bytes("picture")
+            variant.row_bytes("image")
         except ValueError:
             continue
         yield variant

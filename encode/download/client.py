@@ -9,7 +9,7 @@
 
 What is refused, what is tried again and what is waited for stands in `fetch_rules`. Decided besides:
 
-- Cookies are not kept, and no Referer is sent: a picture that needs them is not public.
+- Cookies are not kept, and no Referer is sent: an image that needs them is not public.
 - Proxies from the environment are not used: the proxy would make the connection, and which addresses may
   be connected to could not be checked.
 - TLS certificates are verified.

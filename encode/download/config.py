@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 __all__ = ["FetchRules", "Trouble"]
 
-USER_AGENT = "nanoMolmo2/0.1 (fetches each picture of a training set once; honours Retry-After)"
+USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from model.media.images import BadMedia
 
 SOLO_DEATHS = 2
 DEATHS_IN_VAIN = 6
-"""Deaths in a row without a single source finished: then it is no picture's fault."""
+"""Deaths in a row without a single source finished: then it is no image's fault."""
 
 
 class Suspects:

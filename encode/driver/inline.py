@@ -1,6 +1,6 @@
 """A job in the driver's own process, without Ray: for small jobs, for debugging, for tests.
 
-A picture that kills its worker kills the job here; with `--workers 1` it goes to the ledger instead.
+An image that kills its worker kills the job here; with `--workers 1` it goes to the ledger instead.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
 encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
 
-An image is a view here: a picture, or one frame of a clip.
+An image is a view here: an image, or one frame of a video.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class SpaceRegistrar(Registrar):
 
     def __init__(self, paths: SpacePaths):
         space = Space.open(paths)
-        super().__init__(Present.of(space).pictures, {k: space.next_shard(k) for k in KINDS})
+        super().__init__(Present.of(space).images, {k: space.next_shard(k) for k in KINDS})
 
 
 class _RemoteOffice:
@@ -308,9 +308,9 @@ class Cluster:
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))
-        # Of a clip some rows may be missing still: whoever gets it next will see which.
-        pictures = [shard for kind, shard in shards if kind == ARRAY_OF["picture"]]
-        return {key for shard in pictures for key, _ in self._space.shard_keys("picture", shard)}
+        # Of a video some rows may be missing still: whoever gets it next will see which.
+        images = [shard for kind, shard in shards if kind == ARRAY_OF["image"]]
+        return {key for shard in images for key, _ in self._space.shard_keys("image", shard)}
 
     def _end(self) -> None:
         """End every process of this job."""

@@ -98,7 +98,7 @@ def choose_crew(
 
 
 def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
-    """The time of one batch of blank pictures; the second one where that is quick.
+    """The time of one batch of blank images; the second one where that is quick.
 
     Raises:
         UserError: not even one batch can be encoded.
@@ -127,7 +127,7 @@ def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
         cores=cores(),
         shared=on_cpu,
         how=(
-            f"measured: {seconds / spec.batch_size:.3g} s a picture to encode; "
+            f"measured: {seconds / spec.batch_size:.3g} s an image to encode; "
             f"assumed: {DECODE_S * 1000:.0f} ms of one core to read and decode it"
         ),
     )

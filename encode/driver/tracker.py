@@ -22,7 +22,7 @@ LEDGER_EVERY_RECORDS = 8192
 
 
 class TooManyFailures(UserError):  # noqa: N818 - a state of the job
-    """The job stops: what fails is not the pictures."""
+    """The job stops: what fails is not the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Budget:
         """Raise TooManyFailures when the budget is spent; `last` is the newest such failure."""
         if finished >= self.probation and own > self.rate * finished:
             raise TooManyFailures(
-                f"stopped: {own} of {finished} pictures failed in our own code, the last one "
+                f"stopped: {own} of {finished} images failed in our own code, the last one "
                 f"{last.source} at stage {last.stage}: {last.error}; what is encoded is kept, "
                 "mend the cause and run the same command again"
             )
@@ -81,7 +81,7 @@ class Book:
 
         Args:
             tasks: what the job has to do; sources are distinct.
-            already: keys of pictures in the space before the job.
+            already: keys of images in the space before the job.
             tell: called with each final record, once a source.
             budget: when to give up.
         """
@@ -95,7 +95,7 @@ class Book:
         ] = {}  # duplicates, until the media they repeat is final
         self._failed_keys: dict[str, MediaRecord] = {}
         self._committed: set[str] = set()
-        self._found: set[str] = set()  # clips that turned out to be in the space
+        self._found: set[str] = set()  # videos that turned out to be in the space
         self._stages: Counter[str] = Counter()
         self.total = len(self._waiting)
         self.settled = 0

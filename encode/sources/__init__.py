@@ -34,14 +34,14 @@ class Dataset(Protocol):
 
     @property
     def needs_sizes(self) -> bool:
-        """Whether `samples` says more once it is told the sizes of pictures."""
+        """Whether `samples` says more once it is told the sizes of images."""
         ...
 
     def samples(self, sizes: Mapping[str, tuple[int, int]] = {}) -> Iterator[Sample]:
         """All samples, in the same order and with the same ids each time.
 
         Args:
-            sizes: source -> width and height in pixels, of the pictures whose size is known by now.
+            sizes: source -> width and height in pixels, of the images whose size is known by now.
         """
         ...
 
@@ -104,7 +104,7 @@ def open_datasets(
 
     Args:
         specs: each a name or a group of configs/datasets.yaml, `folder:PATH`, or `NAME=folder:PATH`.
-        features: the feature cache: where data sets that make their own pictures keep them.
+        features: the feature cache: where data sets that make their own images keep them.
         source: folder with the files of data sets that are otherwise downloaded. One that is not there is
             left out, and named in the log.
 
@@ -171,7 +171,7 @@ def _open(spec: str, features: Path, files: _Source) -> Iterator[Dataset]:
         known = [*entries, *groups]
         hint = nearest(spec, known)
         if Path(spec).expanduser().is_dir():
-            hint = f"; for a folder of pictures: --dataset folder:{spec}"
+            hint = f"; for a folder of images: --dataset folder:{spec}"
         raise UserError(f"--dataset {spec}: no such data set; there are {', '.join(known)}{hint}")
 
 

@@ -4,7 +4,7 @@ python -m encode.run --dataset demo --encoder demo --workers 2
 
 Five data sets, in the roles that PixMo's have: `demo-captions`, `demo-points` (counting, pointing),
 `demo-questions` (colour, shape, place) about single drawings; `demo-dialogues` about several at once;
-and `demo-clips` about short films (see `encode.sources.demo_clips`).
+and `demo-videos` about short films (see `encode.sources.demo_videos`).
 What is drawn is in `encode.sources.demo_world`. What is asked has one right answer, which nothing in the
 question gives away.
 """
@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
-from encode.sources import demo_clips
+from encode.sources import demo_videos
 from encode.sources.demo_drawings import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things
 
 LOSS_WEIGHTS = {"caption": 0.5}
@@ -73,8 +73,8 @@ def some(rng: random.Random, exchanges: Sequence[Exchange], most: int) -> list[E
 
 ASKED = {"demo-captions": captions, "demo-points": points, "demo-questions": questions}
 DIALOGUES = "demo-dialogues"
-CLIPS = "demo-clips"
-NAMES = (*ASKED, DIALOGUES, CLIPS)
+VIDEOS = "demo-videos"
+NAMES = (*ASKED, DIALOGUES, VIDEOS)
 
 
 # ---- the data sets
@@ -113,13 +113,13 @@ class DemoDataset:
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
     ) -> Iterator[Sample]:
         """All samples, drawing by drawing."""
-        special = {DIALOGUES: self._dialogues, CLIPS: self._clips}
-        yield from special.get(self.name, self._single_pictures)()
+        special = {DIALOGUES: self._dialogues, VIDEOS: self._videos}
+        yield from special.get(self.name, self._single_images)()
 
-    def _single_pictures(self) -> Iterator[Sample]:
+    def _single_images(self) -> Iterator[Sample]:
         ask = ASKED[self.name]
-        for number in range(self.world.pictures):
-            media = (self.picture(number),)
+        for number in range(self.world.images):
+            media = (self.image(number),)
             rng = random.Random(f"{self.world.seed} {self.name} {number}")  # noqa: S311
             exchanges = some(rng, ask(things(self.world, number)), self.world.per_kind)
             for i, (kind, question, told) in enumerate(exchanges):
@@ -137,7 +137,7 @@ class DemoDataset:
     def _dialogues(self) -> Iterator[Sample]:
         for number in range(self.world.dialogues):
             rng = random.Random(f"{self.world.seed} {self.name} {number}")  # noqa: S311
-            shown = rng.sample(range(self.world.pictures), self.world.dialogue_pictures)
+            shown = rng.sample(range(self.world.images), self.world.dialogue_images)
             turns: list[Message] = []
             for i in rng.sample(range(len(shown)), len(shown)):
                 seen = things(self.world, shown[i])
@@ -151,15 +151,15 @@ class DemoDataset:
                 id=f"{number:05}",
                 dataset=self.name,
                 messages=tuple(turns),
-                media=tuple(self.picture(n) for n in shown),
+                media=tuple(self.image(n) for n in shown),
                 task="dialogue",
             )
 
-    def _clips(self) -> Iterator[Sample]:
-        for number in range(self.world.clips):
-            path = self._file(f"{number:05}.y4m", partial(demo_clips.film, self.world, number))
+    def _videos(self) -> Iterator[Sample]:
+        for number in range(self.world.videos):
+            path = self._file(f"{number:05}.y4m", partial(demo_videos.film, self.world, number))
             media = (MediaRef(source=path, kind="video"),)
-            for i, (kind, question, told) in enumerate(demo_clips.asked(self.world, number)):
+            for i, (kind, question, told) in enumerate(demo_videos.asked(self.world, number)):
                 yield Sample(
                     id=f"{number:05}-{i}",
                     dataset=self.name,
@@ -171,7 +171,7 @@ class DemoDataset:
                     task=kind,
                 )
 
-    def picture(self, number: int) -> MediaRef:
+    def image(self, number: int) -> MediaRef:
         """The file of a drawing, made if it is not there whole."""
         return MediaRef(source=self._file(f"{number:05}.png", partial(draw, self.world, number)))
 

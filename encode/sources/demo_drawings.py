@@ -2,7 +2,7 @@
 
 A drawing is a pure function of its number and configs/demo.yaml, and so is every byte of its file: shapes
 are rasterised here and the PNG is not compressed, since both Pillow's shapes and zlib's output differ
-between versions, and other bytes are another picture, perhaps held out here and trained on there.
+between versions, and other bytes are another image, perhaps held out here and trained on there.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ SHAPES: dict[str, Callable[[Grid, Grid], Mask]] = {
 class World:
     """What is drawn: `world` in configs/demo.yaml."""
 
-    pictures: int
+    images: int
     """Drawings, held-out ones included."""
     seed: int = 0
     """Of everything in them."""
@@ -98,24 +98,24 @@ class World:
     """Questions of each kind about one drawing, at most."""
     dialogues: int = 400
     """Conversations about several drawings."""
-    dialogue_pictures: int = 4
+    dialogue_images: int = 4
     """Drawings in each."""
-    clips: int = 1500
-    """Clips, held-out ones included."""
-    clip_frames: int = 4
+    videos: int = 1500
+    """Videos, held-out ones included."""
+    video_frames: int = 4
     """Frames of each, two a second."""
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "per_kind", "dialogues", "clips"):
+        for name in ("images", "per_kind", "dialogues", "videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 24 <= self.side <= 256:
             raise ValueError(f"side {self.side} is not between 24 and 256 pixels")
-        if not 2 <= self.clip_frames <= 16:
-            raise ValueError(f"clip_frames {self.clip_frames} is not between 2 and 16")
-        if not 2 <= self.dialogue_pictures <= min(len(ORDINALS), self.pictures):
+        if not 2 <= self.video_frames <= 16:
+            raise ValueError(f"video_frames {self.video_frames} is not between 2 and 16")
+        if not 2 <= self.dialogue_images <= min(len(ORDINALS), self.images):
             raise ValueError(
-                f"dialogue_pictures {self.dialogue_pictures} is not between 2 and {len(ORDINALS)}, "
+                f"dialogue_images {self.dialogue_images} is not between 2 and {len(ORDINALS)}, "
                 "or more than there are"
             )
 
@@ -126,8 +126,8 @@ class World:
 
     @property
     def id8(self) -> str:
-        """Of what decides the drawings and clips: other ones are other files."""
-        drawn = {name: getattr(self, name) for name in ("seed", "side", "clip_frames")}
+        """Of what decides the drawings and videos: other ones are other files."""
+        drawn = {name: getattr(self, name) for name in ("seed", "side", "video_frames")}
         drawn["drawing"] = DRAWING
         return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
 

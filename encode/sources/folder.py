@@ -1,4 +1,4 @@
-"""A folder of pictures and clips as a data set, with captions, questions or whole conversations.
+"""A folder of images and videos as a data set, with captions, questions or whole conversations.
 
 python -m encode.run --dataset folder:photos
 
@@ -7,10 +7,10 @@ With `metadata.jsonl` at its top, each line is one sample (paths are relative to
     {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image>CAPTION_PROMPT
     {"file": "a.jpg", "question": "Which animal?", "answer": "A cat."}
     {"files": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "Compare."}, ...]}
-    {"file": "a.mp4", "caption": "A cat wakes up."}                a clip, by the end of its name
-    {"file": "a.jpg"}                                              the picture alone
+    {"file": "a.mp4", "caption": "A cat wakes up."}                a video, by the end of its name
+    {"file": "a.jpg"}                                              the image alone
 
-Without it every picture and clip below the folder is a sample of its own without text: it is encoded, and
+Without it every image and video below the folder is a sample of its own without text: it is encoded, and
 there is nothing in it to train on. Hidden files, and folders reached through links, are left out. A file
 that a line names but that is not there stays in its sample; the encode job puts it into the ledger.
 """
@@ -32,18 +32,18 @@ from configs import UserError, nearest
 from model.media.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
-IMAGE = "<image>"
-CAPTION_PROMPT = "Describe this picture."
+IMAGE_TOKEN = "<image>"
+CAPTION_PROMPT = "Describe this image."
 """What the user asks when a line has a caption; always the same words, so that runs can be compared."""
-CLIP_PROMPT = "Describe this video."
-"""The same for a clip."""
+VIDEO_PROMPT = "Describe this video."
+"""The same for a video."""
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What counts as a picture by its name; what it really is shows when it is decoded. VIDEO_SUFFIXES are
-clips; anything else that a line names is taken for a picture."""
+"""What counts as an image by its name; what it really is shows when it is decoded. VIDEO_SUFFIXES are
+videos; anything else that a line names is taken for an image."""
 
 _KEYS = ("file", "files", "caption", "question", "answer", "messages", "weight")
 _TEXTS = ("caption", "question", "messages")
@@ -62,7 +62,7 @@ class FolderDataset:
     folder: Path
     """Absolute, links resolved."""
     leave_out: Path
-    """Not searched for pictures: the feature cache, should it lie within."""
+    """Not searched for images: the feature cache, should it lie within."""
 
     needs_sizes: ClassVar[bool] = False
     """Nothing here depends on them."""
@@ -85,14 +85,14 @@ class FolderDataset:
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
     ) -> Iterator[Sample]:
-        """One sample a line of metadata.jsonl, or one a picture or clip, sorted by path.
+        """One sample a line of metadata.jsonl, or one an image or video, sorted by path.
 
         Raises:
             UserError: a line that cannot be used (file:line), a path that leaves the folder, no media.
         """
         metadata = self.folder / METADATA
         found = False
-        for sample in self._listed(metadata) if metadata.exists() else self._pictures():
+        for sample in self._listed(metadata) if metadata.exists() else self._images():
             found = True
             yield sample
         if not found:
@@ -100,7 +100,7 @@ class FolderDataset:
             known = ", ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
             raise UserError(f"{what} (known by name: {known})")
 
-    def _pictures(self) -> Iterator[Sample]:
+    def _images(self) -> Iterator[Sample]:
         for path in _walk(self.folder, self.leave_out):
             relative = path.relative_to(self.folder).as_posix()
             if not _is_text(relative):
@@ -137,13 +137,13 @@ class FolderDataset:
 
 
 def media_ref(source: str) -> MediaRef:
-    """A file as a sample mentions it: picture or clip by its name."""
-    clip = Path(source).suffix.lower() in VIDEO_SUFFIXES
-    return MediaRef(source=source, kind="video" if clip else "picture")
+    """A file as a sample mentions it: image or video by its name."""
+    video = Path(source).suffix.lower() in VIDEO_SUFFIXES
+    return MediaRef(source=source, kind="video" if video else "image")
 
 
 def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
-    """Pictures and clips below `folder`, sorted, folder by folder."""
+    """Images and videos below `folder`, sorted, folder by folder."""
 
     known = SUFFIXES | VIDEO_SUFFIXES
 
@@ -164,7 +164,7 @@ def _inside(folder: Path, file: str) -> str:
     if Path(file).is_absolute() or not all(
         Path(p).is_relative_to(folder) and Path(p) != folder for p in (path, real)
     ):
-        raise _BadLineError(f"{file!r} leads out of {folder}; copy the picture into the folder")
+        raise _BadLineError(f"{file!r} leads out of {folder}; copy the image into the folder")
     return path
 
 
@@ -198,7 +198,7 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
     if task == "chat":
         messages = _chat(value["messages"], len(files))
     elif task:
-        described = CAPTION_PROMPT if media_ref(first).kind == "picture" else CLIP_PROMPT
+        described = CAPTION_PROMPT if media_ref(first).kind == "image" else VIDEO_PROMPT
         asked = described if task == "caption" else _plain(value, "question")
         told = _plain(value, "caption" if task == "caption" else "answer")
         messages = (
@@ -238,9 +238,9 @@ def _check_no_text_lost(value: Mapping[str, Any]) -> None:
 def _plain(value: Mapping[str, Any], key: str) -> str:
     """Text in which a placeholder has no meaning."""
     text = _text(value[key], key)
-    if IMAGE in text:
+    if IMAGE_TOKEN in text:
         raise _BadLineError(
-            f"{key} contains {IMAGE}, which stands for a picture; to place pictures use messages"
+            f"{key} contains {IMAGE_TOKEN}, which stands for an image; to place images use messages"
         )
     return text
 
@@ -253,24 +253,24 @@ def _text(text: Any, key: str) -> str:
     return text
 
 
-def _chat(turns: Any, pictures: int) -> tuple[Message, ...]:
-    """Messages as they stand, with one placeholder a picture: theirs, or ours before the first turn."""
+def _chat(turns: Any, images: int) -> tuple[Message, ...]:
+    """Messages as they stand, with one placeholder an image: theirs, or ours before the first turn."""
     if not isinstance(turns, list) or not turns:
         raise _BadLineError("messages: expected a list of turns")
     messages = [_turn(turn, number) for number, turn in enumerate(turns, 1)]
     roles = [m.role for m in messages]
     if "assistant" not in roles:
         raise _BadLineError("messages: no turn of the assistant, so nothing to learn")
-    placed = sum(m.content.count(IMAGE) for m in messages)
-    if placed == 0 and pictures:
+    placed = sum(m.content.count(IMAGE_TOKEN) for m in messages)
+    if placed == 0 and images:
         if "user" not in roles:
-            raise _BadLineError("messages: no turn of the user to put the picture into")
+            raise _BadLineError("messages: no turn of the user to put the image into")
         at = roles.index("user")
-        content = _placeholders(pictures) + messages[at].content
+        content = _placeholders(images) + messages[at].content
         messages[at] = Message(role="user", content=content, weight=messages[at].weight)
-    elif placed != pictures:
+    elif placed != images:
         raise _BadLineError(
-            f"messages: {placed} {IMAGE} for {pictures} files; one each, or none at all"
+            f"messages: {placed} {IMAGE_TOKEN} for {images} files; one each, or none at all"
         )
     return tuple(messages)
 
@@ -284,8 +284,10 @@ def _turn(turn: Any, number: int) -> Message:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise _BadLineError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{hint}")
     content = _text(turn.get("content"), f"{where}: content")
-    if role != "user" and IMAGE in content:
-        raise _BadLineError(f"{where}: {IMAGE} in words of the {role}; pictures come from the user")
+    if role != "user" and IMAGE_TOKEN in content:
+        raise _BadLineError(
+            f"{where}: {IMAGE_TOKEN} in words of the {role}; images come from the user"
+        )
     return Message(role=role, content=content, weight=_weight(turn, f"{where}: weight"))
 
 
@@ -296,9 +298,9 @@ def _weight(value: Mapping[str, Any], where: str) -> float:
     return float(weight)
 
 
-def _placeholders(pictures: int) -> str:
-    """Before the words, as `model.template` puts pictures that have no place of their own."""
-    return IMAGE * pictures
+def _placeholders(images: int) -> str:
+    """Before the words, as `model.template` puts images that have no place of their own."""
+    return IMAGE_TOKEN * images
 
 
 def _is_text(text: str) -> bool:

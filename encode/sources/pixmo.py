@@ -1,4 +1,4 @@
-"""PixMo: pictures named by URL, with captions, points, counts, questions and answers (by Ai2, ODC-BY).
+"""PixMo: images named by URL, with captions, points, counts, questions and answers (by Ai2, ODC-BY).
 
 python -m encode.run --dataset pixmo                          # the five of them, text from the hub
 python -m encode.run --dataset pixmo-cap --source downloads   # downloads/pixmo-cap/data/*.parquet
@@ -15,7 +15,7 @@ so the same files always give the same samples. Rows that cannot be used are cou
 | pixmo-cap-qa | a conversation | image_url, question (with tags), answer, messages |
 | pixmo-ask-model-anything | a question | image_url, image_sha256, question, answer |
 
-pixmo-count's pixels mean something once the picture's size is known, so its `samples` are asked for again
+pixmo-count's pixels mean something once the image's size is known, so its `samples` are asked for again
 after encoding, with sizes; the ids stay the same.
 """
 
@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.sources.pixmo_files import hub_files, local_files
-from encode.sources.pixmo_rows import READERS, BadRowError, Row, Size, Unusable, picture
+from encode.sources.pixmo_rows import READERS, BadRowError, Row, Size, Unusable, image
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class PixmoDataset:
         """All samples, file by file and row by row.
 
         Args:
-            sizes: source -> width and height of its picture, of those that are known.
+            sizes: source -> width and height of its image, of those that are known.
 
         Raises:
             UserError: a file is damaged or not what it should be, or no row can be used.
@@ -201,7 +201,7 @@ class PixmoDataset:
         self, row: Row, where: str, sizes: Mapping[str, Size], tally: _Tally
     ) -> Iterator[Sample]:
         try:
-            media = picture(row)
+            media = image(row)
             for said in READERS[self.name](row, sizes.get(media.source)):
                 if isinstance(said, Unusable):
                     tally.add(said.reason, where)

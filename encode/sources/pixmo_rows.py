@@ -3,9 +3,9 @@
 A row is a mapping of its columns, texts as the bytes that Parquet holds. What cannot be used is a
 `BadRowError` (the row) or an `Unusable` (a part of it), each with a reason that can be counted.
 
-The picture's mark always comes first, so an `<image>` in somebody's words stays text (see `model.template`).
+The image's mark always comes first, so an `<image>` in somebody's words stays text (see `model.template`).
 Points are Molmo2's html-v2, from 0 to 1000 in both directions, three digits at least:
-`<points coords="1 1 042 400 2 911 800">label</points>`: number of the picture, then for each point its own
+`<points coords="1 1 042 400 2 911 800">label</points>`: number of the image, then for each point its own
 number, x and y. Points go from left to right, so that there is one right answer.
 """
 
@@ -18,9 +18,9 @@ from itertools import cycle
 from typing import Any
 
 from cache.store.samples import MediaRef, Message
-from encode.sources.folder import CAPTION_PROMPT, IMAGE
+from encode.sources.folder import CAPTION_PROMPT, IMAGE_TOKEN
 
-TRANSCRIPT_PROMPT = "Describe this picture as you would tell it to somebody."
+TRANSCRIPT_PROMPT = "Describe this image as you would tell it to somebody."
 """For what an annotator said aloud, before it was made into a caption."""
 NONE = "There are none."
 POINTS_WEIGHT = 0.2
@@ -50,7 +50,7 @@ class Conversation:
     """One sample's worth of a row."""
 
     messages: tuple[Message, ...]
-    """The picture's mark first."""
+    """The image's mark first."""
     task: str
     """caption, transcript, point, count, question or chat."""
     suffix: str = ""
@@ -66,11 +66,11 @@ class Unusable:
 
 
 Reader = Callable[[Row, Size | None], Iterator[Conversation | Unusable]]
-"""What one data set makes of a row; the size of the row's picture is given when it is known."""
+"""What one data set makes of a row; the size of the row's image is given when it is known."""
 
 
-def picture(row: Row) -> MediaRef:
-    """The picture a row is about, with the hash its bytes must have where the row has one."""
+def image(row: Row) -> MediaRef:
+    """The image a row is about, with the hash its bytes must have where the row has one."""
     url = _text(row, "image_url", strip=False)
     if not url.startswith(("http://", "https://")) or not url.isprintable():
         raise BadRowError("image_url is no http(s) address")
@@ -115,7 +115,7 @@ def pointing(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
 
 
 def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-count: how many there are; pointing at them too, once the picture's size is known.
+    """pixmo-count: how many there are; pointing at them too, once the image's size is known.
 
     Coordinates come in pixels. Points that cannot be trusted take nothing from the count.
     """
@@ -193,7 +193,7 @@ def _exchange(
     asked: str, told: str, *, task: str, suffix: str = "", weight: float = 1.0
 ) -> Conversation:
     """One question, one answer."""
-    user = Message(role="user", content=IMAGE + asked)
+    user = Message(role="user", content=IMAGE_TOKEN + asked)
     assistant = Message(role="assistant", content=told, weight=weight)
     return Conversation(messages=(user, assistant), task=task, suffix=suffix)
 
@@ -202,7 +202,7 @@ def _chat(turns: Sequence[str]) -> Conversation:
     """Turns of user and assistant in alternation."""
     messages = tuple(
         Message(role=role, content=text)
-        for role, text in zip(cycle(("user", "assistant")), (IMAGE + turns[0], *turns[1:]))
+        for role, text in zip(cycle(("user", "assistant")), (IMAGE_TOKEN + turns[0], *turns[1:]))
     )
     return Conversation(messages=messages, task="question" if len(turns) == 2 else "chat")
 
@@ -240,7 +240,7 @@ def thousandths(value: float | None, full: float) -> int:
     """
     share = float("nan") if value is None else value / full
     if not -EDGE <= share <= 1 + EDGE:  # NaN is refused too
-        raise BadRowError("a point outside the picture")
+        raise BadRowError("a point outside the image")
     return min(SCALE, max(0, round(SCALE * share)))
 
 
@@ -259,7 +259,7 @@ def _pairs(points: Any) -> Points:
 
 
 def _html(label: str, points: Points, full: tuple[float, float]) -> str:
-    """As an answer; `full` is the picture's width and height in the points' unit."""
+    """As an answer; `full` is the image's width and height in the points' unit."""
     places = sorted((thousandths(x, full[0]), thousandths(y, full[1])) for x, y in points)
     coords = " ".join(f"{n} {x:03} {y:03}" for n, (x, y) in enumerate(places, 1))
     return f'<points coords="1 {coords}">{label}</points>'

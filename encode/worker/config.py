@@ -33,7 +33,7 @@ class Setup:
     torch_threads: int | None = None
     """Cores of one worker's forward pass; None: as torch thinks best."""
     max_frames: int = MAX_FRAMES
-    """Of one clip, at most."""
+    """Of one video, at most."""
     fetch: FetchRules = field(default_factory=FetchRules)
     """How servers are asked, by each worker."""
     keep: Path | None = None

@@ -24,10 +24,10 @@ from encode.worker.messages import SourceTask
 from model.media.images import FORMATS, BadMedia
 
 MAX_BYTES = 1 << 30
-"""Larger files are refused: no picture we decode needs as much, and threads read several at once."""
+"""Larger files are refused: no image we decode needs as much, and threads read several at once."""
 
-MAX_CLIP_BYTES = 1 << 40
-"""Clips are read twice instead: for their hash, then by the decoder."""
+MAX_VIDEO_BYTES = 1 << 40
+"""Videos are read twice instead: for their hash, then by the decoder."""
 
 TICK_S = 0.02
 """Linux stamps files with a clock of 1 to 10 ms (CONFIG_HZ), so two writes within that look alike."""
@@ -117,7 +117,7 @@ def hash_local(task: SourceTask) -> MediaRecord:
     def streamed(file: FileIO) -> tuple[str, int]:
         return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
-    return _settled(task, MAX_CLIP_BYTES, streamed)
+    return _settled(task, MAX_VIDEO_BYTES, streamed)
 
 
 def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, int]]) -> MediaRecord:
@@ -169,7 +169,7 @@ def failed(record: MediaRecord, attempts: int, stage: str, error: str) -> MediaR
 
 
 def size_in_header(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture, upright, without decoding; (0, 0) when the header does not say."""
+    """Width and height of an image, upright, without decoding; (0, 0) when the header does not say."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size

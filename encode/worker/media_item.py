@@ -63,7 +63,7 @@ def piece_of(
     *,
     last: bool,
 ) -> Piece:
-    """A piece of these frames or this picture; its arrays may be empty."""
+    """A piece of these frames or this image; its arrays may be empty."""
     return Piece(
         item=item,
         pixels=np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8),

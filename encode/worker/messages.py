@@ -23,8 +23,8 @@ class SourceTask:
 
     source: str
     """Absolute path or URL."""
-    kind: str = "picture"
-    """picture or video."""
+    kind: str = "image"
+    """image or video."""
     attempts: int = 0
     """Failures before this one, as the ledger counts them."""
     sha256: str | None = None
@@ -36,8 +36,8 @@ class SourceTask:
 
 
 def claim_id(kind: str, key: str) -> str:
-    """What is claimed. The same bytes as a picture and as a video are two things to encode."""
-    return key if kind == "picture" else f"{kind}:{key}"
+    """What is claimed. The same bytes as an image and as a video are two things to encode."""
+    return key if kind == "image" else f"{kind}:{key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Timings:
     media: int = 0
     """Encoded, committed or not yet."""
     rows: int = 0
-    """Views of them: one a picture, one a frame."""
+    """Views of them: one an image, one a frame."""
     read_s: float = 0.0
     """Opening, reading and hashing, all threads together; of downloads, a connection's share."""
     decode_s: float = 0.0

@@ -3,7 +3,7 @@
 files: read + hash (threads) ---+
 URLs: download (encode.fetch) --+-> claim, a group at a time -> decode + prepare (threads)
 
-Files come out in the order they were put in, downloads as they arrive. A clip comes out in pieces, so that
+Files come out in the order they were put in, downloads as they arrive. A video comes out in pieces, so that
 memory holds a few batches of frames however long it is.
 """
 
@@ -41,7 +41,7 @@ READ_GROUP = 16
 """Sources read, and claimed with one question, at a time."""
 
 PIECES_AHEAD = 2
-"""Pieces of one clip waiting for the encoder."""
+"""Pieces of one video waiting for the encoder."""
 
 POLL_S = 0.5
 
@@ -54,15 +54,15 @@ class Inputs(Protocol):
         ...
 
     def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
-        """Which of a clip's views are to be encoded."""
+        """Which of a video's views are to be encoded."""
         ...
 
     def decode(self, data: bytes) -> Image.Image:
-        """Bytes to picture; raises BadMedia."""
+        """Bytes to image; raises BadMedia."""
         ...
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Picture to encoder input (S, S, 3)."""
+        """Image to encoder input (S, S, 3)."""
         ...
 
     def our_error(self, error: Exception) -> str:
@@ -70,8 +70,8 @@ class Inputs(Protocol):
         ...
 
 
-class _Clip:
-    """A clip being decoded: what its thread has ready."""
+class _Video:
+    """A video being decoded: what its thread has ready."""
 
     def __init__(self, item: Item) -> None:
         self.item = item
@@ -100,16 +100,16 @@ class Intake:
             downloads: gets what is not on this disk; closed with the intake.
             threads: for reading, and as many for decoding.
             ahead: sources decoded ahead of the encoder.
-            piece: frames of a clip that travel together.
-            max_frames: of one clip, at most.
+            piece: frames of a video that travel together.
+            max_frames: of one video, at most.
         """
         self._inputs, self._crumbs, self._downloads = inputs, crumbs, downloads
         self._piece, self._max_frames = piece, max_frames
         self._readers = ThreadPoolExecutor(threads, "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._inbox: queue.SimpleQueue[SourceTask | Item | None] = queue.SimpleQueue()
-        self._ready: queue.Queue[Future[Piece] | _Clip | BaseException] = queue.Queue(ahead)
-        self._next: Future[Piece] | _Clip | None = None
+        self._ready: queue.Queue[Future[Piece] | _Video | BaseException] = queue.Queue(ahead)
+        self._next: Future[Piece] | _Video | None = None
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
@@ -132,7 +132,7 @@ class Intake:
                     raise found
                 self._next = found
             left = max(0.0, deadline - time.monotonic())
-            if isinstance(self._next, _Clip):
+            if isinstance(self._next, _Video):
                 piece = self._next.pieces.get(timeout=left)
             else:
                 piece = self._next.result(timeout=left)
@@ -188,7 +188,7 @@ class Intake:
         start = time.perf_counter()
         item = Item(task=task, record=MediaRecord(source=task.source, kind=task.kind))
         try:
-            if task.kind == "picture":
+            if task.kind == "image":
                 item.data, item.record = read_local(task)
             else:
                 item.data, item.record = Path(task.source), hash_local(task)
@@ -205,21 +205,21 @@ class Intake:
             item.duplicate = not ours
 
     def _submit(self, item: Item) -> None:
-        if item.task.kind == "picture" or item.failure is not None:
-            self._ready.put(self._decoders.submit(self._decode_picture, item))
+        if item.task.kind == "image" or item.failure is not None:
+            self._ready.put(self._decoders.submit(self._decode_image, item))
             return
-        clip = _Clip(item)
-        self._decoders.submit(self._decode_clip, clip)
-        self._ready.put(clip)
+        video = _Video(item)
+        self._decoders.submit(self._decode_video, video)
+        self._ready.put(video)
 
     # ---- decoding
 
-    def _decode_picture(self, item: Item) -> Piece:
+    def _decode_image(self, item: Item) -> Piece:
         start = time.perf_counter()
         pixels: list[Pixels] = []
         size = (0, 0)
         if item.failure is None and self._open:
-            assert isinstance(item.data, bytes), "pictures are read whole"
+            assert isinstance(item.data, bytes), "images are read whole"
             if item.duplicate:
                 size = size_in_header(item.data)
             else:
@@ -237,12 +237,12 @@ class Intake:
         item.decode_s = time.perf_counter() - start
         return piece_of(item, pixels, [FULL] * len(pixels), [None] * len(pixels), last=True)
 
-    def _decode_clip(self, clip: _Clip) -> None:
-        """Put a clip's pieces into its queue, the last one in any case."""
-        item, start, waited = clip.item, time.perf_counter(), 0.0
+    def _decode_video(self, video: _Video) -> None:
+        """Put a video's pieces into its queue, the last one in any case."""
+        item, start, waited = video.item, time.perf_counter(), 0.0
         try:
             with self._crumbs.decoding(item.task.source, item.record.key or "") as alive:
-                waited = self._decode_frames(clip, alive)
+                waited = self._decode_frames(video, alive)
             if isinstance(item.data, Path):
                 check_unchanged(item.data, item.record)
         except BadMedia as error:
@@ -251,11 +251,11 @@ class Intake:
             item.failure = ("encode", self._inputs.our_error(error))
         self._drop_bytes(item)
         item.decode_s = time.perf_counter() - start - waited
-        self._put(clip, piece_of(item, [], [], [], last=True), lambda: None)
+        self._put(video, piece_of(item, [], [], [], last=True), lambda: None)
 
-    def _decode_frames(self, clip: _Clip, alive: Callable[[], None]) -> float:
+    def _decode_frames(self, video: _Video, alive: Callable[[], None]) -> float:
         """Seconds it waited for the encoder."""
-        item = clip.item
+        item = video.item
         info = probe(item.data, on_progress=alive)
         item.record = replace(
             item.record,
@@ -268,7 +268,7 @@ class Intake:
             return 0.0
         times = sample_times(info.duration_s, self._max_frames)
         named = {time_view(us): us for us in times}
-        assert item.record.key is not None, "a clip without a key"
+        assert item.record.key is not None, "a video without a key"
         missing = self._inputs.missing(item.record.key, list(named), again=item.task.again)
         item.present = not missing
         waited, got = 0.0, 0
@@ -280,21 +280,21 @@ class Intake:
             views.append(time_view(frame.wanted_us))
             at.append(frame.time_s)
             if len(pixels) == self._piece:
-                waited += self._put(clip, piece_of(item, pixels, views, at, last=False), alive)
+                waited += self._put(video, piece_of(item, pixels, views, at, last=False), alive)
                 pixels, views, at = [], [], []
             got += 1
         if pixels:
-            waited += self._put(clip, piece_of(item, pixels, views, at, last=False), alive)
+            waited += self._put(video, piece_of(item, pixels, views, at, last=False), alive)
         if got < len(missing):
             raise BadMedia(f"{got} of {len(missing)} frames could be decoded")
         return waited
 
-    def _put(self, clip: _Clip, piece: Piece, alive: Callable[[], None]) -> float:
-        """Wait for room; seconds it took. The encoder's slowness is no hanging of this clip's."""
+    def _put(self, video: _Video, piece: Piece, alive: Callable[[], None]) -> float:
+        """Wait for room; seconds it took. The encoder's slowness is no hanging of this video's."""
         start = time.perf_counter()
         while self._open:
             try:
-                clip.pieces.put(piece, timeout=POLL_S)
+                video.pieces.put(piece, timeout=POLL_S)
                 break
             except queue.Full:
                 alive()

@@ -1,7 +1,7 @@
 """Packed rows -> committed shards, in a thread of its own, so that the disk never waits for the encoder.
 
 A full disk ends the job: what is committed stays, what is in the open shard is done again. Any other
-refusal of the disk costs that shard's media, which go to the ledger at stage `write`. A clip's rows stand
+refusal of the disk costs that shard's media, which go to the ledger at stage `write`. A video's rows stand
 side by side: where they no longer fit into the open shard, a new one is begun.
 """
 
@@ -27,7 +27,7 @@ from encode.worker.local_files import failed
 from encode.worker.messages import Outcome, SourceTask
 
 ROWS_AHEAD = 64
-"""Rows waiting for the disk: 75 MB of the largest ones. One clip may have more."""
+"""Rows waiting for the disk: 75 MB of the largest ones. One video may have more."""
 
 POLL_S = 0.5
 
@@ -53,7 +53,7 @@ class Row:
     view: str
     """Which view of its media."""
     time_s: float | None
-    """Where in its video, seconds; None for pictures."""
+    """Where in its video, seconds; None for images."""
     payload: npt.NDArray[np.uint8]
     """(row_bytes,) as stored."""
     lost: float

@@ -7,7 +7,7 @@
 
     intake: read, download, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
 
-Batches have one fixed shape and cross the borders of tasks; pictures and frames have one each. A source is
+Batches have one fixed shape and cross the borders of tasks; images and frames have one each. A source is
 `ok` only once all its rows are committed. Order and company change nothing in a row, so a killed job and its
 repetition end alike.
 """
@@ -40,7 +40,7 @@ from encode.worker.media_item import Item, Piece, Pixels
 from encode.worker.messages import Office, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Intake
 from encode.worker.row_writer import Group, Row, RowWriter
-from model.media.images import decode_picture
+from model.media.images import decode_image
 from model.quantize import pack
 
 REPORT_EVERY_S = 1.0
@@ -54,10 +54,10 @@ class Encoder(Protocol):
         ...
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """RGB picture -> (S, S, 3)."""
+        """RGB image -> (S, S, 3)."""
         ...
 
-    def encode(self, pixels: Pixels, kind: str = "picture") -> torch.Tensor:
+    def encode(self, pixels: Pixels, kind: str = "image") -> torch.Tensor:
         """(n, S, S, 3) -> (n, tokens, width), in the one batch shape whatever n is."""
         ...
 
@@ -167,7 +167,7 @@ class Worker:
         for task in tasks:
             self._intake.put(task)
         self._under_way += len(tasks)
-        # Downloads wait for servers, so many more are begun than there is room for decoded pictures.
+        # Downloads wait for servers, so many more are begun than there is room for decoded images.
         web = any(is_url(task.source) for task in tasks)
         while self._under_way > (self._web_ahead if web else self._ahead) and self._go_on():
             self._pull()
@@ -206,17 +206,17 @@ class Worker:
         return self._office.claim(self._number, ids)
 
     def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
-        """Which of a clip's views are not in the space."""
+        """Which of a video's views are not in the space."""
         if again:  # of a worker that is gone: it may have committed some since this one looked
             self._present = Present.of(self.space, max_frames=self._max_frames)
         return self._present.missing(key, views)
 
     def decode(self, data: bytes) -> Image.Image:
-        """Bytes to picture; a test may put another in its place."""
-        return decode_picture(data)
+        """Bytes to image; a test may put another in its place."""
+        return decode_image(data)
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Picture to encoder input."""
+        """Image to encoder input."""
         return self._encoder.prepare(image)
 
     def our_error(self, error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Packed batches: many samples in one sequence, each as if it were alone.
 
 A *unit* is a run of tokens whose queries see a prefix [p0, p1) in full and their own run causally. A plain
-sample is one unit without a prefix. A picture with several annotations is a *tree*: one unit for the shared
+sample is one unit without a prefix. An image with several annotations is a *tree*: one unit for the shared
 beginning, then one for each annotation, with that beginning as prefix; the branches do not see each other.
 Units stand in the order of their tokens and leave none out; a tree's units follow one another.
 

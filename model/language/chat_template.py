@@ -6,15 +6,15 @@ ChatML, the same in training, generation, evaluation and export:
 
 Assistant content and its <|im_end|> are supervised, with the message's weight; nothing else is.
 
-What a user typed never becomes a control token (see `model.tokenizer`). A picture's place is the one
-exception, and has a rule: a sample knows how many pictures it has, and the first that many `<image>` marks
+What a user typed never becomes a control token (see `model.tokenizer`). An image's place is the one
+exception, and has a rule: a sample knows how many images it has, and the first that many `<image>` marks
 in its user turns are their places; further marks, and marks in other turns, are plain text. Without any
-mark in the user turns the pictures stand at the start of the first one. Fewer marks than pictures (but not
+mark in the user turns the images stand at the start of the first one. Fewer marks than images (but not
 none) is an error.
 
-Once expanded, a picture's place is as many `<image>` tokens as it has features. A clip's place is, for each
+Once expanded, an image's place is as many `<image>` tokens as it has features. A video's place is, for each
 of its frames in time order, the text "{seconds:.1f} " and then the frame's `<image>` tokens. Those texts are
-tokenised each by itself, so a clip's tokens do not depend on what stands around it.
+tokenised each by itself, so a video's tokens do not depend on what stands around it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from model.language.tokenizer import IM_END, IM_START, IMAGE, ROLES, encode_text, token_id
+from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES, encode_text, token_id
 
 TEMPLATE_VERSION = "chatml-1"
 """Changes whenever the same messages would give other ids or weights; tokenised text is stored under it."""
@@ -38,10 +38,10 @@ Message = tuple[str, str, float]
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """One sample's text. `n` tokens, a picture counting as one."""
+    """One sample's text. `n` tokens, an image counting as one."""
 
     ids: NDArray[np.int32]
-    """(n,) token ids with one `<image>` id per picture, expanded when packing."""
+    """(n,) token ids with one `<image>` id per image, expanded when packing."""
     weights: NDArray[np.float32]
     """(n,) weight of predicting this token; 0 = not supervised."""
 
@@ -49,14 +49,14 @@ class TokenizedSample:
 @functools.lru_cache(maxsize=64)
 def _marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """The template's fixed pieces as ids."""
-    pieces = {text: [token_id(tokenizer, text)] for text in (IM_START, IM_END, IMAGE)}
+    pieces = {text: [token_id(tokenizer, text)] for text in (IM_START, IM_END, IMAGE_TOKEN)}
     return pieces | {
         text: encode_text(tokenizer, text) for text in ("\n", *(f"{r}\n" for r in ROLES))
     }
 
 
 def stamp(time_s: float) -> str:
-    """What stands before a frame: its time in its clip."""
+    """What stands before a frame: its time in its video."""
     return f"{max(0.0, time_s):.1f} "  # never "-0.0"
 
 
@@ -66,11 +66,11 @@ def stamp_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
     return tuple(encode_text(tokenizer, text))
 
 
-def clip_ids(
+def video_ids(
     tokenizer: PreTrainedTokenizerFast, times_s: Iterable[float], frame_tokens: int
 ) -> NDArray[np.int32]:
-    """What stands at a clip's place: each frame's time, then its image tokens."""
-    image = (token_id(tokenizer, IMAGE),) * frame_tokens
+    """What stands at a video's place: each frame's time, then its image tokens."""
+    image = (token_id(tokenizer, IMAGE_TOKEN),) * frame_tokens
     ids: list[int] = []
     for time_s in times_s:
         ids += stamp_ids(tokenizer, stamp(time_s))
@@ -103,38 +103,38 @@ def fill_places(
 
 
 def tokenize_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> TokenizedSample:
     """Token ids and loss weights of a whole sample; see the module's text for template and rules.
 
     Raises:
-        ValueError: an unknown role, or more pictures than `<image>` marks.
+        ValueError: an unknown role, or more images than `<image>` marks.
     """
-    ids, weights = _render(tokenizer, messages, pictures)
+    ids, weights = _render(tokenizer, messages, images)
     return TokenizedSample(
         ids=np.asarray(ids, dtype=np.int32), weights=np.asarray(weights, dtype=np.float32)
     )
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to speak."""
-    ids, _ = _render(tokenizer, messages, pictures)
+    ids, _ = _render(tokenizer, messages, images)
     marks = _marks(tokenizer)
     return ids + marks[IM_START] + marks["assistant\n"]
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], pictures: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> tuple[list[int], list[float]]:
     marks = _marks(tokenizer)
     ids: list[int] = []
     weights: list[float] = []
-    for (role, _, weight), texts in zip(messages, place_pictures(messages, pictures), strict=True):
+    for (role, _, weight), texts in zip(messages, place_images(messages, images), strict=True):
         content: list[int] = []
         for i, text in enumerate(texts):
-            content += (marks[IMAGE] if i else []) + encode_text(tokenizer, text)
+            content += (marks[IMAGE_TOKEN] if i else []) + encode_text(tokenizer, text)
         head, tail = marks[IM_START] + marks[f"{role}\n"], content + marks[IM_END]
         ids += head + tail + marks["\n"]
         supervised = weight if role == "assistant" else 0.0
@@ -142,27 +142,27 @@ def _render(
     return ids, weights
 
 
-def place_pictures(messages: Sequence[Message], pictures: int) -> list[list[str]]:
-    """Each message's text, cut where a picture stands: k + 1 texts for k pictures in it.
+def place_images(messages: Sequence[Message], images: int) -> list[list[str]]:
+    """Each message's text, cut where an image stands: k + 1 texts for k images in it.
 
     Raises:
-        ValueError: an unknown role, or more pictures than `<image>` marks.
+        ValueError: an unknown role, or more images than `<image>` marks.
     """
     for role, _, _ in messages:
         if role not in ROLES:
             raise ValueError(f"role {role!r} is none of {', '.join(ROLES)}")
     users = [i for i, (role, _, _) in enumerate(messages) if role == "user"]
-    marks = sum(messages[i][1].count(IMAGE) for i in users)
+    marks = sum(messages[i][1].count(IMAGE_TOKEN) for i in users)
     texts = [[content] for _, content, _ in messages]
-    if pictures and not marks:
+    if images and not marks:
         if not users:
-            raise ValueError(f"{pictures} pictures but no user turn to hold them")
-        texts[users[0]] = [""] * pictures + texts[users[0]]
+            raise ValueError(f"{images} images but no user turn to hold them")
+        texts[users[0]] = [""] * images + texts[users[0]]
         return texts
-    if marks < pictures:
-        raise ValueError(f"{pictures} pictures but {marks} {IMAGE} marks in the user turns")
-    left = pictures
+    if marks < images:
+        raise ValueError(f"{images} images but {marks} {IMAGE_TOKEN} marks in the user turns")
+    left = images
     for i in users:
-        texts[i] = texts[i][0].split(IMAGE, left) if left else texts[i]
+        texts[i] = texts[i][0].split(IMAGE_TOKEN, left) if left else texts[i]
         left -= len(texts[i]) - 1
     return texts

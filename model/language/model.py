@@ -37,7 +37,7 @@ from model.language.chat_template import (
     tokenize_messages,
 )
 from model.language.tokenizer import (
-    IMAGE,
+    IMAGE_TOKEN,
     byte_tokenizer,
     eos_ids,
     prepare_tokenizer,
@@ -46,7 +46,7 @@ from model.language.tokenizer import (
 )
 
 __all__ = [
-    "IMAGE",
+    "IMAGE_TOKEN",
     "TEMPLATE_VERSION",
     "LanguageModel",
     "TokenizedSample",
@@ -175,7 +175,7 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
-        image_token_id=token_id(tokenizer, IMAGE),
+        image_token_id=token_id(tokenizer, IMAGE_TOKEN),
         eos_ids=eos_ids(tokenizer),
     )
 

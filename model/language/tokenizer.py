@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs import UserError
 
-IMAGE = "<image>"
+IMAGE_TOKEN = "<image>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -64,7 +64,7 @@ def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = cut
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([_special(text) for text in (*SPECIALS, IMAGE)])
+    backend.add_special_tokens([_special(text) for text in (*SPECIALS, IMAGE_TOKEN)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=IM_END,
@@ -78,7 +78,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
     """Add what is missing of `<image>` and the chat marks, as special tokens (Qwen3 lacks only the first)."""
     known = tokenizer.get_vocab()
     specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    missing = [text for text in (IM_START, IM_END, IMAGE) if text not in specials]
+    missing = [text for text in (IM_START, IM_END, IMAGE_TOKEN) if text not in specials]
     if missing:
         tokenizer.add_tokens([_special(text) for text in missing], special_tokens=True)
     if tokenizer.pad_token_id is None:

@@ -1,15 +1,15 @@
-"""Bytes of a picture -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
+"""Bytes of an image -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
 
-Every input that is no sound picture raises `BadMedia` and nothing else: what PIL raises, what it only
+Every input that is no sound image raises `BadMedia` and nothing else: what PIL raises, what it only
 warns of, and what it would let through. Decisions that change pixels, made once, here:
 
-- Transparency lies on white, the page that most transparent pictures were drawn for.
-- 16-bit grey is scaled (65535 is white; PIL's own conversion clips at 255). 32-bit integer and float
+- Transparency lies on white, the page that most transparent images were drawn for.
+- 16-bit grey is scaled (65535 is white; PIL's own conversion videos at 255). 32-bit integer and float
   pixels say nowhere what white is: refused, unless the integers fit 16 bits.
 - CMYK is read as browsers do (Adobe's inverted polarity in JPEG, the plain one in TIFF), without its
   colour profile; embedded profiles are ignored, as the encoders' own preprocessing does.
-- EXIF's orientation is applied. EXIF that cannot be read is no reason to lose a picture whose pixels can.
-- Of an animation or a multi-page file, the first picture counts.
+- EXIF's orientation is applied. EXIF that cannot be read is no reason to lose an image whose pixels can.
+- Of an animation or a multi-page file, the first image counts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_picture", "fit_picture"]
+__all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_image", "fit_image"]
 
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused from their header: PIL's own limit, 358 MB once decoded."""
+"""Larger images are refused from their header: PIL's own limit, 358 MB once decoded."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Nothing else is tried: PIL's rarer decoders are attack surface, and EPS would start Ghostscript."""
@@ -43,12 +43,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what puts the picture upright. 1, and nonsense, need nothing."""
+"""EXIF orientation -> what puts the image upright. 1, and nonsense, need nothing."""
 
 _ORIENTATION_TAG = 0x0112
 
 _HARMLESS = "Image appears to be a malformed MPO|Invalid APNG"
-"""What PIL says of files whose first picture is sound, and the first is the one we take."""
+"""What PIL says of files whose first image is sound, and the first is the one we take."""
 
 _LAST_FILTER = ("ignore", re.compile(_HARMLESS, re.IGNORECASE), UserWarning, None, 0)
 """As `warnings.filters` has it once `_make_pil_strict` has run."""
@@ -65,11 +65,11 @@ class BadMedia(Exception):  # noqa: N818 - the ledger calls it so
         """Where it failed, in the ledger's words."""
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """The picture in `data`, whole, upright, as RGB.
+def decode_image(data: bytes) -> Image.Image:
+    """The image in `data`, whole, upright, as RGB.
 
     Raises:
-        BadMedia: anything else than a sound picture of at most `MAX_PIXELS`.
+        BadMedia: anything else than a sound image of at most `MAX_PIXELS`.
     """
     _make_pil_strict()
     if not data:
@@ -93,10 +93,10 @@ def decode_picture(data: bytes) -> Image.Image:
         raise BadMedia(_one_line(error)) from error
 
 
-def fit_picture(
+def fit_image(
     image: Image.Image, size: int, fit: str, mean: Sequence[float]
 ) -> npt.NDArray[np.uint8]:
-    """An RGB picture as the encoder's square input: (size, size, 3) uint8, bicubic with antialiasing.
+    """An RGB image as the encoder's square input: (size, size, 3) uint8, bicubic with antialiasing.
 
     Args:
         image: RGB.
@@ -180,7 +180,7 @@ def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
     """`image` in the middle of a square of the mean colour."""
     side = max(image.size)
     if side * side > MAX_PIXELS:
-        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such pictures beforehand.
+        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such images beforehand.
         shrink = 4 * size / side
         width, height = (max(1, round(length * shrink)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -192,13 +192,13 @@ def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
 
 
 def _describe_unknown(data: bytes) -> str:
-    """Dead links often answer with a page instead of a picture: say so."""
+    """Dead links often answer with a page instead of an image: say so."""
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not a picture"
+        return "an HTML page, not an image"
     if b"<svg" in start:
         return "SVG, which is not supported"
-    return f"no readable picture in a known format ({', '.join(FORMATS)})"
+    return f"no readable image in a known format ({', '.join(FORMATS)})"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,15 +1,15 @@
-"""Clips: how long one is, and its frames at given times, as upright RGB pictures. PyAV and PIL, no torch.
+"""Videos: how long one is, and its frames at given times, as upright RGB images. PyAV and PIL, no torch.
 
     info = probe(data)                                   # bytes or a path
     wanted = sample_times(info.duration_s, max_frames)   # cache.views
     for frame in frames(data, wanted, info): ...         # frame.time_s, frame.image
 
-Every input that is no sound clip raises `BadMedia` and nothing else. One clip a call; calls may run in any
+Every input that is no sound video raises `BadMedia` and nothing else. One video a call; calls may run in any
 number of threads, and give the same frames whatever their number. Decisions, made once:
 
 - Times count from the first frame that decodes, by the timestamps in the file: variable frame rates and edit
   lists are as the author meant them. A raw stream without timestamps is counted at its frame rate.
-- A clip that is cut off or damaged gives the frames it has; `note` says so. Without any frame it is refused.
+- A video that is cut off or damaged gives the frames it has; `note` says so. Without any frame it is refused.
   How FFmpeg patches a damaged H.264 frame may depend on which frames are asked for; sound ones never do.
 - Where times run backwards (recordings glued together), the frames that do not advance are left out.
 - Cover art and thumbnails are no video; of several videos the container's best counts; sound is ignored.
@@ -29,13 +29,13 @@ from PIL import Image
 
 from model.media.images import BadMedia
 from model.media.video_decoder import Tape
-from model.media.video_index import ClipIndex, examine
-from model.media.video_pixels import picture_of
+from model.media.video_index import VideoIndex, examine
+from model.media.video_pixels import image_of
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-__all__ = ["VIDEO_SUFFIXES", "ClipInfo", "Frame", "frames", "probe"]
+__all__ = ["VIDEO_SUFFIXES", "Frame", "VideoInfo", "frames", "probe"]
 
 VIDEO_SUFFIXES = frozenset(
     {
@@ -56,17 +56,17 @@ VIDEO_SUFFIXES = frozenset(
     | {".nut", ".ogm", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
     | {".264", ".265", ".h264", ".h265", ".hevc"}
 )
-"""Lower-case endings of files that are clips. An animated GIF or WebP stays a picture."""
+"""Lower-case endings of files that are videos. An animated GIF or WebP stays an image."""
 
 MAX_FALSE_STARTS = 3
-"""After so many key frames that were none, a clip is decoded without skipping."""
+"""After so many key frames that were none, a video is decoded without skipping."""
 
 _US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipInfo:
-    """A clip, as far as a plan needs to know it."""
+class VideoInfo:
+    """A video, as far as a plan needs to know it."""
 
     duration_s: float
     """Time of the last frame that decodes, seconds after the first, to the microsecond; 0 for one frame."""
@@ -78,13 +78,13 @@ class ClipInfo:
     """From the first to the last that decode, as the file lists them; damage between may cost some."""
     note: str | None
     """What the reader of a report should know: cut off, HDR. None for nothing."""
-    index: ClipIndex | None = field(default=None, repr=False, compare=False)
+    index: VideoIndex | None = field(default=None, repr=False, compare=False)
     """Where its frames are; without it `frames` reads the packets once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One frame of a clip."""
+    """One frame of a video."""
 
     wanted_us: int
     """The time it was asked for, microseconds after the first frame."""
@@ -94,8 +94,8 @@ class Frame:
     """RGB, upright, square pixels."""
 
 
-def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> ClipInfo:
-    """Read a clip through and decode its ends.
+def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoInfo:
+    """Read a video through and decode its ends.
 
     Args:
         data: the file's bytes, or where it is.
@@ -105,7 +105,7 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         BadMedia: not one frame can be had of it.
     """
     contents = examine(data, on_progress)
-    return ClipInfo(
+    return VideoInfo(
         duration_s=contents.last_us / _US,
         width=contents.first.width,
         height=contents.first.height,
@@ -118,7 +118,7 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
 def frames(
     data: bytes | Path,
     wanted_us: Sequence[int],
-    info: ClipInfo,
+    info: VideoInfo,
     on_progress: Callable[[], None] | None = None,
 ) -> Iterator[Frame]:
     """For each time the frame nearest to it, the earlier one on a tie.
@@ -140,7 +140,7 @@ def frames(
 def _frames(
     data: bytes | Path,
     wanted_us: Sequence[int],
-    index: ClipIndex,
+    index: VideoIndex,
     on_progress: Callable[[], None] | None,
 ) -> Iterator[Frame]:
     with Tape(data, index.clock, on_progress) as tape:
@@ -149,14 +149,14 @@ def _frames(
         for wanted in wanted_us:
             time_us, frame = finder.nearest(wanted)
             if shown is None or shown[0] != time_us:
-                shown = time_us, picture_of(frame, tape.pixel_aspect)
+                shown = time_us, image_of(frame, tape.pixel_aspect)
             yield Frame(wanted_us=wanted, time_s=time_us / _US, image=shown[1])
 
 
 class _Finder:
     """The frame nearest to each of ascending times, decoding no more than needed."""
 
-    def __init__(self, tape: Tape, index: ClipIndex) -> None:
+    def __init__(self, tape: Tape, index: VideoIndex) -> None:
         self._tape = tape
         self._starts = index.starts
         self._start = 0
@@ -197,7 +197,7 @@ class _Finder:
     def _begin(self, start: int) -> bool:
         """Go on from a start; False where it is not whole or shows something else first than itself.
 
-        Such a key frame is damaged, or begins to refresh a picture piece by piece (live H.264), which
+        Such a key frame is damaged, or begins to refresh an image piece by piece (live H.264), which
         FFmpeg takes for complete too early: what comes of it differs from what comes of the beginning.
         """
         time_us = int(self._starts.times_us[start])

@@ -1,4 +1,4 @@
-"""Reading a clip: its packets listed, its frames decoded from wherever decoding may begin.
+"""Reading a video: its packets listed, its frames decoded from wherever decoding may begin.
 
 Skipping ahead never asks the container to seek. FFmpeg's seeks land near the place, on another packet in each
 container, and sometimes too late; here the packets up to a key frame are read and not decoded. That costs
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from model.media.video_open import Clip, open_clip
+from model.media.video_open import Video, open_video
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -37,7 +37,7 @@ class Clock:
     first: int
     """Timestamp of the first frame."""
     counted: bool
-    """The clip has no timestamps: a frame's number is its time."""
+    """The video has no timestamps: a frame's number is its time."""
 
     def microseconds(self, timestamp: int) -> int:
         """Rounded to the nearest whole one."""
@@ -62,7 +62,7 @@ class Starts:
 
 
 class Tape:
-    """The frames of a clip in order of time, beginning at any key frame. Not thread-safe."""
+    """The frames of a video in order of time, beginning at any key frame. Not thread-safe."""
 
     def __init__(
         self, data: bytes | Path, clock: Clock, on_progress: Callable[[], None] | None
@@ -87,12 +87,12 @@ class Tape:
     @property
     def pixel_aspect(self) -> Fraction:
         """Width of a pixel / its height."""
-        return self._clip.pixel_aspect
+        return self._video.pixel_aspect
 
     def begin(self, packet: int, floor_us: int) -> None:
         """Go on from a packet, a key frame.
 
-        Frames before `floor_us` are left out: in an open group of pictures they lean on skipped ones.
+        Frames before `floor_us` are left out: in an open group of images they lean on skipped ones.
         """
         if packet < self._reader.position:
             self._rewind()
@@ -117,18 +117,18 @@ class Tape:
 
     def _rewind(self) -> None:
         self._open.close()
-        self._clip = self._open.enter_context(open_clip(self._data))
-        self._reader = FrameReader(self._clip, self._progress)
+        self._video = self._open.enter_context(open_video(self._data))
+        self._reader = FrameReader(self._video, self._progress)
         self._last_us = -1
         self._count = 0
 
 
 class FrameReader:
-    """Packets of an open clip through its decoder."""
+    """Packets of an open video through its decoder."""
 
-    def __init__(self, clip: Clip, on_progress: Callable[[], None]) -> None:
-        self._context = clip.stream.codec_context
-        self._packets = video_packets(clip.container.demux(clip.stream), clip.stream)
+    def __init__(self, video: Video, on_progress: Callable[[], None]) -> None:
+        self._context = video.stream.codec_context
+        self._packets = video_packets(video.container.demux(video.stream), video.stream)
         self._progress = on_progress
         self._frames = self._decode()
         self.position = 0

@@ -1,6 +1,6 @@
-"""What a clip contains: its packets listed, its first and last frame decoded.
+"""What a video contains: its packets listed, its first and last frame decoded.
 
-The length of a clip is the time of its last frame *that decodes*, which only decoding tells: containers
+The length of a video is the time of its last frame *that decodes*, which only decoding tells: containers
 declare lengths that hold for the sound, for frames that were cut away, or for nothing.
 """
 
@@ -18,15 +18,15 @@ from PIL import Image
 
 from model.media.images import BadMedia
 from model.media.video_decoder import Clock, Starts, Tape, decoded
-from model.media.video_open import Clip, open_clip, reason_of
-from model.media.video_pixels import HDR, picture_of
+from model.media.video_open import Video, open_video, reason_of
+from model.media.video_pixels import HDR, image_of
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
 MAX_DURATION_S = 7 * 24 * 3600
-"""Longer clips are refused: a damaged timestamp says centuries, no camera runs for weeks."""
+"""Longer videos are refused: a damaged timestamp says centuries, no camera runs for weeks."""
 
 NO_TIME = -(2**63)
 """FFmpeg's own mark of a timestamp that is not known."""
@@ -38,8 +38,8 @@ _US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipIndex:
-    """Where the frames of a clip are, and when."""
+class VideoIndex:
+    """Where the frames of a video are, and when."""
 
     clock: Clock
     starts: Starts
@@ -47,9 +47,9 @@ class ClipIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All there is to know about a clip without its frames in the middle."""
+    """All there is to know about a video without its frames in the middle."""
 
-    index: ClipIndex
+    index: VideoIndex
     first: Image.Image
     """The first frame that decodes."""
     last_us: int
@@ -61,7 +61,7 @@ class Contents:
 
 @dataclass(kw_only=True)
 class _Listing:
-    """One pass over the packets of a clip."""
+    """One pass over the packets of a video."""
 
     times: array[int] = field(default_factory=lambda: array("q"))
     """Timestamp of each packet of the video that has bytes, `NO_TIME` where it has none."""
@@ -77,7 +77,7 @@ class _Listing:
     """When the last packet of any stream ends, on the container's clock."""
     head: VideoFrame | None = None
     """The first frame that decodes."""
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     trouble: str | None = None
     """Why the file could not be read to its end."""
 
@@ -86,16 +86,16 @@ def examine(data: bytes | Path, on_progress: Callable[[], None] | None = None) -
     """List the packets, decode both ends.
 
     Raises:
-        BadMedia: no clip, or not one of its frames decodes.
+        BadMedia: no video, or not one of its frames decodes.
     """
-    with open_clip(data) as clip:
-        listing = _list_packets(clip, on_progress)
-        if listing.head is None or listing.picture is None:
+    with open_video(data) as video:
+        listing = _list_packets(video, on_progress)
+        if listing.head is None or listing.image is None:
             raise BadMedia("no frame of it can be decoded")
-        index = ClipIndex(clock=_clock(clip, listing), starts=_only_start())
+        index = VideoIndex(clock=_clock(video, listing), starts=_only_start())
         if not index.clock.counted and not listing.changes:
-            index = ClipIndex(clock=index.clock, starts=_find_starts(listing, index.clock))
-        notes = [*_cut(clip, listing), *_colours(listing.head)]
+            index = VideoIndex(clock=index.clock, starts=_find_starts(listing, index.clock))
+        notes = [*_cut(video, listing), *_colours(listing.head)]
     last_us, last_time, counted = _find_last(data, index, on_progress)
     if last_us > MAX_DURATION_S * _US:
         raise BadMedia(f"it claims to last {last_us / _US / 86400:.0f} days")
@@ -110,22 +110,22 @@ def examine(data: bytes | Path, on_progress: Callable[[], None] | None = None) -
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
     return Contents(
         index=index,
-        first=listing.picture,
+        first=listing.image,
         last_us=last_us,
         frames=frames,
         note="; ".join(notes) or None,
     )
 
 
-def _list_packets(clip: Clip, on_progress: Callable[[], None] | None) -> _Listing:
-    """Read the clip to its end, decoding until the first frame comes out."""
+def _list_packets(video: Video, on_progress: Callable[[], None] | None) -> _Listing:
+    """Read the video to its end, decoding until the first frame comes out."""
     listing = _Listing()
-    context = clip.stream.codec_context
-    for number, packet in enumerate(_readable_packets(clip, listing)):
+    context = video.stream.codec_context
+    for number, packet in enumerate(_readable_packets(video, listing)):
         if on_progress and number % 1024 == 0:
             on_progress()
         _note_end(listing, packet)
-        if packet.stream_index != clip.stream.index or not packet.size:
+        if packet.stream_index != video.stream.index or not packet.size:
             continue
         if packet.is_keyframe and packet.pts is not None:
             listing.keys.append(len(listing.times))
@@ -134,11 +134,11 @@ def _list_packets(clip: Clip, on_progress: Callable[[], None] | None) -> _Listin
             listing.hidden.add(len(listing.times))
         listing.times.append(NO_TIME if packet.pts is None else packet.pts)
         if listing.head is None:
-            _take_head(listing, clip, decoded(context, packet))
+            _take_head(listing, video, decoded(context, packet))
     if listing.head is None:
-        _take_head(listing, clip, decoded(context, None))
+        _take_head(listing, video, decoded(context, None))
     for number, end in listing.ends.items():
-        tick = clip.container.streams[number].time_base
+        tick = video.container.streams[number].time_base
         listing.end_s = max(listing.end_s, float(end * tick) if tick else 0.0)
     return listing
 
@@ -152,11 +152,11 @@ def _brings_along(packet: Packet[Any]) -> bool:
     )
 
 
-def _readable_packets(clip: Clip, listing: _Listing) -> Iterator[Packet[Any]]:
+def _readable_packets(video: Video, listing: _Listing) -> Iterator[Packet[Any]]:
     import av
 
     try:
-        yield from clip.container.demux()
+        yield from video.container.demux()
     except (av.FFmpegError, OSError) as error:
         listing.trouble = reason_of(error)
 
@@ -169,20 +169,20 @@ def _note_end(listing: _Listing, packet: Packet[Any]) -> None:
         listing.ends[stream] = max(listing.ends.get(stream, end), end)
 
 
-def _take_head(listing: _Listing, clip: Clip, frames: list[VideoFrame]) -> None:
+def _take_head(listing: _Listing, video: Video, frames: list[VideoFrame]) -> None:
     if frames:
         listing.head = frames[0]
-        listing.picture = picture_of(frames[0], clip.pixel_aspect)
+        listing.image = image_of(frames[0], video.pixel_aspect)
 
 
-def _clock(clip: Clip, listing: _Listing) -> Clock:
+def _clock(video: Video, listing: _Listing) -> Clock:
     """By the timestamps, or by counting where half of the packets have none (raw streams)."""
     assert listing.head is not None
     missing = listing.times.count(NO_TIME)
     first = listing.head.pts
     if first is not None and 2 * missing < len(listing.times):
-        return Clock(tick=clip.tick, first=first, counted=False)
-    rate = clip.stream.average_rate or clip.stream.guessed_rate or Fraction(25)
+        return Clock(tick=video.tick, first=first, counted=False)
+    rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
     return Clock(tick=1 / Fraction(rate), first=0, counted=True)
 
 
@@ -207,7 +207,7 @@ def _find_starts(listing: _Listing, clock: Clock) -> Starts:
 
 
 def _find_last(
-    data: bytes | Path, index: ClipIndex, on_progress: Callable[[], None] | None
+    data: bytes | Path, index: VideoIndex, on_progress: Callable[[], None] | None
 ) -> tuple[int, int, int]:
     """The last frame that decodes: microseconds, timestamp; and how many were decoded to find it."""
     starts = index.starts
@@ -227,13 +227,13 @@ def _find_last(
             back *= 2
 
 
-def _cut(clip: Clip, listing: _Listing) -> list[str]:
+def _cut(video: Video, listing: _Listing) -> list[str]:
     """What says that a file is shorter than it was written."""
-    container = clip.container
+    container = video.container
     kinds = set(container.format.name.split(","))
     if listing.trouble:
         return [f"ends early: unreadable after {listing.end_s:.1f} s ({listing.trouble})"]
-    if _lacks_bytes(clip, kinds):
+    if _lacks_bytes(video, kinds):
         return [f"ends early: the file is cut off after {listing.end_s:.1f} s"]
     if kinds & _DECLARES and container.duration:
         seen_s = listing.end_s - (container.start_time or 0) / _US
@@ -243,14 +243,14 @@ def _cut(clip: Clip, listing: _Listing) -> list[str]:
     return []
 
 
-def _lacks_bytes(clip: Clip, kinds: set[str]) -> bool:
+def _lacks_bytes(video: Video, kinds: set[str]) -> bool:
     """Whether the file says that it was longer."""
     if "mov" in kinds:
-        entries = clip.stream.index_entries
+        entries = video.stream.index_entries
         last = entries[max(0, len(entries) - 64) :]
-        return any(entry.pos + entry.size > clip.size for entry in last)
+        return any(entry.pos + entry.size > video.size for entry in last)
     if "avi" in kinds:
-        return 8 + int.from_bytes(clip.head[4:8], "little") > clip.size
+        return 8 + int.from_bytes(video.head[4:8], "little") > video.size
     return False
 
 

@@ -1,6 +1,6 @@
-"""The bytes of a clip, opened so that nothing but those bytes is ever read. PyAV, no torch.
+"""The bytes of a video, opened so that nothing but those bytes is ever read. PyAV, no torch.
 
-A clip comes from strangers, and FFmpeg knows formats that are lists of other files (HLS, DASH, concat),
+A video comes from strangers, and FFmpeg knows formats that are lists of other files (HLS, DASH, concat),
 devices and filter graphs. So: only demuxers and decoders named here; no file name, which demuxers take hints
 from; and an empty list of protocols. Our bytes come through a reader of our own and need none, and whatever
 asks for a second file (a QuickTime reference movie) finds every way barred.
@@ -49,7 +49,7 @@ FORMATS = (
     "dv",
     "mxf",
 )
-"""FFmpeg's names of the containers that are read: those that hold their own pictures, and only those."""
+"""FFmpeg's names of the containers that are read: those that hold their own images, and only those."""
 
 CODECS = (
     "av1",
@@ -98,13 +98,13 @@ CODECS = (
 BUFFER_BYTES = 1 << 18
 """Read at a time. PyAV's own 32 KiB takes Python's lock eight times as often."""
 
-_PICTURE_STREAMS = ("attached_pic", "still_image", "timed_thumbnails")
-"""Dispositions of streams that are no clip: cover art, thumbnails."""
+_IMAGE_STREAMS = ("attached_pic", "still_image", "timed_thumbnails")
+"""Dispositions of streams that are no video: cover art, thumbnails."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
-    """An open clip and its video stream."""
+class Video:
+    """An open video and its video stream."""
 
     container: InputContainer
     stream: VideoStream
@@ -135,11 +135,11 @@ class _Reader:
 
 
 @contextmanager
-def open_clip(data: bytes | Path) -> Iterator[Clip]:
-    """Open a clip for reading once, from its beginning.
+def open_video(data: bytes | Path) -> Iterator[Video]:
+    """Open a video for reading once, from its beginning.
 
     Raises:
-        BadMedia: no clip, none that we read, or none whose frames have a sensible size.
+        BadMedia: no video, none that we read, or none whose frames have a sensible size.
     """
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb", buffering=0)
@@ -157,7 +157,7 @@ def open_clip(data: bytes | Path) -> Iterator[Clip]:
                 1  # damaged frames look the same every time, and memory is bounded
             )
             context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-            yield Clip(
+            yield Video(
                 container=container,
                 stream=stream,
                 size=reader.size,
@@ -188,11 +188,11 @@ def _open_container(reader: _Reader) -> InputContainer:
 def _video_stream(container: InputContainer) -> VideoStream:
     """The best video stream that is no cover art, with a decoder we run and a sane size."""
     best = container.streams.best("video")
-    clips = [s for s in container.streams.video if not _is_picture(s)]
-    if not clips:
+    videos = [s for s in container.streams.video if not _is_image(s)]
+    if not videos:
         kinds = sorted({stream.type for stream in container.streams})
         raise BadMedia(f"no video in it, only {', '.join(kinds) or 'an empty container'}")
-    stream = next((clip for clip in clips if clip is best), clips[0])
+    stream = next((video for video in videos if video is best), videos[0])
     context = stream.codec_context
     if context is None or context.name not in CODECS:
         raise BadMedia(f"codec {context.name if context else 'unknown'} is not supported")
@@ -202,8 +202,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _is_picture(stream: VideoStream) -> bool:
-    return any(getattr(type(stream.disposition), n) in stream.disposition for n in _PICTURE_STREAMS)
+def _is_image(stream: VideoStream) -> bool:
+    return any(getattr(type(stream.disposition), n) in stream.disposition for n in _IMAGE_STREAMS)
 
 
 def check_size(width: int, height: int) -> None:
@@ -223,10 +223,10 @@ def _pixel_aspect(stream: VideoStream) -> Fraction:
 
 
 def _describe_unknown(head: bytes, error: Exception) -> str:
-    """Dead links often answer with a page instead of a clip: say so."""
+    """Dead links often answer with a page instead of a video: say so."""
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not a clip"
-    return f"no readable clip ({reason_of(error)})"
+        return "an HTML page, not a video"
+    return f"no readable video ({reason_of(error)})"
 
 
 def reason_of(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""One decoded frame -> an upright RGB picture with square pixels. PyAV's swscale and PIL.
+"""One decoded frame -> an upright RGB image with square pixels. PyAV's swscale and PIL.
 
 Decisions that change pixels, made once, here:
 
@@ -7,9 +7,9 @@ Decisions that change pixels, made once, here:
 - Accurate rounding, interpolated chroma and no CPU-specific shortcuts: the same pixels on every machine.
 - Non-square pixels are made square by enlarging the shorter way, so that no detail is lost.
 - The display matrix (a phone held upright) is applied, in quarter turns and flips.
-- Transparency lies on white, as it does in pictures.
+- Transparency lies on white, as it does in images.
 - HDR (PQ, HLG) is shown as its numbers stand, without tone mapping; wide colours are not narrowed.
-- Interlaced frames stay as they are, both fields in one picture.
+- Interlaced frames stay as they are, both fields in one image.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _TURNS = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
 }
-"""Signs of the display matrix (a, b, c, d), x' = a x + c y, y' = b x + d y -> what does that to a picture."""
+"""Signs of the display matrix (a, b, c, d), x' = a x + c y, y' = b x + d y -> what does that to an image."""
 
 
-def picture_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
+def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
     """`frame` as RGB, upright.
 
     Raises:

@@ -5,7 +5,7 @@ python -m model.verify --random-weights                          # these sizes, 
 python -m model.verify --encoder demo --llm random:qwen3-demo    # seconds, on any machine
 
 Memory and days are arithmetic (model/memory.py), not measurements; parameters are counted, and one
-picture really passes through encoder, connector and language model. Exits with 1 when a GPU is in the
+image really passes through encoder, connector and language model. Exits with 1 when a GPU is in the
 machine but torch cannot use it, or the pieces do not work together.
 """
 
@@ -29,7 +29,7 @@ from model.attention.kernels import cuda_kernel
 from model.generate import live_features
 from model.io.device import pick_device
 from model.language.chat_template import tokenize_messages
-from model.language.tokenizer import IMAGE, token_id
+from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.verify.memory import (
     GIB,
     USABLE,
@@ -104,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         language=parameter_counts(vlm)["language"][1],
         connector=parameter_counts(vlm)["connector"][1],
     )
-    picture = encoder.spec("fp16").tokens("picture")
+    image = encoder.spec("fp16").tokens("image")
     for number, stage in configs.load("train")["stages"].items():
-        print("\n" + stage_report(int(number), stage, sizes, picture, options))
+        print("\n" + stage_report(int(number), stage, sizes, image, options))
     print(
         "\nArithmetic, not measured (model/memory.py): GiB at the worst moment of a step, on each GPU;\n"
-        f"days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one picture and "
+        f"days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one image and "
         f"{options.text_tokens} tokens of text, and if every sample fills the window."
     )
     return 1 if problem or not passed else 0
@@ -131,7 +131,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM, bool]:
-    """Encoder, and connector with language model on the CPU; whether a picture passes through all."""
+    """Encoder, and connector with language model on the CPU; whether an image passes through all."""
     defaults = configs.load("model")
     source = options.llm or ("random:qwen3-0.6b" if options.random_weights else defaults["llm"])
     encoder = load_encoder(
@@ -147,9 +147,9 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     drawing = Image.fromarray(np.stack([x * 2, y * 2, x + y], axis=2).astype(np.uint8))
     features = live_features(encoder, {"spec": spec.to_json()}, [drawing])
     sample = tokenize_messages(
-        tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], pictures=1
+        tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], images=1
     )
-    image = token_id(tokenizer, IMAGE)
+    image = token_id(tokenizer, IMAGE_TOKEN)
     ids = torch.from_numpy(sample.ids).long()
     repeats = torch.where(ids == image, features.shape[1], 1)
     with torch.inference_mode():
@@ -164,7 +164,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     mean = float(total / weight)
     rows = vlm.language.get_input_embeddings().weight.shape[0]
     print(
-        f"one picture, {features.shape[1]} x {features.shape[2]} features, through everything: "
+        f"one image, {features.shape[1]} x {features.shape[2]} features, through everything: "
         f"loss {mean:.3f} (guessing among {rows:,} words: {math.log(rows):.3f})"
         + ("" if math.isfinite(mean) else ": NOT finite")
     )
@@ -205,7 +205,7 @@ def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:
 
 
 def stage_report(
-    number: int, stage: Mapping[str, Any], sizes: Sizes, picture: int, options: Options
+    number: int, stage: Mapping[str, Any], sizes: Sizes, image: int, options: Options
 ) -> str:
     """Memory of one stage on each hardware preset, whether it fits, and how long it takes."""
     columns = (
@@ -221,7 +221,7 @@ def stage_report(
     lines = [
         f"{f'stage {number}: GiB':20}"
         + "".join(f"{c:>{len(c) + 2}}" for c in ("tokens", *columns))
-        + f"  {'fits':18}  days: a picture, full window"
+        + f"  {'fits':18}  days: an image, full window"
     ]
     for name, hardware in configs.load("train")["hardware"].items():
         merged = {**stage, **hardware}
@@ -230,7 +230,7 @@ def stage_report(
         cells = "".join(f"{parts[c] / GIB:{len(c) + 2}.1f}" for c in columns)
         label = f"  {name}{' checkpointing' if step.checkpointing else ''}"
         place, fits = _fits(name, parts["total"])
-        days = _days(name, merged, sizes, picture, options) if fits and name in GPUS else ""
+        days = _days(name, merged, sizes, image, options) if fits and name in GPUS else ""
         verdict = f"{'' if fits else 'NOT '}{place}"
         lines.append(f"{label:20}{step.tokens:8,}{cells}  {verdict:18}  {days}".rstrip())
     return "\n".join(lines)
@@ -257,9 +257,9 @@ def _fits(name: str, total: int) -> tuple[str, bool]:
 
 
 def _days(
-    name: str, settings: Mapping[str, Any], sizes: Sizes, picture: int, options: Options
+    name: str, settings: Mapping[str, Any], sizes: Sizes, image: int, options: Options
 ) -> str:
-    """Days if every sample is one picture and its text, and if every sample fills the window."""
+    """Days if every sample is one image and its text, and if every sample fills the window."""
     samples = settings["batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
     window = settings["max_sequence_length"]
     days = [
@@ -269,7 +269,7 @@ def _days(
             GPUS[name][2],
             options.mfu,
         )
-        for tokens in (min(window, picture + options.text_tokens), window)
+        for tokens in (min(window, image + options.text_tokens), window)
     ]
     return f"{days[0]:.1f}, {days[1]:.1f}"
 

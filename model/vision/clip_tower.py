@@ -3,7 +3,7 @@
 Built without the text tower, on the meta device: weights are put in afterwards, from a file or from a
 seed, so nothing is initialised twice and ViT-L/14@336 stands in seconds.
 
-B pictures, S their side, N patches, V width.
+B images, S their side, N patches, V width.
 """
 
 from __future__ import annotations

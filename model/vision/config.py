@@ -1,4 +1,4 @@
-"""One entry of configs/encoders.yaml: which vision tower, and how a picture becomes its features."""
+"""One entry of configs/encoders.yaml: which vision tower, and how an image becomes its features."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class EncoderConfig:
     std: tuple[float, float, float] | None = None
     """Standard deviation of the colours; None: likewise."""
     fit: str = "squash"
-    """How a picture becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
-    pool_picture: int = 1
-    """Pictures: n x n patches averaged into one token before storing."""
+    """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
+    pool_image: int = 1
+    """Images: n x n patches averaged into one token before storing."""
     pool_frame: int = 3
     """Video frames: the same."""
     batch_size: int = 8

@@ -3,7 +3,7 @@
 Plain pre-LN: patches + positions, then blocks of x + attention(norm(x)), x + mlp(norm(x)). Random
 features still say which colours and edges are where, and a demonstration needs no more.
 
-B pictures, S their side, N patches, V width.
+B images, S their side, N patches, V width.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The frozen encoder: pictures -> patch features, exactly as its `FeatureSpec` says.
+"""The frozen encoder: images -> patch features, exactly as its `FeatureSpec` says.
 
     encoder = load_encoder(encoder_config("clip-vit-l14-336"))
     pixels = np.stack([encoder.prepare(image) for image in images])     # (n, S, S, 3) uint8
     features = encoder.encode(pixels)                                    # (n, M, V) float32
 
-Every call runs batches of one fixed shape, so a picture's features don't depend on what stood beside it.
+Every call runs batches of one fixed shape, so an image's features don't depend on what stood beside it.
 
-B pictures in a batch, S side of the input in pixels, N patches, M tokens after pooling, V width.
+B images in a batch, S side of the input in pixels, N patches, M tokens after pooling, V width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
-from model.media.images import fit_picture
+from model.media.images import fit_image
 from model.vision.config import EncoderConfig, encoder_config
 from model.vision.demo_tower import DemoTower
 
@@ -101,10 +101,10 @@ class VisionEncoder:
         return sum(p.numel() for p in self._tower.parameters())
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """An RGB picture as the tower's input, (S, S, 3) uint8."""
-        return fit_picture(image, self._built.image_size, self.config.fit, self._built.mean)
+        """An RGB image as the tower's input, (S, S, 3) uint8."""
+        return fit_image(image, self._built.image_size, self.config.fit, self._built.mean)
 
-    def encode(self, pixels: npt.NDArray[np.uint8], kind: str = "picture") -> torch.Tensor:
+    def encode(self, pixels: npt.NDArray[np.uint8], kind: str = "image") -> torch.Tensor:
         """Inputs (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as `kind` is."""
         spec = self.spec("fp16")
         side = spec.image_size
@@ -263,14 +263,14 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             resize=RESIZE,
             mean=built.mean,
             std=built.std,
-            pool_picture=config.pool_picture,
+            pool_image=config.pool_image,
             pool_frame=config.pool_frame,
             compute_dtype=compute_dtype,
             batch_size=config.batch_size,
             codec=codec,
             packed_from="float16",
         )
-        spec.row_bytes("picture")  # refuses a width the codec cannot divide
+        spec.row_bytes("image")  # refuses a width the codec cannot divide
     except ValueError as error:
         raise UserError(f"encoder {config.name}: {error}") from None
     return spec

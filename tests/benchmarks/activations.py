@@ -39,7 +39,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def vision() -> Features:
-    """(pictures, 256 tokens, width 384)."""
+    """(images, 256 tokens, width 384)."""
     import onnx
     import onnxruntime
 
@@ -53,8 +53,8 @@ def vision() -> Features:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     inputs = session.get_inputs()[0].name
     rows = [
-        session.run([output], {inputs: picture.transpose(2, 0, 1)[None]})[0][0, 1:]  # without CLS
-        for picture in _pictures()
+        session.run([output], {inputs: image.transpose(2, 0, 1)[None]})[0][0, 1:]  # without CLS
+        for image in _images()
     ]
     return np.stack(rows)
 
@@ -80,7 +80,7 @@ def language() -> Features:
     return torch.stack(states).numpy()
 
 
-def _pictures() -> list[Features]:
+def _images() -> list[Features]:
     """Photographs and crops of them, as the encoder wants them: (side, side, 3) each."""
     rng = np.random.default_rng(0)
     made = []

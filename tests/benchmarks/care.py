@@ -31,7 +31,7 @@ from configs import command, parse
 from tests.toy_space import SPEC, key
 
 ROW = (576, 1024)
-"""Tokens and width of a ViT-L/14@336 picture."""
+"""Tokens and width of a ViT-L/14@336 image."""
 
 PIECE = 2 << 20
 
@@ -53,18 +53,18 @@ def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
     spec = dataclasses.replace(SPEC, image_size=336, patch_size=14, width=ROW[1], pool_frame=3)
     root = CacheRoot(folder)
     space = Space.create(root, spec, {})
-    rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("picture")), np.uint8)
+    rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("image")), np.uint8)
     rows[:, row_parts(spec.layout, *ROW)[0] :] = 0x2C  # scales and mean token: small numbers
     paths = []
     for _ in range(shards):
-        writer = ShardWriter(space, "picture", space.next_shard("picture"))
-        shard = space.next_shard("picture") - 1
+        writer = ShardWriter(space, "image", space.next_shard("image"))
+        shard = space.next_shard("image") - 1
         while not writer.full:
-            number = shard * space.rows_per_shard("picture") + writer.rows
+            number = shard * space.rows_per_shard("image") + writer.rows
             writer.append(key(number), "full", rows[number % 8], error=0.005)
         writer.commit()
-        paths.append(space.paths.shard("picture", shard))
-    space.grow("picture")
+        paths.append(space.paths.shard("image", shard))
+    space.grow("image")
     return root, paths
 
 

@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.codecs        # a minute; see tests/benchmarks/activations.py for what it needs
 
-Error: |unpacked - features| / |features| of a row (a picture, a passage); mean and largest over rows.
+Error: |unpacked - features| / |features| of a row (an image, a passage); mean and largest over rows.
 Prints tables, then a requirement a line (`name  measured  required  ok|short`), a summary last, and exits 0
 either way.
 """
@@ -31,7 +31,7 @@ ROWS = 8
 LIMITS = {"int8m": 0.006, "int4": 0.09}
 """Of the layouts that new spaces have."""
 LAYERS, TEXT_TOKENS = 28, 100
-"""Of Qwen3-0.6B, and of the text beside a picture."""
+"""Of Qwen3-0.6B, and of the text beside an image."""
 
 
 def errors(x: Features, y: Features) -> np.ndarray:
@@ -86,7 +86,7 @@ def gigabytes_per_second(name: str, threads: int, library: str) -> float:
 
 
 def step_seconds() -> float:
-    """CPU time of Qwen3-0.6B's 28 layers on one picture and its text, forward and backward: a lower bound
+    """CPU time of Qwen3-0.6B's 28 layers on one image and its text, forward and backward: a lower bound
     of a training step, which also has a head, a loss and an optimizer."""
     from transformers import Qwen3Config, Qwen3Model
 

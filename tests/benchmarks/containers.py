@@ -34,14 +34,14 @@ LIBRARY = "the webdataset library, decoding"
 SLOW = ("write + fsync + commit", "verify --deep", LIBRARY)
 """Once a round; the others three times."""
 
-ROWS = {"picture": 256, "frame": 2048}
+ROWS = {"image": 256, "frame": 2048}
 RUN = 32
 """Adjacent rows of one read."""
 
 BASE = dataclasses.replace(
     SPEC, image_size=336, patch_size=14, width=1024, pool_frame=3, encoder="bench"
 )
-"""576 x 1024 a picture, 64 x 1024 a frame."""
+"""576 x 1024 an image, 64 x 1024 a frame."""
 
 
 def write(folder: Path, spec: FeatureSpec, kind: str, rows: np.ndarray) -> Space:
@@ -129,7 +129,7 @@ def main() -> None:
         said = f"{name:<44}{measured:>10.4f}  {'<=' if at_most else '>='} {required:<8}"
         print(said + ("ok" if ok else "short"), flush=True)
 
-    for kind, most in (("picture", 0.004), ("frame", 0.031)):
+    for kind, most in (("image", 0.004), ("frame", 0.031)):
         sizes = [slot_bytes(dataclasses.replace(BASE, container=c), kind) for c in CONTAINERS]
         row = BASE.row_bytes(kind)
         print(f"{kind}: {row:,} B a row; {sizes[0]:,} B in a Zarr shard, {sizes[1]:,} B in a tar")

@@ -71,7 +71,7 @@ class Board:
 def make_space(folder: Path, spec: FeatureSpec, rows: int, different: int = 16) -> Space:
     """A space of so many rows, of a few different contents."""
     rng = np.random.default_rng(0)
-    shape = (spec.tokens("picture"), spec.width)
+    shape = (spec.tokens("image"), spec.width)
     contents = [
         codec.pack(rng.standard_normal(shape, dtype=np.float32), spec.layout)
         for _ in range(different)
@@ -79,7 +79,7 @@ def make_space(folder: Path, spec: FeatureSpec, rows: int, different: int = 16) 
     space = Space.create(CacheRoot(folder), spec, {})
     shard: ShardWriter | None = None
     for number in range(rows):
-        shard = shard or ShardWriter(space, "picture", space.next_shard("picture"))
+        shard = shard or ShardWriter(space, "image", space.next_shard("image"))
         shard.append(key(number), "full", contents[number % different].data, error=0.001)
         if shard.full or number == rows - 1:
             shard.commit()
@@ -91,8 +91,8 @@ def plain_copy(space: Space, target: Path) -> None:
     """The shards' bytes, read and written a few MB at a time, each file fsynced."""
     target.mkdir()
     buffer = memoryview(bytearray(BATCH_BYTES))
-    for number in space.paths.committed("picture"):
-        source = space.paths.shard("picture", number)
+    for number in space.paths.committed("image"):
+        source = space.paths.shard("image", number)
         with source.open("rb", buffering=0) as read, (target / str(number)).open("wb", 0) as write:
             while count := read.readinto(buffer):
                 write.write(buffer[:count])
@@ -129,7 +129,7 @@ def measure_merge(board: Board, folder: Path, rows: int, rounds: int) -> None:
     for name in ("fp16", "int8"):
         count = rows if name == "fp16" else 2 * rows  # about as many bytes
         space = make_space(folder / f"source-{name}", replace(CLIP, codec=name), count)
-        nbytes = count * space.spec.row_bytes("picture")
+        nbytes = count * space.spec.row_bytes("image")
         ratio, seconds = compare(
             folder,
             rounds,
@@ -145,7 +145,7 @@ def measure_again(board: Board, folder: Path, rows: int) -> None:
     source, target = folder / "source-fp16", folder / "target"
     space = make_space(target, CLIP, rows // 2)
     first = quietly(lambda: merge_into(source, target))
-    nbytes = (rows - rows // 2) * space.spec.row_bytes("picture")
+    nbytes = (rows - rows // 2) * space.spec.row_bytes("image")
     board.note("merge, half of it there already", f"{nbytes / first / 1e6:.0f} MB/s")
     second = quietly(lambda: merge_into(source, target))
     board.line("seconds: merging that half / again, nothing to do", first / second, 5)

@@ -4,8 +4,8 @@ python -m tests.benchmarks.paired                            # 15 trainings, abo
 python -m tests.benchmarks.paired --seeds 2 --steps 100      # a rehearsal
 python -m tests.benchmarks.paired --folder FOLDER            # keeps what it makes, and goes on from it
 
-The same drawings are encoded once a codec, in one cache, without pooling: 36 tokens a picture, so that int4
-holds a mean token as it does for real pictures. For every seed one model learns on each, from
+The same drawings are encoded once a codec, in one cache, without pooling: 36 tokens an image, so that int4
+holds a mean token as it does for real images. For every seed one model learns on each, from
 scratch: same first weights, same samples in the same order, only the codec differs. Then all answer the
 held-out questions. A difference is codec minus fp16, so a negative difference of exact match is a loss. Its
 95 % interval is Student's over the seeds; for exact match a second one resamples the held-out drawings
@@ -67,7 +67,7 @@ class Result:
     right: dict[str, bool]
     """By sample."""
     task: dict[str, str] = field(repr=False)
-    picture: dict[str, str] = field(repr=False)
+    image: dict[str, str] = field(repr=False)
     digest: str
     """Of the samples trained on, in their order."""
 
@@ -137,7 +137,7 @@ def train_and_ask(options: Options, folder: Path, space: str, codec: str, seed: 
         mean=evaluation["mean"],
         right={one["sample"]: one["correct"] for one in given},
         task={one["sample"]: one["task"] for one in given},
-        picture={one["sample"]: one["media"][0] for one in given},
+        image={one["sample"]: one["media"][0] for one in given},
         digest=json.loads((run / "stage1" / "run.json").read_text())["samples_digest"],
     )
 
@@ -177,10 +177,10 @@ def over_seeds(differences: Sequence[float]) -> str:
     return f"{mean:+.4f} ± {half:.4f} over {n} seeds"
 
 
-def over_pictures(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, float]:
+def over_images(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, float]:
     """95 % interval of the difference of accuracy, mean over seeds, when the drawings are drawn again."""
     samples = list(base[0].right)
-    pictures, index = np.unique([base[0].picture[s] for s in samples], return_inverse=True)
+    images, index = np.unique([base[0].image[s] for s in samples], return_inverse=True)
     difference = np.zeros(len(samples))
     for one, other in zip(ours, base, strict=True):
         difference += [float(one.right[s]) - float(other.right[s]) for s in samples]
@@ -189,7 +189,7 @@ def over_pictures(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float
     rng = np.random.default_rng(0)
     means = np.empty(RESAMPLED)
     for i in range(RESAMPLED):
-        taken = rng.integers(0, len(pictures), len(pictures))
+        taken = rng.integers(0, len(images), len(images))
         means[i] = sums[taken].sum() / counts[taken].sum()
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -214,7 +214,7 @@ def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
     print("\ndifference from fp16, and its 95 % interval")
     for codec in CODECS[1:]:
         pairs = list(zip(of[codec], base, strict=True))
-        low, high = over_pictures(of[codec], base)
+        low, high = over_images(of[codec], base)
         print(f"{codec:6}loss         {over_seeds([a.loss - b.loss for a, b in pairs])}")
         right = over_seeds([a.accuracy - b.accuracy for a, b in pairs])
         print(f"{codec:6}exact match  {right}; {low:+.4f} to {high:+.4f} over drawings")

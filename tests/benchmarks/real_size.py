@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.photographs import make_folder
 
-PICTURES = 16
+IMAGES = 16
 TRAIN_STEPS = 3
 
 
@@ -93,18 +93,18 @@ def main() -> None:
         encoder = ("--encoder", "clip-vit-l14-336", "--random-weights")
         _, seconds, memory = run(
             "encode.run", "--dataset", f"folder:{photos}", "--features", features, *encoder,
-            "--limit", str(PICTURES), "--codec", "fp16",
+            "--limit", str(IMAGES), "--codec", "fp16",
         )  # fmt: skip
         print(f"encode: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
-        array = next(Path(features).glob("spaces/*/features/picture/zarr.json"))
+        array = next(Path(features).glob("spaces/*/features/image/zarr.json"))
         shape = json.loads(array.read_text())["shape"]
         lines.append(
             ("row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024])
         )
         listed, _, _ = run("cache.verify", "--features", features, "--deep")
-        rows = re.search(r"(\d+) picture rows", listed)
+        rows = re.search(r"(\d+) image rows", listed)
         count = rows[1] if rows else "?"
-        lines.append(("rows stored", count, str(PICTURES), count == str(PICTURES)))
+        lines.append(("rows stored", count, str(IMAGES), count == str(IMAGES)))
 
         _, seconds, memory = run(
             "train.run", "--stage", "1", "--llm", "random:qwen3-0.6b", "--hardware", "cpu",

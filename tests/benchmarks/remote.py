@@ -31,9 +31,9 @@ from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_m
 from cache.store.writer import ShardWriter, Space
 from tests import remote_world, small_world
 
-PICTURES = 192
+IMAGES = 192
 BATCH = 8
-STEPS = PICTURES // BATCH
+STEPS = IMAGES // BATCH
 BAD = 0.1
 LATENCY_S = 0.03
 BATCH_ROWS = 16
@@ -43,24 +43,22 @@ COMMAND = "import sys, train.run; print('ready'); sys.exit(train.run.main())"
 
 
 def make_cache(folder: Path) -> CacheRoot:
-    """Pictures of the real size, a question each."""
+    """Images of the real size, a question each."""
     root = CacheRoot(folder)
     spec = small_world.spec(image_size=336, patch_size=14, width=1024, codec="int8")
-    space = Space.create(
-        root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("picture")
-    )
+    space = Space.create(root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("image"))
     rng = np.random.default_rng(0)
     records, samples = [], []
     shard: ShardWriter | None = None
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         if shard is None or shard.full:
             if shard is not None:
                 shard.commit()
-            shard = ShardWriter(space, "picture", space.next_shard("picture"))
+            shard = ShardWriter(space, "image", space.next_shard("image"))
         key = f"{number:064x}"
-        features = rng.standard_normal((spec.tokens("picture"), spec.width), np.float32)
+        features = rng.standard_normal((spec.tokens("image"), spec.width), np.float32)
         shard.append(key, "full", codec.pack(features, spec.layout))
-        source = f"/pictures/{number}.png"
+        source = f"/images/{number}.png"
         records.append(MediaRecord(source=source, key=key, width=336, height=336))
         asked = Message(role="user", content="<image>Which?")
         answer = Message(role="assistant", content=str(number))
@@ -136,7 +134,7 @@ class Lines:
 
 def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
     """Local, then over each kind of server, calm and bad."""
-    used = PICTURES * FeatureReader(find_space(root, None)).geometry["picture"].row_bytes
+    used = IMAGES * FeatureReader(find_space(root, None)).geometry["image"].row_bytes
     local = train(folder, "local", str(root.path))
     print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
     with remote_world.WebServer(root.path) as web, remote_world.BadS3() as s3:
@@ -173,7 +171,7 @@ def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
                 reader = RemoteCache(server.url, elsewhere).reader(None)
                 rates.append(rate(reader, run))
                 kept.append(rate(reader, run))
-            size = reader.geometry["picture"].row_bytes
+            size = reader.geometry["image"].row_bytes
             fetched, again = statistics.median(rates), statistics.median(kept)
             print(
                 f"latency {latency * 1000:.0f} ms: {fetched:,.0f} rows/s ({fetched * size / 1e6:,.0f} MB/s) "
@@ -189,12 +187,12 @@ def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
 
 def rate(reader: FeatureReader, seed: int) -> float:
     """Rows a second, all of them once, in batches in random order."""
-    rows = np.random.default_rng(seed).permutation(PICTURES)
-    out = np.empty((BATCH_ROWS, reader.geometry["picture"].row_bytes), np.uint8)
+    rows = np.random.default_rng(seed).permutation(IMAGES)
+    out = np.empty((BATCH_ROWS, reader.geometry["image"].row_bytes), np.uint8)
     started = time.monotonic()
-    for at in range(0, PICTURES, BATCH_ROWS):
-        reader.read_into("picture", rows[at : at + BATCH_ROWS], out)
-    return PICTURES / (time.monotonic() - started)
+    for at in range(0, IMAGES, BATCH_ROWS):
+        reader.read_into("image", rows[at : at + BATCH_ROWS], out)
+    return IMAGES / (time.monotonic() - started)
 
 
 def main() -> None:

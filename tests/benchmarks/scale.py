@@ -76,8 +76,8 @@ def keys_of(shard: int) -> npt.NDArray[np.uint8]:
 
 def write_commits(space: Space, shards: range) -> None:
     """The commits of shards whose files are not there; not fsynced, for they are for a minute."""
-    slots = space.rows_per_shard("picture")
-    nbytes = space.info.geometry("picture").file_bytes(ROWS_A_SHARD)
+    slots = space.rows_per_shard("image")
+    nbytes = space.info.geometry("image").file_bytes(ROWS_A_SHARD)
     errors = np.linspace(0.004, 0.006, ROWS_A_SHARD, dtype=np.float32)
     for shard in shards:
         keys = pa.FixedSizeBinaryArray.from_buffers(
@@ -95,12 +95,12 @@ def write_commits(space: Space, shards: range) -> None:
         data = commit_bytes(
             pa.table(columns, SCHEMA),
             fingerprint=space.spec.fingerprint,
-            kind="picture",
+            kind="image",
             shard=shard,
             nbytes=nbytes,
             index_crc=shard,
         )
-        space.paths.commit("picture", shard).write_bytes(data)
+        space.paths.commit("image", shard).write_bytes(data)
 
 
 # ---- steps, each in a process of its own
@@ -138,7 +138,7 @@ def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
     shards = draw.permutation(rows // ROWS_A_SHARD)[: -(-LOOKUPS // ROWS_A_SHARD)]
     wanted = np.concatenate([keys_of(shard) for shard in shards.tolist()])
     wanted = wanted[draw.permutation(len(wanted))]
-    index, started = reader.index["picture"], time.perf_counter()
+    index, started = reader.index["image"], time.perf_counter()
     rows_found = index.lookup(wanted, "full")
     found["lookup_us"] = (time.perf_counter() - started) / len(wanted) * 1e6
     assert (rows_found >= 0).all(), "a key is not found"
@@ -156,15 +156,15 @@ def save(root: CacheRoot, rows: int) -> dict[str, float]:
     space, before, started = Space.open(find_space(root, None)), memory_mb(), time.perf_counter()
     save_index(space.paths, space.info)
     seconds = time.perf_counter() - started
-    size = space.paths.index("picture").stat().st_size
+    size = space.paths.index("image").stat().st_size
     return {"seconds": seconds, "bytes": size / rows, "peak": memory_mb("VmHWM") - before}
 
 
 def touch(root: CacheRoot, rows: int) -> dict[str, float]:
     """Other times for all commits, as a copy would have."""
     paths: SpacePaths = find_space(root, None)
-    for number in paths.committed("picture"):
-        paths.commit("picture", number).touch()
+    for number in paths.committed("image"):
+        paths.commit("image", number).touch()
     return {}
 
 

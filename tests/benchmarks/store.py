@@ -258,8 +258,8 @@ def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
         ours = Ours(folder / "ours", shape)
         ours.prepare()
         ours.write(make_rows(shape), count)
-        ours.space.grow("picture")
-        slots = ours.space.rows_per_shard("picture")
+        ours.space.grow("image")
+        slots = ours.space.rows_per_shard("image")
         readers = our_readers(ours.folder, shape)
         few = max(2, options.rounds // 3)
         writers: list[type[Store]] = [Raw, Ours]

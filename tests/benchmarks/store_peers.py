@@ -49,7 +49,7 @@ class ZarrPython(Ours):
     def open(self) -> None:
         import zarr
 
-        path = find_space(CacheRoot(self.folder), None).array("picture")
+        path = find_space(CacheRoot(self.folder), None).array("image")
         self.array = zarr.open_array(str(path), mode="r")
 
     def prepare(self) -> None:
@@ -136,7 +136,7 @@ class TensorStore(ZarrPython):
     def open(self) -> None:
         import tensorstore
 
-        path = find_space(CacheRoot(self.folder), None).array("picture")
+        path = find_space(CacheRoot(self.folder), None).array("image")
         kvstore = {"driver": "file", "path": str(path)}
         self.array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
 

@@ -23,8 +23,8 @@ from cache.store.writer import NewRow, ShardWriter, Space
 
 Rows = npt.NDArray[np.int64]
 BATCH = 32
-CLIP_FRAMES, FRAME_BYTES = 64, 1 << 18
-"""Rows up to this size are written as the frames of clips of this length."""
+VIDEO_FRAMES, FRAME_BYTES = 64, 1 << 18
+"""Rows up to this size are written as the frames of videos of this length."""
 
 
 class Store:
@@ -122,11 +122,11 @@ class Ours(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         space = self.space
         shard: ShardWriter | None = None
-        # As a job does: a picture at a time, the frames of a clip together.
-        together = CLIP_FRAMES if self.row_bytes <= FRAME_BYTES else 1
+        # As a job does: an image at a time, the frames of a video together.
+        together = VIDEO_FRAMES if self.row_bytes <= FRAME_BYTES else 1
         number = 0
         while number < count:
-            shard = shard or ShardWriter(space, "picture", space.next_shard("picture"))
+            shard = shard or ShardWriter(space, "image", space.next_shard("image"))
             numbers = range(number, min(number + together, count, number + shard.left))
             shard.extend([NewRow(key=f"{n:064x}", view="full", payload=row(n)) for n in numbers])
             number = numbers.stop
@@ -141,18 +141,18 @@ class Ours(Store):
     def open(self) -> None:
         paths = find_space(CacheRoot(self.folder), None)
         self.reader = FeatureReader(paths, checked=self.checked, threads=self.threads)
-        self.index = self.reader.index["picture"]
+        self.index = self.reader.index["image"]
         self.slots = [self.out[i : i + 1] for i in range(BATCH)]
         self.read = self.reader.read_into
 
     def singles(self, rows: Rows) -> None:
         for i in range(len(rows)):
-            self.read("picture", rows[i : i + 1], self.slots[i % BATCH])
+            self.read("image", rows[i : i + 1], self.slots[i % BATCH])
 
     def batches(self, rows: Rows) -> None:
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
-            self.read("picture", some, self.out[: len(some)])
+            self.read("image", some, self.out[: len(some)])
 
     def close(self) -> None:
         del self.reader, self.read
@@ -176,11 +176,9 @@ class Raw(Ours):
 
     def open(self) -> None:
         super().open()
-        paths, slots = self.reader.paths, self.reader.geometry["picture"].slots
-        self.per_shard, self.slot_bytes = slots, self.reader.geometry["picture"].slot_bytes
-        self.fds = [
-            os.open(paths.shard("picture", n), os.O_RDONLY) for n in paths.committed("picture")
-        ]
+        paths, slots = self.reader.paths, self.reader.geometry["image"].slots
+        self.per_shard, self.slot_bytes = slots, self.reader.geometry["image"].slot_bytes
+        self.fds = [os.open(paths.shard("image", n), os.O_RDONLY) for n in paths.committed("image")]
         self.targets = [[slot.data.cast("B")] for slot in self.slots]
         self.pool = ThreadPoolExecutor(self.several)
 

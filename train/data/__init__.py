@@ -13,7 +13,7 @@
                 optimizer.step()
 
 join.py: which samples have all their features, and where; sample_list.py holds them. text.py: their
-tokens. places.py: what stands for a picture or clip. trees.py: samples that share them. plan.py:
+tokens. places.py: what stands for an image or video. trees.py: samples that share them. plan.py:
 which trees a step takes. packing.py: trees in
 one sequence. loader.py: all of it, with the features, a few batches ahead. Here: held-out samples one by
 one, and batches as text.
@@ -66,7 +66,7 @@ class HeldOut:
     messages: list[tuple[str, str, float]]
     """(role, content, weight), as the template takes them."""
     media: tuple[int, ...]
-    """Its pictures and clips, in order, as the join numbers them."""
+    """Its images and videos, in order, as the join numbers them."""
 
 
 def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
@@ -131,9 +131,9 @@ def _tree_lines(number: int, tree: PlacedTree, render: _Renderer) -> list[str]:
 
 
 def _seen(media: Iterable[int], join: Join) -> str:
-    clips = [join.is_clip(m) for m in media]
-    pictures = _count(len(clips) - sum(clips), "picture")
-    return f"{pictures}, {_count(sum(clips), 'clip')}" if any(clips) else pictures
+    videos = [join.is_video(m) for m in media]
+    images = _count(len(videos) - sum(videos), "image")
+    return f"{images}, {_count(sum(videos), 'clip')}" if any(videos) else images
 
 
 def _count(number: int, what: str) -> str:
@@ -157,15 +157,15 @@ class _Renderer:
         self._rows = iter([row for m in tree.media for row in self._names(m)])
 
     def _names(self, media: int) -> list[tuple[str, int]]:
-        """For each row of a picture or clip its text, and how many tokens it stands for."""
+        """For each row of an image or video its text, and how many tokens it stands for."""
         join, places = self.trees.join, self.trees.places
         key = join.key(media)[:KEY_SHOWN]
-        if not join.is_clip(media):
-            size = places.picture_tokens
-            return [(f"[picture {key}.. x{size} tokens]", size)]
+        if not join.is_video(media):
+            size = places.image_tokens
+            return [(f"[image {key}.. x{size} tokens]", size)]
         size, count = places.frame_tokens, len(join.rows_of(media))
         return [
-            (f"[{i}/{count} of clip {key}.. x{size} tokens]", size) for i in range(1, count + 1)
+            (f"[{i}/{count} of video {key}.. x{size} tokens]", size) for i in range(1, count + 1)
         ]
 
     def positions(self, first: int, end: int) -> str:

@@ -1,4 +1,4 @@
-"""What a model sees of one sample's pictures and clips, from the cache, as `model.answer` wants it."""
+"""What a model sees of one sample's images and videos, from the cache, as `model.answer` wants it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.reader import FeatureReader
-from model.inference import Clip
+from model.inference import Video
 from model.quantize import unpack
 from train.data.loader import feature_order
 from train.data.sample_list import Join
@@ -23,7 +23,7 @@ def feature_bytes(joined: Join, media: Sequence[int], spec: FeatureSpec) -> int:
 
 def looked_at(
     joined: Join, media: Sequence[int], reader: FeatureReader
-) -> list[torch.Tensor | Clip]:
+) -> list[torch.Tensor | Video]:
     """Features of some media of a join as `answer` wants them, as stored; each row is read once."""
     spec = reader.spec
     rows, order = feature_order(joined, np.array(media, dtype=np.int64), spec)
@@ -36,16 +36,16 @@ def looked_at(
         features = unpack(torch.from_numpy(codes), spec.layout, spec.tokens(array), spec.width)
         parts.append(features.flatten(0, 1))
     found = torch.cat(parts).index_select(0, torch.from_numpy(order))
-    result: list[torch.Tensor | Clip] = []
+    result: list[torch.Tensor | Video] = []
     at = 0
     for m in media:
-        clip, count = joined.is_clip(m), len(joined.rows_of(m))
+        video, count = joined.is_video(m), len(joined.rows_of(m))
         tokens = spec.tokens(array_of(joined, m))
         here = found[at : at + count * tokens]
         at += len(here)
-        if clip:
+        if video:
             times = tuple(joined.times_of(m).tolist())
-            result.append(Clip(times_s=times, features=here.unflatten(0, (count, tokens))))
+            result.append(Video(times_s=times, features=here.unflatten(0, (count, tokens))))
         else:
             result.append(here)
     return result
@@ -53,4 +53,4 @@ def looked_at(
 
 def array_of(joined: Join, media: int) -> str:
     """The array that its rows are in."""
-    return ARRAY_OF["video" if joined.is_clip(media) else "picture"]
+    return ARRAY_OF["video" if joined.is_video(media) else "image"]

@@ -1,11 +1,11 @@
 """Samples -> media -> rows: which samples of the data sets asked for have all their features.
 
 Nothing here is stored beside the features: editing captions or adding a data set never touches them.
-Held-out is decided here too, by the media's key, so that no picture is on both sides, whichever data
+Held-out is decided here too, by the media's key, so that no image is on both sides, whichever data
 sets mention it.
 
 S samples, R media references of all samples together, K distinct media among them: a media is the bytes
-of a key, looked at as a picture or as a video.
+of a key, looked at as an image or as a video.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HASH_BITS = 32
 
 
 class EmptySplitError(UserError):
-    """No sample is on the side asked for: a few pictures may leave none to hold out."""
+    """No sample is on the side asked for: a few images may leave none to hold out."""
 
 
 def join(
@@ -63,7 +63,7 @@ def join(
         held_out: share of media that are `val`; a sample is held out if any of its media is, one
             without media by its id.
         min_coverage: refuse when fewer of the samples that could be there are there.
-        max_frames: of one clip; which frames it needs follows from this and its length.
+        max_frames: of one video; which frames it needs follows from this and its length.
         limit: at most this many samples of each data set, the first ones.
         frozen: a list written by `Join.freeze`: exactly those samples, or an error.
 
@@ -236,7 +236,7 @@ def _check_coverage(
 ) -> None:
     if partial:
         frames = (
-            f"{partial:,} clips have some of their frames and not those for at most {max_frames}: "
+            f"{partial:,} videos have some of their frames and not those for at most {max_frames}: "
             f"encoded with another limit. Encode them again: python -m encode.run "
             f"--dataset {joined.names[0]} --max-frames {max_frames} --features {joined.root.path}"
         )

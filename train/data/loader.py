@@ -2,10 +2,10 @@
 
 Threads, not processes: `preadv` and the checksum release the GIL, and nothing is copied between address
 spaces. Rows go straight into a ring of reused buffers (pinned for CUDA), each distinct row of a
-micro-batch once; a clip's rows are neighbours on disk and one read. The order never depends on timing:
+micro-batch once; a video's rows are neighbours on disk and one read. The order never depends on timing:
 batches are delivered as the plan lists them.
 
-R distinct rows of a micro-batch in one array (pictures; frames), N places of feature tokens in its sequence.
+R distinct rows of a micro-batch in one array (images; frames), N places of feature tokens in its sequence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the features of pictures and clips are: one row of a space for a picture, one a frame for a clip.
+"""Where the features of images and videos are: one row of a space for an image, one a frame for a video.
 
 Flat arrays, never an object a media: there may be millions. K distinct media, W rows of all of them.
 """
@@ -20,12 +20,12 @@ Ints = npt.NDArray[np.int64]
 
 MEDIA_KINDS = tuple(ARRAY_OF)
 """Kinds of media; their numbers stand in `kinds` arrays."""
-PICTURE, VIDEO = (MEDIA_KINDS.index(kind) for kind in ("picture", "video"))
-NOUNS = ("picture", "clip")
+IMAGE, VIDEO = (MEDIA_KINDS.index(kind) for kind in ("image", "video"))
+NOUNS = ("image", "video")
 """What people call one of each kind."""
 
-CLIPS_AT_ONCE = 2048
-"""Clips whose views are looked up together: what bounds the memory of their names."""
+VIDEOS_AT_ONCE = 2048
+"""Videos whose views are looked up together: what bounds the memory of their names."""
 
 
 class Rows(Protocol):
@@ -50,11 +50,11 @@ class MediaRows:
     starts: Ints
     """(K + 1,) media k has rows[starts[k]:starts[k + 1]]."""
     rows: Ints
-    """(W,) row numbers in the array of the media's kind; a clip's frames in time order."""
+    """(W,) row numbers in the array of the media's kind; a video's frames in time order."""
     times: npt.NDArray[np.float64]
-    """(W,) where in its clip a frame is, seconds after the first; NaN for pictures."""
+    """(W,) where in its video a frame is, seconds after the first; NaN for images."""
     partial: int = 0
-    """Clips with some of the frames asked for and not all: encoded with another limit."""
+    """Videos with some of the frames asked for and not all: encoded with another limit."""
 
     @property
     def counts(self) -> Ints:
@@ -81,19 +81,19 @@ def find_rows(
         reader: of the space.
         keys: (K,) Arrow strings, 64 hex digits each.
         kinds: (K,) number in MEDIA_KINDS.
-        durations: (K,) of clips, seconds; NaN where nobody knows, then it has no rows.
-        max_frames: of one clip, at most; decides which views it needs.
+        durations: (K,) of videos, seconds; NaN where nobody knows, then it has no rows.
+        max_frames: of one video, at most; decides which views it needs.
     """
-    pictures = np.flatnonzero(kinds == PICTURE)
+    images = np.flatnonzero(kinds == IMAGE)
     found = np.asarray(
-        reader.lookup(ARRAY_OF["picture"], keys.take(pictures).to_pylist()), dtype=np.int64
+        reader.lookup(ARRAY_OF["image"], keys.take(images).to_pylist()), dtype=np.int64
     )
-    whole = pictures[found >= 0]
+    whole = images[found >= 0]
     media, rows, times = [whole], [found[found >= 0]], [np.full(len(whole), np.nan)]
-    clips = np.flatnonzero((kinds == VIDEO) & (durations >= 0))
+    videos = np.flatnonzero((kinds == VIDEO) & (durations >= 0))
     partial = 0
-    for start in range(0, len(clips), CLIPS_AT_ONCE):
-        some = clips[start : start + CLIPS_AT_ONCE]
+    for start in range(0, len(videos), VIDEOS_AT_ONCE):
+        some = videos[start : start + VIDEOS_AT_ONCE]
         names = keys.take(some).to_pylist()
         which, there, when, missed = _frames(reader, names, durations[some], max_frames)
         media.append(some[which])
@@ -101,7 +101,7 @@ def find_rows(
         times.append(when)
         partial += missed
     of = np.concatenate(media)
-    order = np.argsort(of, kind="stable")  # a clip's frames stay in time order
+    order = np.argsort(of, kind="stable")  # a video's frames stay in time order
     return MediaRows(
         starts=edges_of(np.bincount(of, minlength=len(kinds))),
         rows=np.concatenate(rows)[order],
@@ -113,27 +113,27 @@ def find_rows(
 def _frames(
     reader: Rows, keys: list[str], durations: npt.NDArray[np.float64], max_frames: int
 ) -> tuple[Ints, Ints, npt.NDArray[np.float64], int]:
-    """Of clips that are there whole: which clip, row and time of each frame; how many are there in part."""
+    """Of videos that are there whole: which video, row and time of each frame; how many are there in part."""
     array = ARRAY_OF["video"]
     views = [frame_views(duration, max_frames) for duration in durations.tolist()]
     lengths = np.array([len(v) for v in views], dtype=np.int64)
     rows = np.asarray(
         reader.lookup_pairs(
-            array, list(_repeated(keys, lengths)), [view for clip in views for view in clip]
+            array, list(_repeated(keys, lengths)), [view for video in views for view in video]
         ),
         dtype=np.int64,
     )
-    clip = np.repeat(np.arange(len(keys)), lengths)
-    have = np.bincount(clip[rows >= 0], minlength=len(keys))
+    video = np.repeat(np.arange(len(keys)), lengths)
+    have = np.bincount(video[rows >= 0], minlength=len(keys))
     partial = int(((have > 0) & (have < lengths)).sum())
-    use = (have == lengths)[clip]
-    clip, rows = clip[use], rows[use]
+    use = (have == lengths)[video]
+    video, rows = video[use], rows[use]
     times = np.asarray(reader.times(array, rows), dtype=np.float64)
     assert not np.isnan(times).any(), "a frame was stored without its time"
     # Two times asked for may have met in one frame: it stands once.
     first = np.ones(len(rows), dtype=bool)
-    first[1:] = (clip[1:] != clip[:-1]) | (times[1:] != times[:-1])
-    return clip[first], rows[first], times[first], partial
+    first[1:] = (video[1:] != video[:-1]) | (times[1:] != times[:-1])
+    return video[first], rows[first], times[first], partial
 
 
 def _repeated(keys: list[str], lengths: Ints) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""What samples mention: their pictures and clips numbered, with the rows of each.
+"""What samples mention: their images and videos numbered, with the rows of each.
 
 S samples of a data set, R media references of all its samples together, K distinct media among all data
-sets: a media is the bytes of a key, looked at as a picture or as a video.
+sets: a media is the bytes of a key, looked at as an image or as a video.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Part:
     source: Ints
     """(R,) row in the media table; -1 where it has none."""
     other: npt.NDArray[np.bool_]
-    """(R,) what is known by that source hashes to something else than this data set says: not its picture."""
+    """(R,) what is known by that source hashes to something else than this data set says: not its image."""
     kind: npt.NDArray[np.uint8]
     """(R,) number in MEDIA_KINDS."""
     media: Ints
@@ -67,7 +67,7 @@ def read_part(root: CacheRoot, name: str, ledger: pa.Table) -> Part:
     if kind.null_count:
         odd = sorted(map(str, set(pc.unique(flat.field("kind")).to_pylist()) - set(MEDIA_KINDS)))
         raise UserError(
-            f"data set {name}: holds {', '.join(odd)} media; only pictures and videos can be trained "
+            f"data set {name}: holds {', '.join(odd)} media; only images and videos can be trained "
             f"on: python -m encode.run --dataset {name} writes it again"
         )
     at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())

@@ -1,11 +1,11 @@
-"""Samples that share their pictures and every word before the last of them: one message tree.
+"""Samples that share their images and every word before the last of them: one message tree.
 
 The shared part (the prefix) stands once in a sequence, the rest of each sample is a branch. Branches see
 the prefix and themselves, not each other, so each is trained on exactly as if it stood alone. A tree
 never crosses data sets: the mix counts each on its own.
 
-S samples, N of them trainable, T trees, K distinct media. Tokens are counted as packed: a picture is its
-features, a clip its frames' features with their times, and what follows a sample's last prediction is none.
+S samples, N of them trainable, T trees, K distinct media. Tokens are counted as packed: an image is its
+features, a video its frames' features with their times, and what follows a sample's last prediction is none.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Trees:
     prefix: npt.NDArray[np.int32]
     """(T,) tokens the branches share; 0 for a tree of one sample."""
     first_row: Ints
-    """(T,) row of the first picture or frame, -1 without one: what is near on disk."""
+    """(T,) row of the first image or frame, -1 without one: what is near on disk."""
     length: npt.NDArray[np.int32]
     """(S,) tokens of each sample standing alone."""
     loss_weight: npt.NDArray[np.float64]
     """(S,) sum of each sample's loss weights."""
     places: Places
-    """What stands for a picture or clip."""
+    """What stands for an image or video."""
     max_tokens: int
     """The window every tree fits into."""
 
@@ -109,7 +109,7 @@ def grow_trees(
         tokens: their tokenised text, opened for `join.names`.
         max_tokens: no tree is longer, in tokens; one that would be is split, and its prefix repeated.
         max_branches: no tree has more samples. At most the samples of a step.
-        places: what stands for a picture or clip.
+        places: what stands for an image or video.
 
     Raises:
         UserError: a sample longer than max_tokens (none is ever cut or dropped for its length), or
@@ -117,7 +117,7 @@ def grow_trees(
     """
     if max_branches < 1:
         raise ValueError(f"max_branches {max_branches} is less than 1")
-    # A picture or clip is one token of the text; this many it is more.
+    # An image or video is one token of the text; this many it is more.
     of_media = places.lengths(join)
     more = _sums(of_media[join.media] - 1, join.offsets)
     length = tokens.lengths(join.dataset, join.index) + more
@@ -146,7 +146,7 @@ def grow_trees(
     within = np.arange(len(members)) - np.repeat(edges[:-1], sizes)
     members = members[np.repeat(starts[by_first], sizes) + within]
     first = members[edges[:-1]]
-    assert _same_media(join, members, np.repeat(first, sizes)), "two picture lists with one hash"
+    assert _same_media(join, members, np.repeat(first, sizes)), "two image lists with one hash"
     names, mix, dataset = _renumber(join, first)
     return Trees(
         join=join,
@@ -194,15 +194,15 @@ def _check_window(join: Join, use: Ints, length: Ints, of_media: Ints, max_token
         return
     too_long = int((length[use] > max_tokens).sum())
     media = join.media_of(longest)
-    clips = media[join.kinds[media] == VIDEO]
-    pictures = media[join.kinds[media] != VIDEO]
+    videos = media[join.kinds[media] == VIDEO]
+    images = media[join.kinds[media] != VIDEO]
     parts, ways = [], ["encode with more pooling (encode.run --pool 2)"]
-    if len(pictures) or not len(media):
-        each = f" x {int(of_media[pictures[0]]):,}" if len(pictures) else ""
-        parts.append(f"{len(pictures)}{each} for pictures")
-    if len(clips):
-        frames = int(np.diff(join.starts)[clips].sum())
-        parts.append(f"{int(of_media[clips].sum()):,} for {frames:,} frames of clips")
+    if len(images) or not len(media):
+        each = f" x {int(of_media[images[0]]):,}" if len(images) else ""
+        parts.append(f"{len(images)}{each} for images")
+    if len(videos):
+        frames = int(np.diff(join.starts)[videos].sum())
+        parts.append(f"{int(of_media[videos].sum()):,} for {frames:,} frames of videos")
         ways = ["take fewer frames (--max-frames, here and in encode.run)", *ways]
     text = int(length[longest] - of_media[media].sum())
     raise UserError(
@@ -215,7 +215,7 @@ def _check_window(join: Join, use: Ints, length: Ints, of_media: Ints, max_token
 
 
 def _group_hash(join: Join, prefix_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """(S,) equal for samples with the same pictures in the same order and the same prefix."""
+    """(S,) equal for samples with the same images in the same order and the same prefix."""
     count = np.diff(join.offsets)
     place = (np.arange(len(join.media)) - np.repeat(join.offsets[:-1], count)).astype(np.uint64)
     one = _mix64(join.media.astype(np.uint64) + (place << np.uint64(32)))
@@ -290,7 +290,7 @@ def _renumber(
 
 
 def _first_row(join: Join, samples: Ints) -> Ints:
-    """Row of each sample's first picture or frame, -1 without one; frames come after all pictures."""
+    """Row of each sample's first image or frame, -1 without one; frames come after all images."""
     has = join.offsets[samples + 1] > join.offsets[samples]
     result = np.full(len(samples), -1, dtype=np.int64)
     first = join.media[join.offsets[samples[has]]]

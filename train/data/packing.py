@@ -48,7 +48,7 @@ class Tree:
     branches: tuple[Branch, ...]
     """At least one."""
     media: tuple[int, ...]
-    """The pictures and clips, in the order of their places (indices of the join's distinct media)."""
+    """The images and videos, in the order of their places (indices of the join's distinct media)."""
     image_token_id: int
     """What stands at every place of a feature."""
 
@@ -67,7 +67,7 @@ class PlacedTree:
     branches: tuple[tuple[int, int, int], ...]
     """(first, end, sample) of each branch."""
     media: tuple[int, ...]
-    """Its pictures and clips, in order."""
+    """Its images and videos, in order."""
 
 
 def build_tree(
@@ -82,10 +82,10 @@ def build_tree(
     """A tree of samples with the same media and the same tokens up to the last of them.
 
     Args:
-        samples: tokens with one image token a picture or clip.
+        samples: tokens with one image token an image or video.
         sample_numbers: what to call each of them afterwards.
         factors: factor on each sample's loss weights.
-        media: the pictures and clips of every one of them.
+        media: the images and videos of every one of them.
         contents: the tokens that stand for each of those, ending with an image token.
         image_token_id: the token that stands where a feature goes.
     """
@@ -94,7 +94,7 @@ def build_tree(
     ids, _, shared = expanded[0]
     prefix = shared if len(samples) > 1 else 0
     for other, _, end in expanded[1:]:
-        assert end == shared, "a picture after the shared part"
+        assert end == shared, "an image after the shared part"
         assert np.array_equal(other[:prefix], ids[:prefix]), "branches of different beginnings"
     return Tree(
         prefix=ids[:prefix],
@@ -114,7 +114,7 @@ def _expand(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
     """Every medium's tokens at its place, and where the last of them ends.
 
-    Nothing learns to say a picture or the time of a frame, so their places weigh nothing.
+    Nothing learns to say an image or the time of a frame, so their places weigh nothing.
     """
     is_image = sample.ids == image_token_id
     ids, counts = fill_places(sample.ids, image_token_id, contents)
@@ -192,7 +192,7 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
             positions[at:end] = np.arange(shared, shared + len(branch.ids))
             if end > at:
                 units.append((at, end, first, first + shared))
-            # Where the prefix itself is supervised (an answer before the last picture), its positions
+            # Where the prefix itself is supervised (an answer before the last image), its positions
             # appear once for each branch, as they would if the samples stood apart.
             moved = np.where(branch.sources < shared, first, at - shared)
             sources.append(moved + branch.sources)

@@ -1,4 +1,4 @@
-"""What stands in a sequence for a picture or a clip, and how long it is.
+"""What stands in a sequence for an image or a video, and how long it is.
 
 K distinct media of a join, W rows of all of them.
 """
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from model.language.chat_template import clip_ids, stamp_ids
-from model.language.tokenizer import IMAGE, token_id
-from train.data.media_rows import PICTURE
+from model.language.chat_template import stamp_ids, video_ids
+from model.language.tokenizer import IMAGE_TOKEN, token_id
+from train.data.media_rows import IMAGE
 from train.data.sample_list import Ints, Join
 
 TIE = 1e-6
@@ -28,8 +28,8 @@ class Places:
 
     tokenizer: Any
     """Of the language model."""
-    picture_tokens: int
-    """Feature tokens of a picture."""
+    image_tokens: int
+    """Feature tokens of an image."""
     frame_tokens: int
     """Feature tokens of a frame; its time stands before them as text."""
 
@@ -38,35 +38,35 @@ class Places:
         """Those of a space."""
         return Places(
             tokenizer=tokenizer,
-            picture_tokens=spec.tokens(ARRAY_OF["picture"]),
+            image_tokens=spec.tokens(ARRAY_OF["image"]),
             frame_tokens=spec.tokens(ARRAY_OF["video"]),
         )
 
     @property
     def image_token_id(self) -> int:
         """What stands where a feature goes."""
-        return token_id(self.tokenizer, IMAGE)
+        return token_id(self.tokenizer, IMAGE_TOKEN)
 
-    def picture(self) -> npt.NDArray[np.int32]:
-        """Tokens of a picture."""
-        return np.full(self.picture_tokens, self.image_token_id, dtype=np.int32)
+    def image(self) -> npt.NDArray[np.int32]:
+        """Tokens of an image."""
+        return np.full(self.image_tokens, self.image_token_id, dtype=np.int32)
 
-    def clip(self, times_s: Iterable[float]) -> npt.NDArray[np.int32]:
-        """Tokens of a clip with frames at these times."""
-        return clip_ids(self.tokenizer, times_s, self.frame_tokens)
+    def video(self, times_s: Iterable[float]) -> npt.NDArray[np.int32]:
+        """Tokens of a video with frames at these times."""
+        return video_ids(self.tokenizer, times_s, self.frame_tokens)
 
     def contents(self, join: Join, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
         """Tokens of some media of a join."""
         return [
-            self.clip(join.times_of(m).tolist()) if join.is_clip(m) else self.picture()
+            self.video(join.times_of(m).tolist()) if join.is_video(m) else self.image()
             for m in media
         ]
 
     def lengths(self, join: Join) -> Ints:
         """(K,) tokens that each distinct media of a join becomes; the same as `contents` would make."""
-        result = np.full(len(join.kinds), self.picture_tokens, dtype=np.int64)
-        clips = join.kinds != PICTURE
-        if not clips.any():
+        result = np.full(len(join.kinds), self.image_tokens, dtype=np.int64)
+        videos = join.kinds != IMAGE
+        if not videos.any():
             return result
         tenths, of = np.unique(tenths_of(join.times), return_inverse=True)
         # A stamp is as long as its own tokens; nothing is joined across the places beside it.
@@ -76,7 +76,7 @@ class Places:
         ]
         frames = np.array(stamps, dtype=np.int64)[of] + self.frame_tokens
         edges = np.concatenate([[0], np.cumsum(frames)])[join.starts]
-        result[clips] = np.diff(edges)[clips]
+        result[videos] = np.diff(edges)[videos]
         return result
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from cache.store.paths import CacheRoot
 from configs import UserError
-from train.data.media_rows import NOUNS, PICTURE, VIDEO, within
+from train.data.media_rows import IMAGE, NOUNS, VIDEO, within
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
@@ -69,11 +69,11 @@ class Join:
     kinds: npt.NDArray[np.uint8]
     """(K,) number in MEDIA_KINDS."""
     starts: Ints
-    """(K + 1,) media k has rows[starts[k]:starts[k + 1]]: one for a picture, one a frame for a clip."""
+    """(K + 1,) media k has rows[starts[k]:starts[k + 1]]: one for an image, one a frame for a video."""
     rows: Ints
     """(W,) rows of the space's array for the media's kind."""
     times: npt.NDArray[np.float64]
-    """(W,) where in its clip a frame is, seconds after the first; NaN for pictures."""
+    """(W,) where in its video a frame is, seconds after the first; NaN for images."""
     ids: tuple[Any, ...]
     """Per data set the id column of its whole table."""
     counts: tuple[Coverage, ...]
@@ -113,8 +113,8 @@ class Join:
         """(n,) the media of one sample, as indices of `keys`, `kinds` and `starts`."""
         return self.media[self.offsets[sample] : self.offsets[sample + 1]]
 
-    def is_clip(self, media: int) -> bool:
-        """Whether one distinct media is a clip."""
+    def is_video(self, media: int) -> bool:
+        """Whether one distinct media is a video."""
         return int(self.kinds[media]) == VIDEO
 
     def rows_of(self, media: int) -> Ints:
@@ -122,7 +122,7 @@ class Join:
         return self.rows[self.starts[media] : self.starts[media + 1]]
 
     def times_of(self, media: int) -> npt.NDArray[np.float64]:
-        """Where its frames are, seconds after the first; NaN of a picture."""
+        """Where its frames are, seconds after the first; NaN of an image."""
         return self.times[self.starts[media] : self.starts[media + 1]]
 
     def key(self, media: int) -> str:
@@ -141,14 +141,14 @@ class Join:
         return "\n".join(lines)
 
     def blind(self, seed: int) -> Join:
-        """The same samples, every picture exchanged for another, and every clip for another clip.
+        """The same samples, every image exchanged for another, and every video for another video.
 
-        A clip keeps its own number of frames and their times, which stand in the text; what is seen at
-        them comes from the other clip, spread over its whole length. So all sequences stay as long as
+        A video keeps its own number of frames and their times, which stand in the text; what is seen at
+        them comes from the other video, spread over its whole length. So all sequences stay as long as
         they were, and what is left is what can be known without looking.
 
         Raises:
-            UserError: there is only one picture, or one clip, to exchange.
+            UserError: there is only one image, or one video, to exchange.
         """
         donor = np.empty(len(self.kinds), dtype=np.int64)
         for kind, noun in enumerate(NOUNS):
@@ -182,11 +182,11 @@ class Join:
 
 
 def digest_of(joined: Join) -> str:
-    """Hash of texts, media keys and order; of clips also how many frames they have, and when."""
+    """Hash of texts, media keys and order; of videos also how many frames they have, and when."""
     digest = hashlib.sha256(repr((joined.split, joined.names, joined.samples_digests)).encode())
     arrays: list[npt.NDArray[Any]] = [joined.dataset, joined.index, joined.offsets]
     arrays += [joined.media, joined.keys]
-    if (joined.kinds != PICTURE).any():
+    if (joined.kinds != IMAGE).any():
         arrays += [joined.kinds, joined.starts, joined.times]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
@@ -220,6 +220,6 @@ def check_frozen(joined: Join, path: Path) -> None:
     if before != joined.digest:
         raise UserError(
             f"{path}: the samples this run was started on are not the same any more (texts edited, "
-            "pictures changed or removed, or another --held-out); start a new run (--run NAME --from "
+            "images changed or removed, or another --held-out); start a new run (--run NAME --from "
             "CHECKPOINT keeps what was learned)"
         )

@@ -2,7 +2,7 @@
 
 Lives beside the runs, never in the cache: a folder a data set, named by what decides its content.
 
-    runs/.tokens/<id>/ids.bin       int32    tokens of all samples, a picture or clip counting as one
+    runs/.tokens/<id>/ids.bin       int32    tokens of all samples, an image or video counting as one
                       weights.bin   float32  loss weight of each token (0: not supervised)
                       samples.bin   SAMPLE   one record a sample
                       meta.json     written last, with the sizes of the others
@@ -29,7 +29,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
 from model.language.model import (
-    IMAGE,
+    IMAGE_TOKEN,
     TEMPLATE_VERSION,
     TokenizedSample,
     tokenize_messages,
@@ -45,10 +45,10 @@ SAMPLE = np.dtype(
     [
         ("end", "<i8"),  # of its tokens in ids.bin; it starts where the one before ends
         ("loss_weight", "<f8"),  # sum over its tokens
-        ("prefix_hash", "<u8"),  # of its tokens up to and with the last picture
+        ("prefix_hash", "<u8"),  # of its tokens up to and with the last image
         ("prefix", "<i4"),  # how many those are
         ("used", "<i4"),  # how many of its tokens are worth reading, see `used_tokens`
-        ("pictures", "<i4"),
+        ("images", "<i4"),
     ]
 )
 PROGRESS_S = 30.0
@@ -57,10 +57,10 @@ FILES = ("ids.bin", "weights.bin", "samples.bin")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefixes:
-    """What samples that share pictures may share: their tokens up to the last picture."""
+    """What samples that share images may share: their tokens up to the last image."""
 
     length: Ints
-    """(n,) tokens, a picture counting as one; 0 without pictures."""
+    """(n,) tokens, an image counting as one; 0 without images."""
     hash: npt.NDArray[np.uint64]
     """(n,) of those tokens."""
 
@@ -103,7 +103,7 @@ class TokenStore:
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
     def lengths(self, dataset: npt.NDArray[np.int16], index: Ints) -> Ints:
-        """(n,) tokens of samples that a sequence holds, a picture counting as one."""
+        """(n,) tokens of samples that a sequence holds, an image counting as one."""
         return self._gather(dataset, index, lambda s: s.samples["used"]).astype(np.int64)
 
     def loss_weights(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[np.float64]:
@@ -133,7 +133,7 @@ def messages_of(sample: Sample) -> list[tuple[str, str, float]]:
 
 
 def _image_token_id(tokenizer: Any) -> int:
-    return int(tokenizer.convert_tokens_to_ids(IMAGE))
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def _is_whole(path: Path) -> bool:
@@ -217,7 +217,7 @@ def tokenize_sample(sample: Sample, tokenizer: Any) -> TokenizedSample:
     """Tokens and loss weights of one sample.
 
     Raises:
-        UserError: its messages and pictures do not fit together.
+        UserError: its messages and images do not fit together.
     """
     try:
         return tokenize_messages(tokenizer, messages_of(sample), len(sample.media))

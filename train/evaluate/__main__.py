@@ -1,11 +1,11 @@
-"""How well a trained model answers what it has not seen, beside the same model looking at other pictures.
+"""How well a trained model answers what it has not seen, beside the same model looking at other images.
 
 python -m train.evaluate --run default                       # newest finished stage, held-out samples
 python -m train.evaluate --run default --datasets demo --json
 python -m train.evaluate --run default --split train         # what it has seen
 
 Answers come from cached features, through the code that `model.generate` uses. *Blind* is the same model
-with every picture exchanged for another of the split, and every clip for another clip: what can be known
+with every image exchanged for another of the split, and every video for another video: what can be known
 without looking. The headline is the mean over question types of exact match; captions are reported apart,
 since no caption is the only right one.
 """
@@ -76,7 +76,7 @@ class Options(Elsewhere):
     max_new_tokens: int = 64
     """Longest answer, tokens."""
     blind: bool = True
-    """Also answer with pictures and clips exchanged within the split."""
+    """Also answer with images and videos exchanged within the split."""
     point_grid: int = 3
     """Points are right in the right cell of a grid of this many cells a side; 0: exact text."""
     device: str = "auto"

@@ -22,7 +22,7 @@ class Answer:
     task: str
     """Type of question; the data set's name when it has none."""
     media: tuple[str, ...]
-    """Sources of its pictures."""
+    """Sources of its images."""
     question: str
     """The last user turn."""
     expected: str
@@ -32,7 +32,7 @@ class Answer:
     correct: bool
     """Whether it counts as right."""
     blind: str | None = None
-    """The answer with other pictures; None when that was not asked for."""
+    """The answer with other images; None when that was not asked for."""
     blind_correct: bool | None = None
     """Whether that one counts as right."""
 
@@ -46,7 +46,7 @@ class Task:
     exact: float
     """Share answered right."""
     blind: float | None
-    """The same with other pictures."""
+    """The same with other images."""
 
 
 def is_right(task: str, expected: str, given: str, grid: int) -> bool:
@@ -65,9 +65,9 @@ POINTS = re.compile(r'<points coords="([\d\s]+)">([^<]*)(?:</points>)?')
 
 
 def points_in(text: str) -> list[tuple[int, int, int]]:
-    """Every point of an html-v2 answer as (picture, x, y), x and y from 0 to 1000; [] when it is none.
+    """Every point of an html-v2 answer as (image, x, y), x and y from 0 to 1000; [] when it is none.
 
-    `<points coords="1 1 900 400 2 911 800">label</points>`: a picture's number, then for each point its own
+    `<points coords="1 1 900 400 2 911 800">label</points>`: an image's number, then for each point its own
     number, x and y.
     """
     found = POINTS.search(text)
@@ -78,10 +78,10 @@ def points_in(text: str) -> list[tuple[int, int, int]]:
 
 
 def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]]:
-    """The cells pointed at, as sorted (picture, column, row), on a grid of `grid` cells a side."""
+    """The cells pointed at, as sorted (image, column, row), on a grid of `grid` cells a side."""
     return sorted(
-        (picture, min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
-        for picture, x, y in points_in(text)
+        (image, min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
+        for image, x, y in points_in(text)
     )
 
 

@@ -1,9 +1,9 @@
 """A run as one HTML page: held-out media with questions and answers, scores beside blind, loss curves.
 
 python -m train.report --run default                      # runs/default/stage<k>/report.html
-python -m train.report --run default --output report.html --pictures 60
+python -m train.report --run default --output report.html --images 60
 
-The page stands alone: pictures are inside it, clips as strips of frames, curves are SVG, nothing is fetched.
+The page stands alone: images are inside it, videos as strips of frames, curves are SVG, nothing is fetched.
 Media are read from where the samples found them (train/report_media.py). Answers come from
 `train.evaluate`, which is run first when it has not been.
 """
@@ -46,8 +46,8 @@ class Options(Elsewhere):
     features: str = "cache"
     """The feature cache: a folder, or a URL as train.run takes it."""
     split: Literal["val", "train"] = "val"
-    """Which pictures and clips to show."""
-    pictures: int = 36
+    """Which images and videos to show."""
+    images: int = 36
     """How many."""
     output: Path | None = None
     """Where to write; `report.html` beside the model when not given."""
@@ -56,8 +56,8 @@ class Options(Elsewhere):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pictures < 0:
-            raise ValueError(f"pictures {self.pictures} is negative")
+        if self.images < 0:
+            raise ValueError(f"images {self.images} is negative")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = render(
         result,
         read_metrics(folder),
-        pictures_of(result.answers, options.pictures, local_root(options.features, options)),
+        images_of(result.answers, options.images, local_root(options.features, options)),
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
         meta=read_meta(final),
     )
@@ -100,20 +100,20 @@ def evaluated(final: Path, options: Options) -> Evaluation:
     )
 
 
-# ---- pictures
+# ---- images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """One sample's pictures and clips, and everything asked about them."""
+    """One sample's images and videos, and everything asked about them."""
 
     images: tuple[str, ...]
     """HTML of each, with what is pointed at."""
     answers: tuple[Answer, ...]
 
 
-def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
-    """The first `most` pictures or clips (or groups) with all their questions, evenly over the data sets."""
+def images_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
+    """The first `most` images or videos (or groups) with all their questions, evenly over the data sets."""
     groups: dict[tuple[str, ...], list[Answer]] = {}
     for one in answers:
         if one.media:
@@ -139,12 +139,12 @@ def pictures_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[S
 
 
 def marks(answers: Sequence[Answer], number: int) -> str:
-    """Where the answers point in picture `number`: rings where they should, dots where they do."""
+    """Where the answers point in image `number`: rings where they should, dots where they do."""
     found = []
     for one in answers:
         verdict = "right" if one.correct else "wrong"
-        found += [("ring", x, y) for picture, x, y in points_in(one.expected) if picture == number]
-        found += [(verdict, x, y) for picture, x, y in points_in(one.given) if picture == number]
+        found += [("ring", x, y) for image, x, y in points_in(one.expected) if image == number]
+        found += [(verdict, x, y) for image, x, y in points_in(one.given) if image == number]
     return "".join(
         f'<i class="{kind}" style="left:{min(x, 1000) / 10:.1f}%;top:{min(y, 1000) / 10:.1f}%"></i>'
         for kind, x, y in found
@@ -191,7 +191,7 @@ def headline(result: Evaluation) -> str:
         boxes.append(("exact match", f"{result.mean:.1%}", "mean over question types"))
     if result.blind_mean is not None:
         boxes.append(
-            ("blind", f"{result.blind_mean:.1%}", "the same model, pictures and clips exchanged")
+            ("blind", f"{result.blind_mean:.1%}", "the same model, images and videos exchanged")
         )
     beside = "" if result.blind_loss is None else f"{result.blind_loss:.4g} blind"
     boxes.append(("loss", f"{result.loss:.4g}", beside))
@@ -258,15 +258,15 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def hint(result: Evaluation) -> str:
-    """What the marks on pictures mean, where there are any."""
+    """What the marks on images mean, where there are any."""
     if not any(points_in(one.expected) for one in result.answers):
         return ""
     return '<p class="hint">Rings: where it should point. Dots: where it does.</p>'
 
 
 def card(shown: Shown) -> str:
-    """A picture with its questions."""
-    images = "".join(f'<div class="picture">{image}</div>' for image in shown.images)
+    """An image with its questions."""
+    images = "".join(f'<div class="image">{image}</div>' for image in shown.images)
     return (
         f'<article><div class="images">{images}</div>'
         f"<dl>{''.join(map(question, shown.answers))}</dl></article>"

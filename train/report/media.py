@@ -1,4 +1,4 @@
-"""Pictures and clips as HTML that needs nothing else: a picture whole or shrunk, a clip as a strip of frames.
+"""Images and videos as HTML that needs nothing else: an image whole or shrunk, a video as a strip of frames.
 
 They are read from where the samples found them. One that is not on this machine, or has changed since it
 was encoded, is said to be so.
@@ -25,11 +25,11 @@ from model.media import video
 from model.media.images import BadMedia
 
 VERBATIM_BYTES = 100_000
-"""Small pictures go into the page as they are."""
+"""Small images go into the page as they are."""
 THUMBNAIL = 480
 """Longer side of what others are shrunk to, pixels."""
 FRAMES = 6
-"""Of a clip, evenly from the first to the last."""
+"""Of a video, evenly from the first to the last."""
 FRAME_SIDE = 200
 """Longer side of a frame in a strip, pixels."""
 TYPES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
@@ -42,9 +42,9 @@ class Found:
     key: str | None
     """Under which it was encoded."""
     kind: str
-    """picture or video."""
+    """image or video."""
     duration_s: float | None
-    """Of a clip: time of its last frame."""
+    """Of a video: time of its last frame."""
 
 
 def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, Found]:
@@ -62,26 +62,26 @@ def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, Found]:
 
 
 def medium(source: str, found: Found | None) -> str:
-    """HTML of a picture or a clip."""
+    """HTML of an image or a video."""
     if found is not None and found.kind == "video":
         return strip(Path(source), found)
-    return picture(Path(source), None if found is None else found.key)
+    return image(Path(source), None if found is None else found.key)
 
 
-def picture(path: Path, key: str | None) -> str:
-    """An `img` with the picture inside, or a box that says why not."""
+def image(path: Path, key: str | None) -> str:
+    """An `img` with the image inside, or a box that says why not."""
     try:
         data = path.read_bytes()
     except OSError:
-        return absent("picture not on this machine")
+        return absent("image not on this machine")
     if key is not None and hashlib.sha256(data).hexdigest() != key:
-        return absent("picture has changed since it was encoded")
+        return absent("image has changed since it was encoded")
     kind = next((name for magic, name in TYPES.items() if data.startswith(magic)), None)
     if kind is None or len(data) > VERBATIM_BYTES:
         try:
             data, kind = shrunk(data), "jpeg"
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            return absent("picture cannot be read")
+            return absent("image cannot be read")
     return _img(data, kind)
 
 
@@ -94,19 +94,19 @@ def shrunk(data: bytes) -> bytes:
 
 
 def strip(path: Path, found: Found) -> str:
-    """A clip's frames side by side, each with its time; or a box that says why not, and how long it is."""
-    clip = "clip" if found.duration_s is None else f"clip of {found.duration_s:.1f} s"
+    """A video's frames side by side, each with its time; or a box that says why not, and how long it is."""
+    what = "video" if found.duration_s is None else f"video of {found.duration_s:.1f} s"
     try:
         with path.open("rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()
         if found.key not in (None, key):
-            return absent(f"{clip} has changed since it was encoded")
+            return absent(f"{what} has changed since it was encoded")
         info = video.probe(path)
         frames = list(video.frames(path, sample_times(info.duration_s, FRAMES), info))
     except OSError:
-        return absent(f"{clip} not on this machine")
+        return absent(f"{what} not on this machine")
     except BadMedia as error:
-        return absent(f"{clip} cannot be read: {error}")
+        return absent(f"{what} cannot be read: {error}")
     shown = "".join(
         f"<span>{_img(_jpeg(frame.image, FRAME_SIDE), 'jpeg')}<small>{frame.time_s:.1f} s</small></span>"
         for frame in frames
@@ -115,7 +115,7 @@ def strip(path: Path, found: Found) -> str:
 
 
 def absent(reason: str) -> str:
-    """What stands where a picture or clip cannot."""
+    """What stands where an image or video cannot."""
     return f'<div class="absent">{escape(reason)}</div>'
 
 

@@ -48,12 +48,12 @@ vertical-align:middle;background:currentColor}
 article{break-inside:avoid;margin-bottom:14px;overflow:hidden;
 background:var(--card);border:1px solid var(--line);border-radius:10px}
 .images{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:1px;background:var(--line)}
-.picture{position:relative;align-self:center;overflow:hidden}
-.picture img{width:100%;display:block}
-.picture i{position:absolute;width:12px;height:12px;margin:-6px;border-radius:50%;border:2px solid #fff;
+.image{position:relative;align-self:center;overflow:hidden}
+.image img{width:100%;display:block}
+.image i{position:absolute;width:12px;height:12px;margin:-6px;border-radius:50%;border:2px solid #fff;
 box-shadow:0 0 0 1px #0006}
-.picture .ring{width:26px;height:26px;margin:-13px;background:none}
-.picture .right{background:var(--right)}.picture .wrong{background:var(--wrong)}
+.image .ring{width:26px;height:26px;margin:-13px;background:none}
+.image .right{background:var(--right)}.image .wrong{background:var(--wrong)}
 .strip{display:grid;grid-template-columns:repeat(3,1fr);gap:1px}
 .strip small{display:block;text-align:center;background:var(--card)}
 .absent{aspect-ratio:1;background:var(--page);display:grid;place-content:center;color:var(--soft);font-size:13px;padding:20px;text-align:center}

@@ -1,7 +1,7 @@
-"""The demo world's clips: a few shapes stand, one more moves to a neighbouring cell or appears.
+"""The demo world's videos: a few shapes stand, one more moves to a neighbouring cell or appears.
 
 Files are YUV4MPEG2 (`.y4m`), uncompressed, written here for the reason that drawings are (see
-`encode.sources.demo_world`): an encoder's output differs between versions, and other bytes are another clip.
+`encode.sources.demo_world`): an encoder's output differs between versions, and other bytes are another video.
 Each frame alone shows where shapes are; what moves or appears, and where it was first, is only in their
 sequence.
 """
@@ -39,7 +39,7 @@ STANDING = (1, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What happens in one clip."""
+    """What happens in one video."""
 
     standing: tuple[Thing, ...]
     """Shapes that do nothing."""
@@ -57,7 +57,7 @@ class Scene:
 
 
 def scene(world: World, number: int) -> Scene:
-    """What happens in clip `number`."""
+    """What happens in video `number`."""
     rng = random.Random(f"{world.seed} clip {number}")  # noqa: S311
     cells = range(len(ROWS) * len(COLUMNS))
     start = rng.choice(cells)
@@ -79,7 +79,7 @@ def scene(world: World, number: int) -> Scene:
             x=actor.x + (column - at_start[1]) / len(COLUMNS),
             y=actor.y + (row - at_start[0]) / len(ROWS),
         ),
-        since=0 if moves else rng.randrange(1, world.clip_frames),
+        since=0 if moves else rng.randrange(1, world.video_frames),
     )
 
 
@@ -97,19 +97,19 @@ def shown(world: World, what: Scene, frame: int) -> tuple[Thing, ...]:
     """The shapes of one frame; the actor moves evenly."""
     if frame < what.since:
         return what.standing
-    share = frame / (world.clip_frames - 1)
+    share = frame / (world.video_frames - 1)
     x = what.actor.x + share * (what.goal.x - what.actor.x)
     y = what.actor.y + share * (what.goal.y - what.actor.y)
     return (*what.standing, replace(what.actor, x=x, y=y))
 
 
 def film(world: World, number: int) -> bytes:
-    """The YUV4MPEG2 file of a clip."""
+    """The YUV4MPEG2 file of a video."""
     what, background = scene(world, number), paper(world, f"clip {number}")
     head = f"YUV4MPEG2 W{world.side} H{world.side} F{RATE}:1 Ip A1:1 C444\n".encode()
-    pictures = (paint(world, shown(world, what, i), background) for i in range(world.clip_frames))
+    images = (paint(world, shown(world, what, i), background) for i in range(world.video_frames))
     return head + b"".join(
-        b"FRAME\n" + planes(pixels, palette).tobytes() for pixels, palette in pictures
+        b"FRAME\n" + planes(pixels, palette).tobytes() for pixels, palette in images
     )
 
 
@@ -124,13 +124,13 @@ def planes(
 
 
 def asked(world: World, number: int) -> list[Exchange]:
-    """All questions about a clip."""
+    """All questions about a video."""
     what = scene(world, number)
     rng = random.Random(f"{world.seed} clip asked {number}")  # noqa: S311
     moves = what.since == 0
     when, thing = ("start", what.actor) if moves and rng.random() < 0.5 else ("end", what.goal)
     return [
-        ("clip-count", "How many shapes are there at the end?", NUMBERS[what.shapes - 1]),
-        ("clip-what", f"What {'moves' if moves else 'appears'}?", what.actor.name),
-        ("clip-where", f"Where is the {what.actor.name} at the {when}?", thing.place),
+        ("video-count", "How many shapes are there at the end?", NUMBERS[what.shapes - 1]),
+        ("video-what", f"What {'moves' if moves else 'appears'}?", what.actor.name),
+        ("video-where", f"Where is the {what.actor.name} at the {when}?", thing.place),
     ]
