@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from cache.format import codec
 from cache.format.space_info import read_info
-from cache.format.spec import KINDS, FeatureSpec
+from cache.format.spec import ARRAYS, FeatureSpec
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     Change,
@@ -98,7 +98,7 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
     """
     spec = source.spec
     pools = {"image": options.pool, "frame": options.frame_pool}
-    new = {kind: spec.pool(kind) if given is None else given for kind, given in pools.items()}
+    new = {array: spec.pool(array) if given is None else given for array, given in pools.items()}
     try:
         target = replace(
             spec,
@@ -111,18 +111,18 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
         target.row_bytes("image")  # refuses a width the codec cannot divide
     except ValueError as error:
         raise UserError(f"{source.paths.name}: {error}") from None
-    for kind in KINDS:
-        if spec.pool(kind) == 1 or not source.rows(kind):
+    for array in ARRAYS:
+        if spec.pool(array) == 1 or not source.rows(array):
             continue
-        if new[kind] != spec.pool(kind):
+        if new[array] != spec.pool(array):
             raise UserError(
-                f"{source.paths.name}: its {kind} rows are pooled {spec.pool(kind)} x {spec.pool(kind)} "
+                f"{source.paths.name}: its {array} rows are pooled {spec.pool(array)} x {spec.pool(array)} "
                 "and rounded; pooled again they would not be what encoding makes: convert a space with "
                 "pool 1, or encode them"
             )
         if spec.packed_from != "float16":
             raise UserError(
-                f"{source.paths.name}: its {kind} rows were pooled before they were rounded, by an older "
+                f"{source.paths.name}: its {array} rows were pooled before they were rounded, by an older "
                 "version; encoding does not make them so any more: encode them again"
             )
     if target.fingerprint == spec.fingerprint:
@@ -141,15 +141,15 @@ def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict
     return new
 
 
-def converter(source: FeatureSpec, target: FeatureSpec, kind: str) -> Change:
+def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
     """What turns stored rows of `source` into those of `target`."""
-    window = target.pool(kind) // source.pool(kind)
-    shape = source.tokens(kind), source.width
-    tokens = target.tokens(kind)
+    window = target.pool(array) // source.pool(array)
+    shape = source.tokens(array), source.width
+    tokens = target.tokens(array)
 
     def change(rows: Rows) -> tuple[Rows, npt.NDArray[np.float32]]:
         """A row at a time: its values stay in the processor's cache."""
-        packed = np.empty((len(rows), target.row_bytes(kind)), np.uint8)
+        packed = np.empty((len(rows), target.row_bytes(array)), np.uint8)
         errors = np.empty(len(rows), np.float32)
         for i, row in enumerate(rows):
             halves = codec.unpack(row, "fp16", *shape)
@@ -183,15 +183,15 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         here = FeatureReader(paths) if paths.space_json.exists() else None
         positions, text = _todo(source, here, spec)
         print(text, flush=True)
-        rows = {kind: len(found) for kind, found in positions.items()}
-        needed = sum(n * (spec.row_bytes(kind) + ROW_OVERHEAD) for kind, n in rows.items())
+        rows = {array: len(found) for array, found in positions.items()}
+        needed = sum(n * (spec.row_bytes(array) + ROW_OVERHEAD) for array, n in rows.items())
         check_room(root.path, needed, f"the space {spec.name}")
         space = Space.create(root, spec, target_load(source.load, spec, source.paths.name))
-        meter = Meter("convert", sum(n * source.spec.row_bytes(kind) for kind, n in rows.items()))
+        meter = Meter("convert", sum(n * source.spec.row_bytes(array) for array, n in rows.items()))
         damaged = []
-        for kind, found in positions.items():
-            change = converter(source.spec, spec, kind)
-            damaged += copy_rows(source, space, kind, found, change=change, done=meter.add)
+        for array, found in positions.items():
+            change = converter(source.spec, spec, array)
+            damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
         meter.close()
         save_index(space.paths, space.info)
     print(f"converted {source.paths.name}: {sum(rows.values()) - len(damaged):,} rows")
@@ -201,11 +201,11 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
 def _todo(
     source: FeatureReader, here: FeatureReader | None, spec: FeatureSpec
 ) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
-    """Kind -> positions of the rows to convert; and what to say of them."""
-    positions = {kind: missing(source, here, kind) for kind in KINDS}
+    """Array -> positions of the rows to convert; and what to say of them."""
+    positions = {array: missing(source, here, array) for array in ARRAYS}
     rows = sum(map(len, positions.values()))
-    nbytes = sum(len(found) * spec.row_bytes(kind) for kind, found in positions.items())
-    total = sum(map(source.rows, KINDS))
+    nbytes = sum(len(found) * spec.row_bytes(array) for array, found in positions.items())
+    total = sum(map(source.rows, ARRAYS))
     return (
         positions,
         f"space    {spec.name}: {rows:,} of {total:,} rows to make ({bytes_text(nbytes)})",

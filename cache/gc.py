@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import alone, one_line
 from cache.maintenance.garbage import (
     Garbage,
@@ -114,8 +114,8 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     if options.delete:
         for paths in filter(lambda paths: paths.space_json.exists(), spaces):
             space = Space.open(paths)
-            for kind in KINDS:
-                space.grow(kind)
+            for array in ARRAYS:
+                space.grow(array)
             save_index(paths, space.info)  # rows that were taken out took it with them
     if not options.damaged and root.damaged_dir.is_dir():
         print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
@@ -182,7 +182,7 @@ def _print_users(root: CacheRoot, name: str) -> None:
     summaries, readers = open_spaces(root)
     for summary in summaries:
         if summary.name == name:
-            rows = ", ".join(f"{count:,} {kind} rows" for kind, count in summary.rows.items())
+            rows = ", ".join(f"{count:,} {array} rows" for array, count in summary.rows.items())
             print(f"  {summary.damage or rows}")
     for dataset in summarise_datasets(root, readers):
         if name in dataset.coverage:

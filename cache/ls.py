@@ -111,12 +111,12 @@ def _errors_text(spaces: list[SpaceSummary]) -> str:
     rows = [
         (
             space.name,
-            f"{space.rows[kind]:,} {kind}s",
+            f"{space.rows[array]:,} {array}s",
             space.codec,
             *(f"{value:.5f}" for value in (error.mean, error.median, error.p99, error.largest)),
         )
         for space in spaces
-        for kind, error in space.error.items()
+        for array, error in space.error.items()
     ]
     return table_text(header, rows, right="mean median 99% largest") if rows else ""
 

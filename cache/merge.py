@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.space_info import info_bytes, read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     check_room,
@@ -78,14 +78,14 @@ class SpaceNews:
     paths: SpacePaths
     """The space here, which need not exist yet."""
     positions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    """Kind -> positions of the rows to copy."""
+    """Array -> positions of the rows to copy."""
     different: int = 0
     """Rows that are here too, with other bytes: another machine computed them."""
 
     @property
     def total(self) -> int:
         """Rows there."""
-        return sum(map(self.source.rows, KINDS))
+        return sum(map(self.source.rows, ARRAYS))
 
     @property
     def rows(self) -> int:
@@ -95,8 +95,8 @@ class SpaceNews:
     @property
     def nbytes(self) -> int:
         """Of those rows, as stored."""
-        size = {kind: geometry.row_bytes for kind, geometry in self.source.geometry.items()}
-        return sum(len(rows) * size[kind] for kind, rows in self.positions.items())
+        size = {array: geometry.row_bytes for array, geometry in self.source.geometry.items()}
+        return sum(len(rows) * size[array] for array, rows in self.positions.items())
 
 
 def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
@@ -107,10 +107,10 @@ def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
     """
     news = SpaceNews(source=FeatureReader(source), paths=paths)
     here = FeatureReader(paths) if paths.space_json.exists() else None
-    for kind in KINDS:
-        news.positions[kind] = missing(news.source, here, kind)
+    for array in ARRAYS:
+        news.positions[array] = missing(news.source, here, array)
         if here is not None:
-            news.different += _different(news.source, here, kind)
+            news.different += _different(news.source, here, array)
     return news
 
 
@@ -123,9 +123,9 @@ def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
     return root.space(spec.name)
 
 
-def _different(there: FeatureReader, here: FeatureReader, kind: str) -> int:
+def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
     """Rows that both have, with different checksums."""
-    index, ours = there.index[kind], here.index[kind]
+    index, ours = there.index[array], here.index[array]
     rows = ours.lookup_coded(index.keys, index.columns.views)
     both = np.flatnonzero(rows >= 0)
     return int((index.crcs[both] != ours.crcs[ours.positions(rows[both])]).sum())
@@ -139,8 +139,8 @@ def merge_space(news: SpaceNews, meter: Meter) -> list[Corrupt]:
         write_atomic(paths.space_json, info_bytes(info))  # shards of the same size as there
     target = Space.create(CacheRoot(paths.root.parent.parent), read_info(paths).spec, info.load)
     damaged = []
-    for kind, positions in news.positions.items():
-        damaged += copy_rows(news.source, target, kind, positions, done=meter.add)
+    for array, positions in news.positions.items():
+        damaged += copy_rows(news.source, target, array, positions, done=meter.add)
     save_index(target.paths, target.info)
     return damaged
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format.space_info import read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.remote.listing import LISTING, listing_bytes
 from cache.store.commits import read_commits
 from cache.store.paths import CacheRoot, write_atomic
@@ -65,13 +65,13 @@ def _shard_sizes(root: CacheRoot, name: str) -> list[int]:
     """Bytes of every shard of a space, each there and of the size its commit says."""
     paths = root.space(name)
     info, sizes = read_info(paths), []
-    for kind in KINDS:
-        for commit in read_commits(paths, info, kind):
-            path = paths.shard(kind, commit.shard)
+    for array in ARRAYS:
+        for commit in read_commits(paths, info, array):
+            path = paths.shard(array, commit.shard)
             found = path.stat().st_size if path.exists() else 0
             if found != commit.nbytes:
                 what = f"{found} bytes, not {commit.nbytes}" if found else "missing"
-                raise corrupt_shard(paths, kind, commit.shard, what)
+                raise corrupt_shard(paths, array, commit.shard, what)
             sizes.append(commit.nbytes)
     return sizes
 

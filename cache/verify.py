@@ -111,7 +111,7 @@ def _text(report: Report) -> str:
         for finding in report.all_findings
     ]
     for space in report.spaces:
-        rows = ", ".join(f"{count} {kind} rows" for kind, count in space.rows.items() if count)
+        rows = ", ".join(f"{count} {array} rows" for array, count in space.rows.items() if count)
         broken = sum(finding.broken for finding in space.findings)
         state = f"{broken} findings" if broken else "intact"
         lines.append(f"{space.name}: {rows or 'no rows'}, {bytes_text(space.nbytes)}: {state}")

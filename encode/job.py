@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from cache.format.space_info import SHARD_BYTES, new_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.store.index_file import save_index
 from cache.store.mend import fitting_info
 from cache.store.paths import CacheRoot
@@ -159,7 +159,7 @@ class Job:
             assert self._book.finished(), "a source is not accounted for"
 
     def _run_inline(self, interrupts: Interrupts) -> None:
-        numbers = {kind: self._space.next_shard(kind) for kind in KINDS}
+        numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
         registrar = Counter(self._present.images, numbers, self._update)
         with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
             run_inline(self._book, worker, registrar, interrupts.stopping)
@@ -194,7 +194,7 @@ class Job:
         self._grow()
 
     def _grow(self) -> None:
-        for kind in KINDS:
+        for kind in ARRAYS:
             self._space.grow(kind)
 
     def _save_index(self) -> None:

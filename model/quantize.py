@@ -1,4 +1,4 @@
-"""The row layouts in torch, on any device: twins of `cache.codec`, equal to it to the bit.
+"""The row layouts in torch, on any device: twins of `cache.format.codec`, equal to it to the bit.
 
 Features are packed where they were computed, before the copy to the host, and unpacked where they are
 used, after the copy from it: what travels is a quarter of float32, or an eighth.
@@ -59,7 +59,7 @@ def pack(features: torch.Tensor, layout: str) -> Packed:
     """Features (B, M, V) of any float type -> rows, on the same device.
 
     Raises:
-        ValueError: as `cache.codec.row_bytes`.
+        ValueError: as `cache.format.codec.row_bytes`.
     """
     batch, tokens, width = features.shape
     size = row_bytes(layout, tokens, width)
@@ -182,7 +182,7 @@ def _pack_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _mean_token(x: torch.Tensor) -> torch.Tensor:
-    """(R, M, V) -> (R, V), added in the order of `cache.codec`."""
+    """(R, M, V) -> (R, V), added in the order of `cache.format.codec`."""
     tokens = torch.full((1,), float(x.shape[1]), device=x.device)
     while (half := x.shape[1] // 2) > 0:
         last = x[:, 2 * half :]
@@ -201,7 +201,7 @@ def _int8_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tens
 def _int4_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated (64, blocks) -> two codes a byte (32, blocks) uint8, scales (blocks,) float16.
 
-    The search of `cache.codec`, in its order.
+    The search of `cache.format.codec`, in its order.
     """
     high, low = blocks.amax(0), blocks.amin(0)
     largest = torch.maximum(high.abs(), low.abs())
@@ -234,14 +234,14 @@ def _in_scales(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis (64): halves added to halves, as in `cache.codec`. Overwrites `values`."""
+    """Sum over the first axis (64): halves added to halves, as in the numpy codec. Overwrites `values`."""
     while (half := len(values) // 2) > 0:
         values = values[:half].add_(values[half:])
     return values[0]
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """(64, blocks) -> its orthonormal Hadamard transform, adding in the very order of `cache.codec`.
+    """(64, blocks) -> its orthonormal Hadamard transform, adding in the very order of `cache.format.codec`.
 
     Overwrites `x`.
     """
@@ -271,7 +271,7 @@ class _Constants:
     int4_divisors: tuple[torch.Tensor, ...]
     """Each (1,)."""
     codes_of: torch.Tensor
-    """(511,) uint8: `cache.codec.int4_cells`."""
+    """(511,) uint8: `cache.format.codec.int4_cells`."""
     levels_of: torch.Tensor
     """(511,): the levels of those codes."""
     sums: torch.Tensor

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import gc, merge
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.repair import Repair
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRecord
@@ -70,7 +70,7 @@ def write(root: CacheRoot, said: list[str]) -> None:
     made = Space.open(root.space(root.space_names()[0]))
     space = Space.create(root, made.spec, made.load)
     missing = [number for number in NEW if (key(number), "full") not in space.keys("image")]
-    numbers = {kind: space.next_shard(kind) for kind in KINDS}
+    numbers = {kind: space.next_shard(kind) for kind in ARRAYS}
 
     def next_shard(kind: str) -> int:
         numbers[kind] += 1
@@ -91,7 +91,7 @@ def write(root: CacheRoot, said: list[str]) -> None:
         writer.commit()
     finally:
         writer.close()
-    for kind in KINDS:
+    for kind in ARRAYS:
         space.grow(kind)
 
 

@@ -1,7 +1,7 @@
 """A cache with made-up images, videos and rows, for the tests of the trainer's data side.
 
 An image is a name; its key, its source and its stored row all follow from it. A video is a name that begins
-with "clip"; its frames are those of a video with 12.5 frames a second.
+with "video"; its frames are those of a video with 12.5 frames a second.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def frame_time(microseconds: int) -> float:
 
 def ref(name: str) -> MediaRef:
     """How samples mention an image or video."""
-    if name.startswith("clip"):
+    if name.startswith("video"):
         return MediaRef(source=f"/{name}.mp4", kind="video")
     return MediaRef(source=f"/{name}.png")
 

@@ -238,7 +238,7 @@ def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
     refused("pooled", "its image rows are pooled 2 x 2 and rounded", "--pool", "1")
     fill(Space.create(CacheRoot(tmp_path / "new"), replace(new, pool_image=2), {}), [1])
     refused("new", r"2 fp16 spaces under .*say which: --space .* \| ", "--codec", "int8")
-    fill(fp16, [1], kind="frame")
+    fill(fp16, [1], array="frame")
     refused("fp16", "its frame rows were pooled before they were rounded, by an older version")
 
 

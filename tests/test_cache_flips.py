@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cache.format.space_info import new_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot, Corrupt
@@ -70,7 +70,7 @@ class World:
         except Corrupt:
             return {}
         found = {}
-        for kind in KINDS:
+        for kind in ARRAYS:
             index = reader.index[kind]
             out = np.empty((1, reader.spec.row_bytes(kind)), np.uint8)
             for position in range(len(index)):

@@ -139,7 +139,7 @@ def crowded(tmp_path: Path) -> Space:
     space = make_space(tmp_path)
     for numbers in ([0, 1, 2, 3], [4, 5], [6], [7, 8], [9]):
         fill(space, numbers)
-    fill(space, [0, 4], kind="frame", view="t:0")
+    fill(space, [0, 4], array="frame", view="t:0")
     root = CacheRoot(tmp_path)
     append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(9)], "job")
     refs = tuple(MediaRef(source=str(n)) for n in (0, 2, 5, 7))
@@ -160,7 +160,7 @@ def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
     alone = make_space(tmp_path / "alone")
     for number in (0, 2, 5, 7, 8):
         fill(alone, [number])
-    fill(alone, [0], kind="frame", view="t:0")
+    fill(alone, [0], array="frame", view="t:0")
     before, size = files(tmp_path / "spaces"), disk_use(paths.root)
     dry = run("--unreferenced")
     assert files(tmp_path / "spaces") == before

@@ -109,7 +109,7 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
         shard.append(key(number), "full", row(number), error=number / 1000)
         if shard.full or number == 249:
             shard.commit()
-    fill(space, [1], kind="frame")
+    fill(space, [1], array="frame")
     (summary,) = json.loads(run("--json"))["spaces"]
     assert summary["error"]["image"] == pytest.approx(
         {"mean": 0.1245, "median": 0.1245, "p99": 0.24651, "largest": 0.249}, rel=1e-5

@@ -38,7 +38,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Space:
     space.paths.shard("image", 2).parent.mkdir(parents=True)  # begun, never committed
     fill(space, [8, 7])
     fill(space, [9])
-    fill(space, [0, 1, 2], kind="frame")
+    fill(space, [0, 1, 2], array="frame")
     return space
 
 
@@ -434,7 +434,7 @@ def test_files_are_closed_with_their_reader(filled: Space, monkeypatch: pytest.M
 
 def test_equal_content_has_an_equal_logical_hash(tmp_path: Path, filled: Space) -> None:
     other = make_space(tmp_path / "a")
-    fill(other, [0, 1, 2], kind="frame")
+    fill(other, [0, 1, 2], array="frame")
     for number in range(10):
         fill(other, [number])
     expected = FeatureReader(filled.paths).logical_hash()

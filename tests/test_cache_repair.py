@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> CacheRoot:
     space = make_space(root.path)
     for numbers in ([0, 1, 2, 3], [4, 5, 6], [7, 8]):
         fill(space, numbers)
-    fill(space, [0, 1, 2], kind="frame", view="t:0")
+    fill(space, [0, 1, 2], array="frame", view="t:0")
     space.grow("image")
     space.grow("frame")
     write_samples(root, "toy", [])

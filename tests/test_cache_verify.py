@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> CacheRoot:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
-    fill(space, [0], kind="frame")
+    fill(space, [0], array="frame")
     space.grow("image")
     space.grow("frame")
     root = CacheRoot(tmp_path)

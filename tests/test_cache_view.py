@@ -438,7 +438,7 @@ def photo(tmp_path: Path) -> tuple[Path, str]:
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_image_comes_from_its_path_or_from_kept_downloads(
+def test_an_image_comes_from_its_path_or_from_kept_downloads(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
@@ -455,7 +455,7 @@ def test_a_image_comes_from_its_path_or_from_kept_downloads(
     assert (np.asarray(kept) == np.asarray(here)).all()
 
 
-def test_a_image_that_is_gone_or_another_one_is_not_shown(
+def test_an_image_that_is_gone_or_another_one_is_not_shown(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo

@@ -100,7 +100,7 @@ def whole(world: World, sample: Sample) -> tuple[PackedBatch, Tensor | None]:
         add(text_ids(parts[0]), weight)
         for part in parts[1:]:
             name = next(media)
-            if name.startswith("clip"):
+            if name.startswith("video"):
                 for time_s, frame in frames_of(name):
                     add([*text_ids(f"{time_s:.1f} "), *[image] * len(frame)], 0.0)
                     seen.append(frame)
@@ -235,8 +235,8 @@ def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
 
 def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = new_world(tmp_path)
-    world.write(d=[ask("1", ["clip"], "<image>?", "yes")])
-    world.encode_videos({"clip": 7.0})
+    world.write(d=[ask("1", ["video"], "<image>?", "yes")])
+    world.encode_videos({"video": 7.0})
     joined = world.join()
     assert len(joined.rows_of(0)) == 15
     calls: list[int] = []

@@ -443,7 +443,7 @@ def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
             commit_bytes(
                 table,
                 fingerprint=space.spec.fingerprint,
-                kind="image",
+                array="image",
                 shard=1,
                 nbytes=good.nbytes,
                 index_crc=good.index_crc,

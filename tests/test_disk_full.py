@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
 from cache.store.locks import DriverLock
@@ -28,7 +28,7 @@ from tests.encode_world import SETUP, draw, encode
 from tests.toy_space import fill, key, make_space
 
 SIZE = 80 << 20
-"""More than a job leaves free (`encode.cost.SPARE_BYTES`), or it would be refused beforehand."""
+"""More than a job leaves free (`encode.estimate.SPARE_BYTES`), or it would be refused beforehand."""
 
 
 class Disk:
@@ -124,7 +124,7 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     space = make_space(root.path)
     for first in range(0, 40, 4):
         fill(space, range(first, first + 4))
-    for kind in KINDS:
+    for kind in ARRAYS:
         space.grow(kind)
     before = FeatureReader(space.paths).logical_hash()
     wanted = pa.array([bytes.fromhex(key(n)) for n in range(0, 40, 2)], pa.binary(32))

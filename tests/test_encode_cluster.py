@@ -134,7 +134,7 @@ class Deadly(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+def test_an_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     (deadly,) = draw(tmp_path / "deadly", 1, first=500, side=31)
     deadly.rename(photos / "0030-deadly.png")

@@ -130,7 +130,7 @@ def test_blank_lines_a_byte_order_mark_and_columns_of_others_are_fine(photos: Pa
     assert found.messages[1].content == "Ä 猫."
 
 
-def test_a_image_that_is_missing_stays_in_its_sample(photos: Path) -> None:
+def test_an_image_that_is_missing_stays_in_its_sample(photos: Path) -> None:
     (found,) = samples(photos, {"file": "gone.jpg", "caption": "It was here."})
     assert found.media == (MediaRef(source=str(photos / "gone.jpg")),)
 
@@ -211,7 +211,7 @@ def test_bytes_that_are_no_text_are_named_by_line(photos: Path) -> None:
         samples(photos)
 
 
-def test_a_image_linked_from_outside_is_refused_one_from_inside_is_not(photos: Path) -> None:
+def test_an_image_linked_from_outside_is_refused_one_from_inside_is_not(photos: Path) -> None:
     (photos / "again.jpg").symlink_to(photos / "a.jpg")
     assert "again.jpg" in {s.id for s in samples(photos)}
     (photos / "out.jpg").symlink_to("/etc/hostname")

@@ -63,7 +63,7 @@ def test_rows_are_what_the_encoder_makes_of_each_image_alone(photos: Path, tmp_p
         assert (record.width, record.height, record.bytes) == (24, 24, path.stat().st_size)
 
 
-def test_what_a_image_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
+def test_what_an_image_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
     together = encode(tmp_path / "a", f"folder:{photos}")
     for path in sorted(photos.iterdir(), reverse=True):
         (tmp_path / "one").mkdir(exist_ok=True)

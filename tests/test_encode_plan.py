@@ -165,7 +165,7 @@ def test_what_a_url_once_gave_counts_as_what_it_gives() -> None:
     assert task.attempts == 1
 
 
-def test_a_image_known_by_its_hash_is_not_asked_for() -> None:
+def test_an_image_known_by_its_hash_is_not_asked_for() -> None:
     other = MediaRecord(source="/same.jpg", key=KEY, width=640, height=480, bytes=9)
     media = {URL: Mention("image", KEY)}
     plan = web_plan(media, other, present=Present({KEY}))

@@ -208,7 +208,7 @@ def flaky(h: Handler, _: bytes, n: int) -> None:
     h.send(b"", status=503) if n <= 2 else h.send(bytes(BODY))
 
 
-KINDS: dict[str, Act] = {
+ARRAYS: dict[str, Act] = {
     "large": large,
     "in-chunks": in_chunks,
     "unsaid": unsaid,
@@ -219,7 +219,7 @@ KINDS: dict[str, Act] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[TroubleServer]:
-    with TroubleServer(photos=1, extra=KINDS) as one:
+    with TroubleServer(photos=1, extra=ARRAYS) as one:
         yield one
 
 
@@ -272,7 +272,7 @@ def test_more_than_fits_is_fetched_all_the_same(
     consume: Callable[[list[concurrent.futures.Future[Fetched]]], int],
 ) -> None:
     one = small_fetcher()
-    kinds = ["late", *(kind for _ in range(8) for kind in KINDS)]
+    kinds = ["late", *(kind for _ in range(8) for kind in ARRAYS)]
     assert consume([one.submit(server.url(kind)) for kind in kinds]) == len(kinds)
     wait_until(lambda: one._budget.used == 0)
     beyond = LIMIT if consume is not as_they_come else 0

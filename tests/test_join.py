@@ -69,7 +69,7 @@ def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> N
     assert names_of(world.join()) == ["d/s"]
 
 
-def test_a_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
+def test_an_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
     """Two data sets may say different hashes for one URL; only one of them can be right."""
 
     def says(name: str, sha256: str | None) -> Sample:

@@ -30,7 +30,7 @@ def media_named(world: World, joined: object, name: str) -> int:
 def test_a_video_is_present_with_all_its_frames_and_knows_their_times(world: World) -> None:
     world.write(
         d=[
-            ask("clip", ["video a"]),
+            ask("video", ["video a"]),
             ask("both", ["p", "video b", "video a"]),
             ask("unknown", ["video a", "video nowhere"]),
             ask("image", ["p"]),
@@ -55,13 +55,13 @@ def test_a_video_is_present_with_all_its_frames_and_knows_their_times(world: Wor
 
 def test_frames_of_equal_time_stand_once(world: World) -> None:
     """Asked for at 12.0 and 12.02 s, the nearest frame is the same: 12.5 a second."""
-    world.write(d=[ask("1", ["clip"])])
-    world.encode_videos({"clip": 12.02})
+    world.write(d=[ask("1", ["video"])])
+    world.encode_videos({"video": 12.02})
     assert len(frame_views(12.02, 128)) == 26
     joined = world.join()
     times = joined.times_of(0).tolist()
     assert times == [frame_time(500_000 * i) for i in range(25)]
-    first = world.reader.lookup_pairs("frame", [key_of("clip")], ["t:12000000"])
+    first = world.reader.lookup_pairs("frame", [key_of("video")], ["t:12000000"])
     assert joined.rows_of(0)[-1] == first[0]
 
 
@@ -87,25 +87,25 @@ def test_videos_encoded_with_another_limit_are_told_apart_from_missing_ones(
 
 
 def test_without_a_length_nothing_is_known_of_its_frames(world: World) -> None:
-    world.write(d=[ask("1", ["clip"]), ask("2")])
-    world.encode_videos({"clip": 1.0})
-    record = MediaRecord(source=ref("clip").source, key=key_of("clip"), kind="video")
+    world.write(d=[ask("1", ["video"]), ask("2")])
+    world.encode_videos({"video": 1.0})
+    record = MediaRecord(source=ref("video").source, key=key_of("video"), kind="video")
     append_media(world.root, [record], "test")
     joined = world.join()
     assert (names_of(joined), joined.missing) == (["d/2"], 1)
 
 
-def test_one_file_may_be_a_image_here_and_a_video_there(world: World) -> None:
+def test_one_file_may_be_an_image_here_and_a_video_there(world: World) -> None:
     """An animated image: the same bytes, two kinds of media, each with its own rows."""
     as_image = replace(ask("image"), media=(MediaRef(source="/video.mp4"),))
-    world.write(d=[ask("clip", ["clip"]), as_image])
-    world.encode(["clip"])
-    world.encode_videos({"clip": 1.0})
+    world.write(d=[ask("video", ["video"]), as_image])
+    world.encode(["video"])
+    world.encode_videos({"video": 1.0})
     append_media(
         world.root,
         [
             MediaRecord(
-                source="/video.mp4", key=key_of("clip"), kind="video", duration_s=1.0, attempts=2
+                source="/video.mp4", key=key_of("video"), kind="video", duration_s=1.0, attempts=2
             )
         ],
         "test",
@@ -113,7 +113,7 @@ def test_one_file_may_be_a_image_here_and_a_video_there(world: World) -> None:
     joined = world.join()
     assert names_of(joined) == ["d/video", "d/image"]
     assert sorted(joined.kinds.tolist()) == [IMAGE, VIDEO]
-    assert joined.key(0) == joined.key(1) == key_of("clip")
+    assert joined.key(0) == joined.key(1) == key_of("video")
 
 
 def test_a_failed_video_does_not_count_against_coverage(world: World) -> None:
@@ -136,10 +136,10 @@ def test_other_kinds_are_refused_in_one_line(world: World) -> None:
 
 
 def test_the_digest_is_also_of_a_videos_frames(world: World, tmp_path: Path) -> None:
-    world.write(d=[ask("1", ["clip"]), ask("2", ["p"])])
+    world.write(d=[ask("1", ["video"]), ask("2", ["p"])])
     world.encode(["p"])
-    world.encode_videos({"clip": 30.0}, max_frames=8)
-    world.encode_videos({"clip": 30.0}, max_frames=16)
+    world.encode_videos({"video": 30.0}, max_frames=8)
+    world.encode_videos({"video": 30.0}, max_frames=16)
     first = world.join(max_frames=8)
     path = tmp_path / "samples.safetensors"
     first.freeze(path)
@@ -188,9 +188,9 @@ def test_blind_exchanges_images_among_images_and_videos_among_videos(world: Worl
 
 
 def test_a_single_video_has_none_to_be_exchanged_for(world: World) -> None:
-    world.write(d=[ask("1", ["clip"]), ask("2", ["p"]), ask("3", ["q"])])
+    world.write(d=[ask("1", ["video"]), ask("2", ["p"]), ask("3", ["q"])])
     world.encode(["p", "q"])
-    world.encode_videos({"clip": 1.0})
+    world.encode_videos({"video": 1.0})
     with pytest.raises(UserError, match=r"one video, so none.*--no-blind.*more videos"):
         world.join().blind(0)
 

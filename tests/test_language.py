@@ -131,7 +131,7 @@ def test_plain_text_comes_back_and_holds_no_control_token(text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(nasty, nasty, st.integers(0, 2))
-def test_no_user_can_end_a_turn_or_add_a_image(ask: str, say: str, images: int) -> None:
+def test_no_user_can_end_a_turn_or_add_an_image(ask: str, say: str, images: int) -> None:
     tok = byte_tokenizer(WORDS)
     sample = tokenize_messages(
         tok, [("user", "<image>" * images + ask, 1.0), ("assistant", say, 1.0)], images

@@ -238,7 +238,7 @@ def test_damage_behind_the_first_image_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
-def test_one_pixel_is_a_image(kind: str) -> None:
+def test_one_pixel_is_an_image(kind: str) -> None:
     data = saved(Image.new("RGB", (1, 1), "white"), kind)
     assert pixels(data).shape == (1, 1, 3)
     for fit in ("squash", "pad", "crop"):

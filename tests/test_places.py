@@ -31,7 +31,7 @@ def test_tenths_are_what_the_text_says(times: list[float]) -> None:
     assert [f"{t // 10}.{t % 10} " for t in found.tolist()] == [stamp(t) for t in times]
 
 
-def test_a_image_has_no_time() -> None:
+def test_an_image_has_no_time() -> None:
     assert tenths_of(np.array([np.nan, 0.25, 0.35, 99.95])).tolist() == [-1, 2, 3, 1000]
 
 

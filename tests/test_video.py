@@ -222,7 +222,7 @@ def test_recordings_glued_together_give_what_advances(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, model.video;"
+        "import sys, model.media.video;"
         "print([m for m in sys.modules if m.split('.')[0] in ('av', 'torch', 'transformers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -616,7 +616,7 @@ def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     import sys
 
     code = (
-        "import sys; from model.vision import *; load_encoder(encoder_config('demo'), device='cpu');"
+        "import sys; from model.vision.encoder import *; load_encoder(encoder_config('demo'), device='cpu');"
         "sys.exit('open_clip' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -24,7 +24,7 @@ def space(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
     fill(space, range(SLOTS))
     ShardWriter(space, "image", 1)
     fill(space, [5, 4])
-    fill(space, [7], kind="frame")
+    fill(space, [7], array="frame")
     space.grow("image")
     space.grow("frame")
     return space

@@ -47,15 +47,17 @@ def key(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
-def features(number: int, kind: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.float32]:
+def features(
+    number: int, array: str = "image", spec: FeatureSpec = SPEC
+) -> npt.NDArray[np.float32]:
     """Its features, (tokens, width)."""
-    shape = spec.tokens(kind), spec.width
+    shape = spec.tokens(array), spec.width
     return np.random.default_rng(number).normal(size=shape).astype(np.float32)
 
 
-def row(number: int, kind: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
+def row(number: int, array: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
     """Its stored row."""
-    return codec.pack(features(number, kind, spec), spec.layout)
+    return codec.pack(features(number, array, spec), spec.layout)
 
 
 def make_space(
@@ -67,11 +69,11 @@ def make_space(
     return Space.create(CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("image"))
 
 
-def fill(space: Space, numbers: Sequence[int], kind: str = "image", view: str = "full") -> int:
+def fill(space: Space, numbers: Sequence[int], array: str = "image", view: str = "full") -> int:
     """One committed shard with these images; its number."""
-    shard = space.next_shard(kind)
-    writer = ShardWriter(space, kind, shard)
+    shard = space.next_shard(array)
+    writer = ShardWriter(space, array, shard)
     for number in numbers:
-        writer.append(key(number), view, row(number, kind, space.spec), error=0.005)
+        writer.append(key(number), view, row(number, array, space.spec), error=0.005)
     writer.commit()
     return shard

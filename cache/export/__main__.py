@@ -37,7 +37,7 @@ from cache.export.rows import (
     write_index,
 )
 from cache.export.samples import Exported, Views, all_views, gather, sample_parts, texts
-from cache.format.spec import ARRAY_OF, KINDS
+from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.paths import PARTIAL, CacheRoot, fsync_folder, make_folder, new_file, write_atomic
 from cache.store.reader import FeatureReader, find_space
 from cache.store.samples import samples_digest
@@ -81,7 +81,7 @@ class Export:
     views: dict[str, Views]
     """Where the rows of a media are; empty without data sets."""
     rows: dict[str, Positions]
-    """Kind of array -> the rows that leave."""
+    """Array of array -> the rows that leave."""
 
     @staticmethod
     def plan(options: Options) -> Export:
@@ -96,12 +96,12 @@ class Export:
         views = all_views(reader) if options.dataset else {}
         data = [gather(root, name, views) for name in dict.fromkeys(options.dataset)]
         rows = {}
-        for kind in KINDS:
+        for array in ARRAYS:
             keys = None
             if options.dataset:
                 media = (one for d in data for group in d.groups for one in group.media)
-                keys = {bytes.fromhex(one.key) for one in media if ARRAY_OF[one.kind] == kind}
-            rows[kind] = chosen_rows(reader, kind, keys)
+                keys = {bytes.fromhex(one.key) for one in media if ARRAY_OF[one.kind] == array}
+            rows[array] = chosen_rows(reader, array, keys)
         return Export(options=options, root=root, source=source, data=data, views=views, rows=rows)
 
     def parts(self) -> Iterator[Part]:
@@ -126,9 +126,9 @@ class Export:
     def _state(self) -> str:
         """sha256 (hex) of which rows leave with which samples. A shard's number is never used again."""
         digest = hashlib.sha256()
-        for kind, rows in self.rows.items():
-            index = self.source.reader.index[kind]
-            digest.update(f"{kind} {index.shards.tolist()} {len(index)}".encode())
+        for array, rows in self.rows.items():
+            index = self.source.reader.index[array]
+            digest.update(f"{array} {index.shards.tolist()} {len(index)}".encode())
             digest.update(rows.tobytes())
         for data in self.data:
             for group in data.groups:
@@ -145,8 +145,8 @@ class Export:
             "codec": self.source.layout,
             "stored_as": spec.layout,
             "width": spec.width,
-            "tokens": {kind: spec.tokens(kind) for kind in KINDS},
-            "rows": {kind: len(rows) for kind, rows in self.rows.items()},
+            "tokens": {array: spec.tokens(array) for array in ARRAYS},
+            "rows": {array: len(rows) for array, rows in self.rows.items()},
             "datasets": {data.name: samples_digest(self.root, data.name) for data in self.data},
             "files": [part.name for part in parts],
             "state": self._state(),
@@ -239,7 +239,7 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
 
 def summary(export: Export, out: Path) -> str:
     """What was written, and what was left out."""
-    rows = ", ".join(f"{len(rows):,} {kind} rows" for kind, rows in export.rows.items())
+    rows = ", ".join(f"{len(rows):,} {array} rows" for array, rows in export.rows.items())
     size = sum(path.stat().st_size for path in out.iterdir())
     lines = [f"{out}: {rows} as {export.source.layout}, {bytes_text(size)}"]
     for data in export.data:

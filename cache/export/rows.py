@@ -57,42 +57,42 @@ class Source:
         """How a row is handed on."""
         return "fp16" if self.unpack else self.reader.spec.layout
 
-    def shape(self, kind: str) -> tuple[int, ...]:
+    def shape(self, array: str) -> tuple[int, ...]:
         """Of one row's array: (tokens, width) float16, or (row_bytes,) uint8."""
         if self.layout == "fp16":
-            return self.reader.spec.tokens(kind), self.reader.spec.width
-        return (self.reader.spec.row_bytes(kind),)
+            return self.reader.spec.tokens(array), self.reader.spec.width
+        return (self.reader.spec.row_bytes(array),)
 
-    def row_bytes(self, kind: str) -> int:
+    def row_bytes(self, array: str) -> int:
         """Bytes of one row, as it is handed on."""
-        return codec.row_bytes(self.layout, self.reader.spec.tokens(kind), self.reader.spec.width)
+        return codec.row_bytes(self.layout, self.reader.spec.tokens(array), self.reader.spec.width)
 
-    def geometry(self, kind: str) -> WdsGeometry:
+    def geometry(self, array: str) -> WdsGeometry:
         """What stands around such rows in a tar."""
         spec = self.reader.spec
-        tokens, width = spec.tokens(kind), spec.width
-        size = self.row_bytes(kind)
+        tokens, width = spec.tokens(array), spec.width
+        size = self.row_bytes(array)
         return WdsGeometry(
             row_bytes=size, slots=FILE_ROWS, layout=self.layout, tokens=tokens, width=width
         )
 
-    def rows(self, kind: str, positions: Positions) -> npt.NDArray[np.uint8]:
+    def rows(self, array: str, positions: Positions) -> npt.NDArray[np.uint8]:
         """(n, row_bytes) of some positions, in their order.
 
         Raises:
             Corrupt: a row is not what was written.
         """
-        spec, index = self.reader.spec, self.reader.index[kind]
-        stored = np.empty((len(positions), spec.row_bytes(kind)), np.uint8)
-        self.reader.read_into(kind, index.rows(positions), stored)
+        spec, index = self.reader.spec, self.reader.index[array]
+        stored = np.empty((len(positions), spec.row_bytes(array)), np.uint8)
+        self.reader.read_into(array, index.rows(positions), stored)
         if self.layout == spec.layout:
             return stored
-        values = codec.unpack(stored, spec.layout, spec.tokens(kind), spec.width)
+        values = codec.unpack(stored, spec.layout, spec.tokens(array), spec.width)
         return np.ascontiguousarray(values, "<f2").view(np.uint8).reshape(len(positions), -1)
 
-    def facts(self, kind: str, position: int, row: npt.NDArray[np.uint8]) -> RowFacts:
+    def facts(self, array: str, position: int, row: npt.NDArray[np.uint8]) -> RowFacts:
         """What is known of a row; the crc is that of `row`, which `rows` gave."""
-        index = self.reader.index[kind]
+        index = self.reader.index[array]
         key, view = index.identity(position)
         time_s = float(index.times[position])
         crc = crc32c(row.data) if self.unpack else int(index.crcs[position])
@@ -101,18 +101,18 @@ class Source:
         return RowFacts(key=key, view=view, time_s=known, crc=crc, error=error)
 
     def batches(
-        self, kind: str, positions: Positions
+        self, array: str, positions: Positions
     ) -> Iterator[tuple[Positions, npt.NDArray[np.uint8]]]:
         """Positions, and their rows, some at a time."""
-        step = max(1, BATCH_BYTES // self.reader.spec.row_bytes(kind))
+        step = max(1, BATCH_BYTES // self.reader.spec.row_bytes(array))
         for start in range(0, len(positions), step):
             some = positions[start : start + step]
-            yield some, self.rows(kind, some)
+            yield some, self.rows(array, some)
 
 
-def chosen_rows(reader: FeatureReader, kind: str, keys: set[bytes] | None) -> Positions:
+def chosen_rows(reader: FeatureReader, array: str, keys: set[bytes] | None) -> Positions:
     """Positions, ascending, of the rows of some media (of all: None); of doubled rows, the first."""
-    index = reader.index[kind]
+    index = reader.index[array]
     keep = np.ones(len(index), bool)
     keep[[again for _, again in index.duplicates()]] = False
     if keys is not None:
@@ -121,10 +121,10 @@ def chosen_rows(reader: FeatureReader, kind: str, keys: set[bytes] | None) -> Po
     return np.flatnonzero(keep)
 
 
-def cut(source: Source, kind: str, positions: Positions, nbytes: int) -> Iterator[Positions]:
+def cut(source: Source, array: str, positions: Positions, nbytes: int) -> Iterator[Positions]:
     """Stretches of rows, `nbytes` each, for a file each; between two media where that is possible."""
     most = max(1, min(FILE_ROWS, FILE_BYTES // nbytes))
-    keys = source.reader.index[kind].keys
+    keys = source.reader.index[array].keys
     start = 0
     while start < len(positions):
         stop = end = start + most
@@ -139,19 +139,19 @@ def cut(source: Source, kind: str, positions: Positions, nbytes: int) -> Iterato
 
 def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
     """Tars of `<key>.<view>.npy` and `.json`, as the shards of a webdataset space are."""
-    for kind, positions in rows.items():
-        geometry = source.geometry(kind)
+    for array, positions in rows.items():
+        geometry = source.geometry(array)
 
         def write(
             file: BinaryIO,
             progress: Progress,
-            kind: str,
+            array: str,
             some: Positions,
             geometry: WdsGeometry = geometry,
         ) -> None:
-            for batch, stored in source.batches(kind, some):
+            for batch, stored in source.batches(array, some):
                 for position, row in zip(batch.tolist(), stored, strict=True):
-                    facts = source.facts(kind, position, row)
+                    facts = source.facts(array, position, row)
                     try:
                         geometry.check_view(facts.view)
                     except ValueError as error:
@@ -161,49 +161,49 @@ def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
                 progress(len(batch) * geometry.slot_bytes)
             file.write(END)
 
-        for number, some in enumerate(cut(source, kind, positions, geometry.slot_bytes)):
-            name = f"{kind}-{number:06d}.tar"
+        for number, some in enumerate(cut(source, array, positions, geometry.slot_bytes)):
+            name = f"{array}-{number:06d}.tar"
             nbytes = geometry.file_bytes(len(some))
-            yield Part(name, nbytes, _bound(write, kind, some))
+            yield Part(name, nbytes, _bound(write, array, some))
 
 
 def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
     """Files of one tensor a row, `<key>/<view>`: an 8-byte length, JSON, the rows one after the other."""
 
-    def write(file: BinaryIO, progress: Progress, kind: str, some: Positions) -> None:
-        file.write(_safetensors_header(source, kind, some))
-        for _, stored in source.batches(kind, some):
+    def write(file: BinaryIO, progress: Progress, array: str, some: Positions) -> None:
+        file.write(_safetensors_header(source, array, some))
+        for _, stored in source.batches(array, some):
             file.write(stored.data)
             progress(stored.nbytes)
 
-    for kind, positions in rows.items():
-        size = source.row_bytes(kind)
-        for number, some in enumerate(cut(source, kind, positions, size)):
+    for array, positions in rows.items():
+        size = source.row_bytes(array)
+        for number, some in enumerate(cut(source, array, positions, size)):
             nbytes = len(some) * size
-            yield Part(safetensors_name(kind, number), nbytes, _bound(write, kind, some))
+            yield Part(safetensors_name(array, number), nbytes, _bound(write, array, some))
 
 
 def _bound(
-    write: Callable[[BinaryIO, Progress, str, Positions], None], kind: str, some: Positions
+    write: Callable[[BinaryIO, Progress, str, Positions], None], array: str, some: Positions
 ) -> Callable[[BinaryIO, Progress], None]:
-    return lambda file, progress: write(file, progress, kind, some)
+    return lambda file, progress: write(file, progress, array, some)
 
 
-def safetensors_name(kind: str, number: int) -> str:
+def safetensors_name(array: str, number: int) -> str:
     """Of one file."""
-    return f"{kind}-{number:05d}.safetensors"
+    return f"{array}-{number:05d}.safetensors"
 
 
-def _safetensors_header(source: Source, kind: str, some: Positions) -> bytes:
-    size, shape = source.row_bytes(kind), list(source.shape(kind))
-    spec, index = source.reader.spec, source.reader.index[kind]
+def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
+    size, shape = source.row_bytes(array), list(source.shape(array))
+    spec, index = source.reader.spec, source.reader.index[array]
     header: dict[str, object] = {
         "__metadata__": {
             "space": source.reader.paths.name,
             "fingerprint": spec.fingerprint,
-            "array": kind,
+            "array": array,
             "codec": source.layout,
-            "tokens": str(spec.tokens(kind)),
+            "tokens": str(spec.tokens(array)),
             "width": str(spec.width),
         }
     }
@@ -223,17 +223,17 @@ def write_index(file: BinaryIO, source: Source, rows: Mapping[str, Positions]) -
     metadata = {"space": source.reader.paths.name, "codec": source.layout, "spec": spec.to_json()}
     file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
     separator = b"\n"
-    for kind, positions in rows.items():
-        for number, some in enumerate(cut(source, kind, positions, source.row_bytes(kind))):
-            name = json.dumps(safetensors_name(kind, number)).encode()
+    for array, positions in rows.items():
+        for number, some in enumerate(cut(source, array, positions, source.row_bytes(array))):
+            name = json.dumps(safetensors_name(array, number)).encode()
             for position in some.tolist():
-                tensor = json.dumps("/".join(source.reader.index[kind].identity(position)))
+                tensor = json.dumps("/".join(source.reader.index[array].identity(position)))
                 file.write(separator + tensor.encode() + b": " + name)
                 separator = b",\n"
     file.write(b'},\n"time_s": {')
     separator = b"\n"
-    for kind, positions in rows.items():
-        index = source.reader.index[kind]
+    for array, positions in rows.items():
+        index = source.reader.index[array]
         for position in positions[~np.isnan(index.times[positions])].tolist():
             tensor = json.dumps("/".join(index.identity(position)))
             file.write(separator + f"{tensor}: {float(index.times[position])!r}".encode())

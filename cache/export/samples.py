@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.export.rows import FILE_BYTES, FILE_ROWS, Part, Positions, Progress, Source
-from cache.format.spec import ARRAY_OF, KINDS
+from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.format.tar_shard import BLOCK, END, member_header, npy_header, padded
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -88,7 +88,7 @@ class Views:
 
 def all_views(reader: FeatureReader) -> dict[str, Views]:
     """Kind of array -> its rows by key."""
-    return {kind: Views(reader, kind) for kind in KINDS}
+    return {kind: Views(reader, kind) for kind in ARRAYS}
 
 
 def keys_of(root: CacheRoot, table: pa.Table) -> dict[str, str]:

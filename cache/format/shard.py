@@ -2,8 +2,8 @@
 
 A shard is slots of one size, one row in each, then a tail. What stands around a row in its slot, and the
 tail, follow from the shard's commit: they are never read to find anything, and `cache.verify --deep` makes
-them anew and compares. `cache.zarr_shard` and `cache.wds_shard` are the two; `SpaceInfo.container` is the
-one of a space.
+them anew and compares. `cache.format.zarr_shard` and `cache.format.tar_shard` are the two;
+`SpaceInfo.container` is the one of a space.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Geometry(ABC):
 
     @abstractmethod
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:
-        """What the commits of such shards say of their rows beside `cache.commits.SCHEMA`, each (rows,)."""
+        """What the commits of such shards say of their rows beside `cache.store.commits.SCHEMA`, each
+        (rows,)."""
 
     @property
     def gap_bytes(self) -> int:
@@ -99,7 +100,7 @@ class Geometry(ABC):
 class Container(Protocol):
     """One on-disk format."""
 
-    def geometry(self, spec: FeatureSpec, kind: str, slots: int) -> Geometry:
+    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
         """Of the shards of one array, `slots` rows each."""
         ...
 
@@ -108,7 +109,7 @@ class Container(Protocol):
         ...
 
     def array_values(
-        self, spec: FeatureSpec, kind: str, slots: int, rows: int
+        self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any] | None:
         """What the file beside one array says of `rows` row numbers; None: such spaces have none."""
         ...

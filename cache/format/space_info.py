@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.format.shard import Container, Geometry
-from cache.format.spec import FORMAT, KINDS, FeatureSpec
+from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.tar_shard import WdsContainer
 from cache.format.zarr_shard import ZarrContainer
 from cache.store.paths import Corrupt, SpacePaths, read_sealed_json, sealed_json
@@ -33,7 +33,7 @@ class SpaceInfo:
     load: Mapping[str, Any]
     """How to load the encoder again: JSON, not part of the fingerprint."""
     slots: Mapping[str, int]
-    """Kind -> rows per shard."""
+    """Array -> rows per shard."""
 
     @property
     def container(self) -> Container:
@@ -43,24 +43,24 @@ class SpaceInfo:
     @functools.cached_property
     def _geometries(self) -> Mapping[str, Geometry]:
         make = self.container.geometry
-        return {kind: make(self.spec, kind, slots) for kind, slots in self.slots.items()}
+        return {array: make(self.spec, array, slots) for array, slots in self.slots.items()}
 
-    def geometry(self, kind: str) -> Geometry:
-        """Where things stand in the shards of `kind`."""
-        return self._geometries[kind]
+    def geometry(self, array: str) -> Geometry:
+        """Where things stand in the shards of `array`."""
+        return self._geometries[array]
 
 
-def slot_bytes(spec: FeatureSpec, kind: str) -> int:
-    """Bytes a row of `kind` takes in a shard, with what stands around it."""
-    return _CONTAINERS[spec.container].geometry(spec, kind, 1).slot_bytes
+def slot_bytes(spec: FeatureSpec, array: str) -> int:
+    """Bytes a row of `array` takes in a shard, with what stands around it."""
+    return _CONTAINERS[spec.container].geometry(spec, array, 1).slot_bytes
 
 
 def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> SpaceInfo:
     """The description of a new space: shards of about `shard_bytes`, a power of two of rows."""
     slots = {}
-    for kind in KINDS:
-        power = round(math.log2(max(1.0, shard_bytes / spec.row_bytes(kind))))
-        slots[kind] = min(MAX_SLOTS, 2**power)
+    for array in ARRAYS:
+        power = round(math.log2(max(1.0, shard_bytes / spec.row_bytes(array))))
+        slots[array] = min(MAX_SLOTS, 2**power)
     return SpaceInfo(spec=spec, load=load, slots=slots)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from cache.format.codec import row_bytes
 
 FORMAT = 1
-KINDS = ("image", "frame")
+ARRAYS = ("image", "frame")
 """Kinds of media view. Each has its own array in a space, under the same name."""
 
 ARRAY_OF = {"image": "image", "video": "frame"}
-"""Kind of media -> the array its views' rows are in."""
+"""Media kind -> the array its views' rows are in."""
 
 CODECS = ("fp16", "int8", "int4")
 """How rows can be stored, as one asks for it; `FeatureSpec.layout` says what bytes that makes."""
@@ -99,10 +99,10 @@ class FeatureSpec:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
-        for kind in KINDS:
-            if self.pool(kind) < 1 or self.grid % self.pool(kind):
+        for array in ARRAYS:
+            if self.pool(array) < 1 or self.grid % self.pool(array):
                 raise ValueError(
-                    f"pool_{kind} {self.pool(kind)} does not divide "
+                    f"pool_{array} {self.pool(array)} does not divide "
                     f"the grid of {self.grid} x {self.grid} patches"
                 )
         if self.keep_cls and (self.pool_image > 1 or self.pool_frame > 1):
@@ -115,23 +115,23 @@ class FeatureSpec:
         """Patches along one side of the encoder input."""
         return self.image_size // self.patch_size
 
-    def pool(self, kind: str) -> int:
-        """Side of the pooling window for `kind`, patches."""
-        return {"image": self.pool_image, "frame": self.pool_frame}[kind]
+    def pool(self, array: str) -> int:
+        """Side of the pooling window for `array`, patches."""
+        return {"image": self.pool_image, "frame": self.pool_frame}[array]
 
-    def tokens(self, kind: str) -> int:
-        """Tokens in one row of `kind`."""
-        return (self.grid // self.pool(kind)) ** 2 + self.keep_cls
+    def tokens(self, array: str) -> int:
+        """Tokens in one row of `array`."""
+        return (self.grid // self.pool(array)) ** 2 + self.keep_cls
 
     @property
     def layout(self) -> str:
-        """What a row's bytes are, by the name `cache.codec` has for it. The first spaces' int8 rows hold no
-        mean token."""
+        """What a row's bytes are, by the name `cache.format.codec` has for it. The first spaces' int8 rows
+        hold no mean token."""
         return "int8m" if (self.codec, self.packed_from) == ("int8", "float16") else self.codec
 
-    def row_bytes(self, kind: str) -> int:
-        """Stored bytes of one row of `kind`, without its checksum."""
-        return row_bytes(self.layout, self.tokens(kind), self.width)
+    def row_bytes(self, array: str) -> int:
+        """Stored bytes of one row of `array`, without its checksum."""
+        return row_bytes(self.layout, self.tokens(array), self.width)
 
     @functools.cached_property
     def fingerprint(self) -> str:

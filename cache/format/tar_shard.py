@@ -75,7 +75,7 @@ class WdsGeometry(Geometry):
     """Tar header, npy header, row, zeros; tar header, JSON, zeros. The tail is the end of the archive."""
 
     layout: str
-    """How a row is laid out: see `cache.codec`."""
+    """How a row is laid out: see `cache.format.codec`."""
     tokens: int
     """Tokens in a row."""
     width: int
@@ -150,20 +150,20 @@ class WdsGeometry(Geometry):
 
 
 class WdsContainer:
-    """Tars, and nothing beside them: see `cache.container.Container`."""
+    """Tars, and nothing beside them: see `cache.format.shard.Container`."""
 
-    def geometry(self, spec: FeatureSpec, kind: str, slots: int) -> Geometry:
+    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
         """Of the shards of one array."""
         return WdsGeometry(
-            row_bytes=spec.row_bytes(kind),
+            row_bytes=spec.row_bytes(array),
             slots=slots,
             layout=spec.layout,
-            tokens=spec.tokens(kind),
+            tokens=spec.tokens(array),
             width=spec.width,
         )
 
     def group_values(self) -> None:
         """None."""
 
-    def array_values(self, spec: FeatureSpec, kind: str, slots: int, rows: int) -> None:
+    def array_values(self, spec: FeatureSpec, array: str, slots: int, rows: int) -> None:
         """None."""

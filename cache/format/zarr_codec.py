@@ -23,11 +23,11 @@ NAME = "nanomolmo2.row"
 
 
 def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
-    """The codec class over `codec`, which is the module `cache.codec`."""
+    """The codec class over `codec`, which is the module `cache.format.codec`."""
 
     @dataclass(frozen=True)
     class RowCodec(ArrayBytesCodec):
-        """One row (1, tokens, width) of float16 as the bytes `cache.codec.pack` makes."""
+        """One row (1, tokens, width) of float16 as the bytes `cache.format.codec.pack` makes."""
 
         codec: str = "int8"
         """Name of the row layout. It stands in zarr.json, where `int8` means what it always has."""

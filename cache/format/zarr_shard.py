@@ -25,7 +25,7 @@ MISSING = 2**64 - 1
 """Offset and nbytes of a slot that holds no row."""
 
 ROW_CODEC = "nanomolmo2.row"
-"""Zarr's name for our lossy row layouts; `cache.zarr_codec` has the class."""
+"""Zarr's name for our lossy row layouts; `cache.format.zarr_codec` has the class."""
 
 
 def crc_bytes(crc: int) -> bytes:
@@ -69,9 +69,9 @@ class ZarrGeometry(Geometry):
         return {}
 
 
-def array_values(spec: FeatureSpec, kind: str, slots: int, rows: int) -> dict[str, Any]:
+def array_values(spec: FeatureSpec, array: str, slots: int, rows: int) -> dict[str, Any]:
     """What zarr.json of one array says: `rows` row numbers, of which some may hold nothing (NaN)."""
-    tokens, width = spec.tokens(kind), spec.width
+    tokens, width = spec.tokens(array), spec.width
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     row = little
     if spec.layout != "fp16":
@@ -105,18 +105,18 @@ def zarr_json(values: Mapping[str, Any]) -> bytes:
 
 
 class ZarrContainer:
-    """Zarr v3 arrays: see `cache.container.Container`."""
+    """Zarr v3 arrays: see `cache.format.shard.Container`."""
 
-    def geometry(self, spec: FeatureSpec, kind: str, slots: int) -> Geometry:
+    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
         """Of the shards of one array."""
-        return ZarrGeometry(row_bytes=spec.row_bytes(kind), slots=slots)
+        return ZarrGeometry(row_bytes=spec.row_bytes(array), slots=slots)
 
     def group_values(self) -> Mapping[str, Any]:
         """The arrays are a group."""
         return GROUP_VALUES
 
     def array_values(
-        self, spec: FeatureSpec, kind: str, slots: int, rows: int
+        self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any]:
         """What zarr.json says."""
-        return array_values(spec, kind, slots, rows)
+        return array_values(spec, array, slots, rows)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cache.format.checksums import crc32c
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo, read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.findings import GC, Finding, Progress, Report, SpaceReport, damage, note
 from cache.maintenance.row_checks import Finite, outliers
 from cache.store.commits import Commit, current, read_commit
@@ -96,25 +96,25 @@ def check_space(
             )
         return report
     index, digests = {}, {}
-    for kind in KINDS:
-        commits, findings = check_commits(paths, info, kind, progress)
+    for array in ARRAYS:
+        commits, findings = check_commits(paths, info, array, progress)
         with ThreadPoolExecutor(THREADS) as threads:
             shards = [
-                threads.submit(check_shard, paths, info, kind, commit, deep, progress, hashed)
+                threads.submit(check_shard, paths, info, array, commit, deep, progress, hashed)
                 for commit in commits
             ]
             for shard in shards:
                 findings += shard.result()[0]
-        index[kind] = RowIndex(commits, info.slots[kind])
-        digests[kind] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
-        findings += _check_array_json(paths, info, kind, commits)
-        findings += _check_duplicates(paths, kind, index[kind])
-        findings += _check_errors(paths, kind, commits)
-        sound = None if any(f.broken for f in findings) else index[kind]
-        if derived := check_index(paths, info, kind, deep=deep, rebuilt=sound):
+        index[array] = RowIndex(commits, info.slots[array])
+        digests[array] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
+        findings += _check_array_json(paths, info, array, commits)
+        findings += _check_duplicates(paths, array, index[array])
+        findings += _check_errors(paths, array, commits)
+        sound = None if any(f.broken for f in findings) else index[array]
+        if derived := check_index(paths, info, array, deep=deep, rebuilt=sound):
             findings.append(damage(derived, derived.path))
         report.findings += findings
-        report.rows[kind] = len(index[kind])
+        report.rows[array] = len(index[array])
         report.nbytes += sum(commit.nbytes for commit in commits)
     if (group := info.container.group_values()) is not None:
         report.findings += _check_values(paths.group_json, group)
@@ -130,19 +130,19 @@ _NO_DIGESTS = np.empty((0, 32), np.uint8)
 def check_shard(
     paths: SpacePaths,
     info: SpaceInfo,
-    kind: str,
+    array: str,
     commit: Commit,
     deep: bool,
     progress: Progress,
     hashed: bool = False,
 ) -> tuple[list[Finding], npt.NDArray[np.uint8]]:
     """What is wrong with one shard; and, with `deep` and `hashed`, the sha256 (n, 32) of its rows."""
-    path, geometry = paths.shard(kind, commit.shard), info.geometry(kind)
+    path, geometry = paths.shard(array, commit.shard), info.geometry(array)
     findings: list[Finding] = []
 
     def broken(what: str) -> None:
-        error = corrupt_shard(paths, kind, commit.shard, what)
-        findings.append(damage(error, path, array=kind, shard=commit.shard))
+        error = corrupt_shard(paths, array, commit.shard, what)
+        findings.append(damage(error, path, array=array, shard=commit.shard))
 
     try:
         with path.open("rb") as file:
@@ -157,7 +157,7 @@ def check_shard(
                 broken("its last bytes are damaged: the index, or the end of the tar")
             digests = _NO_DIGESTS
             if deep:
-                finite = Finite(info.spec, kind)
+                finite = Finite(info.spec, array)
                 fd = file.fileno()
                 bad, odd, digests = _check_rows(fd, geometry, commit, finite, progress, hashed)
                 if bad:
@@ -216,14 +216,14 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
 
 
 def check_commits(
-    paths: SpacePaths, info: SpaceInfo, kind: str, progress: Progress
+    paths: SpacePaths, info: SpaceInfo, array: str, progress: Progress
 ) -> tuple[list[Commit], list[Finding]]:
     """The intact commits of all shards that exist, by number; and what is wrong with the others."""
     commits, findings = [], []
-    for number in paths.committed(kind):
-        path = paths.commit(kind, number)
+    for number in paths.committed(array):
+        path = paths.commit(array, number)
         try:
-            commits.append(read_commit(paths, info, kind, number))
+            commits.append(read_commit(paths, info, array, number))
         except Corrupt as error:
             findings.append(damage(error, path))
         except OSError as error:
@@ -232,7 +232,7 @@ def check_commits(
     return current(commits), findings
 
 
-def _check_errors(paths: SpacePaths, kind: str, commits: Sequence[Commit]) -> Iterator[Finding]:
+def _check_errors(paths: SpacePaths, array: str, commits: Sequence[Commit]) -> Iterator[Finding]:
     """Rows whose codec lost far more than that of the others."""
     errors = [commit.table["error"].to_numpy() for commit in commits]
     together = np.concatenate([np.empty(0, np.float32), *errors])
@@ -245,29 +245,29 @@ def _check_errors(paths: SpacePaths, kind: str, commits: Sequence[Commit]) -> It
         error, median = float(together[position]), float(np.median(together))
         more = f", {len(found) - SHOWN} more like it" if position == found[:SHOWN][-1] else ""
         yield note(
-            paths.shard(kind, commit.shard),
+            paths.shard(array, commit.shard),
             f"{key.hex()} {view}: its codec's error is {error:.3g}, the median {median:.3g}"
             + (more if len(found) > SHOWN else ""),
             "stored as it was written; look at the image",
         )
 
 
-def _check_duplicates(paths: SpacePaths, kind: str, index: RowIndex) -> Iterator[Finding]:
+def _check_duplicates(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
     for pair in index.duplicates():
         key, view = index.identity(pair[0])
         first, again = index.rows(np.array(pair)).tolist()
         shard = again // index.slots
         error = corrupt_shard(
-            paths, kind, shard, f"row {again} is {key} {view}, and so is row {first}"
+            paths, array, shard, f"row {again} is {key} {view}, and so is row {first}"
         )
-        yield damage(error, paths.shard(kind, shard), array=kind)
+        yield damage(error, paths.shard(array, shard), array=array)
 
 
 def _check_array_json(
-    paths: SpacePaths, info: SpaceInfo, kind: str, commits: Sequence[Commit]
+    paths: SpacePaths, info: SpaceInfo, array: str, commits: Sequence[Commit]
 ) -> Iterator[Finding]:
-    path, slots = paths.array_json(kind), info.slots[kind]
-    if info.container.array_values(info.spec, kind, slots, 0) is None:
+    path, slots = paths.array_json(array), info.slots[array]
+    if info.container.array_values(info.spec, array, slots, 0) is None:
         return
     needed = (commits[-1].shard + 1) * slots if commits else 0
     try:
@@ -277,7 +277,7 @@ def _check_array_json(
         return
     except (KeyError, IndexError, TypeError, ValueError):  # intact, but of something else
         covered = needed
-    expected = info.container.array_values(info.spec, kind, slots, covered)
+    expected = info.container.array_values(info.spec, array, slots, covered)
     assert expected is not None
     yield from _check_values(path, expected)
     if covered < needed:
@@ -296,12 +296,12 @@ def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
     """Files that no commit knows."""
-    known = {paths.space_json, *map(paths.index, KINDS)}
+    known = {paths.space_json, *map(paths.index, ARRAYS)}
     if info.container.group_values() is not None:
-        known |= {paths.group_json, *map(paths.array_json, KINDS)}
-    for kind in KINDS:
-        for number in paths.committed(kind):
-            known |= {paths.commit(kind, number), paths.shard(kind, number)}
+        known |= {paths.group_json, *map(paths.array_json, ARRAYS)}
+    for array in ARRAYS:
+        for number in paths.committed(array):
+            known |= {paths.commit(array, number), paths.shard(array, number)}
     for path in _files(paths.root):
         if path.name.endswith(PARTIAL):
             yield note(path, "was never finished", GC)

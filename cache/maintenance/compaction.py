@@ -67,14 +67,14 @@ def one_line(where: Path) -> Iterator[None]:
 
 
 def intact_rows(
-    paths: SpacePaths, info: SpaceInfo, kind: str, commit: Commit
+    paths: SpacePaths, info: SpaceInfo, array: str, commit: Commit
 ) -> npt.NDArray[np.bool_]:
     """Which rows (n,) of a shard, whatever became of its file, are what was committed, and numbers."""
-    geometry, finite = info.geometry(kind), Finite(info.spec, kind)
+    geometry, finite = info.geometry(array), Finite(info.spec, array)
     intact = np.zeros(commit.table.num_rows, bool)
     row = np.empty(geometry.row_bytes, np.uint8)
     try:
-        fd = os.open(paths.shard(kind, commit.shard), os.O_RDONLY)
+        fd = os.open(paths.shard(array, commit.shard), os.O_RDONLY)
     except OSError:
         return intact
     try:
@@ -87,7 +87,7 @@ def intact_rows(
     return intact
 
 
-def take_out(space: Space, kind: str, parts: Sequence[Part], away: Away) -> int | None:
+def take_out(space: Space, array: str, parts: Sequence[Part], away: Away) -> int | None:
     """Let only some rows of these shards stay, all in one new shard; its number, None if none stay.
 
     Raises:
@@ -96,17 +96,17 @@ def take_out(space: Space, kind: str, parts: Sequence[Part], away: Away) -> int 
         Whatever is raised, every row that should stay still exists, once.
     """
     with one_line(space.paths.root):
-        number = _copy(space, kind, parts) if any(keep.any() for _, keep in parts) else None
-        retire(space.paths, space.info, kind, [commit.shard for commit, _ in parts], away)
+        number = _copy(space, array, parts) if any(keep.any() for _, keep in parts) else None
+        retire(space.paths, space.info, array, [commit.shard for commit, _ in parts], away)
     return number
 
 
-def _copy(space: Space, kind: str, parts: Sequence[Part]) -> int:
-    number = space.next_shard(kind)
-    writer = ShardWriter(space, kind, number)
+def _copy(space: Space, array: str, parts: Sequence[Part]) -> int:
+    number = space.next_shard(array)
+    writer = ShardWriter(space, array, number)
     try:
         for commit, keep in parts:
-            _append(space, kind, commit, keep, writer)
+            _append(space, array, commit, keep, writer)
         writer.commit(replaces=[commit.shard for commit, _ in parts])
     except BaseException:
         with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
@@ -116,18 +116,18 @@ def _copy(space: Space, kind: str, parts: Sequence[Part]) -> int:
 
 
 def _append(
-    space: Space, kind: str, commit: Commit, keep: npt.NDArray[np.bool_], writer: ShardWriter
+    space: Space, array: str, commit: Commit, keep: npt.NDArray[np.bool_], writer: ShardWriter
 ) -> None:
-    geometry = space.info.geometry(kind)
+    geometry = space.info.geometry(array)
     row = np.empty(geometry.row_bytes, np.uint8)
-    fd = os.open(space.paths.shard(kind, commit.shard), os.O_RDONLY)
+    fd = os.open(space.paths.shard(array, commit.shard), os.O_RDONLY)
     try:
         for slot in np.flatnonzero(keep).tolist():
             said = {name: commit.table[name][slot].as_py() for name in commit.table.column_names}
             os.preadv(fd, [row.data], geometry.row_offset(slot))
             if crc32c(row.data) != said["crc"]:
                 what = f"row {said['row']} fails its checksum"
-                raise corrupt_shard(space.paths, kind, commit.shard, what)
+                raise corrupt_shard(space.paths, array, commit.shard, what)
             writer.append(
                 said["key"].hex(),
                 said["view"],
@@ -140,49 +140,49 @@ def _append(
 
 
 def retire(
-    paths: SpacePaths, info: SpaceInfo, kind: str, numbers: Sequence[int], away: Away
+    paths: SpacePaths, info: SpaceInfo, array: str, numbers: Sequence[int], away: Away
 ) -> None:
     """End these shards, and those that they replaced before. Ascending: of two shards where one replaced
     the other, the older goes first, so that none comes back to life."""
     drop_index(paths)
     going, new = set(numbers), list(numbers)
     while new:
-        path = paths.commit(kind, number := new.pop())
+        path = paths.commit(array, number := new.pop())
         if path.exists():
             with contextlib.suppress(Corrupt):  # what a damaged one replaced came back long ago
-                more = set(read_commit(paths, info, kind, number).replaces) - going
+                more = set(read_commit(paths, info, array, number).replaces) - going
                 going |= more
                 new += more
     for number in sorted(going):
-        if paths.commit(kind, number).exists():
-            away(paths.commit(kind, number))
-        clear_shard(paths, kind, number, away)
+        if paths.commit(array, number).exists():
+            away(paths.commit(array, number))
+        clear_shard(paths, array, number, away)
 
 
-def shard_home(paths: SpacePaths, kind: str, number: int) -> Path:
+def shard_home(paths: SpacePaths, array: str, number: int) -> Path:
     """The folder that holds one shard, or the beginnings of it, and nothing else."""
-    return paths.shards_dir(kind) / str(number)
+    return paths.shards_dir(array) / str(number)
 
 
-def clear_shard(paths: SpacePaths, kind: str, number: int, away: Away) -> None:
+def clear_shard(paths: SpacePaths, array: str, number: int, away: Away) -> None:
     """Take away the files of a shard that no commit names. The folder of the newest stays, empty: a number
     that readers may remember is never used again."""
-    home = shard_home(paths, kind, number)
+    home = shard_home(paths, array, number)
     if not home.is_dir():
         return
     for path in sorted(path for path in home.rglob("*") if path.is_file()):
         away(path)
-    if not _newest(paths, kind, number):
+    if not _newest(paths, array, number):
         shutil.rmtree(home)
         fsync_folder(home.parent)
 
 
-def _newest(paths: SpacePaths, kind: str, number: int) -> bool:
+def _newest(paths: SpacePaths, array: str, number: int) -> bool:
     """Whether no shard with a higher number was ever begun."""
     after = number + 1  # mostly there, and found without listing thousands
-    if paths.commit(kind, after).exists() or shard_home(paths, kind, after).exists():
+    if paths.commit(array, after).exists() or shard_home(paths, array, after).exists():
         return False
-    return number >= max([*paths.committed(kind), *paths.started(kind)], default=-1)
+    return number >= max([*paths.committed(array), *paths.started(array)], default=-1)
 
 
 def drop_index(paths: SpacePaths) -> None:

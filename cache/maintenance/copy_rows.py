@@ -52,17 +52,17 @@ def holder(command: str) -> str:
 
 
 def missing(
-    source: FeatureReader, target: FeatureReader | None, kind: str
+    source: FeatureReader, target: FeatureReader | None, array: str
 ) -> npt.NDArray[np.int64]:
     """Positions in `source` of the rows that `target` has not, in row order; of twins the first."""
-    index = source.index[kind]
+    index = source.index[array]
     wanted = []
     for start in range(0, len(index), _LOOKUP):
         positions = np.arange(start, min(start + _LOOKUP, len(index)))
         identities = index.keys[positions], index.columns.views[positions]
         first = index.lookup_coded(*identities) == index.rows(positions)
         if target is not None:
-            first &= target.index[kind].lookup_coded(*identities) < 0
+            first &= target.index[array].lookup_coded(*identities) < 0
         wanted.append(positions[first])
     return np.concatenate([np.empty(0, np.int64), *wanted])
 
@@ -121,7 +121,7 @@ class _Batch:
 def copy_rows(
     source: FeatureReader,
     target: Space,
-    kind: str,
+    array: str,
     positions: npt.NDArray[np.int64],
     *,
     change: Change | None = None,
@@ -132,7 +132,7 @@ def copy_rows(
     Args:
         source: a checked reader.
         target: the space to write to.
-        kind: which array.
+        array: which array.
         positions: (n,) which rows of the source, in the order they are to stand in.
         change: what becomes of them on the way; None: nothing.
         done: called with the bytes just read.
@@ -140,19 +140,19 @@ def copy_rows(
     Returns:
         One finding a damaged row; those rows were not copied.
     """
-    index = source.index[kind]
+    index = source.index[array]
     stored = index.columns.errors[positions] if change is None else None
-    room = _room_wanted(index.keys[positions], target.rows_per_shard(kind))
+    room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
     # Bytes that nothing is done to are written while the processor's cache still holds them.
-    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[kind].row_bytes)
+    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[array].row_bytes)
 
     def read(start: int) -> _Batch:
         return _read(
-            source, kind, positions, range(start, min(start + step, len(positions))), change
+            source, array, positions, range(start, min(start + step, len(positions))), change
         )
 
     damaged: list[Corrupt] = []
-    filler = _Filler(target, kind)
+    filler = _Filler(target, array)
     try:
         for batch in (_in_order if change else map)(read, range(0, len(positions), step)):
             damaged += batch.damaged
@@ -168,16 +168,16 @@ def copy_rows(
         filler.finish()
     finally:
         filler.close()
-    target.grow(kind)
+    target.grow(array)
     return damaged
 
 
 class _Filler:
     """One shard after another: while the disk is waited for to commit one, the next is filled."""
 
-    def __init__(self, space: Space, kind: str):
-        self._space, self._kind = space, kind
-        self._next = space.next_shard(kind)
+    def __init__(self, space: Space, array: str):
+        self._space, self._array = space, array
+        self._next = space.next_shard(array)
         self._shard: ShardWriter | None = None
         self._closing: tuple[ShardWriter, Future[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "commit")
@@ -189,7 +189,7 @@ class _Filler:
 
     def append(self, key: str, view: str, row: Rows, time_s: float | None, error: float) -> None:
         if self._shard is None:
-            self._shard = ShardWriter(self._space, self._kind, self._next)
+            self._shard = ShardWriter(self._space, self._array, self._next)
             self._next += 1
         self._shard.append(key, view, row.data, time_s=time_s, error=error)
 
@@ -235,24 +235,24 @@ def _room_wanted(keys: npt.NDArray[np.uint8], slots: int) -> npt.NDArray[np.int6
 
 def _read(
     source: FeatureReader,
-    kind: str,
+    array: str,
     positions: npt.NDArray[np.int64],
     part: range,
     change: Change | None,
 ) -> _Batch:
     """The rows at positions[part] that are intact, changed."""
     places = np.arange(part.start, part.stop)
-    rows = source.index[kind].rows(positions[places])
-    out = np.empty((len(rows), source.geometry[kind].row_bytes), np.uint8)
+    rows = source.index[array].rows(positions[places])
+    out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
     nbytes = out.nbytes
     damaged: list[Corrupt] = []
     try:
-        source.read_into(kind, rows, out)
+        source.read_into(array, rows, out)
     except Corrupt:
         intact = np.ones(len(rows), bool)
         for i in range(len(rows)):
             try:
-                source.read_into(kind, rows[i : i + 1], out[i : i + 1])
+                source.read_into(array, rows[i : i + 1], out[i : i + 1])
             except Corrupt as error:
                 damaged.append(error)
                 intact[i] = False

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.format.space_info import SpaceInfo, read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
 from cache.maintenance.survey import mentioned_keys
 from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
@@ -67,19 +67,19 @@ def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]
 
 
 def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
-    for kind in KINDS:
-        orphans = sorted(set(paths.started(kind)) - set(paths.committed(kind)))
+    for array in ARRAYS:
+        orphans = sorted(set(paths.started(array)) - set(paths.committed(array)))
         if orphans and not paths.commits_dir.is_dir():
             raise UserError(
                 f"{paths.commits_dir} is missing, so every shard looks uncommitted; "
                 f"put it back, or delete {paths.root} yourself"
             )
         for number in orphans:
-            if any(path.is_file() for path in shard_home(paths, kind, number).rglob("*")):
-                yield _shard(paths, kind, number, "shard, never committed")
+            if any(path.is_file() for path in shard_home(paths, array, number).rglob("*")):
+                yield _shard(paths, array, number, "shard, never committed")
     if paths.space_json.exists() and paths.has_commits:
         yield from _replaced(paths)
-    shards = tuple(map(paths.shards_dir, KINDS))
+    shards = tuple(map(paths.shards_dir, ARRAYS))
     for path in _partial(paths.root):
         if not any(path.is_relative_to(folder) for folder in shards):
             yield _garbage(path, "never finished")
@@ -88,20 +88,20 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
 def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
     """Shards whose rows stand in newer ones, ascending: so none comes back to life."""
     info = read_info(paths)
-    for kind in KINDS:
-        commits = [read_commit(paths, info, kind, number) for number in paths.committed(kind)]
+    for array in ARRAYS:
+        commits = [read_commit(paths, info, array, number) for number in paths.committed(array)]
         alive = {commit.shard for commit in current(commits)}
         for number in sorted({commit.shard for commit in commits} - alive):
-            yield _shard(paths, kind, number, "shard, replaced by a newer one", info)
+            yield _shard(paths, array, number, "shard, replaced by a newer one", info)
 
 
 def _shard(
-    paths: SpacePaths, kind: str, number: int, what: str, info: SpaceInfo | None = None
+    paths: SpacePaths, array: str, number: int, what: str, info: SpaceInfo | None = None
 ) -> Garbage:
-    home, commit = shard_home(paths, kind, number), paths.commit(kind, number)
+    home, commit = shard_home(paths, array, number), paths.commit(array, number)
     nbytes = _size(home) + _size(commit)
     return Garbage(
-        path=home, what=what, nbytes=nbytes, space=paths, array=kind, shard=number, info=info
+        path=home, what=what, nbytes=nbytes, space=paths, array=array, shard=number, info=info
     )
 
 
@@ -186,9 +186,9 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
     """
     space = Space.open(paths)
     found = []
-    for kind in KINDS:
-        slots = space.rows_per_shard(kind)
-        commits = read_commits(paths, space.info, kind)
+    for array in ARRAYS:
+        slots = space.rows_per_shard(array)
+        commits = read_commits(paths, space.info, array)
         parts: list[Part] = []
         for commit in commits:
             keep = np.asarray(pc.is_in(commit.table["key"], wanted), bool)
@@ -202,7 +202,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
             )
         rows = sum(int((~keep).sum()) for _, keep in parts)
         groups = _groups(parts, slots)
-        found.append(Unreferenced(space=space, array=kind, rows=rows, groups=groups))
+        found.append(Unreferenced(space=space, array=array, rows=rows, groups=groups))
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from cache.format.space_info import info_bytes, read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.format.zarr_shard import zarr_json
 from cache.maintenance.checks import check_commits, check_shard, check_space, check_tables
 from cache.maintenance.compaction import (
@@ -141,25 +141,27 @@ class Repair:
                 self._seals(paths)
             return check_space(paths, False, lambda _: None)
         space = Space.open(paths)
-        for kind in KINDS:
-            self._commits(space, kind)
+        for array in ARRAYS:
+            self._commits(space, array)
         report = check_space(paths, self._deep, self._progress)
         self._index(paths, report)
         if not report.broken:
             self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
             save_index(paths, space.info)
             return report
-        newest = {kind: space.next_shard(kind) for kind in KINDS}
-        for kind in KINDS:
-            self._shards(space, kind, [f for f in report.findings if f.broken and f.array == kind])
-            self._doubles(space, kind)
+        newest = {array: space.next_shard(array) for array in ARRAYS}
+        for array in ARRAYS:
+            self._shards(
+                space, array, [f for f in report.findings if f.broken and f.array == array]
+            )
+            self._doubles(space, array)
         self._arrays(space, report)
         save_index(paths, space.info)
         left = check_space(paths, False, lambda _: None)
-        for kind in KINDS:  # what was written just now is read back
-            for commit in read_commits(paths, space.info, kind):
-                if commit.shard >= newest[kind]:
-                    again = check_shard(paths, space.info, kind, commit, True, self._progress)
+        for array in ARRAYS:  # what was written just now is read back
+            for commit in read_commits(paths, space.info, array):
+                if commit.shard >= newest[array]:
+                    again = check_shard(paths, space.info, array, commit, True, self._progress)
                     left.findings += again[0]
         return left
 
@@ -195,9 +197,9 @@ class Repair:
 
     def _seals(self, paths: SpacePaths) -> None:
         """Damaged commits of a space that lost its description: encode.run could not go on with them."""
-        for kind in KINDS:
-            for number in paths.committed(kind):
-                path = paths.commit(kind, number)
+        for array in ARRAYS:
+            for number in paths.committed(array):
+                path = paths.commit(array, number)
                 try:
                     check_seal_file(path)
                 except Corrupt as error:
@@ -205,55 +207,55 @@ class Repair:
                     if not self._flipped_back(finding):
                         self._tell(path, finding.what, ASIDE)
                         self._aside(path)
-                        clear_shard(paths, kind, number, self._aside)
+                        clear_shard(paths, array, number, self._aside)
 
-    def _commits(self, space: Space, kind: str) -> None:
+    def _commits(self, space: Space, array: str) -> None:
         """Damaged commits go, with their shards."""
-        for finding in check_commits(space.paths, space.info, kind, lambda _: None)[1]:
+        for finding in check_commits(space.paths, space.info, array, lambda _: None)[1]:
             if self._flipped_back(finding):
                 continue
             path = Path(finding.path)
             self._tell(path, finding.what, ASIDE)
             number = next(
-                n for n in space.paths.committed(kind) if space.paths.commit(kind, n) == path
+                n for n in space.paths.committed(array) if space.paths.commit(array, n) == path
             )
-            retire(space.paths, space.info, kind, [number], self._aside)
+            retire(space.paths, space.info, array, [number], self._aside)
             self.done.spaces.add(space.paths.name)
 
-    def _shards(self, space: Space, kind: str, findings: list[Finding]) -> None:
+    def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
         """Damaged shards: their intact rows, in new ones."""
-        commits = {c.shard: c for c in read_commits(space.paths, space.info, kind)}
+        commits = {c.shard: c for c in read_commits(space.paths, space.info, array)}
         why: dict[int, list[str]] = {}
         for finding in findings:
             if finding.shard is not None:
                 why.setdefault(finding.shard, []).append(finding.what)
         for number, reasons in sorted(why.items()):
             commit = commits[number]
-            keep = intact_rows(space.paths, space.info, kind, commit)
-            self._take_out(space, kind, (commit, keep), " and ".join(reasons))
+            keep = intact_rows(space.paths, space.info, array, commit)
+            self._take_out(space, array, (commit, keep), " and ".join(reasons))
 
-    def _doubles(self, space: Space, kind: str) -> None:
+    def _doubles(self, space: Space, array: str) -> None:
         """Of rows with one identity, the oldest stays."""
-        commits = read_commits(space.paths, space.info, kind)
-        index = RowIndex(commits, space.info.slots[kind])
+        commits = read_commits(space.paths, space.info, array)
+        index = RowIndex(commits, space.info.slots[array])
         again = index.rows(np.array([second for _, second in index.duplicates()], np.int64))
         for commit in commits:
             keep = ~np.isin(commit.table["row"].to_numpy(), again)
             if not keep.all():
                 what = f"{int((~keep).sum())} of its rows are in older shards, too"
-                self._take_out(space, kind, (commit, keep), what, lost=False)
+                self._take_out(space, array, (commit, keep), what, lost=False)
 
     def _take_out(
-        self, space: Space, kind: str, part: Part, what: str, *, lost: bool = True
+        self, space: Space, array: str, part: Part, what: str, *, lost: bool = True
     ) -> None:
         commit, keep = part
         kept = int(keep.sum())
         todo = f"its {kept} good rows go to a new shard" if kept else "set aside, with its commit"
-        self._tell(space.paths.shard(kind, commit.shard), what, todo)
-        take_out(space, kind, [part], self._aside)
-        self.done.kept[kind] += kept
+        self._tell(space.paths.shard(array, commit.shard), what, todo)
+        take_out(space, array, [part], self._aside)
+        self.done.kept[array] += kept
         if lost and kept < len(keep):
-            self.done.lost[kind] += len(keep) - kept
+            self.done.lost[array] += len(keep) - kept
             self.done.spaces.add(space.paths.name)
 
     def _index(self, paths: SpacePaths, report: SpaceReport) -> None:
@@ -270,9 +272,9 @@ class Repair:
         files = {}
         if (group := space.info.container.group_values()) is not None:
             files[space.paths.group_json] = zarr_json(group)
-        for kind in KINDS:
-            if (values := _array_values(space, kind)) is not None:
-                files[space.paths.array_json(kind)] = zarr_json(values)
+        for array in ARRAYS:
+            if (values := _array_values(space, array)) is not None:
+                files[space.paths.array_json(array)] = zarr_json(values)
         why = {finding.path: finding.what for finding in report.findings if finding.broken}
         for path, data in files.items():
             if path.is_file() and path.read_bytes() == data:
@@ -282,13 +284,13 @@ class Repair:
             write_atomic(path, data)
 
 
-def _array_values(space: Space, kind: str) -> Mapping[str, Any] | None:
+def _array_values(space: Space, array: str) -> Mapping[str, Any] | None:
     """An array's zarr.json, if it has one: it covers every committed shard, and never shrinks."""
-    slots = space.rows_per_shard(kind)
-    rows = max((number + 1 for number in space.paths.committed(kind)), default=0) * slots
+    slots = space.rows_per_shard(array)
+    rows = max((number + 1 for number in space.paths.committed(array)), default=0) * slots
     with contextlib.suppress(Corrupt, KeyError, IndexError, TypeError):
-        rows = max(rows, int(read_sealed_json(space.paths.array_json(kind))["shape"][0]))
-    return space.info.container.array_values(space.spec, kind, slots, rows)
+        rows = max(rows, int(read_sealed_json(space.paths.array_json(array))["shape"][0]))
+    return space.info.container.array_values(space.spec, array, slots, rows)
 
 
 def _intact(path: Path) -> bool:

@@ -27,14 +27,14 @@ LEAST_SPREAD = 0.05
 class Finite:
     """Whether the numbers in a stored row are numbers. Not for several threads at once."""
 
-    def __init__(self, spec: FeatureSpec, kind: str):
+    def __init__(self, spec: FeatureSpec, array: str):
         # Lossy codecs: integer codes first, which cannot be wrong; then float16, scales before all else.
         self._start = self._unsigned = 0
         if spec.codec != "fp16":
-            self._start, scales_end, _ = row_parts(spec.layout, spec.tokens(kind), spec.width)
+            self._start, scales_end, _ = row_parts(spec.layout, spec.tokens(array), spec.width)
             if spec.codec == "int8":  # int4's scales have signs, as any mean token
                 self._unsigned = (scales_end - self._start) // 2
-        self._bits = np.empty((spec.row_bytes(kind) - self._start) // 2, np.uint16)
+        self._bits = np.empty((spec.row_bytes(array) - self._start) // 2, np.uint16)
 
     def __call__(self, row: npt.NDArray[np.uint8]) -> bool:
         """Row (row_bytes,) -> False when it holds NaN or Inf, or a negative scale where none can be."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format.spec import KINDS, PACKED_FROM
+from cache.format.spec import ARRAYS, PACKED_FROM
 from cache.maintenance.inventory import Need, SpaceMedia, find_references
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
@@ -47,19 +47,19 @@ class SpaceSummary:
     blocks: tuple[int, ...] = ()
     """Transformer blocks the features come from."""
     pool: dict[str, int] = field(default_factory=dict)
-    """Kind -> side of the pooling window, patches."""
+    """Array -> side of the pooling window, patches."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Kind -> committed rows."""
+    """Array -> committed rows."""
     container: str = ""
     """What its shards are."""
     shards: dict[str, int] = field(default_factory=dict)
-    """Kind -> committed shards."""
+    """Array -> committed shards."""
     bytes_of: dict[str, int] = field(default_factory=dict)
-    """Kind -> size of these."""
+    """Array -> size of these."""
     nbytes: int = 0
-    """Size of the committed shards of all kinds."""
+    """Size of the committed shards of all arrays."""
     error: dict[str, CodecError] = field(default_factory=dict)
-    """Kind -> what the codec lost; of kinds that have rows."""
+    """Array -> what the codec lost; of arrays that have rows."""
     writer: str | None = None
     """The job that writes to it now."""
     damage: str | None = None
@@ -119,13 +119,13 @@ def open_spaces(
         readers[name] = reader
         summary.encoder, summary.codec = reader.spec.encoder, reader.spec.codec
         summary.blocks = reader.spec.blocks
-        summary.pool = {kind: reader.spec.pool(kind) for kind in KINDS}
-        summary.rows = {kind: reader.rows(kind) for kind in KINDS}
+        summary.pool = {array: reader.spec.pool(array) for array in ARRAYS}
+        summary.rows = {array: reader.rows(array) for array in ARRAYS}
         summary.container = reader.spec.container
         summary.closed = reader.spec.packed_from != PACKED_FROM[-1]
-        sizes = {kind: index.nbytes for kind, index in reader.index.items()}
-        summary.shards = {kind: len(of) for kind, of in sizes.items()}
-        summary.bytes_of = {kind: sum(of.values()) for kind, of in sizes.items()}
+        sizes = {array: index.nbytes for array, index in reader.index.items()}
+        summary.shards = {array: len(of) for array, of in sizes.items()}
+        summary.bytes_of = {array: sum(of.values()) for array, of in sizes.items()}
         summary.nbytes = sum(summary.bytes_of.values())
         if errors:
             summary.error = codec_errors(reader)
@@ -133,14 +133,14 @@ def open_spaces(
 
 
 def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
-    """Of each kind that has rows, as measured when they were packed."""
+    """Of each array that has rows, as measured when they were packed."""
     found = {}
-    for kind, index in reader.index.items():
+    for array, index in reader.index.items():
         if len(index):
             errors = index.columns.errors
             median, p99 = np.percentile(errors, (50, 99)).tolist()
             mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
-            found[kind] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
+            found[array] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
     return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.remote.retry import Entry
 from cache.store.paths import CacheRoot, Corrupt, check_seal_file, read_sealed_json, sealed_json
 from configs import UserError
@@ -23,7 +23,7 @@ MOST_BYTES = 512 << 20
 """No list is larger: 5 million files."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_KIND = "|".join(KINDS)
+_KIND = "|".join(ARRAYS)
 _SAMPLES = re.compile(rf"samples/(?P<dataset>{_NAME})/part-\d{{5}}\.parquet")
 _MEDIA = re.compile(rf"media/part-\d{{20}}-{_NAME}\.parquet")
 _SPACE = re.compile(
@@ -68,7 +68,7 @@ def local_tables(root: CacheRoot) -> list[str]:
         names += [path.relative_to(root.path).as_posix() for path in top.rglob("*.parquet")]
     for name in root.space_names():
         paths = root.space(name)
-        found = [paths.space_json, paths.group_json, *map(paths.array_json, KINDS)]
+        found = [paths.space_json, paths.group_json, *map(paths.array_json, ARRAYS)]
         found += [*paths.commits_dir.glob("*.parquet"), *(paths.root / "index").glob("*")]
         names += [path.relative_to(root.path).as_posix() for path in found if path.is_file()]
     return sorted(filter(is_table, names))

@@ -2,8 +2,8 @@
 
 A URL from elsewhere, or a redirect of one that looked harmless, must not make this machine talk to its own
 services, its neighbours, or the metadata service of its cloud. Whoever connects asks about the very address
-it connects to: see `encode.addresses` for downloads, `cache.remote_http` for features from elsewhere. The
-networks are spelt out because Python's own `is_global` changed between patch releases.
+it connects to: see `encode.download.session` for downloads, `cache.remote.http` for features from
+elsewhere. The networks are spelt out because Python's own `is_global` changed between patch releases.
 """
 
 from __future__ import annotations

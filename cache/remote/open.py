@@ -50,7 +50,7 @@ class RemoteCache:
         """Connect to nothing yet (hf:// asks which commit a branch stands at).
 
         Args:
-            url: where it lies, as `cache.layout.is_url` finds it to be.
+            url: where it lies, as `cache.store.paths.is_url` finds it to be.
             elsewhere: the user's choices.
             rules: limits, for tests; by default those of RemoteRules, with `elsewhere.allow_private`.
         """

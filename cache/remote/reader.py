@@ -47,15 +47,15 @@ class RemoteFiles:
         """Nothing is read yet; `paths` are those of the local tables."""
         self.store, self.rules, self._paths = store, rules, paths
 
-    def name(self, kind: str, shard: int) -> str:
+    def name(self, array: str, shard: int) -> str:
         """Of a shard's file below the cache's root."""
-        path = self._paths.shard(kind, shard)
+        path = self._paths.shard(array, shard)
         return path.relative_to(self._paths.root.parent.parent).as_posix()
 
-    def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
-        """See `cache.shard_files.ShardFiles`."""
+    def read(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
+        """See `cache.store.shard_files.ShardFiles`."""
         data = memoryview(bytearray(sum(map(len, targets))))
-        read_range(self.store, self.rules, self.name(kind, shard), offset, data, None)
+        read_range(self.store, self.rules, self.name(array, shard), offset, data, None)
         for target in targets:
             target[:], data = data[: len(target)], data[len(target) :]
 
@@ -86,13 +86,15 @@ class RemoteReader(FeatureReader):
         self._stop.set()
         self._stop = threading.Event()
 
-    def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+    def read_into(
+        self, array: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]
+    ) -> None:
         """As of FeatureReader.
 
         Raises:
             Unreachable: a row cannot be had, or not intact.
         """
-        geometry, index = self.geometry[kind], self.index[kind]
+        geometry, index = self.geometry[array], self.index[array]
         size, rows = geometry.row_bytes, np.asarray(rows, np.int64)
         if out.shape != (len(rows), size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(len(rows), size)}")
@@ -103,25 +105,25 @@ class RemoteReader(FeatureReader):
         flat = out.data.cast("B")
         first = {number: i for i, number in reversed(list(enumerate(numbers)))}
         places = {number: (crcs[i], flat[i * size : (i + 1) * size]) for number, i in first.items()}
-        missing = [n for n in sorted(places) if not self._rows.get(kind, n, *places[n])]
+        missing = [n for n in sorted(places) if not self._rows.get(array, n, *places[n])]
         with self._lock:
             self.traffic.rows_kept += len(places) - len(missing)
             self.traffic.rows_fetched += len(missing)
         runs = _runs(missing, geometry.slots, max(1, REQUEST_BYTES // geometry.slot_bytes))
-        self._together(kind, [{n: places[n] for n in run} for run in runs])
+        self._together(array, [{n: places[n] for n in run} for run in runs])
         for i, number in enumerate(numbers):
             if i != first[number]:
                 out[i] = out[first[number]]
 
-    def _together(self, kind: str, runs: list[_Run]) -> None:
+    def _together(self, array: str, runs: list[_Run]) -> None:
         """Fetch runs, several at a time; none is under way any more when it returns or raises."""
         stop = self._stop
         if len(runs) < 2:
             for run in runs:
-                self._fetch(kind, run, stop)
+                self._fetch(array, run, stop)
             return
         pool = self._askers()
-        futures: list[Future[None]] = [pool.submit(self._fetch, kind, run, stop) for run in runs]
+        futures: list[Future[None]] = [pool.submit(self._fetch, array, run, stop) for run in runs]
         try:
             for future in futures:
                 future.result()
@@ -130,29 +132,29 @@ class RemoteReader(FeatureReader):
                 future.cancel()
             wait(futures)
 
-    def _fetch(self, kind: str, run: _Run, stop: threading.Event) -> None:
+    def _fetch(self, array: str, run: _Run, stop: threading.Event) -> None:
         """Neighbouring rows, by one request; those that fail their checksum, each by another."""
         for _ in range(self._remote.rules.damage_tries):
-            self._request(kind, run, stop)
+            self._request(array, run, stop)
             bad = {n: place for n, place in run.items() if crc32c(place[1]) != place[0]}
             for number, (crc, row) in run.items():
                 if number not in bad:
-                    self._rows.put(kind, number, crc, row)
+                    self._rows.put(array, number, crc, row)
             if not bad:
                 return
             number, place = next(iter(bad.items()))
             for other in list(bad)[1:]:
-                self._fetch(kind, {other: bad[other]}, stop)
+                self._fetch(array, {other: bad[other]}, stop)
             run = {number: place}
-        shard = number // self.geometry[kind].slots
+        shard = number // self.geometry[array].slots
         raise Unreachable(
-            f"{self._remote.store.place}/{self._remote.name(kind, shard)}: row {number} fails its checksum, "
+            f"{self._remote.store.place}/{self._remote.name(array, shard)}: row {number} fails its checksum, "
             f"{self._remote.rules.damage_tries} times; it is damaged there (python -m cache.verify --deep), "
             "or something on the way changes it"
         )
 
-    def _request(self, kind: str, run: _Run, stop: threading.Event) -> None:
-        geometry = self.geometry[kind]
+    def _request(self, array: str, run: _Run, stop: threading.Event) -> None:
+        geometry = self.geometry[array]
         shard, slot = divmod(next(iter(run)), geometry.slots)
         stride, size = geometry.slot_bytes, geometry.row_bytes
         nbytes = (len(run) - 1) * stride + size
@@ -161,10 +163,10 @@ class RemoteReader(FeatureReader):
         read_range(
             self._remote.store,
             self._remote.rules,
-            self._remote.name(kind, shard),
+            self._remote.name(array, shard),
             geometry.row_offset(slot),
             data,
-            self.index[kind].nbytes[shard],
+            self.index[array].nbytes[shard],
             stop,
         )
         if len(run) > 1:

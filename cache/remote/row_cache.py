@@ -57,11 +57,11 @@ class RowCache:
         self._added = 0  # since we last looked
         self._full_until = 0.0
 
-    def get(self, kind: str, row: int, crc: int, target: memoryview) -> bool:
+    def get(self, array: str, row: int, crc: int, target: memoryview) -> bool:
         """Fill `target` with a row; False when it is not here, or not intact."""
         if not self._limit:
             return False
-        path = self._path(kind, row, crc)
+        path = self._path(array, row, crc)
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError:
@@ -80,11 +80,11 @@ class RowCache:
             path.unlink()
         return False
 
-    def put(self, kind: str, row: int, crc: int, data: memoryview) -> None:
+    def put(self, array: str, row: int, crc: int, data: memoryview) -> None:
         """Keep a row whose bytes have that crc32c, where there is room."""
         if not self._limit or time.monotonic() < self._full_until or not self._room(len(data)):
             return
-        path = self._path(kind, row, crc)
+        path = self._path(array, row, crc)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ class RowCache:
             log.warning("%s: %s; nothing more is kept here", self._folder, error.strerror)
             self._full_until = float("inf")
 
-    def _path(self, kind: str, row: int, crc: int) -> Path:
-        return self._folder / kind / f"{row >> 10:x}" / f"{row:x}-{crc:08x}"
+    def _path(self, array: str, row: int, crc: int) -> Path:
+        return self._folder / array / f"{row >> 10:x}" / f"{row:x}-{crc:08x}"
 
     def _room(self, nbytes: int) -> bool:
         """Whether so many bytes more may be kept; they count from then on."""

@@ -16,7 +16,7 @@ from configs import UserError
 if TYPE_CHECKING:
     import obstore.store
 
-KINDS = ("https://", "s3://", "hf://")
+ARRAYS = ("https://", "s3://", "hf://")
 
 
 def open_store(url: str, rules: RemoteRules) -> Store:
@@ -32,7 +32,7 @@ def open_store(url: str, rules: RemoteRules) -> Store:
         return ObjectStore(url, rules)
     if scheme == "hf":
         return hub_store(url, rules)
-    raise UserError(f"{url}: features are read from {', '.join(KINDS)} or a folder")
+    raise UserError(f"{url}: features are read from {', '.join(ARRAYS)} or a folder")
 
 
 # ---- s3

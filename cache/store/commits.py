@@ -1,4 +1,5 @@
-"""Commits: the small sealed tables that make shards exist. `cache.row_index` looks up the rows they name.
+"""Commits: the small sealed tables that make shards exist. `cache.store.row_index` looks up the rows they
+name.
 
 Nothing else makes a row visible. Row `shard * slots + slot` is the slot-th row of its shard.
 """
@@ -72,7 +73,7 @@ def commit_bytes(
     table: pa.Table,
     *,
     fingerprint: str,
-    kind: str,
+    array: str,
     shard: int,
     nbytes: int,
     index_crc: int,
@@ -90,7 +91,7 @@ def commit_bytes(
         writer.add_key_value_metadata(
             {
                 "space": fingerprint,
-                "array": kind,
+                "array": array,
                 "shard": str(shard),
                 "nbytes": str(nbytes),
                 "index_crc": str(index_crc),
@@ -101,13 +102,13 @@ def commit_bytes(
     return seal(sink.getvalue().to_pybytes())
 
 
-def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> Commit:
+def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> Commit:
     """One commit, checked: its seal, and that it belongs where it lies.
 
     Raises:
         Corrupt: it does not.
     """
-    path, slots = paths.commit(kind, number), info.slots[kind]
+    path, slots = paths.commit(array, number), info.slots[array]
     data = path.read_bytes()
     sealed = check_seal(data, path)
     with pq.ParquetFile(pa.BufferReader(data)) as file:
@@ -115,7 +116,7 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> C
         table = file.read(use_threads=False)
     if (meta["space"], meta["array"], meta["shard"]) != (
         info.spec.fingerprint,
-        kind,
+        array,
         str(number),
     ):
         raise Corrupt(
@@ -124,7 +125,7 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> C
     rows = table["row"].to_numpy()
     if not 0 < len(rows) <= slots or (rows != number * slots + np.arange(len(rows))).any():
         raise Corrupt(path, "its row numbers are not those of its shard")
-    nbytes, geometry = int(meta["nbytes"]), info.geometry(kind)
+    nbytes, geometry = int(meta["nbytes"]), info.geometry(array)
     if nbytes != geometry.file_bytes(len(rows)):
         raise Corrupt(path, f"its shard was not made with {slots} rows a shard, as space.json says")
     own = geometry.commit_columns(len(rows))
@@ -142,9 +143,9 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, kind: str, number: int) -> C
     )
 
 
-def read_commits(paths: SpacePaths, info: SpaceInfo, kind: str) -> list[Commit]:
+def read_commits(paths: SpacePaths, info: SpaceInfo, array: str) -> list[Commit]:
     """The commits of all shards that exist, by number."""
-    return current([read_commit(paths, info, kind, number) for number in paths.committed(kind)])
+    return current([read_commit(paths, info, array, number) for number in paths.committed(array)])
 
 
 def current(commits: Sequence[Commit]) -> list[Commit]:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from cache.format.checksums import crc32c
 from cache.format.space_info import SpaceInfo
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.store.commits import Commit, read_commit
 from cache.store.paths import UNSEALED, Corrupt, SpacePaths, check_seal, new_file, seal
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
@@ -63,13 +63,13 @@ class Snapshot:
     """(r, 2) pairs (by, of): shard `by` replaces shard `of`."""
 
 
-def open_index(paths: SpacePaths, info: SpaceInfo, kind: str) -> RowIndex:
+def open_index(paths: SpacePaths, info: SpaceInfo, array: str) -> RowIndex:
     """The rows that the commits of one array name.
 
     Raises:
         Corrupt: a commit that had to be read is damaged.
     """
-    return _current(paths, info, kind)[0].index
+    return _current(paths, info, array)[0].index
 
 
 def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
@@ -79,30 +79,30 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
         Corrupt: a commit is damaged.
         OSError: the file could not be written; the one before is still there.
     """
-    for kind in KINDS:
-        snapshot, saved = _current(paths, info, kind)
-        path = paths.index(kind)
+    for array in ARRAYS:
+        snapshot, saved = _current(paths, info, array)
+        path = paths.index(array)
         useless = path.exists() and saved >= len(snapshot.files)  # damaged, or of other commits
         if saved >= WORTH_COMMITS or useless:
-            _write(path, snapshot, info, kind)
+            _write(path, snapshot, info, array)
 
 
 def check_index(
-    paths: SpacePaths, info: SpaceInfo, kind: str, *, deep: bool, rebuilt: RowIndex | None = None
+    paths: SpacePaths, info: SpaceInfo, array: str, *, deep: bool, rebuilt: RowIndex | None = None
 ) -> Corrupt | None:
     """What is wrong with the file, if anything. One that only lacks the newest commits is sound.
 
     Args:
         paths: of the space.
         info: its description.
-        kind: which array.
+        array: which array.
         deep: read all of it.
         rebuilt: an index made from the commits alone, all of them sound: with `deep`, compare with it.
     """
-    path = paths.index(kind)
+    path = paths.index(array)
     try:
-        _load(path, info, kind, deep)
-        if deep and rebuilt is not None and not _same(open_index(paths, info, kind), rebuilt):
+        _load(path, info, array, deep)
+        if deep and rebuilt is not None and not _same(open_index(paths, info, array), rebuilt):
             return Corrupt(path, "it does not say what the commits say", WAY_OUT)
     except FileNotFoundError:
         return None
@@ -118,13 +118,13 @@ def _same(one: RowIndex, other: RowIndex) -> bool:
     return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
 
 
-def _current(paths: SpacePaths, info: SpaceInfo, kind: str) -> tuple[Snapshot, int]:
+def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, int]:
     """What the commits say now; and how many of them are not in the file as it is."""
     now = time.time_ns()
-    stats = paths.commit_stats(kind)
-    old = _load_sound(paths.index(kind), info, kind)
-    same = _unchanged(old, paths, kind, stats)
-    fresh = {n: read_commit(paths, info, kind, n) for n in sorted(stats.keys() - same.keys())}
+    stats = paths.commit_stats(array)
+    old = _load_sound(paths.index(array), info, array)
+    same = _unchanged(old, paths, array, stats)
+    fresh = {n: read_commit(paths, info, array, n) for n in sorted(stats.keys() - same.keys())}
     replaces = [pair for pair in old.replaces.tolist() if pair[0] in same]
     replaces += [[by, of] for by, commit in fresh.items() for of in commit.replaces]
     exist = stats.keys() - {of for _, of in replaces}
@@ -133,10 +133,10 @@ def _current(paths: SpacePaths, info: SpaceInfo, kind: str) -> tuple[Snapshot, i
     if not fresh and not missing and kept.all():
         return old, 0
     # What is not in `fresh` was replaced when the file was written, by a commit that is gone.
-    commits = [fresh.get(n) or read_commit(paths, info, kind, n) for n in missing]
+    commits = [fresh.get(n) or read_commit(paths, info, array, n) for n in missing]
     index = old.index
     if not kept.all():
-        index = RowIndex.of(index.columns.only(kept), info.slots[kind])
+        index = RowIndex.of(index.columns.only(kept), info.slots[array])
     snapshot = Snapshot(
         index=index.with_rows(Columns.of(commits)) if commits else index,
         **_files(stats, old, same, fresh, now),
@@ -164,14 +164,14 @@ def _files(
 
 
 def _unchanged(
-    old: Snapshot, paths: SpacePaths, kind: str, stats: Mapping[int, tuple[int, int]]
+    old: Snapshot, paths: SpacePaths, array: str, stats: Mapping[int, tuple[int, int]]
 ) -> dict[int, int]:
     """Commits that are what the file was made from: number -> which of its list."""
     same = {}
     for at, (number, size, mtime_ns) in enumerate(old.files.tolist()):
         now_bytes, now_ns = stats.get(number, (-1, 0))
         if now_bytes == size and (
-            now_ns == mtime_ns or _sealed_so(paths.commit(kind, number), old.seals[at].tobytes())
+            now_ns == mtime_ns or _sealed_so(paths.commit(array, number), old.seals[at].tobytes())
         ):
             same[number] = at
     return same
@@ -187,7 +187,7 @@ def _sealed_so(path: Path, expected: bytes) -> bool:
 # ---- the file
 
 
-def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, kind: str) -> None:
+def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
     columns = snapshot.index.columns
     order, hashes = snapshot.index.by_hash
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -202,13 +202,13 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, kind: str) -> None:
     entries = {}
     with new_file(path) as file:
         file.seek(HEADER_BYTES)
-        for name, array in arrays.items():
-            once = array[:1] if array.strides[0] == 0 else array  # one value, seen n times
+        for name, values in arrays.items():
+            once = values[:1] if values.strides[0] == 0 else values  # one value, seen n times
             data = np.ascontiguousarray(once)
             padding = bytes(-data.nbytes % ALIGN_BYTES)
             entries[name] = {
                 "dtype": data.dtype.str,
-                "shape": list(array.shape),
+                "shape": list(values.shape),
                 "stored": len(data),
                 "offset": file.tell(),
                 "crc32c": crc32c(padding, crc32c(data.data)),
@@ -218,8 +218,8 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, kind: str) -> None:
         header = {
             "format": FORMAT,
             "space": info.spec.fingerprint,
-            "array": kind,
-            "slots": info.slots[kind],
+            "array": array,
+            "slots": info.slots[array],
             "nbytes": file.tell(),
             "arrays": entries,
             "seal": UNSEALED,
@@ -230,15 +230,15 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, kind: str) -> None:
         file.write(seal(text))
 
 
-def _load_sound(path: Path, info: SpaceInfo, kind: str) -> Snapshot:
+def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
     """The file as it is; an empty snapshot where there is none, or none to rely on."""
     try:
-        return _load(path, info, kind, deep=True)
+        return _load(path, info, array, deep=True)
     except FileNotFoundError:
         pass
     except (Corrupt, OSError) as error:
         log.warning("reading all commits instead: %s", error)
-    nothing = RowIndex([], info.slots[kind])
+    nothing = RowIndex([], info.slots[array])
     return Snapshot(
         index=nothing,
         files=np.empty((0, 3), np.int64),
@@ -247,14 +247,14 @@ def _load_sound(path: Path, info: SpaceInfo, kind: str) -> Snapshot:
     )
 
 
-def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
+def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
     """What the file says; with `deep`, its arrays are compared with their checksums."""
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         check_seal(header, path)
         values = json.loads(header)
         found = [values["format"], values["space"], values["array"], values["slots"]]
-        if found != [FORMAT, info.spec.fingerprint, kind, info.slots[kind]]:
+        if found != [FORMAT, info.spec.fingerprint, array, info.slots[array]]:
             raise Corrupt(path, "it is of another space, array or version", WAY_OUT)
         size = os.fstat(file.fileno()).st_size
         if size != values["nbytes"]:
@@ -271,7 +271,7 @@ def _load(path: Path, info: SpaceInfo, kind: str, deep: bool) -> Snapshot:
         names=view_names(json.loads(arrays["names"].tobytes())),
     )
     return Snapshot(
-        index=RowIndex.of(columns, info.slots[kind], (arrays["order"], arrays["hashes"])),
+        index=RowIndex.of(columns, info.slots[array], (arrays["order"], arrays["hashes"])),
         files=arrays["files"],
         seals=arrays["seals"],
         replaces=arrays["replaces"],

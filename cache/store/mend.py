@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.format.space_info import MAX_SLOTS, SpaceInfo
-from cache.format.spec import KINDS, FeatureSpec
+from cache.format.spec import ARRAYS, FeatureSpec
 from cache.store.commits import read_commit
 from cache.store.paths import SEAL, Corrupt, SpacePaths, check_seal
 
@@ -95,11 +95,11 @@ def _all(data: bytes, what: bytes) -> list[int]:
 def commits_fingerprint(paths: SpacePaths) -> str | None:
     """The one that all intact commits of a space carry; None when there are none, or several."""
     found = set()
-    for kind in KINDS:
-        for number in paths.committed(kind):
-            data = paths.commit(kind, number).read_bytes()
+    for array in ARRAYS:
+        for number in paths.committed(array):
+            data = paths.commit(array, number).read_bytes()
             try:
-                check_seal(data, paths.commit(kind, number))
+                check_seal(data, paths.commit(array, number))
             except Corrupt:
                 continue
             found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
@@ -116,7 +116,7 @@ def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:
     try:
         values = json.loads(data)
         spec = FeatureSpec.from_json(values["spec"])
-        slots = {kind: int(values["rows_per_shard"][kind]) for kind in KINDS}
+        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
         info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -132,16 +132,16 @@ def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
         Corrupt: the commits are of another space.
     """
     slots = {}
-    for kind, usual in info.slots.items():
-        slots[kind] = usual
-        if not (numbers := paths.committed(kind)):
+    for array, usual in info.slots.items():
+        slots[array] = usual
+        if not (numbers := paths.committed(array)):
             continue
         for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
-            guessed = replace(info, slots={**info.slots, kind: guess})
+            guessed = replace(info, slots={**info.slots, array: guess})
             with contextlib.suppress(Corrupt):
-                read_commit(paths, guessed, kind, numbers[-1])
-                slots[kind] = guess
+                read_commit(paths, guessed, array, numbers[-1])
+                slots[array] = guess
                 break
         else:
-            read_commit(paths, info, kind, numbers[-1])  # raises what is wrong with it
+            read_commit(paths, info, array, numbers[-1])  # raises what is wrong with it
     return replace(info, slots=slots)

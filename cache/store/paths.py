@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from configs import UserError
 
 PARTIAL = ".partial"
@@ -33,7 +33,7 @@ Fence = Callable[[], None]
 """Called just before a rename; raises when this process has lost the right to write."""
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_COMMIT_NAME = re.compile(rf"({'|'.join(KINDS)})-(\d{{8}})\.parquet")
+_COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
 
 
 MAKE_ANEW = "python -m cache.verify --deep --repair drops it, then encode.run makes it anew"
@@ -160,27 +160,27 @@ class SpacePaths:
         """Zarr's description of the group of arrays."""
         return self.root / "features" / "zarr.json"
 
-    def array(self, kind: str) -> Path:
-        """The array of one kind; of a Zarr space, a Zarr array."""
-        return self.root / "features" / kind
+    def array(self, array: str) -> Path:
+        """The array of one array; of a Zarr space, a Zarr array."""
+        return self.root / "features" / array
 
-    def array_json(self, kind: str) -> Path:
+    def array_json(self, array: str) -> Path:
         """Zarr's description of that array."""
-        return self.array(kind) / "zarr.json"
+        return self.array(array) / "zarr.json"
 
-    def shards_dir(self, kind: str) -> Path:
+    def shards_dir(self, array: str) -> Path:
         """One folder a shard, as Zarr wants it."""
-        return self.array(kind) / "c"
+        return self.array(array) / "c"
 
-    def shard_dir(self, kind: str, number: int) -> Path:
+    def shard_dir(self, array: str, number: int) -> Path:
         """All that one shard is, whatever its container: it is taken once this is there."""
-        return self.shards_dir(kind) / str(number)
+        return self.shards_dir(array) / str(number)
 
-    def shard(self, kind: str, number: int) -> Path:
+    def shard(self, array: str, number: int) -> Path:
         """The file of one shard."""
         if self._container == "webdataset":
-            return self.shard_dir(kind, number) / f"{kind}-{number:08d}.tar"
-        return self.shard_dir(kind, number) / "0" / "0"
+            return self.shard_dir(array, number) / f"{array}-{number:08d}.tar"
+        return self.shard_dir(array, number) / "0" / "0"
 
     @property
     def _container(self) -> str:
@@ -199,22 +199,24 @@ class SpacePaths:
         """One file a committed shard."""
         return self.root / "commits"
 
-    def commit(self, kind: str, number: int) -> Path:
+    def commit(self, array: str, number: int) -> Path:
         """The file that makes a shard exist: written last."""
-        return self.commits_dir / f"{kind}-{number:08d}.parquet"
+        return self.commits_dir / f"{array}-{number:08d}.parquet"
 
-    def committed(self, kind: str) -> list[int]:
+    def committed(self, array: str) -> list[int]:
         """Numbers of the shards that exist, in order."""
-        names = (_COMMIT_NAME.fullmatch(p.name) for p in self.commits_dir.glob(f"{kind}-*.parquet"))
+        names = (
+            _COMMIT_NAME.fullmatch(p.name) for p in self.commits_dir.glob(f"{array}-*.parquet")
+        )
         return sorted(int(name[2]) for name in names if name)
 
-    def commit_stats(self, kind: str) -> dict[int, tuple[int, int]]:
+    def commit_stats(self, array: str) -> dict[int, tuple[int, int]]:
         """Number -> (bytes, time of the last change in ns) of the same files; none if the folder is gone."""
         stats = {}
         entries = os.scandir(self.commits_dir) if self.commits_dir.is_dir() else ()
         for entry in entries:
             name = _COMMIT_NAME.fullmatch(entry.name)
-            if name and name[1] == kind:
+            if name and name[1] == array:
                 with contextlib.suppress(FileNotFoundError):  # removed just now
                     stat = entry.stat()
                     stats[int(name[2])] = stat.st_size, stat.st_mtime_ns
@@ -225,18 +227,18 @@ class SpacePaths:
         """What can be had from the commits again, laid out to be opened fast."""
         return self.root / "index"
 
-    def index(self, kind: str) -> Path:
-        """The commits of one kind as flat arrays."""
-        return self.index_dir / f"{kind}.bin"
+    def index(self, array: str) -> Path:
+        """The commits of one array as flat arrays."""
+        return self.index_dir / f"{array}.bin"
 
     @property
     def has_commits(self) -> bool:
         """Whether any shard exists here."""
-        return any(map(self.committed, KINDS))
+        return any(map(self.committed, ARRAYS))
 
-    def started(self, kind: str) -> list[int]:
+    def started(self, array: str) -> list[int]:
         """Numbers that have a folder: committed, finished without commit, or only begun."""
-        return sorted(int(p.name) for p in self.shards_dir(kind).glob("*") if p.name.isdecimal())
+        return sorted(int(p.name) for p in self.shards_dir(array).glob("*") if p.name.isdecimal())
 
     @property
     def locks_dir(self) -> Path:

@@ -26,7 +26,7 @@ from cache.format import codec
 from cache.format.checksums import crc32c
 from cache.format.shard import Geometry
 from cache.format.space_info import read_info
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.store.commits import key_bytes
 from cache.store.index_file import open_index
 from cache.store.paths import CacheRoot, Corrupt, SpacePaths
@@ -66,7 +66,7 @@ class FeatureReader:
             checked: whether every row read is compared with its crc32c.
             files: where the shards are, when not in that folder.
             threads: how many read the rows of one call together, the caller's own included. Callers that
-                are several threads already (`train.loader`) need no more.
+                are several threads already (`train.data.loader`) need no more.
             mapped: whether shards that are read again and again are mapped: the fastest way to read what the
                 page cache holds, which then counts as memory of this process, too.
         """
@@ -77,44 +77,48 @@ class FeatureReader:
         self.spec = info.spec
         self.load = info.load
         self.checked = checked
-        self.geometry = {kind: info.geometry(kind) for kind in KINDS}
-        self.index = {kind: open_index(paths, info, kind) for kind in KINDS}
-        sizes = {kind: index.nbytes for kind, index in self.index.items()}
+        self.geometry = {array: info.geometry(array) for array in ARRAYS}
+        self.index = {array: open_index(paths, info, array) for array in ARRAYS}
+        sizes = {array: index.nbytes for array, index in self.index.items()}
         self._files = files or LocalFiles(paths, sizes, mapped=mapped)
         self._ahead = self._files if isinstance(self._files, AheadFiles) else None
-        self._layout = {kind: _Layout.of(self.geometry[kind], self.index[kind]) for kind in KINDS}
+        self._layout = {
+            array: _Layout.of(self.geometry[array], self.index[array]) for array in ARRAYS
+        }
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
 
-    def rows(self, kind: str) -> int:
-        """How many rows of `kind` there are."""
-        return len(self.index[kind])
+    def rows(self, array: str) -> int:
+        """How many rows of `array` there are."""
+        return len(self.index[array])
 
-    def contains(self, kind: str, key: str, view: str = "full") -> bool:
+    def contains(self, array: str, key: str, view: str = "full") -> bool:
         """Whether this view of this media is here."""
-        return bool(self.lookup(kind, [key], view)[0] >= 0)
+        return bool(self.lookup(array, [key], view)[0] >= 0)
 
-    def lookup(self, kind: str, keys: Sequence[str], view: str = "full") -> npt.NDArray[np.int64]:
+    def lookup(self, array: str, keys: Sequence[str], view: str = "full") -> npt.NDArray[np.int64]:
         """Row numbers (n,) of the keys (64 hex digits each); -1 where there is no row."""
-        return self.index[kind].lookup(key_bytes(keys), view)
+        return self.index[array].lookup(key_bytes(keys), view)
 
     def lookup_pairs(
-        self, kind: str, keys: Sequence[str], views: Sequence[str]
+        self, array: str, keys: Sequence[str], views: Sequence[str]
     ) -> npt.NDArray[np.int64]:
         """Row numbers (n,) of n keys, each with a view of its own; -1 where there is no row."""
-        return self.index[kind].lookup_pairs(key_bytes(keys), views)
+        return self.index[array].lookup_pairs(key_bytes(keys), views)
 
-    def times(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def times(self, array: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Where in their videos rows (n,) are, seconds after the first frame; NaN for images.
 
         Raises:
             IndexError: a row number that is not committed (as -1).
         """
-        index = self.index[kind]
+        index = self.index[array]
         return index.times[index.positions(np.asarray(rows, np.int64))]
 
-    def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+    def read_into(
+        self, array: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]
+    ) -> None:
         """Stored bytes of rows (n,) into `out` (n, row_bytes), in that order.
 
         Read in the order of the disk, whatever the order asked for; adjacent rows are one system call.
@@ -125,7 +129,7 @@ class FeatureReader:
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
-        size, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[kind]
+        size, slots, _, spans, crcs, start_offset, slot_bytes, _ = self._layout[array]
         count = len(rows)
         if out.shape != (count, size) or out.dtype != _UINT8 or not out.flags.c_contiguous:
             raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(count, size)}")
@@ -133,7 +137,7 @@ class FeatureReader:
             return
         flat = out.data.cast("B")
         if count > 1:
-            self._read_many(kind, np.asarray(rows, np.int64).tolist(), flat)
+            self._read_many(array, np.asarray(rows, np.int64).tolist(), flat)
             return
         # As `_read_runs` does, in half the Python: small rows asked for one by one are bound by that.
         number = int(rows[0])
@@ -141,45 +145,45 @@ class FeatureReader:
         start, committed = spans.get(shard, _NO_SPAN)
         if slot >= committed:
             raise IndexError("a row number that is not committed")
-        self._files.read(kind, shard, start_offset + slot * slot_bytes, (flat,))
+        self._files.read(array, shard, start_offset + slot * slot_bytes, (flat,))
         if self.checked and crc32c(flat) != crcs[start + slot]:
-            raise self._damaged(kind, number)
+            raise self._damaged(array, number)
 
-    def _read_many(self, kind: str, numbers: Sequence[int], flat: memoryview) -> None:
+    def _read_many(self, array: str, numbers: Sequence[int], flat: memoryview) -> None:
         """Rows in the order of the disk, by as many threads as it is worth."""
-        layout = self._layout[kind]
+        layout = self._layout[array]
         runs = _runs(numbers, layout.slots, layout.run_rows)
         parts = 1
         if self._threads > 1:
             parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
         if parts == 1:
-            self._read_runs(kind, numbers, runs, flat)
+            self._read_runs(array, numbers, runs, flat)
             return
         pool, step = self._threads_here(), -(-len(runs) // parts)
         others = [
-            pool.submit(self._read_runs, kind, numbers, runs[start : start + step], flat)
+            pool.submit(self._read_runs, array, numbers, runs[start : start + step], flat)
             for start in range(step, len(runs), step)
         ]
         try:
-            self._read_runs(kind, numbers, runs[:step], flat)
+            self._read_runs(array, numbers, runs[:step], flat)
         finally:
             wait(others)  # nobody writes to `flat` when this is over, however it ends
         for other in others:
             other.result()
 
-    def _damaged(self, kind: str, number: int) -> Corrupt:
-        shard = number // self.geometry[kind].slots
-        return corrupt_shard(self.paths, kind, shard, f"row {number} fails its checksum")
+    def _damaged(self, array: str, number: int) -> Corrupt:
+        shard = number // self.geometry[array].slots
+        return corrupt_shard(self.paths, array, shard, f"row {number} fails its checksum")
 
     def _read_runs(
-        self, kind: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview
+        self, array: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview
     ) -> None:
         """Read and check runs of adjacent rows, each given by its places in `numbers` and `flat`.
 
         A row of 64 KB comes in 8 microseconds, so a microsecond of Python a row is much.
         """
         files, ahead, begun = self._files, self._ahead if len(runs) > 1 else None, 0
-        size, slots, _, spans, crcs, start_offset, slot_bytes, gap = self._layout[kind]
+        size, slots, _, spans, crcs, start_offset, slot_bytes, gap = self._layout[array]
         for number, run in enumerate(runs):
             shard, slot = divmod(numbers[run[0]], slots)
             start, count = spans.get(shard, _NO_SPAN)
@@ -193,15 +197,15 @@ class FeatureReader:
                 places[::2] = targets
             offset = start_offset + slot * slot_bytes
             # Once one has to be waited for, let the disk begin with all that follow.
-            if begun or ahead is None or not ahead.read_now(kind, shard, offset, places):
+            if begun or ahead is None or not ahead.read_now(array, shard, offset, places):
                 if ahead is not None and number >= begun:
                     begun = number + AHEAD_RUNS
-                    ahead.begin(kind, _extents(self._layout[kind], numbers, runs[number:begun]))
-                files.read(kind, shard, offset, places)
+                    ahead.begin(array, _extents(self._layout[array], numbers, runs[number:begun]))
+                files.read(array, shard, offset, places)
             if self.checked:
                 for position, target in enumerate(targets, start + slot):
                     if crc32c(target) != crcs[position]:
-                        raise self._damaged(kind, shard * slots + position - start)
+                        raise self._damaged(array, shard * slots + position - start)
 
     def _threads_here(self) -> ThreadPoolExecutor:
         """The other threads; a forked child needs its own."""
@@ -210,32 +214,32 @@ class FeatureReader:
             self._pool_pid = os.getpid()
         return self._pool
 
-    def read(self, kind: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
+    def read(self, array: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
         """The features (tokens, width) of one view.
 
         Raises:
             KeyError: it is not in this space.
             Corrupt: as `read_into`.
         """
-        rows = self.lookup(kind, [key], view)
+        rows = self.lookup(array, [key], view)
         if rows[0] < 0:
-            raise KeyError(f"no {kind} {key} {view} in {self.path}")
-        out = np.empty((1, self.geometry[kind].row_bytes), np.uint8)
-        self.read_into(kind, rows, out)
-        return codec.unpack(out[0], self.spec.layout, self.spec.tokens(kind), self.spec.width)
+            raise KeyError(f"no {array} {key} {view} in {self.path}")
+        out = np.empty((1, self.geometry[array].row_bytes), np.uint8)
+        self.read_into(array, rows, out)
+        return codec.unpack(out[0], self.spec.layout, self.spec.tokens(array), self.spec.width)
 
     def logical_hash(self) -> str:
         """What two stores of equal content share, however they are cut into shards: sha256 (hex)."""
         digests = {}
-        for kind, index in self.index.items():
-            step = max(1, RUN_BYTES // self.geometry[kind].row_bytes)
-            buffer = np.empty((step, self.geometry[kind].row_bytes), np.uint8)
-            digests[kind] = np.empty((len(index), 32), np.uint8)
+        for array, index in self.index.items():
+            step = max(1, RUN_BYTES // self.geometry[array].row_bytes)
+            buffer = np.empty((step, self.geometry[array].row_bytes), np.uint8)
+            digests[array] = np.empty((len(index), 32), np.uint8)
             for start in range(0, len(index), step):
                 positions = np.arange(start, min(start + step, len(index)))
                 rows = buffer[: len(positions)]
-                self.read_into(kind, index.rows(positions), rows)
-                digests[kind][positions] = row_digests(rows)
+                self.read_into(array, index.rows(positions), rows)
+                digests[array][positions] = row_digests(rows)
         return logical_hash(self.index, digests)
 
 
@@ -307,15 +311,15 @@ def logical_hash(
     """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
 
     Args:
-        index: kind -> its rows.
-        digests: kind -> `row_digests` of all of them, by position.
+        index: array -> its rows.
+        digests: array -> `row_digests` of all of them, by position.
     """
     whole = hashlib.sha256()
-    for kind in sorted(index):
-        for position in index[kind].by_identity().tolist():
-            key, view = index[kind].identity(position)
-            digest = digests[kind][position].tobytes().hex()
-            whole.update(f"{kind}\t{key}\t{view}\t{digest}\n".encode())
+    for array in sorted(index):
+        for position in index[array].by_identity().tolist():
+            key, view = index[array].identity(position)
+            digest = digests[array][position].tobytes().hex()
+            whole.update(f"{array}\t{key}\t{view}\t{digest}\n".encode())
     return whole.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 A data set is one Parquet file, replaced whole when its content changes. The media table is also the
 ledger of what could not be had; it only grows, part after part, and a later row for a source wins.
-Both are sealed (see `cache.layout`).
+Both are sealed (see `cache.store.paths`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class MediaRef:
     source: str
     """URL verbatim, absolute path, or hf:ID#row. The media table says which key it has."""
     kind: str = "image"
-    """image or video: a key of `cache.spec.ARRAY_OF`."""
+    """image or video: a key of `cache.format.spec.ARRAY_OF`."""
     sha256: str | None = None
     """What its bytes hash to, where the data set says so (64 hex); other bytes are refused."""
 

@@ -2,7 +2,7 @@
 
 Reads are positioned (`preadv`), so any number of threads and forked processes may share one object; nothing
 is locked, nothing written. Files are opened when first needed; the least recently used close themselves. Of a
-file that was read as often as it is long, what is in memory is copied from there (`cache.mapped`).
+file that was read as often as it is long, what is in memory is copied from there (`cache.store.mapped`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cache.store.paths import Corrupt, SpacePaths
 class ShardFiles(Protocol):
     """What a FeatureReader reads from. All methods may be called from many threads at a time."""
 
-    def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
+    def read(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """Fill `targets`, one after the other, with what stands at `offset` of a shard.
 
         Raises:
@@ -33,10 +33,10 @@ class ShardFiles(Protocol):
 class AheadFiles(ShardFiles, Protocol):
     """Shard files that can begin several reads at once."""
 
-    def read_now(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
+    def read_now(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
         """As `read` if that needs no waiting; else False, and what is in `targets` is meaningless."""
 
-    def begin(self, kind: str, places: Iterable[tuple[int, int, int]]) -> None:
+    def begin(self, array: str, places: Iterable[tuple[int, int, int]]) -> None:
         """Begin to fetch (shard, offset, bytes), each of which will be read soon."""
 
 
@@ -50,7 +50,7 @@ class LocalFiles:
 
         Args:
             paths: of the space.
-            sizes: kind -> shard -> bytes, as committed.
+            sizes: array -> shard -> bytes, as committed.
             mapped: whether shards that are read again and again are mapped.
         """
         self._paths = paths
@@ -61,9 +61,9 @@ class LocalFiles:
             functools.partial(_open, paths, sizes, mapped)
         )
 
-    def read(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
+    def read(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
         """See ShardFiles. One system call, unless it is interrupted."""
-        file = self._file(kind, shard)
+        file = self._file(array, shard)
         length = len(targets[0]) if len(targets) == 1 else _length(targets)
         if length > SMALL and file.copy(offset, targets, length):
             return
@@ -73,15 +73,15 @@ class LocalFiles:
             whole = file.read(targets, offset)
         except OSError as error:  # a dying disk
             why = error.strerror or str(error)
-            raise corrupt_shard(self._paths, kind, shard, why) from error
+            raise corrupt_shard(self._paths, array, shard, why) from error
         if not whole:
-            raise corrupt_shard(self._paths, kind, shard, "it ends early")
+            raise corrupt_shard(self._paths, array, shard, "it ends early")
 
-    def read_now(self, kind: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
+    def read_now(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
         """See AheadFiles: from the page cache, at no more cost than `read`."""
         if self._nowait:
             try:
-                file = self._file(kind, shard)  # open until it is read
+                file = self._file(array, shard)  # open until it is read
                 length = len(targets[0]) if len(targets) == 1 else _length(targets)
                 if length > SMALL and file.copy(offset, targets, length):
                     return True
@@ -90,27 +90,27 @@ class LocalFiles:
                 return False
             except OSError:  # this file system cannot tell; or `read` meets it again, and says so
                 self._nowait = 0
-        self.read(kind, shard, offset, targets)
+        self.read(array, shard, offset, targets)
         return True
 
-    def begin(self, kind: str, places: Iterable[tuple[int, int, int]]) -> None:
+    def begin(self, array: str, places: Iterable[tuple[int, int, int]]) -> None:
         """See AheadFiles: the disk works on all of them at a time."""
         for shard, offset, nbytes in places:
             with contextlib.suppress(Corrupt, KeyError, OSError):  # whoever reads it says so
-                file = self._file(kind, shard)
+                file = self._file(array, shard)
                 os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _open(
-    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], mapped: bool, kind: str, shard: int
+    paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], mapped: bool, array: str, shard: int
 ) -> _ShardFile:
     try:
-        file = _ShardFile(os.fspath(paths.shard(kind, shard)), mapped)
+        file = _ShardFile(os.fspath(paths.shard(array, shard)), mapped)
     except FileNotFoundError:
-        raise corrupt_shard(paths, kind, shard, "missing") from None
-    expected = sizes[kind][shard]
+        raise corrupt_shard(paths, array, shard, "missing") from None
+    expected = sizes[array][shard]
     if file.nbytes != expected:
-        raise corrupt_shard(paths, kind, shard, f"{file.nbytes} bytes, not {expected}")
+        raise corrupt_shard(paths, array, shard, f"{file.nbytes} bytes, not {expected}")
     return file
 
 
@@ -173,6 +173,6 @@ def open_files() -> int:
     return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
 
 
-def corrupt_shard(paths: SpacePaths, kind: str, shard: int, what: str) -> Corrupt:
+def corrupt_shard(paths: SpacePaths, array: str, shard: int, what: str) -> Corrupt:
     """Damage to a shard, and how to get its rows back."""
-    return Corrupt(paths.shard(kind, shard), what)
+    return Corrupt(paths.shard(array, shard), what)

@@ -6,7 +6,7 @@
     shard.commit()                          # from here on the rows exist
     space.grow("image")                   # the driver, now and then: zarr-python sees them too
 
-A shard's bytes go to a temporary file as they come (what they are is `cache.container`'s to say).
+A shard's bytes go to a temporary file as they come (what they are is `cache.format.shard`'s to say).
 Committing is: fsync, rename, fsync of the folders; then the same for the commit, which makes the rows
 visible. A crash anywhere before that leaves a file nobody reads, under a number nobody uses again, for
 `cache.gc` to remove.
@@ -25,7 +25,7 @@ import pyarrow as pa
 from cache.format.checksums import crc32c
 from cache.format.shard import RowFacts
 from cache.format.space_info import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
-from cache.format.spec import KINDS, FeatureSpec
+from cache.format.spec import ARRAYS, FeatureSpec
 from cache.format.zarr_shard import zarr_json
 from cache.store.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
 from cache.store.index_file import open_index
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Space:
-    """One space, as its writers see it. Readers use `cache.reader.FeatureReader`."""
+    """One space, as its writers see it. Readers use `cache.store.reader.FeatureReader`."""
 
     def __init__(self, paths: SpacePaths, info: SpaceInfo):
         self.paths = paths
@@ -82,9 +82,9 @@ class Space:
                 paths.space_json, "it describes another space than its folder's name says"
             )
         make_folder(paths.commits_dir)
-        for kind in KINDS:
-            make_folder(paths.shards_dir(kind))
-            space.grow(kind)
+        for array in ARRAYS:
+            make_folder(paths.shards_dir(array))
+            space.grow(array)
         if (values := space.info.container.group_values()) is not None:
             group = zarr_json(values)
             if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
@@ -96,43 +96,43 @@ class Space:
         """The space at `paths`, which exists."""
         return Space(paths, read_info(paths))
 
-    def rows_per_shard(self, kind: str) -> int:
-        """Rows a full shard of `kind` holds."""
-        return self.info.slots[kind]
+    def rows_per_shard(self, array: str) -> int:
+        """Rows a full shard of `array` holds."""
+        return self.info.slots[array]
 
-    def commits(self, kind: str) -> pa.Table:
+    def commits(self, array: str) -> pa.Table:
         """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
-        commits = read_commits(self.paths, self.info, kind)
+        commits = read_commits(self.paths, self.info, array)
         return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
 
-    def index(self, kind: str) -> RowIndex:
+    def index(self, array: str) -> RowIndex:
         """All committed rows, to look up."""
-        return open_index(self.paths, self.info, kind)
+        return open_index(self.paths, self.info, array)
 
-    def keys(self, kind: str) -> Set[tuple[str, str]]:
+    def keys(self, array: str) -> Set[tuple[str, str]]:
         """(key, view) of all committed rows."""
-        return Identities(self.index(kind))
+        return Identities(self.index(array))
 
-    def shard_keys(self, kind: str, number: int) -> set[tuple[str, str]]:
+    def shard_keys(self, array: str, number: int) -> set[tuple[str, str]]:
         """(key, view) of one shard's rows; empty when it was not committed."""
-        if not self.paths.commit(kind, number).exists():
+        if not self.paths.commit(array, number).exists():
             return set()
-        return _identities(read_commit(self.paths, self.info, kind, number).table)
+        return _identities(read_commit(self.paths, self.info, array, number).table)
 
-    def next_shard(self, kind: str) -> int:
+    def next_shard(self, array: str) -> int:
         """A number above that of every shard ever begun."""
-        used = [*self.paths.committed(kind), *self.paths.started(kind)]
+        used = [*self.paths.committed(array), *self.paths.started(array)]
         return max(used, default=-1) + 1
 
-    def grow(self, kind: str) -> None:
+    def grow(self, array: str) -> None:
         """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
 
         A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
         A space of another container has none.
         """
-        path, slots = self.paths.array_json(kind), self.rows_per_shard(kind)
-        rows = max((number + 1 for number in self.paths.committed(kind)), default=0) * slots
-        values = self.info.container.array_values(self.spec, kind, slots, rows)
+        path, slots = self.paths.array_json(array), self.rows_per_shard(array)
+        rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
+        values = self.info.container.array_values(self.spec, array, slots, rows)
         if values is None:
             return
         try:
@@ -178,15 +178,15 @@ class ShardWriter:
     Whoever makes it must own `number` (see `Space.next_shard`); that its folder is new proves it.
     """
 
-    def __init__(self, space: Space, kind: str, number: int, fence: Fence | None = None):
-        self._space, self._kind, self._number, self._fence = space, kind, number, fence
-        self._geometry = space.info.geometry(kind)
-        self._path = space.paths.shard(kind, number)
+    def __init__(self, space: Space, array: str, number: int, fence: Fence | None = None):
+        self._space, self._array, self._number, self._fence = space, array, number, fence
+        self._geometry = space.info.geometry(array)
+        self._path = space.paths.shard(array, number)
         self._temporary = self._path.with_name(self._path.name + PARTIAL)
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._identities: set[tuple[bytes, str]] = set()
         self._over = False
-        self._folder = space.paths.shard_dir(kind, number)
+        self._folder = space.paths.shard_dir(array, number)
         self._folder.mkdir()
         if self._path.parent != self._folder:
             self._path.parent.mkdir()
@@ -315,20 +315,20 @@ class ShardWriter:
         commit = commit_bytes(
             table,
             fingerprint=self._space.spec.fingerprint,
-            kind=self._kind,
+            array=self._array,
             shard=self._number,
             nbytes=self._geometry.file_bytes(rows),
             index_crc=tail_crc,
             replaces=replaces,
         )
-        write_atomic(paths.commit(self._kind, self._number), commit, self._fence)
+        write_atomic(paths.commit(self._array, self._number), commit, self._fence)
         self._over = True
         return rows
 
     def abort(self) -> None:
         """Take back what is not committed: the whole shard, or nothing once its commit stands."""
         self._close()
-        if not self._over and not self._space.paths.commit(self._kind, self._number).exists():
+        if not self._over and not self._space.paths.commit(self._array, self._number).exists():
             shutil.rmtree(self._folder)
         self._over = True
 

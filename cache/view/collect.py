@@ -1,4 +1,4 @@
-"""Everything a page about one space shows, read and measured; `cache.view_page` puts it into HTML.
+"""Everything a page about one space shows, read and measured; `cache.view.page` puts it into HTML.
 
 g x g tokens of a row lie on the patch grid, row by row from the top left; a CLS token stands before them.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.maintenance.survey import DatasetSummary, Failures, list_failures, summarise_datasets
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
@@ -147,7 +147,7 @@ def gather(
     Raises:
         UserError: the space has no rows yet, or a file of it is damaged.
     """
-    kinds = [kind for kind in KINDS if reader.rows(kind)]
+    kinds = [kind for kind in ARRAYS if reader.rows(kind)]
     if not kinds:
         raise UserError(
             f"{reader.path} has no rows yet: nothing to show. Encode something: "

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from cache.format.spec import KINDS
+from cache.format.spec import ARRAYS
 from cache.store.samples import STAGES
 from cache.view.charts import Mark, Series, curve, histogram, spikes
 from cache.view.collect import Findings
@@ -53,7 +53,7 @@ def _norms(found: Findings) -> str:
 def _errors(found: Findings) -> str:
     series, notes = [], []
     marks: list[Mark] = []
-    for kind in KINDS:
+    for kind in ARRAYS:
         if kind not in found.errors or not len(found.errors[kind].values):
             continue
         one, name = found.errors[kind], KIND_NAMES[kind]

@@ -4,7 +4,7 @@ socket itself.
 A list of URLs from the open web must not make this machine talk to its own services, its neighbours, or
 the metadata service of its cloud. Names are judged by the addresses they lead to, and the address judged
 is the one connected to, so a name that changes its address between check and use (DNS rebinding) is no
-way round. Which they are is in `cache.addresses`.
+way round. Which they are is in `cache.remote.net`.
 """
 
 from __future__ import annotations

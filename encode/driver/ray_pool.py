@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cache.format.spec import ARRAY_OF, KINDS
+from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.locks import wait_gone
 from cache.store.paths import SpacePaths
 from cache.store.writer import Space
@@ -73,7 +73,7 @@ class SpaceRegistrar(Registrar):
 
     def __init__(self, paths: SpacePaths):
         space = Space.open(paths)
-        super().__init__(Present.of(space).images, {k: space.next_shard(k) for k in KINDS})
+        super().__init__(Present.of(space).images, {k: space.next_shard(k) for k in ARRAYS})
 
 
 class _RemoteOffice:

@@ -5,7 +5,7 @@ python -m encode.run --dataset demo --encoder demo --workers 2
 Five data sets, in the roles that PixMo's have: `demo-captions`, `demo-points` (counting, pointing),
 `demo-questions` (colour, shape, place) about single drawings; `demo-dialogues` about several at once;
 and `demo-videos` about short films (see `encode.sources.demo_videos`).
-What is drawn is in `encode.sources.demo_world`. What is asked has one right answer, which nothing in the
+What is drawn is in `encode.sources.demo_drawings`. What is asked has one right answer, which nothing in the
 question gives away.
 """
 

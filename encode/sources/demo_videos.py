@@ -1,9 +1,9 @@
 """The demo world's videos: a few shapes stand, one more moves to a neighbouring cell or appears.
 
 Files are YUV4MPEG2 (`.y4m`), uncompressed, written here for the reason that drawings are (see
-`encode.sources.demo_world`): an encoder's output differs between versions, and other bytes are another video.
-Each frame alone shows where shapes are; what moves or appears, and where it was first, is only in their
-sequence.
+`encode.sources.demo_drawings`): an encoder's output differs between versions, and other bytes are another
+video. Each frame alone shows where shapes are; what moves or appears, and where it was first, is only in
+their sequence.
 """
 
 from __future__ import annotations

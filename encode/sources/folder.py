@@ -299,7 +299,7 @@ def _weight(value: Mapping[str, Any], where: str) -> float:
 
 
 def _placeholders(images: int) -> str:
-    """Before the words, as `model.template` puts images that have no place of their own."""
+    """Before the words, as `model.language.chat_template` puts images that have no place of their own."""
     return IMAGE_TOKEN * images
 
 

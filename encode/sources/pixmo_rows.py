@@ -3,10 +3,10 @@
 A row is a mapping of its columns, texts as the bytes that Parquet holds. What cannot be used is a
 `BadRowError` (the row) or an `Unusable` (a part of it), each with a reason that can be counted.
 
-The image's mark always comes first, so an `<image>` in somebody's words stays text (see `model.template`).
-Points are Molmo2's html-v2, from 0 to 1000 in both directions, three digits at least:
-`<points coords="1 1 042 400 2 911 800">label</points>`: number of the image, then for each point its own
-number, x and y. Points go from left to right, so that there is one right answer.
+The image's mark always comes first, so an `<image>` in somebody's words stays text (see
+`model.language.chat_template`). Points are Molmo2's html-v2, from 0 to 1000 in both directions, three
+digits at least: `<points coords="1 1 042 400 2 911 800">label</points>`: number of the image, then for
+each point its own number, x and y. Points go from left to right, so that there is one right answer.
 """
 
 from __future__ import annotations

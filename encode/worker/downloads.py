@@ -1,6 +1,6 @@
 """Sources that are not on this disk: from the folder of kept media, or from the web.
 
-`encode.fetch` knows how to ask a server; this knows what a job makes of the answer.
+`encode.download.client` knows how to ask a server; this knows what a job makes of the answer.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
   a mask; long ones are taken by themselves, their beginning causally, their branches with a small mask.
 - CUDA: one variable-length call over all units, keys gathered per unit (prefix, then own).
 
-Units and trees: see `model.packed`. Legend: T tokens in the batch, U units, L tokens in the longest tree of
-a group, B trees in a group, R rows of all groups with their padding.
+Units and trees: see `model.attention.batch`. Legend: T tokens in the batch, U units, L tokens in the
+longest tree of a group, B trees in a group, R rows of all groups with their padding.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ ChatML, the same in training, generation, evaluation and export:
 
 Assistant content and its <|im_end|> are supervised, with the message's weight; nothing else is.
 
-What a user typed never becomes a control token (see `model.tokenizer`). An image's place is the one
+What a user typed never becomes a control token (see `model.language.tokenizer`). An image's place is the one
 exception, and has a rule: a sample knows how many images it has, and the first that many `<image>` marks
 in its user turns are their places; further marks, and marks in other turns, are plain text. Without any
 mark in the user turns the images stand at the start of the first one. Fewer marks than images (but not

@@ -1,8 +1,8 @@
 """The language model: untrained ones by preset, real ones from a folder or a Hugging Face id.
 
 `random:<preset>` (configs/model.yaml) needs no file and no network: an untrained Qwen3 with a byte-level
-tokenizer, so that everything runs offline. The chat template is in `model.template`, what text becomes in
-`model.tokenizer`; both are reachable from here.
+tokenizer, so that everything runs offline. The chat template is in `model.language.chat_template`, what
+text becomes in `model.language.tokenizer`; both are reachable from here.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     """A model and its tokenizer, checked to be of a kind whose loss we compute exactly."""
     _check_supported(model.config)
     # A model's folder may bring sampling settings (Qwen3: temperature 0.6, top_k 20) that fill in whatever
-    # a call leaves out; how we answer is said in `model.answer` alone.
+    # a call leaves out; how we answer is said in `model.inference` alone.
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return LanguageModel(
         model=model,

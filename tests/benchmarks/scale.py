@@ -95,7 +95,7 @@ def write_commits(space: Space, shards: range) -> None:
         data = commit_bytes(
             pa.table(columns, SCHEMA),
             fingerprint=space.spec.fingerprint,
-            kind="image",
+            array="image",
             shard=shard,
             nbytes=nbytes,
             index_crc=shard,

@@ -1,4 +1,4 @@
-"""What a model sees of one sample's images and videos, from the cache, as `model.answer` wants it."""
+"""What a model sees of one sample's images and videos, from the cache, as `model.inference` wants it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Places:
 
 
 def tenths_of(times_s: npt.NDArray[np.float64]) -> Ints:
-    """Tenths of seconds exactly as `model.template.stamp` rounds them; -1 for NaN."""
+    """Tenths of seconds exactly as `model.language.chat_template.stamp` rounds them; -1 for NaN."""
     times_s = np.where(times_s < 0, 0.0, times_s)
     scaled = np.where(np.isnan(times_s), -1.0, times_s * 10)
     tenths = np.rint(scaled).astype(np.int64)

@@ -58,7 +58,7 @@ class StepPlan:
     """Endless training steps over `trees`.
 
     Args:
-        trees: from `train.trees.grow_trees`; none may hold more samples than a step.
+        trees: from `train.data.message_trees.grow_trees`; none may hold more samples than a step.
         samples_per_step: B, over all ranks and accumulated micro-batches.
         seed: another seed, another order; the sample list stays.
         order: `random`, or `blocks` for disks that seek slowly: neighbouring rows stay near in time.
