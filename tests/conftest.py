@@ -9,15 +9,20 @@ import pytest
 import torch
 
 LONG = (
-    *("test_pixmo_kill", "test_photographs", "test_encode_cluster", "test_encode_kill"),
-    *("test_processes", "test_train_run", "test_encode_videos", "test_pixmo_web", "test_vision"),
+    *("integration/encode/test_pixmo_kill", "integration/train/test_photos"),
+    *("integration/encode/test_ray_pool", "integration/encode/test_kill"),
+    *("integration/train/test_distributed", "integration/train/test_run"),
+    *("integration/encode/test_videos", "integration/encode/test_pixmo_web", "vision/test_encoder"),
 )
 """Files that take longest: first, so that two processes end at about one time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"{name}.py": number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    def order(item: pytest.Item) -> int:
+        name = item.path.with_suffix("").as_posix()
+        return next((i for i, long in enumerate(LONG) if name.endswith(long)), len(LONG))
+
+    items.sort(key=order)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

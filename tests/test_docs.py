@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs import parse
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

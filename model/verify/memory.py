@@ -4,7 +4,7 @@ Legend: T tokens of a micro-batch, D width, Q = query heads x head width, K = ke
 width, I width inside the MLP, V vocabulary rows; s bytes of a computed value (4, or 2 under autocast).
 
 What autograd keeps of one decoder layer, per token, as transformers writes it (norm -> q, k, v -> norm of
-q and k -> rotation -> attention -> projection -> norm -> SwiGLU); `tests/test_model_verify.py` counts the
+q and k -> rotation -> attention -> projection -> norm -> SwiGLU); `tests/model/test_verify.py` counts the
 same bytes on a running model with saved-tensor hooks and finds the formula exact:
 
   float32, everything learns   two norms x (input, normalised, scaled) x 4 D; q (projected, normalised,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from configs import UserError
-from tests.photographs import CAPTIONS, _original
+from tests.support.photos import CAPTIONS, _original
 
 Features = npt.NDArray[np.float32]
 

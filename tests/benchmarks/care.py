@@ -28,7 +28,7 @@ from cache.maintenance.checks import THREADS, verify
 from cache.store.paths import CacheRoot
 from cache.store.writer import ShardWriter, Space
 from configs import command, parse
-from tests.toy_space import SPEC, key
+from tests.support.spaces import SPEC, key
 
 ROW = (576, 1024)
 """Tokens and width of a ViT-L/14@336 image."""

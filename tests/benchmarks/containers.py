@@ -27,7 +27,7 @@ from cache.maintenance.checks import verify
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.writer import ShardWriter, Space
-from tests.toy_space import SPEC, key
+from tests.support.spaces import SPEC, key
 
 ROUNDS = 5
 LIBRARY = "the webdataset library, decoding"

@@ -35,7 +35,7 @@ from cache.merge import merge
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.writer import ShardWriter, Space
-from tests.toy_space import SPEC, key
+from tests.support.spaces import SPEC, key
 
 CLIP: FeatureSpec = replace(
     SPEC,

@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.photographs import make_folder
+from tests.support.photos import make_folder
 
 IMAGES = 16
 TRAIN_STEPS = 3

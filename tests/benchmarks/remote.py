@@ -29,7 +29,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader, find_space
 from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
 from cache.store.writer import ShardWriter, Space
-from tests import remote_world, small_world
+from tests.support import remote_servers, trained_runs
 
 IMAGES = 192
 BATCH = 8
@@ -45,7 +45,7 @@ COMMAND = "import sys, train.run; print('ready'); sys.exit(train.run.main())"
 def make_cache(folder: Path) -> CacheRoot:
     """Images of the real size, a question each."""
     root = CacheRoot(folder)
-    spec = small_world.spec(image_size=336, patch_size=14, width=1024, codec="int8")
+    spec = trained_runs.spec(image_size=336, patch_size=14, width=1024, codec="int8")
     space = Space.create(root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("image"))
     rng = np.random.default_rng(0)
     records, samples = [], []
@@ -137,18 +137,18 @@ def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
     used = IMAGES * FeatureReader(find_space(root, None)).geometry["image"].row_bytes
     local = train(folder, "local", str(root.path))
     print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
-    with remote_world.WebServer(root.path) as web, remote_world.BadS3() as s3:
-        aws = remote_world.environment(s3.endpoint)
-        with remote_world.patched(aws):
-            remote_world.upload(root.path, "s3://features/real")
-        places: dict[str, tuple[remote_world.Counts, str]] = {
+    with remote_servers.WebServer(root.path) as web, remote_servers.BadS3() as s3:
+        aws = remote_servers.environment(s3.endpoint)
+        with remote_servers.patched(aws):
+            remote_servers.upload(root.path, "s3://features/real")
+        places: dict[str, tuple[remote_servers.Counts, str]] = {
             "https": (web, web.url),
             "s3": (s3, "s3://features/real"),
         }
         for kind, (server, url) in places.items():
             for bad in (0.0, BAD):
                 server.bad, server.latency_s, server.row_bytes = bad, LATENCY_S, 0
-                with remote_world.patched(aws) if kind == "s3" else nullcontext():
+                with remote_servers.patched(aws) if kind == "s3" else nullcontext():
                     found = train(folder, f"{kind}-{bad}", url)
                 name = f"{kind}, {bad:.0%} of requests fail"
                 first, ratio = found.first_step_s, server.row_bytes / used
@@ -162,7 +162,7 @@ def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
 
 def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
     """Rows a second of one reader, by latency, and from what is kept."""
-    with remote_world.WebServer(root.path) as server:
+    with remote_servers.WebServer(root.path) as server:
         for latency in (0.0, 0.03, 0.1):
             server.latency_s = latency
             rates, kept = [], []

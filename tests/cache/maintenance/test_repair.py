@@ -1,0 +1,484 @@
+"""`cache.verify --repair`: what is damaged goes, what is not stays; the next encode does exactly the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache.format import codec
+from cache.format.spec import CODECS, PACKED_FROM
+from cache.maintenance.checks import verify
+from cache.maintenance.compaction import take_out
+from cache.maintenance.repair import Repair, Repaired
+from cache.maintenance.row_checks import Finite, outliers
+from cache.store import index_file
+from cache.store.commits import read_commits
+from cache.store.locks import DriverLock
+from cache.store.mend import flip_back
+from cache.store.paths import CacheRoot, SpacePaths, read_sealed_json, sealed_json
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
+from cache.verify import main
+from configs import UserError
+from tests.support.damage import flip, garble
+from tests.support.encode_jobs import SETUP, draw, encode
+from tests.support.spaces import SPEC, features, fill, key, make_space, row
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> CacheRoot:
+    """Images 0-3, 4-6 and 7-8 in three shards, frames of 0-2; samples and media."""
+    root = CacheRoot(tmp_path / "cache")
+    space = make_space(root.path)
+    for numbers in ([0, 1, 2, 3], [4, 5, 6], [7, 8]):
+        fill(space, numbers)
+    fill(space, [0, 1, 2], array="frame", view="t:0")
+    space.grow("image")
+    space.grow("frame")
+    write_samples(root, "toy", [])
+    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(9)], "job")
+    return root
+
+
+def only_space(root: CacheRoot) -> SpacePaths:
+    return root.space(root.space_names()[0])
+
+
+def repair(root: CacheRoot, space: SpacePaths | None = None) -> tuple[Repaired, list[str]]:
+    """Repair, and be sure that nothing is broken any more."""
+    said: list[str] = []
+    job = Repair(root, deep=True, tell=said.append, progress=lambda _: None)
+    assert not job.run(space).broken
+    assert verify(root, deep=True).all_findings == []
+    return job.done, said
+
+
+def images(root: CacheRoot) -> set[int]:
+    space = Space.open(only_space(root))
+    return {n for n in range(20) if (key(n), "full") in space.keys("image")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and "locks" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_damaged_index_is_made_anew_and_costs_no_row(
+    root: CacheRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
+    space = Space.open(only_space(root))
+    index_file.save_index(space.paths, space.info)
+    path, hash_before = space.paths.index("image"), FeatureReader(space.paths).logical_hash()
+    draw_bit = np.random.default_rng(0)
+    for bit in draw_bit.integers(0, 8 * path.stat().st_size, 12).tolist():
+        flip(path, bit)
+        (finding,) = verify(root, deep=True).all_findings
+        assert (finding.path, finding.broken) == (str(path), True)
+        done, said = repair(root)
+        assert (done.steps, len(said)) == (1, 1)
+        assert FeatureReader(space.paths).logical_hash() == hash_before
+
+
+def test_an_intact_cache_is_left_alone(root: CacheRoot) -> None:
+    before = contents(root.path)
+    done, said = repair(root)
+    assert (done.steps, said) == (0, [])
+    assert contents(root.path) == before
+
+
+@pytest.mark.parametrize(
+    ("hurt", "lost"),
+    [
+        (lambda path: garble(path, 268 * 2 + 5), {6}),
+        (lambda path: garble(path, 268 - 10), {4, 5}),  # across two rows
+        (lambda path: garble(path, 265, 2), set()),  # the crc beside a row: the row is intact
+        (lambda path: garble(path, path.stat().st_size - 30), set()),  # the index
+        (lambda path: path.write_bytes(path.read_bytes()[: 268 + 100]), {5, 6}),  # cut short
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), set()),
+        (lambda path: path.write_bytes(b""), {4, 5, 6}),
+        (lambda path: path.unlink(), {4, 5, 6}),
+    ],
+)
+def test_of_a_damaged_shard_the_intact_rows_stay(
+    root: CacheRoot, hurt: Any, lost: set[int]
+) -> None:
+    paths = only_space(root)
+    shard = paths.shard("image", 1)
+    hurt(shard)
+    damaged = shard.read_bytes() if shard.exists() else None
+    others = {n: paths.shard("image", n).read_bytes() for n in (0, 2)}
+    done, said = repair(root)
+    assert images(root) == set(range(9)) - lost
+    assert len(said) == done.steps
+    assert f"its {3 - len(lost)} good rows" in said[0] or len(lost) == 3
+    assert (done.kept["image"], done.lost["image"]) == (3 - len(lost), len(lost))
+    assert others == {n: paths.shard("image", n).read_bytes() for n in others}
+    reader = FeatureReader(paths)
+    for number in set(range(9)) - lost:
+        reader.read("image", key(number))
+    aside = root.damaged_dir / shard.relative_to(root.path)
+    assert (aside.read_bytes() if aside.exists() else None) == damaged, "set aside, not deleted"
+    assert not shard.exists()
+
+
+def test_a_damaged_commit_takes_its_shard_with_it(root: CacheRoot) -> None:
+    paths = only_space(root)
+    garble(paths.commit("image", 0), 60)
+    done, said = repair(root)
+    assert images(root) == set(range(4, 9))
+    assert done.spaces == {paths.name}
+    assert "nobody knows whose rows" in said[0]
+    for path in (paths.commit("image", 0), paths.shard("image", 0)):
+        assert (root.damaged_dir / path.relative_to(root.path)).exists()
+
+
+def test_a_flipped_bit_of_any_sealed_file_is_put_back(root: CacheRoot) -> None:
+    before = contents(root.path)
+    sealed = [name for name in before if name.endswith((".json", ".parquet"))]
+    assert len(sealed) == 10
+    for name in sealed:
+        flip(root.path / name, 8 * len(before[name]) // 3)
+    found = {Path(finding.path).name for finding in verify(root).all_findings}
+    assert found >= {"space.json", "part-00000.parquet"}, "behind space.json, nothing can be judged"
+    repair(root)
+    assert contents(root.path) == before
+    assert not root.damaged_dir.exists()
+
+
+def test_every_single_flip_of_a_sealed_text_is_put_back() -> None:
+    data = sealed_json({"load": "sha256:" + "0" * 64, "text": "a seal may be quoted: sha256:12"})
+    for bit in range(0, 8 * len(data), 7):
+        hurt = bytearray(data)
+        hurt[bit // 8] ^= 1 << bit % 8
+        assert flip_back(bytes(hurt)) == data
+    hurt[3] ^= 1
+    assert flip_back(bytes(hurt)) is None, "two flips: not provable"
+    assert flip_back(b"") is None
+    assert flip_back(b"no seal in here") is None
+
+
+def test_a_description_whose_spec_can_be_proven_is_written_anew(root: CacheRoot) -> None:
+    paths = only_space(root)
+    data = paths.space_json.read_bytes()
+    seal = data.rindex(b"sha256:")
+    garble(paths.space_json, seal + 10)  # the spec is intact, as the commits' fingerprint shows
+    _, said = repair(root)
+    assert "has the commits' fingerprint" in said[0]
+    assert paths.space_json.read_bytes() == data
+    values = read_sealed_json(paths.space_json)
+    del values["seal"]
+    values["spec"]["patch_size"] = 1
+    paths.space_json.write_bytes(sealed_json(values))
+    garble(paths.space_json, 5, 4)  # neither text nor spec
+    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    (left,) = job.run(None).all_findings
+    assert (left.path, left.what) == (str(paths.space_json), "missing")
+    assert "encode.run with the same encoder and codec" in left.way_out
+    assert job.done.spaces == {paths.name}
+    make_space(root.path)  # what encode.run does
+    assert paths.space_json.read_bytes() == data
+    assert images(root) == set(range(9))
+    repair(root)
+
+
+def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot) -> None:
+    paths = only_space(root)
+    made = Space.open(paths)
+    for keep in ("image-00000002", "image-00000000"):  # the number says, or the size
+        paths.space_json.unlink()
+        Space.create(root, made.spec, made.load, shard_bytes=1 << 20)
+        assert Space.open(paths).info.slots["image"] == made.info.slots["image"], keep
+        for number in (1, 2):
+            paths.commit("image", number).unlink(missing_ok=True)
+    paths.space_json.unlink()
+    spec = dataclasses.replace(made.spec, mean=(0.0, 0.0, 0.0))
+    shutil.move(paths.root, root.space(spec.name).root)
+    with pytest.raises(UserError, match="or of another space"):
+        Space.create(root, spec, made.load)
+
+
+def test_what_follows_from_the_rest_is_made_anew(root: CacheRoot) -> None:
+    paths = only_space(root)
+    before = contents(root.path)
+    garble(paths.array_json("image"), 30)
+    shutil.copy(paths.group_json, paths.array_json("frame"))
+    paths.group_json.unlink()
+    repair(root)
+    assert contents(root.path) == before
+
+
+def test_a_derived_index_that_is_odd_only_goes(root: CacheRoot) -> None:
+    before = contents(root.path)
+    folder = only_space(root).root / "index"
+    folder.mkdir()
+    (folder / "snapshot").write_bytes(b"nobody can read this")
+    _, said = repair(root)
+    assert len(said) == 1
+    assert contents(root.path) == before
+
+
+def test_tables_are_set_aside_and_named(root: CacheRoot) -> None:
+    samples, (media,) = root.samples("toy"), root.media_dir.glob("*.parquet")
+    for path in (samples, media):
+        garble(path, 40)
+    lost = {path.relative_to(root.path): path.read_bytes() for path in (samples, media)}
+    done, said = repair(root)
+    assert (done.datasets, done.media, len(said)) == ({"toy"}, True, 2)
+    for name, data in lost.items():
+        assert (root.damaged_dir / name).read_bytes() == data
+        assert not (root.path / name).exists()
+    write_samples(root, "toy", [])
+    garble(samples, 40)
+    repair(root)
+    assert (root.damaged_dir / "samples" / "toy" / f"{samples.name}.1").exists(), (
+        "none is overwritten"
+    )
+
+
+def test_rows_that_are_no_numbers_go(tmp_path: Path) -> None:
+    for codec_name, at in (("fp16", 2 * 70), ("int8", 256 + 2)):
+        root = CacheRoot(tmp_path / codec_name)
+        space = make_space(root.path, codec_name)
+        writer = ShardWriter(space, "image", 0)
+        for number in range(3):
+            stored = row(number, spec=space.spec).copy()
+            if number == 1:
+                stored[at : at + 2] = np.array([np.nan], "<f2").view(np.uint8)
+            writer.append(key(number), "full", stored)
+        writer.commit()
+        space.grow("image")
+        assert not verify(root).broken
+        (finding,) = verify(root, deep=True).all_findings
+        assert finding.what == "1 of 3 rows hold NaN or Inf (row 1 first)"
+        repair(root)
+        assert images(root) == {0, 2}
+
+
+def test_numbers_at_the_edge_are_numbers(tmp_path: Path) -> None:
+    space = make_space(tmp_path, "fp16")
+    writer = ShardWriter(space, "image", 0)
+    extreme = np.full((4, 64), -1e6, np.float32)
+    extreme[::2] = 1e6
+    writer.append(key(0), "full", codec.pack(extreme, "fp16"))
+    writer.append(key(1), "full", codec.pack(-features(1), "fp16"))
+    writer.commit()
+    space.grow("image")
+    assert verify(CacheRoot(tmp_path), deep=True).all_findings == []
+
+
+def test_of_equal_rows_the_older_stays_unless_it_is_damaged(root: CacheRoot) -> None:
+    space = Space.open(only_space(root))
+    fill(space, [1, 4, 10])
+    space.grow("image")
+    garble(space.paths.shard("image", 1), 5)  # 4, as it was first
+    done, _ = repair(root)
+    assert images(root) == {*range(9), 10}
+    assert (done.lost["image"], done.spaces) == (1, {space.paths.name})
+    index = FeatureReader(space.paths).index["image"]
+    assert len(index) == 10
+    assert index.duplicates() == []
+
+
+def test_a_shard_that_comes_back_is_checked_like_any_other(root: CacheRoot) -> None:
+    """The commit that replaced it is damaged, its files are still there: as after a gc that was killed."""
+    space = Space.open(only_space(root))
+    keep = np.array([True, False, True, True])
+    old = read_commits(space.paths, space.info, "image")[0]
+    files = (space.paths.commit("image", 0), space.paths.shard("image", 0))
+    kept_files = {path: path.read_bytes() for path in files}
+    take_out(space, "image", [(old, keep)], Path.unlink)
+    for path, data in kept_files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    assert images(root) == set(range(9)) - {1}
+    garble(space.paths.commit("image", 3), 60)
+    garble(space.paths.shard("image", 0), 268 * 2)
+    repair(root)
+    assert images(root) == set(range(9)) - {2}
+
+
+def test_numbers_are_not_used_again_after_a_repair(root: CacheRoot) -> None:
+    space = Space.open(only_space(root))
+    space.paths.shard("image", 2).unlink()
+    garble(space.paths.shard("image", 2 - 1), 0, 3 * 268)
+    garble(space.paths.commit("frame", 0), 60)
+    repair(root)
+    assert images(root) == {0, 1, 2, 3}
+    assert (space.next_shard("image"), space.next_shard("frame")) == (3, 1)
+
+
+def test_only_what_is_asked_for_is_touched(root: CacheRoot) -> None:
+    other = make_space(root.path, "fp16")
+    fill(other, [0])
+    other.grow("image")
+    garble(other.paths.shard("image", 0), 5)
+    garble(root.samples("toy"), 40)
+    here = root.space(next(name for name in root.space_names() if "int8" in name))
+    garble(here.shard("image", 0), 5)
+    before = contents(other.paths.root), contents(root.samples_dir)
+    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    assert not job.run(here).broken
+    assert (contents(other.paths.root), contents(root.samples_dir)) == before
+
+
+def test_a_space_of_a_newer_version_is_not_touched(root: CacheRoot) -> None:
+    paths = only_space(root)
+    values = read_sealed_json(paths.space_json)
+    del values["seal"]
+    paths.space_json.write_bytes(sealed_json({**values, "format": 99}))
+    before = contents(paths.root)
+    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    report = job.run(None)
+    assert job.done.steps == 0
+    assert "format 99" in report.all_findings[0].what
+    assert contents(paths.root) == before
+
+
+def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
+    garble(only_space(root).shard("image", 0), 5)
+    before = contents(root.path)
+    with (
+        DriverLock(only_space(root), "process 7 on node-3"),
+        pytest.raises(UserError, match="is being written by process 7 on node-3; wait"),
+    ):
+        Repair(root, deep=True, tell=print, progress=lambda _: None).run(None)
+    assert contents(root.path) == before
+
+
+def test_what_a_codec_holds_far_worse_than_the_rest_is_a_note(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    for first in range(0, 40, 4):
+        writer = ShardWriter(space, "image", space.next_shard("image"))
+        for number in range(first, first + 4):
+            error = {17: 0.2, 30: float("nan")}.get(number, 0.004 + 0.00005 * number)
+            writer.append(key(number), "full", row(number), error=error)
+        writer.commit()
+    space.grow("image")
+    report = verify(CacheRoot(tmp_path), deep=True)
+    assert not report.broken
+    assert report.spaces[0].logical_hash is not None
+    assert [(f.path, f.what.split(",")[0]) for f in report.all_findings] == [
+        (str(space.paths.shard("image", 7)), f"{key(30)} full: its codec's error is nan"),
+        (str(space.paths.shard("image", 4)), f"{key(17)} full: its codec's error is 0.2"),
+    ]
+
+
+def test_outliers_are_few_and_scale_does_not_matter() -> None:
+    dice = np.random.default_rng(0)
+    errors = np.exp(dice.normal(-5, 0.2, 100_000)).astype(np.float32)
+    assert len(outliers(errors)) == 0
+    errors[[5, 99]] = errors.max() * np.array([20, 30], np.float32)
+    for factor in (1, 1000):
+        assert outliers(errors * np.float32(factor)).tolist() == [99, 5], "worst first"
+    assert outliers(np.zeros(5, np.float32)).tolist() == []
+    assert outliers(np.full(5, 0.004, np.float32)).tolist() == []
+    assert outliers(np.empty(0, np.float32)).tolist() == []
+
+
+# ---- with encode jobs
+
+
+def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
+    draw(tmp_path / "images", 12)
+    media, setup = (
+        f"folder:{tmp_path / 'images'}",
+        dataclasses.replace(SETUP, commit_every_s=60.0),
+    )
+    first = encode(tmp_path / "cache", media, setup=setup)
+    root, paths, whole = first.root, first.paths, first.reader.logical_hash()
+    kept = FeatureReader(paths).index["image"].keys[[0, 1, *range(3, 12)]]
+    garble(paths.shard("image", 0), 2 * 268 + 7)
+    done, _ = repair(root)
+    assert (done.lost["image"], done.kept["image"]) == (1, 11)
+    assert (FeatureReader(paths).index["image"].keys == kept).all()
+    again = encode(root.path, media, setup=setup)
+    assert (again.job._book.encoded, again.reader.logical_hash()) == (1, whole)
+    garble(paths.space_json, 0, 400)
+    garble(paths.commit("image", 2), 60)  # of the one row encoded last
+    Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
+    assert root.space_names() == []
+    again = encode(root.path, media, setup=setup)
+    assert (again.job._book.encoded, again.plan.reused) == (1, 11), "every other row is known again"
+    assert again.reader.logical_hash() == whole
+    for path in (root.samples("images"), *root.media_dir.glob("*.parquet")):
+        garble(path, 40)
+    repair(root)
+    again = encode(root.path, media, setup=setup)
+    assert again.job._book.encoded == 0
+    assert len(again.ledger) == 12
+    assert again.reader.logical_hash() == whole
+    assert verify(root, deep=True).all_findings == []
+
+
+# ---- the command
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["cache.verify", *argv])
+    code = main()
+    return code, *capsys.readouterr()
+
+
+def test_the_command_says_what_it_does_and_what_to_do_next(
+    root: CacheRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = only_space(root)
+    at = ("--features", str(root.path), "--deep")
+    garble(paths.shard("image", 1), 5)
+    garble(root.samples("toy"), 40)
+    code, out, _ = run(monkeypatch, capsys, *at)
+    assert (code, out.count("cache.verify --deep --repair")) == (1, 2)
+    code, out, err = run(monkeypatch, capsys, *at, "--repair")
+    assert code == 0
+    lines = out.splitlines()
+    why = "its bytes do not match its seal (sha256)"
+    assert lines[0] == f"REPAIR: {root.samples('toy')}: {why}; set aside in {root.damaged_dir}"
+    why = "1 of 3 rows fail their checksum (row 4 first)"
+    todo = "its 2 good rows go to a new shard"
+    assert lines[1] == f"REPAIR: {paths.shard('image', 1)}: {why}; {todo}"
+    assert lines[-3].startswith("repaired: 2 things, 2 rows kept, 1 taken out; ")
+    assert lines[-2] == "run encode.run again for toy: the samples were lost"
+    assert lines[-1].startswith(f"run encode.run again for {paths.name}: ")
+    assert err.startswith("read ")
+    assert err.rstrip().endswith("/s")
+    code, out, _ = run(monkeypatch, capsys, *at, "--repair")
+    assert (code, out.splitlines()[-1]) == (0, "nothing to repair")
+    garble(paths.commit("image", 0), 60)
+    code, out, err = run(monkeypatch, capsys, *at, "--repair", "--json", "--space", "toy")
+    values = json.loads(out)
+    assert (code, values["broken"], values["repaired"]["spaces"]) == (0, False, [paths.name])
+    assert "REPAIR: " in err
+
+
+@pytest.mark.parametrize("packed_from", PACKED_FROM)
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("kind", ["image", "frame"])
+def test_a_row_as_packed_is_sound_whatever_its_codec(
+    name: str, kind: str, packed_from: str
+) -> None:
+    spec = dataclasses.replace(
+        SPEC, codec=name, packed_from=packed_from, image_size=12, pool_frame=1
+    )  # 36 tokens: a mean, too
+    finite, tokens = Finite(spec, kind), spec.tokens(kind)
+    values = np.random.default_rng(1).normal(size=(20, tokens, spec.width)) * 10.0
+    _, scales_end, size = codec.row_parts(spec.layout, tokens, spec.width)
+    for packed in codec.pack(values.astype(np.float32), spec.layout):
+        assert finite(packed)
+        # A mean token may have any sign.
+        assert (packed[scales_end:size].view("<f2") < 0).any() == (scales_end < size)
+        for end in (len(packed), scales_end, size):
+            for bad in (np.nan, np.inf, -np.inf):
+                damaged = packed.copy()
+                damaged[end - 2 : end] = np.array([bad], "<f2").view(np.uint8)
+                assert not finite(damaged)

@@ -1,0 +1,212 @@
+"""The list of a cache's tables, made to be shared and read with distrust; and who understands a URL."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache import ls as cache_ls
+from cache.remote.listing import LISTING, is_table, local_tables
+from cache.remote.open import Elsewhere, RemoteCache, local_root
+from cache.remote.retry import RemoteRules, Unreachable
+from cache.share import share
+from cache.store.paths import CacheRoot, Corrupt, is_url, sealed_json
+from cache.store.samples import read_samples, samples_table
+from configs import UserError
+from tests.support import trained_runs
+from tests.support.remote_servers import WebServer
+
+RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3)
+DIGEST = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
+    folder = tmp_path_factory.mktemp("there")
+    trained_runs.make(folder, images=8)
+    return trained_runs.make(folder, images=8, first=4, dataset="again")
+
+
+@pytest.fixture
+def server(cache: CacheRoot) -> Iterator[WebServer]:
+    share(cache)
+    with WebServer(cache.path) as running:
+        yield running
+
+
+def here(server: WebServer, tmp_path: Path) -> RemoteCache:
+    return RemoteCache(server.url, Elsewhere(mirror=tmp_path / "mirror"), RULES)
+
+
+def copied(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", LISTING)]
+
+
+# ---- listing.json
+
+
+def test_the_list_names_every_table_and_no_shard(cache: CacheRoot, tmp_path: Path) -> None:
+    (cache.samples_dir / "colors" / "part-00000.parquet.ab.partial").write_bytes(b"half")
+    said = share(cache)
+    files = json.loads((cache.path / LISTING).read_bytes())["files"]
+    on_disk = {p.relative_to(cache.path).as_posix() for p in cache.path.rglob("*") if p.is_file()}
+    left_out = on_disk - files.keys()
+    assert files.keys() <= on_disk
+    assert all("/c/" in n or n == LISTING or ".partial" in n for n in left_out), left_out
+    assert f"{len(files)} tables" in said and "2 shards" in said
+
+
+def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
+    root = trained_runs.make(tmp_path, images=4)
+    (paths,) = map(root.space, root.space_names())
+    shard = paths.shard("image", 0)
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(Corrupt, match="bytes, not"):
+        share(root)
+    shard.write_bytes(data)
+    table = root.samples("colors")
+    table.write_bytes(table.read_bytes()[:-1] + b"?")
+    with pytest.raises(Corrupt):
+        share(root)
+    with pytest.raises(UserError, match="no feature space under"):
+        share(CacheRoot(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../samples/a/part-00000.parquet",
+        "/etc/passwd",
+        "samples/../../x/part-00000.parquet",
+        "samples/./part-00000.parquet",
+        "samples/a\\b/part-00000.parquet",
+        "samples/a/part-00000.parquet\n",
+        "samples/.ssh/part-00000.parquet",
+        "spaces/x/features/image/c/0/0/0",
+        "spaces/x/commits/image-00000001.parquet.0a.partial",
+        "spaces/x/index/../../../y",
+        "locks/x/driver.lock",
+        "runs/x.py",
+        "",
+    ],
+)
+def test_a_list_names_nothing_but_tables(name: str, tmp_path: Path, cache: CacheRoot) -> None:
+    assert not is_table(name)
+    values = {"format": 1, "files": {name: [4, DIGEST]}}
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / LISTING).write_bytes(sealed_json(values))
+    refused = pytest.raises(UserError, match="which no cache has; not touched")
+    with WebServer(tmp_path / "there") as server, refused:
+        here(server, tmp_path).tables()
+    assert copied(tmp_path / "mirror") == []
+
+
+@pytest.mark.parametrize("value", [[0, DIGEST], [4, "x"], [4], "4", [4, DIGEST, 1], [-1, DIGEST]])
+def test_a_list_says_no_nonsense(value: Any, tmp_path: Path) -> None:
+    values = {"format": 1, "files": {"spaces/x/space.json": value}}
+    (tmp_path / LISTING).write_bytes(sealed_json(values))
+    with WebServer(tmp_path) as server, pytest.raises(UserError, match="nonsense of spaces/x"):
+        here(server, tmp_path).tables()
+
+
+def test_a_list_that_is_missing_damaged_or_old_says_how_to_mend_it(
+    server: WebServer, cache: CacheRoot, tmp_path: Path
+) -> None:
+    listing = cache.path / LISTING
+    data = listing.read_bytes()
+    try:
+        listing.write_bytes(data.replace(b"samples/colors", b"samples/colour"))
+        with pytest.raises(UserError, match=r"do not match its seal; .*python -m cache\.share"):
+            here(server, tmp_path).tables()
+        listing.unlink()
+        with pytest.raises(UserError, match=r"no listing\.json, .*python -m cache\.share --feat"):
+            here(server, tmp_path).tables()
+        values = json.loads(data)
+        name = "samples/colors/part-00000.parquet"
+        values["files"][name] = [values["files"][name][0], DIGEST]  # it has changed since
+        listing.write_bytes(sealed_json({k: v for k, v in values.items() if k != "seal"}))
+        with pytest.raises(Unreachable, match=rf"{name}: its sha256 is another .*cache\.share"):
+            here(server, tmp_path).tables()
+        assert not (here(server, tmp_path)._mirror.root.path / name).exists()
+    finally:
+        listing.write_bytes(data)
+
+
+def test_tables_are_copied_whole_those_of_other_data_sets_are_not(
+    server: WebServer, cache: CacheRoot, tmp_path: Path
+) -> None:
+    server.bad = 0.2
+    remote = here(server, tmp_path)
+    root = remote.tables(datasets=["again"])
+    assert "samples/colors/part-00000.parquet" not in local_tables(root)
+    root = remote.tables()
+    assert local_tables(root) == local_tables(cache)
+    for name in local_tables(cache):
+        assert (root.path / name).read_bytes() == (cache.path / name).read_bytes()
+    assert samples_table(root, "colors") == samples_table(cache, "colors")
+    assert next(read_samples(root, "again")).dataset == "again"
+
+
+# ---- who understands a URL
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("https://h/p", "https://h/p"),
+        (Path("https://h/p"), "https://h/p"),
+        ("S3://b/p", "s3://b/p"),
+        ("hf://datasets/o/n@v1/sub", "hf://datasets/o/n@v1/sub"),
+        ("cache", None),
+        ("/data/s3/cache", None),
+        ("./https/x", None),
+    ],
+)
+def test_urls_are_told_from_folders(text: str | Path, url: str | None) -> None:
+    assert is_url(text) == url
+
+
+@pytest.mark.parametrize("module", ["encode.run", "cache.gc", "cache.verify", "cache.share"])
+def test_who_writes_needs_a_local_folder(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "demo"] if module == "encode.run" else []
+    words += ["--features", "https://h.example/features"]
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(UserError) as error:
+        importlib.import_module(module).main()
+    text = str(error.value)
+    assert text.startswith(
+        "https://h.example/features: this command needs a cache in a local folder"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_ls_lists_a_cache_elsewhere_as_a_local_one(
+    server: WebServer,
+    cache: CacheRoot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = []
+    for features in (server.url, str(cache.path)):
+        words = ("--features", features, "--mirror", str(tmp_path), "--json")
+        monkeypatch.setattr(sys, "argv", ["ls", *words])
+        cache_ls.main()
+        listed.append(json.loads(capsys.readouterr().out))
+    assert listed[0] == listed[1]
+
+
+def test_what_reads_no_row_works_on_the_copy(server: WebServer, tmp_path: Path) -> None:
+    elsewhere = Elsewhere(mirror=tmp_path)
+    assert local_root(server.url, elsewhere).space_names() == [trained_runs.spec().name]
+    assert local_root("cache", elsewhere) == CacheRoot(Path("cache"))

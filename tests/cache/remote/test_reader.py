@@ -1,0 +1,496 @@
+"""Rows from elsewhere: what comes is what was written, whatever the network does; and what is kept here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.format.checksums import crc32c
+from cache.format.spec import CODECS, CONTAINERS
+from cache.remote.http import HttpStore
+from cache.remote.open import Elsewhere, RemoteCache, open_reader
+from cache.remote.reader import RemoteReader
+from cache.remote.retry import RemoteRules, Trouble, Unreachable
+from cache.remote.row_cache import RowCache
+from cache.share import share
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from configs import UserError
+from tests.support import remote_servers
+from tests.support.remote_servers import WebServer
+from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
+
+ROWS = 3 * SLOTS
+ROW_BYTES = SPEC.row_bytes("image")
+RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3, retry_after_s=0.2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
+    root = CacheRoot(tmp_path_factory.mktemp("there"))
+    space = make_space(root.path)
+    for start in range(0, ROWS, SLOTS):
+        fill(space, range(start, start + SLOTS))
+    share(root)
+    return root
+
+
+@pytest.fixture
+def server(cache: CacheRoot) -> Iterator[WebServer]:
+    with WebServer(cache.path) as running:
+        yield running
+
+
+@pytest.fixture
+def reader(server: WebServer, tmp_path: Path) -> RemoteReader:
+    return open_remote(server, tmp_path)
+
+
+def open_remote(server: WebServer, folder: Path, mirror_gb: float = 1.0) -> RemoteReader:
+    elsewhere = Elsewhere(mirror=folder, mirror_gb=mirror_gb)
+    return RemoteCache(server.url, elsewhere, RULES).reader(None)
+
+
+def read(reader: FeatureReader, rows: list[int]) -> np.ndarray:
+    out = np.zeros((len(rows), ROW_BYTES), np.uint8)
+    reader.read_into("image", np.array(rows), out)
+    return out
+
+
+def spans(server: WebServer) -> list[str | None]:
+    return [span for _, span in server.shard_requests()]
+
+
+# ---- what is asked for
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("codec_name", CODECS)
+def test_every_kind_of_space_is_read_from_elsewhere(
+    tmp_path: Path, container: str, codec_name: str
+) -> None:
+    space = make_space(tmp_path / "there", codec_name, container=container)
+    fill(space, range(SLOTS))
+    fill(space, [SLOTS])
+    share(CacheRoot(tmp_path / "there"))
+    local = FeatureReader(space.paths)
+    with WebServer(tmp_path / "there") as server:
+        remote = open_remote(server, tmp_path / "here")
+        for number in range(SLOTS + 1):
+            expected = local.read("image", key(number))
+            np.testing.assert_array_equal(remote.read("image", key(number)), expected)
+        assert remote.logical_hash() == local.logical_hash()
+
+
+def test_rows_are_those_of_a_local_reader_in_any_order(
+    cache: CacheRoot, reader: RemoteReader
+) -> None:
+    local = FeatureReader(find_space(cache, None))
+    for rows in ([5], [11, 0, 7, 7, 0, 3, 4], list(range(ROWS)), []):
+        assert (read(reader, rows) == read(local, rows)).all()
+    assert reader.logical_hash() == local.logical_hash()
+    numbers = [key(i) for i in (3, 999, 0)]
+    assert (reader.lookup("image", numbers) == local.lookup("image", numbers)).all()
+
+
+def test_neighbours_are_one_request_and_no_row_is_asked_for_twice(
+    server: WebServer, reader: RemoteReader
+) -> None:
+    read(reader, [2, 0, 1, 1, 6, 4, 3])
+    stride = ROW_BYTES + 4
+    first, second = f"bytes=0-{4 * stride - 5}", f"bytes=0-{ROW_BYTES - 1}"
+    assert sorted(map(str, spans(server))) == sorted(
+        [first, second, f"bytes={2 * stride}-{2 * stride + ROW_BYTES - 1}"]
+    )
+    read(reader, list(range(7)))  # 5 alone is new
+    assert len(spans(server)) == 4
+    assert (reader.traffic.rows_fetched, reader.traffic.rows_kept) == (7, 6)
+
+
+def test_only_what_is_needed_is_copied_and_only_what_changed_is_copied_again(
+    tmp_path: Path,
+) -> None:
+    there = CacheRoot(tmp_path / "there")
+    space = make_space(there.path)
+    other = make_space(there.path, "fp16")
+    fill(space, [1, 2])
+    fill(other, [1, 2])
+    share(there)
+    names = {"int8": space.paths.name, "fp16": other.paths.name}
+    with WebServer(there.path) as server:
+        remote = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
+        with pytest.raises(UserError, match=f"2 spaces under {server.url}/, say which: --space"):
+            remote.reader(None)
+        remote.reader(names["int8"])
+        paths = [path for path, _ in server.requests]
+        assert not any("commits" in path and names["fp16"] in path for path in paths)
+
+        server.requests.clear()
+        RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES).reader(names["int8"])
+        assert [path for path, _ in server.requests] == ["/listing.json"]
+
+        fill(space, [3])
+        share(there)
+        server.requests.clear()
+        again = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
+        assert again.reader(names["int8"]).rows("image") == 3
+        fetched = {path.split("/")[-1] for path, _ in server.requests}
+        assert fetched == {"listing.json", "image-00000001.parquet"}
+
+        space.paths.commit("image", 0).unlink()  # as gc does with a shard that others replaced
+        share(there)
+        last = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
+        assert last.reader(names["int8"]).rows("image") == 1
+
+
+def test_a_copied_table_that_is_damaged_here_is_copied_again(
+    server: WebServer, tmp_path: Path
+) -> None:
+    path = open_remote(server, tmp_path).paths.commit("image", 1)
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    server.requests.clear()
+    assert open_remote(server, tmp_path).rows("image") == ROWS
+    assert [p.split("/")[-1] for p, _ in server.requests] == ["listing.json", path.name]
+
+
+# ---- a bad network
+
+
+def test_a_body_that_breaks_off_goes_on_where_it_ended(
+    server: WebServer, reader: RemoteReader, cache: CacheRoot
+) -> None:
+    once = iter([True])
+
+    def half(handler: remote_servers._Handler, path: str) -> bool:
+        if not next(once, False):
+            return False
+        handler.file(cache.path / path.lstrip("/"), path, short=True)
+        return True
+
+    server.acts["/spaces"] = half
+    read(reader, [0])
+    half_way = ROW_BYTES // 2
+    assert spans(server) == [f"bytes=0-{ROW_BYTES - 1}", f"bytes={half_way}-{ROW_BYTES - 1}"]
+    assert server.row_bytes == ROW_BYTES
+
+
+def test_retry_after_is_honoured_up_to_a_cap(server: WebServer, reader: RemoteReader) -> None:
+    times: list[float] = []
+
+    def busy(handler: remote_servers._Handler, _: str) -> bool:
+        times.append(time.monotonic())
+        if len(times) > 1:
+            return False
+        handler.answer(429, b"later", {"Retry-After": "31536000"})
+        return True
+
+    server.acts["/spaces"] = busy
+    read(reader, [0])
+    assert times[1] - times[0] >= RULES.retry_after_s
+
+
+def test_one_who_gets_nowhere_ends_with_one_line(server: WebServer, reader: RemoteReader) -> None:
+    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
+    with pytest.raises(Unreachable) as error:
+        read(reader, [0, 5, 9])
+    text = str(error.value)
+    assert text.startswith(f"{server.url}/spaces/") and "503 Service Unavailable" in text
+    assert "--resume goes on" in text and "\n" not in text
+
+
+def test_what_is_not_there_is_said_at_once(server: WebServer, reader: RemoteReader) -> None:
+    server.acts["/spaces"] = lambda handler, _: handler.answer(404, b"") or True
+    with pytest.raises(Unreachable, match=r"/c/0/0/0: 404 Not Found from 127.0.0.1$"):
+        read(reader, [0])
+    assert len(spans(server)) == 1
+
+
+def test_who_gives_up_is_not_kept_waiting(server: WebServer, tmp_path: Path) -> None:
+    patient = RemoteRules(backoff_s=60, patience_s=600)
+    reader = RemoteCache(server.url, Elsewhere(mirror=tmp_path), patient).reader(None)
+    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
+    errors: list[BaseException] = []
+
+    def wait_for_it() -> None:
+        try:
+            read(reader, [0, 5])
+        except Unreachable as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait_for_it)
+    thread.start()
+    while len(spans(server)) < 2:
+        time.sleep(0.005)
+    while thread.is_alive():  # both must have begun to wait
+        reader.give_up()
+        thread.join(0.02)
+    assert "given up" in str(errors[0])
+
+
+def damaged(times: int) -> Callable[[remote_servers._Handler, str], bool]:
+    """A proxy that changes the first byte of so many answers."""
+    left = [times]
+    lock = threading.Lock()
+
+    def act(handler: remote_servers._Handler, path: str) -> bool:
+        with lock:
+            left[0] -= 1
+            if left[0] < 0:
+                return False
+        data = (handler.server.world.folder / path.lstrip("/")).read_bytes()
+        start, stop = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        body = bytes([data[start] ^ 1]) + data[start + 1 : stop + 1]
+        handler.answer(206, body, {"Content-Range": f"bytes {start}-{stop}/{len(data)}"}, path=path)
+        return True
+
+    return act
+
+
+def test_a_row_that_was_changed_on_the_way_is_fetched_again_alone(
+    cache: CacheRoot, server: WebServer, reader: RemoteReader
+) -> None:
+    server.acts["/spaces"] = damaged(2)
+    local = FeatureReader(find_space(cache, None))
+    assert (read(reader, [0, 1, 2]) == read(local, [0, 1, 2])).all()
+    first = f"bytes=0-{ROW_BYTES - 1}"
+    assert spans(server) == [f"bytes=0-{2 * (ROW_BYTES + 4) + ROW_BYTES - 1}", first, first]
+
+
+def test_a_row_that_is_damaged_there_is_named_and_never_kept(
+    server: WebServer, reader: RemoteReader
+) -> None:
+    server.acts["/spaces"] = damaged(1000)
+    with pytest.raises(Unreachable) as error:
+        read(reader, [6])
+    assert f"{reader.path.name}/features/image/c/1/0/0: row 6 fails its checksum" in str(
+        error.value
+    )
+    server.acts.clear()
+    read(reader, [6])
+    assert reader.traffic.rows_kept == 0
+
+
+def test_a_server_without_ranges_is_told_apart(server: WebServer, reader: RemoteReader) -> None:
+    server.acts["/spaces"] = lambda handler, _: handler.answer(200, bytes(10_000)) or True
+    with pytest.raises(Unreachable, match="ignores Range requests"):
+        read(reader, [0])
+
+
+def test_a_shard_of_another_size_is_not_trusted(server: WebServer, reader: RemoteReader) -> None:
+    def longer(handler: remote_servers._Handler, _: str) -> bool:
+        span = {"Content-Range": f"bytes 0-{ROW_BYTES - 1}/{10**9}"}
+        handler.answer(206, bytes(ROW_BYTES), span)
+        return True
+
+    server.acts["/spaces"] = longer
+    with pytest.raises(Unreachable, match=r"1,000,000,000 bytes, not the .* of its commit"):
+        read(reader, [0])
+
+
+# ---- where it may lead
+
+
+def redirect(to: str) -> Callable[[remote_servers._Handler, str], bool]:
+    def act(handler: remote_servers._Handler, path: str) -> bool:
+        handler.answer(302, b"", {"Location": to + path})
+        return True
+
+    return act
+
+
+def test_redirects_are_followed_and_the_last_one_is_remembered(
+    server: WebServer, reader: RemoteReader
+) -> None:
+    server.acts["/spaces"] = redirect("/moved")
+
+    def moved(handler: remote_servers._Handler, path: str) -> bool:
+        handler.file(server.folder / path.removeprefix("/moved/"), path)
+        return True
+
+    server.acts["/moved"] = moved
+    read(reader, [0])
+    read(reader, [2])
+    assert [path.startswith("/moved") for path, _ in server.shard_requests()] == [0, 1, 1]
+    # A signature runs out; who gave it is asked again.
+    server.acts["/moved"] = lambda handler, _: handler.answer(403, b"") or True
+    server.acts["/spaces"] = lambda *_: False
+    read(reader, [3])
+
+
+@pytest.mark.parametrize(
+    ("to", "what"),
+    [
+        ("", "more than 5 redirects"),
+        ("http://10.1.2.3:1", "a redirect to plain http"),
+        ("http://169.254.169.254", "a redirect to plain http"),
+        ("https://10.1.2.3:1", "a private address 10.1.2.3"),
+        ("https://169.254.169.254", "a link-local address"),
+        ("ftp://127.0.0.1", "a redirect to no valid URL"),
+        ("http://user:secret@127.0.0.1", "a redirect to no valid URL"),
+    ],
+)
+def test_a_redirect_does_not_lead_where_it_should_not(
+    server: WebServer, to: str, what: str
+) -> None:
+    store = HttpStore(server.url, RULES)
+    store._pool._private = False  # as for a server on the open web
+    server.acts["/spaces"] = redirect(to)
+    store._pool._idle[store._origin] = [(connect(server), time.monotonic() + 60)] * 9
+    target = memoryview(bytearray(4))
+    with pytest.raises(Trouble) as trouble:
+        store.read("spaces/x", 0, target, None)
+    assert what in trouble.value.reason and not trouble.value.again
+    assert "secret" not in trouble.value.reason
+
+
+def connect(server: WebServer) -> object:
+    """A connection that was judged before, for stores that would refuse the loopback."""
+    import http.client
+
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port))
+    connection.connect()
+    return connection
+
+
+def test_a_secret_stays_with_the_host_it_is_for(cache: CacheRoot, server: WebServer) -> None:
+    store = HttpStore(server.url, RULES, headers={"Authorization": "Bearer hf_secret"})
+    with WebServer(cache.path) as other:
+        server.acts["/spaces"] = redirect(other.url)
+        name = next(path for path in map(str, cache.path.rglob("space.json")))
+        store.whole(os.path.relpath(name, cache.path), 10**6)
+        assert server.headers[-1]["Authorization"] == "Bearer hf_secret"
+        assert "Authorization" not in other.headers[-1]
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("http://host.example/features", "plain http"),
+        ("http://10.0.0.1/features", "plain http"),
+        ("https://user:secret@host.example/features", "a password"),
+        ("https://host.example/features?token=secret", "a query"),
+        ("s3:///prefix", "no bucket"),
+        ("gs://bucket/prefix", "read from https://, s3://, hf:// or a folder"),
+    ],
+)
+def test_urls_that_are_not_read_from(url: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=what):
+        open_reader(url, None, Elsewhere(mirror=tmp_path))
+
+
+def test_a_name_that_leads_to_a_private_address_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(2, 1, 6, "", ("192.168.7.7", 443))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(UserError, match=r"192\.168\.7\.7; if you trust it: --allow-private"):
+        open_reader("https://features.example/cache", None, Elsewhere(mirror=tmp_path))
+
+
+# ---- what is kept
+
+
+def row(number: int) -> tuple[int, memoryview]:
+    data = np.random.default_rng(number).bytes(1000)
+    return crc32c(data), memoryview(data)
+
+
+def put(rows: RowCache, *numbers: int) -> None:
+    for number in numbers:
+        rows.put("image", number, *row(number))
+
+
+def kept(rows: RowCache, *numbers: int) -> list[bool]:
+    target = memoryview(bytearray(1000))
+    found = []
+    for number in numbers:
+        crc, data = row(number)
+        here = rows.get("image", number, crc, target)
+        assert not here or target == data
+        found.append(here)
+    return found
+
+
+def test_rows_are_kept_within_the_limit_the_longest_unused_go(tmp_path: Path) -> None:
+    rows = RowCache(tmp_path, 10_000, fresh_s=0)
+    put(rows, *range(10))
+    for age, number in enumerate([3, 5, *(n for n in range(10) if n not in (3, 5))]):
+        crc, _ = row(number)
+        os.utime(rows._path("image", number, crc), (0, time.time() - 1000 + age))
+    assert kept(rows, 3) == [True]  # used now
+    put(rows, 10)
+    assert kept(rows, 3, 5, 0, 1, 10) == [True, False, False, True, True]
+    assert total(tmp_path) <= 10_000
+
+
+def test_an_epoch_larger_than_the_limit_keeps_what_came_first(tmp_path: Path) -> None:
+    rows = RowCache(tmp_path, 10_000)
+    put(rows, *range(20))
+    assert sum(kept(rows, *range(20))) == 10
+    assert kept(rows, *range(10)) == [True] * 10
+
+
+def test_a_kept_row_that_is_damaged_or_another_is_as_good_as_none(tmp_path: Path) -> None:
+    rows = RowCache(tmp_path, 100_000)
+    put(rows, 1, 2, 3)
+    paths = {n: rows._path("image", n, row(n)[0]) for n in (1, 2, 3)}
+    data = bytearray(paths[1].read_bytes())
+    data[500] ^= 4
+    paths[1].write_bytes(data)
+    paths[2].write_bytes(paths[2].read_bytes()[:999])
+    assert kept(rows, 1, 2, 3) == [False, False, True]
+    assert not paths[1].exists() and not paths[2].exists()
+    target = memoryview(bytearray(1000))
+    assert not rows.get("image", 3, row(4)[0], target)  # another cache's row of that number
+
+
+def test_without_room_on_the_disk_nothing_is_kept_and_all_is_read(
+    server: WebServer, tmp_path: Path, cache: CacheRoot, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = open_remote(server, tmp_path)
+    reader._rows._folder.parent.mkdir(parents=True, exist_ok=True)
+    reader._rows._folder.mkdir()
+    (reader._rows._folder / "image").write_bytes(b"")  # no folder can be made here
+    local = FeatureReader(find_space(cache, None))
+    assert (read(reader, [0, 1, 8]) == read(local, [0, 1, 8])).all()
+    assert "nothing more is kept here" in caplog.text
+
+
+def _work(folder: Path, limit: int, seed: int) -> None:
+    rows = RowCache(folder, limit, fresh_s=0)
+    for number in np.random.default_rng(seed).integers(0, 60, 120).tolist():
+        if kept(rows, number) == [False]:
+            put(rows, number)
+        assert total(folder) <= limit + 3 * (limit // 16 + 1000)
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(tmp_path, 30_000, seed)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    rows = RowCache(tmp_path, 30_000)
+    assert sum(kept(rows, *range(60))) > 5  # and each that is there is intact
+
+
+def total(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*-*"):
+        try:
+            size += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return size

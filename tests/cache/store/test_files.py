@@ -1,0 +1,129 @@
+"""Seals notice every flipped bit; a file is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.store.paths import (
+    PARTIAL,
+    UNSEALED,
+    CacheRoot,
+    Corrupt,
+    check_seal,
+    check_seal_file,
+    new_file,
+    read_sealed_json,
+    seal,
+    seal_file,
+    sealed_json,
+    write_atomic,
+)
+from tests.support.spaces import fill, make_space
+
+HERE = Path("somewhere")
+
+
+def test_every_flipped_bit_of_every_sealed_file_breaks_its_seal(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    fill(space, [1])
+    space.grow("image")
+    sealed = [p for p in space.paths.root.rglob("*") if p.suffix in (".json", ".parquet")]
+    assert len(sealed) == 5  # space.json, three zarr.json, one commit
+    for path in sealed:
+        data = bytearray(path.read_bytes())
+        check_seal(bytes(data), path)
+        for at in range(len(data)):
+            for bit in range(8):
+                data[at] ^= 1 << bit
+                with pytest.raises(Corrupt):
+                    check_seal(bytes(data), path)
+                data[at] ^= 1 << bit
+
+
+@given(st.binary(), st.binary().filter(lambda tail: b"sha256:" not in tail))
+def test_a_seal_may_stand_anywhere_but_only_the_last_counts(head: bytes, tail: bytes) -> None:
+    data = seal(head + UNSEALED.encode() + tail)
+    assert len(data) == len(head) + len(UNSEALED) + len(tail)
+    check_seal(data, HERE)
+    for changed in (data + b"x", data[:-1], b"x" + data, data[1:]):
+        with pytest.raises(Corrupt):
+            check_seal(changed, HERE)
+
+
+def test_a_seal_survives_quoted_seals_in_the_text() -> None:
+    data = sealed_json({"text": "sha256:" + "1" * 64, "unsealed": UNSEALED})
+    check_seal(data, HERE)
+    assert json.loads(data)["text"] == "sha256:" + "1" * 64
+
+
+def test_files_are_sealed_as_bytes_are(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    data = b"a" * 100_000 + UNSEALED.encode() + b"z"
+    with new_file(path) as file:
+        file.write(data)
+        seal_file(file)
+    assert path.read_bytes() == seal(data)
+    check_seal_file(path)
+    path.write_bytes(b"")
+    with pytest.raises(Corrupt, match="empty"):
+        check_seal_file(path)
+
+
+def test_a_missing_or_changed_json_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "space.json"
+    with pytest.raises(Corrupt, match=r"space\.json: missing"):
+        read_sealed_json(path)
+    path.write_bytes(sealed_json({"n": 1}).replace(b'"n": 1', b'"n": 2'))
+    with pytest.raises(
+        Corrupt, match=r"space\.json: .*seal.*; .* --repair drops it, then encode\.run"
+    ):
+        read_sealed_json(path)
+
+
+def test_a_file_that_could_not_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    write_atomic(path, b"old")
+    with pytest.raises(ZeroDivisionError), new_file(path) as file:
+        file.write(b"new")
+        assert [p.name.endswith(PARTIAL) for p in sorted(path.parent.iterdir())] == [False, True]
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_fence_stops_the_rename(tmp_path: Path) -> None:
+    def fence() -> None:
+        assert len(list(tmp_path.iterdir())) == 1, "the bytes are there, under another name"
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "file", b"data", fence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_files_obey_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", b"data")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_corrupt_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(Corrupt(HERE, "what", "way out")))
+    assert (error.path, error.what, error.way_out) == (HERE, "what", "way out")
+    assert str(error) == "somewhere: what; way out"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "folder:/x"])
+def test_a_data_set_name_is_a_folder_name(name: str) -> None:
+    with pytest.raises(ValueError, match="data set name"):
+        CacheRoot(HERE).samples(name)

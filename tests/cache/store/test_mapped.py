@@ -1,0 +1,222 @@
+"""Rows copied from mapped shards: only what is in memory, only where the kernel tells, and never a signal."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.remote.open import Elsewhere, open_reader
+from cache.store import mapped, shard_files
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.writer import ShardWriter, Space
+from tests.support import ROOT
+from tests.support.spaces import SPEC, fill, key, make_space, row
+
+SIZE = SPEC.row_bytes("image")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is mapped")
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
+    monkeypatch.setattr(shard_files, "SMALL", 0)
+    space = make_space(tmp_path)
+    fill(space, [0, 1, 2, 3])
+    return space
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where `preadv` was asked to read."""
+    seen: list[int] = []
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        seen.append(at)
+        return real(fd, buffers, at, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return seen
+
+
+def read(reader: FeatureReader, numbers: list[int]) -> None:
+    out = np.zeros((len(numbers), SIZE), np.uint8)
+    reader.read_into("image", np.array(numbers), out)
+    for number, found in zip(numbers, out, strict=True):
+        np.testing.assert_array_equal(found, row(number))
+
+
+def test_what_is_read_again_and_again_needs_no_call(space: Space, calls: list[int]) -> None:
+    reader = FeatureReader(space.paths)
+    read(reader, [0, 1, 2, 3])
+    assert len(calls) == 1, "once through: by calls"
+    read(reader, [2])
+    assert len(calls) == 2, "the bytes around the rows are not read, so it takes a row more"
+    calls.clear()
+    for numbers in ([0], [3, 1], [2, 0, 1, 3], [1, 1]):
+        read(reader, numbers)
+    assert calls == []
+
+
+def test_not_before_it_is_worth_it(space: Space, calls: list[int]) -> None:
+    plain = FeatureReader(space.paths, mapped=False)
+    for _ in range(4):
+        read(plain, [0, 1, 2, 3])
+    assert len(calls) == 4
+    calls.clear()
+    shard_files.SMALL = SIZE
+    reader = FeatureReader(space.paths)
+    for _ in range(3):
+        read(reader, [0, 1, 2, 3])
+    assert len(calls) == 2, "a run of rows is worth asking for"
+    read(reader, [2])
+    assert len(calls) == 3, "one of this size is not"
+
+
+def test_what_is_not_in_memory_is_read(
+    space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = FeatureReader(space.paths)
+    for _ in range(3):
+        read(reader, [0, 1, 2, 3])
+    calls.clear()
+    monkeypatch.setattr(mapped, "_mincore", lambda *_: 0)  # nothing is: it leaves the answer empty
+    mapped._answer.pages[:] = bytes(mapped.PAGES)
+    read(reader, [1])
+    read(reader, [0, 2, 3])
+    monkeypatch.setattr(mapped, "_mincore", lambda *_: -1)
+    read(reader, [3])
+    monkeypatch.setattr(mapped, "_mincore", None)
+    read(reader, [0])
+    slot = SIZE + 4
+    assert calls == [slot, 0, 2 * slot, 3 * slot, 0]
+
+
+def test_the_kernel_is_asked(tmp_path: Path) -> None:
+    """Pages of a file that nobody has read are not in memory; what was read of it is."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    fd = os.open(path, os.O_RDONLY)
+    seen = mapped.MappedFile(fd, 1 << 20)
+    out = memoryview(bytearray(5000))
+    page = mmap.PAGESIZE
+    assert not seen.copy(200 * page - 10, [out], 5000), (
+        "a hole of a file: the page cache has nothing"
+    )
+    os.pread(fd, 5000, 200 * page - 10)
+    assert seen.copy(200 * page - 10, [out], 5000)
+    os.close(fd)
+    assert seen.copy(200 * page - 10, [out], 5000), "the mapping stays"
+
+
+def test_nothing_is_copied_from_behind_the_end(tmp_path: Path) -> None:
+    """Where the file's last page, which is in memory, goes on."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 5000)
+    with path.open("rb") as file:
+        seen = mapped.MappedFile(file.fileno(), 5000)
+    out = memoryview(bytearray(100))
+    assert seen.copy(4900, [out], 100)
+    assert not seen.copy(4901, [out], 100)
+    assert not seen.copy(6000, [out], 100)
+
+
+def test_the_trainer_does_not_map(space: Space, tmp_path: Path, calls: list[int]) -> None:
+    """Its memory figure is what training takes."""
+    reader = open_reader(tmp_path, None, Elsewhere())
+    for _ in range(4):
+        read(reader, [0, 1, 2, 3])
+    assert len(calls) == 4
+
+
+def test_only_where_the_kernel_tells_the_truth(
+    space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other people's files that we may not write, it says that all pages are in memory."""
+    path = os.fspath(space.paths.shard("image", 0))
+    assert mapped.can_map(path)
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    assert mapped.can_map(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not mapped.can_map(path)
+    reader = FeatureReader(space.paths)
+    for _ in range(4):
+        read(reader, [0, 1, 2, 3])
+    assert len(calls) == 4
+
+
+def test_a_file_system_that_cannot_map_is_read(
+    space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    reader = FeatureReader(space.paths)
+    for _ in range(4):
+        read(reader, [0, 1, 2, 3])
+    assert len(calls) == 4
+
+
+def test_damage_of_a_mapped_row_is_noticed(space: Space) -> None:
+    reader = FeatureReader(space.paths)
+    for _ in range(3):
+        read(reader, [0, 1, 2, 3])
+    path = space.paths.shard("image", 0)
+    with path.open("r+b") as file:  # the file itself, as a disk would change it
+        file.seek(SIZE + 4 + 9)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 8]))
+    read(reader, [0, 2, 3])
+    with pytest.raises(Corrupt, match="row 1 fails its checksum"):
+        read(reader, [1])
+    with pytest.raises(Corrupt, match="row 1 fails its checksum"):
+        read(reader, [0, 1, 2, 3])
+
+
+CUT = """
+import os, sys
+import numpy as np
+from cache.store import shard_files
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+shard_files.SMALL = 0
+reader = FeatureReader(sys.argv[1])
+out = np.empty((4, reader.spec.row_bytes("image")), np.uint8)
+for _ in range(3):
+    reader.read_into("image", np.arange(4), out)
+assert reader._files._file("image", 0).mapped is not None
+os.truncate(reader.paths.shard("image", 0), 20000)
+try:
+    reader.read_into("image", np.arange(4), out)
+except Corrupt as error:
+    print(error)
+"""
+
+
+def test_a_mapped_shard_that_is_cut_short_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    """Rows of several pages, so that whole pages go away beneath the mapping."""
+    spec = dataclasses.replace(SPEC, codec="fp16", width=4096)
+    space = Space.create(CacheRoot(tmp_path), spec, {})
+    shard = ShardWriter(space, "image", 0)
+    for number in range(4):
+        shard.append(key(number), "full", bytes(spec.row_bytes("image")))
+    shard.commit()
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, str(space.paths.root)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it ends early" in done.stdout

@@ -1,0 +1,254 @@
+"""A space made from another is the space that encoding would have made: name, bytes, logical hash."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cache import convert
+from cache.format.spec import CODECS
+from cache.maintenance.checks import verify
+from cache.pooling import pool
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.writer import Space
+from configs import UserError
+from encode.worker.config import Setup
+from model.vision.config import DemoTowerConfig
+from model.vision.encoder import _pool, rebuild_encoder
+from tests.support.encode_jobs import TINY, draw, encode
+from tests.support.spaces import SPEC, fill, key, make_space
+from tests.support.videos import make_video
+
+TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
+
+
+def setup_with(image: int, frame: int) -> Setup:
+    """In float32, so that rounding to float16 changes something."""
+    config = replace(TINY, tower=TOWER, compute_dtype="float32", pool_image=image, pool_frame=frame)
+    return Setup(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
+
+
+def run(folder: Path, *argv: Any) -> int:
+    sys.argv = ["cache.convert", "--features", str(folder), *map(str, argv)]
+    return convert.main()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media") / "photos"
+    draw(folder, 6)
+    make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the fp16 space, unpooled."""
+    folder = tmp_path_factory.mktemp("fp16") / "cache"
+    assert encode(folder, f"folder:{photos}", codec="fp16", setup=setup_with(1, 1)).code == 0
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str | None]:
+    report = verify(CacheRoot(folder), deep=True)
+    assert not report.broken, report.all_findings
+    return {space.name: space.logical_hash for space in report.spaces}
+
+
+POOLS = ((1, 1), (2, 1), (4, 2))
+MADE = [(name, *pools) for name in CODECS for pools in POOLS if (name, pools) != ("fp16", (1, 1))]
+
+
+@pytest.mark.parametrize(("name", "image", "frame"), MADE)
+def test_converted_is_encoded(
+    whole: Path, photos: Path, tmp_path: Path, name: str, image: int, frame: int
+) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    words = ("--codec", name, "--pool", image, "--frame-pool", frame)
+    assert run(tmp_path / "cache", *words) == 0
+    encoded = encode(
+        tmp_path / "encoded", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
+    )
+    made = hashes(tmp_path / "cache")
+    assert made.items() >= hashes(tmp_path / "encoded").items() and len(made) == 2
+    # What the commits say of each row, too; errors are measured against features rounded or not yet.
+    theirs = Space.open(encoded.paths)
+    ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
+    for kind in ("image", "frame"):
+        columns = [
+            {(r["key"], r["view"]): r for r in space.commits(kind).to_pylist()}
+            for space in (ours, theirs)
+        ]
+        assert columns[0].keys() == columns[1].keys() and len(columns[0]) == 6
+        for identity, row in columns[0].items():
+            assert row["time_s"] == columns[1][identity]["time_s"]
+            rounding = 1e-6 if theirs.spec.pool(kind) > 1 else 4e-4
+            assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
+    # And encoding goes on with it: nothing is left to do, its encoder can be built.
+    again = encode(
+        tmp_path / "cache", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
+    )
+    assert not again.plan.todo and again.paths.name == encoded.paths.name
+    reader = FeatureReader(again.paths)
+    assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image
+
+
+def test_in_other_shards_the_same_rows(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    assert run(tmp_path / "cache", "--format", "webdataset") == 0
+    made = hashes(tmp_path / "cache")
+    assert len(made) == 2 and len(set(made.values())) == 1
+
+
+def test_only_what_is_missing_is_converted(
+    whole: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    run(folder, "--codec", "int8", "--pool", "2")
+    run(folder, "--codec", "int8", "--pool", "2")
+    out = capsys.readouterr().out
+    assert "12 of 12 rows to make" in out and "0 of 12 rows to make" in out
+    shutil.copytree(photos, tmp_path / "more")
+    draw(tmp_path / "more", 3, first=50)
+    source = f"folder:{tmp_path / 'more'}"
+    encode(folder, source, codec="fp16", setup=setup_with(1, 1))
+    capsys.readouterr()
+    run(folder, "--codec", "int8", "--pool", "2")
+    assert "3 of 15 rows to make" in capsys.readouterr().out
+    encode(tmp_path / "encoded", source, codec="int8", setup=setup_with(2, 1))
+    assert hashes(folder).items() >= hashes(tmp_path / "encoded").items()
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
+    """Half of the shards exist already; what a crash left under the next number is in nobody's way."""
+    space = make_space(tmp_path, "fp16")
+    for start in range(0, 40, 4):
+        fill(space, range(start, start + 4))
+    root, small = CacheRoot(tmp_path), 4 * SPEC.row_bytes("image")
+    Space.create(root, SPEC, {}, shard_bytes=small)
+    command = [sys.executable, "-c", DIE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert FeatureReader(root.space(SPEC.name)).rows("image") in (
+        4,
+        8,
+    )  # the second was under way
+    assert run(tmp_path, "--codec", "int8") == 0
+    killed = hashes(tmp_path)[SPEC.name]
+    shutil.rmtree(tmp_path / "spaces" / SPEC.name)
+    run(tmp_path, "--codec", "int8")
+    assert hashes(tmp_path)[SPEC.name] == killed
+
+
+DIE = """
+import os, sys
+from cache import convert
+real, left = os.pwritev, 13
+def pwritev(*args):
+    global left
+    left -= 1
+    if not left:
+        os._exit(9)
+    return real(*args)
+os.pwritev = pwritev
+sys.argv = ["cache.convert", "--features", sys.argv[1], "--codec", "int8"]
+convert.main()
+"""
+
+
+def test_damaged_rows_are_told_and_never_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = make_space(tmp_path, "fp16")
+    fill(space, [1, 2, 3])
+    path = space.paths.shard("image", 0)
+    data = bytearray(path.read_bytes())
+    data[space.info.geometry("image").row_offset(2)] ^= 1
+    path.write_bytes(data)
+    assert run(tmp_path, "--codec", "int8") == 1
+    assert "1 damaged rows were not copied" in capsys.readouterr().out
+    name = next(n for n in CacheRoot(tmp_path).space_names() if "int8" in n)
+    reader = FeatureReader(CacheRoot(tmp_path).space(name))
+    assert [reader.contains("image", key(n)) for n in (1, 2, 3)] == [True, True, False]
+
+
+HALVES = hnp.arrays(
+    np.float16, (2, 36, 64), elements=st.floats(-65504, 65504, width=16, allow_subnormal=True)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(x=HALVES, window=st.sampled_from([2, 3, 6]))
+def test_pooling_in_numpy_is_the_encoders_to_the_bit(x: np.ndarray, window: int) -> None:
+    ours = pool(x, window)
+    theirs = _pool(torch.from_numpy(x).float(), window).numpy()
+    assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    side = 6 // window
+    blocks = x.astype(np.float64).reshape(2, side, window, side, window, 64)
+    mean = blocks.mean(axis=(2, 4)).reshape(2, side**2, 64)
+    assert np.allclose(ours, mean, rtol=1e-5, atol=1e-2)
+
+
+def test_pooling_videos_as_storing_would_and_keeps_what_is_no_number(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x = torch.zeros(3, 4, 64)
+    x[0, 1, 0], x[1, 2, 3], x[2, 0, 5] = 1e6, float("nan"), -float("inf")
+    pooled = _pool(x, 2)
+    assert pooled[0, 0, 0] == 65504 / 4
+    assert pooled[1, 0, 3].isnan() and pooled[2, 0, 5] == -float("inf")
+    assert "1 values beyond float16 were clipped" in caplog.text
+    with pytest.raises(ValueError, match="5 patches in windows"):
+        pool(np.zeros((1, 5, 64), np.float16), 2)
+
+
+def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
+    def refused(folder: str, match: str, *words: Any) -> None:
+        with pytest.raises(UserError, match=match) as caught:
+            run(tmp_path / folder, *words)
+        assert "\n" not in str(caught.value)
+
+    refused("none", "no feature space under")
+    fill(make_space(tmp_path / "lossy", "int8"), [1])
+    refused("lossy", r"no fp16 space under .*encode\.run --codec fp16", "--codec", "int8")
+    words = ("--codec", "int8", "--space", "toy")
+    refused("lossy", "is stored as int8, which has lost what encoding starts from", *words)
+    fp16 = make_space(tmp_path / "fp16", "fp16", packed_from="float32")
+    fill(fp16, [1])
+    refused("fp16", "pool_image 3 does not divide", "--pool", "3")
+    new = replace(fp16.spec, packed_from="float16")
+    fill(Space.create(CacheRoot(tmp_path / "new"), new, {}), [1])
+    refused("new", r"is that already; say what to make: --codec")
+    pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(new, pool_image=2), {})
+    fill(pooled, [1])
+    refused("pooled", "its image rows are pooled 2 x 2 and rounded", "--pool", "1")
+    fill(Space.create(CacheRoot(tmp_path / "new"), replace(new, pool_image=2), {}), [1])
+    refused("new", r"2 fp16 spaces under .*say which: --space .* \| ", "--codec", "int8")
+    fill(fp16, [1], array="frame")
+    refused("fp16", "its frame rows were pooled before they were rounded, by an older version")
+
+
+def test_unpooled_rows_of_the_first_spaces_convert(tmp_path: Path) -> None:
+    """They hold the same bytes as those made now, so the new space bears the new name."""
+    first = make_space(tmp_path, "fp16", packed_from="float32")
+    fill(first, [1, 2])
+    assert run(tmp_path, "--codec", "int8", "--pool", "2") == 0
+    wanted = replace(SPEC, codec="int8", pool_image=2)
+    assert wanted.name in CacheRoot(tmp_path).space_names()
+    reader = FeatureReader(find_space(CacheRoot(tmp_path), wanted.name))
+    assert reader.load["converted_from"] == first.spec.name
+    assert reader.rows("image") == 2

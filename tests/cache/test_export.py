@@ -1,0 +1,440 @@
+"""`cache.export`: standard files that other people's libraries read, with the same rows bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from safetensors import safe_open
+
+from cache.export import __main__ as export
+from cache.export import rows as export_rows
+from cache.export import samples as export_samples
+from cache.format import codec
+from cache.format.spec import CODECS, CONTAINERS
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
+from configs import UserError
+from tests.support.spaces import fill, key, make_space, row
+
+TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
+"""Views of the video; by name, the last one would stand second."""
+
+
+def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
+    """Seven images in two shards, one of them twice; a video of three frames; a data set."""
+    space = make_space(folder, codec_name, container)
+    fill(space, [3, 0, 2, 1])
+    fill(space, [5, 4, 0, 6])
+    video = ShardWriter(space, "frame", 0)
+    for number, (view, time_s) in enumerate(TIMES.items()):
+        video.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
+    video.commit()
+    root = CacheRoot(folder)
+    records = [MediaRecord(source=f"/{n}.png", key=key(n)) for n in range(7)]
+    records.append(MediaRecord(source="/9.mp4", key=key(9), kind="video", duration_s=10.0))
+    records.append(MediaRecord(source="/8.png", key=key(8)))  # never encoded
+    records.append(MediaRecord(source="/x.png", status="failed", stage="decode", error="truncated"))
+    append_media(root, records, "job")
+    write_samples(root, "talk", SAMPLES)
+    return space
+
+
+def say(name: str, *sources: str) -> Sample:
+    return Sample(
+        id=name,
+        dataset="talk",
+        messages=(
+            Message(role="user", content="<image>" * len(sources) + f"what, {name}?"),
+            Message(role="assistant", content=f"größe of {name}", weight=0.5),
+        ),
+        media=tuple(MediaRef(source=s, kind="video" if "mp4" in s else "image") for s in sources),
+        task="ask",
+    )
+
+
+SAMPLES = [
+    say("a.1", "/4.png"),
+    say("b/2", "/1.png", "/9.mp4"),
+    say("c", "/4.png"),
+    say("text"),
+    say("none", "/8.png"),
+    say("failed", "/1.png", "/x.png"),
+]
+IMAGES = range(7)
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Path, str]]:
+    def run_export(to: str, *arguments: str) -> tuple[Path, str]:
+        at = ("--features", str(tmp_path / "cache"), "--out", str(tmp_path / "out"))
+        export.main(["--to", to, *at, *arguments])
+        return tmp_path / "out", capsys.readouterr().out
+
+    return run_export
+
+
+def stream(folder: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
+    """All samples of the tars, as the library makes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        files = [str(path) for path in sorted(folder.glob(pattern))]
+        samples = list(webdataset.WebDataset(files, shardshuffle=False).decode())
+        gc.collect(1)
+    return samples
+
+
+Rows = dict[tuple[str, str, str], np.ndarray]
+"""(array, key, view) -> what other people's library gave."""
+
+
+def tar_rows(folder: Path) -> Rows:
+    rows = {}
+    for kind in ("image", "frame"):
+        for sample in stream(folder, f"{kind}-*.tar"):
+            for name, about in sample.items():
+                if name.endswith(".json"):
+                    view = name.removesuffix(".json")
+                    assert (sample["__key__"], view) == (about["key"], about["view"])
+                    rows[kind, about["key"], view] = sample[f"{view}.npy"]
+    return rows
+
+
+def safetensors_rows(folder: Path) -> Rows:
+    rows = {}
+    index = json.loads((folder / "index.json").read_text())
+    for kind in ("image", "frame"):
+        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+            with safe_open(path, "numpy") as file:
+                for name in list(file.keys()):
+                    assert index["weight_map"][name] == path.name
+                    rows[kind, *name.split("/")] = file.get_tensor(name)
+    assert len(index["weight_map"]) == len(rows)
+    return rows
+
+
+READ = {"webdataset": tar_rows, "safetensors": safetensors_rows}
+
+
+def logical_hash(rows: Rows) -> str:
+    """As `FeatureReader.logical_hash` computes it, from what the libraries gave."""
+    whole = hashlib.sha256()
+    for name in sorted(rows):
+        digest = hashlib.sha256(np.ascontiguousarray(rows[name]).tobytes()).hexdigest()
+        whole.update(("\t".join((*name, digest)) + "\n").encode())
+    return whole.hexdigest()
+
+
+def without_doubles(space: Space) -> str:
+    """The logical hash of the space's rows, each once."""
+    clean = make_space(space.paths.root.parents[1].with_name("clean"), space.spec.codec)
+    fill(clean, range(4))
+    fill(clean, range(4, 7))
+    video = ShardWriter(clean, "frame", 0)
+    for number, view in enumerate(TIMES):
+        video.append(key(9), view, row(number, "frame", space.spec))
+    video.commit()
+    return FeatureReader(clean.paths).logical_hash()
+
+
+@pytest.mark.parametrize("to", READ)
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("codec_name", CODECS)
+def test_the_same_rows_come_out_bit_for_bit(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, container: str, codec_name: str
+) -> None:
+    space = make(tmp_path / "cache", codec_name, container)
+    out, said = run(to)
+    assert "7 image rows, 3 frame rows" in said
+    assert logical_hash(READ[to](out)) == without_doubles(space)
+    about = json.loads((out / "export.json").read_text())
+    assert about["rows"] == {"image": 7, "frame": 3}
+    assert {*about["files"], "export.json"} == {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("to", READ)
+@pytest.mark.parametrize("codec_name", CODECS)
+def test_unpacked_rows_are_those_our_reader_gives(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, codec_name: str
+) -> None:
+    space = make(tmp_path / "cache", codec_name)
+    out, _ = run(to, "--unpack")
+    rows, reader = READ[to](out), FeatureReader(space.paths)
+    assert len(rows) == 10
+    for (kind, media, view), values in rows.items():
+        assert values.dtype == np.float16
+        np.testing.assert_array_equal(values, reader.read(kind, media, view))
+
+
+def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+    make(tmp_path / "cache")
+    out, _ = run("webdataset")
+    (video,) = stream(out, "frame-*.tar")
+    for view, time_s in TIMES.items():
+        about = video[f"{view}.json"]
+        assert (about["time_s"], about["relative_error"]) == (time_s, 0.004)
+        assert about["crc32c"] == export_rows.crc32c(video[f"{view}.npy"])
+    shutil.rmtree(out)
+    out, _ = run("webdataset", "--unpack")
+    for sample in stream(out, "image-*.tar"):
+        about = sample["full.json"]
+        assert about["codec"] == "fp16"
+        assert about["crc32c"] == export_rows.crc32c(np.ascontiguousarray(sample["full.npy"]))
+    shutil.rmtree(out)
+    out, _ = run("safetensors")
+    index = json.loads((out / "index.json").read_text())
+    assert index["time_s"] == {f"{key(9)}/{view}": time_s for view, time_s in TIMES.items()}
+    with safe_open(out / "frame-00000.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    assert (metadata["codec"], metadata["tokens"], metadata["width"]) == ("int8m", "1", "64")
+
+
+def test_a_video_stays_in_one_file(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = make_space(tmp_path / "cache")
+    videos = ShardWriter(space, "frame", 0)
+    for media, frames in ((1, 3), (2, 2), (3, 6), (4, 1)):
+        for number in range(frames):
+            videos.append(key(media), f"t:{number}", row(number, "frame"), time_s=float(number))
+    videos.commit()
+    monkeypatch.setattr(export_rows, "FILE_ROWS", 4)
+    out, _ = run("webdataset")
+    files = [
+        [(s["__key__"], sum(name.endswith("npy") for name in s)) for s in stream(out, path.name)]
+        for path in sorted(out.glob("*.tar"))
+    ]
+    assert files == [[(key(1), 3)], [(key(2), 2)], [(key(3), 4)], [(key(3), 2), (key(4), 1)]]
+
+
+# ---- data sets
+
+
+def packed(sample: dict[str, Any], number: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(view, features) of one media of a sample of the tars, as the documentation says."""
+    about, rows = sample["json"]["media"][number], sample[f"{number}.npy"]
+    assert len(rows) == len(about["views"])
+    for view, stored in zip(about["views"], rows, strict=True):
+        yield view, codec.unpack(stored, sample["json"]["codec"], about["tokens"], 64)
+
+
+def test_a_data_set_leaves_with_its_text_and_features(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
+    space = make(tmp_path / "cache")
+    out, said = run("webdataset", "--dataset", "talk")
+    assert "talk: 4 samples; 2 left out, whose media have no features" in said
+    assert [path.name for path in sorted(out.iterdir())] == ["export.json", "talk-000000.tar"]
+    reader = FeatureReader(space.paths)
+    twice, both, text = stream(out)
+    assert twice["__key__"] == key(4)
+    assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the image stands once"
+    assert twice["json"]["samples"][1]["messages"] == [
+        {"role": "user", "content": "<image>what, c?", "weight": 1.0},
+        {"role": "assistant", "content": "größe of c", "weight": 0.5},
+    ]
+    assert [m["source"] for m in both["json"]["media"]] == ["/1.png", "/9.mp4"]
+    assert [m["key"] for m in both["json"]["media"]] == [key(1), key(9)]
+    assert both["json"]["media"][1]["time_s"] == list(TIMES.values()), "in time order"
+    for sample, number, kind, media in (
+        (twice, 0, "image", key(4)),
+        (both, 0, "image", key(1)),
+        (both, 1, "frame", key(9)),
+    ):
+        for view, features in packed(sample, number):
+            np.testing.assert_array_equal(features, reader.read(kind, media, view))
+    assert text["json"]["media"] == []
+    assert [s["id"] for s in text["json"]["samples"]] == ["text"]
+    assert not [name for name in text if name.endswith("npy")]
+
+
+def test_a_data_set_unpacked_needs_nothing_of_ours(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
+    space = make(tmp_path / "cache")
+    out, _ = run("webdataset", "--dataset", "talk", "--unpack")
+    reader = FeatureReader(space.paths)
+    both = stream(out)[1]
+    assert both["0.npy"].shape == (1, 4, 64)
+    assert both["1.npy"].shape == (3, 1, 64)
+    for at, view in enumerate(TIMES):
+        np.testing.assert_array_equal(both["1.npy"][at], reader.read("frame", key(9), view))
+
+
+def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
+    make(tmp_path / "cache")
+    out, _ = run("safetensors", "--dataset", "talk")
+    rows = safetensors_rows(out)
+    assert {(kind, media) for kind, media, _ in rows} == {
+        ("image", key(1)),
+        ("image", key(4)),
+        ("frame", key(9)),
+    }
+    lines = [json.loads(line) for line in (out / "talk.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a.1", "b/2", "c", "text"]
+    assert [m["key"] for m in lines[1]["media"]] == [key(1), key(9)]
+
+
+# ---- whole or not there
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a file."""
+    monkeypatch.setattr(export_rows, "FILE_ROWS", 2)
+    monkeypatch.setattr(export_samples, "FILE_ROWS", 1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize(
+    "arguments",
+    [("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")],
+    ids=["tars", "safetensors", "talk"],
+)
+def test_an_interrupted_export_goes_on(
+    tmp_path: Path,
+    run: Callable[..., tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+) -> None:
+    space = make(tmp_path / "cache")
+    out, _ = run(*arguments)
+    whole = contents(out)
+    assert len(whole) > 3
+    shutil.rmtree(out)
+    half = out.with_name("out.partial")
+    real, written = Source.rows, []
+
+    def dying(self: Any, *args: Any) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(args)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_rows.Source, "rows", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments)
+    assert not out.exists()
+    names = set(contents(half))
+    assert "export.json" in names
+    assert names < set(whole), "whole files alone have their names"
+    kept = {path: path.stat().st_ino for path in half.iterdir() if path.name != "export.json"}
+    assert kept
+    (half / f"{max(whole)}.0a0b.partial").write_bytes(b"half")
+    run(*arguments)
+    assert contents(out) == whole
+    for path, inode in kept.items():
+        assert (out / path.name).stat().st_ino == inode, "not written again"
+    assert not half.exists()
+    # Another export's remains are no use: they go.
+    shutil.move(out, half)
+    fill(space, [50])
+    run(*arguments)
+    assert contents(out)["export.json"] != whole["export.json"]
+    assert not half.exists()
+
+
+Source = export_rows.Source
+
+
+def test_what_is_somebody_elses_stays(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+    make(tmp_path / "cache")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        run("webdataset")
+    (out / "mine").unlink()
+    half = tmp_path / "out.partial"
+    half.mkdir()
+    (half / "mine").write_text("x")
+    with pytest.raises(UserError, match="no unfinished export"):
+        run("webdataset")
+    assert (half / "mine").read_text() == "x"
+    (half / "mine").unlink()
+    run("webdataset")
+    assert len(tar_rows(out)) == 10
+
+
+def test_a_disk_that_is_too_small_is_said_before(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "cache")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=export.SPARE_BYTES))
+    with pytest.raises(UserError, match="the export needs about"):
+        run("webdataset")
+    assert list(tmp_path.glob("out*/*.tar")) == []
+
+
+def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = make(tmp_path / "cache")
+    expected, real = without_doubles(space), os.fsync
+    for calls in range(100):
+        done: list[int] = []
+
+        def full(fd: int, done: list[int] = done, calls: int = calls) -> None:
+            done.append(fd)
+            if len(done) > calls:
+                raise OSError(28, os.strerror(28))
+            real(fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            try:
+                run("safetensors")
+                break
+            except UserError as error:
+                assert str(error).startswith("disk full"), error
+        if not (tmp_path / "out").exists():  # else only its name was not durable
+            run("safetensors")
+        assert logical_hash(safetensors_rows(tmp_path / "out")) == expected
+        shutil.rmtree(tmp_path / "out")
+    assert calls > 8, "it filled up at every step"
+
+
+def test_a_damaged_row_never_leaves(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+    space = make(tmp_path / "cache")
+    path = space.paths.shard("image", 1)
+    data = bytearray(path.read_bytes())
+    data[space.info.geometry("image").row_offset(1)] ^= 1  # of image 4
+    path.write_bytes(data)
+    for arguments in (("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")):
+        with pytest.raises(Corrupt, match="checksum"):
+            run(*arguments)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_asked_for_is_refused(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
+    with pytest.raises(UserError, match="no cache at"):
+        run("webdataset")
+    make(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"no data set 'tal'.*nearest: talk"):
+        run("webdataset", "--dataset", "tal")
+    with pytest.raises(UserError, match="no space 'other'"):
+        run("webdataset", "--space", "other")
+    with pytest.raises(UserError, match="--to"):
+        run("parquet")

@@ -1,0 +1,292 @@
+"""`cache.gc` removes what nothing refers to, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache import gc
+from cache.maintenance.checks import verify
+from cache.store import index_file
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
+from configs import UserError
+from tests.support.damage import garble
+from tests.support.spaces import fill, key, make_space, row
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    def run_gc(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cache.gc", "--features", str(tmp_path), *argv])
+        gc.main()
+        return capsys.readouterr().out
+
+    return run_gc
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Space:
+    """Shard 0 committed, 1 begun, 2 finished but not committed, 3 committed."""
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    ShardWriter(space, "image", 1).append(key(9), "full", row(9))
+    fill(space, [8])
+    space.paths.commit("image", 2).unlink()
+    fill(space, [2])
+    space.grow("image")
+    return space
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and "locks" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_dry_by_default(space: Space, tmp_path: Path, run: Run) -> None:
+    before = files(tmp_path)
+    lines = run().splitlines()
+    shards = space.paths.shards_dir("image")
+    assert [*lines[:2], lines[-1]] == [
+        f"{shards / '1'}: shard, never committed, 268 B",
+        f"{shards / '2'}: shard, never committed, 336 B",
+        "would be freed: 604 B; do it: the same command with --delete",
+    ]
+    assert files(tmp_path) == before
+
+
+def test_only_garbage_goes(space: Space, tmp_path: Path, run: Run) -> None:
+    media, samples = tmp_path / "media", tmp_path / "samples" / "toy"
+    root = CacheRoot(tmp_path)
+    write_samples(root, "toy", [])
+    append_media(root, [MediaRecord(source="a", key=key(0))], "job")
+    clean = files(tmp_path)
+    partial = [
+        media / "part-1-x.parquet.0a.partial",
+        samples / "part-00000.parquet.0b.partial",
+        space.paths.root / "space.json.0c.partial",
+        space.paths.commits_dir / "image-00000004.parquet.0d.partial",
+        space.paths.array("frame") / "zarr.json.0e.partial",
+    ]
+    for path in partial:
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - 7200,) * 2)
+    young = media / "part-2-x.parquet.0f.partial"
+    young.write_bytes(b"x")
+    logical_hash = FeatureReader(space.paths).logical_hash()
+    out = run("--delete")
+    assert "freed: 609 B" in out
+    garbage = [name for name in clean if "/c/1/" in name or "/c/2/" in name]
+    assert len(garbage) == 2
+    expected = {name: data for name, data in clean.items() if name not in garbage}
+    assert files(tmp_path) == {**expected, str(young.relative_to(tmp_path)): b"x"}
+    assert not space.paths.shard("image", 1).parent.parent.exists()
+    assert FeatureReader(space.paths).logical_hash() == logical_hash
+    young.unlink()
+    assert verify(root, deep=True).all_findings == []
+    assert "freed: 0 B" in run("--delete")
+    assert space.next_shard("image") == 4
+
+
+def test_refused_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> None:
+    before = files(tmp_path)
+    with DriverLock(space.paths, "job 7"):
+        for argv in ((), ("--delete",)):
+            with pytest.raises(UserError, match="being written by job 7"):
+                run(*argv)
+    assert files(tmp_path) == before
+
+
+def test_refused_when_the_commits_are_gone(space: Space, tmp_path: Path, run: Run) -> None:
+    """A commits folder moved away would make every shard look like garbage."""
+    shutil.move(space.paths.commits_dir, tmp_path / "elsewhere")
+    before = files(tmp_path)
+    for argv in ((), ("--delete",)):
+        with pytest.raises(UserError, match="commits is missing"):
+            run(*argv)
+    assert files(tmp_path) == before
+
+
+def test_rows_no_sample_mentions_are_counted_and_kept(
+    space: Space, tmp_path: Path, run: Run
+) -> None:
+    root = CacheRoot(tmp_path)
+    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(3)], "job")
+    mentioned = Sample(id="0", dataset="toy", messages=(), media=(MediaRef(source="2"),))
+    write_samples(root, "toy", [mentioned])
+    out = run("--delete")
+    assert f"{space.paths.name}: no sample mentions 2 image rows (604 B in 1 shards); kept" in out
+    assert space.keys("image") == {(key(n), "full") for n in range(3)}
+
+
+# ---- rows that no sample mentions
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Space:
+    """Images in shards (0 1 2 3) (4 5) (6) (7 8) (9), frames of 0 and 4; mentioned: 0 2 5 7 8."""
+    space = make_space(tmp_path)
+    for numbers in ([0, 1, 2, 3], [4, 5], [6], [7, 8], [9]):
+        fill(space, numbers)
+    fill(space, [0, 4], array="frame", view="t:0")
+    root = CacheRoot(tmp_path)
+    append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(9)], "job")
+    refs = tuple(MediaRef(source=str(n)) for n in (0, 2, 5, 7))
+    by_hash = MediaRef(source="never fetched", sha256=key(8))
+    write_samples(root, "toy", [Sample(id="0", dataset="toy", messages=(), media=(*refs, by_hash))])
+    space.grow("image")
+    space.grow("frame")
+    return space
+
+
+def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
+    crowded: Space, tmp_path: Path, run: Run
+) -> None:
+    paths = crowded.paths
+    untouched = [path.read_bytes() for path in (paths.shard("image", 3), paths.commit("image", 3))]
+    (paths.root / "index").mkdir()  # derived: rebuilt by whoever wants it
+    (paths.root / "index" / "snapshot").write_bytes(b"old")
+    alone = make_space(tmp_path / "alone")
+    for number in (0, 2, 5, 7, 8):
+        fill(alone, [number])
+    fill(alone, [0], array="frame", view="t:0")
+    before, size = files(tmp_path / "spaces"), disk_use(paths.root)
+    dry = run("--unreferenced")
+    assert files(tmp_path / "spaces") == before
+    assert "no sample mentions 5 image rows" in dry
+    out = run("--unreferenced", "--delete")
+    assert FeatureReader(paths).logical_hash() == FeatureReader(alone.paths).logical_hash()
+    assert [
+        p.read_bytes() for p in (paths.shard("image", 3), paths.commit("image", 3))
+    ] == untouched
+    assert paths.committed("image") == [3, 5], "what is left of three shards fits into one"
+    assert paths.committed("frame") == [1]
+    assert not (paths.root / "index").exists()
+    assert verify(CacheRoot(tmp_path), deep=True).all_findings == []
+    text = out.splitlines()[-1]
+    said = float(text.split()[1]) * (1000 if "kB" in text else 1)
+    shards = sum(len(data) for name, data in before.items() if "/c/" in name)
+    left = sum(path.stat().st_size for path in paths.root.rglob("c/*/0/0"))
+    assert said == pytest.approx(shards - left, abs=10), "bytes freed, without the commits"
+    assert size - disk_use(paths.root) > said
+    assert "freed: 0 B" in run("--unreferenced", "--delete")
+
+
+def disk_use(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_rewrite_that_fails_leaves_everything_as_it_was(
+    crowded: Space, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logical_hash = FeatureReader(crowded.paths).logical_hash()
+    before = files(crowded.paths.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(UserError, match=r"disk full \(.*nothing is lost: free some space"):
+            run("--unreferenced", "--delete")
+    assert files(crowded.paths.root) == before
+    garble(crowded.paths.shard("image", 0), 5)  # of a row that stays
+    with pytest.raises(UserError, match=r"c/0/0/0: row 0 fails its checksum; .* --repair"):
+        run("--unreferenced", "--delete")
+    garble(crowded.paths.shard("image", 0), 5)
+    assert files(crowded.paths.root) == before
+    assert FeatureReader(crowded.paths).logical_hash() == logical_hash
+
+
+def test_an_index_is_made_anew_when_rows_were_taken_out(
+    crowded: Space, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
+    index_file.save_index(crowded.paths, crowded.info)
+    run("--unreferenced", "--delete")
+    path = crowded.paths.index("image")
+    assert path.exists()
+    assert verify(CacheRoot(crowded.paths.root.parents[1]), deep=True).all_findings == []
+    assert len(FeatureReader(crowded.paths).index["image"]) == 5
+
+
+def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, run: Run) -> None:
+    before = files(crowded.paths.root)
+    samples = CacheRoot(tmp_path).samples("toy")
+    garble(samples, 40)
+    with pytest.raises(UserError, match=r"part-00000\.parquet: its bytes do not match"):
+        run("--unreferenced", "--delete")
+    aside = CacheRoot(tmp_path).damaged_dir / "samples" / "toy"
+    aside.mkdir(parents=True)
+    samples.rename(aside / samples.name)
+    with pytest.raises(UserError, match="no samples under"):
+        run("--unreferenced", "--delete")
+    write_samples(CacheRoot(tmp_path), "other", [])
+    with pytest.raises(UserError, match="rows may look unmentioned that are not"):
+        run("--unreferenced", "--delete")
+    assert "1 files that cache.verify --repair set aside; kept" in run("--delete")
+    assert "1 files that cache.verify --repair set aside, " in run("--damaged", "--delete")
+    assert not (tmp_path / "damaged").exists()
+    assert files(crowded.paths.root) == before
+
+
+def test_replaced_shards_go_oldest_first(space: Space, run: Run) -> None:
+    for replaces, numbers in (((0,), [1, 4]), ((4, 3), [1])):
+        writer = ShardWriter(space, "image", space.next_shard("image"))
+        for number in numbers:
+            writer.append(key(number), "full", row(number))
+        writer.commit(replaces=replaces)
+    lines = run().splitlines()
+    what = "shard, replaced by a newer one"
+    assert [line.split("/")[-1].split(":")[0] for line in lines if what in line] == ["0", "3", "4"]
+    run("--delete")
+    assert space.paths.committed("image") == [5]
+    assert space.keys("image") == {(key(1), "full")}
+
+
+# ---- whole spaces
+
+
+def test_a_space_is_dropped_by_its_whole_name_only(
+    crowded: Space, tmp_path: Path, run: Run
+) -> None:
+    other = make_space(tmp_path, "fp16")
+    fill(other, [0, 2])
+    name, before = crowded.paths.name, files(tmp_path)
+    for argv in (("--drop-space", "toy-int8"), ("--drop-space", "toy-int8", "--delete")):
+        with pytest.raises(UserError, match=r"no space 'toy-int8' .*the whole name, please"):
+            run(*argv)
+    out = run("--drop-space", name)
+    assert "10 image rows, 2 frame rows" in out
+    assert "toy: 0.0% of 1 samples; without it 0.0%" in out, "one of its media never came"
+    assert "would be freed: " in out
+    assert files(tmp_path) == before
+    with DriverLock(other.paths, "job 7"), pytest.raises(UserError, match="by job 7"):
+        run("--drop-space", name, "--delete")
+    assert files(tmp_path) == before
+    run("--drop-space", name, "--delete")
+    kept = {n: data for n, data in before.items() if name not in n}
+    assert files(tmp_path) == kept
+
+
+def test_a_drop_that_was_cut_short_is_finished_by_the_next_collection(
+    crowded: Space, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("--drop-space", crowded.paths.name, "--delete")
+    assert CacheRoot(tmp_path).space_names() == []
+    assert not verify(CacheRoot(tmp_path)).broken
+    assert "half removed" in run("--delete")
+    assert list((tmp_path / "garbage").iterdir()) == []

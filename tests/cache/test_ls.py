@@ -1,0 +1,265 @@
+"""`cache.ls`: figures that can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache import ls
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
+from configs import UserError
+from configs.console import Meter, bytes_text, table_text
+from tests.support.spaces import SPEC, fill, key, make_space, row
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    def run_ls(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cache.ls", "--features", str(tmp_path), *argv])
+        ls.main()
+        return capsys.readouterr().out
+
+    return run_ls
+
+
+def sample(dataset: str, name: str, *sources: str) -> Sample:
+    media = tuple(MediaRef(source=source) for source in sources)
+    return Sample(id=name, dataset=dataset, messages=(), media=media)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> CacheRoot:
+    return cache_of(tmp_path)
+
+
+def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
+    """a, b, c are keys 0, 1, 0; d failed to decode, e to be fetched; f is unknown.
+
+    The int8 space has keys 0 and 1, the fp16 space only 1.
+    """
+    fill(make_space(folder, "int8", packed_from=packed_from), [0, 1])
+    fill(make_space(folder, "fp16", packed_from=packed_from), [1])
+    root = CacheRoot(folder)
+    ok = [MediaRecord(source=s, key=key(n)) for s, n in (("a", 0), ("b", 1), ("c", 0))]
+    bad = MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="cut short")
+    gone = MediaRecord(source="e", status="failed", stage="fetch", error="404")
+    lost = MediaRecord(source="g", status="failed", stage="fetch", error="404")
+    append_media(root, [*ok, bad, gone, lost], "job")
+    two = [sample("two", str(n), *s) for n, s in enumerate(["a", "ab", "ad", "", "bb", "f"])]
+    write_samples(root, "two", two)
+    write_samples(root, "one", [sample("one", "0", "b"), sample("one", "1", "e", "d")])
+    write_samples(root, "none", [])
+    return root
+
+
+def test_spaces_and_coverage_are_counted(root: CacheRoot, run: Run) -> None:
+    values: Any = json.loads(run("--json"))
+    fp16, int8 = values["spaces"]
+    assert (int8["rows"], fp16["rows"]) == ({"image": 2, "frame": 0}, {"image": 1, "frame": 0})
+    assert (int8["nbytes"], fp16["nbytes"]) == (2 * 268 + 68, 516 + 68)
+    assert (int8["codec"], int8["encoder"], int8["blocks"]) == ("int8", "toy", [0])
+    assert int8["pool"] == {"image": 1, "frame": 2}
+    none, one, two = values["datasets"]
+    assert (none["samples"], one["samples"], two["samples"]) == (0, 2, 6)
+    assert (none["media"], one["media"], two["media"]) == (0, 3, 4)
+    assert (none["failed"], one["failed"], two["failed"]) == (0, 2, 1)
+    assert one["coverage"] == {int8["name"]: 1 / 2, fp16["name"]: 1 / 2}
+    assert two["coverage"] == pytest.approx({int8["name"]: 4 / 6, fp16["name"]: 2 / 6})
+    assert none["coverage"] == {int8["name"]: 1.0, fp16["name"]: 1.0}
+
+
+def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
+    int8 = next(name for name in root.space_names() if "int8" in name)
+    with DriverLock(root.space(int8), "job 7"):
+        lines = run().splitlines()
+    fields = [line.split() for line in lines]
+    assert [int8, "toy", "int8", "0", "1/2", "zarr", "2", "0", "604", "B"] in fields
+    assert [int8, "2", "images", "int8", *["0.00500"] * 4] in fields
+    assert f"{int8}: being written by job 7" in lines
+    assert ["two", "6", "4", "1"] in fields
+    assert ["two", int8, "66.7%", "528", "B", "1", "264", "B"] in fields
+    assert [
+        "one",
+        int8,
+        "50.0%",
+        "264",
+        "B",
+        "0",
+        "0",
+        "B",
+    ] in fields  # what is missing there has failed
+    assert "why media failed: python -m cache.ls --failures" in lines
+
+
+def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run) -> None:
+    space = make_space(tmp_path)
+    for number in range(250):
+        if number % space.rows_per_shard("image") == 0:
+            shard = ShardWriter(space, "image", space.next_shard("image"))
+        shard.append(key(number), "full", row(number), error=number / 1000)
+        if shard.full or number == 249:
+            shard.commit()
+    fill(space, [1], array="frame")
+    (summary,) = json.loads(run("--json"))["spaces"]
+    assert summary["error"]["image"] == pytest.approx(
+        {"mean": 0.1245, "median": 0.1245, "p99": 0.24651, "largest": 0.249}, rel=1e-5
+    )
+    assert summary["error"]["frame"]["largest"] == pytest.approx(0.005)
+    lines = [line.split() for line in run().splitlines()]
+    assert [
+        space.spec.name,
+        "250",
+        "images",
+        "int8",
+        "0.12450",
+        "0.12450",
+        "0.24651",
+        "0.24900",
+    ] in lines
+
+
+def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
+    """Two images and a video are there; an image, a short video and one of unknown length are missing."""
+    root = CacheRoot(tmp_path)
+    load = {"encoder": {"name": "demo"}}
+    space = Space.create(root, SPEC, load)
+    fill(space, [0, 1])
+    shard = ShardWriter(space, "frame", 0)
+    for us in (0, 500_000, 700_000):
+        shard.append(key(5), f"t:{us}", row(us, "frame"), time_s=us / 1e6)
+    shard.commit()
+    videos = [
+        MediaRecord(source=s, key=key(n), kind="video", duration_s=d)
+        for s, n, d in (("/f/here.mp4", 5, 0.7), ("/f/short.mp4", 6, 0.3))
+    ]
+    images = [MediaRecord(source=f"/f/{n}.png", key=key(n % 3)) for n in range(4)]
+    bad = MediaRecord(source="/f/bad.png", status="failed", stage="decode", error="cut short")
+    append_media(root, [*videos, *images, bad], "job")
+    names = ["0.png", "1.png", "2.png", "3.png", "bad.png", "here.mp4", "short.mp4", "new.mp4"]
+    samples = []
+    for name in names:
+        kind = "video" if name.endswith("mp4") else "image"
+        ref = MediaRef(source=f"/f/{name}", kind=kind)
+        samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
+    write_samples(root, "f-1", samples)
+    values = json.loads(run("--json"))["datasets"][0]
+    need = values["needs"][SPEC.name]
+    image, frame = SPEC.row_bytes("image"), SPEC.row_bytes("frame")
+    assert values["coverage"] == {SPEC.name: 4 / 8}
+    assert need["reads"] == 2 * image + 3 * frame  # 0.png and 3.png are one image
+    assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
+    assert need["nbytes"] == image + 130 * frame
+    assert need["command"] == (
+        "python -m encode.run --dataset f-1=folder:/f --encoder demo --codec int8 --pool 1 "
+        f"--features {tmp_path}"
+    )
+    assert f"complete: {need['command']}" in run().splitlines()
+
+
+def test_a_sample_that_means_other_bytes_is_not_covered(root: CacheRoot, run: Run) -> None:
+    said = [key(0), key(1), None]  # of a, whose bytes have key 0
+    samples = [
+        Sample(id=str(n), dataset="hash", messages=(), media=(MediaRef(source="a", sha256=sha),))
+        for n, sha in enumerate(said)
+    ]
+    write_samples(root, "hash", samples)
+    values = {one["name"]: one for one in json.loads(run("--json"))["datasets"]}
+    assert {round(share, 3) for share in values["hash"]["coverage"].values()} == {0.667, 0.0}
+
+
+def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:
+    cache_of(tmp_path, packed_from="float32")
+    values = json.loads(run("--json"))
+    assert all(space["closed"] for space in values["spaces"])
+    assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}
+    assert run().count("made before features were rounded to float16") == 2
+
+
+def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
+    assert run("--failures").splitlines() == [
+        "fetch            2 media",
+        "decode           1 media",
+        "",
+        "1 in one: decode: cut short",
+        "    d",
+        "",
+        "1 in two: decode: cut short",
+        "    d",
+        "",
+        "1 in no data set any more: fetch: 404",
+        "    g",
+        "",
+        "1 in one: fetch: 404",
+        "    e",
+        "",
+        "ask again for them: python -m encode.run --dataset NAME --retry-failed",
+    ]
+    groups = json.loads(run("--failures", "--json"))["failures"]
+    assert groups[0] == {
+        "stage": "decode",
+        "error": "cut short",
+        "host": "",
+        "dataset": "one",
+        "sources": ["d"],
+    }
+
+
+def test_a_source_that_failed_and_then_came_is_no_failure(root: CacheRoot, run: Run) -> None:
+    records = [MediaRecord(source=source, key=key(5)) for source in "deg"]
+    append_media(root, records, "job")
+    assert run("--failures") == "no failures\n"
+
+
+def test_damage_to_one_space_does_not_hide_the_others(root: CacheRoot, run: Run) -> None:
+    fp16, int8 = root.space_names()
+    path = root.space(int8).commit("image", 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    lines = run().splitlines()
+    assert any(line.startswith(f"{int8}: DAMAGED: {path}: ") for line in lines)
+    assert any(line.startswith(f"{fp16} ") for line in lines)
+
+
+def test_nothing_is_said_to_be_nothing(tmp_path: Path, run: Run) -> None:
+    out = run()
+    assert "no spaces; make one: python -m encode.run" in out
+    assert "no data sets" in out
+    tmp_path.rmdir()
+    with pytest.raises(UserError, match=r"no cache at .*--features"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1179648, "1.18 MB"), (99_960_000, "100 MB"),
+     (999_600, "1 MB"), (430e9, "430 GB"), (1.69e12, "1.69 TB"), (2.5e15, "2500 TB")],
+)  # fmt: skip
+def test_bytes_have_three_digits(nbytes: float, text: str) -> None:
+    assert bytes_text(nbytes) == text
+
+
+def test_columns_line_up() -> None:
+    text = table_text(("name", "n"), [("a", "5"), ("longer", "1,000")], right="n")
+    assert text.splitlines() == ["name        n", "a           5", "longer  1,000"]
+
+
+def test_a_meter_reports_each_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("configs.console.time.monotonic", lambda: now)
+    meter = Meter("read", 4_000_000)
+    meter.add(500_000)
+    assert capsys.readouterr().err == ""
+    now += 61
+    meter.add(500_000)
+    assert capsys.readouterr().err.strip() == "read: 1 MB of 4 MB, 16.4 kB/s, 183 s left"

@@ -1,0 +1,381 @@
+"""Two caches become one: every row once, bit for bit, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache import merge
+from cache.format.frame_sampling import time_view
+from cache.maintenance.checks import verify
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import (
+    MediaRecord,
+    MediaRef,
+    Sample,
+    append_media,
+    dataset_names,
+    read_media,
+    read_samples,
+    write_samples,
+)
+from cache.store.writer import ShardWriter, Space
+from configs import UserError
+from tests.support import encode_jobs, faults
+from tests.support.encode_jobs import draw, encode
+from tests.support.faults import struck
+from tests.support.spaces import fill, key, make_space, row
+
+# ---- rows
+
+
+def run(*argv: Any) -> int:
+    sys.argv = ["cache.merge", *map(str, argv)]
+    return merge.main()
+
+
+def hash_of(folder: Path) -> str:
+    report = verify(CacheRoot(folder), deep=True)
+    assert not report.broken, report.all_findings
+    (space,) = report.spaces
+    assert space.logical_hash is not None
+    return space.logical_hash
+
+
+def test_two_halves_encoded_apart_are_the_whole_encoded_at_once(tmp_path: Path) -> None:
+    """The proof of the command: real images, a real encoder, an overlap, one logical hash."""
+    images = draw(tmp_path / "photos", 9)
+    for name, part in (("left", images[:6]), ("right", images[4:])):
+        (tmp_path / name).mkdir()
+        for path in part:
+            shutil.copy(path, tmp_path / name)
+    few = replace(encode_jobs.SETUP, commit_every_s=1e9)
+    encode(tmp_path / "all", f"folder:{tmp_path / 'photos'}", setup=few)
+    encode(tmp_path / "a", f"folder:{tmp_path / 'left'}")
+    encode(tmp_path / "b", f"folder:{tmp_path / 'right'}", setup=few)
+    assert run("--source", tmp_path / "a", tmp_path / "b", "--features", tmp_path / "one") == 0
+    assert hash_of(tmp_path / "one") == hash_of(tmp_path / "all")
+    root = CacheRoot(tmp_path / "one")
+    assert dataset_names(root) == ["left", "right"]
+    again = encode(tmp_path / "one", f"folder:{tmp_path / 'left'}", f"folder:{tmp_path / 'right'}")
+    assert not again.plan.todo and again.plan.reused == 11
+
+
+def columns(folder: Path, kind: str) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """(key, view) -> what the commits say of the row, but for its number."""
+    root = CacheRoot(folder)
+    table = Space.open(find_space(root, None)).commits(kind).to_pylist()
+    return {(r["key"].hex(), r["view"]): (r["time_s"], r["crc"], r["error"]) for r in table}
+
+
+def add_video(space: Space, number: int, frames: int) -> None:
+    """One shard with the frames of one video, each with a time and an error of its own."""
+    shard = ShardWriter(space, "frame", space.next_shard("frame"))
+    for at in range(frames):
+        stored = row(100 * number + at, "frame", space.spec)
+        view, error = time_view(at * 500_000), 0.001 * (at + 1)
+        shard.append(key(number), view, stored, time_s=at / 2 + 0.01, error=error)
+    shard.commit()
+
+
+def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None:
+    ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
+    fill(ours, [1, 2, 3])
+    fill(theirs, [3, 4])
+    fill(theirs, [5, 1, 6])
+    add_video(ours, 20, 3)
+    add_video(theirs, 21, 4)
+    add_video(theirs, 20, 5)
+    expected = {kind: columns(tmp_path / "b", kind) for kind in ("image", "frame")}
+    for kind, rows in expected.items():
+        rows.update(columns(tmp_path / "a", kind))
+    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    for kind, rows in expected.items():
+        assert columns(tmp_path / "a", kind) == rows
+    hash_of(tmp_path / "a")  # reads every row; says nothing stands twice
+    reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
+    assert reader.read("image", key(6)).shape == (4, 64)
+    assert len(set(reader.index["frame"].shards.tolist())) <= 3
+
+
+def test_the_frames_of_a_video_stay_side_by_side_in_one_shard(tmp_path: Path) -> None:
+    make_space(tmp_path / "a")
+    theirs = make_space(tmp_path / "b")
+    for number in (20, 21, 22):
+        add_video(theirs, number, 10)
+    assert theirs.rows_per_shard("frame") == 16
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
+    views = [time_view(at * 500_000) for at in range(10)]
+    for number in (20, 21, 22):
+        rows = reader.lookup_pairs("frame", [key(number)] * 10, views)
+        assert (rows == rows[0] + range(10)).all() and rows[0] // 16 == rows[-1] // 16
+
+
+def test_the_second_time_there_is_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(make_space(tmp_path / "a"), [1])
+    fill(make_space(tmp_path / "b"), [2])
+    for root in (tmp_path / "a", tmp_path / "b"):
+        append_media(CacheRoot(root), [MediaRecord(source=root.name, key=key(1))], "job")
+        gone = MediaRecord(source="x", status="failed", stage="fetch", error=root.name)
+        append_media(CacheRoot(root), [gone], "job")
+        write_samples(CacheRoot(root), "d", [Sample(id="1", dataset="d", messages=())])
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
+    before = {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+    capsys.readouterr()
+    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
+    assert {path: path.stat().st_mtime_ns for path in files if path.is_file()} == before
+    out = capsys.readouterr().out
+    assert "0 of 1 rows to copy (0 B)" in out
+    assert "0 new; 0 that failed here and came there; 0 newer failures" in out
+    assert out.endswith("0 rows, 0 media, 0 data sets\n")
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(make_space(tmp_path / "b"), [2])
+    assert run("--source", tmp_path / "b", "--features", tmp_path / "a", "--plan") == 0
+    assert "1 of 1 rows to copy (264 B)" in capsys.readouterr().out
+    assert not (tmp_path / "a").exists()
+
+
+def test_shards_of_another_size_fit_too(tmp_path: Path) -> None:
+    fill(make_space(tmp_path / "a"), [1])
+    made = make_space(tmp_path / "x")
+    other = Space.create(
+        CacheRoot(tmp_path / "b"), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("image")
+    )
+    fill(other, range(10, 23))
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    assert len(columns(tmp_path / "a", "image")) == 14
+    hash_of(tmp_path / "a")
+
+
+def test_damaged_rows_are_told_and_never_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(make_space(tmp_path / "a"), [1])
+    theirs = make_space(tmp_path / "b")
+    fill(theirs, [2, 3, 4])
+    path = theirs.paths.shard("image", 0)
+    data = bytearray(path.read_bytes())
+    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
+    path.write_bytes(data)
+    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 1
+    out = capsys.readouterr().out
+    assert "1 damaged rows were not copied" in out and "row 1 fails its checksum" in out
+    assert set(columns(tmp_path / "a", "image")) == {(key(n), "full") for n in (1, 2, 4)}
+    hash_of(tmp_path / "a")
+    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
+    path.write_bytes(data)
+    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    assert (key(3), "full") in columns(tmp_path / "a", "image")
+
+
+def test_rows_that_two_machines_computed_differently_stay_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
+    fill(ours, [1, 2])
+    shard = ShardWriter(theirs, "image", 0)
+    shard.append(key(1), "full", row(7))
+    shard.commit()
+    before = columns(tmp_path / "a", "image")
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    assert "1 are here with other bytes, which stand" in capsys.readouterr().out
+    assert columns(tmp_path / "a", "image") == before
+
+
+# ---- killed
+
+
+def test_killed_at_any_system_call_and_done_again_it_is_as_if_never_killed(tmp_path: Path) -> None:
+    fill(make_space(tmp_path / "cache"), [1, 2])
+    theirs = make_space(tmp_path / "b")
+    fill(theirs, [2, 3, 4, 5])
+    fill(theirs, [6])
+    append_media(CacheRoot(tmp_path / "b"), [MediaRecord(source="s", key=key(3))], "job")
+    write_samples(CacheRoot(tmp_path / "b"), "d", [Sample(id="1", dataset="d", messages=())])
+    shutil.copytree(tmp_path / "cache", tmp_path / "whole")
+    faults.merge_other(CacheRoot(tmp_path / "whole"), [])
+    wanted = hash_of(tmp_path / "whole")
+    copies = struck(tmp_path, "merge", "kill")
+    assert len(copies) > 25
+    for copy in copies:
+        folder = Path(copy["folder"])
+        known = columns(folder, "image")
+        assert {(key(1), "full"), (key(2), "full")} <= set(known), copy
+        faults.merge_other(CacheRoot(folder), [])
+        reader = FeatureReader(find_space(CacheRoot(folder), None))
+        assert reader.logical_hash() == wanted and reader.rows("image") == 6, copy
+        assert read_media(CacheRoot(folder))["s"].key == key(3)
+        assert dataset_names(CacheRoot(folder)) == ["d"]
+
+
+# ---- media
+
+
+def merged_media(tmp_path: Path, ours: list[MediaRecord], theirs: list[MediaRecord], **more: Any):
+    for name, records in (("a", ours), ("b", theirs)):
+        make_space(tmp_path / name)
+        for record in records:
+            append_media(CacheRoot(tmp_path / name), [record], "job")
+    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    return read_media(CacheRoot(tmp_path / "a"))
+
+
+def ok(source: str, number: int, **more: Any) -> MediaRecord:
+    return MediaRecord(source=source, key=key(number), **more)
+
+
+def bad(source: str, error: str, **more: Any) -> MediaRecord:
+    return MediaRecord(source=source, status="failed", stage="fetch", error=error, **more)
+
+
+def test_the_better_knowledge_of_a_source_wins(tmp_path: Path) -> None:
+    ours = [ok("both", 1, width=3), bad("revived", "404"), ok("kept", 2), bad("newer", "old")]
+    theirs = [ok("both", 1, width=4), ok("revived", 5), bad("kept", "gone"), ok("new", 6)]
+    merged = merged_media(tmp_path, ours, [*theirs, bad("newer", "new")])
+    assert merged["both"].width == 3
+    assert (merged["revived"].status, merged["revived"].key) == ("ok", key(5))
+    assert (merged["kept"].status, merged["kept"].key) == ("ok", key(2))
+    assert merged["new"] == ok("new", 6)
+    assert merged["newer"].error == "new"
+
+
+def test_an_older_failure_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    append_media(CacheRoot(tmp_path / "b"), [bad("s", "old")], "job")
+    assert merged_media(tmp_path, [bad("s", "new")], [])["s"].error == "new"
+
+
+def test_merging_to_and_fro_adds_nothing(tmp_path: Path) -> None:
+    merged_media(tmp_path, [bad("s", "ours"), ok("t", 1)], [bad("s", "theirs"), bad("t", "404")])
+    for source, target in (("a", "b"), ("b", "a"), ("a", "b")):
+        run("--source", tmp_path / source, "--features", tmp_path / target)
+        parts = {name: len(list((tmp_path / name / "media").iterdir())) for name in "ab"}
+        assert parts == {"a": 3, "b": 3}
+    tables = [read_media(CacheRoot(tmp_path / name)) for name in "ab"]
+    assert tables[0] == tables[1]
+    assert (tables[0]["s"].error, tables[0]["t"].status) == ("theirs", "ok")
+
+
+def test_other_bytes_under_one_source_are_told_and_ours_stand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://a.example/1.jpg"
+    merged = merged_media(tmp_path, [ok(url, 1)], [ok(url, 2)])
+    assert merged[url].key == key(1)
+    out = capsys.readouterr().out
+    assert "1 gave other bytes there: what is recorded here stands" in out
+    assert f"{url}: {key(1)[:12]}... here, {key(2)[:12]}... there" in out
+
+
+def test_a_dead_link_keeps_the_key_it_had_against_other_bytes(tmp_path: Path) -> None:
+    merged = merged_media(tmp_path, [ok("s", 1), bad("s", "404")], [ok("s", 2)])
+    assert (merged["s"].status, merged["s"].key) == ("failed", key(1))
+    (tmp_path / "again").mkdir()
+    merged = merged_media(tmp_path / "again", [ok("s", 1), bad("s", "404")], [ok("s", 1)])
+    assert (merged["s"].status, merged["s"].key) == ("ok", key(1))
+
+
+# ---- samples
+
+
+def sample(name: str, *sources: str) -> Sample:
+    media = tuple(MediaRef(source=source) for source in sources)
+    return Sample(id=name, dataset="d", messages=(), media=media)
+
+
+def test_samples_that_differ_are_refused_until_somebody_says_which_count(tmp_path: Path) -> None:
+    def make() -> CacheRoot:
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        fill(make_space(tmp_path / "a"), [1])
+        write_samples(CacheRoot(tmp_path / "a"), "d", [sample("1", "x"), sample("2", "ours")])
+        return CacheRoot(tmp_path / "a")
+
+    fill(make_space(tmp_path / "b"), [2])
+    write_samples(CacheRoot(tmp_path / "b"), "d", [sample("2", "theirs"), sample("3", "y")])
+    words = ("--source", tmp_path / "b", "--features", tmp_path / "a", "--samples")
+    root = make()
+    with pytest.raises(UserError, match=r"d: the samples under .*--samples ours \| theirs \| both"):
+        run(*words[:-1])
+    assert len(columns(tmp_path / "a", "image")) == 1  # refused before anything was written
+    for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
+        root = make()
+        for _ in range(2):
+            assert run(*words, choice) == 0
+            found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]
+            assert found == wanted.split()
+        assert len(columns(tmp_path / "a", "image")) == 2
+
+
+def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
+    make_space(tmp_path / "a")
+    make_space(tmp_path / "b")
+    root = CacheRoot(tmp_path / "b")
+    write_samples(root, "d", [sample("1")])
+    path = root.samples("d")
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="its bytes do not match its seal"):
+        run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    assert dataset_names(CacheRoot(tmp_path / "a")) == []
+
+
+# ---- refused
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = make_space(tmp_path / "a")
+    fill(make_space(tmp_path / "b"), [1])
+    with pytest.raises(UserError, match="is the cache that shall grow"):
+        run("--source", tmp_path / "a", "--features", tmp_path / "a")
+    with pytest.raises(UserError, match=r"no cache at .*looked for spaces/ and samples/"):
+        run("--source", tmp_path / "none", "--features", tmp_path / "a")
+    words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
+    with DriverLock(ours.paths, "job 7"), pytest.raises(UserError, match="being written by job 7"):
+        run(*words)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
+        run(*words)
+    assert columns(tmp_path / "a", "image") == {}
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(make_space(tmp_path / "a"), [1])
+    theirs = make_space(tmp_path / "b")
+    fill(theirs, [2, 3, 4, 5])
+    fill(theirs, [6, 7])
+    real, calls = os.pwritev, 0
+
+    def pwritev(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
+    with pytest.raises(UserError, match="No space left on device; all shards committed so far"):
+        run(*words)
+    monkeypatch.undo()
+    assert len(columns(tmp_path / "a", "image")) in (1, 5)
+    run(*words)
+    assert len(columns(tmp_path / "a", "image")) == 7
+    hash_of(tmp_path / "a")

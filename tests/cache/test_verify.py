@@ -1,0 +1,197 @@
+"""`cache.verify`: intact means intact, and any flipped byte of a space is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache.format.space_info import read_info
+from cache.maintenance.checks import Report, check_shard, verify
+from cache.store.commits import read_commit
+from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, append_media, write_samples
+from cache.store.writer import ShardWriter
+from cache.verify import main
+from tests.support.spaces import fill, key, make_space, row
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> CacheRoot:
+    """A space with two shards of images and one of frames, samples and media."""
+    space = make_space(tmp_path)
+    fill(space, [0, 1])
+    fill(space, [2])
+    fill(space, [0], array="frame")
+    space.grow("image")
+    space.grow("frame")
+    root = CacheRoot(tmp_path)
+    write_samples(root, "toy", [])
+    append_media(root, [MediaRecord(source="a", key=key(0))], "job")
+    return root
+
+
+def broken(report: Report) -> list[str]:
+    return [finding.path for finding in report.all_findings if finding.broken]
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << at % 8]))
+
+
+def only_space(root: CacheRoot) -> SpacePaths:
+    return root.space(root.space_names()[0])
+
+
+def test_an_intact_cache_has_no_findings(root: CacheRoot) -> None:
+    quick, deep = verify(root), verify(root, deep=True)
+    assert quick.all_findings == deep.all_findings == []
+    assert quick.spaces[0].logical_hash is None
+    assert deep.spaces[0].logical_hash == FeatureReader(only_space(root)).logical_hash()
+    assert deep.spaces[0].rows == {"image": 3, "frame": 1}
+
+
+@pytest.mark.soak_counted
+def test_any_flipped_byte_is_found_and_never_returned(
+    root: CacheRoot, soak: Callable[[int, int], int]
+) -> None:
+    """Some bytes of each file, or every one in `make soak`; below, and in test_cache_layout, every
+    one is tried on the check that notices it."""
+    paths = only_space(root)
+    clean = FeatureReader(paths).logical_hash()
+    stride = soak(97, 1)
+    files = [path for path in sorted(root.path.rglob("*")) if path.is_file()]
+    assert len(files) == 12
+    for path in files:
+        size = path.stat().st_size
+        for at in {*range(0, size, stride), size - 1}:
+            flip(path, at)
+            report = verify(root, deep=True)
+            assert broken(report) == [str(path)], f"byte {at}"
+            assert (report.spaces[0].logical_hash is None) == path.is_relative_to(paths.root)
+            try:
+                assert FeatureReader(paths).logical_hash() == clean
+            except Corrupt as error:
+                assert error.path == path
+            flip(path, at)
+    assert verify(root, deep=True).all_findings == []
+
+
+def test_any_flipped_byte_of_a_shard_is_found(root: CacheRoot) -> None:
+    paths = only_space(root)
+    info = read_info(paths)
+    commits = [("image", 0), ("image", 1), ("frame", 0)]
+    for kind, number in commits:
+        commit, path = read_commit(paths, info, kind, number), paths.shard(kind, number)
+        for at in range(path.stat().st_size):
+            flip(path, at)
+            findings, _ = check_shard(paths, info, kind, commit, True, lambda _: None)
+            assert [finding.path for finding in findings] == [str(path)], f"byte {at}"
+            flip(path, at)
+
+
+def test_quick_finds_what_needs_no_reading(root: CacheRoot) -> None:
+    paths = only_space(root)
+    shard = paths.shard("image", 0)
+    flip(shard, 0)
+    assert broken(verify(root)) == [], "a row: only deep reads those"
+    flip(shard, shard.stat().st_size - 1)
+    assert broken(verify(root)) == [str(shard)], "the index"
+    with shard.open("ab") as file:
+        file.write(b"x")
+    assert broken(verify(root)) == [str(shard)], "the size"
+    shard.unlink()
+    assert broken(verify(root)) == [str(shard)], "gone"
+    for path in (paths.array_json("frame"), paths.group_json):
+        path.unlink()
+        assert str(path) in broken(verify(root))
+
+
+def test_an_intact_file_in_the_wrong_place_is_found(root: CacheRoot) -> None:
+    paths = only_space(root)
+    shutil.copy(paths.array_json("frame"), paths.array_json("image"))
+    shutil.copy(paths.commit("frame", 0), paths.commit("image", 0))
+    assert broken(verify(root)) == [
+        str(paths.commit("image", 0)),
+        str(paths.array_json("image")),
+    ]
+
+
+def test_the_same_row_twice_is_found(root: CacheRoot) -> None:
+    space = make_space(root.path)
+    again = fill(space, [1])
+    space.grow("image")
+    (finding,) = verify(root).all_findings
+    assert finding.path == str(space.paths.shard("image", again))
+    assert finding.what == f"row 8 is {key(1)} full, and so is row 1"
+    assert "cache.verify --deep --repair" in finding.way_out
+    assert FeatureReader(space.paths).lookup("image", [key(1)]).tolist() == [1]
+
+
+def test_what_a_crash_leaves_is_a_note(root: CacheRoot) -> None:
+    space = make_space(root.path)
+    begun = ShardWriter(space, "image", 2)
+    begun.append(key(9), "full", row(9))
+    fill(space, [8])
+    space.paths.commit("image", 3).unlink()
+    (root.media_dir / "part-1.parquet.abcd.partial").write_bytes(b"")
+    (space.paths.commits_dir / "README").write_text("mine")
+    (root.spaces_dir / "begun").mkdir()
+    report = verify(root, deep=True)
+    assert not report.broken
+    assert [(Path(f.path).name, f.what) for f in report.all_findings] == [
+        ("part-1.parquet.abcd.partial", "was never finished"),
+        ("README", "is no file of ours"),
+        ("0.partial", "was never finished"),
+        ("0", "no commit names it"),
+    ]
+    assert report.spaces[1].logical_hash
+
+
+def test_a_space_that_lost_its_description_is_broken(root: CacheRoot) -> None:
+    paths = only_space(root)
+    paths.space_json.unlink()
+    assert broken(verify(root)) == [str(paths.space_json)]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str
+) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["cache.verify", *argv])
+    code = main()
+    return code, capsys.readouterr().out
+
+
+def test_the_command_prints_a_line_a_finding_and_exits_1(
+    root: CacheRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = only_space(root)
+    at = ("--features", str(root.path))
+    expected = FeatureReader(paths).logical_hash()
+    code, out = run(monkeypatch, capsys, *at, "--deep")
+    assert code == 0
+    assert out.splitlines() == [
+        f"{paths.name}: 3 image rows, 1 frame rows, 1.27 kB: intact",
+        f"logical hash: {expected}",
+    ]
+    flip(paths.shard("image", 1), 0)
+    code, out = run(monkeypatch, capsys, *at, "--deep", "--space", "toy")
+    assert code == 1
+    assert out.splitlines()[0].startswith(
+        f"BROKEN: {paths.shard('image', 1)}: 1 of 1 rows fail their checksum (row 4 first); "
+    )
+    assert "logical hash" not in out
+    code, out = run(monkeypatch, capsys, *at, "--deep", "--json")
+    values = json.loads(out)
+    assert (code, values["broken"]) == (1, True)
+    assert values["spaces"][0]["rows"] == {"image": 3, "frame": 1}
+    assert values["spaces"][0]["findings"][0]["path"] == str(paths.shard("image", 1))

@@ -1,0 +1,589 @@
+"""`cache.view`: every figure is what other readers find, and nothing in the page can reach out or run."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cache.format import codec
+from cache.format.frame_sampling import time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot, Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.shard_files import LocalFiles
+from cache.store.writer import ShardWriter, Space
+from cache.view import __main__ as view
+from cache.view import collect, sampling, statistics
+from cache.view.collect import Findings, gather
+from cache.view.media import Medium, thumbnail
+from cache.view.page import render
+from configs import UserError
+from model.media.images import decode_image, fit_image
+from tests.support.spaces import SPEC, features, key, make_space
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"
+"""What a caption, a path or a server may say."""
+
+
+def shard(space: Space, rows: Sequence[tuple[str, str, int, float | None]], kind: str) -> None:
+    """A committed shard of (key, view, number, time): the number decides features and error."""
+    writer = ShardWriter(space, kind, space.next_shard(kind))
+    for name, at, number, time_s in rows:
+        packed = codec.pack(features(number, kind, space.spec), space.spec.layout)
+        writer.append(name, at, packed, error=number / 1000, time_s=time_s)
+    writer.commit()
+    space.grow(kind)
+
+
+def images(space: Space, numbers: Sequence[int]) -> None:
+    """Made-up images, four a shard."""
+    for start in range(0, len(numbers), 4):
+        shard(space, [(key(n), "full", n, None) for n in numbers[start : start + 4]], "image")
+
+
+def video(space: Space, number: int, frames: int, *, backwards: bool = False) -> None:
+    """A video of frames half a second apart; their numbers are 100 * number + 0, 1, ..."""
+    views = [(key(number), time_view(500_000 * i), 100 * number + i, i / 2) for i in range(frames)]
+    shard(space, views[::-1] if backwards else views, "frame")
+
+
+def find(root: Path, count: int = 24, seed: int = 0, keep: Path | None = None) -> Findings:
+    (name,) = CacheRoot(root).space_names()
+    reader = FeatureReader(CacheRoot(root).space(name))
+    return gather(CacheRoot(root), reader, images=count, seed=seed, keep=keep)
+
+
+class Page(HTMLParser):
+    """A page taken apart: its tags, its text, and whether every tag is closed where it should be."""
+
+    VOID = ("meta", "img", "br", "path", "circle", "line")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open, self.scripts = "", [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+            if tag == "script":
+                self.scripts.append((dict(attrs), ""))
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            attrs, text = self.scripts.pop()
+            self.scripts.append((attrs, text + data))
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("codec_name", ["fp16", "int8"])
+def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_name: str) -> None:
+    space = make_space(tmp_path, codec_name)
+    images(space, range(1, 11))
+    video(space, 3, 4)
+    found = find(tmp_path)
+    assert [(one.chosen.kind, one.chosen.of) for one in found.shown].count(("image", 1)) == 10
+    recorded = {}
+    for path in sorted(space.paths.commits_dir.glob("*.parquet")):
+        kind = path.name.split("-")[0]
+        recorded |= {
+            (kind, row["key"].hex(), row["view"]): row for row in pq.read_table(path).to_pylist()
+        }
+    arrays = {
+        kind: zarr.open_array(space.paths.array(kind), mode="r") for kind in ("image", "frame")
+    }
+    for one in found.shown:
+        for tile in one.tiles:
+            row = recorded[one.chosen.kind, one.chosen.key, tile.view]
+            stored = np.asarray(arrays[one.chosen.kind][row["row"]]).astype(np.float32)
+            side = round(len(stored) ** 0.5)
+            norms = np.linalg.norm(stored.astype(np.float64), axis=-1).reshape(side, side)
+            np.testing.assert_allclose(tile.norms, norms, rtol=1e-5)
+            assert tile.error == row["error"]
+            assert np.isnan(tile.time_s) if row["time_s"] is None else tile.time_s == row["time_s"]
+            colours = found.basis.colours(stored).reshape(side, side, 3)
+            assert (tile.colours == colours).all()
+            assert (tile.outliers == (norms > 2 * found.norms[one.chosen.kind].median)).all()
+    errors = [row["error"] for (kind, *_), row in recorded.items() if kind == "image"]
+    assert sorted(found.errors["image"].values) == sorted(errors)
+    assert (found.errors["image"].shards, found.errors["image"].of) == (3, 3)
+    every = np.stack(
+        [
+            np.asarray(arrays["image"][row["row"]])
+            for (kind, *_), row in recorded.items()
+            if kind == "image"
+        ]
+    )
+    tokens = every.reshape(-1, 64).astype(np.float64)
+    np.testing.assert_allclose(found.channels.mean, tokens.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(found.channels.std, tokens.std(axis=0), rtol=1e-5)
+    assert found.norms["image"].median == pytest.approx(np.median(np.linalg.norm(tokens, axis=1)))
+
+
+@pytest.mark.parametrize("count", [40, 900])  # fewer tokens than channels, and more
+def test_directions_are_the_principal_ones(count: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens = (rng.normal(size=(count, 64)) * np.geomspace(9, 0.1, 64) + 5).astype(np.float32)
+    tokens[::10] *= 50  # outliers would be the first direction
+    outliers = np.zeros(count, bool)
+    outliers[::10] = True
+    basis = statistics.fit_basis(tokens, outliers)
+    usual = tokens[~outliers].astype(np.float64)
+    _, singular, rows = np.linalg.svd(usual - usual.mean(axis=0), full_matrices=False)
+    shares = singular**2 / (singular**2).sum()
+    np.testing.assert_allclose(basis.shares, shares[: len(basis.shares)], atol=1e-5)
+    assert abs(np.abs((basis.directions[:3] * rows[:3]).sum(axis=1)) - 1).max() < 1e-3
+    assert (
+        np.take_along_axis(basis.directions, np.abs(basis.directions).argmax(1)[:, None], 1) > 0
+    ).all()
+    colours = basis.colours(tokens[~outliers])
+    ends = [(colours[:, c] == end).mean() for c in range(3) for end in (0, 255)]
+    assert all(0 < share <= 0.06 for share in ends)  # the scale is used to both its ends
+
+
+def test_neighbours_are_the_most_similar_and_never_oneself() -> None:
+    rng = np.random.default_rng(1)
+    means = rng.normal(size=(9, 64)).astype(np.float32) + 30  # a constant would make all alike
+    centred = means - means.mean(axis=0)
+    for at, (other, cosine) in enumerate(statistics.neighbours(means)):
+        found = {
+            i: float(v @ centred[at] / np.linalg.norm(v) / np.linalg.norm(centred[at]))
+            for i, v in enumerate(centred)
+            if i != at
+        }
+        assert other == max(found, key=found.__getitem__)
+        assert cosine == pytest.approx(found[other], abs=1e-5)
+    assert statistics.neighbours(means[:2]) == []
+
+
+def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    images(space, range(6))
+    found = find(tmp_path)
+    assert found.touch is not None
+    codes = found.touch.codes.astype(np.float64)
+    rows = [sampling.read_rows(found.reader, "image", one.chosen.rows) for one in found.shown]
+    vectors = found.basis.project(np.concatenate(rows).reshape(-1, 64), codes.shape[1])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert np.abs(codes @ codes.T / 127**2 - unit @ unit.T).max() < 0.03
+    page = Page(render(found))
+    starts = [int(tag["data-at"] or 0) for tag in page.all("div") if "data-at" in tag]
+    assert starts == [4 * at for at in range(6)]
+    (data,) = (text for attrs, text in page.scripts if attrs.get("type") == "text/plain")
+    assert base64.b64decode(data) == found.touch.codes.tobytes()
+
+
+def test_outliers_are_marked_where_they_are(tmp_path: Path) -> None:
+    space = make_space(tmp_path, "fp16")
+    values = features(1)
+    values[2] *= 5
+    writer = ShardWriter(space, "image", 0)
+    writer.append(key(0), "full", codec.pack(features(0), "fp16"))
+    writer.append(key(1), "full", codec.pack(values, "fp16"))
+    writer.commit()
+    first, second = find(tmp_path).shown
+    assert not first.tiles[0].outliers.any()
+    assert second.tiles[0].outliers.tolist() == [[False, False], [True, False]]
+    page = Page(render(find(tmp_path)))
+    ((circle, *_),) = [page.all("circle")]
+    assert (circle["cx"], circle["cy"]) == ("0.5", "1.5")
+
+
+# ---- which rows
+
+
+@given(st.integers(0, 40), st.integers(0, 10**7), st.integers(0, 2**32))
+def test_a_draw_has_one_of_each_of_equal_stretches(count: int, total: int, seed: int) -> None:
+    drawn = sampling.spread(count, total, np.random.default_rng(seed))
+    assert len(drawn) == min(count, total)
+    edges = np.linspace(0, total, len(drawn) + 1).astype(np.int64)
+    assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
+
+
+def test_a_seed_decides_the_page_to_the_byte(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    images(space, range(40))
+    video(space, 1, 3)
+    pages = [render(find(tmp_path, 5, seed)) for seed in (0, 0, 1)]
+    assert pages[0] == pages[1] != pages[2]
+    assert "--images 5 --seed 1" in pages[2]
+    found = find(tmp_path, 5)
+    assert [one.chosen.kind for one in found.shown] == ["image"] * 4 + ["frame"]
+    assert len({one.chosen.key for one in found.shown}) == 5
+
+
+def test_videos_take_the_place_of_images_that_are_not_there(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    images(space, range(2))
+    for number in range(10, 16):
+        video(space, number, 2)
+    assert [one.chosen.kind for one in find(tmp_path, 6).shown] == ["image"] * 2 + ["frame"] * 4
+
+
+def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    video(space, 1, 15, backwards=True)
+    video(space, 2, 3)
+    video(space, 3, 1)
+    found = {one.chosen.key: one for one in find(tmp_path).shown}
+    assert found.keys() == {key(1), key(2), key(3)}
+    long = found[key(1)]
+    assert [tile.time_s for tile in long.tiles] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [tile.error * 1000 for tile in long.tiles] == pytest.approx(
+        [100 + 2 * i for i in range(8)]
+    )
+    assert long.chosen.of == 15
+    page = Page(render(find(tmp_path)))
+    assert re.findall(r"\d\.\d\d s", page.text)[:8] == [f"{i}.00 s" for i in range(8)]
+    assert "Images" not in page.text  # a space of frames alone
+
+
+def test_a_large_space_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = make_space(tmp_path)
+    images(space, range(240))
+    monkeypatch.setattr(sampling, "SAMPLE_ROWS", 6)
+    monkeypatch.setattr(sampling, "SAMPLE_SHARDS", 5)
+    read: list[int] = []
+
+    class Counting:  # not a LocalFiles, which has more ways to read
+        def __init__(self, files: LocalFiles) -> None:
+            self._files = files
+
+        def read(self, kind: str, shard: int, offset: int, targets: Any) -> None:
+            read.append(sum(map(len, targets)))
+            self._files.read(kind, shard, offset, targets)
+
+    reader = FeatureReader(space.paths)
+    sizes = {kind: index.nbytes for kind, index in reader.index.items()}
+    reader = FeatureReader(space.paths, files=Counting(LocalFiles(space.paths, sizes)))
+    found = gather(CacheRoot(tmp_path), reader, images=4, seed=0, keep=None)
+    assert sum(read) == 10 * reader.geometry["image"].row_bytes
+    assert found.norms["image"].rows == 6
+    assert (found.errors["image"].shards, found.errors["image"].of) == (5, 60)
+    assert len(found.errors["image"].values) == 20
+
+
+def other_space(folder: Path, **changes: Any) -> Space:
+    spec: FeatureSpec = dataclasses.replace(SPEC, **changes)
+    return Space.create(CacheRoot(folder), spec, {}, shard_bytes=4 * spec.row_bytes("image"))
+
+
+def test_pooled_grids_and_cls_tokens_keep_their_places(tmp_path: Path) -> None:
+    images(other_space(tmp_path / "pooled", pool_image=2), range(3))
+    (tile, *_) = find(tmp_path / "pooled").shown[0].tiles
+    assert tile.colours.shape == (1, 1, 3)
+    assert "1 × 1 tokens, each the mean of 2 × 2 patches" in render(find(tmp_path / "pooled"))
+    space = other_space(tmp_path / "cls", keep_cls=True, pool_frame=1)
+    images(space, range(3))
+    for one in find(tmp_path / "cls").shown:
+        stored = sampling.read_rows(find(tmp_path / "cls").reader, "image", one.chosen.rows)[0]
+        norms = np.linalg.norm(stored, axis=1)
+        assert one.tiles[0].cls_norm == pytest.approx(norms[0])
+        np.testing.assert_allclose(one.tiles[0].norms.ravel(), norms[1:], rtol=1e-6)
+    page = Page(render(find(tmp_path / "cls")))
+    assert "2 × 2 tokens of 64 and a CLS token" in page.text
+
+
+@pytest.mark.parametrize("numbers", [[0], [0, 1]])
+def test_a_handful_of_rows_is_a_page(tmp_path: Path, numbers: list[int]) -> None:
+    space = make_space(tmp_path)
+    images(space, numbers)
+    assert len(Page(render(find(tmp_path))).all("article")) == len(numbers)
+
+
+def test_equal_tokens_are_a_page(tmp_path: Path) -> None:
+    space = make_space(tmp_path, "fp16")
+    writer = ShardWriter(space, "image", 0)
+    for number in range(3):
+        writer.append(key(number), "full", np.zeros(512, np.uint8))
+    writer.commit()
+    page = Page(render(find(tmp_path)))
+    assert len(page.all("article")) == 3
+    assert "nan" not in page.text.lower()
+
+
+# ---- the page
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A cache in which everything a stranger may write says HOSTILE."""
+    space = make_space(tmp_path)
+    images(space, range(4))
+    video(space, 9, 2)
+    root = CacheRoot(tmp_path)
+    sources = [f"/nowhere/{number}{HOSTILE}" for number in range(4)]
+    append_media(
+        root,
+        [
+            *(
+                MediaRecord(source=s, key=key(n), width=40, height=20, note=HOSTILE)
+                for n, s in enumerate(sources)
+            ),
+            MediaRecord(
+                source=f"https://a.example/{HOSTILE}", key=key(9), kind="video", duration_s=0.5
+            ),
+            MediaRecord(source="http://b.example/x", status="failed", stage="fetch", error=HOSTILE),
+        ],
+        "job",
+    )
+    samples = [
+        Sample(
+            id=str(n),
+            dataset="d",
+            messages=(
+                Message(role="user", content=f"<image>ask {HOSTILE}"),
+                Message(role="assistant", content=f"say {HOSTILE}"),
+            ),
+            media=(MediaRef(source=source),),
+        )
+        for n, source in enumerate([*sources, "http://b.example/x"])
+    ]
+    write_samples(root, "d", samples)
+    return tmp_path
+
+
+def test_what_strangers_wrote_is_text_and_nothing_else(hostile: Path) -> None:
+    page = Page(render(find(hostile)))  # tags balance, so nothing broke out
+    assert (
+        page.text.count(HOSTILE) >= 4 * 4 + 2
+    )  # asked, said, note, source; video's source, reason
+    assert {
+        tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)
+    } == set()
+    assert len(page.scripts) == 2
+    assert "alert" not in "".join(text for _, text in page.scripts)
+    assert all(tag["src"].startswith("data:image/") for tag in page.all("img") if tag["src"])
+
+
+def test_the_page_asks_nobody_and_runs_one_script(hostile: Path) -> None:
+    html = render(find(hostile))
+    page = Page(html)
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "video", "audio")
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            value = attrs.get(name) or "#"
+            assert (
+                value.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#m"))
+                or value == "#"
+            )
+    assert not re.search(r"url\(|@import|@font-face", html)
+    (policy,) = (m["content"] or "" for m in page.all("meta") if m.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    (script,) = (text for attrs, text in page.scripts if "type" not in attrs)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|https?:|innerHTML|eval\(", script)
+
+
+def test_images_have_words_and_tables_have_headers(hostile: Path) -> None:
+    page = Page(render(find(hostile)))
+    assert all("alt" in tag for tag in page.all("img"))
+    assert all(tag.get("aria-label") for tag in page.all("svg"))
+    assert all(tag.get("scope") for tag in page.all("th"))
+    names = [tag["id"] for tag in page.all("article")]
+    assert len(set(names)) == len(names)
+    assert {tag["href"][1:] for tag in page.all("a") if tag["href"]} <= set(names)
+
+
+def test_coverage_and_failures_are_those_of_cache_ls(hostile: Path) -> None:
+    text = Page(render(find(hostile))).text
+    assert "80.0%" in text  # 4 of 5 samples
+    assert re.search(r"fetch1", text)
+    assert "b.example" in text
+
+
+# ---- media
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> tuple[Path, str]:
+    path = tmp_path / "photo.png"
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((500, 300)).save(path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_image_comes_from_its_path_or_from_kept_downloads(
+    tmp_path: Path, photo: tuple[Path, str]
+) -> None:
+    path, name = photo
+    here, _ = thumbnail(Medium(sources=(str(path),)), name, SPEC, None)
+    assert here is not None
+    assert max(here.size) == 336
+    web = Medium(sources=("https://a.example/photo.png",))
+    assert thumbnail(web, name, SPEC, None) == (None, "came from the web and was not kept")
+    keep = tmp_path / "kept"
+    (keep / name[:2]).mkdir(parents=True)
+    (keep / name[:2] / name).write_bytes(path.read_bytes())
+    kept, _ = thumbnail(web, name, SPEC, keep)
+    assert kept is not None
+    assert (np.asarray(kept) == np.asarray(here)).all()
+
+
+def test_an_image_that_is_gone_or_another_one_is_not_shown(
+    tmp_path: Path, photo: tuple[Path, str]
+) -> None:
+    path, name = photo
+    medium = Medium(sources=(str(path),))
+    path.write_bytes(path.read_bytes() + b"x")
+    assert thumbnail(medium, name, SPEC, None) == (None, "has changed since it was encoded")
+    path.unlink()
+    assert thumbnail(medium, name, SPEC, None) == (None, "not on this machine")
+    os.mkfifo(path)  # to be opened by nobody: reading would wait for ever
+    assert thumbnail(medium, name, SPEC, None) == (None, "not on this machine")
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"<svg/>")
+    digest = hashlib.sha256(b"<svg/>").hexdigest()
+    assert thumbnail(Medium(sources=(str(odd), "/\0")), digest, SPEC, None) == (
+        None,
+        "cannot be read",
+    )
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "I;16", "turned", "CMYK"])
+def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, kind: str) -> None:
+    y, x = np.mgrid[0:300, 0:200]
+    soft = np.stack([x * 255 / 200, y * 255 / 300, 255 - x * 255 / 200], axis=-1).astype(np.uint8)
+    out, image, options = io.BytesIO(), Image.fromarray(soft), {}
+    if kind == "RGBA":
+        image.putalpha(Image.fromarray((y * 255 / 300).astype(np.uint8)))
+    elif kind == "I;16":
+        image = Image.fromarray((y * 65535 / 300).astype(np.uint16))
+    elif kind == "CMYK":
+        image = image.convert("CMYK")
+    elif kind == "turned":
+        options = {"exif": Image.Exif()}
+        options["exif"][0x0112] = 6
+    image.save(out, "JPEG" if kind in ("CMYK", "turned") else "PNG", **options)
+    path = tmp_path / "image"
+    path.write_bytes(out.getvalue())
+    spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
+    name = hashlib.sha256(out.getvalue()).hexdigest()
+    shown, _ = thumbnail(Medium(sources=(str(path),)), name, spec, None)
+    assert shown is not None
+    seen = fit_image(decode_image(out.getvalue()), 56, fit, spec.mean)
+    small = np.asarray(shown.resize((56, 56), Image.Resampling.BICUBIC))
+    assert np.abs(small.astype(int) - seen.astype(int)).mean() < 2
+
+
+def test_a_page_shows_thumbnails_with_their_captions(
+    tmp_path: Path, photo: tuple[Path, str]
+) -> None:
+    path, name = photo
+    space = make_space(tmp_path / "cache")
+    shard(space, [(name, "full", 1, None), (key(2), "full", 2, None)], "image")
+    root = CacheRoot(tmp_path / "cache")
+    record = MediaRecord(
+        source=str(path), key=name, width=500, height=300, bytes=path.stat().st_size
+    )
+    append_media(root, [record], "job")
+    said = (Message(role="user", content="<image>"), Message(role="assistant", content=HOSTILE))
+    ref = MediaRef(source=str(path))
+    samples = [
+        Sample(id="0", dataset="d", messages=(), media=(ref, ref)),
+        Sample(id="1", dataset="d", messages=said, media=(ref,)),
+    ]
+    write_samples(root, "d", samples)
+    page = Page(render(find(tmp_path / "cache")))
+    (image,) = (tag for tag in page.all("img") if tag.get("class") == "thumb")
+    assert image["alt"] == HOSTILE
+    data = base64.b64decode((image["src"] or "").split(",")[1])
+    with Image.open(io.BytesIO(data)) as shown:
+        assert shown.size == (336, 202)
+    assert "500 × 300 px" in page.text
+    assert "in no table any more" in page.text  # the other one
+
+
+# ---- the command
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(make_space(tmp_path), range(4))
+    out = tmp_path / "pages" / "view.html"
+    assert view.main(["--features", str(tmp_path), "--out", str(out), "--images", "2"]) == 0
+    assert len(Page(out.read_text()).all("article")) == 2
+    assert "2 images and videos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--features", "{nowhere}"], "no cache at"),
+        (["--images", "0"], "--images 0: must be 1 to 500"),
+        (["--images", "501"], "--images 501: must be 1 to 500"),
+        (["--seed", "-1"], "--seed -1: must be"),
+        (["--out", "{here}"], "a folder; name a file"),
+        (["--space", "nix"], "no space 'nix'"),
+        ([], "has no rows yet: nothing to show"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, argv: list[str], message: str) -> None:
+    make_space(tmp_path)
+    argv = [word.format(nowhere=tmp_path / "nowhere", here=tmp_path) for word in argv]
+    if "--features" not in argv:
+        argv += ["--features", str(tmp_path)]
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "view.html")]
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        view.main(argv)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "view.html").exists()
+
+
+def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    images(space, range(4))
+    path = space.paths.shard("image", 0)
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Corrupt, match="fails its checksum"):
+        find(tmp_path)
+
+
+def test_what_is_touched_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(make_space(tmp_path), range(4))
+    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 9)
+    touch = find(tmp_path).touch
+    assert touch is not None
+    assert touch.codes.shape == (16, 9)
+    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 7)
+    found = find(tmp_path)
+    assert found.touch is None
+    assert len(Page(render(found)).scripts) == 1

@@ -1,0 +1,184 @@
+"""`encode.run --check N`: stored rows that are what encoding makes, and such that are not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.format.spec import CODECS
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import append_media, read_media
+from cache.store.writer import ShardWriter, Space
+from configs import UserError
+from encode import run as encode_run
+from encode.check.report import Loss
+from encode.download.media_store import MediaStore
+from tests.support.encode_jobs import draw
+from tests.support.videos import make_video
+from tests.support.web_server import TroubleServer
+
+Run = Callable[..., tuple[int, str]]
+ENCODER = ("--encoder", "demo", "--max-frames", "5", "--workers", "0")
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run_encode(*words: Any) -> tuple[int, str]:
+        capsys.readouterr()
+        code = encode_run.main([*ENCODER, "--features", str(tmp_path / "cache"), *map(str, words)])
+        return code, capsys.readouterr().out
+
+    return run_encode
+
+
+@pytest.fixture
+def photos(tmp_path: Path, run: Run) -> Path:
+    """Six images and a video of five frames, encoded."""
+    folder = tmp_path / "photos"
+    draw(folder, 6, side=40)
+    make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
+    assert run("--dataset", f"folder:{folder}")[0] == 0
+    return folder
+
+
+def reader_of(tmp_path: Path) -> FeatureReader:
+    return FeatureReader(find_space(CacheRoot(tmp_path / "cache"), None))
+
+
+def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
+    code, out = run("--check", 50)
+    assert code == 0
+    assert "6 images, 1 videos, 11 rows encoded again" in out
+    assert "equal    11 of 11 rows, to the bit" in out
+    assert "ok: stored rows are what encoding makes" in out
+    table = out[out.index("the same features of random-demo through each codec (random") :]
+    lines = {line.split()[0]: line.split()[-4:] for line in table.splitlines()[2:]}
+    assert list(lines) == list(CODECS)
+    stored = out[out.index("error ") :].splitlines()[0].replace(",", "").split()
+    assert lines["int8"][:2] == [stored[stored.index(w) + 1] for w in ("mean", "max")]
+    assert 0.003 < float(lines["int8"][0]) <= float(lines["int8"][1]) < 0.008
+    assert float(lines["fp16"][1]) < 0.001 and float(lines["fp16"][3]) > 0.99999
+
+
+def test_so_many_are_drawn_by_chance_and_the_same_again(photos: Path, run: Run) -> None:
+    first, again = run("--check", 3), run("--check", 3)
+    assert first == again and first[0] == 0
+    assert "3 images, 3 rows" in first[1] or "2 images, 1 videos, 7 rows" in first[1]
+
+
+def test_rows_of_another_image_are_found(photos: Path, run: Run, tmp_path: Path) -> None:
+    """Intact bytes, checksums and all; only no encoding of this image."""
+    ledger = read_media(CacheRoot(tmp_path / "cache"))
+    space = Space.open(reader_of(tmp_path).paths)
+    keys = [ledger[str(photos / f"{n:04d}.png")].key for n in range(6)]
+    out = np.empty((6, space.spec.row_bytes("image")), np.uint8)
+    reader = reader_of(tmp_path)
+    reader.read_into("image", reader.lookup("image", [str(key) for key in keys]), out)
+    out[[1, 3]] = out[[3, 1]]
+    shard = ShardWriter(space, "image", space.next_shard("image"))
+    for key, row in zip(keys, out, strict=True):
+        shard.append(str(key), "full", row)
+    shard.commit(replaces=space.paths.committed("image"))
+    code, text = run("--check", 50)
+    assert code == 1
+    assert (
+        "equal    9 of 11 rows" in text and "2 of 11 rows differ by more than int8 may lose" in text
+    )
+    differing = [line for line in text.splitlines() if line.startswith("DIFFERS")]
+    assert sorted(line.split("(")[1] for line in differing) == [
+        f"{photos / '0001.png'})",
+        f"{photos / '0003.png'})",
+    ]
+
+
+def test_files_that_changed_or_went_are_left_out_and_counted(photos: Path, run: Run) -> None:
+    (photos / "0000.png").unlink()
+    (photos / "0001.png").write_bytes((photos / "0002.png").read_bytes())
+    (photos / "video.mp4").write_bytes(b"no video")
+    code, out = run("--check", 50)
+    assert code == 0
+    assert "left out 2 sources: file has changed since it was encoded" in out
+    assert "left out 1 sources: file cannot be read: No such file or directory" in out
+    assert "4 images, 4 rows" in out
+
+
+def test_other_frames_than_are_stored_leave_the_video_out(photos: Path, run: Run) -> None:
+    assert "6 images, 6 rows" in run("--max-frames", 4, "--check", 50)[1]
+
+
+def test_media_from_the_web_are_kept_ones_or_downloaded_again(
+    photos: Path, run: Run, tmp_path: Path
+) -> None:
+    root, kept = CacheRoot(tmp_path / "cache"), MediaStore(tmp_path / "kept")
+    with TroubleServer(photos=1) as server:
+        (photos / "web.jpg").write_bytes(server.image("photo-0"))
+        run("--dataset", f"folder:{photos}")
+        ledger = read_media(root)
+        names = {"web.jpg": server.url("photo-0"), "0001.png": server.url("404")}
+        names["0002.png"] = "https://a.example/x.png"
+        for name, url in names.items():
+            append_media(root, [replace(ledger[str(photos / name)], source=url)], "test")
+        data = (photos / "0002.png").read_bytes()
+        kept.put(hashlib.sha256(data).hexdigest(), data)
+        for path in photos.iterdir():
+            path.unlink()
+        with pytest.raises(
+            UserError, match=r"no media .* can be had again \(.*3 from the web.*--keep"
+        ):
+            run("--check", 50)
+        code, out = run("--check", 50, "--keep-media", tmp_path / "kept")
+        assert code == 0 and "1 images, 1 rows" in out
+        assert "left out 2 sources: from the web, and not kept" in out
+        asked = ("--check-urls", "--allow-private", "--fetch-tries", 1)
+        code, out = run("--check", 50, *asked, "--keep-media", tmp_path / "kept")
+        assert code == 0 and "2 images, 2 rows" in out and "equal    2 of 2 rows" in out
+        assert "left out 1 sources: not to be downloaded any more: fetch: HTTP 404" in out
+        assert server.counts == {"/photo-0": 1, "/404": 1}
+
+
+def test_what_cannot_be_compared_is_one_line(photos: Path, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--check 0: must be at least 1"):
+        run("--check", 0)
+    with pytest.raises(UserError, match="no such folder"):
+        run("--check", 1, "--keep-media", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no data set 'demo-videos' under"):
+        run("--check", 1, "--dataset", "demo-videos")
+    assert run("--check", 1, "--codec", "fp16")[0] == 0  # the only space there is
+    assert run("--dataset", f"folder:{photos}", "--codec", "fp16")[0] == 0
+    assert "fp16-" in run("--check", 1, "--codec", "fp16")[1].splitlines()[0]
+    with pytest.raises(
+        UserError, match=r"none of 2 .* --codec int8 --format zarr --pool \d --frame-pool"
+    ):
+        run("--check", 1, "--pool", "7")
+    row = reader_of_codec(tmp_path, "int8")
+    data = bytearray(row.read_bytes())
+    data[5] ^= 1
+    row.write_bytes(data)
+    with pytest.raises(UserError, match="fails its checksum"):
+        run("--check", 50)
+
+
+def reader_of_codec(tmp_path: Path, name: str) -> Path:
+    root = CacheRoot(tmp_path / "cache")
+    space = root.space(next(n for n in root.space_names() if name in n))
+    return space.shard("image", 0)
+
+
+def test_losses_are_relative_and_rows_of_zeros_lose_nothing() -> None:
+    loss = Loss()
+    x = torch.zeros(3, 1, 4)
+    x[1], x[2] = torch.tensor([3.0, 0, 0, 4]), 1.0
+    y = x.clone()
+    y[1, 0, 3] = 4.5
+    loss.add(x, y)
+    assert loss.errors == pytest.approx([0, 0.1, 0])
+    assert loss.cosines == pytest.approx([1, 27 / (5 * (9 + 4.5**2) ** 0.5), 1])

@@ -1,0 +1,520 @@
+"""Fetching: every kind of trouble ends as it should, limits hold, and nothing is left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import email.utils
+import hashlib
+import logging
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from encode.download.client import Fetched, Fetcher, FetchRules, is_url
+from encode.download.request import _retry_after
+from model.media.images import BadMedia, decode_image
+from tests.support import ROOT
+from tests.support.web_server import TROUBLES, Handler, TroubleServer, at_first, status
+
+QUICK: dict[str, Any] = {
+    "connect_s": 2,
+    "read_s": 0.8,
+    "total_s": 2.0,
+    "backoff_s": 0.02,
+    "retry_after_s": 2,
+    "max_bytes": 1 << 20,
+    "budget_bytes": 64 << 20,
+    "allow_private": True,
+}
+
+REASONS = {
+    "404": "HTTP 404",
+    "403": "HTTP 403",
+    "410": "HTTP 410",
+    "500": "HTTP 500",
+    "206": "HTTP 206",
+    "429-for-a-year": "HTTP 429, asks to wait 31536000 s",
+    "slow": "not finished within 2 s",
+    "stall": "timed out after 0.8 s without a byte",
+    "silent": "timed out after 0.8 s without a byte",
+    "truncated": "body cut short",
+    "truncated-chunks": "body cut short",
+    "hang-up": "connection closed without an answer",
+    "garbage": "the answer is no valid HTTP",
+    "200-mb": "a body of 209715200 bytes, more than 1048576",
+    "200-mb-unsaid": "a body of more than 1048576 bytes",
+    "redirect-loop": "redirects in a circle",
+    "redirect-circle": "redirects in a circle",
+    "redirect-to-link-local": "redirect to a link-local address 169.254.169.254",
+    "redirect-to-file": "redirect to a URL with scheme file, not http or https",
+    "redirect-with-password": "redirect to a URL with a user name or password, which are not sent on",
+    "redirect-to-private": "no connection: connection refused",
+    "redirect-to-nowhere": "no such host",
+    "redirect-without-location": "HTTP 302 that does not say where to",
+    "cookie-wall": "redirects in a circle",
+    "gzip": "Content-Encoding gzip, though none was asked for",
+}
+TRIED_AGAIN = ("500", "slow", "stall", "silent", "truncated", "truncated-chunks", "reset-in-body")
+
+
+def rules(**changed: Any) -> FetchRules:
+    return FetchRules(**(QUICK | changed))
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Callable[..., Fetcher]]:
+    """Fetchers that are closed in the end."""
+    made: list[Fetcher] = []
+
+    def make(**changed: Any) -> Fetcher:
+        made.append(Fetcher(rules(**changed)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def quiet_server() -> Iterator[TroubleServer]:
+    with TroubleServer() as server:
+        yield server
+
+
+def outcome(future: concurrent.futures.Future[Fetched]) -> Fetched | BadMedia:
+    try:
+        fetched = future.result(30)
+    except BadMedia as error:
+        return error
+    fetched.release()
+    return fetched
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- every kind of trouble
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMedia]]]:
+    """All kinds, fetched together."""
+    with TroubleServer() as server:
+        one = Fetcher(rules())
+        started = {
+            entry.kind: one.submit(f"{server.base}{entry.path}?token=SECRET", sha256=entry.sha256)
+            for entry in server.entries()
+        }
+        yield server, {kind: outcome(future) for kind, future in started.items()}
+        one.close()
+
+
+def test_every_kind_ends_at_the_stage_it_should(
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+) -> None:
+    server, found = outcomes
+    assert len(TROUBLES) >= 30
+    for entry in server.entries():
+        got = found[entry.kind]
+        if entry.expected in ("fetch", "verify"):
+            assert isinstance(got, BadMedia), entry.kind
+            assert got.stage == entry.expected, entry.kind
+        else:
+            assert isinstance(got, Fetched), f"{entry.kind}: {got}"
+        if entry.expected == "ok":
+            assert isinstance(got, Fetched)
+            assert got.data == server.image(entry.kind), entry.kind
+            decode_image(got.data)
+        if entry.expected == "decode":
+            assert isinstance(got, Fetched)
+            with pytest.raises(BadMedia):
+                decode_image(got.data)
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_the_reason_is_said_in_one_line(
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]], kind: str
+) -> None:
+    got = outcomes[1][kind]
+    assert isinstance(got, BadMedia)
+    assert got.reason == REASONS[kind]
+
+
+def test_resets_and_wrong_bytes_say_so(
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+) -> None:
+    _, found = outcomes
+    assert str(found["reset"]).startswith("connection ")
+    assert str(found["wrong-sha"]).startswith("other bytes than recorded: sha256 ")
+    digest = hashlib.sha256(b"other bytes").hexdigest()
+    assert digest[:12] in str(found["wrong-sha"])
+    date = str(found["503-until-a-date"])
+    assert date.startswith("HTTP 503, asks to wait 3153")
+
+
+def test_what_may_pass_is_tried_thrice_and_nothing_else_is(
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+) -> None:
+    server, _ = outcomes
+    for kind in TRIED_AGAIN:
+        # aiohttp itself asks once more when a connection that it kept turns out to be closed.
+        assert 3 <= server.counts[f"/{kind}"] <= 6, kind
+    again = {*TRIED_AGAIN, "reset", "hang-up", "redirect-to-private"}
+    for kind, (stage, _) in TROUBLES.items():
+        if kind not in again and not kind.startswith("redirect-circle"):
+            # One, or aiohttp's own second request where a kept connection was closed meanwhile.
+            assert 1 <= server.counts[f"/{kind}"] <= 2, f"{kind}, {stage}"
+
+
+def test_no_reason_holds_what_the_query_held(
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+) -> None:
+    for kind, got in outcomes[1].items():
+        if isinstance(got, BadMedia):
+            assert "SECRET" not in got.reason and "token" not in got.reason, kind
+            assert "secret" not in got.reason and "user:" not in got.reason, kind
+            assert "\n" not in got.reason and len(got.reason) < 160, kind
+            assert got.__traceback__ is None or "SECRET" not in str(got)
+
+
+def test_a_healed_server_serves_everything(fetcher: Callable[..., Fetcher]) -> None:
+    with TroubleServer(photos=2) as server:
+        server.heal()
+        one = fetcher()
+        started = {e: one.submit(server.base + e.path, sha256=e.sha256) for e in server.entries()}
+        for entry, future in started.items():
+            got = outcome(future)
+            assert isinstance(got, Fetched), f"{entry.kind}: {got}"
+            assert hashlib.sha256(got.data).digest() == (
+                hashlib.sha256(server.kinds[entry.path].image).digest()
+            )
+
+
+def test_redirects_lead_to_where_they_say(
+    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
+) -> None:
+    got = outcome(fetcher().submit(quiet_server.url("redirect-thrice")))
+    assert isinstance(got, Fetched)
+    assert got.final_url == quiet_server.url("photo-0")
+    assert 0 < got.seconds < 10
+
+
+def test_redirects_are_counted(
+    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
+) -> None:
+    got = outcome(fetcher(redirects=2).submit(quiet_server.url("redirect-thrice")))
+    assert str(got) == "more than 2 redirects"
+    got = outcome(fetcher(redirects=3).submit(quiet_server.url("redirect-thrice")))
+    assert isinstance(got, Fetched)
+    got = outcome(fetcher(redirects=0).submit(quiet_server.url("redirect")))
+    assert str(got) == "more than 0 redirects"
+
+
+def test_a_known_hash_is_checked_in_either_case(
+    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
+) -> None:
+    one, url = fetcher(), quiet_server.url("photo-1")
+    digest = hashlib.sha256(quiet_server.image("photo-1")).hexdigest()
+    assert isinstance(outcome(one.submit(url, sha256=digest)), Fetched)
+    assert isinstance(outcome(one.submit(url, sha256=digest.upper())), Fetched)
+    got = outcome(one.submit(url, sha256="0" * 64))
+    assert isinstance(got, BadMedia)
+    assert got.stage == "verify"
+
+
+# ---- limits
+
+
+def gauge(hold_s: float) -> tuple[Callable[[Handler, bytes, int], None], list[int]]:
+    """A kind that takes its time, and how many of it were served at once."""
+    lock = threading.Lock()
+    now = [0, 0]
+
+    def act(h: Handler, image: bytes, _: int) -> None:
+        with lock:
+            now[0] += 1
+            now[1] = max(now)
+        h.wait(hold_s)
+        with lock:
+            now[0] -= 1
+        h.send(image)
+
+    return act, now
+
+
+def test_requests_to_one_host_and_to_all_are_bounded(fetcher: Callable[..., Fetcher]) -> None:
+    act, now = gauge(0.05)
+    with TroubleServer(photos=1, extra={"gauge": act}) as server:
+        one = fetcher(per_host=3)
+        done = [outcome(one.submit(server.url("gauge"))) for _ in range(1)]
+        started = [one.submit(server.url("gauge")) for _ in range(12)]
+        done += [outcome(future) for future in started]
+        assert all(isinstance(got, Fetched) for got in done)
+        assert now[1] == 3
+        assert server.connections <= 4  # kept, not made anew
+
+        now[1] = 0
+        one = fetcher(per_host=3, connections=5)
+        other = server.url("gauge").replace("127.0.0.1", "localhost")
+        started = [one.submit(url) for _ in range(12) for url in (server.url("gauge"), other)]
+        assert all(isinstance(outcome(future), Fetched) for future in started)
+        assert now[1] == 5
+
+
+def test_a_slow_host_keeps_nobody_else_waiting(fetcher: Callable[..., Fetcher]) -> None:
+    with TroubleServer(photos=1) as server:
+        one = fetcher(per_host=2, connections=4, read_s=5, total_s=10)
+        slow = server.url("silent").replace("127.0.0.1", "localhost")
+        stuck = [one.submit(slow) for _ in range(50)]
+        wait_until(lambda: server.counts["/silent"] == 2)
+        start = time.monotonic()
+        assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
+        assert time.monotonic() - start < 3
+        assert server.counts["/silent"] == 2
+        assert not any(future.done() for future in stuck)
+
+
+def test_sizes_are_capped_to_the_byte(fetcher: Callable[..., Fetcher]) -> None:
+    with TroubleServer(photos=1) as server:
+        for kind in ("photo-0", "chunked", "until-closed"):
+            size = len(server.image(kind))
+            got = outcome(fetcher(max_bytes=size).submit(server.url(kind)))
+            assert isinstance(got, Fetched), f"{kind}: {got}"
+            got = outcome(fetcher(max_bytes=size - 1).submit(server.url(kind)))
+            assert str(size - 1) in str(got) and isinstance(got, BadMedia), kind
+
+
+def test_waiting_for_a_turn_is_no_time_out(fetcher: Callable[..., Fetcher]) -> None:
+    act, _ = gauge(0.5)
+    with TroubleServer(photos=1, extra={"gauge": act}) as server:
+        one = fetcher(per_host=1, read_s=1.5, total_s=1.5)
+        started = [one.submit(server.url("gauge")) for _ in range(5)]
+        assert all(isinstance(outcome(future), Fetched) for future in started)
+
+
+def test_retry_after_is_waited_for(fetcher: Callable[..., Fetcher]) -> None:
+    with TroubleServer(photos=1) as server:
+        got = outcome(fetcher().submit(server.url("429-then-fine")))
+        assert isinstance(got, Fetched)
+        assert got.seconds >= 1.0
+
+
+def test_a_pause_is_kept_by_all_who_ask_that_host(fetcher: Callable[..., Fetcher]) -> None:
+    extra = {"busy": at_first(429, 1, Retry_After="1")}
+    with TroubleServer(photos=3, extra=extra) as server:
+        one = fetcher()
+        busy = one.submit(server.url("busy"))
+        wait_until(lambda: server.counts["/busy"] == 1)
+        time.sleep(0.1)
+        start = time.monotonic()
+        assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
+        assert time.monotonic() - start > 0.5
+        assert isinstance(outcome(busy), Fetched)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("", 0),
+        ("0", 0),
+        (" 7 ", 7),
+        ("120", 120),
+        ("-5", 0),
+        ("1.5", 0),
+        ("soon", 0),
+        ("²", 0),
+        ("9" * 15, 999_999_999_999_999),
+        ("9" * 4000, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00", 0),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", 0),
+    ],
+)
+def test_retry_after_is_seconds_a_date_or_nothing(text: str, seconds: float) -> None:
+    assert _retry_after(text) == seconds
+
+
+def test_a_date_ahead_is_so_many_seconds() -> None:
+    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 97 < _retry_after(date) < 101
+
+
+def test_a_host_that_only_fails_gets_one_try(fetcher: Callable[..., Fetcher]) -> None:
+    with TroubleServer(photos=1) as server:
+        one = fetcher(patience=3, per_host=1)
+        for tries in (3, 3, 3, 1, 1):
+            before = server.counts["/500"]
+            assert str(outcome(one.submit(server.url("500")))) == "HTTP 500"
+            assert server.counts["/500"] - before == tries
+        assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
+        outcome(one.submit(server.url("500")))
+        assert server.counts["/500"] == 14
+
+
+def test_a_host_that_wants_to_be_left_alone_is_left_alone(
+    fetcher: Callable[..., Fetcher],
+) -> None:
+    extra = {"limited": status(429)}
+    with TroubleServer(photos=1, extra=extra) as server:
+        one = fetcher(patience=2, per_host=1, retry_after_s=30)
+        said = {str(outcome(one.submit(server.url("limited")))) for _ in range(2)}
+        assert said == {"HTTP 429"} and server.counts["/limited"] == 6
+        first = outcome(one.submit(server.url("limited")))  # one try, and a pause is noted
+        assert str(first) == "HTTP 429" and server.counts["/limited"] == 7
+        start = time.monotonic()
+        for _ in range(20):
+            got = str(outcome(one.submit(server.url("limited"))))
+            assert got == "not tried: the host asks to wait, and its last 3 fetches failed"
+        assert server.counts["/limited"] == 7
+        assert time.monotonic() - start < 5
+
+
+# ---- what is sent
+
+
+def test_what_is_sent(
+    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    one = fetcher()
+    assert str(outcome(one.submit(quiet_server.url("cookie-wall")))) == "redirects in a circle"
+    assert isinstance(outcome(one.submit(quiet_server.url("photo-2"))), Fetched)
+    sent = quiet_server.headers["/photo-2"]
+    assert sent["User-Agent"].startswith("nanoMolmo2/")
+    assert sent["Accept-Encoding"] == "identity"
+    assert sent["Accept"] == "*/*"
+    assert not {"Cookie", "Referer", "Authorization"} & set(sent)
+
+
+def test_is_url() -> None:
+    assert is_url("http://a.b/c") and is_url("https://a.b") and is_url("HTTPS://A.B")
+    assert not any(map(is_url, ("/http://a", "ftp://a", "https:/a", "", "a.jpg", "hf:x#1")))
+
+
+# ---- rules
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"connections": 0},
+        {"per_host": 0},
+        {"tries": 0},
+        {"read_s": 0},
+        {"total_s": -1},
+        {"redirects": -1},
+        {"max_bytes": 10, "budget_bytes": 9},
+    ],
+)
+def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1]):
+        FetchRules(**wrong)
+
+
+def test_rules_travel() -> None:
+    assert pickle.loads(pickle.dumps(rules(tries=7))) == rules(tries=7)
+
+
+# ---- the end
+
+
+def test_closing_cancels_what_is_under_way(quiet_server: TroubleServer) -> None:
+    one = Fetcher(rules(read_s=20, total_s=60, per_host=4))
+    started = [one.submit(quiet_server.url(kind)) for kind in ("stall", "silent", "slow") * 5]
+    time.sleep(0.2)
+    start = time.monotonic()
+    closers = [threading.Thread(target=one.close) for _ in range(3)]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join(5)
+        assert not closer.is_alive()
+    one.close()
+    assert time.monotonic() - start < 2
+    for future in started:
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(0)
+    with pytest.raises(RuntimeError, match="closed"):
+        one.submit(quiet_server.url("photo-0"))
+    assert not one._thread.is_alive()
+
+
+def test_a_callback_may_close_the_fetcher(quiet_server: TroubleServer) -> None:
+    one = Fetcher(rules())
+    one.submit(quiet_server.url("photo-0")).add_done_callback(lambda _: one.close())
+    one._thread.join(5)
+    assert not one._thread.is_alive()
+    one.close()
+
+
+def test_a_cancelled_fetch_ends_and_gives_back_its_place(
+    fetcher: Callable[..., Fetcher],
+) -> None:
+    with TroubleServer(photos=1) as server:
+        one = fetcher(per_host=1, read_s=20, total_s=60)
+        stuck = one.submit(server.url("stall"))
+        waiting = one.submit(server.url("photo-0"))
+        time.sleep(0.2)
+        assert not waiting.done()
+        assert stuck.cancel()
+        assert isinstance(outcome(waiting), Fetched)
+
+
+QUIET_END = """
+import sys, time
+from encode.download.client import Fetcher, FetchRules
+rules = FetchRules(allow_private=True, read_s=20)
+fetcher = Fetcher(rules)
+ahead = [fetcher.submit(url) for url in sys.argv[2:]]
+kept = ahead[0].result().data
+time.sleep(0.3)
+if sys.argv[1] == "close":
+    fetcher.close()
+    fetcher.close()
+if sys.argv[1] == "exit":
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("close", 0), ("leave", 0), ("exit", 3)])
+def test_python_ends_in_silence(how: str, code: int, quiet_server: TroubleServer) -> None:
+    kinds = ("photo-0", "stall", "silent", "slow", "photo-1", "reset", "200-mb-unsaid", "500")
+    urls = [quiet_server.url(kind) for kind in kinds]
+    urls.append("https://no-such-host.invalid/")
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", QUIET_END, how, *urls]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert time.monotonic() - start < 20
+    assert done.returncode == code
+    lines = [s for s in done.stderr.splitlines() if not s.startswith("Executing <")]  # slow machine
+    assert lines == []
+
+
+def test_what_nobody_foresaw_is_bad_media_and_a_warning(
+    quiet_server: TroubleServer,
+    fetcher: Callable[..., Fetcher],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one = fetcher()
+
+    async def broken(*_: object) -> None:
+        raise LookupError(f"something about {quiet_server.base}/?token=SECRET")
+
+    monkeypatch.setattr(one._exchange, "once", broken)
+    with caplog.at_level(logging.WARNING):
+        got = outcome(one.submit(quiet_server.url("photo-0")))
+    assert isinstance(got, BadMedia)
+    assert got.reason == "cannot be fetched (LookupError)"
+    assert "LookupError" in caplog.text and "SECRET" not in caplog.text

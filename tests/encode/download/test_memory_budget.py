@@ -1,0 +1,360 @@
+"""Bodies in memory stay within the budget, and nobody waits for ever for a share of it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encode.download.client import Fetched, Fetcher
+from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoom
+from tests.encode.download.test_client import outcome, rules, wait_until
+from tests.support.web_server import Act, Handler, TroubleServer, chunked, until_closed
+
+KB = 1 << 10
+BODY = 200 * KB
+LIMIT = 256 * KB
+
+
+# ---- the arithmetic
+
+
+def leases(budget: Budget, count: int) -> list[Lease]:
+    return [Lease(budget, asyncio.get_running_loop()) for _ in range(count)]
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_those_who_cannot_start_stand_in_line() -> None:
+    async def story() -> None:
+        budget = Budget(8 * FIRST_SHARE)
+        many = leases(budget, 6)
+        waiting = [asyncio.ensure_future(lease.take()) for lease in many]
+        await turns()
+        assert [w.done() for w in waiting] == [True] * 4 + [
+            False
+        ] * 2  # the first half of the budget
+        many[0].settle(10)
+        await turns()
+        assert not waiting[4].done()  # a small body is still there
+        many[0].release()
+        many[0].release()
+        await turns()
+        assert [w.done() for w in waiting] == [True] * 5 + [False]
+        waiting[5].cancel()
+        await turns()
+        for lease in many[:5]:
+            lease.release()
+        assert budget.used == 0
+
+    asyncio.run(story())
+
+
+def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
+    async def story() -> None:
+        budget = Budget(10 * FIRST_SHARE)
+        one, two = leases(budget, 2)
+        await one.take()
+        await two.take()
+        one.grow(6 * FIRST_SHARE, 6 * FIRST_SHARE)
+        with pytest.raises(NoRoom):
+            two.grow(4 * FIRST_SHARE + 1, 9 * FIRST_SHARE)
+        assert two.held == 0 and budget.used == one.held
+        again = asyncio.ensure_future(two.take())
+        await turns()
+        assert not again.done()
+        one.settle(FIRST_SHARE)
+        await turns()
+        assert again.done() and two.held == 9 * FIRST_SHARE
+        two.grow(9 * FIRST_SHARE, 9 * FIRST_SHARE)
+
+    asyncio.run(story())
+
+
+def test_who_is_waited_for_goes_beyond_one_at_a_time() -> None:
+    async def story() -> None:
+        budget = Budget(4 * FIRST_SHARE)
+        full, one, two, three = leases(budget, 4)
+        await full.take()
+        full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
+        waiting = [asyncio.ensure_future(lease.take()) for lease in (one, two, three)]
+        await turns()
+        assert not any(w.done() for w in waiting)
+        two.hurry()
+        three.hurry()
+        await turns()
+        assert [w.done() for w in waiting] == [False, True, False]
+        two.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
+        two.settle(3 * FIRST_SHARE)
+        await turns()
+        assert [w.done() for w in waiting] == [False, True, True]
+        full.release()
+        two.release()
+        three.release()
+        await turns()
+        assert waiting[0].done()
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_hurry_leaves_the_way_free() -> None:
+    async def story() -> None:
+        budget = Budget(4 * FIRST_SHARE)
+        full, one, two = leases(budget, 3)
+        await full.take()
+        full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
+        one.hurry()
+        first = asyncio.ensure_future(one.take())
+        await turns()
+        assert first.done()
+        two.hurry()
+        second = asyncio.ensure_future(two.take())
+        await turns()
+        assert not second.done()
+        one.release()
+        await turns()
+        assert second.done()
+
+    asyncio.run(story())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.booleans(), st.booleans())
+def test_any_fetches_end_within_the_budget(
+    seed: int, bodies: int, in_order: bool, known: bool
+) -> None:
+    """Random sizes and delays; the consumer takes them in order, or as they come."""
+    chance = random.Random(seed)
+    largest = 20 * FIRST_SHARE
+    total = largest * chance.choice([1, 2, 4])
+    sizes = [chance.choice([0, 100, FIRST_SHARE, 3 * FIRST_SHARE, largest]) for _ in range(bodies)]
+
+    async def fetch(lease: Lease, size: int, places: asyncio.Semaphore) -> None:
+        while True:
+            await lease.take()
+            try:
+                async with places:
+                    await asyncio.sleep(0)
+                    lease.check()
+                    if known:
+                        lease.grow(size, size)
+                    got = 0
+                    while got < size:
+                        await asyncio.sleep(0)
+                        got = min(size, got + FIRST_SHARE)
+                        if got > lease.held:
+                            lease.grow(min(largest, 2 * got), largest)
+                lease.settle(size)
+                return
+            except NoRoom:
+                continue
+
+    async def story() -> None:
+        budget = Budget(total)
+        places = asyncio.Semaphore(chance.randint(1, 4))
+        many = leases(budget, bodies)
+        jobs = [
+            asyncio.ensure_future(fetch(lease, size, places))
+            for lease, size in zip(many, sizes, strict=True)
+        ]
+        if not in_order:
+            for lease, job in zip(many, jobs, strict=True):
+                job.add_done_callback(lambda _, lease=lease: lease.release())
+            await asyncio.wait(jobs)
+        for lease, job in zip(many, jobs, strict=True):
+            lease.hurry()
+            await job
+            assert budget.used <= total + largest
+            lease.release()
+        assert budget.used == 0
+        assert not budget._line
+
+    asyncio.run(asyncio.wait_for(story(), 10))
+
+
+# ---- with a server
+
+
+def large(h: Handler, _: bytes, __: int) -> None:
+    h.send(bytes(BODY))
+
+
+def in_chunks(h: Handler, _: bytes, n: int) -> None:
+    chunked(h, bytes(BODY), n)
+
+
+def unsaid(h: Handler, _: bytes, n: int) -> None:
+    until_closed(h, bytes(BODY), n)
+
+
+def late(h: Handler, _: bytes, __: int) -> None:
+    h.wait(0.3)
+    h.send(bytes(BODY))
+
+
+def flaky(h: Handler, _: bytes, n: int) -> None:
+    h.send(b"", status=503) if n <= 2 else h.send(bytes(BODY))
+
+
+ARRAYS: dict[str, Act] = {
+    "large": large,
+    "in-chunks": in_chunks,
+    "unsaid": unsaid,
+    "late": late,
+    "flaky": flaky,
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TroubleServer]:
+    with TroubleServer(photos=1, extra=ARRAYS) as one:
+        yield one
+
+
+def small_fetcher(**changed: Any) -> Fetcher:
+    small = {"max_bytes": LIMIT, "budget_bytes": 3 * LIMIT, "read_s": 5, "total_s": 10}
+    return Fetcher(rules(**(small | changed)))
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most bytes any budget had in use."""
+    most = [0]
+    hold = Budget._hold
+
+    def held(self: Budget, lease: Lease, size: int) -> None:
+        hold(self, lease, size)
+        most[0] = max(most[0], self.used)
+
+    monkeypatch.setattr(Budget, "_hold", held)
+    return most
+
+
+def in_order(futures: list[concurrent.futures.Future[Fetched]]) -> int:
+    done = 0
+    for future in futures:
+        fetched = future.result(20)
+        assert len(fetched.data) == BODY
+        fetched.release()
+        done += 1
+    return done
+
+
+def as_they_come(futures: list[concurrent.futures.Future[Fetched]]) -> int:
+    done = 0
+    for future in concurrent.futures.as_completed(futures, 20):
+        future.result().release()
+        done += 1
+    return done
+
+
+def in_threads(futures: list[concurrent.futures.Future[Fetched]]) -> int:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        return sum(pool.map(lambda future: in_order([future]), futures))
+
+
+@pytest.mark.parametrize("consume", [in_order, as_they_come, in_threads])
+def test_more_than_fits_is_fetched_all_the_same(
+    server: TroubleServer,
+    watch: list[int],
+    consume: Callable[[list[concurrent.futures.Future[Fetched]]], int],
+) -> None:
+    one = small_fetcher()
+    kinds = ["late", *(kind for _ in range(8) for kind in ARRAYS)]
+    assert consume([one.submit(server.url(kind)) for kind in kinds]) == len(kinds)
+    wait_until(lambda: one._budget.used == 0)
+    beyond = LIMIT if consume is not as_they_come else 0
+    if consume is in_threads:  # six hold one each while they look at it
+        beyond = 6 * LIMIT
+    assert BODY < watch[0] <= 3 * LIMIT + beyond
+    one.close()
+
+
+def test_a_consumer_that_takes_groups_is_served(server: TroubleServer) -> None:
+    """Groups far larger than the budget: more than it is in memory, since the consumer wants it so."""
+    one = small_fetcher(budget_bytes=LIMIT)
+    futures = [one.submit(server.url("large")) for _ in range(12)]
+    fetched = [future.result(20) for future in futures]
+    assert sum(len(f.data) for f in fetched) == 12 * BODY
+    for got in fetched:
+        got.release()
+    wait_until(lambda: one._budget.used == 0)
+    one.close()
+
+
+def test_nothing_is_read_ahead_while_the_budget_is_spent(server: TroubleServer) -> None:
+    one = small_fetcher()
+    futures = [one.submit(server.url("large")) for _ in range(20)]
+    # Nobody asks for a result yet: the one that is waited for may go beyond the budget.
+    wait_until(lambda: any(future.done() for future in futures))
+    time.sleep(0.5)
+    finished = [future for future in futures if future.done()]
+    assert len(finished) * BODY <= 3 * LIMIT
+    before = server.counts["/large"]
+    time.sleep(0.3)
+    assert server.counts["/large"] == before  # nor is the server asked again and again
+    assert one._budget.used <= 3 * LIMIT
+    assert in_order(futures) == 20
+    one.close()
+
+
+def test_who_drops_a_body_gives_it_back(server: TroubleServer) -> None:
+    one = small_fetcher()
+    for _ in range(30):
+        one.submit(server.url("large")).result(10)
+    gc.collect()
+    wait_until(lambda: one._budget.used == 0)
+    kept = one.submit(server.url("large")).result(10)
+    time.sleep(0.05)
+    assert one._budget.used == len(kept.data) == BODY
+    kept.release()
+    kept.release()
+    wait_until(lambda: one._budget.used == 0)
+    one.close()
+    kept.release()
+
+
+def test_failures_and_cancellations_give_all_back(server: TroubleServer) -> None:
+    one = small_fetcher(read_s=0.3, total_s=0.5, tries=2)
+    kinds = ("404", "500", "truncated", "200-mb", "200-mb-unsaid", "stall", "slow", "wrong-sha")
+    futures = [one.submit(server.url(kind), sha256="0" * 64) for kind in kinds]
+    cancelled = [one.submit(server.url("late")) for _ in range(10)]
+    time.sleep(0.1)
+    for future in cancelled:
+        future.cancel()
+    assert not any(isinstance(outcome(future), Fetched) for future in futures)
+    wait_until(lambda: one._budget.used == 0)
+    assert not one._budget._line
+    one.close()
+
+
+def test_results_awaited_by_many_threads_at_once(server: TroubleServer, watch: list[int]) -> None:
+    one = small_fetcher()
+    lock, got = threading.Lock(), [0]
+
+    def ask() -> None:
+        for _ in range(4):
+            fetched = one.submit(server.url("large")).result(20)
+            with lock:
+                got[0] += len(fetched.data)
+            fetched.release()
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert got[0] == 32 * BODY
+    one.close()

@@ -1,0 +1,145 @@
+"""A network that goes away for a while costs time, no links; a list of dead hosts costs one wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import encode.download.outage
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import Trouble
+from encode.download.outage import HOSTS, Outage
+from tests.encode.download.test_client import outcome, rules, wait_until
+from tests.support.web_server import TroubleServer
+
+
+class Names:
+    """*.test leads to the loopback while the network is there, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.there = threading.Event()
+        self.asked = 0
+        self._real = socket.getaddrinfo
+
+    def lookup(self, host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
+        self.asked += 1
+        if host.endswith(".dead.test") or (host.endswith(".test") and not self.there.is_set()):
+            raise socket.gaierror(socket.EAI_AGAIN, "temporary failure")
+        return self._real("127.0.0.1" if host.endswith(".test") else host, port, *args, **kwargs)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    made = Names()
+    monkeypatch.setattr(socket, "getaddrinfo", made.lookup)
+    monkeypatch.setattr(encode.download.outage, "PROBE_S", 0.2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TroubleServer]:
+    with TroubleServer(photos=1) as one:
+        yield one
+
+
+def url_at(server: TroubleServer, host: str) -> str:
+    return server.url("photo-0").replace("127.0.0.1", host)
+
+
+def test_fetches_outlast_an_outage(
+    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Fetcher(rules(outage_s=30, tries=2))
+    started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS * 2)]
+    with caplog.at_level(logging.WARNING):
+        wait_until(lambda: "network down" in caplog.text)
+        time.sleep(0.5)
+        failed = sum(future.done() for future in started)
+        names.there.set()
+        got = [outcome(future) for future in started]
+        wait_until(lambda: "the network is there" in caplog.text)
+    assert failed == 0
+    assert all(isinstance(one, Fetched) for one in got)
+    assert caplog.text.count("network down") == 1
+    one.close()
+
+
+def test_an_outage_without_end_is_waited_for_once(
+    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Fetcher(rules(outage_s=0.5, tries=2))
+    for _ in range(2):
+        start = time.monotonic()
+        started = [one.submit(url_at(server, f"h{i}.dead.test")) for i in range(HOSTS * 3)]
+        assert {str(outcome(future)) for future in started} == {
+            "the host's name cannot be looked up for now"
+        }
+        assert time.monotonic() - start < 5
+    assert caplog.text.count("network down") == 1
+    one.close()
+
+
+def test_one_host_that_answers_is_network_enough(server: TroubleServer, names: Names) -> None:
+    names.there.set()
+    one = Fetcher(rules(outage_s=30, tries=1, connections=2, per_host=2))
+    urls = [
+        url_at(server, host) for i in range(HOSTS * 2) for host in (f"h{i}.dead.test", "here.test")
+    ]
+    start = time.monotonic()
+    got = [outcome(future) for future in [one.submit(url) for url in urls]]
+    assert time.monotonic() - start < 5
+    assert sum(isinstance(one, Fetched) for one in got) == HOSTS * 2
+    one.close()
+
+
+def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Names) -> None:
+    one = Fetcher(rules(outage_s=600))
+    started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS)]
+    wait_until(lambda: names.asked >= HOSTS)
+    time.sleep(0.1)
+    start = time.monotonic()
+    one.close()
+    assert time.monotonic() - start < 1
+    assert all(future.cancelled() for future in started)
+
+
+def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    def silence(number: int) -> Trouble:
+        trouble = Trouble("no connection", again=True)
+        trouble.silent, trouble.host = True, f"host{number}"
+        return trouble
+
+    async def story() -> list[int]:
+        outage = Outage(0.0)
+        alarms = []
+        for _ in range(3):
+            before = caplog.text.count("network down")
+            for number in range(1000):
+                assert not await outage.over(silence(number))
+                if caplog.text.count("network down") > before:
+                    alarms.append(number + 1)
+                    before += 1
+            answer = Trouble("HTTP 404")
+            answer.host = "alive"
+            assert not await outage.over(answer)
+        return alarms
+
+    assert asyncio.run(story()) == [HOSTS, 4 * HOSTS, 16 * HOSTS]
+
+
+def test_one_host_alone_is_no_outage() -> None:
+    async def story() -> None:
+        outage = Outage(600)
+        trouble = Trouble("no connection", again=True)
+        trouble.silent, trouble.host = True, "host"
+        for _ in range(1000):
+            assert not await outage.over(trouble)
+
+    asyncio.run(asyncio.wait_for(story(), 5))

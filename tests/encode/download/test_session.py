@@ -1,0 +1,363 @@
+"""No URL, name or redirect leads to an address that the rules keep us from."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cache.remote.net
+from encode.download.client import Fetched, Fetcher
+from encode.download.session import CheckedResolver, RefusedAddress, checked_socket, refusal
+from tests.encode.download.test_client import outcome, rules
+from tests.support.web_server import TroubleServer, redirect
+
+NEVER = {
+    "169.254.169.254": "a link-local",
+    "169.254.0.1": "a link-local",
+    "0.0.0.0": "an unspecified",
+    "0.1.2.3": "a reserved",
+    "224.0.0.1": "a multicast",
+    "239.255.255.255": "a multicast",
+    "240.0.0.1": "a reserved",
+    "255.255.255.255": "a reserved",
+    "192.0.2.7": "a reserved",
+    "192.0.0.192": "a reserved",
+    "198.18.0.1": "a reserved",
+    "100.100.100.200": "a cloud metadata",
+    "168.63.129.16": "a cloud metadata",
+    "::": "an unspecified",
+    "fe80::1": "a link-local",
+    "fe80::1%lo": "a link-local",
+    "ff02::1": "a multicast",
+    "fd00:ec2::254": "a cloud metadata",
+    "::ffff:169.254.169.254": "a link-local",
+    "::ffff:0.0.0.0": "an unspecified",
+    "64:ff9b::169.254.169.254": "a link-local",
+    "64:ff9b:1::a00:1": "a reserved",
+    "2002:a9fe:a9fe::1": "a link-local",
+    "::169.254.169.254": "a reserved",
+    "2001::1": "a reserved",
+    "2001:db8::1": "a reserved",
+    "4000::1": "a reserved",
+}
+ON_REQUEST = {
+    "127.0.0.1": "a loopback",
+    "127.255.255.254": "a loopback",
+    "10.0.0.1": "a private",
+    "172.16.0.1": "a private",
+    "172.31.255.255": "a private",
+    "192.168.1.1": "a private",
+    "100.64.0.1": "a private",
+    "::1": "a loopback",
+    "fc00::1": "a private",
+    "fdff::1": "a private",
+    "fec0::1": "a private",
+    "::ffff:127.0.0.1": "a loopback",
+    "::ffff:10.0.0.1": "a private",
+    "64:ff9b::10.0.0.1": "a private",
+    "2002:7f00:1::": "a loopback",
+    "2002:c0a8:101::1": "a private",
+}
+PUBLIC = (
+    "1.1.1.1",
+    "8.8.8.8",
+    "172.15.255.255",
+    "172.32.0.0",
+    "100.63.255.255",
+    "100.128.0.0",
+    "192.0.1.1",
+    "223.255.255.255",
+    "2606:4700::1111",
+    "2a00:1450::1",
+    "::ffff:8.8.8.8",
+    "64:ff9b::808:808",
+    "2002:808:808::1",
+)
+
+
+def test_addresses_are_known_for_what_they_are() -> None:
+    for address, kind in NEVER.items():
+        assert refusal(address, False) == f"{kind} address {address}"
+        assert refusal(address, True) == f"{kind} address {address}"
+    for address, kind in ON_REQUEST.items():
+        assert refusal(address, False) == f"{kind} address {address}"
+        assert refusal(address, True) is None
+    for address in PUBLIC:
+        assert refusal(address, False) is None
+
+
+@given(st.ip_addresses(), st.booleans())
+def test_what_python_calls_special_is_never_global(address: Any, allow_private: bool) -> None:
+    """Python's own lists, an independent reading of the registries."""
+    said = refusal(str(address), allow_private)
+    if address.is_multicast or address.is_link_local or address.is_unspecified:
+        assert said is not None
+    if not allow_private and not address.is_global:
+        assert said is not None
+
+
+@given(st.ip_addresses(v=4), st.booleans())
+def test_an_embedded_address_is_judged_as_itself(
+    address: ipaddress.IPv4Address, allow_private: bool
+) -> None:
+    number = int(address)
+    plain = refusal(str(address), allow_private)
+    for network in ("::ffff:0:0", "64:ff9b::"):
+        wrapped = ipaddress.IPv6Address(int(ipaddress.IPv6Address(network)) | number)
+        assert (refusal(str(wrapped), allow_private) is None) == (plain is None)
+    six_to_four = ipaddress.IPv6Address((0x2002 << 112) | (number << 80) | 1)
+    assert (refusal(str(six_to_four), allow_private) is None) == (plain is None)
+
+
+def test_the_socket_itself_is_refused() -> None:
+    def info(address: str) -> tuple[Any, ...]:
+        return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, 80))
+
+    with pytest.raises(RefusedAddress, match=r"a loopback address 127.0.0.1"):
+        checked_socket(False, info("127.0.0.1"))
+    with checked_socket(True, info("127.0.0.1")) as made:
+        assert not made.getblocking()
+
+
+# ---- on the wire
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TroubleServer]:
+    with TroubleServer(
+        photos=2, extra={"to-private": redirect("http://10.0.0.1/x?k=SECRET")}
+    ) as one:
+        yield one
+
+
+@pytest.fixture
+def strict() -> Iterator[Fetcher]:
+    """Follows the rules as they are by default."""
+    one = Fetcher(rules(allow_private=False))
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
+    """Names -> what each lookup answers in turn, the last one for ever."""
+    table: dict[str, list[list[str]]] = {}
+    real = socket.getaddrinfo
+
+    def lookup(host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
+        if host not in table:
+            return real(host, port, *args, **kwargs)
+        answers = table[host]
+        found = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [line for address in found for line in real(address, port, type=socket.SOCK_STREAM)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    return table
+
+
+@pytest.fixture
+def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """127.0.0.1, and nothing else of the loopback, counts as global."""
+    public = (ipaddress.IPv4Network("127.0.0.1/32"), "global")
+    monkeypatch.setattr(cache.remote.net, "_NETWORKS_4", (public, *cache.remote.net._NETWORKS_4))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "LOCALHOST.",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "0",
+        "0.0.0.0",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[0:0:0:0:0:ffff:7f00:1]",
+        "[2002:7f00:1::]",
+        "[64:ff9b::7f00:1]",
+        "①②⑦.0.0.1",
+    ],
+)
+def test_no_spelling_of_this_machine_is_asked(
+    host: str, server: TroubleServer, strict: Fetcher
+) -> None:
+    before = server.connections
+    port = server.base.rpartition(":")[2]
+    got = outcome(strict.submit(f"http://{host}:{port}/photo-0"))
+    assert not isinstance(got, Fetched)
+    assert got.stage == "fetch"
+    said = ("is not fetched from", "no valid URL", "no such host")
+    assert got.reason.endswith(said), got.reason
+    assert server.connections == before
+
+
+def test_a_name_is_judged_by_its_addresses(
+    server: TroubleServer, strict: Fetcher, names: dict[str, list[list[str]]]
+) -> None:
+    port = server.base.rpartition(":")[2]
+    names["inside.test"] = [["127.0.0.1", "10.0.0.1"]]
+    names["meta.test"] = [["169.254.169.254"]]
+    names["six.test"] = [["::ffff:127.0.0.1"]]
+    names["nobody.test"] = [[]]
+    before = server.connections
+    for name, said in {
+        "inside.test": "a loopback address 127.0.0.1 is not fetched from",
+        "meta.test": "a link-local address 169.254.169.254 is not fetched from",
+        "six.test": "a loopback address ::ffff:127.0.0.1 is not fetched from",
+        "nobody.test": "no such host",
+    }.items():
+        assert str(outcome(strict.submit(f"http://{name}:{port}/photo-0"))) == said
+    assert server.connections == before
+
+
+def test_of_several_addresses_only_allowed_ones_are_used(
+    server: TroubleServer,
+    strict: Fetcher,
+    names: dict[str, list[list[str]]],
+    loopback_is_public: None,
+) -> None:
+    port = server.base.rpartition(":")[2]
+    names["mixed.test"] = [["169.254.169.254", "10.0.0.1", "127.0.0.2", "127.0.0.1"]]
+    assert isinstance(outcome(strict.submit(f"http://mixed.test:{port}/photo-0")), Fetched)
+
+
+@pytest.mark.parametrize("kind", ["to-private", "redirect-to-link-local"])
+def test_redirects_are_checked(
+    kind: str, server: TroubleServer, strict: Fetcher, loopback_is_public: None
+) -> None:
+    got = outcome(strict.submit(server.url(kind)))
+    said = {
+        "to-private": "redirect to a private address 10.0.0.1",
+        "redirect-to-link-local": "redirect to a link-local address 169.254.169.254",
+    }
+    assert str(got) == said[kind]
+
+
+def test_a_redirect_to_a_name_is_checked(
+    strict: Fetcher, names: dict[str, list[list[str]]], loopback_is_public: None
+) -> None:
+    names["inside.test"] = [["10.0.0.1"]]
+    with TroubleServer(photos=1, extra={"hop": redirect("http://inside.test/")}) as server:
+        got = outcome(strict.submit(server.url("hop")))
+    assert str(got) == "redirect to a private address 10.0.0.1"
+
+
+def test_a_name_that_changes_its_address_is_no_way_round(
+    server: TroubleServer,
+    strict: Fetcher,
+    names: dict[str, list[list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even a resolver that lies cannot make the socket go where it may not."""
+    port = server.base.rpartition(":")[2]
+    names["rebind.test"] = [["1.1.1.1"], ["127.0.0.1"]]
+
+    async def lie(self: Any, host: str, port: int = 0, family: Any = 0) -> list[Any]:
+        found = socket.getaddrinfo(host, port)
+        if found[0][4][0] == "1.1.1.1":
+            found = socket.getaddrinfo(host, port)  # between check and use
+        keys = ("hostname", "host", "port", "family", "proto", "flags")
+        return [dict(zip(keys, (host, found[0][4][0], port, socket.AF_INET, 0, 0), strict=True))]
+
+    monkeypatch.setattr(CheckedResolver, "resolve", lie)
+    before = server.connections
+    got = outcome(strict.submit(f"http://rebind.test:{port}/photo-0"))
+    assert str(got) == "a loopback address 127.0.0.1 is not fetched from"
+    assert server.connections == before
+
+
+# ---- name servers
+
+
+def test_a_silent_name_server_holds_up_nobody_else(
+    server: TroubleServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, answer = socket.getaddrinfo, threading.Event()
+
+    def lookup(host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
+        if host.endswith(".slow.test"):
+            answer.wait(20)
+            raise socket.gaierror(socket.EAI_AGAIN, "timed out")
+        return real(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    one = Fetcher(rules(connect_s=3, total_s=20, tries=1, outage_s=0))
+    stuck = [one.submit(f"http://{i}.slow.test/") for i in range(20)]
+    time.sleep(0.1)
+    start = time.monotonic()
+    url = server.url("photo-1").replace("127.0.0.1", "localhost")
+    assert isinstance(outcome(one.submit(url)), Fetched)
+    assert time.monotonic() - start < 2.5
+    for future in stuck:
+        assert str(outcome(future)) == "the host's name cannot be looked up for now"
+    one.close()
+    answer.set()
+
+
+# ---- TLS
+
+
+# For these tests alone: a certificate for localhost and 127.0.0.1, signed by itself, until 2126.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpslZxRfOQrGBPiLp
+spYF8DHXnj/R8zKuRLIQU1p747qhRANCAAToNe2bxS32MizKGtrilfmB+MsRoi/G
+GcJRHZUxhviPddWDzBVW1N/ZswZgxsH7rU/Iy/bN7SsuZi6YyAuYyBAG
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUGRlacPWmmJutKPhxOVdV2Z/1La0wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA4MDQzM1oYDzIxMjYxMDMw
+MDgwNDMzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAToNe2bxS32MizKGtrilfmB+MsRoi/GGcJRHZUxhviPddWDzBVW1N/Z
+swZgxsH7rU/Iy/bN7SsuZi6YyAuYyBAGo28wbTAdBgNVHQ4EFgQU1kGGyIcwO6hv
+qsH3tjaRRUoKTaEwHwYDVR0jBBgwFoAU1kGGyIcwO6hvqsH3tjaRRUoKTaEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgboolOi6tuOeplzXfR+G79GzRaRgYTFRSNzXYG69/8a8CIA0/
+KWdvZny2HzkFb39d8s2wKxdH8Z0oK7af1gZ20/qZ
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    path = tmp_path / "certificate.pem"
+    path.write_text(CERTIFICATE)
+    return path
+
+
+def test_certificates_are_verified(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TroubleServer(photos=1, tls=certificate) as server:
+        one = Fetcher(rules())
+        got = outcome(one.submit(server.url("photo-0")))
+        assert str(got) == "TLS certificate refused: self-signed certificate"
+        assert server.counts["/photo-0"] == 0
+        one.close()
+
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        one = Fetcher(rules())
+        for url in (server.url("photo-0"), server.url("photo-0").replace("127.0.0.1", "localhost")):
+            assert isinstance(outcome(one.submit(url)), Fetched)
+        for kind in ("stall", "hang-up", "reset-in-body", "404"):
+            assert not isinstance(outcome(one.submit(server.url(kind))), Fetched)
+        one.close()
+
+
+def test_https_spoken_to_who_does_not(server: TroubleServer) -> None:
+    one = Fetcher(rules())
+    got = outcome(one.submit(server.url("photo-0").replace("http:", "https:")))
+    assert str(got).startswith("TLS: ")
+    one.close()

@@ -1,0 +1,153 @@
+"""URLs are sent as the data set spells them, and what is none is refused in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from yarl import URL
+
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import Trouble
+from encode.download.urls import host_of, parse_url, redirect_url
+from tests.encode.download.test_client import outcome, rules
+from tests.support.web_server import Handler, TroubleServer
+
+SPELLINGS = {
+    "/photo-0": "/photo-0",
+    "/a%7Eb/%c3%a9": "/a%7Eb/%c3%a9",  # escapes stay as they are: they may be signed
+    "/a?sig=%2B%2f+x==&&y": "/a?sig=%2B%2f+x==&&y",
+    "/100%.jpg": "/100%.jpg",
+    "/a//b/../c": "/a//b/../c",
+    "/a b": "/a%20b",
+    "/é?q=é x": "/%C3%A9?q=%C3%A9%20x",
+    '/a"<>': "/a%22%3C%3E",
+    "/a#part": "/a",
+    "?x=1": "/?x=1",
+    "": "/",
+    "/a\nb\tc\r": "/abc",
+    "/\udcff": "/%FF",
+    "/x?a|b{c}": "/x?a|b{c}",
+    "/[1](2)": "/[1](2)",
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TroubleServer]:
+    with TroubleServer(photos=1) as one:
+        yield one
+
+
+def test_paths_and_queries_arrive_as_they_are_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def note(h: Handler) -> None:
+        seen.append(h.path)
+        h.send(b"ok")
+
+    monkeypatch.setattr(Handler, "do_GET", note)
+    with TroubleServer(photos=1) as server:
+        one = Fetcher(rules(per_host=1))
+        for spelt, sent in SPELLINGS.items():
+            got = outcome(one.submit(f" {server.base}{spelt} "))
+            assert isinstance(got, Fetched), f"{spelt!r}: {got}"
+            assert seen[-1] == sent
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("ftp://a.b/c", "a URL with scheme ftp, not http or https"),
+        ("file:///etc/passwd", "a URL with scheme file, not http or https"),
+        ("javascript:alert(1)", "a URL with scheme javascript, not http or https"),
+        ("/etc/passwd", "a URL with no scheme, not http or https"),
+        ("http://", "a URL without a host"),
+        ("http:///a.jpg", "a URL without a host"),
+        ("http://u:p@a.b/", "a URL with a user name or password, which are not sent on"),
+        ("http://a.b\\@c.d/", "a URL with a user name or password, which are not sent on"),
+        ("http://a.b:99999/", "no valid URL"),
+        ("http://a.b:x/", "no valid URL"),
+        ("http://[::1/", "no valid URL"),
+        ("http://[zz]/", "no valid URL"),
+        ("http://a b/", "no valid URL"),
+        ("http://a\x00b/", "no valid URL"),
+    ],
+)
+def test_what_is_no_url_is_said(text: str, reason: str) -> None:
+    with pytest.raises(Trouble) as caught:
+        parse_url(text)
+    assert caught.value.reason == reason
+    assert not caught.value.again
+
+
+@given(st.text())
+@example("http://xn--/")
+@example("http://a..b/")
+@example("http://" + "x" * 300)
+@example("http://a.b/\ud800")
+@example("http://\ud800/")
+def test_any_text_is_a_sendable_url_or_trouble(text: str) -> None:
+    for whole in (text, f"http://{text}", f"https://a.b/{text}", f"http://a.b?{text}"):
+        try:
+            url = parse_url(whole)
+        except (Trouble, UnicodeEncodeError) as error:
+            assert isinstance(error, Trouble), repr(whole)
+            continue
+        assert url.scheme in ("http", "https") and url.host and not url.user
+        assert re.fullmatch(r"[!-~]+", url.raw_path_qs), repr(url.raw_path_qs)
+        assert url.raw_path.startswith("/")
+
+
+@given(st.text())
+def test_any_location_leads_somewhere_or_is_trouble(location: str) -> None:
+    try:
+        url = redirect_url(URL("http://a.b/c/d?e"), location)
+    except Trouble as trouble:
+        assert "\n" not in trouble.reason and "redirect" in trouble.reason
+        return
+    assert url.scheme in ("http", "https") and url.host
+
+
+def test_redirects_are_relative_to_where_they_stand() -> None:
+    base = URL("https://a.b/c/d?e=f")
+    for location, target in {
+        "x.jpg": "https://a.b/c/x.jpg",
+        "/x.jpg?y": "https://a.b/x.jpg?y",
+        "//h.i/x": "https://h.i/x",
+        "?z": "https://a.b/c/d?z",
+        "http://h.i": "http://h.i/",
+        " /sp ace ": "https://a.b/sp%20ace",
+    }.items():
+        assert str(redirect_url(base, location)) == target
+
+
+def test_hosts_are_spelt_one_way() -> None:
+    assert host_of(parse_url("http://EXAMPLE.com./a")) == "example.com"
+    assert host_of(parse_url("http://bücher.de/")) == "xn--bcher-kva.de"
+
+
+def test_wild_urls_never_break_the_fetcher(server: TroubleServer) -> None:
+    one = Fetcher(rules())
+    wild = [
+        "http://" + "x" * 300 + "/",
+        "http://a..b/",
+        "http://-/",
+        "http://xn--/",
+        "http://a\u202eb.invalid/",
+        "http://\ud800/",
+        f"{server.base}/\ud800",
+        f"{server.base}/" + "y" * 100_000,
+        "http://127.0.0.1:0/",
+        "not a url",
+        "",
+    ]
+    for url in wild:
+        got = outcome(one.submit(url))
+        assert not isinstance(got, Fetched), url
+        assert got.stage == "fetch" and "cannot be fetched" not in got.reason, (url, got.reason)
+    assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
+    one.close()

@@ -1,0 +1,415 @@
+"""The demo world: the same bytes everywhere, questions with one right answer that they do not give away."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import configs
+from cache.format.frame_sampling import sample_times
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import Sample
+from configs import UserError
+from encode import run as encode_run
+from encode.check import loss
+from encode.sources import demo as world
+from encode.sources import demo_videos as videos
+from encode.sources import open_dataset
+from encode.sources.demo import DemoDataset
+from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
+from model.io.saved_model import save_final
+from model.language.chat_template import tokenize_messages
+from model.language.model import load_tokenizer
+from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.media.video import frames, probe
+from model.vlm import build_vlm
+from tests.support import trained_runs
+from train import demo
+
+SMALL = World(images=200, dialogues=20, videos=40)
+
+
+def all_samples(tmp_path: Path, name: str) -> list[Sample]:
+    return list(DemoDataset(name=name, folder=tmp_path, world=SMALL).samples())
+
+
+def shown_in(sample: Sample, which: int = 0) -> tuple[Thing, ...]:
+    return things(SMALL, int(Path(sample.media[which].source).stem))
+
+
+# ---- drawings
+
+
+def test_drawings_are_the_same_bytes_on_every_machine() -> None:
+    """Held-out is decided by these bytes: other bytes would be another split, another result."""
+    whole = hashlib.sha256()
+    for number in range(100):
+        whole.update(draw(World(images=100), number))
+    assert whole.hexdigest() == PINNED
+
+
+PINNED = "49040e0e1c8c6ada44d692782126987da62766589c5ea76992640aeb8bdfec6d"
+
+
+def test_every_reader_sees_what_was_drawn() -> None:
+    for number in range(20):
+        image = Image.open(io.BytesIO(draw(SMALL, number))).convert("RGB")
+        assert image.size == (SMALL.side, SMALL.side)
+        pixels = np.asarray(image)
+        shown = things(SMALL, number)
+        colors = {tuple(c) for c in pixels.reshape(-1, 3).tolist()}
+        assert len(colors) == len(shown) + 1
+        for thing in shown:
+            rows, columns = np.nonzero((pixels == thing.rgb).all(-1))
+            centre = np.array([columns.mean() + 0.5, rows.mean() + 0.5]) / SMALL.side
+            # A triangle's centre of mass is below the middle of its height.
+            assert np.allclose(centre, [thing.x, thing.y], atol=0.05)
+            cells = set((rows * 3 // SMALL.side * 3 + columns * 3 // SMALL.side).tolist())
+            assert cells == {thing.cell}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (96, 96), (300, 300), (255, 257)])
+def test_png_of_any_size(size: tuple[int, int]) -> None:
+    """Uncompressed blocks end at 65,535 bytes."""
+    palette = [(i, 255 - i, i // 2) for i in range(256)]
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    image = Image.open(io.BytesIO(png(pixels, palette)))
+    image.load()
+    assert np.array_equal(np.asarray(image.convert("RGB")), np.array(palette, np.uint8)[pixels])
+
+
+def test_shapes_differ_in_more_than_a_few_pixels() -> None:
+    at = (np.arange(28) + 0.5) / 14 - 1
+    masks = [inside(*np.meshgrid(at, at)) for inside in SHAPES.values()]
+    for one, other in itertools.combinations(masks, 2):
+        assert (one != other).mean() > 0.1
+
+
+def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) -> None:
+    before = all_samples(tmp_path, "demo-captions")
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(stamps) == SMALL.images
+    lost = tmp_path / "00003.png"
+    data = lost.read_bytes()
+    lost.unlink()
+    assert all_samples(tmp_path, "demo-captions") == before
+    assert lost.read_bytes() == data
+    del stamps[lost]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def test_another_world_is_other_files() -> None:
+    ids = {World(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
+    assert len(ids) == 3
+    assert World(images=9, per_kind=1).id8 == World(images=7).id8
+
+
+# ---- videos
+
+
+def test_videos_are_the_same_bytes_on_every_machine() -> None:
+    whole = hashlib.sha256()
+    for number in range(20):
+        whole.update(videos.film(World(images=9), number))
+    assert whole.hexdigest() == PINNED_VIDEOS
+
+
+PINNED_VIDEOS = "60fb83dea7a0aa4eacc16b154dc7d050e7985bed0a0d258627bca1f4edee17a2"
+
+
+def test_a_decoder_sees_the_frames_that_were_drawn() -> None:
+    """Colours within what YUV of 8 bits can say, times half a second apart."""
+    for number in range(4):
+        data = videos.film(SMALL, number)
+        info = probe(data)
+        assert (info.frames, info.duration_s) == (SMALL.video_frames, (SMALL.video_frames - 1) / 2)
+        what = videos.scene(SMALL, number)
+        decoded = list(frames(data, sample_times(info.duration_s, 128), info))
+        assert [frame.time_s for frame in decoded] == [i / 2 for i in range(SMALL.video_frames)]
+        for i, frame in enumerate(decoded):
+            drawn, palette = paint(
+                SMALL, videos.shown(SMALL, what, i), paper(SMALL, f"clip {number}")
+            )
+            expected = np.array(palette)[drawn]
+            assert np.abs(np.asarray(frame.image).astype(int) - expected).max() <= 4
+
+
+def test_planes_are_bt601_in_limited_range() -> None:
+    white, black, red = (
+        videos.planes(np.zeros((1, 1), np.uint8), [colour]).ravel().tolist()
+        for colour in [(255, 255, 255), (0, 0, 0), (255, 0, 0)]
+    )
+    assert (white, black) == ([235, 128, 128], [16, 128, 128])
+    assert red == [82, 90, 240]
+
+
+def find_event(number: int) -> dict[str, str]:
+    """What happens, and every answer to it, found from what the frames show."""
+    what = videos.scene(SMALL, number)
+    shown_all = [videos.shown(SMALL, what, i) for i in range(SMALL.video_frames)]
+    first, last = shown_all[0], shown_all[-1]
+    found = {"count": ("one", "two", "three", "four", "five")[len(last) - 1]}
+    new = [t for t in last if t.name not in {other.name for other in first}]
+    if new:
+        return {**found, "appears": new[0].name, "end": where(new[0])}
+    (pair,) = [(a, b) for a, b in zip(first, last, strict=True) if (a.x, a.y) != (b.x, b.y)]
+    return {**found, "moves": pair[0].name, "start": where(pair[0]), "end": where(pair[1])}
+
+
+def where(thing: Thing) -> str:
+    """By its centre, not by what its cell is called."""
+    row = ("top", "middle", "bottom")[int(thing.y * 3)]
+    return f"{row} {('left', 'centre', 'right')[int(thing.x * 3)]}"
+
+
+def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> None:
+    seen = set()
+    for number in range(SMALL.videos):
+        truth = find_event(number)
+        for kind, question, told in videos.asked(SMALL, number):
+            words = question.rstrip("?").split()
+            key = "count" if kind == "video-count" else words[-1]
+            assert told == truth[key], question
+            seen.add((kind, key))
+            if kind == "video-where":
+                assert " ".join(words[3:5]) == truth.get("moves", truth.get("appears"))
+        what = videos.scene(SMALL, number)
+        cells = [thing.cell for thing in (*what.standing, what.actor)]
+        assert len(set(cells)) == len(cells)
+        assert what.goal.cell not in {thing.cell for thing in what.standing}
+    wheres = {("video-where", "start"), ("video-where", "end")}
+    assert seen == wheres | {
+        ("video-count", "count"),
+        ("video-what", "moves"),
+        ("video-what", "appears"),
+    }
+
+
+# ---- questions
+
+
+def answer_by_search(question: str, shown: tuple[Thing, ...]) -> list[str]:
+    """Every right answer, found without the code that asked."""
+    words = question.rstrip("?.").split()
+
+    def fitting(colour: str | None, shape: str | None) -> list[Thing]:
+        return [t for t in shown if colour in (None, t.colour) and shape in (None, t.shape)]
+
+    if question.startswith("How many"):
+        return [("one", "two", "three", "four", "five")[len(shown) - 1]]
+    if question.startswith("What colour"):
+        return [t.colour for t in fitting(None, words[-1])]
+    if question.startswith("What is"):
+        return [t.shape for t in fitting(words[-2], None)]
+    found = fitting(words[-2], words[-1])
+    if question.startswith("Where"):
+        names = [
+            f"{r} {c}" for r in ("top", "middle", "bottom") for c in ("left", "centre", "right")
+        ]
+        return [names[int(t.y * 3) * 3 + int(t.x * 3)] for t in found]
+    assert question.startswith("Point to")
+    return [t.points for t in found]
+
+
+@pytest.mark.parametrize("name", ["demo-points", "demo-questions"])
+def test_every_question_has_exactly_the_answer_given(tmp_path: Path, name: str) -> None:
+    samples = all_samples(tmp_path, name)
+    assert len(samples) > SMALL.images
+    for sample in samples:
+        question, told = (m.content for m in sample.messages)
+        assert answer_by_search(question, shown_in(sample)) == [told]
+
+
+def test_every_turn_of_a_dialogue_has_exactly_the_answer_given(tmp_path: Path) -> None:
+    for sample in all_samples(tmp_path, "demo-dialogues"):
+        assert len(sample.media) == len({m.source for m in sample.media})
+        turns = [m.content for m in sample.messages]
+        for asked, told in zip(turns[::2], turns[1::2], strict=True):
+            which, question = asked.removeprefix("In the ").split(" image: ")
+            shown = shown_in(sample, ("first", "second", "third", "fourth").index(which))
+            assert answer_by_search(question[0].upper() + question[1:], shown) == [told]
+
+
+def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Path) -> None:
+    from train.evaluate.scoring import pointed_cells
+
+    for sample in all_samples(tmp_path, "demo-points"):
+        if sample.task == "point":
+            name = sample.messages[0].content.removeprefix("Point to the ").removesuffix(".")
+            (thing,) = (t for t in shown_in(sample) if t.name == name)
+            row, column = divmod(thing.cell, 3)
+            assert pointed_cells(sample.messages[1].content, 3) == [(1, column, row)]
+
+
+def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:
+    """The best that can be known without looking: the commonest answer to each question."""
+    answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    large = World(images=2000)
+    for number in range(large.images):
+        shown = things(large, number)
+        for kind, question, told in [*world.points(shown), *world.questions(shown)]:
+            said = next(t.place for t in shown if t.points == told) if kind == "point" else told
+            answers[kind][question][said] += 1
+    for number in range(large.videos):
+        for kind, question, told in videos.asked(large, number):
+            answers[kind][question][told] += 1
+    assert set(answers) == set(demo.TYPES)
+    blind = {
+        kind: sum(max(c.values()) for c in asked.values())
+        / sum(sum(c.values()) for c in asked.values())
+        for kind, asked in answers.items()
+    }
+    assert max(blind.values()) < 0.35
+    assert sum(blind.values()) / len(blind) < 0.25
+
+
+def test_the_demo_model_has_a_token_for_every_word(tmp_path: Path) -> None:
+    """Spelt in bytes a text is four times as long, and the demo as slow."""
+    tokenizer = load_tokenizer("random:qwen3-demo")
+    for name in world.NAMES:
+        for sample in all_samples(tmp_path, name):
+            for message in sample.messages:
+                ids = tokenizer(message.content)["input_ids"]
+                spelt = {tokenizer.decode([i]) for i in ids if i < 256}
+                assert spelt <= set("<>;:.?105"), message.content
+
+
+def test_the_group_demo_opens_all_of_them(tmp_path: Path) -> None:
+    assert tuple(d.name for d in open_dataset("demo", tmp_path)) == world.NAMES
+    with pytest.raises(UserError, match="nearest: demo-points"):
+        DemoDataset.open("demo-point", tmp_path)
+
+
+# ---- the command
+
+
+def test_a_failing_step_ends_the_demo_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {**configs.load("demo"), "encode": {"encoder": "demoo"}}
+    monkeypatch.setattr(configs, "load", lambda name: values)
+    assert demo.main([]) == 2
+    shown = capsys.readouterr()
+    assert "$ python -m encode.run --dataset demo" in shown.out
+    assert shown.out.count("$ python") == 1
+    assert "failed with exit code 2" in shown.err
+
+
+def test_it_replaces_its_own_runs_and_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    demo.start_anew(mine)
+    (mine / "stage1").mkdir()
+    demo.start_anew(mine)
+    assert [p.name for p in mine.iterdir()] == [demo.MARK]
+    (other / "stage1").mkdir(parents=True)
+    with pytest.raises(UserError, match="not made by the demo"):
+        demo.start_anew(other)
+    assert (other / "stage1").is_dir()
+
+
+def test_the_headline_is_the_mean_over_its_types() -> None:
+    tasks = [
+        {"name": name, "questions": 10, "exact": exact, "blind": blind}
+        for name, exact, blind in [
+            *[("cell", 1.0, 0.1), ("colour", 0.9, 0.2), ("count", 0.8, 0.3), ("point", 0.7, 0.4)],
+            *[("shape", 0.6, 0.5), ("dialogue", 0.0, 0.0), ("caption", 0.0, 0.0)],
+            *[("video-count", 1.0, 0.0), ("video-what", 0.5, 0.1), ("video-where", 0.5, 0.4)],
+        ]
+    ]
+    assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
+    lines = demo.table({"tasks": tasks}).splitlines()
+    assert lines[9].split() == ["mean", "0.750", "0.250"]
+    assert [line.split()[0] for line in lines[10:]] == ["apart:", "dialogue", "caption"]
+
+
+def test_configs_demo_names_only_options_that_exist() -> None:
+    """Each command would refuse them too, but minutes later."""
+    from train.config import Options as TrainOptions
+    from train.evaluate.__main__ import Options as EvaluateOptions
+
+    settings = configs.build(demo.Demo, configs.load("demo"), "configs/demo.yaml")
+    train = set(TrainOptions.__dataclass_fields__) | {"batch_size"}
+    for flags in (settings.train, settings.experiment, *settings.stages.values()):
+        assert set(flags) <= train
+    assert set(settings.evaluate) <= set(EvaluateOptions.__dataclass_fields__)
+    assert set(settings.encode) <= set(encode_run.Options.__dataclass_fields__)
+    named = {
+        part.split("=")[0] for s in settings.stages.values() for part in s["datasets"].split(",")
+    }
+    assert named == set(world.NAMES)
+    assert World.load().images > 0
+
+
+# ---- cached loss = live loss
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache of twelve drawings, and an untrained model on it."""
+    folder = tmp_path_factory.mktemp("live")
+    features = folder / "cache"
+    command = ["--dataset", "demo-captions", "demo-questions", "--encoder", "demo", "--limit", "12"]
+    assert encode_run.main([*command, "--features", str(features), "--workers", "0"]) == 0
+    reader = FeatureReader(find_space(CacheRoot(features), None))
+    vlm, tokenizer = build_vlm(reader.spec.width, "random:qwen3-tiny", "linear", seed=0)
+    space = json.loads(reader.paths.space_json.read_text())
+    meta = {"connector": "linear", "llm": "x", "space": space, "stage": 1, "step": 0}
+    save_final(folder / "final", vlm, tokenizer, meta)
+    return folder / "final", features
+
+
+def test_cached_loss_is_live_loss(
+    trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, features = trained
+    assert loss.main(["--run", str(model), "--features", str(features), "--samples", "6"]) == 0
+    assert "cached loss = live loss: " in capsys.readouterr().out
+    result = loss.compare(loss.Options(run=str(model), features=features, samples=6))
+    assert (result.samples, result.images, result.same_rows) == (6, 6, 6)
+    assert result.cached == result.live
+    assert result.cached == pytest.approx(result.unrounded, rel=0.01)
+
+
+def test_a_changed_image_is_noticed(trained: tuple[Path, Path]) -> None:
+    model, features = trained
+    path = next(features.glob("demo/*/00000.png"))
+    before = path.read_bytes()
+    path.write_bytes(draw(World(images=9, seed=5), 0))
+    try:
+        result = loss.compare(loss.Options(run=str(model), features=features, samples=1))
+    finally:
+        path.write_bytes(before)
+    assert (result.images, result.same_rows) == (1, 0)
+    assert result.cached != result.live
+
+
+def test_a_sample_alone_is_a_batch_of_one() -> None:
+    tokenizer = load_tokenizer("random:qwen3-tiny")
+    image_id = token_id(tokenizer, IMAGE_TOKEN)
+    turns = [("user", "a", 1.0), ("assistant", "b", 0.5)]
+    text = tokenize_messages(tokenizer, turns, 1)
+    spec = trained_runs.spec()
+    row = torch.zeros(1, spec.row_bytes("image"), dtype=torch.uint8)
+    image = loss.StoredMedia(array="image", asked_us=(), times_s=(), rows=row)
+    assert spec.tokens("image") == 4
+    batch = loss.alone(tokenizer, turns, [image], spec)
+    assert len(batch.input_ids) == len(text.ids) + 3
+    first = int((torch.from_numpy(text.ids) == image_id).nonzero()[0])
+    assert batch.image_slots.tolist() == [first, first + 1, first + 2, first + 3]
+    assert tokenizer.decode(batch.targets.tolist()) == "b<|im_end|>"
+    assert torch.equal(batch.input_ids[batch.loss_positions + 1], batch.targets)
+    assert batch.loss_weights.tolist() == [0.5, 0.5]
+    assert batch.units.tolist() == [[0, len(batch.input_ids), 0, 0]]

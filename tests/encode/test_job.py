@@ -1,0 +1,416 @@
+"""Whole encode jobs, inline: what is encoded, what is reused, what fails, and that nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from cache.format.codec import pack
+from cache.store.locks import DriverLock
+from cache.store.samples import read_media
+from cache.store.writer import ShardWriter
+from configs import UserError
+from encode.driver.signals import Interrupts
+from encode.driver.tracker import TooManyFailures
+from encode.worker.config import Setup
+from encode.worker.row_writer import DiskFull
+from encode.worker.worker import Worker
+from model.media.images import decode_image
+from model.vision.encoder import VisionEncoder, load_encoder
+from tests.support.encode_jobs import SETUP, TINY, Result, draw, encode
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    draw(tmp_path / "photos", 14)
+    return tmp_path / "photos"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def key_of(result: Result, name: str) -> str:
+    key = result.ledger[name].key
+    assert key is not None
+    return key
+
+
+def test_rows_are_what_the_encoder_makes_of_each_image_alone(photos: Path, tmp_path: Path) -> None:
+    result = encode(tmp_path / "cache", f"folder:{photos}", codec="fp16")
+    encoder = load_encoder(TINY, device="cpu")
+    assert result.code == 0
+    assert result.reader.rows("image") == 14
+    for path in photos.iterdir():
+        image = decode_image(path.read_bytes())
+        alone = encoder.encode(encoder.prepare(image)[None]).numpy()
+        stored = result.reader.read("image", key_of(result, path.name))
+        assert stored.tobytes() == pack(alone, "fp16").tobytes()
+        record = result.ledger[path.name]
+        assert (record.width, record.height, record.bytes) == (24, 24, path.stat().st_size)
+
+
+def test_what_an_image_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
+    together = encode(tmp_path / "a", f"folder:{photos}")
+    for path in sorted(photos.iterdir(), reverse=True):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "one")
+        apart = encode(tmp_path / "b", f"folder:{tmp_path / 'one'}")
+    assert apart.reader.logical_hash() == together.reader.logical_hash()
+    assert apart.reader.rows("image") == 14
+
+
+def files_below(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and "locks" not in p.parts
+    }
+
+
+def test_a_finished_job_again_touches_no_file_and_starts_no_worker(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "broken.jpg").write_bytes(b"no image")
+    (photos / "metadata.jsonl").write_text(
+        "".join(f'{{"file": "{n}"}}\n' for n in (*names(photos), "gone.png"))
+    )
+    first = encode(tmp_path / "cache", f"folder:{photos}")
+    assert len(first.failures()) == 2
+    before = files_below(tmp_path / "cache")
+
+    class Forbidden(Worker):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("there is nothing to do")
+
+    capsys.readouterr()
+    again = encode(tmp_path / "cache", f"folder:{photos}", worker_class=Forbidden)
+    assert files_below(tmp_path / "cache") == before
+    assert again.plan.todo == ()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("encoded=0 reused=14 failed=2 ")
+
+
+def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_path: Path) -> None:
+    for i in range(5):
+        shutil.copy(photos / "0003.png", photos / f"copy-{i}.png")
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert result.reader.rows("image") == 14
+    assert result.job._book.encoded == 14
+    assert result.job._book.reused == 5
+    keys = {result.ledger[f"copy-{i}.png"].key for i in range(5)}
+    assert keys == {result.ledger["0003.png"].key}
+    assert result.ledger["copy-0.png"].width == 24, "size is known of every name"
+
+
+def test_one_changed_pixel_is_another_image(photos: Path, tmp_path: Path) -> None:
+    before = encode(tmp_path / "cache", f"folder:{photos}")
+    with Image.open(photos / "0005.png") as image:
+        image.load()
+    red, green, blue = image.getpixel((3, 3))  # type: ignore[misc]
+    image.putpixel((3, 3), (red ^ 1, green, blue))
+    image.save(photos / "0005.png")
+    after = encode(tmp_path / "cache", f"folder:{photos}")
+    assert len(after.plan.todo) == 1
+    assert key_of(after, "0005.png") != key_of(before, "0005.png")
+    assert after.reader.rows("image") == 15, "the old row stays: other samples may refer to it"
+
+
+def test_a_file_changed_behind_its_old_time_stamp_is_noticed(photos: Path, tmp_path: Path) -> None:
+    before = encode(tmp_path / "cache", f"folder:{photos}")
+    target = photos / "0005.png"
+    status = target.stat()
+    data = bytearray((photos / "0005.png").read_bytes())
+    draw(tmp_path / "other", 1, first=99)
+    other = (tmp_path / "other" / "0099.png").read_bytes()
+    data[:] = other[: len(data)].ljust(len(data), b"\0")
+    with target.open("r+b") as file:  # same inode, same size, and the old time put back
+        file.write(data)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert target.stat().st_size == status.st_size
+    after = encode(tmp_path / "cache", f"folder:{photos}")
+    assert [Path(t.source).name for t in after.plan.todo] == ["0005.png"]
+    assert key_of(after, "0005.png") != key_of(before, "0005.png")
+
+
+def test_a_touched_or_moved_file_is_hashed_again_and_not_encoded(
+    photos: Path, tmp_path: Path
+) -> None:
+    encode(tmp_path / "cache", f"folder:{photos}")
+    os.utime(photos / "0001.png")
+    (photos / "0002.png").rename(photos / "moved.png")
+    again = encode(tmp_path / "cache", f"folder:{photos}")
+    assert len(again.plan.todo) == 2
+    assert (again.job._book.encoded, again.job._book.reused) == (0, 2)
+    assert encode(tmp_path / "cache", f"folder:{photos}").plan.todo == ()
+
+
+def test_rehash_reads_everything_and_encodes_nothing(photos: Path, tmp_path: Path) -> None:
+    encode(tmp_path / "cache", f"folder:{photos}")
+    again = encode(tmp_path / "cache", f"folder:{photos}", rehash=True)
+    assert (len(again.plan.todo), again.job._book.encoded, again.job._book.reused) == (14, 0, 14)
+
+
+def test_features_outlive_their_images(photos: Path, tmp_path: Path) -> None:
+    (photos / "metadata.jsonl").write_text('{"file": "0000.png", "caption": "Noise."}\n')
+    encode(tmp_path / "cache", f"folder:{photos}")
+    (photos / "0000.png").unlink()
+    again = encode(tmp_path / "cache", f"folder:{photos}")
+    assert (again.plan.reused, again.plan.missing) == (1, ())
+
+
+def test_bad_images_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
+    whole = (photos / "0000.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "page.jpg").write_bytes(b"<html>404</html>")
+    (photos / "pipe.png").mkdir()
+    lines = [*names(photos), "never-there.png"]
+    (photos / "metadata.jsonl").write_text("".join(f'{{"file": "{n}"}}\n' for n in lines))
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    failures = result.failures()
+    assert result.code == 0
+    assert {n: stage for n, (stage, _) in failures.items()} == {
+        "cut.png": "decode",
+        "empty.jpg": "decode",
+        "page.jpg": "decode",
+        "pipe.png": "fetch",
+        "never-there.png": "fetch",
+    }
+    assert failures["page.jpg"][1] == "an HTML page, not an image"
+    assert result.reader.rows("image") == 14
+    assert result.ledger["cut.png"].key is not None, "its bytes are known, so it is not tried again"
+
+
+def test_a_mended_image_is_encoded(photos: Path, tmp_path: Path) -> None:
+    whole = (photos / "0000.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[:100])
+    assert set(encode(tmp_path / "cache", f"folder:{photos}").failures()) == {"cut.png"}
+    draw(tmp_path / "new", 1, first=50)
+    shutil.copy(tmp_path / "new" / "0050.png", photos / "cut.png")
+    mended = encode(tmp_path / "cache", f"folder:{photos}")
+    assert mended.failures() == {}
+    assert mended.reader.rows("image") == 15
+
+
+def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_path: Path) -> None:
+    first = encode(tmp_path / "cache", f"folder:{photos}")
+    samples = first.root.samples("photos").stat().st_mtime_ns
+    config = dataclasses.replace(TINY, seed=7)
+    second = encode(
+        tmp_path / "cache", f"folder:{photos}", setup=dataclasses.replace(SETUP, config=config)
+    )
+    assert second.paths != first.paths
+    assert len(second.plan.todo) == 14
+    assert second.plan.unread == 0, "keys are known: rows can be counted exactly"
+    assert second.root.samples("photos").stat().st_mtime_ns == samples
+    assert second.reader.logical_hash() != first.reader.logical_hash()
+
+
+def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Path) -> None:
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    with DriverLock(result.paths, "process 42 on elsewhere"), pytest.raises(UserError) as refused:
+        encode(tmp_path / "cache", f"folder:{photos}")
+    assert "process 42 on elsewhere" in str(refused.value)
+
+
+# ---- our own errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OddSetup(Setup):
+    """An encoder that gives NaN, or raises, for images with these first pixels."""
+
+    nan: tuple[int, ...] = ()
+    raises: str = ""
+
+    def load(self) -> VisionEncoder:
+        encoder = super().load()
+        original = encoder.encode
+
+        def encode_oddly(pixels: npt.NDArray[np.uint8], kind: str = "image") -> torch.Tensor:
+            if self.raises == "always" or (self.raises and pixels.any()):
+                raise torch.OutOfMemoryError("no memory left\non this device")
+            features = original(pixels, kind)
+            for i, image in enumerate(pixels):
+                if int(image.sum()) in self.nan:
+                    features[i, 0, 0] = float("nan")
+            return features
+
+        encoder.encode = encode_oddly  # type: ignore[method-assign]
+        return encoder
+
+
+def odd(**values: Any) -> OddSetup:
+    fields = {f.name: getattr(SETUP, f.name) for f in dataclasses.fields(SETUP)}
+    return OddSetup(**{**fields, **values})
+
+
+def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> None:
+    draw(photos, 30, first=14)
+    encoder = load_encoder(TINY, device="cpu")
+    prepared = encoder.prepare(decode_image((photos / "0006.png").read_bytes()))
+    setup = odd(nan=(int(prepared.sum()),))
+    result = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
+    assert set(result.failures()) == {"0006.png"}
+    stage, error = result.failures()["0006.png"]
+    assert stage == "encode"
+    assert error == f"{result.paths.name}: the features hold NaN or Inf"
+    assert result.reader.rows("image") == 43
+    # Ours, so later jobs try it again, up to three times in all; then it stays in the ledger.
+    for attempts in (2, 3):
+        again = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
+        assert again.ledger["0006.png"].attempts == attempts
+    assert encode(tmp_path / "cache", f"folder:{photos}", setup=setup).plan.todo == ()
+    # Another encoder has nothing to do with it.
+    other = dataclasses.replace(SETUP, config=dataclasses.replace(TINY, seed=1))
+    assert encode(tmp_path / "cache", f"folder:{photos}", setup=other).failures() == {}
+
+
+def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -> None:
+    draw(photos, 100, first=14)
+    with pytest.raises(TooManyFailures) as stopped:
+        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="images"))
+    message = str(stopped.value)
+    assert "OutOfMemoryError: no memory left on this device" in message
+    assert "\n" not in message
+    # Once the cause is mended, all of them are tried again.
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert result.failures() == {}
+    assert result.reader.rows("image") == 114
+
+
+def test_an_encoder_that_cannot_run_is_noticed_before_anything_is_written(
+    photos: Path, tmp_path: Path
+) -> None:
+    draw(photos, 10, first=14)
+    with pytest.raises(UserError, match="a batch of 4 cannot be encoded on cpu: OutOfMemoryError"):
+        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="always"))
+    assert not (tmp_path / "cache" / "spaces").exists()
+
+
+def test_bad_images_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
+    for i in range(60):
+        (photos / f"bad-{i}.png").write_bytes(b"no image %d" % i)
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert len(result.failures()) == 60
+    assert result.reader.rows("image") == 14
+
+
+# ---- the disk
+
+
+def failing_extend(number: int, count: int) -> Callable[..., None]:
+    """ShardWriter.extend that fails with errno `number` after `count` calls, for good."""
+    original, rows = ShardWriter.extend, [0]
+
+    def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+        rows[0] += 1
+        if rows[0] > count:
+            raise OSError(number, os.strerror(number))
+        original(self, *args, **kwargs)
+
+    return extend
+
+
+def test_a_full_disk_loses_nothing_committed_and_says_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, 9))
+        with pytest.raises(DiskFull) as full:
+            encode(tmp_path / "cache", f"folder:{photos}")
+    assert str(full.value).startswith("disk full (")
+    assert "run the same command again" in str(full.value)
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert (result.job._book.encoded, result.reader.rows("image")) == (5, 14)
+    assert result.reader.logical_hash() == whole
+
+
+def test_a_disk_error_costs_one_shard_and_is_ours(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, rows = ShardWriter.extend, [0]
+
+    def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+        rows[0] += 1
+        if rows[0] == 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "extend", extend)
+        result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert [stage for stage, _ in result.failures().values()] == ["write"]
+    assert result.reader.rows("image") == 13
+    again = encode(tmp_path / "cache", f"folder:{photos}")
+    assert again.failures() == {}
+    assert again.reader.rows("image") == 14
+
+
+# ---- stopping
+
+
+class Steady(Worker):
+    """Slow enough to be stopped in the middle."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        time.sleep(0.05)
+        return super().decode(data)
+
+
+def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(photos, 120, first=14)
+    interrupts = Interrupts()
+    timer = threading.Timer(2.0, lambda: setattr(interrupts, "received", 2))
+    timer.start()
+    setup = dataclasses.replace(SETUP, commit_every_s=1000.0)
+    stopped = encode(
+        tmp_path / "cache",
+        f"folder:{photos}",
+        worker_class=Steady,
+        setup=setup,
+        interrupts=interrupts,
+    )
+    timer.join()
+    kept = stopped.reader.rows("image")
+    assert stopped.code == 130
+    assert 0 < kept < 134
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"interrupted: {kept} encoded and kept, ")
+    assert len(read_media(stopped.root)) == kept, "the ledger knows them, nothing is read twice"
+    result = encode(tmp_path / "cache", f"folder:{photos}")
+    assert result.plan.reused == kept
+    assert result.reader.rows("image") == 134
+    assert result.reader.index["image"].duplicates() == []
+
+
+def test_the_encoder_runs_in_one_thread_and_decoding_in_others(
+    photos: Path, tmp_path: Path
+) -> None:
+    threads: set[str] = set()
+
+    class Watched(Worker):
+        def decode(self, data: bytes) -> Image.Image:
+            threads.add(threading.current_thread().name.rpartition("_")[0])
+            return super().decode(data)
+
+    encode(tmp_path / "cache", f"folder:{photos}", worker_class=Watched)
+    assert threads == {"decode"}
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "read", "write"))]

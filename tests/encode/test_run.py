@@ -1,0 +1,298 @@
+"""The command: what it prints, refuses, leaves alone; and that a small job needs no Ray."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import configs
+from cache.format.space_info import read_info
+from cache.store import index_file
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import read_samples
+from cache.verify import verify
+from configs import UserError
+from encode.driver import resources
+from encode.driver.progress import Progress, closing_line, failure_line
+from encode.driver.resources import Crew, choose_crew
+from encode.driver.tracker import Book
+from encode.run import main
+from encode.worker.messages import SourceTask, Timings
+from tests.support.encode_jobs import TINY, draw
+
+CLOSING = re.compile(
+    r"encoded=(\d+) reused=(\d+) failed=(\d+) images/s=[\d.]+ bound=(read|decode|encode|write|none) "
+    r"seconds=[\d.]+"
+)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six images, and a configs folder in which `tiny` is an encoder."""
+    (tmp_path / "configs").mkdir()
+    values = yaml.safe_load(configs.dump(TINY))
+    values.pop("name")
+    (tmp_path / "configs" / "encoders.yaml").write_text(yaml.safe_dump({"tiny": values}))
+    (tmp_path / "configs" / "datasets.yaml").write_text(
+        "datasets: {pets: {source: folder, path: /pets, about: cats and dogs}}\ngroups: {all: [pets]}\n"
+    )
+    monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
+    draw(tmp_path / "photos", 6)
+    return tmp_path / "photos"
+
+
+def run(photos: Path, *more: str) -> int:
+    words = ["--dataset", f"folder:{photos}", "--encoder", "tiny", "--device", "cpu"]
+    return main([*words, "--features", str(photos.parent / "cache"), *more])
+
+
+def test_a_job_says_what_it_will_do_and_what_it_did(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "bad.png").write_bytes(b"no image")
+    assert run(photos) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["space", "media", "rows", "disk"]
+    assert lines[1] == "media    7 in 7 samples: 7 to do, 0 reused, 0 failed before"
+    assert lines[-2].startswith(
+        "failed   1 at decode; each with its reason: python -m cache.ls --failures"
+    )
+    found = CLOSING.fullmatch(lines[-1])
+    assert found is not None
+    assert found.groups()[:3] == ("6", "0", "1")
+    assert run(photos) == 0
+    found = CLOSING.fullmatch(capsys.readouterr().out.splitlines()[-1])
+    assert found is not None
+    assert found.groups() == ("0", "6", "1", "none")
+
+
+def test_a_job_leaves_an_index_where_it_is_worth_one(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(photos) == 0
+    paths = find_space(CacheRoot(photos.parent / "cache"), None)
+    assert not paths.index_dir.exists(), "one shard is read as fast"
+    monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_file, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            index_file.save_index(paths, read_info(paths))
+        assert run(photos) == 0, "an index is no reason to fail"
+    assert run(photos) == 0
+    assert [p.name for p in paths.index_dir.iterdir()] == ["image.bin"]
+    assert FeatureReader(paths).rows("image") == 6
+    assert not verify(CacheRoot(photos.parent / "cache"), deep=True).all_findings
+
+
+def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(photos, "--plan") == 0
+    assert not (photos.parent / "cache").exists()
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ["space", "media", "rows", "disk", "time", "pays"]
+
+
+def test_a_plan_beside_a_running_job_needs_no_lock(photos: Path) -> None:
+    assert run(photos) == 0
+    before = sorted(str(p) for p in (photos.parent / "cache").rglob("*"))
+    assert run(photos, "--plan") == 0
+    assert sorted(str(p) for p in (photos.parent / "cache").rglob("*")) == before
+
+
+def test_a_limit_is_the_first_samples(photos: Path) -> None:
+    assert run(photos, "--limit", "2") == 0
+    root = CacheRoot(photos.parent / "cache")
+    assert [s.id for s in read_samples(root, "photos")] == ["0000.png", "0001.png"]
+    assert FeatureReader(find_space(root, None)).rows("image") == 2
+    assert run(photos) == 0
+    assert len(list(read_samples(root, "photos"))) == 6
+    assert FeatureReader(find_space(root, None)).rows("image") == 6
+
+
+def test_pooling_and_codec_make_other_spaces(photos: Path) -> None:
+    for more in ((), ("--pool", "2"), ("--codec", "fp16"), ("--codec", "int4")):
+        assert run(photos, *more) == 0
+    root = CacheRoot(photos.parent / "cache")
+    sizes = {
+        (r.spec.codec, r.spec.tokens("image"))
+        for r in (FeatureReader(root.space(n)) for n in root.space_names())
+    }
+    assert sizes == {("int8", 4), ("int8", 1), ("fp16", 4), ("int4", 4)}
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("encode.job.free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"the job needs 2\.5 kB, 1\.0 kB free; no codec"):
+        run(photos)
+    assert "codec" in capsys.readouterr().out
+    assert not (photos.parent / "cache" / "spaces").exists()
+
+
+def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path) -> None:
+    assert run(photos) == 0
+    twin = photos.parent / "elsewhere" / "photos"
+    draw(twin, 1, first=70)
+    with pytest.raises(UserError, match=r"--dataset NAME=folder:"):
+        run(photos, "--dataset", f"folder:{twin}")
+    (photos / "sub").mkdir()
+    (photos / "0000.png").rename(photos / "sub" / "0000.png")
+    assert run(photos) == 0, "the same folder may change"
+    assert run(photos, "--dataset", f"twin=folder:{twin}") == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "name at least one data set"),
+        (["--dataset", "folder:/x", "--pool", "0"], "--pool 0: must be at least 1"),
+        (["--dataset", "folder:/x", "--limit", "-3"], "--limit -3"),
+        (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
+        (["--dataset", "folder:/x", "--workers", "many"], "many"),
+        (["--dataset", "folder:/x", "--codec", "int3"], "int3"),
+        (["--dataset", "folder:/x", "--timeout-s", "0"], "--timeout-s"),
+        (["--dataset", "folder:/x", "--wrokers", "2"], "no option --wrokers; nearest: --workers"),
+        (["--dataset", "folder:/nowhere"], "folder:/nowhere: no such folder"),
+        (["--dataset", "pest"], "nearest: pets"),
+        (["--dataset", "all"], "folder:/pets: no such folder"),
+    ],
+)
+@pytest.mark.usefixtures("photos")
+def test_nonsense_is_refused_in_one_line(argv: list[str], says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        main([*argv])
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_list_names_data_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == ["pets", "all", "folder:PATH"]
+    assert "cats and dogs" in out
+
+
+def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
+    """--list and a wrong path answer at once; a small job has no use for Ray."""
+    code = (
+        "import sys; from encode.run import main; from configs import UserError\n"
+        "main(['--list'])\n"
+        "try: main(['--dataset', 'folder:/nowhere'])\n"
+        "except UserError: pass\n"
+        "assert not {'torch', 'ray', 'open_clip'} & set(sys.modules), 'slow imports'\n"
+        f"main(['--dataset', 'folder:{tmp_path}/p', '--encoder', 'demo', '--device', 'cpu',"
+        f" '--features', '{tmp_path}/c'])\n"
+        "assert not {'ray', 'open_clip', 'transformers'} & set(sys.modules), 'slow imports'\n"
+    )
+    draw(tmp_path / "p", 3)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encoded=3 " in done.stdout
+
+
+# ---- who works, and what is said meanwhile
+
+
+def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> Crew:
+    kind = "cpu" if resources.gpus(device) == 0 else "cuda"
+    kind = device.partition(":")[0] if device != "auto" else kind
+    return choose_crew(workers, threads, device=device, device_type=kind, seconds=seconds)
+
+
+def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "cores", lambda: 16)
+    monkeypatch.setattr(resources, "torch_cores", lambda: 16)
+    monkeypatch.setattr(resources, "gpus", lambda device: 0)
+    small, large = crew("auto", None, 5.0), crew("auto", None, 5000.0)
+    assert (small.workers, small.torch_threads) == (0, 16)
+    assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
+    assert crew(5, 3, 1.0).threads == 3
+    assert crew(5, None, 1.0).torch_threads == 3
+    for one in ("cuda:1", "mps"):
+        assert (crew("auto", None, 5000.0, one).workers, crew("auto", None, 5000.0, one).gpus) == (
+            1,
+            0,
+        )
+    monkeypatch.setattr(resources, "gpus", lambda device: 4)
+    four = crew("auto", None, 5000.0)
+    assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
+    with pytest.raises(UserError, match="one a GPU, and there are 4"):
+        crew(5, None, 5000.0)
+
+
+class Screen:
+    """A place to print to that is, or is not, a terminal."""
+
+    def __init__(self, terminal: bool):
+        self.terminal = terminal
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_rate_bound_and_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
+    tasks = [SourceTask(source=str(i)) for i in range(1000)]
+    screen = Screen(terminal)
+    progress = Progress(Book(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]
+    for second in range(61):
+        clock[0] = 100.0 + second
+        # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded images.
+        worked = max(0, second - 10)
+        progress.update(
+            Timings(
+                media=8 * worked,
+                wait_s=0.7 * worked,
+                encode_s=0.2 * worked,
+                decode_s=1.5 * worked,
+                span_s=worked,
+            )
+        )
+    progress.clear()
+    if terminal:
+        lines = screen.text.split("\r\x1b[K")
+        assert len(lines) == 60 + 2
+        assert "\n" not in screen.text
+        assert lines[-1] == ""
+        lines.pop()
+    else:
+        lines = screen.text.splitlines()
+        assert len(lines) == 6
+    assert lines[0 if not terminal else 5] == "encode 0/1000  starting"
+    assert lines[-1] == "encode 400/1000  8/s  bound by decode  about 75 s left"
+
+
+def test_the_bound_is_where_the_time_goes() -> None:
+    assert Timings(wait_s=1, encode_s=5, write_s=2).bound() == "encode"
+    assert Timings(wait_s=1, encode_s=2, write_s=5).bound() == "write"
+    assert Timings(wait_s=9, encode_s=2, write_s=5, read_s=7, decode_s=3).bound() == "read"
+    assert Timings(wait_s=9, encode_s=2, write_s=5, read_s=3, decode_s=7).bound() == "decode"
+
+
+def test_the_closing_line() -> None:
+    timings = Timings(rows=30, encode_s=9.0, span_s=10.0)
+    line = closing_line(encoded=30, reused=2, failed=1, seconds=14.0, timings=timings)
+    assert line == "encoded=30 reused=2 failed=1 images/s=3.0 bound=encode seconds=14.0"
+    assert failure_line({"fetch": 2, "decode": 1}, "cache") == (
+        "failed   1 at decode, 2 at fetch; each with its reason: "
+        "python -m cache.ls --failures --features cache"
+    )

@@ -1,0 +1,158 @@
+"""A disk that is really full: one clear line, nothing committed lost, the same command goes on from there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cache.format.spec import ARRAYS
+from cache.maintenance.checks import verify
+from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import read_media
+from configs import UserError
+from encode.worker import row_writer
+from encode.worker.row_writer import DiskFull
+from encode.worker.worker import Worker
+from tests.support.encode_jobs import SETUP, draw, encode
+from tests.support.spaces import fill, key, make_space
+
+SIZE = 80 << 20
+"""More than a job leaves free (`encode.estimate.SPARE_BYTES`), or it would be refused beforehand."""
+
+
+class Disk:
+    """A small file system, or a folder that behaves like one where none may be mounted."""
+
+    def __init__(self, folder: Path, mounted: bool, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self._mounted = folder, mounted
+        self._ballast = folder / "ballast"
+        self._full = False
+        if not mounted:  # every write of ours beneath it is refused while it is full
+            for call in ("pwritev", "pwrite"):
+                monkeypatch.setattr(os, call, self._guarded(getattr(os, call)))
+
+    def _guarded(self, real: object) -> object:
+        def guarded(*args: object) -> object:
+            if self._full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)  # type: ignore[operator]
+
+        return guarded
+
+    def fill(self) -> None:
+        """Somebody else's file takes all that is left."""
+        self._full = True
+        if not self._mounted:
+            return
+        with self._ballast.open("wb", buffering=0) as file:
+            for piece in (1 << 16, 1 << 12, 1):
+                try:
+                    while file.write(b"x" * piece):
+                        pass
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+
+    def free(self) -> None:
+        self._full = False
+        self._ballast.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    print("a real tmpfs" if mounted else "no right to mount: refused writes instead")
+    yield Disk(folder, mounted, monkeypatch)
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_an_encode_job_on_a_disk_that_fills_up(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "images", 24)
+    media = f"folder:{tmp_path / 'images'}"
+    setup = replace(SETUP, config=replace(SETUP.config, batch_size=2))
+    whole = encode(tmp_path / "whole", media, setup=setup).reader.logical_hash()
+    cache = disk.folder / "cache"
+
+    class Greedy(Worker):
+        """After eight images, the disk is full."""
+
+        seen = 0
+
+        def decode(self, data: bytes) -> object:
+            Greedy.seen += 1
+            if Greedy.seen == 8:
+                disk.fill()
+            return super().decode(data)
+
+    with pytest.raises(UserError) as full:
+        try:
+            encode(cache, media, setup=setup, worker_class=Greedy)
+        except OSError as error:  # as encode.run's main does
+            raise (row_writer.disk_full(error, cache) or error) from error
+    assert isinstance(full.value, DiskFull)
+    assert str(full.value).startswith(f"disk full ({cache}")
+    assert "\n" not in str(full.value)
+    report = verify(CacheRoot(cache), deep=True)
+    assert not report.broken
+    kept = sum(report.spaces[0].rows.values())
+    disk.free()
+    result = encode(cache, media, setup=setup)
+    assert result.job._book.encoded == 24 - kept
+    assert 0 < kept < 24
+    assert result.reader.logical_hash() == whole
+    assert len(read_media(CacheRoot(cache))) == 24
+
+
+def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
+    root = CacheRoot(disk.folder / "cache")
+    space = make_space(root.path)
+    for first in range(0, 40, 4):
+        fill(space, range(first, first + 4))
+    for kind in ARRAYS:
+        space.grow(kind)
+    before = FeatureReader(space.paths).logical_hash()
+    wanted = pa.array([bytes.fromhex(key(n)) for n in range(0, 40, 2)], pa.binary(32))
+    (found,) = find_unreferenced(space.paths, wanted)
+    assert (found.rows, found.shards) == (20, 10)
+    disk.fill()
+    with pytest.raises(UserError, match=r"disk full .*nothing is lost: free some space and run"):
+        take_out_unreferenced(found)
+    assert FeatureReader(space.paths).logical_hash() == before
+    assert not verify(root, deep=True).broken
+    disk.free()
+    (found,) = find_unreferenced(space.paths, wanted)
+    take_out_unreferenced(found)
+    assert space.keys("image") == {(key(n), "full") for n in range(0, 40, 2)}
+    assert len(space.paths.committed("image")) == 5
+    assert np.isfinite(FeatureReader(space.paths).read("image", key(0))).all()
+
+
+def test_a_second_job_is_told_who_the_first_is_and_changes_nothing(tmp_path: Path) -> None:
+    draw(tmp_path / "images", 2)
+    first = encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
+    draw(tmp_path / "images", 4)
+    whole = first.reader.logical_hash()
+    with (
+        DriverLock(first.paths, "process 7 on node-3"),
+        pytest.raises(UserError, match="is being written by process 7 on node-3; wait until that"),
+    ):
+        encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
+    assert first.reader.logical_hash() == whole
+    assert not verify(first.root, deep=True).broken
+    assert encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}").job._book.encoded == 2

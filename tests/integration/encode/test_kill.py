@@ -1,0 +1,111 @@
+"""kill -9 of a driver at any moment, then the same command again: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cache.store.locks import driver_holder
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader, find_space
+from tests.support import ROOT
+from tests.support.encode_jobs import Result, draw, encode
+
+IMAGES = 80
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+    """A driver in a process group of its own, at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.encode_jobs", str(folder), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_for_rows(
+    folder: Path, process: subprocess.Popen[str], rows: int = 1, timeout_s: float = 120
+) -> None:
+    """Until that many shards of one row are committed, or the process has ended."""
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline and committed(folder) < rows:
+        time.sleep(0.002)
+
+
+def space(folder: Path) -> SpacePaths:
+    return find_space(CacheRoot(folder / "cache"), None)
+
+
+def committed(folder: Path) -> int:
+    return len(list((folder / "cache").glob("spaces/*/commits/*.parquet")))
+
+
+def assert_whole(folder: Path, like: Result) -> None:
+    reader = FeatureReader(space(folder))
+    assert reader.rows("image") == IMAGES
+    assert reader.index["image"].duplicates() == []
+    assert reader.logical_hash() == like.reader.logical_hash()
+
+
+@pytest.mark.soak_counted
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_driver_killed_at_any_moment(
+    tmp_path: Path, workers: int, soak: Callable[[int, int], int]
+) -> None:
+    draw(tmp_path / "images", IMAGES)
+    whole = encode(tmp_path / "whole", f"folder:{tmp_path / 'images'}")
+    dice = random.Random(workers)
+    in_the_middle = 0
+    for i in range(soak(2, 20)):
+        folder = tmp_path / f"job-{i}"
+        folder.mkdir()
+        (folder / "images").symlink_to(tmp_path / "images")
+        process = start(folder, workers)
+        # By rows, not by the clock: however fast the machine, most kills hit a job at work.
+        wait_for_rows(folder, process, rows=dice.randrange(IMAGES // 2))
+        time.sleep(dice.uniform(0.0, 0.05))
+        process.kill()
+        process.wait()
+        process.communicate()
+        in_the_middle += committed(folder) < IMAGES
+        # Two runs: the first goes on where the dead one was, whatever it left; the second has nothing to do.
+        result = encode(folder / "cache", f"folder:{folder / 'images'}")
+        assert result.code == 0
+        assert result.failures() == {}
+        assert_whole(folder, whole)
+        assert len(result.ledger) == IMAGES
+        assert encode(folder / "cache", f"folder:{folder / 'images'}").plan.todo == ()
+    assert in_the_middle, "no kill hit a job at work: the test has lost its teeth"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_keeps_what_is_encoded_and_leaves_130(tmp_path: Path, workers: int) -> None:
+    draw(tmp_path / "images", IMAGES)
+    process = start(tmp_path, workers)
+    wait_for_rows(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process of the job
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    kept = FeatureReader(space(tmp_path)).rows("image")
+    last = out.splitlines()[-1]
+    assert last.startswith(f"interrupted: {kept} encoded and kept, {IMAGES - kept} left")
+    assert driver_holder(space(tmp_path)) is None
+    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
+    assert result.plan.reused == kept
+    assert result.reader.rows("image") == IMAGES

@@ -1,0 +1,208 @@
+"""Jobs over Ray: the same rows as inline, workers that die or hang, images that kill them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+
+from configs import UserError
+from encode.driver import ray_pool
+from encode.sources.demo_drawings import World
+from encode.sources.demo_videos import film
+from encode.worker.config import Setup
+from encode.worker.media_item import Pixels
+from encode.worker.messages import Office
+from encode.worker.worker import Encoder, Worker
+from tests.support.encode_jobs import SETUP, Result, draw, encode
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests of this file: starting it takes seconds."""
+    with ray_pool.session(cpus=3, gpus=0):
+        yield
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    draw(tmp_path / "photos", 60)
+    return tmp_path / "photos"
+
+
+def assert_whole(result: Result, like: Result) -> None:
+    """Every row exactly once, and each the one an uninterrupted job makes."""
+    assert result.reader.index["image"].duplicates() == []
+    assert result.reader.rows("image") == like.reader.rows("image")
+    assert result.reader.logical_hash() == like.reader.logical_hash()
+    assert {n: (r.key, r.width, r.status) for n, r in result.ledger.items()} == {
+        n: (r.key, r.width, r.status) for n, r in like.ledger.items()
+    }
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_make_the_rows_that_inline_makes(
+    photos: Path, tmp_path: Path, workers: int
+) -> None:
+    (photos / "broken.png").write_bytes(b"no image")
+    (photos / "twin.png").write_bytes((photos / "0007.png").read_bytes())
+    inline = encode(tmp_path / "inline", f"folder:{photos}")
+    setup = replace(SETUP, commit_every_s=1000.0)
+    result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, setup=setup)
+    assert_whole(result, inline)
+    assert result.job._book.encoded == 60
+    assert result.job._book.reused == 1
+    assert set(result.failures()) == {"broken.png"}
+    assert len(result.paths.committed("image")) <= workers + 1, "shards are filled, not one a task"
+
+
+class Marked(Worker):
+    """Leaves its process id where a test finds it; slow enough to be found at work."""
+
+    def __init__(self, setup: Setup, encoder: Encoder, office: Office, *, number: int):
+        super().__init__(setup, encoder, office, number=number)
+        folder = setup.space.parent.parent / "pids"
+        folder.mkdir(exist_ok=True)
+        (folder / f".{number}").write_text(str(os.getpid()))
+        (folder / f".{number}").rename(folder / str(number))
+
+    def decode(self, data: bytes) -> Image.Image:
+        time.sleep(0.05)
+        return super().decode(data)
+
+
+class Killer(threading.Thread):
+    """Kills a worker of a job, some time after the first one is at work."""
+
+    def __init__(self, pids: Path, wait_s: float):
+        super().__init__()
+        self.pids, self.wait_s = pids, wait_s
+        self.hit = False
+
+    def run(self) -> None:
+        while not list(self.pids.glob("[0-9]*")):
+            time.sleep(0.01)
+        time.sleep(self.wait_s)
+        victim = random.Random(self.wait_s).choice(sorted(self.pids.glob("[0-9]*")))
+        with contextlib.suppress(ProcessLookupError):  # the job was over
+            os.kill(int(victim.read_text()), signal.SIGKILL)
+            self.hit = True
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.soak_counted
+def test_a_worker_killed_at_any_moment_costs_no_row(
+    photos: Path, tmp_path: Path, soak: Callable[[int, int], int]
+) -> None:
+    inline = encode(tmp_path / "inline", f"folder:{photos}")
+    hits = 0
+    for i in range(soak(2, 20)):
+        root = tmp_path / f"cache-{i}"
+        killer = Killer(root / "pids", random.Random(i).uniform(0.0, 1.2))
+        killer.start()
+        result = encode(root, f"folder:{photos}", workers=2, worker_class=Marked)
+        killer.join()
+        hits += killer.hit
+        assert result.code == 0
+        assert_whole(result, inline)
+        assert result.failures() == {}, "no image is blamed for a bullet"
+    assert hits, "no kill hit a worker at work: the test has lost its teeth"
+
+
+class Deadly(Worker):
+    """Images of one size kill the process that decodes them."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        image = super().decode(data)
+        if image.size == (31, 31):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return image
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+    inline = encode(tmp_path / "inline", f"folder:{photos}")
+    (deadly,) = draw(tmp_path / "deadly", 1, first=500, side=31)
+    deadly.rename(photos / "0030-deadly.png")
+    (photos / "9999-twin.png").write_bytes((photos / "0030-deadly.png").read_bytes())
+    result = encode(tmp_path / "ray", f"folder:{photos}", workers=2, worker_class=Deadly)
+    assert result.code == 0
+    assert {n: stage for n, (stage, _) in result.failures().items()} == {
+        "0030-deadly.png": "decode",
+        "9999-twin.png": "decode",
+    }
+    assert result.failures()["0030-deadly.png"][1] == "killed its worker, alone too"
+    assert result.reader.logical_hash() == inline.reader.logical_hash()
+    again = encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Deadly)
+    assert again.plan.todo == (), "it is not tried again"
+
+
+class Hanging(Worker):
+    """Frames of one size never become pixels; those of another take their time."""
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        while image.size == (31, 31):
+            time.sleep(1.0)
+        if image.size == (25, 25):
+            time.sleep(0.4)
+        return super().prepare(image)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+    # Takes 6.4 s, longer than the time-out, but gets on: it is not to be suspected.
+    (photos / "0029-long.y4m").write_bytes(film(World(images=9, side=25, video_frames=16), 1))
+    inline = encode(tmp_path / "inline", f"folder:{photos}")
+    (photos / "0030-endless.y4m").write_bytes(film(World(images=9, side=31), 1))
+    result = encode(
+        tmp_path / "ray", f"folder:{photos}", workers=2, worker_class=Hanging, timeout_s=4.0
+    )
+    assert {n: error for n, (_, error) in result.failures().items()} == {
+        "0030-endless.y4m": "hung its worker, alone too"
+    }
+    assert result.reader.logical_hash() == inline.reader.logical_hash()
+
+
+class Doomed(Worker):
+    """Dies on its own account, whatever the picture."""
+
+    def run(self, tasks: object) -> list[object]:  # type: ignore[override]
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_only_die_stop_the_job(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stopped: \d workers in a row ended"):
+        encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Doomed)
+    result = encode(tmp_path / "ray", f"folder:{photos}")
+    assert result.failures() == {}
+    assert result.reader.rows("image") == 60
+
+
+class Refusing(Worker):
+    """Cannot start."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        raise UserError("the weights are not on this machine; give them: --weights PATH")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_worker_says_to_the_user_arrives_as_one_line(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Refusing)
+    assert str(refused.value) == "the weights are not on this machine; give them: --weights PATH"

@@ -1,0 +1,297 @@
+"""Videos through the encode job: rows, times, limits, neighbours on disk, failures, kills."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache.format.codec import pack
+from cache.format.frame_sampling import frame_views, sample_times
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord
+from cache.store.writer import Space
+from encode.sources.demo_drawings import World
+from encode.sources.demo_videos import film
+from encode.worker import prefetch
+from encode.worker.media_item import Pixels
+from encode.worker.messages import Outcome, SourceTask
+from encode.worker.row_writer import Group, Row, RowWriter
+from encode.worker.worker import Worker
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from model.vision.encoder import load_encoder
+from tests.integration.encode.test_kill import committed, space, start, wait_for_rows
+from tests.support.encode_jobs import SETUP, TINY, Result, draw, encode
+from tests.support.spaces import key, make_space, row
+
+LENGTHS = (2, 5, 16, 3, 8, 7)
+"""Frames of the videos; two a second."""
+
+
+def shoot(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> list[Path]:
+    """Videos of these lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, length in enumerate(lengths):
+        paths.append(folder / f"video{number:02}.y4m")
+        paths[-1].write_bytes(film(World(images=9, side=24, video_frames=length), number))
+    return paths
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    shoot(tmp_path / "videos")
+    return tmp_path / "videos"
+
+
+def record_of(result: Result, name: str) -> MediaRecord:
+    found = result.ledger[name]
+    assert found.key is not None
+    return found
+
+
+def rows_of(reader: FeatureReader, record: MediaRecord, max_frames: int = 128) -> list[int]:
+    views = frame_views(record.duration_s or 0.0, max_frames)
+    assert record.key is not None
+    return reader.lookup_pairs("frame", [record.key] * len(views), views).tolist()
+
+
+def test_rows_are_what_the_encoder_makes_of_each_frame_alone(videos: Path, tmp_path: Path) -> None:
+    result = encode(tmp_path / "cache", f"folder:{videos}", codec="fp16")
+    assert (result.code, result.failures()) == (0, {})
+    assert result.reader.rows("frame") == sum(LENGTHS)
+    assert result.reader.rows("image") == 0
+    encoder = load_encoder(TINY, device="cpu")
+    for path, length in zip(sorted(videos.iterdir()), LENGTHS, strict=True):
+        record = record_of(result, path.name)
+        assert (record.kind, record.width, record.height) == ("video", 24, 24)
+        assert record.duration_s == (length - 1) / 2
+        times = sample_times(record.duration_s, 128)
+        assert len(times) == length
+        rows = np.array(rows_of(result.reader, record))
+        assert result.reader.times("frame", rows).tolist() == [us / 1e6 for us in times]
+        for frame in frames(path, times, probe(path)):
+            alone = encoder.encode(encoder.prepare(frame.image)[None], "frame").numpy()
+            stored = result.reader.read("frame", record.key or "", f"t:{frame.wanted_us}")
+            assert stored.tobytes() == pack(alone, "fp16").tobytes()
+
+
+def test_a_video_lies_in_one_piece_in_time_order(videos: Path, tmp_path: Path) -> None:
+    draw(videos, 9)  # between the videos, in an array of their own
+    result = encode(
+        tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, commit_every_s=60.0)
+    )
+    assert (result.reader.rows("image"), result.reader.rows("frame")) == (9, sum(LENGTHS))
+    for name in (path.name for path in videos.glob("*.y4m")):
+        rows = rows_of(result.reader, record_of(result, name))
+        assert rows == list(range(rows[0], rows[0] + len(rows)))
+    assert len(result.paths.committed("frame")) == len(result.paths.committed("image")) == 1
+
+
+def test_a_higher_limit_encodes_only_the_new_frames(videos: Path, tmp_path: Path) -> None:
+    few = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=4))
+    before = {path: path.stat().st_mtime_ns for path in few.paths.root.rglob("c/*")}
+    counts = [len(frame_views((n - 1) / 2, 4)) for n in LENGTHS]
+    assert few.reader.rows("frame") == sum(counts)
+    more = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
+    wanted = [set(frame_views((n - 1) / 2, 4)) | set(frame_views((n - 1) / 2, 8)) for n in LENGTHS]
+    assert more.reader.rows("frame") == sum(map(len, wanted))
+    assert more.plan.rows == more.plan.new_rows["frame"] == sum(map(len, wanted)) - sum(counts)
+    assert more.plan.reused == sum(n <= 4 for n in LENGTHS), "short ones had all their frames"
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert more.reader.index["frame"].duplicates() == []
+    for name, record in more.ledger.items():
+        assert min(rows_of(more.reader, record, 8)) >= 0, name
+    again = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
+    assert again.plan.todo == ()
+
+
+def test_the_same_video_under_two_names_is_encoded_once(videos: Path, tmp_path: Path) -> None:
+    (videos / "copy.y4m").write_bytes((videos / "video02.y4m").read_bytes())
+    result = encode(tmp_path / "cache", f"folder:{videos}")
+    assert result.reader.rows("frame") == sum(LENGTHS)
+    assert result.job._book.reused == 1
+    copy, first = (record_of(result, name) for name in ("copy.y4m", "video02.y4m"))
+    assert (copy.key, copy.duration_s) == (first.key, first.duration_s)
+    assert copy.duration_s == 7.5
+
+
+def test_a_changed_video_is_another_video(videos: Path, tmp_path: Path) -> None:
+    encode(tmp_path / "cache", f"folder:{videos}")
+    data = bytearray((videos / "video01.y4m").read_bytes())
+    data[-1] ^= 1
+    (videos / "video01.y4m").write_bytes(data)
+    after = encode(tmp_path / "cache", f"folder:{videos}")
+    assert len(after.plan.todo) == 1
+    assert after.reader.rows("frame") == sum(LENGTHS) + 5
+
+
+class FailsLate(Worker):
+    """The third frame it sees of any video cannot be prepared."""
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen == 3:
+            raise BadMedia("no such frame")
+        return super().prepare(image)
+
+
+def test_a_video_that_fails_half_way_leaves_no_row(tmp_path: Path) -> None:
+    shoot(tmp_path / "videos", (16,))
+    videos = f"folder:{tmp_path / 'videos'}"
+    result = encode(tmp_path / "cache", videos, worker_class=FailsLate)
+    assert result.failures() == {"video00.y4m": ("decode", "no such frame")}
+    assert result.reader.rows("frame") == 0
+    again = encode(tmp_path / "cache", videos)
+    assert (again.plan.known_failures, again.plan.todo) == (1, ())
+
+
+def test_a_video_that_gives_too_few_frames_is_not_called_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shoot(tmp_path / "videos", (5,))
+    some = prefetch.frames
+    monkeypatch.setattr(prefetch, "frames", lambda *a, **k: itertools.islice(some(*a, **k), 3))
+    result = encode(tmp_path / "cache", f"folder:{tmp_path / 'videos'}")
+    assert result.failures() == {"video00.y4m": ("decode", "3 of 5 frames could be decoded")}
+    assert result.reader.rows("frame") == 0
+
+
+def test_damaged_videos_end_in_the_ledger_or_give_what_they_have(
+    videos: Path, tmp_path: Path
+) -> None:
+    (videos / "nonsense.mp4").write_bytes(b"no video at all" * 100)
+    (videos / "empty.mkv").touch()
+    whole = (videos / "video02.y4m").read_bytes()
+    (videos / "cut.y4m").write_bytes(whole[: len(whole) // 2])
+    result = encode(tmp_path / "cache", f"folder:{videos}")
+    assert {name: stage for name, (stage, _) in result.failures().items()} == {
+        "nonsense.mp4": "decode",
+        "empty.mkv": "decode",
+    }
+    cut = record_of(result, "cut.y4m")
+    assert cut.duration_s == 3.0, "the seven frames that are whole"
+    assert min(rows_of(result.reader, cut)) >= 0
+    assert result.reader.rows("frame") == sum(LENGTHS) + len(rows_of(result.reader, cut))
+
+
+def test_two_workers_make_the_same_store_as_one(videos: Path, tmp_path: Path) -> None:
+    draw(videos, 12)
+    one = encode(tmp_path / "one", f"folder:{videos}")
+    two = encode(tmp_path / "two", f"folder:{videos}", workers=2)
+    assert two.code == 0
+    assert two.reader.rows("frame") == sum(LENGTHS)
+    assert two.reader.logical_hash() == one.reader.logical_hash()
+
+
+@pytest.mark.soak_counted
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_driver_killed_among_videos(
+    tmp_path: Path, workers: int, soak: Callable[[int, int], int]
+) -> None:
+    images = tmp_path / "images"
+    lengths = LENGTHS * 4
+    shoot(images, lengths)
+    draw(images, 20)
+    whole = encode(tmp_path / "whole", f"folder:{images}")
+    total = len(whole.paths.committed("frame")) + len(whole.paths.committed("image"))
+    dice = random.Random(workers)
+    in_the_middle = 0
+    for i in range(soak(1, 10)):
+        folder = tmp_path / f"job-{i}"
+        folder.mkdir()
+        (folder / "images").symlink_to(images)
+        process = start(folder, workers)
+        wait_for_rows(folder, process, rows=dice.randrange(1, total // 2))
+        time.sleep(dice.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        in_the_middle += committed(folder) < total
+        resumed = encode(folder / "cache", f"folder:{images}")
+        assert resumed.code == 0
+        reader = FeatureReader(space(folder))
+        assert reader.index["frame"].duplicates() == []
+        assert reader.logical_hash() == whole.reader.logical_hash()
+    assert in_the_middle
+
+
+# ---- the writer
+
+
+def writer_of(made: Space) -> tuple[RowWriter, list[Outcome]]:
+    """A writer of this space, and what it says is done."""
+    numbers = itertools.count()
+    done: list[Outcome] = []
+    writer = RowWriter(
+        made,
+        next_shard=lambda _: next(numbers),
+        fence=lambda: None,
+        done=done.append,
+        commit_every_s=60.0,
+    )
+    return writer, done
+
+
+def test_a_video_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> None:
+    """One row is left beside the first video; a video larger than a shard goes on in the next."""
+    made = make_space(tmp_path)
+    slots = made.rows_per_shard("frame")
+    lengths = (slots - 1, slots - 1, slots + 2, 2)
+    writer, done = writer_of(made)
+    for video, length in enumerate(lengths):
+        task = SourceTask(source=f"/{video}", kind="video")
+        record = MediaRecord(source=task.source, kind="video", key=key(video))
+        rows = [
+            Row(view=f"t:{i}", time_s=float(i), payload=row(i, "frame"), lost=0.0)
+            for i in range(length)
+        ]
+        writer.put(Group(task=task, record=record, rows=rows))
+    writer.commit()
+    writer.close()
+    assert [outcome.task.source for outcome in done] == ["/0", "/1", "/2", "/3"]
+    assert all(outcome.result == "ok" for outcome in done)
+    table = made.commits("frame")
+    found = {
+        video: [
+            row
+            for row, of in zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True)
+            if of.hex() == key(video)
+        ]
+        for video in range(4)
+    }
+    starts = (0, slots, 2 * slots - 1, 3 * slots + 1)
+    assert found == {
+        video: list(range(first, first + length))
+        for video, (first, length) in enumerate(zip(starts, lengths, strict=True))
+    }
+
+
+def test_waiting_for_room_ends(tmp_path: Path) -> None:
+    """More rows than may wait at once pass through, and `put` never hangs."""
+    made = make_space(tmp_path)
+    writer, done = writer_of(made)
+
+    def put_all() -> None:
+        for number in range(200):
+            task = SourceTask(source=f"/{number}")
+            record = MediaRecord(source=task.source, key=key(number))
+            only = Row(view="full", time_s=None, payload=row(number), lost=0.0)
+            writer.put(Group(task=task, record=record, rows=[only]))
+
+    thread = threading.Thread(target=put_all)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    writer.commit()
+    writer.close()
+    assert len(done) == 200

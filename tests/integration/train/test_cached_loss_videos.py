@@ -1,0 +1,261 @@
+"""Videos live: what the whole model sees of a file is what training reads from the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache.format.frame_sampling import sample_times
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import MediaRef, append_media, read_media, read_samples, write_samples
+from configs import UserError
+from encode import run as encode_run
+from encode.check import loss
+from model import generate
+from model.generate import Options, in_order, live_video
+from model.inference import answer
+from model.io.saved_model import load_final, save_final
+from model.media import video
+from model.vision.encoder import rebuild_encoder
+from model.vlm import build_vlm
+from tests.support.videos import make_video
+from train.data.features import looked_at
+from train.data.join import Join, join
+
+LIMIT = 5
+"""Frames of a video."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A cache of videos and images from files, and an untrained model on it that looks."""
+
+    folder: Path
+    model: Path
+    features: Path
+
+    @property
+    def joined(self) -> Join:
+        names = {"demo-videos": None, "demo-captions": None}
+        return join(
+            CacheRoot(self.features),
+            self.reader,
+            names,
+            split="train",
+            held_out=0.0,
+            min_coverage=1.0,
+            max_frames=LIMIT,
+        )
+
+    @property
+    def reader(self) -> FeatureReader:
+        return FeatureReader(find_space(CacheRoot(self.features), None))
+
+    def source(self, joined: Join, media: int) -> Path:
+        ledger = read_media(CacheRoot(self.features)).values()
+        return Path(next(r.source for r in ledger if r.key == joined.key(media)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    folder = tmp_path_factory.mktemp("live-videos")
+    features = folder / "cache"
+    command = ["--dataset", "demo-videos", "demo-captions", "--encoder", "demo", "--limit", "6"]
+    command += ["--max-frames", str(LIMIT), "--features", str(features), "--workers", "0"]
+    assert encode_run.main(command) == 0
+    reader = FeatureReader(find_space(CacheRoot(features), None))
+    vlm, tokenizer = build_vlm(reader.spec.width, "random:qwen3-tiny", "linear", seed=6)
+    generator = torch.Generator().manual_seed(11)
+    for p in vlm.language.parameters():
+        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
+    # What frames have in common is taken away and what differs enlarged, or all would look alike.
+    views = [
+        (key, "t:0") for key in {r.key for r in read_media(CacheRoot(features)).values()} if key
+    ]
+    seen = [reader.read("frame", *v) for v in views if reader.contains("frame", *v)]
+    vlm.connector.weight.data *= 20
+    common = torch.from_numpy(np.concatenate(seen).astype(np.float32).mean(0))
+    vlm.connector.bias.data = -vlm.connector.weight.data @ common
+    space = json.loads(reader.paths.space_json.read_text())
+    meta = {"connector": "linear", "llm": "x", "space": space, "stage": 1, "step": 0}
+    save_final(folder / "run/stage1/final", vlm, tokenizer, meta | {"max_frames": LIMIT})
+    return Live(folder, folder / "run/stage1/final", features)
+
+
+def test_cached_loss_is_live_loss_on_videos(
+    world: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--run", str(world.model), "--features", str(world.features), "--samples", "8"]
+    assert loss.main(words) == 0
+    assert "images and frames give the stored row to the bit" in capsys.readouterr().out
+    result = loss.compare(loss.Options(run=str(world.model), features=world.features, samples=8))
+    assert (result.samples, result.videos) == (8, 4)
+    assert result.same_rows == result.images > 4 + 2 * 4
+    assert result.cached == result.live
+    assert result.cached == pytest.approx(result.unrounded, rel=0.01)
+
+
+def test_with_other_frames_than_are_stored_there_is_nothing_to_compare(world: Live) -> None:
+    options = loss.Options(run=str(world.model), features=world.features, samples=20, max_frames=3)
+    result = loss.compare(options)
+    assert (result.samples, result.videos) == (6, 0)  # the images
+
+
+def test_what_came_from_the_web_cannot_be_looked_at_again(world: Live) -> None:
+    root = CacheRoot(world.features)
+    sample = next(iter(read_samples(root, "demo-videos")))
+    record = read_media(root)[sample.media[0].source]
+    url = "https://a.example/video.y4m"
+    append_media(root, [replace(record, source=url)], "test")
+    write_samples(
+        root, "web", [replace(sample, dataset="web", media=(MediaRef(source=url, kind="video"),))]
+    )
+    options = loss.Options(run=str(world.model), features=world.features, samples=50)
+    assert loss.compare(options).samples == 12
+    joined = join(
+        root,
+        world.reader,
+        {"web": None},
+        split="train",
+        held_out=0.0,
+        min_coverage=1.0,
+        max_frames=LIMIT,
+    )
+    assert joined.size == 1  # while training on it needs no file
+
+
+def test_a_video_that_is_gone_or_broken_is_said(world: Live) -> None:
+    sample = next(iter(read_samples(CacheRoot(world.features), "demo-videos")))
+    path = Path(sample.media[0].source)
+    whole = path.read_bytes()
+    options = loss.Options(run=str(world.model), features=world.features, samples=2)
+    try:
+        path.write_bytes(b"YUV4MPEG2 nothing")
+        with pytest.raises(UserError, match="it has changed since it was encoded"):
+            loss.compare(options)
+        path.unlink()
+        with pytest.raises(UserError, match="cannot be read to encode it again: No such file"):
+            loss.compare(options)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
+    """Frames, times, features: to the bit."""
+    joined, reader = world.joined, world.reader
+    encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
+    space = json.loads(reader.paths.space_json.read_text())
+    videos = [m for m in range(len(joined.kinds)) if joined.is_video(m)]
+    assert len(videos) >= 2
+    for m in videos:
+        path = world.source(joined, m)
+        found = live_video(encoder, space, path, video.probe(path), LIMIT)
+        (cached,) = looked_at(joined, [m], reader)
+        assert not isinstance(cached, torch.Tensor)
+        assert list(found.times_s) == list(cached.times_s)
+        assert torch.equal(found.features, cached.features)
+
+
+def test_answers_about_videos_are_those_from_the_cache(
+    world: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined, reader = world.joined, world.reader
+    vlm, tokenizer, _ = load_final(world.model)
+    video = next(m for m in range(len(joined.kinds)) if joined.is_video(m))
+    other = next(m for m in range(video + 1, len(joined.kinds)) if joined.is_video(m))
+    image = next(m for m in range(len(joined.kinds)) if not joined.is_video(m))
+    files = {m: str(world.source(joined, m)) for m in (video, other, image)}
+    said = set()
+    for words, prompt, order in (
+        (["--video", files[video]], "what?", [video]),
+        (["--video", files[other]], "what?", [other]),
+        (["--video", files[video], files[other]], "<video> or <video>?", [video, other]),
+        (
+            ["--video", files[video], "--image", files[image]],
+            "In <video> see <image>?",
+            [video, image],
+        ),
+        (["--video", files[video], "--image", files[image]], "see?", [image, video]),
+    ):
+        capsys.readouterr()
+        command = ["--run", str(world.model), "--max-new-tokens", "12", "--prompt", prompt]
+        assert generate.main([*command, *words]) == 0
+        asked = prompt.replace("<video>", "<image>")
+        features = looked_at(joined, order, reader)
+        wanted = answer(vlm, tokenizer, [([("user", asked, 1.0)], features)], max_new_tokens=12)
+        out, err = capsys.readouterr()
+        assert (out, err) == (wanted[0] + "\n", "")
+        said.add(out)
+    assert len(said) >= 4, "videos, their order and their place all matter"
+
+
+def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> None:
+    """A real container; more frames by --max-frames, and each frame once."""
+    path = make_video(tmp_path / "video.mp4", frames=30, fps=Fraction(10))
+    info = video.probe(path)
+    reader = world.reader
+    encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
+    space = json.loads(reader.paths.space_json.read_text())
+    few = live_video(encoder, space, path, info, 3)
+    assert list(few.times_s) == pytest.approx([0.0, 1.4, 2.9], abs=0.051)
+    many = live_video(encoder, space, path, info, 128)
+    assert list(many.times_s) == pytest.approx([us / 1e6 for us in sample_times(2.9, 128)])
+    short = make_video(tmp_path / "short.mp4", frames=2, times_ms=[0, 980])
+    info = video.probe(short)
+    assert len(sample_times(info.duration_s, 128)) == 3  # 0, 0.5, 0.98
+    found = live_video(encoder, space, short, info, 128)
+    assert list(found.times_s) == [0.0, 0.98]
+    assert len(found.features) == 2
+    assert np.isfinite(found.features.numpy()).all()
+
+
+def test_media_follow_their_marks() -> None:
+    images = [torch.zeros(1, 1), torch.ones(1, 1)]
+    videos = [
+        generate.Video(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)
+    ]
+    files = {"image": (Path("a"), Path("b")), "video": (Path("c"), Path("d"))}
+    options = Options(prompt="<video>x<image> <image><video>", **files)
+    prompt, media = in_order(options, [*images, *videos])
+    assert prompt == "<image>x<image> <image><image>"
+    assert media == [videos[0], *images, videos[1]]
+    prompt, media = in_order(Options(prompt="what?", **files), [*images, *videos])
+    assert (prompt, media) == ("what?", [*images, *videos])
+    word = Options(prompt="a <video> word", image=files["image"])
+    assert in_order(word, images) == ("a <video> word", images)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--video", "nowhere.mp4", "--prompt", "x"], r"nowhere\.mp4: no such file; --video takes"),
+        (
+            ["--video", "a.mp4", "--prompt", "<image>?"],
+            "1 <image> and 0 <video> marks in the prompt",
+        ),
+        (
+            ["--video", "a", "b", "--prompt", "<video>?"],
+            "0 --image and 2 --video but 0 <image> and 1",
+        ),
+        (["--video", "a", "--prompt", "x", "--max-frames", "0"], "max_frames 0 is below 1"),
+    ],
+)
+def test_mistakes_are_one_line(world: Live, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        generate.main(["--run", str(world.model), *words])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_video_is_said(world: Live, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_bytes(b"no video at all")
+    words = ["--run", str(world.model), "--prompt", "x", "--video", str(tmp_path / "text.mp4")]
+    with pytest.raises(UserError, match=r"text\.mp4: .*; give a sound video file") as caught:
+        generate.main(words)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+"""Real photographs, all the way: encoded, three stages memorise their captions, the files answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import read_media
+from tests.support.photos import CAPTIONS, make_folder
+
+STEPS = {1: 500, 2: 60, 3: 30}
+"""Enough for every caption to be told by heart, stage by stage."""
+
+
+def run(*argv: str, folder: Path) -> str:
+    """A command as a user types it, in a working directory of its own."""
+    done = subprocess.run([sys.executable, "-m", *argv], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, cache/ and a run of three stages in runs/photos/."""
+    folder = tmp_path_factory.mktemp("photographs")
+    make_folder(folder / "photos")
+    # The working directory holds a data folder named `cache` from here on, as a user's does.
+    run(
+        *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
+        *("--pool", "2", "--workers", "0"),
+        folder=folder,
+    )
+    for stage, steps in STEPS.items():
+        first = ("--llm", "random:qwen3-tiny") if stage == 1 else ()
+        run(
+            *("train.run", "--stage", str(stage), "--run", "photos", "--hardware", "cpu", *first),
+            *("--held-out", "0", "--batch-size", "23", "--max-steps", str(steps)),
+            *("--learning-rate", "3e-3", "--connector-learning-rate", "3e-3"),
+            *("--warmup-steps", "10", "--eval-every", "0"),
+            folder=folder,
+        )
+    return folder
+
+
+def test_every_photograph_is_in_the_space_with_its_size(trained: Path) -> None:
+    root = CacheRoot(trained / "cache")
+    reader = FeatureReader(find_space(root, None))
+    media = read_media(root)
+    assert len(media) == len(CAPTIONS) >= 20
+    assert {record.status for record in media.values()} == {"ok"}
+    assert reader.rows("image") == len(CAPTIONS)
+    sizes = {Path(source).stem: (record.width, record.height) for source, record in media.items()}
+    assert sizes["retina"] == (1411, 1411)
+    assert sizes["no_time_for_that_tiny"] == (14, 25)
+
+
+@pytest.mark.parametrize("name", ["astronaut.jpg", "camera.png", "coffee.jpg", "chelsea.webp"])
+def test_a_photograph_answers_with_the_caption_it_was_trained_on(trained: Path, name: str) -> None:
+    """Live, through the encoder: sideways, 16 bit, CMYK and WebP."""
+    caption = next(text for file, text in CAPTIONS.items() if Path(file).stem == Path(name).stem)
+    said = run(
+        *("model.generate", "--run", "photos", "--image", f"photos/{name}"),
+        *("--prompt", "Describe this image."),
+        folder=trained,
+    )
+    assert said.strip() == caption
+
+
+def test_the_same_command_again_encodes_nothing(trained: Path) -> None:
+    said = run(
+        *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
+        *("--pool", "2"),
+        folder=trained,
+    )
+    assert f"encoded=0 reused={len(CAPTIONS)} failed=0" in said

@@ -1,0 +1,560 @@
+"""The trainer as a user meets it: it learns, refuses with a way out, and goes on after being killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache.store.paths import CacheRoot
+from cache.store.samples import dataset_names
+from configs import UserError
+from model.io.saved_model import load_final
+from model.vlm import build_vlm
+from tests.support import ROOT, trained_runs
+from train import checkpoint, run_folder, setup
+from train.config import Options, preset
+from train.forward import choose_precision
+from train.metrics import StepRecord, read_metrics, screen_line
+from train.run import main
+
+BASE = [
+    *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"),
+    *("--batch-size", "8", "--learning-rate", "3e-3", "--held-out", "0.2", "--log-every", "1000"),
+]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
+    """A cache no test changes."""
+    return trained_runs.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def train(
+    cache: CacheRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
+    """`train("--max-steps", "3")` runs a stage below tmp_path and returns its folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, features: Path = cache.path) -> Path:
+        words = [*BASE, "--features", str(features), *arguments]
+        assert main(words) == 0
+        name = words[words.index("--run") + 1] if "--run" in words else "default"
+        return tmp_path / "runs" / name / f"stage{_stage(words)}"
+
+    yield run
+
+
+def _stage(words: list[str]) -> int:
+    return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+# ---- it learns
+
+
+def test_it_learns_what_images_show(train: Callable[..., Path]) -> None:
+    folder = train("--max-steps", "150", "--eval-every", "50")
+    lines = read_metrics(folder)
+    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert losses(folder)[-1] < 0.05 < 3 < losses(folder)[0]
+    # Looking is the only way to know the colour of an image never seen: ln(4) / tokens without it.
+    assert held_out[-1] < 0.05
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [50, 100, 150]
+    _, _, meta = load_final(folder / "final")
+    assert (meta["stage"], meta["step"]) == (1, 150)
+    assert meta["space"]["fingerprint"] == trained_runs.spec().fingerprint
+
+
+def test_every_line_says_everything(train: Callable[..., Path], capsys: Any) -> None:
+    folder = train("--max-steps", "3", "--log-every", "1")
+    for number, line in enumerate((x for x in read_metrics(folder) if "loss" in x), 1):
+        StepRecord(**line)  # exactly these fields
+        assert line["step"] == number
+        assert line["samples"] == 8
+        assert 0 <= line["wait_s"] <= line["step_s"]
+        assert line["tokens"] > 0 and line["memory_gib"] > 0.01 and math.isfinite(line["grad_norm"])
+    shown = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 3/3  loss")]
+    for word in ("lr", "grad", "tok/s", "samples/s", "wait", "ms", "GiB", "ETA 0 s"):
+        assert word in shown[0], word
+
+
+def test_screen_line_averages_its_window() -> None:
+    def record(step: int, loss: float, step_s: float) -> StepRecord:
+        return StepRecord(
+            step=step,
+            epoch=0.0,
+            loss=loss,
+            lr=1e-4,
+            connector_lr=0.0,
+            grad_norm=2.0,
+            samples=8,
+            tokens=500,
+            step_s=step_s,
+            wait_s=0.1,
+            memory_gib=1.5,
+        )
+
+    line = screen_line([record(9, 1.0, 0.5), record(10, 2.0, 1.5)], 3610)
+    assert line == (
+        "step   10/3610  loss 1.5000  lr 1.00e-04  grad 2.00  500 tok/s  8.0 samples/s  wait 10.0%  "
+        "1000 ms  1.5 GiB  ETA 1 h 00 min"
+    )
+
+
+# ---- what is learned does not depend on how it is cut
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        ["--max-tokens", "64", "--max-sequence-length", "64"],
+        ["--batch-size", "2", "--gradient-accumulation-steps", "4"],
+        ["--use-gradient-checkpointing"],
+        ["--read-threads", "1", "--read-ahead", "1"],
+    ],
+    ids=lambda cut: cut[0],
+)
+def test_batching_and_memory_settings_change_nothing(
+    train: Callable[..., Path], cut: list[str]
+) -> None:
+    whole = losses(train("--max-steps", "6", "--run", "whole"))
+    parts = losses(train("--max-steps", "6", "--run", "parts", *cut))
+    assert parts == pytest.approx(whole, rel=2e-4)
+
+
+def test_the_seed_decides(train: Callable[..., Path]) -> None:
+    one = losses(train("--max-steps", "3", "--run", "one"))
+    same = losses(train("--max-steps", "3", "--run", "same"))
+    other = losses(train("--max-steps", "3", "--run", "other", "--seed", "1"))
+    assert one == same
+    assert one != other
+
+
+def test_bfloat16_learns_the_same_to_its_precision(train: Callable[..., Path]) -> None:
+    exact = losses(train("--max-steps", "6", "--run", "exact"))
+    rough = losses(train("--max-steps", "6", "--run", "rough", "--precision", "bfloat16"))
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=2e-2)
+
+
+def test_precision_follows_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    tiny = build_vlm(64, "random:qwen3-tiny", "linear", 0, device="meta")[0]
+    large = build_vlm(64, "random:qwen3-0.6b", "linear", 0, device="meta")[0]
+    for has_amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        assert choose_precision("auto", cpu, tiny) is None
+        assert choose_precision("auto", cpu, large) is (torch.bfloat16 if has_amx else None)
+        assert choose_precision("float32", cpu, large) is None
+        assert choose_precision("bfloat16", cpu, tiny) is torch.bfloat16
+    assert choose_precision("auto", torch.device("mps"), large) is None
+
+
+@pytest.mark.parametrize("frozen", ["connector", "llm"])
+def test_frozen_means_unchanged(train: Callable[..., Path], frozen: str, capsys: Any) -> None:
+    folder = train("--max-steps", "2", f"--no-train-{frozen}")
+    after = load_file(folder / "final" / "model.safetensors")
+    fresh = setup.build_model(
+        Options(llm="random:qwen3-tiny", connector="linear"),
+        None,
+        trained_runs.spec(),
+        torch.device("cpu"),
+    )
+    changed = {n.split(".")[0] for n, p in fresh.named_parameters() if not torch.equal(p, after[n])}
+    part = {"connector": "connector", "llm": "language"}[frozen]
+    assert changed == {"connector", "language"} - {part}
+    assert f"{part} frozen: 0 of" in capsys.readouterr().out
+    line = read_metrics(folder)[0]
+    assert line["lr" if frozen == "llm" else "connector_lr"] == 0
+
+
+# ---- stages
+
+
+def test_stage_2_starts_from_stage_1(train: Callable[..., Path]) -> None:
+    with pytest.raises(
+        UserError, match=r"stage1 does not exist: python -m train.run --run default"
+    ):
+        train("--stage", "2", "--max-steps", "2")
+    first = train("--max-steps", "20")
+    second = train("--stage", "2", "--max-steps", "1", "--learning-rate", "0", "--seed", "7")
+    assert losses(second)[0] < losses(first)[0] - 0.3
+    before = load_file(first / "final" / "model.safetensors")
+    after = load_file(second / "final" / "model.safetensors")
+    language = [n for n in before if n.startswith("language.")]
+    assert all(torch.equal(before[n], after[n]) for n in language)  # its rate was 0
+    assert not torch.equal(before["connector.weight"], after["connector.weight"])
+    assert json.loads((second / "final" / "nanomolmo2.json").read_text())["stage"] == 2
+
+
+def test_a_stage_can_start_from_another_run(train: Callable[..., Path]) -> None:
+    first = train("--max-steps", "20", "--run", "one", "--connector", "mlp")
+    for origin in ("one", str(first / "final")):
+        name = f"from-{len(origin)}"
+        second = train("--run", name, "--stage", "2", "--from", origin, "--max-steps", "1")
+        assert losses(second)[0] < losses(first)[0] - 0.3
+        meta = json.loads((second / "final" / "nanomolmo2.json").read_text())
+        assert meta["connector"] == "mlp"  # the checkpoint's, without being told
+    with pytest.raises(UserError, match="its connector is mlp, not linear; leave --connector out"):
+        train("--run", "x", "--from", "one", "--connector", "linear")
+    with pytest.raises(UserError, match="no run nothing"):
+        train("--run", "x", "--from", "nothing")
+
+
+def test_stage_2_waits_for_stage_1_to_finish(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(train, monkeypatch, "--max-steps", "2")
+    with pytest.raises(UserError, match=r"stage1 is not finished: .*--stage 1 --resume"):
+        train("--stage", "2")
+
+
+# ---- refusals, each with its way out
+
+
+def test_an_existing_run_is_refused(train: Callable[..., Path], capsys: Any) -> None:
+    train("--max-steps", "2")
+    with pytest.raises(UserError, match=r"exists and is finished; choose another name: --run NAME"):
+        train("--max-steps", "2")
+    capsys.readouterr()
+    train("--max-steps", "2", "--resume")
+    assert "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_two_trainers_do_not_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "default" / "stage1"
+    with run_folder.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
+        train("--max-steps", "1")
+    train("--max-steps", "1")
+
+
+def test_exit_code_and_one_line(cache: CacheRoot, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "train.run", *BASE),
+            *("--features", str(cache.path), "--no-freeze-vision-encoder"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert "the frozen encoder made once" in done.stderr
+
+
+def test_features_that_are_not_there(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"no feature space under .*python -m encode.run"):
+        train(features=tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"none of the data sets cap is under .*encode.run"):
+        train("--datasets", "cap")
+    with pytest.raises(UserError, match="'much' is no number; write NAME=SHARE"):
+        train("--datasets", "colors=much")
+    assert dataset_names(cache) == ["colors"]
+
+
+def test_two_spaces_must_be_told_apart(train: Callable[..., Path], tmp_path: Path) -> None:
+    root = trained_runs.make(tmp_path / "two", 20)
+    trained_runs.make(tmp_path / "two", 20, codec="int8")
+    with pytest.raises(UserError, match=r"2 spaces under .*--space toy-fp16-\w+ \| toy-int8-\w+"):
+        train(features=root.path)
+    folder = train("--space", "toy-int8", "--max-steps", "1", features=root.path)
+    assert json.loads((folder / "run.json").read_text())["space"].startswith("toy-int8-")
+
+
+def test_another_space_than_the_checkpoints(train: Callable[..., Path], tmp_path: Path) -> None:
+    train("--max-steps", "1", "--run", "one")
+    other = trained_runs.make(tmp_path / "other", 20, image_size=8, patch_size=4, codec="int8")
+    with pytest.raises(
+        UserError,
+        match=r"trained on the space toy-fp16-\w+, not on toy-int8-\w+ \(image_size 4 there, 8 here; "
+        r"patch_size 2 there, 4 here; codec fp16 there, int8 here\); choose that one: --space",
+    ):
+        train("--run", "two", "--from", "one", "--max-steps", "1", features=other.path)
+
+
+def test_too_few_features(train: Callable[..., Path], tmp_path: Path) -> None:
+    root = trained_runs.make(tmp_path / "half", 20)
+    files = tmp_path / "half" / "images"
+    trained_runs.write_samples(root, "colors", trained_runs.samples(files, 40, "colors"))
+    with pytest.raises(
+        UserError, match=r"features for 50.0% .* min_coverage 95.0%.*--min-coverage"
+    ):
+        train(features=root.path)
+    train("--min-coverage", "0.4", "--max-steps", "1", features=root.path)
+
+
+def test_a_sample_longer_than_the_window(train: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"sample colors/\d+-\w+ is \d+ tokens long"):
+        train("--max-sequence-length", "20")
+
+
+def test_a_window_beyond_the_language_model_is_refused(train: Callable[..., Path]) -> None:
+    with pytest.raises(UserError) as refused:
+        train("--max-sequence-length", "5000", "--max-tokens", "5000")
+    message = str(refused.value)
+    assert (
+        "max_sequence_length 5,000 is more than the 4,096 positions of random:qwen3-tiny" in message
+    )
+    assert "--max-sequence-length 4096" in message and "\n" not in message
+    train("--max-sequence-length", "4096", "--max-tokens", "4096", "--max-steps", "1")
+
+
+def test_nonsense_dies_at_once(train: Callable[..., Path]) -> None:
+    for words, message in (
+        (["--no-train-llm", "--no-train-connector"], "nothing would learn"),
+        (["--max-tokens", "100"], "give --max-tokens 2048"),
+        (["--held-out", "1.0"], "leaves nothing to train on"),
+        (["--betas", "0.9", "1.0"], "must be in"),
+        (["--seed", "-1"], "seed -1 is not between"),
+        (["--max-steps", "0"], "max_steps 0 is below 1"),
+        (["--max-frames", "0"], "max_frames 0 is below 1"),
+        (["--hardware", "25gb"], "nearest: 24gb"),
+        (["--stage", "4"], "there are stages 1, 2, 3"),
+        (["--llm", "random:qwen3-tinny"], "nearest: qwen3-tiny"),
+        (["--learning-rat", "1"], "nearest: --learning-rate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(*words)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(
+    train: Callable[..., Path], tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)  # what an import then says is ImportError
+    with pytest.raises(UserError, match=rf"--log {tracker} .* pip install 'nanomolmo2\[track\]'"):
+        train("--log", tracker, "--max-steps", "1")
+
+
+def test_a_nan_stops_before_the_step(train: Callable[..., Path], tmp_path: Path) -> None:
+    root = trained_runs.make(tmp_path / "broken", 20, broken=11)
+    with pytest.raises(
+        UserError, match=r"step \d+: the loss is nan; samples .*colors/11-"
+    ) as caught:
+        train("--max-steps", "9", "--save-every", "1", "--held-out", "0", features=root.path)
+    folder = tmp_path / "runs" / "default" / "stage1"
+    stopped = int(str(caught.value).split()[1].rstrip(":"))
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, stopped))
+    for path in checkpoint.committed(folder / "checkpoints"):
+        tensors = load_file(path / checkpoint.MODEL).values()
+        assert all(bool(t.isfinite().all()) for t in tensors)
+
+
+def test_an_infinite_gradient_stops_before_the_step(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_hook(*arguments: Any) -> Any:
+        vlm = start_build(*arguments)
+        vlm.connector.weight.register_hook(lambda grad: grad * float("inf"))
+        return vlm
+
+    start_build = setup.build_model
+    monkeypatch.setattr(setup, "build_model", with_hook)
+    with pytest.raises(
+        UserError, match=r"step 1: the gradient is not finite in 1 .*connector.weight"
+    ):
+        train("--max-steps", "2")
+    assert losses(tmp_path / "runs" / "default" / "stage1") == []
+
+
+# ---- options
+
+
+def test_stage_and_hardware_presets() -> None:
+    first = preset({"stage": "1", "hardware": "40gb"})
+    assert (first["learning_rate"], first["connector_learning_rate"]) == (1e-4, 1e-3)
+    assert (first["batch_size_per_gpu"], first["gradient_accumulation_steps"]) == (32, 4)
+    assert (first["max_steps"], first["warmup_steps"], first["max_tokens"]) == (
+        100_000,
+        2000,
+        16384,
+    )
+    third = preset({"stage": "3", "hardware": "24gb"})
+    assert (third["max_sequence_length"], third["max_tokens"]) == (
+        36864,
+        36864,
+    )  # raised to the window
+    assert (third["max_steps"], third["learning_rate"]) == (2000, 3e-5)
+    small = preset({"stage": "2", "hardware": "cpu"})
+    assert (small["batch_size_per_gpu"], small["max_sequence_length"]) == (1, 2048)
+    short = preset({"stage": "1", "hardware": "cpu", "max_steps": "1000"})
+    assert (short["warmup_steps"], short["connector_warmup_steps"]) == (20, 2)  # in proportion
+
+
+def test_inspect_shows_batches_and_leaves_nothing(
+    train: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    train("--inspect")
+    shown = capsys.readouterr().out
+    assert "<|im_start|>assistant" in shown and "x4 tokens]" in shown
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [".tokens"]
+
+
+def test_tensorboard_curves(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["--max-steps", "6", "--log", "tensorboard", "--log-every", "1", "--save-every", "4"]
+    folder = interrupted(train, monkeypatch, *words)  # back to step 4
+    train(*words, "--resume")
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    points = [(e.step, e.value) for e in events.Scalars("loss")]
+    expected = [(i, pytest.approx(x, rel=1e-6)) for i, x in enumerate(losses(folder), 1)]
+    assert points == expected  # once each, though 5 and 6 were drawn twice
+    assert "held_out_loss" in events.Tags()["scalars"]
+
+
+def interrupted(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any
+) -> Path:
+    """A stage stopped before its model is saved, and without its last checkpoint."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.run.save_final", stop)
+        train(*words, **options)
+    folder = Path("runs/default/stage1")
+    for path in checkpoint.committed(folder / "checkpoints")[1:]:
+        (path / checkpoint.COMMITTED).unlink()
+    return folder
+
+
+# ---- going on
+
+
+def test_resume_continues_with_the_runs_own_options(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cache: CacheRoot, capsys: Any
+) -> None:
+    words = ["--max-steps", "6", "--save-every", "2", "--datasets", "colors=1", "--space", "toy"]
+    whole = losses(train(*words, "--run", "whole"))
+    folder = interrupted(train, monkeypatch, *words)
+    with pytest.raises(
+        UserError, match=r"stage 1 of this run exists \(6 steps\); go on with --resume"
+    ):
+        train(*words)
+    with pytest.raises(UserError, match=r"keeps its options, but learning_rate 0.003 -> 0.1"):
+        train(*words, "--resume", "--learning-rate", "0.1")
+    capsys.readouterr()
+    assert main(["--resume", "--features", str(cache.path)]) == 0  # everything else is remembered
+    assert "resuming after step 4" in capsys.readouterr().out
+    assert losses(folder) == whole
+    train(*words, "--resume")  # the command that began the run also resumes it
+
+
+def test_dropout_draws_the_same_after_a_resume(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_dropout(*arguments: Any) -> Any:
+        vlm = start_build(*arguments)
+        vlm.connector.register_forward_hook(
+            lambda module, _, output: torch.nn.functional.dropout(output, 0.5, module.training)
+        )
+        return vlm
+
+    start_build = setup.build_model
+    words = ["--max-steps", "6", "--save-every", "2"]
+    without = losses(train(*words, "--run", "without"))
+    monkeypatch.setattr(setup, "build_model", with_dropout)
+    whole = losses(train(*words, "--run", "whole"))
+    assert whole != without
+    folder = interrupted(train, monkeypatch, *words)
+    train(*words, "--resume")
+    assert losses(folder) == whole
+
+
+def test_a_cache_that_has_grown_is_noticed(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    root = trained_runs.make(tmp_path / "growing", 20, answered=40)
+    words = ["--max-steps", "6", "--save-every", "3", "--min-coverage", "0.1"]
+    whole = losses(train(*words, "--run", "whole", features=root.path))
+    folder = interrupted(train, monkeypatch, *words, features=root.path)
+    trained_runs.make(tmp_path / "growing", 40, first=20)
+    trained_runs.make(tmp_path / "growing", 40, first=39, dataset="more")  # and a second data set
+    train(*words, "--resume", features=root.path)
+    assert "grown by 40 samples of colors since this run began; it keeps its list" in caplog.text
+    assert losses(folder) == whole
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    cache: CacheRoot, tmp_path: Path, soak: Callable[[int, int], int]
+) -> None:
+    """kill -9 wherever it happens to be: the same losses, line by line, and the same model, byte by byte."""
+    steps, rng = 60, random.Random(0)
+    command = [
+        *(sys.executable, "-m", "train.run", *BASE, "--features", str(cache.path)),
+        *("--max-steps", str(steps), "--save-every", "4", "--eval-every", "10", "--resume"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start_run(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, "--run", name],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    whole = start_run("whole")
+    _, error = whole.communicate()
+    assert whole.returncode == 0, error
+
+    killed_at = []
+    folder = tmp_path / "runs" / "killed" / "stage1"
+    kills = soak(2, 20)
+    for kill in range(kills):
+        process = start_run("killed")
+        aim = rng.randrange(steps * (kill + 1) // (kills + 1) + 1)  # ever later, or before anything
+        while process.poll() is None and _steps_begun(folder) < aim:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        killed_at.append(_steps_begun(folder))
+    last = start_run("killed")
+    _, error = last.communicate()
+    assert last.returncode == 0, (killed_at, error)
+
+    expected = tmp_path / "runs" / "whole" / "stage1"
+
+    def told(place: Path) -> list[dict[str, Any]]:
+        timed = {"step_s", "wait_s", "memory_gib"}
+        return [{k: v for k, v in x.items() if k not in timed} for x in read_metrics(place)]
+
+    assert told(folder) == told(expected), killed_at
+    model = Path("final") / "model.safetensors"
+    assert (folder / model).read_bytes() == (expected / model).read_bytes(), killed_at
+    assert max(killed_at) > 0, "no kill fell into the training"
+
+
+def _steps_begun(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0

@@ -1,0 +1,378 @@
+"""Videos in packed micro-batches: read, placed and learned from as if every sample stood alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cache.store.samples import Message, Sample
+from configs import UserError
+from model.attention.batch import PackedBatch
+from model.language.chat_template import prompt_ids
+from model.vlm import VLM, build_vlm
+from tests.support.feature_caches import (
+    SPEC,
+    World,
+    ask,
+    features,
+    frame_time,
+    key_of,
+    names_of,
+    new_world,
+)
+from train.data import FeatureLoader, Join, OnePass, StepPlan, inspect_text
+from train.data.loader import feature_order
+from train.forward import Forward
+
+VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
+IMAGES = ["p", "q"]
+
+
+def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
+    return tuple(
+        Message(role=("user", "assistant")[i % 2], content=c, weight=weight)
+        for i, c in enumerate(contents)
+    )
+
+
+def samples() -> list[Sample]:
+    """Videos alone, shared, beside images, twice; text; unanswered ends; an answer before an image."""
+    talk = ask("late", ["p", "video b"])
+    return [
+        ask("one", ["video a"], "<image>what?", "red"),
+        ask("same", ["video a"], "<image>where?", "there it is", weight=0.5),
+        ask("again", ["video a"], "<image>where then?", "no"),
+        ask("mixed", ["p", "video c", "q"], "<image> in <image> or <image>?", "both"),
+        ask("twice", ["video b", "video b"], "<image><image>?", "same"),
+        ask("image", ["p"], "<image>what?", "a dog"),
+        ask("words", [], "hello", "hi"),
+        replace(talk, messages=turns("<image> first", "yes", "then <image>?", "no", "why?")),
+        replace(ask("early", ["q"]), messages=turns("hm", "an answer", "<image> now?")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = new_world(tmp_path_factory.mktemp("videos"))
+    world.write(d=samples(), e=[ask("other", ["video a", "q"], "<image> <image>", "x")])
+    world.encode_real(IMAGES)
+    world.encode_videos(VIDEOS)
+    return world
+
+
+def frames_of(name: str) -> list[tuple[float, np.ndarray]]:
+    """Times and features of a video, by hand: two a second and the last, each once."""
+    asked = [i * 500_000 for i in range(int(VIDEOS[name] / 0.5) + 1)]
+    times = sorted({frame_time(us) for us in (*asked, round(VIDEOS[name] * 1e6))})
+    return [(t, features(name, t)) for t in times]
+
+
+def whole(world: World, sample: Sample) -> tuple[PackedBatch, Tensor | None]:
+    """A sample spelt out by hand, nothing left out at its end: ids, positions, features."""
+    tokenizer = world.tokenizer
+    image = tokenizer.convert_tokens_to_ids("<image>")
+
+    def text_ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids: list[int] = []
+    weights: list[float] = []
+    seen: list[np.ndarray] = []
+    media = iter([Path(ref.source).stem for ref in sample.media])
+    marks = any("<image>" in m.content for m in sample.messages)
+    assert marks or not sample.media
+
+    def add(new: Sequence[int], weight: float) -> None:
+        ids.extend(new)
+        weights.extend([weight] * len(new))
+
+    for message in sample.messages:
+        weight = message.weight * sample.weight if message.role == "assistant" else 0.0
+        add(text_ids(f"<|im_start|>{message.role}\n"), 0.0)
+        parts = message.content.split("<image>")
+        add(text_ids(parts[0]), weight)
+        for part in parts[1:]:
+            name = next(media)
+            if name.startswith("video"):
+                for time_s, frame in frames_of(name):
+                    add([*text_ids(f"{time_s:.1f} "), *[image] * len(frame)], 0.0)
+                    seen.append(frame)
+            else:
+                add([image] * SPEC.tokens("image"), 0.0)
+                seen.append(features(name))
+            add(text_ids(part), weight)
+        add(text_ids("<|im_end|>"), weight)
+        add(text_ids("\n"), 0.0)
+    row, of = torch.tensor(ids), torch.tensor(weights)
+    targets = of.nonzero().squeeze(1)
+    batch = PackedBatch(
+        input_ids=row,
+        position_ids=torch.arange(len(row)),
+        image_slots=(row == image).nonzero().squeeze(1),
+        loss_positions=targets - 1,
+        targets=row[targets],
+        loss_weights=of[targets],
+        units=torch.tensor([[0, len(row), 0, 0]]),
+    )
+    return batch, torch.from_numpy(np.concatenate(seen)) if seen else None
+
+
+def forward_of(vlm: VLM) -> Forward:
+    return Forward(vlm=vlm, spec=SPEC, device=torch.device("cpu"), autocast=None)
+
+
+def stirred() -> VLM:
+    """A model that has something to say."""
+    vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for p in vlm.parameters():
+        p.data += (0.2 if p.dim() == 1 else 0.05) * torch.randn(p.shape, generator=generator)
+    return vlm
+
+
+def gradients(vlm: VLM) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
+    vlm.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("max_branches", "max_tokens"), [(1, 120), (4, 150), (4, 4096)], ids=["alone", "few", "all"]
+)
+def test_packed_is_unpacked_in_loss_and_gradients(
+    world: World, max_branches: int, max_tokens: int
+) -> None:
+    """Videos, shared videos, images beside videos, and no token read that predicts nothing."""
+    vlm = stirred()
+    total = weight = 0.0
+    length = 0
+    for sample in samples():
+        batch, seen = whole(world, sample)
+        loss, part = vlm.loss(batch, seen)
+        loss.backward()
+        total, weight = total + float(loss.detach()), weight + float(part)
+        length += len(batch.input_ids)
+    wanted = gradients(vlm)
+    joined = world.join("d")
+    assert joined.size == len(samples())
+    trees = world.trees(joined, 120, max_branches=max_branches)
+    plan = OnePass(trees, 100)
+    found, read = 0.0, 0
+    with FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=max_tokens) as loader:
+        for micro in loader:
+            loss = forward_of(vlm).loss(micro)
+            loss.backward()
+            found += float(loss.detach())
+            read += micro.tokens
+            assert micro.step_weight == pytest.approx(weight)
+    assert found == pytest.approx(total / weight, rel=1e-6)
+    packed = gradients(vlm)
+    assert packed.keys() == wanted.keys()
+    for name, gradient in packed.items():
+        torch.testing.assert_close(gradient, wanted[name] / weight, rtol=1e-4, atol=2e-6)
+    # Each sample's last end mark and newline at least were not read.
+    assert read <= length - 2 * len(samples())
+    assert read == sum(trees.piece(t).tokens for t in range(len(trees)))
+
+
+def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
+    """Lengths by hand: up to the last predictor, or to the end of the last image."""
+    joined = world.join("d")
+    trees = world.trees(joined, 512, max_branches=1)
+    lengths = dict(zip(names_of(joined), trees.length.tolist(), strict=True))
+    for sample in samples():
+        batch, _ = whole(world, sample)
+        needed = [*batch.loss_positions.tolist(), *batch.image_slots.tolist()]
+        assert lengths[f"d/{sample.id}"] == max(needed) + 1
+    full = len(whole(world, samples()[6])[0].input_ids)
+    assert lengths["d/words"] == full - 2
+    prompt = prompt_ids(world.tokenizer, [("user", "hello", 1.0)], 0)
+    assert lengths["d/words"] == len(prompt) + len("hi")
+
+
+def test_samples_that_share_a_video_read_it_once(world: World) -> None:
+    joined = world.join("d")
+    trees = world.trees(joined, 512)
+    piece = trees.piece(0)
+    assert [joined.name_of(int(m)) for m in piece.members] == ["d/one", "d/same", "d/again"]
+    video = len(trees.places.contents(joined, joined.media_of(0).tolist())[0])
+    assert piece.prefix == len(["<|im_start|>", "user", "\n"]) + video
+    assert piece.tokens == int(trees.length[piece.members].sum()) - 2 * piece.prefix
+
+
+def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
+    joined = world.join("d", "e")
+    trees = world.trees(joined, 512)
+    with FeatureLoader(
+        OnePass(trees, 100), world.tokens(joined), world.reader, max_tokens=4096
+    ) as loader:
+        (micro,) = loader
+    rows = forward_of(build_vlm(SPEC.width, "random:qwen3-tiny", "linear", 0)[0]).features(micro)
+    assert rows is not None
+    wanted = []
+    for tree in micro.placed:
+        for m in tree.media:
+            name = next(n for n in (*VIDEOS, *IMAGES) if key_of(n) == joined.key(m))
+            if joined.is_video(m):
+                wanted += [frame for _, frame in frames_of(name)]
+            else:
+                wanted.append(features(name))
+    assert torch.equal(rows, torch.from_numpy(np.concatenate(wanted)))
+    assert len(rows) == len(micro.packed.image_slots)
+    # Every image and every frame once, whatever number of samples show it.
+    assert {k: len(c) for k, c in micro.codes.items()} == {
+        "image": 2,
+        "frame": sum(len(frames_of(name)) for name in VIDEOS),
+    }
+
+
+def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = new_world(tmp_path)
+    world.write(d=[ask("1", ["video"], "<image>?", "yes")])
+    world.encode_videos({"video": 7.0})
+    joined = world.join()
+    assert len(joined.rows_of(0)) == 15
+    calls: list[int] = []
+    preadv = os.preadv
+
+    def spy(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        calls.append(len(buffers))
+        return preadv(fd, buffers, offset)
+
+    with FeatureLoader(
+        OnePass(world.trees(joined), 1), world.tokens(joined), world.reader, max_tokens=512
+    ) as loader:
+        monkeypatch.setattr(os, "preadv", spy)
+        next(loader)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> None:
+    """Images of 4 tokens and frames of 16: each place gets the token that is its own."""
+    spec = replace(SPEC, image_size=8, pool_image=2, pool_frame=1)
+    assert (spec.tokens("image"), spec.tokens("frame")) == (4, 16)
+    joined = world.join("d", "e")
+    rng = np.random.default_rng(seed)
+    media = rng.integers(0, len(joined.kinds), 9)
+    rows, order = feature_order(joined, media, spec)
+    tokens = [(k, int(row), t) for k in rows for row in rows[k] for t in range(spec.tokens(k))]
+    expected = []
+    for m in media.tolist():
+        array = "frame" if joined.is_video(m) else "image"
+        expected += [
+            (array, int(row), t) for row in joined.rows_of(m) for t in range(spec.tokens(array))
+        ]
+    assert [tokens[i] for i in order] == expected
+    assert all((np.diff(of) > 0).all() for of in rows.values())
+
+
+def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) -> None:
+    joined = world.join("d", "e")
+    plan = StepPlan(world.trees(joined, 150), 4, seed=3)
+    vlm = stirred()
+
+    def losses(max_tokens: int, threads: int, world_size: int = 1) -> list[float]:
+        sums = [0.0] * 8
+        for rank in range(world_size):
+            with (
+                torch.no_grad(),
+                FeatureLoader(
+                    plan,
+                    world.tokens(joined),
+                    world.reader,
+                    max_tokens=max_tokens,
+                    stop=8,
+                    threads=threads,
+                    rank=rank,
+                    world=world_size,
+                ) as loader,
+            ):
+                for micro in loader:
+                    sums[micro.step] += float(forward_of(vlm).loss(micro))
+        return sums
+
+    first = losses(150, 1)
+    assert losses(1000, 3) == pytest.approx(first, rel=1e-5)
+    assert losses(300, 2, world_size=2) == pytest.approx(first, rel=1e-5)
+
+
+def test_a_video_longer_than_the_window_is_refused_with_ways_out(world: World) -> None:
+    joined = world.join("d")
+    with pytest.raises(UserError) as refused:
+        world.trees(joined, max_tokens=60)
+    message = str(refused.value)
+    frames = len(frames_of("video c"))
+    assert "d/mixed is " in message
+    tokens = (
+        frames * len("0.0 ") + frames
+    )  # no time has more than four characters, a frame one token
+    assert f"(2 x 4 for images, {tokens} for {frames} frames of videos, " in message
+    assert "--max-frames, here and in encode.run" in message
+    assert "\n" not in message
+
+
+def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
+    joined = world.join("d", "e")
+    trees = world.trees(joined, 512, max_branches=1)
+    rows: dict[int, tuple[str, int]] = {}
+    for t in range(len(trees)):
+        sample = int(trees.piece(t).members[0])
+        if len(joined.media_of(sample)):
+            m = int(joined.media_of(sample)[0])
+            array = "frame" if joined.is_video(m) else "image"
+            rows.setdefault(int(trees.first_row[t]), (array, int(joined.rows_of(m)[0])))
+            assert rows[int(trees.first_row[t])] == (array, int(joined.rows_of(m)[0]))
+    ordered = [rows[number] for number in sorted(rows)]
+    assert ordered == sorted(ordered, key=lambda one: (one[0] == "frame", one[1]))
+
+
+def test_inspect_shows_frames_with_their_times(tmp_path: Path) -> None:
+    world = new_world(tmp_path)
+    world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
+    world.encode(["p"])
+    world.encode_videos({"video b": 0.8})
+    joined: Join = world.join()
+    trees = world.trees(joined)
+    with FeatureLoader(
+        OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
+    ) as loader:
+        text = inspect_text(next(loader), world.tokenizer, trees)
+    video, image = key_of("video b")[:12], key_of("p")[:12]
+    assert "1 image, 1 video, 1 sample" in text.splitlines()[0]
+    assert (
+        f"user\\n0.0 [1/3 of video {video}.. x1 tokens]0.5 [2/3 of video {video}.. x1 tokens]"
+        f"0.8 [3/3 of video {video}.. x1 tokens] or [image {image}.. x4 tokens]?<|im_end|>" in text
+    )
+    assert "«no»«<|im_end|>»" in text
+
+
+def test_a_sample_that_ends_with_its_image_is_shown_without_words_of_its_own(
+    tmp_path: Path,
+) -> None:
+    world = new_world(tmp_path)
+    early = [
+        replace(ask(str(i), ["p"]), messages=turns("hm", "an answer", "<image> " + end))
+        for i, end in enumerate(("now?", "then?"))
+    ]
+    world.write(d=early)
+    world.encode(["p"])
+    joined = world.join()
+    trees = world.trees(joined)
+    with FeatureLoader(
+        OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
+    ) as loader:
+        micro = next(loader)
+        text = inspect_text(micro, world.tokenizer, trees)
+    assert len(trees) == 1 and micro.tokens == int(trees.prefix[0])
+    assert "d/0: nothing of its own" in text and "d/1: nothing of its own" in text
+    assert len(micro.packed.targets) == 2 * (
+        len("an answer") + 1
+    )  # the shared answer, once for each

@@ -1,0 +1,141 @@
+"""Weights that are on no disk: one line, at once, instead of three quarters of a minute."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import open_clip
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from configs import UserError
+from model.io import hub
+from model.vision.encoder import encoder_config, load_encoder
+from tests.support import tiny_clip
+
+PLACE = "org/tiny-video/"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, no proxy, and a hub that refuses connections."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A port that takes connections; its number."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def refusal(seconds: float) -> str:
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        hub.fetch(PLACE, encoder="tiny")
+    assert time.perf_counter() - start < seconds
+    message = str(caught.value)
+    assert "\n" not in message and "--weights PATH" in message and "org/tiny-video" in message
+    return message
+
+
+def test_a_refused_connection_ends_at_once() -> None:
+    assert "127.0.0.1 cannot be reached" in refusal(2)
+
+
+def test_a_name_lookup_that_hangs_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(hub, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5) or [])
+    assert "hub.invalid does not answer" in refusal(2)
+
+
+def test_being_told_to_stay_offline_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(0.5)
+
+
+def test_a_proxy_is_knocked_at_instead(listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.unreachable()
+    for value in (f"http://127.0.0.1:{listener}", f"127.0.0.1:{listener}"):
+        monkeypatch.setenv("http_proxy", value)
+        assert hub.unreachable() == ""
+
+
+def test_a_hub_that_answers_is_asked_for_safetensors_first(
+    listener: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append(f"{repo}/{name}")
+        if name.endswith(".safetensors"):
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub.fetch(PLACE, encoder="tiny") == tmp_path / "open_clip_pytorch_model.bin"
+    assert asked == [
+        "org/tiny-video/open_clip_model.safetensors",
+        "org/tiny-video/open_clip_pytorch_model.bin",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("disk full\nor so"), LocalEntryNotFoundError("gone"), EntryNotFoundError("404")],
+)
+def test_a_download_that_fails_is_one_line(
+    error: Exception, listener: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo: str, name: str) -> str:
+        raise error
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    refusal(2)
+
+
+def test_weights_in_the_hub_cache_need_no_network(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_clip.register(cache)
+    record = {"hf_hub": PLACE, "mean": (0.5,) * 3, "std": (0.5,) * 3, "quick_gelu": True}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-quickgelu", {"mine": record})
+    commit = "a" * 40
+    repo = cache / "models--org--tiny-video"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    file = repo / "snapshots" / commit / "open_clip_model.safetensors"
+    save_file(tiny_clip.open_clip_checkpoint(), file)
+    config = tiny_clip.entry(pretrained="mine", mean=None, std=None)
+    encoder = load_encoder(config, device="cpu")
+    assert encoder.load_info()["weights"] == str(file)
+    assert encoder.spec("fp16").mean == (0.5, 0.5, 0.5)
+
+
+def test_the_default_encoder_without_weights_says_what_to_do() -> None:
+    with pytest.raises(
+        UserError, match=r"clip-vit-l14-336: .*vit_large_patch14_video_336\.openai.*--weights PATH"
+    ):
+        load_encoder(encoder_config("clip-vit-l14-336"), device="cpu")
+    with pytest.raises(UserError, match=r"names no weights on the hub.*--weights PATH"):
+        load_encoder(
+            encoder_config("clip-vit-l14-336", pretrained="", mean=(0.5,) * 3, std=(0.5,) * 3)
+        )

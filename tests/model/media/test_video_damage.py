@@ -1,0 +1,231 @@
+"""Videos that are cut off or damaged: the frames they have, or `BadMedia`, soon, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from cache.format.frame_sampling import sample_times
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from tests.support.video_mutations import PATIENCE_S, mutated
+from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
+
+# ---- cut off ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real videos as files that can be cut: what is needed to read them stands in front."""
+    folder = tmp_path_factory.mktemp("whole")
+    small = ["-c:v", "libx264", "-g", 25, "-vf", "scale=160:90"]
+    ffmpeg("-i", BUNNY, *small, "-movflags", "+faststart", folder / "front.mp4")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.mkv")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.flv")
+    ffmpeg("-i", folder / "front.mp4", "-c", "copy", "-an", folder / "video.ts")
+    ffmpeg("-i", BUNNY, "-c:v", "mpeg4", "-bf", 2, "-vf", "scale=160:90", folder / "video.avi")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["front.mp4", "video.mkv", "video.flv", "video.ts", "video.avi"])
+@pytest.mark.parametrize("part", [0.3, 0.8])
+def test_a_cut_video_gives_what_decodes_and_says_so(
+    whole: Path, tmp_path: Path, name: str, part: float
+) -> None:
+    data = (whole / name).read_bytes()
+    cut = tmp_path / name
+    cut.write_bytes(data[: int(len(data) * part)])
+    full, info = probe(whole / name), probe(cut)
+    assert full.note is None
+    assert 0 < info.duration_s < full.duration_s and info.frames < full.frames
+    if name != "video.ts":  # which is made to be cut anywhere, and says no length
+        assert info.note is not None and info.note.startswith("ends early: ")
+    theirs = times_by_ffmpeg(cut)
+    assert abs(theirs[-1] / 1e6 - info.duration_s) < 0.1  # the last one may be cut in two
+    wanted = sample_times(info.duration_s, 5)
+    ours = list(frames(cut, wanted, info))
+    same = list(frames(whole / name, wanted, full))
+    assert [frame.time_s for frame in ours] == [frame.time_s for frame in same]
+    pairs = list(zip(ours, same, strict=True))[:-1]
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in pairs)
+
+
+def test_an_mp4_that_lost_its_end_lost_its_table() -> None:
+    data = BIKES.read_bytes()
+    at = data.index(b"moov")
+    if at < len(data) // 2:
+        data = data[: at - 4]
+    with pytest.raises(BadMedia, match="no readable video"):
+        probe(data[: len(data) // 2])
+
+
+def test_damage_in_the_middle_costs_only_its_own_frames(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "video.mkv", frames=60, fps=10, gop=10, codec="ffv1")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 60] = bytes(60)
+    info = probe(bytes(data))
+    wanted = [n * 100_000 for n in range(60)]
+    found = [number_of(frame.image) for frame in frames(bytes(data), wanted, info)]
+    assert len(found) == 60 and sum(n == m for n, m in enumerate(found)) >= 50
+    assert found[:20] == list(range(20)) and found[-20:] == list(range(40, 60))
+
+
+@pytest.mark.parametrize(
+    ("name", "encode"),
+    [
+        ("video.avi", ["-c:v", "mpeg4", "-bf", 2]),
+        ("video.webm", ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime"]),
+    ],
+)
+def test_a_frame_of_a_damaged_video_is_the_same_asked_alone_or_with_all(
+    tmp_path: Path, name: str, encode: list[str | int]
+) -> None:
+    path = tmp_path / name
+    ffmpeg("-i", BIKES, "-t", 4, "-vf", "scale=96:40", "-an", *encode, "-g", 15, path)
+    whole = path.read_bytes()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        data = bytearray(whole)
+        for at in rng.integers(len(data) // 10, len(data) * 9 // 10, 6):
+            data[at : at + 8] = rng.bytes(8)
+        info = probe(bytes(data))
+        every = frames(bytes(data), range(0, round(info.duration_s * 1e6) + 1, 40_000), info)
+        together = {frame.time_s: frame.image.tobytes() for frame in every}
+        for wanted in rng.integers(0, round(info.duration_s * 1e6) + 1, 6):
+            frame = next(iter(frames(bytes(data), [int(wanted)], info)))
+            assert frame.image.tobytes() == together[frame.time_s]
+
+
+def test_frames_at_the_end_that_do_not_decode_are_not_counted(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "video.avi", frames=40, fps=10, codec="mjpeg", pixels="yuvj420p")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux() if packet.size]
+    for at, size in packets[-3:]:
+        assert at is not None
+        data[at : at + size] = bytes(size)
+    info = probe(bytes(data))
+    assert (info.frames, info.duration_s) == (37, 3.6)
+    assert info.note == "ends early: its last 3 frames cannot be decoded"
+    last = list(frames(bytes(data), [3_600_000, 3_900_000], info))
+    assert [number_of(frame.image) for frame in last] == [36, 36]
+
+
+# ---- mutations -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What became of damaged videos."""
+
+    told: Counter[str] = field(default_factory=Counter)
+    crashes: list[tuple[int, int]] = field(default_factory=list)
+    """Number of the video, and what killed the child."""
+    slowest: tuple[float, int] = (0.0, -1)
+    megabytes: int = 0
+
+    def watch(self, folder: Path, first: int, last: int) -> None:
+        """Run a child over the videos, and another one after each crash."""
+        while first < last:
+            command = [
+                sys.executable,
+                "-m",
+                "tests.support.video_mutations",
+                str(folder),
+                str(first),
+                str(last),
+            ]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+                assert child.stdout is not None and child.stderr is not None
+                for line in child.stdout:
+                    self._note(json.loads(line))
+                    first = self._at
+                errors = child.stderr.read().decode(errors="replace")
+            assert child.returncode <= 0, f"video {first}: {errors}"
+            assert child.returncode != -signal.SIGALRM, f"video {first} took {PATIENCE_S} s"
+            if child.returncode < 0:
+                self.crashes.append((first, -child.returncode))
+            first += 1
+
+    def _note(self, line: dict[str, object]) -> None:
+        if "begins" in line:
+            self._at = int(str(line["begins"]))
+            return
+        told = str(line["told"])
+        self.told["frames" if told == "frames" else "bad"] += 1
+        self.slowest = max(self.slowest, (float(str(line["s"])), self._at))
+        self.megabytes = max(self.megabytes, int(str(line["mb"])))
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small real videos of every kind that is decoded differently."""
+    folder = tmp_path_factory.mktemp("victims")
+    small = ["-t", 1.2, "-vf", "scale=96:40", "-an"]
+    kinds = {
+        "h264.mp4": ["-c:v", "libx264", "-g", 12],
+        "h264.ts": ["-c:v", "libx264", "-g", 12],
+        "h264.flv": ["-c:v", "libx264", "-g", 12],
+        "h264.264": ["-c:v", "libx264", "-g", 12],
+        "hevc.mkv": ["-c:v", "libx265", "-preset", "ultrafast", "-g", 12],
+        "vp8.webm": ["-c:v", "libvpx", "-g", 12],
+        "vp9.webm": ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime", "-g", 12],
+        "av1.mp4": ["-c:v", "libsvtav1", "-preset", 12, "-g", 12],
+        "mpeg4.avi": ["-c:v", "mpeg4", "-bf", 2, "-g", 12],
+        "mpeg2.mpg": ["-c:v", "mpeg2video", "-bf", 2, "-g", 12],
+        "theora.ogv": ["-c:v", "libtheora", "-g", 12],
+        "wmv2.wmv": ["-c:v", "wmv2", "-g", 12],
+        "qtrle.mov": ["-c:v", "qtrle"],
+        "prores.mov": ["-c:v", "prores_ks"],
+        "ffv1.nut": ["-c:v", "ffv1"],
+        "mjpeg.mxf": ["-c:v", "mpeg2video"],
+    }
+    for name, encode in kinds.items():
+        ffmpeg("-i", BIKES, *small, *encode, folder / name)
+    return folder
+
+
+@pytest.mark.soak_counted
+def test_damaged_videos_give_frames_or_bad_media(
+    victims: Path, soak: Callable[[int, int], int]
+) -> None:
+    tally = Tally()
+    count = soak(96, 4000)
+    tally.watch(victims, 0, count)
+    slowest = f"{tally.slowest[0]:.1f} s (video {tally.slowest[1]})"
+    print(f"\n{count} damaged videos: {dict(tally.told)}, crashes (video, signal): {tally.crashes}")
+    print(f"slowest {slowest}, peak {tally.megabytes} MB")
+    assert sum(tally.told.values()) + len(tally.crashes) == count
+    assert min(tally.told["frames"], tally.told["bad"]) > count // 12  # both ways were taken
+    assert tally.slowest[0] < 10
+    assert tally.megabytes < 1500
+    assert len(tally.crashes) <= count // 500  # FFmpeg's own; reported above
+
+
+def test_damaged_videos_are_the_same_every_time_in_any_thread(victims: Path) -> None:
+    files = [path.read_bytes() for path in sorted(victims.iterdir())]
+    videos = [mutated(number, files) for number in range(32)]
+
+    def told(data: bytes) -> object:
+        try:
+            info = probe(data)
+            shown = frames(data, sample_times(info.duration_s, 3), info)
+            return [(frame.time_s, frame.image.tobytes()) for frame in shown], info
+        except BadMedia as error:
+            return error.reason
+
+    alone = [told(video) for video in videos]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(told, videos)) == alone

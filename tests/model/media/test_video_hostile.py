@@ -1,0 +1,146 @@
+"""Files that are no videos, or hostile ones: `BadMedia` in words, and no other file is ever opened."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+import model.media.video_open
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from tests.support.videos import PHONE, ffmpeg, make_video, number_of
+
+
+def reason(data: bytes | Path) -> str:
+    with pytest.raises(BadMedia) as caught:
+        probe(data)
+    assert caught.value.stage == "decode" and "\n" not in caught.value.reason
+    return caught.value.reason
+
+
+# ---- no videos --------------------------------------------------------------------------------------
+
+
+def test_what_is_no_video_is_said_to_be_none(tmp_path: Path) -> None:
+    assert reason(b"") == "empty file"
+    assert reason(b"\n<!DOCTYPE html><html>gone</html>") == "an HTML page, not a video"
+    for data in (b"\0", b"words " * 500, bytes(100_000), bytes(range(256)) * 400):
+        assert reason(data).startswith(("no readable video", "no video", "no frame", "frames of"))
+    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
+        Image.new("RGB", (64, 64), "red").save(path := tmp_path / f"image.{suffix}")
+        assert "no readable video" in reason(path)
+    assert reason(Path(__file__)).startswith("no readable video")
+
+
+def test_a_codec_that_is_not_run_is_named(tmp_path: Path) -> None:
+    ffmpeg("-i", PHONE, "-c:v", "snow", "-strict", "-2", "-t", 1, path := tmp_path / "snow.avi")
+    assert reason(path) == "codec snow is not supported"
+
+
+# ---- hostile ---------------------------------------------------------------------------------------
+
+
+def playlists(secret: Path) -> dict[str, bytes]:
+    """Files that make FFmpeg read another one."""
+    mpd = (
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+        f'mediaPresentationDuration="PT2S"><Period><AdaptationSet mimeType="video/mp4">'
+        f'<Representation id="0" bandwidth="1"><BaseURL>file://{secret}</BaseURL></Representation>'
+        "</AdaptationSet></Period></MPD>"
+    )
+    return {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{secret}\n".encode(),
+        "concat": f"ffconcat version 1.0\nfile '{secret}'\n".encode(),
+        "dash": mpd.encode(),
+        "sdp": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    }
+
+
+@pytest.mark.parametrize("kind", ["hls", "concat", "dash", "sdp"])
+def test_lists_of_other_files_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = make_video(tmp_path / "secret.mp4")
+    assert "no readable video" in reason(playlists(secret)[kind])
+    # Were the list of formats wider one day: no protocol is there to open the second file with.
+    monkeypatch.setattr(model.media.video_open, "FORMATS", (*model.media.video_open.FORMATS, kind))
+    with pytest.raises(BadMedia):
+        probe(playlists(secret)[kind])
+
+
+def reference_movie(target: Path) -> bytes:
+    """The table of a QuickTime file, its frames said to lie in another one (a Macintosh alias)."""
+    data = bytearray(target.read_bytes())
+    path = str(target).encode()
+    path += b"\0" * (len(path) % 2)
+    alias = bytes(150) + struct.pack(">HH", 2, len(path)) + path + struct.pack(">HH", 0xFFFF, 0)
+    entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
+    at = data.index(b"url ", data.index(b"dref"))
+    data[at - 4 : at + 8] = entry
+    for box in (b"dref", b"dinf", b"minf", b"mdia", b"trak", b"moov"):
+        # The last `dinf` and `dref` before the entry: QuickTime has one for the handler, too.
+        place = data.rindex(box, 0, at) - 4
+        size = struct.unpack_from(">I", data, place)[0] + len(entry) - 12
+        struct.pack_into(">I", data, place, size)
+    return bytes(data[:20] + data[data.index(b"moov") - 4 :])
+
+
+def test_a_quicktime_reference_to_another_file_is_not_followed(tmp_path: Path) -> None:
+    target = make_video(tmp_path / "target.mov", codec="qtrle", pixels="rgb24")
+    reference = reference_movie(target)
+    options = {"enable_drefs": "1", "use_absolute_path": "1"}
+    with av.open(io.BytesIO(reference), options=options) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [number_of(Image.fromarray(image)) for image in shown] == list(range(8))  # followed
+
+    def told() -> object:
+        try:
+            info = probe(reference)
+            return info, [f.image.tobytes() for f in frames(reference, [0, 1_000_000], info)]
+        except BadMedia as error:
+            return error.reason
+
+    there = told()
+    target.unlink()
+    assert told() == there
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(1 << 20))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def test_bombs_are_refused_from_their_header(tmp_path: Path) -> None:
+    y4m = b"YUV4MPEG2 W60000 H60000 F25:1 Ip A1:1 C420\nFRAME\n" + bytes(1000)
+    assert "60000 x 60000" in reason(y4m) or "no readable video" in reason(y4m)
+    source = make_video(tmp_path / "video.mov", frames=1, codec="qtrle", pixels="rgb24")
+    data = source.read_bytes()
+    sized = struct.pack(">HH", 96, 64)
+    assert data.count(sized) == 1
+    headers = data.replace(sized, struct.pack(">HH", 60_000, 60_000))
+    assert reason(headers).startswith("frames of ")
+    source = make_video(tmp_path / "video.mov", frames=1, codec="png", pixels="rgb24")
+    data = source.read_bytes()
+    # A sane table, and an image inside that is none: as long as the old one, so that places hold.
+    at = data.index(b"\x89PNG")
+    length = data.index(b"IEND", at) + 8 - at
+    inner = png(60_000, 60_000)[:length].ljust(length, b"\0")
+    assert "no frame" in reason(data[:at] + inner + data[at + length :])
+
+
+def test_a_time_of_centuries_is_refused(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "video.mkv", frames=3, times_ms=[0, 40, 700_000_000], codec="ffv1")
+    assert reason(path) == "it claims to last 8 days"

@@ -1,0 +1,144 @@
+"""Tiny images and a tiny encoder, and one function that runs a whole encode job over them.
+
+python -m tests.support.encode_jobs FOLDER WORKERS     # a driver to be killed: FOLDER/images -> FOLDER/cache
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cache.store.locks import DriverLock
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRecord, read_media, write_samples
+from encode.driver.resources import Crew
+from encode.driver.signals import Interrupts
+from encode.job import Job
+from encode.plan import MediaCounter, Plan
+from encode.sources import open_datasets
+from encode.worker.config import Setup
+from encode.worker.worker import Worker
+from model.vision.config import DemoTowerConfig, EncoderConfig
+
+TINY = EncoderConfig(
+    name="tiny",
+    library="demo",
+    activation="gelu",
+    blocks=(0,),
+    pool_frame=1,
+    batch_size=4,
+    tower=DemoTowerConfig(image_size=28, patch_size=14, width=64, depth=1, heads=2),
+)
+"""4 tokens of 64 values an image."""
+
+SETUP = Setup(config=TINY, device="cpu", commit_every_s=0.0)
+"""Every row is a shard of its own: as many commits to die between as there are images."""
+
+
+def draw(folder: Path, count: int, *, first: int = 0, side: int = 24) -> list[Path]:
+    """`count` different images of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(first, first + count):
+        noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        paths.append(folder / f"{number:04d}.png")
+        Image.fromarray(noise).save(paths[-1])
+    return paths
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What a job did, and what the cache holds afterwards."""
+
+    job: Job
+    plan: Plan
+    code: int
+    paths: SpacePaths
+    root: CacheRoot
+    ledger: dict[str, MediaRecord]
+    """File name -> record, as it was after this job."""
+
+    @property
+    def reader(self) -> FeatureReader:
+        return FeatureReader(self.paths)
+
+    def failures(self) -> dict[str, tuple[str | None, str | None]]:
+        """File name -> stage, error."""
+        return {n: (r.stage, r.error) for n, r in self.ledger.items() if r.status == "failed"}
+
+
+def encode(
+    root: Path,
+    *specs: str,
+    workers: int = 0,
+    setup: Setup = SETUP,
+    codec: str = "int8",
+    container: str = "zarr",
+    worker_class: type[Worker] = Worker,
+    rehash: bool = False,
+    timeout_s: float = 60.0,
+    threads: int = 2,
+    interrupts: Interrupts | None = None,
+) -> Result:
+    """One job, as `encode.run` does it, with an encoder that is in no YAML file."""
+    cache = CacheRoot(root)
+    counter = count(cache, specs)
+    job = Job(
+        cache, counter, codec=codec, container=container, setup=setup, worker_class=worker_class
+    )
+    with DriverLock(job.paths, "test") as lock, interrupts or Interrupts() as interrupts:
+        plan = job.plan(rehash=rehash)
+        job.show(plan)
+        job.open_space(plan)
+        if plan.todo:
+            crew = Crew(workers=workers, gpus=0, threads=threads, torch_threads=1)
+            job.run(crew, lock.token, interrupts, timeout_s=timeout_s)
+        code = job.close(plan, 1.0, interrupts)
+    ledger = {Path(source).name: record for source, record in read_media(cache).items()}
+    return Result(job=job, plan=plan, code=code, paths=job.paths, root=cache, ledger=ledger)
+
+
+def count(cache: CacheRoot, specs: Sequence[str]) -> MediaCounter:
+    """Write the samples tables of these data sets, and count their media."""
+    counter = MediaCounter()
+    for dataset in open_datasets(specs, cache.path):
+        write_samples(cache, dataset.name, counter.watch(dataset.samples()))
+    return counter
+
+
+class SlowWorker(Worker):
+    """Takes its time, so that a kill finds it at work; says where it lives."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        time.sleep(0.02)
+        return super().decode(data)
+
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        time.sleep(0.002)
+        return super().prepare(image)
+
+
+def main(folder: Path, workers: int) -> None:
+    """The driver of the kill tests: says when work begins, and ends as a command would."""
+    print("ready", flush=True)
+    setup = replace(SETUP, torch_threads=1)
+    result = encode(
+        folder / "cache",
+        f"folder:{folder / 'images'}",
+        workers=workers,
+        setup=setup,
+        worker_class=SlowWorker,
+    )
+    sys.exit(result.code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,269 @@
+"""Work on copies of a cache, with a fault at each system call that changes something; a process of its own.
+
+python -m tests.support.faults FOLDER write       # FOLDER/cache is copied to FOLDER/0, FOLDER/1, ...
+
+One copy for each fault at each call, enumerated: a forked child does the work, and the fault strikes at its
+n-th call, n = 0, 1, ... until it ends before. Dying is `os._exit` just before the call: no cleanup of ours,
+as with `kill -9`. Prints a JSON line for each copy: its folder, the fault, the call it struck, how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cache import gc, merge
+from cache.format.spec import ARRAYS
+from cache.maintenance.repair import Repair
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord
+from cache.store.writer import Space
+from configs import UserError
+from encode.worker.messages import Outcome, SourceTask
+from encode.worker.row_writer import Group, Row, RowWriter
+from tests.support import ROOT
+from tests.support.spaces import key, row
+
+WRITES = ("write", "pwrite", "pwritev")
+NAMES = ("mkdir", "open", "rename", "unlink", "rmdir")
+CALLS = (*WRITES, *NAMES, "ftruncate", "fsync", "close")
+"""All that our code uses; files opened by name write through `write`, see `_Raw`."""
+
+FULL = (*WRITES, "mkdir", "open", "rename", "ftruncate", "fsync")
+"""Where a full disk can refuse."""
+
+READ_ONLY = (*WRITES, *NAMES, "ftruncate")
+"""Where a file system that was mounted read-only meanwhile does."""
+
+FAULTS: dict[str, tuple[int, tuple[str, ...], bool]] = {
+    "kill": (0, CALLS, False),
+    "short": (0, WRITES, False),
+    "stays full": (errno.ENOSPC, FULL, True),
+    "full": (errno.ENOSPC, FULL, False),
+    "error": (errno.EIO, CALLS, False),
+    "stays in error": (errno.EIO, CALLS, True),
+    "read-only": (errno.EROFS, READ_ONLY, True),
+    "short, then full": (errno.ENOSPC, WRITES, True),
+}
+"""Name -> errno, calls it can strike, whether it strikes all later ones, too."""
+
+NEW = (11, 12, 13, 14, 15)
+"""Images that `write` adds: a full shard and one more row."""
+
+FINISHED, REFUSED, ELSEWHERE, NEVER, DIED, WRONG = 0, 3, 7, 8, 9, 10
+
+
+# ---- the work
+
+
+def write(root: CacheRoot, said: list[str]) -> None:
+    """What a job does with the disk: complete the space, write what is missing, commit, grow the arrays."""
+    made = Space.open(root.space(root.space_names()[0]))
+    space = Space.create(root, made.spec, made.load)
+    missing = [number for number in NEW if (key(number), "full") not in space.keys("image")]
+    numbers = {kind: space.next_shard(kind) for kind in ARRAYS}
+
+    def next_shard(kind: str) -> int:
+        numbers[kind] += 1
+        return numbers[kind] - 1
+
+    def done(outcome: Outcome) -> None:
+        if outcome.result == "ok":
+            said.append(outcome.record.source)
+
+    writer = RowWriter(
+        space, next_shard=next_shard, fence=lambda: None, done=done, commit_every_s=60.0
+    )
+    try:
+        for number in missing:
+            record = MediaRecord(source=str(number), key=key(number))
+            image = Row(view="full", time_s=None, payload=row(number), lost=0.005)
+            writer.put(Group(task=SourceTask(source=str(number)), record=record, rows=[image]))
+        writer.commit()
+    finally:
+        writer.close()
+    for kind in ARRAYS:
+        space.grow(kind)
+
+
+def repair(root: CacheRoot, said: list[str]) -> None:
+    """`cache.verify --deep --repair`."""
+    Repair(root, deep=True, tell=said.append, progress=lambda _: None).run(None)
+
+
+def collect(root: CacheRoot, said: list[str]) -> None:
+    """`cache.gc --unreferenced --delete`."""
+    options = gc.Options(features=root.path, unreferenced=True, delete=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gc.run(options)
+
+
+def merge_other(root: CacheRoot, said: list[str]) -> None:
+    """`cache.merge` of the cache in the folder `b` beside."""
+    other = root.path.parent / "b"
+    with contextlib.redirect_stdout(io.StringIO()):
+        merge.merge(root, CacheRoot(other), merge.Options(source=(other,)))
+
+
+WORK = {"write": write, "repair": repair, "gc": collect, "merge": merge_other}
+
+
+# ---- the faults
+
+
+class Fault:
+    """One fault, at the `at`-th call that changes something."""
+
+    def __init__(self, name: str, at: int, report: Path):
+        self.error, self.applies, self.stays = FAULTS[name]
+        self.name, self.at, self.report = name, at, report
+        self.count = 0
+        self.struck = ""
+        self.said: list[str] = []
+        self.real = {call: getattr(os, call) for call in CALLS}
+        self.written: set[int] = set()  # files that are open for writing
+
+    def install(self) -> None:
+        for call in CALLS:
+            setattr(os, call, self._guarded(call))
+        self._open = io.open
+        io.open = self._open_file
+
+    def tell(self) -> None:
+        self.report.write_text(json.dumps({"call": self.struck, "said": self.said}))
+
+    def _guarded(self, call: str) -> Callable[..., Any]:
+        real = self.real[call]
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if call == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return real(*args, **kwargs)
+            if call == "close" and args[0] not in self.written:
+                return real(*args, **kwargs)
+            here, self.count = self.count, self.count + 1
+            if here == self.at:
+                self.struck = call
+                if call not in self.applies:
+                    os._exit(ELSEWHERE)
+                if self.name == "kill":
+                    self._leave(DIED)
+            if call == "close":
+                self.written.discard(args[0])
+            if here == self.at and call in WRITES and self.name.startswith("short"):
+                return self._half(call, *args)
+            strikes = here >= self.at if self.stays else here == self.at
+            if strikes and self.error and call in self.applies:
+                if call == "close":  # Linux closes all the same
+                    real(*args)
+                raise OSError(self.error, os.strerror(self.error))
+            result = real(*args, **kwargs)
+            if call == "open":
+                self.written.add(result)
+            return result
+
+        return guarded
+
+    def _half(self, call: str, fd: int, data: Any, *offset: int) -> int:
+        data = b"".join(data) if call == "pwritev" else bytes(data)
+        half = data[: len(data) // 2]
+        return self.real["pwrite"](fd, half, *offset) if offset else self.real["write"](fd, half)
+
+    def _leave(self, code: int) -> None:
+        with self._open(self.report, "w") as file:
+            file.write(json.dumps({"call": self.struck, "said": self.said}))
+        os._exit(code)
+
+    def _open_file(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if not set(mode) & set("wxa+"):
+            return self._open(path, mode, *args, **kwargs)
+        assert mode == "x+b", f"a file opened with {mode!r}: say here how it writes"
+        return io.BufferedRandom(_Raw(path))
+
+
+class _Raw(io.FileIO):
+    """A file whose writes are calls of `os`, as the C library's are not."""
+
+    def __init__(self, path: Any):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        super().__init__(fd, "r+b", closefd=False)
+        self._own = fd
+
+    def write(self, data: Any) -> int:
+        return os.write(self.fileno(), data)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._own)
+
+
+def child(work: Callable[[CacheRoot, list[str]], None], copy: Path, fault: Fault) -> int:
+    """Do the work under the fault; how it ended."""
+    fault.install()
+    code = FINISHED
+    try:
+        work(CacheRoot(copy), fault.said)
+    except (OSError, UserError):
+        code = REFUSED
+    except BaseException:
+        traceback.print_exc()
+        code = WRONG
+    if code == FINISHED and fault.count <= fault.at:
+        return NEVER
+    fault._leave(code)
+    return code
+
+
+def struck(folder: Path, work: str, *faults: str) -> list[dict[str, Any]]:
+    """All copies of `folder`/cache after `work` (a key of WORK) with a fault in it, by another process."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.faults", str(folder), work, "/".join(faults)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    copies = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {copy["code"] for copy in copies} <= {FINISHED, REFUSED, DIED}, run.stderr
+    for copy in copies:
+        assert copy["code"] == DIED if copy["fault"] == "kill" else copy["code"] != DIED
+    return copies
+
+
+def main() -> None:
+    """Every fault at every call."""
+    folder, work = Path(sys.argv[1]), WORK[sys.argv[2]]
+    faults = sys.argv[3].split("/") if len(sys.argv) > 3 else list(FAULTS)
+    number = 0
+    for name in faults:
+        at = 0
+        while True:
+            copy, report = folder / str(number), folder / f"{number}.json"
+            shutil.copytree(folder / "cache", copy)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(child(work, copy, Fault(name, at, report)))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if code in (ELSEWHERE, NEVER):
+                shutil.rmtree(copy)
+            else:
+                values = {"folder": str(copy), "fault": name, "code": code}
+                print(json.dumps({**values, **json.loads(report.read_text())}))
+                number += 1
+            if code == NEVER:
+                break
+            at += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""A cache with made-up images, videos and rows, for the tests of the trainer's data side.
+
+An image is a name; its key, its source and its stored row all follow from it. A video is a name that begins
+with "video"; its frames are those of a video with 12.5 frames a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.format import codec
+from cache.format.frame_sampling import sample_times, time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader, find_space
+from cache.store.samples import (
+    MediaRecord,
+    MediaRef,
+    Message,
+    Sample,
+    append_media,
+    write_samples,
+)
+from cache.store.writer import ShardWriter, Space
+from model.language.model import load_tokenizer
+from tests.support.trained_runs import spec as small_spec
+from train.data import (
+    Join,
+    Places,
+    TokenStore,
+    Trees,
+    grow_trees,
+    join,
+)
+
+SPEC: FeatureSpec = small_spec()
+M = SPEC.tokens("image")
+FRAME_RATE = 12.5
+
+
+def key_of(image: str) -> str:
+    return hashlib.sha256(image.encode()).hexdigest()
+
+
+def payload(image: str) -> bytes:
+    """The stored row of an image: bytes that nobody else has."""
+    rng = np.random.default_rng(int(key_of(image)[:8], 16))
+    return rng.integers(0, 256, SPEC.row_bytes("image"), dtype=np.uint8).tobytes()
+
+
+def frame_time(microseconds: int) -> float:
+    """When the frame nearest to a time really is."""
+    return round(microseconds * FRAME_RATE / 1e6) / FRAME_RATE
+
+
+def ref(name: str) -> MediaRef:
+    """How samples mention an image or video."""
+    if name.startswith("video"):
+        return MediaRef(source=f"/{name}.mp4", kind="video")
+    return MediaRef(source=f"/{name}.png")
+
+
+def features(name: str, time_s: float | None = None) -> np.ndarray:
+    """(tokens, width) float16 that nobody else has: of an image, or of the frame at a time."""
+    kind = "image" if time_s is None else "frame"
+    rng = np.random.default_rng(int(key_of(f"{name}@{time_s}")[:8], 16))
+    return rng.standard_normal((SPEC.tokens(kind), SPEC.width)).astype(np.float16)
+
+
+def ask(
+    name: str, images: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
+) -> Sample:
+    return Sample(
+        id=name,
+        dataset="",
+        messages=(
+            Message(role="user", content=question),
+            Message(role="assistant", content=answer),
+        ),
+        media=tuple(map(ref, images)),
+        **more,
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """A cache with its tokenizer."""
+
+    root: CacheRoot
+    folder: Path
+    tokenizer: Any
+
+    def write(self, **datasets: Sequence[Sample]) -> None:
+        for name, samples in datasets.items():
+            write_samples(self.root, name, [replace(s, dataset=name) for s in samples])
+
+    def encode(self, images: Sequence[str]) -> None:
+        """Give images their rows, two shards a call."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
+        for at in range(0, len(images), 4):
+            shard = ShardWriter(space, "image", space.next_shard("image"))
+            for image in images[at : at + 4]:
+                shard.append(key_of(image), "full", payload(image))
+            shard.commit()
+        records = [MediaRecord(source=f"/{p}.png", key=key_of(p)) for p in images]
+        append_media(self.root, records, "test")
+
+    def encode_videos(self, videos: Mapping[str, float], max_frames: int = 128) -> None:
+        """Give videos (name -> duration) their frames, each video's side by side."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
+        shard = ShardWriter(space, "frame", space.next_shard("frame"))
+        records = []
+        for name, duration in videos.items():
+            for asked in sample_times(duration, max_frames):
+                if shard.full:
+                    shard.commit()
+                    shard = ShardWriter(space, "frame", space.next_shard("frame"))
+                time_s = frame_time(asked)
+                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.layout)
+                shard.append(key_of(name), time_view(asked), row, time_s=time_s)
+            source = ref(name).source
+            records.append(
+                MediaRecord(source=source, key=key_of(name), kind="video", duration_s=duration)
+            )
+        shard.commit()
+        append_media(self.root, records, "test")
+
+    def encode_real(self, images: Sequence[str]) -> None:
+        """As `encode`, with features that are numbers."""
+        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
+        shard = ShardWriter(space, "image", space.next_shard("image"))
+        for image in images:
+            row = codec.pack(features(image).astype(np.float32), SPEC.layout)
+            shard.append(key_of(image), "full", row)
+        shard.commit()
+        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]
+        append_media(self.root, records, "test")
+
+    def fail(self, images: Sequence[str]) -> None:
+        records = [
+            MediaRecord(source=f"/{p}.png", status="failed", stage="decode", error="truncated")
+            for p in images
+        ]
+        append_media(self.root, records, "test")
+
+    @property
+    def reader(self) -> FeatureReader:
+        return FeatureReader(find_space(self.root, None))
+
+    def join(self, *names: str, **options: Any) -> Join:
+        options = {"split": "train", "held_out": 0.0, "min_coverage": 0.0} | options
+        datasets = options.pop("mix", dict.fromkeys(names or ("d",)))
+        return join(self.root, self.reader, datasets, **options)
+
+    def tokens(self, joined: Join) -> TokenStore:
+        return TokenStore.open(
+            self.root, joined.names, self.tokenizer, folder=self.folder / "tokens"
+        )
+
+    def trees(self, joined: Join, max_tokens: int = 512, max_branches: int = 4) -> Trees:
+        return grow_trees(
+            joined,
+            self.tokens(joined),
+            max_tokens=max_tokens,
+            max_branches=max_branches,
+            places=Places.of(SPEC, self.tokenizer),
+        )
+
+
+def names_of(joined: Join) -> list[str]:
+    return [joined.name_of(i) for i in range(joined.size)]
+
+
+def mixed_samples(count: int, seed: int) -> list[Sample]:
+    """Text, one image, several images; shared and not; weights of every kind."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        images = [f"p{j}" for j in rng.integers(0, 6, rng.integers(0, 3))]
+        sample = ask(
+            f"{i}",
+            images,
+            "<image>" * len(images) + "q" * int(rng.integers(1, 9)),
+            "a" * int(rng.integers(1, 9)),
+            weight=float(rng.choice([0.5, 1.0, 2.0])),
+        )
+        more = (
+            Message(role="user", content="and?"),
+            Message(role="assistant", content="ok", weight=0.2),
+        )
+        samples.append(replace(sample, messages=sample.messages + more) if i % 3 == 0 else sample)
+    return samples
+
+
+IMAGES = [f"p{i}" for i in range(6)]
+
+
+def new_world(folder: Path) -> World:
+    return World(CacheRoot(folder / "cache"), folder, load_tokenizer("random:qwen3-tiny"))
+
+
+def mixed_world(folder: Path) -> World:
+    world = new_world(folder)
+    world.write(d=mixed_samples(60, 0), e=mixed_samples(30, 1))
+    world.encode(IMAGES)
+    return world

@@ -1,0 +1,90 @@
+"""Real photographs from installed packages, with captions written for them, as a folder to encode.
+
+python -m tests.support.photos photos
+python -m encode.run --dataset folder:photos --encoder clip-vit-l14-336
+
+The images are those that scikit-image and scikit-learn carry in their wheels. Several are saved again
+in another mode, so that the folder holds what folders hold: grey, palette, alpha, CMYK, 16 bit, WebP,
+GIF, an image the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from PIL import Image
+
+CAPTIONS = {
+    "astronaut.png": "A smiling astronaut in an orange suit beside a flag and a model shuttle.",
+    "brick.png": "A pavement of long grey bricks running away from the viewer.",
+    "camera.png": "A man in a dark coat looks through a camera on a tripod.",
+    "cell.png": "One round bright cell on a dark grey ground.",
+    "chelsea.png": "The face of a tabby cat with green eyes.",
+    "clock_motion.png": "A clock so blurred by motion that only a bright oval is left.",
+    "coffee.png": "An espresso in a brown cup with a spoon on its saucer.",
+    "coins.png": "Four rows of old coins laid out on a dark cloth.",
+    "grass.png": "Short blades of grass in every direction.",
+    "gravel.png": "A bed of small angular stones.",
+    "horse.png": "The black outline of a standing horse.",
+    "hubble_deep_field.jpg": "Thousands of small galaxies on a black sky.",
+    "ihc.png": "Tissue under a microscope, glands brown and nuclei blue.",
+    "microaneurysms.png": "Thin dark vessels crossing a small grey patch.",
+    "moon.png": "The surface of the moon with a few craters.",
+    "motorcycle_left.png": "A red motorcycle parked in a garage.",
+    "no_time_for_that_tiny.gif": "A tiny animated image of a person.",
+    "page.png": "A printed page headed Region-based segmentation.",
+    "retina.jpg": "The back of an eye, orange with red vessels.",
+    "rocket.jpg": "A rocket on its launch pad at dusk between lightning towers.",
+    "text.png": "Handwritten signs on a sheet of paper, seen at a slant.",
+    "china.jpg": "A Chinese temple with tiled roofs above a lake.",
+    "flower.jpg": "An orange dahlia in front of dark leaves.",
+}
+SIDEWAYS = 6  # EXIF orientation: the camera was turned; shown upright it needs a quarter turn
+
+
+def make_folder(folder: Path) -> Path:
+    """Write the images and their metadata.jsonl into `folder`; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for name, caption in CAPTIONS.items():
+            saved = _save(_original(name), folder)
+            lines.write(json.dumps({"file": saved.name, "caption": caption}) + "\n")
+    return folder
+
+
+def _original(name: str) -> Path:
+    here = Path(skimage.data.__file__).parent / name
+    return here if here.exists() else Path(sklearn.datasets.__file__).parent / "images" / name
+
+
+def _save(source: Path, folder: Path) -> Path:
+    """Copy `source`, or save it in another mode where this folder wants variety."""
+    stem = source.stem
+    with Image.open(source) as image:
+        if stem == "coffee":
+            image.convert("CMYK").save(path := folder / "coffee.jpg", quality=95)
+        elif stem == "astronaut":
+            exif = Image.Exif()
+            exif[0x0112] = SIDEWAYS
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+            turned.save(path := folder / "astronaut.jpg", quality=95, exif=exif)
+        elif stem == "camera":
+            deep = np.asarray(image).astype(np.uint16) * 257
+            Image.fromarray(deep).save(path := folder / "camera.png")
+        elif stem == "chelsea":
+            image.save(path := folder / "chelsea.webp", quality=95)
+        elif stem == "motorcycle_left":
+            image.quantize(64).save(path := folder / "motorcycle_left.png")
+        else:
+            path = folder / source.name
+            path.write_bytes(source.read_bytes())
+    return path
+
+
+if __name__ == "__main__":
+    print(make_folder(Path(sys.argv[1])))

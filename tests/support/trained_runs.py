@@ -1,0 +1,160 @@
+"""A cache small enough to train on in seconds, made without an encoder.
+
+Each "image" is a PNG file of one colour on disk, and its features are that colour's code plus noise: a
+language model that looks can name it. Questions: colour (learnable), caption, and a text-only sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from cache.format import codec
+from cache.format.frame_sampling import sample_times, time_view
+from cache.format.spec import FeatureSpec
+from cache.store.paths import CacheRoot
+from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.writer import ShardWriter, Space
+from tests.support.spaces import SPEC
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "white": (240, 240, 240),
+}
+
+
+def spec(**changes: object) -> FeatureSpec:
+    """Four tokens of 64 values an image, stored as float16."""
+    return dataclasses.replace(SPEC, **{"codec": "fp16", **changes})  # type: ignore[arg-type]
+
+
+def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
+    """A square of one colour; `number` in its last pixels makes every file another."""
+    rows = bytearray()
+    for y in range(side):
+        row = bytearray(bytes(color) * side)
+        if y == side - 1:
+            row[-3:] = number.to_bytes(3, "big")
+        rows += b"\0" + row
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(rows))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def features(color: str, number: int) -> np.ndarray:
+    """(4, 64) float32: the colour's code in every token, and noise of the image's own."""
+    noise = np.random.default_rng(number).normal(size=(4, 64)) * 0.3
+    code = np.zeros(64)
+    code[list(COLORS).index(color) * 8 : list(COLORS).index(color) * 8 + 8] = 3.0
+    return (noise + code).astype(np.float32)
+
+
+def make(
+    folder: Path,
+    images: int = 60,
+    *,
+    first: int = 0,
+    dataset: str = "colors",
+    answered: int = 0,
+    broken: int = -1,
+    **changes: object,
+) -> CacheRoot:
+    """A cache below `folder` whose images [first, images) are encoded.
+
+    Args:
+        folder: where; called again with a higher `first`, the cache grows.
+        images: how many there are then.
+        first: the first one to encode.
+        dataset: name of the data set.
+        answered: images that have samples, when more than `images`.
+        broken: the image whose features are NaN.
+        changes: fields of the space's spec.
+    """
+    root = CacheRoot(folder / "cache")
+    files = folder / "images"
+    files.mkdir(parents=True, exist_ok=True)
+    space = Space.create(root, spec(**changes), {"library": "none"}, shard_bytes=1 << 16)
+    shard = ShardWriter(space, "image", space.next_shard("image"))
+    records: list[MediaRecord] = []
+    for number in range(first, images):
+        color = list(COLORS)[number % len(COLORS)]
+        data = png(COLORS[color], number)
+        path = files / f"{number}.png"
+        path.write_bytes(data)
+        key = hashlib.sha256(data).hexdigest()
+        row = codec.pack(features(color, number), space.spec.layout)
+        if number == broken:
+            row = np.full(4 * 64, np.nan, np.float16).view(np.uint8)
+        shard.append(key, "full", row)
+        records.append(MediaRecord(source=str(path), key=key, bytes=len(data), width=24, height=24))
+    shard.commit()
+    space.grow("image")
+    append_media(root, records, "test")
+    write_samples(root, dataset, samples(files, max(images, answered), dataset))
+    return root
+
+
+def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot:
+    """Videos of one colour beside the images of `make`: their frames' features alone, there are no files.
+
+    A video's frames are of its colour, but for the first, which is of none. Video n lasts n % 4 seconds.
+    """
+    root = CacheRoot(folder / "cache")
+    space = Space.create(root, spec(), {"library": "none"}, shard_bytes=1 << 16)
+    shard = ShardWriter(space, "frame", space.next_shard("frame"))
+    records: list[MediaRecord] = []
+    asked: list[Sample] = []
+    for number in range(videos):
+        color = list(COLORS)[number % len(COLORS)]
+        key = hashlib.sha256(f"film {number}".encode()).hexdigest()
+        duration = float(1 + number // 4 % 3)
+        for microseconds in sample_times(duration, 128):
+            values = features(color, number)[:1] * (microseconds > 0)
+            row = codec.pack(values, space.spec.layout)
+            shard.append(key, time_view(microseconds), row, time_s=microseconds / 1e6)
+        source = str(folder / "films" / f"{number}.mp4")
+        records.append(MediaRecord(source=source, key=key, kind="video", duration_s=duration))
+        messages = (
+            Message(role="user", content="Which colour is it then?"),
+            Message(role="assistant", content=color),
+        )
+        media = (MediaRef(source=source, kind="video"),)
+        one = Sample(id=str(number), dataset=dataset, messages=messages, media=media, task="film")
+        asked.append(one)
+    shard.commit()
+    space.grow("frame")
+    append_media(root, records, "films")
+    write_samples(root, dataset, asked)
+    return root
+
+
+def samples(files: Path, images: int, dataset: str) -> list[Sample]:
+    """A question about the colour and a caption for each image."""
+    result: list[Sample] = []
+    for number in range(images):
+        color = list(COLORS)[number % len(COLORS)]
+        media = (MediaRef(source=str(files / f"{number}.png")),)
+        asked = {"colour": ("Which colour?", color), "caption": ("Describe.", f"all {color}")}
+        for task, (question, answer) in asked.items():
+            messages = (
+                Message(role="user", content=question),
+                Message(role="assistant", content=answer),
+            )
+            name = f"{number}-{task}"
+            result.append(
+                Sample(id=name, dataset=dataset, messages=messages, media=media, task=task)
+            )
+    return result

@@ -1,0 +1,92 @@
+"""Damaged videos, one after the other, told on standard output: run as a child, since FFmpeg may crash.
+
+python -m tests.support.video_mutations FOLDER FIRST LAST
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cache.format.frame_sampling import sample_times
+from model.media.images import BadMedia
+from model.media.video import frames, probe
+from model.media.video_open import MAX_FRAME_PIXELS
+
+PATIENCE_S = 20
+"""A video that takes longer ends the child."""
+
+
+def mutated(number: int, files: list[bytes]) -> bytes:
+    """The damaged video of a number: bytes changed, inserted, missing, from another video, or cut off."""
+    rng = np.random.default_rng(number)
+    changed = bytearray(files[number % len(files)])
+    for _ in range(rng.integers(1, 8)):
+        where = int(len(changed) * rng.random() ** (1 if rng.random() < 0.5 else 4))
+        match rng.integers(9):
+            case 0 | 1 | 2:
+                changed[where : where + 1] = bytes([rng.integers(256)])
+            case 3:
+                changed[where : where + 4] = rng.bytes(4)
+            case 4:
+                changed[where:where] = rng.bytes(int(rng.integers(1, 40)))
+            case 5:
+                del changed[where : where + int(rng.integers(1, 400))]
+            case 6:
+                extremes = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\0"]
+                changed[where : where + 4] = extremes[rng.integers(4)]
+            case 7:
+                other = files[rng.integers(len(files))]
+                length = int(rng.integers(1, 600))
+                changed[where : where + length] = other[:length]
+            case 8:
+                if rng.random() < 0.3:
+                    del changed[max(1, where) :]
+        changed = changed or bytearray(b"\0")
+    return bytes(changed)
+
+
+def outcome(data: bytes) -> str:
+    """What becomes of a video: `frames`, or why not; anything else is an error of ours."""
+    try:
+        info = probe(data)
+        shown = list(frames(data, sample_times(info.duration_s, 6), info))
+    except BadMedia as error:
+        assert error.reason and "\n" not in error.reason and len(error.reason) <= 250
+        assert error.stage == "decode"
+        return error.reason
+    assert shown and info.frames >= 1 and (info.note is None or "\n" not in info.note)
+    for frame in shown:
+        assert frame.image.mode == "RGB"
+        assert frame.image.width * frame.image.height <= MAX_FRAME_PIXELS
+        assert 0 <= frame.time_s <= info.duration_s + 1e-9
+    return "frames"
+
+
+def main() -> None:
+    """Tell, for each number, its beginning, and its outcome with seconds and peak memory."""
+    folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    files = [path.read_bytes() for path in sorted(folder.iterdir())]
+    for number in range(first, last):
+        signal.alarm(PATIENCE_S)  # not handled: it ends this process even inside FFmpeg
+        print(json.dumps({"begins": number}), flush=True)
+        started = time.monotonic()
+        told = outcome(mutated(number, files))
+        seconds = time.monotonic() - started
+        line = {"ended": number, "told": told, "s": seconds, "mb": peak_megabytes()}
+        print(json.dumps(line), flush=True)
+
+
+def peak_megabytes() -> int:
+    """Of this process. `getrusage` would count what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The join: which samples have all their features, on which side of the split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.store.samples import (
+    MediaRecord,
+    MediaRef,
+    Sample,
+    append_media,
+)
+from configs import UserError
+from tests.support.feature_caches import (
+    World,
+    ask,
+    key_of,
+    names_of,
+    new_world,
+)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return new_world(tmp_path)
+
+
+def test_a_sample_is_present_when_all_its_media_are(world: World) -> None:
+    world.write(
+        d=[
+            ask("both", ["a", "b"]),
+            ask("half", ["a", "unknown"]),
+            ask("broken", ["a", "bad"]),
+            ask("text"),
+        ]
+    )
+    world.encode(["a", "b"])
+    world.fail(["bad"])
+    joined = world.join()
+    assert names_of(joined) == ["d/both", "d/text"]
+    assert (joined.missing, joined.failed, joined.coverage) == (1, 1, 2 / 3)
+    rows = joined.rows[joined.media_of(0)]
+    assert rows.tolist() == world.reader.lookup("image", [key_of("a"), key_of("b")]).tolist()
+    assert [joined.key(m) for m in joined.media_of(0)] == [key_of("a"), key_of("b")]
+    assert "d: 2 train samples of 4 (1 with failed media, 1 not encoded)" in joined.describe()
+
+
+def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> None:
+    """The ledger serves all spaces: what overflowed in one may be fine in this one."""
+    world.write(d=[ask("s", ["a"])])
+    world.encode(["a"])
+    append_media(
+        world.root,
+        [
+            MediaRecord(
+                source="/a.png",
+                key=key_of("a"),
+                status="failed",
+                stage="encode",
+                error="not finite",
+            )
+        ],
+        "other",
+    )
+    assert names_of(world.join()) == ["d/s"]
+
+
+def test_an_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
+    """Two data sets may say different hashes for one URL; only one of them can be right."""
+
+    def says(name: str, sha256: str | None) -> Sample:
+        return replace(ask(name), media=(MediaRef(source="/a.png", sha256=sha256),))
+
+    world.write(
+        right=[says("1", key_of("a"))],
+        silent=[says("1", None)],
+        wrong=[says("1", key_of("b")), ask("2", ["b"])],
+    )
+    world.encode(["a", "b"])
+    joined = world.join("right", "silent", "wrong")
+    assert names_of(joined) == ["right/1", "silent/1", "wrong/2"]
+    assert (joined.missing, joined.failed, joined.coverage) == (0, 1, 1)
+
+
+def test_too_little_coverage_is_refused_with_the_failures_and_the_command(world: World) -> None:
+    world.write(d=[ask("1", ["a"]), ask("2", ["b"]), ask("3", ["bad"])])
+    world.encode(["a"])
+    world.fail(["bad"])
+    with pytest.raises(UserError) as refused:
+        world.join(min_coverage=0.95)
+    message = str(refused.value)
+    assert "50.0%" in message  # of the two that could be had
+    assert "/bad.png: decode: truncated" in message
+    assert "python -m encode.run --dataset d" in message
+    assert "\n" not in message
+    assert world.join(min_coverage=0.5).size == 1
+
+
+def test_absent_data_sets_leave_the_mix_by_name(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.write(d=[ask("1")], e=[ask("1")])
+    world.encode(["a"])
+    joined = world.join(mix={"d": 0.6, "gone": 0.2, "e": 0.2})
+    assert joined.names == ("d", "e")
+    assert joined.mix == pytest.approx((0.75, 0.25))
+    assert "gone" in caplog.text
+    with pytest.raises(UserError, match=r"none of the data sets gone.*there: d, e"):
+        world.join("gone")
+    with pytest.raises(UserError, match="every data set a share, or none"):
+        world.join(mix={"d": 0.5, "e": None})
+
+
+def test_no_image_is_on_both_sides(world: World) -> None:
+    images = [f"p{i}" for i in range(60)]
+    rng = np.random.default_rng(0)
+    samples = [
+        ask(f"{i}", [images[j] for j in rng.choice(60, rng.integers(0, 4), replace=False)])
+        for i in range(300)
+    ]
+    world.write(d=samples[:150], e=samples[150:])
+    world.encode(images)
+    sides = {
+        side: world.join("d", "e", split=side, held_out=0.3, min_coverage=1.0)
+        for side in ("train", "val")
+    }
+    assert sorted(names_of(sides["train"]) + names_of(sides["val"])) == sorted(
+        f"{'d' if i < 150 else 'e'}/{i}" for i in range(300)
+    )
+    held = {
+        p
+        for p in images
+        if int(key_of(p)[:8], 16) < int(0.3 * 2**32)  # by hand
+    }
+    trained_on = {sides["train"].key(m) for m in sides["train"].media}
+    assert not trained_on & {key_of(p) for p in held}
+    for i in range(sides["val"].size):
+        own = {sides["val"].key(m) for m in sides["val"].media_of(i)}
+        assert not own or own & {key_of(p) for p in held}
+    text_only = np.diff(sides["val"].offsets) == 0
+    assert 0 < text_only.sum() < 75  # they are split too, by their ids
+
+
+def test_an_empty_side_says_so(world: World) -> None:
+    world.write(d=[ask("1", ["a"])])
+    world.encode(["a"])
+    with pytest.raises(UserError, match="no sample is in the val split"):
+        world.join(split="val")
+
+
+def test_the_digest_is_of_texts_and_images_not_of_row_numbers(world: World, tmp_path: Path) -> None:
+    samples = [ask("1", ["a"]), ask("2", ["b"])]
+    world.write(d=samples)
+    world.encode(["a", "b"])
+    before = world.join().digest
+    other = new_world(tmp_path / "other")
+    other.write(d=samples)
+    other.encode(["x", "b", "a"])
+    assert other.join().rows.tolist() != world.join().rows.tolist()
+    assert other.join().digest == before
+    other.write(d=[*samples[:1], ask("2", ["b"], answer="other")])
+    assert other.join().digest != before
+    other.write(d=[ask("1", ["b"]), ask("2", ["a"])])
+    assert other.join().digest != before
+
+
+def test_a_frozen_list_outlives_growth_and_notices_change(world: World, tmp_path: Path) -> None:
+    samples = [ask(f"{i}", [f"p{i}"]) for i in range(20)]
+    world.write(d=samples, t=[ask("words")])
+    world.encode([f"p{i}" for i in range(12)])
+    first = world.join("d", "t")
+    path = tmp_path / "run" / "samples.safetensors"
+    first.freeze(path)
+    world.encode([f"p{i}" for i in range(12, 20)])
+    assert world.join("d", "t").size == 21
+    again = world.join("d", "t", frozen=path)
+    assert (again.digest, names_of(again)) == (first.digest, names_of(first))
+    with pytest.raises(UserError, match="started on d, t, now there are d"):
+        world.join("d", frozen=path)
+    world.write(d=[*samples[:-1], ask("19", ["p19"], answer="edited")])
+    with pytest.raises(UserError, match="not the same any more"):
+        world.join("d", "t", frozen=path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        world.join("d", "t", frozen=path)
+
+
+def test_limit_takes_the_first_of_each_data_set(world: World) -> None:
+    world.write(d=[ask(f"{i}") for i in range(5)], e=[ask("x", ["nowhere"]), ask("y"), ask("z")])
+    world.encode(["a"])
+    assert names_of(world.join("e", "d", limit=2)) == ["e/y", "e/z", "d/0", "d/1"]
+
+
+def test_blind_exchanges_every_image_for_another_of_the_split(world: World) -> None:
+    world.write(d=[ask(f"{i}", [f"p{i % 7}"]) for i in range(20)])
+    world.encode([f"p{i}" for i in range(7)])
+    joined = world.join()
+    blind = joined.blind(0)
+    assert sorted(blind.rows) == sorted(joined.rows)
+    assert not (blind.rows == joined.rows).any()
+    assert blind.media.tolist() == joined.media.tolist()
+    reader = world.reader
+    assert [blind.key(m) for m in range(7)] == [
+        k for row in blind.rows for k in map(key_of, (f"p{i}" for i in range(7)))
+        if reader.lookup("image", [k])[0] == row
+    ]  # fmt: skip
+    assert world.trees(blind).starts.tolist() == world.trees(joined).starts.tolist()
+    world.write(d=[ask("only", ["p0"])])
+    with pytest.raises(UserError, match="one image"):
+        world.join().blind(0)

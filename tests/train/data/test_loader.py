@@ -1,0 +1,303 @@
+"""The loader: the plan's samples with their features, whatever the memory settings and threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.store.paths import Corrupt
+from cache.store.reader import FeatureReader, find_space
+from model.vlm import build_vlm
+from tests.support.feature_caches import (
+    IMAGES,
+    SPEC,
+    M,
+    World,
+    ask,
+    key_of,
+    mixed_world,
+    new_world,
+    payload,
+)
+from train.data import (
+    FeatureLoader,
+    OnePass,
+    StepPlan,
+)
+from train.data.packing import build_tree
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return new_world(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return mixed_world(tmp_path_factory.mktemp("mixed"))
+
+
+def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
+    """(position, target, weight) over everything a loader yields."""
+    found: Counter[tuple[int, int, float]] = Counter()
+    for micro in loader:
+        b = micro.packed
+        found.update(
+            zip(
+                b.position_ids[b.loss_positions].tolist(),
+                b.targets.tolist(),
+                b.loss_weights.tolist(),
+                strict=True,
+            )
+        )
+    return found
+
+
+def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -> None:
+    joined = mixed.join("d", "e")
+    plan = StepPlan(mixed.trees(joined), 16, seed=0)
+    seen = 0
+    with FeatureLoader(
+        plan, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
+    ) as loader:
+        for micro in loader:
+            assert len(micro.codes["frame"]) == 0
+            rows = micro.order[::M] // M
+            assert (micro.order.view(-1, M) == rows[:, None] * M + torch.arange(M)).all()
+            codes = micro.codes["image"][rows]
+            firsts = [tree.branches[0][2] for tree in micro.placed]
+            media = [int(m) for sample in firsts for m in joined.media_of(sample)]
+            assert len(codes) == len(media) == len(micro.packed.image_slots) // M
+            for row, number in zip(codes, media, strict=True):
+                image = next(p for p in IMAGES if key_of(p) == joined.key(number))
+                assert row.numpy().tobytes() == payload(image)
+            assert len(micro.codes["image"]) == len(set(media))  # each distinct row was read once
+            seen += len(media)
+    assert seen > 100
+
+
+@given(
+    seed=st.integers(0, 5),
+    max_tokens=st.sampled_from([64, 100, 300, 4096]),
+    branches=st.sampled_from([1, 3, 8]),
+    threads=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=12)
+def test_memory_settings_never_change_what_a_step_learns(
+    mixed: World, seed: int, max_tokens: int, branches: int, threads: int
+) -> None:
+    joined = mixed.join("d", "e")
+    plan = StepPlan(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
+    tokens, reader = mixed.tokens(joined), mixed.reader
+    for step in range(3):
+        members = [int(m) for p in plan.step(step).pieces for m in p.members]
+        expected: Counter[tuple[int, int, float]] = Counter()
+        for m in members:  # each sample built alone
+            media = joined.media_of(m).tolist()
+            branch = build_tree(
+                [tokens.sample(int(joined.dataset[m]), int(joined.index[m]))],
+                sample_numbers=[m],
+                factors=[float(joined.weight[m])],
+                media=media,
+                contents=plan.trees.places.contents(joined, media),
+                image_token_id=tokens.image_token_id,
+            ).branches[0]
+            expected.update(
+                zip(
+                    branch.sources.tolist(),
+                    branch.targets.tolist(),
+                    branch.weights.tolist(),
+                    strict=True,
+                )
+            )
+        with FeatureLoader(
+            plan,
+            tokens,
+            reader,
+            max_tokens=max_tokens,
+            start=step,
+            stop=step + 1,
+            threads=threads,
+            ahead=3,
+        ) as loader:
+            batches = list(loader)
+        assert sum(b.samples for b in batches) == len(members) == batches[0].step_samples
+        assert [b.last for b in batches] == [False] * (len(batches) - 1) + [True]
+        assert all(b.tokens <= max_tokens for b in batches)
+        found: Counter[tuple[int, int, float]] = Counter()
+        for b in (micro.packed for micro in batches):
+            positions = b.position_ids[b.loss_positions].tolist()
+            found.update(zip(positions, b.targets.tolist(), b.loss_weights.tolist(), strict=True))
+        assert found == expected
+        assert batches[0].step_weight == pytest.approx(
+            sum(w * n for (_, _, w), n in expected.items())
+        )
+
+
+def test_the_models_loss_does_not_depend_on_trees_or_packing(mixed: World) -> None:
+    joined = mixed.join("e")
+    vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
+    rng = np.random.default_rng(0)  # the rows' bytes are noise, which fp16 reads as NaN too
+    table = torch.from_numpy(rng.standard_normal((len(joined.rows), M, SPEC.width), np.float32))
+    losses = []
+    for branches, max_tokens in ((1, 64), (8, 64), (8, 4096)):
+        trees = mixed.trees(joined, 64, max_branches=branches)
+        total = weight = 0.0
+        with (
+            torch.no_grad(),
+            FeatureLoader(
+                OnePass(trees, 1000), mixed.tokens(joined), mixed.reader, max_tokens=max_tokens
+            ) as loader,
+        ):
+            for micro in loader:
+                media = [m for tree in micro.placed for m in tree.media]
+                part = vlm.loss(micro.packed, table[media] if media else None)
+                total, weight = total + float(part[0]), weight + float(part[1])
+        assert weight == pytest.approx(float(trees.loss_weight.sum()))
+        losses.append(total / weight)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
+    joined = mixed.join("d", "e")
+    tokens = mixed.tokens(joined)
+
+    def batches(start: int, stop: int) -> list[Any]:
+        plan = StepPlan(mixed.trees(joined, 256), 16, seed=9)  # as a new process would
+        with FeatureLoader(
+            plan, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
+        ) as loader:
+            return [
+                (m.step, m.index, m.packed.input_ids.tolist(), m.codes["image"].numpy().tobytes())
+                for m in loader
+            ]
+
+    whole = batches(0, 20)
+    assert [b for b in whole if b[0] >= 13] == batches(13, 20)
+
+
+def test_two_ranks_learn_what_one_does(mixed: World) -> None:
+    joined = mixed.join("d", "e")
+    plan = StepPlan(mixed.trees(joined), 16, seed=4)
+    tokens, reader = mixed.tokens(joined), mixed.reader
+
+    def loader(rank: int, world: int) -> FeatureLoader:
+        return FeatureLoader(plan, tokens, reader, max_tokens=4096, stop=6, rank=rank, world=world)
+
+    assert triples(loader(0, 2)) + triples(loader(1, 2)) == triples(loader(0, 1))
+
+
+def test_the_last_micro_batch_knows_its_step_is_whole(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = OnePass(mixed.trees(joined), 10)
+    with FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=4096) as loader:
+        steps = [(m.step, m.last, m.wait_s >= 0) for m in loader]
+        assert steps == [(i, True, True) for i in range(len(plan))]
+        assert list(loader) == []  # and stays at its end
+
+
+def feature_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("features")]
+
+
+def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> None:
+    world.write(d=[ask(f"{i}", [f"p{i}"]) for i in range(8)])
+    world.encode([f"p{i}" for i in range(8)])
+    joined = world.join()
+    shard = find_space(world.root, None).shard("image", 1)
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    plan = StepPlan(world.trees(joined), 2, seed=0)
+    loader = FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=512, stop=4)
+    with pytest.raises(Corrupt, match=str(shard)):
+        list(loader)
+    assert feature_threads() == []
+    assert list(loader) == []
+
+
+def test_closing_stops_the_threads_and_leaving_early_closes(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    with FeatureLoader(
+        plan, mixed.tokens(joined), mixed.reader, max_tokens=512, threads=3, ahead=6
+    ) as loader:
+        next(loader)
+        assert feature_threads()
+    assert feature_threads() == []
+    loader.close()
+
+
+class SlowReader:
+    """A reader whose disk takes a while, and which counts how much it was asked for."""
+
+    def __init__(self, reader: FeatureReader, pause_s: float) -> None:
+        self.spec, self._reader, self._pause_s = reader.spec, reader, pause_s
+        self.calls = 0
+
+    def read_into(self, kind: str, rows: Any, out: Any) -> None:
+        self.calls += 1
+        time.sleep(self._pause_s)
+        self._reader.read_into(kind, rows, out)
+
+
+def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+
+    def waits(work_s: float) -> list[float]:
+        reader = SlowReader(mixed.reader, 0.05)
+        with FeatureLoader(
+            plan, mixed.tokens(joined), reader, max_tokens=512, stop=12, threads=2, ahead=4
+        ) as loader:
+            measured = []
+            for micro in loader:
+                measured.append(micro.wait_s)
+                time.sleep(work_s)
+        return measured
+
+    bare = waits(0.0)
+    assert bare[0] > 0.045  # the first read cannot be hidden
+    assert sum(bare) > 0.2  # 12 reads of 50 ms by two threads
+    assert sum(waits(0.1)[1:]) < sum(bare) / 2  # a step longer than a read hides it
+
+
+def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    reader = SlowReader(mixed.reader, 0.0)
+    with FeatureLoader(
+        plan, mixed.tokens(joined), reader, max_tokens=512, threads=2, ahead=3
+    ) as loader:
+        for taken in range(1, 9):
+            next(loader)
+            time.sleep(0.02)
+            assert reader.calls <= taken + 3
+
+
+def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    with FeatureLoader(
+        plan, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
+    ) as loader:
+        for micro in loader:
+            before = micro.codes["image"].clone()
+            time.sleep(0.005)  # readers are busy with the next ones
+            assert (micro.codes["image"] == before).all()
+
+
+def test_the_loader_refuses_a_micro_batch_smaller_than_the_window(mixed: World) -> None:
+    joined = mixed.join("d")
+    plan = StepPlan(mixed.trees(joined), 16, seed=0)
+    with pytest.raises(ValueError, match="less than the window of 512"):
+        FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=500)

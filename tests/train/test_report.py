@@ -1,0 +1,268 @@
+"""The report stands alone, shows what was asked and said, and does not let text become markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cache.store.paths import CacheRoot
+from tests.support import trained_runs
+from train import run
+from train.evaluate.__main__ import Evaluation
+from train.evaluate.scoring import Answer, by_task
+from train.report import __main__ as report
+from train.report import charts, media
+from train.report.charts import Line, chart
+
+VOID = {"meta", "img", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, CacheRoot]:
+    """The report of a short run, made by the command, from a cache with one image gone and one changed."""
+    folder = tmp_path_factory.mktemp("reported")
+    root = trained_runs.make(folder, 24)
+    words = [
+        *(
+            "--llm",
+            "random:qwen3-tiny",
+            "--hardware",
+            "cpu",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "8",
+        ),
+        *("--learning-rate", "3e-3", "--held-out", "0.4", "--max-steps", "10", "--eval-every", "5"),
+        *("--features", str(root.path), "--run", str(folder / "run"), "--log-every", "1000"),
+    ]
+    assert run.main(words) == 0
+    from train.evaluate import __main__ as evaluate
+
+    asked = evaluate.Options(run=str(folder / "run"), features=root.path, max_new_tokens=4)
+    shown = [a.media[0] for a in evaluate.evaluate(asked).answers]
+    gone, changed = list(dict.fromkeys(shown))[:2]
+    Path(gone).unlink()
+    Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
+    report.main(["--run", str(folder / "run"), "--features", str(root.path)])
+    return (folder / "run" / "stage1" / "report.html").read_text(), folder, root
+
+
+def test_it_is_one_whole_page(reported: tuple[str, Path, CacheRoot]) -> None:
+    page = Page(reported[0])
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object"), tag
+        for name in ("src", "href", "data", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    style = re.findall(r"<style>(.*?)</style>", reported[0], re.DOTALL)
+    assert len(style) == 1 and "url(" not in style[0] and "@import" not in style[0]
+    assert "run, stage 1" in page.text and "blind" in page.text
+
+
+def test_images_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
+    text, folder, _ = reported
+    files = {p.read_bytes() for p in (folder / "images").iterdir()}
+    sources = [str(a["src"]) for tag, a in Page(text).tags if tag == "img"]
+    shown = [base64.b64decode(source.split(",", 1)[1]) for source in sources]
+    assert len(shown) >= 4 and len(set(shown)) == len(shown)
+    assert set(shown) <= files  # small ones to the byte
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_images_that_cannot_be_shown_are_said(reported: tuple[str, Path, CacheRoot]) -> None:
+    text = reported[0]
+    assert text.count("image not on this machine") == 1
+    assert text.count("image has changed since it was encoded") == 1
+
+
+def test_curves_show_the_run(reported: tuple[str, Path, CacheRoot]) -> None:
+    page = Page(reported[0])
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert labels == ["Loss", "Learning rate", "Gradient norm"]
+    dots = [a for tag, a in page.tags if tag == "circle"]
+    assert len(dots) == 2  # held-out losses after steps 5 and 10
+    lines = [a["points"] for tag, a in page.tags if tag == "polyline"]
+    assert len(str(lines[0]).split()) == 10  # one point a step
+
+
+def answer(**changes: Any) -> Answer:
+    values: dict[str, Any] = {
+        "sample": "d/1",
+        "task": "colour",
+        "media": ("/nowhere.png",),
+        "question": "<image>Which <b>colour</b>?",
+        "expected": "red & blue",
+        "given": "<script>alert(1)</script>",
+        "correct": False,
+        "blind": "gr<een",
+        "blind_correct": False,
+    }
+    return Answer(**{**values, **changes})
+
+
+def evaluation(*answers: Answer) -> Evaluation:
+    return Evaluation(
+        run="runs/<x>",
+        stage=1,
+        step=5,
+        split="val",
+        space="toy",
+        samples=len(answers),
+        loss=0.5,
+        blind_loss=None,
+        mean=None,
+        blind_mean=None,
+        tasks=by_task(answers),
+        answers=answers,
+    )
+
+
+def test_text_never_becomes_markup(tmp_path: Path) -> None:
+    result = evaluation(answer())
+    shown = report.images_of(result.answers, 5, CacheRoot(tmp_path))
+    meta = {"llm": "<llm>", "connector": "linear"}
+    page = Page(report.render(result, [], shown, config="a: <b>", meta=meta))
+    tags = {tag for tag, _ in page.tags}
+    assert not {"script", "x", "een", "llm", "image"} & tags
+    for text in (
+        "Which <b>colour</b>?",
+        "expected red & blue",
+        "<script>alert(1)</script>",
+        "gr<een",
+    ):
+        assert text in page.text
+    assert "Loss: nothing recorded." in page.text  # no metrics, no curves, no failure
+
+
+def test_an_empty_answer_is_said() -> None:
+    text = report.question(answer(given=""))
+    assert "<i>nothing</i>" in text and 'class="wrong"' in text
+    assert 'class="right"' in report.question(answer(correct=True))
+    assert 'class="plain"' in report.question(answer(task="caption"))
+
+
+def test_points_are_marked() -> None:
+    told = answer(
+        task="point",
+        expected='<points coords="1 1 250 500 2 900 100">x</points>',
+        given='<points coords="2 1 700 300">x</points>',
+    )
+    assert report.marks([told], 1) == (
+        '<i class="ring" style="left:25.0%;top:50.0%"></i>'
+        '<i class="ring" style="left:90.0%;top:10.0%"></i>'
+    )
+    assert report.marks([told], 2) == '<i class="wrong" style="left:70.0%;top:30.0%"></i>'
+
+
+def test_points_are_told_as_coordinates() -> None:
+    told = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
+    assert report.readable(told) == "(250, 500) (900, 100) red &amp; blue"
+    assert report.readable('<points coords="x">') == "&lt;points coords=&quot;x&quot;&gt;"
+
+
+def test_data_sets_take_turns(tmp_path: Path) -> None:
+    answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
+    answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
+    answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
+    shown = report.images_of(answers, 4, CacheRoot(tmp_path))
+    assert [s.answers[0].sample for s in shown] == ["big/0", "small/0", "big/1", "small/1"]
+    assert [a.sample for a in shown[0].answers] == [
+        "big/0",
+        "big/again",
+    ]  # all about one image together
+
+
+def test_large_images_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (600, 1200, 3), np.uint8)
+    path = tmp_path / "large.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(noise).save(path, quality=95, exif=exif)
+    html = media.image(path, None)
+    data = base64.b64decode(html.split("base64,")[1].split('"')[0])
+    with Image.open(io.BytesIO(data)) as small:
+        assert small.size == (240, 480)
+    assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
+    path.write_bytes(b"no image")
+    assert "image cannot be read" in media.image(path, None)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_cover_and_are_round(low: float, span: float) -> None:
+    high = low + span
+    ticks = charts.nice_ticks(low, high)
+    tolerance = 1e-9 * max(abs(low), abs(high), span)
+    assert ticks[0] <= low + tolerance and ticks[-1] >= high - tolerance
+    assert 2 <= len(ticks) <= 9
+    step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+    assert np.diff(ticks) == pytest.approx(step, rel=1e-2)
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-6)
+    assert min(abs(mantissa - round_one) for round_one in (1, 2, 5, 10)) < 1e-2
+
+
+@given(st.floats(1e-8, 1e3), st.floats(1.01, 1e6))
+def test_log_ticks_cover(low: float, factor: float) -> None:
+    ticks = charts.log_ticks(low, low * factor)
+    assert ticks[0] <= low * 1.000001 and ticks[-1] >= low * factor * 0.999999
+    assert 2 <= len(ticks) <= 20
+
+
+def test_thinning_keeps_the_mean_and_the_span() -> None:
+    points = [(float(i), math.sin(i)) for i in range(10_000)]
+    thin = charts.thinned(points)
+    assert len(thin) == charts.MOST_POINTS
+    assert np.mean([y for _, y in thin]) == pytest.approx(np.mean([y for _, y in points]), abs=1e-3)
+    assert thin[0][0] < 15 and thin[-1][0] > 9985
+    assert charts.thinned(points[:7]) == points[:7]
+
+
+def test_smoothing_is_an_exponential_mean_without_bias() -> None:
+    assert charts.smoothed([(0, 4.0), (1, 4.0), (2, 4.0)], 5)[-1] == (2, pytest.approx(4.0))
+    # Half forgotten after one point: weights 1/4, 1/2, 1.
+    assert charts.smoothed([(0, 1.0), (1, 2.0), (2, 4.0)], 1)[-1][1] == pytest.approx(
+        (0.25 + 1 + 4) / 1.75
+    )
+
+
+def test_values_that_cannot_be_drawn_are_left_out() -> None:
+    line = Line(label="x", points=[(1, float("nan")), (2, 0.0), (3, float("inf"))], style="a")
+    assert "nothing recorded" in chart([line], title="T", width=700, log=True)
+    drawn = chart([line], title="T", width=700)
+    assert "nan" not in drawn and "inf" not in drawn
+    flat = chart([Line(label="x", points=[(1, 2.0), (2, 2.0)], style="a")], title="T", width=700)
+    assert Page(flat).tags
