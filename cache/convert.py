@@ -13,6 +13,7 @@ goes on. Exit 1: rows of the source were damaged; they are told, never converted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cache.errors import Corrupt
 from cache.format import codec
-from cache.format.space_info import read_info
 from cache.format.spec import ARRAYS, FeatureSpec
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
@@ -35,12 +36,11 @@ from cache.maintenance.copy_rows import (
     holder,
     missing,
 )
-from cache.pooling import pool
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock
-from cache.store.paths import CacheRoot, Corrupt
-from cache.store.reader import FeatureReader, find_space
-from cache.store.writer import Space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, parse
 from configs.console import Meter, bytes_text
 
@@ -226,3 +226,23 @@ def main() -> int:
 
 if __name__ == "__main__":
     command(main)
+
+
+def pool(features: npt.NDArray[np.float16], window: int) -> npt.NDArray[np.float32]:
+    """Features (..., N, V) on a square grid -> (..., N / window^2, V), in the order of the grid's rows.
+
+    Raises:
+        ValueError: the patches are no square grid, or the window does not divide it.
+    """
+    *lead, patches, width = features.shape
+    grid = math.isqrt(patches)
+    if grid * grid != patches or window < 1 or grid % window:
+        raise ValueError(f"{patches} patches in windows of {window} x {window}")
+    side = grid // window
+    blocks = features.reshape(-1, side, window, side, window, width).astype(np.float32)
+    total = np.zeros((len(blocks), side, side, width), np.float32)
+    for row in range(window):
+        for column in range(window):
+            total += blocks[:, :, row, :, column]
+    total *= np.float32(1 / window**2)
+    return total.reshape(*lead, side * side, width)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import Corrupt
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import alone, one_line
 from cache.maintenance.garbage import (
@@ -31,12 +32,13 @@ from cache.maintenance.garbage import (
     take_out_unreferenced,
     wanted_keys,
 )
-from cache.maintenance.survey import open_spaces, summarise_datasets
+from cache.maintenance.inventory import open_spaces, summarise_datasets
+from cache.store.files import fsync_folder, make_folder
 from cache.store.index_file import save_index
 from cache.store.locks import driver_holder
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.samples import dataset_names
-from cache.store.writer import Space
+from cache.store.space import Space
 from configs import UserError, command, nearest, parse
 from configs.console import bytes_text
 

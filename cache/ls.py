@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from cache.maintenance.survey import (
+from cache.maintenance.inventory import (
     DatasetSummary,
     Failures,
     SpaceSummary,
@@ -21,8 +21,8 @@ from cache.maintenance.survey import (
     summarise_datasets,
 )
 from cache.remote.open import Elsewhere, local_root
+from cache.store.ledger import STAGES
 from cache.store.paths import CacheRoot
-from cache.store.samples import STAGES
 from configs import UserError, command, parse
 from configs.console import bytes_text, table_text
 

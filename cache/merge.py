@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.format.space_info import info_bytes, read_info
+from cache.errors import Corrupt
+from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
@@ -44,11 +45,12 @@ from cache.maintenance.merge_tables import (
     copy_samples,
     tables_bytes,
 )
+from cache.store.files import write_atomic
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths, write_atomic
-from cache.store.reader import FeatureReader, find_space
-from cache.store.writer import Space
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, parse
 from configs.console import Meter, bytes_text
 

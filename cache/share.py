@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.format.space_info import read_info
 from cache.format.spec import ARRAYS
 from cache.remote.listing import LISTING, listing_bytes
 from cache.store.commits import read_commits
-from cache.store.paths import CacheRoot, write_atomic
+from cache.store.files import write_atomic
+from cache.store.paths import CacheRoot
 from cache.store.shard_files import corrupt_shard
+from cache.store.space import read_info
 from configs import UserError, command, parse
 from configs.console import bytes_text
 

@@ -19,11 +19,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.maintenance.checks import bytes_to_read, verify
-from cache.maintenance.findings import Report
+from cache.maintenance.checks import Report, bytes_to_read, verify
 from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot
-from cache.store.reader import find_space
+from cache.store.space import find_space
 from configs import command, parse
 from configs.console import Meter, bytes_text
 

@@ -13,10 +13,10 @@ import torch
 from cache.format.space_info import SHARD_BYTES, new_info
 from cache.format.spec import ARRAYS
 from cache.store.index_file import save_index
-from cache.store.mend import fitting_info
+from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import read_media
-from cache.store.writer import Space
+from cache.store.references import Present
+from cache.store.space import Space, fitting_info
 from configs import UserError
 from encode.download.client import FetchRules
 from encode.driver.inline import Counter, run_inline
@@ -26,7 +26,6 @@ from encode.driver.signals import Interrupts
 from encode.driver.tracker import Book, Ledger
 from encode.estimate import check_fits, describe, free_bytes, table
 from encode.plan import MediaCounter, Plan, make_plan
-from encode.present import Present
 from encode.worker.config import Setup
 from encode.worker.decode_log import clear_breadcrumbs
 from encode.worker.messages import Timings

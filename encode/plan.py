@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from cache.store.samples import MediaRecord, MediaRef, Sample
+from cache.store.ledger import MediaRecord
+from cache.store.references import Present
+from cache.store.samples import MediaRef, Sample
 from encode.download.client import is_url
-from encode.present import VIDEO, Present
 from encode.worker.local_files import failed, identify
 from encode.worker.messages import OWN_STAGES, SourceTask, claim_id
 
@@ -186,7 +187,7 @@ class _Counted:
         key = (known.key if known else None) or mention.sha256
         sure = known is not None and known.key is not None
         rows = 1
-        if mention.kind == VIDEO:
+        if mention.kind == "video":
             rows = self._max_frames
             sure = sure and known is not None and known.duration_s is not None
             if sure and known is not None and known.key is not None:

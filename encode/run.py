@@ -29,9 +29,10 @@ from typing import Literal
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.ledger import media_sizes
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, media_sizes, read_samples, write_samples
+from cache.store.samples import dataset_names, read_samples, write_samples
 from configs import UserError
 from encode.download.client import FetchRules
 from encode.download.fetch_only import fetch_only

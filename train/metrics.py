@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
-from cache.store.paths import write_atomic
+from cache.store.files import write_atomic
 from configs import UserError
 
 METRICS = "metrics.jsonl"

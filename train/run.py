@@ -32,11 +32,9 @@ from model.vlm import parameter_counts
 from train import checkpoint, metrics, run_folder, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data import FeatureLoader, OnePass, StepPlan, TokenStore, inspect_text
-from train.distributed import Processes, joined
-from train.forward import Forward, choose_precision
-from train.gradients import fingerprint
+from train.distributed import Processes, fingerprint, joined
 from train.optim import build_optimizer, clip_gradients, schedules, set_rates
-from train.step import Share, by_step, refuse_non_finite
+from train.step import Forward, Share, by_step, choose_precision, refuse_non_finite
 
 PROG = "python -m train.run"
 REMOTE_THREADS, REMOTE_AHEAD = 8, 16

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from cache.store.paths import write_atomic
+from cache.store.files import write_atomic
 from cache.store.reader import FeatureReader
 from configs import UserError
 from model.io.saved_model import META

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 import configs
+from cache.format.checksums import read_sealed_json
 from cache.format.spec import FeatureSpec
 from cache.remote.open import open_reader, root_of
-from cache.store.paths import CacheRoot, read_sealed_json
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
 from configs import UserError

@@ -38,9 +38,11 @@ from cache.export.rows import (
 )
 from cache.export.samples import Exported, Views, all_views, gather, sample_parts, texts
 from cache.format.spec import ARRAY_OF, ARRAYS
-from cache.store.paths import PARTIAL, CacheRoot, fsync_folder, make_folder, new_file, write_atomic
-from cache.store.reader import FeatureReader, find_space
+from cache.store.files import PARTIAL, fsync_folder, make_folder, new_file, write_atomic
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from cache.store.samples import samples_digest
+from cache.store.space import find_space
 from configs import UserError, command, parse
 from configs.console import Meter, bytes_text
 

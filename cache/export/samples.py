@@ -25,9 +25,10 @@ import pyarrow.compute as pc
 from cache.export.rows import FILE_BYTES, FILE_ROWS, Part, Positions, Progress, Source
 from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.format.tar_shard import BLOCK, END, member_header, npy_header, padded
+from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import media_table, samples_table
+from cache.store.samples import samples_table
 
 
 class Media(NamedTuple):

@@ -7,9 +7,17 @@ take memoryviews without a copy and let other threads run meanwhile.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from awscrt import checksums
+
+from cache.errors import Corrupt
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,3 +31,81 @@ class _Checksum(Protocol):
 
 
 crc32c = cast(_Checksum, checksums.crc32c)
+
+
+SEAL = b"sha256:"
+
+
+UNSEALED = "sha256:" + "0" * 64
+"""What a writer puts where the seal will stand."""
+
+
+def seal(data: bytes) -> bytes:
+    """`data`, whose last `UNSEALED` becomes its seal."""
+    at = _seal_position(data)
+    assert data[at : at + 64] == b"0" * 64, "nothing to seal"
+    return data[:at] + _digest(data, at) + data[at + 64 :]
+
+
+def seal_file(file: BinaryIO) -> None:
+    """The same for an open file of any size."""
+    file.flush()
+    with mmap.mmap(file.fileno(), 0) as data:
+        at = _seal_position(data)
+        assert data[at : at + 64] == b"0" * 64, "nothing to seal"
+        data[at : at + 64] = _digest(data, at)
+
+
+def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
+    """The seal (32 bytes); raise Corrupt unless `data`, read from `path`, is exactly what was sealed."""
+    at = _seal_position(data)
+    if at < 0:
+        raise Corrupt(path, "its seal (sha256:...) is missing")
+    if data[at : at + 64] != _digest(data, at):
+        raise Corrupt(path, "its bytes do not match its seal (sha256)")
+    return bytes.fromhex(data[at : at + 64].decode())
+
+
+def check_seal_file(path: Path) -> None:
+    """The same for a file of any size."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise Corrupt(path, "empty file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_seal(data, path)
+
+
+def _seal_position(data: bytes | mmap.mmap) -> int:
+    at = data.rfind(SEAL)
+    return at + len(SEAL) if at >= 0 else -1
+
+
+def _digest(data: bytes | mmap.mmap, at: int) -> bytes:
+    digest = hashlib.sha256()
+    with memoryview(data) as whole, whole[:at] as before, whole[at + 64 :] as after:
+        digest.update(before)
+        digest.update(b"0" * 64)
+        digest.update(after)
+    return digest.hexdigest().encode()
+
+
+def sealed_json(values: Mapping[str, Any]) -> bytes:
+    """`values` as JSON text, the seal in its last key."""
+    return seal(
+        json.dumps({**values, "seal": UNSEALED}, indent=2, allow_nan=False).encode() + b"\n"
+    )
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """The values of a sealed JSON file.
+
+    Raises:
+        Corrupt: the file is missing, or its bytes have changed.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise Corrupt(path, "missing") from None
+    check_seal(data, path)
+    values: dict[str, Any] = json.loads(data)
+    return values

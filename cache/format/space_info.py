@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cache.format.checksums import sealed_json
 from cache.format.shard import Container, Geometry
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.tar_shard import WdsContainer
 from cache.format.zarr_shard import ZarrContainer
-from cache.store.paths import Corrupt, SpacePaths, read_sealed_json, sealed_json
-from configs import UserError
 
 _CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": WdsContainer()}
 
@@ -76,27 +75,3 @@ def info_bytes(info: SpaceInfo) -> bytes:
             "rows_per_shard": dict(info.slots),
         }
     )
-
-
-def read_info(paths: SpacePaths) -> SpaceInfo:
-    """space.json, checked.
-
-    Raises:
-        UserError: there is no space here, or it is of another format.
-        Corrupt: the file has changed since it was written.
-    """
-    if not paths.space_json.exists():
-        raise UserError(f"no feature space at {paths.root} (looked for {paths.space_json.name})")
-    values = read_sealed_json(paths.space_json)
-    if values["format"] != FORMAT:
-        raise UserError(
-            f"{paths.space_json}: format {values['format']}, this version reads {FORMAT}; "
-            "use the version of nanomolmo2 that wrote it"
-        )
-    try:
-        spec = FeatureSpec.from_json(values["spec"])
-    except ValueError as error:
-        raise UserError(f"{paths.space_json}: {error}") from None
-    if spec.fingerprint != values["fingerprint"]:
-        raise Corrupt(paths.space_json, "the fingerprint is not that of the spec beside it")
-    return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])

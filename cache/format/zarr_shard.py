@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.format.checksums import crc32c
+from cache.format.checksums import UNSEALED, crc32c, seal
 from cache.format.shard import Geometry, RowFacts
 from cache.format.spec import FeatureSpec
-from cache.store.paths import UNSEALED, seal
 
 CRC_BYTES = 4
 MISSING = 2**64 - 1

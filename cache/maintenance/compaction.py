@@ -22,14 +22,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cache.errors import Corrupt
 from cache.format.checksums import crc32c
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
+from cache.store.files import fsync_folder, make_folder
 from cache.store.locks import DriverLock
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths, fsync_folder, make_folder
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.shard_files import corrupt_shard
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 
 Away = Callable[[Path], None]

@@ -22,9 +22,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.store.paths import Corrupt
+from cache.errors import Corrupt
 from cache.store.reader import RUN_BYTES, FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from configs.console import bytes_text
 

@@ -16,15 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format.space_info import SpaceInfo, read_info
+from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
-from cache.maintenance.survey import mentioned_keys
+from cache.maintenance.inventory import mentioned_keys
 from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
-from cache.store.paths import PARTIAL, CacheRoot, SpacePaths, fsync_folder
+from cache.store.files import PARTIAL, fsync_folder
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
 from cache.store.samples import dataset_names, samples_table
-from cache.store.writer import Space
+from cache.store.space import Space, read_info
 from configs import UserError
 
 REST_S = 3600.0

@@ -7,25 +7,26 @@ M rows of the media table.
 from __future__ import annotations
 
 import shlex
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views, time_view
-from cache.format.spec import ARRAY_OF, PACKED_FROM
+from cache.format.spec import ARRAY_OF, ARRAYS, PACKED_FROM
+from cache.store.ledger import media_table
+from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import read_samples, samples_table
-from configs import load
-
-Mask = npt.NDArray[np.bool_]
-Numbers = npt.NDArray[np.int64]
+from cache.store.references import References, _rows_of, find_references
+from cache.store.samples import dataset_names, read_samples
+from configs import UserError, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,51 +43,6 @@ class Need:
     """Bytes of the features that are there: what one pass over the data set reads."""
     command: str | None
     """What encodes the rest; None when nothing is missing, or encode.run cannot add to this space."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class References:
-    """What the samples of one data set mention."""
-
-    samples: int
-    """S."""
-    sample: Numbers
-    """(R,) number of the sample."""
-    media: Numbers
-    """(R,) row in the media table, -1 for a source it does not know."""
-    other: Mask
-    """(R,) whether the sample says another hash than the bytes have that came: it is about another media."""
-    sources: pa.Array
-    """(D,) distinct sources."""
-    rows: Numbers
-    """(D,) their rows in the media table, -1 likewise."""
-    videos: Mask
-    """(D,) whether the samples take them for videos."""
-
-
-def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> References:
-    """Of a data set, into `media`."""
-    table = samples_table(root, dataset, ["media"])
-    lists = table["media"].combine_chunks()
-    refs = pc.list_flatten(lists)
-    sources = pc.struct_field(refs, "source")
-    rows = np.asarray(
-        pc.index_in(sources, media["source"].combine_chunks()).fill_null(-1), np.int64
-    )
-    keys = media["key"].combine_chunks().take(pa.array(rows, mask=rows < 0))
-    other = pc.not_equal(pc.struct_field(refs, "sha256"), keys)  # null where one of them is unknown
-    distinct = sources.unique()
-    first = np.asarray(pc.index_in(distinct, sources), np.int64)
-    kinds = pc.struct_field(refs, "kind").take(pa.array(first))
-    return References(
-        samples=len(table),
-        sample=np.asarray(pc.list_parent_indices(lists), np.int64),
-        media=rows,
-        other=np.asarray(other.fill_null(False), bool),
-        sources=distinct,
-        rows=rows[first],
-        videos=np.asarray(pc.equal(kinds, "video"), bool),
-    )
 
 
 class SpaceMedia:
@@ -147,14 +103,6 @@ class SpaceMedia:
         )
 
 
-def _rows_of(reader: FeatureReader, array: str, first: Numbers) -> Numbers:
-    """How many rows the media have whose first rows (n,) are given."""
-    index = reader.index[array]
-    heads = np.ascontiguousarray(index.keys[:, :8]).view(np.uint64).reshape(-1)  # of sha256: unique
-    distinct, counts = np.unique(heads, return_counts=True)
-    return counts[np.searchsorted(distinct, heads[index.positions(first)])]
-
-
 def encode_command(reader: FeatureReader, root: CacheRoot, dataset: str) -> str:
     """The command line that encodes a data set into this space."""
     spec, entry = reader.spec, reader.load.get("encoder")
@@ -186,3 +134,191 @@ def _dataset_word(root: CacheRoot, dataset: str) -> str:
                 if relative and ref.source.endswith(f"/{relative}"):
                     return f"{dataset}=folder:{ref.source[: -len(relative) - 1] or '/'}"
     return f"{dataset}=folder:PATH"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecError:
+    """Relative errors that the codec made in the rows of one array, each measured when its row was packed."""
+
+    mean: float
+    median: float
+    p99: float
+    """99 of 100 rows lose at most this."""
+    largest: float
+
+
+@dataclass(kw_only=True)
+class SpaceSummary:
+    """One space."""
+
+    name: str
+    """Its name."""
+    encoder: str = ""
+    """Display name of the encoder."""
+    codec: str = ""
+    """How rows are stored."""
+    blocks: tuple[int, ...] = ()
+    """Transformer blocks the features come from."""
+    pool: dict[str, int] = field(default_factory=dict)
+    """Array -> side of the pooling window, patches."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Array -> committed rows."""
+    container: str = ""
+    """What its shards are."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Array -> committed shards."""
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    """Array -> size of these."""
+    nbytes: int = 0
+    """Size of the committed shards of all arrays."""
+    error: dict[str, CodecError] = field(default_factory=dict)
+    """Array -> what the codec lost; of arrays that have rows."""
+    writer: str | None = None
+    """The job that writes to it now."""
+    damage: str | None = None
+    """Why it cannot be opened."""
+    closed: bool = False
+    """Whether encode.run adds to it no longer: made before features were rounded to float16."""
+
+
+@dataclass(kw_only=True)
+class DatasetSummary:
+    """One data set."""
+
+    name: str
+    """Its name."""
+    samples: int
+    """Its samples."""
+    media: int
+    """Distinct media it mentions."""
+    failed: int
+    """Of these, how many the ledger has as failed."""
+    coverage: dict[str, float]
+    """Space -> share of the samples whose media all have features there."""
+    needs: dict[str, Need]
+    """Space -> what is missing there, and what a training on it reads."""
+
+
+@dataclass(kw_only=True)
+class Failures:
+    """Media that failed for one reason, of one host, in one data set."""
+
+    stage: str
+    """Where: fetch, verify, decode, encode or write."""
+    error: str
+    """Why."""
+    host: str
+    """Of the URLs; empty for files."""
+    dataset: str
+    """The data set that mentions them; empty when none does any more."""
+    sources: list[str]
+    """Which."""
+
+
+def open_spaces(
+    root: CacheRoot, *, errors: bool = False
+) -> tuple[list[SpaceSummary], dict[str, FeatureReader]]:
+    """A summary of every space, with `errors` also of its codec's; and a reader of those that open."""
+    summaries, readers = [], {}
+    for name in root.space_names():
+        paths = root.space(name)
+        summary = SpaceSummary(name=name, writer=driver_holder(paths))
+        summaries.append(summary)
+        try:
+            reader = FeatureReader(paths)
+        except UserError as error:  # damaged, or of another format
+            summary.damage = str(error)
+            continue
+        readers[name] = reader
+        summary.encoder, summary.codec = reader.spec.encoder, reader.spec.codec
+        summary.blocks = reader.spec.blocks
+        summary.pool = {array: reader.spec.pool(array) for array in ARRAYS}
+        summary.rows = {array: reader.rows(array) for array in ARRAYS}
+        summary.container = reader.spec.container
+        summary.closed = reader.spec.packed_from != PACKED_FROM[-1]
+        sizes = {array: index.nbytes for array, index in reader.index.items()}
+        summary.shards = {array: len(of) for array, of in sizes.items()}
+        summary.bytes_of = {array: sum(of.values()) for array, of in sizes.items()}
+        summary.nbytes = sum(summary.bytes_of.values())
+        if errors:
+            summary.error = codec_errors(reader)
+    return summaries, readers
+
+
+def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
+    """Of each array that has rows, as measured when they were packed."""
+    found = {}
+    for array, index in reader.index.items():
+        if len(index):
+            errors = index.columns.errors
+            median, p99 = np.percentile(errors, (50, 99)).tolist()
+            mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
+            found[array] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
+    return found
+
+
+def summarise_datasets(
+    root: CacheRoot, readers: Mapping[str, FeatureReader]
+) -> list[DatasetSummary]:
+    """A summary of every data set, with its coverage by each space."""
+    media = media_table(root)
+    failed = np.asarray(pc.equal(media["status"], "failed"), bool)
+    spaces = {name: SpaceMedia(media, reader) for name, reader in readers.items()}
+    summaries = []
+    for name in dataset_names(root):
+        references = find_references(root, name, media)
+        known = references.media[references.media >= 0]
+        summaries.append(
+            DatasetSummary(
+                name=name,
+                samples=references.samples,
+                media=len(references.sources),
+                failed=int(failed[np.unique(known)].sum()),
+                coverage={space: here.coverage(references) for space, here in spaces.items()},
+                needs={
+                    space: here.need(references, dataset=name, root=root)
+                    for space, here in spaces.items()
+                },
+            )
+        )
+    return summaries
+
+
+def list_failures(root: CacheRoot) -> list[Failures]:
+    """All failed media, the most frequent (stage, error, host, data set) first."""
+    media = media_table(root)
+    failed = media.filter(pc.equal(media["status"], "failed"))
+    mentioned: dict[str, list[str]] = defaultdict(list)
+    for name in dataset_names(root):
+        sources = find_references(root, name, media).sources
+        for source in failed["source"].filter(pc.is_in(failed["source"], sources)).to_pylist():
+            mentioned[source].append(name)
+    groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for row in failed.select(["source", "stage", "error"]).to_pylist():
+        for dataset in mentioned.get(row["source"], [""]):
+            host = _host(row["source"])
+            groups[row["stage"], row["error"], host, dataset].append(row["source"])
+    found = [
+        Failures(stage=stage, error=error, host=host, dataset=dataset, sources=sources)
+        for (stage, error, host, dataset), sources in groups.items()
+    ]
+    return sorted(found, key=lambda f: (-len(f.sources), f.stage, f.error, f.host, f.dataset))
+
+
+def _host(source: str) -> str:
+    """Of a URL, without its port; '' for a path, or what is no URL after all."""
+    try:
+        return urlsplit(source).hostname or ""
+    except ValueError:
+        return ""
+
+
+def mentioned_keys(root: CacheRoot) -> set[bytes]:
+    """Keys (32 bytes) of all media that a sample mentions, under any source."""
+    media = media_table(root)
+    mentioned = np.zeros(len(media), bool)
+    for name in dataset_names(root):
+        known = find_references(root, name, media).media
+        mentioned[known[known >= 0]] = True
+    keys = media["key"].filter(pa.array(mentioned)).drop_null().unique().to_pylist()
+    return set(map(bytes.fromhex, keys))

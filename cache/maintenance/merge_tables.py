@@ -16,16 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.store.paths import CacheRoot, check_seal, new_file
-from cache.store.samples import (
-    Sample,
-    append_media_table,
-    dataset_names,
-    media_table,
-    read_samples,
-    samples_digest,
-    write_samples,
-)
+from cache.format.checksums import check_seal
+from cache.store.files import new_file
+from cache.store.ledger import append_media_table, media_table
+from cache.store.paths import CacheRoot
+from cache.store.samples import Sample, dataset_names, read_samples, samples_digest, write_samples
 from configs import UserError
 
 SHOWN = 5

@@ -23,10 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from cache.format.space_info import info_bytes, read_info
+from cache.errors import Corrupt
+from cache.format.checksums import check_seal_file, read_sealed_json
+from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.format.zarr_shard import zarr_json
-from cache.maintenance.checks import check_commits, check_shard, check_space, check_tables
+from cache.maintenance.checks import (
+    Finding,
+    Progress,
+    Report,
+    SpaceReport,
+    check_commits,
+    check_shard,
+    check_space,
+    check_tables,
+)
 from cache.maintenance.compaction import (
     Part,
     alone,
@@ -38,20 +49,13 @@ from cache.maintenance.compaction import (
     set_aside,
     take_out,
 )
-from cache.maintenance.findings import Finding, Progress, Report, SpaceReport
 from cache.store.commits import read_commits
+from cache.store.files import write_atomic
 from cache.store.index_file import save_index
-from cache.store.mend import commits_fingerprint, flip_back, rebuild_info
-from cache.store.paths import (
-    CacheRoot,
-    Corrupt,
-    SpacePaths,
-    check_seal_file,
-    read_sealed_json,
-    write_atomic,
-)
+from cache.store.mend import flip_back
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
-from cache.store.writer import Space
+from cache.store.space import Space, commits_fingerprint, read_info, rebuild_info
 from configs import UserError
 
 Tell = Callable[[str], None]

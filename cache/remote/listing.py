@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cache.errors import Corrupt
+from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
 from cache.format.spec import ARRAYS
 from cache.remote.retry import Entry
-from cache.store.paths import CacheRoot, Corrupt, check_seal_file, read_sealed_json, sealed_json
+from cache.store.paths import CacheRoot
 from configs import UserError
 
 LISTING = "listing.json"

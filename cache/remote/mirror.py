@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cache.errors import Corrupt
+from cache.format.checksums import check_seal, check_seal_file
 from cache.remote.listing import LISTING, MOST_BYTES, as_tables, is_sealed, is_table, read_listing
 from cache.remote.retry import (
     Entry,
@@ -29,7 +31,8 @@ from cache.remote.retry import (
     patiently,
     read_range,
 )
-from cache.store.paths import PARTIAL, CacheRoot, Corrupt, check_seal, check_seal_file, write_atomic
+from cache.store.files import PARTIAL, write_atomic
+from cache.store.paths import CacheRoot
 from configs import UserError
 from configs.console import Meter
 

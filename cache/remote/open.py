@@ -21,7 +21,8 @@ from cache.remote.retry import RemoteRules
 from cache.remote.row_cache import RowCache
 from cache.remote.stores import open_store
 from cache.store.paths import CacheRoot, is_url
-from cache.store.reader import FeatureReader, find_space
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from configs import UserError
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cache.format.checksums import crc32c
-from cache.store.paths import PARTIAL
+from cache.store.files import PARTIAL
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.errors import Corrupt
+from cache.format.checksums import UNSEALED, check_seal, seal
 from cache.format.space_info import SpaceInfo
-from cache.store.paths import UNSEALED, Corrupt, SpacePaths, check_seal, seal
+from cache.store.paths import SpacePaths
 
 __all__ = [
     "KEY_BYTES",

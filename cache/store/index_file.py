@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.format.checksums import crc32c
+from cache.errors import Corrupt
+from cache.format.checksums import UNSEALED, check_seal, crc32c, seal
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.store.commits import Commit, read_commit
-from cache.store.paths import UNSEALED, Corrupt, SpacePaths, check_seal, new_file, seal
+from cache.store.files import new_file
+from cache.store.paths import SpacePaths
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
 
 log = logging.getLogger(__name__)

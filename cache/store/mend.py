@@ -8,19 +8,11 @@ What space.json said can be proven in other ways, too: every commit carries the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cache.format.space_info import MAX_SLOTS, SpaceInfo
-from cache.format.spec import ARRAYS, FeatureSpec
-from cache.store.commits import read_commit
-from cache.store.paths import SEAL, Corrupt, SpacePaths, check_seal
+from cache.errors import Corrupt
+from cache.format.checksums import SEAL, check_seal
 
 MOST_BYTES = 256 << 10
 """Longest file tried: the commit of 4,096 rows. The work grows with the square of it."""
@@ -90,58 +82,3 @@ def _all(data: bytes, what: bytes) -> list[int]:
         found.append(at)
         at = data.find(what, at + 1)
     return found
-
-
-def commits_fingerprint(paths: SpacePaths) -> str | None:
-    """The one that all intact commits of a space carry; None when there are none, or several."""
-    found = set()
-    for array in ARRAYS:
-        for number in paths.committed(array):
-            data = paths.commit(array, number).read_bytes()
-            try:
-                check_seal(data, paths.commit(array, number))
-            except Corrupt:
-                continue
-            found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
-    return found.pop() if len(found) == 1 else None
-
-
-def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:
-    """What a damaged space.json said, as far as `fingerprint` (of the commits) proves it: all of the spec.
-
-    How to load the encoder is not part of the fingerprint; wrong, it loads an encoder of another one, which
-    is noticed. Rows per shard are checked against every commit. None when the text is not understood, or
-    describes another space.
-    """
-    try:
-        values = json.loads(data)
-        spec = FeatureSpec.from_json(values["spec"])
-        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
-        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return info if spec.fingerprint == fingerprint and min(slots.values()) > 0 else None
-
-
-def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
-    """`info`, with as many rows per shard as the commits that are here already were made with.
-
-    For a space whose space.json was lost, while its rows were not.
-
-    Raises:
-        Corrupt: the commits are of another space.
-    """
-    slots = {}
-    for array, usual in info.slots.items():
-        slots[array] = usual
-        if not (numbers := paths.committed(array)):
-            continue
-        for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
-            guessed = replace(info, slots={**info.slots, array: guess})
-            with contextlib.suppress(Corrupt):
-                read_commit(paths, guessed, array, numbers[-1])
-                slots[array] = guess
-                break
-        else:
-            read_commit(paths, info, array, numbers[-1])  # raises what is wrong with it
-    return replace(info, slots=slots)

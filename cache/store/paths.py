@@ -8,47 +8,18 @@ tail, breaks the seal. The seal is the last such text in the file, so that quote
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import mmap
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
+from cache.errors import Corrupt
+from cache.format.checksums import read_sealed_json
 from cache.format.spec import ARRAYS
 from configs import UserError
 
-PARTIAL = ".partial"
-"""Suffix of a file still being written. Readers never look at one; `cache.gc` removes those left."""
-
-SEAL = b"sha256:"
-UNSEALED = "sha256:" + "0" * 64
-"""What a writer puts where the seal will stand."""
-
-Fence = Callable[[], None]
-"""Called just before a rename; raises when this process has lost the right to write."""
-
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
-
-
-MAKE_ANEW = "python -m cache.verify --deep --repair drops it, then encode.run makes it anew"
-"""The way out for any file that is damaged: what it held can be had again from the sources."""
-
-
-class Corrupt(UserError):  # noqa: N818 - a state of a file, met as often as raised
-    """A file is not what was written: where, what is wrong, and the way out."""
-
-    def __init__(self, path: Path, what: str, way_out: str = MAKE_ANEW):
-        super().__init__(f"{path}: {what}; {way_out}")
-        self.path, self.what, self.way_out = path, what, way_out
-
-    def __reduce__(self) -> tuple[type[Corrupt], tuple[Path, str, str]]:
-        return Corrupt, (self.path, self.what, self.way_out)
 
 
 # ---- paths
@@ -263,117 +234,4 @@ class SpacePaths:
 # ---- whole files
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is on disk only after this."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_folder(folder: Path) -> None:
-    """`folder` and its parents, durably."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
-
-
-@contextlib.contextmanager
-def new_file(path: Path, fence: Fence | None = None) -> Iterator[BinaryIO]:
-    """A file to write and read back; it becomes `path` when the block ends well, else it is gone."""
-    make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if fence is not None:
-            fence()
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def write_atomic(path: Path, data: bytes, fence: Fence | None = None) -> None:
-    """`path` holds `data` whole, or is as it was."""
-    with new_file(path, fence) as file:
-        file.write(data)
-
-
 # ---- seals
-
-
-def seal(data: bytes) -> bytes:
-    """`data`, whose last `UNSEALED` becomes its seal."""
-    at = _seal_position(data)
-    assert data[at : at + 64] == b"0" * 64, "nothing to seal"
-    return data[:at] + _digest(data, at) + data[at + 64 :]
-
-
-def seal_file(file: BinaryIO) -> None:
-    """The same for an open file of any size."""
-    file.flush()
-    with mmap.mmap(file.fileno(), 0) as data:
-        at = _seal_position(data)
-        assert data[at : at + 64] == b"0" * 64, "nothing to seal"
-        data[at : at + 64] = _digest(data, at)
-
-
-def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
-    """The seal (32 bytes); raise Corrupt unless `data`, read from `path`, is exactly what was sealed."""
-    at = _seal_position(data)
-    if at < 0:
-        raise Corrupt(path, "its seal (sha256:...) is missing")
-    if data[at : at + 64] != _digest(data, at):
-        raise Corrupt(path, "its bytes do not match its seal (sha256)")
-    return bytes.fromhex(data[at : at + 64].decode())
-
-
-def check_seal_file(path: Path) -> None:
-    """The same for a file of any size."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise Corrupt(path, "empty file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            check_seal(data, path)
-
-
-def _seal_position(data: bytes | mmap.mmap) -> int:
-    at = data.rfind(SEAL)
-    return at + len(SEAL) if at >= 0 else -1
-
-
-def _digest(data: bytes | mmap.mmap, at: int) -> bytes:
-    digest = hashlib.sha256()
-    with memoryview(data) as whole, whole[:at] as before, whole[at + 64 :] as after:
-        digest.update(before)
-        digest.update(b"0" * 64)
-        digest.update(after)
-    return digest.hexdigest().encode()
-
-
-def sealed_json(values: Mapping[str, Any]) -> bytes:
-    """`values` as JSON text, the seal in its last key."""
-    return seal(
-        json.dumps({**values, "seal": UNSEALED}, indent=2, allow_nan=False).encode() + b"\n"
-    )
-
-
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """The values of a sealed JSON file.
-
-    Raises:
-        Corrupt: the file is missing, or its bytes have changed.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise Corrupt(path, "missing") from None
-    check_seal(data, path)
-    values: dict[str, Any] = json.loads(data)
-    return values

@@ -12,7 +12,6 @@ threads and forked processes may share one reader.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,17 +21,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cache.errors import Corrupt
 from cache.format import codec
 from cache.format.checksums import crc32c
 from cache.format.shard import Geometry
-from cache.format.space_info import read_info
 from cache.format.spec import ARRAYS
+from cache.maintenance.row_checks import logical_hash, row_digests
 from cache.store.commits import key_bytes
 from cache.store.index_file import open_index
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.paths import SpacePaths
 from cache.store.row_index import RowIndex
 from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_shard
-from configs import UserError, nearest
+from cache.store.space import read_info
 
 RUN_ROWS = 512
 """Adjacent rows read by one call: with the crcs between them, as many buffers as Linux takes."""
@@ -297,52 +297,3 @@ def _extents(
     for run in runs:
         shard, slot = divmod(numbers[run[0]], layout.slots)
         yield shard, layout.start_offset + slot * layout.slot_bytes, len(run) * layout.slot_bytes
-
-
-def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
-    digests = b"".join(hashlib.sha256(row).digest() for row in rows)
-    return np.frombuffer(digests, np.uint8).reshape(-1, 32)
-
-
-def logical_hash(
-    index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
-) -> str:
-    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
-
-    Args:
-        index: array -> its rows.
-        digests: array -> `row_digests` of all of them, by position.
-    """
-    whole = hashlib.sha256()
-    for array in sorted(index):
-        for position in index[array].by_identity().tolist():
-            key, view = index[array].identity(position)
-            digest = digests[array][position].tobytes().hex()
-            whole.update(f"{array}\t{key}\t{view}\t{digest}\n".encode())
-    return whole.hexdigest()
-
-
-def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
-    """The only space under `root`, or the one whose name is, or alone begins with, `name`.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
-    names = root.space_names()
-    if not names:
-        raise UserError(
-            f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
-            f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
-        )
-    matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
-    if not matches:
-        assert name is not None  # everything begins with nothing
-        raise UserError(
-            f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
-        )
-    if len(matches) > 1:
-        raise UserError(
-            f"{len(matches)} spaces under {root.path}/, say which: --space {' | '.join(matches)}"
-        )
-    return root.space(matches[0])

@@ -14,8 +14,9 @@ import resource
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from cache.errors import Corrupt
 from cache.store.mapped import SMALL, MappedFile, can_map
-from cache.store.paths import Corrupt, SpacePaths
+from cache.store.paths import SpacePaths
 
 
 class ShardFiles(Protocol):

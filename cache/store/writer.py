@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,128 +24,12 @@ import pyarrow as pa
 
 from cache.format.checksums import crc32c
 from cache.format.shard import RowFacts
-from cache.format.space_info import SHARD_BYTES, SpaceInfo, info_bytes, new_info, read_info
-from cache.format.spec import ARRAYS, FeatureSpec
-from cache.format.zarr_shard import zarr_json
-from cache.store.commits import KEY_BYTES, SCHEMA, commit_bytes, read_commit, read_commits
-from cache.store.index_file import open_index
-from cache.store.mend import fitting_info
-from cache.store.paths import (
-    PARTIAL,
-    CacheRoot,
-    Corrupt,
-    Fence,
-    SpacePaths,
-    fsync_folder,
-    make_folder,
-    read_sealed_json,
-    write_atomic,
-)
-from cache.store.row_index import Identities, RowIndex
+from cache.store.commits import KEY_BYTES, SCHEMA, commit_bytes
+from cache.store.files import PARTIAL, Fence, fsync_folder, write_atomic
+from cache.store.space import Space
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-
-class Space:
-    """One space, as its writers see it. Readers use `cache.store.reader.FeatureReader`."""
-
-    def __init__(self, paths: SpacePaths, info: SpaceInfo):
-        self.paths = paths
-        self.info = info
-        self.spec = info.spec
-        self.load = info.load
-
-    @staticmethod
-    def create(
-        root: CacheRoot,
-        spec: FeatureSpec,
-        load: Mapping[str, Any],
-        *,
-        shard_bytes: int = SHARD_BYTES,
-    ) -> Space:
-        """The space of `spec` under `root`; made, or completed after a crash, where it is missing.
-
-        Args:
-            root: the cache.
-            spec: how pixels become rows; names the space.
-            load: how to load the encoder again, as JSON. An existing space keeps its own.
-            shard_bytes: size of a shard, about. An existing space keeps its own.
-        """
-        paths = root.space(spec.name)
-        if not paths.space_json.exists():
-            info = fitting_info(paths, new_info(spec, load, shard_bytes))
-            write_atomic(paths.space_json, info_bytes(info))
-        space = Space.open(paths)
-        if space.spec.fingerprint != spec.fingerprint:
-            raise Corrupt(
-                paths.space_json, "it describes another space than its folder's name says"
-            )
-        make_folder(paths.commits_dir)
-        for array in ARRAYS:
-            make_folder(paths.shards_dir(array))
-            space.grow(array)
-        if (values := space.info.container.group_values()) is not None:
-            group = zarr_json(values)
-            if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
-                write_atomic(paths.group_json, group)
-        return space
-
-    @staticmethod
-    def open(paths: SpacePaths) -> Space:
-        """The space at `paths`, which exists."""
-        return Space(paths, read_info(paths))
-
-    def rows_per_shard(self, array: str) -> int:
-        """Rows a full shard of `array` holds."""
-        return self.info.slots[array]
-
-    def commits(self, array: str) -> pa.Table:
-        """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
-        commits = read_commits(self.paths, self.info, array)
-        return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
-
-    def index(self, array: str) -> RowIndex:
-        """All committed rows, to look up."""
-        return open_index(self.paths, self.info, array)
-
-    def keys(self, array: str) -> Set[tuple[str, str]]:
-        """(key, view) of all committed rows."""
-        return Identities(self.index(array))
-
-    def shard_keys(self, array: str, number: int) -> set[tuple[str, str]]:
-        """(key, view) of one shard's rows; empty when it was not committed."""
-        if not self.paths.commit(array, number).exists():
-            return set()
-        return _identities(read_commit(self.paths, self.info, array, number).table)
-
-    def next_shard(self, array: str) -> int:
-        """A number above that of every shard ever begun."""
-        used = [*self.paths.committed(array), *self.paths.started(array)]
-        return max(used, default=-1) + 1
-
-    def grow(self, array: str) -> None:
-        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
-
-        A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
-        A space of another container has none.
-        """
-        path, slots = self.paths.array_json(array), self.rows_per_shard(array)
-        rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
-        values = self.info.container.array_values(self.spec, array, slots, rows)
-        if values is None:
-            return
-        try:
-            covered = read_sealed_json(path)["shape"][0]
-        except (Corrupt, KeyError):  # or it describes something else
-            covered = -1
-        if rows > covered:
-            write_atomic(path, zarr_json(values))
-
-
-def _identities(table: pa.Table) -> set[tuple[str, str]]:
-    keys = (key.hex() for key in table["key"].to_pylist())
-    return set(zip(keys, table["view"].to_pylist(), strict=True))
 
 
 WRITE_BYTES = 4 << 20

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.store.paths import CacheRoot, write_atomic
-from cache.store.reader import FeatureReader, find_space
+from cache.store.files import write_atomic
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from cache.view.collect import gather
 from cache.view.page import render
 from configs import UserError, command, parse

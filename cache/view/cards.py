@@ -9,8 +9,8 @@ from html import escape
 import numpy as np
 
 from cache.view import thumbnails as images
+from cache.view.charts import number
 from cache.view.collect import Findings, Norms, Shown, Tile
-from cache.view.svg import number
 from configs.console import bytes_text
 
 SOURCES_SHOWN = 3

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cache.format.spec import ARRAYS
-from cache.maintenance.survey import DatasetSummary, Failures, list_failures, summarise_datasets
+from cache.maintenance.inventory import DatasetSummary, Failures, list_failures, summarise_datasets
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader

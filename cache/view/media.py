@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from cache.format.spec import FeatureSpec
+from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, media_table, samples_table
+from cache.store.samples import dataset_names, samples_table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """As the encoder reads them. PIL's rarer decoders are attack surface."""

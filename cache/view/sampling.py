@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format import codec
-from cache.format.space_info import read_info
 from cache.store.commits import read_commit
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex
+from cache.store.space import read_info
 
 FRAMES = 8
 """Frames shown of one video, evenly from its first to its last."""

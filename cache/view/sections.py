@@ -7,10 +7,9 @@ from html import escape
 import numpy as np
 
 from cache.format.spec import ARRAYS
-from cache.store.samples import STAGES
-from cache.view.charts import Mark, Series, curve, histogram, spikes
+from cache.store.ledger import STAGES
+from cache.view.charts import Mark, Series, curve, histogram, number, spikes
 from cache.view.collect import Findings
-from cache.view.svg import number
 
 KIND_NAMES = {"image": "images", "frame": "frames"}
 STYLES = {"image": "a", "frame": "b"}

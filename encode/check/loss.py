@@ -22,16 +22,11 @@ import torch
 import configs
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views, sample_times, time_view
 from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import (
-    MediaRecord,
-    MediaRef,
-    Sample,
-    dataset_names,
-    read_media,
-    read_samples,
-)
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, Sample, dataset_names, read_samples
+from cache.store.space import find_space
 from configs import UserError
 from encode.download.urls import is_url
 from model.attention.batch import PackedBatch

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, media_table, samples_table
+from cache.store.samples import samples_table
 from configs import UserError
 from encode.check.loss import row_numbers
 from encode.download.client import Fetched, Fetcher, FetchRules

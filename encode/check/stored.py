@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache.format.space_info import read_info
 from cache.format.spec import ARRAY_OF, CODECS, FeatureSpec
+from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord
+from cache.store.space import read_info
 from configs import UserError
 from encode.check.loss import StoredMedia, inputs_of, stored_media
 from encode.check.media import Bytes, Checked, drawn

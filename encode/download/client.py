@@ -34,12 +34,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from encode.download.config import FetchRules, Trouble
-from encode.download.connections import Sockets, new_session
 from encode.download.host_limits import Lanes
 from encode.download.memory_budget import Budget, Lease, NoRoom
 from encode.download.outage import Outage
 from encode.download.request import Body, Exchange
-from encode.download.session import Lookups
+from encode.download.session import Lookups, Sockets, new_session
 from encode.download.urls import host_of, is_url, parse_url
 from model.media.images import BadMedia
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, read_media
 from encode.download.client import FetchRules, is_url
 from encode.download.media_store import MediaStore
 from encode.driver.progress import LOG_EVERY_S

@@ -17,10 +17,9 @@ import aiohttp
 from yarl import URL
 
 from encode.download.config import FetchRules, Trouble
-from encode.download.connections import KEEP_ALIVE_S
 from encode.download.host_limits import Lanes
 from encode.download.memory_budget import Lease
-from encode.download.session import RefusedAddress, literal, refusal
+from encode.download.session import KEEP_ALIVE_S, RefusedAddress, literal, refusal
 from encode.download.urls import host_of, redirect_url
 
 __all__ = ["Body", "Exchange"]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from configs import UserError
 from encode.download.client import is_url
 from encode.worker.local_files import failed, hash_local, unreadable

@@ -24,11 +24,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.locks import wait_gone
 from cache.store.paths import SpacePaths
-from cache.store.writer import Space
+from cache.store.references import Present
+from cache.store.space import Space
 from configs import UserError
 from encode.driver.culprits import Suspects, sentence
 from encode.driver.tracker import Book, TooManyFailures
-from encode.present import Present
 from encode.worker.config import Setup
 from encode.worker.decode_log import breadcrumb_file, read_crumbs
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, claim_id

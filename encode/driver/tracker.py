@@ -11,8 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, append_media
 from configs import UserError
 from encode.worker.local_files import failed
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, claim_id

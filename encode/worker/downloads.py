@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from encode.download.client import Fetched, Fetcher, FetchRules
 from encode.download.media_store import MediaStore
 from encode.worker.media_item import Item

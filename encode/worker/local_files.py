@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 from model.media.images import FORMATS, BadMedia
 

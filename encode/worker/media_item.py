@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 
 Pixels = npt.NDArray[np.uint8]

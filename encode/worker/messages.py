@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 
 OWN_STAGES = ("encode", "write")
 """Failures at these stages are ours; the others are the media's."""

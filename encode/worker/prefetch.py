@@ -21,7 +21,7 @@ from typing import Protocol
 from PIL import Image
 
 from cache.format.frame_sampling import FULL, sample_times, time_view
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from encode.download.client import is_url
 from encode.worker.decode_log import Breadcrumbs
 from encode.worker.downloads import Downloads

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF
-from cache.store.samples import MediaRecord
-from cache.store.writer import NewRow, ShardWriter, Space
+from cache.store.ledger import MediaRecord
+from cache.store.space import Space
+from cache.store.writer import NewRow, ShardWriter
 from configs import UserError
 from encode.worker.local_files import failed
 from encode.worker.messages import Outcome, SourceTask

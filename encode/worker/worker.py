@@ -28,10 +28,10 @@ from PIL import Image
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.locks import WorkerLease
 from cache.store.paths import SpacePaths
-from cache.store.writer import Space
+from cache.store.references import Present
+from cache.store.space import Space
 from configs import UserError
 from encode.download.client import is_url
-from encode.present import Present
 from encode.worker.config import Setup
 from encode.worker.decode_log import Breadcrumbs, breadcrumb_file
 from encode.worker.downloads import Downloads

@@ -26,7 +26,8 @@ from cache.format.checksums import crc32c
 from cache.format.codec import row_parts
 from cache.maintenance.checks import THREADS, verify
 from cache.store.paths import CacheRoot
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import command, parse
 from tests.support.spaces import SPEC, key
 

@@ -26,7 +26,8 @@ from cache.format.spec import CONTAINERS, FeatureSpec
 from cache.maintenance.checks import verify
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support.spaces import SPEC, key
 
 ROUNDS = 5

@@ -34,7 +34,8 @@ from cache.merge import Options as MergeOptions
 from cache.merge import merge
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support.spaces import SPEC, key
 
 CLIP: FeatureSpec = replace(

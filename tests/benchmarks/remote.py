@@ -25,10 +25,12 @@ import numpy as np
 from cache.format import codec
 from cache.remote.open import Elsewhere, RemoteCache
 from cache.share import share
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.space import Space, find_space
+from cache.store.writer import ShardWriter
 from tests.support import remote_servers, trained_runs
 
 IMAGES = 192

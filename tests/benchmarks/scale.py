@@ -29,8 +29,8 @@ from cache.format.spec import FeatureSpec
 from cache.store.commits import SCHEMA, commit_bytes
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
-from cache.store.reader import FeatureReader, find_space
-from cache.store.writer import Space
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space
 from configs import command, parse
 
 SPEC = FeatureSpec(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.store.paths import CacheRoot
-from cache.store.reader import find_space
+from cache.store.space import find_space
 from tests.benchmarks.stores import BATCH, Ours, Rows, Store
 
 PEER_SHARD_BYTES = 256 << 20

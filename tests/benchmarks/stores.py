@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from cache.format.spec import FeatureSpec
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.writer import NewRow, ShardWriter, Space
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space
+from cache.store.writer import NewRow, ShardWriter
 
 Rows = npt.NDArray[np.int64]
 BATCH = 32

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cache import convert
+from cache.convert import pool
 from cache.format.spec import CODECS
 from cache.maintenance.checks import verify
-from cache.pooling import pool
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.writer import Space
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space
 from configs import UserError
 from encode.worker.config import Setup
 from model.vision.config import DemoTowerConfig

@@ -17,15 +17,18 @@ import pytest
 import webdataset
 from safetensors import safe_open
 
+from cache.errors import Corrupt
 from cache.export import __main__ as export
 from cache.export import rows as export_rows
 from cache.export import samples as export_samples
 from cache.format import codec
 from cache.format.spec import CODECS, CONTAINERS
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from tests.support.spaces import fill, key, make_space, row
 

@@ -14,11 +14,13 @@ import pytest
 from cache import gc
 from cache.maintenance.checks import verify
 from cache.store import index_file
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import MediaRef, Sample, write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from tests.support.damage import garble
 from tests.support.spaces import fill, key, make_space, row

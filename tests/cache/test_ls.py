@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from cache import ls
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import MediaRef, Sample, write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from configs.console import Meter, bytes_text, table_text
 from tests.support.spaces import SPEC, fill, key, make_space, row

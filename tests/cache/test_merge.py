@@ -14,20 +14,13 @@ import pytest
 from cache import merge
 from cache.format.frame_sampling import time_view
 from cache.maintenance.checks import verify
+from cache.store.ledger import MediaRecord, append_media, read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import (
-    MediaRecord,
-    MediaRef,
-    Sample,
-    append_media,
-    dataset_names,
-    read_media,
-    read_samples,
-    write_samples,
-)
-from cache.store.writer import ShardWriter, Space
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, Sample, dataset_names, read_samples, write_samples
+from cache.store.space import Space, find_space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from tests.support import encode_jobs, faults
 from tests.support.encode_jobs import draw, encode

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.format.space_info import read_info
+from cache.errors import Corrupt
 from cache.maintenance.checks import Report, check_shard, verify
 from cache.store.commits import read_commit
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, append_media, write_samples
+from cache.store.samples import write_samples
+from cache.store.space import read_info
 from cache.store.writer import ShardWriter
 from cache.verify import main
 from tests.support.spaces import fill, key, make_space, row

@@ -21,14 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cache.errors import Corrupt
 from cache.format import codec
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
+from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.shard_files import LocalFiles
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from cache.view import __main__ as view
 from cache.view import collect, sampling, statistics
 from cache.view.collect import Findings, gather

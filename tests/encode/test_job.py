@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from cache.format.codec import pack
+from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
-from cache.store.samples import read_media
 from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.driver.signals import Interrupts

@@ -10,9 +10,12 @@ import pytest
 
 from cache.format.frame_sampling import frame_views
 from cache.format.spec import FeatureSpec
+from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample
-from cache.store.writer import ShardWriter, Space
+from cache.store.references import Present
+from cache.store.samples import MediaRef, Message, Sample
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.estimate import (
     SPARE_BYTES,
@@ -26,7 +29,6 @@ from encode.estimate import (
     time_text,
 )
 from encode.plan import OVERHEAD_BYTES, OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
-from encode.present import Present
 from encode.worker.local_files import identify
 from encode.worker.messages import SourceTask
 from tests.support.spaces import SPEC as TOY

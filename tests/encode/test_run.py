@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import configs
-from cache.format.space_info import read_info
 from cache.store import index_file
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
+from cache.store.reader import FeatureReader
 from cache.store.samples import read_samples
+from cache.store.space import find_space, read_info
 from cache.verify import verify
 from configs import UserError
 from encode.driver import resources
@@ -25,6 +25,7 @@ from encode.driver.resources import Crew, choose_crew
 from encode.driver.tracker import Book
 from encode.run import main
 from encode.worker.messages import SourceTask, Timings
+from tests.support import ROOT
 from tests.support.encode_jobs import TINY, draw
 
 CLOSING = re.compile(

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, read_media, write_samples
+from cache.store.samples import write_samples
 from encode.driver.resources import Crew
 from encode.driver.signals import Interrupts
 from encode.job import Job

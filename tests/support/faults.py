@@ -25,9 +25,9 @@ from typing import Any
 from cache import gc, merge
 from cache.format.spec import ARRAYS
 from cache.maintenance.repair import Repair
+from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord
-from cache.store.writer import Space
+from cache.store.space import Space
 from configs import UserError
 from encode.worker.messages import Outcome, SourceTask
 from encode.worker.row_writer import Group, Row, RowWriter

@@ -17,17 +17,12 @@ import numpy as np
 from cache.format import codec
 from cache.format.frame_sampling import sample_times, time_view
 from cache.format.spec import FeatureSpec
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import (
-    MediaRecord,
-    MediaRef,
-    Message,
-    Sample,
-    append_media,
-    write_samples,
-)
-from cache.store.writer import ShardWriter, Space
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.space import Space, find_space
+from cache.store.writer import ShardWriter
 from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
 from train.data import (

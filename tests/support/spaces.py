@@ -14,7 +14,8 @@ import numpy.typing as npt
 from cache.format import codec
 from cache.format.spec import FeatureSpec
 from cache.store.paths import CacheRoot
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 
 SPEC = FeatureSpec(
     encoder="toy",

@@ -17,9 +17,11 @@ import numpy as np
 from cache.format import codec
 from cache.format.frame_sampling import sample_times, time_view
 from cache.format.spec import FeatureSpec
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support.spaces import SPEC
 
 COLORS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, append_media
 from tests.support.videos import make_video, number_of
 from train.evaluate.scoring import Answer
 from train.report import __main__ as report

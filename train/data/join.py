@@ -22,11 +22,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, media_table
+from cache.store.references import (
+    MEDIA_KINDS,
+    Media,
+    Part,
+    Rows,
+    _key_bytes,
+    edges_of,
+    find_rows,
+    read_part,
+    within,
+)
+from cache.store.samples import dataset_names
 from configs import UserError
-from train.data.media_rows import Rows, edges_of, within
-from train.data.mentions import Media, Part, mentioned, read_part
 from train.data.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
 
 log = logging.getLogger(__name__)
@@ -272,3 +282,39 @@ def _failures(ledger: pa.Table) -> str:
     failed = ledger.filter(pc.equal(ledger["status"], "failed")).slice(0, FAILURES_SHOWN)
     texts = [f"{r['source']}: {r['stage']}: {r['error']}" for r in failed.to_pylist()]
     return f": {'; '.join(texts)}" if texts else ""
+
+
+def mentioned(
+    parts: list[Part], ledger: pa.Table, reader: Rows, max_frames: int
+) -> tuple[list[Part], Media]:
+    """Number the media that samples mention, and look them up: one number a (key, kind)."""
+    table_keys = ledger["key"].combine_chunks()
+    distinct = pc.unique(table_keys.drop_null())
+    of_source = np.array(pc.index_in(table_keys, value_set=distinct).fill_null(-1), dtype=np.int64)
+    known = of_source >= 0
+    durations = np.full(len(distinct), np.nan)
+    recorded = np.asarray(ledger["duration_s"].fill_null(np.nan), dtype=np.float64)
+    timed = known & ~np.isnan(recorded)
+    durations[of_source[timed]] = recorded[timed]
+    of_source = np.append(of_source, -1)  # a source that no ledger knows is media -1
+
+    codes = []  # key x kinds + kind
+    for part in parts:
+        key = np.where(part.other, -1, of_source[part.source])
+        codes.append(np.where(key >= 0, key * len(MEDIA_KINDS) + part.kind, -1))
+    seen = np.zeros(len(distinct) * len(MEDIA_KINDS) + 1, dtype=bool)
+    for code in codes:
+        seen[code] = True
+    seen[-1] = False  # where code -1 went
+    used = np.flatnonzero(seen)
+    number = np.full(len(seen), -1, dtype=np.int64)
+    number[used] = np.arange(len(used))
+    key, kinds = used // len(MEDIA_KINDS), (used % len(MEDIA_KINDS)).astype(np.uint8)
+    hexes = distinct.take(pa.array(key))
+    media = Media(
+        keys=_key_bytes(hexes),
+        kinds=kinds,
+        rows=find_rows(reader, hexes, kinds, durations[key], max_frames),
+    )
+    numbered = [replace(p, media=number[c]) for p, c in zip(parts, codes, strict=True)]
+    return numbered, media

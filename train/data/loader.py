@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.references import MEDIA_KINDS, within
 from model.attention.batch import PackedBatch
-from train.data.media_rows import MEDIA_KINDS, within
 from train.data.message_trees import Piece
 from train.data.packing import PlacedTree, Tree, assemble, build_tree, first_fit
 from train.data.sample_list import Join

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cache.store.references import VIDEO
 from configs import UserError
-from train.data.media_rows import VIDEO
 from train.data.placeholders import Places
 from train.data.sample_list import Join
 from train.data.tokens import TokenStore

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.references import IMAGE
 from model.language.chat_template import stamp_ids, video_ids
 from model.language.tokenizer import IMAGE_TOKEN, token_id
-from train.data.media_rows import IMAGE
 from train.data.sample_list import Ints, Join
 
 TIE = 1e-6

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cache.store.paths import CacheRoot
+from cache.store.references import IMAGE, NOUNS, VIDEO, within
 from configs import UserError
-from train.data.media_rows import IMAGE, NOUNS, VIDEO, within
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]

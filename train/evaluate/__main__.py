@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import configs
 from cache.remote.open import Elsewhere, open_reader, root_of
-from cache.store.paths import CacheRoot, write_atomic
+from cache.store.files import write_atomic
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from configs import UserError
 from model.inference import answer
@@ -42,9 +43,9 @@ from train.data import (
 )
 from train.data.features import feature_bytes, looked_at
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
-from train.forward import Forward, choose_precision
 from train.run_folder import CONFIG
 from train.setup import check_space, mix_of
+from train.step import Forward, choose_precision
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import configs
 from cache.remote.open import Elsewhere, local_root
-from cache.store.paths import CacheRoot, write_atomic
+from cache.store.files import write_atomic
+from cache.store.paths import CacheRoot
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cache.view.svg import log_ticks, nice_ticks, number
+from cache.view.charts import log_ticks, nice_ticks, number
 
 Point = tuple[float, float]
 

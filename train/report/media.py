@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cache.format.frame_sampling import sample_times
+from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
-from cache.store.samples import media_table
 from model.media import video
 from model.media.images import BadMedia
 

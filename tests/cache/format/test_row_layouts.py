@@ -20,12 +20,14 @@ from safetensors import safe_open
 
 from cache.export import __main__ as export
 from cache.format import codec
+from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.spec import CONTAINERS
 from cache.maintenance.checks import verify
 from cache.merge import main as merge_main
-from cache.store.paths import CacheRoot, read_sealed_json, sealed_json
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from model.quantize import unpack
 from tests.support.spaces import key, make_space
 

@@ -21,14 +21,16 @@ import webdataset
 import zarr
 
 from cache import gc
+from cache.errors import Corrupt
 from cache.format import codec, tar_shard
 from cache.format.spec import CODECS, CONTAINERS
 from cache.maintenance.checks import check_shard, verify
 from cache.maintenance.repair import Repair
 from cache.store.commits import commit_bytes, read_commit
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support import faults, trained_runs
 from tests.support.damage import garble
 from tests.support.encode_jobs import draw, encode

@@ -13,7 +13,8 @@ import zarr
 from cache.format import zarr_codec, zarr_shard
 from cache.format.spec import CODECS
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support.spaces import SLOTS, features, fill, key, make_space
 
 

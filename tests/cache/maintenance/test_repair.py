@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cache.format import codec
+from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.spec import CODECS, PACKED_FROM
 from cache.maintenance.checks import verify
 from cache.maintenance.compaction import take_out
@@ -20,12 +21,14 @@ from cache.maintenance.repair import Repair, Repaired
 from cache.maintenance.row_checks import Finite, outliers
 from cache.store import index_file
 from cache.store.commits import read_commits
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.locks import DriverLock
 from cache.store.mend import flip_back
-from cache.store.paths import CacheRoot, SpacePaths, read_sealed_json, sealed_json
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from cache.verify import main
 from configs import UserError
 from tests.support.damage import flip, garble

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from cache import ls as cache_ls
+from cache.errors import Corrupt
+from cache.format.checksums import sealed_json
 from cache.remote.listing import LISTING, is_table, local_tables
 from cache.remote.open import Elsewhere, RemoteCache, local_root
 from cache.remote.retry import RemoteRules, Unreachable
 from cache.share import share
-from cache.store.paths import CacheRoot, Corrupt, is_url, sealed_json
+from cache.store.paths import CacheRoot, is_url
 from cache.store.samples import read_samples, samples_table
 from configs import UserError
 from tests.support import trained_runs

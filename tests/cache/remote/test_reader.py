@@ -21,7 +21,8 @@ from cache.remote.retry import RemoteRules, Trouble, Unreachable
 from cache.remote.row_cache import RowCache
 from cache.share import share
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from configs import UserError
 from tests.support import remote_servers
 from tests.support.remote_servers import WebServer

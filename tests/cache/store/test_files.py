@@ -11,20 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.store.paths import (
-    PARTIAL,
+from cache.errors import Corrupt
+from cache.format.checksums import (
     UNSEALED,
-    CacheRoot,
-    Corrupt,
     check_seal,
     check_seal_file,
-    new_file,
     read_sealed_json,
     seal,
     seal_file,
     sealed_json,
-    write_atomic,
 )
+from cache.store.files import PARTIAL, new_file, write_atomic
+from cache.store.paths import CacheRoot
 from tests.support.spaces import fill, make_space
 
 HERE = Path("somewhere")

@@ -14,13 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache.errors import Corrupt
 from cache.store import index_file as derived
 from cache.store.commits import read_commits
 from cache.store.index_file import check_index, open_index, save_index
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, RowIndex
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from cache.verify import verify
 from tests.support.spaces import SLOTS, fill, key, make_space, row
 

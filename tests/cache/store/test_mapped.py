@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.errors import Corrupt
 from cache.remote.open import Elsewhere, open_reader
 from cache.store import mapped, shard_files
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from tests.support import ROOT
 from tests.support.spaces import SPEC, fill, key, make_space, row
 

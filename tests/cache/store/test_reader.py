@@ -17,14 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache.errors import Corrupt
 from cache.format import codec
 from cache.format.space_info import info_bytes
 from cache.store import commits, reader, shard_files
 from cache.store.commits import SCHEMA, Commit, key_bytes
-from cache.store.paths import CacheRoot, Corrupt
-from cache.store.reader import FeatureReader, find_space
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex
-from cache.store.writer import Space
+from cache.store.space import Space, find_space
 from configs import UserError
 from tests.support import ROOT
 from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row

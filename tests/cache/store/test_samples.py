@@ -10,17 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.errors import Corrupt
 from cache.store import samples
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.ledger import MediaRecord, append_media, media_table, read_media
+from cache.store.paths import CacheRoot
 from cache.store.samples import (
-    MediaRecord,
     MediaRef,
     Message,
     Sample,
-    append_media,
     dataset_names,
-    media_table,
-    read_media,
     read_samples,
     samples_digest,
     samples_table,

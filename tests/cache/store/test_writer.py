@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from cache.errors import Corrupt
+from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.space_info import MAX_SLOTS, new_info
 from cache.maintenance.checks import verify
 from cache.store.commits import read_commit
-from cache.store.paths import CacheRoot, Corrupt, read_sealed_json, sealed_json
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import NewRow, ShardWriter, Space
+from cache.store.space import Space
+from cache.store.writer import NewRow, ShardWriter
 from tests.support import ROOT
 from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from cache.format.spec import CODECS
+from cache.store.ledger import append_media, read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import append_media, read_media
-from cache.store.writer import ShardWriter, Space
+from cache.store.reader import FeatureReader
+from cache.store.space import Space, find_space
+from cache.store.writer import ShardWriter
 from configs import UserError
 from encode import run as encode_run
 from encode.check.report import Loss

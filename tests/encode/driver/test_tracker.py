@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRecord, read_media
 from configs import UserError
 from encode.driver.culprits import Suspects, sentence
 from encode.driver.tracker import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures

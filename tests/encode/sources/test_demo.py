@@ -17,8 +17,9 @@ from PIL import Image
 import configs
 from cache.format.frame_sampling import sample_times
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
+from cache.store.reader import FeatureReader
 from cache.store.samples import Sample
+from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
 from encode.check import loss

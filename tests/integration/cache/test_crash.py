@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache.errors import Corrupt
 from cache.maintenance.checks import check_commits, verify
-from cache.store.paths import CacheRoot, Corrupt, SpacePaths
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, MediaRef, Sample, append_media, write_samples
-from cache.store.writer import Space
+from cache.store.samples import MediaRef, Sample, write_samples
+from cache.store.space import Space
 from tests.support import faults
 from tests.support.damage import garble
 from tests.support.faults import CALLS, FAULTS, FINISHED, REFUSED, struck, write

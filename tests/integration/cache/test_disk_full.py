@@ -16,10 +16,10 @@ import pytest
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
+from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import read_media
 from configs import UserError
 from encode.worker import row_writer
 from encode.worker.row_writer import DiskFull

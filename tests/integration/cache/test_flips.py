@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.errors import Corrupt
 from cache.format.space_info import new_info
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.repair import Repair, Repaired
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.writer import Space
+from cache.store.space import Space
 from tests.support.damage import flip
 from tests.support.encode_jobs import SETUP, Result, draw, encode
 from tests.support.videos import make_video

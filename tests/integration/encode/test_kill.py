@@ -15,7 +15,8 @@ import pytest
 
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot, SpacePaths
-from cache.store.reader import FeatureReader, find_space
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from tests.support import ROOT
 from tests.support.encode_jobs import Result, draw, encode
 

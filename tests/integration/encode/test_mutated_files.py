@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cache.format.frame_sampling import frame_views
-from cache.store.samples import MediaRecord
+from cache.store.ledger import MediaRecord
 from tests.support.encode_jobs import SETUP, Result, encode
 from tests.support.video_mutations import mutated
 from tests.support.videos import make_video

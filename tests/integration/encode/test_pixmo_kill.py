@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import MediaRecord, read_media
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from tests.support import ROOT
 from tests.support.pixmo_lists import write_pixmo
 from tests.support.web_server import TroubleServer

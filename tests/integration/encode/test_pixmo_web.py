@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import MediaRecord, read_media, read_samples
+from cache.store.reader import FeatureReader
+from cache.store.samples import read_samples
+from cache.store.space import find_space
 from encode.run import main
 from tests.support.pixmo_lists import write_pixmo
 from tests.support.web_server import Handler, TroubleServer, instead, status

@@ -17,9 +17,9 @@ from PIL import Image
 
 from cache.format.codec import pack
 from cache.format.frame_sampling import frame_views, sample_times
+from cache.store.ledger import MediaRecord
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord
-from cache.store.writer import Space
+from cache.store.space import Space
 from encode.sources.demo_drawings import World
 from encode.sources.demo_videos import film
 from encode.worker import prefetch

@@ -1,6 +1,6 @@
-"""What tests/integration/train/test_distributed.py starts under torchrun: several trainings in turn, and what each process saw.
+"""Several trainings in turn, started under torchrun by test_distributed.py, and what each process saw.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.integration.train.distributed_child PLAN.json
+torchrun --standalone --nproc-per-node 2 -m tests.integration.train.distributed_child PLAN.json
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRecord, MediaRef, Message, Sample, append_media, write_samples
-from cache.store.writer import ShardWriter, Space
+from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.space import Space
+from cache.store.writer import ShardWriter
 from encode.sources.demo import questions
 from encode.sources.demo_drawings import World, draw, things
 from model.language.model import load_tokenizer
@@ -22,9 +24,9 @@ from model.vision.encoder import VisionEncoder, encoder_config, load_encoder
 from train import run_folder, setup
 from train.config import Options
 from train.data import Join, MicroBatch
-from train.forward import Forward
 from train.metrics import read_metrics
 from train.run import train
+from train.step import Forward
 
 WORLD = World(images=24)
 STEPS = 5

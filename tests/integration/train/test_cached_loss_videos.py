@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from cache.format.frame_sampling import sample_times
+from cache.store.ledger import append_media, read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import MediaRef, append_media, read_media, read_samples, write_samples
+from cache.store.reader import FeatureReader
+from cache.store.samples import MediaRef, read_samples, write_samples
+from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
 from encode.check import loss

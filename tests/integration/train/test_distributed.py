@@ -32,8 +32,7 @@ from tests.integration.train.distributed_child import Outcome, Scene
 from tests.support import ROOT, trained_runs
 from train import checkpoint, distributed, run_folder, step
 from train.config import Options, preset
-from train.distributed import LostProcessError, Processes, join, joined
-from train.gradients import buckets, fingerprint
+from train.distributed import LostProcessError, Processes, buckets, fingerprint, join, joined
 from train.metrics import read_metrics
 from train.run import main
 

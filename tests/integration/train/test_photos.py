@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader, find_space
-from cache.store.samples import read_media
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from tests.support.photos import CAPTIONS, make_folder
 
 STEPS = {1: 500, 2: 60, 3: 30}

@@ -26,9 +26,9 @@ from model.vlm import build_vlm
 from tests.support import ROOT, trained_runs
 from train import checkpoint, run_folder, setup
 from train.config import Options, preset
-from train.forward import choose_precision
 from train.metrics import StepRecord, read_metrics, screen_line
 from train.run import main
+from train.step import choose_precision
 
 BASE = [
     *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"),

@@ -29,7 +29,7 @@ from tests.support.feature_caches import (
 )
 from train.data import FeatureLoader, Join, OnePass, StepPlan, inspect_text
 from train.data.loader import feature_order
-from train.forward import Forward
+from train.step import Forward
 
 VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
 IMAGES = ["p", "q"]

@@ -8,12 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.store.samples import (
-    MediaRecord,
-    MediaRef,
-    Sample,
-    append_media,
-)
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from tests.support.feature_caches import (
     World,

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from cache.format.frame_sampling import frame_views, sample_times
-from cache.store.samples import MediaRecord, MediaRef, append_media
+from cache.store.ledger import MediaRecord, append_media
+from cache.store.references import IMAGE, VIDEO, find_rows
+from cache.store.samples import MediaRef
 from configs import UserError
 from tests.support.feature_caches import World, ask, frame_time, key_of, names_of, new_world, ref
-from train.data.media_rows import IMAGE, VIDEO, find_rows
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ class CountingRows:
 
 
 def test_many_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.media_rows.VIDEOS_AT_ONCE", 3)
+    monkeypatch.setattr("cache.store.references.VIDEOS_AT_ONCE", 3)
     keys = pa.array([key_of(str(i)) for i in range(11)])
     kinds = np.array([VIDEO, IMAGE] * 5 + [VIDEO], np.uint8)
     durations = np.where(kinds == VIDEO, 1.0, np.nan)

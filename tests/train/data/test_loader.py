@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.store.paths import Corrupt
-from cache.store.reader import FeatureReader, find_space
+from cache.errors import Corrupt
+from cache.store.reader import FeatureReader
+from cache.store.space import find_space
 from model.vlm import build_vlm
 from tests.support.feature_caches import (
     IMAGES,

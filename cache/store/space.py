@@ -1,0 +1,233 @@
+"""cache.store.space."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.errors import Corrupt
+from cache.format.checksums import check_seal, read_sealed_json
+from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
+from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
+from cache.format.zarr_shard import zarr_json
+from cache.store.commits import (
+    SCHEMA,
+    read_commit,
+    read_commits,
+)
+from cache.store.files import make_folder, write_atomic
+from cache.store.index_file import open_index
+from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.row_index import Identities, RowIndex
+from configs import UserError, nearest
+
+
+class Space:
+    """One space, as its writers see it. Readers use `cache.store.reader.FeatureReader`."""
+
+    def __init__(self, paths: SpacePaths, info: SpaceInfo):
+        self.paths = paths
+        self.info = info
+        self.spec = info.spec
+        self.load = info.load
+
+    @staticmethod
+    def create(
+        root: CacheRoot,
+        spec: FeatureSpec,
+        load: Mapping[str, Any],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> Space:
+        """The space of `spec` under `root`; made, or completed after a crash, where it is missing.
+
+        Args:
+            root: the cache.
+            spec: how pixels become rows; names the space.
+            load: how to load the encoder again, as JSON. An existing space keeps its own.
+            shard_bytes: size of a shard, about. An existing space keeps its own.
+        """
+        paths = root.space(spec.name)
+        if not paths.space_json.exists():
+            info = fitting_info(paths, new_info(spec, load, shard_bytes))
+            write_atomic(paths.space_json, info_bytes(info))
+        space = Space.open(paths)
+        if space.spec.fingerprint != spec.fingerprint:
+            raise Corrupt(
+                paths.space_json, "it describes another space than its folder's name says"
+            )
+        make_folder(paths.commits_dir)
+        for array in ARRAYS:
+            make_folder(paths.shards_dir(array))
+            space.grow(array)
+        if (values := space.info.container.group_values()) is not None:
+            group = zarr_json(values)
+            if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
+                write_atomic(paths.group_json, group)
+        return space
+
+    @staticmethod
+    def open(paths: SpacePaths) -> Space:
+        """The space at `paths`, which exists."""
+        return Space(paths, read_info(paths))
+
+    def rows_per_shard(self, array: str) -> int:
+        """Rows a full shard of `array` holds."""
+        return self.info.slots[array]
+
+    def commits(self, array: str) -> pa.Table:
+        """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
+        commits = read_commits(self.paths, self.info, array)
+        return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
+
+    def index(self, array: str) -> RowIndex:
+        """All committed rows, to look up."""
+        return open_index(self.paths, self.info, array)
+
+    def keys(self, array: str) -> Set[tuple[str, str]]:
+        """(key, view) of all committed rows."""
+        return Identities(self.index(array))
+
+    def shard_keys(self, array: str, number: int) -> set[tuple[str, str]]:
+        """(key, view) of one shard's rows; empty when it was not committed."""
+        if not self.paths.commit(array, number).exists():
+            return set()
+        return _identities(read_commit(self.paths, self.info, array, number).table)
+
+    def next_shard(self, array: str) -> int:
+        """A number above that of every shard ever begun."""
+        used = [*self.paths.committed(array), *self.paths.started(array)]
+        return max(used, default=-1) + 1
+
+    def grow(self, array: str) -> None:
+        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
+
+        A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
+        A space of another container has none.
+        """
+        path, slots = self.paths.array_json(array), self.rows_per_shard(array)
+        rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
+        values = self.info.container.array_values(self.spec, array, slots, rows)
+        if values is None:
+            return
+        try:
+            covered = read_sealed_json(path)["shape"][0]
+        except (Corrupt, KeyError):  # or it describes something else
+            covered = -1
+        if rows > covered:
+            write_atomic(path, zarr_json(values))
+
+
+def _identities(table: pa.Table) -> set[tuple[str, str]]:
+    keys = (key.hex() for key in table["key"].to_pylist())
+    return set(zip(keys, table["view"].to_pylist(), strict=True))
+
+
+def commits_fingerprint(paths: SpacePaths) -> str | None:
+    """The one that all intact commits of a space carry; None when there are none, or several."""
+    found = set()
+    for array in ARRAYS:
+        for number in paths.committed(array):
+            data = paths.commit(array, number).read_bytes()
+            try:
+                check_seal(data, paths.commit(array, number))
+            except Corrupt:
+                continue
+            found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
+    return found.pop() if len(found) == 1 else None
+
+
+def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:
+    """What a damaged space.json said, as far as `fingerprint` (of the commits) proves it: all of the spec.
+
+    How to load the encoder is not part of the fingerprint; wrong, it loads an encoder of another one, which
+    is noticed. Rows per shard are checked against every commit. None when the text is not understood, or
+    describes another space.
+    """
+    try:
+        values = json.loads(data)
+        spec = FeatureSpec.from_json(values["spec"])
+        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
+        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return info if spec.fingerprint == fingerprint and min(slots.values()) > 0 else None
+
+
+def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
+    """`info`, with as many rows per shard as the commits that are here already were made with.
+
+    For a space whose space.json was lost, while its rows were not.
+
+    Raises:
+        Corrupt: the commits are of another space.
+    """
+    slots = {}
+    for array, usual in info.slots.items():
+        slots[array] = usual
+        if not (numbers := paths.committed(array)):
+            continue
+        for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
+            guessed = replace(info, slots={**info.slots, array: guess})
+            with contextlib.suppress(Corrupt):
+                read_commit(paths, guessed, array, numbers[-1])
+                slots[array] = guess
+                break
+        else:
+            read_commit(paths, info, array, numbers[-1])  # raises what is wrong with it
+    return replace(info, slots=slots)
+
+
+def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
+    """The only space under `root`, or the one whose name is, or alone begins with, `name`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    names = root.space_names()
+    if not names:
+        raise UserError(
+            f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
+            f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
+        )
+    matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
+    if not matches:
+        assert name is not None  # everything begins with nothing
+        raise UserError(
+            f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
+        )
+    if len(matches) > 1:
+        raise UserError(
+            f"{len(matches)} spaces under {root.path}/, say which: --space {' | '.join(matches)}"
+        )
+    return root.space(matches[0])
+
+
+def read_info(paths: SpacePaths) -> SpaceInfo:
+    """space.json, checked.
+
+    Raises:
+        UserError: there is no space here, or it is of another format.
+        Corrupt: the file has changed since it was written.
+    """
+    if not paths.space_json.exists():
+        raise UserError(f"no feature space at {paths.root} (looked for {paths.space_json.name})")
+    values = read_sealed_json(paths.space_json)
+    if values["format"] != FORMAT:
+        raise UserError(
+            f"{paths.space_json}: format {values['format']}, this version reads {FORMAT}; "
+            "use the version of nanomolmo2 that wrote it"
+        )
+    try:
+        spec = FeatureSpec.from_json(values["spec"])
+    except ValueError as error:
+        raise UserError(f"{paths.space_json}: {error}") from None
+    if spec.fingerprint != values["fingerprint"]:
+        raise Corrupt(paths.space_json, "the fingerprint is not that of the spec beside it")
+    return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])
