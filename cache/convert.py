@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format import codec
 from cache.format.spec import ARRAYS, FeatureSpec
 from cache.maintenance.copy_rows import (
@@ -168,7 +168,7 @@ def relative_error(features: npt.NDArray[np.float32], back: npt.NDArray[np.float
     return float(np.linalg.norm(back.astype(np.float32) - features)) / norm if norm else 0.0
 
 
-def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Corrupt]:
+def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[CorruptError]:
     """Make or complete the space; what is wrong with the rows that could not be converted.
 
     Raises:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import alone, one_line
 from cache.maintenance.garbage import (
@@ -168,7 +168,7 @@ def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
     paths = root.space(name)
     nbytes = sum(path.stat().st_size for path in paths.root.rglob("*") if path.is_file())
     print(f"{paths.root}: {bytes_text(nbytes)}")
-    with contextlib.suppress(Corrupt):  # of a damaged cache, only the size is known
+    with contextlib.suppress(CorruptError):  # of a damaged cache, only the size is known
         _print_users(root, name)
     if delete:
         make_folder(root.garbage_dir)

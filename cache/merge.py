@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import (
@@ -133,7 +133,7 @@ def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
     return int((index.crcs[both] != ours.crcs[ours.positions(rows[both])]).sum())
 
 
-def merge_space(news: SpaceNews, meter: Meter) -> list[Corrupt]:
+def merge_space(news: SpaceNews, meter: Meter) -> list[CorruptError]:
     """Copy the rows, with the driver lock held; what is wrong with those that could not be."""
     info = read_info(news.source.paths)
     paths = news.paths

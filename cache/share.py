@@ -42,7 +42,7 @@ def share(root: CacheRoot) -> str:
 
     Raises:
         UserError: there is no space.
-        Corrupt: a table is damaged, or a shard is missing or of another size.
+        CorruptError: a table is damaged, or a shard is missing or of another size.
     """
     if not root.space_names():
         raise UserError(

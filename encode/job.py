@@ -18,23 +18,23 @@ from cache.store.paths import CacheRoot
 from cache.store.references import Present
 from cache.store.space import Space, fitting_info
 from configs import UserError
-from encode.download.client import FetchRules
+from encode.download.client import DownloadConfig
 from encode.driver.inline import Counter, run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
-from encode.driver.resources import MEASURE_BATCHES, Crew, measure_speed
+from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.signals import Interrupts
-from encode.driver.tracker import Book, Ledger
+from encode.driver.tracker import Ledger, Tracker
 from encode.estimate import check_fits, describe, free_bytes, table
 from encode.plan import MediaCounter, Plan, make_plan
-from encode.worker.config import Setup
-from encode.worker.decode_log import clear_breadcrumbs
+from encode.worker.config import WorkerConfig
+from encode.worker.decode_log import clear_decode_log
 from encode.worker.messages import Timings
 from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 
-def share(rules: FetchRules, workers: int) -> FetchRules:
+def share(rules: DownloadConfig, workers: int) -> DownloadConfig:
     """One worker's part of what all of them may do at a time."""
     return replace(
         rules,
@@ -54,7 +54,7 @@ class Job:
         *,
         codec: str,
         container: str = "zarr",
-        setup: Setup,
+        setup: WorkerConfig,
         worker_class: type[Worker] = Worker,
     ):
         """Load the encoder: its weights are part of the space's name.
@@ -123,15 +123,17 @@ class Job:
         """Make the space if it is new, put right what a crash left, and enter what is missing."""
         self._space = Space.create(self._root, self.spec, self._encoder.load_info())
         self._grow()
-        for crumb in clear_breadcrumbs(self.paths):
-            log.warning("an earlier job ended while it decoded %s", crumb.source)
+        for entry in clear_decode_log(self.paths):
+            log.warning("an earlier job ended while it decoded %s", entry.source)
         self._ledger = Ledger(self._root, secrets.token_hex(4))
         for record in (*plan.missing, *plan.recognised):
             self._ledger.add(record)
         self._ledger.flush()
-        self._book = Book(plan.todo, already=self._present.images, tell=self._ledger.add)
+        self._tracker = Tracker(plan.todo, already=self._present.images, tell=self._ledger.add)
 
-    def run(self, crew: Crew, token: str, interrupts: Interrupts, *, timeout_s: float) -> None:
+    def run(
+        self, crew: WorkerLayout, token: str, interrupts: Interrupts, *, timeout_s: float
+    ) -> None:
         """Encode what is to do.
 
         Raises:
@@ -145,7 +147,7 @@ class Job:
             torch_threads=crew.torch_threads,
             fetch=share(self._setup.fetch, max(1, crew.workers)),
         )
-        self._progress = Progress(self._book)
+        self._progress = Progress(self._tracker)
         try:
             if crew.workers == 0:
                 self._run_inline(interrupts)
@@ -155,15 +157,15 @@ class Job:
             self._progress.clear()
             self._keep()
         if not interrupts.stopping():
-            assert self._book.finished(), "a source is not accounted for"
+            assert self._tracker.finished(), "a source is not accounted for"
 
     def _run_inline(self, interrupts: Interrupts) -> None:
         numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
         registrar = Counter(self._present.images, numbers, self._update)
         with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
-            run_inline(self._book, worker, registrar, interrupts.stopping)
+            run_inline(self._tracker, worker, registrar, interrupts.stopping)
 
-    def _run_cluster(self, crew: Crew, interrupts: Interrupts, timeout_s: float) -> None:
+    def _run_cluster(self, crew: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:
         # Ray takes a second to import, and the workers load encoders of their own.
         from encode.driver import ray_pool
 
@@ -173,7 +175,7 @@ class Job:
         with ray_pool.session(crew.workers, crew.workers * crew.gpus):
             interrupts.install()
             workers = ray_pool.Cluster(
-                self._book,
+                self._tracker,
                 self._space,
                 self._setup,
                 workers=crew.workers,
@@ -206,14 +208,14 @@ class Job:
     def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
         """Print what became of it; returns the exit code."""
         self._save_index()
-        book = self._book
+        tracker = self._tracker
         if interrupts.stopping():
-            left = book.total - book.settled
+            left = tracker.total - tracker.settled
             print(
-                f"interrupted: {book.encoded} encoded and kept, {left} left; run the same command again"
+                f"interrupted: {tracker.encoded} encoded and kept, {left} left; run the same command again"
             )
             return interrupts.exit_code
-        failures = dict(book.failures)
+        failures = dict(tracker.failures)
         if plan.missing:
             failures["fetch"] = failures.get("fetch", 0) + len(plan.missing)
         if self._timings is not None:
@@ -222,9 +224,9 @@ class Job:
             print(failure_line(failures, str(self._root.path)))
         print(
             closing_line(
-                encoded=book.encoded,
-                reused=plan.reused + book.reused,
-                failed=plan.known_failures + len(plan.missing) + book.failed,
+                encoded=tracker.encoded,
+                reused=plan.reused + tracker.reused,
+                failed=plan.known_failures + len(plan.missing) + tracker.failed,
                 seconds=seconds,
                 timings=self._timings,
             )

@@ -34,12 +34,12 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, read_samples, write_samples
 from configs import UserError
-from encode.download.client import FetchRules
+from encode.download.client import DownloadConfig
 from encode.download.fetch_only import fetch_only
 from encode.plan import MediaCounter
 from encode.sources import Dataset, catalogue, open_datasets
 from encode.sources.folder import FolderDataset
-from encode.worker.config import COMMIT_EVERY_S, Setup
+from encode.worker.config import COMMIT_EVERY_S, WorkerConfig
 from encode.worker.row_writer import disk_full
 from model.vision.config import EncoderConfig, encoder_config
 
@@ -77,13 +77,13 @@ class Options:
     """Try again what the ledger has as failed."""
     allow_private: bool = False
     """Also fetch from addresses of private networks and of this machine."""
-    connections: int = FetchRules.connections
+    connections: int = DownloadConfig.connections
     """Downloads at a time, all workers together."""
-    connections_per_host: int = FetchRules.per_host
+    connections_per_host: int = DownloadConfig.per_host
     """Of these, to one host."""
-    fetch_timeout_s: float = FetchRules.read_s
+    fetch_timeout_s: float = DownloadConfig.read_s
     """A server may be silent so long; a whole download may take three times that."""
-    fetch_tries: int = FetchRules.tries
+    fetch_tries: int = DownloadConfig.tries
     """Times a server is asked when what went wrong may pass."""
     limit: int | None = None
     """Take only the first N samples of each data set; the data set is these until it is encoded again."""
@@ -217,9 +217,9 @@ def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
             )
 
 
-def setup_of(options: Options) -> Setup:
+def setup_of(options: Options) -> WorkerConfig:
     """How workers are made, as far as it is known before there is a space."""
-    return Setup(
+    return WorkerConfig(
         config=encoder_of(options),
         max_frames=options.max_frames,
         fetch=fetch_rules(options),
@@ -265,12 +265,12 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
-def fetch_rules(options: Options) -> FetchRules:
+def fetch_rules(options: Options) -> DownloadConfig:
     """How servers are asked, all workers together."""
-    return FetchRules(
+    return DownloadConfig(
         connections=options.connections,
         per_host=options.connections_per_host,
-        connect_s=min(FetchRules.connect_s, options.fetch_timeout_s),
+        connect_s=min(DownloadConfig.connect_s, options.fetch_timeout_s),
         read_s=options.fetch_timeout_s,
         total_s=3 * options.fetch_timeout_s,
         tries=options.fetch_tries,

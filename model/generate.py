@@ -38,7 +38,7 @@ from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
 from model.language.tokenizer import IMAGE_TOKEN
 from model.media import video
-from model.media.images import BadMedia, decode_image
+from model.media.images import BadMediaError, decode_image
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
@@ -175,7 +175,7 @@ def in_order(options: Options, media: Sequence[Tensor | Video]) -> tuple[str, li
 def _read_image(path: Path) -> Image:
     try:
         return decode_image(path.read_bytes())
-    except BadMedia as error:
+    except BadMediaError as error:
         raise UserError(
             f"{path}: {error}; give a sound JPEG, PNG, WebP, GIF, BMP or TIFF"
         ) from None
@@ -188,7 +188,7 @@ def _probe(path: Path) -> video.VideoInfo:
         raise UserError(f"{path}: no such file; --video takes video files")
     try:
         return video.probe(path)
-    except BadMedia as error:
+    except BadMediaError as error:
         raise UserError(f"{path}: {error}; give a sound video file") from None
 
 
@@ -202,7 +202,7 @@ def live_video(
     """A video with those frames that encode.run would take, each once, as `live_features`.
 
     Raises:
-        BadMedia: it cannot be decoded.
+        BadMediaError: it cannot be decoded.
     """
     times: list[float] = []
 
@@ -233,7 +233,7 @@ def _encode(
     for path in options.video:
         try:
             video = live_video(encoder, space, path, videos[path], max_frames)
-        except BadMedia as error:
+        except BadMediaError as error:
             raise UserError(f"{path}: {error}; give a sound video file") from None
         watch.lap(f"{path}: {len(video.times_s)} frames, {video.features.shape[1]} tokens each")
         yield video

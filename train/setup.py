@@ -26,7 +26,7 @@ from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
 from train import run_folder
 from train.config import Options, parse_mix, stage_folder
-from train.data import Join, OnePass, Places, StepPlan, TokenStore, grow_trees, join
+from train.data import Join, OnePass, Placeholders, StepPlan, TokenStore, grow_trees, join
 from train.data.join import EmptySplitError
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def load_data(
     window: dict[str, Any] = {
         "max_tokens": options.max_sequence_length,
         "max_branches": min(MAX_BRANCHES, options.samples_per_step),
-        "places": Places.of(reader.spec, tokenizer),
+        "places": Placeholders.of(reader.spec, tokenizer),
     }
     plan = StepPlan(
         grow_trees(train, tokens, **window),

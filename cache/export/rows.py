@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cache.format import codec
 from cache.format.checksums import crc32c
 from cache.format.shard import RowFacts
-from cache.format.tar_shard import END, WdsGeometry
+from cache.format.tar_shard import END, TarGeometry
 from cache.store.reader import FeatureReader
 from configs import UserError
 
@@ -67,12 +67,12 @@ class Source:
         """Bytes of one row, as it is handed on."""
         return codec.row_bytes(self.layout, self.reader.spec.tokens(array), self.reader.spec.width)
 
-    def geometry(self, array: str) -> WdsGeometry:
+    def geometry(self, array: str) -> TarGeometry:
         """What stands around such rows in a tar."""
         spec = self.reader.spec
         tokens, width = spec.tokens(array), spec.width
         size = self.row_bytes(array)
-        return WdsGeometry(
+        return TarGeometry(
             row_bytes=size, slots=FILE_ROWS, layout=self.layout, tokens=tokens, width=width
         )
 
@@ -80,7 +80,7 @@ class Source:
         """(n, row_bytes) of some positions, in their order.
 
         Raises:
-            Corrupt: a row is not what was written.
+            CorruptError: a row is not what was written.
         """
         spec, index = self.reader.spec, self.reader.index[array]
         stored = np.empty((len(positions), spec.row_bytes(array)), np.uint8)
@@ -147,7 +147,7 @@ def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
             progress: Progress,
             array: str,
             some: Positions,
-            geometry: WdsGeometry = geometry,
+            geometry: TarGeometry = geometry,
         ) -> None:
             for batch, stored in source.batches(array, some):
                 for position, row in zip(batch.tolist(), stored, strict=True):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from awscrt import checksums
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -57,12 +57,12 @@ def seal_file(file: BinaryIO) -> None:
 
 
 def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
-    """The seal (32 bytes); raise Corrupt unless `data`, read from `path`, is exactly what was sealed."""
+    """The seal (32 bytes); raise CorruptError unless `data`, read from `path`, is exactly what was sealed."""
     at = _seal_position(data)
     if at < 0:
-        raise Corrupt(path, "its seal (sha256:...) is missing")
+        raise CorruptError(path, "its seal (sha256:...) is missing")
     if data[at : at + 64] != _digest(data, at):
-        raise Corrupt(path, "its bytes do not match its seal (sha256)")
+        raise CorruptError(path, "its bytes do not match its seal (sha256)")
     return bytes.fromhex(data[at : at + 64].decode())
 
 
@@ -70,7 +70,7 @@ def check_seal_file(path: Path) -> None:
     """The same for a file of any size."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise Corrupt(path, "empty file")
+            raise CorruptError(path, "empty file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             check_seal(data, path)
 
@@ -100,12 +100,12 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """The values of a sealed JSON file.
 
     Raises:
-        Corrupt: the file is missing, or its bytes have changed.
+        CorruptError: the file is missing, or its bytes have changed.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise Corrupt(path, "missing") from None
+        raise CorruptError(path, "missing") from None
     check_seal(data, path)
     values: dict[str, Any] = json.loads(data)
     return values

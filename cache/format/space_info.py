@@ -11,10 +11,10 @@ from typing import Any
 from cache.format.checksums import sealed_json
 from cache.format.shard import Container, Geometry
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
-from cache.format.tar_shard import WdsContainer
+from cache.format.tar_shard import TarContainer
 from cache.format.zarr_shard import ZarrContainer
 
-_CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": WdsContainer()}
+_CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": TarContainer()}
 
 SHARD_BYTES = 256 << 20
 """About the size of a shard."""

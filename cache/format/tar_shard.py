@@ -71,7 +71,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WdsGeometry(Geometry):
+class TarGeometry(Geometry):
     """Tar header, npy header, row, zeros; tar header, JSON, zeros. The tail is the end of the archive."""
 
     layout: str
@@ -149,12 +149,12 @@ class WdsGeometry(Geometry):
         return {"offset": np.arange(rows, dtype=np.int64) * self.slot_bytes + self.lead_bytes}
 
 
-class WdsContainer:
+class TarContainer:
     """Tars, and nothing beside them: see `cache.format.shard.Container`."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
         """Of the shards of one array."""
-        return WdsGeometry(
+        return TarGeometry(
             row_bytes=spec.row_bytes(array),
             slots=slots,
             layout=spec.layout,

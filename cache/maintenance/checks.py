@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import MAKE_ANEW, Corrupt
+from cache.errors import MAKE_ANEW, CorruptError
 from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
@@ -83,12 +83,12 @@ def check_space(
     report = SpaceReport(name=paths.name)
     try:
         info = read_info(paths)
-    except UserError as error:  # Corrupt, too: without it, nothing else here can be understood
+    except UserError as error:  # CorruptError, too: without it, nothing else here can be understood
         if paths.space_json.exists():
             report.findings.append(damage(error, paths.space_json))
         elif paths.has_commits:
             report.findings.append(
-                damage(Corrupt(paths.space_json, "missing", LOST), paths.space_json)
+                damage(CorruptError(paths.space_json, "missing", LOST), paths.space_json)
             )
         return report
     index, digests = {}, {}
@@ -204,10 +204,10 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
             continue
         try:
             check_seal_file(path)
-        except Corrupt as error:
+        except CorruptError as error:
             yield damage(error, path)
         except OSError as error:  # a dying disk
-            yield damage(Corrupt(path, error.strerror or str(error)), path)
+            yield damage(CorruptError(path, error.strerror or str(error)), path)
         progress(path.stat().st_size)
 
 
@@ -220,10 +220,10 @@ def check_commits(
         path = paths.commit(array, number)
         try:
             commits.append(read_commit(paths, info, array, number))
-        except Corrupt as error:
+        except CorruptError as error:
             findings.append(damage(error, path))
         except OSError as error:
-            findings.append(damage(Corrupt(path, error.strerror or str(error)), path))
+            findings.append(damage(CorruptError(path, error.strerror or str(error)), path))
         progress(path.stat().st_size)
     return current(commits), findings
 
@@ -268,7 +268,7 @@ def _check_array_json(
     needed = (commits[-1].shard + 1) * slots if commits else 0
     try:
         covered = int(read_sealed_json(path)["shape"][0])
-    except Corrupt as error:
+    except CorruptError as error:
         yield damage(error, path)
         return
     except (KeyError, IndexError, TypeError, ValueError):  # intact, but of something else
@@ -285,8 +285,8 @@ def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         found = read_sealed_json(path)
         if {**found, "attributes": None} != {**expected, "attributes": None}:
-            raise Corrupt(path, "it does not describe the data beside it")
-    except Corrupt as error:
+            raise CorruptError(path, "it does not describe the data beside it")
+    except CorruptError as error:
         yield damage(error, path)
 
 
@@ -383,7 +383,7 @@ def damage(
 ) -> Finding:
     """An error met on the way, as a finding about `path`."""
     what, way_out = str(error), MAKE_ANEW
-    if isinstance(error, Corrupt):
+    if isinstance(error, CorruptError):
         what, way_out = error.what, error.way_out
     return Finding(path=str(path), what=what, way_out=way_out, array=array, shard=shard)
 

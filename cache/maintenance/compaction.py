@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import crc32c
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
@@ -94,7 +94,7 @@ def take_out(space: Space, array: str, parts: Sequence[Part], away: Away) -> int
     """Let only some rows of these shards stay, all in one new shard; its number, None if none stay.
 
     Raises:
-        Corrupt: a row that should stay is damaged.
+        CorruptError: a row that should stay is damaged.
         UserError: the disk refused.
         Whatever is raised, every row that should stay still exists, once.
     """
@@ -152,7 +152,9 @@ def retire(
     while new:
         path = paths.commit(array, number := new.pop())
         if path.exists():
-            with contextlib.suppress(Corrupt):  # what a damaged one replaced came back long ago
+            with contextlib.suppress(
+                CorruptError
+            ):  # what a damaged one replaced came back long ago
                 more = set(read_commit(paths, info, array, number).replaces) - going
                 going |= more
                 new += more

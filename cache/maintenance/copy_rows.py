@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
@@ -113,7 +113,7 @@ class _Batch:
     """(n, row_bytes) as the target stores them."""
     errors: npt.NDArray[np.float32]
     """(n,) relative error of the target's codec."""
-    damaged: list[Corrupt]
+    damaged: list[CorruptError]
     """What is wrong with the others."""
     nbytes: int
     """Read, damaged rows included."""
@@ -127,7 +127,7 @@ def copy_rows(
     *,
     change: Change | None = None,
     done: Callable[[int], None] = lambda _: None,
-) -> list[Corrupt]:
+) -> list[CorruptError]:
     """Append rows to `target`, whose driver lock the caller holds, and commit them.
 
     Args:
@@ -152,7 +152,7 @@ def copy_rows(
             source, array, positions, range(start, min(start + step, len(positions))), change
         )
 
-    damaged: list[Corrupt] = []
+    damaged: list[CorruptError] = []
     filler = _Filler(target, array)
     try:
         for batch in (_in_order if change else map)(read, range(0, len(positions), step)):
@@ -246,15 +246,15 @@ def _read(
     rows = source.index[array].rows(positions[places])
     out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
     nbytes = out.nbytes
-    damaged: list[Corrupt] = []
+    damaged: list[CorruptError] = []
     try:
         source.read_into(array, rows, out)
-    except Corrupt:
+    except CorruptError:
         intact = np.ones(len(rows), bool)
         for i in range(len(rows)):
             try:
                 source.read_into(array, rows[i : i + 1], out[i : i + 1])
-            except Corrupt as error:
+            except CorruptError as error:
                 damaged.append(error)
                 intact[i] = False
         out, places = out[intact], places[intact]
@@ -281,7 +281,7 @@ def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 future.cancel()
 
 
-def damage_text(damaged: Sequence[Corrupt]) -> str:
+def damage_text(damaged: Sequence[CorruptError]) -> str:
     """What to say of rows that were not copied."""
     first = damaged[0]
     return (

@@ -226,7 +226,7 @@ def take_out_unreferenced(found: Unreferenced) -> None:
     """Write the other rows into new shards, one group after the other; the old shards are deleted.
 
     Raises:
-        Corrupt: a row that stays is damaged.
+        CorruptError: a row that stays is damaged.
         UserError: the disk refused. In either case every row that stays is still there.
     """
     for group in found.groups:

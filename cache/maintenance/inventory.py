@@ -137,7 +137,7 @@ def _dataset_word(root: CacheRoot, dataset: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecError:
+class ErrorSummary:
     """Relative errors that the codec made in the rows of one array, each measured when its row was packed."""
 
     mean: float
@@ -171,7 +171,7 @@ class SpaceSummary:
     """Array -> size of these."""
     nbytes: int = 0
     """Size of the committed shards of all arrays."""
-    error: dict[str, CodecError] = field(default_factory=dict)
+    error: dict[str, ErrorSummary] = field(default_factory=dict)
     """Array -> what the codec lost; of arrays that have rows."""
     writer: str | None = None
     """The job that writes to it now."""
@@ -245,7 +245,7 @@ def open_spaces(
     return summaries, readers
 
 
-def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
+def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
     """Of each array that has rows, as measured when they were packed."""
     found = {}
     for array, index in reader.index.items():
@@ -253,7 +253,7 @@ def codec_errors(reader: FeatureReader) -> dict[str, CodecError]:
             errors = index.columns.errors
             median, p99 = np.percentile(errors, (50, 99)).tolist()
             mean, largest = float(errors.mean(dtype=np.float64)), float(errors.max())
-            found[array] = CodecError(mean=mean, median=median, p99=p99, largest=largest)
+            found[array] = ErrorSummary(mean=mean, median=median, p99=p99, largest=largest)
     return found
 
 

@@ -162,7 +162,7 @@ def copy_samples(root: CacheRoot, other: CacheRoot, news: Sequence[SampleNews]) 
     """Write them, each data set whole or not at all.
 
     Raises:
-        Corrupt: a file there is damaged; what was here stays.
+        CorruptError: a file there is damaged; what was here stays.
     """
     for one in news:
         if one.take == "both":

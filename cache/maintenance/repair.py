@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
@@ -174,7 +174,7 @@ class Repair:
         try:
             read_info(paths)
             return True
-        except Corrupt as error:
+        except CorruptError as error:
             finding = Finding(path=str(paths.space_json), what=error.what, way_out="")
         except UserError:  # none, or of another version: not ours to touch
             return False
@@ -206,7 +206,7 @@ class Repair:
                 path = paths.commit(array, number)
                 try:
                     check_seal_file(path)
-                except Corrupt as error:
+                except CorruptError as error:
                     finding = Finding(path=str(path), what=error.what, way_out="")
                     if not self._flipped_back(finding):
                         self._tell(path, finding.what, ASIDE)
@@ -292,7 +292,7 @@ def _array_values(space: Space, array: str) -> Mapping[str, Any] | None:
     """An array's zarr.json, if it has one: it covers every committed shard, and never shrinks."""
     slots = space.rows_per_shard(array)
     rows = max((number + 1 for number in space.paths.committed(array)), default=0) * slots
-    with contextlib.suppress(Corrupt, KeyError, IndexError, TypeError):
+    with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError):
         rows = max(rows, int(read_sealed_json(space.paths.array_json(array))["shape"][0]))
     return space.info.container.array_values(space.spec, array, slots, rows)
 
@@ -300,6 +300,6 @@ def _array_values(space: Space, array: str) -> Mapping[str, Any] | None:
 def _intact(path: Path) -> bool:
     try:
         check_seal_file(path)
-    except Corrupt:
+    except CorruptError:
         return False
     return True

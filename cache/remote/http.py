@@ -22,8 +22,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import certifi
 
-from cache.remote.net import RefusedAddress, is_loopback, refusal
-from cache.remote.retry import Entry, RemoteRules, Trouble, retry_after
+from cache.remote.net import RefusedAddressError, is_loopback, refusal
+from cache.remote.retry import Entry, RequestError, RetryPolicy, retry_after
 from configs import UserError
 
 USER_AGENT = "nanoMolmo2/0.1 (reads ranges of a shared feature cache; honours Retry-After)"
@@ -54,7 +54,7 @@ class HttpStore:
     def __init__(
         self,
         base: str,
-        rules: RemoteRules,
+        rules: RetryPolicy,
         *,
         place: str | None = None,
         headers: Mapping[str, str] | None = None,
@@ -103,7 +103,7 @@ class HttpStore:
             if response.status == 200 and offset == 0 and response.length == len(target) == size:
                 pass  # the whole file is what was asked for
             elif response.status != 206:
-                raise Trouble(
+                raise RequestError(
                     "the server ignores Range requests (200 instead of 206), so rows cannot be read one by "
                     "one; use one that honours them (nginx, caddy, an object store)",
                     again=False,
@@ -119,9 +119,9 @@ class HttpStore:
             while block := _block(response, most + 1 - len(data), deadline):
                 data += block
                 if len(data) > most:
-                    raise Trouble(f"{name} has more than {most:,} bytes", again=False)
+                    raise RequestError(f"{name} has more than {most:,} bytes", again=False)
             if response.length:
-                raise Trouble("the body ends early", again=True)
+                raise RequestError("the body ends early", again=True)
             return bytes(data)
 
     # ---- one request
@@ -130,7 +130,7 @@ class HttpStore:
     def _answer(
         self, name: str, headers: Mapping[str, str]
     ) -> Iterator[tuple[http.client.HTTPResponse, float]]:
-        """The 200 or 206 for a file, redirects followed; and when it must be read. Raises Trouble."""
+        """The 200 or 206 for a file, redirects followed; and when it must be read. Raises RequestError."""
         deadline = time.monotonic() + self._rules.request_s
         start = f"{self._base}/{quote(name)}"
         memo, until = self._memo.get(name, (start, 0.0))
@@ -149,24 +149,24 @@ class HttpStore:
                     self._memo.pop(name, None)
                     continue
                 url = self._next(url, response)
-        raise Trouble(f"more than {self._rules.redirects} redirects", again=False)
+        raise RequestError(f"more than {self._rules.redirects} redirects", again=False)
 
     def _next(self, url: str, response: http.client.HTTPResponse) -> str:
-        """Where a redirect leads. Raises Trouble: nowhere, or it is none."""
+        """Where a redirect leads. Raises RequestError: nowhere, or it is none."""
         status, location = response.status, response.headers.get("Location")
         if status not in REDIRECTS or not location:
             wait_s = retry_after(response.headers.get("Retry-After"))
             host = urlsplit(url).hostname
             reason = f"{status} {http.client.responses.get(status, '')}".strip() + f" from {host}"
             missing = status in GONE and status != 401
-            raise Trouble(reason, again=status in PASSING, wait_s=wait_s, missing=missing)
+            raise RequestError(reason, again=status in PASSING, wait_s=wait_s, missing=missing)
         try:
             to = urljoin(url, location)
             origin = _origin(to)
         except ValueError:
-            raise Trouble("a redirect to no valid URL", again=False) from None
+            raise RequestError("a redirect to no valid URL", again=False) from None
         if what := self._refused(origin):
-            raise Trouble(f"a redirect to {what}", again=False)
+            raise RequestError(f"a redirect to {what}", again=False)
         return to
 
     def _refused(self, origin: _Origin) -> str | None:
@@ -200,26 +200,26 @@ def _check_range(
 ) -> None:
     found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if not found:
-        raise Trouble("a 206 without its Content-Range", again=True)
+        raise RequestError("a 206 without its Content-Range", again=True)
     if size is not None and found[3] not in ("*", str(size)):
-        raise Trouble(f"{int(found[3]):,} bytes, not the {size:,} of its commit", again=False)
+        raise RequestError(f"{int(found[3]):,} bytes, not the {size:,} of its commit", again=False)
     if (int(found[1]), int(found[2])) != (offset, last):
-        raise Trouble(f"bytes {found[1]}-{found[2]} instead of {offset}-{last}", again=True)
+        raise RequestError(f"bytes {found[1]}-{found[2]} instead of {offset}-{last}", again=True)
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise Trouble("a compressed body, which nobody asked for", again=True)
+        raise RequestError("a compressed body, which nobody asked for", again=True)
 
 
 def _receive(response: http.client.HTTPResponse, target: memoryview, deadline: float) -> None:
-    """Fill `target` with the body. Raises Trouble that knows how much of it came."""
+    """Fill `target` with the body. Raises RequestError that knows how much of it came."""
     got = 0
     try:
         while got < len(target):
             block = _block(response, len(target) - got, deadline)
             if not block:
-                raise Trouble("the body ends early", again=True)
+                raise RequestError("the body ends early", again=True)
             target[got : got + len(block)] = block
             got += len(block)
-    except Trouble as trouble:
+    except RequestError as trouble:
         trouble.got = got
         raise
 
@@ -227,7 +227,7 @@ def _receive(response: http.client.HTTPResponse, target: memoryview, deadline: f
 def _block(response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
     """What one read brings; nothing at the end."""
     if time.monotonic() > deadline:
-        raise Trouble("too slow: the answer is not complete in time", again=True)
+        raise RequestError("too slow: the answer is not complete in time", again=True)
     try:
         left = response.length
         block = response.read1(min(most, AT_ONCE))
@@ -235,7 +235,7 @@ def _block(response: http.client.HTTPResponse, most: int, deadline: float) -> by
             response.length = left - len(block)
         return block
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Trouble(_reason(error), again=True) from None
+        raise RequestError(_reason(error), again=True) from None
 
 
 def _reason(error: Exception) -> str:
@@ -252,7 +252,7 @@ def _reason(error: Exception) -> str:
 class _Pool:
     """Connections that wait for their next request."""
 
-    def __init__(self, rules: RemoteRules, private: bool) -> None:
+    def __init__(self, rules: RetryPolicy, private: bool) -> None:
         self._rules, self._private = rules, private
         self._idle: dict[_Origin, list[tuple[http.client.HTTPConnection, float]]] = {}
         self._lock = threading.Lock()
@@ -268,7 +268,7 @@ class _Pool:
     def request(
         self, origin: _Origin, path: str, headers: Mapping[str, str], deadline: float
     ) -> Iterator[http.client.HTTPResponse]:
-        """The head of the answer to a GET; its body is read within the block. Raises Trouble."""
+        """The head of the answer to a GET; its body is read within the block. Raises RequestError."""
         reused = self._take(origin)
         connection = reused or self._connect(origin)
         try:
@@ -282,7 +282,7 @@ class _Pool:
                 response = _ask(connection, path, headers)
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
-            raise Trouble(f"{origin.host}: {_reason(error)}", again=True) from None
+            raise RequestError(f"{origin.host}: {_reason(error)}", again=True) from None
         try:
             yield response
         except BaseException:
@@ -314,7 +314,7 @@ class _Pool:
         ended = response.isclosed() or (rest == 0 and not response.chunked)
         if not ended and not response.will_close and (rest or 0) < AT_ONCE:
             with contextlib.suppress(
-                Trouble
+                RequestError
             ):  # the words of an error, or the end of a chunked body
                 ended = not _block(response, AT_ONCE, deadline) or response.isclosed()
         if not ended or response.will_close:
@@ -325,15 +325,15 @@ class _Pool:
             self._idle.setdefault(origin, []).append((connection, time.monotonic()))
 
     def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
-        """A new connection, to an address that is allowed. Raises Trouble."""
+        """A new connection, to an address that is allowed. Raises RequestError."""
         try:
             found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise Trouble(f"{origin.host}: {_reason(error)}", again=True) from None
+            raise RequestError(f"{origin.host}: {_reason(error)}", again=True) from None
         why: Exception = OSError("no address")
         for family, kind, protocol, _, address in found:
             if what := refusal(str(address[0]), self._private):
-                why = RefusedAddress(what)
+                why = RefusedAddressError(what)
                 continue
             made = socket.socket(family, kind, protocol)
             try:
@@ -344,12 +344,12 @@ class _Pool:
             except OSError as error:  # ssl.SSLError, too
                 made.close()
                 why = error
-        if isinstance(why, RefusedAddress):
-            raise Trouble(
+        if isinstance(why, RefusedAddressError):
+            raise RequestError(
                 f"{origin.host} is {why.what}; if you trust it: --allow-private", again=False
             )
         certificate = isinstance(why, ssl.SSLCertVerificationError)
-        raise Trouble(f"{origin.host}: {_reason(why)}", again=not certificate)
+        raise RequestError(f"{origin.host}: {_reason(why)}", again=not certificate)
 
     def _speak(self, origin: _Origin, made: socket.socket) -> http.client.HTTPConnection:
         connection: http.client.HTTPConnection

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
 from cache.format.spec import ARRAYS
 from cache.remote.retry import Entry
@@ -80,7 +80,7 @@ def listing_bytes(root: CacheRoot) -> tuple[bytes, dict[str, Entry]]:
     """The file `listing.json` of a folder, and what is in it.
 
     Raises:
-        Corrupt: a table is not what was written.
+        CorruptError: a table is not what was written.
     """
     entries = {}
     for name in local_tables(root):
@@ -107,7 +107,7 @@ def read_listing(path: Path, place: str) -> dict[str, Entry]:
     """
     try:
         values = read_sealed_json(path)
-    except (Corrupt, ValueError):
+    except (CorruptError, ValueError):
         raise UserError(
             f"{place}/{LISTING}: its bytes do not match its seal; make it again where the cache is: "
             "python -m cache.share"

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import check_seal, check_seal_file
 from cache.remote.listing import LISTING, MOST_BYTES, as_tables, is_sealed, is_table, read_listing
 from cache.remote.retry import (
     Entry,
-    RemoteRules,
+    RetryPolicy,
     Store,
-    Unreachable,
+    UnreachableError,
     patiently,
     read_range,
 )
@@ -45,7 +45,7 @@ PIECE_BYTES = 8 << 20
 class Mirror:
     """The local copy of one cache's tables."""
 
-    def __init__(self, store: Store, rules: RemoteRules, folder: Path) -> None:
+    def __init__(self, store: Store, rules: RetryPolicy, folder: Path) -> None:
         """Nothing is copied yet.
 
         Args:
@@ -106,7 +106,7 @@ class Mirror:
             data = patiently(
                 self._rules, f"{place}/{LISTING}", lambda: self._store.whole(LISTING, MOST_BYTES)
             )
-        except Unreachable as error:
+        except UnreachableError as error:
             if not error.missing:
                 raise
             data = None
@@ -155,7 +155,7 @@ class Mirror:
             if is_sealed(name):
                 check_seal_file(path)
             return path.stat().st_size == entry.nbytes
-        except (OSError, Corrupt):
+        except (OSError, CorruptError):
             return False
 
     # ---- copying
@@ -217,7 +217,7 @@ class Mirror:
                 pass
             if (what := _damage(name, entry, whole)) is None:
                 return
-        raise Unreachable(
+        raise UnreachableError(
             f"{self._store.place}/{name}: {what}, {self._rules.damage_tries} times; it has changed since "
             f"{LISTING} was made (there: python -m cache.share), or is damaged (python -m cache.verify)"
         )
@@ -229,6 +229,6 @@ def _damage(name: str, entry: Entry, data: memoryview) -> str | None:
     if is_sealed(name):
         try:
             check_seal(bytes(data), Path(name))
-        except Corrupt as error:
+        except CorruptError as error:
             return error.what
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 
-__all__ = ["RefusedAddress", "is_loopback", "literal", "refusal"]
+__all__ = ["RefusedAddressError", "is_loopback", "literal", "refusal"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -64,7 +64,7 @@ _NETWORKS_4 = tuple((ipaddress.IPv4Network(network), kind) for network, kind in 
 _NETWORKS_6 = tuple((ipaddress.IPv6Network(network), kind) for network, kind in _KINDS_6)
 
 
-class RefusedAddress(OSError):  # noqa: N818 - the connection is refused, by us
+class RefusedAddressError(OSError):
     """An address the rules keep us from; an OSError because aiohttp passes those through."""
 
     def __init__(self, what: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from cache.remote.listing import dataset_of, space_names, space_of
 from cache.remote.mirror import Mirror
 from cache.remote.reader import RemoteReader
-from cache.remote.retry import RemoteRules
+from cache.remote.retry import RetryPolicy
 from cache.remote.row_cache import RowCache
 from cache.remote.stores import open_store
 from cache.store.paths import CacheRoot, is_url
@@ -46,18 +46,18 @@ class RemoteCache:
     """A cache that lies elsewhere."""
 
     def __init__(
-        self, url: str | Path, elsewhere: Elsewhere, rules: RemoteRules | None = None
+        self, url: str | Path, elsewhere: Elsewhere, rules: RetryPolicy | None = None
     ) -> None:
         """Connect to nothing yet (hf:// asks which commit a branch stands at).
 
         Args:
             url: where it lies, as `cache.store.paths.is_url` finds it to be.
             elsewhere: the user's choices.
-            rules: limits, for tests; by default those of RemoteRules, with `elsewhere.allow_private`.
+            rules: limits, for tests; by default those of RetryPolicy, with `elsewhere.allow_private`.
         """
         self.url = str(is_url(url)).rstrip("/")
         self._elsewhere = elsewhere
-        self._rules = rules or RemoteRules(allow_private=elsewhere.allow_private)
+        self._rules = rules or RetryPolicy(allow_private=elsewhere.allow_private)
         self._store = open_store(self.url, self._rules)
         self._mirror = Mirror(self._store, self._rules, elsewhere.mirror.expanduser().absolute())
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import crc32c
-from cache.remote.retry import RemoteRules, Store, Unreachable, read_range
+from cache.remote.retry import RetryPolicy, Store, UnreachableError, read_range
 from cache.remote.row_cache import RowCache
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader
@@ -43,7 +43,7 @@ class Traffic:
 class RemoteFiles:
     """Shards that lie elsewhere, as a FeatureReader reads them: bytes, neither kept nor checked."""
 
-    def __init__(self, store: Store, rules: RemoteRules, paths: SpacePaths) -> None:
+    def __init__(self, store: Store, rules: RetryPolicy, paths: SpacePaths) -> None:
         """Nothing is read yet; `paths` are those of the local tables."""
         self.store, self.rules, self._paths = store, rules, paths
 
@@ -63,7 +63,7 @@ class RemoteFiles:
 class RemoteReader(FeatureReader):
     """A FeatureReader whose rows lie elsewhere. Always checked."""
 
-    def __init__(self, paths: SpacePaths, store: Store, rules: RemoteRules, rows: RowCache) -> None:
+    def __init__(self, paths: SpacePaths, store: Store, rules: RetryPolicy, rows: RowCache) -> None:
         """Open the local tables of a space.
 
         Args:
@@ -92,7 +92,7 @@ class RemoteReader(FeatureReader):
         """As of FeatureReader.
 
         Raises:
-            Unreachable: a row cannot be had, or not intact.
+            UnreachableError: a row cannot be had, or not intact.
         """
         geometry, index = self.geometry[array], self.index[array]
         size, rows = geometry.row_bytes, np.asarray(rows, np.int64)
@@ -147,7 +147,7 @@ class RemoteReader(FeatureReader):
                 self._fetch(array, {other: bad[other]}, stop)
             run = {number: place}
         shard = number // self.geometry[array].slots
-        raise Unreachable(
+        raise UnreachableError(
             f"{self._remote.store.place}/{self._remote.name(array, shard)}: row {number} fails its checksum, "
             f"{self._remote.rules.damage_tries} times; it is damaged there (python -m cache.verify --deep), "
             "or something on the way changes it"

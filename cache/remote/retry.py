@@ -20,7 +20,7 @@ SPURT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoteRules:
+class RetryPolicy:
     """Limits of one store."""
 
     connections: int = 16
@@ -47,7 +47,7 @@ class RemoteRules:
     """Read over plain http, and from private addresses, too. Link-local, multicast, reserved: never."""
 
 
-class Trouble(Exception):  # noqa: N818 - most of it passes
+class RequestError(Exception):
     """One try has failed."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Trouble(Exception):  # noqa: N818 - most of it passes
         """Bytes that did come, in order."""
 
 
-class Unreachable(UserError):  # noqa: N818 - a state of a server
+class UnreachableError(UserError):
     """What was asked for cannot be had, or not intact: where, why, and the way out."""
 
     def __init__(self, text: str, *, missing: bool = False) -> None:
@@ -84,13 +84,14 @@ class Store(Protocol):
     """Whether nothing but its `listing.json` says which files there are."""
 
     def names(self) -> dict[str, Entry]:
-        """Every file below the cache's root, by its name relative to it. Raises Trouble."""
+        """Every file below the cache's root, by its name relative to it. Raises RequestError."""
 
     def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
-        """Fill `target` with what stands at `offset` of a file of `size` bytes. One try. Raises Trouble."""
+        """Fill `target` with what stands at `offset` of a file of `size` bytes. One try. Raises
+        RequestError."""
 
     def whole(self, name: str, most: int) -> bytes:
-        """A file of at most `most` bytes. One try. Raises Trouble."""
+        """A file of at most `most` bytes. One try. Raises RequestError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,24 +107,26 @@ class Entry:
 class Patience:
     """Tries again, with growing pauses, until something succeeds or has not got on for too long."""
 
-    def __init__(self, rules: RemoteRules, place: str, stop: threading.Event) -> None:
+    def __init__(self, rules: RetryPolicy, place: str, stop: threading.Event) -> None:
         """`stop` ends every wait: nobody wants the result any more."""
         self._rules, self._place, self._stop = rules, place, stop
         self._tries, self._since = 0, time.monotonic()
 
-    def after(self, trouble: Trouble) -> None:
+    def after(self, trouble: RequestError) -> None:
         """Wait before the next try.
 
         Raises:
-            Unreachable: there is to be none.
+            UnreachableError: there is to be none.
         """
         if trouble.got >= SPURT_BYTES:
             self._tries, self._since = 0, time.monotonic()
         waited = time.monotonic() - self._since
         if not trouble.again:
-            raise Unreachable(f"{self._place}: {trouble.reason}", missing=trouble.missing) from None
+            raise UnreachableError(
+                f"{self._place}: {trouble.reason}", missing=trouble.missing
+            ) from None
         if waited > self._rules.patience_s:
-            raise Unreachable(
+            raise UnreachableError(
                 f"{self._place}: {trouble.reason} (tried {self._tries + 1} times in {waited:.0f} s); "
                 "once it is reachable again, the same command with --resume goes on"
             ) from None
@@ -131,28 +134,28 @@ class Patience:
         pause *= random.uniform(0.5, 1.5)  # noqa: S311 - so that many readers do not come back at once
         self._tries += 1
         if self._stop.wait(max(pause, min(trouble.wait_s, self._rules.retry_after_s))):
-            raise Unreachable(f"{self._place}: given up") from None
+            raise UnreachableError(f"{self._place}: given up") from None
 
 
 def patiently(
-    rules: RemoteRules, place: str, do: Callable[[], T], stop: threading.Event | None = None
+    rules: RetryPolicy, place: str, do: Callable[[], T], stop: threading.Event | None = None
 ) -> T:
-    """What `do` returns, once it raises no Trouble.
+    """What `do` returns, once it raises no RequestError.
 
     Raises:
-        Unreachable: it did, for good or for too long.
+        UnreachableError: it did, for good or for too long.
     """
     patience = Patience(rules, place, stop or threading.Event())
     while True:
         try:
             return do()
-        except Trouble as trouble:
+        except RequestError as trouble:
             patience.after(trouble)
 
 
 def read_range(
     store: Store,
-    rules: RemoteRules,
+    rules: RetryPolicy,
     name: str,
     offset: int,
     target: memoryview,
@@ -162,14 +165,14 @@ def read_range(
     """Fill `target` with what stands at `offset` of a file; a body that broke off goes on where it ended.
 
     Raises:
-        Unreachable: for good, or for too long.
+        UnreachableError: for good, or for too long.
     """
     patience = Patience(rules, f"{store.place}/{name}", stop or threading.Event())
     got = 0
     while True:
         try:
             return store.read(name, offset + got, target[got:], size)
-        except Trouble as trouble:
+        except RequestError as trouble:
             got += trouble.got
             patience.after(trouble)
 

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit
 
 from cache.remote.http import HttpStore
 from cache.remote.net import is_loopback
-from cache.remote.retry import Entry, RemoteRules, Store, Trouble
+from cache.remote.retry import Entry, RequestError, RetryPolicy, Store
 from configs import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ARRAYS = ("https://", "s3://", "hf://")
 
 
-def open_store(url: str, rules: RemoteRules) -> Store:
+def open_store(url: str, rules: RetryPolicy) -> Store:
     """The store a URL names. The hub is asked which commit a branch stands at; nobody else is asked anything.
 
     Raises:
@@ -43,7 +43,7 @@ class ObjectStore:
 
     needs_listing = False
 
-    def __init__(self, url: str, rules: RemoteRules) -> None:
+    def __init__(self, url: str, rules: RetryPolicy) -> None:
         """Connect to nothing yet. Credentials, region and endpoint are those of the AWS tools.
 
         Raises:
@@ -103,9 +103,9 @@ class ObjectStore:
             result = self._obstore.get(self._store, name, options={"range": wanted})
             if size is not None and result.meta["size"] != size:
                 what = f"{result.meta['size']:,} bytes, not the {size:,} of its commit"
-                raise Trouble(what, again=False)
+                raise RequestError(what, again=False)
             if result.range != wanted:
-                raise Trouble(f"bytes {result.range} instead of {wanted}", again=True)
+                raise RequestError(f"bytes {result.range} instead of {wanted}", again=True)
             with memoryview(result.bytes()) as data:
                 target[:] = data
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
@@ -116,20 +116,22 @@ class ObjectStore:
         try:
             result = self._obstore.get(self._store, name)
             if result.meta["size"] > most:
-                raise Trouble(f"{name} has more than {most:,} bytes", again=False)
+                raise RequestError(f"{name} has more than {most:,} bytes", again=False)
             return bytes(result.bytes())
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
             raise self._trouble(error) from None
 
-    def _trouble(self, error: Exception) -> Trouble:
+    def _trouble(self, error: Exception) -> RequestError:
         """obstore tells errors apart by type; its text goes over many lines."""
         errors = self._obstore.exceptions
         if isinstance(error, FileNotFoundError | errors.NotFoundError):
-            return Trouble("no such object", again=False, missing=True)
+            return RequestError("no such object", again=False, missing=True)
         if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError):
             what = "not allowed with the credentials that were found (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
-            return Trouble(what, again=False)
-        return Trouble(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", again=True)
+            return RequestError(what, again=False)
+        return RequestError(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", again=True
+        )
 
 
 def _credentials() -> tuple[dict[str, Any], Any]:
@@ -159,7 +161,7 @@ class HubStore(HttpStore):
     needs_listing = False
 
     def __init__(
-        self, base: str, rules: RemoteRules, place: str, headers: Mapping[str, str], tree: Any
+        self, base: str, rules: RetryPolicy, place: str, headers: Mapping[str, str], tree: Any
     ) -> None:
         """`tree` gives (name, bytes, tag) of every file below `base`."""
         super().__init__(base, rules, place=place, headers=headers)
@@ -170,7 +172,7 @@ class HubStore(HttpStore):
         return {name: Entry(nbytes=nbytes, tag=tag) for name, nbytes, tag in self._tree()}
 
 
-def hub_store(url: str, rules: RemoteRules) -> HubStore:
+def hub_store(url: str, rules: RetryPolicy) -> HubStore:
     """The store of hf://datasets/ORG/NAME[@REVISION][/FOLDER] (or hf://ORG/NAME, a model repository).
 
     The hub's library says where things are and which token is ours (HF_TOKEN, `hf auth login`, HF_ENDPOINT);
@@ -213,7 +215,7 @@ def hub_store(url: str, rules: RemoteRules) -> HubStore:
                     tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
                     found.append((name, item.size, tag))
         except OSError as error:
-            raise Trouble(" ".join(str(error).split())[:160], again=True) from None
+            raise RequestError(" ".join(str(error).split())[:160], again=True) from None
         return found
 
     headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, seal
 from cache.format.space_info import SpaceInfo
 from cache.store.paths import SpacePaths
@@ -108,7 +108,7 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> 
     """One commit, checked: its seal, and that it belongs where it lies.
 
     Raises:
-        Corrupt: it does not.
+        CorruptError: it does not.
     """
     path, slots = paths.commit(array, number), info.slots[array]
     data = path.read_bytes()
@@ -121,20 +121,22 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> 
         array,
         str(number),
     ):
-        raise Corrupt(
+        raise CorruptError(
             path, f"it is the commit of {meta['array']} shard {meta['shard']}, or of another space"
         )
     rows = table["row"].to_numpy()
     if not 0 < len(rows) <= slots or (rows != number * slots + np.arange(len(rows))).any():
-        raise Corrupt(path, "its row numbers are not those of its shard")
+        raise CorruptError(path, "its row numbers are not those of its shard")
     nbytes, geometry = int(meta["nbytes"]), info.geometry(array)
     if nbytes != geometry.file_bytes(len(rows)):
-        raise Corrupt(path, f"its shard was not made with {slots} rows a shard, as space.json says")
+        raise CorruptError(
+            path, f"its shard was not made with {slots} rows a shard, as space.json says"
+        )
     own = geometry.commit_columns(len(rows))
     if table.column_names != [*SCHEMA.names, *own]:
-        raise Corrupt(path, f"its columns are not those of a {info.spec.container} space")
+        raise CorruptError(path, f"its columns are not those of a {info.spec.container} space")
     if any((table[name].to_numpy() != values).any() for name, values in own.items()):
-        raise Corrupt(path, "its rows are not where the shards of this space have them")
+        raise CorruptError(path, "its rows are not where the shards of this space have them")
     return Commit(
         shard=number,
         nbytes=nbytes,

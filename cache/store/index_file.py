@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, crc32c, seal
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
@@ -69,7 +69,7 @@ def open_index(paths: SpacePaths, info: SpaceInfo, array: str) -> RowIndex:
     """The rows that the commits of one array name.
 
     Raises:
-        Corrupt: a commit that had to be read is damaged.
+        CorruptError: a commit that had to be read is damaged.
     """
     return _current(paths, info, array)[0].index
 
@@ -78,7 +78,7 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
     """Write what opening needs, where that is worth it. For the one who holds the driver lock.
 
     Raises:
-        Corrupt: a commit is damaged.
+        CorruptError: a commit is damaged.
         OSError: the file could not be written; the one before is still there.
     """
     for array in ARRAYS:
@@ -91,7 +91,7 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
 
 def check_index(
     paths: SpacePaths, info: SpaceInfo, array: str, *, deep: bool, rebuilt: RowIndex | None = None
-) -> Corrupt | None:
+) -> CorruptError | None:
     """What is wrong with the file, if anything. One that only lacks the newest commits is sound.
 
     Args:
@@ -105,10 +105,10 @@ def check_index(
     try:
         _load(path, info, array, deep)
         if deep and rebuilt is not None and not _same(open_index(paths, info, array), rebuilt):
-            return Corrupt(path, "it does not say what the commits say", WAY_OUT)
+            return CorruptError(path, "it does not say what the commits say", WAY_OUT)
     except FileNotFoundError:
         return None
-    except Corrupt as error:
+    except CorruptError as error:
         return error
     return None
 
@@ -182,7 +182,7 @@ def _unchanged(
 def _sealed_so(path: Path, expected: bytes) -> bool:
     try:
         return check_seal(path.read_bytes(), path) == expected
-    except Corrupt:
+    except CorruptError:
         return False  # whoever reads it says so
 
 
@@ -238,7 +238,7 @@ def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
         return _load(path, info, array, deep=True)
     except FileNotFoundError:
         pass
-    except (Corrupt, OSError) as error:
+    except (CorruptError, OSError) as error:
         log.warning("reading all commits instead: %s", error)
     nothing = RowIndex([], info.slots[array])
     return Snapshot(
@@ -257,10 +257,10 @@ def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
         values = json.loads(header)
         found = [values["format"], values["space"], values["array"], values["slots"]]
         if found != [FORMAT, info.spec.fingerprint, array, info.slots[array]]:
-            raise Corrupt(path, "it is of another space, array or version", WAY_OUT)
+            raise CorruptError(path, "it is of another space, array or version", WAY_OUT)
         size = os.fstat(file.fileno()).st_size
         if size != values["nbytes"]:
-            raise Corrupt(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
+            raise CorruptError(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
         # Read ahead as a whole, where the system can.
         flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
         data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
@@ -289,6 +289,6 @@ def _array(
     if checked:
         with memoryview(data) as whole:
             if crc32c(whole[offset : offset + nbytes + -nbytes % ALIGN_BYTES]) != entry["crc32c"]:
-                raise Corrupt(path, f"its {name} fail their checksum", WAY_OUT)
+                raise CorruptError(path, f"its {name} fail their checksum", WAY_OUT)
     array = np.frombuffer(data, dtype, int(np.prod(stored)), offset).reshape(stored)
     return np.broadcast_to(array, shape) if stored != shape else array

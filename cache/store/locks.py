@@ -33,7 +33,7 @@ PATIENCE_S = 1.0
 POLL_S = 0.02
 
 
-class StaleJob(Exception):  # noqa: N818 - a state, as StopIteration
+class StaleJobError(Exception):
     """This worker's driver is gone, and another has taken its place: stop, write nothing."""
 
 
@@ -127,7 +127,7 @@ class WorkerLease:
     """Context manager: one worker's share in the job whose driver has `token`.
 
     Raises:
-        StaleJob: that job is over, or gave this worker up (`wait_gone`).
+        StaleJobError: that job is over, or gave this worker up (`wait_gone`).
     """
 
     def __init__(self, paths: SpacePaths, token: str, worker_id: str):
@@ -142,14 +142,14 @@ class WorkerLease:
                 contextlib.closing(_Flock(self._paths.worker_lock(self._worker_id)))
             )
             if not own.try_for(fcntl.LOCK_EX, 0) or own.read() == self._token:
-                raise StaleJob(f"worker {self._worker_id} was given up by its driver")
+                raise StaleJobError(f"worker {self._worker_id} was given up by its driver")
             self._locks = locks.pop_all()
         return self
 
     def fence(self) -> None:
-        """Raise StaleJob unless the space still belongs to this worker's job."""
+        """Raise StaleJobError unless the space still belongs to this worker's job."""
         if driver_token(self._paths) != self._token:
-            raise StaleJob(f"{self._paths.root} belongs to another job now")
+            raise StaleJobError(f"{self._paths.root} belongs to another job now")
 
     def __exit__(
         self,

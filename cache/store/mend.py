@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import SEAL, check_seal
 
 MOST_BYTES = 256 << 10
@@ -71,7 +71,7 @@ def _flipped(data: bytes, place: int, bit: int) -> bytes:
 def _fits(data: bytes) -> bool:
     try:
         check_seal(data, Path())
-    except Corrupt:
+    except CorruptError:
         return False
     return True
 

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import ARRAYS
 from configs import UserError
@@ -160,7 +160,7 @@ class SpacePaths:
         if known is None:
             try:
                 known = read_sealed_json(self.space_json).get("spec", {}).get("container", "zarr")
-            except (Corrupt, OSError):
+            except (CorruptError, OSError):
                 return "zarr"
             self.__dict__["_known_container"] = known
         return known

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format import codec
 from cache.format.checksums import crc32c
 from cache.format.shard import Geometry
@@ -125,7 +125,7 @@ class FeatureReader:
         When it raises, what `out` holds is meaningless.
 
         Raises:
-            Corrupt: a row is not what was written, or its file is missing or of another size.
+            CorruptError: a row is not what was written, or its file is missing or of another size.
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
@@ -171,7 +171,7 @@ class FeatureReader:
         for other in others:
             other.result()
 
-    def _damaged(self, array: str, number: int) -> Corrupt:
+    def _damaged(self, array: str, number: int) -> CorruptError:
         shard = number // self.geometry[array].slots
         return corrupt_shard(self.paths, array, shard, f"row {number} fails its checksum")
 
@@ -219,7 +219,7 @@ class FeatureReader:
 
         Raises:
             KeyError: it is not in this space.
-            Corrupt: as `read_into`.
+            CorruptError: as `read_into`.
         """
         rows = self.lookup(array, [key], view)
         if rows[0] < 0:
@@ -277,7 +277,7 @@ class _Layout(NamedTuple):
 
 
 def _runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
-    """Places in `numbers` by row number, cut into stretches of adjacent rows of one shard."""
+    """Placeholders in `numbers` by row number, cut into stretches of adjacent rows of one shard."""
     runs: list[list[int]] = []
     last = 0
     for i in sorted(range(len(numbers)), key=numbers.__getitem__):

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal_file, seal_file
 from cache.store.files import ROW_GROUP, new_file
 from cache.store.paths import CacheRoot
@@ -88,7 +88,7 @@ _SAMPLE_SCHEMA = pa.schema(
 # ---- samples
 
 
-class _Unchanged(Exception):  # noqa: N818 - leaves a `with` block, reports nothing
+class _UnchangedError(Exception):
     pass
 
 
@@ -113,8 +113,8 @@ def write_samples(root: CacheRoot, dataset: str, samples: Iterable[Sample]) -> b
                 writer.add_key_value_metadata({"content": digest.hexdigest(), "seal": UNSEALED})
             seal_file(file)
             if _intact_digest(path) == digest.hexdigest():
-                raise _Unchanged
-    except _Unchanged:
+                raise _UnchangedError
+    except _UnchangedError:
         return False
     return True
 
@@ -176,7 +176,7 @@ def _intact_digest(path: Path) -> str | None:
     """The content digest of what lies at `path`; None when nothing does, or nothing intact."""
     try:
         check_seal_file(path)
-    except (FileNotFoundError, Corrupt):
+    except (FileNotFoundError, CorruptError):
         return None
     return _content(path)
 

@@ -14,7 +14,7 @@ import resource
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.store.mapped import SMALL, MappedFile, can_map
 from cache.store.paths import SpacePaths
 
@@ -26,7 +26,7 @@ class ShardFiles(Protocol):
         """Fill `targets`, one after the other, with what stands at `offset` of a shard.
 
         Raises:
-            Corrupt: the shard is missing, of another size than its commit says, or ends early.
+            CorruptError: the shard is missing, of another size than its commit says, or ends early.
         """
 
 
@@ -97,7 +97,7 @@ class LocalFiles:
     def begin(self, array: str, places: Iterable[tuple[int, int, int]]) -> None:
         """See AheadFiles: the disk works on all of them at a time."""
         for shard, offset, nbytes in places:
-            with contextlib.suppress(Corrupt, KeyError, OSError):  # whoever reads it says so
+            with contextlib.suppress(CorruptError, KeyError, OSError):  # whoever reads it says so
                 file = self._file(array, shard)
                 os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
@@ -174,6 +174,6 @@ def open_files() -> int:
     return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
 
 
-def corrupt_shard(paths: SpacePaths, array: str, shard: int, what: str) -> Corrupt:
+def corrupt_shard(paths: SpacePaths, array: str, shard: int, what: str) -> CorruptError:
     """Damage to a shard, and how to get its rows back."""
-    return Corrupt(paths.shard(array, shard), what)
+    return CorruptError(paths.shard(array, shard), what)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
@@ -59,7 +59,7 @@ class Space:
             write_atomic(paths.space_json, info_bytes(info))
         space = Space.open(paths)
         if space.spec.fingerprint != spec.fingerprint:
-            raise Corrupt(
+            raise CorruptError(
                 paths.space_json, "it describes another space than its folder's name says"
             )
         make_folder(paths.commits_dir)
@@ -118,7 +118,7 @@ class Space:
             return
         try:
             covered = read_sealed_json(path)["shape"][0]
-        except (Corrupt, KeyError):  # or it describes something else
+        except (CorruptError, KeyError):  # or it describes something else
             covered = -1
         if rows > covered:
             write_atomic(path, zarr_json(values))
@@ -137,7 +137,7 @@ def commits_fingerprint(paths: SpacePaths) -> str | None:
             data = paths.commit(array, number).read_bytes()
             try:
                 check_seal(data, paths.commit(array, number))
-            except Corrupt:
+            except CorruptError:
                 continue
             found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
     return found.pop() if len(found) == 1 else None
@@ -166,7 +166,7 @@ def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
     For a space whose space.json was lost, while its rows were not.
 
     Raises:
-        Corrupt: the commits are of another space.
+        CorruptError: the commits are of another space.
     """
     slots = {}
     for array, usual in info.slots.items():
@@ -175,7 +175,7 @@ def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
             continue
         for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
             guessed = replace(info, slots={**info.slots, array: guess})
-            with contextlib.suppress(Corrupt):
+            with contextlib.suppress(CorruptError):
                 read_commit(paths, guessed, array, numbers[-1])
                 slots[array] = guess
                 break
@@ -214,7 +214,7 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
 
     Raises:
         UserError: there is no space here, or it is of another format.
-        Corrupt: the file has changed since it was written.
+        CorruptError: the file has changed since it was written.
     """
     if not paths.space_json.exists():
         raise UserError(f"no feature space at {paths.root} (looked for {paths.space_json.name})")
@@ -229,5 +229,5 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
     except ValueError as error:
         raise UserError(f"{paths.space_json}: {error}") from None
     if spec.fingerprint != values["fingerprint"]:
-        raise Corrupt(paths.space_json, "the fingerprint is not that of the spec beside it")
+        raise CorruptError(paths.space_json, "the fingerprint is not that of the spec beside it")
     return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])

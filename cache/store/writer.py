@@ -174,7 +174,7 @@ class ShardWriter:
                 remain, for `cache.gc`.
 
         Raises:
-            StaleJob: from the fence; or OSError. `abort` then takes the shard back, unless only the
+            StaleJobError: from the fence; or OSError. `abort` then takes the shard back, unless only the
                 very last step failed and the rows exist already.
         """
         if not self.rows:

@@ -143,7 +143,7 @@ def read_rows(
     """Rows (n,) -> their features (n, tokens, width), every byte of them checked.
 
     Raises:
-        Corrupt: a row is not what was written.
+        CorruptError: a row is not what was written.
     """
     packed = np.empty((len(rows), reader.geometry[kind].row_bytes), np.uint8)
     reader.read_into(kind, rows, packed)

@@ -34,7 +34,7 @@ from model.io.saved_model import find_run, load_final
 from model.language.chat_template import Message, fill_places, tokenize_messages, video_ids
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.media import video
-from model.media.images import BadMedia, decode_image
+from model.media.images import BadMediaError, decode_image
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
@@ -298,7 +298,7 @@ def encode_file(encoder: VisionEncoder, ref: MediaRef, stored: StoredMedia) -> t
             pixels = inputs_of(encoder, path.read_bytes(), stored)
     except OSError as error:
         raise UserError(f"{path}: cannot be read to encode it again: {error.strerror}") from None
-    except BadMedia as error:
+    except BadMediaError as error:
         raise UserError(f"{path}: {error}; it has changed since it was encoded") from None
     return encoder.encode(pixels, stored.array)
 
@@ -309,7 +309,7 @@ def inputs_of(
     """Encoder inputs (R, S, S, 3) of the views that are stored; `data` may be a file where it is a video.
 
     Raises:
-        BadMedia: it cannot be decoded.
+        BadMediaError: it cannot be decoded.
         OSError: it cannot be read.
     """
     if stored.array == ARRAY_OF["image"]:

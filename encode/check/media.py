@@ -21,10 +21,10 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import samples_table
 from configs import UserError
 from encode.check.loss import row_numbers
-from encode.download.client import Fetched, Fetcher, FetchRules
+from encode.download.client import DownloadConfig, Fetched, Fetcher
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 
 SEED = 0
 """Of the draw: the same media each time, as long as the cache is the same."""
@@ -44,7 +44,7 @@ class Checked:
     """Of one video: as when it was encoded."""
     keep: Path | None = None
     """Folder of kept media."""
-    fetch: FetchRules | None = None
+    fetch: DownloadConfig | None = None
     """How to download what is not on this disk; None: not at all."""
     device: str = "auto"
     """Where to encode."""
@@ -130,7 +130,7 @@ class Bytes:
     def _downloaded(self, future: Future[Fetched]) -> bytes | None:
         try:
             fetched = future.result()
-        except BadMedia as error:
+        except BadMediaError as error:
             self.skipped[f"not to be downloaded any more: {error.stage}: {error.reason}"] += 1
             return None
         fetched.release()

@@ -30,7 +30,7 @@ from configs import UserError
 from encode.check.loss import StoredMedia, inputs_of, stored_media
 from encode.check.media import Bytes, Checked, drawn
 from encode.check.report import CheckReport, Loss
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
@@ -183,7 +183,7 @@ def _ready(
             stored = stored_media(reader, record.kind, record, what.max_frames)
             try:
                 pixels = inputs_of(encoder, data, stored)
-            except (BadMedia, OSError) as error:  # the very bytes that were decoded once
+            except (BadMediaError, OSError) as error:  # the very bytes that were decoded once
                 what_now = f"{record.key} ({record.source}): cannot be decoded any more: {error}"
                 report.differing.append((float("inf"), what_now))
                 continue

@@ -1,8 +1,8 @@
 """URLs -> bytes, many at once, in one event loop in a thread of its own.
 
-    fetcher = Fetcher(FetchRules())
+    fetcher = Fetcher(DownloadConfig())
     ahead = [fetcher.submit(url) for url in urls[:256]]
-    fetched = ahead[0].result()         # or BadMedia: why it cannot be had, in one line
+    fetched = ahead[0].result()         # or BadMediaError: why it cannot be had, in one line
     ...                                 # use fetched.data
     fetched.release()                   # its bytes no longer count as being in memory
     fetcher.close()
@@ -33,16 +33,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from encode.download.config import FetchRules, Trouble
-from encode.download.host_limits import Lanes
-from encode.download.memory_budget import Budget, Lease, NoRoom
+from encode.download.config import DownloadConfig, DownloadError
+from encode.download.host_limits import HostLimits
+from encode.download.memory_budget import Budget, Lease, NoRoomError
 from encode.download.outage import Outage
 from encode.download.request import Body, Exchange
 from encode.download.session import Lookups, Sockets, new_session
 from encode.download.urls import host_of, is_url, parse_url
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 
-__all__ = ["FetchRules", "Fetched", "Fetcher", "is_url"]
+__all__ = ["DownloadConfig", "Fetched", "Fetcher", "is_url"]
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Fetcher:
     unreleased ones have used up the budget. Callbacks of the futures run in the fetcher's thread.
     """
 
-    def __init__(self, rules: FetchRules) -> None:
+    def __init__(self, rules: DownloadConfig) -> None:
         """Start the thread."""
         self._rules = rules
         self._lock = threading.Lock()
@@ -128,7 +128,7 @@ class Fetcher:
             sha256: hex; other bytes are refused.
 
         Returns:
-            a future of the body. It raises BadMedia (stage `fetch`, or `verify`: other bytes than
+            a future of the body. It raises BadMediaError (stage `fetch`, or `verify`: other bytes than
             recorded), and CancelledError once the fetcher is closed.
         """
         with self._lock:
@@ -161,7 +161,7 @@ class Fetcher:
             self._loop.set_exception_handler(_note)
             self._stop = asyncio.Event()
             self._budget = Budget(rules.budget_bytes)
-            self._lanes = Lanes(rules)
+            self._lanes = HostLimits(rules)
             self._outage = Outage(rules.outage_s)
             session = new_session(rules, lookups, sockets)
             self._exchange = Exchange(session, self._lanes, rules)
@@ -196,21 +196,21 @@ class Fetcher:
     async def _run(
         self, url: str, sha256: str | None, lease: Lease, future: Future[Fetched]
     ) -> None:
-        """Fetch, and fulfil the future: with a body, with BadMedia, or cancelled."""
-        failure: BadMedia | None = None
+        """Fetch, and fulfil the future: with a body, with BadMediaError, or cancelled."""
+        failure: BadMediaError | None = None
         try:
             begun, body = await self._fetch(url, sha256, lease)
         except asyncio.CancelledError:
             lease.release()
             future.cancel()
             return
-        except Trouble as trouble:
-            failure = BadMedia(trouble.reason, trouble.stage)
+        except DownloadError as trouble:
+            failure = BadMediaError(trouble.reason, trouble.stage)
         except Exception as error:  # the open web finds what no list of exceptions has
             where = traceback.extract_tb(error.__traceback__)[-1]
             name = type(error).__name__
             log.warning("a fetch failed in an unknown way: %s at %s", name, tuple(where)[:2])
-            failure = BadMedia(f"cannot be fetched ({name})", "fetch")
+            failure = BadMediaError(f"cannot be fetched ({name})", "fetch")
         if not future.set_running_or_notify_cancel():
             lease.release()
         elif failure is not None:
@@ -229,20 +229,20 @@ class Fetcher:
         """A body, and when its first try began, after as many tries as it takes.
 
         Raises:
-            Trouble: the last try's.
+            DownloadError: the last try's.
         """
         target = parse_url(url)
         begun = 0.0
         tried = 0
-        failed: Trouble | None = None
+        failed: DownloadError | None = None
         while True:
             await lease.take()
             begun = begun or time.monotonic()
             try:
                 body = await self._exchange.once(target, lease, sha256)
-            except NoRoom:
+            except NoRoomError:
                 continue  # not counted: nobody's fault
-            except Trouble as trouble:
+            except DownloadError as trouble:
                 lease.release()
                 if await self._outage.over(trouble):
                     continue  # not counted either

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FetchRules", "Trouble"]
+__all__ = ["DownloadConfig", "DownloadError"]
 
 USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchRules:
+class DownloadConfig:
     """Limits of one `Fetcher`, all its fetches together."""
 
     connections: int = 64
@@ -62,7 +62,7 @@ class FetchRules:
             )
 
 
-class Trouble(Exception):  # noqa: N818 - not always an error: most of it passes
+class DownloadError(Exception):
     """One try has failed."""
 
     def __init__(

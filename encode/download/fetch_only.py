@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from encode.download.client import FetchRules, is_url
+from encode.download.client import DownloadConfig, is_url
 from encode.download.media_store import MediaStore
 from encode.driver.progress import LOG_EVERY_S
 from encode.driver.signals import Interrupts
@@ -34,7 +34,7 @@ POLL_S = 0.5
 def fetch_only(
     root: CacheRoot,
     media: dict[str, Mention],
-    rules: FetchRules,
+    rules: DownloadConfig,
     keep: Path,
     *,
     retry_failed: bool,

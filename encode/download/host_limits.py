@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from encode.download.config import FetchRules, Trouble
+from encode.download.config import DownloadConfig, DownloadError
 
 RECENT = 64
 """Hosts asked last. Asked again, their connections are kept a while; of a million hosts asked once, none
@@ -36,10 +36,10 @@ class _Lane:
         """Nothing is asked before, on the loop's clock."""
 
 
-class Lanes:
+class HostLimits:
     """See above."""
 
-    def __init__(self, rules: FetchRules) -> None:
+    def __init__(self, rules: DownloadConfig) -> None:
         """Within these limits."""
         self._rules = rules
         self._all = asyncio.Semaphore(rules.connections)
@@ -51,7 +51,7 @@ class Lanes:
         """Wait until `host` may be asked something; it counts as being asked within.
 
         Raises:
-            Trouble: it has failed again and again, and asks to be left alone.
+            DownloadError: it has failed again and again, and asks to be left alone.
         """
         lane = self._lanes.setdefault(host, _Lane(self._rules.per_host))
         lane.users += 1
@@ -115,7 +115,7 @@ class Lanes:
                 said = (
                     f"not tried: the host asks to wait, and its last {lane.failed} fetches failed"
                 )
-                trouble = Trouble(said)
+                trouble = DownloadError(said)
                 trouble.asked = False
                 raise trouble
             await asyncio.sleep(wait_s)

@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 from collections import deque
 
-__all__ = ["Budget", "Lease", "NoRoom"]
+__all__ = ["Budget", "Lease", "NoRoomError"]
 
 FIRST_SHARE = 64 << 10
 """Bytes taken before a length is known: what an answer's first packets may bring."""
 
 
-class NoRoom(Exception):  # noqa: N818 - begins again, nothing is wrong
+class NoRoomError(Exception):
     """This try would need more than is left; the lease knows how much."""
 
 
@@ -47,11 +47,11 @@ class Lease:
         """Before asking: is there still room for more than a first share?
 
         Raises:
-            NoRoom: there is not. The lease is empty.
+            NoRoomError: there is not. The lease is empty.
         """
         if self.need <= FIRST_SHARE and not self.hurried and self._budget.crowded:
             self.release()
-            raise NoRoom
+            raise NoRoomError
 
     def grow(self, size: int, whole: int) -> None:
         """Hold at least `size` bytes from now on, or nothing.
@@ -61,12 +61,12 @@ class Lease:
             whole: bytes the body may need in all.
 
         Raises:
-            NoRoom: they are not there. The lease is empty, and begins anew with `whole`.
+            NoRoomError: they are not there. The lease is empty, and begins anew with `whole`.
         """
         if size > self.held and not self._budget.extend(self, size - self.held):
             self.release()
             self.need = max(self.need, whole)
-            raise NoRoom
+            raise NoRoomError
 
     def settle(self, size: int) -> None:
         """The body is whole: hold exactly `size` until it is released."""

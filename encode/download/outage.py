@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 
-from encode.download.config import Trouble
+from encode.download.config import DownloadError
 
 __all__ = ["Outage"]
 
@@ -45,7 +45,7 @@ class Outage:
         self._since = None
         self._back.set()
 
-    async def over(self, trouble: Trouble) -> bool:
+    async def over(self, trouble: DownloadError) -> bool:
         """Whether what failed with `trouble` failed for want of a network, and is to be tried again now.
 
         Waits, when it did.

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
-from encode.download.config import FetchRules, Trouble
-from encode.download.host_limits import Lanes
+from encode.download.config import DownloadConfig, DownloadError
+from encode.download.host_limits import HostLimits
 from encode.download.memory_budget import Lease
-from encode.download.session import KEEP_ALIVE_S, RefusedAddress, literal, refusal
+from encode.download.session import KEEP_ALIVE_S, RefusedAddressError, literal, refusal
 from encode.download.urls import host_of, redirect_url
 
 __all__ = ["Body", "Exchange"]
@@ -46,7 +46,9 @@ class Body:
 class Exchange:
     """Tries, with one client session."""
 
-    def __init__(self, session: aiohttp.ClientSession, lanes: Lanes, rules: FetchRules) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, lanes: HostLimits, rules: DownloadConfig
+    ) -> None:
         """The session must not follow redirects, decode bodies or keep cookies by itself."""
         self._session, self._lanes, self._rules = session, lanes, rules
 
@@ -54,16 +56,16 @@ class Exchange:
         """Fetch `url`, within the bytes of `lease`.
 
         Raises:
-            Trouble: it failed.
-            NoRoom: it needs more bytes than there are.
+            DownloadError: it failed.
+            NoRoomError: it needs more bytes than there are.
         """
         left_s = self._rules.total_s
         seen: set[URL] = set()
         while True:
             if url in seen:
-                raise Trouble("redirects in a circle")
+                raise DownloadError("redirects in a circle")
             if len(seen) > self._rules.redirects:
-                raise Trouble(f"more than {self._rules.redirects} redirects")
+                raise DownloadError(f"more than {self._rules.redirects} redirects")
             seen.add(url)
             host = host_of(url)
             clock = asyncio.get_running_loop().time
@@ -73,7 +75,7 @@ class Exchange:
                     begun = clock()
                     answer = await self._timed(url, lease, sha256, left_s, len(seen) > 1)
                     left_s = max(0.001, left_s - (clock() - begun))
-            except Trouble as trouble:
+            except DownloadError as trouble:
                 trouble.host = host
                 raise
             if isinstance(answer, Body):
@@ -85,14 +87,14 @@ class Exchange:
     ) -> Body | str:
         """What `url` answers: a body, or where to go."""
         self._check_literal(url, redirected)
-        trouble: Trouble
+        trouble: DownloadError
         try:
             async with asyncio.timeout(left_s) as limit:
                 return await self._ask(url, lease, sha256)
         except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
             if limit.expired():
                 said = f"not finished within {self._rules.total_s:g} s"
-                trouble = Trouble(said, again=True)
+                trouble = DownloadError(said, again=True)
             else:
                 trouble = _describe(error, self._rules, redirected)
         raise trouble  # outside `except`: the error would keep the body's parts in memory
@@ -118,7 +120,7 @@ class Exchange:
         if status in _REDIRECTS:
             location = response.headers.get("Location")
             if location is None:
-                raise Trouble(f"HTTP {status} that does not say where to")
+                raise DownloadError(f"HTTP {status} that does not say where to")
             return location
         if status not in _WHOLE:
             raise self._status_trouble(response, host)
@@ -126,14 +128,14 @@ class Exchange:
             coding = response.headers.get(header, "").strip().lower()
             if coding not in plain:
                 coding = re.sub(r"[^a-z0-9, -]", "", coding)[:20]
-                raise Trouble(f"{header} {coding}, though none was asked for")
+                raise DownloadError(f"{header} {coding}, though none was asked for")
         data = await self._read_body(response, lease)
         if sha256 is not None:
             # Large bodies in a thread: the loop has others to serve.
             found = _sha256(data) if len(data) < 1 << 20 else await asyncio.to_thread(_sha256, data)
             if found != sha256.strip().lower():
                 said = f"other bytes than recorded: sha256 {found[:12]}..., not {sha256[:12]}..."
-                raise Trouble(said, stage="verify")
+                raise DownloadError(said, stage="verify")
         return Body(data=data, url=response.url)
 
     async def _read_body(self, response: aiohttp.ClientResponse, lease: Lease) -> bytes:
@@ -141,7 +143,7 @@ class Exchange:
         length = response.content_length
         if length is not None:
             if length > limit:
-                raise Trouble(f"a body of {length} bytes, more than {limit}")
+                raise DownloadError(f"a body of {length} bytes, more than {limit}")
             lease.grow(length, length)
         parts: list[bytes] = []
         size = 0
@@ -149,7 +151,7 @@ class Exchange:
             async for part in response.content.iter_any():
                 size += len(part)
                 if size > limit:
-                    raise Trouble(f"a body of more than {limit} bytes")
+                    raise DownloadError(f"a body of more than {limit} bytes")
                 if size > lease.held:
                     lease.grow(min(limit, 2 * size), limit)
                 parts.append(part)
@@ -157,24 +159,24 @@ class Exchange:
         finally:
             parts.clear()  # an error keeps this frame alive until garbage is collected
 
-    def _status_trouble(self, response: aiohttp.ClientResponse, host: str) -> Trouble:
+    def _status_trouble(self, response: aiohttp.ClientResponse, host: str) -> DownloadError:
         status = response.status
         said = f"HTTP {status}"
         if status not in _PASSING and not 500 <= status <= 599:
-            return Trouble(said)
+            return DownloadError(said)
         wait_s = _retry_after(response.headers.get("Retry-After", ""))
         if status == 429 or wait_s > 0:
             self._lanes.pause(host, wait_s)
         if wait_s > self._rules.retry_after_s:
-            return Trouble(f"{said}, asks to wait {wait_s:.0f} s", wait_s=wait_s)
-        return Trouble(said, again=True, wait_s=wait_s)
+            return DownloadError(f"{said}, asks to wait {wait_s:.0f} s", wait_s=wait_s)
+        return DownloadError(said, again=True, wait_s=wait_s)
 
     def _check_literal(self, url: URL, redirected: bool) -> None:
         """An address in the URL itself; names are judged when they are looked up."""
         address = literal(url.host or "")
         what = refusal(address, self._rules.allow_private) if address else None
         if what:
-            raise Trouble(_refused(what, redirected))
+            raise DownloadError(_refused(what, redirected))
 
 
 def _sha256(data: bytes) -> str:
@@ -199,51 +201,51 @@ def _retry_after(text: str) -> float:
     return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
-def _describe(error: Exception, rules: FetchRules, redirected: bool) -> Trouble:
+def _describe(error: Exception, rules: DownloadConfig, redirected: bool) -> DownloadError:
     """What aiohttp and the system raise, in our words: theirs may quote the URL."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, RefusedAddress):
-        return Trouble(_refused(cause.what, redirected))
+    if isinstance(cause, RefusedAddressError):
+        return DownloadError(_refused(cause.what, redirected))
     if isinstance(cause, socket.gaierror):
         if cause.errno in (socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM):
             return _silence("the host's name cannot be looked up for now")
-        return Trouble("no such host")
+        return DownloadError("no such host")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         found = error.certificate_error
         said = found.verify_message if isinstance(found, ssl.SSLCertVerificationError) else ""
-        return Trouble(f"TLS certificate refused: {_plain(said) or 'no reason given'}")
+        return DownloadError(f"TLS certificate refused: {_plain(said) or 'no reason given'}")
     if isinstance(cause, ssl.SSLError):
-        return Trouble(f"TLS: {_plain(cause.reason or 'failed').lower().replace('_', ' ')}")
+        return DownloadError(f"TLS: {_plain(cause.reason or 'failed').lower().replace('_', ' ')}")
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return _silence(f"no connection within {rules.connect_s:g} s")
     if isinstance(error, aiohttp.SocketTimeoutError):
-        return Trouble(f"timed out after {rules.read_s:g} s without a byte", again=True)
+        return DownloadError(f"timed out after {rules.read_s:g} s without a byte", again=True)
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return Trouble("connection closed without an answer", again=True)
+        return DownloadError("connection closed without an answer", again=True)
     if isinstance(error, aiohttp.ClientConnectorError):
         return _no_connection(cause)
     if isinstance(error, aiohttp.ClientPayloadError):
-        return Trouble("body cut short", again=True)
+        return DownloadError("body cut short", again=True)
     if isinstance(error, aiohttp.InvalidURL):
-        return Trouble(f"{'redirect to ' if redirected else ''}no valid URL")
+        return DownloadError(f"{'redirect to ' if redirected else ''}no valid URL")
     if isinstance(error, aiohttp.ClientResponseError):
-        return Trouble("the answer is no valid HTTP")
+        return DownloadError("the answer is no valid HTTP")
     if isinstance(error, OSError):
-        return Trouble(f"connection lost: {_system(error)}", again=True)
-    return Trouble(f"cannot be fetched ({type(error).__name__})")
+        return DownloadError(f"connection lost: {_system(error)}", again=True)
+    return DownloadError(f"cannot be fetched ({type(error).__name__})")
 
 
-def _no_connection(error: Exception) -> Trouble:
+def _no_connection(error: Exception) -> DownloadError:
     said, number = f"no connection: {_system(error)}", getattr(error, "errno", None)
     if number in _UNREACHABLE:
         return _silence(said)
     # Files are freed when kept connections end.
     wait_s = KEEP_ALIVE_S if number in (errno.EMFILE, errno.ENFILE) else 0.0
-    return Trouble(said, again=True, wait_s=wait_s)
+    return DownloadError(said, again=True, wait_s=wait_s)
 
 
-def _silence(said: str) -> Trouble:
-    trouble = Trouble(said, again=True)
+def _silence(said: str) -> DownloadError:
+    trouble = DownloadError(said, again=True)
     trouble.silent = True
     return trouble
 

@@ -26,13 +26,13 @@ import certifi
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from cache.remote.net import RefusedAddress, literal, refusal
-from encode.download.config import FetchRules
+from cache.remote.net import RefusedAddressError, literal, refusal
+from encode.download.config import DownloadConfig
 
 __all__ = [
     "CheckedResolver",
     "Lookups",
-    "RefusedAddress",
+    "RefusedAddressError",
     "checked_socket",
     "literal",
     "refusal",
@@ -43,11 +43,11 @@ def checked_socket(allow_private: bool, addr_info: tuple[Any, ...]) -> socket.so
     """The socket for one connection attempt, as `TCPConnector(socket_factory=partial(...))` wants it.
 
     Raises:
-        RefusedAddress: the rules keep us from this address.
+        RefusedAddressError: the rules keep us from this address.
     """
     family, kind, protocol, _, address = addr_info
     if what := refusal(address[0], allow_private):
-        raise RefusedAddress(what)
+        raise RefusedAddressError(what)
     made = socket.socket(family, kind, protocol)
     made.setblocking(False)
     return made
@@ -130,7 +130,7 @@ class CheckedResolver(AbstractResolver):
         """The addresses of `host`.
 
         Raises:
-            RefusedAddress: it has only such as the rules keep us from.
+            RefusedAddressError: it has only such as the rules keep us from.
             OSError: it has none.
         """
         try:
@@ -141,7 +141,7 @@ class CheckedResolver(AbstractResolver):
         addresses = list(dict.fromkeys(info[4][0] for info in found if _is_inet(info, family)))
         allowed = [address for address in addresses if not self._refusal(address)]
         if not allowed and addresses:
-            raise RefusedAddress(str(self._refusal(addresses[0])))
+            raise RefusedAddressError(str(self._refusal(addresses[0])))
         if not allowed:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
         return [_result(host, address, port) for address in allowed]
@@ -187,7 +187,7 @@ class Sockets:
         self._made: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def make(self, addr_info: tuple[Any, ...]) -> socket.socket:
-        """One for aiohttp's `socket_factory`; raises RefusedAddress."""
+        """One for aiohttp's `socket_factory`; raises RefusedAddressError."""
         made = checked_socket(self._allow_private, addr_info)
         self._made.add(made)
         return made
@@ -209,10 +209,10 @@ class _NoCookies(aiohttp.DummyCookieJar):
         pass
 
 
-def new_session(rules: FetchRules, lookups: Lookups, sockets: Sockets) -> aiohttp.ClientSession:
+def new_session(rules: DownloadConfig, lookups: Lookups, sockets: Sockets) -> aiohttp.ClientSession:
     """A session that does nothing by itself: no cookies, proxies, redirects, unpacking, limits."""
     connector = aiohttp.TCPConnector(
-        limit=0,  # `Lanes` keeps the limits
+        limit=0,  # `HostLimits` keeps the limits
         resolver=CheckedResolver(lookups, rules.allow_private, rules.connect_s),
         socket_factory=sockets.make,
         ttl_dns_cache=DNS_CACHE_S,

@@ -11,7 +11,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from yarl import URL
 
-from encode.download.config import Trouble
+from encode.download.config import DownloadError
 
 __all__ = ["host_of", "is_url", "parse_url", "redirect_url"]
 
@@ -40,7 +40,7 @@ def parse_url(text: str, what: str = "") -> URL:
         what: how a reason begins: `redirect to`, for one.
 
     Raises:
-        Trouble: it cannot be asked for, or should not.
+        DownloadError: it cannot be asked for, or should not.
     """
     said = f"{what} " if what else ""
     text = text.translate(_DROPPED).strip(_CONTROLS)
@@ -49,20 +49,20 @@ def parse_url(text: str, what: str = "") -> URL:
         if parts.scheme not in ("http", "https"):
             scheme = _SCHEME.match(text)
             named = f"scheme {scheme[1].lower()}" if scheme else "no scheme"
-            raise Trouble(f"{said}a URL with {named}, not http or https")
+            raise DownloadError(f"{said}a URL with {named}, not http or https")
         if "@" in parts.netloc:
-            raise Trouble(f"{said}a URL with a user name or password, which are not sent on")
+            raise DownloadError(f"{said}a URL with a user name or password, which are not sent on")
         if not parts.hostname:
-            raise Trouble(f"{said}a URL without a host")
+            raise DownloadError(f"{said}a URL without a host")
         origin = URL.build(scheme=parts.scheme, host=parts.hostname, port=parts.port)
         path = quote(parts.path or "/", safe=_SAFE_IN_PATH, errors="surrogateescape")
         query = quote(parts.query, safe=_SAFE_IN_QUERY, errors="surrogateescape")
         whole = f"{str(origin).rstrip('/')}{path}"
         url = URL(f"{whole}?{query}" if query else whole, encoded=True)
         if not url.host:  # asked here, since what cannot be a host name raises only now
-            raise Trouble(f"{said}a URL without a host")
+            raise DownloadError(f"{said}a URL without a host")
     except (ValueError, UnicodeError):
-        raise Trouble(f"{said}no valid URL") from None
+        raise DownloadError(f"{said}no valid URL") from None
     return url
 
 
@@ -70,10 +70,10 @@ def redirect_url(base: URL, location: str) -> URL:
     """Where a redirect leads.
 
     Raises:
-        Trouble: nowhere that can be asked for.
+        DownloadError: nowhere that can be asked for.
     """
     try:
         joined = urljoin(str(base), location.translate(_DROPPED).strip(_CONTROLS))
     except ValueError:
-        raise Trouble("redirect to no valid URL") from None
+        raise DownloadError("redirect to no valid URL") from None
     return parse_url(joined, "redirect to")

@@ -15,14 +15,14 @@ from configs import UserError
 from encode.download.client import is_url
 from encode.worker.local_files import failed, hash_local, unreadable
 from encode.worker.messages import SourceTask
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 
 SOLO_DEATHS = 2
 DEATHS_IN_VAIN = 6
 """Deaths in a row without a single source finished: then it is no image's fault."""
 
 
-class Suspects:
+class Culprits:
     """The record of one job's deaths."""
 
     def __init__(self) -> None:
@@ -31,18 +31,18 @@ class Suspects:
         self._settled = -1
 
     def judge(
-        self, suspects: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
+        self, culprits: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
     ) -> tuple[list[SourceTask], list[SourceTask]]:
         """Sort what a dead worker was decoding into guilty and to be tried (again).
 
         Args:
-            suspects: what it was decoding.
+            culprits: what it was decoding.
             alone: what it had been given alone, if it had.
             hung: it was ended because it did not go on.
         """
         guilty: list[SourceTask] = []
         again: list[SourceTask] = []
-        for task in suspects:
+        for task in culprits:
             on_trial = alone is not None and task.source == alone.source
             self._solo_deaths[task.source] += on_trial
             enough = hung or self._solo_deaths[task.source] >= SOLO_DEATHS
@@ -68,7 +68,7 @@ def sentence(task: SourceTask, key: str, *, hung: bool) -> MediaRecord:
     """The ledger's record of a guilty media: it stands until its file changes, or has another `key`."""
     try:
         record = hash_local(task)
-    except BadMedia:
+    except BadMediaError:
         record = unreadable(task)
         if is_url(task.source):
             record = replace(record, key=key or None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection
 
-from encode.driver.tracker import Book, TooManyFailures
+from encode.driver.tracker import TooManyFailuresError, Tracker
 from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
 
@@ -29,14 +29,14 @@ class Counter(Registrar):
         self._show = show
 
     def report(self, worker: int, timings: Timings) -> bool:
-        """See Office."""
+        """See Coordinator."""
         going = super().report(worker, timings)
         self._show(self.timings())
         return going
 
 
 def run_inline(
-    book: Book, worker: Worker, registrar: Registrar, stopping: Callable[[], bool]
+    tracker: Tracker, worker: Worker, registrar: Registrar, stopping: Callable[[], bool]
 ) -> None:
     """Until every source is accounted for, or `stopping` says so; then what is encoded is kept.
 
@@ -44,14 +44,14 @@ def run_inline(
         UserError: the job cannot go on.
     """
     try:
-        while not book.finished() and not stopping():
-            tasks = book.take(NUMBER, TASK_SOURCES)
-            book.settle(NUMBER, worker.run(tasks) if tasks else worker.flush())
-    except TooManyFailures:
+        while not tracker.finished() and not stopping():
+            tasks = tracker.take(NUMBER, TASK_SOURCES)
+            tracker.settle(NUMBER, worker.run(tasks) if tasks else worker.flush())
+    except TooManyFailuresError:
         registrar.stop()
-        with contextlib.suppress(TooManyFailures):  # it is written down all the same
-            book.settle(NUMBER, worker.flush())
+        with contextlib.suppress(TooManyFailuresError):  # it is written down all the same
+            tracker.settle(NUMBER, worker.flush())
         raise
-    if not book.finished():
+    if not tracker.finished():
         registrar.stop()
-        book.settle(NUMBER, worker.flush())
+        tracker.settle(NUMBER, worker.flush())

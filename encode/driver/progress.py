@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TextIO
 
-from encode.driver.tracker import Book
+from encode.driver.tracker import Tracker
 from encode.estimate import about
 from encode.worker.messages import Timings
 
@@ -26,8 +26,8 @@ LOG_EVERY_S = 10.0
 class Progress:
     """Prints how far the job is: one line that moves on a terminal, else a line each ten seconds."""
 
-    def __init__(self, book: Book, *, out: TextIO | None = None):
-        self._book = book
+    def __init__(self, tracker: Tracker, *, out: TextIO | None = None):
+        self._tracker = tracker
         self._out = out or sys.stderr
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
@@ -38,7 +38,7 @@ class Progress:
         """Print a line if it is time for one; `timings` of all workers."""
         now = time.monotonic()
         # Media are counted when they are encoded, long before their shard is committed.
-        done = max(self._book.settled, min(timings.media, self._book.total))
+        done = max(self._tracker.settled, min(timings.media, self._tracker.total))
         self._mark(timings.span_s, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
@@ -53,15 +53,15 @@ class Progress:
 
     def line(self, done: int, rate: float, timings: Timings) -> str:
         """The text of one update."""
-        book = self._book
+        tracker = self._tracker
         if not rate:
-            return f"encode {done}/{book.total}  starting"
-        parts = [f"encode {done}/{book.total}", f"{rate:.3g}/s", f"bound by {timings.bound()}"]
-        if book.failed:
-            parts.append(f"{book.failed} failed")
+            return f"encode {done}/{tracker.total}  starting"
+        parts = [f"encode {done}/{tracker.total}", f"{rate:.3g}/s", f"bound by {timings.bound()}"]
+        if tracker.failed:
+            parts.append(f"{tracker.failed} failed")
         if timings.clipped:
             parts.append(f"{timings.clipped} values clipped to float16")
-        parts.append(f"{about((book.total - done) / rate)} left")
+        parts.append(f"{about((tracker.total - done) / rate)} left")
         return "  ".join(parts)
 
     def clear(self) -> None:

@@ -27,10 +27,10 @@ from cache.store.paths import SpacePaths
 from cache.store.references import Present
 from cache.store.space import Space
 from configs import UserError
-from encode.driver.culprits import Suspects, sentence
-from encode.driver.tracker import Book, TooManyFailures
-from encode.worker.config import Setup
-from encode.worker.decode_log import breadcrumb_file, read_crumbs
+from encode.driver.culprits import Culprits, sentence
+from encode.driver.tracker import TooManyFailuresError, Tracker
+from encode.worker.config import WorkerConfig
+from encode.worker.decode_log import breadcrumb_file, read_entries
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, claim_id
 from encode.worker.worker import Worker
 
@@ -51,9 +51,9 @@ SOCKET_PATH_BYTES = 40  # Ray adds about 60 to its folder, and the kernel allows
 class RemoteWorker:
     """A Worker, made inside the actor's process."""
 
-    def start(self, setup: Setup, number: int, office: Any, kind: type[Worker]) -> None:
+    def start(self, setup: WorkerConfig, number: int, coordinator: Any, kind: type[Worker]) -> None:
         """Load the encoder and take the lease."""
-        self._worker = kind(setup, setup.load(), _RemoteOffice(office), number=number)
+        self._worker = kind(setup, setup.load(), _RemoteCoordinator(coordinator), number=number)
 
     def run(self, tasks: Sequence[SourceTask]) -> list[Outcome]:
         """See Worker."""
@@ -76,7 +76,7 @@ class SpaceRegistrar(Registrar):
         super().__init__(Present.of(space).images, {k: space.next_shard(k) for k in ARRAYS})
 
 
-class _RemoteOffice:
+class _RemoteCoordinator:
     """The registrar's actor, as a worker sees it."""
 
     def __init__(self, actor: Any):
@@ -101,7 +101,7 @@ class _Slot:
     calls: list[Any] = field(default_factory=list)
     trials: deque[SourceTask] = field(
         default_factory=deque
-    )  # suspects, for this actor to try alone
+    )  # culprits, for this actor to try alone
     trying: SourceTask | None = None
 
 
@@ -141,9 +141,9 @@ class Cluster:
 
     def __init__(
         self,
-        book: Book,
+        tracker: Tracker,
         space: Space,
-        setup: Setup,
+        setup: WorkerConfig,
         *,
         workers: int,
         gpus: int,
@@ -153,7 +153,7 @@ class Cluster:
         """Start the actors; their encoders load meanwhile.
 
         Args:
-            book: what is to do.
+            tracker: what is to do.
             space: where rows go.
             setup: how a worker is made.
             workers: how many.
@@ -161,11 +161,11 @@ class Cluster:
             timeout_s: a media that takes longer to decode hangs.
             worker_class: what runs in the actors.
         """
-        self._book, self._space, self._setup = book, space, setup
+        self._tracker, self._space, self._setup = tracker, space, setup
         self._gpus, self._timeout_s, self._worker_class = gpus, timeout_s, worker_class
         self._numbers = iter(range(1, 1 << 62))
-        self._suspects = Suspects()
-        self._task_sources = max(1, min(TASK_SOURCES, book.total // (8 * workers)))
+        self._culprits = Culprits()
+        self._task_sources = max(1, min(TASK_SOURCES, tracker.total // (8 * workers)))
         self._looked = 0.0
         self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
         self._slots = [self._new_slot() for _ in range(workers)]
@@ -177,7 +177,7 @@ class Cluster:
             UserError: the job cannot go on; what is encoded is kept too.
         """
         try:
-            while not self._book.finished() and not stopping():
+            while not self._tracker.finished() and not stopping():
                 for slot in self._slots:
                     self._feed(slot)
                 self._collect(POLL_S)
@@ -190,7 +190,7 @@ class Cluster:
                 self._stop()
             raise
         else:
-            if not self._book.finished():
+            if not self._tracker.finished():
                 self._stop()
             progress(self.timings())
         finally:
@@ -213,22 +213,22 @@ class Cluster:
         return _Slot(number=number, actor=actor, calls=[start])
 
     def _feed(self, slot: _Slot) -> None:
-        """Give an actor enough to do; one with suspects tries them first, one at a time."""
+        """Give an actor enough to do; one with culprits tries them first, one at a time."""
         if slot.trials or slot.trying:
-            if not slot.calls and not self._book.held(slot.number):
+            if not slot.calls and not self._tracker.held(slot.number):
                 slot.trying = slot.trials.popleft() if slot.trials else None
                 if slot.trying is not None:
-                    self._book.give(slot.number, [slot.trying])
+                    self._tracker.give(slot.number, [slot.trying])
                     slot.calls += [slot.actor.run.remote([slot.trying]), slot.actor.flush.remote()]
                     return
             else:
                 return
         while len(slot.calls) < IN_FLIGHT:
-            tasks = self._book.take(slot.number, self._task_sources)
+            tasks = self._tracker.take(slot.number, self._task_sources)
             if not tasks:
                 break
             slot.calls.append(slot.actor.run.remote(tasks))
-        if not slot.calls and self._book.held(slot.number):
+        if not slot.calls and self._tracker.held(slot.number):
             slot.calls.append(slot.actor.flush.remote())
 
     def _collect(self, timeout_s: float) -> None:
@@ -248,7 +248,7 @@ class Cluster:
                     self._lose(slot, str(error).split("\n")[0], hung=False)
                     break
                 else:
-                    self._book.settle(slot.number, outcomes or [])
+                    self._tracker.settle(slot.number, outcomes or [])
 
     def _refuse(self, error: RayTaskError) -> None:
         """An exception of the worker's own code ends the job, as it would inline."""
@@ -272,39 +272,39 @@ class Cluster:
     def _replace_hung(self) -> None:
         paths = self._space.paths
         for slot in list(self._slots):
-            crumbs = read_crumbs(breadcrumb_file(paths, slot.number))
-            if any(crumb.age_s > self._timeout_s for crumb in crumbs):
+            entries = read_entries(breadcrumb_file(paths, slot.number))
+            if any(entry.age_s > self._timeout_s for entry in entries):
                 self._lose(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
 
     def _lose(self, slot: _Slot, why: str, *, hung: bool) -> None:
         """Make sure a worker is gone, take back what it owed, and put another in its place."""
-        paths, book = self._space.paths, self._book
+        paths, tracker = self._space.paths, self._tracker
         ray.kill(slot.actor)
         if not wait_gone(paths, str(slot.number), GONE_S):
             raise UserError(
                 f"worker {slot.number} can neither go on nor be ended; everything committed is kept: "
                 "end its process and run the same command again"
             )
-        crumbs = read_crumbs(breadcrumb_file(paths, slot.number))
+        entries = read_entries(breadcrumb_file(paths, slot.number))
         if hung:
-            crumbs = [crumb for crumb in crumbs if crumb.age_s > self._timeout_s]
-        suspects = book.set_aside(slot.number, [crumb.source for crumb in crumbs])
+            entries = [entry for entry in entries if entry.age_s > self._timeout_s]
+        culprits = tracker.set_aside(slot.number, [entry.source for entry in entries])
         committed = self._committed_by(slot.number)
         released = self._ask(self._registrar.release.remote(slot.number, committed))
         # Repeats of a suspect's bytes wait for its trial.
-        on_trial = {claim_id(kind, crumb.key) for crumb in crumbs for kind in ARRAY_OF}
-        book.lost(slot.number, committed, set(released) - on_trial)
+        on_trial = {claim_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
+        tracker.lost(slot.number, committed, set(released) - on_trial)
         log.warning(
-            "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in suspects)
+            "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in culprits)
         )
-        guilty, again = self._suspects.judge(suspects, slot.trying, hung=hung)
-        keys = {crumb.source: crumb.key for crumb in crumbs}
+        guilty, again = self._culprits.judge(culprits, slot.trying, hung=hung)
+        keys = {entry.source: entry.key for entry in entries}
         for task in guilty:
-            book.fail(sentence(task, keys[task.source], hung=hung))
+            tracker.fail(sentence(task, keys[task.source], hung=hung))
         new = self._new_slot()
         new.trials.extend([*again, *slot.trials])
         self._slots[self._slots.index(slot)] = new
-        self._suspects.count(book.settled, why)
+        self._culprits.count(tracker.settled, why)
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))
@@ -342,5 +342,5 @@ class Cluster:
         except RayError:  # it died or was refused: its commits will be found by the next job
             slot.calls.clear()
             return
-        with contextlib.suppress(TooManyFailures):  # it is written down all the same
-            self._book.settle(slot.number, outcomes or [])
+        with contextlib.suppress(TooManyFailuresError):  # it is written down all the same
+            self._tracker.settle(slot.number, outcomes or [])

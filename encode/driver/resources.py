@@ -25,7 +25,7 @@ MEASURE_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class WorkerLayout:
     """Who encodes."""
 
     workers: int
@@ -62,7 +62,7 @@ def choose_crew(
     device: str,
     device_type: str,
     seconds: float,
-) -> Crew:
+) -> WorkerLayout:
     """Who does a job that takes about `seconds`.
 
     Args:
@@ -89,7 +89,7 @@ def choose_crew(
             f"--workers {count}: one a GPU, and there are {available}; on the CPU: --device cpu"
         )
     share = max(1, cores() // max(1, count))
-    return Crew(
+    return WorkerLayout(
         workers=count,
         gpus=1 if available and count else 0,
         threads=threads or max(2, min(MOST_THREADS, share)),

@@ -1,6 +1,6 @@
 """The driver's accounts: what is still to do, who has it, what became of it, and what the ledger is told.
 
-Every source leaves the book exactly once, as in the space or as failed. A worker's word counts only for
+Every source leaves the tracker exactly once, as in the space or as failed. A worker's word counts only for
 rows it has committed; of a worker that is gone, the commits on disk are believed and nothing else.
 """
 
@@ -21,7 +21,7 @@ LEDGER_EVERY_S = 30.0
 LEDGER_EVERY_RECORDS = 8192
 
 
-class TooManyFailures(UserError):  # noqa: N818 - a state of the job
+class TooManyFailuresError(UserError):
     """The job stops: what fails is not the images."""
 
 
@@ -35,9 +35,9 @@ class Budget:
     """Share of the finished sources that may fail so."""
 
     def check(self, own: int, finished: int, last: MediaRecord) -> None:
-        """Raise TooManyFailures when the budget is spent; `last` is the newest such failure."""
+        """Raise TooManyFailuresError when the budget is spent; `last` is the newest such failure."""
         if finished >= self.probation and own > self.rate * finished:
-            raise TooManyFailures(
+            raise TooManyFailuresError(
                 f"stopped: {own} of {finished} images failed in our own code, the last one "
                 f"{last.source} at stage {last.stage}: {last.error}; what is encoded is kept, "
                 "mend the cause and run the same command again"
@@ -66,7 +66,7 @@ class Ledger:
         self._since = time.monotonic()
 
 
-class Book:
+class Tracker:
     """See above. Workers are numbers, each used once: a replacement gets a new one."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Book:
         self._stages: Counter[str] = Counter()
         self.total = len(self._waiting)
         self.settled = 0
-        """Sources that have left the book."""
+        """Sources that have left the tracker."""
         self.last_failure: MediaRecord | None = None
 
     @property
@@ -153,7 +153,7 @@ class Book:
         """Write down what a worker has finished.
 
         Raises:
-            TooManyFailures: after everything is written down.
+            TooManyFailuresError: after everything is written down.
         """
         for outcome in outcomes:
             del self._with[worker][outcome.task.source]

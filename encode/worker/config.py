@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.format.frame_sampling import MAX_FRAMES
-from encode.download.client import FetchRules
+from encode.download.client import DownloadConfig
 from model.vision.config import EncoderConfig
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ COMMIT_EVERY_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class WorkerConfig:
     """What all workers of a job have in common."""
 
     config: EncoderConfig
@@ -34,7 +34,7 @@ class Setup:
     """Cores of one worker's forward pass; None: as torch thinks best."""
     max_frames: int = MAX_FRAMES
     """Of one video, at most."""
-    fetch: FetchRules = field(default_factory=FetchRules)
+    fetch: DownloadConfig = field(default_factory=DownloadConfig)
     """How servers are asked, by each worker."""
     keep: Path | None = None
     """Where downloaded bytes are kept, and looked for; None: they are not."""

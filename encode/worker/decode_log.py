@@ -23,7 +23,7 @@ ALIVE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crumb:
+class DecodeEntry:
     """One decode under way."""
 
     source: str
@@ -44,16 +44,16 @@ def breadcrumb_file(paths: SpacePaths, worker: int) -> Path:
     return paths.worker_lock(str(worker)).with_suffix(SUFFIX)
 
 
-def clear_breadcrumbs(paths: SpacePaths) -> list[Crumb]:
+def clear_decode_log(paths: SpacePaths) -> list[DecodeEntry]:
     """Remove what earlier jobs left, for whoever holds the driver's lock; returns it."""
     files = list(paths.locks_dir.glob(f"worker-*{SUFFIX}"))
-    left = [crumb for path in files for crumb in read_crumbs(path)]
+    left = [entry for path in files for entry in read_entries(path)]
     for path in files:
         path.unlink()
     return left
 
 
-class Breadcrumbs:
+class DecodeLog:
     """The writing side, one a worker, for `threads` threads."""
 
     def __init__(self, path: Path, threads: int):
@@ -65,7 +65,7 @@ class Breadcrumbs:
 
     @contextlib.contextmanager
     def decoding(self, source: str, key: str) -> Iterator[Callable[[], None]]:
-        """Leave a crumb while the block runs; what it yields is called now and then by long decodes
+        """Leave a entry while the block runs; what it yields is called now and then by long decodes
         that get on, whose time then counts anew."""
         slot = self._free.get()
         said = 0.0
@@ -74,8 +74,8 @@ class Breadcrumbs:
             nonlocal said
             if time.time() - said > ALIVE_S:
                 said = time.time()
-                crumb = asdict(Crumb(source=source, key=key, since=said))
-                text = json.dumps(crumb, ensure_ascii=False)
+                entry = asdict(DecodeEntry(source=source, key=key, since=said))
+                text = json.dumps(entry, ensure_ascii=False)
                 self._write(slot, text.encode()[:SLOT_BYTES])
 
         try:
@@ -86,7 +86,7 @@ class Breadcrumbs:
             self._free.put(slot)
 
     def _write(self, slot: int, text: bytes) -> None:
-        # The blank tail overwrites what a longer crumb left; an empty slot needs only its first byte.
+        # The blank tail overwrites what a longer entry left; an empty slot needs only its first byte.
         os.pwrite(self._file.fileno(), text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
 
     def close(self) -> None:
@@ -95,15 +95,15 @@ class Breadcrumbs:
         Path(self._file.name).unlink(missing_ok=True)
 
 
-def read_crumbs(path: Path) -> list[Crumb]:
+def read_entries(path: Path) -> list[DecodeEntry]:
     """What the worker was decoding when it last wrote."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    crumbs = []
+    entries = []
     for at in range(0, len(data), SLOT_BYTES):
         # A slot that is just being written may be torn: the next look will see it whole.
         with contextlib.suppress(ValueError, TypeError):
-            crumbs.append(Crumb(**json.loads(data[at : at + SLOT_BYTES])))
-    return crumbs
+            entries.append(DecodeEntry(**json.loads(data[at : at + SLOT_BYTES])))
+    return entries

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.store.ledger import MediaRecord
-from encode.download.client import Fetched, Fetcher, FetchRules
+from encode.download.client import DownloadConfig, Fetched, Fetcher
 from encode.download.media_store import MediaStore
 from encode.worker.media_item import Item
 from encode.worker.messages import SourceTask
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Downloads:
     """Starts downloads and says when they end. `start` and `close` belong to one thread."""
 
-    def __init__(self, rules: FetchRules, keep: Path | None):
+    def __init__(self, rules: DownloadConfig, keep: Path | None):
         """Nothing is opened before the first `start`.
 
         Args:
@@ -54,7 +54,7 @@ class Downloads:
             if future.cancelled():
                 return
             error = future.exception()
-            if isinstance(error, BadMedia):
+            if isinstance(error, BadMediaError):
                 item.failure = (error.stage, error.reason)
             elif error is not None:  # ours: it counts against the failure budget
                 text = " ".join(str(error).split())[:200]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
-from model.media.images import FORMATS, BadMedia
+from model.media.images import FORMATS, BadMediaError
 
 MAX_BYTES = 1 << 30
 """Larger files are refused: no image we decode needs as much, and threads read several at once."""
@@ -94,7 +94,7 @@ def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
     """The bytes of a source, and its record: key, length, identity; width and height to be filled in.
 
     Raises:
-        BadMedia: at stage fetch, when the file is missing or cannot be read.
+        BadMediaError: at stage fetch, when the file is missing or cannot be read.
     """
     found: list[bytes] = []
 
@@ -111,7 +111,7 @@ def hash_local(task: SourceTask) -> MediaRecord:
     """The record of a file that may be too large for memory: as `read_local`, without the bytes.
 
     Raises:
-        BadMedia: as `read_local`.
+        BadMediaError: as `read_local`.
     """
 
     def streamed(file: FileIO) -> tuple[str, int]:
@@ -139,21 +139,21 @@ def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, in
                         MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
                     )
     except FileNotFoundError:
-        raise BadMedia("no such file", "fetch") from None
+        raise BadMediaError("no such file", "fetch") from None
     except (OSError, ValueError) as error:
-        raise BadMedia(getattr(error, "strerror", None) or str(error), "fetch") from error
-    raise BadMedia("the file changes while it is read", "fetch")
+        raise BadMediaError(getattr(error, "strerror", None) or str(error), "fetch") from error
+    raise BadMediaError("the file changes while it is read", "fetch")
 
 
 def check_unchanged(path: Path, record: MediaRecord) -> None:
     """A file that was read a second time is still the one `record` was made from.
 
     Raises:
-        BadMedia: at stage fetch; what was read is nobody's.
+        BadMediaError: at stage fetch; what was read is nobody's.
     """
     now = identify(str(path))
     if now is None or not now.matches(replace(record, inode=record.inode or now.inode)):
-        raise BadMedia("the file changes while it is read", "fetch")
+        raise BadMediaError("the file changes while it is read", "fetch")
 
 
 def unreadable(task: SourceTask) -> MediaRecord:
@@ -181,7 +181,7 @@ def size_in_header(data: bytes) -> tuple[int, int]:
 
 def _regular(status: os.stat_result, most: int) -> Identity:
     if not stat.S_ISREG(status.st_mode):
-        raise BadMedia("not a regular file", "fetch")
+        raise BadMediaError("not a regular file", "fetch")
     if status.st_size > most:
-        raise BadMedia(f"{status.st_size} bytes, more than {most}", "fetch")
+        raise BadMediaError(f"{status.st_size} bytes, more than {most}", "fetch")
     return Identity.of(status)

@@ -87,7 +87,7 @@ class Timings:
         return "write" if self.write_s > self.encode_s else "encode"
 
 
-class Office(Protocol):
+class Coordinator(Protocol):
     """What a worker may ask of the driver's side: `Registrar` itself, or a Ray actor around it."""
 
     def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
@@ -117,7 +117,7 @@ class Registrar:
         self._going = True
 
     def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
-        """See Office."""
+        """See Coordinator."""
         mine = self._claims.setdefault(worker, set())
         granted = []
         for key in keys:
@@ -128,14 +128,14 @@ class Registrar:
         return granted
 
     def next_shard(self, worker: int, kind: str) -> int:
-        """See Office."""
+        """See Coordinator."""
         number = self._next_shard[kind]
         self._next_shard[kind] = number + 1
         self._shards.setdefault(worker, []).append((kind, number))
         return number
 
     def report(self, worker: int, timings: Timings) -> bool:
-        """See Office."""
+        """See Coordinator."""
         self._last = time.monotonic()
         self._first = self._first or self._last
         self._timings[worker] = timings

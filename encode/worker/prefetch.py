@@ -23,7 +23,7 @@ from PIL import Image
 from cache.format.frame_sampling import FULL, sample_times, time_view
 from cache.store.ledger import MediaRecord
 from encode.download.client import is_url
-from encode.worker.decode_log import Breadcrumbs
+from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import (
     check_unchanged,
@@ -34,7 +34,7 @@ from encode.worker.local_files import (
 )
 from encode.worker.media_item import Item, Piece, Pixels, piece_of
 from encode.worker.messages import SourceTask, claim_id
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import frames, probe
 
 READ_GROUP = 16
@@ -47,7 +47,7 @@ POLL_S = 0.5
 
 
 class Inputs(Protocol):
-    """What an intake is given by its worker."""
+    """What an prefetcher is given by its worker."""
 
     def claim(self, ids: Sequence[str]) -> list[bool]:
         """Which of these media are ours to encode."""
@@ -58,7 +58,7 @@ class Inputs(Protocol):
         ...
 
     def decode(self, data: bytes) -> Image.Image:
-        """Bytes to image; raises BadMedia."""
+        """Bytes to image; raises BadMediaError."""
         ...
 
     def prepare(self, image: Image.Image) -> Pixels:
@@ -78,14 +78,14 @@ class _Video:
         self.pieces: queue.Queue[Piece] = queue.Queue(PIECES_AHEAD)
 
 
-class Intake:
+class Prefetcher:
     """See above. Methods belong to one thread."""
 
     def __init__(
         self,
         inputs: Inputs,
         *,
-        crumbs: Breadcrumbs,
+        entries: DecodeLog,
         downloads: Downloads,
         threads: int,
         ahead: int,
@@ -96,14 +96,14 @@ class Intake:
 
         Args:
             inputs: the worker.
-            crumbs: told what is being decoded.
-            downloads: gets what is not on this disk; closed with the intake.
+            entries: told what is being decoded.
+            downloads: gets what is not on this disk; closed with the prefetcher.
             threads: for reading, and as many for decoding.
             ahead: sources decoded ahead of the encoder.
             piece: frames of a video that travel together.
             max_frames: of one video, at most.
         """
-        self._inputs, self._crumbs, self._downloads = inputs, crumbs, downloads
+        self._inputs, self._entries, self._downloads = inputs, entries, downloads
         self._piece, self._max_frames = piece, max_frames
         self._readers = ThreadPoolExecutor(threads, "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
@@ -174,7 +174,7 @@ class Intake:
             self._ready.put(error)
 
     def _next_group(self) -> list[SourceTask | Item]:
-        """Sources that are there to be read, at least one; none once the intake closes."""
+        """Sources that are there to be read, at least one; none once the prefetcher closes."""
         group: list[SourceTask | Item] = []
         one = self._inbox.get()
         while one is not None and self._open:
@@ -192,7 +192,7 @@ class Intake:
                 item.data, item.record = read_local(task)
             else:
                 item.data, item.record = Path(task.source), hash_local(task)
-        except BadMedia as error:
+        except BadMediaError as error:
             item.record, item.failure = unreadable(task), (error.stage, error.reason)
         item.read_s = time.perf_counter() - start
         return item
@@ -224,11 +224,11 @@ class Intake:
                 size = size_in_header(item.data)
             else:
                 try:
-                    with self._crumbs.decoding(item.task.source, item.record.key or ""):
+                    with self._entries.decoding(item.task.source, item.record.key or ""):
                         image = self._inputs.decode(item.data)
                         pixels.append(self._inputs.prepare(image))
                     size = image.size
-                except BadMedia as error:
+                except BadMediaError as error:
                     item.failure = (error.stage, error.reason)
                 except Exception as error:  # not the media's: it counts against the budget
                     item.failure = ("encode", self._inputs.our_error(error))
@@ -241,11 +241,11 @@ class Intake:
         """Put a video's pieces into its queue, the last one in any case."""
         item, start, waited = video.item, time.perf_counter(), 0.0
         try:
-            with self._crumbs.decoding(item.task.source, item.record.key or "") as alive:
+            with self._entries.decoding(item.task.source, item.record.key or "") as alive:
                 waited = self._decode_frames(video, alive)
             if isinstance(item.data, Path):
                 check_unchanged(item.data, item.record)
-        except BadMedia as error:
+        except BadMediaError as error:
             item.failure = (error.stage, error.reason)
         except Exception as error:  # not the media's, so it counts against the failure budget
             item.failure = ("encode", self._inputs.our_error(error))
@@ -286,7 +286,7 @@ class Intake:
         if pixels:
             waited += self._put(video, piece_of(item, pixels, views, at, last=False), alive)
         if got < len(missing):
-            raise BadMedia(f"{got} of {len(missing)} frames could be decoded")
+            raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
         return waited
 
     def _put(self, video: _Video, piece: Piece, alive: Callable[[], None]) -> float:

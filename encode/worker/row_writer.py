@@ -33,15 +33,15 @@ ROWS_AHEAD = 64
 POLL_S = 0.5
 
 
-class DiskFull(UserError):  # noqa: N818 - a state
+class DiskFullError(UserError):
     """No space left on the disk of the cache."""
 
 
-def disk_full(error: OSError, where: object) -> DiskFull | None:
-    """`error` as a DiskFull, if that is what it means."""
+def disk_full(error: OSError, where: object) -> DiskFullError | None:
+    """`error` as a DiskFullError, if that is what it means."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFull(
+    return DiskFullError(
         f"disk full ({where}); everything committed is kept: free some space and run the same "
         "command again, it goes on from there"
     )
@@ -134,7 +134,7 @@ class RowWriter:
         self.check()
 
     def check(self) -> None:
-        """Raise what stopped the thread: DiskFull, StaleJob."""
+        """Raise what stopped the thread: DiskFullError, StaleJobError."""
         if self._error is not None:
             raise self._error
 

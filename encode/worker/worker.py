@@ -1,11 +1,11 @@
 """Sources in, committed rows out: the class that does the work, inline or inside a Ray actor.
 
-    worker = Worker(setup, setup.load(), office, number=0)
+    worker = Worker(setup, setup.load(), coordinator, number=0)
     outcomes = worker.run(tasks)        # those final so far; the rest goes on in the background
     outcomes += worker.flush()          # everything encoded is committed now
     worker.close()
 
-    intake: read, download, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
+    prefetcher: read, download, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
 
 Batches have one fixed shape and cross the borders of tasks; images and frames have one each. A source is
 `ok` only once all its rows are committed. Order and company change nothing in a row, so a killed job and its
@@ -32,13 +32,13 @@ from cache.store.references import Present
 from cache.store.space import Space
 from configs import UserError
 from encode.download.client import is_url
-from encode.worker.config import Setup
-from encode.worker.decode_log import Breadcrumbs, breadcrumb_file
+from encode.worker.config import WorkerConfig
+from encode.worker.decode_log import DecodeLog, breadcrumb_file
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import failed
 from encode.worker.media_item import Item, Piece, Pixels
-from encode.worker.messages import Office, Outcome, SourceTask, Timings
-from encode.worker.prefetch import Intake
+from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
+from encode.worker.prefetch import Prefetcher
 from encode.worker.row_writer import Group, Row, RowWriter
 from model.media.images import decode_image
 from model.quantize import pack
@@ -93,9 +93,9 @@ class Worker:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: WorkerConfig,
         encoder: Encoder,
-        office: Office,
+        coordinator: Coordinator,
         *,
         number: int,
     ):
@@ -104,7 +104,7 @@ class Worker:
         Args:
             setup: what the workers of this job have in common.
             encoder: what `setup.load` makes.
-            office: the driver's side.
+            coordinator: the driver's side.
             number: this worker's, never used before in the job.
         """
         paths = SpacePaths(setup.space)
@@ -115,17 +115,17 @@ class Worker:
             raise UserError(f"{paths.root}: this encoder does not make the features of this space")
         self._lease = WorkerLease(paths, setup.token, str(number))
         self._lease.__enter__()
-        self._encoder, self._office, self._number = encoder, office, number
+        self._encoder, self._coordinator, self._number = encoder, coordinator, number
         self._batch_size = self.space.spec.batch_size
         self._ahead = max(2 * self._batch_size, 4 * setup.threads)
         self._web_ahead = self._ahead + 2 * setup.fetch.connections
         self._present = Present.of(self.space, max_frames=setup.max_frames)
         self._max_frames = setup.max_frames
-        self._crumbs = Breadcrumbs(breadcrumb_file(paths, number), setup.threads)
+        self._entries = DecodeLog(breadcrumb_file(paths, number), setup.threads)
         self._done: deque[Outcome] = deque()
-        self._intake = Intake(
+        self._prefetcher = Prefetcher(
             self,
-            crumbs=self._crumbs,
+            entries=self._entries,
             downloads=Downloads(setup.fetch, setup.keep),
             threads=setup.threads,
             ahead=self._ahead,
@@ -134,7 +134,7 @@ class Worker:
         )
         self._writer = RowWriter(
             self.space,
-            next_shard=lambda kind: office.next_shard(number, kind),
+            next_shard=lambda kind: coordinator.next_shard(number, kind),
             fence=self._lease.fence,
             done=self._done.append,
             commit_every_s=setup.commit_every_s,
@@ -160,12 +160,12 @@ class Worker:
         """Take `tasks` up; returns what is final so far, once most of them are encoded.
 
         Raises:
-            DiskFull: a shard could not be written; its rows do not exist.
-            StaleJob: the space belongs to another job now.
+            DiskFullError: a shard could not be written; its rows do not exist.
+            StaleJobError: the space belongs to another job now.
         """
         self._go_on()
         for task in tasks:
-            self._intake.put(task)
+            self._prefetcher.put(task)
         self._under_way += len(tasks)
         # Downloads wait for servers, so many more are begun than there is room for decoded images.
         web = any(is_url(task.source) for task in tasks)
@@ -177,7 +177,7 @@ class Worker:
         """Finish and commit what was taken up; after a stop, only what is encoded already.
 
         Raises:
-            DiskFull, StaleJob: as `run`.
+            DiskFullError, StaleJobError: as `run`.
         """
         while self._under_way and self._go_on():
             self._pull()
@@ -185,7 +185,7 @@ class Worker:
             for array in self._batches:
                 self._encode(array)
         self._writer.commit()
-        self._office.report(self._number, self.timings())
+        self._coordinator.report(self._number, self.timings())
         return self._take_done()
 
     def timings(self) -> Timings:
@@ -194,16 +194,16 @@ class Worker:
 
     def close(self) -> None:
         """End the threads and give the lease back; what is not committed is dropped."""
-        self._intake.close()
+        self._prefetcher.close()
         self._writer.close()
-        self._crumbs.close()
+        self._entries.close()
         self._lease.__exit__(None, None, None)
 
-    # ---- what the intake asks, from its threads
+    # ---- what the prefetcher asks, from its threads
 
     def claim(self, ids: Sequence[str]) -> list[bool]:
         """Which of these media this worker shall encode."""
-        return self._office.claim(self._number, ids)
+        return self._coordinator.claim(self._number, ids)
 
     def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
         """Which of a video's views are not in the space."""
@@ -227,9 +227,9 @@ class Worker:
     # ---- pieces -> batches -> rows
 
     def _pull(self) -> None:
-        """Bring one piece from the intake into its batch; encode the batch when it is full."""
+        """Bring one piece from the prefetcher into its batch; encode the batch when it is full."""
         start = time.perf_counter()
-        piece = self._intake.get(timeout_s=REPORT_EVERY_S)
+        piece = self._prefetcher.get(timeout_s=REPORT_EVERY_S)
         self._timings.wait_s += time.perf_counter() - start
         if piece is not None:
             self._take(piece)
@@ -303,7 +303,7 @@ class Worker:
         now = time.monotonic()
         if self._going and now - self._reported > REPORT_EVERY_S:
             self._reported = now
-            self._going = self._office.report(self._number, self.timings())
+            self._going = self._coordinator.report(self._number, self.timings())
         return self._going
 
     def _take_done(self) -> list[Outcome]:

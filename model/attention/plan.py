@@ -26,7 +26,7 @@ MAX_PADDING = 0.3
 
 
 @dataclass(frozen=True)
-class Forest:
+class PackedLayout:
     """The units of a batch, seen as trees and as tokens. All int64, on the CPU."""
 
     units: Tensor  # (U, 4)
@@ -37,7 +37,7 @@ class Forest:
     prefix: Tensor  # (T, 2) the prefix it sees
 
 
-def forest_of(units: Tensor, tokens: int) -> Forest:
+def forest_of(units: Tensor, tokens: int) -> PackedLayout:
     """Cut the units of a batch into trees: a unit without a prefix begins one, the others join it.
 
     Raises:
@@ -58,7 +58,7 @@ def forest_of(units: Tensor, tokens: int) -> Forest:
         raise ValueError(f"unit {units[at].tolist()}: its prefix leaves the first unit of its tree")
     start = q0[roots]
     lengths = q1 - q0
-    return Forest(
+    return PackedLayout(
         units=units,
         first=F.pad(roots, (0, 1), value=len(units)),
         start=start,
@@ -68,7 +68,7 @@ def forest_of(units: Tensor, tokens: int) -> Forest:
     )
 
 
-def tree_mask(forest: Forest, trees: Tensor) -> Tensor:
+def tree_mask(forest: PackedLayout, trees: Tensor) -> Tensor:
     """(B,) -> (B, L, L) bool: which keys each query sees. Padding sees itself (no empty softmax)."""
     start, size = forest.start[trees].unsqueeze(1), forest.size[trees].unsqueeze(1)
     place = torch.arange(int(size.max()))
@@ -190,7 +190,9 @@ def _groups(sizes: Tensor) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _long_tree(forest: Forest, tree: int, device: torch.device, dtype: torch.dtype) -> LongTree:
+def _long_tree(
+    forest: PackedLayout, tree: int, device: torch.device, dtype: torch.dtype
+) -> LongTree:
     start = forest.start[tree]
     units = forest.units[forest.first[tree] : forest.first[tree + 1]]
     beginning = int(units[0, 1] - start)

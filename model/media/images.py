@@ -1,6 +1,6 @@
 """Bytes of an image -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
 
-Every input that is no sound image raises `BadMedia` and nothing else: what PIL raises, what it only
+Every input that is no sound image raises `BadMediaError` and nothing else: what PIL raises, what it only
 warns of, and what it would let through. Decisions that change pixels, made once, here:
 
 - Transparency lies on white, the page that most transparent images were drawn for.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "BadMedia", "decode_image", "fit_image"]
+__all__ = ["FORMATS", "MAX_PIXELS", "BadMediaError", "decode_image", "fit_image"]
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused from their header: PIL's own limit, 358 MB once decoded."""
@@ -54,7 +54,7 @@ _LAST_FILTER = ("ignore", re.compile(_HARMLESS, re.IGNORECASE), UserWarning, Non
 """As `warnings.filters` has it once `_make_pil_strict` has run."""
 
 
-class BadMedia(Exception):  # noqa: N818 - the ledger calls it so
+class BadMediaError(Exception):
     """This media cannot become features, and why; it goes to the ledger, the job goes on."""
 
     def __init__(self, reason: str, stage: str = "decode") -> None:
@@ -69,11 +69,11 @@ def decode_image(data: bytes) -> Image.Image:
     """The image in `data`, whole, upright, as RGB.
 
     Raises:
-        BadMedia: anything else than a sound image of at most `MAX_PIXELS`.
+        BadMediaError: anything else than a sound image of at most `MAX_PIXELS`.
     """
     _make_pil_strict()
     if not data:
-        raise BadMedia("empty file")
+        raise BadMediaError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(image.size)
@@ -83,14 +83,14 @@ def decode_image(data: bytes) -> Image.Image:
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _to_rgb(image)
             return rgb if turn is None else rgb.transpose(turn)
-    except BadMedia:
+    except BadMediaError:
         raise
     except UnidentifiedImageError:
-        raise BadMedia(_describe_unknown(data)) from None
+        raise BadMediaError(_describe_unknown(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadMedia(f"more than {MAX_PIXELS} pixels") from None
+        raise BadMediaError(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # PIL's decoders raise whatever the bytes lead them to
-        raise BadMedia(_one_line(error)) from error
+        raise BadMediaError(_one_line(error)) from error
 
 
 def fit_image(
@@ -142,9 +142,9 @@ def _make_pil_strict() -> None:
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise BadMedia(f"{width} x {height} pixels")
+        raise BadMediaError(f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        raise BadMedia(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+        raise BadMediaError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -169,10 +169,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _grey_from_wide(image: Image.Image) -> Image.Image:
     """Pixels of more than 8 bits, as 8: 65535 is white."""
     if image.mode == "F":
-        raise BadMedia("floating-point pixels: what is white is not said")
+        raise BadMediaError("floating-point pixels: what is white is not said")
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
-        raise BadMedia("32-bit pixels beyond 0..65535: what is white is not said")
+        raise BadMediaError("32-bit pixels beyond 0..65535: what is white is not said")
     return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 

@@ -4,8 +4,8 @@
     wanted = sample_times(info.duration_s, max_frames)   # cache.views
     for frame in frames(data, wanted, info): ...         # frame.time_s, frame.image
 
-Every input that is no sound video raises `BadMedia` and nothing else. One video a call; calls may run in any
-number of threads, and give the same frames whatever their number. Decisions, made once:
+Every input that is no sound video raises `BadMediaError` and nothing else. One video a call; calls may run
+in any number of threads, and give the same frames whatever their number. Decisions, made once:
 
 - Times count from the first frame that decodes, by the timestamps in the file: variable frame rates and edit
   lists are as the author meant them. A raw stream without timestamps is counted at its frame rate.
@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from model.media.images import BadMedia
-from model.media.video_decoder import Tape
+from model.media.images import BadMediaError
+from model.media.video_decoder import VideoDecoder
 from model.media.video_index import VideoIndex, examine
 from model.media.video_pixels import image_of
 
@@ -102,7 +102,7 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         on_progress: called now and then while reading, so that others see that it is alive.
 
     Raises:
-        BadMedia: not one frame can be had of it.
+        BadMediaError: not one frame can be had of it.
     """
     contents = examine(data, on_progress)
     return VideoInfo(
@@ -130,7 +130,7 @@ def frames(
         on_progress: called at least once a decoded frame.
 
     Raises:
-        BadMedia: while iterating: no frame can be had of it.
+        BadMediaError: while iterating: no frame can be had of it.
     """
     if any(later < earlier for earlier, later in pairwise(wanted_us)):
         raise ValueError("times of frames must ascend")
@@ -143,7 +143,7 @@ def _frames(
     index: VideoIndex,
     on_progress: Callable[[], None] | None,
 ) -> Iterator[Frame]:
-    with Tape(data, index.clock, on_progress) as tape:
+    with VideoDecoder(data, index.clock, on_progress) as tape:
         finder = _Finder(tape, index)
         shown: tuple[int, Image.Image] | None = None
         for wanted in wanted_us:
@@ -156,7 +156,7 @@ def _frames(
 class _Finder:
     """The frame nearest to each of ascending times, decoding no more than needed."""
 
-    def __init__(self, tape: Tape, index: VideoIndex) -> None:
+    def __init__(self, tape: VideoDecoder, index: VideoIndex) -> None:
         self._tape = tape
         self._starts = index.starts
         self._start = 0
@@ -175,7 +175,7 @@ class _Finder:
             self._below, self._latest = self._latest, found
         around = [frame for frame in (self._below, self._latest) if frame is not None]
         if not around:
-            raise BadMedia("no frame of it can be decoded")
+            raise BadMediaError("no frame of it can be decoded")
         return min(around, key=lambda frame: abs(frame[0] - wanted_us))
 
     def _skip_ahead(self, wanted_us: int) -> None:

@@ -61,7 +61,7 @@ class Starts:
         return max(0, int(np.searchsorted(self.times_us, time_us, side="right")) - 1)
 
 
-class Tape:
+class VideoDecoder:
     """The frames of a video in order of time, beginning at any key frame. Not thread-safe."""
 
     def __init__(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from model.media.images import BadMedia
-from model.media.video_decoder import Clock, Starts, Tape, decoded
+from model.media.images import BadMediaError
+from model.media.video_decoder import Clock, Starts, VideoDecoder, decoded
 from model.media.video_open import Video, open_video, reason_of
 from model.media.video_pixels import HDR, image_of
 
@@ -86,19 +86,19 @@ def examine(data: bytes | Path, on_progress: Callable[[], None] | None = None) -
     """List the packets, decode both ends.
 
     Raises:
-        BadMedia: no video, or not one of its frames decodes.
+        BadMediaError: no video, or not one of its frames decodes.
     """
     with open_video(data) as video:
         listing = _list_packets(video, on_progress)
         if listing.head is None or listing.image is None:
-            raise BadMedia("no frame of it can be decoded")
+            raise BadMediaError("no frame of it can be decoded")
         index = VideoIndex(clock=_clock(video, listing), starts=_only_start())
         if not index.clock.counted and not listing.changes:
             index = VideoIndex(clock=index.clock, starts=_find_starts(listing, index.clock))
         notes = [*_cut(video, listing), *_colours(listing.head)]
     last_us, last_time, counted = _find_last(data, index, on_progress)
     if last_us > MAX_DURATION_S * _US:
-        raise BadMedia(f"it claims to last {last_us / _US / 86400:.0f} days")
+        raise BadMediaError(f"it claims to last {last_us / _US / 86400:.0f} days")
     if index.clock.counted:
         frames = counted
     else:
@@ -211,7 +211,7 @@ def _find_last(
 ) -> tuple[int, int, int]:
     """The last frame that decodes: microseconds, timestamp; and how many were decoded to find it."""
     starts = index.starts
-    with Tape(data, index.clock, on_progress) as tape:
+    with VideoDecoder(data, index.clock, on_progress) as tape:
         start, back = len(starts.packets) - 1, 1
         while True:
             tape.begin(int(starts.packets[start]), int(starts.times_us[start]))
@@ -222,7 +222,7 @@ def _find_last(
             if last is not None:
                 return last[0], last[1].pts or 0, count
             if start == 0:
-                raise BadMedia("no frame of it can be decoded")
+                raise BadMediaError("no frame of it can be decoded")
             start = max(0, start - back)
             back *= 2
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from model.media.images import MAX_REASON, BadMedia
+from model.media.images import MAX_REASON, BadMediaError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -139,16 +139,16 @@ def open_video(data: bytes | Path) -> Iterator[Video]:
     """Open a video for reading once, from its beginning.
 
     Raises:
-        BadMedia: no video, none that we read, or none whose frames have a sensible size.
+        BadMediaError: no video, none that we read, or none whose frames have a sensible size.
     """
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb", buffering=0)
     except OSError as error:
-        raise BadMedia(f"cannot be read: {error.strerror}", "fetch") from None
+        raise BadMediaError(f"cannot be read: {error.strerror}", "fetch") from None
     with file:
         reader = _Reader(file)
         if not reader.size:
-            raise BadMedia("empty file")
+            raise BadMediaError("empty file")
         with _open_container(reader) as container:
             stream = _video_stream(container)
             context = stream.codec_context
@@ -182,7 +182,7 @@ def _open_container(reader: _Reader) -> InputContainer:
             buffer_size=BUFFER_BYTES,
         )
     except (av.FFmpegError, ValueError) as error:
-        raise BadMedia(_describe_unknown(reader.head, error)) from None
+        raise BadMediaError(_describe_unknown(reader.head, error)) from None
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -191,14 +191,14 @@ def _video_stream(container: InputContainer) -> VideoStream:
     videos = [s for s in container.streams.video if not _is_image(s)]
     if not videos:
         kinds = sorted({stream.type for stream in container.streams})
-        raise BadMedia(f"no video in it, only {', '.join(kinds) or 'an empty container'}")
+        raise BadMediaError(f"no video in it, only {', '.join(kinds) or 'an empty container'}")
     stream = next((video for video in videos if video is best), videos[0])
     context = stream.codec_context
     if context is None or context.name not in CODECS:
-        raise BadMedia(f"codec {context.name if context else 'unknown'} is not supported")
+        raise BadMediaError(f"codec {context.name if context else 'unknown'} is not supported")
     check_size(context.width, context.height)
     if not stream.time_base:
-        raise BadMedia("its timestamps have no unit")
+        raise BadMediaError("its timestamps have no unit")
     return stream
 
 
@@ -209,9 +209,9 @@ def _is_image(stream: VideoStream) -> bool:
 def check_size(width: int, height: int) -> None:
     """Refuse frames without pixels, and with more than `MAX_FRAME_PIXELS`."""
     if width < 1 or height < 1:
-        raise BadMedia(f"frames of {width} x {height} pixels")
+        raise BadMediaError(f"frames of {width} x {height} pixels")
     if width * height > MAX_FRAME_PIXELS:
-        raise BadMedia(f"frames of {width} x {height} pixels, more than {MAX_FRAME_PIXELS}")
+        raise BadMediaError(f"frames of {width} x {height} pixels, more than {MAX_FRAME_PIXELS}")
 
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video_open import MAX_FRAME_PIXELS, check_size, reason_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
     """`frame` as RGB, upright.
 
     Raises:
-        BadMedia: its size is absurd or its pixel format has no way to RGB.
+        BadMediaError: its size is absurd or its pixel format has no way to RGB.
     """
     import av
 
@@ -70,7 +70,7 @@ def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
         )
     except (av.FFmpegError, ValueError) as error:
         reason = f"pixels of format {frame.format.name} cannot be shown: {reason_of(error)}"
-        raise BadMedia(reason) from None
+        raise BadMediaError(reason) from None
     plane = shown.planes[0]
     mode = "RGBA" if name == "rgba" else "RGB"
     image = Image.frombytes(mode, (width, height), bytes(plane), "raw", mode, plane.line_size, 1)

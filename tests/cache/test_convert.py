@@ -25,7 +25,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space
 from configs import UserError
-from encode.worker.config import Setup
+from encode.worker.config import WorkerConfig
 from model.vision.config import DemoTowerConfig
 from model.vision.encoder import _pool, rebuild_encoder
 from tests.support.encode_jobs import TINY, draw, encode
@@ -35,10 +35,10 @@ from tests.support.videos import make_video
 TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 
-def setup_with(image: int, frame: int) -> Setup:
+def setup_with(image: int, frame: int) -> WorkerConfig:
     """In float32, so that rounding to float16 changes something."""
     config = replace(TINY, tower=TOWER, compute_dtype="float32", pool_image=image, pool_frame=frame)
-    return Setup(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
+    return WorkerConfig(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
 
 
 def run(folder: Path, *argv: Any) -> int:

@@ -17,7 +17,7 @@ import pytest
 import webdataset
 from safetensors import safe_open
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.export import __main__ as export
 from cache.export import rows as export_rows
 from cache.export import samples as export_samples
@@ -424,7 +424,7 @@ def test_a_damaged_row_never_leaves(tmp_path: Path, run: Callable[..., tuple[Pat
     data[space.info.geometry("image").row_offset(1)] ^= 1  # of image 4
     path.write_bytes(data)
     for arguments in (("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")):
-        with pytest.raises(Corrupt, match="checksum"):
+        with pytest.raises(CorruptError, match="checksum"):
             run(*arguments)
         assert not (tmp_path / "out").exists()
 

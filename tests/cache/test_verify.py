@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.maintenance.checks import Report, check_shard, verify
 from cache.store.commits import read_commit
 from cache.store.ledger import MediaRecord, append_media
@@ -82,7 +82,7 @@ def test_any_flipped_byte_is_found_and_never_returned(
             assert (report.spaces[0].logical_hash is None) == path.is_relative_to(paths.root)
             try:
                 assert FeatureReader(paths).logical_hash() == clean
-            except Corrupt as error:
+            except CorruptError as error:
                 assert error.path == path
             flip(path, at)
     assert verify(root, deep=True).all_findings == []

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format import codec
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
@@ -576,7 +576,7 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[30] ^= 1
     path.write_bytes(data)
-    with pytest.raises(Corrupt, match="fails its checksum"):
+    with pytest.raises(CorruptError, match="fails its checksum"):
         find(tmp_path)
 
 

@@ -24,9 +24,9 @@ from cache.store.locks import DriverLock
 from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.driver.signals import Interrupts
-from encode.driver.tracker import TooManyFailures
-from encode.worker.config import Setup
-from encode.worker.row_writer import DiskFull
+from encode.driver.tracker import TooManyFailuresError
+from encode.worker.config import WorkerConfig
+from encode.worker.row_writer import DiskFullError
 from encode.worker.worker import Worker
 from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
@@ -109,8 +109,8 @@ def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_pat
         shutil.copy(photos / "0003.png", photos / f"copy-{i}.png")
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert result.reader.rows("image") == 14
-    assert result.job._book.encoded == 14
-    assert result.job._book.reused == 5
+    assert result.job._tracker.encoded == 14
+    assert result.job._tracker.reused == 5
     keys = {result.ledger[f"copy-{i}.png"].key for i in range(5)}
     assert keys == {result.ledger["0003.png"].key}
     assert result.ledger["copy-0.png"].width == 24, "size is known of every name"
@@ -154,14 +154,18 @@ def test_a_touched_or_moved_file_is_hashed_again_and_not_encoded(
     (photos / "0002.png").rename(photos / "moved.png")
     again = encode(tmp_path / "cache", f"folder:{photos}")
     assert len(again.plan.todo) == 2
-    assert (again.job._book.encoded, again.job._book.reused) == (0, 2)
+    assert (again.job._tracker.encoded, again.job._tracker.reused) == (0, 2)
     assert encode(tmp_path / "cache", f"folder:{photos}").plan.todo == ()
 
 
 def test_rehash_reads_everything_and_encodes_nothing(photos: Path, tmp_path: Path) -> None:
     encode(tmp_path / "cache", f"folder:{photos}")
     again = encode(tmp_path / "cache", f"folder:{photos}", rehash=True)
-    assert (len(again.plan.todo), again.job._book.encoded, again.job._book.reused) == (14, 0, 14)
+    assert (len(again.plan.todo), again.job._tracker.encoded, again.job._tracker.reused) == (
+        14,
+        0,
+        14,
+    )
 
 
 def test_features_outlive_their_images(photos: Path, tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Pat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OddSetup(Setup):
+class OddSetup(WorkerConfig):
     """An encoder that gives NaN, or raises, for images with these first pixels."""
 
     nan: tuple[int, ...] = ()
@@ -282,7 +286,7 @@ def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> N
 
 def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -> None:
     draw(photos, 100, first=14)
-    with pytest.raises(TooManyFailures) as stopped:
+    with pytest.raises(TooManyFailuresError) as stopped:
         encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="images"))
     message = str(stopped.value)
     assert "OutOfMemoryError: no memory left on this device" in message
@@ -332,12 +336,12 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
     whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, 9))
-        with pytest.raises(DiskFull) as full:
+        with pytest.raises(DiskFullError) as full:
             encode(tmp_path / "cache", f"folder:{photos}")
     assert str(full.value).startswith("disk full (")
     assert "run the same command again" in str(full.value)
     result = encode(tmp_path / "cache", f"folder:{photos}")
-    assert (result.job._book.encoded, result.reader.rows("image")) == (5, 14)
+    assert (result.job._tracker.encoded, result.reader.rows("image")) == (5, 14)
     assert result.reader.logical_hash() == whole
 
 

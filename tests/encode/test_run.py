@@ -21,8 +21,8 @@ from cache.verify import verify
 from configs import UserError
 from encode.driver import resources
 from encode.driver.progress import Progress, closing_line, failure_line
-from encode.driver.resources import Crew, choose_crew
-from encode.driver.tracker import Book
+from encode.driver.resources import WorkerLayout, choose_crew
+from encode.driver.tracker import Tracker
 from encode.run import main
 from encode.worker.messages import SourceTask, Timings
 from tests.support import ROOT
@@ -202,7 +202,7 @@ def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
 # ---- who works, and what is said meanwhile
 
 
-def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> Crew:
+def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> WorkerLayout:
     kind = "cpu" if resources.gpus(device) == 0 else "cuda"
     kind = device.partition(":")[0] if device != "auto" else kind
     return choose_crew(workers, threads, device=device, device_type=kind, seconds=seconds)
@@ -254,7 +254,7 @@ def test_progress_tells_rate_bound_and_time_left(
     monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
     tasks = [SourceTask(source=str(i)) for i in range(1000)]
     screen = Screen(terminal)
-    progress = Progress(Book(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]
+    progress = Progress(Tracker(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]
     for second in range(61):
         clock[0] = 100.0 + second
         # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded images.

@@ -20,12 +20,12 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
-from encode.driver.resources import Crew
+from encode.driver.resources import WorkerLayout
 from encode.driver.signals import Interrupts
 from encode.job import Job
 from encode.plan import MediaCounter, Plan
 from encode.sources import open_datasets
-from encode.worker.config import Setup
+from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.vision.config import DemoTowerConfig, EncoderConfig
 
@@ -40,7 +40,7 @@ TINY = EncoderConfig(
 )
 """4 tokens of 64 values an image."""
 
-SETUP = Setup(config=TINY, device="cpu", commit_every_s=0.0)
+SETUP = WorkerConfig(config=TINY, device="cpu", commit_every_s=0.0)
 """Every row is a shard of its own: as many commits to die between as there are images."""
 
 
@@ -80,7 +80,7 @@ def encode(
     root: Path,
     *specs: str,
     workers: int = 0,
-    setup: Setup = SETUP,
+    setup: WorkerConfig = SETUP,
     codec: str = "int8",
     container: str = "zarr",
     worker_class: type[Worker] = Worker,
@@ -100,7 +100,7 @@ def encode(
         job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            crew = Crew(workers=workers, gpus=0, threads=threads, torch_threads=1)
+            crew = WorkerLayout(workers=workers, gpus=0, threads=threads, torch_threads=1)
             job.run(crew, lock.token, interrupts, timeout_s=timeout_s)
         code = job.close(plan, 1.0, interrupts)
     ledger = {Path(source).name: record for source, record in read_media(cache).items()}

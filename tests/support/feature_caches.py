@@ -27,7 +27,7 @@ from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
 from train.data import (
     Join,
-    Places,
+    Placeholders,
     TokenStore,
     Trees,
     grow_trees,
@@ -164,7 +164,7 @@ class World:
             self.tokens(joined),
             max_tokens=max_tokens,
             max_branches=max_branches,
-            places=Places.of(SPEC, self.tokenizer),
+            places=Placeholders.of(SPEC, self.tokenizer),
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.format.frame_sampling import sample_times
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from model.media.video_open import MAX_FRAME_PIXELS
 
@@ -56,7 +56,7 @@ def outcome(data: bytes) -> str:
     try:
         info = probe(data)
         shown = list(frames(data, sample_times(info.duration_s, 6), info))
-    except BadMedia as error:
+    except BadMediaError as error:
         assert error.reason and "\n" not in error.reason and len(error.reason) <= 250
         assert error.stage == "decode"
         return error.reason

@@ -3,7 +3,7 @@
     reader = FeatureReader(find_space(root, None))
     train = join(root, reader, {"demo": None}, split="train", held_out=0.05, min_coverage=0.95)
     tokens = TokenStore.open(root, train.names, tokenizer, folder=Path("runs/.tokens"))
-    places = Places.of(reader.spec, tokenizer)
+    places = Placeholders.of(reader.spec, tokenizer)
     trees = grow_trees(train, tokens, max_tokens=4096, max_branches=16, places=places)
     plan = StepPlan(trees, samples_per_step=32, seed=0)
     with FeatureLoader(plan, tokens, reader, max_tokens=8192, start=0, stop=1000) as loader:
@@ -33,7 +33,7 @@ from train.data.join import Join, join
 from train.data.loader import FeatureLoader, MicroBatch
 from train.data.message_trees import Trees, grow_trees
 from train.data.packing import PlacedTree
-from train.data.placeholders import Places
+from train.data.placeholders import Placeholders
 from train.data.schedule import OnePass, StepPlan
 from train.data.tokens import TokenStore, messages_of
 
@@ -43,7 +43,7 @@ __all__ = [
     "Join",
     "MicroBatch",
     "OnePass",
-    "Places",
+    "Placeholders",
     "StepPlan",
     "TokenStore",
     "Trees",

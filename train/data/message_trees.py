@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cache.store.references import VIDEO
 from configs import UserError
-from train.data.placeholders import Places
+from train.data.placeholders import Placeholders
 from train.data.sample_list import Join
 from train.data.tokens import TokenStore
 
@@ -63,7 +63,7 @@ class Trees:
     """(S,) tokens of each sample standing alone."""
     loss_weight: npt.NDArray[np.float64]
     """(S,) sum of each sample's loss weights."""
-    places: Places
+    places: Placeholders
     """What stands for an image or video."""
     max_tokens: int
     """The window every tree fits into."""
@@ -100,7 +100,7 @@ class Trees:
 
 
 def grow_trees(
-    join: Join, tokens: TokenStore, *, max_tokens: int, max_branches: int, places: Places
+    join: Join, tokens: TokenStore, *, max_tokens: int, max_branches: int, places: Placeholders
 ) -> Trees:
     """Group the samples of `join` into trees.
 

@@ -23,7 +23,7 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Places:
+class Placeholders:
     """The rule, for one space and one tokenizer."""
 
     tokenizer: Any
@@ -34,9 +34,9 @@ class Places:
     """Feature tokens of a frame; its time stands before them as text."""
 
     @staticmethod
-    def of(spec: FeatureSpec, tokenizer: Any) -> Places:
+    def of(spec: FeatureSpec, tokenizer: Any) -> Placeholders:
         """Those of a space."""
-        return Places(
+        return Placeholders(
             tokenizer=tokenizer,
             image_tokens=spec.tokens(ARRAY_OF["image"]),
             frame_tokens=spec.tokens(ARRAY_OF["video"]),

@@ -35,7 +35,7 @@ from train.data import (
     HeldOut,
     Join,
     OnePass,
-    Places,
+    Placeholders,
     TokenStore,
     grow_trees,
     held_out_samples,
@@ -152,7 +152,7 @@ def evaluate(options: Options) -> Evaluation:
         autocast=choose_precision(trained.precision, device, vlm),
     )
     joins = [seen, seen.blind(trained.seed)] if options.blind else [seen]
-    places = Places.of(reader.spec, tokenizer)
+    places = Placeholders.of(reader.spec, tokenizer)
     losses = [held_out_loss(j, tokens, reader, forward, trained, places) for j in joins]
     given = [answers_of(j, root, reader, forward, tokenizer, options) for j in joins]
     answers = scored(seen, root, given, options.point_grid)
@@ -194,7 +194,7 @@ def held_out_loss(
     reader: FeatureReader,
     forward: Forward,
     trained: TrainOptions,
-    places: Places,
+    places: Placeholders,
 ) -> float:
     """Loss a supervised token over all samples of the join."""
     trees = grow_trees(

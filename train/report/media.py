@@ -22,7 +22,7 @@ from cache.format.frame_sampling import sample_times
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from model.media import video
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 
 VERBATIM_BYTES = 100_000
 """Small images go into the page as they are."""
@@ -105,7 +105,7 @@ def strip(path: Path, found: Found) -> str:
         frames = list(video.frames(path, sample_times(info.duration_s, FRAMES), info))
     except OSError:
         return absent(f"{what} not on this machine")
-    except BadMedia as error:
+    except BadMediaError as error:
         return absent(f"{what} cannot be read: {error}")
     shown = "".join(
         f"<span>{_img(_jpeg(frame.image, FRAME_SIDE), 'jpeg')}<small>{frame.time_s:.1f} s</small></span>"

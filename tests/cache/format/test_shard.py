@@ -21,7 +21,7 @@ import webdataset
 import zarr
 
 from cache import gc
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format import codec, tar_shard
 from cache.format.spec import CODECS, CONTAINERS
 from cache.maintenance.checks import check_shard, verify
@@ -165,7 +165,7 @@ def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
             )
             assert [finding.path for finding in findings] == [str(path)], f"byte {at}"
             if at % 5 == 0 and at in stored:
-                with pytest.raises(Corrupt, match="checksum"):
+                with pytest.raises(CorruptError, match="checksum"):
                     FeatureReader(space.paths).logical_hash()
             elif at % 5 == 0:
                 assert FeatureReader(space.paths).logical_hash() == clean
@@ -177,10 +177,10 @@ def test_a_shard_of_another_length_is_never_read(space: Space) -> None:
     path = space.paths.shard("image", 0)
     path.write_bytes(path.read_bytes()[:-1])
     reader = FeatureReader(space.paths)
-    with pytest.raises(Corrupt, match="bytes, not"):
+    with pytest.raises(CorruptError, match="bytes, not"):
         reader.read("image", key(0))
     path.unlink()
-    with pytest.raises(Corrupt, match="missing"):
+    with pytest.raises(CorruptError, match="missing"):
         FeatureReader(space.paths).read("image", key(0))
 
 
@@ -454,10 +454,10 @@ def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
     write(**columns)
     assert read_commit(space.paths, info, "image", 1).table.equals(good.table)
     write(offset=columns["offset"] + 512)
-    with pytest.raises(Corrupt, match="not where the shards"):
+    with pytest.raises(CorruptError, match="not where the shards"):
         read_commit(space.paths, info, "image", 1)
     write()
-    with pytest.raises(Corrupt, match="columns are not those of a webdataset space"):
+    with pytest.raises(CorruptError, match="columns are not those of a webdataset space"):
         read_commit(space.paths, info, "image", 1)
 
 

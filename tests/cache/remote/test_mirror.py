@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from cache import ls as cache_ls
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import sealed_json
 from cache.remote.listing import LISTING, is_table, local_tables
 from cache.remote.open import Elsewhere, RemoteCache, local_root
-from cache.remote.retry import RemoteRules, Unreachable
+from cache.remote.retry import RetryPolicy, UnreachableError
 from cache.share import share
 from cache.store.paths import CacheRoot, is_url
 from cache.store.samples import read_samples, samples_table
@@ -24,7 +24,7 @@ from configs import UserError
 from tests.support import trained_runs
 from tests.support.remote_servers import WebServer
 
-RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3)
+RULES = RetryPolicy(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3)
 DIGEST = "0" * 64
 
 
@@ -70,12 +70,12 @@ def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
     shard = paths.shard("image", 0)
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
-    with pytest.raises(Corrupt, match="bytes, not"):
+    with pytest.raises(CorruptError, match="bytes, not"):
         share(root)
     shard.write_bytes(data)
     table = root.samples("colors")
     table.write_bytes(table.read_bytes()[:-1] + b"?")
-    with pytest.raises(Corrupt):
+    with pytest.raises(CorruptError):
         share(root)
     with pytest.raises(UserError, match="no feature space under"):
         share(CacheRoot(tmp_path / "nothing"))
@@ -134,7 +134,9 @@ def test_a_list_that_is_missing_damaged_or_old_says_how_to_mend_it(
         name = "samples/colors/part-00000.parquet"
         values["files"][name] = [values["files"][name][0], DIGEST]  # it has changed since
         listing.write_bytes(sealed_json({k: v for k, v in values.items() if k != "seal"}))
-        with pytest.raises(Unreachable, match=rf"{name}: its sha256 is another .*cache\.share"):
+        with pytest.raises(
+            UnreachableError, match=rf"{name}: its sha256 is another .*cache\.share"
+        ):
             here(server, tmp_path).tables()
         assert not (here(server, tmp_path)._mirror.root.path / name).exists()
     finally:

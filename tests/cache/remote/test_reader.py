@@ -17,7 +17,7 @@ from cache.format.spec import CODECS, CONTAINERS
 from cache.remote.http import HttpStore
 from cache.remote.open import Elsewhere, RemoteCache, open_reader
 from cache.remote.reader import RemoteReader
-from cache.remote.retry import RemoteRules, Trouble, Unreachable
+from cache.remote.retry import RequestError, RetryPolicy, UnreachableError
 from cache.remote.row_cache import RowCache
 from cache.share import share
 from cache.store.paths import CacheRoot
@@ -30,7 +30,7 @@ from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
 
 ROWS = 3 * SLOTS
 ROW_BYTES = SPEC.row_bytes("image")
-RULES = RemoteRules(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3, retry_after_s=0.2)
+RULES = RetryPolicy(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3, retry_after_s=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_retry_after_is_honoured_up_to_a_cap(server: WebServer, reader: RemoteRe
 
 def test_one_who_gets_nowhere_ends_with_one_line(server: WebServer, reader: RemoteReader) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
-    with pytest.raises(Unreachable) as error:
+    with pytest.raises(UnreachableError) as error:
         read(reader, [0, 5, 9])
     text = str(error.value)
     assert text.startswith(f"{server.url}/spaces/") and "503 Service Unavailable" in text
@@ -210,13 +210,13 @@ def test_one_who_gets_nowhere_ends_with_one_line(server: WebServer, reader: Remo
 
 def test_what_is_not_there_is_said_at_once(server: WebServer, reader: RemoteReader) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(404, b"") or True
-    with pytest.raises(Unreachable, match=r"/c/0/0/0: 404 Not Found from 127.0.0.1$"):
+    with pytest.raises(UnreachableError, match=r"/c/0/0/0: 404 Not Found from 127.0.0.1$"):
         read(reader, [0])
     assert len(spans(server)) == 1
 
 
 def test_who_gives_up_is_not_kept_waiting(server: WebServer, tmp_path: Path) -> None:
-    patient = RemoteRules(backoff_s=60, patience_s=600)
+    patient = RetryPolicy(backoff_s=60, patience_s=600)
     reader = RemoteCache(server.url, Elsewhere(mirror=tmp_path), patient).reader(None)
     server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
     errors: list[BaseException] = []
@@ -224,7 +224,7 @@ def test_who_gives_up_is_not_kept_waiting(server: WebServer, tmp_path: Path) -> 
     def wait_for_it() -> None:
         try:
             read(reader, [0, 5])
-        except Unreachable as error:
+        except UnreachableError as error:
             errors.append(error)
 
     thread = threading.Thread(target=wait_for_it)
@@ -270,7 +270,7 @@ def test_a_row_that_is_damaged_there_is_named_and_never_kept(
     server: WebServer, reader: RemoteReader
 ) -> None:
     server.acts["/spaces"] = damaged(1000)
-    with pytest.raises(Unreachable) as error:
+    with pytest.raises(UnreachableError) as error:
         read(reader, [6])
     assert f"{reader.path.name}/features/image/c/1/0/0: row 6 fails its checksum" in str(
         error.value
@@ -282,7 +282,7 @@ def test_a_row_that_is_damaged_there_is_named_and_never_kept(
 
 def test_a_server_without_ranges_is_told_apart(server: WebServer, reader: RemoteReader) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(200, bytes(10_000)) or True
-    with pytest.raises(Unreachable, match="ignores Range requests"):
+    with pytest.raises(UnreachableError, match="ignores Range requests"):
         read(reader, [0])
 
 
@@ -293,7 +293,7 @@ def test_a_shard_of_another_size_is_not_trusted(server: WebServer, reader: Remot
         return True
 
     server.acts["/spaces"] = longer
-    with pytest.raises(Unreachable, match=r"1,000,000,000 bytes, not the .* of its commit"):
+    with pytest.raises(UnreachableError, match=r"1,000,000,000 bytes, not the .* of its commit"):
         read(reader, [0])
 
 
@@ -347,7 +347,7 @@ def test_a_redirect_does_not_lead_where_it_should_not(
     server.acts["/spaces"] = redirect(to)
     store._pool._idle[store._origin] = [(connect(server), time.monotonic() + 60)] * 9
     target = memoryview(bytearray(4))
-    with pytest.raises(Trouble) as trouble:
+    with pytest.raises(RequestError) as trouble:
         store.read("spaces/x", 0, target, None)
     assert what in trouble.value.reason and not trouble.value.again
     assert "secret" not in trouble.value.reason

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import (
     UNSEALED,
     check_seal,
@@ -40,7 +40,7 @@ def test_every_flipped_bit_of_every_sealed_file_breaks_its_seal(tmp_path: Path) 
         for at in range(len(data)):
             for bit in range(8):
                 data[at] ^= 1 << bit
-                with pytest.raises(Corrupt):
+                with pytest.raises(CorruptError):
                     check_seal(bytes(data), path)
                 data[at] ^= 1 << bit
 
@@ -51,7 +51,7 @@ def test_a_seal_may_stand_anywhere_but_only_the_last_counts(head: bytes, tail: b
     assert len(data) == len(head) + len(UNSEALED) + len(tail)
     check_seal(data, HERE)
     for changed in (data + b"x", data[:-1], b"x" + data, data[1:]):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             check_seal(changed, HERE)
 
 
@@ -70,17 +70,17 @@ def test_files_are_sealed_as_bytes_are(tmp_path: Path) -> None:
     assert path.read_bytes() == seal(data)
     check_seal_file(path)
     path.write_bytes(b"")
-    with pytest.raises(Corrupt, match="empty"):
+    with pytest.raises(CorruptError, match="empty"):
         check_seal_file(path)
 
 
 def test_a_missing_or_changed_json_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "space.json"
-    with pytest.raises(Corrupt, match=r"space\.json: missing"):
+    with pytest.raises(CorruptError, match=r"space\.json: missing"):
         read_sealed_json(path)
     path.write_bytes(sealed_json({"n": 1}).replace(b'"n": 1', b'"n": 2'))
     with pytest.raises(
-        Corrupt, match=r"space\.json: .*seal.*; .* --repair drops it, then encode\.run"
+        CorruptError, match=r"space\.json: .*seal.*; .* --repair drops it, then encode\.run"
     ):
         read_sealed_json(path)
 
@@ -116,7 +116,7 @@ def test_new_files_obey_the_umask(tmp_path: Path) -> None:
 
 
 def test_corrupt_crosses_processes() -> None:
-    error = pickle.loads(pickle.dumps(Corrupt(HERE, "what", "way out")))
+    error = pickle.loads(pickle.dumps(CorruptError(HERE, "what", "way out")))
     assert (error.path, error.what, error.way_out) == (HERE, "what", "way out")
     assert str(error) == "somewhere: what; way out"
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.store import index_file as derived
 from cache.store.commits import read_commits
 from cache.store.index_file import check_index, open_index, save_index
@@ -144,7 +144,7 @@ def test_after_any_history_it_says_what_a_rebuild_says(
             os.utime(path, ns=(1, stat.st_mtime_ns + 5))
             for view_of in (rebuilt, opened):
                 if some in paths.committed("image"):
-                    with pytest.raises(Corrupt, match=path.name):
+                    with pytest.raises(CorruptError, match=path.name):
                         view_of(space)
             path.write_bytes(good)
         elif step == "flip" and paths.index("image").exists():
@@ -297,7 +297,7 @@ def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
     assert check_index(space.paths, space.info, "image", deep=False) is None
     error = check_index(space.paths, space.info, "image", deep=True, rebuilt=rebuilt(space))
     assert error is not None and "not say what the commits say" in str(error)
-    with pytest.raises(Corrupt, match="row 0 fails"):
+    with pytest.raises(CorruptError, match="row 0 fails"):
         FeatureReader(space.paths).read("image", key(1))
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from cache.store.locks import (
     DriverLock,
-    StaleJob,
+    StaleJobError,
     WorkerLease,
     driver_holder,
     driver_token,
@@ -140,11 +140,11 @@ def test_a_stale_worker_can_neither_start_nor_commit(tmp_path: Path) -> None:
         assert writer.commit() == 1, "the job is over, but nobody else has begun"
         # What another node's driver would do, whose locks this one does not see:
         space.paths.driver_lock.write_text('{"holder": "job 2", "token": "another"}')
-        with pytest.raises(StaleJob, match="belongs to another job now"):
+        with pytest.raises(StaleJobError, match="belongs to another job now"):
             late.commit()
         assert not space.paths.shard("image", 1).exists()
         late.abort()
-    with pytest.raises(StaleJob), WorkerLease(space.paths, token, "w2"):
+    with pytest.raises(StaleJobError), WorkerLease(space.paths, token, "w2"):
         pass
     assert space.keys("image") == {(key(1), "full")}
     assert space.next_shard("image") == 1
@@ -158,11 +158,11 @@ def test_the_fence_falls_between_shard_and_commit_too(tmp_path: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
-            raise StaleJob
+            raise StaleJobError
 
     writer = ShardWriter(space, "image", 0, fence)
     writer.append(key(1), "full", row(1))
-    with pytest.raises(StaleJob):
+    with pytest.raises(StaleJobError):
         writer.commit()
     assert space.paths.shard("image", 0).exists()
     assert space.keys("image") == set()
@@ -180,7 +180,7 @@ def test_a_killed_worker_is_seen_to_be_gone_and_stays_gone(paths: SpacePaths) ->
             worker.send_signal(signal.SIGKILL)
             assert wait_gone(paths, "w1", 10)
         # An actor that was still importing when it was given up comes too late.
-        with pytest.raises(StaleJob, match="worker w1 was given up"):
+        with pytest.raises(StaleJobError, match="worker w1 was given up"):
             WorkerLease(paths, driver.token, "w1").__enter__()
         with WorkerLease(paths, driver.token, "w2") as other:
             other.fence()
@@ -190,7 +190,7 @@ def test_a_killed_worker_is_seen_to_be_gone_and_stays_gone(paths: SpacePaths) ->
 
 def test_two_workers_cannot_share_an_id(paths: SpacePaths) -> None:
     with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "w1"):
-        with pytest.raises(StaleJob), WorkerLease(paths, driver.token, "w1"):
+        with pytest.raises(StaleJobError), WorkerLease(paths, driver.token, "w1"):
             pass
         assert not wait_gone(paths, "w1", 0)
 
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_named(
 
 
 def test_a_lease_that_was_refused_holds_nothing(paths: SpacePaths) -> None:
-    with pytest.raises(StaleJob), WorkerLease(paths, "no such token", "w1"):
+    with pytest.raises(StaleJobError), WorkerLease(paths, "no such token", "w1"):
         pass
     with DriverLock(paths, "job"):  # would wait for ever
         pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.remote.open import Elsewhere, open_reader
 from cache.store import mapped, shard_files
 from cache.store.paths import CacheRoot
@@ -180,9 +180,9 @@ def test_damage_of_a_mapped_row_is_noticed(space: Space) -> None:
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 8]))
     read(reader, [0, 2, 3])
-    with pytest.raises(Corrupt, match="row 1 fails its checksum"):
+    with pytest.raises(CorruptError, match="row 1 fails its checksum"):
         read(reader, [1])
-    with pytest.raises(Corrupt, match="row 1 fails its checksum"):
+    with pytest.raises(CorruptError, match="row 1 fails its checksum"):
         read(reader, [0, 1, 2, 3])
 
 
@@ -190,7 +190,7 @@ CUT = """
 import os, sys
 import numpy as np
 from cache.store import shard_files
-from cache.store.paths import CacheRoot, Corrupt
+from cache.store.paths import CacheRoot, CorruptError
 from cache.store.reader import FeatureReader
 shard_files.SMALL = 0
 reader = FeatureReader(sys.argv[1])
@@ -201,7 +201,7 @@ assert reader._files._file("image", 0).mapped is not None
 os.truncate(reader.paths.shard("image", 0), 20000)
 try:
     reader.read_into("image", np.arange(4), out)
-except Corrupt as error:
+except CorruptError as error:
     print(error)
 """
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format import codec
 from cache.format.space_info import info_bytes
 from cache.store import commits, reader, shard_files
@@ -235,7 +235,9 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
         for number in (0, 1):
             out = np.empty((1, size), np.uint8)
             if number == hit and within < size:
-                with pytest.raises(Corrupt, match=rf"row {number} fails its checksum; .* --repair"):
+                with pytest.raises(
+                    CorruptError, match=rf"row {number} fails its checksum; .* --repair"
+                ):
                     seen.read_into("image", np.array([number]), out)
             else:
                 seen.read_into("image", np.array([number]), out)
@@ -252,7 +254,7 @@ def test_a_flipped_byte_of_the_metadata_is_noticed_at_opening(tmp_path: Path, wh
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
         data[at] ^= 1 << at % 8
-        with pytest.raises(Corrupt, match=f"{which}: "):
+        with pytest.raises(CorruptError, match=f"{which}: "):
             FeatureReader(space.paths)
 
 
@@ -262,17 +264,17 @@ def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
     fill(space, [2, 3])
     first, second = (space.paths.shard("image", number) for number in (0, 1))
     first.write_bytes(second.read_bytes())
-    with pytest.raises(Corrupt, match="row 0 fails"):
+    with pytest.raises(CorruptError, match="row 0 fails"):
         FeatureReader(space.paths).read("image", key(0))
     shutil.copy(space.paths.commit("image", 1), space.paths.commit("image", 0))
     with pytest.raises(
-        Corrupt, match=r"image-00000000\.parquet: it is the commit of image shard 1"
+        CorruptError, match=r"image-00000000\.parquet: it is the commit of image shard 1"
     ):
         FeatureReader(space.paths)
     other = make_space(tmp_path / "other", "fp16")
     fill(other, [0, 1])
     shutil.copy(other.paths.commit("image", 0), space.paths.commit("image", 0))
-    with pytest.raises(Corrupt, match="or of another space"):
+    with pytest.raises(CorruptError, match="or of another space"):
         FeatureReader(space.paths)
 
 
@@ -281,7 +283,7 @@ def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
     fill(space, [0, 1])
     other = dataclasses.replace(space.info, slots={**space.info.slots, "image": 8})
     space.paths.space_json.write_bytes(info_bytes(other))
-    with pytest.raises(Corrupt, match="not made with 8 rows a shard"):
+    with pytest.raises(CorruptError, match="not made with 8 rows a shard"):
         FeatureReader(space.paths)
 
 
@@ -295,12 +297,12 @@ def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -
     with path.open("r+b") as file:
         file.truncate(300)
     assert seen.read("image", key(0)) is not None, "the row before the cut"
-    with pytest.raises(Corrupt, match="it ends early"):
+    with pytest.raises(CorruptError, match="it ends early"):
         seen.read("image", key(1))
-    with pytest.raises(Corrupt, match=r"300 bytes, not 604; .* --repair"):
+    with pytest.raises(CorruptError, match=r"300 bytes, not 604; .* --repair"):
         FeatureReader(space.paths).read("image", key(0))
     path.unlink()
-    with pytest.raises(Corrupt, match="missing"):
+    with pytest.raises(CorruptError, match="missing"):
         FeatureReader(space.paths).read("image", key(0))
     path.write_bytes(whole)
     commit.unlink()  # the way out
@@ -312,7 +314,7 @@ def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(Corrupt, match=r"c/0/0/0: Input/output error; .* --repair"):
+    with pytest.raises(CorruptError, match=r"c/0/0/0: Input/output error; .* --repair"):
         FeatureReader(filled.paths).read("image", key(0))
 
 
@@ -362,7 +364,7 @@ def test_several_threads_are_over_when_the_call_is(
     monkeypatch.setattr(os, "preadv", slow)
     out = np.zeros((4, SPEC.row_bytes("image")), np.uint8)
     for _ in range(3):
-        with pytest.raises(Corrupt, match="row 0 fails"):
+        with pytest.raises(CorruptError, match="row 0 fails"):
             seen.read_into("image", np.arange(4) * SLOTS, out)
         assert not running
     seen.read_into("image", np.array([4, 8, 12]), out[:3])

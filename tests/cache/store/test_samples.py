@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.store import samples
 from cache.store.ledger import MediaRecord, append_media, media_table, read_media
 from cache.store.paths import CacheRoot
@@ -113,7 +113,7 @@ def test_damaged_samples_are_refused_then_replaced(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     for read in (samples_digest, samples_table, lambda *args: next(read_samples(*args))):
-        with pytest.raises(Corrupt, match=r"part-00000\.parquet"):
+        with pytest.raises(CorruptError, match=r"part-00000\.parquet"):
             read(root, "toy")
     assert write_samples(root, "toy", [question(1)])
     assert next(read_samples(root, "toy")) == question(1)
@@ -163,7 +163,7 @@ def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[7] ^= 1
     path.write_bytes(data)
-    with pytest.raises(Corrupt, match="part-"):
+    with pytest.raises(CorruptError, match="part-"):
         read_media(root)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.space_info import MAX_SLOTS, new_info
 from cache.maintenance.checks import verify
@@ -216,11 +216,11 @@ def test_a_space_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
     del values["seal"]
     values["spec"]["patch_size"] = 1
     space.paths.space_json.write_bytes(sealed_json(values))
-    with pytest.raises(Corrupt, match="fingerprint"):
+    with pytest.raises(CorruptError, match="fingerprint"):
         Space.open(space.paths)
     other = make_space(tmp_path / "other", "fp16")
     shutil.copy(other.paths.space_json, space.paths.space_json)
-    with pytest.raises(Corrupt, match="another space"):
+    with pytest.raises(CorruptError, match="another space"):
         make_space(tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> N
     space.grow("image")
     assert rows() == 3 * SLOTS
     path.write_bytes(path.read_bytes().replace(b"float16", b"float32"))
-    with pytest.raises(Corrupt):
+    with pytest.raises(CorruptError):
         rows()
     space.grow("image")
     assert rows() == SLOTS

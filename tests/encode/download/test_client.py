@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from encode.download.client import Fetched, Fetcher, FetchRules, is_url
+from encode.download.client import DownloadConfig, Fetched, Fetcher, is_url
 from encode.download.request import _retry_after
-from model.media.images import BadMedia, decode_image
+from model.media.images import BadMediaError, decode_image
 from tests.support import ROOT
 from tests.support.web_server import TROUBLES, Handler, TroubleServer, at_first, status
 
@@ -63,8 +63,8 @@ REASONS = {
 TRIED_AGAIN = ("500", "slow", "stall", "silent", "truncated", "truncated-chunks", "reset-in-body")
 
 
-def rules(**changed: Any) -> FetchRules:
-    return FetchRules(**(QUICK | changed))
+def rules(**changed: Any) -> DownloadConfig:
+    return DownloadConfig(**(QUICK | changed))
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def quiet_server() -> Iterator[TroubleServer]:
         yield server
 
 
-def outcome(future: concurrent.futures.Future[Fetched]) -> Fetched | BadMedia:
+def outcome(future: concurrent.futures.Future[Fetched]) -> Fetched | BadMediaError:
     try:
         fetched = future.result(30)
-    except BadMedia as error:
+    except BadMediaError as error:
         return error
     fetched.release()
     return fetched
@@ -107,7 +107,7 @@ def wait_until(reached: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMedia]]]:
+def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaError]]]:
     """All kinds, fetched together."""
     with TroubleServer() as server:
         one = Fetcher(rules())
@@ -120,14 +120,14 @@ def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMedia]]]:
 
 
 def test_every_kind_ends_at_the_stage_it_should(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     server, found = outcomes
     assert len(TROUBLES) >= 30
     for entry in server.entries():
         got = found[entry.kind]
         if entry.expected in ("fetch", "verify"):
-            assert isinstance(got, BadMedia), entry.kind
+            assert isinstance(got, BadMediaError), entry.kind
             assert got.stage == entry.expected, entry.kind
         else:
             assert isinstance(got, Fetched), f"{entry.kind}: {got}"
@@ -137,21 +137,21 @@ def test_every_kind_ends_at_the_stage_it_should(
             decode_image(got.data)
         if entry.expected == "decode":
             assert isinstance(got, Fetched)
-            with pytest.raises(BadMedia):
+            with pytest.raises(BadMediaError):
                 decode_image(got.data)
 
 
 @pytest.mark.parametrize("kind", REASONS)
 def test_the_reason_is_said_in_one_line(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]], kind: str
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]], kind: str
 ) -> None:
     got = outcomes[1][kind]
-    assert isinstance(got, BadMedia)
+    assert isinstance(got, BadMediaError)
     assert got.reason == REASONS[kind]
 
 
 def test_resets_and_wrong_bytes_say_so(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     _, found = outcomes
     assert str(found["reset"]).startswith("connection ")
@@ -163,7 +163,7 @@ def test_resets_and_wrong_bytes_say_so(
 
 
 def test_what_may_pass_is_tried_thrice_and_nothing_else_is(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     server, _ = outcomes
     for kind in TRIED_AGAIN:
@@ -177,10 +177,10 @@ def test_what_may_pass_is_tried_thrice_and_nothing_else_is(
 
 
 def test_no_reason_holds_what_the_query_held(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMedia]],
+    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     for kind, got in outcomes[1].items():
-        if isinstance(got, BadMedia):
+        if isinstance(got, BadMediaError):
             assert "SECRET" not in got.reason and "token" not in got.reason, kind
             assert "secret" not in got.reason and "user:" not in got.reason, kind
             assert "\n" not in got.reason and len(got.reason) < 160, kind
@@ -228,7 +228,7 @@ def test_a_known_hash_is_checked_in_either_case(
     assert isinstance(outcome(one.submit(url, sha256=digest)), Fetched)
     assert isinstance(outcome(one.submit(url, sha256=digest.upper())), Fetched)
     got = outcome(one.submit(url, sha256="0" * 64))
-    assert isinstance(got, BadMedia)
+    assert isinstance(got, BadMediaError)
     assert got.stage == "verify"
 
 
@@ -291,7 +291,7 @@ def test_sizes_are_capped_to_the_byte(fetcher: Callable[..., Fetcher]) -> None:
             got = outcome(fetcher(max_bytes=size).submit(server.url(kind)))
             assert isinstance(got, Fetched), f"{kind}: {got}"
             got = outcome(fetcher(max_bytes=size - 1).submit(server.url(kind)))
-            assert str(size - 1) in str(got) and isinstance(got, BadMedia), kind
+            assert str(size - 1) in str(got) and isinstance(got, BadMediaError), kind
 
 
 def test_waiting_for_a_turn_is_no_time_out(fetcher: Callable[..., Fetcher]) -> None:
@@ -419,7 +419,7 @@ def test_is_url() -> None:
 )
 def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1]):
-        FetchRules(**wrong)
+        DownloadConfig(**wrong)
 
 
 def test_rules_travel() -> None:
@@ -473,8 +473,8 @@ def test_a_cancelled_fetch_ends_and_gives_back_its_place(
 
 QUIET_END = """
 import sys, time
-from encode.download.client import Fetcher, FetchRules
-rules = FetchRules(allow_private=True, read_s=20)
+from encode.download.client import Fetcher, DownloadConfig
+rules = DownloadConfig(allow_private=True, read_s=20)
 fetcher = Fetcher(rules)
 ahead = [fetcher.submit(url) for url in sys.argv[2:]]
 kept = ahead[0].result().data
@@ -515,6 +515,6 @@ def test_what_nobody_foresaw_is_bad_media_and_a_warning(
     monkeypatch.setattr(one._exchange, "once", broken)
     with caplog.at_level(logging.WARNING):
         got = outcome(one.submit(quiet_server.url("photo-0")))
-    assert isinstance(got, BadMedia)
+    assert isinstance(got, BadMediaError)
     assert got.reason == "cannot be fetched (LookupError)"
     assert "LookupError" in caplog.text and "SECRET" not in caplog.text

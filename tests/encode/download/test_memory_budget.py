@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoom
+from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoomError
 from tests.encode.download.test_client import outcome, rules, wait_until
 from tests.support.web_server import Act, Handler, TroubleServer, chunked, until_closed
 
@@ -69,7 +69,7 @@ def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
         await one.take()
         await two.take()
         one.grow(6 * FIRST_SHARE, 6 * FIRST_SHARE)
-        with pytest.raises(NoRoom):
+        with pytest.raises(NoRoomError):
             two.grow(4 * FIRST_SHARE + 1, 9 * FIRST_SHARE)
         assert two.held == 0 and budget.used == one.held
         again = asyncio.ensure_future(two.take())
@@ -158,7 +158,7 @@ def test_any_fetches_end_within_the_budget(
                             lease.grow(min(largest, 2 * got), largest)
                 lease.settle(size)
                 return
-            except NoRoom:
+            except NoRoomError:
                 continue
 
     async def story() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import encode.download.outage
 from encode.download.client import Fetched, Fetcher
-from encode.download.config import Trouble
+from encode.download.config import DownloadError
 from encode.download.outage import HOSTS, Outage
 from tests.encode.download.test_client import outcome, rules, wait_until
 from tests.support.web_server import TroubleServer
@@ -111,8 +111,8 @@ def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Nam
 
 
 def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    def silence(number: int) -> Trouble:
-        trouble = Trouble("no connection", again=True)
+    def silence(number: int) -> DownloadError:
+        trouble = DownloadError("no connection", again=True)
         trouble.silent, trouble.host = True, f"host{number}"
         return trouble
 
@@ -126,7 +126,7 @@ def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture
                 if caplog.text.count("network down") > before:
                     alarms.append(number + 1)
                     before += 1
-            answer = Trouble("HTTP 404")
+            answer = DownloadError("HTTP 404")
             answer.host = "alive"
             assert not await outage.over(answer)
         return alarms
@@ -137,7 +137,7 @@ def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture
 def test_one_host_alone_is_no_outage() -> None:
     async def story() -> None:
         outage = Outage(600)
-        trouble = Trouble("no connection", again=True)
+        trouble = DownloadError("no connection", again=True)
         trouble.silent, trouble.host = True, "host"
         for _ in range(1000):
             assert not await outage.over(trouble)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import cache.remote.net
 from encode.download.client import Fetched, Fetcher
-from encode.download.session import CheckedResolver, RefusedAddress, checked_socket, refusal
+from encode.download.session import CheckedResolver, RefusedAddressError, checked_socket, refusal
 from tests.encode.download.test_client import outcome, rules
 from tests.support.web_server import TroubleServer, redirect
 
@@ -122,7 +122,7 @@ def test_the_socket_itself_is_refused() -> None:
     def info(address: str) -> tuple[Any, ...]:
         return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, 80))
 
-    with pytest.raises(RefusedAddress, match=r"a loopback address 127.0.0.1"):
+    with pytest.raises(RefusedAddressError, match=r"a loopback address 127.0.0.1"):
         checked_socket(False, info("127.0.0.1"))
     with checked_socket(True, info("127.0.0.1")) as made:
         assert not made.getblocking()

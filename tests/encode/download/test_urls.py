@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.config import Trouble
+from encode.download.config import DownloadError
 from encode.download.urls import host_of, parse_url, redirect_url
 from tests.encode.download.test_client import outcome, rules
 from tests.support.web_server import Handler, TroubleServer
@@ -78,7 +78,7 @@ def test_paths_and_queries_arrive_as_they_are_spelt(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_what_is_no_url_is_said(text: str, reason: str) -> None:
-    with pytest.raises(Trouble) as caught:
+    with pytest.raises(DownloadError) as caught:
         parse_url(text)
     assert caught.value.reason == reason
     assert not caught.value.again
@@ -94,8 +94,8 @@ def test_any_text_is_a_sendable_url_or_trouble(text: str) -> None:
     for whole in (text, f"http://{text}", f"https://a.b/{text}", f"http://a.b?{text}"):
         try:
             url = parse_url(whole)
-        except (Trouble, UnicodeEncodeError) as error:
-            assert isinstance(error, Trouble), repr(whole)
+        except (DownloadError, UnicodeEncodeError) as error:
+            assert isinstance(error, DownloadError), repr(whole)
             continue
         assert url.scheme in ("http", "https") and url.host and not url.user
         assert re.fullmatch(r"[!-~]+", url.raw_path_qs), repr(url.raw_path_qs)
@@ -106,7 +106,7 @@ def test_any_text_is_a_sendable_url_or_trouble(text: str) -> None:
 def test_any_location_leads_somewhere_or_is_trouble(location: str) -> None:
     try:
         url = redirect_url(URL("http://a.b/c/d?e"), location)
-    except Trouble as trouble:
+    except DownloadError as trouble:
         assert "\n" not in trouble.reason and "redirect" in trouble.reason
         return
     assert url.scheme in ("http", "https") and url.host

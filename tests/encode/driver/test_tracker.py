@@ -1,4 +1,4 @@
-"""The driver's accounts, simulated: whatever dies when, every source leaves the book exactly once."""
+"""The driver's accounts, simulated: whatever dies when, every source leaves the tracker exactly once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
 from configs import UserError
-from encode.driver.culprits import Suspects, sentence
-from encode.driver.tracker import LEDGER_EVERY_RECORDS, Book, Budget, Ledger, TooManyFailures
+from encode.driver.culprits import Culprits, sentence
+from encode.driver.tracker import (
+    LEDGER_EVERY_RECORDS,
+    Budget,
+    Ledger,
+    TooManyFailuresError,
+    Tracker,
+)
 from encode.worker.local_files import failed, identify
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
 
@@ -30,7 +36,7 @@ class World:
         self.rows: Counter[str] = Counter()
         self.told: dict[str, list[MediaRecord]] = {source: [] for source in self.bytes}
         self.registrar = Registrar(self.present, {"image": 0})
-        self.book = Book(
+        self.tracker = Tracker(
             [SourceTask(source=source) for source in self.bytes],
             already=set(self.present),
             tell=lambda record: self.told[record.source].append(record),
@@ -49,13 +55,13 @@ class World:
         worker = self.dice.choice(list(self.open))
         action = self.dice.choice(["take", "work", "work", "commit", "say", "die"])
         if action == "take":
-            self.open[worker] += self.book.take(worker, self.dice.randrange(1, 4))
+            self.open[worker] += self.tracker.take(worker, self.dice.randrange(1, 4))
         elif action == "work" and self.open[worker]:
             self.work(worker, self.open[worker].pop(0))
         elif action == "commit":
             self.commit(worker)
         elif action == "say":
-            self.book.settle(worker, self.unsaid[worker])
+            self.tracker.settle(worker, self.unsaid[worker])
             self.unsaid[worker] = []
         elif action == "die" and deaths:
             self.die(worker)
@@ -81,17 +87,17 @@ class World:
         self.uncommitted[worker] = []
 
     def die(self, worker: int) -> None:
-        suspects = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
-        aside = self.book.set_aside(worker, suspects)
+        culprits = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
+        aside = self.tracker.set_aside(worker, culprits)
         committed = self.keys_of.get(worker, set())
         released = self.registrar.release(worker, committed)
         waits = {self.bytes[task.source] for task in aside}
-        self.book.lost(worker, committed, set(released) - waits)
+        self.tracker.lost(worker, committed, set(released) - waits)
         for table in (self.open, self.uncommitted, self.unsaid):
             del table[worker]  # type: ignore[attr-defined]
         new, self.next_worker = self.next_worker, self.next_worker + 1
         self.open[new], self.uncommitted[new], self.unsaid[new] = list(aside), [], []
-        self.book.give(new, aside)
+        self.tracker.give(new, aside)
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,20 +114,20 @@ def test_every_source_leaves_the_book_once_and_every_row_exists_once(
     for _ in range(200):
         world.step(deaths=True)
     for _ in range(100_000):
-        if world.book.finished():
+        if world.tracker.finished():
             break
         world.step(deaths=False)
-    book = world.book
-    assert book.finished()
+    tracker = world.tracker
+    assert tracker.finished()
     assert all(len(records) == 1 for records in world.told.values())
     wanted = set(world.bytes.values()) - world.broken
     assert set(world.rows) == wanted - world.present
     assert set(world.rows.values()) <= {1}
     for source, (record,) in world.told.items():
         assert (record.status == "failed") == (world.bytes[source] in world.broken)
-    assert book.encoded == len(wanted - world.present)
-    assert book.failed == sum(key in world.broken for key in world.bytes.values())
-    assert book.encoded + book.failed + book.reused == sources == book.total
+    assert tracker.encoded == len(wanted - world.present)
+    assert tracker.failed == sum(key in world.broken for key in world.bytes.values())
+    assert tracker.encoded + tracker.failed + tracker.reused == sources == tracker.total
 
 
 def outcome(source: str, stage: str | None) -> Outcome:
@@ -132,13 +138,13 @@ def outcome(source: str, stage: str | None) -> Outcome:
     return Outcome(task=task, result="failed", record=failed(record, 0, stage, "why"))
 
 
-def settle(stages: list[str | None], budget: Budget) -> Book:
+def settle(stages: list[str | None], budget: Budget) -> Tracker:
     tasks = [SourceTask(source=f"/{i}") for i in range(len(stages))]
-    book = Book(tasks, already=(), tell=lambda record: None, budget=budget)
+    tracker = Tracker(tasks, already=(), tell=lambda record: None, budget=budget)
     for i, stage in enumerate(stages):
-        book.take(0, 1)
-        book.settle(0, [outcome(f"/{i}", stage)])
-    return book
+        tracker.take(0, 1)
+        tracker.settle(0, [outcome(f"/{i}", stage)])
+    return tracker
 
 
 def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors() -> None:
@@ -146,21 +152,21 @@ def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors()
     assert settle(["decode"] * 50, budget).failed == 50
     assert settle(["encode"] * 9, budget).failed == 9
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
-    with pytest.raises(TooManyFailures, match=r"3 of 10 images .* /9 at stage write: why"):
+    with pytest.raises(TooManyFailuresError, match=r"3 of 10 images .* /9 at stage write: why"):
         settle([None] * 7 + ["encode", "write", "write"], budget)
 
 
 def test_duplicates_of_a_failure_fail_alike() -> None:
     told: list[MediaRecord] = []
-    book = Book(
+    tracker = Tracker(
         [SourceTask(source="/1"), SourceTask(source="/2", attempts=4)], already=(), tell=told.append
     )
-    book.take(0, 2)
+    tracker.take(0, 2)
     record = MediaRecord(source="/2", key=f"{1:064x}")
     task = SourceTask(source="/2", attempts=4)
-    book.settle(0, [Outcome(task=task, result="duplicate", record=record)])
-    assert (book.settled, told) == (0, []), "not before the other one is final"
-    book.settle(0, [outcome("/1", "decode")])
+    tracker.settle(0, [Outcome(task=task, result="duplicate", record=record)])
+    assert (tracker.settled, told) == (0, []), "not before the other one is final"
+    tracker.settle(0, [outcome("/1", "decode")])
     assert [(r.source, r.stage, r.error, r.attempts) for r in told] == [
         ("/1", "decode", "why", 1),
         ("/2", "decode", "why", 5),
@@ -199,21 +205,21 @@ def test_the_registrar_gives_each_number_and_each_media_once() -> None:
 
 def test_a_media_is_guilty_only_alone_and_by_death_only_twice() -> None:
     a, b = SourceTask(source="/a"), SourceTask(source="/b")
-    suspects = Suspects()
-    assert suspects.judge([a, b], None, hung=False) == ([], [a, b])
-    assert suspects.judge([a, b], None, hung=True) == ([], [a, b]), "both were there"
-    assert suspects.judge([a], a, hung=False) == ([], [a])
-    assert suspects.judge([], a, hung=False) == ([], []), "it died of something else"
-    assert suspects.judge([a], a, hung=False) == ([a], [])
-    assert suspects.judge([b], b, hung=True) == ([b], [])
+    culprits = Culprits()
+    assert culprits.judge([a, b], None, hung=False) == ([], [a, b])
+    assert culprits.judge([a, b], None, hung=True) == ([], [a, b]), "both were there"
+    assert culprits.judge([a], a, hung=False) == ([], [a])
+    assert culprits.judge([], a, hung=False) == ([], []), "it died of something else"
+    assert culprits.judge([a], a, hung=False) == ([a], [])
+    assert culprits.judge([b], b, hung=True) == ([b], [])
 
 
 def test_deaths_that_bring_nothing_stop_the_job() -> None:
-    suspects = Suspects()
+    culprits = Culprits()
     for settled in (0, 0, 0, 0, 0, 7, 7, 7, 7, 7):
-        suspects.count(settled, "why")
+        culprits.count(settled, "why")
     with pytest.raises(UserError, match=r"6 workers in a row .* the last one: out of memory"):
-        suspects.count(7, "out of memory")
+        culprits.count(7, "out of memory")
 
 
 def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Local files: when stamps can be trusted, what cannot be read, and crumbs that outlive their worker."""
+"""Local files: when stamps can be trusted, what cannot be read, and entries that outlive their worker."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from cache.store.paths import SpacePaths
 from encode.worker import local_files
 from encode.worker.decode_log import (
-    Breadcrumbs,
+    DecodeLog,
     breadcrumb_file,
-    clear_breadcrumbs,
-    read_crumbs,
+    clear_decode_log,
+    read_entries,
 )
 from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
 from encode.worker.messages import SourceTask
-from model.media.images import BadMedia, decode_image
+from model.media.images import BadMediaError, decode_image
 
 
 def task(path: Path) -> SourceTask:
@@ -99,7 +99,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         assert data == b"xyy"
         assert record.size == 3
     else:
-        with pytest.raises(BadMedia, match="changes while it is read") as bad:
+        with pytest.raises(BadMediaError, match="changes while it is read") as bad:
             read_local(task(path))
         assert bad.value.stage == "fetch"
 
@@ -120,7 +120,7 @@ def test_what_is_no_file_is_a_failure_and_never_waits(
         "big.png/below": "Not a directory",
     }
     for name, reason in expected.items():
-        with pytest.raises(BadMedia) as bad:
+        with pytest.raises(BadMediaError) as bad:
             read_local(task(tmp_path / name))
         assert (bad.value.stage, bad.value.reason) == ("fetch", reason)
     assert identify(str(tmp_path / "pipe.png")) is None
@@ -144,37 +144,37 @@ def test_a_header_that_says_nothing() -> None:
     assert size_in_header(b"no image") == (0, 0)
 
 
-# ---- breadcrumbs
+# ---- decode_log
 
 
 def test_crumbs_say_what_each_thread_is_at_and_vanish_when_it_is_done(tmp_path: Path) -> None:
     paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
-    crumbs = Breadcrumbs(breadcrumb_file(paths, 3), threads=2)
+    entries = DecodeLog(breadcrumb_file(paths, 3), threads=2)
     long = "/" + "ä" * 2000 + '"\\\n.png'
-    with crumbs.decoding(long, "ab"):
-        with crumbs.decoding("/short.png", "cd"):
-            found = read_crumbs(breadcrumb_file(paths, 3))
+    with entries.decoding(long, "ab"):
+        with entries.decoding("/short.png", "cd"):
+            found = read_entries(breadcrumb_file(paths, 3))
             assert {c.source for c in found} == {long, "/short.png"}
             assert all(0 <= c.age_s < 5 for c in found)
-        assert [c.source for c in read_crumbs(breadcrumb_file(paths, 3))] == [long]
-        with pytest.raises(ValueError, match="boom"), crumbs.decoding("/second.png", "ef"):
+        assert [c.source for c in read_entries(breadcrumb_file(paths, 3))] == [long]
+        with pytest.raises(ValueError, match="boom"), entries.decoding("/second.png", "ef"):
             raise ValueError("boom")
-    assert read_crumbs(breadcrumb_file(paths, 3)) == []
-    crumbs.close()
+    assert read_entries(breadcrumb_file(paths, 3)) == []
+    entries.close()
     assert not breadcrumb_file(paths, 3).exists()
 
 
 def test_crumbs_of_the_dead_are_found_by_the_next_job(tmp_path: Path) -> None:
     paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
-    crumbs = Breadcrumbs(breadcrumb_file(paths, 3), threads=2)
-    with crumbs.decoding("/a.png", "ab"):
-        assert [c.source for c in clear_breadcrumbs(paths)] == ["/a.png"]
-        assert clear_breadcrumbs(paths) == []
-    crumbs.close()
+    entries = DecodeLog(breadcrumb_file(paths, 3), threads=2)
+    with entries.decoding("/a.png", "ab"):
+        assert [c.source for c in clear_decode_log(paths)] == ["/a.png"]
+        assert clear_decode_log(paths) == []
+    entries.close()
 
 
 def test_a_torn_crumb_is_none(tmp_path: Path) -> None:
     path = tmp_path / "w.decoding"
     path.write_bytes(b'{"source": "/a.png", "key": "ab", "sin')
-    assert read_crumbs(path) == []
-    assert read_crumbs(tmp_path / "never") == []
+    assert read_entries(path) == []
+    assert read_entries(tmp_path / "never") == []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.maintenance.checks import check_commits, verify
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot, SpacePaths
@@ -44,7 +44,7 @@ def good_rows(paths: SpacePaths) -> set[int]:
         rows = reader.lookup("image", [key(number)])
         if rows[0] < 0:
             continue
-        with contextlib.suppress(Corrupt):
+        with contextlib.suppress(CorruptError):
             reader.read_into("image", rows, out)
             assert out.tobytes() == row(number).tobytes()
             found.add(number)

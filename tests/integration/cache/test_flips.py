@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.format.space_info import new_info
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
@@ -68,7 +68,7 @@ class World:
         """(array, key, view) -> stored bytes, of all rows that a checked read returns."""
         try:
             reader = self.reader
-        except Corrupt:
+        except CorruptError:
             return {}
         found = {}
         for kind in ARRAYS:
@@ -77,7 +77,7 @@ class World:
             for position in range(len(index)):
                 try:
                     reader.read_into(kind, index.rows(np.array([position])), out)
-                except Corrupt:
+                except CorruptError:
                     continue
                 found[(kind, *index.identity(position))] = out.tobytes()
         return found

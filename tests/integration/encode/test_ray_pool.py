@@ -21,9 +21,9 @@ from configs import UserError
 from encode.driver import ray_pool
 from encode.sources.demo_drawings import World
 from encode.sources.demo_videos import film
-from encode.worker.config import Setup
+from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
-from encode.worker.messages import Office
+from encode.worker.messages import Coordinator
 from encode.worker.worker import Encoder, Worker
 from tests.support.encode_jobs import SETUP, Result, draw, encode
 
@@ -64,8 +64,8 @@ def test_workers_make_the_rows_that_inline_makes(
     setup = replace(SETUP, commit_every_s=1000.0)
     result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, setup=setup)
     assert_whole(result, inline)
-    assert result.job._book.encoded == 60
-    assert result.job._book.reused == 1
+    assert result.job._tracker.encoded == 60
+    assert result.job._tracker.reused == 1
     assert set(result.failures()) == {"broken.png"}
     assert len(result.paths.committed("image")) <= workers + 1, "shards are filled, not one a task"
 
@@ -73,8 +73,10 @@ def test_workers_make_the_rows_that_inline_makes(
 class Marked(Worker):
     """Leaves its process id where a test finds it; slow enough to be found at work."""
 
-    def __init__(self, setup: Setup, encoder: Encoder, office: Office, *, number: int):
-        super().__init__(setup, encoder, office, number=number)
+    def __init__(
+        self, setup: WorkerConfig, encoder: Encoder, coordinator: Coordinator, *, number: int
+    ):
+        super().__init__(setup, encoder, coordinator, number=number)
         folder = setup.space.parent.parent / "pids"
         folder.mkdir(exist_ok=True)
         (folder / f".{number}").write_text(str(os.getpid()))

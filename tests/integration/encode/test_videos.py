@@ -27,7 +27,7 @@ from encode.worker.media_item import Pixels
 from encode.worker.messages import Outcome, SourceTask
 from encode.worker.row_writer import Group, Row, RowWriter
 from encode.worker.worker import Worker
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from model.vision.encoder import load_encoder
 from tests.integration.encode.test_kill import committed, space, start, wait_for_rows
@@ -120,7 +120,7 @@ def test_the_same_video_under_two_names_is_encoded_once(videos: Path, tmp_path: 
     (videos / "copy.y4m").write_bytes((videos / "video02.y4m").read_bytes())
     result = encode(tmp_path / "cache", f"folder:{videos}")
     assert result.reader.rows("frame") == sum(LENGTHS)
-    assert result.job._book.reused == 1
+    assert result.job._tracker.reused == 1
     copy, first = (record_of(result, name) for name in ("copy.y4m", "video02.y4m"))
     assert (copy.key, copy.duration_s) == (first.key, first.duration_s)
     assert copy.duration_s == 7.5
@@ -142,7 +142,7 @@ class FailsLate(Worker):
     def prepare(self, image: Image.Image) -> Pixels:
         self.seen = getattr(self, "seen", 0) + 1
         if self.seen == 3:
-            raise BadMedia("no such frame")
+            raise BadMediaError("no such frame")
         return super().prepare(image)
 
 

@@ -1,4 +1,5 @@
-"""Bytes to pixels: every kind of image comes out right, everything else is BadMedia and nothing worse."""
+"""Bytes to pixels: every kind of image comes out right, everything else is BadMediaError and nothing
+worse."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from transformers import (
     LlavaImageProcessorPil,
 )
 
-from model.media.images import FORMATS, MAX_PIXELS, BadMedia, decode_image, fit_image
+from model.media.images import FORMATS, MAX_PIXELS, BadMediaError, decode_image, fit_image
 
 VIDEO_MEAN = (0.48145466, 0.4578275, 0.40821073)
 # Every corner and edge differs, so that no turn or flip goes unseen.
@@ -48,7 +49,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def reason(data: bytes) -> str:
-    with pytest.raises(BadMedia) as caught:
+    with pytest.raises(BadMediaError) as caught:
         decode_image(data)
     assert caught.value.stage == "decode"
     assert str(caught.value) == caught.value.reason
@@ -339,7 +340,7 @@ def test_mutated_files_are_images_or_bad_media(soak: Callable[[int, int], int]) 
             for data in FILES.values():
                 try:
                     image = decode_image(mutate(data, rng))
-                except BadMedia as error:
+                except BadMediaError as error:
                     outcomes["bad"] += 1
                     assert error.reason and "\n" not in error.reason
                 else:
@@ -356,7 +357,7 @@ def test_threads_decode_as_one_does() -> None:
     def outcome(data: bytes) -> object:
         try:
             return pixels(data).tobytes()
-        except BadMedia as error:
+        except BadMediaError as error:
             return error.reason
 
     alone = [outcome(data) for data in jobs]

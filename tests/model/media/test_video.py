@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cache.format.frame_sampling import sample_times
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import VIDEO_SUFFIXES, Frame, VideoInfo, frames, probe
 from tests.support.videos import BIKES, drawing, ffmpeg, make_video, number_of
 
@@ -249,7 +249,7 @@ def test_sizes_that_change_on_the_way_are_shown_as_they_are(tmp_path: Path) -> N
 
 
 def test_a_missing_file_is_no_decode_error(tmp_path: Path) -> None:
-    with pytest.raises(BadMedia, match="cannot be read: No such file") as caught:
+    with pytest.raises(BadMediaError, match="cannot be read: No such file") as caught:
         probe(tmp_path / "gone.mp4")
     assert caught.value.stage == "fetch"
 

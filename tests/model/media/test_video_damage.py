@@ -1,4 +1,4 @@
-"""Videos that are cut off or damaged: the frames they have, or `BadMedia`, soon, and nothing else."""
+"""Videos that are cut off or damaged: the frames they have, or `BadMediaError`, soon, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cache.format.frame_sampling import sample_times
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from tests.support.video_mutations import PATIENCE_S, mutated
 from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
@@ -66,7 +66,7 @@ def test_an_mp4_that_lost_its_end_lost_its_table() -> None:
     at = data.index(b"moov")
     if at < len(data) // 2:
         data = data[: at - 4]
-    with pytest.raises(BadMedia, match="no readable video"):
+    with pytest.raises(BadMediaError, match="no readable video"):
         probe(data[: len(data) // 2])
 
 
@@ -223,7 +223,7 @@ def test_damaged_videos_are_the_same_every_time_in_any_thread(victims: Path) -> 
             info = probe(data)
             shown = frames(data, sample_times(info.duration_s, 3), info)
             return [(frame.time_s, frame.image.tobytes()) for frame in shown], info
-        except BadMedia as error:
+        except BadMediaError as error:
             return error.reason
 
     alone = [told(video) for video in videos]

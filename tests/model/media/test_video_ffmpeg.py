@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cache.format.frame_sampling import sample_times
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import VideoInfo, frames, probe
 from model.media.video_decoder import Starts
 from model.media.video_pixels import image_of
@@ -226,13 +226,13 @@ def test_palettes_that_change_are_followed(tmp_path: Path) -> None:
 
 def test_sound_alone_and_cover_art_are_no_video(tmp_path: Path) -> None:
     ffmpeg("-i", BUNNY, "-vn", "-c", "copy", "-t", 1, sound := tmp_path / "sound.mp4")
-    with pytest.raises(BadMedia, match="no video in it, only audio"):
+    with pytest.raises(BadMediaError, match="no video in it, only audio"):
         probe(sound)
     Image.new("RGB", (64, 64), "red").save(cover := tmp_path / "cover.png")
     both = tmp_path / "song.mp4"
     ffmpeg("-i", sound, "-i", cover, "-map", 0, "-map", 1, "-c", "copy",
            "-disposition:v:0", "attached_pic", both)  # fmt: skip
-    with pytest.raises(BadMedia, match="no video in it, only audio"):
+    with pytest.raises(BadMediaError, match="no video in it, only audio"):
         probe(both)
 
 

@@ -1,4 +1,4 @@
-"""Files that are no videos, or hostile ones: `BadMedia` in words, and no other file is ever opened."""
+"""Files that are no videos, or hostile ones: `BadMediaError` in words, and no other file is ever opened."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import model.media.video_open
-from model.media.images import BadMedia
+from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from tests.support.videos import PHONE, ffmpeg, make_video, number_of
 
 
 def reason(data: bytes | Path) -> str:
-    with pytest.raises(BadMedia) as caught:
+    with pytest.raises(BadMediaError) as caught:
         probe(data)
     assert caught.value.stage == "decode" and "\n" not in caught.value.reason
     return caught.value.reason
@@ -70,7 +70,7 @@ def test_lists_of_other_files_are_refused(
     assert "no readable video" in reason(playlists(secret)[kind])
     # Were the list of formats wider one day: no protocol is there to open the second file with.
     monkeypatch.setattr(model.media.video_open, "FORMATS", (*model.media.video_open.FORMATS, kind))
-    with pytest.raises(BadMedia):
+    with pytest.raises(BadMediaError):
         probe(playlists(secret)[kind])
 
 
@@ -103,7 +103,7 @@ def test_a_quicktime_reference_to_another_file_is_not_followed(tmp_path: Path) -
         try:
             info = probe(reference)
             return info, [f.image.tobytes() for f in frames(reference, [0, 1_000_000], info)]
-        except BadMedia as error:
+        except BadMediaError as error:
             return error.reason
 
     there = told()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import Corrupt
+from cache.errors import CorruptError
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from model.vlm import build_vlm
@@ -220,7 +220,7 @@ def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> 
     shard.write_bytes(data)
     plan = StepPlan(world.trees(joined), 2, seed=0)
     loader = FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=512, stop=4)
-    with pytest.raises(Corrupt, match=str(shard)):
+    with pytest.raises(CorruptError, match=str(shard)):
         list(loader)
     assert feature_threads() == []
     assert list(loader) == []

@@ -13,7 +13,7 @@ from model.language.chat_template import fill_places, stamp, video_ids
 from model.language.model import load_tokenizer
 from model.language.tokenizer import encode_text
 from tests.support.feature_caches import SPEC, ask, new_world
-from train.data.placeholders import Places, tenths_of
+from train.data.placeholders import Placeholders, tenths_of
 
 
 @given(
@@ -61,7 +61,7 @@ def test_lengths_are_those_of_the_contents(tmp_path: Path) -> None:
     world.encode(["p", "q"])
     world.encode_videos(videos)
     joined = world.join()
-    places = Places.of(SPEC, world.tokenizer)
+    places = Placeholders.of(SPEC, world.tokenizer)
     contents = places.contents(joined, range(7))
     assert places.lengths(joined).tolist() == [len(c) for c in contents]
     assert len(set(places.lengths(joined).tolist())) == 6

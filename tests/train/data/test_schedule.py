@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cache.store.paths import CacheRoot
 from train.data.join import Join
 from train.data.message_trees import Piece, Trees
-from train.data.placeholders import Places
+from train.data.placeholders import Placeholders
 from train.data.schedule import OnePass, StepPlan, deal, quotas, shuffled
 
 
@@ -65,7 +65,7 @@ def some_trees(
         first_row=np.arange(len(flat))[::-1].copy(),
         length=(everything % 100 + 1).astype(np.int32),
         loss_weight=np.ones(count),
-        places=Places(tokenizer=None, image_tokens=1, frame_tokens=1),
+        places=Placeholders(tokenizer=None, image_tokens=1, frame_tokens=1),
         max_tokens=10**9,
     )
 
