@@ -23,12 +23,12 @@ from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
-from cache.maintenance.row_checks import Finite, logical_hash, outliers, row_digests
+from cache.maintenance.row_checks import Finite, outliers
 from cache.store.commits import Commit, current, read_commit
 from cache.store.files import PARTIAL
 from cache.store.index_file import check_index
 from cache.store.paths import CacheRoot, SpacePaths
-from cache.store.reader import RUN_BYTES
+from cache.store.reader import RUN_BYTES, logical_hash, row_digests
 from cache.store.row_index import RowIndex
 from cache.store.shard_files import corrupt_shard
 from cache.store.space import find_space, read_info

@@ -7,15 +7,11 @@ encoder or of the packing. And a row that its codec holds far worse than all oth
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
 from cache.format.codec import row_parts
 from cache.format.spec import FeatureSpec
-from cache.store.row_index import RowIndex
 
 FP16_SIGN = 0x8000
 FP16_INF = 0x7C00
@@ -66,27 +62,3 @@ def outliers(errors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         far = wrong | (errors > np.exp(median + FAR * spread))
     found = np.flatnonzero(far)
     return found[np.argsort(-np.where(wrong[found], np.inf, errors[found]), kind="stable")]
-
-
-def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
-    digests = b"".join(hashlib.sha256(row).digest() for row in rows)
-    return np.frombuffer(digests, np.uint8).reshape(-1, 32)
-
-
-def logical_hash(
-    index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
-) -> str:
-    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
-
-    Args:
-        index: array -> its rows.
-        digests: array -> `row_digests` of all of them, by position.
-    """
-    whole = hashlib.sha256()
-    for array in sorted(index):
-        for position in index[array].by_identity().tolist():
-            key, view = index[array].identity(position)
-            digest = digests[array][position].tobytes().hex()
-            whole.update(f"{array}\t{key}\t{view}\t{digest}\n".encode())
-    return whole.hexdigest()

@@ -12,6 +12,7 @@ threads and forked processes may share one reader.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +27,6 @@ from cache.format import codec
 from cache.format.checksums import crc32c
 from cache.format.shard import Geometry
 from cache.format.spec import ARRAYS
-from cache.maintenance.row_checks import logical_hash, row_digests
 from cache.store.commits import key_bytes
 from cache.store.index_file import open_index
 from cache.store.paths import SpacePaths
@@ -297,3 +297,27 @@ def _extents(
     for run in runs:
         shard, slot = divmod(numbers[run[0]], layout.slots)
         yield shard, layout.start_offset + slot * layout.slot_bytes, len(run) * layout.slot_bytes
+
+
+def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
+    digests = b"".join(hashlib.sha256(row).digest() for row in rows)
+    return np.frombuffer(digests, np.uint8).reshape(-1, 32)
+
+
+def logical_hash(
+    index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
+) -> str:
+    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
+
+    Args:
+        index: array -> its rows.
+        digests: array -> `row_digests` of all of them, by position.
+    """
+    whole = hashlib.sha256()
+    for array in sorted(index):
+        for position in index[array].by_identity().tolist():
+            key, view = index[array].identity(position)
+            digest = digests[array][position].tobytes().hex()
+            whole.update(f"{array}\t{key}\t{view}\t{digest}\n".encode())
+    return whole.hexdigest()

@@ -404,19 +404,21 @@ def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
     assert (done.lost["image"], done.kept["image"]) == (1, 11)
     assert (FeatureReader(paths).index["image"].keys == kept).all()
     again = encode(root.path, media, setup=setup)
-    assert (again.job._book.encoded, again.reader.logical_hash()) == (1, whole)
+    assert (again.job._tracker.encoded, again.reader.logical_hash()) == (1, whole)
     garble(paths.space_json, 0, 400)
     garble(paths.commit("image", 2), 60)  # of the one row encoded last
     Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
     assert root.space_names() == []
     again = encode(root.path, media, setup=setup)
-    assert (again.job._book.encoded, again.plan.reused) == (1, 11), "every other row is known again"
+    assert (again.job._tracker.encoded, again.plan.reused) == (1, 11), (
+        "every other row is known again"
+    )
     assert again.reader.logical_hash() == whole
     for path in (root.samples("images"), *root.media_dir.glob("*.parquet")):
         garble(path, 40)
     repair(root)
     again = encode(root.path, media, setup=setup)
-    assert again.job._book.encoded == 0
+    assert again.job._tracker.encoded == 0
     assert len(again.ledger) == 12
     assert again.reader.logical_hash() == whole
     assert verify(root, deep=True).all_findings == []

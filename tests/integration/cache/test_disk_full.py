@@ -113,7 +113,7 @@ def test_an_encode_job_on_a_disk_that_fills_up(
     kept = sum(report.spaces[0].rows.values())
     disk.free()
     result = encode(cache, media, setup=setup)
-    assert result.job._book.encoded == 24 - kept
+    assert result.job._tracker.encoded == 24 - kept
     assert 0 < kept < 24
     assert result.reader.logical_hash() == whole
     assert len(read_media(CacheRoot(cache))) == 24
@@ -155,4 +155,4 @@ def test_a_second_job_is_told_who_the_first_is_and_changes_nothing(tmp_path: Pat
         encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
     assert first.reader.logical_hash() == whole
     assert not verify(first.root, deep=True).broken
-    assert encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}").job._book.encoded == 2
+    assert encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}").job._tracker.encoded == 2

@@ -142,8 +142,8 @@ def test_flips_are_found_never_returned_and_repaired(
         assert len(left) >= len(rows) - 1, "one flip costs one row at most"
         assert sum(done.lost.values()) == len(rows) - len(left)
         result = here.encode()
-        redone[what] += result.job._book.encoded
-        assert result.job._book.encoded == len({key for _, key, _ in rows.keys() - left.keys()})
+        redone[what] += result.job._tracker.encoded
+        assert result.job._tracker.encoded == len({key for _, key, _ in rows.keys() - left.keys()})
         assert here.logical_hash == clean, f"bit {bit} of {path}"
     print(f"{count} flips: {dict(flips)}; media encoded again: {dict(redone)}")
     assert set(flips) >= {"shard", ".parquet", ".json"}
