@@ -60,7 +60,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
     before = f"{failures} failed before" + (" or missing" if plan.missing else "")
     arrays = [array for array, rows in plan.new_rows.items() if rows] or ["image"]
     stored = "; ".join(
-        f"{spec.tokens(a)} tokens x {spec.width}, {size_text(spec.row_bytes(a))} a {a} "
+        f"{spec.tokens(a)} tokens x {spec.width}, {size_text(spec.row_bytes(a))} per {a} "
         f"({spec.codec}, pool {spec.pool(a)})"
         for a in arrays
     )

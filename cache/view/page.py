@@ -102,7 +102,7 @@ def facts(found: Findings) -> str:
         ("encoder", f"{spec.encoder} ({spec.architecture})"),
         ("blocks, from 0", ", ".join(map(str, spec.blocks))),
         ("input", f"{spec.image_size} × {spec.image_size} px, {spec.fit}"),
-        *((f"a {kind} is", _tokens(found, kind)) for kind in found.norms),
+        *((f"one {kind} is", _tokens(found, kind)) for kind in found.norms),
         ("computed in", f"{spec.compute_dtype}, batches of {spec.batch_size}"),
         ("stored as", f"{spec.codec} in {spec.container}, {' or '.join(sizes)} a row"),
         ("newest shard", f"{found.newest:%Y-%m-%d %H:%M} UTC" if found.newest else "unknown"),

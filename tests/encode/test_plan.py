@@ -321,7 +321,7 @@ def test_the_plan_in_words() -> None:
     plan = replace(images(3), reused=5, known_failures=1)
     text = describe(plan, CLIP, samples=20, free=10**12, speed=speed(4.0))
     assert text.splitlines()[:4] == [
-        f"space    {CLIP.name}: 576 tokens x 1024, 610 kB an image (int8, pool 1)",
+        f"space    {CLIP.name}: 576 tokens x 1024, 610 kB per image (int8, pool 1)",
         "media    9 in 20 samples: 3 to do, 5 reused, 1 failed before",
         "rows     at most 3, one view each",
         "disk     at most 1.8 MB needed, 1.0 TB free",
