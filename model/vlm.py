@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from model.attention.batch import PackedBatch, register_packed_attention
+from model.attention.batch import PackedBatch
+from model.attention.kernels import register_packed_attention
 from model.attention.plan import AttentionPlan
 from model.connector import build_connector
 from model.language.model import load_language

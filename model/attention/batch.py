@@ -16,10 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention.kernels import register_packed_attention
-
-__all__ = ["PackedBatch", "register_packed_attention"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:

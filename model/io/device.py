@@ -10,8 +10,6 @@ import torch
 
 from configs import UserError
 
-__all__ = ["DTYPES", "native_dtype", "pick_device"]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Names of precisions, as in specs and options."""
 

@@ -19,8 +19,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from configs import UserError
 
-__all__ = ["fetch", "unreachable"]
-
 PROBE_TIMEOUT_S = 2.0
 
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-__all__ = ["hash_tensors", "seeded_weights"]
-
 
 def seeded_weights(shape: Sequence[int], std: float, *, seed: int, name: str) -> torch.Tensor:
     """A float32 tensor of uniform values with mean 0 and standard deviation `std`.

@@ -1,8 +1,7 @@
 """The language model: untrained ones by preset, real ones from a folder or a Hugging Face id.
 
 `random:<preset>` (configs/model.yaml) needs no file and no network: an untrained Qwen3 with a byte-level
-tokenizer, so that everything runs offline. The chat template is in `model.language.chat_template`, what
-text becomes in `model.language.tokenizer`; both are reachable from here.
+tokenizer, so that everything runs offline.
 """
 
 from __future__ import annotations
@@ -30,35 +29,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import configs
-from model.language.chat_template import (
-    TEMPLATE_VERSION,
-    TokenizedSample,
-    prompt_ids,
-    tokenize_messages,
-)
 from model.language.tokenizer import (
     IMAGE_TOKEN,
     byte_tokenizer,
     eos_ids,
     prepare_tokenizer,
     token_id,
-    tokenizer_digest,
 )
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "TEMPLATE_VERSION",
-    "LanguageModel",
-    "TokenizedSample",
-    "load_language",
-    "load_tokenizer",
-    "max_positions",
-    "prompt_ids",
-    "save_language",
-    "tokenize_messages",
-    "tokenizer_digest",
-    "wrap_language",
-]
 
 RANDOM = "random:"
 

@@ -23,8 +23,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-__all__ = ["FORMATS", "MAX_PIXELS", "BadMediaError", "decode_image", "fit_image"]
-
 MAX_PIXELS = 89_478_485
 """Larger images are refused from their header: PIL's own limit, 358 MB once decoded."""
 

@@ -35,8 +35,6 @@ from model.media.video_pixels import image_of
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "VideoInfo", "frames", "probe"]
-
 VIDEO_SUFFIXES = frozenset(
     {
         ".3g2",

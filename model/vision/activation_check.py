@@ -30,8 +30,6 @@ from configs import UserError
 from model.vision.clip_tower import ClipTower
 from model.vision.config import EncoderConfig
 
-__all__ = ["Colours", "check_entry", "check_file", "tag_record"]
-
 log = logging.getLogger(__name__)
 
 Colours = tuple[float, float, float]

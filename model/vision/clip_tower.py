@@ -19,8 +19,6 @@ from torch import nn
 from configs import UserError, nearest
 from model.io.tensors import seeded_weights
 
-__all__ = ["ClipTower"]
-
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
 
 

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from cache.format.spec import FITS
 from configs import UserError, build, load, nearest
 
-__all__ = ["DemoTowerConfig", "EncoderConfig", "encoder_config"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTowerConfig:

@@ -18,8 +18,6 @@ from configs import UserError
 from model.io.tensors import seeded_weights
 from model.vision.config import DemoTowerConfig
 
-__all__ = ["DemoTower"]
-
 
 class DemoTower(nn.Module):
     """The tower, up to the last block asked for."""

@@ -28,10 +28,8 @@ from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
 from model.media.images import fit_image
-from model.vision.config import EncoderConfig, encoder_config
+from model.vision.config import EncoderConfig
 from model.vision.demo_tower import DemoTower
-
-__all__ = ["EncoderConfig", "VisionEncoder", "encoder_config", "load_encoder", "rebuild_encoder"]
 
 log = logging.getLogger(__name__)
 

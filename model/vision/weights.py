@@ -21,8 +21,6 @@ from model.vision.activation_check import Colours, check_file, tag_record
 from model.vision.clip_tower import ClipTower
 from model.vision.config import EncoderConfig
 
-__all__ = ["fill"]
-
 FILE_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",

@@ -28,13 +28,8 @@ import numpy.typing as npt
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
-from model.language.model import (
-    IMAGE_TOKEN,
-    TEMPLATE_VERSION,
-    TokenizedSample,
-    tokenize_messages,
-    tokenizer_digest,
-)
+from model.language.chat_template import TEMPLATE_VERSION, TokenizedSample, tokenize_messages
+from model.language.tokenizer import IMAGE_TOKEN, tokenizer_digest
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from encode.sources.demo_drawings import World, draw, things
 from model.language.model import load_tokenizer
 from model.media.images import decode_image
 from model.quantize import pack
-from model.vision.encoder import VisionEncoder, encoder_config, load_encoder
+from model.vision.config import encoder_config
+from model.vision.encoder import VisionEncoder, load_encoder
 from train import run_folder, setup
 from train.config import Options
 from train.data import Join, MicroBatch

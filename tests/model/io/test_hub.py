@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from model.io import hub
-from model.vision.encoder import encoder_config, load_encoder
+from model.vision.config import encoder_config
+from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
 
 PLACE = "org/tiny-video/"

@@ -14,17 +14,16 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from configs import UserError
 from model.language import model as language
-from model.language.chat_template import Message, place_images
-from model.language.model import (
-    LanguagePreset,
-    load_language,
-    load_tokenizer,
-    prompt_ids,
-    save_language,
-    tokenize_messages,
+from model.language.chat_template import Message, place_images, prompt_ids, tokenize_messages
+from model.language.model import LanguagePreset, load_language, load_tokenizer, save_language
+from model.language.tokenizer import (
+    SPECIALS,
+    byte_tokenizer,
+    encode_text,
+    eos_ids,
+    token_id,
     tokenizer_digest,
 )
-from model.language.tokenizer import SPECIALS, byte_tokenizer, encode_text, eos_ids, token_id
 
 WORDS = ("red", "circle", "points", "<", "</")
 

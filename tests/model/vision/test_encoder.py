@@ -17,8 +17,8 @@ from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from configs import UserError, load
 from model.io.tensors import hash_tensors, seeded_weights
-from model.vision.config import DemoTowerConfig, EncoderConfig
-from model.vision.encoder import VisionEncoder, encoder_config, load_encoder, rebuild_encoder
+from model.vision.config import DemoTowerConfig, EncoderConfig, encoder_config
+from model.vision.encoder import VisionEncoder, load_encoder, rebuild_encoder
 from tests.support import tiny_clip
 
 
@@ -616,7 +616,9 @@ def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     import sys
 
     code = (
-        "import sys; from model.vision.encoder import *; load_encoder(encoder_config('demo'), device='cpu');"
+        "import sys; from model.vision.config import encoder_config;"
+        "from model.vision.encoder import load_encoder;"
+        "load_encoder(encoder_config('demo'), device='cpu');"
         "sys.exit('open_clip' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

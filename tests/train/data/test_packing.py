@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.attention.batch import PackedBatch
-from model.language.model import TokenizedSample
+from model.language.chat_template import TokenizedSample
 from train.data.packing import Tree, assemble, build_tree, first_fit, pack
 
 IMAGE_ID = 9

@@ -11,7 +11,8 @@ import pytest
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, write_samples
 from configs import UserError
-from model.language.model import TokenizedSample, load_tokenizer, tokenize_messages
+from model.language.chat_template import TokenizedSample, tokenize_messages
+from model.language.model import load_tokenizer
 from model.language.tokenizer import byte_tokenizer
 from train.data import tokens
 from train.data.tokens import TokenStore, messages_of
