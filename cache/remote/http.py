@@ -20,9 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-import certifi
-
-from cache.remote.net import RefusedAddressError, is_loopback, refusal
+from cache.remote.net import RefusedAddressError, is_loopback, refusal_reason, tls_context
 from cache.remote.retry import Entry, RequestError, RetryPolicy, retry_after
 from configs import UserError
 
@@ -332,7 +330,7 @@ class _Pool:
             raise RequestError(f"{origin.host}: {_reason(error)}", again=True) from None
         why: Exception = OSError("no address")
         for family, kind, protocol, _, address in found:
-            if what := refusal(str(address[0]), self._private):
+            if what := refusal_reason(str(address[0]), self._private):
                 why = RefusedAddressError(what)
                 continue
             made = socket.socket(family, kind, protocol)
@@ -355,7 +353,7 @@ class _Pool:
         connection: http.client.HTTPConnection
         if origin.scheme == "https":
             with self._lock:
-                self._tls = self._tls or _trusted()
+                self._tls = self._tls or tls_context()
             connection = http.client.HTTPSConnection(origin.host, origin.port, context=self._tls)
             made = self._tls.wrap_socket(made, server_hostname=origin.host)
         else:
@@ -372,12 +370,3 @@ def _ask(
     connection.auto_open = 0  # a socket of the library's own choosing would go unjudged
     connection.request("GET", path, headers={**own, **headers})
     return connection.getresponse()
-
-
-def _trusted() -> ssl.SSLContext:
-    """The system's certificates, or certifi's where Python finds none (macOS, standalone builds)."""
-    context = ssl.create_default_context()
-    if not context.get_ca_certs():
-        context.load_verify_locations(certifi.where())
-    context.set_alpn_protocols(("http/1.1",))
-    return context

@@ -1,31 +1,42 @@
-"""Which addresses may be connected to: a table, and one question asked of it.
+"""Decide which IP addresses may be connected to, and which TLS certificates are trusted.
 
-A URL from elsewhere, or a redirect of one that looked harmless, must not make this machine talk to its own
-services, its neighbours, or the metadata service of its cloud. Whoever connects asks about the very address
-it connects to: see `encode.download.session` for downloads, `cache.remote.http` for features from
-elsewhere. The networks are spelt out because Python's own `is_global` changed between patch releases.
+A URL in a data set, or a redirect from a harmless one, must not make this machine connect to its own
+services, to its local network, or to the metadata service of its cloud. The caller checks the very address
+it connects to, so a host name that changes its address between check and use (DNS rebinding) is no way
+round: `encode.download.session` does this for downloads, `cache.remote.http` for remote caches.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import ssl
 
-__all__ = ["RefusedAddressError", "is_loopback", "literal", "refusal"]
+import certifi
+
+__all__ = [
+    "RefusedAddressError",
+    "is_loopback",
+    "literal_address",
+    "refusal_reason",
+    "tls_context",
+]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# IANA's special-purpose registries, read 2026-11. First match wins; what matches nothing is global.
+# IANA's special-purpose address registries, read 2026-11. The first match decides. An IPv4 address that
+# matches nothing is global. The tables are written out because Python's `is_global` changed its answers
+# between patch releases.
 _KINDS_4 = (
     ("127.0.0.0/8", "loopback"),
-    ("100.100.100.200/32", "cloud metadata"),  # Alibaba's, inside the shared 100.64.0.0/10
-    ("168.63.129.16/32", "cloud metadata"),  # Azure's, inside a public network
+    ("100.100.100.200/32", "cloud metadata"),  # Alibaba Cloud, inside the shared 100.64.0.0/10
+    ("168.63.129.16/32", "cloud metadata"),  # Azure, inside a public network
     ("10.0.0.0/8", "private"),
     ("172.16.0.0/12", "private"),
     ("192.168.0.0/16", "private"),
-    ("100.64.0.0/10", "private"),  # behind carriers' NAT, and Tailscale's
+    ("100.64.0.0/10", "private"),  # carrier-grade NAT, and Tailscale
     ("0.0.0.0/32", "unspecified"),
     ("0.0.0.0/8", "reserved"),
-    ("169.254.0.0/16", "link-local"),  # where most clouds serve credentials
+    ("169.254.0.0/16", "link-local"),  # most clouds serve credentials at 169.254.169.254
     ("192.0.0.0/24", "reserved"),
     ("192.0.2.0/24", "reserved"),
     ("192.88.99.0/24", "reserved"),
@@ -38,8 +49,8 @@ _KINDS_4 = (
 _KINDS_6 = (
     ("::1/128", "loopback"),
     ("::/128", "unspecified"),
-    ("fd00:ec2::254/128", "cloud metadata"),  # Amazon's
-    ("fd20:ce::254/128", "cloud metadata"),  # Google's
+    ("fd00:ec2::254/128", "cloud metadata"),  # Amazon
+    ("fd20:ce::254/128", "cloud metadata"),  # Google
     ("fc00::/7", "private"),
     ("fe80::/10", "link-local"),
     ("fec0::/10", "private"),  # site-local, deprecated
@@ -48,13 +59,14 @@ _KINDS_6 = (
     ("2001:db8::/32", "reserved"),
     ("3fff::/20", "reserved"),
     ("2000::/3", "global"),
-    ("::/0", "reserved"),  # nothing else is handed out
+    ("::/0", "reserved"),  # IANA has allocated nothing else
 )
 _GLOBAL = "global"
 _ON_REQUEST = ("loopback", "private")
-"""Reached when the rules allow private addresses; the other kinds never are."""
+"""Kinds that `allow_private` permits. All other kinds except global are always refused."""
 
-# Where an IPv6 network carries an IPv4 address, the IPv4 address is what one talks to: shift in bits.
+# IPv6 networks whose addresses contain an IPv4 address, which is the machine that is reached; and the
+# position of the IPv4 address, in bits from the right.
 _EMBEDDINGS = (
     (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # IPv4-mapped
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
@@ -65,20 +77,26 @@ _NETWORKS_6 = tuple((ipaddress.IPv6Network(network), kind) for network, kind in 
 
 
 class RefusedAddressError(OSError):
-    """An address the rules keep us from; an OSError because aiohttp passes those through."""
+    """A connection to a forbidden address. It is an OSError because aiohttp passes those through."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
-        """Kind and address: `a private address 10.0.0.1`."""
+        """The kind and the address: `a private address 10.0.0.1`."""
 
 
-def refusal(address: str, allow_private: bool) -> str | None:
-    """Why `address` is not connected to, as `a private address 10.0.0.1`; None when it may be.
+def refusal_reason(address: str, allow_private: bool) -> str | None:
+    """Return why an address must not be connected to, or None when it may be.
 
     Args:
-        address: an IPv4 or IPv6 address, in the notation of `getaddrinfo`.
-        allow_private: private and loopback addresses will do.
+        address: an IPv4 or IPv6 address in the notation of `getaddrinfo` (`fe80::1%eth0` included).
+        allow_private: permit private and loopback addresses.
+
+    Returns:
+        the kind and the address, as `a private address 10.0.0.1`; None when the address is allowed.
+
+    Raises:
+        ValueError: `address` is not an IP address.
     """
     kind = _kind(ipaddress.ip_address(address))
     if kind == _GLOBAL or (allow_private and kind in _ON_REQUEST):
@@ -86,27 +104,38 @@ def refusal(address: str, allow_private: bool) -> str | None:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} address {address}"
 
 
-def literal(host: str) -> str | None:
-    """`host` as an address, when it is one and no name."""
+def literal_address(host: str) -> str | None:
+    """Return the host of a URL in normal form when it is an IP address, or None when it is a name."""
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         return None
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether the host of a URL is `localhost` or a loopback address. No name is looked up."""
+    address = literal_address(host)
+    return host.lower() == "localhost" or bool(
+        address and _kind(ipaddress.ip_address(address)) == "loopback"
+    )
+
+
+def tls_context() -> ssl.SSLContext:
+    """Return a TLS client context that verifies certificates and host names, for HTTP/1.1."""
+    context = ssl.create_default_context()
+    if (
+        not context.get_ca_certs()
+    ):  # some builds of Python find no certificates of the system (macOS)
+        context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(("http/1.1",))  # neither client speaks HTTP/2
+    return context
+
+
 def _kind(address: Address) -> str:
     if isinstance(address, ipaddress.IPv6Address):
-        address = ipaddress.IPv6Address(int(address))  # without the scope of fe80::1%eth0
+        address = ipaddress.IPv6Address(int(address))  # drops the scope of fe80::1%eth0
         for network, shift in _EMBEDDINGS:
             if address in network:
                 return _kind(ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF))
         return next(kind for network, kind in _NETWORKS_6 if address in network)
     return next((kind for network, kind in _NETWORKS_4 if address in network), _GLOBAL)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host of a URL is this machine by its very name, without asking a name server."""
-    address = literal(host)
-    return host.lower() == "localhost" or bool(
-        address and _kind(ipaddress.ip_address(address)) == "loopback"
-    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import email.utils
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -178,11 +179,21 @@ def read_range(
 
 
 def retry_after(text: str | None) -> float:
-    """The header's seconds, or those until its date; 0 when it says nothing we understand."""
-    if text is None:
+    """Return the wait that a `Retry-After` header asks for, in seconds.
+
+    Args:
+        text: the header: whole seconds, or an HTTP date (a date without a time zone is UTC). None: absent.
+
+    Returns:
+        seconds from now; 0.0 for a missing or malformed header and for a date in the past.
+    """
+    text = (text or "").strip()
+    if re.fullmatch("[0-9]{1,18}", text):  # longer numbers would lose precision or become infinite
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError, IndexError):
         return 0.0
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(text))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.UTC)
+    return max(0.0, date.timestamp() - time.time())

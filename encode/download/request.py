@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import email.utils
 import errno
 import hashlib
 import os
@@ -16,10 +14,12 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
+from cache.remote.net import RefusedAddressError, literal_address, refusal_reason
+from cache.remote.retry import retry_after
 from encode.download.config import DownloadConfig, DownloadError
 from encode.download.host_limits import HostLimits
 from encode.download.memory_budget import Lease
-from encode.download.session import KEEP_ALIVE_S, RefusedAddressError, literal, refusal
+from encode.download.session import KEEP_ALIVE_S
 from encode.download.urls import host_of, redirect_url
 
 __all__ = ["Body", "Exchange"]
@@ -164,7 +164,7 @@ class Exchange:
         said = f"HTTP {status}"
         if status not in _PASSING and not 500 <= status <= 599:
             return DownloadError(said)
-        wait_s = _retry_after(response.headers.get("Retry-After", ""))
+        wait_s = retry_after(response.headers.get("Retry-After"))
         if status == 429 or wait_s > 0:
             self._lanes.pause(host, wait_s)
         if wait_s > self._rules.retry_after_s:
@@ -173,8 +173,8 @@ class Exchange:
 
     def _check_literal(self, url: URL, redirected: bool) -> None:
         """An address in the URL itself; names are judged when they are looked up."""
-        address = literal(url.host or "")
-        what = refusal(address, self._rules.allow_private) if address else None
+        address = literal_address(url.host or "")
+        what = refusal_reason(address, self._rules.allow_private) if address else None
         if what:
             raise DownloadError(_refused(what, redirected))
 
@@ -185,20 +185,6 @@ def _sha256(data: bytes) -> str:
 
 def _refused(what: str, redirected: bool) -> str:
     return f"redirect to {what}" if redirected else f"{what} is not fetched from"
-
-
-def _retry_after(text: str) -> float:
-    """Seconds a host asks to be left alone; 0: it does not say, or nothing that makes sense."""
-    text = text.strip()
-    if re.fullmatch(r"[0-9]{1,18}", text):
-        return float(text)
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=datetime.UTC)
-    return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def _describe(error: Exception, rules: DownloadConfig, redirected: bool) -> DownloadError:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import queue
 import socket
-import ssl
 import threading
 import time
 import weakref
@@ -22,21 +21,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
-import certifi
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from cache.remote.net import RefusedAddressError, literal, refusal
+from cache.remote.net import RefusedAddressError, refusal_reason, tls_context
 from encode.download.config import DownloadConfig
 
-__all__ = [
-    "CheckedResolver",
-    "Lookups",
-    "RefusedAddressError",
-    "checked_socket",
-    "literal",
-    "refusal",
-]
+__all__ = ["CheckedResolver", "Lookups", "checked_socket"]
 
 
 def checked_socket(allow_private: bool, addr_info: tuple[Any, ...]) -> socket.socket:
@@ -46,7 +37,7 @@ def checked_socket(allow_private: bool, addr_info: tuple[Any, ...]) -> socket.so
         RefusedAddressError: the rules keep us from this address.
     """
     family, kind, protocol, _, address = addr_info
-    if what := refusal(address[0], allow_private):
+    if what := refusal_reason(address[0], allow_private):
         raise RefusedAddressError(what)
     made = socket.socket(family, kind, protocol)
     made.setblocking(False)
@@ -122,7 +113,7 @@ class CheckedResolver(AbstractResolver):
     def __init__(self, lookups: Lookups, allow_private: bool, timeout_s: float) -> None:
         """With whose threads, which addresses, and how long a name server may take."""
         self._lookups, self._timeout_s = lookups, timeout_s
-        self._refusal = functools.partial(refusal, allow_private=allow_private)
+        self._refusal_reason = functools.partial(refusal_reason, allow_private=allow_private)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -139,9 +130,9 @@ class CheckedResolver(AbstractResolver):
         except TimeoutError:
             raise socket.gaierror(socket.EAI_AGAIN, "the name server does not answer") from None
         addresses = list(dict.fromkeys(info[4][0] for info in found if _is_inet(info, family)))
-        allowed = [address for address in addresses if not self._refusal(address)]
+        allowed = [address for address in addresses if not self._refusal_reason(address)]
         if not allowed and addresses:
-            raise RefusedAddressError(str(self._refusal(addresses[0])))
+            raise RefusedAddressError(str(self._refusal_reason(addresses[0])))
         if not allowed:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
         return [_result(host, address, port) for address in allowed]
@@ -217,7 +208,7 @@ def new_session(rules: DownloadConfig, lookups: Lookups, sockets: Sockets) -> ai
         socket_factory=sockets.make,
         ttl_dns_cache=DNS_CACHE_S,
         keepalive_timeout=KEEP_ALIVE_S,
-        ssl=_trusted(),
+        ssl=tls_context(),
     )
     return aiohttp.ClientSession(
         connector=connector,
@@ -232,12 +223,3 @@ def new_session(rules: DownloadConfig, lookups: Lookups, sockets: Sockets) -> ai
         max_line_size=HEADER_BYTES,
         max_field_size=HEADER_BYTES,
     )
-
-
-def _trusted() -> ssl.SSLContext:
-    """The system's certificates, or certifi's where Python finds none (macOS, standalone builds)."""
-    context = ssl.create_default_context()
-    if not context.get_ca_certs():
-        context.load_verify_locations(certifi.where())
-    context.set_alpn_protocols(("http/1.1",))
-    return context

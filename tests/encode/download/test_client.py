@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import email.utils
 import hashlib
 import logging
 import pickle
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 
 from encode.download.client import DownloadConfig, Fetched, Fetcher, is_url
-from encode.download.request import _retry_after
 from model.media.images import BadMediaError, decode_image
 from tests.support import ROOT
 from tests.support.web_server import TROUBLES, Handler, TroubleServer, at_first, status
@@ -320,33 +318,6 @@ def test_a_pause_is_kept_by_all_who_ask_that_host(fetcher: Callable[..., Fetcher
         assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
         assert time.monotonic() - start > 0.5
         assert isinstance(outcome(busy), Fetched)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("", 0),
-        ("0", 0),
-        (" 7 ", 7),
-        ("120", 120),
-        ("-5", 0),
-        ("1.5", 0),
-        ("soon", 0),
-        ("²", 0),
-        ("9" * 15, 999_999_999_999_999),
-        ("9" * 4000, 0),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-        ("Wed, 21 Oct 2015 07:28:00", 0),
-        ("Wed, 99 Oct 2015 07:28:00 GMT", 0),
-    ],
-)
-def test_retry_after_is_seconds_a_date_or_nothing(text: str, seconds: float) -> None:
-    assert _retry_after(text) == seconds
-
-
-def test_a_date_ahead_is_so_many_seconds() -> None:
-    date = email.utils.formatdate(time.time() + 100, usegmt=True)
-    assert 97 < _retry_after(date) < 101
 
 
 def test_a_host_that_only_fails_gets_one_try(fetcher: Callable[..., Fetcher]) -> None:
