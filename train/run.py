@@ -31,7 +31,10 @@ from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
 from train import checkpoint, metrics, run_folder, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
-from train.data import FeatureLoader, OnePass, StepPlan, TokenStore, inspect_text
+from train.data.inspect import inspect_text
+from train.data.loader import FeatureLoader
+from train.data.schedule import OnePass, StepPlan
+from train.data.tokens import TokenStore
 from train.distributed import Processes, fingerprint, joined
 from train.optim import build_optimizer, clip_gradients, schedules, set_rates
 from train.step import Forward, Share, by_step, choose_precision, refuse_non_finite

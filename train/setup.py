@@ -26,8 +26,12 @@ from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
 from train import run_folder
 from train.config import Options, parse_mix, stage_folder
-from train.data import Join, OnePass, Placeholders, StepPlan, TokenStore, grow_trees, join
-from train.data.join import EmptySplitError
+from train.data.join import EmptySplitError, join
+from train.data.message_trees import grow_trees
+from train.data.placeholders import Placeholders
+from train.data.sample_list import Join
+from train.data.schedule import OnePass, StepPlan
+from train.data.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 

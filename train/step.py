@@ -15,7 +15,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError
 from model.quantize import unpack
 from model.vlm import VLM
-from train.data import MicroBatch
+from train.data.loader import MicroBatch
 from train.data.sample_list import Join
 from train.distributed import Processes
 from train.metrics import memory_gib

@@ -25,14 +25,11 @@ from cache.store.space import Space, find_space
 from cache.store.writer import ShardWriter
 from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
-from train.data import (
-    Join,
-    Placeholders,
-    TokenStore,
-    Trees,
-    grow_trees,
-    join,
-)
+from train.data.join import join
+from train.data.message_trees import Trees, grow_trees
+from train.data.placeholders import Placeholders
+from train.data.sample_list import Join
+from train.data.tokens import TokenStore
 
 SPEC: FeatureSpec = small_spec()
 M = SPEC.tokens("image")

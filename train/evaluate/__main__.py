@@ -30,18 +30,15 @@ from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
 from train.config import Options as TrainOptions
 from train.config import parse_mix, read_saved
-from train.data import (
-    FeatureLoader,
-    HeldOut,
-    Join,
-    OnePass,
-    Placeholders,
-    TokenStore,
-    grow_trees,
-    held_out_samples,
-    join,
-)
 from train.data.features import feature_bytes, looked_at
+from train.data.join import join
+from train.data.loader import FeatureLoader
+from train.data.message_trees import grow_trees
+from train.data.placeholders import Placeholders
+from train.data.sample_list import Join
+from train.data.schedule import OnePass
+from train.data.tokens import TokenStore
+from train.evaluate.questions import HeldOut, held_out_samples
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.run_folder import CONFIG
 from train.setup import check_space, mix_of

@@ -24,7 +24,8 @@ from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from train import run_folder, setup
 from train.config import Options
-from train.data import Join, MicroBatch
+from train.data.loader import MicroBatch
+from train.data.sample_list import Join
 from train.metrics import read_metrics
 from train.run import train
 from train.step import Forward

@@ -29,7 +29,8 @@ from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
 from tests.support.videos import make_video
 from train.data.features import looked_at
-from train.data.join import Join, join
+from train.data.join import join
+from train.data.sample_list import Join
 
 LIMIT = 5
 """Frames of a video."""

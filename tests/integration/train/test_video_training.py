@@ -27,8 +27,10 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-from train.data import FeatureLoader, Join, OnePass, StepPlan, inspect_text
-from train.data.loader import feature_order
+from train.data.inspect import inspect_text
+from train.data.loader import FeatureLoader, feature_order
+from train.data.sample_list import Join
+from train.data.schedule import OnePass, StepPlan
 from train.step import Forward
 
 VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}

@@ -16,12 +16,10 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-from train.data import (
-    FeatureLoader,
-    OnePass,
-    held_out_samples,
-    inspect_text,
-)
+from train.data.inspect import inspect_text
+from train.data.loader import FeatureLoader
+from train.data.schedule import OnePass
+from train.evaluate.questions import held_out_samples
 
 
 @pytest.fixture

@@ -29,12 +29,9 @@ from tests.support.feature_caches import (
     new_world,
     payload,
 )
-from train.data import (
-    FeatureLoader,
-    OnePass,
-    StepPlan,
-)
+from train.data.loader import FeatureLoader
 from train.data.packing import build_tree
+from train.data.schedule import OnePass, StepPlan
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-from train.data import (
-    Trees,
-)
+from train.data.message_trees import Trees
 
 
 @pytest.fixture

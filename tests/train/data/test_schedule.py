@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.store.paths import CacheRoot
-from train.data.join import Join
 from train.data.message_trees import Piece, Trees
 from train.data.placeholders import Placeholders
+from train.data.sample_list import Join
 from train.data.schedule import OnePass, StepPlan, deal, quotas, shuffled
 
 
