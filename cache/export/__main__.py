@@ -1,14 +1,14 @@
-"""Hand a space on as standard files, for people and tools that know nothing of this cache.
+"""Export a space as standard files, for people and tools that do not have this package.
 
 python -m cache.export --to webdataset --out tars                    # every row: <key>.<view>.npy and .json
-python -m cache.export --to webdataset --out tars --dataset demo     # that data set: text and features
-python -m cache.export --to safetensors --out st --unpack            # a tensor a row, float16, and index.json
+python -m cache.export --to webdataset --out tars --dataset demo     # one data set: its text and features
+python -m cache.export --to safetensors --out st --unpack          # a float16 tensor a row, and index.json
 
-Rows leave as they are stored, bit for bit; with --unpack as float16, for readers that lack our codec. Each
-row is checked on the way. With --dataset, tars hold a sample for each image or video (or tuple of them):
-what the data set says of it, and its features; safetensors come with a line of JSON a sample. The folder
-appears under its name when all of it is there; until then it is called NAME.partial, and the same command
-goes on with it.
+Rows are exported as they are stored, bit for bit. With --unpack they are float16, for readers without our
+codec. Each row's checksum is verified before it is written. With --dataset, a tar holds one sample for each
+image or video (or tuple of them) with the text and the features; a safetensors export adds one JSON line a
+sample. The files are written to the folder NAME.partial, which is renamed to NAME when all are complete; an
+interrupted export leaves NAME.partial behind, and the next run replaces it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +36,7 @@ from cache.export.rows import (
 )
 from cache.export.samples import Exported, Views, all_views, gather, sample_parts, texts
 from cache.format.spec import ARRAY_OF, ARRAYS
+from cache.maintenance.copy_rows import check_room
 from cache.store.files import PARTIAL, fsync_folder, make_folder, new_file, write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -47,50 +46,47 @@ from configs import UserError, command, parse
 from configs.console import Meter, bytes_text
 
 ABOUT = "export.json"
-"""In every export: what it is of. In an unfinished one, written first."""
-
-SPARE_BYTES = 64 << 20
-"""What must stay free on the disk."""
+"""The file of each export that describes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Hand a space on as standard files."""
+    """Export a space as standard files."""
 
     to: Literal["webdataset", "safetensors"]
-    """What to write."""
+    """The file format."""
     out: Path
-    """Folder to make; it may exist while it is empty."""
+    """The folder to create; it may exist if it is empty."""
     features: Path = Path("cache")
     """Folder of the cache."""
     space: str | None = None
-    """The space: its name, or how it begins; not needed where there is one."""
+    """Name of the space, or the start of it; optional when the cache has one space."""
     dataset: tuple[str, ...] = ()
-    """Only what these data sets mention, and what they say. Without: all rows, and no text."""
+    """Export only the media that these data sets refer to, with their text. Default: all rows, no text."""
     unpack: bool = False
-    """Write float16 instead of packed rows: what int8 rows become takes twice the space."""
+    """Write float16 instead of packed rows; int8 rows then take twice the space."""
 
 
 @dataclass(kw_only=True)
 class Export:
-    """One export, planned."""
+    """The plan of one export."""
 
     options: Options
     root: CacheRoot
     source: Source
     data: list[Exported]
-    """The data sets asked for."""
+    """The requested data sets."""
     views: dict[str, Views]
-    """Where the rows of a media are; empty without data sets."""
+    """Array -> the rows of each key; empty without data sets."""
     rows: dict[str, Positions]
-    """Array of array -> the rows that leave."""
+    """Array -> positions of the rows to export."""
 
     @staticmethod
     def plan(options: Options) -> Export:
-        """What there is to do.
+        """Find the rows and samples to export.
 
         Raises:
-            UserError: there is no such space or data set.
+            UserError: no such space or data set.
         """
         root = CacheRoot.existing(options.features)
         reader = FeatureReader(find_space(root, options.space))
@@ -107,7 +103,7 @@ class Export:
         return Export(options=options, root=root, source=source, data=data, views=views, rows=rows)
 
     def parts(self) -> Iterator[Part]:
-        """The files, in order."""
+        """Yield the files to write, in order."""
         if self.options.to == "safetensors":
             yield from safetensors_parts(self.source, self.rows)
             for data in self.data:
@@ -125,20 +121,8 @@ class Export:
         for line in texts(self.root, data):
             progress(file.write(line))
 
-    def _state(self) -> str:
-        """sha256 (hex) of which rows leave with which samples. A shard's number is never used again."""
-        digest = hashlib.sha256()
-        for array, rows in self.rows.items():
-            index = self.source.reader.index[array]
-            digest.update(f"{array} {index.shards.tolist()} {len(index)}".encode())
-            digest.update(rows.tobytes())
-        for data in self.data:
-            for group in data.groups:
-                digest.update(f"{group.media} {group.samples}".encode())
-        return digest.hexdigest()
-
     def about(self, parts: Sequence[Part]) -> bytes:
-        """The file export.json: what the export is of. Equal for equal exports."""
+        """Return the file export.json: the source, the formats and the counts. Equal for equal exports."""
         spec = self.source.reader.spec
         values = {
             "to": self.options.to,
@@ -151,47 +135,48 @@ class Export:
             "rows": {array: len(rows) for array, rows in self.rows.items()},
             "datasets": {data.name: samples_digest(self.root, data.name) for data in self.data},
             "files": [part.name for part in parts],
-            "state": self._state(),
             "spec": spec.to_json(),
         }
         return json.dumps(values, indent=2).encode() + b"\n"
 
 
 def run(export: Export) -> None:
-    """Write it, or what is left of it.
+    """Write all files of an export.
 
     Raises:
-        UserError: the folder holds something, the disk is too small or full, or a row is damaged.
+        UserError: the folder is not empty, the disk is too small or full, or another export writes there.
+        CorruptError: a row fails its checksum.
     """
     out = export.options.out.expanduser().absolute()
-    refuse_full_folder(out)
+    refuse_nonempty(out)
     folder = out.with_name(out.name + PARTIAL)
     parts = list(export.parts())
-    with disk_full_is_said(folder), working(folder, export.about(parts)):
-        left = [part for part in parts if not (folder / part.name).exists()]
-        check_room(folder, sum(part.nbytes for part in left))
-        meter = Meter("written", sum(part.nbytes for part in left))
-        for part in left:
+    nbytes = sum(part.nbytes for part in parts)
+    with disk_full_in_words(folder), empty_folder(folder):
+        check_room(out.parent, nbytes, "the export")
+        # The next run removes the folder's contents only where it finds this file: so it is the first.
+        write_atomic(folder / ABOUT, export.about(parts))
+        meter = Meter("written", nbytes)
+        for part in parts:
             with new_file(folder / part.name) as file:
                 part.write(file, meter.add)
         meter.close()
-        fsync_folder(folder)
         folder.rename(out)
         fsync_folder(out.parent)
 
 
-def refuse_full_folder(out: Path) -> None:
-    """Nothing of anybody's is written over, or mixed with an export."""
+def refuse_nonempty(out: Path) -> None:
+    """Raise UserError when the target folder of an export has contents, or is a file."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and not empty; name another folder, or remove it first")
+        raise UserError(f"{out} exists and is not empty; name another folder, or remove it first")
 
 
 @contextlib.contextmanager
-def working(folder: Path, about: bytes) -> Iterator[None]:
-    """`folder` for this export alone: new, or as the same export left it; another one's is removed.
+def empty_folder(folder: Path) -> Iterator[None]:
+    """Create the folder, or remove what an interrupted export left in it; lock it within the block.
 
     Raises:
-        UserError: another process works there, or it is no export's.
+        UserError: another process is exporting to it, or its contents are not an export's.
     """
     make_folder(folder)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -200,47 +185,31 @@ def working(folder: Path, about: bytes) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another export is writing to {folder}; wait until it ends") from None
-        begun = folder / ABOUT
-        for unfinished in folder.glob(f"{ABOUT}.*{PARTIAL}"):
-            unfinished.unlink()
-        if any(folder.iterdir()):
-            if not begun.exists():
-                raise UserError(f"{folder} is no unfinished export of ours; move it away")
-            same = begun.read_bytes() == about
-            for path in folder.iterdir():
-                if not same or path.name.endswith(PARTIAL):
-                    path.unlink()
-        write_atomic(begun, about)
+        found = list(folder.iterdir())
+        if any(not path.name.startswith(ABOUT) for path in found) and folder / ABOUT not in found:
+            raise UserError(f"{folder} is not an unfinished export; move it away")
+        for path in found:
+            path.unlink()
         yield
     finally:
         os.close(fd)
 
 
-def check_room(folder: Path, nbytes: int) -> None:
-    """Refuse before writing what the disk cannot hold."""
-    free = shutil.disk_usage(folder).free
-    if nbytes + SPARE_BYTES > free:
-        raise UserError(
-            f"the export needs about {bytes_text(nbytes)}, {bytes_text(free)} are free in {folder.parent}; "
-            "give --out on another disk, or fewer data sets"
-        )
-
-
 @contextlib.contextmanager
-def disk_full_is_said(folder: Path) -> Iterator[None]:
-    """In one line."""
+def disk_full_in_words(folder: Path) -> Iterator[None]:
+    """Turn the OSError of a full disk into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"disk full ({folder}); whole files are kept: free some space and run the same command again"
+            f"disk full ({folder}); free some space and run the same command again"
         ) from error
 
 
 def summary(export: Export, out: Path) -> str:
-    """What was written, and what was left out."""
+    """Return the lines that the command prints at its end: rows, size, and samples left out."""
     rows = ", ".join(f"{len(rows):,} {array} rows" for array, rows in export.rows.items())
     size = sum(path.stat().st_size for path in out.iterdir())
     lines = [f"{out}: {rows} as {export.source.layout}, {bytes_text(size)}"]
@@ -254,9 +223,9 @@ def summary(export: Export, out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Options, argv, prog="python -m cache.export", description=__doc__)
-    refuse_full_folder(options.out)
+    refuse_nonempty(options.out)
     export = Export.plan(options)
     run(export)
     print(summary(export, options.out))

@@ -35,7 +35,7 @@ Progress = Callable[[int], None]
 
 
 class Part(NamedTuple):
-    """One file of an export. What it holds follows from the plan, so one that is there is done."""
+    """One file of an export."""
 
     name: str
     nbytes: int
