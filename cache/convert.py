@@ -1,14 +1,14 @@
-"""Make another space of a float16 one, without the encoder: what encoding that way would have made.
+"""Convert an fp16 space into a space of another codec, pooling or format, without the encoder.
 
-python -m cache.convert --codec int8                                # of the only fp16 space here
-python -m cache.convert --space clip --codec int4 --pool 2          # of that one; images pooled 2 x 2
+python -m cache.convert --codec int8                                # from the only fp16 space
+python -m cache.convert --space clip --codec int4 --pool 2          # from a named one; images pooled 2 x 2
 python -m cache.convert --codec fp16 --pool 2 --format webdataset
 
-The new space has the fingerprint that `encode.run` with these options gives, and the same stored bytes, so
-either may go on with it. That holds because features are rounded to float16 before they are pooled and
-packed; what rounding has changed otherwise is refused: rows of a lossy codec, rows pooled already. Only rows
-that are not there yet are converted: run it again when the first space has grown. Killed, the same command
-goes on. Exit 1: rows of the source were damaged; they are told, never converted.
+The new space has the fingerprint and the stored bytes that `encode.run` with these options creates, so
+either command can continue it. This works because features are rounded to float16 before they are pooled and
+packed. Sources that have lost more than that are refused: rows of a lossy codec, and rows that are already
+pooled. Only rows that the new space lacks are converted, so run the command again after the source has grown,
+or after it was interrupted. Damaged rows of the source are reported and skipped; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -47,31 +47,33 @@ from configs.console import Meter, bytes_text
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Make another space of a float16 one."""
+    """Convert an fp16 space."""
 
     features: Path = Path("cache")
     """Folder of the cache."""
     space: str | None = None
-    """The fp16 space to convert: its name, or how it begins; not needed where there is one."""
+    """The fp16 space to convert: its name, or the start of it; optional when there is only one."""
     codec: Literal["fp16", "int8", "int4"] = "fp16"
-    """How rows of the new space are stored."""
+    """Codec of the new space."""
     pool: int | None = None
-    """Average n x n patches of an image; as in the source when not given."""
+    """Average n x n patches of an image; default: as in the source."""
     frame_pool: int | None = None
-    """The same for frames of videos."""
+    """Average n x n patches of a video frame; default: as in the source."""
     format: Literal["zarr", "webdataset"] | None = None
-    """What the new space's shards are; as in the source when not given."""
+    """Shard format of the new space; default: as in the source."""
     plan: bool = False
-    """Say what there is to do, and stop."""
+    """Print what there is to do, and stop."""
 
 
 def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
-    """The space to convert: the one named, or the only fp16 one.
+    """Open the named space, or the only fp16 space of a cache.
 
     Raises:
-        UserError: there is none, or there are several; or its codec has lost what it would take.
+        UserError: there is no fp16 space, there are several and no name, or the named one is not fp16.
     """
-    way_out = f"make one to convert from: python -m encode.run --codec fp16 --features {root.path}"
+    way_out = (
+        f"create one to convert from: python -m encode.run --codec fp16 --features {root.path}"
+    )
     if name is None and (all_names := root.space_names()):
         names = [n for n in all_names if read_info(root.space(n)).spec.codec == "fp16"]
         if not names:
@@ -84,17 +86,16 @@ def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
     reader = FeatureReader(find_space(root, name))
     if reader.spec.codec != "fp16":
         raise UserError(
-            f"{reader.paths.name} is stored as {reader.spec.codec}, which has lost what encoding starts "
-            f"from; {way_out}"
+            f"{reader.paths.name} is stored as {reader.spec.codec}, which is lossy; {way_out}"
         )
     return reader
 
 
 def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
-    """The spec that encoding with these options has.
+    """Return the spec that `encode.run` with these options gives its space.
 
     Raises:
-        UserError: no such space can be, or it would not be identical to encoding it.
+        UserError: the options are invalid for the source, or the rows would differ from encoded ones.
     """
     spec = source.spec
     pools = {"image": options.pool, "frame": options.frame_pool}
@@ -108,7 +109,7 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
             container=options.format or spec.container,
             packed_from="float16",
         )
-        target.row_bytes("image")  # refuses a width the codec cannot divide
+        target.row_bytes("image")  # raises for a width that the codec cannot divide into blocks
     except ValueError as error:
         raise UserError(f"{source.paths.name}: {error}") from None
     for array in ARRAYS:
@@ -117,23 +118,24 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
         if new[array] != spec.pool(array):
             raise UserError(
                 f"{source.paths.name}: its {array} rows are pooled {spec.pool(array)} x {spec.pool(array)} "
-                "and rounded; pooled again they would not be what encoding makes: convert a space with "
+                "and rounded; pooling them again gives other values than encoding: convert a space with "
                 "pool 1, or encode them"
             )
         if spec.packed_from != "float16":
             raise UserError(
                 f"{source.paths.name}: its {array} rows were pooled before they were rounded, by an older "
-                "version; encoding does not make them so any more: encode them again"
+                "version, so encoding gives other values: encode them again"
             )
     if target.fingerprint == spec.fingerprint:
         raise UserError(
-            f"{source.paths.name} is that already; say what to make: --codec, --pool, --frame-pool, --format"
+            f"{source.paths.name} has these options already; choose others: "
+            "--codec, --pool, --frame-pool, --format"
         )
     return target
 
 
 def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict[str, Any]:
-    """How the encoder of the new space is built: as that of the source, but for the pooling."""
+    """Return how to build the encoder of the new space: that of the source with another pooling."""
     new = {**load, "converted_from": source}
     if isinstance(load.get("encoder"), Mapping):
         pools = {"pool_image": spec.pool_image, "pool_frame": spec.pool_frame}
@@ -142,13 +144,13 @@ def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict
 
 
 def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
-    """What turns stored rows of `source` into those of `target`."""
+    """Return the function that turns stored rows of `source` into stored rows of `target`."""
     window = target.pool(array) // source.pool(array)
     shape = source.tokens(array), source.width
     tokens = target.tokens(array)
 
     def change(rows: Rows) -> tuple[Rows, npt.NDArray[np.float32]]:
-        """A row at a time: its values stay in the processor's cache."""
+        # One row at a time: its values stay in the processor's cache.
         packed = np.empty((len(rows), target.row_bytes(array)), np.uint8)
         errors = np.empty(len(rows), np.float32)
         for i, row in enumerate(rows):
@@ -162,17 +164,46 @@ def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
     return change
 
 
+def pool(features: npt.NDArray[np.float16], window: int) -> npt.NDArray[np.float32]:
+    """Average windows of patches, to the bit as `model.vision.encoder` does it with torch.
+
+    The sums have one fixed order and there is no division, so numpy and torch agree on every device.
+
+    Args:
+        features: (..., N, V) float16, N patches of a square grid in row-major order.
+        window: the side of a window, in patches.
+
+    Returns:
+        (..., N / window^2, V) float32, windows in row-major order.
+
+    Raises:
+        ValueError: N is not a square number, or the window does not divide the grid's side.
+    """
+    *lead, patches, width = features.shape
+    grid = math.isqrt(patches)
+    if grid * grid != patches or window < 1 or grid % window:
+        raise ValueError(f"{patches} patches in windows of {window} x {window}")
+    side = grid // window
+    blocks = features.reshape(-1, side, window, side, window, width).astype(np.float32)
+    total = np.zeros((len(blocks), side, side, width), np.float32)
+    for row in range(window):
+        for column in range(window):
+            total += blocks[:, :, row, :, column]
+    total *= np.float32(1 / window**2)
+    return total.reshape(*lead, side * side, width)
+
+
 def relative_error(features: npt.NDArray[np.float32], back: npt.NDArray[np.float16]) -> float:
-    """|back - features| / |features|; 0 for a row of zeros."""
+    """Return |back - features| / |features| (L2 norms), or 0.0 for a row of zeros."""
     norm = float(np.linalg.norm(features))
     return float(np.linalg.norm(back.astype(np.float32) - features)) / norm if norm else 0.0
 
 
 def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[CorruptError]:
-    """Make or complete the space; what is wrong with the rows that could not be converted.
+    """Create or complete the new space, and return one error for each damaged row of the source.
 
     Raises:
-        UserError: as `target_spec`; a job writes to the target; too little room.
+        UserError: the options do not fit the source, a job writes to the target, or the disk is too small.
     """
     spec = target_spec(source, options)
     paths = root.space(spec.name)
@@ -201,19 +232,19 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
 def _todo(
     source: FeatureReader, here: FeatureReader | None, spec: FeatureSpec
 ) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
-    """Array -> positions of the rows to convert; and what to say of them."""
+    """Return array -> positions of the rows to convert, and the line that describes them."""
     positions = {array: missing(source, here, array) for array in ARRAYS}
     rows = sum(map(len, positions.values()))
     nbytes = sum(len(found) * spec.row_bytes(array) for array, found in positions.items())
     total = sum(map(source.rows, ARRAYS))
     return (
         positions,
-        f"space    {spec.name}: {rows:,} of {total:,} rows to make ({bytes_text(nbytes)})",
+        f"space    {spec.name}: {rows:,} of {total:,} rows to convert ({bytes_text(nbytes)})",
     )
 
 
 def main() -> int:
-    """The command; 1 when rows of the source were damaged."""
+    """Run the command; return 1 when rows of the source are damaged, else 0."""
     options = parse(Options, prog="python -m cache.convert", description=__doc__)
     root = CacheRoot(options.features)
     source = find_source(root, options.space)
@@ -226,23 +257,3 @@ def main() -> int:
 
 if __name__ == "__main__":
     command(main)
-
-
-def pool(features: npt.NDArray[np.float16], window: int) -> npt.NDArray[np.float32]:
-    """Features (..., N, V) on a square grid -> (..., N / window^2, V), in the order of the grid's rows.
-
-    Raises:
-        ValueError: the patches are no square grid, or the window does not divide it.
-    """
-    *lead, patches, width = features.shape
-    grid = math.isqrt(patches)
-    if grid * grid != patches or window < 1 or grid % window:
-        raise ValueError(f"{patches} patches in windows of {window} x {window}")
-    side = grid // window
-    blocks = features.reshape(-1, side, window, side, window, width).astype(np.float32)
-    total = np.zeros((len(blocks), side, side, width), np.float32)
-    for row in range(window):
-        for column in range(window):
-            total += blocks[:, :, row, :, column]
-    total *= np.float32(1 / window**2)
-    return total.reshape(*lead, side * side, width)

@@ -277,7 +277,7 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
 def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
     """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches, of values rounded to float16.
 
-    Summed in one order and multiplied: `cache.pooling` does to stored rows what this does to new ones, to the
+    Summed in one order and multiplied: `cache.convert` does to stored rows what this does to new ones, to the
     bit. What exceeds float16 is clipped, as storing it would; NaN and Inf stay.
     """
     if window == 1:

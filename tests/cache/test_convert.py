@@ -1,4 +1,8 @@
-"""A space made from another is the space that encoding would have made: name, bytes, logical hash."""
+"""A converted space equals an encoded one: name, stored bytes and logical hash.
+
+python -m encode.run --dataset folder:photos --codec fp16     # keep what later codecs need
+python -m cache.convert --codec int8 --pool 2                   # in seconds, without the encoder
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=
 
 
 def setup_with(image: int, frame: int) -> WorkerConfig:
-    """In float32, so that rounding to float16 changes something."""
+    """Return a config that computes in float32, so that rounding to float16 changes values."""
     config = replace(TINY, tower=TOWER, compute_dtype="float32", pool_image=image, pool_frame=frame)
     return WorkerConfig(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
 
@@ -56,7 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the fp16 space, unpooled."""
+    """Return a cache with one fp16 space, not pooled."""
     folder = tmp_path_factory.mktemp("fp16") / "cache"
     assert encode(folder, f"folder:{photos}", codec="fp16", setup=setup_with(1, 1)).code == 0
     return folder
@@ -73,7 +77,7 @@ MADE = [(name, *pools) for name in CODECS for pools in POOLS if (name, pools) !=
 
 
 @pytest.mark.parametrize(("name", "image", "frame"), MADE)
-def test_converted_is_encoded(
+def test_a_converted_space_equals_an_encoded_one(
     whole: Path, photos: Path, tmp_path: Path, name: str, image: int, frame: int
 ) -> None:
     shutil.copytree(whole, tmp_path / "cache")
@@ -84,7 +88,7 @@ def test_converted_is_encoded(
     )
     made = hashes(tmp_path / "cache")
     assert made.items() >= hashes(tmp_path / "encoded").items() and len(made) == 2
-    # What the commits say of each row, too; errors are measured against features rounded or not yet.
+    # The commits agree, too. The encoder measures errors before rounding to float16, convert after it.
     theirs = Space.open(encoded.paths)
     ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
     for kind in ("image", "frame"):
@@ -97,7 +101,7 @@ def test_converted_is_encoded(
             assert row["time_s"] == columns[1][identity]["time_s"]
             rounding = 1e-6 if theirs.spec.pool(kind) > 1 else 4e-4
             assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
-    # And encoding goes on with it: nothing is left to do, its encoder can be built.
+    # `encode.run` finds nothing left to do in the converted space, and can build its encoder.
     again = encode(
         tmp_path / "cache", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
     )
@@ -106,14 +110,14 @@ def test_converted_is_encoded(
     assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image
 
 
-def test_in_other_shards_the_same_rows(whole: Path, tmp_path: Path) -> None:
+def test_another_shard_format_holds_equal_rows(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "cache")
     assert run(tmp_path / "cache", "--format", "webdataset") == 0
     made = hashes(tmp_path / "cache")
     assert len(made) == 2 and len(set(made.values())) == 1
 
 
-def test_only_what_is_missing_is_converted(
+def test_only_missing_rows_are_converted(
     whole: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "cache"
@@ -121,20 +125,20 @@ def test_only_what_is_missing_is_converted(
     run(folder, "--codec", "int8", "--pool", "2")
     run(folder, "--codec", "int8", "--pool", "2")
     out = capsys.readouterr().out
-    assert "12 of 12 rows to make" in out and "0 of 12 rows to make" in out
+    assert "12 of 12 rows to convert" in out and "0 of 12 rows to convert" in out
     shutil.copytree(photos, tmp_path / "more")
     draw(tmp_path / "more", 3, first=50)
     source = f"folder:{tmp_path / 'more'}"
     encode(folder, source, codec="fp16", setup=setup_with(1, 1))
     capsys.readouterr()
     run(folder, "--codec", "int8", "--pool", "2")
-    assert "3 of 15 rows to make" in capsys.readouterr().out
+    assert "3 of 15 rows to convert" in capsys.readouterr().out
     encode(tmp_path / "encoded", source, codec="int8", setup=setup_with(2, 1))
     assert hashes(folder).items() >= hashes(tmp_path / "encoded").items()
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
-    """Half of the shards exist already; what a crash left under the next number is in nobody's way."""
+def test_a_killed_conversion_continues(tmp_path: Path) -> None:
+    """The second run keeps committed shards and ignores an uncommitted one."""
     space = make_space(tmp_path, "fp16")
     for start in range(0, 40, 4):
         fill(space, range(start, start + 4))
@@ -143,10 +147,8 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DIE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert FeatureReader(root.space(SPEC.name)).rows("image") in (
-        4,
-        8,
-    )  # the second was under way
+    committed = FeatureReader(root.space(SPEC.name)).rows("image")
+    assert committed in (4, 8)  # the second shard may have been committed meanwhile
     assert run(tmp_path, "--codec", "int8") == 0
     killed = hashes(tmp_path)[SPEC.name]
     shutil.rmtree(tmp_path / "spaces" / SPEC.name)
@@ -170,7 +172,7 @@ convert.main()
 """
 
 
-def test_damaged_rows_are_told_and_never_converted(
+def test_damaged_rows_are_reported_and_not_converted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = make_space(tmp_path, "fp16")
@@ -193,7 +195,7 @@ HALVES = hnp.arrays(
 
 @settings(max_examples=40, deadline=None)
 @given(x=HALVES, window=st.sampled_from([2, 3, 6]))
-def test_pooling_in_numpy_is_the_encoders_to_the_bit(x: np.ndarray, window: int) -> None:
+def test_pooling_in_numpy_equals_the_encoder_bit_for_bit(x: np.ndarray, window: int) -> None:
     ours = pool(x, window)
     theirs = _pool(torch.from_numpy(x).float(), window).numpy()
     assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
@@ -203,7 +205,7 @@ def test_pooling_in_numpy_is_the_encoders_to_the_bit(x: np.ndarray, window: int)
     assert np.allclose(ours, mean, rtol=1e-5, atol=1e-2)
 
 
-def test_pooling_videos_as_storing_would_and_keeps_what_is_no_number(
+def test_the_encoder_clips_before_it_pools_and_keeps_nan_and_infinity(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     x = torch.zeros(3, 4, 64)
@@ -216,7 +218,7 @@ def test_pooling_videos_as_storing_would_and_keeps_what_is_no_number(
         pool(np.zeros((1, 5, 64), np.float16), 2)
 
 
-def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
+def test_conversions_that_would_differ_from_encoding_are_refused(tmp_path: Path) -> None:
     def refused(folder: str, match: str, *words: Any) -> None:
         with pytest.raises(UserError, match=match) as caught:
             run(tmp_path / folder, *words)
@@ -226,13 +228,13 @@ def test_what_would_not_be_identical_is_refused(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "lossy", "int8"), [1])
     refused("lossy", r"no fp16 space under .*encode\.run --codec fp16", "--codec", "int8")
     words = ("--codec", "int8", "--space", "toy")
-    refused("lossy", "is stored as int8, which has lost what encoding starts from", *words)
+    refused("lossy", "is stored as int8, which is lossy", *words)
     fp16 = make_space(tmp_path / "fp16", "fp16", packed_from="float32")
     fill(fp16, [1])
     refused("fp16", "pool_image 3 does not divide", "--pool", "3")
     new = replace(fp16.spec, packed_from="float16")
     fill(Space.create(CacheRoot(tmp_path / "new"), new, {}), [1])
-    refused("new", r"is that already; say what to make: --codec")
+    refused("new", r"has these options already; choose others: --codec")
     pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(new, pool_image=2), {})
     fill(pooled, [1])
     refused("pooled", "its image rows are pooled 2 x 2 and rounded", "--pool", "1")
