@@ -1,16 +1,85 @@
-"""The feature cache: arrays, bytes and tables; no torch, no Ray.
+"""A feature cache: rows of a frozen encoder's output, and the samples and media they belong to.
 
-In this folder, files are code and folders are data: it is also the default place of a cache.
+    from cache import CacheRoot, FeatureReader, find_space
 
-    spec, codec, zarr_codec      what a feature is, and how a row of them is packed
-    layout                       every path, whole files, seals
-    tables                       samples and media
-    container                    what a shard is: zarr_shard or wds_shard
-    commits, space               which rows exist, space.json
-    locks                        who may write
-    writer, reader               rows in, rows out
-    ls, verify, gc, merge, convert, export, share, view
-                                 commands; survey, needs, damage, repair, garbage, rewrite, copying,
-                                 printing, export_* and view_* are what they stand on
-    remote_*                     the same from https, s3 and hf
+    reader = FeatureReader(find_space(CacheRoot(Path("cache")), None))
+    features = reader.read("image", key)                # (tokens, width) float16
+
+Rooms, each above the ones it may import:
+
+    ls verify gc merge convert share    commands: python -m cache.ls; so are the packages export and view
+    export/        standard files from a space: WebDataset tars, safetensors
+    view/          an HTML page of what a cache contains
+    maintenance/   what the commands do: check, repair, compact, copy, count
+    remote/        read a cache over https, s3 and hf
+    store/         one cache on a local disk: read it, write to it, find rows
+    format/        what a feature is, and the bytes of a row, a shard and a space.json
+    errors         every exception
+
+This folder is also the default place of a cache. Its data are the folders samples, media, spaces, locks,
+damaged and garbage, and the file listing.json (see `cache.store.paths`); everything else is code.
+
+The names in `__all__` are public. Each is imported on first use, so importing `cache` itself is fast.
+Nothing in this package imports torch or Ray. Read cache/store/__init__.py first.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache.errors import CorruptError
+    from cache.format.spec import FeatureSpec
+    from cache.remote.open import open_reader
+    from cache.store.ledger import MediaRecord, append_media
+    from cache.store.paths import CacheRoot
+    from cache.store.reader import FeatureReader
+    from cache.store.samples import MediaRef, Message, Sample, write_samples
+    from cache.store.space import Space, find_space
+    from cache.store.writer import ShardWriter
+
+__all__ = [
+    "CacheRoot",
+    "CorruptError",
+    "FeatureReader",
+    "FeatureSpec",
+    "MediaRecord",
+    "MediaRef",
+    "Message",
+    "Sample",
+    "ShardWriter",
+    "Space",
+    "append_media",
+    "find_space",
+    "open_reader",
+    "write_samples",
+]
+
+_MODULE_OF = {
+    "CacheRoot": "cache.store.paths",
+    "CorruptError": "cache.errors",
+    "FeatureReader": "cache.store.reader",
+    "FeatureSpec": "cache.format.spec",
+    "MediaRecord": "cache.store.ledger",
+    "MediaRef": "cache.store.samples",
+    "Message": "cache.store.samples",
+    "Sample": "cache.store.samples",
+    "ShardWriter": "cache.store.writer",
+    "Space": "cache.store.space",
+    "append_media": "cache.store.ledger",
+    "find_space": "cache.store.space",
+    "open_reader": "cache.remote.open",
+    "write_samples": "cache.store.samples",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
