@@ -239,28 +239,27 @@ def encoder_of(options: Options) -> EncoderConfig:
 
 def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
     """Stored against live; returns the exit code."""
-    from encode.check.media import Checked
+    from encode.check.media import CheckConfig
     from encode.check.stored import check_space, choose_space
 
-    config = encoder_of(options)
+    encoder = encoder_of(options)
     wanted = {
         "container": (options.format,),
-        "encoder": (config.name, f"random-{config.name}"),
+        "encoder": (encoder.name, f"random-{encoder.name}"),
         "codec": (options.codec,),
-        "pool_image": (config.pool_image,),
-        "pool_frame": (config.pool_frame,),
+        "pool_image": (encoder.pool_image,),
+        "pool_frame": (encoder.pool_frame,),
     }
     assert options.check is not None, "asked before"
-    what = Checked(
-        media=options.check,
-        datasets=tuple(datasets),
+    config = CheckConfig(
         max_frames=options.max_frames,
-        keep=options.keep_media.expanduser().absolute() if options.keep_media else None,
-        fetch=fetch_rules(options) if options.check_urls else None,
+        keep_media=options.keep_media.expanduser().absolute() if options.keep_media else None,
+        download=fetch_rules(options) if options.check_urls else None,
         device=options.device,
         weights=options.weights,
     )
-    report = check_space(root, choose_space(root, wanted), what)
+    space = choose_space(root, wanted)
+    report = check_space(root, space, config, media=options.check, datasets=datasets)
     print(report.text())
     return 0 if report.ok else 1
 

@@ -1,93 +1,105 @@
-"""Which media `encode.check` looks at, and their bytes: from their file, from what was kept, from the web."""
+"""Load media of a space again: stored rows, and pixels decoded now from a file, a kept download or the web.
+
+R rows of one image (1) or video (its frames), S side of the encoder's input in pixels.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy.typing as npt
+import torch
+from PIL.Image import Image
 
-from cache.store.ledger import MediaRecord, media_table
-from cache.store.paths import CacheRoot
+from cache.format.frame_sampling import FULL, frame_views, sample_times, time_view
+from cache.format.spec import ARRAY_OF
+from cache.store.ledger import MediaRecord
+from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import samples_table
 from configs import UserError
-from encode.check.loss import row_numbers
 from encode.download.client import DownloadConfig, Fetched, Fetcher
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
-from model.media.images import BadMediaError
+from model.media import video
+from model.media.images import BadMediaError, decode_image
+from model.vision.encoder import rebuild_encoder
 
-SEED = 0
-"""Of the draw: the same media each time, as long as the cache is the same."""
+NOT_ON_DISK = "from the web, and not kept on this disk"
 
-NOT_KEPT = "from the web, and not kept (--keep-media DIR, or --check-urls)"
+GROUP = 16
+"""Media loaded together, so that their downloads run at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What to look at."""
+class CheckConfig:
+    """Where media and the encoder are loaded from."""
 
-    media: int
-    """How many, at most."""
-    datasets: tuple[str, ...] = ()
-    """Only of these data sets; empty: all of the cache."""
     max_frames: int
-    """Of one video: as when it was encoded."""
-    keep: Path | None = None
-    """Folder of kept media."""
-    fetch: DownloadConfig | None = None
-    """How to download what is not on this disk; None: not at all."""
+    """Largest number of frames of one video; the same as when it was encoded."""
+    keep_media: Path | None = None
+    """Folder of kept downloads."""
+    download: DownloadConfig | None = None
+    """How to download media that are not on this disk; None: do not download."""
     device: str = "auto"
-    """Where to encode."""
+    """Device of the encoder: auto, cpu, cuda, cuda:N or mps."""
     weights: str | None = None
-    """Where the encoder's weights are, if not where they were."""
+    """File or folder with the encoder's weights; None: the recorded place, or the hub."""
 
 
-def drawn(
-    root: CacheRoot, reader: FeatureReader, what: Checked, source: Bytes
-) -> Iterator[MediaRecord]:
-    """Sources of the ledger in random order, whose rows are all in the space."""
-    table = media_table(root)
-    table = table.filter(pc.is_valid(table["key"]))
-    if what.datasets:
-        lists = [samples_table(root, name, ["media"])["media"] for name in what.datasets]
-        flat = [pc.struct_field(pc.list_flatten(one.combine_chunks()), "source") for one in lists]
-        table = table.filter(pc.is_in(table["source"], pa.concat_arrays(flat)))
-    if not source.gets_urls:
-        web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
-        left = int(pc.sum(web).as_py() or 0)
-        source.skipped.update({NOT_KEPT: left} if left else {})
-        table = table.filter(pc.invert(web))
-    for at in np.random.default_rng(SEED).permutation(len(table)).tolist():
-        record = MediaRecord(**table.slice(at, 1).to_pylist()[0])
-        rows = row_numbers(reader, record.kind, record, what.max_frames)
-        if len(rows) and (rows >= 0).all():
-            yield record
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedMedia:
+    """One image or video: its stored rows, and its pixels decoded now."""
+
+    record: MediaRecord
+    """Its entry in the ledger."""
+    array: str
+    """Array that holds its rows."""
+    views: tuple[str, ...]
+    """(R,) names of its views."""
+    times_s: tuple[float, ...]
+    """(R,) stored times of its frames, seconds; empty for an image."""
+    rows: torch.Tensor
+    """(R, row_bytes) uint8, as stored."""
+    pixels: npt.NDArray[np.uint8]
+    """(R, S, S, 3) encoder inputs of the same views."""
 
 
-class Bytes:
-    """Where the bytes of media are: their file, the folder of kept media, the web."""
+class MediaLoader:
+    """Load media whose rows are all stored and whose bytes are still the encoded ones.
 
-    def __init__(self, what: Checked, skipped: Counter[str]):
-        """`skipped` counts why media could not be had.
+    with MediaLoader(root.space(name), config) as loader:
+        for media in loader.load(records):
+            features = loader.encoder.encode(media.pixels, media.array)
+    """
+
+    def __init__(self, paths: SpacePaths, config: CheckConfig) -> None:
+        """Open the space and rebuild its encoder.
 
         Raises:
-            UserError: there is no such folder of kept media.
+            UserError: no such space or folder of kept downloads; the encoder is not available or has changed.
         """
-        if what.keep is not None and not what.keep.is_dir():
-            raise UserError(f"--keep-media {what.keep}: no such folder")
-        self.skipped = skipped
-        self._store = MediaStore(what.keep) if what.keep is not None else None
-        self._fetcher = Fetcher(what.fetch) if what.fetch is not None else None
+        if config.keep_media is not None and not config.keep_media.is_dir():
+            raise UserError(f"--keep-media {config.keep_media}: no such folder")
+        self.reader = FeatureReader(paths)
+        self.encoder = rebuild_encoder(
+            self.reader.load, self.reader.spec, device=config.device, weights=config.weights
+        )
+        self.skipped: Counter[str] = Counter()
+        """Reason -> number of media whose bytes are not available."""
+        self.undecodable: list[str] = []
+        """Media whose bytes are unchanged and cannot be decoded any more, with the reason."""
+        self._max_frames = config.max_frames
+        self._store = MediaStore(config.keep_media) if config.keep_media is not None else None
+        self._fetcher = Fetcher(config.download) if config.download is not None else None
 
     def __enter__(self) -> Self:
         return self
@@ -103,24 +115,91 @@ class Bytes:
 
     @property
     def gets_urls(self) -> bool:
-        """Whether there is a place to look for what came from the web."""
+        """Whether media from the web may be available."""
         return self._store is not None or self._fetcher is not None
 
-    def get(self, records: Sequence[MediaRecord]) -> Iterator[tuple[MediaRecord, bytes | Path]]:
-        """Those whose bytes can be had and are still the ones that were encoded; the others are counted."""
-        coming: dict[str, Future[Fetched]] = {}
+    def is_stored(self, record: MediaRecord) -> bool:
+        """Return whether every row of a media item is stored."""
+        rows = self._row_numbers(record)
+        return len(rows) > 0 and bool((rows >= 0).all())
+
+    def load(self, records: Iterable[MediaRecord]) -> Iterator[LoadedMedia]:
+        """Yield the media of `records` whose bytes are available and decodable.
+
+        Args:
+            records: media for which `is_stored` is true.
+        """
+        waiting = iter(records)
+        while group := list(islice(waiting, GROUP)):
+            for record, data in self._bytes(group):
+                try:
+                    yield self._decoded(record, data)
+                except (BadMediaError, OSError) as error:
+                    self.undecodable.append(
+                        f"{record.key} ({record.source}): cannot be decoded any more: {error}"
+                    )
+
+    def _row_numbers(self, record: MediaRecord) -> npt.NDArray[np.int64]:
+        """Rows of all views, -1 for a view without one; empty if the media item has no known views."""
+        if record.key is None or (record.kind == "video" and record.duration_s is None):
+            return np.empty(0, dtype=np.int64)
+        array = ARRAY_OF[record.kind]
+        if record.kind == "image":
+            return self.reader.lookup(array, [record.key])
+        assert record.duration_s is not None
+        views = frame_views(record.duration_s, self._max_frames)
+        return self.reader.lookup_pairs(array, [record.key] * len(views), views)
+
+    def _decoded(self, record: MediaRecord, data: bytes | Path) -> LoadedMedia:
+        """Read the rows of a media item and decode the same views.
+
+        Raises:
+            BadMediaError: it cannot be decoded.
+            OSError: it cannot be read.
+        """
+        array = ARRAY_OF[record.kind]
+        numbers = self._row_numbers(record)
+        times: npt.NDArray[np.float64] = np.empty(0)
+        views: tuple[str, ...] = (FULL,)
+        images: Iterable[Image]
+        if isinstance(data, bytes) and record.kind == "image":
+            images = [decode_image(data)]
+        else:
+            assert record.duration_s is not None, "a video without a length has no rows"
+            times = self.reader.times(array, numbers)
+            first = np.append(True, times[1:] != times[:-1])  # two views may share one frame
+            asked_us = np.array(sample_times(record.duration_s, self._max_frames))[first].tolist()
+            numbers, times, views = numbers[first], times[first], tuple(map(time_view, asked_us))
+            images = (frame.image for frame in video.frames(data, asked_us, video.probe(data)))
+        rows = np.empty((len(numbers), self.reader.spec.row_bytes(array)), np.uint8)
+        self.reader.read_into(array, numbers, rows)
+        return LoadedMedia(
+            record=record,
+            array=array,
+            views=views,
+            times_s=tuple(times.tolist()),
+            rows=torch.from_numpy(rows),
+            pixels=np.stack([self.encoder.prepare(image) for image in images]),
+        )
+
+    def _bytes(self, records: Sequence[MediaRecord]) -> Iterator[tuple[MediaRecord, bytes | Path]]:
+        """Yield the available media of `records` with their unchanged bytes, and count the others."""
+        downloads: dict[str, Future[Fetched]] = {}
         kept = {r.source: self._kept(r) for r in records if is_url(r.source)}
         if self._fetcher is not None:
             for record in records:
                 if is_url(record.source) and kept[record.source] is None:
-                    coming[record.source] = self._fetcher.submit(record.source, sha256=record.key)
+                    downloads[record.source] = self._fetcher.submit(
+                        record.source, sha256=record.key
+                    )
         for record in records:
+            data: bytes | Path | None
             if not is_url(record.source):
                 data = self._file(record)
-            elif record.source in coming:
-                data = self._downloaded(coming[record.source])
+            elif record.source in downloads:
+                data = self._downloaded(downloads[record.source])
             elif (data := kept[record.source]) is None:
-                self.skipped[NOT_KEPT] += 1
+                self.skipped[NOT_ON_DISK] += 1
             if data is not None:
                 yield record, data
 
@@ -131,13 +210,13 @@ class Bytes:
         try:
             fetched = future.result()
         except BadMediaError as error:
-            self.skipped[f"not to be downloaded any more: {error.stage}: {error.reason}"] += 1
+            self.skipped[f"download failed: {error.stage}: {error.reason}"] += 1
             return None
         fetched.release()
         return fetched.data
 
     def _file(self, record: MediaRecord) -> bytes | Path | None:
-        """A video stays a file: it may be larger than memory."""
+        """Return the bytes of an image file or the path of a video file, which may exceed the memory."""
         path = Path(record.source)
         try:
             if record.kind == "video":

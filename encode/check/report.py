@@ -1,4 +1,4 @@
-"""What `encode.check` saw, and how it says it.
+"""The report of `encode.run --check`: differences of stored rows, and the loss of every codec.
 
 R rows, M tokens, V values a token.
 """
@@ -15,20 +15,25 @@ from cache.format.spec import FeatureSpec
 from configs.console import bytes_text, table_text
 
 SHOWN = 5
-"""Rows printed of those that differ."""
+"""Number of differing rows that are printed."""
 
 
 @dataclass(kw_only=True)
-class Loss:
-    """What is left of features after packing: one entry a row."""
+class CodecLoss:
+    """How far unpacked rows are from the features they were packed from, one entry a row."""
 
     errors: list[float] = field(default_factory=list)
     """|unpacked - features| / |features|."""
     cosines: list[float] = field(default_factory=list)
-    """Of unpacked and features."""
+    """Cosine of unpacked values and features."""
 
     def add(self, features: torch.Tensor, values: torch.Tensor) -> None:
-        """Rows of features (R, M, V) and what came back, both float32."""
+        """Add R rows.
+
+        Args:
+            features: (R, M, V) float32.
+            values: (R, M, V) float32, unpacked.
+        """
         x, y = features.flatten(1).double(), values.flatten(1).double()
         norm = x.norm(dim=1)
         error = torch.where(norm > 0, (y - x).norm(dim=1) / norm, y.norm(dim=1))
@@ -37,7 +42,7 @@ class Loss:
         self.cosines += torch.where(both > 0, (x * y).sum(1) / both, 1.0).tolist()
 
     def cells(self) -> tuple[str, str, str, str]:
-        """Error mean and max, cosine mean and min."""
+        """Return mean and largest error, mean and smallest cosine, as text."""
         errors, cosines = np.array(self.errors), np.array(self.cosines)
         return (
             f"{errors.mean():.5f}",
@@ -49,38 +54,38 @@ class Loss:
 
 @dataclass(kw_only=True)
 class CheckReport:
-    """What was seen."""
+    """What a check found."""
 
     spec: FeatureSpec
-    """Of the space."""
+    """Spec of the space."""
     trained: bool
-    """Whether the encoder's weights are trained ones."""
+    """Whether the encoder has trained weights."""
     precision: str
-    """What was computed in now."""
+    """Precision of the new features."""
     tolerance: float
-    """Relative error a stored row may have."""
+    """Largest relative error of a stored row."""
+    skipped: Counter[str]
+    """Reason -> number of sources that could not be loaded."""
     media: Counter[str] = field(default_factory=Counter)
-    """Kind -> media looked at."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Why -> sources that could not be looked at."""
+    """Media kind -> number of media encoded again."""
     rows: int = 0
-    """Rows compared."""
+    """Number of rows compared."""
     equal: int = 0
-    """Of these, rows equal to the bit."""
-    stored: Loss = field(default_factory=Loss)
-    """Stored rows against live features."""
-    variants: dict[FeatureSpec, Loss] = field(default_factory=dict)
-    """The same live features as spaces of other codecs would hold them."""
+    """Number of rows equal bit for bit."""
+    stored: CodecLoss = field(default_factory=CodecLoss)
+    """Stored rows against new features."""
+    variants: dict[FeatureSpec, CodecLoss] = field(default_factory=dict)
+    """Spec with another codec -> loss of the new features in that codec."""
     differing: list[tuple[float, str]] = field(default_factory=list)
-    """Error, and which row: those beyond the tolerance."""
+    """Error and name of each row beyond the tolerance."""
 
     @property
     def ok(self) -> bool:
-        """Whether every row is what encoding makes."""
+        """Whether every row is within the tolerance."""
         return not self.differing
 
     def text(self) -> str:
-        """For the reader."""
+        """Return the printed report."""
         media = ", ".join(f"{n:,} {kind}s" for kind, n in sorted(self.media.items()))
         lines = [f"space    {self.spec.name}: {media}, {self.rows:,} rows encoded again"]
         lines += [f"left out {n:,} sources: {why}" for why, n in self.skipped.most_common()]
@@ -89,30 +94,30 @@ class CheckReport:
             limit = f"at most {self.tolerance:.3f}"
             lines += [
                 f"equal    {self.equal:,} of {self.rows:,} rows, to the bit",
-                f"error    of stored rows against live: mean {mean}, max {most} ({limit})",
+                f"error    of stored rows against new ones: mean {mean}, max {most} ({limit})",
                 f"cosine   mean {cosine}, min {least}",
             ]
         if self.precision != self.spec.compute_dtype:
-            lines.append(f"note     made in {self.spec.compute_dtype}, here in {self.precision}")
+            lines.append(
+                f"note     stored in {self.spec.compute_dtype}, computed in {self.precision} here"
+            )
         self.differing.sort(reverse=True)
         lines += [f"DIFFERS  {error:.4f} {row}" for error, row in self.differing[:SHOWN]]
         lines.append(
-            "ok: stored rows are what encoding makes"
+            "ok: stored rows are what encoding gives"
             if self.ok
-            else f"{len(self.differing):,} of {self.rows:,} rows differ by more than {self.spec.codec} may "
-            "lose; python -m cache.verify --deep says whether their bytes are intact"
+            else f"{len(self.differing):,} of {self.rows:,} rows differ by more than {self.spec.codec} "
+            "loses; python -m cache.verify --deep checks whether their bytes are intact"
         )
         return "\n".join([*lines, "", self._table()] if self.rows else lines)
 
     def _table(self) -> str:
-        """Every codec on the live features."""
+        """Return the loss of the new features in every codec, as a table."""
         rows = [
             (variant.codec, bytes_text(variant.row_bytes("image")), *loss.cells())
             for variant, loss in self.variants.items()
         ]
         header = ("codec", "image", "error", "max", "cosine", "min")
-        weights = (
-            "trained weights" if self.trained else "random weights: no measure of trained ones"
-        )
+        weights = "trained weights" if self.trained else "random weights: trained ones differ"
         title = f"the same features of {self.spec.encoder} through each codec ({weights})"
         return f"{title}\n{table_text(header, rows, right='image error max cosine min')}"

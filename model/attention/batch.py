@@ -36,6 +36,26 @@ class PackedBatch:
     units: Tensor
     """(U, 4) int64 q_start, q_end, prefix_start, prefix_end; stays on the CPU."""
 
+    @staticmethod
+    def one_sample(ids: Tensor, weights: Tensor, image: int) -> PackedBatch:
+        """Return one sample as a batch.
+
+        Args:
+            ids: (T,) int64 token ids, one `image` for each feature.
+            weights: (T,) float32; a token is a target where its weight is not 0.
+            image: token id of `<image>`.
+        """
+        targets = weights.nonzero().squeeze(1)
+        return PackedBatch(
+            input_ids=ids,
+            position_ids=torch.arange(len(ids)),
+            image_slots=(ids == image).nonzero().squeeze(1),
+            loss_positions=targets - 1,
+            targets=ids[targets],
+            loss_weights=weights[targets],
+            units=torch.tensor([[0, len(ids), 0, 0]]),
+        )
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on `device`; `units` stay where the plan is made."""
         moved = {

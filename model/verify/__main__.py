@@ -154,7 +154,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     repeats = torch.where(ids == image, features.shape[1], 1)
     with torch.inference_mode():
         total, weight = vlm.loss(
-            _one_sample(
+            PackedBatch.one_sample(
                 ids.repeat_interleave(repeats),
                 torch.from_numpy(sample.weights).repeat_interleave(repeats),
                 image,
@@ -169,19 +169,6 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
         + ("" if math.isfinite(mean) else ": NOT finite")
     )
     return encoder, vlm, math.isfinite(mean)
-
-
-def _one_sample(ids: torch.Tensor, weights: torch.Tensor, image: int) -> PackedBatch:
-    supervised = weights.nonzero().squeeze(1)
-    return PackedBatch(
-        input_ids=ids,
-        position_ids=torch.arange(len(ids)),
-        image_slots=(ids == image).nonzero().squeeze(1),
-        loss_positions=supervised - 1,
-        targets=ids[supervised],
-        loss_weights=weights[supervised],
-        units=torch.tensor([[0, len(ids), 0, 0]]),
-    )
 
 
 def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:

@@ -1,4 +1,7 @@
-"""`encode.run --check N`: stored rows that are what encoding makes, and such that are not."""
+"""`encode.run --check N` finds stored rows that encoding does not give.
+
+python -m encode.run --check 50 --features cache
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from cache.store.space import Space, find_space
 from cache.store.writer import ShardWriter
 from configs import UserError
 from encode import run as encode_run
-from encode.check.report import Loss
+from encode.check.report import CodecLoss
 from encode.download.media_store import MediaStore
 from tests.support.encode_jobs import draw
 from tests.support.videos import make_video
@@ -43,7 +46,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def photos(tmp_path: Path, run: Run) -> Path:
-    """Six images and a video of five frames, encoded."""
+    """Return a folder of six images and a video of five frames, encoded."""
     folder = tmp_path / "photos"
     draw(folder, 6, side=40)
     make_video(folder / "video.mp4", frames=30, fps=Fraction(10))
@@ -60,7 +63,7 @@ def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
     assert code == 0
     assert "6 images, 1 videos, 11 rows encoded again" in out
     assert "equal    11 of 11 rows, to the bit" in out
-    assert "ok: stored rows are what encoding makes" in out
+    assert "ok: stored rows are what encoding gives" in out
     table = out[out.index("the same features of random-demo through each codec (random") :]
     lines = {line.split()[0]: line.split()[-4:] for line in table.splitlines()[2:]}
     assert list(lines) == list(CODECS)
@@ -70,14 +73,14 @@ def test_rows_just_encoded_are_equal_to_the_bit(photos: Path, run: Run) -> None:
     assert float(lines["fp16"][1]) < 0.001 and float(lines["fp16"][3]) > 0.99999
 
 
-def test_so_many_are_drawn_by_chance_and_the_same_again(photos: Path, run: Run) -> None:
+def test_the_draw_is_random_and_repeatable(photos: Path, run: Run) -> None:
     first, again = run("--check", 3), run("--check", 3)
     assert first == again and first[0] == 0
     assert "3 images, 3 rows" in first[1] or "2 images, 1 videos, 7 rows" in first[1]
 
 
 def test_rows_of_another_image_are_found(photos: Path, run: Run, tmp_path: Path) -> None:
-    """Intact bytes, checksums and all; only no encoding of this image."""
+    """Two rows are exchanged; their bytes and checksums are intact."""
     ledger = read_media(CacheRoot(tmp_path / "cache"))
     space = Space.open(reader_of(tmp_path).paths)
     keys = [ledger[str(photos / f"{n:04d}.png")].key for n in range(6)]
@@ -91,9 +94,7 @@ def test_rows_of_another_image_are_found(photos: Path, run: Run, tmp_path: Path)
     shard.commit(replaces=space.paths.committed("image"))
     code, text = run("--check", 50)
     assert code == 1
-    assert (
-        "equal    9 of 11 rows" in text and "2 of 11 rows differ by more than int8 may lose" in text
-    )
+    assert "equal    9 of 11 rows" in text and "2 of 11 rows differ by more than int8 loses" in text
     differing = [line for line in text.splitlines() if line.startswith("DIFFERS")]
     assert sorted(line.split("(")[1] for line in differing) == [
         f"{photos / '0001.png'})",
@@ -101,7 +102,7 @@ def test_rows_of_another_image_are_found(photos: Path, run: Run, tmp_path: Path)
     ]
 
 
-def test_files_that_changed_or_went_are_left_out_and_counted(photos: Path, run: Run) -> None:
+def test_changed_and_missing_files_are_left_out_and_counted(photos: Path, run: Run) -> None:
     (photos / "0000.png").unlink()
     (photos / "0001.png").write_bytes((photos / "0002.png").read_bytes())
     (photos / "video.mp4").write_bytes(b"no video")
@@ -112,11 +113,11 @@ def test_files_that_changed_or_went_are_left_out_and_counted(photos: Path, run: 
     assert "4 images, 4 rows" in out
 
 
-def test_other_frames_than_are_stored_leave_the_video_out(photos: Path, run: Run) -> None:
+def test_a_video_with_other_frames_than_the_stored_ones_is_left_out(photos: Path, run: Run) -> None:
     assert "6 images, 6 rows" in run("--max-frames", 4, "--check", 50)[1]
 
 
-def test_media_from_the_web_are_kept_ones_or_downloaded_again(
+def test_media_from_the_web_are_read_from_the_kept_folder_or_downloaded(
     photos: Path, run: Run, tmp_path: Path
 ) -> None:
     root, kept = CacheRoot(tmp_path / "cache"), MediaStore(tmp_path / "kept")
@@ -133,7 +134,7 @@ def test_media_from_the_web_are_kept_ones_or_downloaded_again(
         for path in photos.iterdir():
             path.unlink()
         with pytest.raises(
-            UserError, match=r"no media .* can be had again \(.*3 from the web.*--keep"
+            UserError, match=r"no media .* can be loaded \(.*3 from the web.*--keep"
         ):
             run("--check", 50)
         code, out = run("--check", 50, "--keep-media", tmp_path / "kept")
@@ -142,11 +143,11 @@ def test_media_from_the_web_are_kept_ones_or_downloaded_again(
         asked = ("--check-urls", "--allow-private", "--fetch-tries", 1)
         code, out = run("--check", 50, *asked, "--keep-media", tmp_path / "kept")
         assert code == 0 and "2 images, 2 rows" in out and "equal    2 of 2 rows" in out
-        assert "left out 1 sources: not to be downloaded any more: fetch: HTTP 404" in out
+        assert "left out 1 sources: download failed: fetch: HTTP 404" in out
         assert server.counts == {"/photo-0": 1, "/404": 1}
 
 
-def test_what_cannot_be_compared_is_one_line(photos: Path, run: Run, tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_line(photos: Path, run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--check 0: must be at least 1"):
         run("--check", 0)
     with pytest.raises(UserError, match="no such folder"):
@@ -174,8 +175,8 @@ def reader_of_codec(tmp_path: Path, name: str) -> Path:
     return space.shard("image", 0)
 
 
-def test_losses_are_relative_and_rows_of_zeros_lose_nothing() -> None:
-    loss = Loss()
+def test_codec_loss_is_relative_and_zero_for_rows_of_zeros() -> None:
+    loss = CodecLoss()
     x = torch.zeros(3, 1, 4)
     x[1], x[2] = torch.tensor([3.0, 0, 0, 4]), 1.0
     y = x.clone()

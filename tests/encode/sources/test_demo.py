@@ -5,36 +5,25 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import configs
 from cache.format.frame_sampling import sample_times
-from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader
 from cache.store.samples import Sample
-from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
-from encode.check import loss
 from encode.sources import demo as world
 from encode.sources import demo_videos as videos
 from encode.sources import open_dataset
 from encode.sources.demo import DemoDataset
 from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
-from model.io.saved_model import save_final
-from model.language.chat_template import tokenize_messages
 from model.language.model import load_tokenizer
-from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.media.video import frames, probe
-from model.vlm import build_vlm
-from tests.support import trained_runs
 from train import demo
 
 SMALL = World(images=200, dialogues=20, videos=40)
@@ -236,7 +225,7 @@ def test_every_turn_of_a_dialogue_has_exactly_the_answer_given(tmp_path: Path) -
         assert len(sample.media) == len({m.source for m in sample.media})
         turns = [m.content for m in sample.messages]
         for asked, told in zip(turns[::2], turns[1::2], strict=True):
-            which, question = asked.removeprefix("In the ").split(" image: ")
+            which, question = asked.removeprefix("In the ").split(" picture: ")
             shown = shown_in(sample, ("first", "second", "third", "fourth").index(which))
             assert answer_by_search(question[0].upper() + question[1:], shown) == [told]
 
@@ -352,65 +341,3 @@ def test_configs_demo_names_only_options_that_exist() -> None:
     }
     assert named == set(world.NAMES)
     assert World.load().images > 0
-
-
-# ---- cached loss = live loss
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A cache of twelve drawings, and an untrained model on it."""
-    folder = tmp_path_factory.mktemp("live")
-    features = folder / "cache"
-    command = ["--dataset", "demo-captions", "demo-questions", "--encoder", "demo", "--limit", "12"]
-    assert encode_run.main([*command, "--features", str(features), "--workers", "0"]) == 0
-    reader = FeatureReader(find_space(CacheRoot(features), None))
-    vlm, tokenizer = build_vlm(reader.spec.width, "random:qwen3-tiny", "linear", seed=0)
-    space = json.loads(reader.paths.space_json.read_text())
-    meta = {"connector": "linear", "llm": "x", "space": space, "stage": 1, "step": 0}
-    save_final(folder / "final", vlm, tokenizer, meta)
-    return folder / "final", features
-
-
-def test_cached_loss_is_live_loss(
-    trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, features = trained
-    assert loss.main(["--run", str(model), "--features", str(features), "--samples", "6"]) == 0
-    assert "cached loss = live loss: " in capsys.readouterr().out
-    result = loss.compare(loss.Options(run=str(model), features=features, samples=6))
-    assert (result.samples, result.images, result.same_rows) == (6, 6, 6)
-    assert result.cached == result.live
-    assert result.cached == pytest.approx(result.unrounded, rel=0.01)
-
-
-def test_a_changed_image_is_noticed(trained: tuple[Path, Path]) -> None:
-    model, features = trained
-    path = next(features.glob("demo/*/00000.png"))
-    before = path.read_bytes()
-    path.write_bytes(draw(World(images=9, seed=5), 0))
-    try:
-        result = loss.compare(loss.Options(run=str(model), features=features, samples=1))
-    finally:
-        path.write_bytes(before)
-    assert (result.images, result.same_rows) == (1, 0)
-    assert result.cached != result.live
-
-
-def test_a_sample_alone_is_a_batch_of_one() -> None:
-    tokenizer = load_tokenizer("random:qwen3-tiny")
-    image_id = token_id(tokenizer, IMAGE_TOKEN)
-    turns = [("user", "a", 1.0), ("assistant", "b", 0.5)]
-    text = tokenize_messages(tokenizer, turns, 1)
-    spec = trained_runs.spec()
-    row = torch.zeros(1, spec.row_bytes("image"), dtype=torch.uint8)
-    image = loss.StoredMedia(array="image", asked_us=(), times_s=(), rows=row)
-    assert spec.tokens("image") == 4
-    batch = loss.alone(tokenizer, turns, [image], spec)
-    assert len(batch.input_ids) == len(text.ids) + 3
-    first = int((torch.from_numpy(text.ids) == image_id).nonzero()[0])
-    assert batch.image_slots.tolist() == [first, first + 1, first + 2, first + 3]
-    assert tokenizer.decode(batch.targets.tolist()) == "b<|im_end|>"
-    assert torch.equal(batch.input_ids[batch.loss_positions + 1], batch.targets)
-    assert batch.loss_weights.tolist() == [0.5, 0.5]
-    assert batch.units.tolist() == [[0, len(batch.input_ids), 0, 0]]

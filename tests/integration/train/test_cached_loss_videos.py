@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from cache.format.frame_sampling import sample_times
-from cache.store.ledger import append_media, read_media
+from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRef, read_samples, write_samples
 from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
-from encode.check import loss
 from model import generate
 from model.generate import Options, in_order, live_video
 from model.inference import answer
@@ -90,64 +88,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
     meta = {"connector": "linear", "llm": "x", "space": space, "stage": 1, "step": 0}
     save_final(folder / "run/stage1/final", vlm, tokenizer, meta | {"max_frames": LIMIT})
     return Live(folder, folder / "run/stage1/final", features)
-
-
-def test_cached_loss_is_live_loss_on_videos(
-    world: Live, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--run", str(world.model), "--features", str(world.features), "--samples", "8"]
-    assert loss.main(words) == 0
-    assert "images and frames give the stored row to the bit" in capsys.readouterr().out
-    result = loss.compare(loss.Options(run=str(world.model), features=world.features, samples=8))
-    assert (result.samples, result.videos) == (8, 4)
-    assert result.same_rows == result.images > 4 + 2 * 4
-    assert result.cached == result.live
-    assert result.cached == pytest.approx(result.unrounded, rel=0.01)
-
-
-def test_with_other_frames_than_are_stored_there_is_nothing_to_compare(world: Live) -> None:
-    options = loss.Options(run=str(world.model), features=world.features, samples=20, max_frames=3)
-    result = loss.compare(options)
-    assert (result.samples, result.videos) == (6, 0)  # the images
-
-
-def test_what_came_from_the_web_cannot_be_looked_at_again(world: Live) -> None:
-    root = CacheRoot(world.features)
-    sample = next(iter(read_samples(root, "demo-videos")))
-    record = read_media(root)[sample.media[0].source]
-    url = "https://a.example/video.y4m"
-    append_media(root, [replace(record, source=url)], "test")
-    write_samples(
-        root, "web", [replace(sample, dataset="web", media=(MediaRef(source=url, kind="video"),))]
-    )
-    options = loss.Options(run=str(world.model), features=world.features, samples=50)
-    assert loss.compare(options).samples == 12
-    joined = join(
-        root,
-        world.reader,
-        {"web": None},
-        split="train",
-        held_out=0.0,
-        min_coverage=1.0,
-        max_frames=LIMIT,
-    )
-    assert joined.size == 1  # while training on it needs no file
-
-
-def test_a_video_that_is_gone_or_broken_is_said(world: Live) -> None:
-    sample = next(iter(read_samples(CacheRoot(world.features), "demo-videos")))
-    path = Path(sample.media[0].source)
-    whole = path.read_bytes()
-    options = loss.Options(run=str(world.model), features=world.features, samples=2)
-    try:
-        path.write_bytes(b"YUV4MPEG2 nothing")
-        with pytest.raises(UserError, match="it has changed since it was encoded"):
-            loss.compare(options)
-        path.unlink()
-        with pytest.raises(UserError, match="cannot be read to encode it again: No such file"):
-            loss.compare(options)
-    finally:
-        path.write_bytes(whole)
 
 
 def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
