@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def bytes_text(nbytes: float) -> str:
@@ -15,6 +17,14 @@ def bytes_text(nbytes: float) -> str:
             break
         nbytes /= 1000
     return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk that holds, or will hold, `folder`."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cache.format.spec import CODECS, FeatureSpec
 from configs import UserError
@@ -43,14 +41,6 @@ class Speed:
         encode = self.batch_s / self.batch_size / self.devices
         decode = DECODE_S / self.cores
         return images * (encode + decode if self.shared else max(encode, decode))
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space on the disk that holds, or will hold, `folder`."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: Speed | None) -> str:

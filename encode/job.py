@@ -18,13 +18,14 @@ from cache.store.paths import CacheRoot
 from cache.store.references import Present
 from cache.store.space import Space, fitting_info
 from configs import UserError
+from configs.console import free_bytes
 from encode.download.client import DownloadConfig
 from encode.driver.inline import Counter, run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger, Tracker
-from encode.estimate import check_fits, describe, free_bytes, table
+from encode.estimate import check_fits, describe, table
 from encode.plan import MediaCounter, Plan, make_plan
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log

@@ -19,7 +19,7 @@ from model.loss import weighted_cross_entropy
 
 
 class VLM(nn.Module):
-    """Connector and language model. Called with a packed batch it returns the loss (so DDP can wrap it)."""
+    """Connector and language model."""
 
     def __init__(self, language: PreTrainedModel, connector: nn.Module, vision_width: int):
         super().__init__()
@@ -73,7 +73,8 @@ class VLM(nn.Module):
         if features is None or features.shape[0] == 0:
             if len(image_slots):
                 raise ValueError(f"{len(image_slots)} image slots but no features")
-            # Every step touches the connector: a rank that skips it would hang the others in DDP.
+            # A batch without images gives the connector a gradient of zero, not None. AdamW skips a parameter
+            # without a gradient, and with a frozen language model backward() would have nothing to do.
             unused = self.connector(words.new_zeros(1, self.vision_width, dtype=self.dtype))
             return words + 0.0 * unused.sum().to(words.dtype)
         tokens = self.connector(features.to(self.dtype).flatten(0, -2))  # (..., V) -> (N, D)

@@ -15,8 +15,6 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import Elsewhere
 from configs import UserError, nearest
 
-GIB = 2**30
-
 SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
 """Options that decide the defaults of others."""
 
@@ -251,11 +249,12 @@ def detect_hardware(device: str) -> str:
         return "cpu"
     import torch  # 2 s: only when the machine must be asked
 
+    from model.io.device import hardware_preset
+
     if not torch.cuda.is_available():
         return "cpu"
     index = torch.device(device if device.startswith("cuda") else "cuda").index or 0
-    gib = torch.cuda.get_device_properties(index).total_memory / GIB
-    return "80gb" if gib > 70 else "40gb" if gib > 35 else "24gb"
+    return hardware_preset(torch.cuda.get_device_properties(index).total_memory)
 
 
 def read_saved(path: Path) -> dict[str, Any]:

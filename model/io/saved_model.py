@@ -49,7 +49,7 @@ def save_final(
 
     Args:
         folder: such as runs/<name>/stage1/final.
-        vlm: the model, not wrapped (no DDP).
+        vlm: the model.
         tokenizer: its tokenizer.
         meta: `connector` (linear | mlp), `llm` (where it came from), `space` (the content of space.json),
             `stage`, `step`, and whatever else should be kept. JSON values.

@@ -1,21 +1,24 @@
-"""Load everything once, and say what training it takes: parameters, memory, days.
+"""Load every part once and report parameters, memory, days and disk space.
 
 python -m model.verify                                           # CLIP ViT-L/14@336, Qwen3-0.6B
 python -m model.verify --random-weights                          # these sizes, nothing downloaded
 python -m model.verify --encoder demo --llm random:qwen3-demo    # seconds, on any machine
 
-Memory and days are arithmetic (model/memory.py), not measurements; parameters are counted, and one
-image really passes through encoder, connector and language model. Exits with 1 when a GPU is in the
-machine but torch cannot use it, or the pieces do not work together.
+Parameters are counted, and one image passes through encoder, connector and language model. Memory, days
+and disk space are estimates (model/verify/memory.py), not measurements. The last lines are verdicts: whether
+training fits the GPU, or each usual size of GPU where there is none, and whether features fit the disk.
+The exit code is 1 when the machine has a GPU that torch cannot use, or when the parts do not work together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +26,13 @@ import torch
 from PIL import Image
 
 import configs
+from cache.format.spec import CODECS
 from configs import UserError
+from configs.console import bytes_text, free_bytes
 from model.attention.batch import PackedBatch
 from model.attention.kernels import cuda_kernel
 from model.generate import live_features
-from model.io.device import pick_device
+from model.io.device import hardware_preset, pick_device
 from model.language.chat_template import tokenize_messages
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.verify.memory import (
@@ -53,29 +58,39 @@ GPUS = {
 }
 """Hardware preset -> a card of that size, its memory in GiB, its dense bfloat16 peak in TFLOP/s (vendor)."""
 
+CARD_GIB = (16, 24, 40, 80)
+"""GPU sizes that get a verdict on a machine without a GPU."""
+
+PIXMO_CAP_IMAGES = 717_000
+"""Rows of allenai/pixmo-cap, the largest image set of stage 1: the measure for disk space."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Load everything once, and say what training it takes."""
+    """Load every part once and report parameters, memory, days and disk space."""
 
     encoder: str = "clip-vit-l14-336"
     """An entry of configs/encoders.yaml."""
     llm: str | None = None
-    """Hub id, folder, or `random:qwen3-0.6b`; configs/model.yaml's when not given."""
+    """Hub id, folder, or `random:qwen3-0.6b`; when not given, the one in configs/model.yaml."""
     connector: Literal["linear", "mlp"] | None = None
-    """configs/model.yaml's when not given."""
+    """Kind of connector; when not given, the one in configs/model.yaml."""
     random_weights: bool = False
-    """Untrained weights of the same sizes: nothing is downloaded."""
+    """Use untrained weights of the same sizes: nothing is downloaded."""
     weights: str | None = None
     """File or folder of the encoder's weights."""
     device: str = "auto"
     """Where the encoder runs: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    features: Path = Path("cache")
+    """For the disk space: where the feature cache is or will be."""
+    codec: Literal["int8", "int4", "fp16"] = "int8"
+    """For the disk space: how rows are stored."""
     gpus: int = 4
     """For the days: GPUs that train together."""
     mfu: float = 0.35
     """For the days: share of the GPUs' peak that becomes model arithmetic."""
     text_tokens: int = 100
-    """For the days: tokens of question and answer in a sample, all taken as supervised."""
+    """For the days: tokens of question and answer in a sample; all count as supervised."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.text_tokens < 1:
@@ -104,19 +119,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         language=parameter_counts(vlm)["language"][1],
         connector=parameter_counts(vlm)["connector"][1],
     )
-    image = encoder.spec("fp16").tokens("image")
+    image_tokens = encoder.spec(options.codec).tokens("image")
     for number, stage in configs.load("train")["stages"].items():
-        print("\n" + stage_report(int(number), stage, sizes, image, options))
+        print("\n" + stage_report(int(number), stage, sizes, image_tokens, options))
     print(
-        "\nArithmetic, not measured (model/memory.py): GiB at the worst moment of a step, on each GPU;\n"
-        f"days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one image and "
-        f"{options.text_tokens} tokens of text, and if every sample fills the window."
+        "\nEstimates, not measurements (model/verify/memory.py): GiB at the worst moment of a step, on each\n"
+        f"GPU; days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one image and "
+        f"{options.text_tokens} tokens of text,\nand if every sample fills the window."
     )
+    print("\n" + "\n".join([*memory_verdicts(device, sizes), disk_verdict(encoder, options)]))
     return 1 if problem or not passed else 0
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about where things run here."""
+    """Describe the device in one line: name, memory and, on CUDA, the attention kernel."""
     if device.type != "cuda":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
         place = "Metal GPU" if device.type == "mps" else "CPU, no GPU here"
@@ -131,7 +147,11 @@ def describe_device(device: torch.device) -> str:
 
 
 def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM, bool]:
-    """Encoder, and connector with language model on the CPU; whether an image passes through all."""
+    """Load all parts and pass one image through them.
+
+    Returns:
+        The encoder on `device`, connector and language model on the CPU, and whether the loss is finite.
+    """
     defaults = configs.load("model")
     source = options.llm or ("random:qwen3-0.6b" if options.random_weights else defaults["llm"])
     encoder = load_encoder(
@@ -140,7 +160,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
         random_weights=options.random_weights,
         weights=options.weights,
     )
-    spec = encoder.spec("int8")
+    spec = encoder.spec(options.codec)
     kind = options.connector or defaults["connector"]
     vlm, tokenizer = build_vlm(spec.width, source, kind, seed=0)
     y, x = np.mgrid[0:90, 0:120]
@@ -171,30 +191,93 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     return encoder, vlm, math.isfinite(mean)
 
 
+def memory_verdicts(device: torch.device, sizes: Sizes) -> list[str]:
+    """Return one verdict for the GPU `device`, or one for each of `CARD_GIB` when it is no CUDA GPU."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        gib = card.total_memory / GIB
+        name = f"this GPU ({card.name}, {gib:.1f} GiB)"
+        return [memory_verdict(name, gib, hardware_preset(card.total_memory), sizes)]
+    cards = {gib: f" ({card})" for card, gib, _ in GPUS.values()}
+    return [
+        memory_verdict(
+            f"a GPU of {gib} GB{cards.get(gib, '')}",
+            USABLE * gib,
+            hardware_preset(gib * GIB),
+            sizes,
+        )
+        for gib in CARD_GIB
+    ]
+
+
+def memory_verdict(card: str, usable_gib: float, preset: str, sizes: Sizes) -> str:
+    """Say in one line whether every stage fits a GPU, and which setting decides.
+
+    Args:
+        card: what the line calls the GPU.
+        usable_gib: memory that a process gets on it, GiB.
+        preset: hardware preset (configs/train.yaml) whose settings the stages are run with.
+        sizes: those of language model and connector.
+    """
+    train = configs.load("train")
+    settings = {n: {**stage, **train["hardware"][preset]} for n, stage in train["stages"].items()}
+    bytes_of = {n: step_bytes(sizes, step_of(s, gpu=True)) for n, s in settings.items()}
+    worst = max(bytes_of, key=lambda stage: bytes_of[stage]["total"])
+    parameters = ("weights", "gradients", "AdamW", "bf16 copies", "process")
+    if sum(bytes_of[worst][part] for part in parameters) > usable_gib * GIB:
+        decides = "train_llm"  # no window, however short, would help
+    else:
+        decides = max(("max_tokens", "max_sequence_length"), key=settings[worst].__getitem__)
+    fitting = [n for n, parts in bytes_of.items() if parts["total"] <= usable_gib * GIB]
+    fits = "Fits" if len(fitting) == len(bytes_of) else "Does NOT fit"
+    others = f"; stages that fit: {', '.join(map(str, fitting)) or 'none'}"
+    return (
+        f"{fits} {card}: an estimated {bytes_of[worst]['total'] / GIB:.1f} GiB in stage {worst}, decided by "
+        f"{decides}: {settings[worst][decides]}{'' if fits == 'Fits' else others}"
+    )
+
+
+def disk_verdict(encoder: VisionEncoder, options: Options) -> str:
+    """Say in one line whether the features of pixmo-cap's images fit the disk of `options.features`."""
+    row_bytes = {}
+    for codec in CODECS:
+        with contextlib.suppress(UserError):  # a width that is no multiple of 64 has fp16 alone
+            row_bytes[codec] = encoder.spec(codec).row_bytes("image")
+    sizes = {codec: PIXMO_CAP_IMAGES * nbytes for codec, nbytes in row_bytes.items()}
+    free = free_bytes(options.features)
+    fits = "Fits" if sizes[options.codec] <= free else "Does NOT fit"
+    texts = [f"{bytes_text(nbytes)} in {codec}" for codec, nbytes in sizes.items()]
+    return (
+        f"{fits} the disk of {options.features} ({bytes_text(free)} free) in {options.codec}: the "
+        f"{PIXMO_CAP_IMAGES:,} images of pixmo-cap take an estimated {', '.join(texts)}; "
+        f"100 GB hold {int(100e9 / row_bytes[options.codec]):,} images in {options.codec}"
+    )
+
+
 def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:
-    """Parameters of each part, and what of them learns in each stage."""
+    """Return a table of the parameters of each part and of those that train in each stage."""
     stages = configs.load("train")["stages"]
     lines = [f"{'':16}{'parameters':>15}" + "".join(f"{f'stage {k}':>15}" for k in stages)]
     lines.append(f"{'vision encoder':16}{encoder.parameters:15,}" + f"{'frozen':>15}" * len(stages))
     sums = [encoder.parameters, *(0 for _ in stages)]
     for part, key in (("connector", "train_connector"), ("language", "train_llm")):
         total = parameter_counts(vlm)[part][1]
-        learns = [total if stage[key] else 0 for stage in stages.values()]
-        sums = [a + b for a, b in zip(sums, (total, *learns), strict=True)]
-        cells = "".join(f"{n:15,}" if n else f"{'frozen':>15}" for n in learns)
+        trainable = [total if stage[key] else 0 for stage in stages.values()]
+        sums = [a + b for a, b in zip(sums, (total, *trainable), strict=True)]
+        cells = "".join(f"{n:15,}" if n else f"{'frozen':>15}" for n in trainable)
         lines.append(f"{part:16}{total:15,}{cells}")
     lines.append(f"{'all':16}" + "".join(f"{n:15,}" for n in sums))
     lines.append(
-        f"of the vision encoder {encoder.parameters_used:,} are computed with, when encoding; "
+        f"encoding uses {encoder.parameters_used:,} of the vision encoder's parameters; "
         "the trainer never loads it"
     )
     return "\n".join(lines)
 
 
 def stage_report(
-    number: int, stage: Mapping[str, Any], sizes: Sizes, image: int, options: Options
+    number: int, stage: Mapping[str, Any], sizes: Sizes, image_tokens: int, options: Options
 ) -> str:
-    """Memory of one stage on each hardware preset, whether it fits, and how long it takes."""
+    """Return a table with one stage's memory on each hardware preset, whether it fits, and its days."""
     columns = (
         "weights",
         "gradients",
@@ -217,14 +300,17 @@ def stage_report(
         cells = "".join(f"{parts[c] / GIB:{len(c) + 2}.1f}" for c in columns)
         label = f"  {name}{' checkpointing' if step.checkpointing else ''}"
         place, fits = _fits(name, parts["total"])
-        days = _days(name, merged, sizes, image, options) if fits and name in GPUS else ""
+        days = _days(name, merged, sizes, image_tokens, options) if fits and name in GPUS else ""
         verdict = f"{'' if fits else 'NOT '}{place}"
         lines.append(f"{label:20}{step.tokens:8,}{cells}  {verdict:18}  {days}".rstrip())
     return "\n".join(lines)
 
 
 def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
-    """A stage's and a hardware preset's values as a step; the window is the least a micro-batch holds."""
+    """Return the step that a stage's and a hardware preset's settings describe.
+
+    A micro-batch holds at least one whole window, so the longer of the two limits counts.
+    """
     return Step(
         tokens=max(settings["max_tokens"], settings["max_sequence_length"]),
         checkpointing=settings["use_gradient_checkpointing"],
@@ -236,7 +322,7 @@ def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
 
 
 def _fits(name: str, total: int) -> tuple[str, bool]:
-    """The card (or this machine) that a hardware preset is for, and whether `total` bytes fit it."""
+    """Return the card (or "this machine") of a hardware preset, and whether `total` bytes fit it."""
     if name not in GPUS:
         return "this machine", total < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card, gib, _ = GPUS[name]
@@ -244,9 +330,9 @@ def _fits(name: str, total: int) -> tuple[str, bool]:
 
 
 def _days(
-    name: str, settings: Mapping[str, Any], sizes: Sizes, image: int, options: Options
+    name: str, settings: Mapping[str, Any], sizes: Sizes, image_tokens: int, options: Options
 ) -> str:
-    """Days if every sample is one image and its text, and if every sample fills the window."""
+    """Return the days if every sample is one image with its text, and if every sample fills the window."""
     samples = settings["batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
     window = settings["max_sequence_length"]
     days = [
@@ -256,7 +342,7 @@ def _days(
             GPUS[name][2],
             options.mfu,
         )
-        for tokens in (min(window, image + options.text_tokens), window)
+        for tokens in (min(window, image_tokens + options.text_tokens), window)
     ]
     return f"{days[0]:.1f}, {days[1]:.1f}"
 

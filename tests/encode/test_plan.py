@@ -17,13 +17,13 @@ from cache.store.samples import MediaRef, Message, Sample
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
+from configs.console import free_bytes
 from encode.estimate import (
     SPARE_BYTES,
     Speed,
     break_even,
     check_fits,
     describe,
-    free_bytes,
     size_text,
     table,
     time_text,

@@ -195,7 +195,7 @@ def test_frozen_means_no_gradient(train_connector: bool, train_llm: bool, count:
 
 
 def test_text_alone_touches_the_connector_with_nothing() -> None:
-    """Its gradient is there (DDP waits for it) and is zero; the loss is as without it."""
+    """Its gradient is zero, not absent, and the loss does not change."""
     vlm = tiny("mlp")
     total, _ = vlm.loss(batch(images=0), None)
     total.backward()
