@@ -120,6 +120,7 @@ def test_messages_quoted_in_the_documents_are_in_the_code(page: str, piece: str)
         for package in ("cache", "encode", "model", "train")
         for path in (ROOT / package).rglob("*.py")
     )
+    code = code.replace("{LISTING}", "listing.json")
     assert piece in code, f"{page} quotes {piece!r}"
 
 
@@ -139,6 +140,7 @@ def test_the_data_set_of_the_guide_is_one() -> None:
     (entry,) = yaml.safe_load(block("Add a data set", "yaml")).values()
     assert build(Entry, entry, "guide").path == "/data/holidays"
     names = {
+        "__name__": __name__,
         "dataclass": dataclass,
         "Iterator": Iterator,
         "Mapping": Mapping,
@@ -148,7 +150,7 @@ def test_the_data_set_of_the_guide_is_one() -> None:
     }
     exec(block("Add a data set", "python"), names)
     (sample,) = names["Dogs"]().samples()  # type: ignore[operator]
-    assert [m.content for m in sample.messages] == ["Breed?", "Beagle."]
+    assert [m.content for m in sample.messages] == ["Breed?", "Pug."]
 
 
 def test_the_encoder_of_the_guide_is_one() -> None:
@@ -158,12 +160,13 @@ def test_the_encoder_of_the_guide_is_one() -> None:
 
 def test_the_command_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {
+        "__name__": __name__,
         "dataclass": dataclass,
         "Path": Path,
         "Sequence": Sequence,
         "parse": parse,
         "CacheRoot": CacheRoot,
-        "__name__": "guide",
+        "__name__": __name__,
     }
     exec(block("Add a command", "python"), names)
     names["main"](["--features", str(tmp_path)])  # type: ignore[operator]
