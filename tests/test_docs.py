@@ -166,7 +166,6 @@ def test_the_command_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFix
         "Sequence": Sequence,
         "parse": parse,
         "CacheRoot": CacheRoot,
-        "__name__": __name__,
     }
     exec(block("Add a command", "python"), names)
     names["main"](["--features", str(tmp_path)])  # type: ignore[operator]
