@@ -1,13 +1,13 @@
-"""Rows that came from elsewhere, kept on the local disk: bounded, checked, shared by any number of processes.
+"""Keep rows of a remote cache on the local disk, up to a size limit, for any number of processes.
 
-A row is a file of its own, named by its number and its crc32c, so that another cache's row can never be
-taken for it; its bytes are compared with that crc before they are kept and each time they are used. A file
-has its name only when it is whole, and nothing is fsynced: what a power cut leaves fails its crc, and is
-fetched again.
+Each row is one file, named by its row number and its crc32c, so a row of another cache is never mistaken for
+it. The bytes are compared with the crc32c before they are stored and each time they are read. A file gets its
+name only when it is complete. Nothing is fsynced: a file that a power cut tore fails its crc32c, and the row
+is fetched again.
 
-Who is full drops what was used longest ago, but nothing that was used within the last hours: an epoch that
-does not fit would push out exactly the rows it needs next. By simulation with room for half of an epoch's
-rows, plain LRU finds 15 % of them in the next epoch; keeping what came first finds 50 %.
+A full cache evicts the least recently used rows, but never rows used in the last six hours. Plain LRU would
+evict the rows that the next epoch needs first: in a simulation of two random epochs over twice the rows that
+fit, the second epoch finds 15 % of its rows with plain LRU, and 50 % with this rule.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ from cache.store.files import PARTIAL
 
 log = logging.getLogger(__name__)
 
-FRESH_S = 6 * 3600.0
-"""Rows used within so many seconds stay."""
-LOOK_SHARE = 16
-"""Who has added a 16th of the limit looks at the folder again: others may have added as much."""
-LOW_WATER = 0.9
-"""A folder that is full is emptied down to this share of its limit."""
-FULL_S = 60.0
-"""Seconds until a full folder is looked at again."""
+PROTECTED_S = 6 * 3600.0
+"""Rows used within this many seconds are never evicted."""
+RESCAN_SHARE = 16
+"""A process that has added 1/16 of the limit scans the folder again: others may have added as much."""
+LOW_WATERMARK = 0.9
+"""Eviction stops when the rows take at most this share of the limit."""
+FULL_PAUSE_S = 60.0
+"""Seconds for which nothing is stored after the folder was found full, to save scans."""
 ORPHAN_S = 600.0
-"""A file unfinished for so long belongs to a process that has died."""
+"""An unfinished file older than this many seconds belongs to a process that has died."""
 
 
 class RowCache:
     """Rows of one space. Any number of threads and processes may share a folder."""
 
-    def __init__(self, folder: Path, limit_bytes: int, *, fresh_s: float = FRESH_S) -> None:
-        """Nothing is written before the first row.
+    def __init__(self, folder: Path, limit_bytes: int, *, protected_s: float = PROTECTED_S) -> None:
+        """Write nothing before the first `put`.
 
         Args:
-            folder: for rows alone.
-            limit_bytes: what they may take, at most; 0: nothing is kept.
-            fresh_s: see FRESH_S.
+            folder: contains nothing but these rows.
+            limit_bytes: the most that the rows may take; 0 stores nothing.
+            protected_s: rows used within this many seconds are never evicted.
         """
-        self._folder, self._limit, self._fresh_s = folder, limit_bytes, fresh_s
+        self._folder, self._limit, self._protected_s = folder, limit_bytes, protected_s
         self._lock = threading.Lock()
-        self._size: int | None = None  # as far as we know
-        self._added = 0  # since we last looked
+        self._size: int | None = (
+            None  # bytes in the folder, as of the last scan and our own additions
+        )
+        self._added = 0  # bytes we have added since the last scan
         self._full_until = 0.0
 
     def get(self, array: str, row: int, crc: int, target: memoryview) -> bool:
-        """Fill `target` with a row; False when it is not here, or not intact."""
+        """Fill `target` (row_bytes,) with a row; return False when it is absent or damaged."""
         if not self._limit:
             return False
         path = self._path(array, row, crc)
@@ -67,22 +69,22 @@ class RowCache:
         except OSError:
             return False
         try:
-            whole = os.fstat(fd).st_size == len(target) == os.preadv(fd, [target], 0)
-        except OSError:  # a dying disk
-            whole = False
+            complete = os.fstat(fd).st_size == len(target) == os.preadv(fd, [target], 0)
+        except OSError:  # the disk fails to read it
+            complete = False
         finally:
             os.close(fd)
-        if whole and crc32c(target) == crc:
+        if complete and crc32c(target) == crc:
             with contextlib.suppress(OSError):
-                os.utime(path)
+                os.utime(path)  # the modification time is the time of the last use
             return True
         with contextlib.suppress(OSError):
             path.unlink()
         return False
 
     def put(self, array: str, row: int, crc: int, data: memoryview) -> None:
-        """Keep a row whose bytes have that crc32c, where there is room."""
-        if not self._limit or time.monotonic() < self._full_until or not self._room(len(data)):
+        """Store a row whose crc32c was verified, if there is room. A failing disk raises nothing."""
+        if not self._limit or time.monotonic() < self._full_until or not self._reserve(len(data)):
             return
         path = self._path(array, row, crc)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -95,31 +97,34 @@ class RowCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            # Training does without: the rows come from where they lie.
-            log.warning("%s: %s; nothing more is kept here", self._folder, error.strerror)
+            # Training goes on without: it fetches the rows over the network.
+            log.warning("%s: %s; no more rows are kept here", self._folder, error.strerror)
             self._full_until = float("inf")
 
     def _path(self, array: str, row: int, crc: int) -> Path:
         return self._folder / array / f"{row >> 10:x}" / f"{row:x}-{crc:08x}"
 
-    def _room(self, nbytes: int) -> bool:
-        """Whether so many bytes more may be kept; they count from then on."""
+    def _reserve(self, nbytes: int) -> bool:
+        """Count a row of `nbytes` as stored, or return False when there is no room for it."""
         with self._lock:
             if (
                 self._size is None
                 or self._size + nbytes > self._limit
-                or self._added * LOOK_SHARE > self._limit
+                or self._added * RESCAN_SHARE > self._limit
             ):
-                self._look(nbytes)
+                self._rescan(nbytes)
             if self._size is None or self._size + nbytes > self._limit:
-                self._full_until = time.monotonic() + FULL_S
+                self._full_until = time.monotonic() + FULL_PAUSE_S
                 return False
             self._size += nbytes
             self._added += nbytes
             return True
 
-    def _look(self, nbytes: int) -> None:
-        """See how much is there, and make room. One process at a time; the others keep nothing meanwhile."""
+    def _rescan(self, nbytes: int) -> None:
+        """Measure the folder, and evict rows when `nbytes` more do not fit.
+
+        One process at a time does this. The others set the size to unknown and store nothing meanwhile.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "lock").open("a") as file:
             try:
@@ -128,30 +133,38 @@ class RowCache:
                 self._size = None
                 return
             files = list(self._files())
-            size = sum(found[1] for found in files)
+            size = sum(found for _, found, _ in files)
             if size + nbytes > self._limit:
-                size -= self._drop(files, size + nbytes - int(self._limit * LOW_WATER))
+                size -= self._evict(files, size + nbytes - int(self._limit * LOW_WATERMARK))
             self._size, self._added = size, 0
 
-    def _drop(self, files: list[tuple[float, int, str]], nbytes: int) -> int:
-        """Remove so many bytes of what was used longest ago, none of it lately; returns how many went."""
-        dropped, before = 0, time.time() - self._fresh_s
+    def _evict(self, files: list[tuple[float, int, str]], nbytes: int) -> int:
+        """Remove at least `nbytes` of the least recently used rows, as far as none is protected.
+
+        Args:
+            files: (last use, bytes, path) of every row.
+            nbytes: bytes to free.
+
+        Returns:
+            the bytes that were freed.
+        """
+        freed, protected_since = 0, time.time() - self._protected_s
         for used, size, path in sorted(files):
-            if used > before or dropped >= nbytes:
+            if used > protected_since or freed >= nbytes:
                 break
             with contextlib.suppress(OSError):
-                os.unlink(path)  # noqa: PTH108 - a million of them
-                dropped += size
-        return dropped
+                os.unlink(path)  # noqa: PTH108 - may run a million times, and Path objects are slow
+                freed += size
+        return freed
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """(last use, bytes, path) of every row; what the dead left unfinished goes."""
-        stack = [os.fspath(self._folder)]
-        while stack:
-            with contextlib.suppress(FileNotFoundError), os.scandir(stack.pop()) as entries:
+        """Yield (last use, bytes, path) of every row; remove unfinished files of dead processes."""
+        folders = [os.fspath(self._folder)]
+        while folders:
+            with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        stack.append(entry.path)
+                        folders.append(entry.path)
                         continue
                     with contextlib.suppress(OSError):
                         stat = entry.stat(follow_symlinks=False)

@@ -423,7 +423,7 @@ def kept(rows: RowCache, *numbers: int) -> list[bool]:
 
 
 def test_rows_are_kept_within_the_limit_the_longest_unused_go(tmp_path: Path) -> None:
-    rows = RowCache(tmp_path, 10_000, fresh_s=0)
+    rows = RowCache(tmp_path, 10_000, protected_s=0)
     put(rows, *range(10))
     for age, number in enumerate([3, 5, *(n for n in range(10) if n not in (3, 5))]):
         crc, _ = row(number)
@@ -464,11 +464,11 @@ def test_without_room_on_the_disk_nothing_is_kept_and_all_is_read(
     (reader._rows._folder / "image").write_bytes(b"")  # no folder can be made here
     local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 8]) == read(local, [0, 1, 8])).all()
-    assert "nothing more is kept here" in caplog.text
+    assert "no more rows are kept here" in caplog.text
 
 
 def _work(folder: Path, limit: int, seed: int) -> None:
-    rows = RowCache(folder, limit, fresh_s=0)
+    rows = RowCache(folder, limit, protected_s=0)
     for number in np.random.default_rng(seed).integers(0, 60, 120).tolist():
         if kept(rows, number) == [False]:
             put(rows, number)
