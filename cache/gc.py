@@ -1,14 +1,14 @@
-"""Remove what nothing refers to in a cache, and what you name.
+"""Remove garbage from a cache, and on request unreferenced rows, damaged files or a whole space.
 
-python -m cache.gc                           # say what there is; removes nothing
-python -m cache.gc --delete                  # files never finished, shards never committed, or replaced
-python -m cache.gc --unreferenced --delete   # rows that no sample mentions, too
-python -m cache.gc --damaged --delete        # what cache.verify --repair set aside, too
-python -m cache.gc --drop-space NAME         # what a whole space holds, and what would lack it; --delete
+python -m cache.gc                           # list the garbage; removes nothing
+python -m cache.gc --delete                  # remove unfinished files, uncommitted and replaced shards
+python -m cache.gc --unreferenced --delete   # also remove rows that no sample refers to
+python -m cache.gc --damaged --delete        # also remove what cache.verify --repair set aside
+python -m cache.gc --drop-space NAME         # list what a space holds and who uses it; remove: --delete
 
-Nothing is removed without `--delete`, nor while a job writes to the cache. Rows that a sample mentions are
-never removed, but with their whole space. Rows are taken out shard by shard: the others are copied to a new
-shard that takes the old one's place in one step, so nothing is lost where it is interrupted.
+Nothing is removed without `--delete`, or while a job writes to the cache. Rows that a sample refers to are
+removed only with their whole space. Rows are removed shard by shard: the remaining rows are copied to a new
+shard, which replaces the old one in one step, so an interruption loses nothing.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ class Options:
     features: Path = Path("cache")
     """Folder of the cache."""
     delete: bool = False
-    """Remove what is found, instead of saying so."""
+    """Remove the listed items; without it they are only listed."""
     unreferenced: bool = False
-    """Also rows that no sample mentions any more, under any source."""
+    """Include rows that no sample refers to, under any source."""
     damaged: bool = False
-    """Also what `cache.verify --repair` set aside."""
+    """Include the files that `cache.verify --repair` set aside."""
     drop_space: str | None = None
-    """Instead, this space with all its rows: its whole name."""
+    """Remove this space with all its rows, and nothing else. Takes the full name of the space."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(parse(Options, prog="python -m cache.gc", description=__doc__))
 
 
 def run(options: Options) -> None:
-    """Do what the options say, and print it."""
+    """List or remove what the options select, and print it."""
     root = CacheRoot.existing(options.features)
     spaces = root.space_folders()
     with contextlib.ExitStack() as held:
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
 
 
 def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) -> int:
-    """All garbage, and what else is asked for; the bytes of it."""
+    """List or remove garbage and the other requested items; return their bytes."""
     if options.unreferenced:
         _refuse_without_samples(root)
     found = find_garbage(root, spaces)
@@ -118,7 +118,7 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
             space = Space.open(paths)
             for array in ARRAYS:
                 space.grow(array)
-            save_index(paths, space.info)  # rows that were taken out took it with them
+            save_index(paths, space.info)  # removing rows removed the index file
     if not options.damaged and root.damaged_dir.is_dir():
         print(f"{root.damaged_dir}: {_damaged(root).what}; kept (remove them: --damaged)")
     return freed
@@ -126,15 +126,16 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
 
 def _unreferenced_text(rows: Unreferenced, *, kept: bool) -> str:
     text = (
-        f"{rows.space.paths.name}: no sample mentions {rows.rows:,} {rows.array} rows "
+        f"{rows.space.paths.name}: no sample refers to {rows.rows:,} {rows.array} rows "
         f"({bytes_text(rows.nbytes)} in {rows.shards:,} shards"
     )
     if kept:
-        return f"{text}); kept (take them out: --unreferenced)"
+        return f"{text}); kept (remove them: --unreferenced)"
     return f"{text}, {bytes_text(rows.copied)} to copy)"
 
 
 def _damaged(root: CacheRoot) -> Garbage:
+    """Return the folder of the files that a repair set aside."""
     files = [path for path in root.damaged_dir.rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     what = f"{len(files):,} files that cache.verify --repair set aside"
@@ -142,38 +143,38 @@ def _damaged(root: CacheRoot) -> Garbage:
 
 
 def _refuse_without_samples(root: CacheRoot) -> None:
-    """Without samples, every row looks unreferenced."""
+    """Raise where samples are missing or damaged, because every row would look unreferenced."""
     if not dataset_names(root):
         raise UserError(
-            f"no samples under {root.samples_dir}, so no row is mentioned; to remove a whole space: "
+            f"no samples under {root.samples_dir}, so every row looks unreferenced; to remove a whole space: "
             "--drop-space NAME"
         )
     for lost in (root.samples_dir, root.media_dir):
         aside = root.damaged_dir / lost.name
         if aside.is_dir():
             raise UserError(
-                f"{aside} holds tables that were damaged, so rows may look unmentioned that are not; run "
-                "encode.run for them, then remove what was set aside: python -m cache.gc --damaged --delete"
+                f"{aside} contains damaged tables, so rows in use may look unreferenced; run encode.run "
+                "for them, then remove the damaged tables: python -m cache.gc --damaged --delete"
             )
 
 
 def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
-    """Say what a space holds, and remove it; the bytes of it."""
+    """List or remove a whole space; return its bytes."""
     names = [space.name for space in root.space_folders()]
     if name not in names:
         raise UserError(
-            f"no space {name!r} under {root.spaces_dir} (the whole name, please); there: "
+            f"no space {name!r} under {root.spaces_dir} (--drop-space takes the full name); there: "
             f"{', '.join(names) or 'none'}{nearest(name, names)}"
         )
     paths = root.space(name)
     nbytes = sum(path.stat().st_size for path in paths.root.rglob("*") if path.is_file())
     print(f"{paths.root}: {bytes_text(nbytes)}")
-    with contextlib.suppress(CorruptError):  # of a damaged cache, only the size is known
+    with contextlib.suppress(CorruptError):  # a damaged cache may say nothing but its size
         _print_users(root, name)
     if delete:
         make_folder(root.garbage_dir)
         going = root.garbage_dir / f"{name}-{secrets.token_hex(4)}"
-        paths.root.rename(going)  # one step: the space is whole, or not there
+        paths.root.rename(going)  # one step, so a crash leaves no half of a space
         fsync_folder(root.spaces_dir)
         shutil.rmtree(going)
         fsync_folder(root.garbage_dir)
@@ -181,6 +182,7 @@ def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
 
 
 def _print_users(root: CacheRoot, name: str) -> None:
+    """Print the rows of a space, and how much of each data set it covers."""
     summaries, readers = open_spaces(root)
     for summary in summaries:
         if summary.name == name:

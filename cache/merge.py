@@ -1,17 +1,17 @@
-"""Bring another cache into this one: two that were made on two machines become one, nothing encoded again.
+"""Merge other caches into one, without encoding anything again.
 
 python -m cache.merge --source /mnt/other/cache               # into ./cache
 python -m cache.merge --source a b --features c               # several, one after the other
-python -m cache.merge --source /mnt/other/cache --plan        # say what it would do; writes nothing
+python -m cache.merge --source /mnt/other/cache --plan        # print what it would do; writes nothing
 
-Features: of every space there, the rows that the space of the same fingerprint here has not; their stored
-bytes, times and codec errors stay as they are, each row is checked on the way, and one that is damaged is
-reported, never copied. Media: what only the other ledger knows is added, `ok` beats `failed`, of two failures
-the newer counts. Where one source gave different bytes on the two machines, the record here stands, and is
-printed. Samples: data sets that are only there are copied.
+Features: for each space of the other cache, copy the rows that the local space of the same fingerprint lacks.
+Stored bytes, times and codec errors stay as they are. Each row's checksum is verified; a damaged row is
+reported and not copied. Media: add records of unknown sources; `ok` replaces `failed`, and the newer of two
+failures counts. Where a source gave different bytes on the two machines, keep the local record and print it.
+Samples: copy data sets that the local cache lacks.
 
-Killed at any moment, the same command goes on; done twice, the second does nothing. Exit 1: rows were
-damaged.
+The command can be interrupted and repeated; what is already here is not copied again. The exit status is 1
+when rows were damaged.
 """
 
 from __future__ import annotations
@@ -57,52 +57,56 @@ from configs.console import Meter, bytes_text
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Bring other caches into this one."""
+    """Merge other caches into one."""
 
     source: tuple[Path, ...]
-    """Folders of the other caches. Only read."""
+    """Folders of the other caches, which are only read."""
     features: Path = Path("cache")
-    """Folder of the cache that grows; made when it is not there."""
+    """Folder of the cache to merge into; created if it does not exist."""
     space: str | None = None
-    """Only this space of the others (its name, or how it begins); when not given, all of them."""
+    """Merge only this space of the others (its name, or the start of it); default: all of them."""
     samples: Samples | None = None
-    """A data set that says something else there: keep ours, take theirs, or both (by id)."""
+    """For data sets whose samples differ: keep ours, take theirs, or keep ours and add theirs by id."""
     plan: bool = False
-    """Say what there is to do, and stop."""
+    """Print what there is to do, and stop."""
 
 
 @dataclass(kw_only=True)
 class SpaceNews:
-    """What one space of the other cache has that this one has not."""
+    """The rows to copy from one space of the other cache."""
 
     source: FeatureReader
-    """The space there."""
+    """The space of the other cache."""
     paths: SpacePaths
-    """The space here, which need not exist yet."""
+    """The local space, which need not exist yet."""
     positions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    """Array -> positions of the rows to copy."""
+    """Array -> positions (n,) in the source of the rows to copy."""
     different: int = 0
-    """Rows that are here too, with other bytes: another machine computed them."""
+    """Rows that both spaces have with different bytes, because different machines computed them."""
 
     @property
     def total(self) -> int:
-        """Rows there."""
+        """All rows of the source."""
         return sum(map(self.source.rows, ARRAYS))
 
     @property
     def rows(self) -> int:
-        """To copy."""
+        """Rows to copy."""
         return sum(map(len, self.positions.values()))
 
     @property
     def nbytes(self) -> int:
-        """Of those rows, as stored."""
+        """Stored bytes of the rows to copy."""
         size = {array: geometry.row_bytes for array, geometry in self.source.geometry.items()}
         return sum(len(rows) * size[array] for array, rows in self.positions.items())
 
 
 def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
-    """Look at one space of another cache, and at the one here that it belongs to.
+    """Find the rows that a local space lacks.
+
+    Args:
+        source: a space of the other cache.
+        paths: the local space of the same fingerprint, which need not exist.
 
     Raises:
         UserError: one of them cannot be opened.
@@ -117,7 +121,7 @@ def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
 
 
 def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
-    """The space here with the same fingerprint, whatever it is called; else where it will be."""
+    """Return the local space with the fingerprint of `source`, or the place where to create it."""
     spec = read_info(source).spec
     for name in root.space_names():
         if read_info(root.space(name)).spec.fingerprint == spec.fingerprint:
@@ -126,7 +130,7 @@ def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
 
 
 def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
-    """Rows that both have, with different checksums."""
+    """Count the rows that both spaces have with different checksums."""
     index, ours = there.index[array], here.index[array]
     rows = ours.lookup_coded(index.keys, index.columns.views)
     both = np.flatnonzero(rows >= 0)
@@ -134,11 +138,11 @@ def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
 
 
 def merge_space(news: SpaceNews, meter: Meter) -> list[CorruptError]:
-    """Copy the rows, with the driver lock held; what is wrong with those that could not be."""
+    """Copy the rows of one space while holding its driver lock; return one error for each damaged row."""
     info = read_info(news.source.paths)
     paths = news.paths
     if not paths.space_json.exists():
-        write_atomic(paths.space_json, info_bytes(info))  # shards of the same size as there
+        write_atomic(paths.space_json, info_bytes(info))  # keeps the source's shard size
     target = Space.create(CacheRoot(paths.root.parent.parent), read_info(paths).spec, info.load)
     damaged = []
     for array, positions in news.positions.items():
@@ -149,25 +153,29 @@ def merge_space(news: SpaceNews, meter: Meter) -> list[CorruptError]:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """All that another cache has and this one has not."""
+    """What a merge copies from one other cache."""
 
     spaces: list[SpaceNews]
-    """One a space there."""
+    """One for each space of the other cache."""
     media: MediaNews
-    """Of the ledger."""
+    """Records to add to the ledger."""
     samples: list[SampleNews]
-    """One a data set there."""
+    """One for each data set of the other cache."""
 
     @property
     def nbytes(self) -> int:
-        """Of the rows to copy."""
+        """Stored bytes of the rows to copy."""
         return sum(space.nbytes for space in self.spaces)
 
     def text(self) -> str:
-        """What is said before anything is done."""
+        """Return the lines that are printed before anything is copied."""
         lines = [
             f"space    {s.paths.name}: {s.rows:,} of {s.total:,} rows to copy ({bytes_text(s.nbytes)})"
-            + (f"; {s.different:,} are here with other bytes, which stand" if s.different else "")
+            + (
+                f"; {s.different:,} are here with other bytes, which are kept"
+                if s.different
+                else ""
+            )
             for s in self.spaces
         ]
         lines.append(f"media    {self.media.text()}")
@@ -176,10 +184,11 @@ class News:
 
 
 def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
-    """Bring `other` into `root`; how many rows of it were damaged.
+    """Merge `other` into `root`; return how many of its rows were damaged.
 
     Raises:
-        UserError: a job writes here; a space cannot be opened; data sets differ; too little room.
+        UserError: a job writes to `root`, a space cannot be opened, data sets differ and `options.samples` is
+            not given, or the disk is too small.
     """
     names = other.space_names()
     if options.space is not None:
@@ -199,7 +208,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
             return 0
         needed = news.nbytes + ROW_OVERHEAD * sum(space.rows for space in news.spaces)
         check_room(root.path, needed + tables_bytes(news.samples, news.media, other), "the merge")
-        # Rows first: a media that the ledger has and a sample mentions shall be there.
+        # Rows first: what the ledger and the samples refer to exists when they are written.
         meter = Meter("merge", news.nbytes)
         damaged = [error for space in news.spaces for error in merge_space(space, meter)]
         meter.close()
@@ -214,7 +223,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
 
 
 def main() -> int:
-    """The command; 1 when rows there were damaged."""
+    """Run the command; return 1 when rows of a source were damaged, else 0."""
     options = parse(Options, prog="python -m cache.merge", description=__doc__)
     root = CacheRoot(options.features.expanduser().absolute())
     damaged = 0
@@ -223,7 +232,9 @@ def main() -> int:
         if not (other.spaces_dir.is_dir() or other.samples_dir.is_dir()):
             raise UserError(f"no cache at {folder}/ (looked for spaces/ and samples/)")
         if root.path.is_dir() and other.path.samefile(root.path):
-            raise UserError(f"{folder}/ is the cache that shall grow; say which: --features DIR")
+            raise UserError(
+                f"{folder}/ is the cache to merge into; name another one: --features DIR"
+            )
         with full_disk_is_said(root.path):
             damaged += merge(root, other, options)
     return 1 if damaged else 0

@@ -1,9 +1,9 @@
-"""Make a cache ready to be read from elsewhere: writes listing.json at its root.
+"""Prepare a cache for being read over the network: write listing.json at its root.
 
-python -m cache.share --features cache       # then serve or upload the folder: any web server, S3, the hub
+python -m cache.share --features cache       # then serve or upload the folder: a web server, S3, the hub
 
-Run it again whenever the cache has changed. Whoever reads it gets the texts, and the sources as they are
-written there: URLs, and the absolute paths of local files. No image is in it.
+Run it again whenever the cache has changed. Its readers can see the texts and the sources as recorded: URLs,
+and absolute paths of local files. A cache contains no images.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Options:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Options, prog="python -m cache.share", description=__doc__)
     root = CacheRoot.existing(options.features)
     print(share(root))
 
 
 def share(root: CacheRoot) -> str:
-    """Write listing.json; returns what to tell of it.
+    """Write listing.json, and return a line that describes it.
 
     Raises:
-        UserError: there is no space.
-        CorruptError: a table is damaged, or a shard is missing or of another size.
+        UserError: the cache has no space.
+        CorruptError: a table is damaged, or a shard is missing or has another size than committed.
     """
     if not root.space_names():
         raise UserError(
-            f"no feature space under {root.path}/ to share; make one: "
+            f"no feature space under {root.path}/ to share; create one: "
             f"python -m encode.run --dataset pixmo --features {root.path}"
         )
     shards = nbytes = 0
@@ -63,7 +63,7 @@ def share(root: CacheRoot) -> str:
 
 
 def _shard_sizes(root: CacheRoot, name: str) -> list[int]:
-    """Bytes of every shard of a space, each there and of the size its commit says."""
+    """Return the bytes of each shard of a space, after comparing them with its commits."""
     paths = root.space(name)
     info, sizes = read_info(paths), []
     for array in ARRAYS:

@@ -1,15 +1,16 @@
-"""Look for damage in a cache, and take it out.
+"""Check a cache for damage, and remove damaged rows.
 
-python -m cache.verify                       # every seal, size and index; seconds
-python -m cache.verify --deep                # every byte; ends with the logical hash
-python -m cache.verify --deep --no-hash      # without sha256, so without a logical hash: faster yet
-python -m cache.verify --space clip --json   # one space, for a script
-python -m cache.verify --deep --repair       # what is damaged goes to cache/damaged/; then encode.run again
+python -m cache.verify                       # check every checksum, size and index; takes seconds
+python -m cache.verify --deep                # read every row, and print the logical hash
+python -m cache.verify --deep --no-hash      # faster: no sha256, so no logical hash
+python -m cache.verify --space clip --json   # one space, as JSON
+python -m cache.verify --deep --repair       # move damaged files to cache/damaged/; then run encode.run again
 
-Prints a line for each finding, and exits 1 when something is broken. Notes break nothing: they name what a
-crash left behind, and rows that their codec holds far worse than the others. `--deep` ends with each space's
-logical hash: equal hashes mean equal content. `--repair` keeps every row that is intact, deletes nothing, and
-says what encode.run has to do again; not while a job writes to the cache, nor while a training reads it.
+Prints one line for each finding, and exits with 1 when something is broken. A note is not a breakage: it
+names files that a crash left behind, or rows with a far larger codec error than the others. Spaces with
+equal logical hashes have equal content. `--repair` keeps every intact row, deletes nothing, and prints
+which rows encode.run must create again. Do not use it while a training run reads the cache; it refuses
+while a job writes to it.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from configs.console import Meter, bytes_text
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to look at."""
+    """What to check."""
 
     features: Path = Path("cache")
     """Folder of the cache."""
     space: str | None = None
-    """Look at this space alone (its name, or how it begins), not at samples and media."""
+    """Check only this space (its name, or the start of it), and neither samples nor media."""
     deep: bool = False
-    """Read every row, too."""
+    """Also read every row."""
     hash: bool = True
-    """With --deep: compute the logical hash, too. sha256 is what bounds the speed: --no-hash is faster."""
+    """With --deep: compute the logical hash. --no-hash is faster, because sha256 limits the speed."""
     repair: bool = False
-    """Set aside what is damaged, keep what is not, and say what encode.run must do again."""
+    """Set damaged files aside, keep intact rows, and print what encode.run must create again."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
 
 def main() -> int:
-    """The command; 1 when something is broken."""
+    """Run the command; return 1 when something is broken, else 0."""
     options = parse(Options, prog="python -m cache.verify", description=__doc__)
     root = CacheRoot.existing(options.features)
     meter = Meter("read", bytes_to_read(root, options.space, options.deep))
@@ -80,13 +81,15 @@ def _repair(root: CacheRoot, options: Options, meter: Meter) -> int:
 
 
 def _after(done: Repaired, root: CacheRoot) -> list[str]:
-    """What was done in all, and what the user has to do now."""
+    """Return the lines that sum up a repair, and name the next commands."""
     if not done.steps:
         return ["nothing to repair"]
     kept, lost = sum(done.kept.values()), sum(done.lost.values())
-    lines = [f"repaired: {done.steps} things, {kept:,} rows kept, {lost:,} taken out"]
+    lines = [f"repaired: {done.steps} findings, {kept:,} rows kept, {lost:,} removed"]
     if root.damaged_dir.is_dir():
-        lines[0] += f"; what was set aside is in {root.damaged_dir} (python -m cache.gc --damaged)"
+        lines[0] += (
+            f"; damaged files are in {root.damaged_dir} (remove them: python -m cache.gc --damaged)"
+        )
     if done.media:
         lines.append("run encode.run again for every data set: part of the media table was lost")
     elif done.datasets:
@@ -94,7 +97,7 @@ def _after(done: Repaired, root: CacheRoot) -> list[str]:
             f"run encode.run again for {', '.join(sorted(done.datasets))}: the samples were lost"
         )
     lines += [
-        f"run encode.run again for {name}: it makes good the rows that are missing"
+        f"run encode.run again for {name}: it creates the missing rows"
         for name in sorted(done.spaces)
     ]
     return lines

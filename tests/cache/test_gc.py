@@ -128,11 +128,11 @@ def test_rows_no_sample_mentions_are_counted_and_kept(
     mentioned = Sample(id="0", dataset="toy", messages=(), media=(MediaRef(source="2"),))
     write_samples(root, "toy", [mentioned])
     out = run("--delete")
-    assert f"{space.paths.name}: no sample mentions 2 image rows (604 B in 1 shards); kept" in out
+    assert f"{space.paths.name}: no sample refers to 2 image rows (604 B in 1 shards); kept" in out
     assert space.keys("image") == {(key(n), "full") for n in range(3)}
 
 
-# ---- rows that no sample mentions
+# ---- rows that no sample refers to
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
     before, size = files(tmp_path / "spaces"), disk_use(paths.root)
     dry = run("--unreferenced")
     assert files(tmp_path / "spaces") == before
-    assert "no sample mentions 5 image rows" in dry
+    assert "no sample refers to 5 image rows" in dry
     out = run("--unreferenced", "--delete")
     assert FeatureReader(paths).logical_hash() == FeatureReader(alone.paths).logical_hash()
     assert [
@@ -231,7 +231,7 @@ def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, 
     with pytest.raises(UserError, match="no samples under"):
         run("--unreferenced", "--delete")
     write_samples(CacheRoot(tmp_path), "other", [])
-    with pytest.raises(UserError, match="rows may look unmentioned that are not"):
+    with pytest.raises(UserError, match="rows in use may look unreferenced"):
         run("--unreferenced", "--delete")
     assert "1 files that cache.verify --repair set aside; kept" in run("--delete")
     assert "1 files that cache.verify --repair set aside, " in run("--damaged", "--delete")
@@ -263,7 +263,9 @@ def test_a_space_is_dropped_by_its_whole_name_only(
     fill(other, [0, 2])
     name, before = crowded.paths.name, files(tmp_path)
     for argv in (("--drop-space", "toy-int8"), ("--drop-space", "toy-int8", "--delete")):
-        with pytest.raises(UserError, match=r"no space 'toy-int8' .*the whole name, please"):
+        with pytest.raises(
+            UserError, match=r"no space 'toy-int8' .*--drop-space takes the full name"
+        ):
             run(*argv)
     out = run("--drop-space", name)
     assert "10 image rows, 2 frame rows" in out

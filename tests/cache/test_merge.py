@@ -186,7 +186,7 @@ def test_rows_that_two_machines_computed_differently_stay_ours(
     shard.commit()
     before = columns(tmp_path / "a", "image")
     run("--source", tmp_path / "b", "--features", tmp_path / "a")
-    assert "1 are here with other bytes, which stand" in capsys.readouterr().out
+    assert "1 are here with other bytes, which are kept" in capsys.readouterr().out
     assert columns(tmp_path / "a", "image") == before
 
 
@@ -333,7 +333,7 @@ def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
 def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = make_space(tmp_path / "a")
     fill(make_space(tmp_path / "b"), [1])
-    with pytest.raises(UserError, match="is the cache that shall grow"):
+    with pytest.raises(UserError, match="is the cache to merge into"):
         run("--source", tmp_path / "a", "--features", tmp_path / "a")
     with pytest.raises(UserError, match=r"no cache at .*looked for spaces/ and samples/"):
         run("--source", tmp_path / "none", "--features", tmp_path / "a")

@@ -452,7 +452,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     why = "1 of 3 rows fail their checksum (row 4 first)"
     todo = "its 2 good rows go to a new shard"
     assert lines[1] == f"REPAIR: {paths.shard('image', 1)}: {why}; {todo}"
-    assert lines[-3].startswith("repaired: 2 things, 2 rows kept, 1 taken out; ")
+    assert lines[-3].startswith("repaired: 2 findings, 2 rows kept, 1 removed; ")
     assert lines[-2] == "run encode.run again for toy: the samples were lost"
     assert lines[-1].startswith(f"run encode.run again for {paths.name}: ")
     assert err.startswith("read ")
