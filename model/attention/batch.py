@@ -1,11 +1,8 @@
-"""Packed batches: many samples in one sequence, each as if it were alone.
+"""One packed batch: many samples in one sequence, with the units that keep them apart.
 
-A *unit* is a run of tokens whose queries see a prefix [p0, p1) in full and their own run causally. A plain
-sample is one unit without a prefix. An image with several annotations is a *tree*: one unit for the shared
-beginning, then one for each annotation, with that beginning as prefix; the branches do not see each other.
-Units stand in the order of their tokens and leave none out; a tree's units follow one another.
+Units and trees are defined in `model.attention.plan`.
 
-Legend: T tokens in the batch, N tokens that are features, S supervised predictions, U units.
+T tokens in the batch, N of them features of images and frames, S supervised predictions, U units.
 """
 
 from __future__ import annotations
@@ -19,22 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: several samples or trees one after another, ready for the model."""
+    """One micro-batch: several samples or trees in one sequence, ready for the model."""
 
     input_ids: Tensor
-    """(T,) int64 token ids; at image slots the id of `<image>`."""
+    """(T,) int64 token ids; the id of `<image>` where a feature goes."""
     position_ids: Tensor
-    """(T,) int64 positions within the sample; a branch goes on where its prefix ends."""
+    """(T,) int64 positions within the sample; a branch continues from the end of its prefix."""
     image_slots: Tensor
-    """(N,) int64 places of `input_ids` that receive features, ascending."""
+    """(N,) int64 indices into `input_ids` of the tokens that features replace, ascending."""
     loss_positions: Tensor
-    """(S,) int64 position whose output predicts the target; one may occur several times."""
+    """(S,) int64 indices of the tokens whose outputs predict the targets; may repeat (branches)."""
     targets: Tensor
-    """(S,) int64 token to be predicted."""
+    """(S,) int64 token ids to predict."""
     loss_weights: Tensor
-    """(S,) float32 weight of each prediction."""
+    """(S,) float32 weight of each prediction in the loss."""
     units: Tensor
-    """(U, 4) int64 q_start, q_end, prefix_start, prefix_end; stays on the CPU."""
+    """(U, 4) int64 start, end, prefix start, prefix end of each unit; always on the CPU."""
 
     @staticmethod
     def one_sample(ids: Tensor, weights: Tensor, image: int) -> PackedBatch:
@@ -57,7 +54,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on `device`; `units` stay where the plan is made."""
+        """Return the batch on `device`. `units` stay on the CPU, where the attention plan is made."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in dataclasses.fields(self)

@@ -1,6 +1,7 @@
-"""Attention over packed batches, under the name by which transformers calls it in every layer.
+"""Attention over packed batches, registered with transformers, which calls it in every layer.
 
-Legend: T tokens in the batch, Hq query heads, Hkv key and value heads, D values per head.
+T tokens in the batch, R rows of a plan, Hq query heads, Hkv key and value heads, D values per head; of a part
+of a plan, B trees and L tokens in each (padded).
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from transformers import AttentionInterface
 from model.attention.plan import AttentionPlan, Group, LongTree, SdpaPlan, VarlenPlan
 
 ATTENTION = "nano_packed"
-"""The name under which transformers finds this attention."""
+"""Name of this attention in transformers."""
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens to padded rows. Padding has no gradient (masked as key, dropped as query), so the way
-    back is a gather too, faster than the general scatter-add."""
+class _TokensToRows(torch.autograd.Function):
+    """Gather tokens into padded rows.
+
+    The backward pass is a gather too, faster than a scatter-add: padding has no gradient, because it is
+    masked as a key and dropped as a query, so each token gets its gradient from exactly one row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # (T, n) -> (R, n)
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
@@ -36,11 +40,11 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, inverse), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Padded rows to tokens; every token has one row, so the way back is a copy."""
+class _RowsToTokens(torch.autograd.Function):
+    """Gather padded rows into tokens. Each token has one row, so the backward pass is a copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:  # (R, n) -> (T, n)
         ctx.save_for_backward(inverse)
         ctx.rows = x.shape[0]
         return x.index_select(0, inverse)
@@ -54,28 +58,28 @@ class _Collect(torch.autograd.Function):
 
 
 def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -> Tensor:
-    """(T, Hq, D), (T, Hkv, D) x 2 -> (T, Hq, D)."""
+    """Compute attention by `scaled_dot_product_attention`: (T, Hq, D), (T, Hkv, D) x 2 -> (T, Hq, D)."""
     heads, width = q.shape[1:]
-    spread = []
+    gathered = []
     for x in (q, k, v):
         x = x.reshape(x.shape[0], -1)
         if plan.index is not None:
-            x = _Spread.apply(x, plan.index, plan.inverse)
-        spread.append(x.split(plan.rows))
-    done = []
-    for part, *rows in zip(plan.parts, *spread, strict=True):
+            x = _TokensToRows.apply(x, plan.index, plan.inverse)
+        gathered.append(x.split(plan.rows))
+    outputs = []
+    for part, *rows in zip(plan.parts, *gathered, strict=True):
         count = part.trees if isinstance(part, Group) else 1
-        # (B * L, H * D) -> (B, H, L, D)
+        # each (B * L, H * D) -> (B, H, L, D)
         a, b, c = (x.view(count, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows)
         out = (
             _sdpa(a, b, c, part.mask, scale)
             if isinstance(part, Group)
             else _long(a, b, c, part, scale)
         )
-        done.append(out.transpose(1, 2).reshape(-1, heads * width))
-    result = done[0] if len(done) == 1 else torch.cat(done)
+        outputs.append(out.transpose(1, 2).reshape(-1, heads * width))  # -> (B * L, Hq * D)
+    result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.inverse is not None:
-        result = _Collect.apply(result, plan.inverse)
+        result = _RowsToTokens.apply(result, plan.inverse)
     return result.view(-1, heads, width)
 
 
@@ -93,20 +97,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 def _long(q: Tensor, k: Tensor, v: Tensor, part: LongTree, scale: float) -> Tensor:
     queries, keys, values = (x.split(part.sizes, dim=2) for x in (q, k, v))
-    done = [_sdpa(queries[0], keys[0], values[0], None, scale)]
+    outputs = [_sdpa(queries[0], keys[0], values[0], None, scale)]
     for i, mask in enumerate(part.masks, start=1):
         key = torch.cat((keys[0], keys[i]), dim=2)
         value = torch.cat((values[0], values[i]), dim=2)
-        done.append(_sdpa(queries[i], key, value, mask, scale))
-    return torch.cat(done, dim=2)
+        outputs.append(_sdpa(queries[i], key, value, mask, scale))
+    return torch.cat(outputs, dim=2)
 
 
 def varlen_packed(
     q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernel: Kernel
 ) -> Tensor:
-    """(T, Hq, D), (T, Hkv, D) x 2 -> (T, Hq, D), through a kernel of `cuda_kernel`.
+    """Compute attention by a variable-length kernel: (T, Hq, D), (T, Hkv, D) x 2 -> (T, Hq, D).
 
-    Not yet run on a GPU; its indices are checked on the CPU against a kernel written out in loops.
+    Not yet run on a GPU. A test compares its indices with a kernel written as loops on the CPU.
     """
     if plan.keys is not None:
         k, v = k.index_select(0, plan.keys), v.index_select(0, plan.keys)
@@ -114,14 +118,14 @@ def varlen_packed(
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
-"""q, k, v, cumulative query and key lengths, longest query and key run, scale -> output."""
+"""(q, k, v, cumulative query lengths, cumulative key lengths, most queries, most keys, scale) -> output."""
 
 
 @functools.cache
 def cuda_kernel() -> Kernel | None:
-    """flash-attn when installed, else torch's own variable-length attention, else None.
+    """Return flash-attn's kernel if it is installed, else torch's own, else None.
 
-    Both align the causal triangle with the last key, so a prefix is seen in full.
+    Both align the causal triangle with the last key, so queries see a prefix in full.
     """
     try:
         from flash_attn import flash_attn_varlen_func
@@ -159,7 +163,10 @@ def cuda_kernel() -> Kernel | None:
 
 
 def choose_kernel(q: Tensor, flash: bool) -> Kernel | None:
-    """The variable-length kernel for these queries, or None: SDPA. Kernels know 2-byte floats only."""
+    """Return the variable-length kernel for these queries, or None for SDPA.
+
+    The kernels take 2-byte floats on CUDA only.
+    """
     if flash and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return cuda_kernel()
     return None
@@ -176,19 +183,22 @@ def packed_attention(
     packed: AttentionPlan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; q (1, Hq, T, D), k and v (1, Hkv, T, D) -> (1, T, Hq, D).
+    """Compute one layer's attention for transformers: (1, Hq, T, D), (1, Hkv, T, D) x 2 -> (1, T, Hq, D).
 
-    The plan arrives as keyword argument `packed` of the model's forward.
+    The model's forward passes its keyword argument `packed` on to here.
+
+    Raises:
+        ValueError: there is no plan, or the model asks for something this attention does not compute.
     """
     if packed is None:
         raise ValueError(f"{ATTENTION} without a plan: every token would see every other")
     if attention_mask is not None or dropout:
-        raise ValueError(f"{ATTENTION} knows neither masks nor dropout")
+        raise ValueError(f"{ATTENTION} supports neither masks nor dropout")
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
-            raise ValueError(f"{ATTENTION} has no {name}")
+            raise ValueError(f"{ATTENTION} does not support {name}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    # Under autocast, norms and rotation leave queries and keys in float32; values are as computed.
+    # Under autocast, norms and rotary positions leave queries and keys in float32, values in 2 bytes.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
     kernel = choose_kernel(q, packed.flash)
     if kernel is not None:
@@ -199,6 +209,6 @@ def packed_attention(
 
 
 def register_packed_attention() -> str:
-    """Make this attention known to transformers; returns the name to set it by."""
+    """Register this attention with transformers and return its name, for `set_attn_implementation`."""
     AttentionInterface.register(ATTENTION, packed_attention)
     return ATTENTION

@@ -1,11 +1,21 @@
-"""Everything about a packed batch's attention that does not depend on the layer, made once a batch.
+"""What the attention of a packed batch needs and no layer changes, computed once a batch.
 
-- CPU and MPS (and CUDA without a kernel for it): trees of similar length are padded into one SDPA call with
-  a mask; long ones are taken by themselves, their beginning causally, their branches with a small mask.
-- CUDA: one variable-length call over all units, keys gathered per unit (prefix, then own).
+    unit            a run of tokens: its queries see the unit's prefix in full and the unit itself causally
+    prefix          a range of earlier tokens, empty for the first unit of a tree
+    tree            one plain sample (one unit), or one set of media with several annotations: a unit for the
+                    beginning they share, then one unit, a *branch*, for each annotation. The prefix of a
+                    branch lies inside the beginning, so branches do not see each other
+    PackedLayout    the units of a batch, looked up by tree and by token
+    Group           trees padded to one length: one SDPA call
+    LongTree        a tree above `LONG_TREE` tokens: several SDPA calls
+    AttentionPlan   both plans of a batch, each made when first used:
+      SdpaPlan        for CPU, MPS, and CUDA without a kernel: groups and long trees
+      VarlenPlan      for CUDA: one variable-length call over all units, keys gathered for each unit
 
-Units and trees: see `model.attention.batch`. Legend: T tokens in the batch, U units, L tokens in the
-longest tree of a group, B trees in a group, R rows of all groups with their padding.
+Units are in the order of their tokens and cover all of them; the units of a tree are adjacent.
+
+T tokens in the batch, U units, B trees in a group, L tokens in the longest of them, R rows of all groups with
+their padding, K keys gathered for all units.
 """
 
 from __future__ import annotations
@@ -18,30 +28,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONG_TREE = 1024
-"""Trees of more tokens are not padded into a group."""
+"""Longest tree that is padded into a group, tokens."""
 MASK_ELEMENTS = 1 << 22
-"""Most elements of one mask that is not a single tree's own (16 MiB in fp32)."""
+"""Most elements of one mask, 16 MiB in fp32. A mask for one tree or one branch may be larger."""
 MAX_PADDING = 0.3
-"""Share of a group's score matrix that may be padding before a new group begins."""
+"""Largest share of padding in the score matrices of a group."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The units of a batch, seen as trees and as tokens. All int64, on the CPU."""
+    """The units of a batch, looked up by tree and by token. All int64, on the CPU."""
 
     units: Tensor  # (U, 4)
-    first: Tensor  # (trees + 1,) first unit of each tree
-    start: Tensor  # (trees,) first token
-    size: Tensor  # (trees,) tokens
-    own: Tensor  # (T,) where a token's own run starts
-    prefix: Tensor  # (T, 2) the prefix it sees
+    first: Tensor  # (trees + 1,) first unit of each tree; the last entry is U
+    start: Tensor  # (trees,) first token of each tree
+    size: Tensor  # (trees,) tokens of each tree
+    own: Tensor  # (T,) first token of each token's unit
+    prefix: Tensor  # (T, 2) the prefix each token sees
 
 
-def forest_of(units: Tensor, tokens: int) -> PackedLayout:
-    """Cut the units of a batch into trees: a unit without a prefix begins one, the others join it.
+def packed_layout(units: Tensor, tokens: int) -> PackedLayout:
+    """Cut (U, 4) units into trees: a unit without a prefix begins a tree, the others join the last one.
 
     Raises:
-        ValueError: units leave tokens out, overlap, or have a prefix outside their tree's first unit.
+        ValueError: units skip tokens, overlap, or have a prefix outside the first unit of their tree.
     """
     q0, q1, p0, p1 = units.unbind(1)
     edges = torch.cat((q0, q1[-1:]))
@@ -51,7 +61,7 @@ def forest_of(units: Tensor, tokens: int) -> PackedLayout:
     if not is_root[0]:
         raise ValueError("the first unit has a prefix")
     roots = is_root.nonzero().squeeze(1)
-    root = roots[is_root.cumsum(0) - 1]  # (U,) the unit that began its tree
+    root = roots[is_root.cumsum(0) - 1]  # (U,) first unit of each unit's tree
     outside = ~is_root & ((p0 < q0[root]) | (p1 <= p0) | (p1 > q1[root]))
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
@@ -68,13 +78,16 @@ def forest_of(units: Tensor, tokens: int) -> PackedLayout:
     )
 
 
-def tree_mask(forest: PackedLayout, trees: Tensor) -> Tensor:
-    """(B,) -> (B, L, L) bool: which keys each query sees. Padding sees itself (no empty softmax)."""
-    start, size = forest.start[trees].unsqueeze(1), forest.size[trees].unsqueeze(1)
+def tree_mask(layout: PackedLayout, trees: Tensor) -> Tensor:
+    """Return which keys each query sees, (B,) trees -> (B, L, L) bool.
+
+    A padding query sees itself: a softmax over no key would be NaN.
+    """
+    start, size = layout.start[trees].unsqueeze(1), layout.size[trees].unsqueeze(1)
     place = torch.arange(int(size.max()))
     token = torch.where(place < size, start + place, 0)  # (B, L)
-    own = torch.where(place < size, forest.own[token] - start, place)
-    prefix = torch.where((place < size).unsqueeze(2), forest.prefix[token] - start.unsqueeze(2), 0)
+    own = torch.where(place < size, layout.own[token] - start, place)
+    prefix = torch.where((place < size).unsqueeze(2), layout.prefix[token] - start.unsqueeze(2), 0)
     key, query = place.view(1, 1, -1), place.view(1, -1, 1)
     in_own = (key >= own.unsqueeze(2)) & (key <= query)
     return in_own | (key >= prefix[:, :, :1]) & (key < prefix[:, :, 1:])
@@ -82,36 +95,36 @@ def tree_mask(forest: PackedLayout, trees: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Trees padded to one length, attended to in one call."""
+    """Trees padded to one length, computed in one call."""
 
-    trees: int
-    length: int
-    mask: Tensor | None  # (B, 1, L, L) additive; None = plain causal, no padding
+    trees: int  # B
+    length: int  # L
+    mask: Tensor | None  # (B, 1, L, L) additive; None: causal, without padding and branches
 
 
 @dataclass(frozen=True)
 class LongTree:
-    """A tree attended to in pieces: its beginning causally, then its branches, some at a time."""
+    """A tree computed in pieces: the beginning causally, then runs of branches, each with a mask."""
 
     sizes: tuple[int, ...]  # tokens of the beginning, then of each piece
-    masks: tuple[Tensor, ...]  # per piece (1, 1, n, beginning + n) additive
+    masks: tuple[Tensor, ...]  # of each piece of n tokens: (1, 1, n, beginning + n) additive
 
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """Rows gathered once, split into parts, attended to, and put back in order."""
+    """How SDPA computes a batch: gather tokens into rows, one part after another, gather rows into tokens."""
 
-    index: Tensor | None  # (R,) token of each row; padding repeats token 0. None = rows are tokens
-    inverse: Tensor | None  # (T,) row of each token
+    index: Tensor | None  # (R,) token of each row, token 0 for padding; None: rows are the tokens
+    inverse: Tensor | None  # (T,) row of each token; None with `index`
     parts: tuple[Group | LongTree, ...]
     rows: tuple[int, ...]  # rows of each part
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """What a variable-length kernel wants: queries as they are, keys gathered per unit."""
+    """How a variable-length kernel computes a batch: queries in order, keys gathered for each unit."""
 
-    keys: Tensor | None  # (K,) token of each key; None = keys are the tokens as they are
+    keys: Tensor | None  # (K,) token of each key; None: keys are the tokens
     cu_queries: Tensor  # (U + 1,) int32
     cu_keys: Tensor  # (U + 1,) int32
     max_queries: int
@@ -119,48 +132,58 @@ class VarlenPlan:
 
 
 class AttentionPlan:
-    """Everything about a batch's attention that does not depend on the layer; made once a batch."""
+    """Both plans of one batch, each made when first used.
+
+    Args:
+        units: (U, 4) int64, see `PackedBatch.units`.
+        tokens: T.
+        device: of the queries.
+        flash: whether CUDA may use a variable-length kernel.
+    """
 
     def __init__(self, units: Tensor, tokens: int, device: torch.device, flash: bool = True):
         self.units, self.tokens, self.device, self.flash = units.cpu(), tokens, device, flash
         self._sdpa: dict[torch.dtype, SdpaPlan] = {}
 
     def sdpa(self, dtype: torch.dtype) -> SdpaPlan:
-        """The plan for SDPA, its masks in the queries' dtype (a boolean one would be converted a layer)."""
+        """Return the plan for SDPA, with masks in the dtype of the queries.
+
+        SDPA would convert a boolean mask in every layer.
+        """
         if dtype not in self._sdpa:
             self._sdpa[dtype] = plan_sdpa(self.units, self.tokens, self.device, dtype)
         return self._sdpa[dtype]
 
     @functools.cached_property
     def varlen(self) -> VarlenPlan:
-        """The plan for a variable-length kernel."""
+        """Plan for a variable-length kernel."""
         return plan_varlen(self.units, self.device)
 
 
 def plan_sdpa(
     units: Tensor, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> SdpaPlan:
-    """Group the trees of a batch into as few SDPA calls as little padding allows."""
-    forest = forest_of(units, tokens)
-    branched = (forest.first.diff() > 1).tolist()
+    """Group the trees of a batch into few SDPA calls with at most `MAX_PADDING` padding."""
+    layout = packed_layout(units, tokens)
+    branched = (layout.first.diff() > 1).tolist()
     parts: list[Group | LongTree] = []
     rows, index = [], []
     inverse = torch.empty(tokens, dtype=torch.int64)
-    first = 0  # row where the part begins
-    for members in _groups(forest.size):
+    first = 0  # first row of the part
+    for members in _groups(layout.size):
         trees = torch.tensor(members)
-        size = forest.size[trees].unsqueeze(1)
+        size = layout.size[trees].unsqueeze(1)
         place = torch.arange(int(size.max()))
         real = place < size  # (B, L)
-        token = torch.where(real, forest.start[trees].unsqueeze(1) + place, 0)
+        token = torch.where(real, layout.start[trees].unsqueeze(1) + place, 0)
         inverse[token[real]] = first + real.flatten().nonzero().squeeze(1)
         index.append(token.flatten())
         if len(place) > LONG_TREE:
-            parts.append(_long_tree(forest, members[0], device, dtype))
+            parts.append(_long_tree(layout, members[0], device, dtype))
         elif bool(real.all()) and not any(branched[t] for t in members):
             parts.append(Group(len(members), len(place), None))
         else:
-            mask = _additive(tree_mask(forest, trees).unsqueeze(1), device, dtype)
+            mask = _additive(tree_mask(layout, trees).unsqueeze(1), device, dtype)
             parts.append(Group(len(members), len(place), mask))
         rows.append(token.numel())
         first += token.numel()
@@ -171,7 +194,7 @@ def plan_sdpa(
 
 
 def _groups(sizes: Tensor) -> list[list[int]]:
-    """Trees, longest first, cut into groups: long ones alone, the others with bounded padding."""
+    """Cut the trees, longest first, into groups: long trees alone, the others with bounded padding."""
     groups: list[list[int]] = []
     longest, used = 0, 0
     order = sizes.argsort(descending=True, stable=True).tolist()
@@ -191,10 +214,10 @@ def _groups(sizes: Tensor) -> list[list[int]]:
 
 
 def _long_tree(
-    forest: PackedLayout, tree: int, device: torch.device, dtype: torch.dtype
+    layout: PackedLayout, tree: int, device: torch.device, dtype: torch.dtype
 ) -> LongTree:
-    start = forest.start[tree]
-    units = forest.units[forest.first[tree] : forest.first[tree + 1]]
+    start = layout.start[tree]
+    units = layout.units[layout.first[tree] : layout.first[tree + 1]]
     beginning = int(units[0, 1] - start)
     pieces: list[list[int]] = []  # first and last token of each
     for q0, q1 in (units[1:, :2] - start).tolist():
@@ -205,8 +228,8 @@ def _long_tree(
     masks = []
     for q0, q1 in pieces:
         key = torch.cat((torch.arange(beginning), torch.arange(q0, q1)))
-        own = (forest.own[start + q0 : start + q1] - start).unsqueeze(1)
-        prefix = forest.prefix[start + q0 : start + q1] - start
+        own = (layout.own[start + q0 : start + q1] - start).unsqueeze(1)
+        prefix = layout.prefix[start + q0 : start + q1] - start
         in_own = (key >= own) & (key <= torch.arange(q0, q1).unsqueeze(1))
         mask = in_own | (key >= prefix[:, :1]) & (key < prefix[:, 1:])
         masks.append(_additive(mask[None, None], device, dtype))
@@ -219,10 +242,10 @@ def _additive(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def plan_varlen(units: Tensor, device: torch.device) -> VarlenPlan:
-    """Key indices and cumulative lengths, per unit: its prefix, then its own tokens."""
+    """Return key indices and cumulative lengths: the keys of a unit are its prefix, then its own tokens."""
     q0, q1, p0, p1 = units.unbind(1)
     queries, prefixes = q1 - q0, p1 - p0
-    lengths = queries + prefixes
+    lengths = queries + prefixes  # (U,) keys of each unit
     cu_keys = F.pad(lengths.cumsum(0), (1, 0))
     keys = None
     if bool((prefixes > 0).any()):

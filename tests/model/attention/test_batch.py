@@ -1,4 +1,10 @@
-"""Packing changes nothing: not the loss, not a gradient, whatever the layout and the path taken."""
+"""Packed batches: packing changes neither the loss nor a gradient, on any path.
+
+    batch = PackedBatch(input_ids=..., units=torch.tensor([[0, 5, 0, 0], [5, 9, 0, 5]]), ...)
+    loss, weight = vlm.loss(batch, features)      # one beginning of 5 tokens, one branch of 4
+
+The reference is each sample computed alone, and attention written as loops.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +43,7 @@ IMAGE_ID = 276  # of the built-in tokenizer without extra words
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A tree spelt out: a beginning with images in it, and its branches."""
+    """A tree as token ids: a beginning with images in it, and its branches."""
 
     seed: int
     beginning: tuple[int, ...]
@@ -54,7 +60,9 @@ def make_vlm() -> VLM:
     model, tokenizer = build_vlm(VISION, "random:qwen3-tiny", "linear", seed=1)
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_ID
     generator = torch.Generator().manual_seed(7)
-    for value in model.parameters():  # fresh norms are all ones, and fresh weights say nothing yet
+    for (
+        value
+    ) in model.parameters():  # new norms are all ones, and new weights are too small to matter
         scale = 0.2 if value.dim() == 1 else value.std().item()
         value.data += scale * torch.randn(value.shape, generator=generator)
     return model
@@ -73,9 +81,9 @@ def make_case(seed: int, branches: int, length: int = 8) -> Case:
 
 
 def pack(cases: list[Case], shared: bool) -> PackedBatch:
-    """Cases as trees (`shared`), or every branch with its own copy of the beginning.
+    """Pack cases as trees (`shared`), or every branch with its own copy of the beginning.
 
-    Every token of a branch is supervised, the i-th with weight 1 + i % 3.
+    Every token of a branch is supervised, token i with weight 1 + i % 3.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -129,7 +137,7 @@ def features_of(cases: list[Case], shared: bool) -> Tensor | None:
 
 
 def gradients(vlm: VLM, parts: list[list[Case]], shared: bool) -> dict[str, Tensor]:
-    """Gradient of every parameter and the loss, summed over batches of cases."""
+    """Return the gradient of every parameter, and the loss, summed over batches of cases."""
     vlm.zero_grad()
     total = torch.zeros(())
     for cases in parts:
@@ -156,33 +164,33 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 
 @pytest.fixture(params=["grouped", "long", "long in pieces", "every tree alone", "varlen"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way a batch can be cut into SDPA calls."""
+    """Select one way to compute a batch: each kind of SDPA call, and the variable-length kernel."""
     if request.param.startswith("long"):
         monkeypatch.setattr(attention_plan, "LONG_TREE", 1)
     if request.param == "long in pieces":
         monkeypatch.setattr(attention_plan, "MASK_ELEMENTS", 1)
     if request.param == "every tree alone":
         monkeypatch.setattr(attention_plan, "MAX_PADDING", 0.0)
-    if request.param == "varlen":  # the CUDA path, with a kernel written out
+    if request.param == "varlen":  # the CUDA path, with a kernel written as loops
         monkeypatch.setattr(kernels, "choose_kernel", lambda q, flash: naive_kernel)
         monkeypatch.setattr(kernels, "sdpa_packed", None)
     return request.param
 
 
-def test_packed_shared_and_alone_learn_the_same(vlm: VLM, layout: str) -> None:
+def test_packed_shared_and_alone_have_equal_gradients(vlm: VLM, layout: str) -> None:
     cases = [make_case(seed, branches=1 + seed % 4) for seed in range(7)]
     parts = plan_sdpa(pack(cases, True).units, len(pack(cases, True).input_ids), CPU).parts
     kinds = {type(part).__name__ for part in parts}
     assert kinds == ({"LongTree"} if layout.startswith("long") else {"Group"})
     if layout == "long in pieces":
-        assert max(len(part.sizes) for part in parts) == 1 + 4  # beginning, then branch by branch
+        assert max(len(part.sizes) for part in parts) == 1 + 4  # beginning, then each branch
     alone = gradients(vlm, [[case] for case in cases], shared=False)
     assert_same(gradients(vlm, [cases], shared=True), alone)
     assert_same(gradients(vlm, [cases], shared=False), alone)
 
 
-def test_one_case_is_the_model_as_transformers_runs_it(vlm: VLM) -> None:
-    """Hidden states, loss and gradients of one plain sample, against transformers' own forward and loss."""
+def test_one_sample_equals_transformers(vlm: VLM) -> None:
+    """Hidden states, loss and gradients of one plain sample equal transformers' own forward and loss."""
     case = make_case(5, branches=1, length=12)
     ours = gradients(vlm, [[case]], shared=True)
     batch, features = pack([case], shared=False), features_of([case], shared=False)
@@ -219,8 +227,8 @@ def test_gradient_checkpointing_changes_nothing(vlm: VLM) -> None:
     assert_same(gradients(vlm, [cases], shared=True), plain, tolerance=0.0)
 
 
-def test_nobody_sees_a_neighbour(vlm: VLM) -> None:
-    """Another sample's, or another branch's, words change not one bit of a sample's hidden states."""
+def test_samples_and_branches_do_not_see_each_other(vlm: VLM) -> None:
+    """Changing the tokens of one unit changes no bit of the hidden states of another tree or branch."""
     cases = [make_case(seed, branches=3) for seed in (3, 4, 5)]
     batch, features = pack(cases, shared=True), features_of(cases, shared=True)
     before = vlm.hidden(batch, features)
@@ -239,10 +247,10 @@ def test_nobody_sees_a_neighbour(vlm: VLM) -> None:
         assert bool(changed[mine].any())
 
 
-def test_autocast_computes_attention_in_its_precision(
+def test_autocast_computes_attention_in_two_bytes(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms and rotation leave float32 queries; a CUDA kernel for 2-byte floats would not be taken."""
+    """Norms and rotary positions leave float32 queries, for which no CUDA kernel would be chosen."""
     seen = []
 
     def spy(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -> Tensor:
@@ -256,7 +264,7 @@ def test_autocast_computes_attention_in_its_precision(
     assert seen == [{torch.bfloat16}] * 2
 
 
-def test_autocast_stays_near(vlm: VLM) -> None:
+def test_autocast_gradients_are_close(vlm: VLM) -> None:
     cases = [make_case(seed, branches=2) for seed in range(4)]
     exact = gradients(vlm, [cases], shared=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -266,7 +274,7 @@ def test_autocast_stays_near(vlm: VLM) -> None:
     assert abs(float(rough["loss"] / exact["loss"]) - 1) < 5e-3
 
 
-def test_units_stay_behind_when_a_batch_moves() -> None:
+def test_units_stay_on_the_cpu_when_a_batch_moves() -> None:
     batch = pack([make_case(1, branches=2)], shared=True)
     moved = batch.to("meta")
     assert {f.name for f in dataclasses.fields(moved) if getattr(moved, f.name).is_meta} == {
@@ -278,8 +286,8 @@ def test_units_stay_behind_when_a_batch_moves() -> None:
 
 
 @st.composite
-def forests(draw: st.DrawFn) -> Tensor:
-    """Units of a batch: trees with up to four branches, whose prefixes are any part of the beginning."""
+def random_units(draw: st.DrawFn) -> Tensor:
+    """Draw trees with up to four branches, whose prefixes are any part of the beginning."""
     units: list[list[int]] = []
     at = 0
     for _ in range(draw(st.integers(1, 5))):
@@ -296,7 +304,7 @@ def forests(draw: st.DrawFn) -> Tensor:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, units: Tensor, scale: float) -> Tensor:
-    """Query by query, exactly as a unit is defined."""
+    """Compute attention query by query, as a unit is defined."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = []
     for q0, q1, p0, p1 in units.tolist():
@@ -317,7 +325,7 @@ def naive_kernel(
     max_k: int,
     scale: float,
 ) -> Tensor:
-    """A variable-length kernel written out: sequence by sequence, causal to the last key."""
+    """Compute variable-length attention sequence by sequence, causal to the last key."""
     assert max_q == int(cu_q.diff().max())
     assert max_k == int(cu_k.diff().max())
     assert len(q) == cu_q[-1] and len(k) == len(v) == cu_k[-1]
@@ -336,11 +344,13 @@ def naive_kernel(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    units=forests(),
+    units=random_units(),
     long_tree=st.sampled_from([1, 12, 1024]),
     cells=st.sampled_from([1, 60, 1 << 22]),
 )
-def test_both_paths_compute_what_a_unit_means(units: Tensor, long_tree: int, cells: int) -> None:
+def test_both_paths_equal_the_definition_of_a_unit(
+    units: Tensor, long_tree: int, cells: int
+) -> None:
     tokens = int(units[-1, 1])
     g = torch.Generator().manual_seed(tokens)
     q, grad = torch.randn(2, tokens, 4, 8, generator=g, dtype=torch.float64).unbind()
@@ -396,23 +406,23 @@ def test_padding_is_bounded() -> None:
         ([[0, 2, 0, 0], [2, 4, 2, 2], [4, 8, 0, 2]], "leaves"),
     ],
 )
-def test_impossible_units_are_refused(units: list[list[int]], message: str) -> None:
+def test_invalid_units_are_refused(units: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_sdpa(torch.tensor(units), 8, CPU)
 
 
-def test_kernels_are_for_short_floats_on_cuda() -> None:
+def test_the_cpu_has_no_variable_length_kernel() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert kernels.choose_kernel(torch.empty(1, 1, 1, dtype=dtype), flash=True) is None
 
 
 def test_attention_without_a_plan_is_refused(vlm: VLM) -> None:
-    """Otherwise all samples of a batch would see each other, silently."""
+    """Otherwise all samples of a batch would see each other without an error."""
     with pytest.raises(ValueError, match="without a plan"):
         vlm.language(input_ids=torch.arange(6).unsqueeze(0), use_cache=False)
 
 
-def test_attention_refuses_what_it_would_ignore() -> None:
+def test_attention_refuses_unsupported_arguments() -> None:
     q = torch.randn(1, 2, 3, 4)
     plan = AttentionPlan(torch.tensor([[0, 3, 0, 0]]), 3, CPU)
     module = torch.nn.Module()
@@ -436,7 +446,7 @@ def test_attention_refuses_what_it_would_ignore() -> None:
     ids=lambda config: str(config.model_type),
 )
 def test_other_language_models_pack_too(config: PreTrainedConfig) -> None:
-    """Biases, no norm of queries, a head of its own: all as transformers computes them alone."""
+    """Models with biases, without query norms, or with an untied head equal transformers' own forward."""
     small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config.update({**small, **heads, "pad_token_id": 0})
@@ -454,7 +464,7 @@ def test_other_language_models_pack_too(config: PreTrainedConfig) -> None:
     torch.testing.assert_close(hidden, alone, atol=2e-6, rtol=1e-5)
 
 
-def test_features_must_fill_the_slots(vlm: VLM) -> None:
+def test_the_number_of_features_must_match(vlm: VLM) -> None:
     case = make_case(1, branches=1)
     batch, features = pack([case], True), features_of([case], True)
     with pytest.raises(ValueError, match="4 image slots for 8 features"):
