@@ -127,6 +127,12 @@ def _datasets_text(datasets: list[DatasetSummary]) -> str:
     header = ("data set", "samples", "media", "failed")
     rows = [(d.name, f"{d.samples:,}", f"{d.media:,}", f"{d.failed:,}") for d in datasets]
     text = table_text(header, rows, right="samples media failed")
+    for dataset in datasets:
+        if dataset.mismatched:
+            text += (
+                f"\n{dataset.name}: samples whose source has another sha256 than they state: "
+                f"{dataset.mismatched:,}"
+            )
     if any(dataset.failed for dataset in datasets):
         text += "\nwhy media failed: python -m cache.ls --failures"
     return text

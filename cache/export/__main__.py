@@ -29,13 +29,13 @@ from cache.export.rows import (
     Positions,
     Progress,
     Source,
-    chosen_rows,
+    different_rows,
     safetensors_parts,
     tar_parts,
     write_index,
 )
-from cache.export.samples import Exported, Views, all_views, gather, sample_parts, texts
-from cache.format.spec import ARRAY_OF, ARRAYS
+from cache.export.samples import Exported, gather, rows_of, sample_parts, texts
+from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import check_room
 from cache.store.files import PARTIAL, fsync_folder, make_folder, new_file, write_atomic
 from cache.store.paths import CacheRoot
@@ -76,8 +76,6 @@ class Export:
     source: Source
     data: list[Exported]
     """The requested data sets."""
-    views: dict[str, Views]
-    """Array -> the rows of each key; empty without data sets."""
     rows: dict[str, Positions]
     """Array -> positions of the rows to export."""
 
@@ -91,16 +89,12 @@ class Export:
         root = CacheRoot.existing(options.features)
         reader = FeatureReader(find_space(root, options.space))
         source = Source(reader=reader, unpack=options.unpack)
-        views = all_views(reader) if options.dataset else {}
-        data = [gather(root, name, views) for name in dict.fromkeys(options.dataset)]
-        rows = {}
-        for array in ARRAYS:
-            keys = None
-            if options.dataset:
-                media = (one for d in data for group in d.groups for one in group.media)
-                keys = {bytes.fromhex(one.key) for one in media if ARRAY_OF[one.kind] == array}
-            rows[array] = chosen_rows(reader, array, keys)
-        return Export(options=options, root=root, source=source, data=data, views=views, rows=rows)
+        data = [gather(root, name, reader) for name in dict.fromkeys(options.dataset)]
+        if data:
+            rows = {array: rows_of(reader, array, data) for array in ARRAYS}
+        else:
+            rows = {array: different_rows(reader, array) for array in ARRAYS}
+        return Export(options=options, root=root, source=source, data=data, rows=rows)
 
     def parts(self) -> Iterator[Part]:
         """Yield the files to write, in order."""
@@ -113,12 +107,12 @@ class Export:
             yield Part("index.json", 1, lambda file, _: write_index(file, self.source, self.rows))
         elif self.data:
             for data in self.data:
-                yield from sample_parts(self.source, self.views, data)
+                yield from sample_parts(self.source, data)
         else:
             yield from tar_parts(self.source, self.rows)
 
     def _write_texts(self, data: Exported, file: BinaryIO, progress: Progress) -> None:
-        for line in texts(self.root, data):
+        for line in texts(data):
             progress(file.write(line))
 
     def about(self, parts: Sequence[Part]) -> bytes:
@@ -218,6 +212,10 @@ def summary(export: Export, out: Path) -> str:
         line = f"{data.name}: {samples:,} samples"
         if data.lacking:
             line += f"; {data.lacking:,} left out, whose media have no features in this space"
+        if data.mismatched:
+            line += (
+                f"; {data.mismatched:,} left out, whose source has another sha256 than they state"
+            )
         lines.append(line)
     return "\n".join(lines)
 

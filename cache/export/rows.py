@@ -110,14 +110,11 @@ class Source:
             yield some, self.rows(array, some)
 
 
-def chosen_rows(reader: FeatureReader, array: str, keys: set[bytes] | None) -> Positions:
-    """Positions, ascending, of the rows of some media (of all: None); of doubled rows, the first."""
+def different_rows(reader: FeatureReader, array: str) -> Positions:
+    """Return the positions of all rows, ascending. Of a row stored twice, the older counts."""
     index = reader.index[array]
     keep = np.ones(len(index), bool)
     keep[[again for _, again in index.duplicates()]] = False
-    if keys is not None:
-        wanted = np.array(sorted(keys), "S32")
-        keep &= np.isin(np.ascontiguousarray(index.keys).view("S32").reshape(-1), wanted)
     return np.flatnonzero(keep)
 
 

@@ -16,128 +16,115 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cache.export.rows import FILE_BYTES, FILE_ROWS, Part, Positions, Progress, Source
-from cache.format.spec import ARRAY_OF, ARRAYS
+from cache.format.spec import ARRAY_OF
 from cache.format.tar_shard import BLOCK, END, member_header, npy_header, padded
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
+from cache.store.references import (
+    MEDIA_KINDS,
+    MediaItems,
+    MediaRows,
+    References,
+    all_rows,
+    number_media,
+)
 from cache.store.samples import samples_table
 
 
-class Media(NamedTuple):
-    """An image or video of a sample, with features."""
-
-    kind: str
-    """image or video."""
-    key: str
-    """64 hex digits."""
-
-
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Group:
-    """What a data set says of one tuple of media."""
+    """The samples of a data set that show the same tuple of media."""
 
-    media: tuple[Media, ...]
-    """In the order of their placeholders."""
-    sources: tuple[str, ...]
-    """As the first of the samples names them."""
+    media: list[int]
+    """Numbers of the media items, in the order of their placeholders."""
     samples: list[int] = field(default_factory=list)
     """Numbers of the samples in the data set's table."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Exported:
     """One data set, ready to be written."""
 
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     table: pa.Table
     """Its samples."""
+    media: MediaItems
+    """The media that its samples mention."""
+    rows: MediaRows
+    """Every row of these media."""
     groups: list[Group]
-    """In the order of their first samples."""
+    """Samples by their media, in the order of their first samples."""
     lacking: int
-    """Samples left out, because a media of theirs has no features."""
+    """Samples left out because one of their media has no features."""
+    mismatched: int
+    """Samples left out because a source gave other bytes than the sha256 that they state."""
+
+    def array(self, item: int) -> str:
+        """Return the array that holds the rows of one media item."""
+        return ARRAY_OF[MEDIA_KINDS[self.media.kinds[item]]]
 
 
-class Views:
-    """key -> positions of all its rows in one array, in time order."""
-
-    def __init__(self, reader: FeatureReader, kind: str):
-        self._index = reader.index[kind]
-        order = self._index.by_identity()
-        again = np.array([second for _, second in self._index.duplicates()], np.int64)
-        self._order = order[~np.isin(order, again)]
-        self._keys = np.ascontiguousarray(self._index.keys[self._order]).view("S32").reshape(-1)
-
-    def __contains__(self, key: str) -> bool:
-        return len(self.positions(key)) > 0
-
-    def positions(self, key: str) -> Positions:
-        """(views,), empty when there are none."""
-        wanted = np.frombuffer(bytes.fromhex(key), "S32")[0]
-        start, stop = (np.searchsorted(self._keys, wanted, side) for side in ("left", "right"))
-        found = self._order[start:stop]
-        return found[np.argsort(self._index.times[found], kind="stable")]
-
-
-def all_views(reader: FeatureReader) -> dict[str, Views]:
-    """Kind of array -> its rows by key."""
-    return {kind: Views(reader, kind) for kind in ARRAYS}
-
-
-def keys_of(root: CacheRoot, table: pa.Table) -> dict[str, str]:
-    """Source -> key of the media that these samples mention, where it is known."""
-    sources = pc.struct_field(pc.list_flatten(table["media"].combine_chunks()), "source").unique()
-    media = media_table(root).select(["source", "key"])
-    known = media.filter(pc.and_(pc.is_in(media["source"], sources), pc.is_valid(media["key"])))
-    return dict(zip(*(column.to_pylist() for column in known.columns), strict=True))
-
-
-def gather(root: CacheRoot, dataset: str, views: dict[str, Views]) -> Exported:
-    """The samples of a data set whose media have features, by their media.
+def gather(root: CacheRoot, dataset: str, reader: FeatureReader) -> Exported:
+    """Group the samples of a data set whose media have features by their media.
 
     Raises:
         UserError: there is no such data set.
     """
-    table = samples_table(root, dataset)
-    keys = keys_of(root, table)
+    table, ledger = samples_table(root, dataset), media_table(root)
+    references = References.of(table["media"], ledger)
+    media, (items,) = number_media([references], ledger)
+    rows = all_rows(reader, media)
+    mismatched = references.count(references.mismatch) > 0
+    lacking = references.count(~np.append(rows.counts > 0, False)[items]) > 0
+    ends = np.cumsum(references.counts)
     groups: dict[object, Group] = {}
-    lacking = 0
-    batches = table.select(["media"]).to_batches(max_chunksize=8192)
-    mentions = (refs for batch in batches for refs in batch["media"].to_pylist())
-    for number, refs in enumerate(mentions):
-        media = tuple(Media(ref["kind"], keys.get(ref["source"], "")) for ref in refs)
-        if not all(one.key and one.key in views[ARRAY_OF[one.kind]] for one in media):
-            lacking += 1
-            continue
-        sources = tuple(ref["source"] for ref in refs)
-        group = Group(media=media, sources=sources)
-        groups.setdefault(media or number, group).samples.append(number)
-    return Exported(name=dataset, table=table, groups=list(groups.values()), lacking=lacking)
+    for sample in np.flatnonzero(~lacking).tolist():
+        of_sample = items[ends[sample] - references.counts[sample] : ends[sample]]
+        # Each sample without media is a group of its own.
+        group = groups.setdefault(of_sample.tobytes() or sample, Group(media=of_sample.tolist()))
+        group.samples.append(sample)
+    return Exported(
+        name=dataset,
+        table=table,
+        media=media,
+        rows=rows,
+        groups=list(groups.values()),
+        lacking=int((lacking & ~mismatched).sum()),
+        mismatched=int(mismatched.sum()),
+    )
 
 
-def sample_parts(source: Source, views: dict[str, Views], data: Exported) -> Iterator[Part]:
-    """The tars of one data set."""
+def rows_of(reader: FeatureReader, array: str, data: Sequence[Exported]) -> Positions:
+    """Return the positions in `array` of the rows of all media that leave with these data sets."""
+    numbers = [np.empty(0, np.int64)]
+    for one in data:
+        leaving = {item for group in one.groups for item in group.media if one.array(item) == array}
+        numbers.append(one.rows.take(np.array(sorted(leaving), np.int64)).rows)
+    return reader.index[array].positions(np.unique(np.concatenate(numbers)))
+
+
+def sample_parts(source: Source, data: Exported) -> Iterator[Part]:
+    """Yield the tars of one data set."""
     text = data.table.nbytes // max(1, len(data.table))
 
     def size(group: Group) -> int:
         total = 2 * BLOCK + padded(len(group.samples) * text + 1024)
-        for one in group.media:
-            kind = ARRAY_OF[one.kind]
-            total += 2 * BLOCK + len(views[kind].positions(one.key)) * source.row_bytes(kind)
+        for item in group.media:
+            total += 2 * BLOCK + len(data.rows.of(item)) * source.row_bytes(data.array(item))
         return total
 
     def part(number: int, some: Sequence[Group], nbytes: int) -> Part:
         def write(file: BinaryIO, progress: Progress) -> None:
             for group in some:
-                progress(_write_group(file, source, views, data, group))
+                progress(_write_group(file, source, data, group))
             file.write(END)
 
         return Part(f"{data.name}-{number:06d}.tar", nbytes, write)
@@ -155,28 +142,27 @@ def sample_parts(source: Source, views: dict[str, Views], data: Exported) -> Ite
         yield part(number, some, nbytes)
 
 
-def _write_group(
-    file: BinaryIO, source: Source, views: dict[str, Views], data: Exported, group: Group
-) -> int:
-    """One sample of the tar; its bytes."""
+def _write_group(file: BinaryIO, source: Source, data: Exported, group: Group) -> int:
+    """Write one sample of the tar. Return its bytes."""
     name, about = _name(data, group), []
     members: list[tuple[str, tuple[Any, ...]]] = []
-    for number, (one, where) in enumerate(zip(group.media, group.sources, strict=True)):
-        kind = ARRAY_OF[one.kind]
-        positions = views[kind].positions(one.key)
-        rows = source.rows(kind, positions)
+    mentions = data.table["media"][group.samples[0]].as_py()
+    for number, (item, mention) in enumerate(zip(group.media, mentions, strict=True)):
+        array = data.array(item)
+        positions = source.reader.index[array].positions(data.rows.of(item))
+        rows = source.rows(array, positions)
         dtype = "<f2" if source.layout == "fp16" else "|u1"
-        header = npy_header(dtype, (len(rows), *source.shape(kind)))
+        header = npy_header(dtype, (len(rows), *source.shape(array)))
         members.append((f"{name}.{number}.npy", (header, rows.data.cast("B"))))
         facts = [
-            source.facts(kind, p, row) for p, row in zip(positions.tolist(), rows, strict=True)
+            source.facts(array, p, row) for p, row in zip(positions.tolist(), rows, strict=True)
         ]
         about.append(
             {
-                "source": where,
-                "kind": one.kind,
-                "key": one.key,
-                "tokens": source.reader.spec.tokens(kind),
+                "source": mention["source"],
+                "kind": mention["kind"],
+                "key": data.media.key(item),
+                "tokens": source.reader.spec.tokens(array),
                 "views": [fact.view for fact in facts],
                 "time_s": [fact.time_s for fact in facts],
                 "crc32c": [fact.crc for fact in facts],
@@ -209,26 +195,28 @@ def _samples(table: pa.Table, numbers: Sequence[int]) -> list[dict[str, Any]]:
 
 def _name(data: Exported, group: Group) -> str:
     """64 hex digits, the only ones of this data set."""
-    if len(group.media) == 1:
-        return group.media[0].key
-    if group.media:
-        text = "\n".join(f"{one.kind} {one.key}" for one in group.media)
+    keys = [data.media.key(item) for item in group.media]
+    if len(keys) == 1:
+        return keys[0]
+    if keys:
+        kinds = (MEDIA_KINDS[data.media.kinds[item]] for item in group.media)
+        text = "\n".join(f"{kind} {key}" for kind, key in zip(kinds, keys, strict=True))
     else:
         text = f"text {data.name} {data.table['id'][group.samples[0]].as_py()}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def texts(root: CacheRoot, data: Exported) -> Iterator[bytes]:
-    """The samples of a data set, a line of JSON each, with the keys of their media."""
-    keys = keys_of(root, data.table)
-    numbers = sorted(number for group in data.groups for number in group.samples)
+def texts(data: Exported) -> Iterator[bytes]:
+    """Yield the samples of a data set, a line of JSON each, with the keys of their media."""
+    media = {number: group.media for group in data.groups for number in group.samples}
+    numbers = sorted(media)
     columns = ["id", "messages", "media", "weight", "task"]
     for start in range(0, len(numbers), 4096):
-        some = pa.array(numbers[start : start + 4096], pa.int64())
-        for sample in data.table.select(columns).take(some).to_pylist():
-            media = [
-                {"source": ref["source"], "kind": ref["kind"], "key": keys[ref["source"]]}
-                for ref in sample["media"]
+        some = numbers[start : start + 4096]
+        samples = data.table.select(columns).take(pa.array(some, pa.int64())).to_pylist()
+        for number, sample in zip(some, samples, strict=True):
+            sample["media"] = [
+                {"source": ref["source"], "kind": ref["kind"], "key": data.media.key(item)}
+                for ref, item in zip(sample["media"], media[number], strict=True)
             ]
-            line = {**sample, "media": media}
-            yield json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            yield json.dumps(sample, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
-from cache.maintenance.inventory import mentioned_keys
 from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
 from cache.store.files import PARTIAL, fsync_folder
+from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.references import References
 from cache.store.row_index import RowIndex
 from cache.store.samples import dataset_names, samples_table
 from cache.store.space import Space, read_info
@@ -170,13 +171,21 @@ class Unreferenced:
 
 
 def wanted_keys(root: CacheRoot) -> pa.Array:
-    """Keys (32 bytes) that a sample refers to: through the media table, or by the hash it states itself."""
-    wanted = mentioned_keys(root)
+    """Return the keys (32 bytes) of all media that a sample mentions, under any source.
+
+    Where a sample states another sha256 than the bytes of its source have, both keys are wanted.
+    """
+    table = media_table(root)
+    mentioned = np.zeros(len(table), bool)
+    wanted: set[str] = set()
     for name in dataset_names(root):
-        media = pc.list_flatten(samples_table(root, name, ["media"])["media"])
-        stated = pc.struct_field(media, "sha256").drop_null().unique().to_pylist()
-        wanted |= {bytes.fromhex(key) for key in stated}
-    return pa.array(sorted(wanted), pa.binary(KEY_BYTES))
+        media = samples_table(root, name, ["media"])["media"]
+        source = References.of(media, table).source
+        mentioned[source[source < len(table)]] = True
+        stated = pc.struct_field(pc.list_flatten(media), "sha256")
+        wanted.update(stated.drop_null().unique().to_pylist())
+    wanted.update(table["key"].filter(pa.array(mentioned)).drop_null().unique().to_pylist())
+    return pa.array(sorted(map(bytes.fromhex, wanted)), pa.binary(KEY_BYTES))
 
 
 def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]:

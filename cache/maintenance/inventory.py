@@ -18,13 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views, time_view
+from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.spec import ARRAY_OF, ARRAYS, PACKED_FROM
 from cache.store.ledger import media_table
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.references import References, _rows_of, find_references
+from cache.store.references import (
+    MEDIA_KINDS,
+    VIDEO,
+    Ints,
+    MediaItems,
+    References,
+    all_rows,
+    number_media,
+    read_references,
+)
 from cache.store.samples import dataset_names, read_samples
 from configs import UserError, load
 
@@ -46,60 +55,60 @@ class Need:
 
 
 class SpaceMedia:
-    """The media table seen from one space.
+    """What one space has of the media that any data set mentions.
 
-    A video has features when its first frame is there: its frames are committed together, and how many a
-    training wants is for the trainer to say.
+    A video counts as present once any of its frames is: they are committed together, and how many of them a
+    training wants is the trainer's choice.
     """
 
-    def __init__(self, media: pa.Table, reader: FeatureReader):
+    def __init__(self, reader: FeatureReader, media: MediaItems):
         self._reader = reader
-        self._failed = np.asarray(pc.equal(media["status"], "failed"), bool)
-        self._durations = media["duration_s"].to_numpy()
-        keys = np.array(media["key"].to_pylist(), object)
-        videos = np.asarray(pc.equal(media["kind"], "video"), bool)
-        keyed = np.asarray(pc.is_valid(media["key"]), bool)
-        self._codes = np.asarray(
-            media["key"].combine_chunks().dictionary_encode().indices.fill_null(-1), np.int64
-        )
-        self._present = np.zeros(len(media) + 1, bool)  # the last one stands for unknown sources
-        self._nbytes = np.zeros(len(media), np.int64)
-        for kind, of, view in (("image", ~videos, FULL), ("video", videos, time_view(0))):
-            at, array = np.flatnonzero(of & keyed), ARRAY_OF[kind]
-            found = reader.lookup(array, keys[at].tolist(), view)
-            at = at[found >= 0]
-            self._present[at] = True
-            rows = _rows_of(reader, array, found[found >= 0]) if kind == "video" else 1
-            self._nbytes[at] = rows * reader.geometry[array].row_bytes
+        counts = all_rows(reader, media).counts
+        row_bytes = [reader.geometry[ARRAY_OF[kind]].row_bytes for kind in MEDIA_KINDS]
+        self._nbytes = counts * np.array(row_bytes)[media.kinds]
+        self._present = np.append(counts > 0, False)  # -1, no media item, is not present
 
-    def coverage(self, references: References) -> float:
-        """Share of the samples whose media all have features."""
-        lacking = references.other | ~self._present[references.media]
-        lacking = np.unique(references.sample[lacking])
-        return 1 - len(lacking) / references.samples if references.samples else 1.0
+    def coverage(self, references: References, items: Ints) -> float:
+        """Return the share of the samples whose media are all present.
 
-    def need(self, references: References, *, dataset: str, root: CacheRoot) -> Need:
-        """What is missing of a data set, and what is read of it."""
-        known = references.rows[references.rows >= 0]
-        here = known[self._present[known]]
-        _, once = np.unique(self._codes[here], return_index=True)
-        absent = ~self._present[references.rows]
-        absent[references.rows >= 0] &= ~self._failed[known]
-        spec, counts = self._reader.spec, {"image": 0, "frame": 0}
+        Args:
+            references: R mentions by the samples of one data set.
+            items: (R,) media item of each.
+        """
+        complete = references.count(~self._present[items]) == 0
+        return float(complete.mean()) if len(complete) else 1.0
+
+    def need(
+        self, references: References, items: Ints, media: pa.Table, *, dataset: str, root: CacheRoot
+    ) -> Need:
+        """Return what is missing of a data set, and what a training on it reads.
+
+        Args:
+            references: R mentions by its samples.
+            items: (R,) media item of each.
+            media: the media table.
+            dataset: its name.
+            root: the cache.
+        """
+        present = self._present[items]
+        failed = references.look_up(np.asarray(pc.equal(media["status"], "failed"), bool), False)
+        settled = np.unique(references.source[present | failed | references.mismatch])
+        sources, first = np.unique(references.source, return_index=True)
+        absent = first[~np.isin(sources, settled)]
+        durations = np.asarray(media["duration_s"].fill_null(np.nan), np.float64)
+        videos = absent[references.kind[absent] == VIDEO]
+        frames = [
+            MAX_FRAMES if np.isnan(duration_s) else len(frame_views(duration_s, MAX_FRAMES))
+            for duration_s in references.look_up(durations, np.nan)[videos].tolist()
+        ]
+        spec, counts = self._reader.spec, {"image": len(absent) - len(videos), "frame": sum(frames)}
         open_ = spec.packed_from == PACKED_FROM[-1]
-        counts["image"] = int((absent & ~references.videos).sum())
-        for row in references.rows[absent & references.videos].tolist():
-            duration_s = self._durations[row] if row >= 0 else np.nan
-            frames = (
-                MAX_FRAMES if np.isnan(duration_s) else len(frame_views(duration_s, MAX_FRAMES))
-            )
-            counts["frame"] += frames
         return Need(
-            media=int(absent.sum()),
+            media=len(absent),
             rows=sum(counts.values()),
             nbytes=sum(rows * spec.row_bytes(array) for array, rows in counts.items()),
-            reads=int(self._nbytes[here[once]].sum()),
-            command=encode_command(self._reader, root, dataset) if absent.any() and open_ else None,
+            reads=int(self._nbytes[np.unique(items[present])].sum()),
+            command=encode_command(self._reader, root, dataset) if len(absent) and open_ else None,
         )
 
 
@@ -193,6 +202,8 @@ class DatasetSummary:
     """Distinct media it mentions."""
     failed: int
     """Of these, how many the ledger has as failed."""
+    mismatched: int
+    """Samples that state another sha256 than the bytes of one of their sources have."""
     coverage: dict[str, float]
     """Space -> share of the samples whose media all have features there."""
     needs: dict[str, Need]
@@ -261,43 +272,50 @@ def summarise_datasets(
     root: CacheRoot, readers: Mapping[str, FeatureReader]
 ) -> list[DatasetSummary]:
     """A summary of every data set, with its coverage by each space."""
-    media = media_table(root)
-    failed = np.asarray(pc.equal(media["status"], "failed"), bool)
-    spaces = {name: SpaceMedia(media, reader) for name, reader in readers.items()}
-    summaries = []
-    for name in dataset_names(root):
-        references = find_references(root, name, media)
-        known = references.media[references.media >= 0]
-        summaries.append(
-            DatasetSummary(
-                name=name,
-                samples=references.samples,
-                media=len(references.sources),
-                failed=int(failed[np.unique(known)].sum()),
-                coverage={space: here.coverage(references) for space, here in spaces.items()},
-                needs={
-                    space: here.need(references, dataset=name, root=root)
-                    for space, here in spaces.items()
-                },
-            )
+    table = media_table(root)
+    failed = np.asarray(pc.equal(table["status"], "failed"), bool)
+    names = dataset_names(root)
+    references = [read_references(root, name, table) for name in names]
+    media, numbers = number_media(references, table)
+    spaces = {name: SpaceMedia(reader, media) for name, reader in readers.items()}
+    return [
+        DatasetSummary(
+            name=name,
+            samples=len(of.counts),
+            media=len(np.unique(of.source)),
+            failed=int(failed[_known(of, table)].sum()),
+            mismatched=int((of.count(of.mismatch) > 0).sum()),
+            coverage={space: one.coverage(of, items) for space, one in spaces.items()},
+            needs={
+                space: one.need(of, items, table, dataset=name, root=root)
+                for space, one in spaces.items()
+            },
         )
-    return summaries
+        for name, of, items in zip(names, references, numbers, strict=True)
+    ]
+
+
+def _known(references: References, media: pa.Table) -> Ints:
+    """Return the rows of the media table that samples mention, each once."""
+    return np.unique(references.source[references.source < len(media)])
 
 
 def list_failures(root: CacheRoot) -> list[Failures]:
-    """All failed media, the most frequent (stage, error, host, data set) first."""
+    """Return all failed media, the most frequent (stage, error, host, data set) first."""
     media = media_table(root)
-    failed = media.filter(pc.equal(media["status"], "failed"))
-    mentioned: dict[str, list[str]] = defaultdict(list)
+    failed = np.asarray(pc.equal(media["status"], "failed"), bool)
+    mentioned: dict[int, list[str]] = defaultdict(list)
     for name in dataset_names(root):
-        sources = find_references(root, name, media).sources
-        for source in failed["source"].filter(pc.is_in(failed["source"], sources)).to_pylist():
-            mentioned[source].append(name)
+        known = _known(read_references(root, name, media), media)
+        for row in known[failed[known]].tolist():
+            mentioned[row].append(name)
     groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-    for row in failed.select(["source", "stage", "error"]).to_pylist():
-        for dataset in mentioned.get(row["source"], [""]):
-            host = _host(row["source"])
-            groups[row["stage"], row["error"], host, dataset].append(row["source"])
+    rows = np.flatnonzero(failed)
+    records = media.select(["source", "stage", "error"]).take(pa.array(rows)).to_pylist()
+    for row, record in zip(rows.tolist(), records, strict=True):
+        for dataset in mentioned.get(row, [""]):
+            host = _host(record["source"])
+            groups[record["stage"], record["error"], host, dataset].append(record["source"])
     found = [
         Failures(stage=stage, error=error, host=host, dataset=dataset, sources=sources)
         for (stage, error, host, dataset), sources in groups.items()
@@ -311,14 +329,3 @@ def _host(source: str) -> str:
         return urlsplit(source).hostname or ""
     except ValueError:
         return ""
-
-
-def mentioned_keys(root: CacheRoot) -> set[bytes]:
-    """Keys (32 bytes) of all media that a sample mentions, under any source."""
-    media = media_table(root)
-    mentioned = np.zeros(len(media), bool)
-    for name in dataset_names(root):
-        known = find_references(root, name, media).media
-        mentioned[known[known >= 0]] = True
-    keys = media["key"].filter(pa.array(mentioned)).drop_null().unique().to_pylist()
-    return set(map(bytes.fromhex, keys))

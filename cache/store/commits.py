@@ -64,8 +64,14 @@ class Commit:
     """sha256 (32 bytes) that its file is sealed with."""
 
 
-def key_bytes(keys: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """Keys of 64 hex digits -> (n, 32) bytes."""
+def key_bytes(keys: Sequence[str] | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return n keys of 64 hex digits as (n, 32) bytes; such bytes are returned as they are.
+
+    Raises:
+        ValueError: a key has another length.
+    """
+    if isinstance(keys, np.ndarray):
+        return keys
     if not all(len(key) == 2 * KEY_BYTES for key in keys):
         raise ValueError("a key has 64 hex digits")
     return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)

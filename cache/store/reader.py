@@ -44,7 +44,10 @@ AHEAD_RUNS = 64
 """Reads begun together when they must wait for the disk: it serves many at a time as fast as a few."""
 
 THREAD_BYTES = 1 << 20
-"""Another thread is worth waking for so much."""
+"""Another thread is worth waking for this many bytes."""
+
+Keys = Sequence[str] | npt.NDArray[np.uint8]
+"""Keys of media: n strings of 64 hex digits, or (n, 32) bytes."""
 
 
 class FeatureReader:
@@ -97,14 +100,12 @@ class FeatureReader:
         """Whether this view of this media is here."""
         return bool(self.lookup(array, [key], view)[0] >= 0)
 
-    def lookup(self, array: str, keys: Sequence[str], view: str = "full") -> npt.NDArray[np.int64]:
-        """Row numbers (n,) of the keys (64 hex digits each); -1 where there is no row."""
+    def lookup(self, array: str, keys: Keys, view: str = "full") -> npt.NDArray[np.int64]:
+        """Return the row numbers (n,) of n keys, -1 where there is no row."""
         return self.index[array].lookup(key_bytes(keys), view)
 
-    def lookup_pairs(
-        self, array: str, keys: Sequence[str], views: Sequence[str]
-    ) -> npt.NDArray[np.int64]:
-        """Row numbers (n,) of n keys, each with a view of its own; -1 where there is no row."""
+    def lookup_pairs(self, array: str, keys: Keys, views: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the row numbers (n,) of n keys, each with its own view; -1 where there is no row."""
         return self.index[array].lookup_pairs(key_bytes(keys), views)
 
     def times(self, array: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

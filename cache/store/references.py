@@ -1,6 +1,20 @@
-"""Where the features of images and videos are: one row of a space for an image, one a frame for a video.
+"""Find which samples have which rows of a space.
 
-Flat arrays, never an object a media: there may be millions. K distinct media, W rows of all of them.
+    samples of a data set ──┐
+                            ├──► References   each mention of a media item by a sample     References.of
+    media table ────────────┘        │
+                                     ▼
+                                MediaItems    each distinct (key, kind) mentioned          number_media
+                                     │
+    rows of a space ─────────────────┤
+                                     ▼
+                                MediaRows     the rows of each media item                  find_rows, all_rows
+
+A mention counts only when the source gave the bytes that the sample means: see `References.mismatch`.
+Everything is flat arrays, without a Python object for each media item, since a cache may hold ten million.
+`Present` answers the question of an encode job, one media item at a time: does it have all its rows?
+
+S samples, R references of all samples, M rows of the media table, K media items, W rows of all of them.
 """
 
 from __future__ import annotations
@@ -14,106 +28,250 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
 from cache.format.spec import ARRAY_OF
-from cache.store.commits import key_bytes
+from cache.store.commits import KEY_BYTES, key_bytes
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.row_index import Identities, RowIndex
-from cache.store.samples import samples_digest, samples_table
+from cache.store.row_index import Identities, RowIndex, key_words
+from cache.store.samples import samples_table
 from cache.store.space import Space
-from configs import UserError
 
+Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 MEDIA_KINDS = tuple(ARRAY_OF)
-"""Kinds of media; their numbers stand in `kinds` arrays."""
+"""Media kinds. Arrays of `kinds` hold positions in this tuple."""
 IMAGE, VIDEO = (MEDIA_KINDS.index(kind) for kind in ("image", "video"))
+UNKNOWN_KIND = 255
+"""Number of a kind that is not in MEDIA_KINDS, for example from a data set of a later version."""
 NOUNS = ("image", "video")
-"""What people call one of each kind."""
+"""What people call one media item of each kind."""
 
 VIDEOS_AT_ONCE = 2048
-"""Videos whose views are looked up together: what bounds the memory of their names."""
+"""Videos whose frames are looked up together. It bounds the memory that the names of their views take."""
+
+
+# ---- what samples mention
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class References:
+    """The media that the samples of one data set mention, joined with the media table."""
+
+    counts: Ints
+    """(S,) mentions of each sample. The R mentions are in sample order, then in placeholder order."""
+    source: Ints
+    """(R,) row in the media table; M, M + 1, ... number the distinct sources that the table lacks."""
+    kind: npt.NDArray[np.uint8]
+    """(R,) number in MEDIA_KINDS, or UNKNOWN_KIND."""
+    mismatch: Mask
+    """(R,) whether the sample states another sha256 than the bytes of its source have.
+
+    The sample then means another image or video than the one that came: their rows must not be paired.
+    """
+
+    @classmethod
+    def of(cls, media: pa.ChunkedArray, table: pa.Table) -> Self:
+        """Join the column `media` of a samples table with the media table `table`."""
+        lists = media.combine_chunks()
+        mentions = pc.list_flatten(lists)
+        sources = pc.struct_field(mentions, "source")
+        row = pc.index_in(sources, table["source"].combine_chunks())
+        stated = pc.struct_field(mentions, "sha256")
+        mismatch = pc.not_equal(stated, table["key"].combine_chunks().take(row))
+        kind = pc.index_in(pc.struct_field(mentions, "kind"), pa.array(MEDIA_KINDS))
+        if row.null_count:
+            lacking = sources.filter(pc.is_null(row))
+            numbers = np.asarray(pc.index_in(lacking, lacking.unique()), np.int64)
+            source = np.array(row.fill_null(-1), np.int64)
+            source[source < 0] = len(table) + numbers
+        else:
+            source = np.asarray(row, np.int64)
+        return cls(
+            counts=np.asarray(pc.list_value_length(lists), np.int64),
+            source=source,
+            kind=np.asarray(kind.fill_null(UNKNOWN_KIND), np.uint8),
+            # Null where no hash is stated, or the bytes never came: neither is a mismatch.
+            mismatch=np.asarray(mismatch.fill_null(False), bool),
+        )
+
+    @property
+    def sample(self) -> Ints:
+        """(R,) number of the sample that each mention belongs to."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def count(self, flags: Mask) -> Ints:
+        """Return how many mentions (R,) of each sample have a flag, as (S,)."""
+        total = edges_of(flags)
+        ends = np.cumsum(self.counts)
+        return np.asarray(total[ends] - total[ends - self.counts], np.int64)
+
+    def look_up(self, values: npt.NDArray[Any], missing: Any) -> npt.NDArray[Any]:
+        """Return what a column (M,) of the media table says of each mention, as (R,).
+
+        Mentions of sources that the table lacks get `missing`.
+        """
+        return np.append(values, np.array([missing], values.dtype))[
+            np.minimum(self.source, len(values))
+        ]
+
+
+def read_references(root: CacheRoot, dataset: str, table: pa.Table) -> References:
+    """Read what the samples of a data set mention, and join it with the media table `table`.
+
+    Raises:
+        UserError: there is no such data set.
+        CorruptError: its file is damaged.
+    """
+    return References.of(samples_table(root, dataset, ["media"])["media"], table)
+
+
+# ---- media items
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MediaItems:
+    """K distinct media items. The same bytes taken as an image and as a video are two of them."""
+
+    keys: npt.NDArray[np.uint8]
+    """(K, 32) sha256 of their bytes."""
+    kinds: npt.NDArray[np.uint8]
+    """(K,) number in MEDIA_KINDS."""
+    durations: Floats
+    """(K,) length of a video in seconds; NaN where it is not known."""
+
+    def key(self, item: int) -> str:
+        """Return the key of one media item, 64 hex digits."""
+        return self.keys[item].tobytes().hex()
+
+
+def number_media(
+    references: Sequence[References], table: pa.Table
+) -> tuple[MediaItems, list[Ints]]:
+    """Number the distinct media items that several data sets mention.
+
+    Returns:
+        The media items; and for each of `references`, (R,) the number of the media item that each mention
+        means. It is -1 where the key is not known, the kind is not, or the bytes mismatch.
+    """
+    coded = table["key"].combine_chunks().dictionary_encode()
+    of_source = np.asarray(coded.indices.fill_null(-1), np.int64)
+    durations = np.full(len(coded.dictionary), np.nan)
+    recorded = np.asarray(table["duration_s"].fill_null(np.nan), np.float64)
+    timed = (of_source >= 0) & ~np.isnan(recorded)
+    durations[of_source[timed]] = recorded[timed]
+
+    kinds = len(MEDIA_KINDS)
+    codes = []  # (key, kind) as one number: key * kinds + kind
+    for one in references:
+        key = one.look_up(of_source, -1)
+        usable = (key >= 0) & ~one.mismatch & (one.kind != UNKNOWN_KIND)
+        codes.append(np.where(usable, key * kinds + one.kind, -1))
+    mentioned = np.zeros(len(coded.dictionary) * kinds + 1, bool)
+    for code in codes:
+        mentioned[code] = True
+    mentioned[-1] = False  # where the code -1 went
+    used = np.flatnonzero(mentioned)
+    number = np.full(len(mentioned), -1, np.int64)
+    number[used] = np.arange(len(used))
+    media = MediaItems(
+        keys=_key_column(coded.dictionary.take(pa.array(used // kinds))),
+        kinds=(used % kinds).astype(np.uint8),
+        durations=durations[used // kinds],
+    )
+    return media, [number[code] for code in codes]
+
+
+def _key_column(keys: pa.StringArray) -> npt.NDArray[np.uint8]:
+    """Return K keys of 64 hex digits as (K, 32) bytes, without a Python string for each."""
+    digits = 2 * KEY_BYTES
+    if not len(keys) or not pc.all(pc.equal(pc.binary_length(keys), digits)).as_py():
+        return key_bytes(keys.to_pylist())  # none, or a ValueError
+    text = np.frombuffer(keys.buffers()[2], np.uint8, digits * len(keys), digits * keys.offset)
+    text = text.reshape(-1, digits)
+    nibbles = np.where(text < ord("a"), text - ord("0"), text - ord("a") + 10)
+    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).astype(np.uint8)
+
+
+# ---- their rows
 
 
 class Rows(Protocol):
-    """The part of a FeatureReader a join needs."""
+    """The part of a FeatureReader that `find_rows` needs."""
 
     path: Path
 
-    def lookup(self, kind: str, keys: Any) -> Ints:
-        """Row numbers of `keys`, -1 where there is none."""
+    def lookup(self, array: str, keys: Any) -> Ints:
+        """Return the row numbers (n,) of keys (n, 32), -1 where there is no row."""
 
-    def lookup_pairs(self, kind: str, keys: Any, views: Any) -> Ints:
-        """Row numbers of keys, each with a view of its own; -1 where there is none."""
+    def lookup_pairs(self, array: str, keys: Any, views: Any) -> Ints:
+        """Return the row numbers (n,) of keys (n, 32) with n views, -1 where there is no row."""
 
-    def times(self, kind: str, rows: Ints) -> npt.NDArray[np.float64]:
-        """Where in their videos the rows are, seconds."""
+    def times(self, array: str, rows: Ints) -> Floats:
+        """Return where in their videos the rows (n,) are, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MediaRows:
-    """The rows of K media; none for one that is not in the space whole."""
+    """The rows of K media items."""
 
     starts: Ints
-    """(K + 1,) media k has rows[starts[k]:starts[k + 1]]."""
+    """(K + 1,) media item k has rows[starts[k]:starts[k + 1]]."""
     rows: Ints
-    """(W,) row numbers in the array of the media's kind; a video's frames in time order."""
-    times: npt.NDArray[np.float64]
-    """(W,) where in its video a frame is, seconds after the first; NaN for images."""
+    """(W,) row numbers in the array of the item's kind; the frames of a video are in time order."""
+    times: Floats
+    """(W,) time of a frame in seconds after the first; NaN for images."""
     partial: int = 0
-    """Videos with some of the frames asked for and not all: encoded with another limit."""
+    """Videos that have some of the frames asked for, but not all: encoded with another limit."""
 
     @property
     def counts(self) -> Ints:
-        """(K,) rows of each."""
+        """(K,) rows of each media item."""
         return np.diff(self.starts)
 
+    def of(self, item: int) -> Ints:
+        """Return the row numbers of one media item."""
+        return self.rows[self.starts[item] : self.starts[item + 1]]
+
     def take(self, chosen: Ints) -> MediaRows:
-        """Those of some media, in the order given."""
+        """Return the rows of the chosen media items, in the order given."""
         lengths = self.counts[chosen]
         at = within(self.starts[chosen], lengths)
         return MediaRows(starts=edges_of(lengths), rows=self.rows[at], times=self.times[at])
 
 
-def find_rows(
-    reader: Rows,
-    keys: Any,
-    kinds: npt.NDArray[np.uint8],
-    durations: npt.NDArray[np.float64],
-    max_frames: int,
-) -> MediaRows:
-    """Look up K media in a space.
+def find_rows(reader: Rows, media: MediaItems, max_frames: int) -> MediaRows:
+    """Look up the rows that a training needs of each media item: its image, or the frames of its video.
+
+    A video without all of its frames has no rows here, and neither has one of unknown duration.
 
     Args:
         reader: of the space.
-        keys: (K,) Arrow strings, 64 hex digits each.
-        kinds: (K,) number in MEDIA_KINDS.
-        durations: (K,) of videos, seconds; NaN where nobody knows, then it has no rows.
-        max_frames: of one video, at most; decides which views it needs.
+        media: K media items.
+        max_frames: most frames of one video. With its duration, it decides which views are needed.
     """
-    images = np.flatnonzero(kinds == IMAGE)
-    found = np.asarray(
-        reader.lookup(ARRAY_OF["image"], keys.take(images).to_pylist()), dtype=np.int64
-    )
+    images = np.flatnonzero(media.kinds == IMAGE)
+    found = np.asarray(reader.lookup(ARRAY_OF["image"], media.keys[images]), np.int64)
     whole = images[found >= 0]
-    media, rows, times = [whole], [found[found >= 0]], [np.full(len(whole), np.nan)]
-    videos = np.flatnonzero((kinds == VIDEO) & (durations >= 0))
+    items, rows, times = [whole], [found[found >= 0]], [np.full(len(whole), np.nan)]
+    videos = np.flatnonzero((media.kinds == VIDEO) & (media.durations >= 0))
     partial = 0
     for start in range(0, len(videos), VIDEOS_AT_ONCE):
         some = videos[start : start + VIDEOS_AT_ONCE]
-        names = keys.take(some).to_pylist()
-        which, there, when, missed = _frames(reader, names, durations[some], max_frames)
-        media.append(some[which])
+        which, there, when, missed = _frames(
+            reader, media.keys[some], media.durations[some], max_frames
+        )
+        items.append(some[which])
         rows.append(there)
         times.append(when)
         partial += missed
-    of = np.concatenate(media)
-    order = np.argsort(of, kind="stable")  # a video's frames stay in time order
+    item = np.concatenate(items)
+    order = np.argsort(item, kind="stable")  # the frames of a video stay in time order
     return MediaRows(
-        starts=edges_of(np.bincount(of, minlength=len(kinds))),
+        starts=edges_of(np.bincount(item, minlength=len(media.kinds))),
         rows=np.concatenate(rows)[order],
         times=np.concatenate(times)[order],
         partial=partial,
@@ -121,184 +279,84 @@ def find_rows(
 
 
 def _frames(
-    reader: Rows, keys: list[str], durations: npt.NDArray[np.float64], max_frames: int
-) -> tuple[Ints, Ints, npt.NDArray[np.float64], int]:
-    """Of videos that are there whole: which video, row and time of each frame; how many are there in part."""
+    reader: Rows, keys: npt.NDArray[np.uint8], durations: Floats, max_frames: int
+) -> tuple[Ints, Ints, Floats, int]:
+    """Return video, row and time of each frame of the complete videos; and how many are incomplete."""
     array = ARRAY_OF["video"]
     views = [frame_views(duration, max_frames) for duration in durations.tolist()]
-    lengths = np.array([len(v) for v in views], dtype=np.int64)
-    rows = np.asarray(
-        reader.lookup_pairs(
-            array, list(_repeated(keys, lengths)), [view for video in views for view in video]
-        ),
-        dtype=np.int64,
-    )
+    lengths = np.array([len(of_video) for of_video in views], np.int64)
+    names = [view for of_video in views for view in of_video]
+    found = reader.lookup_pairs(array, np.repeat(keys, lengths, axis=0), names)
+    rows = np.asarray(found, np.int64)
     video = np.repeat(np.arange(len(keys)), lengths)
     have = np.bincount(video[rows >= 0], minlength=len(keys))
     partial = int(((have > 0) & (have < lengths)).sum())
     use = (have == lengths)[video]
     video, rows = video[use], rows[use]
-    times = np.asarray(reader.times(array, rows), dtype=np.float64)
+    times = np.asarray(reader.times(array, rows), np.float64)
     assert not np.isnan(times).any(), "a frame was stored without its time"
-    # Two times asked for may have met in one frame: it stands once.
-    first = np.ones(len(rows), dtype=bool)
+    # Two times that were asked for may have met in the same frame, which then counts once.
+    first = np.ones(len(rows), bool)
     first[1:] = (video[1:] != video[:-1]) | (times[1:] != times[:-1])
     return video[first], rows[first], times[first], partial
 
 
-def _repeated(keys: list[str], lengths: Ints) -> Iterator[str]:
-    for key, length in zip(keys, lengths.tolist(), strict=True):
-        for _ in range(length):
-            yield key
+def all_rows(reader: FeatureReader, media: MediaItems) -> MediaRows:
+    """Return every row of each media item, whatever its view. Of a row stored twice, the older counts."""
+    items, rows, times = [_NO_ROWS], [_NO_ROWS], [np.empty(0)]
+    for kind, array in enumerate(ARRAY_OF.values()):
+        index, of_kind = reader.index[array], np.flatnonzero(media.kinds == kind)
+        item, position = _positions(index, media.keys[of_kind])
+        items.append(of_kind[item])
+        rows.append(index.rows(position))
+        times.append(index.times[position])
+    item, row, time = np.concatenate(items), np.concatenate(rows), np.concatenate(times)
+    order = np.lexsort((row, time, item))
+    return MediaRows(
+        starts=edges_of(np.bincount(item, minlength=len(media.kinds))),
+        rows=row[order],
+        times=time[order],
+    )
+
+
+def _positions(index: RowIndex, keys: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
+    """Return (which key, position) of every row that an index has of K keys (K, 32)."""
+    stored, wanted = key_words(index.keys), key_words(keys)
+    order = np.argsort(stored[:, 0])
+    heads = stored[order, 0]
+    start = np.searchsorted(heads, wanted[:, 0], "left")
+    length = np.searchsorted(heads, wanted[:, 0], "right") - start
+    which, position = np.repeat(np.arange(len(keys)), length), order[within(start, length)]
+    same = ~np.isin(position, [again for _, again in index.duplicates()])
+    for word in range(1, stored.shape[1]):  # two keys may share their first 8 bytes
+        same &= stored[position, word] == wanted[which, word]
+    return which[same], position[same]
+
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 # ---- lists of different lengths, one after the other
 
 
 def edges_of(lengths: npt.NDArray[Any]) -> Ints:
-    """(n,) lengths -> (n + 1,) where each list starts, and the end of the last."""
-    edges = np.zeros(len(lengths) + 1, dtype=np.int64)
+    """Return where each of n lists starts, and the end of the last: (n,) lengths -> (n + 1,)."""
+    edges = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=edges[1:])
     return edges
 
 
 def within(starts: Ints, lengths: Ints) -> Ints:
-    """starts[i], starts[i] + 1, ... lengths[i] of them, for each i."""
+    """Return starts[i], starts[i] + 1, ..., lengths[i] numbers, for each i."""
     offsets = np.arange(int(lengths.sum()))
     return offsets + np.repeat(starts - edges_of(lengths)[:-1], lengths)
 
 
-Mask = npt.NDArray[np.bool_]
+# ---- what a space has, one media item at a time
 
 
-Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class References:
-    """What the samples of one data set mention."""
-
-    samples: int
-    """S."""
-    sample: Numbers
-    """(R,) number of the sample."""
-    media: Numbers
-    """(R,) row in the media table, -1 for a source it does not know."""
-    other: Mask
-    """(R,) whether the sample says another hash than the bytes have that came: it is about another media."""
-    sources: pa.Array
-    """(D,) distinct sources."""
-    rows: Numbers
-    """(D,) their rows in the media table, -1 likewise."""
-    videos: Mask
-    """(D,) whether the samples take them for videos."""
-
-
-def find_references(root: CacheRoot, dataset: str, media: pa.Table) -> References:
-    """Of a data set, into `media`."""
-    table = samples_table(root, dataset, ["media"])
-    lists = table["media"].combine_chunks()
-    refs = pc.list_flatten(lists)
-    sources = pc.struct_field(refs, "source")
-    rows = np.asarray(
-        pc.index_in(sources, media["source"].combine_chunks()).fill_null(-1), np.int64
-    )
-    keys = media["key"].combine_chunks().take(pa.array(rows, mask=rows < 0))
-    other = pc.not_equal(pc.struct_field(refs, "sha256"), keys)  # null where one of them is unknown
-    distinct = sources.unique()
-    first = np.asarray(pc.index_in(distinct, sources), np.int64)
-    kinds = pc.struct_field(refs, "kind").take(pa.array(first))
-    return References(
-        samples=len(table),
-        sample=np.asarray(pc.list_parent_indices(lists), np.int64),
-        media=rows,
-        other=np.asarray(other.fill_null(False), bool),
-        sources=distinct,
-        rows=rows[first],
-        videos=np.asarray(pc.equal(kinds, "video"), bool),
-    )
-
-
-def _rows_of(reader: FeatureReader, array: str, first: Numbers) -> Numbers:
-    """How many rows the media have whose first rows (n,) are given."""
-    index = reader.index[array]
-    heads = np.ascontiguousarray(index.keys[:, :8]).view(np.uint64).reshape(-1)  # of sha256: unique
-    distinct, counts = np.unique(heads, return_counts=True)
-    return counts[np.searchsorted(distinct, heads[index.positions(first)])]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """One data set's table, joined with media but not yet filtered."""
-
-    digest: str
-    """Of its texts."""
-    ids: Any
-    """Arrow strings."""
-    weight: npt.NDArray[np.float32]
-    task: Any
-    """Arrow strings."""
-    counts: Ints
-    """Media of each sample."""
-    source: Ints
-    """(R,) row in the media table; -1 where it has none."""
-    other: npt.NDArray[np.bool_]
-    """(R,) what is known by that source hashes to something else than this data set says: not its image."""
-    kind: npt.NDArray[np.uint8]
-    """(R,) number in MEDIA_KINDS."""
-    media: Ints
-    """(R,) number among the media mentioned here; -1 unknown."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Media:
-    """The K media that samples mention."""
-
-    keys: npt.NDArray[np.uint8]
-    """(K, 32) sha256 of their bytes."""
-    kinds: npt.NDArray[np.uint8]
-    """(K,) number in MEDIA_KINDS."""
-    rows: MediaRows
-    """Where their features are."""
-
-
-def read_part(root: CacheRoot, name: str, ledger: pa.Table) -> Part:
-    """Ids, weights and media of a data set: everything but its texts."""
-    digest = samples_digest(root, name)  # checks the seal of the whole file
-    table = pq.read_table(root.samples(name), columns=["id", "media", "weight", "task"])
-    media = table["media"].combine_chunks()
-    flat = media.flatten()
-    kind = pc.index_in(flat.field("kind"), value_set=pa.array(MEDIA_KINDS))
-    if kind.null_count:
-        odd = sorted(map(str, set(pc.unique(flat.field("kind")).to_pylist()) - set(MEDIA_KINDS)))
-        raise UserError(
-            f"data set {name}: holds {', '.join(odd)} media; only images and videos can be trained "
-            f"on: python -m encode.run --dataset {name} writes it again"
-        )
-    at = pc.index_in(flat.field("source"), value_set=ledger["source"].combine_chunks())
-    other = pc.not_equal(flat.field("sha256"), ledger["key"].combine_chunks().take(at))
-    return Part(
-        digest=digest,
-        ids=table["id"].combine_chunks(),
-        weight=np.asarray(table["weight"], dtype=np.float32),
-        task=table["task"].combine_chunks(),
-        counts=np.asarray(media.value_lengths(), dtype=np.int64),
-        source=np.asarray(at.fill_null(-1), dtype=np.int64),
-        other=np.asarray(other.fill_null(False), dtype=bool),
-        kind=np.asarray(kind, dtype=np.uint8),
-        media=np.empty(0, dtype=np.int64),
-    )
-
-
-def _key_bytes(keys: Any) -> npt.NDArray[np.uint8]:
-    """(K, 32) from K hex strings, at the speed of numpy: there may be ten million."""
-    text = np.frombuffer("".join(keys.to_pylist()).encode(), dtype=np.uint8).reshape(-1, 64)
-    nibbles = np.where(text < ord("a"), text - ord("0"), text - ord("a") + 10)
-    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).astype(np.uint8)
-
-
-class Keys(Collection[str]):
-    """The keys of the images in an index: no string is held for any of them."""
+class ImageKeys(Collection[str]):
+    """The keys of the images in an index. It holds no string for any of them."""
 
     def __init__(self, index: RowIndex):
         self._identities = Identities(index)
@@ -314,7 +372,7 @@ class Keys(Collection[str]):
 
 
 class Present:
-    """A space's rows as they were when this was made."""
+    """The rows of a space as they were when this was made."""
 
     def __init__(
         self,
@@ -323,22 +381,26 @@ class Present:
         *,
         max_frames: int = MAX_FRAMES,
     ):
+        """Args:
+        images: keys of the images that have their row.
+        frames: the rows of videos; None where there are none.
+        max_frames: most frames of one video. With its duration, it decides which views are needed.
+        """
         self.images = images
-        """Keys."""
         self._frames, self._max_frames = frames, max_frames
 
     @classmethod
     def of(cls, space: Space, *, max_frames: int = MAX_FRAMES) -> Self:
-        """What is committed in `space` now."""
+        """Return what is committed in `space` now."""
         frames = space.index(ARRAY_OF["video"])
         return cls(
-            Keys(space.index(ARRAY_OF["image"])),
+            ImageKeys(space.index(ARRAY_OF["image"])),
             frames if len(frames) else None,
             max_frames=max_frames,
         )
 
     def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
-        """Whether every view of this media is here. A video of unknown length never is."""
+        """Return whether every view of a media item is here: never for a video of unknown duration."""
         if key is None:
             return False
         if kind == "image":
@@ -348,9 +410,8 @@ class Present:
         )
 
     def missing(self, key: str, views: Sequence[str]) -> list[str]:
-        """Those of a video's views that are not here."""
+        """Return the views of a video that are not here, in the order given."""
         if self._frames is None:
             return list(views)
-        keys = key_bytes([key]).repeat(len(views), axis=0)
-        rows = self._frames.lookup_pairs(keys, views).tolist()
-        return [view for view, row in zip(views, rows, strict=True) if row < 0]
+        name = bytes.fromhex(key)
+        return [view for view in views if not self._frames.contains(name, view)]

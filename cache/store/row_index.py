@@ -125,7 +125,7 @@ class RowIndex:
                 return
             position = self._order[at[open_]].astype(np.int64)
             hit = self.columns.views[position] == codes[open_]
-            hit &= (_words(self.keys[position]) == _words(keys[open_])).all(axis=1)
+            hit &= (key_words(self.keys[position]) == key_words(keys[open_])).all(axis=1)
             found[open_[hit]] = self.rows(position[hit])
             open_ = open_[~hit]
             at[open_] += 1
@@ -235,8 +235,8 @@ def _mixed_one(code: int) -> int:
     return int(_mixed(np.array([code], np.int64))[0])
 
 
-def _words(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """(k, 32) bytes -> (k, 4), to compare eight at a time."""
+def key_words(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Return keys (k, 32) as (k, 4) integers: numpy compares eight bytes at a time."""
     return np.ascontiguousarray(keys).view(np.uint64)
 
 

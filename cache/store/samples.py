@@ -168,6 +168,11 @@ def _samples_file(root: CacheRoot, dataset: str) -> Path:
     return path
 
 
+def content_digest(table: pa.Table) -> str:
+    """Return the `samples_digest` of the data set that a samples table was read from."""
+    return str(table.schema.metadata[b"content"], "ascii")
+
+
 def _content(path: Path) -> str:
     return str(pq.read_metadata(path).metadata[b"content"], "ascii")
 

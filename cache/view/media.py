@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,7 +25,8 @@ from PIL import Image, ImageOps
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, samples_table
+from cache.store.references import read_references
+from cache.store.samples import dataset_names
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """As the encoder reads them. PIL's rarer decoders are attack surface."""
@@ -71,11 +73,11 @@ _Mentions = dict[str, list[tuple[str, dict[str, Any]]]]
 def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, Medium]:
     """Key (64 hex) -> what the tables say of it; every key has an entry."""
     table = media_table(root)
-    rows = table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(set(keys)), pa.string())))
+    wanted = pc.is_in(table["key"], value_set=pa.array(sorted(set(keys)), pa.string()))
     by_key: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
-    for row in rows.to_pylist():
+    for row in table.filter(wanted).to_pylist():
         by_key[row["key"]].append(row)
-    mentions = _mentions(root, [row["source"] for found in by_key.values() for row in found])
+    mentions = _mentions(root, table, np.asarray(wanted, bool))
     return {key: _medium(found, mentions) for key, found in by_key.items()}
 
 
@@ -96,23 +98,25 @@ def _medium(rows: list[dict[str, Any]], mentions: _Mentions) -> Medium:
     )
 
 
-def _mentions(root: CacheRoot, sources: Sequence[str]) -> _Mentions:
-    """Who mentions these sources; what is said comes from the first sample that shows one alone."""
+def _mentions(root: CacheRoot, table: pa.Table, wanted: npt.NDArray[np.bool_]) -> _Mentions:
+    """Find who mentions the wanted rows (M,) of the media table.
+
+    What is said of one is from the first sample that shows it alone. Samples that state another sha256 than
+    its bytes have are about something else.
+    """
     found: _Mentions = {}
-    wanted = pa.array(sorted(set(sources)), pa.string())
     for name in dataset_names(root):
-        lists = samples_table(root, name, ["media"])["media"].combine_chunks()
-        shown = pc.struct_field(pc.list_flatten(lists), "source")
-        hits = np.flatnonzero(np.asarray(pc.is_in(shown, value_set=wanted)))
-        parents = np.asarray(pc.list_parent_indices(lists))
-        alone = np.asarray(pc.list_value_length(lists).fill_null(0)) == 1
-        first: dict[str, int] = {}
-        for at, source in zip(hits.tolist(), shown.take(pa.array(hits)).to_pylist(), strict=True):
-            sample = int(parents[at])
-            if source not in first or (alone[sample] and not alone[first[source]]):
-                first[source] = sample
+        references = read_references(root, name, table)
+        hits = np.flatnonzero(references.look_up(wanted, False) & ~references.mismatch)
+        alone = references.counts == 1
+        first: dict[int, int] = {}
+        samples = references.sample[hits].tolist()
+        for row, sample in zip(references.source[hits].tolist(), samples, strict=True):
+            if row not in first or (alone[sample] and not alone[first[row]]):
+                first[row] = sample
         texts = _texts(root.samples(name), [n for n in first.values() if alone[n]])
-        for source, sample in first.items():
+        for row, sample in first.items():
+            source = table["source"][row].as_py()
             found.setdefault(source, []).append((name, texts.get(sample, {})))
     return found
 

@@ -134,12 +134,20 @@ def coverage(found: Findings) -> str:
         f"</div></td><td>{percent(one.coverage[name])}</td></tr>"
         for one in found.datasets
     )
+    left_out = "".join(
+        f'<p class="hint">{escape(one.name)}: {one.mismatched:,} '
+        + ("sample" if one.mismatched == 1 else "samples")
+        + " left out, whose source has another sha256 than "
+        + ("it states.</p>" if one.mismatched == 1 else "they state.</p>")
+        for one in found.datasets
+        if one.mismatched
+    )
     return (
         '<section><h2>Coverage</h2><p class="hint">A sample is covered when all its images and videos have '
         'rows here.</p><div class="scroll"><table><thead><tr><th scope="col">data set</th>'
         '<th scope="col">samples</th><th scope="col">media</th><th scope="col">failed</th>'
         '<th scope="colgroup" colspan="2">covered</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"<tbody>{rows}</tbody></table></div>{left_out}</section>"
     )
 
 

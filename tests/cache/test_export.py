@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,30 @@ def test_a_data_set_leaves_with_its_text_and_features(
     assert text["json"]["media"] == []
     assert [s["id"] for s in text["json"]["samples"]] == ["text"]
     assert not [name for name in text if name.endswith("npy")]
+
+
+@pytest.mark.parametrize("to", ["webdataset", "safetensors"])
+def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str
+) -> None:
+    """`/2.png` gave image 2, which has features; one sample states the sha256 of image 5 for it."""
+    make(tmp_path / "cache")
+    states_other = replace(
+        say("other", "/2.png"), media=(MediaRef(source="/2.png", sha256=key(5)),)
+    )
+    states_same = replace(say("same", "/3.png"), media=(MediaRef(source="/3.png", sha256=key(3)),))
+    samples = [*SAMPLES, states_other, states_same]
+    write_samples(CacheRoot(tmp_path / "cache"), "talk", samples)
+    out, said = run(to, "--dataset", "talk")
+    assert "talk: 5 samples; 2 left out, whose media have no features in this space" in said
+    assert "; 1 left out, whose source has another sha256 than they state" in said
+    if to == "webdataset":
+        ids = [one["id"] for sample in stream(out) for one in sample["json"]["samples"]]
+        assert key(2) not in {sample["__key__"] for sample in stream(out)}
+    else:
+        ids = [json.loads(line)["id"] for line in (out / "talk.jsonl").read_text().splitlines()]
+        assert key(2) not in {name for _, name, _ in safetensors_rows(out)}
+    assert sorted(ids) == ["a.1", "b/2", "c", "same", "text"]
 
 
 def test_a_data_set_unpacked_needs_nothing_of_ours(

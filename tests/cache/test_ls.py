@@ -177,6 +177,10 @@ def test_a_sample_that_means_other_bytes_is_not_covered(root: CacheRoot, run: Ru
     write_samples(root, "hash", samples)
     values = {one["name"]: one for one in json.loads(run("--json"))["datasets"]}
     assert {round(share, 3) for share in values["hash"]["coverage"].values()} == {0.667, 0.0}
+    assert {name: one["mismatched"] for name, one in values.items() if one["mismatched"]} == {
+        "hash": 1
+    }
+    assert "hash: samples whose source has another sha256 than they state: 1" in run()
 
 
 def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:

@@ -533,6 +533,27 @@ def test_a_page_shows_thumbnails_with_their_captions(
     assert "in no table any more" in page.text  # the other one
 
 
+def test_a_page_never_shows_what_is_said_of_other_bytes(
+    tmp_path: Path, photo: tuple[Path, str]
+) -> None:
+    """A data set states another image's sha256 for the source: its caption is about that image."""
+    path, name = photo
+    space = make_space(tmp_path / "cache")
+    shard(space, [(name, "full", 1, None)], "image")
+    root = CacheRoot(tmp_path / "cache")
+    append_media(root, [MediaRecord(source=str(path), key=name, width=500, height=300)], "job")
+    for dataset, stated in (("other", key(5)), ("same", name)):
+        said = (Message(role="assistant", content=f"caption of {dataset}"),)
+        ref = MediaRef(source=str(path), sha256=stated)
+        sample = Sample(id="0", dataset=dataset, messages=said, media=(ref,))
+        write_samples(root, dataset, [sample])
+    page = Page(render(find(tmp_path / "cache")))
+    assert "caption of other" not in page.text
+    assert "caption of same" in page.text
+    assert "other: 1 sample left out, whose source has another sha256 than it states" in page.text
+    assert "same: 1 sample left out" not in page.text
+
+
 # ---- the command
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,17 @@ from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import (
     MEDIA_KINDS,
-    Media,
-    Part,
+    UNKNOWN_KIND,
+    MediaItems,
+    MediaRows,
+    References,
     Rows,
-    _key_bytes,
     edges_of,
     find_rows,
-    read_part,
+    number_media,
     within,
 )
-from cache.store.samples import dataset_names
+from cache.store.samples import content_digest, dataset_names, samples_table
 from configs import UserError
 from train.data.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
 
@@ -86,16 +87,17 @@ def join(
     shares = _present(root, datasets)
     names = tuple(shares)
     ledger = media_table(root)
-    parts, media = mentioned(
-        [read_part(root, name, ledger) for name in names], ledger, reader, max_frames
-    )
-    failed = np.append(np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool), False)
+    parts = [_read_part(root, name, ledger) for name in names]
+    media, numbers = number_media([part.references for part in parts], ledger)
+    found = find_rows(reader, media, max_frames)
+    here = np.append(found.counts > 0, False)  # -1, no media item, is not here
+    failed = np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool)
     kept: list[Ints] = []
     counts: list[Coverage] = []
     chosen = read_frozen(frozen, names) if frozen is not None else None
-    for name, part in zip(names, parts, strict=True):
-        present, broken = _availability(part, media, failed)
-        side = _held_out(part, media.keys, held_out) == (split == "val")
+    for name, part, items in zip(names, parts, numbers, strict=True):
+        present, broken = _availability(part.references, here[items], failed)
+        side = _held_out(part, items, media.keys, held_out) == (split == "val")
         counts.append(
             Coverage(
                 dataset=name,
@@ -109,8 +111,8 @@ def join(
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
         kept.append(np.flatnonzero(use)[:limit])
-    result = _assemble(root, split, names, shares, parts, kept, media, counts)
-    _check_coverage(result, reader, min_coverage, ledger, media.rows.partial, max_frames)
+    result = _assemble(root, split, names, shares, parts, numbers, kept, media, found, counts)
+    _check_coverage(result, reader, min_coverage, ledger, found.partial, max_frames)
     if frozen is not None:
         check_frozen(result, frozen)
     return result
@@ -140,34 +142,75 @@ def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str,
     return {name: share for name, share in datasets.items() if name in here}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """One data set before anything is left out of it: everything but its texts."""
+
+    digest: str
+    """Hash of its texts."""
+    ids: pa.ChunkedArray
+    """(S,) strings."""
+    weight: npt.NDArray[np.float32]
+    """(S,)"""
+    task: pa.ChunkedArray
+    """(S,) strings."""
+    references: References
+    """What its samples mention."""
+
+
+def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
+    table = samples_table(root, name, ["id", "media", "weight", "task"])
+    references = References.of(table["media"], ledger)
+    if (references.kind == UNKNOWN_KIND).any():
+        kinds = pc.unique(pc.struct_field(pc.list_flatten(table["media"]), "kind")).to_pylist()
+        raise UserError(
+            f"data set {name}: holds {', '.join(sorted({*map(str, kinds)} - {*MEDIA_KINDS}))} media; "
+            "only images and videos can be trained on: "
+            f"python -m encode.run --dataset {name} writes it again"
+        )
+    return _Part(
+        digest=content_digest(table),
+        ids=table["id"].combine_chunks(),
+        weight=np.asarray(table["weight"], dtype=np.float32),
+        task=table["task"].combine_chunks(),
+        references=references,
+    )
+
+
 def _availability(
-    part: Part, media: Media, failed: npt.NDArray[np.bool_]
+    references: References, here: npt.NDArray[np.bool_], failed: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Per sample: every media has its rows; some media failed.
+    """Return for each sample whether all its media have their rows, and whether some of them failed.
 
-    The ledger serves all spaces: what failed for one may have its rows in this one.
+    The ledger serves all spaces: media that failed for one may have their rows in this one.
+
+    Args:
+        references: R mentions by S samples.
+        here: (R,) whether the media item has its rows.
+        failed: (M,) whether the source failed.
     """
-    here = np.append(media.rows.counts > 0, False)[part.media]
-    broken = (failed[part.source] | part.other) & ~here
-    return _count(~here, part.counts) == 0, _count(broken, part.counts) > 0
+    broken = (references.look_up(failed, False) | references.mismatch) & ~here
+    return references.count(~here) == 0, references.count(broken) > 0
 
 
-def _count(flags: npt.NDArray[np.bool_], lengths: Ints) -> Ints:
-    """How many of each sample's media have the flag."""
-    ends = np.cumsum(lengths)
-    total = np.concatenate([[0], np.cumsum(flags)])
-    return np.asarray(total[ends] - total[ends - lengths], dtype=np.int64)
+def _held_out(
+    part: _Part, items: Ints, keys: npt.NDArray[np.uint8], threshold: float
+) -> npt.NDArray[np.bool_]:
+    """Return for each sample whether it is on the validation side.
 
+    Keys are hashes, so they are spread evenly without another hash.
 
-def _held_out(part: Part, keys: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:
-    """Per sample: whether it is on the validation side. Keys are hashes, so evenly spread already."""
+    Args:
+        part: S samples.
+        items: (R,) media item of each mention; -1: none.
+        keys: (K, 32) of the media items.
+        threshold: share of the media that is held out.
+    """
     below = int(threshold * 2**HASH_BITS)
     of_key = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
-    known = part.media >= 0
-    flags = np.zeros(len(part.media), dtype=bool)
-    flags[known] = of_key[part.media[known]] < below
-    result = _count(flags, part.counts) > 0
-    text_only = np.flatnonzero(part.counts == 0)
+    held_out = np.append(of_key < below, False)
+    result = part.references.count(held_out[items]) > 0
+    text_only = np.flatnonzero(part.references.counts == 0)
     heads = [hashlib.sha256(i.encode()).digest() for i in part.ids.take(text_only).to_pylist()]
     result[text_only] = [int.from_bytes(head[: HASH_BITS // 8]) < below for head in heads]
     return result
@@ -178,22 +221,23 @@ def _assemble(
     split: Split,
     names: tuple[str, ...],
     shares: Mapping[str, float | None],
-    parts: list[Part],
+    parts: list[_Part],
+    numbers: list[Ints],
     kept: list[Ints],
-    known: Media,
+    known: MediaItems,
+    found: MediaRows,
     counts: list[Coverage],
 ) -> Join:
     """The chosen samples of all parts as one list, its media numbered by first appearance."""
-    media = np.concatenate(
-        [_gather(p.media, p.counts, k) for p, k in zip(parts, kept, strict=True)]
-    )
-    lengths = np.concatenate([p.counts[k] for p, k in zip(parts, kept, strict=True)])
+    lists = [part.references.counts for part in parts]
+    media = np.concatenate([_gather(*one) for one in zip(numbers, lists, kept, strict=True)])
+    lengths = np.concatenate([counts[k] for counts, k in zip(lists, kept, strict=True)])
     first = np.full(len(known.keys), len(media))  # where each appears first; the end: nowhere
     first[media[::-1]] = np.arange(len(media))[::-1]
     used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(media))]
     rank = np.empty(len(known.keys), dtype=np.int32)
     rank[used] = np.arange(len(used))
-    rows = known.rows.take(used)
+    rows = found.take(used)
     dataset = np.repeat(np.arange(len(names)), [len(k) for k in kept]).astype(np.int16)
     tasks = pa.chunked_array(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
@@ -282,39 +326,3 @@ def _failures(ledger: pa.Table) -> str:
     failed = ledger.filter(pc.equal(ledger["status"], "failed")).slice(0, FAILURES_SHOWN)
     texts = [f"{r['source']}: {r['stage']}: {r['error']}" for r in failed.to_pylist()]
     return f": {'; '.join(texts)}" if texts else ""
-
-
-def mentioned(
-    parts: list[Part], ledger: pa.Table, reader: Rows, max_frames: int
-) -> tuple[list[Part], Media]:
-    """Number the media that samples mention, and look them up: one number a (key, kind)."""
-    table_keys = ledger["key"].combine_chunks()
-    distinct = pc.unique(table_keys.drop_null())
-    of_source = np.array(pc.index_in(table_keys, value_set=distinct).fill_null(-1), dtype=np.int64)
-    known = of_source >= 0
-    durations = np.full(len(distinct), np.nan)
-    recorded = np.asarray(ledger["duration_s"].fill_null(np.nan), dtype=np.float64)
-    timed = known & ~np.isnan(recorded)
-    durations[of_source[timed]] = recorded[timed]
-    of_source = np.append(of_source, -1)  # a source that no ledger knows is media -1
-
-    codes = []  # key x kinds + kind
-    for part in parts:
-        key = np.where(part.other, -1, of_source[part.source])
-        codes.append(np.where(key >= 0, key * len(MEDIA_KINDS) + part.kind, -1))
-    seen = np.zeros(len(distinct) * len(MEDIA_KINDS) + 1, dtype=bool)
-    for code in codes:
-        seen[code] = True
-    seen[-1] = False  # where code -1 went
-    used = np.flatnonzero(seen)
-    number = np.full(len(seen), -1, dtype=np.int64)
-    number[used] = np.arange(len(used))
-    key, kinds = used // len(MEDIA_KINDS), (used % len(MEDIA_KINDS)).astype(np.uint8)
-    hexes = distinct.take(pa.array(key))
-    media = Media(
-        keys=_key_bytes(hexes),
-        kinds=kinds,
-        rows=find_rows(reader, hexes, kinds, durations[key], max_frames),
-    )
-    numbered = [replace(p, media=number[c]) for p, c in zip(parts, codes, strict=True)]
-    return numbered, media

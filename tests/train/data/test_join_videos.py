@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from cache.format.frame_sampling import frame_views, sample_times
+from cache.store.commits import key_bytes
 from cache.store.ledger import MediaRecord, append_media
-from cache.store.references import IMAGE, VIDEO, find_rows
+from cache.store.references import IMAGE, VIDEO, MediaItems, find_rows
 from cache.store.samples import MediaRef
 from configs import UserError
 from tests.support.feature_caches import World, ask, frame_time, key_of, names_of, new_world, ref
@@ -218,11 +218,14 @@ class CountingRows:
 
 def test_many_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cache.store.references.VIDEOS_AT_ONCE", 3)
-    keys = pa.array([key_of(str(i)) for i in range(11)])
     kinds = np.array([VIDEO, IMAGE] * 5 + [VIDEO], np.uint8)
-    durations = np.where(kinds == VIDEO, 1.0, np.nan)
+    media = MediaItems(
+        keys=key_bytes([key_of(str(i)) for i in range(11)]),
+        kinds=kinds,
+        durations=np.where(kinds == VIDEO, 1.0, np.nan),
+    )
     reader = CountingRows()
-    found = find_rows(reader, keys, kinds, durations, 128)
+    found = find_rows(reader, media, 128)
     assert found.counts.tolist() == [3, 1] * 5 + [3]
     assert reader.largest == 9
     assert found.rows[found.starts[2] : found.starts[3]].tolist() == [10, 11, 12]
