@@ -36,13 +36,13 @@ from cache.maintenance.copy_rows import (
     missing,
 )
 from cache.maintenance.merge_tables import (
-    MediaNews,
-    SampleNews,
+    MediaPlan,
     Samples,
-    append_news,
-    compare_media,
-    compare_samples,
+    SamplesPlan,
+    append_planned_media,
     copy_samples,
+    plan_media,
+    plan_samples,
     tables_bytes,
 )
 from cache.store.files import write_atomic
@@ -72,7 +72,7 @@ class Options:
 
 
 @dataclass(kw_only=True)
-class SpaceNews:
+class SpacePlan:
     """The rows to copy from one space of the other cache."""
 
     source: FeatureReader
@@ -101,7 +101,7 @@ class SpaceNews:
         return sum(len(rows) * size[array] for array, rows in self.positions.items())
 
 
-def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
+def plan_space(source: SpacePaths, paths: SpacePaths) -> SpacePlan:
     """Find the rows that a local space lacks.
 
     Args:
@@ -111,13 +111,13 @@ def compare_space(source: SpacePaths, paths: SpacePaths) -> SpaceNews:
     Raises:
         UserError: one of them cannot be opened.
     """
-    news = SpaceNews(source=FeatureReader(source), paths=paths)
+    plan = SpacePlan(source=FeatureReader(source), paths=paths)
     here = FeatureReader(paths) if paths.space_json.exists() else None
     for array in ARRAYS:
-        news.positions[array] = missing(news.source, here, array)
+        plan.positions[array] = missing(plan.source, here, array)
         if here is not None:
-            news.different += _different(news.source, here, array)
-    return news
+            plan.different += _different(plan.source, here, array)
+    return plan
 
 
 def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:
@@ -137,29 +137,29 @@ def _different(there: FeatureReader, here: FeatureReader, array: str) -> int:
     return int((index.crcs[both] != ours.crcs[ours.positions(rows[both])]).sum())
 
 
-def merge_space(news: SpaceNews, meter: Meter) -> list[CorruptError]:
+def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
     """Copy the rows of one space while holding its driver lock; return one error for each damaged row."""
-    info = read_info(news.source.paths)
-    paths = news.paths
+    info = read_info(plan.source.paths)
+    paths = plan.paths
     if not paths.space_json.exists():
         write_atomic(paths.space_json, info_bytes(info))  # keeps the source's shard size
     target = Space.create(CacheRoot(paths.root.parent.parent), read_info(paths).spec, info.load)
     damaged = []
-    for array, positions in news.positions.items():
-        damaged += copy_rows(news.source, target, array, positions, done=meter.add)
+    for array, positions in plan.positions.items():
+        damaged += copy_rows(plan.source, target, array, positions, done=meter.add)
     save_index(target.paths, target.info)
     return damaged
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class MergePlan:
     """What a merge copies from one other cache."""
 
-    spaces: list[SpaceNews]
+    spaces: list[SpacePlan]
     """One for each space of the other cache."""
-    media: MediaNews
+    media: MediaPlan
     """Records to add to the ledger."""
-    samples: list[SampleNews]
+    samples: list[SamplesPlan]
     """One for each data set of the other cache."""
 
     @property
@@ -198,27 +198,27 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         if not options.plan:
             for _, here in pairs:
                 locks.enter_context(DriverLock(here, holder("cache.merge")))
-        news = News(
-            spaces=[compare_space(there, here) for there, here in pairs],
-            media=compare_media(root, other),
-            samples=compare_samples(root, other, options.samples),
+        plan = MergePlan(
+            spaces=[plan_space(there, here) for there, here in pairs],
+            media=plan_media(root, other),
+            samples=plan_samples(root, other, options.samples),
         )
-        print(news.text(), flush=True)
+        print(plan.text(), flush=True)
         if options.plan:
             return 0
-        needed = news.nbytes + ROW_OVERHEAD * sum(space.rows for space in news.spaces)
-        check_room(root.path, needed + tables_bytes(news.samples, news.media, other), "the merge")
+        needed = plan.nbytes + ROW_OVERHEAD * sum(space.rows for space in plan.spaces)
+        check_room(root.path, needed + tables_bytes(plan.samples, plan.media, other), "the merge")
         # Rows first: what the ledger and the samples refer to exists when they are written.
-        meter = Meter("merge", news.nbytes)
-        damaged = [error for space in news.spaces for error in merge_space(space, meter)]
+        meter = Meter("merge", plan.nbytes)
+        damaged = [error for space in plan.spaces for error in merge_space(space, meter)]
         meter.close()
-        append_news(root, news.media)
-        copy_samples(root, other, news.samples)
+        append_planned_media(root, plan.media)
+        copy_samples(root, other, plan.samples)
     if damaged:
         print(damage_text(damaged))
-    rows = sum(space.rows for space in news.spaces) - len(damaged)
-    print(f"merged {other.path}: {rows:,} rows, {len(news.media.table):,} media, ", end="")
-    print(f"{sum(one.copies for one in news.samples)} data sets")
+    rows = sum(space.rows for space in plan.spaces) - len(damaged)
+    print(f"merged {other.path}: {rows:,} rows, {len(plan.media.table):,} media, ", end="")
+    print(f"{sum(one.copies for one in plan.samples)} data sets")
     return len(damaged)
 
 

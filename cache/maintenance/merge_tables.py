@@ -33,7 +33,7 @@ Samples = Literal["ours", "theirs", "both"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MediaNews:
+class MediaPlan:
     """What another ledger knows better."""
 
     table: pa.Table
@@ -65,7 +65,7 @@ class MediaNews:
         return "\n".join(lines)
 
 
-def compare_media(root: CacheRoot, other: CacheRoot) -> MediaNews:
+def plan_media(root: CacheRoot, other: CacheRoot) -> MediaPlan:
     """What the ledger of `other` adds to that of `root`; equal ledgers add nothing."""
     ours, theirs = media_table(root, stamped=True), media_table(other, stamped=True)
     at = pc.index_in(theirs["source"], ours["source"].combine_chunks())
@@ -86,13 +86,13 @@ def compare_media(root: CacheRoot, other: CacheRoot) -> MediaNews:
     came = open_ & (their_status == "ok")
     newer = open_ & (their_status == "failed")
     newer[newer] = (their_ns[newer] > our_ns[newer]).astype(bool)
-    # The same failure entered again, by a merge the other way, is no news.
+    # A failure that an earlier merge copied in the other direction is not a newer one.
     newer &= np.logical_or.reduce(
         [np.not_equal(*both(name)) for name in ("stage", "error", "attempts")]
     )
     take = ~known | came | newer
     sources = theirs["source"].filter(pa.array(conflict)).to_pylist()
-    return MediaNews(
+    return MediaPlan(
         table=theirs.filter(pa.array(take)).drop_columns(["ns"]),
         new=int((~known).sum()),
         came=int(came.sum()),
@@ -100,17 +100,17 @@ def compare_media(root: CacheRoot, other: CacheRoot) -> MediaNews:
     )
 
 
-def append_news(root: CacheRoot, news: MediaNews) -> None:
+def append_planned_media(root: CacheRoot, plan: MediaPlan) -> None:
     """Enter it into the ledger, in one part."""
-    if len(news.table):
-        append_media_table(root, news.table, f"merge-{secrets.token_hex(4)}")
+    if len(plan.table):
+        append_media_table(root, plan.table, f"merge-{secrets.token_hex(4)}")
 
 
 # ---- samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleNews:
+class SamplesPlan:
     """What becomes of one data set."""
 
     dataset: str
@@ -126,7 +126,7 @@ class SampleNews:
         return self.take != "ours"
 
 
-def compare_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> list[SampleNews]:
+def plan_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> list[SamplesPlan]:
     """What becomes of each data set there.
 
     Raises:
@@ -136,20 +136,20 @@ def compare_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -
     found, unclear = [], []
     for name in dataset_names(other):
         if name not in ours:
-            found.append(SampleNews(dataset=name, what="new", take="theirs"))
+            found.append(SamplesPlan(dataset=name, what="new", take="theirs"))
         elif samples_digest(root, name) == samples_digest(other, name):
-            found.append(SampleNews(dataset=name, what="the same", take="ours"))
+            found.append(SamplesPlan(dataset=name, what="the same", take="ours"))
         elif choice is None:
             unclear.append(name)
         elif choice == "both" and not any(True for _ in _others(root, other, name)):
-            found.append(SampleNews(dataset=name, what="all of them are here", take="ours"))
+            found.append(SamplesPlan(dataset=name, what="all of them are here", take="ours"))
         else:
             what = {
                 "ours": "differs, ours stays",
                 "theirs": "differs, theirs is taken",
                 "both": "differs, what only theirs has is added",
             }[choice]
-            found.append(SampleNews(dataset=name, what=what, take=choice))
+            found.append(SamplesPlan(dataset=name, what=what, take=choice))
     if unclear:
         raise UserError(
             f"{', '.join(unclear)}: the samples under {other.path} are not those under {root.path}; "
@@ -158,13 +158,13 @@ def compare_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -
     return found
 
 
-def copy_samples(root: CacheRoot, other: CacheRoot, news: Sequence[SampleNews]) -> None:
+def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan]) -> None:
     """Write them, each data set whole or not at all.
 
     Raises:
         CorruptError: a file there is damaged; what was here stays.
     """
-    for one in news:
+    for one in plan:
         if one.take == "both":
             write_samples(root, one.dataset, _joined(root, other, one.dataset))
         elif one.take == "theirs":
@@ -176,7 +176,7 @@ def copy_samples(root: CacheRoot, other: CacheRoot, news: Sequence[SampleNews]) 
                     check_seal(data, path)
 
 
-def tables_bytes(samples: Sequence[SampleNews], media: MediaNews, other: CacheRoot) -> int:
+def tables_bytes(samples: Sequence[SamplesPlan], media: MediaPlan, other: CacheRoot) -> int:
     """What the tables will take, about."""
     sizes = [other.samples(one.dataset).stat().st_size for one in samples if one.copies]
     return 2 * sum(sizes) + int(media.table.nbytes)
