@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def test_a_planted_import_turns_them_red(
     assert done.returncode != 0
     broken = [line for line in done.stdout.splitlines() if " BROKEN" in line]
     assert any(line.startswith(contract) for line in broken), done.stdout
+
+
+def test_no_test_imports_a_test() -> None:
+    """What two tests need is in tests/support. Scripts that tests start are searched as well."""
+    pattern = re.compile(r"(?:from|import)\s+tests\.(?:\w+\.)*test_\w+|from \.+\w* import test_")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for match in pattern.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
 
 
 def test_importing_the_trainer_loads_no_encoder() -> None:

@@ -5,6 +5,8 @@ python -m tests.support.encode_jobs FOLDER WORKERS     # a driver to be killed: 
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
+from cache.store.space import find_space
 from encode.driver.resources import WorkerLayout
 from encode.driver.signals import Interrupts
 from encode.job import Job
@@ -28,6 +31,7 @@ from encode.sources import open_datasets
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.vision.config import DemoTowerConfig, EncoderConfig
+from tests.support import ROOT
 
 TINY = EncoderConfig(
     name="tiny",
@@ -125,6 +129,41 @@ class SlowWorker(Worker):
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         time.sleep(0.002)
         return super().prepare(image)
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+    """Start a driver in a process group of its own, and wait until it is at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.encode_jobs", str(folder), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_for_rows(
+    folder: Path, process: subprocess.Popen[str], rows: int = 1, timeout_s: float = 120
+) -> None:
+    """Wait until this many shards of one row are committed, or the process has ended."""
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline and committed(folder) < rows:
+        time.sleep(0.002)
+
+
+def space(folder: Path) -> SpacePaths:
+    """Return the only space of FOLDER/cache."""
+    return find_space(CacheRoot(folder / "cache"), None)
+
+
+def committed(folder: Path) -> int:
+    """Return the number of commits in FOLDER/cache."""
+    return len(list((folder / "cache").glob("spaces/*/commits/*.parquet")))
 
 
 def main(folder: Path, workers: int) -> None:

@@ -23,6 +23,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from tests.support.spaces import SPEC
+from train.metrics import read_metrics
 
 COLORS = {
     "red": (220, 40, 40),
@@ -30,6 +31,13 @@ COLORS = {
     "blue": (50, 80, 220),
     "white": (240, 240, 240),
 }
+
+
+BASE = [
+    *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"),
+    *("--batch-size", "8", "--learning-rate", "3e-3", "--held-out", "0.2", "--log-every", "1000"),
+]
+"""Options of a short run of train.run on a CPU."""
 
 
 def spec(**changes: object) -> FeatureSpec:
@@ -160,3 +168,8 @@ def samples(files: Path, images: int, dataset: str) -> list[Sample]:
                 Sample(id=name, dataset=dataset, messages=messages, media=media, task=task)
             )
     return result
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the training loss of every step of a stage."""
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]

@@ -12,6 +12,7 @@ Every path has an image of its own, so that what a fetch brought can be told by 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import email.utils
 import functools
@@ -35,7 +36,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from encode.download.client import DownloadConfig, Fetched
+from model.media.images import BadMediaError
 from tests.support.photos import make_folder
+
+QUICK: dict[str, Any] = {
+    "connect_s": 2,
+    "read_s": 0.8,
+    "total_s": 2.0,
+    "backoff_s": 0.02,
+    "retry_after_s": 2,
+    "max_bytes": 1 << 20,
+    "budget_bytes": 64 << 20,
+    "allow_private": True,
+}
+"""Limits for downloads from this server: short times, and the loopback address is allowed."""
 
 YEAR_S = 365 * 24 * 3600
 HUGE = 200 << 20
@@ -500,3 +515,29 @@ class TroubleServer:
             path=f"/{kind}", kind=kind, sha256=sha256 if claimed else None, expected=expected
         )
         self.kinds[entry.path] = _Kind(entry=entry, image=image, act=act)
+
+
+# ---- downloads from it
+
+
+def quick_config(**changed: Any) -> DownloadConfig:
+    """Return QUICK with some values changed."""
+    return DownloadConfig(**(QUICK | changed))
+
+
+def outcome(future: concurrent.futures.Future[Fetched]) -> Fetched | BadMediaError:
+    """Wait for a download and return its body, released, or its error."""
+    try:
+        fetched = future.result(30)
+    except BadMediaError as error:
+        return error
+    fetched.release()
+    return fetched
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Wait until a condition holds, 10 s at most."""
+    deadline = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

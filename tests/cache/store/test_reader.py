@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -374,14 +375,16 @@ def test_several_threads_are_over_when_the_call_is(
 EXPECTED = {number: row(number) for number in ROWS}
 
 FORKED = """
-import os, sys
+import json, os, sys
 import numpy as np
 from pathlib import Path
 from cache.store.reader import FeatureReader
 from cache.store import reader as module
-from tests.cache.store.test_reader import ROWS, EXPECTED
+from tests.support.spaces import row
 module.THREAD_BYTES = 300
 reader = FeatureReader(Path(sys.argv[1]), threads=int(sys.argv[2]))
+ROWS = {int(n): at for n, at in json.loads(sys.argv[3]).items()}
+EXPECTED = {n: row(n) for n in ROWS}
 numbers = list(ROWS)
 out = np.empty((len(ROWS), reader.spec.row_bytes("image")), np.uint8)
 def work():
@@ -409,7 +412,7 @@ sys.exit(sum(os.waitpid(child, 0)[1] for child in children))
 @pytest.mark.parametrize("threads", [1, 3])
 def test_forked_processes_share_one_reader(filled: Space, threads: int) -> None:
     subprocess.run(
-        [sys.executable, "-c", FORKED, str(filled.paths.root), str(threads)],
+        [sys.executable, "-c", FORKED, str(filled.paths.root), str(threads), json.dumps(ROWS)],
         check=True,
         cwd=ROOT,
     )

@@ -18,18 +18,16 @@ import pytest
 from encode.download.client import DownloadConfig, Fetched, Fetcher, is_url
 from model.media.images import BadMediaError, decode_image
 from tests.support import ROOT
-from tests.support.web_server import TROUBLES, Handler, TroubleServer, at_first, status
-
-QUICK: dict[str, Any] = {
-    "connect_s": 2,
-    "read_s": 0.8,
-    "total_s": 2.0,
-    "backoff_s": 0.02,
-    "retry_after_s": 2,
-    "max_bytes": 1 << 20,
-    "budget_bytes": 64 << 20,
-    "allow_private": True,
-}
+from tests.support.web_server import (
+    TROUBLES,
+    Handler,
+    TroubleServer,
+    at_first,
+    outcome,
+    quick_config,
+    status,
+    wait_until,
+)
 
 REASONS = {
     "404": "HTTP 404",
@@ -61,17 +59,13 @@ REASONS = {
 TRIED_AGAIN = ("500", "slow", "stall", "silent", "truncated", "truncated-chunks", "reset-in-body")
 
 
-def rules(**changed: Any) -> DownloadConfig:
-    return DownloadConfig(**(QUICK | changed))
-
-
 @pytest.fixture
 def fetcher() -> Iterator[Callable[..., Fetcher]]:
     """Fetchers that are closed in the end."""
     made: list[Fetcher] = []
 
     def make(**changed: Any) -> Fetcher:
-        made.append(Fetcher(rules(**changed)))
+        made.append(Fetcher(quick_config(**changed)))
         return made[-1]
 
     yield make
@@ -85,22 +79,6 @@ def quiet_server() -> Iterator[TroubleServer]:
         yield server
 
 
-def outcome(future: concurrent.futures.Future[Fetched]) -> Fetched | BadMediaError:
-    try:
-        fetched = future.result(30)
-    except BadMediaError as error:
-        return error
-    fetched.release()
-    return fetched
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 # ---- every kind of trouble
 
 
@@ -108,7 +86,7 @@ def wait_until(reached: Callable[[], bool]) -> None:
 def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaError]]]:
     """All kinds, fetched together."""
     with TroubleServer() as server:
-        one = Fetcher(rules())
+        one = Fetcher(quick_config())
         started = {
             entry.kind: one.submit(f"{server.base}{entry.path}?token=SECRET", sha256=entry.sha256)
             for entry in server.entries()
@@ -394,14 +372,14 @@ def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_rules_travel() -> None:
-    assert pickle.loads(pickle.dumps(rules(tries=7))) == rules(tries=7)
+    assert pickle.loads(pickle.dumps(quick_config(tries=7))) == quick_config(tries=7)
 
 
 # ---- the end
 
 
 def test_closing_cancels_what_is_under_way(quiet_server: TroubleServer) -> None:
-    one = Fetcher(rules(read_s=20, total_s=60, per_host=4))
+    one = Fetcher(quick_config(read_s=20, total_s=60, per_host=4))
     started = [one.submit(quiet_server.url(kind)) for kind in ("stall", "silent", "slow") * 5]
     time.sleep(0.2)
     start = time.monotonic()
@@ -422,7 +400,7 @@ def test_closing_cancels_what_is_under_way(quiet_server: TroubleServer) -> None:
 
 
 def test_a_callback_may_close_the_fetcher(quiet_server: TroubleServer) -> None:
-    one = Fetcher(rules())
+    one = Fetcher(quick_config())
     one.submit(quiet_server.url("photo-0")).add_done_callback(lambda _: one.close())
     one._thread.join(5)
     assert not one._thread.is_alive()

@@ -17,8 +17,16 @@ from hypothesis import strategies as st
 
 from encode.download.client import Fetched, Fetcher
 from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoomError
-from tests.encode.download.test_client import outcome, rules, wait_until
-from tests.support.web_server import Act, Handler, TroubleServer, chunked, until_closed
+from tests.support.web_server import (
+    Act,
+    Handler,
+    TroubleServer,
+    chunked,
+    outcome,
+    quick_config,
+    until_closed,
+    wait_until,
+)
 
 KB = 1 << 10
 BODY = 200 * KB
@@ -225,7 +233,7 @@ def server() -> Iterator[TroubleServer]:
 
 def small_fetcher(**changed: Any) -> Fetcher:
     small = {"max_bytes": LIMIT, "budget_bytes": 3 * LIMIT, "read_s": 5, "total_s": 10}
-    return Fetcher(rules(**(small | changed)))
+    return Fetcher(quick_config(**(small | changed)))
 
 
 @pytest.fixture

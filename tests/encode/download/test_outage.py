@@ -16,8 +16,7 @@ import encode.download.outage
 from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadError
 from encode.download.outage import HOSTS, Outage
-from tests.encode.download.test_client import outcome, rules, wait_until
-from tests.support.web_server import TroubleServer
+from tests.support.web_server import TroubleServer, outcome, quick_config, wait_until
 
 
 class Names:
@@ -56,7 +55,7 @@ def url_at(server: TroubleServer, host: str) -> str:
 def test_fetches_outlast_an_outage(
     server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = Fetcher(rules(outage_s=30, tries=2))
+    one = Fetcher(quick_config(outage_s=30, tries=2))
     started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS * 2)]
     with caplog.at_level(logging.WARNING):
         wait_until(lambda: "network down" in caplog.text)
@@ -74,7 +73,7 @@ def test_fetches_outlast_an_outage(
 def test_an_outage_without_end_is_waited_for_once(
     server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = Fetcher(rules(outage_s=0.5, tries=2))
+    one = Fetcher(quick_config(outage_s=0.5, tries=2))
     for _ in range(2):
         start = time.monotonic()
         started = [one.submit(url_at(server, f"h{i}.dead.test")) for i in range(HOSTS * 3)]
@@ -88,7 +87,7 @@ def test_an_outage_without_end_is_waited_for_once(
 
 def test_one_host_that_answers_is_network_enough(server: TroubleServer, names: Names) -> None:
     names.there.set()
-    one = Fetcher(rules(outage_s=30, tries=1, connections=2, per_host=2))
+    one = Fetcher(quick_config(outage_s=30, tries=1, connections=2, per_host=2))
     urls = [
         url_at(server, host) for i in range(HOSTS * 2) for host in (f"h{i}.dead.test", "here.test")
     ]
@@ -100,7 +99,7 @@ def test_one_host_that_answers_is_network_enough(server: TroubleServer, names: N
 
 
 def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Names) -> None:
-    one = Fetcher(rules(outage_s=600))
+    one = Fetcher(quick_config(outage_s=600))
     started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS)]
     wait_until(lambda: names.asked >= HOSTS)
     time.sleep(0.1)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from encode.download.client import Fetched, Fetcher
-from tests.encode.download.test_client import outcome, rules
-from tests.support.web_server import Act, Handler, TroubleServer
+from tests.support.web_server import Act, Handler, TroubleServer, outcome, quick_config
 
 INVALID = "the answer is no valid HTTP"
 
@@ -91,7 +90,7 @@ ODD: dict[str, tuple[Act, str | None]] = {
 def test_odd_answers(caplog: pytest.LogCaptureFixture) -> None:
     extra = {kind: act for kind, (act, _) in ODD.items()}
     with TroubleServer(photos=1, extra=extra) as server, caplog.at_level(logging.INFO):
-        one = Fetcher(rules())
+        one = Fetcher(quick_config())
         started = {kind: one.submit(server.url(kind)) for kind in ODD}
         for kind, future in started.items():
             got, said = outcome(future), ODD[kind][1]
@@ -131,7 +130,9 @@ def test_mutated_answers_are_bodies_or_reasons(
 
     count = soak(150, 5000)
     with TroubleServer(photos=1, extra={"mutated": mutated}) as server:
-        quick = rules(tries=1, retry_after_s=0, patience=10**9, per_host=16, read_s=2, total_s=4)
+        quick = quick_config(
+            tries=1, retry_after_s=0, patience=10**9, per_host=16, read_s=2, total_s=4
+        )
         one = Fetcher(quick)
         started = [one.submit(server.url("mutated")) for _ in range(count)]
         got = [outcome(future) for future in started]

@@ -16,8 +16,7 @@ import cache.remote.net
 from cache.remote.net import RefusedAddressError
 from encode.download.client import Fetched, Fetcher
 from encode.download.session import CheckedResolver, checked_socket
-from tests.encode.download.test_client import outcome, rules
-from tests.support.web_server import TroubleServer, redirect
+from tests.support.web_server import TroubleServer, outcome, quick_config, redirect
 
 
 def test_the_socket_itself_is_refused() -> None:
@@ -44,7 +43,7 @@ def server() -> Iterator[TroubleServer]:
 @pytest.fixture
 def strict() -> Iterator[Fetcher]:
     """Follows the rules as they are by default."""
-    one = Fetcher(rules(allow_private=False))
+    one = Fetcher(quick_config(allow_private=False))
     yield one
     one.close()
 
@@ -197,7 +196,7 @@ def test_a_silent_name_server_holds_up_nobody_else(
         return real(host, port, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    one = Fetcher(rules(connect_s=3, total_s=20, tries=1, outage_s=0))
+    one = Fetcher(quick_config(connect_s=3, total_s=20, tries=1, outage_s=0))
     stuck = [one.submit(f"http://{i}.slow.test/") for i in range(20)]
     time.sleep(0.1)
     start = time.monotonic()
@@ -243,14 +242,14 @@ def certificate(tmp_path: Path) -> Path:
 
 def test_certificates_are_verified(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with TroubleServer(photos=1, tls=certificate) as server:
-        one = Fetcher(rules())
+        one = Fetcher(quick_config())
         got = outcome(one.submit(server.url("photo-0")))
         assert str(got) == "TLS certificate refused: self-signed certificate"
         assert server.counts["/photo-0"] == 0
         one.close()
 
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        one = Fetcher(rules())
+        one = Fetcher(quick_config())
         for url in (server.url("photo-0"), server.url("photo-0").replace("127.0.0.1", "localhost")):
             assert isinstance(outcome(one.submit(url)), Fetched)
         for kind in ("stall", "hang-up", "reset-in-body", "404"):
@@ -259,7 +258,7 @@ def test_certificates_are_verified(certificate: Path, monkeypatch: pytest.Monkey
 
 
 def test_https_spoken_to_who_does_not(server: TroubleServer) -> None:
-    one = Fetcher(rules())
+    one = Fetcher(quick_config())
     got = outcome(one.submit(server.url("photo-0").replace("http:", "https:")))
     assert str(got).startswith("TLS: ")
     one.close()

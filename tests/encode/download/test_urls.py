@@ -13,8 +13,7 @@ from yarl import URL
 from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadError
 from encode.download.urls import host_of, parse_url, redirect_url
-from tests.encode.download.test_client import outcome, rules
-from tests.support.web_server import Handler, TroubleServer
+from tests.support.web_server import Handler, TroubleServer, outcome, quick_config
 
 SPELLINGS = {
     "/photo-0": "/photo-0",
@@ -50,7 +49,7 @@ def test_paths_and_queries_arrive_as_they_are_spelt(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Handler, "do_GET", note)
     with TroubleServer(photos=1) as server:
-        one = Fetcher(rules(per_host=1))
+        one = Fetcher(quick_config(per_host=1))
         for spelt, sent in SPELLINGS.items():
             got = outcome(one.submit(f" {server.base}{spelt} "))
             assert isinstance(got, Fetched), f"{spelt!r}: {got}"
@@ -131,7 +130,7 @@ def test_hosts_are_spelt_one_way() -> None:
 
 
 def test_wild_urls_never_break_the_fetcher(server: TroubleServer) -> None:
-    one = Fetcher(rules())
+    one = Fetcher(quick_config())
     wild = [
         "http://" + "x" * 300 + "/",
         "http://a..b/",

@@ -14,8 +14,8 @@ from cache.remote.reader import RemoteReader
 from cache.share import share
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from tests.integration.train.test_run import BASE, losses
 from tests.support import remote_servers, trained_runs
+from tests.support.trained_runs import BASE, losses
 from train.run import main
 
 STEPS = ("--max-steps", "6", "--eval-every", "6", "--batch-size", "16", "--order", "blocks")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,46 +12,10 @@ from pathlib import Path
 import pytest
 
 from cache.store.locks import driver_holder
-from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.space import find_space
-from tests.support import ROOT
-from tests.support.encode_jobs import Result, draw, encode
+from tests.support.encode_jobs import Result, committed, draw, encode, space, start, wait_for_rows
 
 IMAGES = 80
-
-
-def start(folder: Path, workers: int) -> subprocess.Popen[str]:
-    """A driver in a process group of its own, at work."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.encode_jobs", str(folder), str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def wait_for_rows(
-    folder: Path, process: subprocess.Popen[str], rows: int = 1, timeout_s: float = 120
-) -> None:
-    """Until that many shards of one row are committed, or the process has ended."""
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline and committed(folder) < rows:
-        time.sleep(0.002)
-
-
-def space(folder: Path) -> SpacePaths:
-    return find_space(CacheRoot(folder / "cache"), None)
-
-
-def committed(folder: Path) -> int:
-    return len(list((folder / "cache").glob("spaces/*/commits/*.parquet")))
 
 
 def assert_whole(folder: Path, like: Result) -> None:

@@ -30,8 +30,17 @@ from encode.worker.worker import Worker
 from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from model.vision.encoder import load_encoder
-from tests.integration.encode.test_kill import committed, space, start, wait_for_rows
-from tests.support.encode_jobs import SETUP, TINY, Result, draw, encode
+from tests.support.encode_jobs import (
+    SETUP,
+    TINY,
+    Result,
+    committed,
+    draw,
+    encode,
+    space,
+    start,
+    wait_for_rows,
+)
 from tests.support.spaces import key, make_space, row
 
 LENGTHS = (2, 5, 16, 3, 8, 7)

@@ -24,16 +24,12 @@ from configs import UserError
 from model.io.saved_model import load_final
 from model.vlm import build_vlm
 from tests.support import ROOT, trained_runs
+from tests.support.trained_runs import BASE, losses
 from train import checkpoint, run_folder, setup
 from train.config import Options, preset
 from train.metrics import StepRecord, read_metrics, screen_line
 from train.run import main
 from train.step import choose_precision
-
-BASE = [
-    *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"),
-    *("--batch-size", "8", "--learning-rate", "3e-3", "--held-out", "0.2", "--log-every", "1000"),
-]
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +56,6 @@ def train(
 
 def _stage(words: list[str]) -> int:
     return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
 
 
 # ---- it learns
