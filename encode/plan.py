@@ -21,8 +21,9 @@ from cache.store.ledger import MediaRecord
 from cache.store.references import Present
 from cache.store.samples import MediaRef, Sample
 from encode.download.client import is_url
-from encode.worker.local_files import failed, identify
-from encode.worker.messages import OWN_STAGES, SourceTask, claim_id
+from encode.worker.local_files import identify
+from encode.worker.messages import OWN_STAGES, SourceTask, claim_id, failed
+from model.media.images import Failure
 
 OWN_ATTEMPTS = 3
 """An image our own code failed on is tried again by this many jobs."""
@@ -227,7 +228,7 @@ def spread(tasks: Sequence[SourceTask]) -> tuple[SourceTask, ...]:
 def _missing(source: str, kind: str, record: MediaRecord | None) -> MediaRecord:
     attempts = record.attempts if record and record.status == "failed" else 0
     blank = MediaRecord(source=source, kind=kind)
-    return failed(blank, attempts, "fetch", "no such file")
+    return failed(blank, attempts, Failure("fetch", "no such file"))
 
 
 def _given_up(record: MediaRecord, space: str) -> bool:

@@ -204,8 +204,10 @@ class Fetcher:
             lease.release()
             future.cancel()
             return
-        except DownloadError as trouble:
-            failure = BadMediaError(trouble.reason, trouble.stage)
+        except DownloadError as error:
+            # Its traceback and context hold the parts of the body.
+            failure = error.with_traceback(None)
+            failure.__cause__ = failure.__context__ = None
         except Exception as error:  # the open web finds what no list of exceptions has
             where = traceback.extract_tb(error.__traceback__)[-1]
             name = type(error).__name__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.media.images import BadMediaError
+
 __all__ = ["DownloadConfig", "DownloadError"]
 
 USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
@@ -62,21 +64,18 @@ class DownloadConfig:
             )
 
 
-class DownloadError(Exception):
-    """One try has failed."""
+class DownloadError(BadMediaError):
+    """One attempt to download a URL failed."""
 
     def __init__(
         self, reason: str, *, again: bool = False, wait_s: float = 0.0, stage: str = "fetch"
     ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        """One line for the ledger. Nothing of the URL but its host may be in it."""
+        # Of the URL, only the host may be in `reason`: queries hold secrets, and the ledger is shared.
+        super().__init__(reason, stage)
         self.again = again
         """Another try may succeed."""
         self.wait_s = wait_s
         """Seconds the host wants to be left alone before it."""
-        self.stage = stage
-        """In the ledger's words."""
         self.host = ""
         """Who is to blame; empty when no host is."""
         self.asked = True

@@ -24,8 +24,7 @@ from encode.driver.tracker import Ledger
 from encode.estimate import about
 from encode.plan import Mention, spread
 from encode.worker.downloads import Downloads
-from encode.worker.local_files import failed
-from encode.worker.media_item import Item
+from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
 
 POLL_S = 0.5
@@ -111,9 +110,9 @@ def to_fetch(
 
 def run(
     downloads: Downloads, tasks: Iterable[SourceTask], ahead: int, interrupts: Interrupts
-) -> Iterable[Item]:
+) -> Iterable[MediaItem]:
     """Each task's item with its key, as they arrive; fewer when interrupted."""
-    arrived: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[MediaItem] = queue.SimpleQueue()
     waiting, left = iter(tasks), 0
     while not interrupts.stopping():
         for task in islice(waiting, ahead - left):
@@ -127,15 +126,14 @@ def run(
             continue
         left -= 1
         item = downloads.hash(item)
-        item.data = b""
-        item.release()
+        item.drop_data()
         yield item
 
 
-def final(item: Item, known: MediaRecord | None) -> MediaRecord:
+def final(item: MediaItem, known: MediaRecord | None) -> MediaRecord:
     """What the ledger says of a download; of bytes known before, also what decoding them told."""
     if item.failure is not None:
-        return failed(item.record, item.task.attempts, *item.failure)
+        return item.outcome().failed_record()
     if known is not None and known.status == "ok" and known.key == item.record.key:
         return known
     return item.record

@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cache.store.ledger import MediaRecord
 from configs import UserError
 from encode.download.client import is_url
-from encode.worker.local_files import failed, hash_local, unreadable
-from encode.worker.messages import SourceTask
-from model.media.images import BadMediaError
+from encode.worker.local_files import hash_local, unreadable
+from encode.worker.messages import Outcome, SourceTask
+from model.media.images import BadMediaError, Failure
 
 SOLO_DEATHS = 2
 DEATHS_IN_VAIN = 6
@@ -64,8 +63,8 @@ class Culprits:
             )
 
 
-def sentence(task: SourceTask, key: str, *, hung: bool) -> MediaRecord:
-    """The ledger's record of a guilty media: it stands until its file changes, or has another `key`."""
+def sentence(task: SourceTask, key: str, *, hung: bool) -> Outcome:
+    """The outcome of a guilty media: it stands until its file changes, or has another `key`."""
     try:
         record = hash_local(task)
     except BadMediaError:
@@ -73,4 +72,4 @@ def sentence(task: SourceTask, key: str, *, hung: bool) -> MediaRecord:
         if is_url(task.source):
             record = replace(record, key=key or None)
     how = "hung its worker, alone too" if hung else "killed its worker, alone too"
-    return failed(record, task.attempts, "decode", how)
+    return Outcome(task=task, record=record, result="failed", failure=Failure("decode", how))

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from configs import UserError
-from encode.worker.local_files import failed
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, claim_id
+from model.media.images import Failure
 
 LEDGER_EVERY_S = 30.0
 LEDGER_EVERY_RECORDS = 8192
@@ -93,7 +93,7 @@ class Tracker:
         self._after: dict[
             str, list[Outcome]
         ] = {}  # duplicates, until the media they repeat is final
-        self._failed_keys: dict[str, MediaRecord] = {}
+        self._failures: dict[str, Failure] = {}
         self._committed: set[str] = set()
         self._found: set[str] = set()  # videos that turned out to be in the space
         self._stages: Counter[str] = Counter()
@@ -158,7 +158,7 @@ class Tracker:
         for outcome in outcomes:
             del self._with[worker][outcome.task.source]
             if outcome.result == "failed":
-                self.fail(outcome.record)
+                self.fail(outcome)
                 continue
             name = _claimed(outcome.record)
             if outcome.result == "duplicate":
@@ -171,13 +171,15 @@ class Tracker:
         if own and self.last_failure is not None:
             self._budget.check(own, self.settled, self.last_failure)
 
-    def fail(self, record: MediaRecord) -> None:
-        """One source is failed for good; duplicates of its bytes fail as it did."""
+    def fail(self, outcome: Outcome) -> None:
+        """One source has failed for good; duplicates of its bytes fail as it did."""
+        record, failure = outcome.failed_record(), outcome.failure
+        assert failure is not None, "it has not failed"
         if record.key is not None:
-            self._failed_keys[_claimed(record)] = record
-        if record.stage in OWN_STAGES or self.last_failure is None:
+            self._failures[_claimed(record)] = failure
+        if failure.stage in OWN_STAGES or self.last_failure is None:
             self.last_failure = record
-        self._stages[record.stage or ""] += 1
+        self._stages[failure.stage] += 1
         self._leave(record)
 
     def lost(self, worker: int, committed: Collection[str], released: Collection[str]) -> None:
@@ -204,15 +206,13 @@ class Tracker:
     def _release_duplicates(self) -> None:
         there = (self._committed, self._found, self._already)
         present = {key for key in self._after if any(key in keys for keys in there)}
-        final = present | {key for key in self._after if key in self._failed_keys}
+        final = present | {key for key in self._after if key in self._failures}
         for key in sorted(final):
             for outcome in self._after.pop(key):
                 if key in present:
                     self._leave(outcome.record)
                     continue
-                like = self._failed_keys[key]
-                stage, why = like.stage or "", like.error or ""
-                self.fail(failed(outcome.record, outcome.task.attempts, stage, why))
+                self.fail(replace(outcome, result="failed", failure=self._failures[key]))
 
     def _leave(self, record: MediaRecord) -> None:
         self.settled += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from cache.store.ledger import MediaRecord
 from encode.download.client import DownloadConfig, Fetched, Fetcher
 from encode.download.media_store import MediaStore
-from encode.worker.media_item import Item
+from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError
 
@@ -38,9 +38,9 @@ class Downloads:
         self._fetcher: Fetcher | None = None
         self._closed = False
 
-    def start(self, task: SourceTask, done: Callable[[Item], None]) -> None:
+    def start(self, task: SourceTask, done: Callable[[MediaItem], None]) -> None:
         """Get the bytes of `task`, and hand them to `done` without their key, from any thread."""
-        item = Item(task=task, record=MediaRecord(source=task.source, kind=task.kind))
+        item = MediaItem(task=task, record=MediaRecord(source=task.source, kind=task.kind))
         if (data := self._kept(task)) is not None:
             item.data = data
             done(item)
@@ -53,21 +53,18 @@ class Downloads:
         def arrived(future: Future[Fetched]) -> None:
             if future.cancelled():
                 return
-            error = future.exception()
-            if isinstance(error, BadMediaError):
-                item.failure = (error.stage, error.reason)
-            elif error is not None:  # ours: it counts against the failure budget
-                text = " ".join(str(error).split())[:200]
-                item.failure = ("encode", f"{type(error).__name__}: {text}")
-            else:
+            try:
                 fetched = future.result()
+            except BadMediaError as error:
+                item.failure = error.failure
+            else:
                 item.data, item.release = fetched.data, fetched.release
                 item.read_s = fetched.seconds / self._rules.connections
             done(item)
 
         future.add_done_callback(arrived)
 
-    def hash(self, item: Item) -> Item:
+    def hash(self, item: MediaItem) -> MediaItem:
         """The same item with its key; its bytes kept, where they are to be. From any thread.
 
         Raises:

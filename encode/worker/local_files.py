@@ -163,11 +163,6 @@ def unreadable(task: SourceTask) -> MediaRecord:
     return record if identity is None else identity.stamp(record)
 
 
-def failed(record: MediaRecord, attempts: int, stage: str, error: str) -> MediaRecord:
-    """`record` as the ledger keeps it when the media failed; `attempts` were made before."""
-    return replace(record, status="failed", stage=stage, error=error, attempts=attempts + 1)
-
-
 def size_in_header(data: bytes) -> tuple[int, int]:
     """Width and height of an image, upright, without decoding; (0, 0) when the header does not say."""
     try:

@@ -1,8 +1,8 @@
-"""What travels from a source to the encoder: an item a source, a piece a few encoder inputs of it."""
+"""The two types inside a worker: a media item, and one encoder input made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,64 +10,74 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.store.ledger import MediaRecord
-from encode.worker.messages import SourceTask
+from cache.store.writer import NewRow
+from encode.worker.messages import Outcome, Result, SourceTask
+from model.media.images import Failure
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(kw_only=True, eq=False)
-class Item:
-    """One source on its way to the encoder."""
+class MediaItem:
+    """One source inside a worker. Reading, decoding, encoding and writing each fill in their part."""
 
     task: SourceTask
-    """What was asked for."""
+    """The source to encode."""
     record: MediaRecord
-    """What is known of it."""
+    """What the ledger will say about it. Reading adds the key, decoding adds the size."""
     data: bytes | Path = b""
-    """Its bytes, or where they are, until they are decoded."""
-    failure: tuple[str, str] | None = None
-    """Stage, and why."""
-    duplicate: bool = False
-    """Somebody else has, or had, these bytes to encode."""
-    present: bool = False
-    """Nothing of it is missing."""
-    read_s: float = 0.0
-    """Opening, reading, hashing."""
-    decode_s: float = 0.0
-    """Bytes to encoder input."""
+    """Its bytes, or the file that holds them, until they are decoded."""
     release: Callable[[], None] = field(default=lambda: None, repr=False)
-    """Called once the bytes are not needed any more."""
+    """Returns the memory of `data` to the download budget."""
+    failure: Failure | None = None
+    """Why no row of it will be written."""
+    duplicate: bool = False
+    """Another source of the job, or the space, already has the same bytes."""
+    present: bool = False
+    """A video whose frames are all in the space."""
+    decoded: bool = False
+    """The worker has received its last encoder input."""
+    pending: int = 0
+    """Encoder inputs that are in a batch and not encoded yet."""
+    rows: list[NewRow] = field(default_factory=list)
+    """Encoded rows that are not written yet, in time order."""
+    read_s: float = 0.0
+    """Seconds to open, read and hash the source, or its share of a download."""
+    decode_s: float = 0.0
+    """Seconds from its bytes to encoder inputs, without waiting for the encoder."""
+
+    @property
+    def key(self) -> str:
+        """The sha256 of its bytes, 64 hex digits. It must have been read."""
+        assert self.record.key is not None, f"{self.task.source} has not been read"
+        return self.record.key
+
+    def drop_data(self) -> None:
+        """Free the bytes once they are decoded or stored."""
+        self.data = b""
+        self.release()
+
+    def outcome(self) -> Outcome:
+        """Return what the driver is told about this item."""
+        result: Result = "ok"
+        if self.failure is not None:
+            result = "failed"
+        elif self.duplicate:
+            result = "duplicate"
+        elif self.present:
+            result = "present"
+        return Outcome(task=self.task, record=self.record, result=result, failure=self.failure)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
-    """Encoder inputs of one source, and whether more will come."""
+class EncoderInput:
+    """One view of a media item, decoded: an image or one frame of a video."""
 
-    item: Item
-    """Whose they are; final when `last`."""
+    item: MediaItem
+    """The media item it was decoded from."""
     pixels: Pixels
-    """(n, S, S, 3); n may be 0."""
-    views: tuple[str, ...]
-    """(n,) what they are called."""
-    times: tuple[float | None, ...]
-    """(n,) where in its video, seconds."""
-    last: bool
-    """Nothing more comes of this source."""
-
-
-def piece_of(
-    item: Item,
-    pixels: Sequence[Pixels],
-    views: Sequence[str],
-    times: Sequence[float | None],
-    *,
-    last: bool,
-) -> Piece:
-    """A piece of these frames or this image; its arrays may be empty."""
-    return Piece(
-        item=item,
-        pixels=np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8),
-        views=tuple(views),
-        times=tuple(times),
-        last=last,
-    )
+    """(S, S, 3) uint8, S the encoder's input size in pixels."""
+    view: str
+    """`full`, or `t:<microseconds>` of a video."""
+    time_s: float | None
+    """Time of the frame in its video, seconds; None for an image."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cache.store.ledger import MediaRecord
+from model.media.images import Failure
 
 OWN_STAGES = ("encode", "write")
 """Failures at these stages are ours; the others are the media's."""
@@ -40,17 +41,38 @@ def claim_id(kind: str, key: str) -> str:
     return key if kind == "image" else f"{kind}:{key}"
 
 
+Result = Literal["ok", "present", "failed", "duplicate"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What finally became of a source."""
 
     task: SourceTask
     """Which one."""
-    result: Literal["ok", "present", "failed", "duplicate"]
-    """ok: its rows are committed. present: all of them were there before. duplicate: somebody else has,
-    or had, the same bytes to do."""
     record: MediaRecord
-    """For the ledger. Of a duplicate: what it will say once the other one is in the space."""
+    """What the ledger will say about it once its bytes are in the space."""
+    result: Result
+    """ok: its rows are committed. present: the space had all of them before. duplicate: another source has
+    the same bytes. failed: `failure` says why."""
+    failure: Failure | None = None
+    """Set when it failed, and only then."""
+
+    def failed_record(self) -> MediaRecord:
+        """Return the ledger's record of the failure."""
+        assert self.failure is not None, "it has not failed"
+        return failed(self.record, self.task.attempts, self.failure)
+
+
+def failed(record: MediaRecord, attempts: int, failure: Failure) -> MediaRecord:
+    """Return `record` as the ledger keeps it after a failure; `attempts` counts the earlier failures."""
+    return dataclasses.replace(
+        record,
+        status="failed",
+        stage=failure.stage,
+        error=failure.reason,
+        attempts=attempts + 1,
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,11 @@
 """Sources -> encoder inputs, in threads, a few ahead of the encoder.
 
-files: read + hash (threads) ---+
-URLs: download (encode.fetch) --+-> claim, a group at a time -> decode + prepare (threads)
+    files   read and hash (threads) -----+
+    URLs    download (encode.download) --+-> reserve, 16 at a time -> decode and prepare (threads)
 
-Files come out in the order they were put in, downloads as they arrive. A video comes out in pieces, so that
-memory holds a few batches of frames however long it is.
+Files are delivered in the order they were put in, downloads in the order they arrive. A failed source is
+delivered without being decoded. A video is delivered frame by frame, so memory holds a few batches of
+frames, however long the video is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -32,122 +33,115 @@ from encode.worker.local_files import (
     size_in_header,
     unreadable,
 )
-from encode.worker.media_item import Item, Piece, Pixels, piece_of
+from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, claim_id
-from model.media.images import BadMediaError
+from model.media.images import BadMediaError, Failure
 from model.media.video import frames, probe
 
 READ_GROUP = 16
-"""Sources read, and claimed with one question, at a time."""
+"""Sources that are read, and then reserved with one call to the driver, at a time."""
 
-PIECES_AHEAD = 2
-"""Pieces of one video waiting for the encoder."""
+FRAME_BATCHES = 3
+"""Batches of frames that one video may decode ahead of the encoder."""
 
 POLL_S = 0.5
+"""Seconds between two looks at whether the prefetcher was closed."""
 
 
-class Inputs(Protocol):
-    """What an prefetcher is given by its worker."""
+class PrefetchCallbacks(Protocol):
+    """What the prefetcher calls on its worker, from its own threads."""
 
     def claim(self, ids: Sequence[str]) -> list[bool]:
-        """Which of these media are ours to encode."""
+        """Return which of these media are this worker's to encode."""
         ...
 
     def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
-        """Which of a video's views are to be encoded."""
+        """Return which of a video's views are not in the space yet."""
         ...
 
     def decode(self, data: bytes) -> Image.Image:
-        """Bytes to image; raises BadMediaError."""
+        """Decode an image. Raises BadMediaError."""
         ...
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Image to encoder input (S, S, 3)."""
+        """Return the encoder input (S, S, 3) of an image."""
         ...
 
     def our_error(self, error: Exception) -> str:
-        """What the ledger says of an error that is not the media's."""
+        """Return the ledger's text for an error that is not the media's."""
         ...
 
 
-class _Video:
-    """A video being decoded: what its thread has ready."""
-
-    def __init__(self, item: Item) -> None:
-        self.item = item
-        self.pieces: queue.Queue[Piece] = queue.Queue(PIECES_AHEAD)
+_Inputs = queue.Queue[EncoderInput | MediaItem]
+"""The encoder inputs of one media item, then the item itself."""
 
 
 class Prefetcher:
-    """See above. Methods belong to one thread."""
+    """Reads, downloads and decodes sources in threads. Its methods belong to one thread."""
 
     def __init__(
         self,
-        inputs: Inputs,
+        worker: PrefetchCallbacks,
         *,
-        entries: DecodeLog,
+        decode_log: DecodeLog,
         downloads: Downloads,
         threads: int,
         ahead: int,
-        piece: int,
+        batch_size: int,
         max_frames: int,
     ):
         """Start the threads.
 
         Args:
-            inputs: the worker.
-            entries: told what is being decoded.
-            downloads: gets what is not on this disk; closed with the prefetcher.
-            threads: for reading, and as many for decoding.
+            worker: the worker that encodes.
+            decode_log: records what each thread is decoding.
+            downloads: fetches URLs; closed with the prefetcher.
+            threads: threads for reading, and as many for decoding.
             ahead: sources decoded ahead of the encoder.
-            piece: frames of a video that travel together.
-            max_frames: of one video, at most.
+            batch_size: encoder inputs in one batch.
+            max_frames: frames of one video, at most.
         """
-        self._inputs, self._entries, self._downloads = inputs, entries, downloads
-        self._piece, self._max_frames = piece, max_frames
+        self._worker, self._decode_log, self._downloads = worker, decode_log, downloads
+        self._frames_ahead, self._max_frames = FRAME_BATCHES * batch_size, max_frames
         self._readers = ThreadPoolExecutor(threads, "read")
         self._decoders = ThreadPoolExecutor(threads, "decode")
-        self._inbox: queue.SimpleQueue[SourceTask | Item | None] = queue.SimpleQueue()
-        self._ready: queue.Queue[Future[Piece] | _Video | BaseException] = queue.Queue(ahead)
-        self._next: Future[Piece] | _Video | None = None
+        self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
+        self._ready: queue.Queue[_Inputs | BaseException] = queue.Queue(ahead)
+        self._current: _Inputs | None = None
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
         self._feeder.start()
 
     def put(self, task: SourceTask) -> None:
-        """Read and decode this, files after those put before."""
+        """Queue one source."""
         self._inbox.put(task)
 
-    def get(self, timeout_s: float) -> Piece | None:
-        """The next piece; None when it is not ready within the time.
+    def get(self, timeout_s: float) -> EncoderInput | MediaItem | None:
+        """Return the next encoder input, or a media item after its last one; None after `timeout_s`.
 
         Raises:
-            whatever `claim` raised.
+            what `claim` raised.
         """
         deadline = time.monotonic() + timeout_s
         try:
-            if self._next is None:
+            if self._current is None:
                 found = self._ready.get(timeout=timeout_s)
                 if isinstance(found, BaseException):
                     raise found
-                self._next = found
-            left = max(0.0, deadline - time.monotonic())
-            if isinstance(self._next, _Video):
-                piece = self._next.pieces.get(timeout=left)
-            else:
-                piece = self._next.result(timeout=left)
-        except (queue.Empty, TimeoutError):
+                self._current = found
+            got = self._current.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
             return None
-        if piece.last:
-            self._next = None
-        return piece
+        if isinstance(got, MediaItem):
+            self._current = None
+        return got
 
     def close(self) -> None:
-        """End the threads, and drop what they had."""
+        """End the threads and drop what they hold."""
         self._open = False
         self._downloads.close()
         self._inbox.put(None)
-        while self._feeder.is_alive():  # it may be waiting for room
+        while self._feeder.is_alive():  # it may be waiting for room in `_ready`
             while not self._ready.empty():
                 self._ready.get()
             self._feeder.join(0.02)
@@ -159,23 +153,22 @@ class Prefetcher:
     def _feed(self) -> None:
         try:
             while group := self._next_group():
-                tasks = [one for one in group if isinstance(one, SourceTask)]
-                for task in tasks:
-                    if is_url(task.source):
-                        self._downloads.start(task, self._inbox.put)
-                local = (task for task in tasks if not is_url(task.source))
-                items = list(self._readers.map(self._read, local))
-                arrived = (one for one in group if isinstance(one, Item))
-                items += self._readers.map(self._downloads.hash, arrived)
-                self._claim(items)
+                to_read: list[SourceTask | MediaItem] = []
+                for one in group:
+                    if isinstance(one, SourceTask) and is_url(one.source):
+                        self._downloads.start(one, self._inbox.put)
+                    else:
+                        to_read.append(one)
+                items = list(self._readers.map(self._read, to_read))
+                self._claim([item for item in items if item.failure is None])
                 for item in items:
                     self._submit(item)
-        except BaseException as error:  # raised again by the thread that waits in `get`
+        except BaseException as error:  # `get` raises it in the thread that waits there
             self._ready.put(error)
 
-    def _next_group(self) -> list[SourceTask | Item]:
-        """Sources that are there to be read, at least one; none once the prefetcher closes."""
-        group: list[SourceTask | Item] = []
+    def _next_group(self) -> list[SourceTask | MediaItem]:
+        """Return the sources that can be read now, at least one; none once the prefetcher closes."""
+        group: list[SourceTask | MediaItem] = []
         one = self._inbox.get()
         while one is not None and self._open:
             group.append(one)
@@ -184,79 +177,67 @@ class Prefetcher:
             one = self._inbox.get()
         return []
 
-    def _read(self, task: SourceTask) -> Item:
+    def _read(self, source: SourceTask | MediaItem) -> MediaItem:
+        """Read and hash a file, or hash a download that has arrived."""
+        if isinstance(source, MediaItem):
+            return self._downloads.hash(source)
         start = time.perf_counter()
-        item = Item(task=task, record=MediaRecord(source=task.source, kind=task.kind))
+        item = MediaItem(task=source, record=MediaRecord(source=source.source, kind=source.kind))
         try:
-            if task.kind == "image":
-                item.data, item.record = read_local(task)
+            if source.kind == "image":
+                item.data, item.record = read_local(source)
             else:
-                item.data, item.record = Path(task.source), hash_local(task)
+                item.data, item.record = Path(source.source), hash_local(source)
         except BadMediaError as error:
-            item.record, item.failure = unreadable(task), (error.stage, error.reason)
+            item.record, item.failure = unreadable(source), error.failure
         item.read_s = time.perf_counter() - start
         return item
 
-    def _claim(self, items: Sequence[Item]) -> None:
-        asked = [item for item in items if item.record.key is not None and item.failure is None]
-        ids = [claim_id(item.record.kind, item.record.key or "") for item in asked]
-        granted = self._inputs.claim(ids) if ids else []
-        for item, ours in zip(asked, granted, strict=True):
+    def _claim(self, items: Sequence[MediaItem]) -> None:
+        ids = [claim_id(item.record.kind, item.key) for item in items]
+        granted = self._worker.claim(ids) if ids else []
+        for item, ours in zip(items, granted, strict=True):
             item.duplicate = not ours
 
-    def _submit(self, item: Item) -> None:
-        if item.task.kind == "image" or item.failure is not None:
-            self._ready.put(self._decoders.submit(self._decode_image, item))
-            return
-        video = _Video(item)
-        self._decoders.submit(self._decode_video, video)
-        self._ready.put(video)
+    def _submit(self, item: MediaItem) -> None:
+        inputs = _Inputs(self._frames_ahead)
+        if item.failure is not None:
+            inputs.put(item)
+        else:
+            self._decoders.submit(self._decode, item, inputs)
+        self._ready.put(inputs)
 
     # ---- decoding
 
-    def _decode_image(self, item: Item) -> Piece:
+    def _decode(self, item: MediaItem, inputs: _Inputs) -> None:
+        """Put the encoder inputs of `item` into `inputs`, then, whatever happens, `item` itself."""
         start = time.perf_counter()
-        pixels: list[Pixels] = []
-        size = (0, 0)
-        if item.failure is None and self._open:
-            assert isinstance(item.data, bytes), "images are read whole"
-            if item.duplicate:
-                size = size_in_header(item.data)
-            else:
-                try:
-                    with self._entries.decoding(item.task.source, item.record.key or ""):
-                        image = self._inputs.decode(item.data)
-                        pixels.append(self._inputs.prepare(image))
-                    size = image.size
-                except BadMediaError as error:
-                    item.failure = (error.stage, error.reason)
-                except Exception as error:  # not the media's: it counts against the budget
-                    item.failure = ("encode", self._inputs.our_error(error))
-        item.record = replace(item.record, width=size[0], height=size[1])
-        self._drop_bytes(item)
-        item.decode_s = time.perf_counter() - start
-        return piece_of(item, pixels, [FULL] * len(pixels), [None] * len(pixels), last=True)
-
-    def _decode_video(self, video: _Video) -> None:
-        """Put a video's pieces into its queue, the last one in any case."""
-        item, start, waited = video.item, time.perf_counter(), 0.0
+        decode = self._decode_image if item.task.kind == "image" else self._decode_video
         try:
-            with self._entries.decoding(item.task.source, item.record.key or "") as alive:
-                waited = self._decode_frames(video, alive)
-            if isinstance(item.data, Path):
-                check_unchanged(item.data, item.record)
+            if self._open:
+                with self._decode_log.decoding(item.task.source, item.key) as progress:
+                    decode(item, inputs, progress)
         except BadMediaError as error:
-            item.failure = (error.stage, error.reason)
-        except Exception as error:  # not the media's, so it counts against the failure budget
-            item.failure = ("encode", self._inputs.our_error(error))
-        self._drop_bytes(item)
-        item.decode_s = time.perf_counter() - start - waited
-        self._put(video, piece_of(item, [], [], [], last=True), lambda: None)
+            item.failure = error.failure
+        except Exception as error:  # not the media's: it counts against the failure budget
+            item.failure = Failure("encode", self._worker.our_error(error))
+        item.drop_data()
+        item.decode_s += time.perf_counter() - start
+        self._put(inputs, item, lambda: None)
 
-    def _decode_frames(self, video: _Video, alive: Callable[[], None]) -> float:
-        """Seconds it waited for the encoder."""
-        item = video.item
-        info = probe(item.data, on_progress=alive)
+    def _decode_image(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
+        assert isinstance(item.data, bytes), "images are read whole"
+        if item.duplicate:
+            size = size_in_header(item.data)
+        else:
+            image = self._worker.decode(item.data)
+            size, pixels = image.size, self._worker.prepare(image)
+            only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
+            item.decode_s -= self._put(inputs, only, progress)
+        item.record = replace(item.record, width=size[0], height=size[1])
+
+    def _decode_video(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
+        info = probe(item.data, on_progress=progress)
         item.record = replace(
             item.record,
             width=info.width,
@@ -264,42 +245,32 @@ class Prefetcher:
             duration_s=info.duration_s,
             note=info.note,
         )
-        if item.duplicate:
-            return 0.0
-        times = sample_times(info.duration_s, self._max_frames)
-        named = {time_view(us): us for us in times}
-        assert item.record.key is not None, "a video without a key"
-        missing = self._inputs.missing(item.record.key, list(named), again=item.task.again)
-        item.present = not missing
-        waited, got = 0.0, 0
-        pixels: list[Pixels] = []
-        views: list[str] = []
-        at: list[float | None] = []
-        for frame in frames(item.data, [named[v] for v in missing], info, on_progress=alive):
-            pixels.append(self._inputs.prepare(frame.image))
-            views.append(time_view(frame.wanted_us))
-            at.append(frame.time_s)
-            if len(pixels) == self._piece:
-                waited += self._put(video, piece_of(item, pixels, views, at, last=False), alive)
-                pixels, views, at = [], [], []
-            got += 1
-        if pixels:
-            waited += self._put(video, piece_of(item, pixels, views, at, last=False), alive)
-        if got < len(missing):
-            raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
-        return waited
+        if not item.duplicate:
+            wanted = {time_view(us): us for us in sample_times(info.duration_s, self._max_frames)}
+            missing = self._worker.missing(item.key, list(wanted), again=item.task.again)
+            item.present = not missing
+            got = 0
+            for frame in frames(
+                item.data, [wanted[v] for v in missing], info, on_progress=progress
+            ):
+                pixels, view = self._worker.prepare(frame.image), time_view(frame.wanted_us)
+                one = EncoderInput(item=item, pixels=pixels, view=view, time_s=frame.time_s)
+                item.decode_s -= self._put(inputs, one, progress)
+                got += 1
+            if got < len(missing):
+                raise BadMediaError(f"{got} of {len(missing)} frames could be decoded")
+        if isinstance(item.data, Path):
+            check_unchanged(item.data, item.record)
 
-    def _put(self, video: _Video, piece: Piece, alive: Callable[[], None]) -> float:
-        """Wait for room; seconds it took. The encoder's slowness is no hanging of this video's."""
+    def _put(
+        self, inputs: _Inputs, one: EncoderInput | MediaItem, progress: Callable[[], None]
+    ) -> float:
+        """Wait for room; return the seconds it took. Meanwhile the item does not count as hanging."""
         start = time.perf_counter()
         while self._open:
             try:
-                video.pieces.put(piece, timeout=POLL_S)
+                inputs.put(one, timeout=POLL_S)
                 break
             except queue.Full:
-                alive()
+                progress()
         return time.perf_counter() - start
-
-    def _drop_bytes(self, item: Item) -> None:
-        item.data = b""
-        item.release()

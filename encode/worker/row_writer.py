@@ -16,16 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from cache.format.spec import ARRAY_OF
-from cache.store.ledger import MediaRecord
 from cache.store.space import Space
-from cache.store.writer import NewRow, ShardWriter
+from cache.store.writer import ShardWriter
 from configs import UserError
-from encode.worker.local_files import failed
-from encode.worker.messages import Outcome, SourceTask
+from encode.worker.media_item import MediaItem
+from encode.worker.messages import Outcome
+from model.media.images import Failure
 
 ROWS_AHEAD = 64
 """Rows waiting for the disk: 75 MB of the largest ones. One video may have more."""
@@ -47,32 +44,6 @@ def disk_full(error: OSError, where: object) -> DiskFullError | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One packed row on its way to the disk."""
-
-    view: str
-    """Which view of its media."""
-    time_s: float | None
-    """Where in its video, seconds; None for images."""
-    payload: npt.NDArray[np.uint8]
-    """(row_bytes,) as stored."""
-    lost: float
-    """Relative error of the row codec."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """All new rows of one media."""
-
-    task: SourceTask
-    """Where they came from."""
-    record: MediaRecord
-    """What the ledger will say once they are committed."""
-    rows: list[Row]
-    """At least one, in time order."""
-
-
 @dataclass(kw_only=True)
 class _Open:
     """A shard being filled."""
@@ -80,8 +51,8 @@ class _Open:
     shard: ShardWriter
     since: float
     """When it was begun, monotonic seconds."""
-    groups: list[Group] = field(default_factory=list)
-    """Media whose last row is in it."""
+    items: list[MediaItem] = field(default_factory=list)
+    """Media items whose last row is in it."""
 
 
 class RowWriter:
@@ -107,24 +78,24 @@ class RowWriter:
         """
         self._space, self._next_shard, self._fence, self._done = space, next_shard, fence, done
         self._commit_every_s = commit_every_s
-        self._queue: queue.SimpleQueue[Group | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[MediaItem | threading.Event | None] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._waiting = 0  # rows in the queue
         self._open: dict[str, _Open] = {}  # by array
-        self._current: Group | None = None  # being appended
+        self._current: MediaItem | None = None  # being appended
         self._error: BaseException | None = None
         self.seconds = 0.0
         """Spent appending and committing."""
         self._thread = threading.Thread(target=self._loop, name="write", daemon=True)
         self._thread.start()
 
-    def put(self, group: Group) -> None:
+    def put(self, item: MediaItem) -> None:
         """Write these rows soon."""
         self.check()
         with self._room:
             self._room.wait_for(lambda: self._waiting < ROWS_AHEAD)
-            self._waiting += len(group.rows)
-        self._queue.put(group)
+            self._waiting += len(item.rows)
+        self._queue.put(item)
 
     def commit(self) -> None:
         """Return once everything put so far is committed."""
@@ -175,35 +146,29 @@ class RowWriter:
             step()
         except OSError as error:
             self._error = disk_full(error, self._space.paths.root)
-            groups = self._drop()
+            items = self._drop()
             if self._error is None:
                 why = f"{self._space.spec.name}: {error.strerror or error}"
-                for group in groups:
-                    record = failed(group.record, group.task.attempts, "write", why)
-                    self._done(Outcome(task=group.task, result="failed", record=record))
+                for item in items:
+                    item.failure = Failure("write", why)
+                    self._done(item.outcome())
         except BaseException as error:  # `check` raises it in the worker's own thread
             self._error = error
             self._drop()
 
-    def _append(self, group: Group) -> None:
-        array = ARRAY_OF[group.record.kind]
-        key, rows = group.record.key, group.rows
-        assert key is not None, "rows without a key"
+    def _append(self, item: MediaItem) -> None:
+        array, rows = ARRAY_OF[item.record.kind], item.rows
         if (begun := self._open.get(array)) is not None:
             wholly = len(rows) <= self._space.rows_per_shard(array)
             if wholly and len(rows) > begun.shard.left:
                 self._commit(array)
-        new = [
-            NewRow(key=key, view=r.view, payload=r.payload.data, time_s=r.time_s, error=r.lost)
-            for r in rows
-        ]
-        while new:
+        while rows:
             here = self._open.get(array) or self._begin(array)
-            part = new[: here.shard.left]
+            part = rows[: here.shard.left]
             here.shard.extend(part)
-            del new[: len(part)]
-            if not new:
-                here.groups.append(group)
+            del rows[: len(part)]  # written: its memory is free before the shard is committed
+            if not rows:
+                here.items.append(item)
                 self._current = None
             if here.shard.full:
                 self._commit(array)
@@ -226,16 +191,16 @@ class RowWriter:
         here = self._open[array]
         here.shard.commit()
         del self._open[array]
-        for group in here.groups:
-            self._done(Outcome(task=group.task, result="ok", record=group.record))
+        for item in here.items:
+            self._done(item.outcome())
 
-    def _drop(self) -> list[Group]:
+    def _drop(self) -> list[MediaItem]:
         """Forget the open shards; returns the media that were in them."""
-        groups = [group for here in self._open.values() for group in here.groups]
+        items = [item for here in self._open.values() for item in here.items]
         if self._current is not None:
-            groups.append(self._current)
+            items.append(self._current)
         for here in self._open.values():
             with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
                 here.shard.abort()
         self._open, self._current = {}, None
-        return groups
+        return items

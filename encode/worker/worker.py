@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -30,17 +30,17 @@ from cache.store.locks import WorkerLease
 from cache.store.paths import SpacePaths
 from cache.store.references import Present
 from cache.store.space import Space
+from cache.store.writer import NewRow
 from configs import UserError
 from encode.download.client import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog, breadcrumb_file
 from encode.worker.downloads import Downloads
-from encode.worker.local_files import failed
-from encode.worker.media_item import Item, Piece, Pixels
+from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
-from encode.worker.row_writer import Group, Row, RowWriter
-from model.media.images import decode_image
+from encode.worker.row_writer import RowWriter
+from model.media.images import Failure, decode_image
 from model.quantize import pack
 
 REPORT_EVERY_S = 1.0
@@ -60,32 +60,6 @@ class Encoder(Protocol):
     def encode(self, pixels: Pixels, kind: str = "image") -> torch.Tensor:
         """(n, S, S, 3) -> (n, tokens, width), in the one batch shape whatever n is."""
         ...
-
-
-@dataclass(kw_only=True, eq=False)
-class _Work:
-    """One media between decoding and writing."""
-
-    item: Item
-    rows: list[Row] = field(default_factory=list)
-    taken: int = 0
-    """Views put into a batch so far."""
-    encoded: int = 0
-    """Of these, how many have left it."""
-    ended: bool = False
-    """No more views come."""
-    failure: tuple[str, str] | None = None
-    """Stage, and why."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _View:
-    """One encoder input in a batch."""
-
-    work: _Work
-    pixels: Pixels
-    name: str
-    time_s: float | None
 
 
 class Worker:
@@ -121,15 +95,15 @@ class Worker:
         self._web_ahead = self._ahead + 2 * setup.fetch.connections
         self._present = Present.of(self.space, max_frames=setup.max_frames)
         self._max_frames = setup.max_frames
-        self._entries = DecodeLog(breadcrumb_file(paths, number), setup.threads)
+        self._decode_log = DecodeLog(breadcrumb_file(paths, number), setup.threads)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
             self,
-            entries=self._entries,
+            decode_log=self._decode_log,
             downloads=Downloads(setup.fetch, setup.keep),
             threads=setup.threads,
             ahead=self._ahead,
-            piece=self._batch_size,
+            batch_size=self._batch_size,
             max_frames=setup.max_frames,
         )
         self._writer = RowWriter(
@@ -140,8 +114,7 @@ class Worker:
             commit_every_s=setup.commit_every_s,
         )
         self._under_way = 0  # sources taken up and not yet wholly in batches
-        self._work: _Work | None = None  # the source whose pieces are coming
-        self._batches: dict[str, list[_View]] = {array: [] for array in ARRAY_OF.values()}
+        self._batches: dict[str, list[EncoderInput]] = {array: [] for array in ARRAY_OF.values()}
         self._timings = Timings()
         self._going, self._reported = True, 0.0
 
@@ -196,7 +169,7 @@ class Worker:
         """End the threads and give the lease back; what is not committed is dropped."""
         self._prefetcher.close()
         self._writer.close()
-        self._entries.close()
+        self._decode_log.close()
         self._lease.__exit__(None, None, None)
 
     # ---- what the prefetcher asks, from its threads
@@ -224,78 +197,74 @@ class Worker:
         text = " ".join(str(error).split())[:200]
         return f"{self.space.spec.name}: {type(error).__name__}: {text}"
 
-    # ---- pieces -> batches -> rows
+    # ---- encoder inputs -> batches -> rows
 
     def _pull(self) -> None:
-        """Bring one piece from the prefetcher into its batch; encode the batch when it is full."""
+        """Bring one encoder input from the prefetcher into its batch; encode the batch when it is full."""
         start = time.perf_counter()
-        piece = self._prefetcher.get(timeout_s=REPORT_EVERY_S)
+        got = self._prefetcher.get(timeout_s=REPORT_EVERY_S)
         self._timings.wait_s += time.perf_counter() - start
-        if piece is not None:
-            self._take(piece)
-
-    def _take(self, piece: Piece) -> None:
-        item = piece.item
-        work = self._work or _Work(item=item)
-        self._work = None if piece.last else work
-        array = ARRAY_OF[item.task.kind]
-        for pixels, name, time_s in zip(piece.pixels, piece.views, piece.times, strict=True):
-            work.taken += 1
-            self._batches[array].append(_View(work=work, pixels=pixels, name=name, time_s=time_s))
+        if isinstance(got, EncoderInput):
+            array = ARRAY_OF[got.item.task.kind]
+            got.item.pending += 1
+            self._batches[array].append(got)
             if len(self._batches[array]) == self._batch_size:
                 self._encode(array)
-        if not piece.last:
-            return
-        self._under_way -= 1
-        self._timings.read_s += item.read_s
-        self._timings.decode_s += item.decode_s
-        work.ended, work.failure = True, item.failure or work.failure
-        self._end(work)
+        elif got is not None:
+            self._under_way -= 1
+            self._timings.read_s += got.read_s
+            self._timings.decode_s += got.decode_s
+            got.decoded = True
+            self._finish(got)
 
     def _encode(self, array: str) -> None:
-        """Pixels of a batch -> packed rows."""
+        """Encode and pack the inputs of one batch."""
         batch, self._batches[array] = self._batches[array], []
         if not batch:
             return
         start = time.perf_counter()
         try:
-            features = self._encoder.encode(np.stack([view.pixels for view in batch]), array)
+            features = self._encoder.encode(np.stack([one.pixels for one in batch]), array)
             packed = pack(features, self.space.spec.layout)
             rows = packed.rows.cpu().numpy()
         except RuntimeError as error:  # what torch raises, out of memory included
-            for view in batch:
-                view.work.failure = ("encode", self.our_error(error))
+            for one in batch:
+                self._fail(one.item, self.our_error(error))
         else:
-            finite, lost = packed.finite.tolist(), packed.error.tolist()
-            for view, row, sound, loss in zip(batch, rows, finite, lost, strict=True):
-                found = Row(view=view.name, time_s=view.time_s, payload=row, lost=loss)
-                view.work.rows.append(found)
-                if not sound:
-                    what = f"{self.space.spec.name}: the features hold NaN or Inf"
-                    view.work.failure = ("encode", what)
+            finite, errors = packed.finite.tolist(), packed.error.tolist()
+            for one, row, is_finite, error_ in zip(batch, rows, finite, errors, strict=True):
+                one.item.rows.append(
+                    NewRow(
+                        key=one.item.key,
+                        view=one.view,
+                        payload=row.data,
+                        time_s=one.time_s,
+                        error=error_,
+                    )
+                )
+                if not is_finite:
+                    self._fail(one.item, f"{self.space.spec.name}: the features hold NaN or Inf")
             self._timings.clipped += packed.clipped
             self._timings.rows += len(batch)
         self._timings.encode_s += time.perf_counter() - start
-        for view in batch:
-            view.work.encoded += 1
-        for work in dict.fromkeys(view.work for view in batch):
-            self._end(work)
+        for one in batch:
+            one.item.pending -= 1
+        for item in dict.fromkeys(one.item for one in batch):
+            self._finish(item)
 
-    def _end(self, work: _Work) -> None:
-        """Hand a media's rows on, all at once, when the last one is there."""
-        if not work.ended or work.encoded < work.taken:
+    def _fail(self, item: MediaItem, reason: str) -> None:
+        item.failure = item.failure or Failure("encode", reason)  # decoding may have failed before
+
+    def _finish(self, item: MediaItem) -> None:
+        """Once all inputs of an item are encoded, write its rows, or report why there are none."""
+        if not item.decoded or item.pending:
             return
-        item = work.item
-        if work.failure is not None:
-            record = failed(item.record, item.task.attempts, *work.failure)
-            self._done.append(Outcome(task=item.task, result="failed", record=record))
-        elif item.duplicate:
-            self._done.append(Outcome(task=item.task, result="duplicate", record=item.record))
-        elif item.present:
-            self._done.append(Outcome(task=item.task, result="present", record=item.record))
-        else:
-            self._timings.media += 1
-            self._writer.put(Group(task=item.task, record=item.record, rows=work.rows))
+        outcome = item.outcome()
+        if outcome.result != "ok":
+            self._done.append(outcome)
+            return
+        self._timings.media += 1
+        self._writer.put(item)
 
     def _go_on(self) -> bool:
         """Report now and then; False when the job stops. Raises what the writer met."""

@@ -18,6 +18,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +58,18 @@ _LAST_FILTER = ("ignore", re.compile(_HARMLESS, re.IGNORECASE), UserWarning, Non
 """As `warnings.filters` has it once `_make_pil_strict` has run."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a media item has no features. The ledger stores both fields."""
+
+    stage: str
+    """Where it failed: one of `cache.store.ledger.STAGES`."""
+    reason: str
+    """Why it failed, in one line."""
+
+
 class BadMediaError(Exception):
-    """This media cannot become features, and why; it goes to the ledger, the job goes on."""
+    """A media item cannot become features. The job records the failure and goes on."""
 
     def __init__(self, reason: str, stage: str = "decode") -> None:
         super().__init__(reason)
@@ -66,6 +77,11 @@ class BadMediaError(Exception):
         """One line."""
         self.stage = stage
         """Where it failed, in the ledger's words."""
+
+    @property
+    def failure(self) -> Failure:
+        """The failure as the ledger stores it."""
+        return Failure(self.stage, self.reason)
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -28,9 +28,11 @@ from cache.maintenance.repair import Repair
 from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
 from cache.store.space import Space
+from cache.store.writer import NewRow
 from configs import UserError
+from encode.worker.media_item import MediaItem
 from encode.worker.messages import Outcome, SourceTask
-from encode.worker.row_writer import Group, Row, RowWriter
+from encode.worker.row_writer import RowWriter
 from tests.support import ROOT
 from tests.support.spaces import key, row
 
@@ -87,8 +89,9 @@ def write(root: CacheRoot, said: list[str]) -> None:
     try:
         for number in missing:
             record = MediaRecord(source=str(number), key=key(number))
-            image = Row(view="full", time_s=None, payload=row(number), lost=0.005)
-            writer.put(Group(task=SourceTask(source=str(number)), record=record, rows=[image]))
+            image = NewRow(key=key(number), view="full", payload=row(number), error=0.005)
+            task = SourceTask(source=str(number))
+            writer.put(MediaItem(task=task, record=record, rows=[image]))
         writer.commit()
     finally:
         writer.close()

@@ -21,8 +21,9 @@ from encode.driver.tracker import (
     TooManyFailuresError,
     Tracker,
 )
-from encode.worker.local_files import failed, identify
+from encode.worker.local_files import identify
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
+from model.media.images import Failure
 
 
 class World:
@@ -73,8 +74,9 @@ class World:
         if not mine:
             self.unsaid[worker].append(Outcome(task=task, result="duplicate", record=record))
         elif key in self.broken:
-            bad = failed(record, task.attempts, "decode", "broken")
-            self.unsaid[worker].append(Outcome(task=task, result="failed", record=bad))
+            why = Failure("decode", "broken")
+            bad = Outcome(task=task, result="failed", record=record, failure=why)
+            self.unsaid[worker].append(bad)
         else:
             self.uncommitted[worker].append(Outcome(task=task, result="ok", record=record))
 
@@ -135,7 +137,7 @@ def outcome(source: str, stage: str | None) -> Outcome:
     task = SourceTask(source=source)
     if stage is None:
         return Outcome(task=task, result="ok", record=record)
-    return Outcome(task=task, result="failed", record=failed(record, 0, stage, "why"))
+    return Outcome(task=task, result="failed", record=record, failure=Failure(stage, "why"))
 
 
 def settle(stages: list[str | None], budget: Budget) -> Tracker:
@@ -225,15 +227,14 @@ def test_deaths_that_bring_nothing_stop_the_job() -> None:
 def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:
     path = tmp_path / "deadly.png"
     path.write_bytes(b"boom")
-    record = sentence(SourceTask(source=str(path), attempts=1), "", hung=False)
+    record = sentence(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
     assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
     assert record.error == "killed its worker, alone too"
     identity = identify(str(path))
     assert identity is not None
     assert identity.matches(record)
     path.unlink()
-    assert (
-        sentence(SourceTask(source=str(path)), "", hung=True).error == "hung its worker, alone too"
-    )
+    hung = sentence(SourceTask(source=str(path)), "", hung=True)
+    assert hung.failure == Failure("decode", "hung its worker, alone too")
     linked = sentence(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
-    assert (linked.key, linked.stage) == ("ab" * 32, "decode")
+    assert linked.record.key == "ab" * 32

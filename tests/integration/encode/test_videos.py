@@ -20,12 +20,13 @@ from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.ledger import MediaRecord
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
+from cache.store.writer import NewRow
 from encode.sources.demo_drawings import World
 from encode.sources.demo_videos import film
 from encode.worker import prefetch
-from encode.worker.media_item import Pixels
+from encode.worker.media_item import MediaItem, Pixels
 from encode.worker.messages import Outcome, SourceTask
-from encode.worker.row_writer import Group, Row, RowWriter
+from encode.worker.row_writer import RowWriter
 from encode.worker.worker import Worker
 from model.media.images import BadMediaError
 from model.media.video import frames, probe
@@ -261,10 +262,10 @@ def test_a_video_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> No
         task = SourceTask(source=f"/{video}", kind="video")
         record = MediaRecord(source=task.source, kind="video", key=key(video))
         rows = [
-            Row(view=f"t:{i}", time_s=float(i), payload=row(i, "frame"), lost=0.0)
+            NewRow(key=key(video), view=f"t:{i}", time_s=float(i), payload=row(i, "frame"))
             for i in range(length)
         ]
-        writer.put(Group(task=task, record=record, rows=rows))
+        writer.put(MediaItem(task=task, record=record, rows=rows))
     writer.commit()
     writer.close()
     assert [outcome.task.source for outcome in done] == ["/0", "/1", "/2", "/3"]
@@ -294,8 +295,8 @@ def test_waiting_for_room_ends(tmp_path: Path) -> None:
         for number in range(200):
             task = SourceTask(source=f"/{number}")
             record = MediaRecord(source=task.source, key=key(number))
-            only = Row(view="full", time_s=None, payload=row(number), lost=0.0)
-            writer.put(Group(task=task, record=record, rows=[only]))
+            only = NewRow(key=key(number), view="full", payload=row(number))
+            writer.put(MediaItem(task=task, record=record, rows=[only]))
 
     thread = threading.Thread(target=put_all)
     thread.start()
