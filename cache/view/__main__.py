@@ -19,7 +19,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from cache.view.collect import gather
-from cache.view.page import render
+from cache.view.sections import render
 from configs import UserError, command, parse
 from configs.console import bytes_text
 

@@ -1,62 +1,153 @@
-"""The charts of a page about features, as inline SVG: colours come from the page's style sheet."""
+"""Charts as inline SVG: histograms, cumulative shares, lines over training steps, channels.
+
+Each function computes positions and fills charts.html; colours come from style.css. `style` is a CSS class:
+`a` or `b` for a colour, `faint` for the raw values behind a smoothed line, `dash` for a broken line.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
-WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 22, 54, 30
+from cache.view.page import HERE, render
+
+WIDTH, HEIGHT = 540, 270
+"""SVG units of a chart; two are side by side on a wide page."""
+
 BINS = 48
-"""Of a histogram, at most."""
+"""Bins of a histogram, at most."""
 
-TAG_APART = 0.08
-"""Of a chart's width: channels nearer than that to a louder one go without their number."""
+MAX_POINTS = 480
+"""Points of a line, at most: more cannot be seen, and a long run has 100,000 steps."""
+
+TAG_DISTANCE = 0.08
+"""Share of the width between the labels of two channels, at least: nearer ones would overlap."""
 
 Values = npt.NDArray[np.floating]
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One of the distributions in a histogram."""
+    """One distribution of a histogram."""
 
     label: str
     values: Values
     """(n,) finite."""
     style: str
-    """CSS class of its colour: a or b."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a line chart."""
+
+    label: str
+    """Text in the legend; empty for none."""
+    points: Sequence[Point]
+    """(step, value) with rising steps; values that are not finite are not drawn."""
+    style: str
+    dots: bool = False
+    """Mark every point: for lines of few points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A value pointed out on the x axis."""
+    """A vertical line with a label at a value of the x axis."""
 
     value: float
     label: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bins:
-    """Where a histogram's bins are, and what lies beyond the last one."""
+class Axes:
+    """The range of values that a chart shows, and where they are in SVG units."""
 
-    edges: Values
-    """(n + 1,) ascending, equally far apart, at round values."""
-    beyond: int
-    """Values past the last edge."""
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    width: int = WIDTH
+    log_x: bool = False
+    log_y: bool = False
+    top: int = 14
+    """Upper edge of the plot."""
+    height: int = HEIGHT
+    left: int = 52
+    bottom: int = HEIGHT - 30
 
-    def shares(self, values: Values) -> Values:
-        """(n,) share of `values` in each bin."""
-        counts, _ = np.histogram(values, self.edges)
-        return counts / max(1, len(values))
+    @property
+    def right(self) -> int:
+        """Right edge of the plot."""
+        return self.width - 18
+
+    def x(self, value: float) -> float:
+        """Return where a value of the x axis is."""
+        share = _share(value, self.x_range, self.log_x)
+        return round(self.left + (self.right - self.left) * share, 1)
+
+    def y(self, value: float) -> float:
+        """Return where a value of the y axis is."""
+        share = _share(value, self.y_range, self.log_y)
+        return round(self.bottom - (self.bottom - self.top) * share, 1)
+
+    def path(self, points: Iterable[Point]) -> str:
+        """Return an SVG path through the points."""
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
 
 
-def bins(values: Values) -> Bins:
-    """Bins for values (n,), at least one: a few stragglers do not press all the others into one bin."""
+def _share(value: float, ends: tuple[float, float], log: bool) -> float:
+    """Return 0 at the lower end, 1 at the upper one."""
+    low, high = ends
+    if log:
+        value, low, high = math.log10(value), math.log10(low), math.log10(high)
+    return (value - low) / max(high - low, 1e-12)
+
+
+MARKED_TOP = 56
+"""Upper edge of a plot with marks: three rows of labels are above it."""
+
+
+def histogram(
+    series: Sequence[Series], *, title: str, axis: str, marks: Sequence[Mark] = (), note: str = ""
+) -> Markup:
+    """Draw distributions over one axis, each as shares of its own values."""
+    series = [one for one in series if len(one.values)]
+    if not series:
+        return _draw(None, title=title)
+    edges = bins(np.concatenate([one.values for one in series]))
+    low, high = float(edges[0]), float(edges[-1])
+    shares = [np.histogram(one.values, edges)[0] / len(one.values) for one in series]
+    y_ticks = nice_ticks(0, max(float(s.max()) for s in shares), about=4)
+    axes = Axes(x_range=(low, high), y_range=(0, y_ticks[-1]), top=MARKED_TOP)
+    shapes = []
+    for one, share in zip(series, shares, strict=True):
+        heights = [0.0, *np.repeat(share, 2).tolist(), 0.0]
+        corners = zip(np.repeat(edges, 2).tolist(), heights, strict=True)
+        shapes.append((f"area {one.style}", axes.path(corners) + "Z"))
+    beyond = sum(int((one.values > high).sum()) for one in series)
+    return _draw(
+        axes,
+        title=title,
+        axis=axis,
+        x_ticks=[(tick, number(tick)) for tick in nice_ticks(low, high) if low <= tick <= high],
+        y_ticks=[(tick, f"{100 * tick:g}%") for tick in y_ticks],
+        shapes=shapes,
+        marks=[mark for mark in marks if low <= mark.value <= high],
+        legend=[(one.style, one.label) for one in series],
+        described="; ".join([title, *(mark.label for mark in marks)]),
+        note=f"{note} {beyond:,} beyond the right edge.".strip() if beyond else note,
+    )
+
+
+def bins(values: Values) -> Values:
+    """Return edges (b + 1,) of bins for values (n,), n > 0: evenly spaced, at round values.
+
+    Values far above all others may be beyond the last edge: they would press the rest into one bin.
+    """
     low, high = float(values.min()), float(values.max())
     bulk_low, bulk_high = (float(end) for end in np.percentile(values, [0.5, 99.5]))
     if bulk_high > bulk_low:
@@ -64,186 +155,180 @@ def bins(values: Values) -> Bins:
     if high <= low:  # all are equal: a bin around them
         low, high = low - (abs(low) or 1.0) / 20, high + (abs(high) or 1.0) / 20
     about = max(4, min(BINS, round(2 * len(values) ** (1 / 3))))  # Rice's rule
-    edges = np.array(nice_ticks(low, high, about=about))
-    return Bins(edges=edges, beyond=int((values > edges[-1]).sum()))
+    return np.array(nice_ticks(low, high, about=about))
 
 
-def histogram(
-    series: Sequence[Series], *, title: str, axis: str, marks: Sequence[Mark] = (), note: str = ""
-) -> str:
-    """Distributions over one axis, each as shares of its own values."""
-    series = [one for one in series if len(one.values)]
-    if not series:
-        return _empty(title)
-    found = bins(np.concatenate([one.values for one in series]))
-    low, high = float(found.edges[0]), float(found.edges[-1])
-    shares = [found.shares(one.values) for one in series]
-    ticks = nice_ticks(0, max(float(s.max()) for s in shares), about=4)
-    frame = _Frame(low=low, high=high, bottom=0.0, top=ticks[-1])
-    parts = [frame.y_tick(tick, f"{100 * tick:g}%") for tick in ticks]
-    parts += [
-        frame.x_tick(tick, number(tick)) for tick in nice_ticks(low, high) if low <= tick <= high
-    ]
-    for one, share in zip(series, shares, strict=True):
-        path = f"M{frame.x(low):.1f} {frame.y(0):.1f}"
-        for at, value in enumerate(share):
-            left, right = frame.x(float(found.edges[at])), frame.x(float(found.edges[at + 1]))
-            path += f"L{left:.1f} {frame.y(value):.1f}L{right:.1f} {frame.y(value):.1f}"
-        parts.append(
-            f'<path class="area {one.style}" d="{path}L{frame.x(high):.1f} {frame.y(0):.1f}Z"/>'
-        )
-    parts += _marks(frame, [mark for mark in marks if low <= mark.value <= high])
-    if found.beyond:
-        note = f"{note} {found.beyond:,} beyond the right edge.".strip()
-    legend = "".join(
-        f'<span class="legend {one.style}">{escape(one.label)}</span>' for one in series
-    )
-    said = "; ".join(f"{mark.label} {number(mark.value)}" for mark in marks)
-    return _figure(title, legend, parts, axis=axis, note=note, said=said)
-
-
-def curve(
+def cumulative(
     shares: Sequence[float], *, title: str, axis: str, marks: Sequence[Mark], note: str
-) -> str:
-    """A cumulative share, 0 to 1, over 1, 2, 3, ... on a logarithmic axis."""
+) -> Markup:
+    """Draw the running sum (0 to 1) of shares over 1, 2, 3, ... on a logarithmic axis."""
     if not len(shares):
-        return _empty(title)
+        return _draw(None, title=title)
     total = np.cumsum(shares)
-    frame = _Frame(low=0.0, high=max(math.log10(len(total)), 1e-9), bottom=0.0, top=1.0)
-    parts = [frame.y_tick(tick, f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)]
+    axes = Axes(x_range=(1, len(total)), y_range=(0, 1), log_x=True, top=MARKED_TOP)
+    counts = np.unique(np.geomspace(1, len(total), 160).round().astype(int)).tolist()
+    line = [(count, float(total[count - 1])) for count in counts]
     powers = [f * 10**e for e in range(5) for f in (1, 2, 5)]
-    parts += [frame.x_tick(math.log10(k), f"{k:,}") for k in powers if k <= len(total)]
-    ks = np.unique(np.geomspace(1, len(total), 160).round().astype(int))
-    points = [f"{frame.x(math.log10(k)):.1f} {frame.y(float(total[k - 1])):.1f}" for k in ks]
-    line = "M" + "L".join(points)
-    ends = f"L{frame.x(frame.high):.1f} {frame.y(0):.1f}L{frame.x(0):.1f} {frame.y(0):.1f}Z"
-    parts.append(f'<path class="area a bare" d="{line}{ends}"/><path class="line a" d="{line}"/>')
-    for mark in marks:
-        x, y = frame.x(math.log10(mark.value)), frame.y(float(total[int(mark.value) - 1]))
-        parts.append(f'<circle class="dot a" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-    parts += _marks(frame, [Mark(value=math.log10(m.value), label=m.label) for m in marks])
-    said = "; ".join(mark.label for mark in marks)
-    return _figure(title, "", parts, axis=axis, note=note, said=said)
+    return _draw(
+        axes,
+        title=title,
+        axis=axis,
+        x_ticks=[(count, f"{count:,}") for count in powers if count <= len(total)],
+        y_ticks=[(tick, f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],
+        shapes=[
+            ("area a bare", axes.path([(1, 0), *line, (len(total), 0)]) + "Z"),
+            ("line a", axes.path(line)),
+        ],
+        dots=[("a", mark.value, float(total[int(mark.value) - 1])) for mark in marks],
+        marks=marks,
+        described="; ".join([title, *(mark.label for mark in marks)]),
+        note=note,
+    )
 
 
-def spikes(mean: Values, std: Values, named: Sequence[int], *, title: str, note: str) -> str:
-    """A value with its spread for each of many channels: the mean as a spike, +- std as a band."""
+def line_chart(
+    lines: Sequence[Line], *, title: str, wide: bool = False, log: bool = False
+) -> Markup:
+    """Draw lines over training steps; `wide` over the whole page, `log` with a logarithmic y axis."""
+    shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
+    values = [y for _, points in shown for _, y in points]
+    if not values:
+        return _draw(None, title=title, wide=wide)
+    last = max(x for _, points in shown for x, _ in points)
+    y_ticks = (log_ticks if log else nice_ticks)(min(values), max(values))
+    axes = Axes(
+        x_range=(0, last),
+        y_range=(min(*values, y_ticks[0]), max(*values, y_ticks[-1])),
+        width=2 * WIDTH + 40 if wide else WIDTH,
+        log_y=log,
+    )
+    return _draw(
+        axes,
+        title=title,
+        wide=wide,
+        axis="step",
+        x_ticks=[(tick, number(tick)) for tick in nice_ticks(0, last) if tick <= last],
+        y_ticks=[(tick, number(tick)) for tick in y_ticks],
+        shapes=[(f"line {line.style}", axes.path(points)) for line, points in shown if points],
+        dots=[(line.style, x, y) for line, points in shown if line.dots for x, y in points],
+        legend=[(line.style, line.label) for line, _ in shown if line.label],
+        described=title,
+    )
+
+
+def spikes(mean: Values, std: Values, named: Sequence[int], *, title: str, note: str) -> Markup:
+    """Draw mean (C,) as spikes and mean ± std (C,) as a band over C channels; label those in `named`."""
     low = min(float((mean - std).min()), 0.0)
     high = max(float((mean + std).max()), 0.0, low + 1e-12)
-    total = len(mean)
 
-    def y(value: float) -> float:
-        return 100 * (high - value) / (high - low)
+    def y(value: float) -> str:
+        return f"{100 * (high - value) / (high - low):.2f}"
 
-    band = "".join(
-        f"M{i} {y(m - s):.2f}V{y(m + s):.2f}"
-        for i, (m, s) in enumerate(zip(mean, std, strict=True))
-    )
-    spike = "".join(f"M{i} {y(0):.2f}V{y(m):.2f}" for i, m in enumerate(mean))
     tagged: list[int] = []
     for at in named:
-        if all(abs(at - other) > TAG_APART * total for other in tagged):
+        if all(abs(at - other) > TAG_DISTANCE * len(mean) for other in tagged):
             tagged.append(at)
-    labels = "".join(
-        f'<span class="tag" style="left:{100 * (i + 0.5) / total:.2f}%">{i}</span>' for i in tagged
-    )
-    return (
-        f'<figure class="wide"><figcaption><b>{escape(title)}</b><span class="legend a">mean</span>'
-        f'<span class="legend faint">± standard deviation</span></figcaption>'
-        f'<div class="spikes"><span class="top">{number(high)}</span>'
-        f'<span class="zero" style="top:{y(0):.1f}%">0</span><span class="bottom">{number(low)}</span>'
-        f'<svg viewBox="-0.5 0 {total} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)}: {escape(note)}"><path class="spread" d="{band}"/>'
-        f'<path class="axis" d="M-0.5 {y(0):.2f}H{total - 0.5}"/><path class="spike" d="{spike}"/></svg>'
-        f'<div class="tags">{labels}</div></div><p class="note">{escape(note)}</p></figure>'
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Frame:
-    """The plotted range, and where its values lie in the picture."""
-
-    low: float
-    high: float
-    bottom: float
-    top: float
-
-    def x(self, value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.low) / (self.high - self.low)
-
-    def y(self, value: float) -> float:
-        share = (value - self.bottom) / (self.top - self.bottom)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
-
-    def y_tick(self, value: float, label: str) -> str:
-        y = self.y(value)
-        return (
-            f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-
-    def x_tick(self, value: float, label: str) -> str:
-        return (
-            f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" '
-            f'text-anchor="middle">{label}</text>'
-        )
-
-
-def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[str]:
-    """Vertical lines, the labels in three rows above the plot so that neighbours do not touch."""
-    parts = []
-    for at, mark in enumerate(sorted(marks, key=lambda mark: mark.value)):
-        x, y = frame.x(mark.value), 12 + 15 * (at % 3)
-        anchor = "end" if x > 0.62 * WIDTH else "start"
-        shift = -4 if anchor == "end" else 4
-        parts.append(
-            f'<path class="mark" d="M{x:.1f} {y - 9}V{HEIGHT - BOTTOM}"/>'
-            f'<text class="label" x="{x + shift:.1f}" y="{y}" text-anchor="{anchor}">'
-            f"{escape(mark.label)}</text>"
-        )
-    return parts
-
-
-def _figure(
-    title: str, legend: str, parts: Sequence[str], *, axis: str, note: str, said: str
-) -> str:
-    label = escape(f"{title}. {said}" if said else title)
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-        f'<p class="axis-name">{escape(axis)}</p>{note}</figure>'
+    return render(
+        HERE / "spikes.html",
+        title=title,
+        note=note,
+        count=len(mean),
+        low=number(low),
+        high=number(high),
+        zero=y(0),
+        band="".join(
+            f"M{i} {y(m - s)}V{y(m + s)}" for i, (m, s) in enumerate(zip(mean, std, strict=True))
+        ),
+        spike="".join(f"M{i} {y(0)}V{y(m)}" for i, m in enumerate(mean)),
+        tagged=tagged,
     )
 
 
-def _empty(title: str) -> str:
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b></figcaption>"
-        '<p class="note">Nothing recorded.</p></figure>'
-    )
+def _draw(
+    axes: Axes | None,
+    *,
+    title: str,
+    wide: bool = False,
+    axis: str = "",
+    x_ticks: Sequence[tuple[float, str]] = (),
+    y_ticks: Sequence[tuple[float, str]] = (),
+    shapes: Sequence[tuple[str, str]] = (),
+    dots: Sequence[tuple[str, float, float]] = (),
+    marks: Sequence[Mark] = (),
+    legend: Sequence[tuple[str, str]] = (),
+    described: str = "",
+    note: str = "Nothing recorded.",
+) -> Markup:
+    """Fill charts.html.
+
+    Args:
+        axes: None for a chart without values.
+        title: text above the chart.
+        wide: whether it is as wide as the page.
+        axis: name of the x axis.
+        x_ticks: (value, label).
+        y_ticks: (value, label).
+        shapes: (CSS classes, SVG path).
+        dots: (CSS class, x value, y value).
+        marks: vertical lines.
+        legend: (CSS class, label).
+        described: text for screen readers.
+        note: text below the chart.
+    """
+    return render(HERE / "charts.html", **locals())
+
+
+# ---- values
+
+
+def finite(points: Sequence[Point], *, positive: bool = False) -> list[Point]:
+    """Return the points that can be drawn: finite, and above 0 where `positive`."""
+    return [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not positive)]
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """Return at most `MAX_POINTS` points: means of equal stretches."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
+    groups = [points[a:b] for a, b in itertools.pairwise(edges)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def smoothed(points: Sequence[Point], half_life: float) -> list[Point]:
+    """Return the exponential mean of points, without bias at the start.
+
+    The weight of a point is halved after `half_life` further points.
+    """
+    keep = 0.5 ** (1.0 / half_life)
+    result, total, weight = [], 0.0, 0.0
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1.0
+        result.append((x, total / weight))
+    return result
 
 
 def number(value: float) -> str:
-    """A short label: `0.25`, `1,000`, `2e-05`."""
+    """Return a short label: `0.25`, `1,000`, `2e-05`."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:.2g}"
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    """Return about `about` round values that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
     if high <= low:
         high = low + (abs(low) * 0.1 or 1.0)
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw)
-    count = math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9)
-    first = math.floor(low / step + 1e-9)
-    return [round((first + i) * step, 12) for i in range(count + 1)]
+    # The slack keeps a rounding error from adding a tick.
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten around [low, high], with 2 and 5 between them when it is narrow."""
+    """Return powers of ten that cover [low, high], with 2 and 5 between them if those are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]

@@ -5,6 +5,7 @@ g x g tokens of a row lie on the patch grid, row by row from the top left; a CLS
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,10 @@ TOUCH_BYTES = 1 << 20
 
 TOUCH_DIRECTIONS = (8, 32)
 """At least, else there is nothing to touch; at most."""
+
+
+WIDEST = 2.0
+"""Width over height, or height over width, up to which an image keeps its shape on the page."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,12 +76,16 @@ class Tile:
     """(g, g)"""
     cls_norm: float | None
     """Length of the CLS token, where one is kept."""
+    start: int
+    """Its first token in `Touch.codes`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shown:
     """One image or video."""
 
+    number: int
+    """From 1, in the order of the page."""
     chosen: Chosen
     """Its rows."""
     medium: Medium
@@ -85,10 +94,17 @@ class Shown:
     """What the encoder saw, small; None for videos, and where there is none to be had."""
     absent: str
     """Why not."""
+    aspect: float
+    """Width over height of what the patch grid covers."""
     tiles: tuple[Tile, ...]
     """One a row, in time order."""
     neighbour: tuple[int, float] | None
-    """Number of the most similar other media shown, and the cosine of their mean features."""
+    """Position of the most similar other one in `Findings.shown`, and the cosine of their mean features."""
+
+    @property
+    def name(self) -> str:
+        """`image 1`, `video 2`."""
+        return f"{'video' if self.chosen.kind == 'frame' else 'image'} {self.number}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,56 +222,59 @@ def _show(
 ) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
     """The media with their images; the basis fitted to all of them; the script's directions."""
     features = [read_rows(reader, one.kind, one.rows) for one in chosen]
-    tokens = [patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
-    limits = np.repeat([norms[one.kind].limit for one in chosen], list(map(len, tokens)))
-    together = np.concatenate(tokens)
-    basis = figures.fit_basis(together, figures.norms(together) > limits)
-    alike = figures.neighbours(np.stack([some.mean(axis=0) for some in tokens]))
+    by_medium = [patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
+    limits = np.repeat([norms[one.kind].limit for one in chosen], list(map(len, by_medium)))
+    tokens = np.concatenate(by_medium)
+    lengths = figures.norms(tokens)
+    outliers = lengths > limits
+    basis = figures.fit_basis(tokens, outliers)
+    colours = basis.colours(tokens)
+    alike = figures.neighbours(np.stack([some.mean(axis=0) for some in by_medium]))
     media = look_up(root, [one.key for one in chosen])
-    shown = []
+    shown, start = [], 0
     for at, (one, rows) in enumerate(zip(chosen, features, strict=True)):
         image, absent = None, "videos are shown by their features"
         if one.kind == "image":
             image, absent = thumbnail(media[one.key], one.key, reader.spec, keep)
         errors = recorded.of_rows(one.kind, one.rows).tolist()
-        limit = norms[one.kind].limit
+        side = math.isqrt(len(by_medium[at]) // len(rows))
+        tiles = []
+        for i, view in enumerate(one.views):
+            here = slice(start, start + side * side)
+            tiles.append(
+                Tile(
+                    view=view,
+                    time_s=float(one.times[i]),
+                    error=errors[i],
+                    colours=colours[here].reshape(side, side, 3),
+                    norms=lengths[here].reshape(side, side),
+                    outliers=outliers[here].reshape(side, side),
+                    cls_norm=float(figures.norms(rows[i, 0])) if reader.spec.keep_cls else None,
+                    start=start,
+                )
+            )
+            start = here.stop
         shown.append(
             Shown(
+                number=at + 1,
                 chosen=one,
                 medium=media[one.key],
                 thumbnail=image,
                 absent=absent,
-                tiles=tuple(
-                    _tile(rows[i], view, float(one.times[i]), errors[i], limit, basis, reader)
-                    for i, view in enumerate(one.views)
-                ),
+                aspect=_aspect(media[one.key], reader.spec.fit),
+                tiles=tuple(tiles),
                 neighbour=alike[at] if alike else None,
             )
         )
-    return tuple(shown), basis, _touch(together, basis)
+    return tuple(shown), basis, _touch(tokens, basis)
 
 
-def _tile(
-    row: Floats,
-    view: str,
-    time_s: float,
-    error: float,
-    limit: float,
-    basis: Basis,
-    reader: FeatureReader,
-) -> Tile:
-    tokens = patches(row[None], reader)[0]
-    side = round(len(tokens) ** 0.5)
-    norms = figures.norms(tokens).reshape(side, side)
-    return Tile(
-        view=view,
-        time_s=time_s,
-        error=error,
-        colours=basis.colours(tokens).reshape(side, side, 3),
-        norms=norms,
-        outliers=norms > limit,
-        cls_norm=float(figures.norms(row[0])) if reader.spec.keep_cls else None,
-    )
+def _aspect(medium: Medium, fit: str) -> float:
+    """Return width over height of what the patch grid covers: of the image itself where it was squashed."""
+    if fit != "squash" or not medium.width or not medium.height:
+        return 1.0
+    aspect = medium.width / medium.height
+    return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 
 def _touch(tokens: Floats, basis: Basis) -> Touch | None:

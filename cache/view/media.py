@@ -7,9 +7,6 @@ fetched, and bytes that are not those that were encoded are never shown. Videos 
 from __future__ import annotations
 
 import hashlib
-import io
-import stat
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +24,7 @@ from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
 from cache.store.samples import dataset_names
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""As the encoder reads them. PIL's rarer decoders are attack surface."""
-
-MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 89_478_485
-"""Larger images were never encoded: `model.media` refuses them."""
+from cache.view.thumbnails import decode, read_file
 
 THUMBNAIL = 336
 """Longer side of an image in the page, pixels."""
@@ -161,51 +152,17 @@ def thumbnail(
         candidates.append(keep / key[:2] / key)  # as encode.keep names them
     reason = "not on this machine" if candidates else "came from the web and was not kept"
     for path in candidates:
-        data = _regular_file(path)
+        data = read_file(path)
         if data is None:
             continue
         if hashlib.sha256(data).hexdigest() != key:
             reason = "has changed since it was encoded"
             continue
         try:
-            return _as_seen(_decode(data), spec), ""
+            return _as_seen(decode(data, 2 * THUMBNAIL), spec), ""
         except Exception:  # PIL's decoders raise whatever the bytes lead them to
             reason = "cannot be read"
     return None, reason
-
-
-def _regular_file(path: Path) -> bytes | None:
-    """Its bytes; None for what is no file, or can't be read, or is larger than any image."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            return None
-        return path.read_bytes()
-    except (OSError, ValueError):  # ValueError: a NUL in the path
-        return None
-
-
-def _decode(data: bytes) -> Image.Image:
-    """RGB, upright, at most about twice THUMBNAIL where the format allows a cheap reduction."""
-    Image.init()
-    known = tuple(name for name in FORMATS if name in Image.OPEN)
-    with (
-        warnings.catch_warnings(action="ignore"),
-        Image.open(io.BytesIO(data), formats=known) as image,
-    ):
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("too many pixels")
-        image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey: 65535 is white
-            grey = np.asarray(upright).astype(np.float64) / 257
-            upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-        if upright.has_transparency_data:  # on white, as the encoder sees it
-            upright = upright.convert("RGBA")
-            paper = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(paper, upright)
-        return upright.convert("RGB")
 
 
 def _as_seen(image: Image.Image, spec: FeatureSpec) -> Image.Image:

@@ -1,51 +1,114 @@
-"""Arrays and small images as images that stand inside the page."""
+"""Turn arrays and image files into data URIs: images that are part of the page."""
 
 from __future__ import annotations
 
 import base64
 import io
+import stat
+import warnings
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Formats that are decoded: those of the encoder. PIL's rarer decoders are attack surface."""
+
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image that is decoded: the encoder refuses larger ones."""
+
+MAX_FILE_BYTES = 64 << 20
+"""Bytes of the largest image file that is read: a bound on memory."""
 
 JPEG_QUALITY = 82
-NEIGHBOUR = 96
+
+STAMP = 96
 """Side of the images in the list of neighbours, pixels."""
 
-_HEAT = ((13, 14, 38), (58, 28, 99), (129, 37, 110), (201, 62, 86), (243, 120, 62), (252, 222, 140))
-"""Dark to bright in even steps of lightness: readable in grey, and by all who see colours differently."""
+HEAT = ((13, 14, 38), (58, 28, 99), (129, 37, 110), (201, 62, 86), (243, 120, 62), (252, 222, 140))
+"""Colours (red, green, blue) from low to high, in even steps of lightness: also readable in grey and with
+colour blindness."""
 
 
 def heat(values: npt.NDArray[np.floating], low: float, high: float) -> npt.NDArray[np.uint8]:
-    """Numbers (...) as colours (..., 3) from dark at `low` to bright at `high`."""
-    anchors = np.array(_HEAT, np.float64)
+    """Return numbers (...) as colours (..., 3) of `HEAT`: the first at `low`, the last at `high`."""
+    anchors = np.array(HEAT, np.float64)
     share = np.clip((values.astype(np.float64) - low) / max(high - low, 1e-12), 0, 1)
-    places = np.linspace(0, 1, len(anchors))
-    channels = [np.interp(share, places, anchors[:, c]) for c in range(3)]
+    positions = np.linspace(0, 1, len(anchors))
+    channels = [np.interp(share, positions, anchors[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
+# ---- data URIs
+
+
 def png(pixels: npt.NDArray[np.uint8]) -> str:
-    """Pixels (height, width, 3) as a data URI, without loss."""
-    return _uri(Image.fromarray(np.ascontiguousarray(pixels)), "PNG")
+    """Return pixels (height, width, 3) as a data URI, without loss."""
+    return _encoded(Image.fromarray(np.ascontiguousarray(pixels)), "png", optimize=True)
 
 
 def jpeg(image: Image.Image) -> str:
-    """A photograph as a data URI."""
-    return _uri(image, "JPEG")
+    """Return a photograph as a data URI."""
+    return _encoded(image, "jpeg", quality=JPEG_QUALITY)
 
 
 def stamp(image: Image.Image) -> str:
-    """The middle of an image, tiny, as a data URI."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return _uri(square.resize((NEIGHBOUR, NEIGHBOUR), Image.Resampling.BICUBIC), "JPEG")
+    """Return the central square of an image, `STAMP` pixels a side, as a data URI."""
+    return jpeg(ImageOps.fit(image, (STAMP, STAMP), Image.Resampling.BICUBIC))
 
 
-def _uri(image: Image.Image, kind: str) -> str:
+def _encoded(image: Image.Image, kind: str, **options: int) -> str:
     out = io.BytesIO()
-    image.save(out, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {"optimize": True}))
-    text = base64.b64encode(out.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{text}"
+    image.save(out, kind, **options)
+    return data_uri(out.getvalue(), kind)
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return the bytes of an image file as a data URI; `kind` is `png`, `jpeg` or `gif`."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- files
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return the bytes of a file; None if it is no regular file, unreadable or too large for an image."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+            return None
+        return path.read_bytes()
+    except (OSError, ValueError):  # ValueError: the path holds a NUL
+        return None
+
+
+def decode(data: bytes, side: int) -> Image.Image:
+    """Return an image as the encoder reads it: RGB, upright, transparency on white.
+
+    It may be smaller than the file's, but no side is below `side` pixels for that reason.
+
+    Raises:
+        Exception: the bytes are no image of `FORMATS`; PIL's decoders raise many types.
+    """
+    Image.init()
+    known = tuple(name for name in FORMATS if name in Image.OPEN)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        Image.open(io.BytesIO(data), formats=known) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("too many pixels")
+        image.draft(
+            "RGB", (side, side)
+        )  # JPEG decodes at 1/2, 1/4 or 1/8 of its size for less work
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey: 65535 is white
+            grey = np.asarray(upright).astype(np.float64) / 257
+            upright = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            paper = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(paper, upright)
+        return upright.convert("RGB")

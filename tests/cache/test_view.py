@@ -9,7 +9,6 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ from cache.view import __main__ as view
 from cache.view import collect, sampling, statistics
 from cache.view.collect import Findings, gather
 from cache.view.media import Medium, thumbnail
-from cache.view.page import render
+from cache.view.sections import render
 from configs import UserError
 from model.media.images import decode_image, fit_image
+from tests.support.html_page import Page
 from tests.support.spaces import SPEC, features, key, make_space
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"
@@ -71,43 +71,6 @@ def find(root: Path, count: int = 24, seed: int = 0, keep: Path | None = None) -
     (name,) = CacheRoot(root).space_names()
     reader = FeatureReader(CacheRoot(root).space(name))
     return gather(CacheRoot(root), reader, images=count, seed=seed, keep=keep)
-
-
-class Page(HTMLParser):
-    """A page taken apart: its tags, its text, and whether every tag is closed where it should be."""
-
-    VOID = ("meta", "img", "br", "path", "circle", "line")
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.open, self.scripts = "", [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-            if tag == "script":
-                self.scripts.append((dict(attrs), ""))
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            attrs, text = self.scripts.pop()
-            self.scripts.append((attrs, text + data))
-        elif self.open and self.open[-1] != "style":
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
 
 
 # ---- figures
@@ -530,7 +493,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
     with Image.open(io.BytesIO(data)) as shown:
         assert shown.size == (336, 202)
     assert "500 × 300 px" in page.text
-    assert "in no table any more" in page.text  # the other one
+    assert "not in the media table" in page.text  # the other one
 
 
 def test_a_page_never_shows_what_is_said_of_other_bytes(
@@ -550,7 +513,7 @@ def test_a_page_never_shows_what_is_said_of_other_bytes(
     page = Page(render(find(tmp_path / "cache")))
     assert "caption of other" not in page.text
     assert "caption of same" in page.text
-    assert "other: 1 sample left out, whose source has another sha256 than it states" in page.text
+    assert "other: 1 sample left out: the bytes at the source have another sha256" in page.text
     assert "same: 1 sample left out" not in page.text
 
 
