@@ -19,7 +19,7 @@ from cache.store.references import Present
 from cache.store.space import Space, fitting_info
 from configs import UserError
 from configs.console import free_bytes
-from encode.download.client import DownloadConfig
+from encode.download.config import DownloadConfig
 from encode.driver.inline import Counter, run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed

@@ -20,7 +20,7 @@ from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord
 from cache.store.references import Present
 from cache.store.samples import MediaRef, Sample
-from encode.download.client import is_url
+from encode.download.urls import is_url
 from encode.worker.local_files import identify
 from encode.worker.messages import OWN_STAGES, SourceTask, claim_id, failed
 from model.media.images import Failure

@@ -34,7 +34,7 @@ from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, read_samples, write_samples
 from configs import UserError
-from encode.download.client import DownloadConfig
+from encode.download.config import DownloadConfig
 from encode.download.fetch_only import fetch_only
 from encode.plan import MediaCounter
 from encode.sources import Dataset, catalogue, open_datasets

@@ -26,7 +26,8 @@ from cache.store.ledger import MediaRecord
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader
 from configs import UserError
-from encode.download.client import DownloadConfig, Fetched, Fetcher
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from model.media import video

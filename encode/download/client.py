@@ -39,10 +39,8 @@ from encode.download.memory_budget import Budget, Lease, NoRoomError
 from encode.download.outage import Outage
 from encode.download.request import Body, Exchange
 from encode.download.session import Lookups, Sockets, new_session
-from encode.download.urls import host_of, is_url, parse_url
+from encode.download.urls import host_of, parse_url
 from model.media.images import BadMediaError
-
-__all__ = ["DownloadConfig", "Fetched", "Fetcher", "is_url"]
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from encode.download.client import DownloadConfig, is_url
+from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
+from encode.download.urls import is_url
 from encode.driver.progress import LOG_EVERY_S
 from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger

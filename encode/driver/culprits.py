@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from configs import UserError
-from encode.download.client import is_url
+from encode.download.urls import is_url
 from encode.worker.local_files import hash_local, unreadable
 from encode.worker.messages import Outcome, SourceTask
 from model.media.images import BadMediaError, Failure

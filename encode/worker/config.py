@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.format.frame_sampling import MAX_FRAMES
-from encode.download.client import DownloadConfig
+from encode.download.config import DownloadConfig
 from model.vision.config import EncoderConfig
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.store.ledger import MediaRecord
-from encode.download.client import DownloadConfig, Fetched, Fetcher
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cache.format.frame_sampling import FULL, sample_times, time_view
 from cache.store.ledger import MediaRecord
-from encode.download.client import is_url
+from encode.download.urls import is_url
 from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import (

@@ -32,7 +32,7 @@ from cache.store.references import Present
 from cache.store.space import Space
 from cache.store.writer import NewRow
 from configs import UserError
-from encode.download.client import is_url
+from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog, breadcrumb_file
 from encode.worker.downloads import Downloads

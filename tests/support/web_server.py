@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from encode.download.client import DownloadConfig, Fetched
+from encode.download.client import Fetched
+from encode.download.config import DownloadConfig
 from model.media.images import BadMediaError
 from tests.support.photos import make_folder
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from encode.download.client import DownloadConfig, Fetched, Fetcher, is_url
+from encode.download.client import Fetched, Fetcher
+from encode.download.config import DownloadConfig
+from encode.download.urls import is_url
 from model.media.images import BadMediaError, decode_image
 from tests.support import ROOT
 from tests.support.web_server import (
@@ -422,7 +424,8 @@ def test_a_cancelled_fetch_ends_and_gives_back_its_place(
 
 QUIET_END = """
 import sys, time
-from encode.download.client import Fetcher, DownloadConfig
+from encode.download.client import Fetcher
+from encode.download.config import DownloadConfig
 rules = DownloadConfig(allow_private=True, read_s=20)
 fetcher = Fetcher(rules)
 ahead = [fetcher.submit(url) for url in sys.argv[2:]]

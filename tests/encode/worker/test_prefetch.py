@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode.download.client import DownloadConfig
+from encode.download.config import DownloadConfig
 from encode.sources.demo_drawings import World
 from encode.sources.demo_videos import film
 from encode.worker.decode_log import DecodeLog
