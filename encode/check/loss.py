@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.spec import FeatureSpec
-from cache.store.ledger import read_media
+from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
+from cache.store.references import edges_of, find_rows, number_media, read_references
 from cache.store.samples import Sample, dataset_names, read_samples
 from cache.store.space import find_space
 from configs import UserError
 from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
-from encode.download.urls import is_url
 from model.attention.batch import PackedBatch
 from model.io.saved_model import find_run, load_final
 from model.language.chat_template import Message, fill_places, tokenize_messages, video_ids
@@ -169,22 +171,26 @@ def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, lis
 
     All media of a sample must be stored and in files of this disk.
     """
-    ledger = read_media(root)
+    table = media_table(root)
+    web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
+    on_disk = ~np.asarray(web, bool)
 
     def usable(dataset: str) -> Iterator[tuple[Sample, list[LoadedMedia]]]:
-        for sample in read_samples(root, dataset):
-            if not any(m.role == "assistant" and m.weight > 0 for m in sample.messages):
-                continue
-            records = [ledger.get(ref.source) for ref in sample.media]
-            present = [r for r in records if r is not None and loader.is_stored(r)]
-            if (
-                records
-                and len(present) == len(records)
-                and not any(is_url(r.source) for r in present)
+        references = read_references(root, dataset, table)
+        media, (items,) = number_media([references], table)
+        rows = find_rows(loader.reader, media, loader.max_frames)
+        here = np.append(rows.counts > 0, False)[items] & references.look_up(on_disk, False)
+        complete = (references.count(~here) == 0) & (references.counts > 0)
+        edges = edges_of(references.counts)
+        for number, sample in enumerate(read_samples(root, dataset)):
+            if not complete[number] or not any(
+                message.role == "assistant" and message.weight > 0 for message in sample.messages
             ):
-                media = list(loader.load(present))
-                if len(media) == len(records):
-                    yield sample, media
+                continue
+            records = table.take(pa.array(references.source[edges[number] : edges[number + 1]]))
+            loaded = list(loader.load(MediaRecord(**record) for record in records.to_pylist()))
+            if len(loaded) == len(sample.media):
+                yield sample, loaded
 
     queues = [usable(name) for name in dataset_names(root)]
     while queues:

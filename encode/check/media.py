@@ -20,11 +20,13 @@ import numpy.typing as npt
 import torch
 from PIL.Image import Image
 
-from cache.format.frame_sampling import FULL, frame_views, sample_times, time_view
+from cache.format.frame_sampling import FULL, time_view
 from cache.format.spec import ARRAY_OF
+from cache.store.commits import key_bytes
 from cache.store.ledger import MediaRecord
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader
+from cache.store.references import MEDIA_KINDS, MediaItems, MediaRows, find_rows
 from configs import UserError
 from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
@@ -98,7 +100,7 @@ class MediaLoader:
         """Reason -> number of media whose bytes are not available."""
         self.undecodable: list[str] = []
         """Media whose bytes are unchanged and cannot be decoded any more, with the reason."""
-        self._max_frames = config.max_frames
+        self.max_frames = config.max_frames
         self._store = MediaStore(config.keep_media) if config.keep_media is not None else None
         self._fetcher = Fetcher(config.download) if config.download is not None else None
 
@@ -119,39 +121,37 @@ class MediaLoader:
         """Whether media from the web may be available."""
         return self._store is not None or self._fetcher is not None
 
-    def is_stored(self, record: MediaRecord) -> bool:
-        """Return whether every row of a media item is stored."""
-        rows = self._row_numbers(record)
-        return len(rows) > 0 and bool((rows >= 0).all())
+    def _rows_of(self, records: Sequence[MediaRecord]) -> MediaRows:
+        """Return the rows of media whose rows are all stored; the others have none."""
+        durations = [np.nan if one.duration_s is None else one.duration_s for one in records]
+        media = MediaItems(
+            keys=key_bytes([one.key or "" for one in records]),
+            kinds=np.array([MEDIA_KINDS.index(one.kind) for one in records], np.uint8),
+            durations=np.array(durations, np.float64),
+        )
+        return find_rows(self.reader, media, self.max_frames)
 
     def load(self, records: Iterable[MediaRecord]) -> Iterator[LoadedMedia]:
-        """Yield the media of `records` whose bytes are available and decodable.
+        """Yield the media whose rows are all stored, and whose bytes are available and decodable.
 
         Args:
-            records: media for which `is_stored` is true.
+            records: ledger entries that have a key.
         """
         waiting = iter(records)
         while group := list(islice(waiting, GROUP)):
-            for record, data in self._bytes(group):
+            rows = self._rows_of(group)
+            stored = {r.source: rows.of(at) for at, r in enumerate(group) if rows.counts[at]}
+            for record, data in self._bytes([r for r in group if r.source in stored]):
                 try:
-                    yield self._decoded(record, data)
+                    yield self._decoded(record, stored[record.source], data)
                 except (BadMediaError, OSError) as error:
                     self.undecodable.append(
                         f"{record.key} ({record.source}): cannot be decoded any more: {error}"
                     )
 
-    def _row_numbers(self, record: MediaRecord) -> npt.NDArray[np.int64]:
-        """Rows of all views, -1 for a view without one; empty if the media item has no known views."""
-        if record.key is None or (record.kind == "video" and record.duration_s is None):
-            return np.empty(0, dtype=np.int64)
-        array = ARRAY_OF[record.kind]
-        if record.kind == "image":
-            return self.reader.lookup(array, [record.key])
-        assert record.duration_s is not None
-        views = frame_views(record.duration_s, self._max_frames)
-        return self.reader.lookup_pairs(array, [record.key] * len(views), views)
-
-    def _decoded(self, record: MediaRecord, data: bytes | Path) -> LoadedMedia:
+    def _decoded(
+        self, record: MediaRecord, numbers: npt.NDArray[np.int64], data: bytes | Path
+    ) -> LoadedMedia:
         """Read the rows of a media item and decode the same views.
 
         Raises:
@@ -159,18 +159,16 @@ class MediaLoader:
             OSError: it cannot be read.
         """
         array = ARRAY_OF[record.kind]
-        numbers = self._row_numbers(record)
         times: npt.NDArray[np.float64] = np.empty(0)
         views: tuple[str, ...] = (FULL,)
         images: Iterable[Image]
         if isinstance(data, bytes) and record.kind == "image":
             images = [decode_image(data)]
         else:
-            assert record.duration_s is not None, "a video without a length has no rows"
             times = self.reader.times(array, numbers)
-            first = np.append(True, times[1:] != times[:-1])  # two views may share one frame
-            asked_us = np.array(sample_times(record.duration_s, self._max_frames))[first].tolist()
-            numbers, times, views = numbers[first], times[first], tuple(map(time_view, asked_us))
+            index = self.reader.index[array]  # which knows a frame by the time it was asked for
+            asked_us = index.columns.views[index.positions(numbers)].tolist()
+            views = tuple(map(time_view, asked_us))
             images = (frame.image for frame in video.frames(data, asked_us, video.probe(data)))
         rows = np.empty((len(numbers), self.reader.spec.row_bytes(array)), np.uint8)
         self.reader.read_into(array, numbers, rows)

@@ -22,7 +22,7 @@ import torch
 from cache.format.spec import ARRAY_OF, CODECS, FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot, SpacePaths
-from cache.store.samples import samples_table
+from cache.store.references import read_references
 from cache.store.space import read_info
 from configs import UserError
 from encode.check.media import NOT_ON_DISK, CheckConfig, LoadedMedia, MediaLoader
@@ -133,22 +133,23 @@ def check_space(
 
 
 def _draw(root: CacheRoot, loader: MediaLoader, datasets: Sequence[str]) -> Iterator[MediaRecord]:
-    """Yield the media of the ledger whose rows are all stored, in random order."""
+    """Yield the media of the ledger that have a key, in random order."""
     table = media_table(root)
-    table = table.filter(pc.is_valid(table["key"]))
+    wanted = np.asarray(pc.is_valid(table["key"]), bool)
     if datasets:
-        lists = [samples_table(root, name, ["media"])["media"] for name in datasets]
-        flat = [pc.struct_field(pc.list_flatten(one.combine_chunks()), "source") for one in lists]
-        table = table.filter(pc.is_in(table["source"], pa.concat_arrays(flat)))
+        mentioned = np.zeros(len(table) + 1, bool)
+        for name in datasets:
+            references = read_references(root, name, table)
+            mentioned[np.minimum(references.source[~references.mismatch], len(table))] = True
+        wanted &= mentioned[:-1]
+    table = table.filter(pa.array(wanted))
     if not loader.gets_urls:
         web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
         left = int(pc.sum(web).as_py() or 0)
         loader.skipped.update({NOT_ON_DISK: left} if left else {})
         table = table.filter(pc.invert(web))
     for at in np.random.default_rng(SEED).permutation(len(table)).tolist():
-        record = MediaRecord(**table.slice(at, 1).to_pylist()[0])
-        if loader.is_stored(record):
-            yield record
+        yield MediaRecord(**table.slice(at, 1).to_pylist()[0])
 
 
 def _variants(spec: FeatureSpec) -> Iterator[FeatureSpec]:
