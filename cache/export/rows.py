@@ -1,6 +1,7 @@
-"""Rows of a space as files for other people's tools: WebDataset tars, or safetensors.
+"""Write rows of a space to WebDataset tars or safetensors files.
 
-n rows of one array; a row is `row_bytes` long as stored, and as long as float16 (tokens, width) unpacked.
+n is a number of rows of one array. A row has `row_bytes` bytes as stored, or is float16 (tokens, width) when
+unpacked.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 
 FILE_BYTES = 1 << 30
-"""About the size of an exported file."""
+"""Approximate size of an exported file: 1 GiB."""
 
 FILE_ROWS = 1 << 16
-"""Rows in one at most: the header of a safetensors file may take 100 MB, a row takes 200 bytes of it."""
+"""The most rows in one file. A row takes 200 bytes of a safetensors header, which may have 100 MB."""
 
 BATCH_BYTES = 16 << 20
-"""Stored bytes read at a time."""
+"""Stored bytes read by one call."""
 
 Positions = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
-"""Called with the number of bytes just written."""
+"""A function that is called with the number of bytes just written."""
 
 
 class Part(NamedTuple):
@@ -39,48 +40,49 @@ class Part(NamedTuple):
 
     name: str
     nbytes: int
-    """Its size, about."""
+    """Its approximate size."""
     write: Callable[[BinaryIO, Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """The rows of a space, as they are handed on."""
+    """The rows of a space, packed or unpacked."""
 
     reader: FeatureReader
-    """Of the space; checked."""
+    """A reader of the space that verifies checksums."""
     unpack: bool
-    """Whether rows leave as float16."""
+    """Whether rows are exported as float16."""
 
     @property
     def layout(self) -> str:
-        """How a row is handed on."""
+        """The layout of an exported row: that of the space, or `fp16`."""
         return "fp16" if self.unpack else self.reader.spec.layout
 
     def shape(self, array: str) -> tuple[int, ...]:
-        """Of one row's array: (tokens, width) float16, or (row_bytes,) uint8."""
+        """Return the shape of one exported row: (tokens, width) float16, or (row_bytes,) uint8."""
         if self.layout == "fp16":
             return self.reader.spec.tokens(array), self.reader.spec.width
         return (self.reader.spec.row_bytes(array),)
 
     def row_bytes(self, array: str) -> int:
-        """Bytes of one row, as it is handed on."""
+        """Return the bytes of one exported row."""
         return codec.row_bytes(self.layout, self.reader.spec.tokens(array), self.reader.spec.width)
 
     def geometry(self, array: str) -> TarGeometry:
-        """What stands around such rows in a tar."""
-        spec = self.reader.spec
-        tokens, width = spec.tokens(array), spec.width
-        size = self.row_bytes(array)
+        """Return the places of such rows, and the headers around them, in a tar."""
         return TarGeometry(
-            row_bytes=size, slots=FILE_ROWS, layout=self.layout, tokens=tokens, width=width
+            row_bytes=self.row_bytes(array),
+            slots=FILE_ROWS,
+            layout=self.layout,
+            tokens=self.reader.spec.tokens(array),
+            width=self.reader.spec.width,
         )
 
     def rows(self, array: str, positions: Positions) -> npt.NDArray[np.uint8]:
-        """(n, row_bytes) of some positions, in their order.
+        """Return the exported bytes (n, row_bytes) of rows at positions (n,), in that order.
 
         Raises:
-            CorruptError: a row is not what was written.
+            CorruptError: a row fails its checksum.
         """
         spec, index = self.reader.spec, self.reader.index[array]
         stored = np.empty((len(positions), spec.row_bytes(array)), np.uint8)
@@ -91,7 +93,7 @@ class Source:
         return np.ascontiguousarray(values, "<f2").view(np.uint8).reshape(len(positions), -1)
 
     def facts(self, array: str, position: int, row: npt.NDArray[np.uint8]) -> RowFacts:
-        """What is known of a row; the crc is that of `row`, which `rows` gave."""
+        """Return a row's key, view, time and codec error, and the crc32c of its exported bytes `row`."""
         index = self.reader.index[array]
         key, view = index.identity(position)
         time_s = float(index.times[position])
@@ -103,7 +105,7 @@ class Source:
     def batches(
         self, array: str, positions: Positions
     ) -> Iterator[tuple[Positions, npt.NDArray[np.uint8]]]:
-        """Positions, and their rows, some at a time."""
+        """Yield (positions, rows) for about BATCH_BYTES at a time."""
         step = max(1, BATCH_BYTES // self.reader.spec.row_bytes(array))
         for start in range(0, len(positions), step):
             some = positions[start : start + step]
@@ -118,8 +120,17 @@ def different_rows(reader: FeatureReader, array: str) -> Positions:
     return np.flatnonzero(keep)
 
 
-def cut(source: Source, array: str, positions: Positions, nbytes: int) -> Iterator[Positions]:
-    """Stretches of rows, `nbytes` each, for a file each; between two media where that is possible."""
+def split_into_files(
+    source: Source, array: str, positions: Positions, nbytes: int
+) -> Iterator[Positions]:
+    """Split rows into the contents of files, between two media items where possible.
+
+    Args:
+        source: the space.
+        array: image or frame.
+        positions: (n,) all rows to export.
+        nbytes: bytes that one row takes in a file.
+    """
     most = max(1, min(FILE_ROWS, FILE_BYTES // nbytes))
     keys = source.reader.index[array].keys
     start = 0
@@ -129,13 +140,13 @@ def cut(source: Source, array: str, positions: Positions, nbytes: int) -> Iterat
             keys[positions[stop]].tobytes() == keys[positions[stop - 1]].tobytes()
         ):
             stop -= 1
-        stop = stop if stop > start else end  # a video of more rows than a file may hold
+        stop = stop if stop > start else end  # one video has more rows than fit into a file
         yield positions[start:stop]
         start = stop
 
 
 def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
-    """Tars of `<key>.<view>.npy` and `.json`, as the shards of a webdataset space are."""
+    """Yield tars of `<key>.<view>.npy` and `.json`, the layout of the shards of a webdataset space."""
     for array, positions in rows.items():
         geometry = source.geometry(array)
 
@@ -158,14 +169,19 @@ def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
                 progress(len(batch) * geometry.slot_bytes)
             file.write(END)
 
-        for number, some in enumerate(cut(source, array, positions, geometry.slot_bytes)):
+        for number, some in enumerate(
+            split_into_files(source, array, positions, geometry.slot_bytes)
+        ):
             name = f"{array}-{number:06d}.tar"
             nbytes = geometry.file_bytes(len(some))
             yield Part(name, nbytes, _bound(write, array, some))
 
 
 def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
-    """Files of one tensor a row, `<key>/<view>`: an 8-byte length, JSON, the rows one after the other."""
+    """Yield safetensors files with one tensor for each row, named `<key>/<view>`.
+
+    A file is the length of the header (8 bytes, little-endian), the header (JSON), and the rows.
+    """
 
     def write(file: BinaryIO, progress: Progress, array: str, some: Positions) -> None:
         file.write(_safetensors_header(source, array, some))
@@ -175,7 +191,7 @@ def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator
 
     for array, positions in rows.items():
         size = source.row_bytes(array)
-        for number, some in enumerate(cut(source, array, positions, size)):
+        for number, some in enumerate(split_into_files(source, array, positions, size)):
             nbytes = len(some) * size
             yield Part(safetensors_name(array, number), nbytes, _bound(write, array, some))
 
@@ -187,7 +203,7 @@ def _bound(
 
 
 def safetensors_name(array: str, number: int) -> str:
-    """Of one file."""
+    """Return the name of one safetensors file."""
     return f"{array}-{number:05d}.safetensors"
 
 
@@ -215,13 +231,15 @@ def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
 
 
 def write_index(file: BinaryIO, source: Source, rows: Mapping[str, Positions]) -> None:
-    """index.json of a safetensors export: which file a tensor is in, and when a frame is."""
+    """Write index.json of a safetensors export: the file of each tensor, and the time of each frame."""
     spec = source.reader.spec
     metadata = {"space": source.reader.paths.name, "codec": source.layout, "spec": spec.to_json()}
     file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
     separator = b"\n"
     for array, positions in rows.items():
-        for number, some in enumerate(cut(source, array, positions, source.row_bytes(array))):
+        for number, some in enumerate(
+            split_into_files(source, array, positions, source.row_bytes(array))
+        ):
             name = json.dumps(safetensors_name(array, number)).encode()
             for position in some.tolist():
                 tensor = json.dumps("/".join(source.reader.index[array].identity(position)))
