@@ -4,7 +4,6 @@ No data is deleted: what is damaged goes to `<features>/damaged/`, at the same p
 step is whole or not done; killed anywhere, the next repair goes on. In this order, so that one pass over the
 rows is enough: tables, space.json, commits; then the rows of every shard; then what is made of these.
 
-    sealed file with one flipped bit     put back as it was
     samples, media, space.json           set aside; `encode.run` makes them anew
     commit                               set aside, with its shard: nobody knows whose rows they are
     shard                                its intact rows go to a new shard; it is set aside
@@ -52,10 +51,9 @@ from cache.maintenance.compaction import (
 from cache.store.commits import read_commits
 from cache.store.files import write_atomic
 from cache.store.index_file import save_index
-from cache.store.mend import flip_back
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
-from cache.store.space import Space, commits_fingerprint, read_info, rebuild_info
+from cache.store.space import Space, read_info, rebuild_info
 from configs import UserError
 
 Tell = Callable[[str], None]
@@ -112,21 +110,10 @@ class Repair:
     def _aside(self, path: Path) -> None:
         set_aside(self._root, path)
 
-    # ---- sealed files
-
-    def _flipped_back(self, finding: Finding) -> bool:
-        """Whether a sealed file could be put back as it was."""
-        path = Path(finding.path)
-        if not path.is_file() or (data := flip_back(path.read_bytes())) is None:
-            return False
-        self._tell(path, finding.what, "one bit had flipped: put back, its seal fits again")
-        write_atomic(path, data)
-        return True
-
     def _tables(self) -> None:
         for finding in list(check_tables(self._root, self._progress)):
             path = Path(finding.path)
-            if not finding.broken or self._flipped_back(finding):
+            if not finding.broken:
                 continue
             self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
             place = set_aside(self._root, path)
@@ -170,29 +157,25 @@ class Repair:
         return left
 
     def _description(self, paths: SpacePaths) -> bool:
-        """space.json; whether it is there, in the end."""
+        """Make sure that space.json can be read. Return whether it can in the end."""
         try:
             read_info(paths)
             return True
         except CorruptError as error:
-            finding = Finding(path=str(paths.space_json), what=error.what, way_out="")
+            damage = error.what
         except UserError:  # none, or of another version: not ours to touch
             return False
-        if self._flipped_back(finding):
-            return True
-        fingerprint = commits_fingerprint(paths)
-        info = rebuild_info(paths.space_json.read_bytes(), fingerprint) if fingerprint else None
-        if info is not None:
+        if (info := rebuild_info(paths)) is not None:
             self._tell(
                 paths.space_json,
-                finding.what,
+                damage,
                 "written anew: its spec has the commits' fingerprint",
             )
             write_atomic(paths.space_json, info_bytes(info))
             return True
         self._tell(
             paths.space_json,
-            finding.what,
+            damage,
             "set aside; encode.run with the same encoder and codec writes it anew, and keeps every row",
         )
         self._aside(paths.space_json)
@@ -207,17 +190,13 @@ class Repair:
                 try:
                     check_seal_file(path)
                 except CorruptError as error:
-                    finding = Finding(path=str(path), what=error.what, way_out="")
-                    if not self._flipped_back(finding):
-                        self._tell(path, finding.what, ASIDE)
-                        self._aside(path)
-                        clear_shard(paths, array, number, self._aside)
+                    self._tell(path, error.what, ASIDE)
+                    self._aside(path)
+                    clear_shard(paths, array, number, self._aside)
 
     def _commits(self, space: Space, array: str) -> None:
         """Damaged commits go, with their shards."""
         for finding in check_commits(space.paths, space.info, array, lambda _: None)[1]:
-            if self._flipped_back(finding):
-                continue
             path = Path(finding.path)
             self._tell(path, finding.what, ASIDE)
             number = next(

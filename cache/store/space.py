@@ -129,8 +129,30 @@ def _identities(table: pa.Table) -> set[tuple[str, str]]:
     return set(zip(keys, table["view"].to_pylist(), strict=True))
 
 
-def commits_fingerprint(paths: SpacePaths) -> str | None:
-    """The one that all intact commits of a space carry; None when there are none, or several."""
+def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:
+    """Return what a damaged space.json said, as far as the commits prove it: all of the spec.
+
+    The spec must have the fingerprint that all intact commits carry, and the rows per shard are those of the
+    commits. How to load the encoder is not part of the fingerprint: where that text is wrong, loading fails,
+    or gives an encoder with another fingerprint, which is refused.
+
+    Returns:
+        None when the text is not understood, or describes another space.
+    """
+    try:
+        values = json.loads(paths.space_json.read_bytes())
+        spec = FeatureSpec.from_json(values["spec"])
+        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
+        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
+        if spec.fingerprint != _commits_fingerprint(paths) or min(slots.values()) < 1:
+            return None
+        return fitting_info(paths, info)
+    except (ValueError, KeyError, TypeError, AttributeError, CorruptError):
+        return None
+
+
+def _commits_fingerprint(paths: SpacePaths) -> str | None:
+    """Return the fingerprint that all intact commits of a space carry; None if there are none, or several."""
     found = set()
     for array in ARRAYS:
         for number in paths.committed(array):
@@ -141,23 +163,6 @@ def commits_fingerprint(paths: SpacePaths) -> str | None:
                 continue
             found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
     return found.pop() if len(found) == 1 else None
-
-
-def rebuild_info(data: bytes, fingerprint: str) -> SpaceInfo | None:
-    """What a damaged space.json said, as far as `fingerprint` (of the commits) proves it: all of the spec.
-
-    How to load the encoder is not part of the fingerprint; wrong, it loads an encoder of another one, which
-    is noticed. Rows per shard are checked against every commit. None when the text is not understood, or
-    describes another space.
-    """
-    try:
-        values = json.loads(data)
-        spec = FeatureSpec.from_json(values["spec"])
-        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
-        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return info if spec.fingerprint == fingerprint and min(slots.values()) > 0 else None
 
 
 def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:

@@ -29,6 +29,8 @@ from tests.support.encode_jobs import SETUP, Result, draw, encode
 from tests.support.videos import make_video
 
 SEED = 4
+SLOTS = 4
+"""Rows of a full shard."""
 EACH = 10
 """Flips that one copy of the cache goes through, one after the other."""
 
@@ -56,7 +58,8 @@ class World:
     def repair(self) -> Repaired:
         repair = Repair(self.root, deep=True, tell=lambda _: None, progress=lambda _: None)
         report = repair.run(None)
-        assert not report.broken, report.all_findings
+        if self.root.space_names():
+            assert not report.broken, report.all_findings
         return repair.done
 
     def copy(self, folder: Path) -> World:
@@ -95,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         first = made.encode()
         spec, load = first.job.spec, first.reader.load
         shutil.rmtree(made.root.spaces_dir)  # again, in smaller shards
-        space = Space.create(made.root, spec, load, shard_bytes=4 * spec.row_bytes("image"))
+        space = Space.create(made.root, spec, load, shard_bytes=SLOTS * spec.row_bytes("image"))
         assert space.info == new_info(spec, load, 4 * spec.row_bytes("image"))
         made.encode()
         yield made
@@ -135,12 +138,19 @@ def test_flips_are_found_never_returned_and_repaired(
         returned = here.rows()
         assert returned.items() <= rows.items(), f"bit {bit} of {path} was returned as good"
         done = here.repair()
-        after = verify(here.root, deep=True)
-        assert after.all_findings == [], f"bit {bit} of {path}"
-        left = here.rows()
+        if here.root.space_names():
+            after = verify(here.root, deep=True)
+            assert after.all_findings == [], f"bit {bit} of {path}"
+            left = here.rows()
+        else:
+            assert path.name == "space.json", "set aside; the encode job writes it again"
+            left = rows
         assert left.items() <= rows.items()
-        assert len(left) >= len(rows) - 1, "one flip costs one row at most"
-        assert sum(done.lost.values()) == len(rows) - len(left)
+        if path.parent.name == "commits":
+            assert len(left) >= len(rows) - SLOTS, "whose rows they were is lost with the commit"
+        else:
+            assert len(left) >= len(rows) - 1, "one flip costs one row at most"
+            assert sum(done.lost.values()) == len(rows) - len(left)
         result = here.encode()
         redone[what] += result.job._tracker.encoded
         assert result.job._tracker.encoded == len({key for _, key, _ in rows.keys() - left.keys()})
