@@ -22,19 +22,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from cache.export.rows import (
-    Part,
+    OutputFile,
     Positions,
-    Progress,
     Source,
-    different_rows,
-    safetensors_parts,
-    tar_parts,
+    safetensors_files,
+    tar_files,
+    unique_rows,
     write_index,
 )
-from cache.export.samples import Exported, gather, rows_of, sample_parts, texts
+from cache.export.samples import (
+    ExportedDataset,
+    exported_rows,
+    gather_dataset,
+    sample_files,
+    write_json_lines,
+)
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import check_room
 from cache.store.files import PARTIAL, fsync_folder, make_folder, new_file, write_atomic
@@ -74,7 +79,7 @@ class Export:
     options: Options
     root: CacheRoot
     source: Source
-    data: list[Exported]
+    data: list[ExportedDataset]
     """The requested data sets."""
     rows: dict[str, Positions]
     """Array -> positions of the rows to export."""
@@ -89,33 +94,29 @@ class Export:
         root = CacheRoot.existing(options.features)
         reader = FeatureReader(find_space(root, options.space))
         source = Source(reader=reader, unpack=options.unpack)
-        data = [gather(root, name, reader) for name in dict.fromkeys(options.dataset)]
+        data = [gather_dataset(root, name, reader) for name in dict.fromkeys(options.dataset)]
         if data:
-            rows = {array: rows_of(reader, array, data) for array in ARRAYS}
+            rows = {array: exported_rows(reader, array, data) for array in ARRAYS}
         else:
-            rows = {array: different_rows(reader, array) for array in ARRAYS}
+            rows = {array: unique_rows(reader, array) for array in ARRAYS}
         return Export(options=options, root=root, source=source, data=data, rows=rows)
 
-    def parts(self) -> Iterator[Part]:
+    def files(self) -> Iterator[OutputFile]:
         """Yield the files to write, in order."""
         if self.options.to == "safetensors":
-            yield from safetensors_parts(self.source, self.rows)
+            yield from safetensors_files(self.source, self.rows)
             for data in self.data:
-                yield Part(
-                    f"{data.name}.jsonl", data.table.nbytes, partial(self._write_texts, data)
-                )
-            yield Part("index.json", 1, lambda file, _: write_index(file, self.source, self.rows))
+                write = partial(write_json_lines, data=data)
+                yield OutputFile(f"{data.name}.jsonl", data.table.nbytes, write)
+            write = partial(write_index, source=self.source, rows=self.rows)
+            yield OutputFile("index.json", 1, write)
         elif self.data:
             for data in self.data:
-                yield from sample_parts(self.source, data)
+                yield from sample_files(self.source, data)
         else:
-            yield from tar_parts(self.source, self.rows)
+            yield from tar_files(self.source, self.rows)
 
-    def _write_texts(self, data: Exported, file: BinaryIO, progress: Progress) -> None:
-        for line in texts(data):
-            progress(file.write(line))
-
-    def about(self, parts: Sequence[Part]) -> bytes:
+    def about(self, files: Sequence[OutputFile]) -> bytes:
         """Return the file export.json: the source, the formats and the counts. Equal for equal exports."""
         spec = self.source.reader.spec
         values = {
@@ -128,7 +129,7 @@ class Export:
             "tokens": {array: spec.tokens(array) for array in ARRAYS},
             "rows": {array: len(rows) for array, rows in self.rows.items()},
             "datasets": {data.name: samples_digest(self.root, data.name) for data in self.data},
-            "files": [part.name for part in parts],
+            "files": [file.name for file in files],
             "spec": spec.to_json(),
         }
         return json.dumps(values, indent=2).encode() + b"\n"
@@ -144,16 +145,16 @@ def run(export: Export) -> None:
     out = export.options.out.expanduser().absolute()
     refuse_nonempty(out)
     folder = out.with_name(out.name + PARTIAL)
-    parts = list(export.parts())
-    nbytes = sum(part.nbytes for part in parts)
+    files = list(export.files())
+    nbytes = sum(file.nbytes for file in files)
     with disk_full_in_words(folder), empty_folder(folder):
         check_room(out.parent, nbytes, "the export")
         # The next run removes the folder's contents only where it finds this file: so it is the first.
-        write_atomic(folder / ABOUT, export.about(parts))
+        write_atomic(folder / ABOUT, export.about(files))
         meter = Meter("written", nbytes)
-        for part in parts:
-            with new_file(folder / part.name) as file:
-                part.write(file, meter.add)
+        for output in files:
+            with new_file(folder / output.name) as file:
+                output.write(file, meter.add)
         meter.close()
         folder.rename(out)
         fsync_folder(out.parent)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ Progress = Callable[[int], None]
 """A function that is called with the number of bytes just written."""
 
 
-class Part(NamedTuple):
+class OutputFile(NamedTuple):
     """One file of an export."""
 
     name: str
@@ -112,7 +113,7 @@ class Source:
             yield some, self.rows(array, some)
 
 
-def different_rows(reader: FeatureReader, array: str) -> Positions:
+def unique_rows(reader: FeatureReader, array: str) -> Positions:
     """Return the positions of all rows, ascending. Of a row stored twice, the older counts."""
     index = reader.index[array]
     keep = np.ones(len(index), bool)
@@ -145,45 +146,43 @@ def split_into_files(
         start = stop
 
 
-def tar_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
+def tar_files(source: Source, rows: Mapping[str, Positions]) -> Iterator[OutputFile]:
     """Yield tars of `<key>.<view>.npy` and `.json`, the layout of the shards of a webdataset space."""
+
+    def write(
+        file: BinaryIO, progress: Progress, *, array: str, some: Positions, geometry: TarGeometry
+    ) -> None:
+        for batch, stored in source.batches(array, some):
+            for position, row in zip(batch.tolist(), stored, strict=True):
+                facts = source.facts(array, position, row)
+                try:
+                    geometry.check_view(facts.view)
+                except ValueError as error:
+                    raise UserError(f"{source.reader.path}: {facts.key}: {error}") from None
+                before, behind = geometry.around(facts)
+                file.writelines((before, row.data, behind))
+            progress(len(batch) * geometry.slot_bytes)
+        file.write(END)
+
     for array, positions in rows.items():
         geometry = source.geometry(array)
-
-        def write(
-            file: BinaryIO,
-            progress: Progress,
-            array: str,
-            some: Positions,
-            geometry: TarGeometry = geometry,
-        ) -> None:
-            for batch, stored in source.batches(array, some):
-                for position, row in zip(batch.tolist(), stored, strict=True):
-                    facts = source.facts(array, position, row)
-                    try:
-                        geometry.check_view(facts.view)
-                    except ValueError as error:
-                        raise UserError(f"{source.reader.path}: {facts.key}: {error}") from None
-                    before, behind = geometry.around(facts)
-                    file.writelines((before, row.data, behind))
-                progress(len(batch) * geometry.slot_bytes)
-            file.write(END)
-
         for number, some in enumerate(
             split_into_files(source, array, positions, geometry.slot_bytes)
         ):
-            name = f"{array}-{number:06d}.tar"
-            nbytes = geometry.file_bytes(len(some))
-            yield Part(name, nbytes, _bound(write, array, some))
+            yield OutputFile(
+                f"{array}-{number:06d}.tar",
+                geometry.file_bytes(len(some)),
+                partial(write, array=array, some=some, geometry=geometry),
+            )
 
 
-def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator[Part]:
+def safetensors_files(source: Source, rows: Mapping[str, Positions]) -> Iterator[OutputFile]:
     """Yield safetensors files with one tensor for each row, named `<key>/<view>`.
 
     A file is the length of the header (8 bytes, little-endian), the header (JSON), and the rows.
     """
 
-    def write(file: BinaryIO, progress: Progress, array: str, some: Positions) -> None:
+    def write(file: BinaryIO, progress: Progress, *, array: str, some: Positions) -> None:
         file.write(_safetensors_header(source, array, some))
         for _, stored in source.batches(array, some):
             file.write(stored.data)
@@ -192,14 +191,8 @@ def safetensors_parts(source: Source, rows: Mapping[str, Positions]) -> Iterator
     for array, positions in rows.items():
         size = source.row_bytes(array)
         for number, some in enumerate(split_into_files(source, array, positions, size)):
-            nbytes = len(some) * size
-            yield Part(safetensors_name(array, number), nbytes, _bound(write, array, some))
-
-
-def _bound(
-    write: Callable[[BinaryIO, Progress, str, Positions], None], array: str, some: Positions
-) -> Callable[[BinaryIO, Progress], None]:
-    return lambda file, progress: write(file, progress, array, some)
+            name = safetensors_name(array, number)
+            yield OutputFile(name, len(some) * size, partial(write, array=array, some=some))
 
 
 def safetensors_name(array: str, number: int) -> str:
@@ -230,7 +223,9 @@ def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_index(file: BinaryIO, source: Source, rows: Mapping[str, Positions]) -> None:
+def write_index(
+    file: BinaryIO, _progress: Progress, *, source: Source, rows: Mapping[str, Positions]
+) -> None:
     """Write index.json of a safetensors export: the file of each tensor, and the time of each frame."""
     spec = source.reader.spec
     metadata = {"space": source.reader.paths.name, "codec": source.layout, "spec": spec.to_json()}

@@ -1,13 +1,13 @@
-"""Data sets with their features, as WebDataset tars that train elsewhere by themselves.
+"""Write data sets with their text and features to WebDataset tars, which need nothing else for training.
 
-One sample of the tars is one tuple of media with everything a data set says of it, so that an image with
-six annotations is stored once:
+One sample of a tar is one tuple of media items with all samples of the data set that show it, so an image
+with six annotations is stored once:
 
     <name>.json     dataset, media, samples
-    <name>.0.npy    features of the first media: float16 (views, tokens, width), or uint8 (views, row_bytes)
-    <name>.1.npy    of the second, ...
+    <name>.0.npy    features of the first item: float16 (views, tokens, width), or uint8 (views, row_bytes)
+    <name>.1.npy    features of the second item, ...
 
-The name is the media's key; of several media, or of none, a hash.
+The name is the key of a single media item, else a hash of the items, or of the data set and the sample's id.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from cache.export.rows import FILE_BYTES, FILE_ROWS, Part, Positions, Progress, Source
+from cache.export.rows import FILE_BYTES, FILE_ROWS, OutputFile, Positions, Progress, Source
 from cache.format.spec import ARRAY_OF
 from cache.format.tar_shard import BLOCK, END, member_header, npy_header, padded
 from cache.store.ledger import media_table
@@ -49,7 +49,7 @@ class Group:
 
 
 @dataclass(kw_only=True, eq=False)
-class Exported:
+class ExportedDataset:
     """One data set, ready to be written."""
 
     name: str
@@ -57,7 +57,7 @@ class Exported:
     table: pa.Table
     """Its samples."""
     media: MediaItems
-    """The media that its samples mention."""
+    """The media items that its samples refer to."""
     rows: MediaRows
     """Every row of these media."""
     groups: list[Group]
@@ -72,7 +72,7 @@ class Exported:
         return ARRAY_OF[MEDIA_KINDS[self.media.kinds[item]]]
 
 
-def gather(root: CacheRoot, dataset: str, reader: FeatureReader) -> Exported:
+def gather_dataset(root: CacheRoot, dataset: str, reader: FeatureReader) -> ExportedDataset:
     """Group the samples of a data set whose media have features by their media.
 
     Raises:
@@ -88,10 +88,10 @@ def gather(root: CacheRoot, dataset: str, reader: FeatureReader) -> Exported:
     groups: dict[object, Group] = {}
     for sample in np.flatnonzero(~lacking).tolist():
         of_sample = items[ends[sample] - references.counts[sample] : ends[sample]]
-        # Each sample without media is a group of its own.
+        # Samples without media are not grouped: each gets a group of its own.
         group = groups.setdefault(of_sample.tobytes() or sample, Group(media=of_sample.tolist()))
         group.samples.append(sample)
-    return Exported(
+    return ExportedDataset(
         name=dataset,
         table=table,
         media=media,
@@ -102,16 +102,18 @@ def gather(root: CacheRoot, dataset: str, reader: FeatureReader) -> Exported:
     )
 
 
-def rows_of(reader: FeatureReader, array: str, data: Sequence[Exported]) -> Positions:
-    """Return the positions in `array` of the rows of all media that leave with these data sets."""
+def exported_rows(reader: FeatureReader, array: str, data: Sequence[ExportedDataset]) -> Positions:
+    """Return the positions in `array` of the rows of all media items that these data sets export."""
     numbers = [np.empty(0, np.int64)]
     for one in data:
-        leaving = {item for group in one.groups for item in group.media if one.array(item) == array}
-        numbers.append(one.rows.take(np.array(sorted(leaving), np.int64)).rows)
+        exported = {
+            item for group in one.groups for item in group.media if one.array(item) == array
+        }
+        numbers.append(one.rows.take(np.array(sorted(exported), np.int64)).rows)
     return reader.index[array].positions(np.unique(np.concatenate(numbers)))
 
 
-def sample_parts(source: Source, data: Exported) -> Iterator[Part]:
+def sample_files(source: Source, data: ExportedDataset) -> Iterator[OutputFile]:
     """Yield the tars of one data set."""
     text = data.table.nbytes // max(1, len(data.table))
 
@@ -121,29 +123,29 @@ def sample_parts(source: Source, data: Exported) -> Iterator[Part]:
             total += 2 * BLOCK + len(data.rows.of(item)) * source.row_bytes(data.array(item))
         return total
 
-    def part(number: int, some: Sequence[Group], nbytes: int) -> Part:
+    def tar(number: int, some: Sequence[Group], nbytes: int) -> OutputFile:
         def write(file: BinaryIO, progress: Progress) -> None:
             for group in some:
                 progress(_write_group(file, source, data, group))
             file.write(END)
 
-        return Part(f"{data.name}-{number:06d}.tar", nbytes, write)
+        return OutputFile(f"{data.name}-{number:06d}.tar", nbytes, write)
 
     number, nbytes = 0, 0
     some: list[Group] = []
     for group in data.groups:
         more = size(group)
         if some and (nbytes + more > FILE_BYTES or len(some) == FILE_ROWS):
-            yield part(number, some, nbytes)
+            yield tar(number, some, nbytes)
             number, some, nbytes = number + 1, [], 0
         some.append(group)
         nbytes += more
     if some:
-        yield part(number, some, nbytes)
+        yield tar(number, some, nbytes)
 
 
-def _write_group(file: BinaryIO, source: Source, data: Exported, group: Group) -> int:
-    """Write one sample of the tar. Return its bytes."""
+def _write_group(file: BinaryIO, source: Source, data: ExportedDataset, group: Group) -> int:
+    """Write one sample of a tar, and return its bytes."""
     name, about = _name(data, group), []
     members: list[tuple[str, tuple[Any, ...]]] = []
     mentions = data.table["media"][group.samples[0]].as_py()
@@ -173,7 +175,10 @@ def _write_group(file: BinaryIO, source: Source, data: Exported, group: Group) -
         "codec": source.layout,
         "width": source.reader.spec.width,
         "media": about,
-        "samples": _samples(data.table, group.samples),
+        # Without dataset and media, which are equal for all samples of the group.
+        "samples": data.table.select(["id", "messages", "weight", "task"])
+        .take(pa.array(group.samples, pa.int64()))
+        .to_pylist(),
     }
     text = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     members.insert(0, (f"{name}.json", (text,)))
@@ -181,20 +186,14 @@ def _write_group(file: BinaryIO, source: Source, data: Exported, group: Group) -
 
 
 def _write_member(file: BinaryIO, name: str, contents: tuple[Any, ...]) -> int:
-    """One file of a tar; the bytes it takes."""
+    """Write one file of a tar, and return the bytes that it takes."""
     nbytes = sum(map(len, contents))
     file.writelines((member_header(name, nbytes), *contents, bytes(padded(nbytes) - nbytes)))
     return BLOCK + padded(nbytes)
 
 
-def _samples(table: pa.Table, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """What is said, without what is the same for all of the group."""
-    columns = ["id", "messages", "weight", "task"]
-    return list(table.select(columns).take(pa.array(numbers, pa.int64())).to_pylist())
-
-
-def _name(data: Exported, group: Group) -> str:
-    """64 hex digits, the only ones of this data set."""
+def _name(data: ExportedDataset, group: Group) -> str:
+    """Return the name of a group in the tar: 64 hex digits, unique in the data set."""
     keys = [data.media.key(item) for item in group.media]
     if len(keys) == 1:
         return keys[0]
@@ -206,8 +205,8 @@ def _name(data: Exported, group: Group) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def texts(data: Exported) -> Iterator[bytes]:
-    """Yield the samples of a data set, a line of JSON each, with the keys of their media."""
+def write_json_lines(file: BinaryIO, progress: Progress, *, data: ExportedDataset) -> None:
+    """Write one line of JSON for each exported sample, with the keys of its media."""
     media = {number: group.media for group in data.groups for number in group.samples}
     numbers = sorted(media)
     columns = ["id", "messages", "media", "weight", "task"]
@@ -219,4 +218,5 @@ def texts(data: Exported) -> Iterator[bytes]:
                 {"source": ref["source"], "kind": ref["kind"], "key": data.media.key(item)}
                 for ref, item in zip(sample["media"], media[number], strict=True)
             ]
-            yield json.dumps(sample, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            line = json.dumps(sample, ensure_ascii=False, allow_nan=False)
+            progress(file.write(line.encode() + b"\n"))
