@@ -20,7 +20,7 @@ from cache.store.space import Space, fitting_info
 from configs import UserError
 from configs.console import free_bytes
 from encode.download.config import DownloadConfig
-from encode.driver.inline import Counter, run_inline
+from encode.driver.inline import InlineRegistrar, run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.signals import Interrupts
@@ -55,7 +55,7 @@ class Job:
         *,
         codec: str,
         container: str = "zarr",
-        setup: WorkerConfig,
+        config: WorkerConfig,
         worker_class: type[Worker] = Worker,
     ):
         """Load the encoder: its weights are part of the space's name.
@@ -65,12 +65,12 @@ class Job:
             counter: the media of all data sets asked for.
             codec: how rows are stored.
             container: the on-disk format of a new space: `zarr` or `webdataset`.
-            setup: how workers are made.
+            config: how workers are made.
             worker_class: what does the work, inline or in an actor.
         """
-        self._root, self._counter, self._setup = root, counter, setup
+        self._root, self._counter, self._config = root, counter, config
         self._worker_class = worker_class
-        self._encoder = setup.load()
+        self._encoder = config.load()
         self.spec = replace(self._encoder.spec(codec), container=container)
         self.device_type = self._encoder.device.type
         self.paths = root.space(self.spec.name)
@@ -79,7 +79,7 @@ class Job:
 
     def plan(self, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
         """What is to do. For a job that shall run: with the lock held, so that it stays true."""
-        most = self._setup.max_frames
+        most = self._config.max_frames
         if (space := self._space_there()) is not None:
             self._present = Present.of(space, max_frames=most)
         return make_plan(
@@ -133,27 +133,27 @@ class Job:
         self._tracker = Tracker(plan.todo, already=self._present.images, tell=self._ledger.add)
 
     def run(
-        self, crew: WorkerLayout, token: str, interrupts: Interrupts, *, timeout_s: float
+        self, layout: WorkerLayout, token: str, interrupts: Interrupts, *, timeout_s: float
     ) -> None:
         """Encode what is to do.
 
         Raises:
             UserError: the job cannot go on; what is encoded is kept.
         """
-        self._setup = replace(
-            self._setup,
+        self._config = replace(
+            self._config,
             space=self.paths.root,
             token=token,
-            threads=crew.threads,
-            torch_threads=crew.torch_threads,
-            fetch=share(self._setup.fetch, max(1, crew.workers)),
+            threads=layout.threads,
+            torch_threads=layout.torch_threads,
+            download=share(self._config.download, max(1, layout.workers)),
         )
         self._progress = Progress(self._tracker)
         try:
-            if crew.workers == 0:
+            if layout.workers == 0:
                 self._run_inline(interrupts)
             else:
-                self._run_cluster(crew, interrupts, timeout_s)
+                self._run_ray(layout, interrupts, timeout_s)
         finally:
             self._progress.clear()
             self._keep()
@@ -162,25 +162,25 @@ class Job:
 
     def _run_inline(self, interrupts: Interrupts) -> None:
         numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
-        registrar = Counter(self._present.images, numbers, self._update)
-        with self._worker_class(self._setup, self._encoder, registrar, number=0) as worker:
+        registrar = InlineRegistrar(self._present.images, numbers, self._update)
+        with self._worker_class(self._config, self._encoder, registrar, number=0) as worker:
             run_inline(self._tracker, worker, registrar, interrupts.stopping)
 
-    def _run_cluster(self, crew: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:
+    def _run_ray(self, layout: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:
         # Ray takes a second to import, and the workers load encoders of their own.
         from encode.driver import ray_pool
 
         del self._encoder
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
-        with ray_pool.session(crew.workers, crew.workers * crew.gpus):
+        with ray_pool.session(layout.workers, layout.workers * layout.gpus):
             interrupts.install()
-            workers = ray_pool.Cluster(
+            workers = ray_pool.RayPool(
                 self._tracker,
                 self._space,
-                self._setup,
-                workers=crew.workers,
-                gpus=crew.gpus,
+                self._config,
+                workers=layout.workers,
+                gpus=layout.gpus,
                 timeout_s=timeout_s,
                 worker_class=self._worker_class,
             )

@@ -22,7 +22,7 @@ from cache.store.references import Present
 from cache.store.samples import MediaRef, Sample
 from encode.download.urls import is_url
 from encode.worker.local_files import identify
-from encode.worker.messages import OWN_STAGES, SourceTask, claim_id, failed
+from encode.worker.messages import OWN_STAGES, SourceTask, failed, media_id
 from model.media.images import Failure
 
 OWN_ATTEMPTS = 3
@@ -195,10 +195,10 @@ class _Counted:
                 views = frame_views(known.duration_s or 0.0, self._max_frames)
                 rows = len(self._present.missing(known.key, views))
         self.unread += not sure
-        if key is None or claim_id(mention.kind, key) not in self._keys:
+        if key is None or media_id(mention.kind, key) not in self._keys:
             self.rows[ARRAY_OF[mention.kind]] += rows
         if key is not None:
-            self._keys.add(claim_id(mention.kind, key))
+            self._keys.add(media_id(mention.kind, key))
 
 
 def _task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTask:

@@ -158,12 +158,12 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         return fetch_only(root, counter.media, rules, keep, retry_failed=again)
 
     # torch takes 3 s to import: not for --list, --help or a wrong path.
-    from encode.driver.resources import choose_crew
+    from encode.driver.resources import choose_layout
     from encode.driver.signals import Interrupts
     from encode.job import Job
 
     codec, container = options.codec, options.format
-    job = Job(root, counter, codec=codec, container=container, setup=setup_of(options))
+    job = Job(root, counter, codec=codec, container=container, config=worker_config(options))
     anew = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
         job.show(job.plan(**anew), always_measure=True)
@@ -174,7 +174,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         seconds = job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            crew = choose_crew(
+            layout = choose_layout(
                 options.workers,
                 options.threads,
                 device=options.device,
@@ -182,7 +182,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
                 seconds=seconds,
             )
             with interrupts:
-                job.run(crew, lock.token, interrupts, timeout_s=options.timeout_s)
+                job.run(layout, lock.token, interrupts, timeout_s=options.timeout_s)
         # Points in pixels become words only now that the sizes of the images are known.
         keep_samples(root, [d for d in datasets if d.needs_sizes], options)
         return job.close(plan, time.monotonic() - start, interrupts)
@@ -217,13 +217,13 @@ def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
             )
 
 
-def setup_of(options: Options) -> WorkerConfig:
+def worker_config(options: Options) -> WorkerConfig:
     """How workers are made, as far as it is known before there is a space."""
     return WorkerConfig(
-        config=encoder_of(options),
+        encoder=encoder_of(options),
         max_frames=options.max_frames,
-        fetch=fetch_rules(options),
-        keep=options.keep_media.expanduser().absolute() if options.keep_media else None,
+        download=fetch_rules(options),
+        media_store=options.keep_media.expanduser().absolute() if options.keep_media else None,
         device=options.device,
         random_weights=options.random_weights,
         weights=options.weights,

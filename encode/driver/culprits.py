@@ -63,7 +63,7 @@ class Culprits:
             )
 
 
-def sentence(task: SourceTask, key: str, *, hung: bool) -> Outcome:
+def rejection(task: SourceTask, key: str, *, hung: bool) -> Outcome:
     """The outcome of a guilty media: it stands until its file changes, or has another `key`."""
     try:
         record = hash_local(task)

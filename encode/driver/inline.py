@@ -16,7 +16,7 @@ NUMBER = 0
 TASK_SOURCES = 32
 
 
-class Counter(Registrar):
+class InlineRegistrar(Registrar):
     """A registrar over the counter: what the worker reports is shown at once."""
 
     def __init__(

@@ -27,11 +27,11 @@ from cache.store.paths import SpacePaths
 from cache.store.references import Present
 from cache.store.space import Space
 from configs import UserError
-from encode.driver.culprits import Culprits, sentence
+from encode.driver.culprits import Culprits, rejection
 from encode.driver.tracker import TooManyFailuresError, Tracker
 from encode.worker.config import WorkerConfig
-from encode.worker.decode_log import breadcrumb_file, read_entries
-from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, claim_id
+from encode.worker.decode_log import decode_log_file, read_entries
+from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, media_id
 from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,11 @@ SOCKET_PATH_BYTES = 40  # Ray adds about 60 to its folder, and the kernel allows
 class RemoteWorker:
     """A Worker, made inside the actor's process."""
 
-    def start(self, setup: WorkerConfig, number: int, coordinator: Any, kind: type[Worker]) -> None:
+    def start(
+        self, config: WorkerConfig, number: int, coordinator: Any, kind: type[Worker]
+    ) -> None:
         """Load the encoder and take the lease."""
-        self._worker = kind(setup, setup.load(), _RemoteCoordinator(coordinator), number=number)
+        self._worker = kind(config, config.load(), _RemoteCoordinator(coordinator), number=number)
 
     def run(self, tasks: Sequence[SourceTask]) -> list[Outcome]:
         """See Worker."""
@@ -82,8 +84,8 @@ class _RemoteCoordinator:
     def __init__(self, actor: Any):
         self._actor = actor
 
-    def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
-        return ray.get(self._actor.claim.remote(worker, keys))
+    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
+        return ray.get(self._actor.reserve.remote(worker, keys))
 
     def next_shard(self, worker: int, kind: str) -> int:
         return ray.get(self._actor.next_shard.remote(worker, kind))
@@ -136,14 +138,14 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Cluster:
+class RayPool:
     """One job's actors, from the first call to the last outcome. For use inside `session`."""
 
     def __init__(
         self,
         tracker: Tracker,
         space: Space,
-        setup: WorkerConfig,
+        config: WorkerConfig,
         *,
         workers: int,
         gpus: int,
@@ -155,13 +157,13 @@ class Cluster:
         Args:
             tracker: what is to do.
             space: where rows go.
-            setup: how a worker is made.
+            config: how a worker is made.
             workers: how many.
             gpus: GPUs each of them has to itself, 0 or 1.
             timeout_s: a media that takes longer to decode hangs.
             worker_class: what runs in the actors.
         """
-        self._tracker, self._space, self._setup = tracker, space, setup
+        self._tracker, self._space, self._config = tracker, space, config
         self._gpus, self._timeout_s, self._worker_class = gpus, timeout_s, worker_class
         self._numbers = iter(range(1, 1 << 62))
         self._culprits = Culprits()
@@ -209,7 +211,7 @@ class Cluster:
             .options(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)
             .remote()
         )
-        start = actor.start.remote(self._setup, number, self._registrar, self._worker_class)
+        start = actor.start.remote(self._config, number, self._registrar, self._worker_class)
         return _Slot(number=number, actor=actor, calls=[start])
 
     def _feed(self, slot: _Slot) -> None:
@@ -272,7 +274,7 @@ class Cluster:
     def _replace_hung(self) -> None:
         paths = self._space.paths
         for slot in list(self._slots):
-            entries = read_entries(breadcrumb_file(paths, slot.number))
+            entries = read_entries(decode_log_file(paths, slot.number))
             if any(entry.age_s > self._timeout_s for entry in entries):
                 self._lose(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
 
@@ -285,14 +287,14 @@ class Cluster:
                 f"worker {slot.number} can neither go on nor be ended; everything committed is kept: "
                 "end its process and run the same command again"
             )
-        entries = read_entries(breadcrumb_file(paths, slot.number))
+        entries = read_entries(decode_log_file(paths, slot.number))
         if hung:
             entries = [entry for entry in entries if entry.age_s > self._timeout_s]
         culprits = tracker.set_aside(slot.number, [entry.source for entry in entries])
         committed = self._committed_by(slot.number)
         released = self._ask(self._registrar.release.remote(slot.number, committed))
         # Repeats of a suspect's bytes wait for its trial.
-        on_trial = {claim_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
+        on_trial = {media_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
         tracker.lost(slot.number, committed, set(released) - on_trial)
         log.warning(
             "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in culprits)
@@ -300,7 +302,7 @@ class Cluster:
         guilty, again = self._culprits.judge(culprits, slot.trying, hung=hung)
         keys = {entry.source: entry.key for entry in entries}
         for task in guilty:
-            tracker.fail(sentence(task, keys[task.source], hung=hung))
+            tracker.fail(rejection(task, keys[task.source], hung=hung))
         new = self._new_slot()
         new.trials.extend([*again, *slot.trials])
         self._slots[self._slots.index(slot)] = new

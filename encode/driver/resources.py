@@ -55,7 +55,7 @@ def gpus(device: str) -> int:
     )
 
 
-def choose_crew(
+def choose_layout(
     workers: int | Literal["auto"],
     threads: int | None,
     *,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from configs import UserError
-from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, claim_id
+from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
 LEDGER_EVERY_S = 30.0
@@ -26,7 +26,7 @@ class TooManyFailuresError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class FailureBudget:
     """How many failures of our own (stages encode and write) a job bears."""
 
     probation: int = 20
@@ -75,7 +75,7 @@ class Tracker:
         *,
         already: Collection[str],
         tell: Callable[[MediaRecord], None],
-        budget: Budget | None = None,
+        budget: FailureBudget | None = None,
     ):
         """Account for `tasks`.
 
@@ -88,7 +88,7 @@ class Tracker:
         self._waiting = deque(tasks)
         self._already = already
         self._tell = tell
-        self._budget = budget or Budget()
+        self._budget = budget or FailureBudget()
         self._with: dict[int, dict[str, SourceTask]] = {}
         self._after: dict[
             str, list[Outcome]
@@ -160,7 +160,7 @@ class Tracker:
             if outcome.result == "failed":
                 self.fail(outcome)
                 continue
-            name = _claimed(outcome.record)
+            name = _media_id(outcome.record)
             if outcome.result == "duplicate":
                 self._after.setdefault(name, []).append(outcome)
                 continue
@@ -176,7 +176,7 @@ class Tracker:
         record, failure = outcome.failed_record(), outcome.failure
         assert failure is not None, "it has not failed"
         if record.key is not None:
-            self._failures[_claimed(record)] = failure
+            self._failures[_media_id(record)] = failure
         if failure.stage in OWN_STAGES or self.last_failure is None:
             self.last_failure = record
         self._stages[failure.stage] += 1
@@ -219,6 +219,6 @@ class Tracker:
         self._tell(record)
 
 
-def _claimed(record: MediaRecord) -> str:
+def _media_id(record: MediaRecord) -> str:
     assert record.key is not None, "only what was read can be claimed"
-    return claim_id(record.kind, record.key)
+    return media_id(record.kind, record.key)

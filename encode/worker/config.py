@@ -20,7 +20,7 @@ COMMIT_EVERY_S = 300.0
 class WorkerConfig:
     """What all workers of a job have in common."""
 
-    config: EncoderConfig
+    encoder: EncoderConfig
     """Entry of configs/encoders.yaml, with the job's overrides."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps."""
@@ -34,9 +34,9 @@ class WorkerConfig:
     """Cores of one worker's forward pass; None: as torch thinks best."""
     max_frames: int = MAX_FRAMES
     """Of one video, at most."""
-    fetch: DownloadConfig = field(default_factory=DownloadConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     """How servers are asked, by each worker."""
-    keep: Path | None = None
+    media_store: Path | None = None
     """Where downloaded bytes are kept, and looked for; None: they are not."""
     commit_every_s: float = COMMIT_EVERY_S
     """A shard that fills slowly is committed at this age: the most work a crash can lose."""
@@ -54,7 +54,7 @@ class WorkerConfig:
         if self.torch_threads is not None:
             torch.set_num_threads(self.torch_threads)
         return load_encoder(
-            self.config,
+            self.encoder,
             device=self.device,
             random_weights=self.random_weights,
             weights=self.weights,

@@ -39,7 +39,7 @@ class DecodeEntry:
         return time.time() - self.since
 
 
-def breadcrumb_file(paths: SpacePaths, worker: int) -> Path:
+def decode_log_file(paths: SpacePaths, worker: int) -> Path:
     """Beside the worker's lock: a space itself holds only what is checked."""
     return paths.worker_lock(str(worker)).with_suffix(SUFFIX)
 

@@ -36,7 +36,7 @@ class SourceTask:
     """Whether another worker of this job had it, and may have committed a part."""
 
 
-def claim_id(kind: str, key: str) -> str:
+def media_id(kind: str, key: str) -> str:
     """What is claimed. The same bytes as an image and as a video are two things to encode."""
     return key if kind == "image" else f"{kind}:{key}"
 
@@ -112,7 +112,7 @@ class Timings:
 class Coordinator(Protocol):
     """What a worker may ask of the driver's side: `Registrar` itself, or a Ray actor around it."""
 
-    def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
+    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
         """Which of these media this worker shall encode: those nobody has or had."""
         ...
 
@@ -131,16 +131,16 @@ class Registrar:
     def __init__(self, committed: Collection[str], next_shard: dict[str, int]):
         self._committed = committed
         self._taken: set[str] = set()
-        self._claims: dict[int, set[str]] = {}
+        self._reserved: dict[int, set[str]] = {}
         self._next_shard = dict(next_shard)
         self._shards: dict[int, list[tuple[str, int]]] = {}
         self._timings: dict[int, Timings] = {}
         self._first = self._last = 0.0
         self._going = True
 
-    def claim(self, worker: int, keys: Sequence[str]) -> list[bool]:
+    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
         """See Coordinator."""
-        mine = self._claims.setdefault(worker, set())
+        mine = self._reserved.setdefault(worker, set())
         granted = []
         for key in keys:
             granted.append(key not in self._taken and key not in self._committed)
@@ -169,7 +169,7 @@ class Registrar:
 
     def release(self, worker: int, committed: Collection[str]) -> list[str]:
         """A worker is gone: what it had claimed and not committed is anybody's again."""
-        free = [key for key in self._claims.pop(worker, ()) if key not in committed]
+        free = [key for key in self._reserved.pop(worker, ()) if key not in committed]
         self._taken.difference_update(free)
         return free
 

@@ -34,7 +34,7 @@ from encode.worker.local_files import (
     unreadable,
 )
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
-from encode.worker.messages import SourceTask, claim_id
+from encode.worker.messages import SourceTask, media_id
 from model.media.images import BadMediaError, Failure
 from model.media.video import frames, probe
 
@@ -51,7 +51,7 @@ POLL_S = 0.5
 class PrefetchCallbacks(Protocol):
     """What the prefetcher calls on its worker, from its own threads."""
 
-    def claim(self, ids: Sequence[str]) -> list[bool]:
+    def reserve(self, ids: Sequence[str]) -> list[bool]:
         """Return which of these media are this worker's to encode."""
         ...
 
@@ -120,7 +120,7 @@ class Prefetcher:
         """Return the next encoder input, or a media item after its last one; None after `timeout_s`.
 
         Raises:
-            what `claim` raised.
+            what `reserve` raised.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -160,7 +160,7 @@ class Prefetcher:
                     else:
                         to_read.append(one)
                 items = list(self._readers.map(self._read, to_read))
-                self._claim([item for item in items if item.failure is None])
+                self._reserve([item for item in items if item.failure is None])
                 for item in items:
                     self._submit(item)
         except BaseException as error:  # `get` raises it in the thread that waits there
@@ -193,9 +193,9 @@ class Prefetcher:
         item.read_s = time.perf_counter() - start
         return item
 
-    def _claim(self, items: Sequence[MediaItem]) -> None:
-        ids = [claim_id(item.record.kind, item.key) for item in items]
-        granted = self._worker.claim(ids) if ids else []
+    def _reserve(self, items: Sequence[MediaItem]) -> None:
+        ids = [media_id(item.record.kind, item.key) for item in items]
+        granted = self._worker.reserve(ids) if ids else []
         for item, ours in zip(items, granted, strict=True):
             item.duplicate = not ours
 

@@ -1,11 +1,11 @@
 """Sources in, committed rows out: the class that does the work, inline or inside a Ray actor.
 
-    worker = Worker(setup, setup.load(), coordinator, number=0)
+    worker = Worker(config, config.load(), coordinator, number=0)
     outcomes = worker.run(tasks)        # those final so far; the rest goes on in the background
     outcomes += worker.flush()          # everything encoded is committed now
     worker.close()
 
-    prefetcher: read, download, claim, decode (threads) -> encode and pack, here -> row_writer (thread)
+    prefetcher: read, download, reserve, decode (threads) -> encode and pack, here -> row_writer (thread)
 
 Batches have one fixed shape and cross the borders of tasks; images and frames have one each. A source is
 `ok` only once all its rows are committed. Order and company change nothing in a row, so a killed job and its
@@ -34,7 +34,7 @@ from cache.store.writer import NewRow
 from configs import UserError
 from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
-from encode.worker.decode_log import DecodeLog, breadcrumb_file
+from encode.worker.decode_log import DecodeLog, decode_log_file
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
@@ -67,7 +67,7 @@ class Worker:
 
     def __init__(
         self,
-        setup: WorkerConfig,
+        config: WorkerConfig,
         encoder: Encoder,
         coordinator: Coordinator,
         *,
@@ -76,42 +76,42 @@ class Worker:
         """Take the lease and start the threads.
 
         Args:
-            setup: what the workers of this job have in common.
-            encoder: what `setup.load` makes.
+            config: what the workers of this job have in common.
+            encoder: what `config.load` makes.
             coordinator: the driver's side.
             number: this worker's, never used before in the job.
         """
-        paths = SpacePaths(setup.space)
+        paths = SpacePaths(config.space)
         self.space = Space.open(paths)
         spec = self.space.spec
         made = replace(encoder.spec(spec.codec), container=spec.container)
         if made.fingerprint != spec.fingerprint:
             raise UserError(f"{paths.root}: this encoder does not make the features of this space")
-        self._lease = WorkerLease(paths, setup.token, str(number))
+        self._lease = WorkerLease(paths, config.token, str(number))
         self._lease.__enter__()
         self._encoder, self._coordinator, self._number = encoder, coordinator, number
         self._batch_size = self.space.spec.batch_size
-        self._ahead = max(2 * self._batch_size, 4 * setup.threads)
-        self._web_ahead = self._ahead + 2 * setup.fetch.connections
-        self._present = Present.of(self.space, max_frames=setup.max_frames)
-        self._max_frames = setup.max_frames
-        self._decode_log = DecodeLog(breadcrumb_file(paths, number), setup.threads)
+        self._ahead = max(2 * self._batch_size, 4 * config.threads)
+        self._web_ahead = self._ahead + 2 * config.download.connections
+        self._present = Present.of(self.space, max_frames=config.max_frames)
+        self._max_frames = config.max_frames
+        self._decode_log = DecodeLog(decode_log_file(paths, number), config.threads)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
             self,
             decode_log=self._decode_log,
-            downloads=Downloads(setup.fetch, setup.keep),
-            threads=setup.threads,
+            downloads=Downloads(config.download, config.media_store),
+            threads=config.threads,
             ahead=self._ahead,
             batch_size=self._batch_size,
-            max_frames=setup.max_frames,
+            max_frames=config.max_frames,
         )
         self._writer = RowWriter(
             self.space,
             next_shard=lambda kind: coordinator.next_shard(number, kind),
             fence=self._lease.fence,
             done=self._done.append,
-            commit_every_s=setup.commit_every_s,
+            commit_every_s=config.commit_every_s,
         )
         self._under_way = 0  # sources taken up and not yet wholly in batches
         self._batches: dict[str, list[EncoderInput]] = {array: [] for array in ARRAY_OF.values()}
@@ -174,9 +174,9 @@ class Worker:
 
     # ---- what the prefetcher asks, from its threads
 
-    def claim(self, ids: Sequence[str]) -> list[bool]:
+    def reserve(self, ids: Sequence[str]) -> list[bool]:
         """Which of these media this worker shall encode."""
-        return self._coordinator.claim(self._number, ids)
+        return self._coordinator.reserve(self._number, ids)
 
     def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
         """Which of a video's views are not in the space."""

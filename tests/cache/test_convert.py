@@ -39,10 +39,10 @@ from tests.support.videos import make_video
 TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 
-def setup_with(image: int, frame: int) -> WorkerConfig:
+def config_with(image: int, frame: int) -> WorkerConfig:
     """Return a config that computes in float32, so that rounding to float16 changes values."""
     config = replace(TINY, tower=TOWER, compute_dtype="float32", pool_image=image, pool_frame=frame)
-    return WorkerConfig(config=config, device="cpu", commit_every_s=1e9, max_frames=6)
+    return WorkerConfig(encoder=config, device="cpu", commit_every_s=1e9, max_frames=6)
 
 
 def run(folder: Path, *argv: Any) -> int:
@@ -62,7 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a cache with one fp16 space, not pooled."""
     folder = tmp_path_factory.mktemp("fp16") / "cache"
-    assert encode(folder, f"folder:{photos}", codec="fp16", setup=setup_with(1, 1)).code == 0
+    assert encode(folder, f"folder:{photos}", codec="fp16", config=config_with(1, 1)).code == 0
     return folder
 
 
@@ -84,7 +84,7 @@ def test_a_converted_space_equals_an_encoded_one(
     words = ("--codec", name, "--pool", image, "--frame-pool", frame)
     assert run(tmp_path / "cache", *words) == 0
     encoded = encode(
-        tmp_path / "encoded", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
+        tmp_path / "encoded", f"folder:{photos}", codec=name, config=config_with(image, frame)
     )
     made = hashes(tmp_path / "cache")
     assert made.items() >= hashes(tmp_path / "encoded").items() and len(made) == 2
@@ -103,7 +103,7 @@ def test_a_converted_space_equals_an_encoded_one(
             assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
     # `encode.run` finds nothing left to do in the converted space, and can build its encoder.
     again = encode(
-        tmp_path / "cache", f"folder:{photos}", codec=name, setup=setup_with(image, frame)
+        tmp_path / "cache", f"folder:{photos}", codec=name, config=config_with(image, frame)
     )
     assert not again.plan.todo and again.paths.name == encoded.paths.name
     reader = FeatureReader(again.paths)
@@ -129,11 +129,11 @@ def test_only_missing_rows_are_converted(
     shutil.copytree(photos, tmp_path / "more")
     draw(tmp_path / "more", 3, first=50)
     source = f"folder:{tmp_path / 'more'}"
-    encode(folder, source, codec="fp16", setup=setup_with(1, 1))
+    encode(folder, source, codec="fp16", config=config_with(1, 1))
     capsys.readouterr()
     run(folder, "--codec", "int8", "--pool", "2")
     assert "3 of 15 rows to convert" in capsys.readouterr().out
-    encode(tmp_path / "encoded", source, codec="int8", setup=setup_with(2, 1))
+    encode(tmp_path / "encoded", source, codec="int8", config=config_with(2, 1))
     assert hashes(folder).items() >= hashes(tmp_path / "encoded").items()
 
 

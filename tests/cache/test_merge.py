@@ -50,10 +50,10 @@ def test_two_halves_encoded_apart_are_the_whole_encoded_at_once(tmp_path: Path) 
         (tmp_path / name).mkdir()
         for path in part:
             shutil.copy(path, tmp_path / name)
-    few = replace(encode_jobs.SETUP, commit_every_s=1e9)
-    encode(tmp_path / "all", f"folder:{tmp_path / 'photos'}", setup=few)
+    few = replace(encode_jobs.CONFIG, commit_every_s=1e9)
+    encode(tmp_path / "all", f"folder:{tmp_path / 'photos'}", config=few)
     encode(tmp_path / "a", f"folder:{tmp_path / 'left'}")
-    encode(tmp_path / "b", f"folder:{tmp_path / 'right'}", setup=few)
+    encode(tmp_path / "b", f"folder:{tmp_path / 'right'}", config=few)
     assert run("--source", tmp_path / "a", tmp_path / "b", "--features", tmp_path / "one") == 0
     assert hash_of(tmp_path / "one") == hash_of(tmp_path / "all")
     root = CacheRoot(tmp_path / "one")

@@ -30,7 +30,7 @@ from encode.worker.row_writer import DiskFullError
 from encode.worker.worker import Worker
 from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
-from tests.support.encode_jobs import SETUP, TINY, Result, draw, encode
+from tests.support.encode_jobs import CONFIG, TINY, Result, draw, encode
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_p
     samples = first.root.samples("photos").stat().st_mtime_ns
     config = dataclasses.replace(TINY, seed=7)
     second = encode(
-        tmp_path / "cache", f"folder:{photos}", setup=dataclasses.replace(SETUP, config=config)
+        tmp_path / "cache", f"folder:{photos}", config=dataclasses.replace(CONFIG, encoder=config)
     )
     assert second.paths != first.paths
     assert len(second.plan.todo) == 14
@@ -235,7 +235,7 @@ def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Pat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OddSetup(WorkerConfig):
+class OddConfig(WorkerConfig):
     """An encoder that gives NaN, or raises, for images with these first pixels."""
 
     nan: tuple[int, ...] = ()
@@ -258,17 +258,17 @@ class OddSetup(WorkerConfig):
         return encoder
 
 
-def odd(**values: Any) -> OddSetup:
-    fields = {f.name: getattr(SETUP, f.name) for f in dataclasses.fields(SETUP)}
-    return OddSetup(**{**fields, **values})
+def odd(**values: Any) -> OddConfig:
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    return OddConfig(**{**fields, **values})
 
 
 def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> None:
     draw(photos, 30, first=14)
     encoder = load_encoder(TINY, device="cpu")
     prepared = encoder.prepare(decode_image((photos / "0006.png").read_bytes()))
-    setup = odd(nan=(int(prepared.sum()),))
-    result = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
+    config = odd(nan=(int(prepared.sum()),))
+    result = encode(tmp_path / "cache", f"folder:{photos}", config=config)
     assert set(result.failures()) == {"0006.png"}
     stage, error = result.failures()["0006.png"]
     assert stage == "encode"
@@ -276,18 +276,18 @@ def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> N
     assert result.reader.rows("image") == 43
     # Ours, so later jobs try it again, up to three times in all; then it stays in the ledger.
     for attempts in (2, 3):
-        again = encode(tmp_path / "cache", f"folder:{photos}", setup=setup)
+        again = encode(tmp_path / "cache", f"folder:{photos}", config=config)
         assert again.ledger["0006.png"].attempts == attempts
-    assert encode(tmp_path / "cache", f"folder:{photos}", setup=setup).plan.todo == ()
+    assert encode(tmp_path / "cache", f"folder:{photos}", config=config).plan.todo == ()
     # Another encoder has nothing to do with it.
-    other = dataclasses.replace(SETUP, config=dataclasses.replace(TINY, seed=1))
-    assert encode(tmp_path / "cache", f"folder:{photos}", setup=other).failures() == {}
+    other = dataclasses.replace(CONFIG, encoder=dataclasses.replace(TINY, seed=1))
+    assert encode(tmp_path / "cache", f"folder:{photos}", config=other).failures() == {}
 
 
 def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -> None:
     draw(photos, 100, first=14)
     with pytest.raises(TooManyFailuresError) as stopped:
-        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="images"))
+        encode(tmp_path / "cache", f"folder:{photos}", config=odd(raises="images"))
     message = str(stopped.value)
     assert "OutOfMemoryError: no memory left on this device" in message
     assert "\n" not in message
@@ -302,7 +302,7 @@ def test_an_encoder_that_cannot_run_is_noticed_before_anything_is_written(
 ) -> None:
     draw(photos, 10, first=14)
     with pytest.raises(UserError, match="a batch of 4 cannot be encoded on cpu: OutOfMemoryError"):
-        encode(tmp_path / "cache", f"folder:{photos}", setup=odd(raises="always"))
+        encode(tmp_path / "cache", f"folder:{photos}", config=odd(raises="always"))
     assert not (tmp_path / "cache" / "spaces").exists()
 
 
@@ -384,12 +384,12 @@ def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
     interrupts = Interrupts()
     timer = threading.Timer(2.0, lambda: setattr(interrupts, "received", 2))
     timer.start()
-    setup = dataclasses.replace(SETUP, commit_every_s=1000.0)
+    config = dataclasses.replace(CONFIG, commit_every_s=1000.0)
     stopped = encode(
         tmp_path / "cache",
         f"folder:{photos}",
         worker_class=Steady,
-        setup=setup,
+        config=config,
         interrupts=interrupts,
     )
     timer.join()

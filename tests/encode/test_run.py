@@ -21,7 +21,7 @@ from cache.verify import verify
 from configs import UserError
 from encode.driver import resources
 from encode.driver.progress import Progress, closing_line, failure_line
-from encode.driver.resources import WorkerLayout, choose_crew
+from encode.driver.resources import WorkerLayout, choose_layout
 from encode.driver.tracker import Tracker
 from encode.run import main
 from encode.worker.messages import SourceTask, Timings
@@ -202,31 +202,34 @@ def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
 # ---- who works, and what is said meanwhile
 
 
-def crew(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> WorkerLayout:
+def layout(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> WorkerLayout:
     kind = "cpu" if resources.gpus(device) == 0 else "cuda"
     kind = device.partition(":")[0] if device != "auto" else kind
-    return choose_crew(workers, threads, device=device, device_type=kind, seconds=seconds)
+    return choose_layout(workers, threads, device=device, device_type=kind, seconds=seconds)
 
 
 def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "cores", lambda: 16)
     monkeypatch.setattr(resources, "torch_cores", lambda: 16)
     monkeypatch.setattr(resources, "gpus", lambda device: 0)
-    small, large = crew("auto", None, 5.0), crew("auto", None, 5000.0)
+    small, large = layout("auto", None, 5.0), layout("auto", None, 5000.0)
     assert (small.workers, small.torch_threads) == (0, 16)
     assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
-    assert crew(5, 3, 1.0).threads == 3
-    assert crew(5, None, 1.0).torch_threads == 3
+    assert layout(5, 3, 1.0).threads == 3
+    assert layout(5, None, 1.0).torch_threads == 3
     for one in ("cuda:1", "mps"):
-        assert (crew("auto", None, 5000.0, one).workers, crew("auto", None, 5000.0, one).gpus) == (
+        assert (
+            layout("auto", None, 5000.0, one).workers,
+            layout("auto", None, 5000.0, one).gpus,
+        ) == (
             1,
             0,
         )
     monkeypatch.setattr(resources, "gpus", lambda device: 4)
-    four = crew("auto", None, 5000.0)
+    four = layout("auto", None, 5000.0)
     assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
     with pytest.raises(UserError, match="one a GPU, and there are 4"):
-        crew(5, None, 5000.0)
+        layout(5, None, 5000.0)
 
 
 class Screen:

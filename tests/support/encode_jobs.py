@@ -44,7 +44,7 @@ TINY = EncoderConfig(
 )
 """4 tokens of 64 values an image."""
 
-SETUP = WorkerConfig(config=TINY, device="cpu", commit_every_s=0.0)
+CONFIG = WorkerConfig(encoder=TINY, device="cpu", commit_every_s=0.0)
 """Every row is a shard of its own: as many commits to die between as there are images."""
 
 
@@ -84,7 +84,7 @@ def encode(
     root: Path,
     *specs: str,
     workers: int = 0,
-    setup: WorkerConfig = SETUP,
+    config: WorkerConfig = CONFIG,
     codec: str = "int8",
     container: str = "zarr",
     worker_class: type[Worker] = Worker,
@@ -97,15 +97,15 @@ def encode(
     cache = CacheRoot(root)
     counter = count(cache, specs)
     job = Job(
-        cache, counter, codec=codec, container=container, setup=setup, worker_class=worker_class
+        cache, counter, codec=codec, container=container, config=config, worker_class=worker_class
     )
     with DriverLock(job.paths, "test") as lock, interrupts or Interrupts() as interrupts:
         plan = job.plan(rehash=rehash)
         job.show(plan)
         job.open_space(plan)
         if plan.todo:
-            crew = WorkerLayout(workers=workers, gpus=0, threads=threads, torch_threads=1)
-            job.run(crew, lock.token, interrupts, timeout_s=timeout_s)
+            layout = WorkerLayout(workers=workers, gpus=0, threads=threads, torch_threads=1)
+            job.run(layout, lock.token, interrupts, timeout_s=timeout_s)
         code = job.close(plan, 1.0, interrupts)
     ledger = {Path(source).name: record for source, record in read_media(cache).items()}
     return Result(job=job, plan=plan, code=code, paths=job.paths, root=cache, ledger=ledger)
@@ -169,12 +169,12 @@ def committed(folder: Path) -> int:
 def main(folder: Path, workers: int) -> None:
     """The driver of the kill tests: says when work begins, and ends as a command would."""
     print("ready", flush=True)
-    setup = replace(SETUP, torch_threads=1)
+    config = replace(CONFIG, torch_threads=1)
     result = encode(
         folder / "cache",
         f"folder:{folder / 'images'}",
         workers=workers,
-        setup=setup,
+        config=config,
         worker_class=SlowWorker,
     )
     sys.exit(result.code)

@@ -31,7 +31,7 @@ from cache.store.writer import ShardWriter
 from cache.verify import main
 from configs import UserError
 from tests.support.damage import flip, garble
-from tests.support.encode_jobs import SETUP, draw, encode
+from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import SPEC, features, fill, key, make_space, row
 
 
@@ -378,24 +378,24 @@ def test_outliers_are_few_and_scale_does_not_matter() -> None:
 
 def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
     draw(tmp_path / "images", 12)
-    media, setup = (
+    media, config = (
         f"folder:{tmp_path / 'images'}",
-        dataclasses.replace(SETUP, commit_every_s=60.0),
+        dataclasses.replace(CONFIG, commit_every_s=60.0),
     )
-    first = encode(tmp_path / "cache", media, setup=setup)
+    first = encode(tmp_path / "cache", media, config=config)
     root, paths, whole = first.root, first.paths, first.reader.logical_hash()
     kept = FeatureReader(paths).index["image"].keys[[0, 1, *range(3, 12)]]
     garble(paths.shard("image", 0), 2 * 268 + 7)
     done, _ = repair(root)
     assert (done.lost["image"], done.kept["image"]) == (1, 11)
     assert (FeatureReader(paths).index["image"].keys == kept).all()
-    again = encode(root.path, media, setup=setup)
+    again = encode(root.path, media, config=config)
     assert (again.job._tracker.encoded, again.reader.logical_hash()) == (1, whole)
     garble(paths.space_json, 0, 400)
     garble(paths.commit("image", 2), 60)  # of the one row encoded last
     Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
     assert root.space_names() == []
-    again = encode(root.path, media, setup=setup)
+    again = encode(root.path, media, config=config)
     assert (again.job._tracker.encoded, again.plan.reused) == (1, 11), (
         "every other row is known again"
     )
@@ -403,7 +403,7 @@ def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
     for path in (root.samples("images"), *root.media_dir.glob("*.parquet")):
         garble(path, 40)
     repair(root)
-    again = encode(root.path, media, setup=setup)
+    again = encode(root.path, media, config=config)
     assert again.job._tracker.encoded == 0
     assert len(again.ledger) == 12
     assert again.reader.logical_hash() == whole

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
 from configs import UserError
-from encode.driver.culprits import Culprits, sentence
+from encode.driver.culprits import Culprits, rejection
 from encode.driver.tracker import (
     LEDGER_EVERY_RECORDS,
-    Budget,
+    FailureBudget,
     Ledger,
     TooManyFailuresError,
     Tracker,
@@ -27,7 +27,7 @@ from model.media.images import Failure
 
 
 class World:
-    """Workers that claim, finish, commit and die at random, over files whose bytes may repeat."""
+    """Workers that reserve, finish, commit and die at random, over files whose bytes may repeat."""
 
     def __init__(self, seed: int, sources: int, contents: int, already: int):
         self.dice = random.Random(seed)
@@ -41,7 +41,7 @@ class World:
             [SourceTask(source=source) for source in self.bytes],
             already=set(self.present),
             tell=lambda record: self.told[record.source].append(record),
-            budget=Budget(probation=10**9),
+            budget=FailureBudget(probation=10**9),
         )
         self.open: dict[int, list[SourceTask]] = {1: [], 2: []}
         """Worker -> sources it took up and has not looked at."""
@@ -70,7 +70,7 @@ class World:
     def work(self, worker: int, task: SourceTask) -> None:
         key = self.bytes[task.source]
         record = MediaRecord(source=task.source, key=key)
-        (mine,) = self.registrar.claim(worker, [key])
+        (mine,) = self.registrar.reserve(worker, [key])
         if not mine:
             self.unsaid[worker].append(Outcome(task=task, result="duplicate", record=record))
         elif key in self.broken:
@@ -140,7 +140,7 @@ def outcome(source: str, stage: str | None) -> Outcome:
     return Outcome(task=task, result="failed", record=record, failure=Failure(stage, "why"))
 
 
-def settle(stages: list[str | None], budget: Budget) -> Tracker:
+def settle(stages: list[str | None], budget: FailureBudget) -> Tracker:
     tasks = [SourceTask(source=f"/{i}") for i in range(len(stages))]
     tracker = Tracker(tasks, already=(), tell=lambda record: None, budget=budget)
     for i, stage in enumerate(stages):
@@ -150,7 +150,7 @@ def settle(stages: list[str | None], budget: Budget) -> Tracker:
 
 
 def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors() -> None:
-    budget = Budget(probation=10, rate=0.2)
+    budget = FailureBudget(probation=10, rate=0.2)
     assert settle(["decode"] * 50, budget).failed == 50
     assert settle(["encode"] * 9, budget).failed == 9
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
@@ -190,12 +190,12 @@ def test_the_ledger_writes_parts_as_records_come(tmp_path: Path) -> None:
 
 def test_the_registrar_gives_each_number_and_each_media_once() -> None:
     registrar = Registrar(["a"], {"image": 7})
-    assert registrar.claim(1, ["a", "b", "b", "c"]) == [False, True, False, True]
-    assert registrar.claim(2, ["b", "d"]) == [False, True]
+    assert registrar.reserve(1, ["a", "b", "b", "c"]) == [False, True, False, True]
+    assert registrar.reserve(2, ["b", "d"]) == [False, True]
     assert [registrar.next_shard(w, "image") for w in (1, 2, 1)] == [7, 8, 9]
     assert registrar.shards(1) == [("image", 7), ("image", 9)]
     assert registrar.release(1, {"b"}) == ["c"]
-    assert registrar.claim(2, ["b", "c"]) == [False, True]
+    assert registrar.reserve(2, ["b", "c"]) == [False, True]
     assert registrar.report(2, Timings(media=3))
     registrar.stop()
     assert not registrar.report(1, Timings(media=4))
@@ -227,14 +227,14 @@ def test_deaths_that_bring_nothing_stop_the_job() -> None:
 def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:
     path = tmp_path / "deadly.png"
     path.write_bytes(b"boom")
-    record = sentence(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
+    record = rejection(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
     assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
     assert record.error == "killed its worker, alone too"
     identity = identify(str(path))
     assert identity is not None
     assert identity.matches(record)
     path.unlink()
-    hung = sentence(SourceTask(source=str(path)), "", hung=True)
+    hung = rejection(SourceTask(source=str(path)), "", hung=True)
     assert hung.failure == Failure("decode", "hung its worker, alone too")
-    linked = sentence(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
+    linked = rejection(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
     assert linked.record.key == "ab" * 32

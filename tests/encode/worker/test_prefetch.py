@@ -34,7 +34,7 @@ class FakeWorker:
         self.reserved: set[str] = set()
         self.decoded = 0
 
-    def claim(self, ids: Sequence[str]) -> list[bool]:
+    def reserve(self, ids: Sequence[str]) -> list[bool]:
         granted = []
         for name in ids:
             granted.append(name not in self.reserved)

@@ -24,7 +24,7 @@ from configs import UserError
 from encode.worker import row_writer
 from encode.worker.row_writer import DiskFullError
 from encode.worker.worker import Worker
-from tests.support.encode_jobs import SETUP, draw, encode
+from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import fill, key, make_space
 
 SIZE = 80 << 20
@@ -85,8 +85,8 @@ def test_an_encode_job_on_a_disk_that_fills_up(
 ) -> None:
     draw(tmp_path / "images", 24)
     media = f"folder:{tmp_path / 'images'}"
-    setup = replace(SETUP, config=replace(SETUP.config, batch_size=2))
-    whole = encode(tmp_path / "whole", media, setup=setup).reader.logical_hash()
+    config = replace(CONFIG, encoder=replace(CONFIG.encoder, batch_size=2))
+    whole = encode(tmp_path / "whole", media, config=config).reader.logical_hash()
     cache = disk.folder / "cache"
 
     class Greedy(Worker):
@@ -102,7 +102,7 @@ def test_an_encode_job_on_a_disk_that_fills_up(
 
     with pytest.raises(UserError) as full:
         try:
-            encode(cache, media, setup=setup, worker_class=Greedy)
+            encode(cache, media, config=config, worker_class=Greedy)
         except OSError as error:  # as encode.run's main does
             raise (row_writer.disk_full(error, cache) or error) from error
     assert isinstance(full.value, DiskFullError)
@@ -112,7 +112,7 @@ def test_an_encode_job_on_a_disk_that_fills_up(
     assert not report.broken
     kept = sum(report.spaces[0].rows.values())
     disk.free()
-    result = encode(cache, media, setup=setup)
+    result = encode(cache, media, config=config)
     assert result.job._tracker.encoded == 24 - kept
     assert 0 < kept < 24
     assert result.reader.logical_hash() == whole

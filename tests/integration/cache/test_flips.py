@@ -25,7 +25,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from tests.support.damage import flip
-from tests.support.encode_jobs import SETUP, Result, draw, encode
+from tests.support.encode_jobs import CONFIG, Result, draw, encode
 from tests.support.videos import make_video
 
 SEED = 4
@@ -41,7 +41,7 @@ class World:
 
     root: CacheRoot
     media: str
-    setup = replace(SETUP, commit_every_s=60.0)
+    config = replace(CONFIG, commit_every_s=60.0)
 
     @property
     def logical_hash(self) -> str:
@@ -53,7 +53,7 @@ class World:
 
     def encode(self) -> Result:
         with contextlib.redirect_stdout(io.StringIO()):  # a thousand plans
-            return encode(self.root.path, self.media, setup=self.setup)
+            return encode(self.root.path, self.media, config=self.config)
 
     def repair(self) -> Repaired:
         repair = Repair(self.root, deep=True, tell=lambda _: None, progress=lambda _: None)

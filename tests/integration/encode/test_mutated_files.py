@@ -13,7 +13,7 @@ from PIL import Image
 
 from cache.format.frame_sampling import frame_views
 from cache.store.ledger import MediaRecord
-from tests.support.encode_jobs import SETUP, Result, encode
+from tests.support.encode_jobs import CONFIG, Result, encode
 from tests.support.video_mutations import mutated
 from tests.support.videos import make_video
 from tests.support.web_server import photo
@@ -53,7 +53,7 @@ def accounted(result: Result, record: MediaRecord) -> bool:
     assert record.key is not None
     if record.kind == "image":
         return result.reader.contains("image", record.key)
-    views = frame_views(record.duration_s or 0.0, SETUP.max_frames)
+    views = frame_views(record.duration_s or 0.0, CONFIG.max_frames)
     rows = result.reader.lookup_pairs("frame", [record.key] * len(views), views)
     return bool((rows >= 0).all())
 
@@ -72,9 +72,9 @@ def test_every_damaged_file_is_encoded_or_in_the_ledger(
         data = mutated(number // len(endings), victims[ending])
         (folder / f"{number:05}.{ending}").write_bytes(data)
     start = time.monotonic()
-    setup = SETUP if count < 1000 else replace(SETUP, commit_every_s=60.0)
+    config = CONFIG if count < 1000 else replace(CONFIG, commit_every_s=60.0)
     result = encode(
-        tmp_path / "cache", f"folder:{folder}", setup=setup, workers=2, timeout_s=LONGEST_S
+        tmp_path / "cache", f"folder:{folder}", config=config, workers=2, timeout_s=LONGEST_S
     )
     seconds = time.monotonic() - start
     assert result.code == 0
@@ -90,5 +90,5 @@ def test_every_damaged_file_is_encoded_or_in_the_ledger(
     )
     assert killed == {}, "found by the watchdog, but a decoder should not do this"
     assert 0 < len(failed) < count
-    again = encode(tmp_path / "cache", f"folder:{folder}", setup=setup)
+    again = encode(tmp_path / "cache", f"folder:{folder}", config=config)
     assert again.plan.todo == ()

@@ -25,7 +25,7 @@ from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
 from encode.worker.messages import Coordinator
 from encode.worker.worker import Encoder, Worker
-from tests.support.encode_jobs import SETUP, Result, draw, encode
+from tests.support.encode_jobs import CONFIG, Result, draw, encode
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -61,8 +61,8 @@ def test_workers_make_the_rows_that_inline_makes(
     (photos / "broken.png").write_bytes(b"no image")
     (photos / "twin.png").write_bytes((photos / "0007.png").read_bytes())
     inline = encode(tmp_path / "inline", f"folder:{photos}")
-    setup = replace(SETUP, commit_every_s=1000.0)
-    result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, setup=setup)
+    config = replace(CONFIG, commit_every_s=1000.0)
+    result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, config=config)
     assert_whole(result, inline)
     assert result.job._tracker.encoded == 60
     assert result.job._tracker.reused == 1
@@ -74,10 +74,10 @@ class Marked(Worker):
     """Leaves its process id where a test finds it; slow enough to be found at work."""
 
     def __init__(
-        self, setup: WorkerConfig, encoder: Encoder, coordinator: Coordinator, *, number: int
+        self, config: WorkerConfig, encoder: Encoder, coordinator: Coordinator, *, number: int
     ):
-        super().__init__(setup, encoder, coordinator, number=number)
-        folder = setup.space.parent.parent / "pids"
+        super().__init__(config, encoder, coordinator, number=number)
+        folder = config.space.parent.parent / "pids"
         folder.mkdir(exist_ok=True)
         (folder / f".{number}").write_text(str(os.getpid()))
         (folder / f".{number}").rename(folder / str(number))

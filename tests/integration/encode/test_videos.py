@@ -32,7 +32,7 @@ from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from model.vision.encoder import load_encoder
 from tests.support.encode_jobs import (
-    SETUP,
+    CONFIG,
     TINY,
     Result,
     committed,
@@ -99,7 +99,7 @@ def test_rows_are_what_the_encoder_makes_of_each_frame_alone(videos: Path, tmp_p
 def test_a_video_lies_in_one_piece_in_time_order(videos: Path, tmp_path: Path) -> None:
     draw(videos, 9)  # between the videos, in an array of their own
     result = encode(
-        tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, commit_every_s=60.0)
+        tmp_path / "cache", f"folder:{videos}", config=replace(CONFIG, commit_every_s=60.0)
     )
     assert (result.reader.rows("image"), result.reader.rows("frame")) == (9, sum(LENGTHS))
     for name in (path.name for path in videos.glob("*.y4m")):
@@ -109,11 +109,11 @@ def test_a_video_lies_in_one_piece_in_time_order(videos: Path, tmp_path: Path) -
 
 
 def test_a_higher_limit_encodes_only_the_new_frames(videos: Path, tmp_path: Path) -> None:
-    few = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=4))
+    few = encode(tmp_path / "cache", f"folder:{videos}", config=replace(CONFIG, max_frames=4))
     before = {path: path.stat().st_mtime_ns for path in few.paths.root.rglob("c/*")}
     counts = [len(frame_views((n - 1) / 2, 4)) for n in LENGTHS]
     assert few.reader.rows("frame") == sum(counts)
-    more = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
+    more = encode(tmp_path / "cache", f"folder:{videos}", config=replace(CONFIG, max_frames=8))
     wanted = [set(frame_views((n - 1) / 2, 4)) | set(frame_views((n - 1) / 2, 8)) for n in LENGTHS]
     assert more.reader.rows("frame") == sum(map(len, wanted))
     assert more.plan.rows == more.plan.new_rows["frame"] == sum(map(len, wanted)) - sum(counts)
@@ -122,7 +122,7 @@ def test_a_higher_limit_encodes_only_the_new_frames(videos: Path, tmp_path: Path
     assert more.reader.index["frame"].duplicates() == []
     for name, record in more.ledger.items():
         assert min(rows_of(more.reader, record, 8)) >= 0, name
-    again = encode(tmp_path / "cache", f"folder:{videos}", setup=replace(SETUP, max_frames=8))
+    again = encode(tmp_path / "cache", f"folder:{videos}", config=replace(CONFIG, max_frames=8))
     assert again.plan.todo == ()
 
 
