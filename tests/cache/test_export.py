@@ -1,4 +1,10 @@
-"""`cache.export`: standard files that other people's libraries read, with the same rows bit for bit."""
+"""Other libraries read the exported files and find the stored rows bit for bit.
+
+python -m cache.export --to webdataset --out tars
+
+for sample in webdataset.WebDataset("tars/image-000000.tar", shardshuffle=False).decode():
+    sample["full.npy"]                              # the stored row, and its facts in "full.json"
+"""
 
 from __future__ import annotations
 
@@ -35,11 +41,11 @@ from configs import UserError
 from tests.support.spaces import fill, key, make_space, row
 
 TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
-"""Views of the video; by name, the last one would stand second."""
+"""View -> time of the video's frames; sorted by name, the last one would be the second."""
 
 
 def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
-    """Seven images in two shards, one of them twice; a video of three frames; a data set."""
+    """Return a space of seven images (one stored twice) and a video of three frames, and a data set."""
     space = make_space(folder, codec_name, container)
     fill(space, [3, 0, 2, 1])
     fill(space, [5, 4, 0, 6])
@@ -92,9 +98,9 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
 
 
 def stream(folder: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
-    """All samples of the tars, as the library makes them."""
+    """Return all samples of the tars, as the webdataset library yields them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files open
         files = [str(path) for path in sorted(folder.glob(pattern))]
         samples = list(webdataset.WebDataset(files, shardshuffle=False).decode())
         gc.collect(1)
@@ -102,7 +108,7 @@ def stream(folder: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
 
 
 Rows = dict[tuple[str, str, str], np.ndarray]
-"""(array, key, view) -> what other people's library gave."""
+"""(array, key, view) -> the array that another library returned."""
 
 
 def tar_rows(folder: Path) -> Rows:
@@ -134,7 +140,7 @@ READ = {"webdataset": tar_rows, "safetensors": safetensors_rows}
 
 
 def logical_hash(rows: Rows) -> str:
-    """As `FeatureReader.logical_hash` computes it, from what the libraries gave."""
+    """Compute what `FeatureReader.logical_hash` computes, from arrays that other libraries returned."""
     whole = hashlib.sha256()
     for name in sorted(rows):
         digest = hashlib.sha256(np.ascontiguousarray(rows[name]).tobytes()).hexdigest()
@@ -142,8 +148,8 @@ def logical_hash(rows: Rows) -> str:
     return whole.hexdigest()
 
 
-def without_doubles(space: Space) -> str:
-    """The logical hash of the space's rows, each once."""
+def hash_of_unique_rows(space: Space) -> str:
+    """Return the logical hash of a space with the rows of `make`, each stored once."""
     clean = make_space(space.paths.root.parents[1].with_name("clean"), space.spec.codec)
     fill(clean, range(4))
     fill(clean, range(4, 7))
@@ -157,13 +163,13 @@ def without_doubles(space: Space) -> str:
 @pytest.mark.parametrize("to", READ)
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("codec_name", CODECS)
-def test_the_same_rows_come_out_bit_for_bit(
+def test_exported_rows_equal_stored_rows_bit_for_bit(
     tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, container: str, codec_name: str
 ) -> None:
     space = make(tmp_path / "cache", codec_name, container)
     out, said = run(to)
     assert "7 image rows, 3 frame rows" in said
-    assert logical_hash(READ[to](out)) == without_doubles(space)
+    assert logical_hash(READ[to](out)) == hash_of_unique_rows(space)
     about = json.loads((out / "export.json").read_text())
     assert about["rows"] == {"image": 7, "frame": 3}
     assert {*about["files"], "export.json"} == {path.name for path in out.iterdir()}
@@ -171,7 +177,7 @@ def test_the_same_rows_come_out_bit_for_bit(
 
 @pytest.mark.parametrize("to", READ)
 @pytest.mark.parametrize("codec_name", CODECS)
-def test_unpacked_rows_are_those_our_reader_gives(
+def test_unpacked_rows_equal_those_of_the_reader(
     tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, codec_name: str
 ) -> None:
     space = make(tmp_path / "cache", codec_name)
@@ -183,7 +189,9 @@ def test_unpacked_rows_are_those_our_reader_gives(
         np.testing.assert_array_equal(values, reader.read(kind, media, view))
 
 
-def test_every_row_says_what_it_is(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+def test_each_row_comes_with_its_facts(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
     make(tmp_path / "cache")
     out, _ = run("webdataset")
     (video,) = stream(out, "frame-*.tar")
@@ -227,15 +235,15 @@ def test_a_video_stays_in_one_file(
 # ---- data sets
 
 
-def packed(sample: dict[str, Any], number: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(view, features) of one media of a sample of the tars, as the documentation says."""
+def unpacked(sample: dict[str, Any], number: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (view, features) of one media item of a tar's sample, as docs/FEATURE_CACHE.md describes it."""
     about, rows = sample["json"]["media"][number], sample[f"{number}.npy"]
     assert len(rows) == len(about["views"])
     for view, stored in zip(about["views"], rows, strict=True):
         yield view, codec.unpack(stored, sample["json"]["codec"], about["tokens"], 64)
 
 
-def test_a_data_set_leaves_with_its_text_and_features(
+def test_a_data_set_is_exported_with_text_and_features(
     tmp_path: Path, run: Callable[..., tuple[Path, str]]
 ) -> None:
     space = make(tmp_path / "cache")
@@ -245,7 +253,7 @@ def test_a_data_set_leaves_with_its_text_and_features(
     reader = FeatureReader(space.paths)
     twice, both, text = stream(out)
     assert twice["__key__"] == key(4)
-    assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the image stands once"
+    assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the image is stored once"
     assert twice["json"]["samples"][1]["messages"] == [
         {"role": "user", "content": "<image>what, c?", "weight": 1.0},
         {"role": "assistant", "content": "größe of c", "weight": 0.5},
@@ -258,7 +266,7 @@ def test_a_data_set_leaves_with_its_text_and_features(
         (both, 0, "image", key(1)),
         (both, 1, "frame", key(9)),
     ):
-        for view, features in packed(sample, number):
+        for view, features in unpacked(sample, number):
             np.testing.assert_array_equal(features, reader.read(kind, media, view))
     assert text["json"]["media"] == []
     assert [s["id"] for s in text["json"]["samples"]] == ["text"]
@@ -289,7 +297,7 @@ def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
     assert sorted(ids) == ["a.1", "b/2", "c", "same", "text"]
 
 
-def test_a_data_set_unpacked_needs_nothing_of_ours(
+def test_an_unpacked_data_set_needs_no_codec(
     tmp_path: Path, run: Callable[..., tuple[Path, str]]
 ) -> None:
     space = make(tmp_path / "cache")
@@ -318,12 +326,12 @@ def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(
     assert [m["key"] for m in lines[1]["media"]] == [key(1), key(9)]
 
 
-# ---- whole or not there
+# ---- complete, or not under its name
 
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows a file."""
+    """Limit files to two rows, or one sample."""
     monkeypatch.setattr(export_rows, "FILE_ROWS", 2)
     monkeypatch.setattr(export_samples, "FILE_ROWS", 1)
 
@@ -364,7 +372,7 @@ def test_an_interrupted_export_is_done_again_from_the_start(
             run(*arguments)
     assert not out.exists()
     assert {"export.json"} < set(contents(partial)) < set(whole), "only complete files are left"
-    # What a killed process leaves besides, and a file of an export with other options.
+    # A killed process also leaves an unfinished file. Another export may have left a file of its own.
     (partial / f"{max(whole)}.0a0b.partial").write_bytes(b"half")
     (partial / "image-999999.tar").write_bytes(b"of another export")
     run(*arguments)
@@ -393,7 +401,7 @@ def test_two_exports_do_not_write_to_one_folder(
         run("webdataset")
 
 
-def test_what_is_somebody_elses_stays(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+def test_other_files_are_not_replaced(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
     make(tmp_path / "cache")
     out = tmp_path / "out"
     out.mkdir()
@@ -412,7 +420,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path, run: Callable[..., tuple[P
     assert len(tar_rows(out)) == 10
 
 
-def test_a_disk_that_is_too_small_is_said_before(
+def test_a_disk_that_is_too_small_is_reported_before_writing(
     tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "cache")
@@ -423,11 +431,11 @@ def test_a_disk_that_is_too_small_is_said_before(
     assert list(tmp_path.glob("out*/*.tar")) == []
 
 
-def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost(
+def test_an_export_can_be_repeated_after_the_disk_was_full(
     tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = make(tmp_path / "cache")
-    expected, real = without_doubles(space), os.fsync
+    expected, real = hash_of_unique_rows(space), os.fsync
     for calls in range(100):
         done: list[int] = []
 
@@ -444,14 +452,16 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_lost(
                 break
             except UserError as error:
                 assert str(error).startswith("disk full"), error
-        if not (tmp_path / "out").exists():  # else only its name was not durable
+        if not (tmp_path / "out").exists():  # else only the rename was not durable
             run("safetensors")
         assert logical_hash(safetensors_rows(tmp_path / "out")) == expected
         shutil.rmtree(tmp_path / "out")
-    assert calls > 8, "it filled up at every step"
+    assert calls > 8, "the disk was full at every fsync"
 
 
-def test_a_damaged_row_never_leaves(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+def test_a_damaged_row_is_not_exported(
+    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+) -> None:
     space = make(tmp_path / "cache")
     path = space.paths.shard("image", 1)
     data = bytearray(path.read_bytes())
@@ -463,9 +473,7 @@ def test_a_damaged_row_never_leaves(tmp_path: Path, run: Callable[..., tuple[Pat
         assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_asked_for_is_refused(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
+def test_unknown_names_are_refused(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
     with pytest.raises(UserError, match="no cache at"):
         run("webdataset")
     make(tmp_path / "cache")
