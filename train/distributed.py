@@ -1,14 +1,19 @@
-"""Several processes that train one model: what they tell each other, and how they end together.
+"""Train one model in several processes: exchange values, sum gradients, and end together.
 
     torchrun --nproc-per-node 4 -m train.run -- --stage 1 --features cache
 
-Each step's pieces are dealt to the processes, whose gradients are summed once, after their last micro-batch.
-No DistributedDataParallel: it sums during every backward pass, so all processes would need equally many, and
-one that was dealt less than the others, or nothing, would leave them waiting for ever. Here every process
-comes to the same few exchanges in every step, whatever it was dealt.
+    with process_group() as group:         # one process without torchrun
+        group.connect(group.device("auto"))
+        facts = group.broadcast(make)      # the main process calls make(); all get its result
+        group.sum_gradients(parameters)    # after the last micro-batch of a step
 
-Small exchanges go through the store that torchrun keeps (JSON), numbers through gloo, and gradients through
-NCCL on GPUs. `Processes()` is a process alone, for which every method is free.
+Each step's trees are split among the processes, and gradients are summed once, after the last micro-batch of
+each process. DistributedDataParallel is not used: it sums during every backward pass, so all processes would
+need equally many micro-batches, and a process with fewer, or none, would leave the others waiting forever.
+Here every process makes the same few exchanges in every step, whatever its share of the trees.
+
+Small values are exchanged as JSON through torchrun's store, numbers through gloo, and gradients through NCCL
+on GPUs (gloo on CPUs). `ProcessGroup()` is a single process; its methods return immediately.
 """
 
 from __future__ import annotations
@@ -34,59 +39,139 @@ from model.io.device import pick_device
 
 T = TypeVar("T")
 
-STARTING = timedelta(minutes=5)
-"""For the processes to find each other."""
-PATIENCE = timedelta(minutes=30)
-"""For one process to come to an exchange; the others write a checkpoint meanwhile, or wait for a disk."""
+START_TIMEOUT = timedelta(minutes=5)
+"""Limit for the processes to find each other."""
+EXCHANGE_TIMEOUT = timedelta(minutes=30)
+"""Limit for a process to reach an exchange, while it writes a checkpoint or reads a slow disk."""
 POLL_S = 0.02
-FAILED = "failed"
-JOINED = itertools.count()
-"""Times this process has joined others: each time their notes begin anew."""
+"""Seconds between looks into the store."""
+FAILED_KEY = "failed"
+"""Key in the store: rank and exit code of the first process that failed."""
+GROUP_NUMBERS = itertools.count()
+"""Numbers the groups of this process, so that each group has keys of its own in the store."""
+
+BUCKET_BYTES = 32 << 20
+"""Most bytes of gradients summed in one message, and of the copy that this takes. A larger gradient is summed
+in place."""
+FINGERPRINT_CHUNK = 1 << 24
+"""Values summed at a time for a fingerprint; limits the memory of the conversion to int64."""
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type for each element size in bytes."""
 
 
 class LostProcessError(Exception):
     """Another process has ended or does not answer."""
 
 
-class Processes:
-    """This process among those that train together.
+# ---- ending together
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[ProcessGroup]:
+    """Yield the group of processes that torchrun started; they end together, with one message.
+
+    Only the main process has a standard output. The first process that fails prints its error. The others,
+    which only notice its end or make the same mistake, end silently with its exit code.
+
+    Raises:
+        UserError: WORLD_SIZE is above 1, but the processes do not find each other.
+    """
+    group = find_process_group()
+    if group.world_size == 1:
+        yield group
+        return
+    with contextlib.ExitStack() as stack:
+        if not group.is_main:
+            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        try:
+            yield group
+        except SystemExit:  # --help
+            raise
+        except BaseException as error:
+            code, expected = _exit_code(error)
+            first_code = group.fail(code)
+            if first_code is not None and expected:
+                raise SystemExit(first_code) from None
+            if isinstance(error, LostProcessError):
+                raise SystemExit(
+                    "error: a process of this training is gone (killed, or its machine is); "
+                    f"--resume goes on from the last checkpoint ({error})"
+                ) from None
+            raise
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def find_process_group() -> ProcessGroup:
+    """Return the group described by the environment variables that torchrun sets."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1":
+        return ProcessGroup()
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=START_TIMEOUT)))
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but the processes do not find each other ({reason}); start "
+            "them with torchrun --nproc-per-node N -m train.run -- OPTIONS, or unset WORLD_SIZE"
+        ) from None
+    return ProcessGroup(rank, size, local_rank, PrefixStore(f"train/{next(GROUP_NUMBERS)}", store))
+
+
+def _exit_code(error: BaseException) -> tuple[int, bool]:
+    """Return a process's exit code, as configs.command sets it, and whether one process should print it."""
+    if isinstance(error, UserError) or (isinstance(error, OSError) and wrong_place(error)):
+        return USER_ERROR_EXIT, True
+    if isinstance(error, KeyboardInterrupt):
+        return 130, True
+    return 1, isinstance(error, LostProcessError)  # a bug is printed by every process that has it
+
+
+# ---- exchanging
+
+
+class ProcessGroup:
+    """The processes that train together, as one of them sees the group.
 
     Args:
-        rank: which it is.
-        world: how many there are.
-        local_rank: which it is on this machine; its GPU's number.
-        store: where all of them may leave notes; None when alone.
+        rank: number of this process.
+        world_size: number of processes.
+        local_rank: number of this process on its machine, and of its GPU.
+        store: key-value store of all processes; None for a single process.
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, local_rank: int = 0, store: Store | None = None
+        self, rank: int = 0, world_size: int = 1, local_rank: int = 0, store: Store | None = None
     ) -> None:
-        assert store is not None or world == 1, "several processes need a store"
-        self.rank, self.world, self.local_rank = rank, world, local_rank
+        assert store is not None or world_size == 1, "several processes need a store"
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._store = store
-        self._turn = 0
+        self._exchanges = 0
 
     @property
-    def leader(self) -> bool:
-        """Whether this is the one that prints and writes."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the process that prints and writes."""
         return self.rank == 0
 
-    # ---- starting
-
     def device(self, name: str) -> torch.device:
-        """The device for `--device`; several processes take a GPU each.
+        """Return the device for `--device`; several processes use one GPU each.
 
         Raises:
-            UserError: there is none for this process.
+            UserError: there is no device for this process.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return pick_device(name)
         if ":" in name:
-            raise UserError(f"--device {name}: {self.world} processes need a GPU each; give cuda")
+            raise UserError(
+                f"--device {name}: {self.world_size} processes need a GPU each; give cuda"
+            )
         device = pick_device(name)
         if device.type == "mps":
             raise UserError(
-                f"{self.world} processes and one Metal GPU; start python -m train.run, or --device cpu"
+                f"{self.world_size} processes and one Metal GPU; start python -m train.run, or "
+                "--device cpu"
             )
         if device.type == "cuda":
             if self.local_rank >= (count := torch.cuda.device_count()):
@@ -99,61 +184,59 @@ class Processes:
         return device
 
     def connect(self, device: torch.device) -> None:
-        """Open the ways numbers and gradients take. Returns when every process has come here."""
+        """Connect gloo, and NCCL for CUDA. Returns once every process has called it."""
         if self._store is None:
             return
-        with self._talking("connect"):
+        with self._exchange("connect"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("group", self._store),
                 rank=self.rank,
-                world_size=self.world,
-                timeout=PATIENCE,
+                world_size=self.world_size,
+                timeout=EXCHANGE_TIMEOUT,
             )
 
-    # ---- small things, as JSON
-
-    def share(self, value: Any) -> list[Any]:
-        """What every process gives, by rank. All must call it."""
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the JSON value of every process, by rank. Every process must call it."""
         if self._store is None:
             return [value]
-        key = self._key("share")
-        self._leave(f"{key}/{self.rank}", value)
-        return [self._find(f"{key}/{rank}") for rank in range(self.world)]
+        key = self._next_key("gather")
+        self._set(f"{key}/{self.rank}", value)
+        return [self._get(f"{key}/{rank}") for rank in range(self.world_size)]
 
-    def from_leader(self, make: Callable[[], T]) -> T:
-        """What the leader makes (a JSON value), for everyone. All must call it."""
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Return make(), a JSON value, as the main process makes it. Every process must call it."""
         if self._store is None:
             return make()
-        key = self._key("leader")
-        if not self.leader:
-            found: T = self._find(key)
+        key = self._next_key("broadcast")
+        if not self.is_main:
+            found: T = self._get(key)
             return found
         value = make()
-        self._leave(key, value)
+        self._set(key, value)
         return value
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The leader does what is inside; when it is done the others do it too. All must call it."""
-        key = self._key("first")
-        if self._store is not None and not self.leader:
-            self._find(key)
+    def main_process_first(self) -> Iterator[None]:
+        """Run the body in the main process, then in the others. Every process must call it."""
+        key = self._next_key("first")
+        if self._store is not None and not self.is_main:
+            self._get(key)
         yield
-        if self._store is not None and self.leader:
-            self._leave(key, True)
+        if self._store is not None and self.is_main:
+            self._set(key, True)
 
-    def agree(self, facts: Callable[[], Mapping[str, Any]]) -> None:
-        """Make sure that all processes hold the same facts (JSON values). All must call it.
+    def require_equal(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Check that all processes have equal facts (JSON values). Every process must call it.
 
-        Alone, they are not even asked for.
+        A single process does not call `facts`.
 
         Raises:
-            UserError: on every process, when one differs.
+            UserError: on every process, if a fact of one process differs.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return
-        everyone = self.share(dict(facts()))
+        everyone = self.gather_objects(dict(facts()))
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
@@ -162,165 +245,95 @@ class Processes:
                         f"{value}); every process needs the same command, code, cache and run folder"
                     )
 
-    def _key(self, kind: str) -> str:
-        self._turn += 1  # every process makes the same calls, so a number names an exchange
-        return f"{self._turn}/{kind}"
-
-    def _leave(self, key: str, value: Any) -> None:
-        assert self._store is not None
-        with self._talking(key):
-            self._store.set(key, json.dumps(value))
-
-    def _find(self, key: str) -> Any:
-        """Wait for a note, however long it takes, unless a process fails meanwhile."""
-        assert self._store is not None
-        with self._talking(key):
-            while not self._store.check([key]):
-                if self._store.check([FAILED]):
-                    raise LostProcessError("another process has failed")
-                time.sleep(POLL_S)
-            return json.loads(self._store.get(key))
-
-    # ---- numbers
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """As many numbers of each process, by rank. All must call it."""
-        if self.world == 1:
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every process, by rank. Every process must call it with equally many."""
+        if self.world_size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        with self._talking("gather"):
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with self._exchange("gather"):
             dist.all_gather(everyone, mine)
         return [one.tolist() for one in everyone]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give each parameter the sum of all processes' gradients. All must call it."""
-        if self.world == 1:
+        """Set each parameter's gradient to the sum over all processes. Every process must call it."""
+        if self.world_size == 1:
             return
-        with self._talking("gradients"):
-            sum_over_processes(parameters)
-
-    @contextlib.contextmanager
-    def _talking(self, about: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # gloo, NCCL and the store alike
-            said = " ".join(str(error).split())
-            raise LostProcessError(f"process {self.rank}, {about}: {said}") from error
-
-    # ---- ending
+        with self._exchange("gradients"):
+            _all_reduce_gradients(parameters)
 
     def fail(self, code: int) -> int | None:
-        """Note that this process ends with `code`; None when it is the first, else the first one's code."""
+        """Record that this process ends with `code`.
+
+        Returns:
+            None for the first process that fails; for the others, the exit code of the first.
+        """
         assert self._store is not None
         mine = f"{self.rank}:{code}"
         try:
-            first = self._store.compare_set(FAILED, "", mine).decode()
-        except (
-            RuntimeError
-        ):  # the store is gone with the process that kept it: rather twice than never
+            first = self._store.compare_set(FAILED_KEY, "", mine).decode()
+        except RuntimeError:
+            # The process that serves the store has ended. Print the error, even if another one does too.
             return None
         return None if first == mine else int(first.partition(":")[2])
 
+    def _next_key(self, kind: str) -> str:
+        # Every process makes the same calls in the same order, so a number identifies an exchange.
+        self._exchanges += 1
+        return f"{self._exchanges}/{kind}"
 
-@contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """The processes torchrun started, this one alone without it. They end together, with one message.
+    def _set(self, key: str, value: Any) -> None:
+        assert self._store is not None
+        with self._exchange(key):
+            self._store.set(key, json.dumps(value))
 
-    Only the leader has a standard output. The first one to fail says why; the others, who only notice that
-    it is gone or make the same mistake, end in silence with its exit code.
+    def _get(self, key: str) -> Any:
+        """Wait for a value in the store, without a limit, unless another process fails."""
+        assert self._store is not None
+        with self._exchange(key):
+            while not self._store.check([key]):
+                if self._store.check([FAILED_KEY]):
+                    raise LostProcessError("another process has failed")
+                time.sleep(POLL_S)
+            return json.loads(self._store.get(key))
 
-    Raises:
-        UserError: the environment speaks of several processes, but does not say which this is.
-    """
-    processes = join()
-    if processes.world == 1:
-        yield processes
-        return
-    with contextlib.ExitStack() as stack:
-        if not processes.leader:
-            silence = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
+    @contextlib.contextmanager
+    def _exchange(self, name: str) -> Iterator[None]:
+        """Raise errors of the store, gloo and NCCL, which are all RuntimeError, as LostProcessError."""
         try:
-            yield processes
-        except SystemExit:  # --help
-            raise
-        except BaseException as error:
-            code, known = _exit_code(error)
-            others = processes.fail(code)
-            if others is not None and known:
-                raise SystemExit(others) from None
-            if isinstance(error, LostProcessError):
-                raise SystemExit(
-                    "error: a process of this training is gone (killed, or its machine is); "
-                    f"--resume goes on from the last checkpoint ({error})"
-                ) from None
-            raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise LostProcessError(f"process {self.rank}, {name}: {reason}") from error
 
 
-def join() -> Processes:
-    """Which process of how many this is, by the environment torchrun sets."""
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started == "1":
-        return Processes()
-    try:
-        store, rank, world = next(iter(rendezvous("env://", timeout=STARTING)))
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"WORLD_SIZE is {started}, but the processes do not find each other ({reason}); start them "
-            "with torchrun --nproc-per-node N -m train.run -- OPTIONS, or unset WORLD_SIZE"
-        ) from None
-    return Processes(rank, world, local_rank, PrefixStore(f"train/{next(JOINED)}", store))
+# ---- gradients and weights
 
 
-def _exit_code(error: BaseException) -> tuple[int, bool]:
-    """What a process ends with (as configs.command does), and whether saying it once is enough."""
-    if isinstance(error, UserError) or (isinstance(error, OSError) and wrong_place(error)):
-        return USER_ERROR_EXIT, True
-    if isinstance(error, KeyboardInterrupt):
-        return 130, True
-    return 1, isinstance(error, LostProcessError)  # our own mistakes are all shown
+def _all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Set each parameter's gradient to the sum over all processes, with the same bits everywhere.
 
-
-BUCKET_BYTES = 32 << 20
-"""Gradients summed in one message, so also the memory that takes; a larger one is summed where it lies."""
-
-
-CHUNK = 1 << 24
-"""Values added up at a time for a fingerprint."""
-
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def sum_over_processes(parameters: Sequence[nn.Parameter]) -> None:
-    """Give each parameter the sum of all processes' gradients, the same bits everywhere.
-
-    One that has no gradient on some processes counts as zeros there. One that has none on any stays without:
-    AdamW leaves it alone, as it does when one process trains.
+    A gradient that is missing on some processes counts as zeros there. One that is missing on all stays
+    missing: AdamW then skips the parameter, as it does in a single process.
     """
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(used, dist.ReduceOp.MAX)
     gradients: list[Tensor] = []
-    for parameter, somewhere in zip(parameters, used.tolist(), strict=True):
-        if somewhere and parameter.grad is None:
+    for parameter, used_somewhere in zip(parameters, used.tolist(), strict=True):
+        if used_somewhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
             gradients.append(parameter.grad)
     for bucket in buckets(gradients, BUCKET_BYTES):
-        _sum(bucket)
+        _all_reduce(bucket)
 
 
-def buckets(tensors: Iterable[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
-    """Neighbours of one type in groups of at most `most_bytes`; a larger tensor is a group of its own."""
+def buckets(tensors: Iterable[Tensor], max_bytes: int) -> Iterator[list[Tensor]]:
+    """Yield neighbouring tensors of one dtype in groups of at most `max_bytes`, or one larger tensor."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if group and (size + tensor.nbytes > most_bytes or tensor.dtype != group[0].dtype):
+        if group and (size + tensor.nbytes > max_bytes or tensor.dtype != group[0].dtype):
             yield group
             group, size = [], 0
         group.append(tensor)
@@ -329,7 +342,8 @@ def buckets(tensors: Iterable[Tensor], most_bytes: int) -> Iterator[list[Tensor]
         yield group
 
 
-def _sum(bucket: Sequence[Tensor]) -> None:
+def _all_reduce(bucket: Sequence[Tensor]) -> None:
+    """Sum the tensors over all processes, in one message."""
     if len(bucket) == 1 and bucket[0].is_contiguous():
         dist.all_reduce(bucket[0])
         return
@@ -340,10 +354,10 @@ def _sum(bucket: Sequence[Tensor]) -> None:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Short, and another one as soon as one value has other bits. The same on every device."""
+    """Return a checksum of 16 hex digits that differs if one value has other bits; equal on every device."""
     total: Tensor | int = 0
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).reshape(-1)
-        for part in bits.split(CHUNK):
+        for part in bits.split(FINGERPRINT_CHUNK):
             total = total * 31 + part.sum(dtype=torch.int64)  # wraps around, on the device
     return f"{int(total) & (1 << 64) - 1:016x}"

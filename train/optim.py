@@ -1,7 +1,12 @@
-"""AdamW with two rates, their schedules, and what is checked before a step is taken.
+"""AdamW with two learning rates, their schedules, and gradient clipping.
 
-Groups: the connector and the language model each have their own peak rate and warm-up, and each is split into
-parameters with weight decay (matrices) and without (norms, biases: everything of fewer than two dimensions).
+    optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
+    norm = clip_gradients(parameters, options.max_grad_norm)
+    set_rates(optimizer, rates, step)
+    optimizer.step()
+
+The connector and the language model each have their own peak rate and warm-up. Matrices have weight decay;
+norms and biases (everything with fewer than two dimensions) have none.
 """
 
 from __future__ import annotations
@@ -16,24 +21,22 @@ from torch import nn
 
 from train.config import Options
 
-Named = tuple[str, nn.Parameter]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Linear warm-up to `peak`, then half a cosine down to `floor * peak` at the last step."""
+class RateSchedule:
+    """A linear warm-up to `peak`, then half a cosine down to `floor * peak` at the last step."""
 
     peak: float
-    """Learning rate after the warm-up."""
+    """Learning rate at the end of the warm-up."""
     warmup: int
     """Steps of the warm-up."""
     steps: int
     """Steps of the whole stage."""
     floor: float
-    """Last rate, as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
 
     def rate(self, step: int) -> float:
-        """The rate of step `step`, counted from 0; a pure function, so a resumed run needs no state."""
+        """Return the rate of step `step`, counted from 0: a pure function, so checkpoints do not store it."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
@@ -42,14 +45,14 @@ class Schedule:
         )
 
 
-def schedules(options: Options) -> dict[str, Schedule]:
-    """The schedules by group: `connector` and `llm`."""
+def rate_schedules(options: Options) -> dict[str, RateSchedule]:
+    """Return the schedule of each group: `connector` and `llm`."""
     peaks = {
         "connector": (options.connector_learning_rate, options.connector_warmup_steps),
         "llm": (options.learning_rate, options.warmup_steps),
     }
     return {
-        name: Schedule(
+        name: RateSchedule(
             peak=peak, warmup=warmup, steps=options.max_steps, floor=options.min_lr_ratio
         )
         for name, (peak, warmup) in peaks.items()
@@ -57,11 +60,15 @@ def schedules(options: Options) -> dict[str, Schedule]:
 
 
 def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
-    """AdamW over what learns. Each parameter group carries `name` (connector | llm), for the schedule."""
+    """Return AdamW over the trainable parameters; each group has a `name`, `connector` or `llm`."""
+    parts: dict[str, list[nn.Parameter]] = {"connector": [], "llm": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts["connector" if name.startswith("connector.") else "llm"].append(parameter)
     groups: list[dict[str, Any]] = []
-    for name, named in _by_part(model).items():
+    for name, parameters in parts.items():
         for decays in (True, False):
-            params = [p for _, p in named if (p.ndim >= 2) == decays]
+            params = [p for p in parameters if (p.ndim >= 2) == decays]
             if params:
                 decay = options.weight_decay if decays else 0.0
                 groups.append({"params": params, "name": name, "weight_decay": decay})
@@ -71,38 +78,29 @@ def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
     )
 
 
-def _by_part(model: nn.Module) -> dict[str, list[Named]]:
-    parts: dict[str, list[Named]] = {"connector": [], "llm": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parts["connector" if name.startswith("connector.") else "llm"].append((name, parameter))
-    return parts
-
-
 def set_rates(
-    optimizer: torch.optim.Optimizer, rates: dict[str, Schedule], step: int
+    optimizer: torch.optim.Optimizer, rates: dict[str, RateSchedule], step: int
 ) -> dict[str, float]:
-    """Give each group its rate for `step`; returns the rates in use, by group name."""
+    """Set the learning rate of each group for `step`; return the rates by group name."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]].rate(step)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], longest: float) -> float:
-    """Scale all gradients together to a norm of at most `longest`; returns the norm they had.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients together to a norm of at most `max_norm`; return the norm before scaling.
 
-    When that is not finite nothing is scaled, and the caller must not take the step.
+    If the norm is not finite nothing is scaled, and the caller must not update the parameters.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    length = float(norm)
-    if math.isfinite(length) and length > longest:
-        torch._foreach_mul_(gradients, longest / length)
-    return length
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
 
 
 def broken_gradients(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient has a NaN or an infinity."""
+    """Return the names of the parameters whose gradient has a NaN or an infinity."""
     return [
         n
         for n, p in model.named_parameters()

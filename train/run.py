@@ -1,8 +1,8 @@
 """Train a stage on cached features. No encoder is loaded; images are not opened.
 
 python -m train.run --stage 1 --features cache                    # Qwen3-0.6B on every data set in the cache
-python -m train.run --stage 2                                     # goes on from stage 1 of the same run
-python -m train.run --resume                                      # after a crash: exactly where it was
+python -m train.run --stage 2                                     # starts from stage 1 of the same run
+python -m train.run --resume                                      # after a crash, from the newest checkpoint
 python -m train.run --datasets cap=0.6,points=0.3,text=0.1        # a mix
 python -m train.run --inspect                                     # the first packed batches as text
 python -m train.run --llm random:qwen3-tiny --max-steps 20        # a laptop, offline
@@ -33,64 +33,62 @@ from train import checkpoint, metrics, run_folder, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
-from train.data.schedule import OnePass, StepPlan
+from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
-from train.distributed import Processes, fingerprint, joined
-from train.optim import build_optimizer, clip_gradients, schedules, set_rates
-from train.step import Forward, Share, by_step, choose_precision, refuse_non_finite
+from train.distributed import ProcessGroup, fingerprint, process_group
+from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
+from train.step import Forward, LocalStep, by_step, choose_precision, refuse_non_finite
 
 PROG = "python -m train.run"
 REMOTE_THREADS, REMOTE_AHEAD = 8, 16
-"""At least so many threads, and micro-batches ahead, when features come over a network: seconds of steps
-hide seconds of trouble."""
+"""Threads, and micro-batches read ahead, at least, when features are read over a network: with several
+seconds of steps ready, an interruption of seconds does not stop training."""
 INSPECTED = 2
-"""Micro-batches `--inspect` shows."""
-ALONE = Processes()
+"""Micro-batches that `--inspect` prints."""
+SINGLE_PROCESS = ProcessGroup()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command, in one process or, under torchrun, in one of several."""
-    with joined() as processes:
-        level = logging.INFO if processes.leader else logging.ERROR
+    """Run the command in one process, or in each of several that torchrun started."""
+    with process_group() as group:
+        level = logging.INFO if group.is_main else logging.ERROR
         logging.basicConfig(format="%(message)s", level=level)
-        return run(argv, processes)
+        return run(argv, group)
 
 
-def run(argv: Sequence[str] | None, processes: Processes) -> int:
-    """From the command line to a finished stage."""
+def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
+    """Train a stage as the command line says; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--"]:  # the end of torchrun's options, which some versions of Python pass on
+    if words[:1] == ["--"]:  # ends torchrun's own options; some versions of Python pass it on
         words = words[1:]
     options = configs.parse(
         Options, words, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
     )
-    options = dataclasses.replace(options, processes=options.processes or processes.world)
+    options = dataclasses.replace(options, processes=options.processes or group.world_size)
     folder, options = run_folder.check_folder(options)
-    if processes.from_leader(lambda: run_folder.is_finished(folder)) and not options.inspect:
+    if group.broadcast(lambda: run_folder.is_finished(folder)) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
-    device = processes.device(options.device)
-    processes.connect(device)
+    device = group.device(options.device)
+    group.connect(device)
     reader = setup.open_space(options)
     origin = setup.starting_point(options)
     options = setup.resolve(options, origin, reader.spec)
     tokenizer = load_tokenizer(str(origin or options.llm))
-    data = setup.load_data(options, reader, tokenizer, folder, processes.leader_first)
+    data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)
     if options.inspect:
-        if processes.leader:
+        if group.is_main:
             inspect(options, reader, data, tokenizer)
         return 0
     vlm = setup.build_model(options, origin, reader.spec, device)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
-    with run_folder.hold(folder) if processes.leader else contextlib.nullcontext():
-        facts = processes.from_leader(
-            lambda: run_folder.open_folder(folder, options, reader, data.train)
-        )
-        describe(folder, options, reader, data, forward, processes)
-        step = train(folder, options, reader, data, forward, processes, run_id=facts["id"])
-        with processes.leader_first():
-            if processes.leader:
+    with run_folder.hold(folder) if group.is_main else contextlib.nullcontext():
+        facts = group.broadcast(lambda: run_folder.open_folder(folder, options, reader, data.train))
+        describe(folder, options, reader, data, forward, group)
+        step = train(folder, options, reader, data, forward, group, run_id=facts["id"])
+        with group.main_process_first():
+            if group.is_main:
                 meta = setup.final_meta(options, reader, step)
                 save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
     print(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
@@ -103,41 +101,41 @@ def train(
     reader: FeatureReader,
     data: setup.Data,
     forward: Forward,
-    processes: Processes = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     *,
     run_id: str,
 ) -> int:
-    """Every step of the stage, from the newest checkpoint on; returns the number of the last."""
+    """Train from the newest checkpoint to the last step of the stage; return the number of steps done."""
     vlm, device = forward.vlm, forward.device
-    optimizer, rates = build_optimizer(vlm, options), schedules(options)
+    optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
     checkpoints = folder / run_folder.CHECKPOINTS
     done = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = checkpoint.load(newest, vlm, optimizer)["step"]
         print(f"resuming after step {done}: {newest}")
-    learning = [p for p in vlm.parameters() if p.requires_grad]
-    processes.agree(lambda: starting_facts(options, data, forward, done))
-    log = open_log(folder, options, processes, run_id, done)
+    trainable = [p for p in vlm.parameters() if p.requires_grad]
+    group.require_equal(lambda: starting_facts(options, data, forward, done))
+    log = open_log(folder, options, group, run_id, done)
     loader = load(
-        options, reader, data.plan, data.tokens, device, done, options.max_steps, processes
+        options, reader, data.schedule, data.tokens, device, done, options.max_steps, group
     )
     vlm.train()
     started = time.perf_counter()
     try:
         for step, micro_batches in by_step(loader, done, options.max_steps):
-            # Dropout, where a language model has any, draws the same after a resume.
-            torch.manual_seed((options.seed << 32) + step * processes.world + processes.rank)
-            share = Share()
+            # Seeded for each step, so that a language model's dropout is the same after a resume.
+            torch.manual_seed((options.seed << 32) + step * group.world_size + group.rank)
+            local = LocalStep()
             for micro in micro_batches:
                 loss = forward.loss(micro)
                 loss.backward()
-                share.add(micro, loss)
+                local.add(micro, loss)
 
-            # Every process comes here in every step, also one that was dealt nothing.
-            totals = share.total(processes, device)
-            processes.sum_gradients(learning)
-            norm = clip_gradients(learning, options.max_grad_norm)
-            refuse_non_finite(step, share, totals, norm, vlm, data.train, processes)
+            # From here on every process takes part in every step, even one without micro-batches.
+            totals = local.reduce(group, device)
+            group.sum_gradients(trainable)
+            norm = clip_gradients(trainable, options.max_grad_norm)
+            refuse_non_finite(step, local, totals, norm, vlm, data.train, group)
             lr = set_rates(optimizer, rates, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -147,7 +145,7 @@ def train(
             log.step(
                 metrics.StepRecord(
                     step=done,
-                    epoch=data.plan.epoch(step),
+                    epoch=data.schedule.epoch(step),
                     lr=lr.get("llm", 0.0),
                     connector_lr=lr.get("connector", 0.0),
                     grad_norm=norm,
@@ -156,12 +154,12 @@ def train(
                 )
             )
             last = done == options.max_steps
-            if data.val is not None and (last or done % options.eval_every == 0):
-                log.held_out(done, *held_out_loss(options, reader, data, forward, processes))
+            if data.val_schedule is not None and (last or done % options.eval_every == 0):
+                log.held_out(done, *held_out_loss(options, reader, data, forward, group))
             if last or done % options.save_every == 0:
-                # Equal sums make equal models; a process that computes otherwise must not go unnoticed.
-                processes.agree(lambda: {"model": fingerprint(learning)})
-                if processes.leader:
+                # Equal gradients keep the models equal, unless a process computes wrongly.
+                group.require_equal(lambda: {"model": fingerprint(trainable)})
+                if group.is_main:
                     state = {"samples_digest": data.train.digest}
                     checkpoint.save(checkpoints, done, vlm, optimizer, state)
             started = time.perf_counter()
@@ -174,8 +172,8 @@ def train(
 def starting_facts(
     options: Options, data: setup.Data, forward: Forward, done: int
 ) -> dict[str, object]:
-    """What must be the same on every process, or they would not train one model."""
-    rhythm = ("run", "eval_every", "eval_samples", "save_every")
+    """Return what must be equal on all processes, so that they train one model in the same steps."""
+    schedule_keys = ("run", "eval_every", "eval_samples", "save_every")
     return {
         "checkpoint": done,
         "samples": data.train.digest,
@@ -184,16 +182,16 @@ def starting_facts(
         **{
             name: str(value)
             for name, value in vars(options).items()
-            if name in rhythm or name not in MACHINE_KEYS
+            if name in schedule_keys or name not in MACHINE_KEYS
         },
     }
 
 
 def open_log(
-    folder: Path, options: Options, processes: Processes, run_id: str, done: int
+    folder: Path, options: Options, group: ProcessGroup, run_id: str, done: int
 ) -> metrics.RunLog | metrics.NoLog:
-    """Where the leader tells about steps; what a killed run wrote after its checkpoint goes."""
-    if not processes.leader:
+    """Open the main process's log, without the steps that a killed run did after its checkpoint."""
+    if not group.is_main:
         return metrics.NoLog()
     metrics.cut_metrics(folder, done)
     trackers = metrics.open_trackers(
@@ -207,34 +205,30 @@ def open_log(
 def load(
     options: Options,
     reader: FeatureReader,
-    plan: StepPlan | OnePass,
+    schedule: TrainingSchedule | SinglePass,
     tokens: TokenStore,
     device: torch.device,
-    first: int,
+    start: int,
     stop: int,
-    processes: Processes = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> FeatureLoader:
-    """This process's micro-batches of steps [first, stop)."""
-    return FeatureLoader(
-        plan,
-        tokens,
-        reader,
-        max_tokens=options.max_tokens,
-        start=first,
-        stop=stop,
-        rank=processes.rank,
-        world=processes.world,
-        **reading(options),
-        pin=device.type == "cuda",
-    )
-
-
-def reading(options: Options) -> dict[str, int]:
-    """How many micro-batches are in the making, and ready: more where each read takes a journey."""
+    """Return a loader of this process's micro-batches of steps [start, stop)."""
     threads, ahead = options.read_threads, options.read_ahead
     if is_url(options.features):
         threads, ahead = max(threads, REMOTE_THREADS), max(ahead, REMOTE_AHEAD)
-    return {"threads": threads, "ahead": ahead}
+    return FeatureLoader(
+        schedule,
+        tokens,
+        reader,
+        max_tokens=options.max_tokens,
+        start=start,
+        stop=stop,
+        rank=group.rank,
+        world_size=group.world_size,
+        threads=threads,
+        ahead=ahead,
+        pin=device.type == "cuda",
+    )
 
 
 def held_out_loss(
@@ -242,26 +236,24 @@ def held_out_loss(
     reader: FeatureReader,
     data: setup.Data,
     forward: Forward,
-    processes: Processes = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, int]:
-    """Loss on the held-out samples, shared among the processes, and how many they are."""
-    assert data.val is not None and data.val_tokens is not None
-    steps = len(data.val)
-    with load(
-        options, reader, data.val, data.val_tokens, forward.device, 0, steps, processes
-    ) as loader:
-        sums = processes.gather(forward.loss_sums(loader))
+    """Return the loss on the held-out samples, computed by all processes, and the number of samples."""
+    schedule, tokens = data.val_schedule, data.val_tokens
+    assert schedule is not None and tokens is not None
+    with load(options, reader, schedule, tokens, forward.device, 0, len(schedule), group) as loader:
+        sums = group.gather_numbers(forward.loss_sums(loader))
     totals, weights, samples = zip(*sums, strict=True)
-    # The first process has a piece of every step, so it alone has seen the weight of all.
+    # A process counts the weight of the steps it takes part in; the first one takes part in all.
     return sum(totals) / weights[0], round(sum(samples))
 
 
 def inspect(options: Options, reader: FeatureReader, data: setup.Data, tokenizer: Any) -> None:
-    """Print the first packed batches as text."""
+    """Print the first packed micro-batches as text."""
     device = torch.device("cpu")
-    with load(options, reader, data.plan, data.tokens, device, 0, options.max_steps) as loader:
+    with load(options, reader, data.schedule, data.tokens, device, 0, options.max_steps) as loader:
         for micro in islice(loader, INSPECTED):
-            print(inspect_text(micro, tokenizer, data.plan.trees))
+            print(inspect_text(micro, tokenizer, data.schedule.trees))
 
 
 def describe(
@@ -270,28 +262,28 @@ def describe(
     reader: FeatureReader,
     data: setup.Data,
     forward: Forward,
-    processes: Processes,
+    group: ProcessGroup,
 ) -> None:
-    """What is about to happen."""
+    """Print what is trained, on what, and where."""
     precision = "float32" if forward.autocast is None else "bfloat16"
     print(f"run       {folder}: stage {options.stage}, {options.max_steps} steps")
     frames = f", {n:,} frames of videos" if (n := reader.rows("frame")) else ""
     print(f"space     {reader.path.name}: {reader.rows('image'):,} images{frames}")
     for line in data.train.describe().splitlines():
         print(f"data      {line}")
-    print(f"plan      {options.samples_per_step} samples a step; {data.plan.describe()}")
-    print(f"trees     {data.plan.trees.describe()}")
+    print(f"schedule  {options.samples_per_step} samples a step; {data.schedule.describe()}")
+    print(f"trees     {data.schedule.trees.describe()}")
     for name, (learns, total) in parameter_counts(forward.vlm).items():
         state = "trained" if learns else "frozen"
         print(f"model     {name} {state}: {learns:,} of {total:,} parameters")
     print(f"device    {forward.device}, {precision}, {torch.get_num_threads()} threads")
-    if processes.world > 1:
-        print(f"processes {processes.world}, each with its share of every step")
+    if group.world_size > 1:
+        print(f"processes {group.world_size}, each with its share of every step")
 
 
 if __name__ == "__main__":
-    # Once a batch is known by heart its gradients, squared by AdamW, sink below 1e-38, where a CPU is 60
-    # times slower (measured 2026-11-23: 8 s instead of 0.14 s a step). Zero is as good. It must be said
-    # before torch starts its threads, which inherit it; and only for this process.
+    # A memorised batch has tiny gradients. AdamW squares them to numbers below 1e-38, with which a CPU is 60
+    # times slower (8 s instead of 0.14 s a step, measured 2026-11-23); flushing them to zero loses nothing.
+    # Threads of torch inherit the setting, so it is made before they start, and only in this command.
     torch.set_flush_denormal(True)
     configs.command(main)

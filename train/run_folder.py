@@ -27,7 +27,7 @@ from cache.store.reader import FeatureReader
 from configs import UserError
 from model.io.saved_model import META
 from train.config import MACHINE_KEYS, Options, format_mix, parse_mix, read_saved, stage_folder
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 from train.metrics import read_metrics
 
 CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.safetensors"
@@ -114,7 +114,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def open_folder(
-    folder: Path, options: Options, reader: FeatureReader, train: Join
+    folder: Path, options: Options, reader: FeatureReader, train: SampleList
 ) -> dict[str, Any]:
     """Make the stage's files when it is new; returns its facts, run.json."""
     if facts := read_facts(folder):
@@ -143,6 +143,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def present(joined: Join) -> dict[str, int]:
+def present(joined: SampleList) -> dict[str, int]:
     """Samples of each data set that have all their features, both splits together."""
     return {c.dataset: c.present for c in joined.counts}

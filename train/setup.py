@@ -27,10 +27,10 @@ from model.vlm import VLM, build_vlm
 from train import run_folder
 from train.config import Options, parse_mix, stage_folder
 from train.data.join import EmptySplitError, join
-from train.data.message_trees import grow_trees
+from train.data.message_trees import build_message_trees
 from train.data.placeholders import Placeholders
-from train.data.sample_list import Join
-from train.data.schedule import OnePass, StepPlan
+from train.data.sample_list import SampleList
+from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ MAX_BRANCHES = 64
 class Data:
     """What a stage learns from, and what is held out."""
 
-    train: Join
-    plan: StepPlan
+    train: SampleList
+    schedule: TrainingSchedule
     tokens: TokenStore
-    val: OnePass | None
+    val_schedule: SinglePass | None
     """None when nothing is held out or `eval_every` is 0."""
     val_tokens: TokenStore | None
 
@@ -236,22 +236,30 @@ def load_data(
     window: dict[str, Any] = {
         "max_tokens": options.max_sequence_length,
         "max_branches": min(MAX_BRANCHES, options.samples_per_step),
-        "places": Placeholders.of(reader.spec, tokenizer),
+        "placeholders": Placeholders.of(reader.spec, tokenizer),
     }
-    plan = StepPlan(
-        grow_trees(train, tokens, **window),
+    schedule = TrainingSchedule(
+        build_message_trees(train, tokens, **window),
         options.samples_per_step,
         seed=options.seed,
         order=options.order,
     )
-    val = val_tokens = None
+    val_schedule = val_tokens = None
     if (held := _held_out(options, reader, train)) is not None:
         val_tokens = TokenStore.open(root, held.names, tokenizer, folder=store)
-        val = OnePass(grow_trees(held, val_tokens, **window), options.samples_per_step)
-    return Data(train=train, plan=plan, tokens=tokens, val=val, val_tokens=val_tokens)
+        val_schedule = SinglePass(
+            build_message_trees(held, val_tokens, **window), options.samples_per_step
+        )
+    return Data(
+        train=train,
+        schedule=schedule,
+        tokens=tokens,
+        val_schedule=val_schedule,
+        val_tokens=val_tokens,
+    )
 
 
-def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | None:
+def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> SampleList | None:
     """The held-out samples whose loss is measured now and then, if any."""
     if not (options.eval_every and options.eval_samples):
         return None
@@ -271,7 +279,7 @@ def _held_out(options: Options, reader: FeatureReader, train: Join) -> Join | No
         return None
 
 
-def _notice_growth(before: Mapping[str, int], now: Join) -> None:
+def _notice_growth(before: Mapping[str, int], now: SampleList) -> None:
     grown = {name: n - before.get(name, 0) for name, n in run_folder.present(now).items()}
     for name, more in grown.items():
         if more > 0:

@@ -1,4 +1,16 @@
-"""One optimizer step as one of several processes sees it: its share of the work, and all shares together."""
+"""One optimizer step: the forward pass of a micro-batch, and the totals over micro-batches and processes.
+
+    forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=None)
+    for step, micro_batches in by_step(loader, first=0, stop=1000):
+        local = LocalStep()
+        for micro in micro_batches:
+            loss = forward.loss(micro)
+            loss.backward()
+            local.add(micro, loss)
+        totals = local.reduce(group, device)    # the same on every process
+
+N feature tokens of a micro-batch, V vision width.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +28,118 @@ from configs import UserError
 from model.quantize import unpack
 from model.vlm import VLM
 from train.data.loader import MicroBatch
-from train.data.sample_list import Join
-from train.distributed import Processes
+from train.data.sample_list import SampleList
+from train.distributed import ProcessGroup
 from train.metrics import memory_gib
 from train.optim import broken_gradients
 
-NAMED = 5
-"""Samples an error names."""
+SMALL_MODEL = 50_000_000
+"""Parameters below which casting to bfloat16 costs more time than bfloat16 saves."""
+SAMPLES_NAMED = 5
+"""Samples that an error names at most."""
+
+
+# ---- forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """The forward pass: the model, and everything else that decides the numbers it computes."""
+
+    vlm: VLM
+    """The model, on `device`."""
+    spec: FeatureSpec
+    """The spec of the space that the rows come from."""
+    device: torch.device
+    """Where to compute."""
+    autocast: torch.dtype | None
+    """Lower precision for matrix products; None: the parameters' own dtype."""
+
+    def features(self, micro: MicroBatch) -> Tensor | None:
+        """Return the (N, V) feature tokens of a micro-batch, in sequence order; None without media.
+
+        `micro` must be on the device.
+        """
+        if not len(micro.order):
+            return None
+        spec = self.spec
+        parts = [
+            unpack(codes, spec.layout, spec.tokens(array), spec.width).flatten(0, 1)
+            for array, codes in micro.codes.items()
+            if len(codes)
+        ]
+        tokens = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tokens.index_select(0, micro.order)
+
+    def loss(self, micro: MicroBatch) -> Tensor:
+        """Return the micro-batch's part of the step's loss, a scalar.
+
+        Over the micro-batches of a step, on all processes, the parts add up to
+        sum(weight x cross-entropy) / sum(weight), however the step was divided into micro-batches.
+        """
+        micro = micro.to(self.device)
+        with self.precision():
+            total, _ = self.vlm(micro.packed, self.features(micro))
+        return total / micro.step_weight
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Return the autocast context for the forward pass."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def loss_sums(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, float, int]:
+        """Evaluate whole steps without gradients and without dropout.
+
+        Returns:
+            The sum of weight x cross-entropy, the weight of the steps, and the number of samples.
+        """
+        total = weight = 0.0
+        samples = 0
+        was_training = self.vlm.training
+        self.vlm.eval()
+        try:
+            with torch.no_grad():
+                for micro in micro_batches:
+                    total += float(self.loss(micro)) * micro.step_weight
+                    weight += micro.step_weight if micro.last else 0.0
+                    samples += micro.samples
+        finally:
+            self.vlm.train(was_training)
+        return total, weight, samples
+
+
+def choose_precision(wanted: str, device: torch.device, vlm: VLM) -> torch.dtype | None:
+    """Return the autocast dtype for `--precision`; None for float32.
+
+    `auto` is bfloat16 if the device computes it fast and the model is not small.
+    """
+    if wanted == "float32":
+        return None
+    if wanted == "bfloat16":
+        return torch.bfloat16
+    if sum(p.numel() for p in vlm.parameters()) < SMALL_MODEL:
+        return None
+    fast = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": torch.cpu._is_amx_tile_supported,
+    }
+    return torch.bfloat16 if fast.get(device.type, lambda: False)() else None
+
+
+# ---- one step over micro-batches and processes
 
 
 def by_step(
     micro_batches: Iterable[MicroBatch], first: int, stop: int
 ) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-    """Every step of [first, stop) with this process's micro-batches of it, which may be none.
+    """Yield every step of [first, stop) with this process's micro-batches of it, which may be none.
 
-    A micro-batch is asked for only when the one before has been used: its buffer is reused.
+    The next micro-batch is requested only after the current one has been used, because the loader then
+    reuses its buffer.
     """
     source = iter(micro_batches)
-    early: list[MicroBatch] = []  # the first of a later step, found where a step has none
+    early: list[MicroBatch] = []  # the first micro-batch of a later step
 
     def of_step(number: int) -> Iterator[MicroBatch]:
         while (micro := early.pop() if early else next(source, None)) is not None:
@@ -49,51 +155,51 @@ def by_step(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Totals:
-    """What all processes together did in a step."""
+class StepTotals:
+    """The totals of one step over all processes, as metrics.jsonl has them."""
 
     loss: float
-    """Weighted cross-entropy a supervised token; NaN when a part of it is not finite."""
+    """Weighted cross-entropy a supervised token, nats; NaN if a part of it is not finite."""
     samples: int
-    """Samples."""
+    """Number of samples."""
     tokens: int
-    """Tokens."""
+    """Number of tokens, image tokens included."""
     wait_s: float
-    """Waiting for data, seconds, of the process that waited longest: the others wait for it."""
+    """Seconds of waiting for data of the process that waited longest: the others wait for it."""
     memory_gib: float
-    """Peak so far, of the largest process."""
+    """Peak memory so far of the process with the highest peak, GiB."""
 
 
-class Share:
-    """What this process does in a step."""
+class LocalStep:
+    """This process's part of one step: losses, counts and waiting time of its micro-batches."""
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []  # the loss of each micro-batch, left on the device
-        self._samples: list[tuple[int, ...]] = []  # and its samples, to name them
-        self._counts = [0, 0]
+        self._losses: list[Tensor] = []  # on the device: reading them here would stop the GPU
+        self._sample_numbers: list[tuple[int, ...]] = []
+        self._samples = self._tokens = 0
         self._wait_s = 0.0
 
     def add(self, micro: MicroBatch, loss: Tensor) -> None:
-        """A micro-batch is through."""
-        self._parts.append(loss.detach())
-        self._samples.append(sample_numbers(micro))
-        self._counts[0] += micro.samples
-        self._counts[1] += micro.tokens
+        """Add a micro-batch and its loss."""
+        self._losses.append(loss.detach())
+        self._sample_numbers.append(micro.sample_numbers)
+        self._samples += micro.samples
+        self._tokens += micro.tokens
         self._wait_s += micro.wait_s
 
     def losses(self) -> list[float]:
-        """Of each micro-batch: its part of the step's loss."""
-        return torch.stack(self._parts).tolist() if self._parts else []
+        """Return each micro-batch's part of the step's loss."""
+        return torch.stack(self._losses).tolist() if self._losses else []
 
-    def total(self, processes: Processes, device: torch.device) -> Totals:
-        """Put together with those of all other processes."""
+    def reduce(self, group: ProcessGroup, device: torch.device) -> StepTotals:
+        """Return the totals over all processes. Every process must call it."""
         losses = self.losses()
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        mine = [loss, *map(float, self._counts), self._wait_s, memory_gib(device)]
+        mine = [loss, self._samples, self._tokens, self._wait_s, memory_gib(device)]
         losses, samples, tokens, waits, memories = map(
-            list, zip(*processes.gather(mine), strict=True)
+            list, zip(*group.gather_numbers(mine), strict=True)
         )
-        return Totals(
+        return StepTotals(
             loss=math.fsum(losses),
             samples=round(sum(samples)),
             tokens=round(sum(tokens)),
@@ -101,143 +207,53 @@ class Share:
             memory_gib=max(memories),
         )
 
-    def suspects(self) -> tuple[float | None, list[int]]:
-        """The first loss that is not finite, if any, and the samples that may be to blame."""
+    def non_finite(self) -> tuple[float | None, list[int]]:
+        """Return the first loss that is not finite, and the samples that may have caused it.
+
+        If every loss is finite (only a gradient is not), these are None and all samples of the process.
+        """
         losses = self.losses()
         broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        blamed = [s for i in broken or range(len(losses)) for s in self._samples[i]]
-        return (losses[broken[0]] if broken else None), blamed
+        causes = [s for i in broken or range(len(losses)) for s in self._sample_numbers[i]]
+        return (losses[broken[0]] if broken else None), causes
 
 
 def refuse_non_finite(
     step: int,
-    share: Share,
-    totals: Totals,
+    local: LocalStep,
+    totals: StepTotals,
     norm: float,
     model: nn.Module,
-    joined: Join,
-    processes: Processes,
+    samples: SampleList,
+    group: ProcessGroup,
 ) -> None:
-    """Stop before a broken step is taken: the weights on disk and in memory stay good.
+    """Stop before the optimizer uses a loss or gradient that is not finite, so the weights stay valid.
 
-    Every process has the same totals and the same norm of the summed gradients, so all of them stop.
+    Every process has equal totals and an equal norm of the summed gradients, so either all stop or none.
 
     Raises:
         UserError: a loss or a gradient is NaN or infinite.
     """
     if math.isfinite(norm) and math.isfinite(totals.loss):
         return
-    loss, blamed = share.suspects()
-    names = [joined.name_of(s) for s in blamed[:NAMED]]
-    told = processes.share([None if loss is None else str(loss), names, len(blamed)])
-    if broken := [one for one in told if one[0] is not None]:
+    loss, causes = local.non_finite()
+    names = [samples.name_of(s) for s in causes[:SAMPLES_NAMED]]
+    reports = group.gather_objects([None if loss is None else str(loss), names, len(causes)])
+    if broken := [report for report in reports if report[0] is not None]:
         what = f"the loss is {broken[0][0]}"
+    elif where := broken_gradients(model):
+        what = f"the gradient is not finite in {len(where)} parameters, first {where[0]}"
     else:
-        where = broken_gradients(model)
         what = f"the norm of the gradient is {norm}"
-        if where:
-            what = f"the gradient is not finite in {len(where)} parameters, first {where[0]}"
     raise UserError(
-        f"step {step + 1}: {what}; samples {_some(broken or told)}. Nothing was updated. Lower "
+        f"step {step + 1}: {what}; samples {_some_names(broken or reports)}. Nothing was updated. Lower "
         "--learning-rate, or check the features (python -m cache.verify --deep); --resume goes on from "
         "the last checkpoint"
     )
 
 
-def _some(told: Sequence[Sequence[object]]) -> str:
-    """The first few samples of all that processes suspect."""
-    names = [str(name) for _, few, _ in told if isinstance(few, list) for name in few][:NAMED]
-    more = sum(n for _, _, n in told if isinstance(n, int)) - len(names)
+def _some_names(reports: Sequence[tuple[object, list[str], int]]) -> str:
+    """Return the first names of all processes' (loss, names, number of samples), and how many more."""
+    names = [name for _, some, _ in reports for name in some][:SAMPLES_NAMED]
+    more = sum(count for _, _, count in reports) - len(names)
     return ", ".join(names) + (f" and {more} more" if more > 0 else "")
-
-
-def sample_numbers(micro: MicroBatch) -> tuple[int, ...]:
-    """Positions in the sample list of everything in a micro-batch."""
-    return tuple(sample for tree in micro.placed for _, _, sample in tree.branches)
-
-
-TINY = 50_000_000
-"""Parameters below which casting costs more than bfloat16 saves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """The model with all that decides the numbers it computes."""
-
-    vlm: VLM
-    """On `device`."""
-    spec: FeatureSpec
-    """Of the space the rows come from."""
-    device: torch.device
-    """Where to compute."""
-    autocast: torch.dtype | None
-    """Lower precision of the matrix products; None: everything in the parameters' own."""
-
-    def features(self, micro: MicroBatch) -> Tensor | None:
-        """(N, V) of a micro-batch on the device, in the order of their places; None when it has none."""
-        if not len(micro.order):
-            return None
-        spec = self.spec
-        parts = [
-            unpack(codes, spec.layout, spec.tokens(array), spec.width).flatten(0, 1)
-            for array, codes in micro.codes.items()
-            if len(codes)
-        ]
-        tokens = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return tokens.index_select(0, micro.order)
-
-    def loss(self, micro: MicroBatch) -> Tensor:
-        """The micro-batch's part of the step's loss: over a step's micro-batches it adds up to
-        sum(weight x cross-entropy) / sum(weight), however they were cut."""
-        micro = micro.to(self.device)
-        with self.precision():
-            total, _ = self.vlm(micro.packed, self.features(micro))
-        return total / micro.step_weight
-
-    def precision(self) -> AbstractContextManager[object]:
-        """Autocast, where it is wanted."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No gradients, no dropout."""
-        before = self.vlm.training
-        self.vlm.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.vlm.train(before)
-
-    def mean_loss(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """Loss a supervised token over whole steps, and their samples; nothing is learned."""
-        total, weight, samples = self.loss_sums(micro_batches)
-        return total / weight, samples
-
-    def loss_sums(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, float, int]:
-        """Sum of the losses, weight of the steps they belong to, and samples; nothing is learned."""
-        total = weight = 0.0
-        samples = 0
-        with self.evaluating():
-            for micro in micro_batches:
-                total += float(self.loss(micro)) * micro.step_weight
-                weight += micro.step_weight if micro.last else 0.0
-                samples += micro.samples
-        return total, weight, samples
-
-
-def choose_precision(wanted: str, device: torch.device, vlm: VLM) -> torch.dtype | None:
-    """The autocast type for `--precision`: bfloat16 where it is fast and the model is not tiny."""
-    if wanted == "float32":
-        return None
-    if wanted == "bfloat16":
-        return torch.bfloat16
-    if sum(p.numel() for p in vlm.parameters()) < TINY:
-        return None
-    fast = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": torch.cpu._is_amx_tile_supported,
-    }
-    return torch.bfloat16 if fast.get(device.type, lambda: False)() else None

@@ -170,17 +170,17 @@ def touch(root: CacheRoot, rows: int) -> dict[str, float]:
 
 def plan(root: CacheRoot, rows: int) -> dict[str, float]:
     """Lay out an epoch of as many samples, two data sets of trees of one or two samples each."""
-    from train.data.message_trees import Trees
+    from train.data.message_trees import MessageTrees
     from train.data.schedule import (
-        StepPlan,  # imports torch, which the other steps need no memory for
+        TrainingSchedule,  # imports torch, which the other steps need no memory for
     )
 
     trees = max(2, rows * 2 // 3)
     starts = np.concatenate([[0], np.cumsum(1 + np.arange(trees) % 2)]).astype(np.int64)
     samples = int(starts[-1])
     nothing: Any = None  # a plan looks at no text and no media
-    grown = Trees(
-        join=nothing,
+    grown = MessageTrees(
+        samples=nothing,
         names=("captions", "points"),
         mix=(0.6, 0.4),
         members=np.arange(samples),
@@ -190,13 +190,13 @@ def plan(root: CacheRoot, rows: int) -> dict[str, float]:
         first_row=np.random.default_rng(0).permutation(trees),
         length=np.full(samples, 700, np.int32),
         loss_weight=np.ones(samples),
-        places=nothing,
+        placeholders=nothing,
         max_tokens=4096,
     )
     found = {}
     for order in ("random", "blocks"):
         before, started = memory_mb(), time.perf_counter()
-        steps = StepPlan(grown, SAMPLES_A_STEP, seed=1, order=order)  # type: ignore[arg-type]
+        steps = TrainingSchedule(grown, SAMPLES_A_STEP, seed=1, order=order)  # type: ignore[arg-type]
         steps.step(0)
         found[f"{order}_seconds"] = time.perf_counter() - started
         found[f"{order}_rss"] = memory_mb() - before

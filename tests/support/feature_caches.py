@@ -26,9 +26,9 @@ from cache.store.writer import ShardWriter
 from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
 from train.data.join import join
-from train.data.message_trees import Trees, grow_trees
+from train.data.message_trees import MessageTrees, build_message_trees
 from train.data.placeholders import Placeholders
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 from train.data.tokens import TokenStore
 
 SPEC: FeatureSpec = small_spec()
@@ -145,27 +145,29 @@ class World:
     def reader(self) -> FeatureReader:
         return FeatureReader(find_space(self.root, None))
 
-    def join(self, *names: str, **options: Any) -> Join:
+    def join(self, *names: str, **options: Any) -> SampleList:
         options = {"split": "train", "held_out": 0.0, "min_coverage": 0.0} | options
         datasets = options.pop("mix", dict.fromkeys(names or ("d",)))
         return join(self.root, self.reader, datasets, **options)
 
-    def tokens(self, joined: Join) -> TokenStore:
+    def tokens(self, joined: SampleList) -> TokenStore:
         return TokenStore.open(
             self.root, joined.names, self.tokenizer, folder=self.folder / "tokens"
         )
 
-    def trees(self, joined: Join, max_tokens: int = 512, max_branches: int = 4) -> Trees:
-        return grow_trees(
+    def trees(
+        self, joined: SampleList, max_tokens: int = 512, max_branches: int = 4
+    ) -> MessageTrees:
+        return build_message_trees(
             joined,
             self.tokens(joined),
             max_tokens=max_tokens,
             max_branches=max_branches,
-            places=Placeholders.of(SPEC, self.tokenizer),
+            placeholders=Placeholders.of(SPEC, self.tokenizer),
         )
 
 
-def names_of(joined: Join) -> list[str]:
+def names_of(joined: SampleList) -> list[str]:
     return [joined.name_of(i) for i in range(joined.size)]
 
 

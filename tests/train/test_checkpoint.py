@@ -14,7 +14,7 @@ from configs import UserError
 from train import checkpoint
 from train.config import Options
 from train.metrics import METRICS, cut_metrics, read_metrics
-from train.optim import build_optimizer, schedules, set_rates
+from train.optim import build_optimizer, rate_schedules, set_rates
 
 OPTIONS = Options(max_steps=50, warmup_steps=3, connector_warmup_steps=3, learning_rate=1e-2)
 
@@ -36,7 +36,7 @@ def train(model: Toy, optimizer: torch.optim.Optimizer, start: int, stop: int) -
         optimizer.zero_grad()
         loss = model.language(model.connector(x)).pow(2).mean()
         loss.backward()
-        set_rates(optimizer, schedules(OPTIONS), step)
+        set_rates(optimizer, rate_schedules(OPTIONS), step)
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -14,7 +14,7 @@ from model.inference import Video
 from model.io.saved_model import read_meta
 from tests.support import trained_runs
 from train import run
-from train.data.features import feature_bytes, looked_at
+from train.data.features import feature_bytes, read_features
 from train.data.join import join
 from train.evaluate import __main__ as evaluate
 from train.evaluate.__main__ import Evaluation, Options
@@ -88,7 +88,7 @@ def test_features_for_an_answer_are_the_stored_ones(
     )
     media = [0, len(seen.kinds) - 1, 0]
     assert [seen.is_video(m) for m in media] == [True, False, True]
-    first, image, again = looked_at(seen, media, reader)
+    first, image, again = read_features(seen, media, reader)
     assert not isinstance(image, Video) and isinstance(first, Video)
     assert tuple(first.times_s) == tuple(seen.times_of(0).tolist())
     assert isinstance(again, Video)

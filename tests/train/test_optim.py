@@ -13,11 +13,11 @@ from torch import nn
 
 from train.config import Options
 from train.optim import (
-    Schedule,
+    RateSchedule,
     broken_gradients,
     build_optimizer,
     clip_gradients,
-    schedules,
+    rate_schedules,
     set_rates,
 )
 
@@ -40,7 +40,7 @@ def options(**values: object) -> Options:
 
 
 def test_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
-    schedule = Schedule(peak=2.0, warmup=4, steps=101, floor=0.1)
+    schedule = RateSchedule(peak=2.0, warmup=4, steps=101, floor=0.1)
     assert [schedule.rate(s) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert schedule.rate(4) == 2.0  # the cosine starts at the peak
     assert schedule.rate(52) == pytest.approx(2.0 * 0.55)  # half way down
@@ -49,7 +49,7 @@ def test_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
 
 @given(st.integers(0, 20), st.integers(1, 60), st.floats(0, 1))
 def test_schedule_only_rises_then_only_falls(warmup: int, steps: int, floor: float) -> None:
-    schedule = Schedule(peak=1.0, warmup=warmup, steps=steps, floor=floor)
+    schedule = RateSchedule(peak=1.0, warmup=warmup, steps=steps, floor=floor)
     rates = [schedule.rate(s) for s in range(steps)]
     top = min(warmup, steps)
     assert rates[:top] == sorted(rates[:top])
@@ -60,7 +60,7 @@ def test_schedule_only_rises_then_only_falls(warmup: int, steps: int, floor: flo
 def test_each_part_has_its_own_rate_and_warm_up() -> None:
     chosen = options(learning_rate=1.0, connector_learning_rate=8.0)
     optimizer = build_optimizer(Toy(), chosen)
-    assert set_rates(optimizer, schedules(chosen), 1) == {"connector": 4.0, "llm": 0.2}
+    assert set_rates(optimizer, rate_schedules(chosen), 1) == {"connector": 4.0, "llm": 0.2}
     assert {g["lr"] for g in optimizer.param_groups} == {4.0, 0.2}
 
 
@@ -91,7 +91,7 @@ def test_steps_equal_adamw_by_hand() -> None:
     model = Toy()
     chosen = options(learning_rate=1e-2, connector_learning_rate=3e-2, weight_decay=0.1)
     optimizer = build_optimizer(model, chosen)
-    rates = schedules(chosen)
+    rates = rate_schedules(chosen)
     inputs = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(1))
     theta = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
     moment1 = {n: np.zeros_like(t) for n, t in theta.items()}

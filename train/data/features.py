@@ -1,4 +1,7 @@
-"""What a model sees of one sample's images and videos, from the cache, as `model.inference` wants it."""
+"""Read the features of one sample's images and videos from the cache, in the form `model.inference` takes.
+
+features = read_features(samples, samples.media_of(0).tolist(), reader)
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,24 @@ from cache.store.reader import FeatureReader
 from model.inference import Video
 from model.quantize import unpack
 from train.data.loader import feature_order
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 
 
-def feature_bytes(joined: Join, media: Sequence[int], spec: FeatureSpec) -> int:
-    """Of some media of a join, unpacked to float16."""
-    tokens = sum(len(joined.rows_of(m)) * spec.tokens(array_of(joined, m)) for m in media)
+def feature_bytes(samples: SampleList, media: Sequence[int], spec: FeatureSpec) -> int:
+    """Return the bytes of the features of some media, unpacked to float16."""
+    tokens = sum(len(samples.rows_of(m)) * spec.tokens(_array(samples, m)) for m in media)
     return 2 * tokens * spec.width
 
 
-def looked_at(
-    joined: Join, media: Sequence[int], reader: FeatureReader
+def read_features(
+    samples: SampleList, media: Sequence[int], reader: FeatureReader
 ) -> list[torch.Tensor | Video]:
-    """Features of some media of a join as `answer` wants them, as stored; each row is read once."""
+    """Return the features of some distinct media, in order; each row is read once.
+
+    An image is a (tokens, width) float16 tensor; a video is a Video with (frames, tokens, width) features.
+    """
     spec = reader.spec
-    rows, order = feature_order(joined, np.array(media, dtype=np.int64), spec)
+    rows, order = feature_order(samples, np.array(media, dtype=np.int64), spec)
     parts = [torch.empty(0, spec.width, dtype=torch.float16)]
     for array, numbers in rows.items():
         if not len(numbers):
@@ -39,18 +45,17 @@ def looked_at(
     result: list[torch.Tensor | Video] = []
     at = 0
     for m in media:
-        video, count = joined.is_video(m), len(joined.rows_of(m))
-        tokens = spec.tokens(array_of(joined, m))
+        count, tokens = len(samples.rows_of(m)), spec.tokens(_array(samples, m))
         here = found[at : at + count * tokens]
         at += len(here)
-        if video:
-            times = tuple(joined.times_of(m).tolist())
+        if samples.is_video(m):
+            times = tuple(samples.times_of(m).tolist())
             result.append(Video(times_s=times, features=here.unflatten(0, (count, tokens))))
         else:
             result.append(here)
     return result
 
 
-def array_of(joined: Join, media: int) -> str:
-    """The array that its rows are in."""
-    return ARRAY_OF["video" if joined.is_video(media) else "image"]
+def _array(samples: SampleList, medium: int) -> str:
+    """Return the name of the array that has a medium's rows."""
+    return ARRAY_OF["video" if samples.is_video(medium) else "image"]

@@ -1,4 +1,9 @@
-"""Packed batches as text, for `python -m train.run --inspect`."""
+"""Print a packed micro-batch as text: its sequences, what they share, and what is supervised.
+
+    print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --inspect
+
+The text is rendered from the tensors that the model gets, so it shows what training really uses.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +11,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from train.data.loader import MicroBatch
-from train.data.message_trees import Trees
-from train.data.packing import PlacedTree
-from train.data.sample_list import Join
+from train.data.message_trees import MessageTrees
+from train.data.packing import TreeLayout
+from train.data.sample_list import SampleList
 
 KEY_SHOWN = 12
-"""Hex digits of an image's or a video's key in the text."""
+"""Hex digits shown of the key of an image or video."""
 
 
-def inspect_text(micro: MicroBatch, tokenizer: Any, trees: Trees) -> str:
-    """A real packed batch as text: what stands where, who sees what, what is learned."""
+def inspect_text(micro: MicroBatch, tokenizer: Any, trees: MessageTrees) -> str:
+    """Return a micro-batch as text, one line for each shared prefix and each sample."""
     packed = micro.packed
-    media = {m for tree in micro.placed for m in tree.media}
+    media = {m for tree in micro.layouts for m in tree.media}
     head = (
         f"step {micro.step}, micro-batch {micro.index}: {micro.tokens:,} tokens, "
-        f"{_seen(media, trees.join)}, {_count(micro.samples, 'sample')}, "
+        f"{_count_media(media, trees.samples)}, {_count(micro.samples, 'sample')}, "
         f"{_count(len(packed.targets), 'supervised token')} of weight "
         f"{float(packed.loss_weights.sum()):,.1f} (the step's: {micro.step_weight:,.1f})"
     )
     lines = [head]
-    for number, tree in enumerate(micro.placed):
+    for number, tree in enumerate(micro.layouts):
         lines += _tree_lines(number, tree, _Renderer(micro, tokenizer, trees, tree))
     lines.append(
         "«...» is supervised, «0.2: ...» with that weight; samples see what is shared above them; "
@@ -34,68 +39,71 @@ def inspect_text(micro: MicroBatch, tokenizer: Any, trees: Trees) -> str:
     return "\n".join(lines)
 
 
-def _tree_lines(number: int, tree: PlacedTree, render: _Renderer) -> list[str]:
+def _tree_lines(number: int, tree: TreeLayout, render: _Renderer) -> list[str]:
     first, end = tree.prefix[0], tree.branches[-1][1]
-    count = f"{_seen(tree.media, render.trees.join)}, {_count(len(tree.branches), 'sample')}"
+    samples = render.trees.samples
+    count = f"{_count_media(tree.media, samples)}, {_count(len(tree.branches), 'sample')}"
     lines = [f"sequence {number}: tokens {first}-{end - 1}, {count}"]
     shared_first, shared_end = tree.prefix
     if shared_end > shared_first:
         text = render(shared_first, shared_end, before=shared_first)
         lines.append(f"  shared {shared_first}-{shared_end - 1}: {text}")
     for at, stop, sample in tree.branches:
-        name = render.trees.join.name_of(sample)
+        name = samples.name_of(sample)
         if stop == at:
             lines.append(f"  {name}: nothing of its own")
             continue
-        text = render(at, stop, before=shared_end - 1) + render.unread(stop)
+        text = render(at, stop, before=shared_end - 1) + render.last_target(stop)
         lines.append(f"  {name} {at}-{stop - 1}{render.positions(at, stop)}: {text}")
     return lines
 
 
-def _seen(media: Iterable[int], join: Join) -> str:
-    videos = [join.is_video(m) for m in media]
+def _count_media(media: Iterable[int], samples: SampleList) -> str:
+    videos = [samples.is_video(m) for m in media]
     images = _count(len(videos) - sum(videos), "image")
-    return f"{images}, {_count(sum(videos), 'clip')}" if any(videos) else images
+    return f"{images}, {_count(sum(videos), 'video')}" if any(videos) else images
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class _Renderer:
-    """Turns stretches of one tree's tokens into text, from the tensors the model is given."""
+    """Turn token ranges of one tree into text, from the tensors that the model gets."""
 
-    def __init__(self, micro: MicroBatch, tokenizer: Any, trees: Trees, tree: PlacedTree) -> None:
+    def __init__(
+        self, micro: MicroBatch, tokenizer: Any, trees: MessageTrees, tree: TreeLayout
+    ) -> None:
         packed = micro.packed
         self.trees = trees
         self._ids: list[int] = packed.input_ids.tolist()
         self._positions: list[int] = packed.position_ids.tolist()
         self._images = set(packed.image_slots.tolist())
         self._tokenizer = tokenizer
-        self._predicted: dict[int, list[tuple[int, float]]] = {}  # place -> what, and its weight
+        self._targets: dict[int, list[tuple[int, float]]] = {}  # position -> (target, weight)
         triples = (packed.loss_positions, packed.targets, packed.loss_weights)
         for source, target, weight in zip(*(t.tolist() for t in triples), strict=True):
-            self._predicted.setdefault(source, []).append((target, weight))
-        self._rows = iter([row for m in tree.media for row in self._names(m)])
+            self._targets.setdefault(source, []).append((target, weight))
+        self._rows = iter([row for m in tree.media for row in self._row_texts(m)])
 
-    def _names(self, media: int) -> list[tuple[str, int]]:
-        """For each row of an image or video its text, and how many tokens it stands for."""
-        join, places = self.trees.join, self.trees.places
-        key = join.key(media)[:KEY_SHOWN]
-        if not join.is_video(media):
-            size = places.image_tokens
+    def _row_texts(self, medium: int) -> list[tuple[str, int]]:
+        """Return for each row of an image or video its text, and the number of tokens it stands for."""
+        samples, placeholders = self.trees.samples, self.trees.placeholders
+        key = samples.key(medium)[:KEY_SHOWN]
+        if not samples.is_video(medium):
+            size = placeholders.image_tokens
             return [(f"[image {key}.. x{size} tokens]", size)]
-        size, count = places.frame_tokens, len(join.rows_of(media))
+        size, count = placeholders.frame_tokens, len(samples.rows_of(medium))
         return [
             (f"[{i}/{count} of video {key}.. x{size} tokens]", size) for i in range(1, count + 1)
         ]
 
     def positions(self, first: int, end: int) -> str:
-        """The positions the model is told."""
+        """Return the position ids of tokens [first, end)."""
         return f" (positions {self._positions[first]}-{self._positions[end - 1]})"
 
     def __call__(self, first: int, end: int, before: int) -> str:
-        """Tokens [first, end); `before` is what the first one is predicted from."""
+        """Return tokens [first, end) as text; the token at `before` predicts the first of them."""
         text = ""
         at = first
         while at < end:
@@ -116,9 +124,9 @@ class _Renderer:
             at = stop
         return text
 
-    def unread(self, end: int) -> str:
-        """What the last token of a branch is to predict, which does not stand in the sequence."""
-        return "".join(self._words([t], weight) for t, weight in self._predicted.get(end - 1, ()))
+    def last_target(self, end: int) -> str:
+        """Return the target of a branch's last token, which is not itself part of the sequence."""
+        return "".join(self._words([t], weight) for t, weight in self._targets.get(end - 1, ()))
 
     def _words(self, ids: list[int], weight: float) -> str:
         words = self._tokenizer.decode(ids).replace("\n", "\\n")
@@ -126,5 +134,6 @@ class _Renderer:
         return f"«{mark}{words}»" if weight else words
 
     def _weight(self, at: int, first: int, before: int) -> float:
+        """Return the loss weight with which the token at `at` is predicted; 0: not supervised."""
         source = at - 1 if at > first else before
-        return dict(self._predicted.get(source, ())).get(self._ids[at], 0.0)
+        return dict(self._targets.get(source, ())).get(self._ids[at], 0.0)

@@ -38,11 +38,18 @@ from cache.store.references import (
 )
 from cache.store.samples import content_digest, dataset_names, samples_table
 from configs import UserError
-from train.data.sample_list import Coverage, Ints, Join, Split, check_frozen, digest_of, read_frozen
+from train.data.sample_list import (
+    Coverage,
+    Ints,
+    SampleList,
+    Split,
+    check_frozen,
+    digest_of,
+    read_frozen,
+)
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EmptySplitError", "Join", "join"]
 
 FAILURES_SHOWN = 5
 HASH_BITS = 32
@@ -63,7 +70,7 @@ def join(
     max_frames: int = MAX_FRAMES,
     limit: int | None = None,
     frozen: Path | None = None,
-) -> Join:
+) -> SampleList:
     """The samples of `datasets` on one side of the split that have all their features.
 
     Args:
@@ -76,7 +83,7 @@ def join(
         min_coverage: refuse when fewer of the samples that could be there are there.
         max_frames: of one video; which frames it needs follows from this and its length.
         limit: at most this many samples of each data set, the first ones.
-        frozen: a list written by `Join.freeze`: exactly those samples, or an error.
+        frozen: a list written by `SampleList.freeze`: exactly those samples, or an error.
 
     Raises:
         UserError: no data set is here, too few features, or not the frozen list any more.
@@ -227,7 +234,7 @@ def _assemble(
     known: MediaItems,
     found: MediaRows,
     counts: list[Coverage],
-) -> Join:
+) -> SampleList:
     """The chosen samples of all parts as one list, its media numbered by first appearance."""
     lists = [part.references.counts for part in parts]
     media = np.concatenate([_gather(*one) for one in zip(numbers, lists, kept, strict=True)])
@@ -243,7 +250,7 @@ def _assemble(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
     )
     coded = tasks.combine_chunks().dictionary_encode()
-    result = Join(
+    result = SampleList(
         root=root,
         split=split,
         names=names,
@@ -281,7 +288,7 @@ def _normalise(
 
 
 def _check_coverage(
-    joined: Join,
+    joined: SampleList,
     reader: Rows,
     min_coverage: float,
     ledger: pa.Table,

@@ -1,15 +1,19 @@
-"""Packed micro-batches with their features, read by threads a few batches ahead.
+"""Load packed micro-batches with their feature rows, a few ahead of their use.
 
-Threads, not processes: `preadv` and the checksum release the GIL, and nothing is copied between address
-spaces. Rows go straight into a ring of reused buffers (pinned for CUDA), each distinct row of a
-micro-batch once; a video's rows are neighbours on disk and one read. The order never depends on timing:
-batches are delivered as the plan lists them.
+    with FeatureLoader(schedule, tokens, reader, max_tokens=8192, start=0, stop=1000) as loader:
+        for micro in loader:      # the order is that of the schedule, whatever the threads' timing
+            ...
 
-R distinct rows of a micro-batch in one array (images; frames), N places of feature tokens in its sequence.
+Threads, not processes, read the rows: `preadv` and the checksum release the GIL, and nothing is copied
+between address spaces. Rows are read directly into a ring of reused buffers (page-locked for CUDA). Each
+distinct row of a micro-batch is read once; the rows of a video are neighbours on disk and take one read.
+
+R distinct rows of a micro-batch in one array (images or frames), N feature tokens in its sequence.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,65 +30,69 @@ from torch import Tensor
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.references import MEDIA_KINDS, within
 from model.attention.batch import PackedBatch
-from train.data.message_trees import Piece
-from train.data.packing import PlacedTree, Tree, assemble, build_tree, first_fit
-from train.data.sample_list import Join
-from train.data.schedule import Plan, Step, deal
+from train.data.message_trees import TreeSlice
+from train.data.packing import TokenTree, TreeLayout, assemble, build_token_tree, first_fit
+from train.data.sample_list import Ints, SampleList
+from train.data.schedule import Schedule, Step, split_by_rank
 from train.data.tokens import TokenStore
 
 
 class RowReader(Protocol):
-    """The part of a FeatureReader a loader needs."""
+    """The part of a FeatureReader that a loader needs."""
 
     spec: FeatureSpec
 
-    def read_into(self, kind: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
-        """Stored bytes of the rows, checked."""
+    def read_into(self, kind: str, rows: Ints, out: npt.NDArray[np.uint8]) -> None:
+        """Write the stored bytes of (R,) rows of an array into `out`, (R, row_bytes), and check them."""
 
 
 @runtime_checkable
 class Interruptible(Protocol):
-    """A reader whose reads may take minutes, as one over a network that is down."""
+    """A reader whose reads can take minutes, for example while a network is down."""
 
     def give_up(self) -> None:
-        """Let reads that are under way end: nobody waits for them any more."""
+        """Abort the reads in progress: their results are not needed any more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What one forward and backward pass works on."""
+    """The input of one forward and backward pass."""
 
     packed: PackedBatch
-    """The sequence."""
+    """The sequence, T tokens."""
     codes: dict[str, Tensor]
-    """Array -> (R, row_bytes) uint8 stored rows. Valid until the next micro-batch is asked for."""
+    """Array name -> (R, row_bytes) uint8 stored rows. Overwritten once the next micro-batch is requested."""
     order: Tensor
-    """(N,) int64 which feature stands at each place, counting the tokens of all rows of all arrays."""
+    """(N,) int64 feature token for each image slot, counting the tokens of all rows of all arrays in turn."""
     step: int
-    """The optimizer step it belongs to."""
+    """Number of the optimizer step."""
     index: int
-    """Its number within the step, on this rank."""
+    """Number of the micro-batch within the step, on this rank."""
     last: bool
-    """Whether the step is whole after it."""
+    """Whether this is the rank's last micro-batch of the step."""
     step_weight: float
-    """Sum of the loss weights of the whole step, all ranks: what to divide the loss sum by."""
-    step_samples: int
-    """Samples of the whole step, all ranks."""
+    """Sum of the loss weights of the whole step, all ranks: the divisor of the loss sum."""
     samples: int
-    """Samples in this micro-batch."""
+    """Number of samples in this micro-batch."""
     tokens: int
     """Length of the sequence."""
     wait_s: float
-    """How long the trainer waited for it."""
-    read_s: float
-    """How long a thread worked on it."""
-    placed: tuple[PlacedTree, ...]
-    """What stands where."""
+    """Seconds the trainer waited for this micro-batch."""
+    layouts: tuple[TreeLayout, ...]
+    """Positions of each tree in the sequence."""
     slot: _Slot
-    """The buffer `codes` is a view of."""
+    """The buffers that `codes` is a view of."""
+
+    @property
+    def sample_numbers(self) -> tuple[int, ...]:
+        """Positions in the sample list of every sample of the micro-batch."""
+        return tuple(sample for tree in self.layouts for _, _, sample in tree.branches)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The batch on `device`. The copy may still run; its buffer is not reused before it ends."""
+        """Return the micro-batch on `device`.
+
+        The copy to a GPU is asynchronous; the buffers are not reused before it ends.
+        """
         device = torch.device(device)
         if device.type == "cpu":
             return self
@@ -101,7 +109,7 @@ class MicroBatch:
 
 
 class _Slot:
-    """Reused buffers for the rows of one micro-batch."""
+    """Reused buffers for the rows of one micro-batch, one for each array."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]], pin: bool) -> None:
         self.codes = {
@@ -110,8 +118,8 @@ class _Slot:
         }
         self.copied: torch.cuda.Event | None = None
 
-    def read(self, reader: RowReader, array: str, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of one array, in this order."""
+    def read(self, reader: RowReader, array: str, rows: Ints) -> Tensor:
+        """Read rows of one array in this order; return the part of the buffer that has them."""
         codes = self.codes[array][: len(rows)]
         if len(rows):
             reader.read_into(array, rows, codes.numpy())
@@ -120,34 +128,38 @@ class _Slot:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
-    """One micro-batch to be made."""
+    """A micro-batch to make."""
 
     step: Step
     index: int
     last: bool
-    pieces: tuple[Piece, ...]
+    slices: tuple[TreeSlice, ...]
 
 
 class FeatureLoader:
-    """Iterates over the micro-batches of steps [start, stop) of a plan. A context manager.
+    """Iterate over the micro-batches of steps [start, stop) of a schedule. A context manager.
 
     Args:
-        plan: which samples each step takes.
-        tokens: their text.
-        reader: of the space the plan's join was made with.
-        max_tokens: length of a micro-batch; changes memory and speed, never what a step learns.
+        schedule: which samples each step takes.
+        tokens: the text of the samples.
+        reader: a reader of the space that the sample list was made with.
+        max_tokens: length limit of a micro-batch; changes memory and speed, not what a step learns.
         start: first step.
-        stop: step not reached any more; None: as far as the plan goes.
-        rank: which hand of each step's pieces to take.
-        world: how many there are.
-        threads: micro-batches in the making at the same time.
-        ahead: micro-batches ready or in the making before they are asked for.
-        pin: page-locked buffers, for CUDA.
+        stop: first step not loaded; None: all steps of the schedule.
+        rank: the rank whose part of each step to load.
+        world_size: number of ranks.
+        threads: micro-batches made at the same time.
+        ahead: micro-batches made before they are requested.
+        pin: use page-locked buffers, for CUDA.
+
+    Raises:
+        ValueError: `max_tokens` is below the length limit of the trees.
+        CorruptError: from iteration, if a stored row is damaged.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        schedule: Schedule,
         tokens: TokenStore,
         reader: RowReader,
         *,
@@ -155,24 +167,23 @@ class FeatureLoader:
         start: int = 0,
         stop: int | None = None,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         threads: int = 2,
         ahead: int = 4,
         pin: bool = False,
     ) -> None:
-        if max_tokens < plan.trees.max_tokens:
+        if max_tokens < schedule.trees.max_tokens:
             raise ValueError(
-                f"max_tokens {max_tokens} is less than the window of {plan.trees.max_tokens} tokens"
+                f"max_tokens {max_tokens} is less than the window of {schedule.trees.max_tokens} tokens"
             )
-        self._plan, self._tokens, self._reader = plan, tokens, reader
-        self._join = plan.trees.join
+        self._schedule, self._tokens, self._reader = schedule, tokens, reader
+        self._samples = schedule.trees.samples
         self._max_tokens = max_tokens
-        self._rank, self._world = rank, world
-        self._ahead = ahead
-        self._jobs = self._plan_jobs(start, stop)
+        self._rank, self._world_size = rank, world_size
+        self._jobs = self._all_jobs(start, stop)
         shapes = {}
         for kind, array in enumerate(ARRAY_OF.values()):
-            have = int(np.diff(self._join.starts)[self._join.kinds == kind].sum())
+            have = int(np.diff(self._samples.starts)[self._samples.kinds == kind].sum())
             most = min(max_tokens // reader.spec.tokens(array), have)
             shapes[array] = (most, reader.spec.row_bytes(array))
         self._free = [_Slot(shapes, pin) for _ in range(ahead + 1)]
@@ -196,7 +207,7 @@ class FeatureLoader:
         except BaseException:
             self.close()
             raise
-        self._free.append(micro.slot)  # filled again at the next call, not before
+        self._free.append(micro.slot)  # the next call fills it again
         return replace(micro, wait_s=time.perf_counter() - started)
 
     def __enter__(self) -> FeatureLoader:
@@ -211,7 +222,7 @@ class FeatureLoader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; what they read ahead is given up. More than once is harmless."""
+        """Stop the threads and discard what they have read ahead. Closing twice is allowed."""
         self._closed = True
         if isinstance(self._reader, Interruptible) and any(not f.done() for f in self._queue):
             self._reader.give_up()
@@ -220,33 +231,26 @@ class FeatureLoader:
         self._free.clear()
 
     def _fill(self) -> None:
-        """Keep `ahead` micro-batches in the making. All bookkeeping is here, in one thread."""
-        while self._free and len(self._queue) < self._ahead + 1:
-            job = next(self._jobs, None)
-            if job is None:
-                return
-            slot = self._free.pop(0)
-            self._queue.append(self._pool.submit(self._make, job, slot))
+        """Start a job for each free slot. Only the consumer's thread touches slots and queue."""
+        for job in itertools.islice(self._jobs, len(self._free)):
+            self._queue.append(self._pool.submit(self._make, job, self._free.pop(0)))
 
-    def _plan_jobs(self, start: int, stop: int | None) -> Iterator[_Job]:
-        number = start
-        stop = self._plan.steps if stop is None else stop
-        while stop is None or number < stop:
-            step = self._plan.step(number)
-            hand = deal(step.pieces, self._world)[self._rank]
-            bins = first_fit([piece.tokens for piece in hand], self._max_tokens)
+    def _all_jobs(self, start: int, stop: int | None) -> Iterator[_Job]:
+        stop = self._schedule.steps if stop is None else stop
+        for number in itertools.count(start) if stop is None else range(start, stop):
+            step = self._schedule.step(number)
+            own = split_by_rank(step.slices, self._world_size)[self._rank]
+            bins = first_fit([part.tokens for part in own], self._max_tokens)
             for index, chosen in enumerate(bins):
-                pieces = tuple(hand[i] for i in chosen)
-                yield _Job(step=step, index=index, last=index == len(bins) - 1, pieces=pieces)
-            number += 1
+                slices = tuple(own[i] for i in chosen)
+                yield _Job(step=step, index=index, last=index == len(bins) - 1, slices=slices)
 
     def _make(self, job: _Job, slot: _Slot) -> MicroBatch:
-        """Runs in a thread: text from the store, rows from the disk."""
-        started = time.perf_counter()
-        packed, placed = assemble([self._tree(piece) for piece in job.pieces])
-        media = np.array([m for tree in placed for m in tree.media], dtype=np.int64)
-        rows, order = feature_order(self._join, media, self._reader.spec)
-        if slot.copied is not None:
+        """Make one micro-batch, in a thread: pack its text, then read its rows."""
+        packed, layouts = assemble([self._tree(part) for part in job.slices])
+        media = np.array([m for tree in layouts for m in tree.media], dtype=np.int64)
+        rows, order = feature_order(self._samples, media, self._reader.spec)
+        if slot.copied is not None:  # the GPU may still be copying the previous rows
             slot.copied.synchronize()
             slot.copied = None
         return MicroBatch(
@@ -257,50 +261,48 @@ class FeatureLoader:
             index=job.index,
             last=job.last,
             step_weight=job.step.weight,
-            step_samples=job.step.samples,
-            samples=sum(len(piece.members) for piece in job.pieces),
+            samples=sum(len(part.members) for part in job.slices),
             tokens=len(packed.input_ids),
             wait_s=0.0,
-            read_s=time.perf_counter() - started,
-            placed=placed,
+            layouts=layouts,
             slot=slot,
         )
 
-    def _tree(self, piece: Piece) -> Tree:
-        join = self._join
-        members = [int(m) for m in piece.members]
-        media = [int(m) for m in join.media_of(members[0])]
-        tree = build_tree(
-            [self._tokens.sample(int(join.dataset[m]), int(join.index[m])) for m in members],
+    def _tree(self, part: TreeSlice) -> TokenTree:
+        samples = self._samples
+        members = part.members.tolist()
+        media = samples.media_of(members[0]).tolist()
+        tree = build_token_tree(
+            [self._tokens.sample(int(samples.dataset[m]), int(samples.index[m])) for m in members],
             sample_numbers=members,
-            factors=[float(join.weight[m]) for m in members],
+            factors=samples.weight[members].tolist(),
             media=media,
-            contents=self._plan.trees.places.contents(join, media),
+            contents=self._schedule.trees.placeholders.contents(samples, media),
             image_token_id=self._tokens.image_token_id,
         )
-        assert tree.tokens == piece.tokens, "the plan counted other tokens than the text has"
+        assert tree.tokens == part.tokens, "the schedule counted other tokens than the text has"
         return tree
 
 
 def feature_order(
-    join: Join, media: npt.NDArray[np.int64], spec: FeatureSpec
-) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Which rows a list of media needs, and how their features come to stand in its order.
+    samples: SampleList, media: Ints, spec: FeatureSpec
+) -> tuple[dict[str, Ints], Ints]:
+    """Return which rows a list of media needs, and the order of their feature tokens in the sequence.
 
     Args:
-        join: where the rows are.
-        media: (n,) distinct media of the join, one a place; repeats are read once.
-        spec: of the space.
+        samples: the sample list that has the media's rows.
+        media: (n,) distinct media, in the order of the sequence; the rows of a repeated medium are read once.
+        spec: the spec of the space.
 
     Returns:
-        Array -> (R,) distinct rows, ascending; and (N,) for every feature token of the media in turn its
-        number, when the tokens of all those rows stand one after the other, array after array.
+        Array name -> (R,) distinct rows, ascending; and for each feature token of `media` in turn, (N,), its
+        number among the tokens of all those rows, array after array.
     """
-    counts = np.diff(join.starts)[media]
-    rows = join.rows[within(join.starts[media], counts)]
-    kinds = np.repeat(join.kinds[media], counts)
+    counts = np.diff(samples.starts)[media]
+    rows = samples.rows[within(samples.starts[media], counts)]
+    kinds = np.repeat(samples.kinds[media], counts)
     first, tokens = np.empty_like(rows), np.empty_like(rows)  # of each row's feature tokens
-    needed: dict[str, npt.NDArray[np.int64]] = {}
+    needed: dict[str, Ints] = {}
     before = 0
     for kind, name in enumerate(MEDIA_KINDS):
         array, here = ARRAY_OF[name], kinds == kind

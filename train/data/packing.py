@@ -1,10 +1,14 @@
-"""Samples become one flat sequence of tokens, many side by side, none seeing another.
+"""Pack message trees into one flat sequence of tokens, in which no sample attends to another.
 
-A tree's shared prefix stands once; each branch sees the prefix and itself, at the positions it would have
-alone. So a packed batch has exactly the (position, target, weight) triples of its samples unpacked. Of a
-branch only that is read which predicts something: not its end mark, nor what follows.
+    tree = build_token_tree(texts, sample_numbers=[4, 7], factors=[1.0, 1.0], media=[2], ...)
+    bins = first_fit([tree.tokens for tree in trees], max_tokens)
+    batch, layouts = assemble([trees[i] for i in bins[0]])
 
-T tokens of a micro-batch, U attention units, S supervised positions.
+A tree's shared prefix occurs once. Each branch attends to the prefix and to itself, at the positions it has
+in a sequence of its own, so a packed batch has exactly the (position, target, weight) triples of its samples
+unpacked. Only tokens that predict a target are kept: a branch ends before its end mark.
+
+T tokens of a micro-batch, U attention units, S supervised predictions.
 """
 
 from __future__ import annotations
@@ -18,59 +22,58 @@ import torch
 
 from model.attention.batch import PackedBatch
 from model.language.chat_template import TokenizedSample, fill_places
+from train.data.sample_list import Ints
 from train.data.tokens import used_tokens
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
-    """One sample's own part of a tree."""
+    """The part of a tree that belongs to one sample."""
 
     ids: npt.NDArray[np.int32]
-    """(b,) tokens after the prefix, up to the last one that predicts something."""
+    """(b,) tokens after the prefix, up to the last one that predicts a target."""
     sources: Ints
-    """(s,) positions in the sample that predict something, counted from its beginning."""
+    """(s,) positions in the sample that predict a target, counted from the sample's first token."""
     targets: npt.NDArray[np.int32]
-    """(s,) what they are to predict; the last of them need not stand in the sequence."""
+    """(s,) tokens to predict; the last one may be absent from the sequence."""
     weights: npt.NDArray[np.float32]
-    """(s,) loss weights of the predictions, the sample's factor included."""
+    """(s,) loss weights of the predictions, times the factor of the sample."""
     sample: int
-    """Position in the join's list."""
+    """Position in the sample list."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tree:
-    """Samples with a common beginning."""
+class TokenTree:
+    """The tokens of one message tree."""
 
     prefix: npt.NDArray[np.int32]
-    """(p,) tokens all branches begin with; empty for one sample."""
+    """(p,) tokens that all branches begin with; empty for one sample."""
     branches: tuple[Branch, ...]
-    """At least one."""
+    """One for each sample, at least one."""
     media: tuple[int, ...]
-    """The images and videos, in the order of their places (indices of the join's distinct media)."""
+    """The images and videos in the order of their tokens, as indices of the list's distinct media."""
     image_token_id: int
-    """What stands at every place of a feature."""
+    """Id of the token at every position that receives a feature."""
 
     @property
     def tokens(self) -> int:
-        """Tokens it occupies once packed."""
+        """Number of tokens of the packed tree."""
         return len(self.prefix) + sum(len(b.ids) for b in self.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedTree:
-    """Where a tree stands in a packed batch."""
+class TreeLayout:
+    """The positions of one tree in a packed batch."""
 
     prefix: tuple[int, int]
-    """[first, end) of the shared part; empty for one sample."""
+    """[first, end) of the shared prefix; empty for one sample."""
     branches: tuple[tuple[int, int, int], ...]
-    """(first, end, sample) of each branch."""
+    """(first, end, position in the sample list) of each branch."""
     media: tuple[int, ...]
-    """Its images and videos, in order."""
+    """The images and videos in order, as indices of the list's distinct media."""
 
 
-def build_tree(
+def build_token_tree(
     samples: Sequence[TokenizedSample],
     *,
     sample_numbers: Sequence[int],
@@ -78,25 +81,25 @@ def build_tree(
     media: Sequence[int],
     contents: Sequence[npt.NDArray[np.int32]],
     image_token_id: int,
-) -> Tree:
-    """A tree of samples with the same media and the same tokens up to the last of them.
+) -> TokenTree:
+    """Build the tree of samples with equal media and equal tokens up to the last medium.
 
     Args:
-        samples: tokens with one image token an image or video.
-        sample_numbers: what to call each of them afterwards.
+        samples: tokens and weights, with one image token for each image or video.
+        sample_numbers: positions of the samples in the sample list.
         factors: factor on each sample's loss weights.
-        media: the images and videos of every one of them.
-        contents: the tokens that stand for each of those, ending with an image token.
-        image_token_id: the token that stands where a feature goes.
+        media: the images and videos that every one of the samples has.
+        contents: the tokens that stand for each of `media`; each ends with an image token.
+        image_token_id: id of the token at every position that receives a feature.
     """
-    assert len(media) == len(contents), "media and what stands for them differ in number"
+    assert len(media) == len(contents), f"{len(media)} media, {len(contents)} contents"
     expanded = [_expand(s, contents, image_token_id) for s in samples]
     ids, _, shared = expanded[0]
     prefix = shared if len(samples) > 1 else 0
     for other, _, end in expanded[1:]:
-        assert end == shared, "an image after the shared part"
+        assert end == shared, "an image after the shared prefix"
         assert np.array_equal(other[:prefix], ids[:prefix]), "branches of different beginnings"
-    return Tree(
+    return TokenTree(
         prefix=ids[:prefix],
         branches=tuple(
             _branch(own, weights, prefix, shared, factor, number)
@@ -112,9 +115,9 @@ def build_tree(
 def _expand(
     sample: TokenizedSample, contents: Sequence[npt.NDArray[np.int32]], image_token_id: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
-    """Every medium's tokens at its place, and where the last of them ends.
+    """Replace each image token by its medium's tokens; return ids, weights and the end of the last medium.
 
-    Nothing learns to say an image or the time of a frame, so their places weigh nothing.
+    The tokens of media get weight 0, so the model does not learn to predict images or timestamps.
     """
     is_image = sample.ids == image_token_id
     ids, counts = fill_places(sample.ids, image_token_id, contents)
@@ -131,10 +134,10 @@ def _branch(
     factor: float,
     sample: int,
 ) -> Branch:
-    """What is a sample's own, behind `prefix` tokens; `shared` is where its last medium ends."""
+    """Return the branch of a sample after `prefix` tokens; its last medium ends at token `shared`."""
     used = used_tokens(weights, shared)
     own = weights * np.float32(factor)
-    # Token k of the sample is predicted from token k - 1; the first from nothing.
+    # Token k of the sample is predicted by token k - 1; no token predicts the first one.
     predicted = np.flatnonzero(own[1:] > 0) + 1
     return Branch(
         ids=ids[prefix:used],
@@ -146,12 +149,15 @@ def _branch(
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `lengths` in bins of at most `capacity`. Deterministic."""
+    """Put the indices of `lengths` into bins of at most `capacity`, by first-fit decreasing.
+
+    The result is deterministic: equal lengths are placed in the order of their indices.
+    """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
-        assert length <= capacity, "longer than the window: refused before training starts"
+        assert length <= capacity, "a sequence longer than the window must be refused at the start"
         at = next((b for b, free in enumerate(room) if free >= length), len(bins))
         if at == len(bins):
             bins.append([])
@@ -161,14 +167,8 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(trees: Sequence[Tree], max_tokens: int) -> list[PackedBatch]:
-    """Trees in micro-batches of at most `max_tokens`."""
-    bins = first_fit([tree.tokens for tree in trees], max_tokens)
-    return [assemble([trees[i] for i in chosen])[0] for chosen in bins]
-
-
-def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]]:
-    """One micro-batch of all `trees`, in this order, and where each of them went."""
+def assemble(trees: Sequence[TokenTree]) -> tuple[PackedBatch, tuple[TreeLayout, ...]]:
+    """Return one micro-batch of all `trees` in this order, and the positions of each tree in it."""
     total = sum(tree.tokens for tree in trees)
     ids = np.empty(total, dtype=np.int64)
     positions = np.empty(total, dtype=np.int64)
@@ -176,7 +176,7 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
     sources: list[Ints] = []
     targets: list[Ints] = []
     weights: list[npt.NDArray[np.float32]] = []
-    placed: list[PlacedTree] = []
+    layouts: list[TreeLayout] = []
     at = 0
     for tree in trees:
         first, shared = at, len(tree.prefix)
@@ -192,16 +192,16 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
             positions[at:end] = np.arange(shared, shared + len(branch.ids))
             if end > at:
                 units.append((at, end, first, first + shared))
-            # Where the prefix itself is supervised (an answer before the last image), its positions
-            # appear once for each branch, as they would if the samples stood apart.
+            # A supervised prefix (an answer before the last image) is predicted once for each branch,
+            # as it is if the samples are not packed.
             moved = np.where(branch.sources < shared, first, at - shared)
             sources.append(moved + branch.sources)
             targets.append(branch.targets.astype(np.int64))
             weights.append(branch.weights)
             branches.append((at, end, branch.sample))
             at = end
-        placed.append(
-            PlacedTree(prefix=(first, first + shared), branches=tuple(branches), media=tree.media)
+        layouts.append(
+            TreeLayout(prefix=(first, first + shared), branches=tuple(branches), media=tree.media)
         )
     image = trees[0].image_token_id
     batch = PackedBatch(
@@ -213,4 +213,4 @@ def assemble(trees: Sequence[Tree]) -> tuple[PackedBatch, tuple[PlacedTree, ...]
         loss_weights=torch.from_numpy(np.concatenate(weights)),
         units=torch.from_numpy(np.array(units, dtype=np.int64).reshape(-1, 4)),
     )
-    return batch, tuple(placed)
+    return batch, tuple(layouts)

@@ -1,6 +1,11 @@
-"""What stands in a sequence for an image or a video, and how long it is.
+"""The tokens that stand for an image or a video in a sequence, and their number.
 
-K distinct media of a join, W rows of all of them.
+    placeholders = Placeholders.of(reader.spec, tokenizer)
+    placeholders.image()               # (n,) one image token for each feature token
+    placeholders.video([0.0, 0.5])     # for each frame: its time as text, then its image tokens
+    placeholders.lengths(samples)      # (K,) the number of tokens of each distinct medium
+
+K distinct media of a sample list, W feature rows of all of them.
 """
 
 from __future__ import annotations
@@ -13,29 +18,30 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from cache.store.references import IMAGE
+from cache.store.references import IMAGE, edges_of
 from model.language.chat_template import stamp_ids, video_ids
 from model.language.tokenizer import IMAGE_TOKEN, token_id
-from train.data.sample_list import Ints, Join
+from train.data.sample_list import Ints, SampleList
 
 TIE = 1e-6
-"""Times this near to the middle of two tenths are rounded as text is, one by one."""
+"""Times whose tenths of a second are within this of a tie are formatted one by one, because rounding a
+multiple of ten and formatting a float may disagree there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placeholders:
-    """The rule, for one space and one tokenizer."""
+    """The placeholder tokens of one space and one tokenizer."""
 
     tokenizer: Any
-    """Of the language model."""
+    """The language model's tokenizer."""
     image_tokens: int
     """Feature tokens of an image."""
     frame_tokens: int
-    """Feature tokens of a frame; its time stands before them as text."""
+    """Feature tokens of a frame; its timestamp precedes them as text."""
 
     @staticmethod
     def of(spec: FeatureSpec, tokenizer: Any) -> Placeholders:
-        """Those of a space."""
+        """Return the placeholders for the rows of a space."""
         return Placeholders(
             tokenizer=tokenizer,
             image_tokens=spec.tokens(ARRAY_OF["image"]),
@@ -44,44 +50,43 @@ class Placeholders:
 
     @property
     def image_token_id(self) -> int:
-        """What stands where a feature goes."""
+        """Id of the token at every position that receives a feature."""
         return token_id(self.tokenizer, IMAGE_TOKEN)
 
     def image(self) -> npt.NDArray[np.int32]:
-        """Tokens of an image."""
+        """Return the (n,) tokens of an image."""
         return np.full(self.image_tokens, self.image_token_id, dtype=np.int32)
 
     def video(self, times_s: Iterable[float]) -> npt.NDArray[np.int32]:
-        """Tokens of a video with frames at these times."""
+        """Return the (n,) tokens of a video with frames at `times_s`."""
         return video_ids(self.tokenizer, times_s, self.frame_tokens)
 
-    def contents(self, join: Join, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
-        """Tokens of some media of a join."""
+    def contents(self, samples: SampleList, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
+        """Return the tokens of each of some distinct media."""
         return [
-            self.video(join.times_of(m).tolist()) if join.is_video(m) else self.image()
+            self.video(samples.times_of(m).tolist()) if samples.is_video(m) else self.image()
             for m in media
         ]
 
-    def lengths(self, join: Join) -> Ints:
-        """(K,) tokens that each distinct media of a join becomes; the same as `contents` would make."""
-        result = np.full(len(join.kinds), self.image_tokens, dtype=np.int64)
-        videos = join.kinds != IMAGE
+    def lengths(self, samples: SampleList) -> Ints:
+        """Return the (K,) numbers of tokens that `contents` makes of each distinct medium."""
+        result = np.full(len(samples.kinds), self.image_tokens, dtype=np.int64)
+        videos = samples.kinds != IMAGE
         if not videos.any():
             return result
-        tenths, of = np.unique(tenths_of(join.times), return_inverse=True)
-        # A stamp is as long as its own tokens; nothing is joined across the places beside it.
+        tenths, of = np.unique(tenths_of(samples.times), return_inverse=True)
+        # Timestamps are tokenised separately from the text around them, so equal times have equal lengths.
         stamps = [
             len(stamp_ids(self.tokenizer, f"{t // 10}.{t % 10} ")) if t >= 0 else 0
             for t in tenths.tolist()
         ]
         frames = np.array(stamps, dtype=np.int64)[of] + self.frame_tokens
-        edges = np.concatenate([[0], np.cumsum(frames)])[join.starts]
-        result[videos] = np.diff(edges)[videos]
+        result[videos] = np.diff(edges_of(frames)[samples.starts])[videos]
         return result
 
 
 def tenths_of(times_s: npt.NDArray[np.float64]) -> Ints:
-    """Tenths of seconds exactly as `model.language.chat_template.stamp` rounds them; -1 for NaN."""
+    """Return times in tenths of a second, rounded as `chat_template.stamp` prints them; -1 for NaN."""
     times_s = np.where(times_s < 0, 0.0, times_s)
     scaled = np.where(np.isnan(times_s), -1.0, times_s * 10)
     tenths = np.rint(scaled).astype(np.int64)

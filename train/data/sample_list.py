@@ -1,6 +1,12 @@
-"""A frozen list of samples with everything a trainer needs of them but their texts, as flat arrays.
+"""The frozen list of samples of a run, as flat arrays: everything a trainer needs except the texts.
 
-S samples, R media references of all samples together, K distinct media among them.
+    samples = join(root, reader, {"demo": None}, split="train", held_out=0.05, min_coverage=0.95)
+    samples.name_of(0)                        # "demo/17"
+    samples.rows_of(samples.media_of(0)[0])   # the feature rows of its first image or video
+    samples.freeze(path)                      # which samples these are, for a resumed run
+
+S samples, R media references of all samples together, K distinct media, W feature rows of all media. A
+distinct medium is the bytes of one key, used as an image or as a video.
 """
 
 from __future__ import annotations
@@ -25,112 +31,113 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What became of one data set's samples, both splits together."""
+    """How many samples of one data set have all their features, both splits together."""
 
     dataset: str
+    """Name of the data set."""
     samples: int
     """Samples in the data set."""
     present: int
     """Samples whose media all have their features."""
     failed: int
-    """Samples that mention a media the ledger names as failed: they do not count against coverage."""
+    """Samples with a medium that failed, according to the ledger; they do not count against coverage."""
     missing: int
-    """Samples whose media should be in the space and are not."""
+    """Samples whose media should have features and do not."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Join:
+class SampleList:
     """A frozen list of samples, in data set order, as flat arrays."""
 
     root: CacheRoot
-    """Where the texts are."""
+    """The cache that has the texts."""
     split: Split
-    """Which side of the held-out threshold."""
+    """The side of the held-out threshold."""
     names: tuple[str, ...]
     """Data sets, in the order asked for."""
     mix: tuple[float, ...] | None
-    """Share of each data set, sum 1; None: by size."""
+    """Share of each data set, sum 1; None: each data set counts by its size."""
     dataset: npt.NDArray[np.int16]
-    """(S,) which of `names`."""
+    """(S,) index into `names`."""
     index: Ints
     """(S,) row in the data set's samples table."""
     weight: npt.NDArray[np.float32]
     """(S,) factor on the loss of the whole sample."""
     task: npt.NDArray[np.int32]
-    """(S,) which of `tasks`."""
+    """(S,) index into `tasks`."""
     tasks: tuple[str, ...]
-    """Types of question."""
+    """Question types."""
     offsets: Ints
-    """(S + 1,) sample i mentions media[offsets[i]:offsets[i + 1]]."""
+    """(S + 1,) sample i has media[offsets[i]:offsets[i + 1]]."""
     media: npt.NDArray[np.int32]
-    """(R,) which of the K distinct media."""
+    """(R,) index among the K distinct media."""
     keys: npt.NDArray[np.uint8]
-    """(K, 32) sha256 of the media's bytes."""
+    """(K, 32) sha256 of the bytes of each medium."""
     kinds: npt.NDArray[np.uint8]
-    """(K,) number in MEDIA_KINDS."""
+    """(K,) index into MEDIA_KINDS."""
     starts: Ints
-    """(K + 1,) media k has rows[starts[k]:starts[k + 1]]: one for an image, one a frame for a video."""
+    """(K + 1,) medium k has rows[starts[k]:starts[k + 1]]: one row for an image, one a frame for a video."""
     rows: Ints
-    """(W,) rows of the space's array for the media's kind."""
+    """(W,) row numbers in the space's array for the kind of the medium."""
     times: npt.NDArray[np.float64]
-    """(W,) where in its video a frame is, seconds after the first; NaN for images."""
+    """(W,) time of a frame, seconds after the video's first frame; NaN for images."""
     ids: tuple[Any, ...]
-    """Per data set the id column of its whole table."""
+    """For each data set the id column (Arrow strings) of its whole table."""
     counts: tuple[Coverage, ...]
-    """Per data set."""
+    """Coverage of each data set."""
     samples_digests: tuple[str, ...]
-    """Per data set: hash of its texts."""
+    """For each data set the hash of its texts."""
     digest: str
-    """Hash of this list: texts, media keys, order. Row numbers are not in it: they may change."""
+    """Hash of this list: texts, media keys, order. It leaves out row numbers, which may change."""
 
     @property
     def size(self) -> int:
-        """S."""
+        """Number of samples, S."""
         return len(self.index)
 
     @property
     def missing(self) -> int:
-        """Samples left out because features are missing."""
+        """Number of samples left out because features are missing."""
         return sum(c.missing for c in self.counts)
 
     @property
     def failed(self) -> int:
-        """Samples left out because the ledger names their media as failed."""
+        """Number of samples left out because a medium failed, according to the ledger."""
         return sum(c.failed for c in self.counts)
 
     @property
     def coverage(self) -> float:
-        """Share of the samples present, of those whose media could be had."""
+        """Share of samples with all their features, not counting samples with failed media."""
         present = sum(c.present for c in self.counts)
         return present / (present + self.missing) if present + self.missing else 1.0
 
     def name_of(self, sample: int) -> str:
-        """`<data set>/<id>` of the sample at a position of this list."""
+        """Return `<data set>/<id>` of the sample at a position of this list."""
         dataset = int(self.dataset[sample])
         return f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
 
     def media_of(self, sample: int) -> npt.NDArray[np.int32]:
-        """(n,) the media of one sample, as indices of `keys`, `kinds` and `starts`."""
+        """Return the media of one sample, (n,) indices of `keys`, `kinds` and `starts`."""
         return self.media[self.offsets[sample] : self.offsets[sample + 1]]
 
-    def is_video(self, media: int) -> bool:
-        """Whether one distinct media is a video."""
-        return int(self.kinds[media]) == VIDEO
+    def is_video(self, medium: int) -> bool:
+        """Whether a distinct medium is a video."""
+        return int(self.kinds[medium]) == VIDEO
 
-    def rows_of(self, media: int) -> Ints:
-        """Its rows, in the array of its kind."""
-        return self.rows[self.starts[media] : self.starts[media + 1]]
+    def rows_of(self, medium: int) -> Ints:
+        """Return the rows of a distinct medium, in the array of its kind."""
+        return self.rows[self.starts[medium] : self.starts[medium + 1]]
 
-    def times_of(self, media: int) -> npt.NDArray[np.float64]:
-        """Where its frames are, seconds after the first; NaN of an image."""
-        return self.times[self.starts[media] : self.starts[media + 1]]
+    def times_of(self, medium: int) -> npt.NDArray[np.float64]:
+        """Return the times of a video's frames, seconds after its first frame; NaN for an image."""
+        return self.times[self.starts[medium] : self.starts[medium + 1]]
 
-    def key(self, media: int) -> str:
-        """The key (64 hex) of one distinct media."""
-        return self.keys[media].tobytes().hex()
+    def key(self, medium: int) -> str:
+        """Return the key of a distinct medium, 64 hex digits."""
+        return self.keys[medium].tobytes().hex()
 
     def describe(self) -> str:
-        """One line a data set, for the log."""
+        """Return one line for each data set, for the log."""
         used = np.bincount(self.dataset, minlength=len(self.names))
         lines = [
             f"{c.dataset}: {used[i]:,} {self.split} samples of {c.samples:,}"
@@ -140,15 +147,15 @@ class Join:
         ]
         return "\n".join(lines)
 
-    def blind(self, seed: int) -> Join:
-        """The same samples, every image exchanged for another, and every video for another video.
+    def blind(self, seed: int) -> SampleList:
+        """Return the samples with every image exchanged for another image, and every video for another video.
 
-        A video keeps its own number of frames and their times, which stand in the text; what is seen at
-        them comes from the other video, spread over its whole length. So all sequences stay as long as
-        they were, and what is left is what can be known without looking.
+        A video keeps its number of frames and their times, because these are in its text; the frames are
+        taken from the other video, spread over its whole length. So every sequence keeps its length, and
+        only what can be answered without looking can be answered.
 
         Raises:
-            UserError: there is only one image, or one video, to exchange.
+            UserError: there is only one image, or only one video.
         """
         donor = np.empty(len(self.kinds), dtype=np.int64)
         for kind, noun in enumerate(NOUNS):
@@ -159,17 +166,17 @@ class Join:
                     f"for in the blind baseline; leave it out (--no-blind) or encode more {noun}s"
                 )
             order = of_kind[np.random.default_rng(seed).permutation(len(of_kind))]
-            donor[order] = np.roll(order, 1)  # one cycle through all: none stays in its place
+            donor[order] = np.roll(order, 1)  # one cycle through all media, so none keeps its own
         count, given = np.diff(self.starts), np.diff(self.starts)[donor]
-        place = within(np.zeros_like(count), count)  # 0, 1, ... within each media
+        place = within(np.zeros_like(count), count)  # 0, 1, ... for the rows of each medium
         last = np.repeat(np.maximum(count - 1, 1), count)
-        # The nearest of the donor's frames: first to first, last to last.
+        # The nearest of the donor's frames, so that first maps to first and last to last.
         frame = (2 * place * np.repeat(given - 1, count) + last) // (2 * last)
         rows = self.rows[np.repeat(self.starts[donor], count) + frame]
         return replace(self, rows=rows, keys=self.keys[donor], digest="blind")
 
     def freeze(self, path: Path) -> None:
-        """Write which samples these are (a bit a sample), for `join(..., frozen=path)` on resume."""
+        """Write which samples these are, one bit a sample, for `join(..., frozen=path)` on resume."""
         arrays = {}
         for i, count in enumerate(self.counts):
             chosen = np.zeros(count.samples, dtype=bool)
@@ -181,23 +188,23 @@ class Join:
         temporary.replace(path)
 
 
-def digest_of(joined: Join) -> str:
-    """Hash of texts, media keys and order; of videos also how many frames they have, and when."""
-    digest = hashlib.sha256(repr((joined.split, joined.names, joined.samples_digests)).encode())
-    arrays: list[npt.NDArray[Any]] = [joined.dataset, joined.index, joined.offsets]
-    arrays += [joined.media, joined.keys]
-    if (joined.kinds != IMAGE).any():
-        arrays += [joined.kinds, joined.starts, joined.times]
+def digest_of(samples: SampleList) -> str:
+    """Return the hash of texts, media keys and order; with videos also of their frame counts and times."""
+    digest = hashlib.sha256(repr((samples.split, samples.names, samples.samples_digests)).encode())
+    arrays: list[npt.NDArray[Any]] = [samples.dataset, samples.index, samples.offsets]
+    arrays += [samples.media, samples.keys]
+    if (samples.kinds != IMAGE).any():
+        arrays += [samples.kinds, samples.starts, samples.times]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.uint8]]:
-    """Per data set, a bit a sample: what `Join.freeze` wrote.
+    """Return what `SampleList.freeze` wrote: for each data set one bit a sample.
 
     Raises:
-        UserError: it cannot be read, or is of other data sets.
+        UserError: the file cannot be read, or is of other data sets than `names`.
     """
     try:
         chosen = load_file(path)
@@ -213,13 +220,19 @@ def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.
     return chosen
 
 
-def check_frozen(joined: Join, path: Path) -> None:
-    """Refuse a list that is not the one `Join.freeze` wrote to `path`."""
+def check_frozen(samples: SampleList, path: Path) -> None:
+    """Raise UserError if `samples` is not the list that `SampleList.freeze` wrote to `path`."""
     with safe_open(path, framework="numpy") as file:
         before = file.metadata()["digest"]
-    if before != joined.digest:
+    if before != samples.digest:
         raise UserError(
             f"{path}: the samples this run was started on are not the same any more (texts edited, "
             "images changed or removed, or another --held-out); start a new run (--run NAME --from "
             "CHECKPOINT keeps what was learned)"
         )
+
+
+def list_sums(values: npt.NDArray[Any], edges: Ints) -> Ints:
+    """Return the sum of each list values[edges[i]:edges[i + 1]]; 0 for an empty list."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.asarray(total[edges[1:]] - total[edges[:-1]], dtype=np.int64)

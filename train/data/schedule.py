@@ -1,11 +1,16 @@
-"""Which trees a step trains on: a pure function of (seed, step), so that resuming costs nothing.
+"""Decide which message trees each training step takes.
 
-Every data set is an endless stream of its own permutations. An epoch takes an exact quota of samples
-from each (everything once when no mix weights are given), shuffles them together, and epochs follow
-each other without a seam: step s holds the trees whose first sample stands at a position in
-[s * B, (s + 1) * B) of that stream. Nothing depends on the steps before, and no step is short.
+A step is a pure function of (seed, step number), so a resumed run computes its next step directly.
 
-B samples a step (all ranks together), N samples an epoch. A tree counts as many samples as it has.
+    schedule = TrainingSchedule(trees, samples_per_step=32, seed=0)
+    schedule.step(1000).slices     # the trees of step 1000, for all ranks together
+
+Each data set is an endless stream: permutation after permutation of its samples. An epoch takes an exact
+quota from each stream (every sample once when the mix has no weights) and shuffles the quotas together.
+Epochs follow each other without a gap: step s holds the trees whose first sample is at a position in
+[s * B, (s + 1) * B) of the sequence of epochs. No step depends on an earlier one, and none is cut short.
+
+B samples a step, all ranks together; N samples an epoch. A tree counts as the number of its samples.
 """
 
 from __future__ import annotations
@@ -17,56 +22,60 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from train.data.message_trees import Piece, Trees
-
-Ints = npt.NDArray[np.int64]
+from cache.store.references import within
+from train.data.message_trees import GOLDEN, MessageTrees, TreeSlice, mix64
+from train.data.sample_list import Ints
 
 BLOCK_TREES = 512
-"""Order `blocks`: this many trees whose rows are neighbours on disk stay together (about a shard)."""
+"""Order `blocks`: this many trees whose rows are neighbours on disk stay together (about one shard)."""
 BLOCKS_MIXED = 16
-"""Order `blocks`: this many blocks are shuffled into each other."""
+"""Order `blocks`: the trees of this many blocks are shuffled together."""
 EPOCHS_KEPT = 2
-"""A step may straddle two epochs."""
+"""Epochs kept in memory: a step may extend over the end of an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """What one optimizer step learns from, all ranks together."""
+    """The content of one optimizer step, for all ranks together."""
 
     number: int
-    pieces: tuple[Piece, ...]
+    """Counted from 0."""
+    slices: tuple[TreeSlice, ...]
+    """The trees, or parts of trees, in order."""
     samples: int
-    """Samples in `pieces`: B on average."""
+    """Samples in `slices`: B on average, because a tree belongs to the step of its first sample."""
     weight: float
     """Sum of the loss weights of every supervised token."""
 
 
-class Plan(Protocol):
-    """What a loader follows."""
+class Schedule(Protocol):
+    """What a FeatureLoader needs to know: the trees, and which of them each step takes."""
 
-    trees: Trees
+    trees: MessageTrees
     steps: int | None
-    """How many there are; None: no end."""
+    """Number of steps; None: endless."""
 
     def step(self, number: int) -> Step:
-        """The trees of step `number`."""
+        """Return the content of step `number`."""
 
 
-class StepPlan:
-    """Endless training steps over `trees`.
+class TrainingSchedule:
+    """Endless, shuffled training steps.
 
     Args:
-        trees: from `train.data.message_trees.grow_trees`; none may hold more samples than a step.
+        trees: the trees to draw from; none may have more samples than a step.
         samples_per_step: B, over all ranks and accumulated micro-batches.
-        seed: another seed, another order; the sample list stays.
-        order: `random`, or `blocks` for disks that seek slowly: neighbouring rows stay near in time.
+        seed: decides the order of the samples.
+        order: `random`; or `blocks`, which keeps neighbouring rows near in time, for disks that seek slowly.
+
+    Raises:
+        ValueError: `samples_per_step` is below 1 or smaller than a tree.
     """
 
     def __init__(
         self,
-        trees: Trees,
+        trees: MessageTrees,
         samples_per_step: int,
         *,
         seed: int,
@@ -77,7 +86,7 @@ class StepPlan:
         if trees.largest > samples_per_step:
             raise ValueError(
                 f"a tree holds {trees.largest} samples, more than the {samples_per_step} of a step: "
-                f"grow_trees with max_branches of at most {samples_per_step}"
+                f"build_message_trees with max_branches of at most {samples_per_step}"
             )
         self.trees = trees
         self.steps: int | None = None
@@ -85,33 +94,32 @@ class StepPlan:
         self.seed = seed
         self.order = order
         self._first_tree = np.searchsorted(trees.dataset, np.arange(len(trees.names) + 1))
-        sample_edges = trees.starts[self._first_tree]
-        self.sizes: tuple[int, ...] = tuple(int(n) for n in np.diff(sample_edges))
+        self.sizes: tuple[int, ...] = tuple(np.diff(trees.starts[self._first_tree]).tolist())
         self.quotas = quotas(self.sizes, trees.mix)
         self.samples_per_epoch = sum(self.quotas)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def epoch(self, number: int) -> float:
-        """Epochs finished when step `number` starts."""
+        """Return the number of epochs finished when step `number` starts."""
         return number * self.samples_per_step / self.samples_per_epoch
 
     def step(self, number: int) -> Step:
-        """The trees of step `number`: O(log N) once the epoch is laid out."""
+        """Return the content of step `number`: O(log N) once its epoch is in memory."""
         size, length = self.samples_per_step, self.samples_per_epoch
         low, high = number * size, (number + 1) * size
-        pieces: list[Piece] = []
+        slices: list[TreeSlice] = []
         for index in range(low // length, (high - 1) // length + 1):
             epoch = self._epoch(index)
             edges = np.array([low, high]) - index * length
             first, last = np.searchsorted(epoch.starts, edges)
-            pieces += (
-                self.trees.piece(int(epoch.tree[i]), int(epoch.low[i]), int(epoch.high[i]))
+            slices += (
+                self.trees.slice(int(epoch.tree[i]), int(epoch.low[i]), int(epoch.high[i]))
                 for i in range(first, last)
             )
-        return make_step(number, pieces, self.trees)
+        return make_step(number, slices, self.trees)
 
     def describe(self) -> str:
-        """Quotas of an epoch, for the log."""
+        """Return the quotas of an epoch as one line for the log."""
         parts = ", ".join(
             f"{name} {quota:,} of {size:,}"
             for name, quota, size in zip(self.trees.names, self.quotas, self.sizes, strict=True)
@@ -123,22 +131,20 @@ class StepPlan:
 
     def _epoch(self, index: int) -> _Epoch:
         if index not in self._epochs:
-            self._epochs[index] = self._lay_out(index)
+            self._epochs[index] = self._build_epoch(index)
             while len(self._epochs) > EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(index)
         return self._epochs[index]
 
-    def _lay_out(self, index: int) -> _Epoch:
-        """Every tree of epoch `index`, in order, with the branches of it that belong there."""
+    def _build_epoch(self, index: int) -> _Epoch:
+        """Return the trees of epoch `index` in order, each with the branches that belong to the epoch."""
         parts = [
             part
             for dataset, quota in enumerate(self.quotas)
             for part in self._take(dataset, index * quota, (index + 1) * quota)
         ]
-        tree = np.concatenate([p[0] for p in parts])
-        low = np.concatenate([p[1] for p in parts])
-        high = np.concatenate([p[2] for p in parts])
+        tree, low, high = (np.concatenate(column) for column in zip(*parts, strict=True))
         if len(self.quotas) > 1:
             mixed = self._mix(np.array([len(p[0]) for p in parts]), index)
             tree, low, high = tree[mixed], low[mixed], high[mixed]
@@ -146,14 +152,14 @@ class StepPlan:
         return _Epoch(tree=tree, low=low, high=high, starts=np.cumsum(sizes) - sizes)
 
     def _take(self, dataset: int, low: int, high: int) -> list[tuple[Ints, Ints, Ints]]:
-        """Samples [low, high) of a data set's stream as (tree, first branch, last branch) arrays.
+        """Return samples [low, high) of a data set's stream as (tree, first branch, last branch) arrays.
 
-        A tree that stands across an edge is cut there: its other branches belong to the neighbour.
+        A tree that extends over an edge is cut there; its other branches belong to the next epoch.
         """
         taken: list[tuple[Ints, Ints, Ints]] = []
         size = self.sizes[dataset]
         for number in range(low // size, (high - 1) // size + 1) if high > low else ():
-            trees = self._pass(dataset, number)
+            trees = self._permutation(dataset, number)
             counts = self.trees.sizes(trees)
             ends = np.cumsum(counts) + number * size
             first = int(np.searchsorted(ends, low, side="right"))
@@ -169,11 +175,11 @@ class StepPlan:
             )
         return taken
 
-    def _pass(self, dataset: int, number: int) -> Ints:
-        """All trees of a data set once, in the order of its pass `number`."""
+    def _permutation(self, dataset: int, number: int) -> Ints:
+        """Return all trees of a data set in the order of permutation `number` of its stream."""
         first, last = self._first_tree[dataset], self._first_tree[dataset + 1]
         count = int(last - first)
-        # Streams are keyed by name: another data set joining the mix leaves this one's order alone.
+        # The key has the data set's name, so adding a data set to the mix does not reorder this one.
         key = (self.seed, "pass", self.trees.names[dataset], number)
         if self.order == "random":
             return first + shuffled(count, *key)
@@ -185,39 +191,38 @@ class StepPlan:
         return first + near[np.lexsort((shuffled(count, *key, "within"), groups))]
 
     def _mix(self, counts: Ints, index: int) -> Ints:
-        """The order in which an epoch interleaves its data sets' parts."""
+        """Return the order in which epoch `index` interleaves parts of `counts` trees."""
         total = int(counts.sum())
         order = shuffled(total, self.seed, "mix", index)
         if self.order == "random":
             return order
-        # Blocks must survive: advance through all parts at the same pace, with a little jitter.
-        within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        jitter = order / total
-        return np.argsort((within + jitter) / np.repeat(counts, counts), kind="stable")
+        # Keep the blocks together: advance through all parts at one relative pace, with a little jitter.
+        place = within(np.zeros_like(counts), counts) + order / total
+        return np.argsort(place / np.repeat(counts, counts), kind="stable")
 
 
-class OnePass:
-    """Every sample exactly once, in the order of the sample list: for evaluation and inspection."""
+class SinglePass:
+    """Every sample exactly once, in the order of the sample list: for evaluation."""
 
-    def __init__(self, trees: Trees, samples_per_step: int) -> None:
+    def __init__(self, trees: MessageTrees, samples_per_step: int) -> None:
         self.trees = trees
         group = trees.starts[:-1] // samples_per_step
         self._edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group))
-        self.steps: int | None = len(self._edges) - 1
+        self.steps: int | None = len(self)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
 
     def step(self, number: int) -> Step:
-        """The trees of step `number` of `len(self)`."""
-        pieces = [
-            self.trees.piece(tree) for tree in range(self._edges[number], self._edges[number + 1])
-        ]
-        return make_step(number, pieces, self.trees)
+        """Return the content of step `number`, of `len(self)` steps."""
+        trees = range(self._edges[number], self._edges[number + 1])
+        return make_step(number, [self.trees.slice(tree) for tree in trees], self.trees)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Epoch:
+    """The trees of one epoch in order; entry i is branches [low[i], high[i]) of tree[i]."""
+
     tree: Ints
     low: Ints
     high: Ints
@@ -225,62 +230,57 @@ class _Epoch:
     """Samples of the epoch before each entry."""
 
 
-def make_step(number: int, pieces: Sequence[Piece], trees: Trees) -> Step:
-    """A step with its sums."""
-    members = np.concatenate([p.members for p in pieces])
+def make_step(number: int, slices: Sequence[TreeSlice], trees: MessageTrees) -> Step:
+    """Return a step with the number of its samples and their loss weight."""
+    members = np.concatenate([s.members for s in slices])
     return Step(
         number=number,
-        pieces=tuple(pieces),
+        slices=tuple(slices),
         samples=len(members),
         weight=float(trees.loss_weight[members].sum()),
     )
 
 
 def quotas(sizes: Sequence[int], mix: Sequence[float] | None) -> tuple[int, ...]:
-    """Samples of each data set in an epoch.
+    """Return the number of samples of each data set in an epoch.
 
-    Without weights every sample once. With them, the largest epoch in which no data set is seen more
-    than once and each has exactly its share (to the nearest whole sample, at least one).
+    Without a mix, an epoch has every sample once. With a mix, it is the largest epoch in which no sample
+    repeats and each data set has its share, rounded to a whole sample and at least one.
     """
     if mix is None:
         return tuple(sizes)
     shares = np.asarray(mix, dtype=np.float64) / sum(mix)
     total = min(size / share for size, share in zip(sizes, shares, strict=True))
     exact = shares * total
-    whole = np.floor(exact + 1e-9).astype(np.int64)  # n/w*w may land a hair below n
+    whole = np.floor(exact + 1e-9).astype(np.int64)  # n / w * w may round to slightly less than n
     rest = round(total) - int(whole.sum())
     by_remainder = np.argsort(whole - exact, kind="stable")
     whole[by_remainder[: max(rest, 0)]] += 1
-    return tuple(int(n) for n in np.clip(whole, 1, sizes))
+    return tuple(np.clip(whole, 1, sizes).tolist())
 
 
-def deal(pieces: Sequence[Piece], world: int) -> list[list[Piece]]:
-    """Share a step's pieces among `world` ranks so that tokens balance: longest first, to the idlest.
+def split_by_rank(slices: Sequence[TreeSlice], world_size: int) -> list[list[TreeSlice]]:
+    """Split a step's slices among ranks so that tokens balance: longest first, to the least loaded rank.
 
-    The same on every rank; within a rank the step's order is kept. With fewer pieces than ranks, some
-    get none.
+    Every rank computes the same split. Within a rank, slices keep their order. If there are fewer slices
+    than ranks, some ranks get none.
     """
-    loads = [0] * world
-    hands: list[list[int]] = [[] for _ in range(world)]
-    for index in sorted(range(len(pieces)), key=lambda i: (-pieces[i].tokens, i)):
+    loads = [0] * world_size
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    for index in sorted(range(len(slices)), key=lambda i: (-slices[i].tokens, i)):
         rank = loads.index(min(loads))
-        loads[rank] += pieces[index].tokens
-        hands[rank].append(index)
-    return [[pieces[i] for i in sorted(hand)] for hand in hands]
+        loads[rank] += slices[index].tokens
+        assigned[rank].append(index)
+    return [[slices[i] for i in sorted(indices)] for indices in assigned]
 
 
 def shuffled(count: int, *key: int | str) -> Ints:
-    """A permutation of range(count) decided by `key` alone.
+    """Return a permutation of range(count) that depends on `key` alone.
 
-    It sorts the outputs of splitmix64, which are all different, so the result is the same for every
-    numpy version and sort; numpy's own streams may change between versions.
+    It sorts the outputs of splitmix64. They are all different, so every numpy version and every sorting
+    algorithm gives the same permutation; numpy's own random streams may change between versions.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
-    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = np.arange(count, dtype=np.uint64) * GOLDEN
     x += np.frombuffer(digest[:8], dtype="<u8")
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return np.argsort(x).astype(np.int64, copy=False)
+    return np.argsort(mix64(x)).astype(np.int64, copy=False)

@@ -1,11 +1,15 @@
-"""Tokenised text: made once per (samples, tokenizer, template), then memory-mapped by every run.
+"""Tokenise the text of data sets once, into files that every run maps into memory.
 
-Lives beside the runs, never in the cache: a folder a data set, named by what decides its content.
+    tokens = TokenStore.open(root, ["demo"], tokenizer, folder=Path("runs/.tokens"))
+    tokens.sample(0, 17).ids     # the tokens of sample 17 of the first data set
 
-    runs/.tokens/<id>/ids.bin       int32    tokens of all samples, an image or video counting as one
-                      weights.bin   float32  loss weight of each token (0: not supervised)
-                      samples.bin   SAMPLE   one record a sample
-                      meta.json     written last, with the sizes of the others
+The files are in one folder for each (texts, tokenizer, template version), beside the runs and never in the
+cache, which may be read-only or shared:
+
+    runs/.tokens/<id>/ids.bin       int32    tokens of all samples; an image or video is one token
+                      weights.bin   float32  loss weight of each token; 0: not supervised
+                      samples.bin   SAMPLE   one record for each sample
+                      meta.json     written last, with the sizes of the other files
 """
 
 from __future__ import annotations
@@ -29,40 +33,44 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from configs import UserError
 from model.language.chat_template import TEMPLATE_VERSION, TokenizedSample, tokenize_messages
-from model.language.tokenizer import IMAGE_TOKEN, tokenizer_digest
+from model.language.tokenizer import IMAGE_TOKEN, token_id, tokenizer_digest
+from train.data.sample_list import Ints
 
 log = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
-
 STORE_VERSION = 2
+"""Version of the file layout; part of the folder's id."""
 SAMPLE = np.dtype(
     [
-        ("end", "<i8"),  # of its tokens in ids.bin; it starts where the one before ends
-        ("loss_weight", "<f8"),  # sum over its tokens
-        ("prefix_hash", "<u8"),  # of its tokens up to and with the last image
-        ("prefix", "<i4"),  # how many those are
-        ("used", "<i4"),  # how many of its tokens are worth reading, see `used_tokens`
-        ("images", "<i4"),
+        (
+            "end",
+            "<i8",
+        ),  # end of its tokens in ids.bin; they start at the end of the previous sample
+        ("loss_weight", "<f8"),  # sum of the weights of its tokens
+        ("prefix_hash", "<u8"),  # hash of its tokens up to and including the last medium
+        ("prefix", "<i4"),  # number of those tokens
+        ("used", "<i4"),  # number of its tokens that a sequence needs, see `used_tokens`
+        ("images", "<i4"),  # number of its images and videos
     ]
 )
 PROGRESS_S = 30.0
+"""Seconds between progress lines while tokenising."""
 FILES = ("ids.bin", "weights.bin", "samples.bin")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefixes:
-    """What samples that share images may share: their tokens up to the last image."""
+    """The parts that samples of equal media may share: their tokens up to and including the last medium."""
 
     length: Ints
-    """(n,) tokens, an image counting as one; 0 without images."""
+    """(n,) tokens of the prefix, an image or video counting as one; 0 without media."""
     hash: npt.NDArray[np.uint64]
-    """(n,) of those tokens."""
+    """(n,) hashes of the tokens of the prefix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Store:
-    """One data set's mapped files."""
+    """The mapped files of one data set."""
 
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
@@ -70,7 +78,7 @@ class _Store:
 
 
 class TokenStore:
-    """The tokenised text of several data sets. Use `TokenStore.open`."""
+    """The tokenised text of several data sets. Make one by `TokenStore.open`."""
 
     def __init__(self, stores: Sequence[_Store], image_token_id: int) -> None:
         self._stores = list(stores)
@@ -78,7 +86,11 @@ class TokenStore:
 
     @staticmethod
     def open(root: CacheRoot, names: Sequence[str], tokenizer: Any, *, folder: Path) -> TokenStore:
-        """Map the text of the data sets `names`, tokenising first what `folder` does not have yet."""
+        """Map the text of the data sets `names`; tokenise first those that `folder` does not have.
+
+        Raises:
+            UserError: the messages and media of a sample do not match.
+        """
         vocabulary = tokenizer_digest(tokenizer)
         stores = []
         for name in names:
@@ -88,33 +100,33 @@ class TokenStore:
             if not _is_whole(path):
                 _write(path, name, read_samples(root, name), tokenizer)
             stores.append(_map(path))
-        return TokenStore(stores, _image_token_id(tokenizer))
+        return TokenStore(stores, token_id(tokenizer, IMAGE_TOKEN))
 
     def sample(self, dataset: int, index: int) -> TokenizedSample:
-        """Tokens and loss weights of one sample, as views of the file."""
+        """Return the tokens and loss weights of one sample, as views of the mapped files."""
         store = self._stores[dataset]
         first = int(store.samples["end"][index - 1]) if index else 0
         end = int(store.samples["end"][index])
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
     def lengths(self, dataset: npt.NDArray[np.int16], index: Ints) -> Ints:
-        """(n,) tokens of samples that a sequence holds, an image counting as one."""
-        return self._gather(dataset, index, lambda s: s.samples["used"]).astype(np.int64)
+        """Return the (n,) numbers of tokens that a sequence needs of each sample; a medium counts as one."""
+        return self._gather(dataset, index, "used").astype(np.int64)
 
     def loss_weights(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[np.float64]:
-        """(n,) sums of the samples' loss weights, without the sample's own factor."""
-        return self._gather(dataset, index, lambda s: s.samples["loss_weight"])
+        """Return the (n,) sums of each sample's token loss weights, without the weight of the sample."""
+        return self._gather(dataset, index, "loss_weight")
 
     def prefixes(self, dataset: npt.NDArray[np.int16], index: Ints) -> Prefixes:
-        """What the samples may share."""
+        """Return the lengths and hashes of the samples' prefixes."""
         return Prefixes(
-            length=self._gather(dataset, index, lambda s: s.samples["prefix"]).astype(np.int64),
-            hash=self._gather(dataset, index, lambda s: s.samples["prefix_hash"]),
+            length=self._gather(dataset, index, "prefix").astype(np.int64),
+            hash=self._gather(dataset, index, "prefix_hash"),
         )
 
-    def _gather(self, dataset: npt.NDArray[np.int16], index: Ints, column: Any) -> Any:
-        """A column of the samples records, for samples of several data sets."""
-        parts = [column(store) for store in self._stores]
+    def _gather(self, dataset: npt.NDArray[np.int16], index: Ints, field: str) -> Any:
+        """Return one field of the sample records, for samples of several data sets."""
+        parts = [store.samples[field] for store in self._stores]
         result = np.empty(len(index), dtype=parts[0].dtype)
         for number, part in enumerate(parts):
             here = dataset == number
@@ -123,16 +135,12 @@ class TokenStore:
 
 
 def messages_of(sample: Sample) -> list[tuple[str, str, float]]:
-    """A sample's messages as the template takes them."""
+    """Return a sample's messages as (role, content, weight), as the chat template takes them."""
     return [(m.role, m.content, m.weight) for m in sample.messages]
 
 
-def _image_token_id(tokenizer: Any) -> int:
-    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-
-
 def _is_whole(path: Path) -> bool:
-    """Whether a store is there with every byte it had when it was finished."""
+    """Whether a store exists and its files have the sizes they had when it was finished."""
     try:
         sizes = json.loads((path / "meta.json").read_text())["bytes"]
         return all((path / name).stat().st_size == sizes[name] for name in FILES)
@@ -154,7 +162,7 @@ def _map(path: Path) -> _Store:
 
 
 def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> None:
-    """Tokenise into a folder beside `path`, which then takes its name: whole or not at all."""
+    """Tokenise into a temporary folder and rename it to `path`: the store is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -189,8 +197,8 @@ def _tokenize(
     weights: BinaryIO,
     records: BinaryIO,
 ) -> int:
-    """Append every sample's tokens to the files; returns how many samples there were."""
-    image = _image_token_id(tokenizer)
+    """Append the tokens of every sample to the files; return the number of samples."""
+    image = token_id(tokenizer, IMAGE_TOKEN)
     started = reported = time.monotonic()
     end = count = 0
     for sample in samples:
@@ -209,25 +217,26 @@ def _tokenize(
 
 
 def tokenize_sample(sample: Sample, tokenizer: Any) -> TokenizedSample:
-    """Tokens and loss weights of one sample.
+    """Return the tokens and loss weights of one sample.
 
     Raises:
-        UserError: its messages and images do not fit together.
+        UserError: the sample has more media than `<image>` marks, or an unknown role.
     """
     try:
         return tokenize_messages(tokenizer, messages_of(sample), len(sample.media))
     except ValueError as error:
         raise UserError(
-            f"sample {sample.dataset}/{sample.id}: {error}; mend its messages and encode again: "
+            f"sample {sample.dataset}/{sample.id}: {error}; correct its messages and encode again: "
             f"python -m encode.run --dataset {sample.dataset}"
         ) from None
 
 
 def used_tokens(weights: npt.NDArray[np.float32], prefix: int) -> int:
-    """How many of a sample's tokens need to be read: up to the one that predicts the last supervised one.
+    """Return how many of a sample's tokens a sequence needs: up to the predictor of the last supervised one.
 
-    What follows (an answer's end mark and its newline, at least) predicts nothing and nothing looks back at
-    it, so without it every loss and gradient is the same. What branches share stays whole.
+    The tokens after it (at least an answer's end mark and newline) predict nothing, and no token attends to
+    them, so leaving them out changes no loss and no gradient. The `prefix` tokens that branches share are
+    always kept, and a sample without a supervised token is kept whole.
     """
     supervised = np.flatnonzero(weights[1:] > 0)  # token k + 1 is predicted from token k
     last = int(supervised[-1]) + 1 if len(supervised) else len(weights)
@@ -235,11 +244,11 @@ def used_tokens(weights: npt.NDArray[np.float32], prefix: int) -> int:
 
 
 def _record(text: TokenizedSample, end: int, image: int) -> npt.NDArray[Any]:
-    places = np.flatnonzero(text.ids == image)
-    prefix = int(places[-1]) + 1 if len(places) else 0
+    media = np.flatnonzero(text.ids == image)
+    prefix = int(media[-1]) + 1 if len(media) else 0
     head = hashlib.blake2b(text.ids[:prefix].tobytes(), digest_size=8).digest()
-    # The first token is predicted from nothing, so its weight never counts.
+    # No token predicts the first one, so its weight never counts.
     loss_weight = float(text.weights[1:].sum(dtype=np.float64))
     used = used_tokens(text.weights, prefix)
-    record = (end, loss_weight, int.from_bytes(head), prefix, used, len(places))
+    record = (end, loss_weight, int.from_bytes(head), prefix, used, len(media))
     return np.array([record], dtype=SAMPLE)

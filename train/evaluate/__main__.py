@@ -30,15 +30,15 @@ from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
 from train.config import Options as TrainOptions
 from train.config import parse_mix, read_saved
-from train.data.features import feature_bytes, looked_at
+from train.data.features import feature_bytes, read_features
 from train.data.join import join
 from train.data.loader import FeatureLoader
-from train.data.message_trees import grow_trees
+from train.data.message_trees import build_message_trees
 from train.data.placeholders import Placeholders
-from train.data.sample_list import Join
-from train.data.schedule import OnePass
+from train.data.sample_list import SampleList
+from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
-from train.evaluate.questions import HeldOut, held_out_samples
+from train.evaluate.questions import EvaluationSample, evaluation_samples
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.run_folder import CONFIG
 from train.setup import check_space, mix_of
@@ -186,7 +186,7 @@ def trained_with(final: Path) -> TrainOptions:
 
 
 def held_out_loss(
-    joined: Join,
+    joined: SampleList,
     tokens: TokenStore,
     reader: FeatureReader,
     forward: Forward,
@@ -194,22 +194,23 @@ def held_out_loss(
     places: Placeholders,
 ) -> float:
     """Loss a supervised token over all samples of the join."""
-    trees = grow_trees(
+    trees = build_message_trees(
         joined,
         tokens,
         max_tokens=trained.max_sequence_length,
         max_branches=LOSS_STEP,
-        places=places,
+        placeholders=places,
     )
-    plan = OnePass(trees, LOSS_STEP)
+    plan = SinglePass(trees, LOSS_STEP)
     with FeatureLoader(
         plan, tokens, reader, max_tokens=trained.max_tokens, stop=len(plan)
     ) as loader:
-        return forward.mean_loss(loader)[0]
+        total, weight, _ = forward.loss_sums(loader)
+    return total / weight
 
 
 def answers_of(
-    joined: Join,
+    joined: SampleList,
     root: CacheRoot,
     reader: FeatureReader,
     forward: Forward,
@@ -218,11 +219,13 @@ def answers_of(
 ) -> list[str]:
     """The model's answer to the last turn of every sample of the join, in its order."""
     result: list[str] = []
-    waiting: list[HeldOut] = []
+    waiting: list[EvaluationSample] = []
     size = 0
 
     def flush() -> None:
-        prompts = [(asked(one.messages), looked_at(joined, one.media, reader)) for one in waiting]
+        prompts = [
+            (asked(one.messages), read_features(joined, one.media, reader)) for one in waiting
+        ]
         with forward.precision():
             result.extend(
                 answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
@@ -241,9 +244,9 @@ def answers_of(
     return result
 
 
-def questions(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
+def questions(root: CacheRoot, joined: SampleList) -> Iterator[EvaluationSample]:
     """The samples that have an answer to compare with."""
-    for one in held_out_samples(root, joined):
+    for one in evaluation_samples(root, joined):
         if any(role == "assistant" for role, _, _ in one.messages):
             yield one
 
@@ -258,7 +261,7 @@ def asked(messages: Sequence[tuple[str, str, float]]) -> list[tuple[str, str, fl
 
 
 def scored(
-    joined: Join, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
+    joined: SampleList, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
 ) -> tuple[Answer, ...]:
     """Answers beside what was expected; `given` holds one list, or two when the second is blind."""
     result = []

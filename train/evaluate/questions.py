@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 from train.data.tokens import messages_of
 
 READ_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HeldOut:
+class EvaluationSample:
     """One sample as evaluation wants it: words to answer, rows to look at."""
 
     sample: Sample
@@ -27,7 +27,7 @@ class HeldOut:
     """Its images and videos, in order, as the join numbers them."""
 
 
-def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
+def evaluation_samples(root: CacheRoot, joined: SampleList) -> Iterator[EvaluationSample]:
     """The samples of a join with their texts, in the order of the list."""
     at = 0
     for number, name in enumerate(joined.names):
@@ -40,7 +40,7 @@ def held_out_samples(root: CacheRoot, joined: Join) -> Iterator[HeldOut]:
                     messages = tuple(Message(**m) for m in row.pop("messages"))
                     media = tuple(MediaRef(**m) for m in row.pop("media"))
                     sample = Sample(messages=messages, media=media, **row)
-                    yield HeldOut(
+                    yield EvaluationSample(
                         sample=sample,
                         messages=messages_of(sample),
                         media=tuple(joined.media_of(at).tolist()),

@@ -81,10 +81,10 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
     """The trainer with what the scene changes in it."""
     refuse, build = run.refuse_non_finite, setup.build_model
 
-    class Counted(step.Share):
-        def total(self, *arguments: Any) -> step.Totals:
+    class Counted(step.LocalStep):
+        def reduce(self, *arguments: Any) -> step.StepTotals:
             parts.append(len(self.losses()))
-            return super().total(*arguments)
+            return super().reduce(*arguments)
 
     def stop(number: int, *arguments: Any) -> None:
         refuse(number, *arguments)
@@ -98,7 +98,7 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
     environment = {"WORLD_SIZE": "1"} if scene.alone else {}
     with (
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(run, "Share", Counted),
+        mock.patch.object(run, "LocalStep", Counted),
         mock.patch.object(run, "refuse_non_finite", stop),
         mock.patch.object(setup, "build_model", drift),
     ):

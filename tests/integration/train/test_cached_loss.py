@@ -25,7 +25,7 @@ from model.vision.encoder import VisionEncoder, load_encoder
 from train import run_folder, setup
 from train.config import Options
 from train.data.loader import MicroBatch
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 from train.metrics import read_metrics
 from train.run import train
 from train.step import Forward
@@ -39,13 +39,13 @@ class LiveForward(Forward):
     """Encodes a micro-batch's images from their files instead of unpacking what is stored."""
 
     encoder: VisionEncoder
-    joined: Join
+    joined: SampleList
     files: dict[str, Path]
     """Key -> image."""
     rounded: bool
 
     def features(self, micro: MicroBatch) -> torch.Tensor | None:
-        media = [number for tree in micro.placed for number in tree.media]
+        media = [number for tree in micro.layouts for number in tree.media]
         images = [decode_image(self.files[self.joined.key(m)].read_bytes()) for m in media]
         pixels = [self.encoder.prepare(image)[None] for image in images]
         computed = torch.cat([self.encoder.encode(one) for one in pixels])

@@ -26,9 +26,9 @@ from model.media import video
 from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
 from tests.support.videos import make_video
-from train.data.features import looked_at
+from train.data.features import read_features
 from train.data.join import join
-from train.data.sample_list import Join
+from train.data.sample_list import SampleList
 
 LIMIT = 5
 """Frames of a video."""
@@ -43,7 +43,7 @@ class Live:
     features: Path
 
     @property
-    def joined(self) -> Join:
+    def joined(self) -> SampleList:
         names = {"demo-videos": None, "demo-captions": None}
         return join(
             CacheRoot(self.features),
@@ -59,7 +59,7 @@ class Live:
     def reader(self) -> FeatureReader:
         return FeatureReader(find_space(CacheRoot(self.features), None))
 
-    def source(self, joined: Join, media: int) -> Path:
+    def source(self, joined: SampleList, media: int) -> Path:
         ledger = read_media(CacheRoot(self.features)).values()
         return Path(next(r.source for r in ledger if r.key == joined.key(media)))
 
@@ -100,7 +100,7 @@ def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
     for m in videos:
         path = world.source(joined, m)
         found = live_video(encoder, space, path, video.probe(path), LIMIT)
-        (cached,) = looked_at(joined, [m], reader)
+        (cached,) = read_features(joined, [m], reader)
         assert not isinstance(cached, torch.Tensor)
         assert list(found.times_s) == list(cached.times_s)
         assert torch.equal(found.features, cached.features)
@@ -131,7 +131,7 @@ def test_answers_about_videos_are_those_from_the_cache(
         command = ["--run", str(world.model), "--max-new-tokens", "12", "--prompt", prompt]
         assert generate.main([*command, *words]) == 0
         asked = prompt.replace("<video>", "<image>")
-        features = looked_at(joined, order, reader)
+        features = read_features(joined, order, reader)
         wanted = answer(vlm, tokenizer, [([("user", asked, 1.0)], features)], max_new_tokens=12)
         out, err = capsys.readouterr()
         assert (out, err) == (wanted[0] + "\n", "")

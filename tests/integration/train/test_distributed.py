@@ -32,7 +32,14 @@ from tests.integration.train.distributed_child import Outcome, Scene
 from tests.support import ROOT, trained_runs
 from train import checkpoint, distributed, run_folder, step
 from train.config import Options, preset
-from train.distributed import LostProcessError, Processes, buckets, fingerprint, join, joined
+from train.distributed import (
+    LostProcessError,
+    ProcessGroup,
+    buckets,
+    find_process_group,
+    fingerprint,
+    process_group,
+)
 from train.metrics import read_metrics
 from train.run import main
 
@@ -309,13 +316,13 @@ def alive(pid: int) -> bool:
 # ---- the pieces
 
 
-def side_by_side(work: Callable[[Processes], Any], world: int = 3) -> list[Any]:
+def side_by_side(work: Callable[[ProcessGroup], Any], world: int = 3) -> list[Any]:
     """What `work` returns or raises in each of several processes, here threads with a store in common."""
     store = HashStore()
     results: list[Any] = [None] * world
 
     def one(rank: int) -> None:
-        member = Processes(rank, world, rank, store)
+        member = ProcessGroup(rank, world, rank, store)
         try:
             results[rank] = work(member)
         except (UserError, LostProcessError) as error:
@@ -332,9 +339,9 @@ def side_by_side(work: Callable[[Processes], Any], world: int = 3) -> list[Any]:
 
 
 def test_notes() -> None:
-    def work(member: Processes) -> Any:
-        shared = member.share({"rank": member.rank})
-        return shared, member.from_leader(lambda: f"made by {member.rank}"), member.share(1)
+    def work(member: ProcessGroup) -> Any:
+        shared = member.gather_objects({"rank": member.rank})
+        return shared, member.broadcast(lambda: f"made by {member.rank}"), member.gather_objects(1)
 
     expected = ([{"rank": 0}, {"rank": 1}, {"rank": 2}], "made by 0", [1, 1, 1])
     assert side_by_side(work) == [expected] * 3
@@ -343,9 +350,9 @@ def test_notes() -> None:
 def test_the_leader_goes_first() -> None:
     order: list[int] = []
 
-    def work(member: Processes) -> None:
-        with member.leader_first():
-            time.sleep(0.2 if member.leader else 0)
+    def work(member: ProcessGroup) -> None:
+        with member.main_process_first():
+            time.sleep(0.2 if member.is_main else 0)
             order.append(member.rank)
 
     side_by_side(work)
@@ -353,9 +360,9 @@ def test_the_leader_goes_first() -> None:
 
 
 def test_nobody_waits_for_a_process_that_failed() -> None:
-    def work(member: Processes) -> None:
-        with member.leader_first():
-            if member.leader:
+    def work(member: ProcessGroup) -> None:
+        with member.main_process_first():
+            if member.is_main:
                 time.sleep(0.1)
                 raise UserError("the disk is full")
 
@@ -365,9 +372,9 @@ def test_nobody_waits_for_a_process_that_failed() -> None:
 
 
 def test_they_must_agree() -> None:
-    def work(member: Processes) -> None:
-        member.agree(lambda: {"samples": "abc", "step": 3})
-        member.agree(lambda: {"samples": "abc", "step": 3 + (member.rank == 2)})
+    def work(member: ProcessGroup) -> None:
+        member.require_equal(lambda: {"samples": "abc", "step": 3})
+        member.require_equal(lambda: {"samples": "abc", "step": 3 + (member.rank == 2)})
 
     results = side_by_side(work)
     assert [str(r).split(";")[0] for r in results] == [
@@ -384,12 +391,12 @@ def test_only_one_is_the_first_to_fail() -> None:
 
 def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = join()
-    assert (alone.rank, alone.world, alone.leader) == (0, 1, True)
-    assert alone.share(1) == [1] and alone.gather([2.0]) == [[2.0]]
-    assert alone.from_leader(lambda: "x") == "x"
-    alone.agree(lambda: pytest.fail("was asked"))
-    with alone.leader_first():
+    alone = find_process_group()
+    assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
+    assert alone.gather_objects(1) == [1] and alone.gather_numbers([2.0]) == [[2.0]]
+    assert alone.broadcast(lambda: "x") == "x"
+    alone.require_equal(lambda: pytest.fail("was asked"))
+    with alone.main_process_first():
         alone.connect(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
 
@@ -398,7 +405,7 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 4, .*RANK.*torchrun"), joined():
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 4, .*RANK.*torchrun"), process_group():
         pass
 
 
@@ -409,20 +416,20 @@ def test_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     kind = "cuda"
     for local in range(2):
-        assert Processes(2 + local, 4, local, HashStore()).device("auto") == torch.device(
+        assert ProcessGroup(2 + local, 4, local, HashStore()).device("auto") == torch.device(
             "cuda", local
         )
     assert chosen == [torch.device("cuda:0"), torch.device("cuda:1")]
     with pytest.raises(UserError, match="process 2 of this machine has no GPU, torch finds 2"):
-        Processes(2, 3, 2, HashStore()).device("cuda")
+        ProcessGroup(2, 3, 2, HashStore()).device("cuda")
     with pytest.raises(UserError, match="4 processes need a GPU each; give cuda"):
-        Processes(0, 4, 0, HashStore()).device("cuda:1")
-    assert Processes().device("cuda:1") == torch.device("cuda")  # alone: as model.device says
+        ProcessGroup(0, 4, 0, HashStore()).device("cuda:1")
+    assert ProcessGroup().device("cuda:1") == torch.device("cuda")  # alone: as model.device says
     kind = "mps"
     with pytest.raises(UserError, match="one Metal GPU"):
-        Processes(0, 2, 0, HashStore()).device("auto")
+        ProcessGroup(0, 2, 0, HashStore()).device("auto")
     kind = "cpu"
-    assert Processes(1, 2, 1, HashStore()).device("auto") == torch.device("cpu")
+    assert ProcessGroup(1, 2, 1, HashStore()).device("auto") == torch.device("cpu")
 
 
 def test_buckets_hold_neighbours_of_one_type() -> None:
@@ -504,7 +511,7 @@ def test_batch_size_is_a_process_and_a_run_keeps_its_total(
 def test_gradients_of_a_lone_process_are_left_alone() -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
     parameters[0].grad = torch.full((2,), math.pi)
-    Processes().sum_gradients(parameters)
+    ProcessGroup().sum_gradients(parameters)
     assert (
         parameters[0].grad.tolist() == pytest.approx([math.pi] * 2) and parameters[1].grad is None
     )

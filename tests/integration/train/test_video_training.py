@@ -29,8 +29,8 @@ from tests.support.feature_caches import (
 )
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader, feature_order
-from train.data.sample_list import Join
-from train.data.schedule import OnePass, StepPlan
+from train.data.sample_list import SampleList
+from train.data.schedule import SinglePass, TrainingSchedule
 from train.step import Forward
 
 VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
@@ -165,7 +165,7 @@ def test_packed_is_unpacked_in_loss_and_gradients(
     joined = world.join("d")
     assert joined.size == len(samples())
     trees = world.trees(joined, 120, max_branches=max_branches)
-    plan = OnePass(trees, 100)
+    plan = SinglePass(trees, 100)
     found, read = 0.0, 0
     with FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=max_tokens) as loader:
         for micro in loader:
@@ -181,7 +181,7 @@ def test_packed_is_unpacked_in_loss_and_gradients(
         torch.testing.assert_close(gradient, wanted[name] / weight, rtol=1e-4, atol=2e-6)
     # Each sample's last end mark and newline at least were not read.
     assert read <= length - 2 * len(samples())
-    assert read == sum(trees.piece(t).tokens for t in range(len(trees)))
+    assert read == sum(trees.slice(t).tokens for t in range(len(trees)))
 
 
 def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
@@ -202,24 +202,24 @@ def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
 def test_samples_that_share_a_video_read_it_once(world: World) -> None:
     joined = world.join("d")
     trees = world.trees(joined, 512)
-    piece = trees.piece(0)
-    assert [joined.name_of(int(m)) for m in piece.members] == ["d/one", "d/same", "d/again"]
-    video = len(trees.places.contents(joined, joined.media_of(0).tolist())[0])
-    assert piece.prefix == len(["<|im_start|>", "user", "\n"]) + video
-    assert piece.tokens == int(trees.length[piece.members].sum()) - 2 * piece.prefix
+    shared = trees.slice(0)
+    assert [joined.name_of(int(m)) for m in shared.members] == ["d/one", "d/same", "d/again"]
+    video = len(trees.placeholders.contents(joined, joined.media_of(0).tolist())[0])
+    assert shared.prefix == len(["<|im_start|>", "user", "\n"]) + video
+    assert shared.tokens == int(trees.length[shared.members].sum()) - 2 * shared.prefix
 
 
 def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
     joined = world.join("d", "e")
     trees = world.trees(joined, 512)
     with FeatureLoader(
-        OnePass(trees, 100), world.tokens(joined), world.reader, max_tokens=4096
+        SinglePass(trees, 100), world.tokens(joined), world.reader, max_tokens=4096
     ) as loader:
         (micro,) = loader
     rows = forward_of(build_vlm(SPEC.width, "random:qwen3-tiny", "linear", 0)[0]).features(micro)
     assert rows is not None
     wanted = []
-    for tree in micro.placed:
+    for tree in micro.layouts:
         for m in tree.media:
             name = next(n for n in (*VIDEOS, *IMAGES) if key_of(n) == joined.key(m))
             if joined.is_video(m):
@@ -249,7 +249,7 @@ def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return preadv(fd, buffers, offset)
 
     with FeatureLoader(
-        OnePass(world.trees(joined), 1), world.tokens(joined), world.reader, max_tokens=512
+        SinglePass(world.trees(joined), 1), world.tokens(joined), world.reader, max_tokens=512
     ) as loader:
         monkeypatch.setattr(os, "preadv", spy)
         next(loader)
@@ -278,7 +278,7 @@ def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> No
 
 def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) -> None:
     joined = world.join("d", "e")
-    plan = StepPlan(world.trees(joined, 150), 4, seed=3)
+    plan = TrainingSchedule(world.trees(joined, 150), 4, seed=3)
     vlm = stirred()
 
     def losses(max_tokens: int, threads: int, world_size: int = 1) -> list[float]:
@@ -294,7 +294,7 @@ def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) ->
                     stop=8,
                     threads=threads,
                     rank=rank,
-                    world=world_size,
+                    world_size=world_size,
                 ) as loader,
             ):
                 for micro in loader:
@@ -326,7 +326,7 @@ def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
     trees = world.trees(joined, 512, max_branches=1)
     rows: dict[int, tuple[str, int]] = {}
     for t in range(len(trees)):
-        sample = int(trees.piece(t).members[0])
+        sample = int(trees.slice(t).members[0])
         if len(joined.media_of(sample)):
             m = int(joined.media_of(sample)[0])
             array = "frame" if joined.is_video(m) else "image"
@@ -341,10 +341,10 @@ def test_inspect_shows_frames_with_their_times(tmp_path: Path) -> None:
     world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
     world.encode(["p"])
     world.encode_videos({"video b": 0.8})
-    joined: Join = world.join()
+    joined: SampleList = world.join()
     trees = world.trees(joined)
     with FeatureLoader(
-        OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
+        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
     ) as loader:
         text = inspect_text(next(loader), world.tokenizer, trees)
     video, image = key_of("video b")[:12], key_of("p")[:12]
@@ -369,7 +369,7 @@ def test_a_sample_that_ends_with_its_image_is_shown_without_words_of_its_own(
     joined = world.join()
     trees = world.trees(joined)
     with FeatureLoader(
-        OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
+        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
     ) as loader:
         micro = next(loader)
         text = inspect_text(micro, world.tokenizer, trees)

@@ -18,8 +18,8 @@ from tests.support.feature_caches import (
 )
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
-from train.data.schedule import OnePass
-from train.evaluate.questions import held_out_samples
+from train.data.schedule import SinglePass
+from train.evaluate.questions import evaluation_samples
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_held_out_samples_come_with_words_and_rows_in_order(mixed: World) -> None:
     joined = mixed.join("e", "d", split="val", held_out=0.4)
-    found = list(held_out_samples(mixed.root, joined))
+    found = list(evaluation_samples(mixed.root, joined))
     assert [f"{h.sample.dataset}/{h.sample.id}" for h in found] == names_of(joined)
     everything = {
         f"{name}/{s.id}": s
@@ -62,7 +62,7 @@ def test_inspect_shows_shared_images_branches_and_what_is_learned(world: World) 
     joined = world.join()
     trees = world.trees(joined)
     with FeatureLoader(
-        OnePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
+        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
     ) as loader:
         text = inspect_text(next(loader), world.tokenizer, trees)
     key = key_of("a")[:12]

@@ -30,8 +30,8 @@ from tests.support.feature_caches import (
     payload,
 )
 from train.data.loader import FeatureLoader
-from train.data.packing import build_tree
-from train.data.schedule import OnePass, StepPlan
+from train.data.packing import build_token_tree
+from train.data.schedule import SinglePass, TrainingSchedule
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
 
 def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -> None:
     joined = mixed.join("d", "e")
-    plan = StepPlan(mixed.trees(joined), 16, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     seen = 0
     with FeatureLoader(
         plan, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
@@ -72,7 +72,7 @@ def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -
             rows = micro.order[::M] // M
             assert (micro.order.view(-1, M) == rows[:, None] * M + torch.arange(M)).all()
             codes = micro.codes["image"][rows]
-            firsts = [tree.branches[0][2] for tree in micro.placed]
+            firsts = [tree.branches[0][2] for tree in micro.layouts]
             media = [int(m) for sample in firsts for m in joined.media_of(sample)]
             assert len(codes) == len(media) == len(micro.packed.image_slots) // M
             for row, number in zip(codes, media, strict=True):
@@ -94,19 +94,19 @@ def test_memory_settings_never_change_what_a_step_learns(
     mixed: World, seed: int, max_tokens: int, branches: int, threads: int
 ) -> None:
     joined = mixed.join("d", "e")
-    plan = StepPlan(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
+    plan = TrainingSchedule(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
     tokens, reader = mixed.tokens(joined), mixed.reader
     for step in range(3):
-        members = [int(m) for p in plan.step(step).pieces for m in p.members]
+        members = [int(m) for p in plan.step(step).slices for m in p.members]
         expected: Counter[tuple[int, int, float]] = Counter()
         for m in members:  # each sample built alone
             media = joined.media_of(m).tolist()
-            branch = build_tree(
+            branch = build_token_tree(
                 [tokens.sample(int(joined.dataset[m]), int(joined.index[m]))],
                 sample_numbers=[m],
                 factors=[float(joined.weight[m])],
                 media=media,
-                contents=plan.trees.places.contents(joined, media),
+                contents=plan.trees.placeholders.contents(joined, media),
                 image_token_id=tokens.image_token_id,
             ).branches[0]
             expected.update(
@@ -128,7 +128,7 @@ def test_memory_settings_never_change_what_a_step_learns(
             ahead=3,
         ) as loader:
             batches = list(loader)
-        assert sum(b.samples for b in batches) == len(members) == batches[0].step_samples
+        assert sum(b.samples for b in batches) == len(members)
         assert [b.last for b in batches] == [False] * (len(batches) - 1) + [True]
         assert all(b.tokens <= max_tokens for b in batches)
         found: Counter[tuple[int, int, float]] = Counter()
@@ -153,11 +153,11 @@ def test_the_models_loss_does_not_depend_on_trees_or_packing(mixed: World) -> No
         with (
             torch.no_grad(),
             FeatureLoader(
-                OnePass(trees, 1000), mixed.tokens(joined), mixed.reader, max_tokens=max_tokens
+                SinglePass(trees, 1000), mixed.tokens(joined), mixed.reader, max_tokens=max_tokens
             ) as loader,
         ):
             for micro in loader:
-                media = [m for tree in micro.placed for m in tree.media]
+                media = [m for tree in micro.layouts for m in tree.media]
                 part = vlm.loss(micro.packed, table[media] if media else None)
                 total, weight = total + float(part[0]), weight + float(part[1])
         assert weight == pytest.approx(float(trees.loss_weight.sum()))
@@ -170,7 +170,7 @@ def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
     tokens = mixed.tokens(joined)
 
     def batches(start: int, stop: int) -> list[Any]:
-        plan = StepPlan(mixed.trees(joined, 256), 16, seed=9)  # as a new process would
+        plan = TrainingSchedule(mixed.trees(joined, 256), 16, seed=9)  # as a new process would
         with FeatureLoader(
             plan, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
         ) as loader:
@@ -185,18 +185,20 @@ def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
 
 def test_two_ranks_learn_what_one_does(mixed: World) -> None:
     joined = mixed.join("d", "e")
-    plan = StepPlan(mixed.trees(joined), 16, seed=4)
+    plan = TrainingSchedule(mixed.trees(joined), 16, seed=4)
     tokens, reader = mixed.tokens(joined), mixed.reader
 
     def loader(rank: int, world: int) -> FeatureLoader:
-        return FeatureLoader(plan, tokens, reader, max_tokens=4096, stop=6, rank=rank, world=world)
+        return FeatureLoader(
+            plan, tokens, reader, max_tokens=4096, stop=6, rank=rank, world_size=world
+        )
 
     assert triples(loader(0, 2)) + triples(loader(1, 2)) == triples(loader(0, 1))
 
 
 def test_the_last_micro_batch_knows_its_step_is_whole(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = OnePass(mixed.trees(joined), 10)
+    plan = SinglePass(mixed.trees(joined), 10)
     with FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=4096) as loader:
         steps = [(m.step, m.last, m.wait_s >= 0) for m in loader]
         assert steps == [(i, True, True) for i in range(len(plan))]
@@ -215,7 +217,7 @@ def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> 
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    plan = StepPlan(world.trees(joined), 2, seed=0)
+    plan = TrainingSchedule(world.trees(joined), 2, seed=0)
     loader = FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=512, stop=4)
     with pytest.raises(CorruptError, match=str(shard)):
         list(loader)
@@ -225,7 +227,7 @@ def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> 
 
 def test_closing_stops_the_threads_and_leaving_early_closes(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     with FeatureLoader(
         plan, mixed.tokens(joined), mixed.reader, max_tokens=512, threads=3, ahead=6
     ) as loader:
@@ -250,7 +252,7 @@ class SlowReader:
 
 def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
 
     def waits(work_s: float) -> list[float]:
         reader = SlowReader(mixed.reader, 0.05)
@@ -271,7 +273,7 @@ def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
 
 def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     reader = SlowReader(mixed.reader, 0.0)
     with FeatureLoader(
         plan, mixed.tokens(joined), reader, max_tokens=512, threads=2, ahead=3
@@ -284,7 +286,7 @@ def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:
 
 def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = StepPlan(mixed.trees(joined), 4, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     with FeatureLoader(
         plan, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
     ) as loader:
@@ -296,6 +298,6 @@ def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) ->
 
 def test_the_loader_refuses_a_micro_batch_smaller_than_the_window(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = StepPlan(mixed.trees(joined), 16, seed=0)
+    plan = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     with pytest.raises(ValueError, match="less than the window of 512"):
         FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=500)

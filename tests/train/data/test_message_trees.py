@@ -18,7 +18,7 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-from train.data.message_trees import Trees
+from train.data.message_trees import MessageTrees
 
 
 @pytest.fixture
@@ -26,8 +26,10 @@ def world(tmp_path: Path) -> World:
     return new_world(tmp_path)
 
 
-def family(trees: Trees) -> list[list[str]]:
-    return [[trees.join.name_of(int(m)) for m in trees.piece(t).members] for t in range(len(trees))]
+def family(trees: MessageTrees) -> list[list[str]]:
+    return [
+        [trees.samples.name_of(int(m)) for m in trees.slice(t).members] for t in range(len(trees))
+    ]
 
 
 def test_trees_join_same_images_and_same_beginning_only(world: World) -> None:
@@ -63,7 +65,7 @@ def test_trees_join_same_images_and_same_beginning_only(world: World) -> None:
     assert trees.first_row[6] == -1
     # Shared: the marks <|im_start|>, "user" and "\n", then M features. They stand once.
     assert trees.prefix.tolist() == [3 + M, 0, 0, 2 * (3 + M) - 3 + len(" or "), 0, 0, 0, 0, 0]
-    assert trees.piece(0).tokens == trees.length[0] + trees.length[2] - (3 + M)
+    assert trees.slice(0).tokens == trees.length[0] + trees.length[2] - (3 + M)
 
 
 def test_trees_are_cut_at_max_branches_and_at_the_window(world: World) -> None:
@@ -76,7 +78,7 @@ def test_trees_are_cut_at_max_branches_and_at_the_window(world: World) -> None:
     for window in (longest, longest + 30, 3 * longest):
         trees = world.trees(joined, max_tokens=window, max_branches=16)
         assert sorted(n for f in family(trees) for n in f) == sorted(names_of(joined))
-        tokens = [trees.piece(t).tokens for t in range(len(trees))]
+        tokens = [trees.slice(t).tokens for t in range(len(trees))]
         assert max(tokens) <= window
         # Cut as late as possible: the next branch would not have fitted.
         for t, used in enumerate(tokens[:-1]):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.attention.batch import PackedBatch
 from model.language.chat_template import TokenizedSample
-from train.data.packing import Tree, assemble, build_tree, first_fit, pack
+from train.data.packing import TokenTree, assemble, build_token_tree, first_fit
 
 IMAGE_ID = 9
 CONTENTS = [
@@ -59,8 +59,8 @@ def families(draw: st.DrawFn) -> Family:
     return Family(samples, factors, [draw(st.integers(0, 5)) for _ in range(images)])
 
 
-def tree_of(family: Family, first_number: int = 0) -> Tree:
-    return build_tree(
+def tree_of(family: Family, first_number: int = 0) -> TokenTree:
+    return build_token_tree(
         family.samples,
         sample_numbers=range(first_number, first_number + len(family.samples)),
         factors=family.factors,
@@ -108,6 +108,12 @@ def alone(
         if weights[k] > 0:
             triples[k - 1, ids[k], float(np.float32(weights[k]) * np.float32(factor))] += 1
     return triples
+
+
+def pack(trees: list[TokenTree], max_tokens: int) -> list[PackedBatch]:
+    """Pack trees into micro-batches of at most `max_tokens`, as the loader does."""
+    bins = first_fit([tree.tokens for tree in trees], max_tokens)
+    return [assemble([trees[i] for i in chosen])[0] for chosen in bins]
 
 
 def triples(batches: list[PackedBatch]) -> Counter[tuple[int, int, float]]:

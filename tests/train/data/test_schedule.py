@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.store.paths import CacheRoot
-from train.data.message_trees import Piece, Trees
+from train.data.message_trees import MessageTrees, TreeSlice
 from train.data.placeholders import Placeholders
-from train.data.sample_list import Join
-from train.data.schedule import OnePass, StepPlan, deal, quotas, shuffled
+from train.data.sample_list import SampleList
+from train.data.schedule import SinglePass, TrainingSchedule, quotas, shuffled, split_by_rank
 
 
 def some_trees(
     sizes: Sequence[Sequence[int]],
     mix: tuple[float, ...] | None = None,
     names: Sequence[str] | None = None,
-) -> Trees:
+) -> MessageTrees:
     """Data sets of trees of the given numbers of samples; sample i is i + 1 tokens long."""
     flat = np.array([n for data_set in sizes for n in data_set], dtype=np.int64)
     count = int(flat.sum())
@@ -31,7 +31,7 @@ def some_trees(
     names = tuple(names or (f"set{i}" for i in range(len(sizes))))
     everything = np.arange(count)
     dataset = np.repeat(np.arange(len(sizes)), per_set).astype(np.int16)
-    join = Join(
+    samples = SampleList(
         root=CacheRoot(Path("nowhere")),
         split="train",
         names=names,
@@ -54,8 +54,8 @@ def some_trees(
         digest="",
     )
     starts = np.concatenate([[0], np.cumsum(flat)])
-    return Trees(
-        join=join,
+    return MessageTrees(
+        samples=samples,
         names=names,
         mix=mix,
         members=everything,
@@ -65,21 +65,21 @@ def some_trees(
         first_row=np.arange(len(flat))[::-1].copy(),
         length=(everything % 100 + 1).astype(np.int32),
         loss_weight=np.ones(count),
-        places=Placeholders(tokenizer=None, image_tokens=1, frame_tokens=1),
+        placeholders=Placeholders(tokenizer=None, image_tokens=1, frame_tokens=1),
         max_tokens=10**9,
     )
 
 
-def stream(plan: StepPlan, steps: int, start: int = 0) -> list[int]:
+def stream(plan: TrainingSchedule, steps: int, start: int = 0) -> list[int]:
     return [
         int(m)
         for number in range(start, start + steps)
-        for p in plan.step(number).pieces
+        for p in plan.step(number).slices
         for m in p.members
     ]
 
 
-def steps_of(plan: StepPlan, epochs: int) -> int:
+def steps_of(plan: TrainingSchedule, epochs: int) -> int:
     return -(-plan.samples_per_epoch * epochs // plan.samples_per_step)
 
 
@@ -93,7 +93,7 @@ def test_without_weights_every_sample_exactly_once_an_epoch(
     sizes: list[list[int]], batch: int, seed: int, order: str
 ) -> None:
     trees = some_trees(sizes)
-    plan = StepPlan(trees, batch, seed=seed, order=order)  # type: ignore[arg-type]
+    plan = TrainingSchedule(trees, batch, seed=seed, order=order)  # type: ignore[arg-type]
     samples = stream(plan, steps_of(plan, 3))
     total = len(trees.members)
     assert plan.samples_per_epoch == total
@@ -113,9 +113,9 @@ def test_with_weights_every_epoch_holds_the_exact_quotas_and_streams_never_skip(
 ) -> None:
     mix = tuple(w / sum(weights[: len(sizes)]) for w in weights[: len(sizes)])
     trees = some_trees(sizes, mix)
-    plan = StepPlan(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
+    plan = TrainingSchedule(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
     samples = np.array(stream(plan, steps_of(plan, 6)))
-    dataset = trees.join.dataset
+    dataset = trees.samples.dataset
     length = plan.samples_per_epoch
     for epoch in range(6):
         there = np.bincount(dataset[samples[epoch * length :][:length]], minlength=len(sizes))
@@ -133,9 +133,9 @@ def test_a_step_is_the_same_for_whoever_starts_there(
     sizes: list[list[int]], batch: int, start: int
 ) -> None:
     trees = some_trees(sizes)
-    uninterrupted = StepPlan(trees, batch, seed=3)
+    uninterrupted = TrainingSchedule(trees, batch, seed=3)
     whole = [stream(uninterrupted, 1, number) for number in range(start + 5)]
-    resumed = StepPlan(trees, batch, seed=3)
+    resumed = TrainingSchedule(trees, batch, seed=3)
     assert [stream(resumed, 1, number) for number in range(start, start + 5)] == whole[start:]
 
 
@@ -145,17 +145,17 @@ def test_every_step_has_samples_and_is_never_off_by_more_than_a_tree(
     sizes: list[list[int]], batch: int
 ) -> None:
     trees = some_trees(sizes)
-    plan = StepPlan(trees, batch, seed=0)
+    plan = TrainingSchedule(trees, batch, seed=0)
     for number in range(25):
         step = plan.step(number)
-        assert step.samples == sum(len(p.members) for p in step.pieces) > 0
+        assert step.samples == sum(len(p.members) for p in step.slices) > 0
         assert abs(step.samples - batch) < trees.largest
         assert step.weight == step.samples  # each weighs 1 here
 
 
 def test_a_tree_larger_than_a_step_is_refused_because_steps_would_be_empty() -> None:
     with pytest.raises(ValueError, match="max_branches of at most 3"):
-        StepPlan(some_trees([[4, 1]]), 3, seed=0)
+        TrainingSchedule(some_trees([[4, 1]]), 3, seed=0)
 
 
 @given(st.lists(tree_sizes, min_size=1, max_size=2), st.integers(4, 20), st.integers(2, 4))
@@ -163,11 +163,11 @@ def test_a_tree_larger_than_a_step_is_refused_because_steps_would_be_empty() -> 
 def test_ranks_share_out_exactly_what_one_rank_would_do(
     sizes: list[list[int]], batch: int, world: int
 ) -> None:
-    plan = StepPlan(some_trees(sizes), batch, seed=5)
+    plan = TrainingSchedule(some_trees(sizes), batch, seed=5)
     for number in range(6):
-        pieces = plan.step(number).pieces
-        hands = deal(pieces, world)
-        assert deal(pieces, 1) == [list(pieces)]
+        pieces = plan.step(number).slices
+        hands = split_by_rank(pieces, world)
+        assert split_by_rank(pieces, 1) == [list(pieces)]
         dealt = Counter(tuple(p.members) for hand in hands for p in hand)
         assert dealt == Counter(tuple(p.members) for p in pieces)
         loads = [sum(p.tokens for p in hand) for hand in hands]
@@ -175,25 +175,29 @@ def test_ranks_share_out_exactly_what_one_rank_would_do(
 
 
 def test_dealing_balances_tokens_not_pieces() -> None:
-    pieces = [Piece(members=np.array([i]), prefix=0, tokens=t) for i, t in enumerate((10, 1, 1, 8))]
-    hands = deal(pieces, 2)
+    pieces = [
+        TreeSlice(members=np.array([i]), prefix=0, tokens=t) for i, t in enumerate((10, 1, 1, 8))
+    ]
+    hands = split_by_rank(pieces, 2)
     assert [[p.tokens for p in hand] for hand in hands] == [[10], [1, 1, 8]]
 
 
 def test_order_follows_seed_epoch_and_data_set_name_and_nothing_else() -> None:
     sizes = [[1] * 50, [1] * 50]
-    first = stream(StepPlan(some_trees(sizes), 10, seed=0), 20)
-    assert first == stream(StepPlan(some_trees(sizes), 10, seed=0), 20)
-    assert first != stream(StepPlan(some_trees(sizes), 10, seed=1), 20)
-    alone = stream(StepPlan(some_trees([[1] * 50], names=["set0"]), 10, seed=0), 10)
+    first = stream(TrainingSchedule(some_trees(sizes), 10, seed=0), 20)
+    assert first == stream(TrainingSchedule(some_trees(sizes), 10, seed=0), 20)
+    assert first != stream(TrainingSchedule(some_trees(sizes), 10, seed=1), 20)
+    alone = stream(TrainingSchedule(some_trees([[1] * 50], names=["set0"]), 10, seed=0), 10)
     assert alone[:50] != alone[50:]  # the second epoch has its own order
-    other = stream(StepPlan(some_trees([[1] * 50], names=["other"]), 10, seed=0), 10)
+    other = stream(TrainingSchedule(some_trees([[1] * 50], names=["other"]), 10, seed=0), 10)
     assert alone != other
 
 
 def test_samples_per_step_do_not_change_the_stream() -> None:
     trees = some_trees([[1, 2, 3] * 10, [1] * 9])
-    assert stream(StepPlan(trees, 3, seed=2), 100) == stream(StepPlan(trees, 12, seed=2), 25)
+    assert stream(TrainingSchedule(trees, 3, seed=2), 100) == stream(
+        TrainingSchedule(trees, 12, seed=2), 25
+    )
 
 
 def test_blocks_keep_neighbouring_rows_near_in_time() -> None:
@@ -201,7 +205,7 @@ def test_blocks_keep_neighbouring_rows_near_in_time() -> None:
     trees = some_trees([[1] * 40_000])
     touched = {}
     for order in ("random", "blocks"):
-        plan = StepPlan(trees, 2000, seed=0, order=order)  # type: ignore[arg-type]
+        plan = TrainingSchedule(trees, 2000, seed=0, order=order)  # type: ignore[arg-type]
         rows = trees.first_row[stream(plan, 1)]
         touched[order] = len(np.unique(rows // 512))
     assert touched["random"] == 79  # all of them
@@ -212,9 +216,9 @@ def test_blocks_keep_neighbouring_rows_near_in_time() -> None:
 @settings(deadline=None)
 def test_one_pass_is_every_sample_once_in_order(sizes: list[list[int]], batch: int) -> None:
     trees = some_trees(sizes)
-    one_pass = OnePass(trees, batch)
+    one_pass = SinglePass(trees, batch)
     found = [
-        int(m) for s in range(len(one_pass)) for p in one_pass.step(s).pieces for m in p.members
+        int(m) for s in range(len(one_pass)) for p in one_pass.step(s).slices for m in p.members
     ]
     assert found == list(range(len(trees.members)))
 
@@ -251,7 +255,7 @@ def test_shuffled_is_a_permutation_that_never_changes() -> None:
 def test_ten_million_samples_are_planned_in_seconds() -> None:
     trees = some_trees([[1] * 10_000_000])
     started = time.process_time()
-    plan = StepPlan(trees, 512, seed=0)
+    plan = TrainingSchedule(trees, 512, seed=0)
     step = plan.step(1_000_000)  # some 50 epochs in: what comes before costs nothing
     assert step.samples == 512
     assert time.process_time() - started < 10
