@@ -29,6 +29,9 @@ MAX_POINTS = 480
 TAG_DISTANCE = 0.08
 """Share of the width between the labels of two channels, at least: nearer ones would overlap."""
 
+EMPTY = "Nothing recorded."
+"""Text of a chart without values."""
+
 Values = npt.NDArray[np.floating]
 Point = tuple[float, float]
 
@@ -117,7 +120,7 @@ def histogram(
     """Draw distributions over one axis, each as shares of its own values."""
     series = [one for one in series if len(one.values)]
     if not series:
-        return _draw(None, title=title)
+        return _draw(None, title=title, note=EMPTY)
     edges = bins(np.concatenate([one.values for one in series]))
     low, high = float(edges[0]), float(edges[-1])
     shares = [np.histogram(one.values, edges)[0] / len(one.values) for one in series]
@@ -163,7 +166,7 @@ def cumulative(
 ) -> Markup:
     """Draw the running sum (0 to 1) of shares over 1, 2, 3, ... on a logarithmic axis."""
     if not len(shares):
-        return _draw(None, title=title)
+        return _draw(None, title=title, note=EMPTY)
     total = np.cumsum(shares)
     axes = Axes(x_range=(1, len(total)), y_range=(0, 1), log_x=True, top=MARKED_TOP)
     counts = np.unique(np.geomspace(1, len(total), 160).round().astype(int)).tolist()
@@ -193,7 +196,7 @@ def line_chart(
     shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
     values = [y for _, points in shown for _, y in points]
     if not values:
-        return _draw(None, title=title, wide=wide)
+        return _draw(None, title=title, wide=wide, note=EMPTY)
     last = max(x for _, points in shown for x, _ in points)
     y_ticks = (log_ticks if log else nice_ticks)(min(values), max(values))
     axes = Axes(
@@ -257,7 +260,7 @@ def _draw(
     marks: Sequence[Mark] = (),
     legend: Sequence[tuple[str, str]] = (),
     described: str = "",
-    note: str = "Nothing recorded.",
+    note: str = "",
 ) -> Markup:
     """Fill charts.html.
 

@@ -6,7 +6,6 @@ import base64
 import io
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cache.store.paths import CacheRoot
+from cache.view import charts
+from cache.view.charts import Line, line_chart
 from tests.support import trained_runs
+from tests.support.html_page import Page
 from train import run
 from train.evaluate.__main__ import Evaluation
 from train.evaluate.scoring import Answer, by_task
 from train.report import __main__ as report
-from train.report import charts, media
-from train.report.charts import Line, chart
-
-VOID = {"meta", "img", "line", "circle", "polyline"}
-
-
-class Page(HTMLParser):
-    """Checks that elements nest, and keeps attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from train.report import media
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +64,8 @@ def test_it_is_one_whole_page(reported: tuple[str, Path, CacheRoot]) -> None:
         assert tag not in ("script", "link", "iframe", "object"), tag
         for name in ("src", "href", "data", "action"):
             assert (attributes.get(name) or "data:").startswith("data:")
+    (policy,) = (a["content"] for a in page.all("meta") if a.get("http-equiv"))
+    assert str(policy).startswith("default-src 'none'; img-src data:;")
     style = re.findall(r"<style>(.*?)</style>", reported[0], re.DOTALL)
     assert len(style) == 1 and "url(" not in style[0] and "@import" not in style[0]
     assert "run, stage 1" in page.text and "blind" in page.text
@@ -116,8 +93,11 @@ def test_curves_show_the_run(reported: tuple[str, Path, CacheRoot]) -> None:
     assert labels == ["Loss", "Learning rate", "Gradient norm"]
     dots = [a for tag, a in page.tags if tag == "circle"]
     assert len(dots) == 2  # held-out losses after steps 5 and 10
-    lines = [a["points"] for tag, a in page.tags if tag == "polyline"]
-    assert len(str(lines[0]).split()) == 10  # one point a step
+    lines = [a["d"] for a in page.all("path") if a["class"] == "line faint"]
+    assert str(lines[0]).count("L") == 9  # ten points, one a step
+
+
+META = {"llm": "<llm>", "connector": "linear"}
 
 
 def answer(**changes: Any) -> Answer:
@@ -154,9 +134,9 @@ def evaluation(*answers: Answer) -> Evaluation:
 
 def test_text_never_becomes_markup(tmp_path: Path) -> None:
     result = evaluation(answer())
-    shown = report.images_of(result.answers, 5, CacheRoot(tmp_path))
-    meta = {"llm": "<llm>", "connector": "linear"}
-    page = Page(report.render(result, [], shown, config="a: <b>", meta=meta))
+    shown = report.pick_media(result.answers, 5, CacheRoot(tmp_path))
+    shown.append(report.Shown(media=(media.Picture(absent="video <b>"),), answers=()))
+    page = Page(report.render(result, [], shown, config="a: <b>", meta=META))
     tags = {tag for tag, _ in page.tags}
     assert not {"script", "x", "een", "llm", "image"} & tags
     for text in (
@@ -164,16 +144,18 @@ def test_text_never_becomes_markup(tmp_path: Path) -> None:
         "expected red & blue",
         "<script>alert(1)</script>",
         "gr<een",
+        "video <b>",
     ):
         assert text in page.text
-    assert "Loss: nothing recorded." in page.text  # no metrics, no curves, no failure
+    assert "Loss Nothing recorded." in page.text  # no metrics, no curves, no failure
 
 
-def test_an_empty_answer_is_said() -> None:
-    text = report.question(answer(given=""))
-    assert "<i>nothing</i>" in text and 'class="wrong"' in text
-    assert 'class="right"' in report.question(answer(correct=True))
-    assert 'class="plain"' in report.question(answer(task="caption"))
+def test_an_empty_answer_is_said_and_a_caption_is_not_judged(tmp_path: Path) -> None:
+    answers = [answer(given=""), answer(correct=True), answer(task="caption")]
+    shown = report.pick_media(answers, 5, CacheRoot(tmp_path))
+    html = report.render(evaluation(*answers), [], shown, config="", meta=META)
+    assert "<i>nothing</i>" in html
+    assert [a["class"] for a in Page(html).all("dd") if "class" in a] == ["wrong", "right", "plain"]
 
 
 def test_points_are_marked() -> None:
@@ -182,24 +164,21 @@ def test_points_are_marked() -> None:
         expected='<points coords="1 1 250 500 2 900 100">x</points>',
         given='<points coords="2 1 700 300">x</points>',
     )
-    assert report.marks([told], 1) == (
-        '<i class="ring" style="left:25.0%;top:50.0%"></i>'
-        '<i class="ring" style="left:90.0%;top:10.0%"></i>'
-    )
-    assert report.marks([told], 2) == '<i class="wrong" style="left:70.0%;top:30.0%"></i>'
+    assert report.marks([told], 1) == [("ring", 25.0, 50.0), ("ring", 90.0, 10.0)]
+    assert report.marks([told], 2) == [("wrong", 70.0, 30.0)]
 
 
 def test_points_are_told_as_coordinates() -> None:
     told = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
-    assert report.readable(told) == "(250, 500) (900, 100) red &amp; blue"
-    assert report.readable('<points coords="x">') == "&lt;points coords=&quot;x&quot;&gt;"
+    assert report.readable(told) == "(250, 500) (900, 100) red & blue"
+    assert report.readable('<points coords="x">') == '<points coords="x">'
 
 
 def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
     answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
-    shown = report.images_of(answers, 4, CacheRoot(tmp_path))
+    shown = report.pick_media(answers, 4, CacheRoot(tmp_path))
     assert [s.answers[0].sample for s in shown] == ["big/0", "small/0", "big/1", "small/1"]
     assert [a.sample for a in shown[0].answers] == [
         "big/0",
@@ -213,13 +192,13 @@ def test_large_images_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise).save(path, quality=95, exif=exif)
-    html = media.image(path, None)
-    data = base64.b64decode(html.split("base64,")[1].split('"')[0])
+    (uri,) = media.picture(str(path), None).uris
+    data = base64.b64decode(uri.split("base64,")[1])
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (240, 480)
     assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
     path.write_bytes(b"no image")
-    assert "image cannot be read" in media.image(path, None)
+    assert media.picture(str(path), None).absent == "image cannot be read"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -245,7 +224,7 @@ def test_log_ticks_cover(low: float, factor: float) -> None:
 def test_thinning_keeps_the_mean_and_the_span() -> None:
     points = [(float(i), math.sin(i)) for i in range(10_000)]
     thin = charts.thinned(points)
-    assert len(thin) == charts.MOST_POINTS
+    assert len(thin) == charts.MAX_POINTS
     assert np.mean([y for _, y in thin]) == pytest.approx(np.mean([y for _, y in points]), abs=1e-3)
     assert thin[0][0] < 15 and thin[-1][0] > 9985
     assert charts.thinned(points[:7]) == points[:7]
@@ -261,8 +240,8 @@ def test_smoothing_is_an_exponential_mean_without_bias() -> None:
 
 def test_values_that_cannot_be_drawn_are_left_out() -> None:
     line = Line(label="x", points=[(1, float("nan")), (2, 0.0), (3, float("inf"))], style="a")
-    assert "nothing recorded" in chart([line], title="T", width=700, log=True)
-    drawn = chart([line], title="T", width=700)
+    assert "Nothing recorded" in line_chart([line], title="T", log=True)
+    drawn = line_chart([line], title="T")
     assert "nan" not in drawn and "inf" not in drawn
-    flat = chart([Line(label="x", points=[(1, 2.0), (2, 2.0)], style="a")], title="T", width=700)
+    flat = line_chart([Line(label="x", points=[(1, 2.0), (2, 2.0)], style="a")], title="T")
     assert Page(flat).tags

@@ -10,25 +10,27 @@ Media are read from where the samples found them (train/report_media.py). Answer
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
+
+from markupsafe import Markup
 
 import configs
 from cache.remote.open import Elsewhere, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
+from cache.view import page
+from cache.view.charts import Line, Point, finite, line_chart, smoothed
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation
 from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
 from train.metrics import duration, read_metrics
-from train.report.charts import Line, chart, finite, smoothed
-from train.report.media import find_media, medium
-from train.report.style import STYLE
+from train.report.media import Picture, find_media, picture
 from train.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
@@ -68,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     final = find_run(options.run, options.stage)
     folder = final.parent
     result = evaluated(final, options)
-    page = render(
+    html = render(
         result,
         read_metrics(folder),
-        images_of(result.answers, options.images, local_root(options.features, options)),
+        pick_media(result.answers, options.images, local_root(options.features, options)),
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
         meta=read_meta(final),
     )
     output = options.output or folder / "report.html"
-    write_atomic(output, page.encode())
-    print(f"{output}: {len(page.encode()) / 1e6:.1f} MB")
+    write_atomic(output, html.encode())
+    print(f"{output}: {len(html.encode()) / 1e6:.1f} MB")
     return 0
 
 
@@ -101,20 +103,22 @@ def evaluated(final: Path, options: Options) -> Evaluation:
     )
 
 
-# ---- images
+# ---- images and videos
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """One sample's images and videos, and everything asked about them."""
+    """The images and videos of one or more samples, and every question about them."""
 
-    images: tuple[str, ...]
-    """HTML of each, with what is pointed at."""
+    media: tuple[Picture, ...]
     answers: tuple[Answer, ...]
 
 
-def images_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
-    """The first `most` images or videos (or groups) with all their questions, evenly over the data sets."""
+def pick_media(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
+    """Return up to `most` images or videos (or groups of them) with all questions about each.
+
+    Data sets take turns; within one, the order is that of the answers.
+    """
     groups: dict[tuple[str, ...], list[Answer]] = {}
     for one in answers:
         if one.media:
@@ -122,37 +126,36 @@ def images_of(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Sho
     queues: dict[str, list[tuple[str, ...]]] = {}
     for media, about in groups.items():
         queues.setdefault(about[0].sample.split("/")[0], []).append(media)
-    chosen: list[tuple[str, ...]] = []
-    for rank in range(max(map(len, queues.values()), default=0)):
-        chosen += [queue[rank] for queue in queues.values() if rank < len(queue)]
-    chosen = chosen[:most]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+    chosen = [media for media in turns if media is not None][:most]
     found = find_media({source for media in chosen for source in media}, root)
     return [
         Shown(
-            images=tuple(
-                medium(source, found.get(source)) + marks(groups[media], number)
-                for number, source in enumerate(media, 1)
-            ),
+            media=tuple(picture(source, found.get(source)) for source in media),
             answers=tuple(groups[media]),
         )
         for media in chosen
     ]
 
 
-def marks(answers: Sequence[Answer], number: int) -> str:
-    """Where the answers point in image `number`: rings where they should, dots where they do."""
+def marks(answers: Sequence[Answer], number: int) -> list[tuple[str, float, float]]:
+    """Return (CSS class, left, top) of each point in image `number`, from 1; left and top in percent.
+
+    A `ring` is where an answer should point; a `right` or `wrong` dot is where it points.
+    """
     found = []
     for one in answers:
         verdict = "right" if one.correct else "wrong"
-        found += [("ring", x, y) for image, x, y in points_in(one.expected) if image == number]
-        found += [(verdict, x, y) for image, x, y in points_in(one.given) if image == number]
-    return "".join(
-        f'<i class="{kind}" style="left:{min(x, 1000) / 10:.1f}%;top:{min(y, 1000) / 10:.1f}%"></i>'
-        for kind, x, y in found
-    )
+        for style, text in (("ring", one.expected), (verdict, one.given)):
+            found += [
+                (style, min(x, 1000) / 10, min(y, 1000) / 10)
+                for image, x, y in points_in(text)
+                if image == number
+            ]
+    return found
 
 
-# ---- page
+# ---- the page
 
 
 def render(
@@ -163,134 +166,82 @@ def render(
     config: str,
     meta: Mapping[str, Any],
 ) -> str:
-    """The whole page."""
-    name = f"{Path(result.run).name}, stage {result.stage}"
+    """Return the HTML of the page.
+
+    Args:
+        result: scores and answers.
+        lines: of metrics.jsonl.
+        shown: images and videos with their questions.
+        config: the run's options as YAML.
+        meta: what the model's file says of itself.
+    """
     steps = [line for line in lines if "loss" in line]
-    seconds = sum(line["step_s"] for line in steps)
-    spent = f" in {duration(seconds)}" if steps else ""
-    facts = (
-        f"{meta['llm']} with a {meta['connector']} connector on {result.space} · "
-        f"{result.step:,} steps{spent} · {result.samples:,} samples of the {result.split} split"
+    spent = f" in {duration(sum(line['step_s'] for line in steps))}" if steps else ""
+    html = page.render(
+        Path(__file__).with_name("report.html"),
+        title=f"{Path(result.run).name}, stage {result.stage}",
+        summary=f"{meta['llm']} with a {meta['connector']} connector on {result.space} · "
+        f"{result.step:,} steps{spent} · {result.samples:,} samples of the {result.split} split",
+        result=result,
+        boxes=boxes(result),
+        charts=curves(lines),
+        shown=shown,
+        points=any(points_in(one.expected) for one in result.answers),
+        config=config,
+        marks=marks,
+        readable=readable,
+        CAPTION=CAPTION,
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><header><h1>{escape(name)}</h1><p>{escape(facts)}</p></header><main>"
-        f"{headline(result)}<section><h2>Scores</h2>{scores(result)}</section>"
-        f"<section><h2>Training</h2>{curves(lines)}</section>"
-        f"<section><h2>What it has {'' if result.split == 'train' else 'not '}seen in training</h2>"
-        f'{hint(result)}<div class="cards">{"".join(map(card, shown))}</div></section>'
-        f"<section><details><summary>Options</summary><pre>{escape(config)}</pre></details></section>"
-        "</main></body></html>\n"
-    )
+    return str(html)
 
 
-def headline(result: Evaluation) -> str:
-    """The figures that matter, large."""
-    boxes = []
+def boxes(result: Evaluation) -> list[tuple[str, str, str]]:
+    """Return the most important figures: (value, label, explanation)."""
+    found = []
     if result.mean is not None:
-        boxes.append(("exact match", f"{result.mean:.1%}", "mean over question types"))
+        found.append((f"{result.mean:.1%}", "exact match", "mean over question types"))
     if result.blind_mean is not None:
-        boxes.append(
-            ("blind", f"{result.blind_mean:.1%}", "the same model, images and videos exchanged")
-        )
+        note = "the same model with images and videos exchanged"
+        found.append((f"{result.blind_mean:.1%}", "blind", note))
     beside = "" if result.blind_loss is None else f"{result.blind_loss:.4g} blind"
-    boxes.append(("loss", f"{result.loss:.4g}", beside))
-    return '<div class="boxes">' + "".join(map(_box, boxes)) + "</div>"
+    return [*found, (f"{result.loss:.4g}", "loss", beside)]
 
 
-def _box(box: tuple[str, str, str]) -> str:
-    label, value, note = map(escape, box)
-    return f"<div><small>{label}</small><strong>{value}</strong><small>{note}</small></div>"
-
-
-def scores(result: Evaluation) -> str:
-    """A bar for each question type, blind's mark on it."""
-    rows = []
-    for task in result.tasks:
-        apart = " (apart)" if task.name == CAPTION else ""
-        mark = "" if task.blind is None else f'<i style="left:{task.blind:.2%}"></i>'
-        blind = "" if task.blind is None else f"{task.blind:.1%}"
-        rows.append(
-            f"<tr><th>{escape(task.name)}{apart}</th><td>{task.questions:,}</td>"
-            f'<td class="bar"><div><b style="width:{task.exact:.2%}"></b>{mark}</div></td>'
-            f"<td>{task.exact:.1%}</td><td>{blind}</td></tr>"
-        )
-    return (
-        "<table><thead><tr><th>question</th><td>asked</td><td></td>"
-        '<td><span class="key a">exact match</span></td><td><span class="key b">blind</span></td></tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table>"
-    )
-
-
-def curves(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Loss, learning rates, gradient norm over steps."""
+def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Return charts of the loss, the learning rates and the gradient norm over steps."""
     steps = [line for line in lines if "loss" in line]
+    half_life = max(2.0, len(steps) / 150)
 
-    def column(name: str) -> list[tuple[float, float]]:
+    def column(name: str) -> list[Point]:
         return finite([(line["step"], line[name]) for line in steps])
 
+    def line(name: str, label: str, style: str) -> Line:
+        return Line(label=label, points=column(name), style=style)
+
+    def smooth(name: str, label: str) -> list[Line]:
+        points = smoothed(column(name), half_life)
+        return [line(name, "", "faint"), Line(label=label, points=points, style="a")]
+
     held = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
-    half_life = max(2.0, len(steps) / 150)
     loss = [
-        Line(label="", points=column("loss"), style="faint"),
-        Line(label="training, smoothed", points=smoothed(column("loss"), half_life), style="a"),
+        *smooth("loss", "training, smoothed"),
         Line(label="held out", points=held, style="b", dots=True),
     ]
-    rates = [
-        Line(label="language model", points=column("lr"), style="a"),
-        Line(label="connector", points=column("connector_lr"), style="b dash"),
+    rates = [line("lr", "language model", "a"), line("connector_lr", "connector", "b dash")]
+    return [
+        line_chart([one for one in loss if one.points], title="Loss", wide=True, log=True),
+        # A frozen part has the rate 0 throughout.
+        line_chart([one for one in rates if any(y for _, y in one.points)], title="Learning rate"),
+        line_chart(smooth("grad_norm", "smoothed"), title="Gradient norm"),
     ]
-    norm = [
-        Line(label="", points=column("grad_norm"), style="faint"),
-        Line(label="smoothed", points=smoothed(column("grad_norm"), half_life), style="a"),
-    ]
-    return (
-        '<div class="charts">'
-        + chart([line for line in loss if line.points], title="Loss", width=1120, log=True)
-        + chart(
-            [line for line in rates if any(y for _, y in line.points)],
-            title="Learning rate",
-            width=540,
-        )
-        + chart(norm, title="Gradient norm", width=540)
-        + "</div>"
-    )
-
-
-def hint(result: Evaluation) -> str:
-    """What the marks on images mean, where there are any."""
-    if not any(points_in(one.expected) for one in result.answers):
-        return ""
-    return '<p class="hint">Rings: where it should point. Dots: where it does.</p>'
-
-
-def card(shown: Shown) -> str:
-    """An image with its questions."""
-    images = "".join(f'<div class="image">{image}</div>' for image in shown.images)
-    return (
-        f'<article><div class="images">{images}</div>'
-        f"<dl>{''.join(map(question, shown.answers))}</dl></article>"
-    )
-
-
-def question(one: Answer) -> str:
-    """What was asked, said, expected, and said blindly."""
-    verdict = "plain" if one.task == CAPTION else "right" if one.correct else "wrong"
-    said = f'<span class="said">{readable(one.given) or "<i>nothing</i>"}</span>'
-    expected = "" if one.correct else f'<span class="note">expected {readable(one.expected)}</span>'
-    blind = "" if one.blind is None else f'<span class="note">blind {readable(one.blind)}</span>'
-    asked = escape(one.question.replace("<image>", "").strip()) or escape(one.task)
-    return f'<dt>{asked}</dt><dd class="{verdict}">{said}{expected}{blind}</dd>'
 
 
 def readable(answer: str) -> str:
-    """HTML of an answer; points as coordinates and label instead of their markup."""
+    """Return an answer as text; points as coordinates and label instead of their markup."""
     label = POINTS.fullmatch(answer.strip())
     if label is None:
-        return escape(answer)
-    places = " ".join(f"({x}, {y})" for _, x, y in points_in(answer))
-    return escape(f"{places} {label[2]}")
+        return answer
+    return " ".join([*(f"({x}, {y})" for _, x, y in points_in(answer)), label[2]])
 
 
 if __name__ == "__main__":
