@@ -1,15 +1,17 @@
 """Bytes of an image -> RGB pixels -> the encoder's square input. PIL and numpy, no torch; thread-safe.
 
-Every input that is no sound image raises `BadMediaError` and nothing else: what PIL raises, what it only
-warns of, and what it would let through. Decisions that change pixels, made once, here:
+Every input that is not an intact image raises `BadMediaError` and nothing else. That includes inputs for
+which PIL raises another exception, only warns, or returns pixels of a damaged file. These decisions change
+pixels and are made here only:
 
-- Transparency lies on white, the page that most transparent images were drawn for.
-- 16-bit grey is scaled (65535 is white; PIL's own conversion videos at 255). 32-bit integer and float
-  pixels say nowhere what white is: refused, unless the integers fit 16 bits.
-- CMYK is read as browsers do (Adobe's inverted polarity in JPEG, the plain one in TIFF), without its
-  colour profile; embedded profiles are ignored, as the encoders' own preprocessing does.
-- EXIF's orientation is applied. EXIF that cannot be read is no reason to lose an image whose pixels can.
-- Of an animation or a multi-page file, the first image counts.
+- Transparent pixels are drawn on white, the background most transparent images were drawn for.
+- 16-bit grey is scaled, so that 65535 becomes 255. PIL's own conversion clips at 255 instead.
+- 32-bit integer pixels are read as 16-bit if they fit, else refused: the file does not define white. Floating
+  point pixels are refused for the same reason.
+- CMYK is read as browsers read it: Adobe's inverted polarity in JPEG, the plain one in TIFF.
+- Colour profiles are ignored, as the encoders' own preprocessing ignores them.
+- EXIF's orientation is applied. Unreadable EXIF does not make an image fail.
+- Of an animation or a multi-page file, the first image is used.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ CMYK 0.72; 16-bit grey 1.1; 8- or 16-bit RGBA 1.8 (Pillow 13.0, PNG and JPEG, 20
 """
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Nothing else is tried: PIL's rarer decoders are attack surface, and EPS would start Ghostscript."""
+"""PIL's names of the formats that are read.
+
+PIL's other decoders are rarely used and add attack surface; EPS would start Ghostscript.
+"""
 
 MAX_REASON = 160
-"""Characters of a reason in the ledger; PIL quotes file contents in some of its messages."""
+"""Longest reason in the ledger, characters. Some messages of PIL quote file contents."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,15 +52,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what puts the image upright. 1, and nonsense, need nothing."""
+"""EXIF orientation -> the transpose that turns the image upright. 1 and undefined values need none."""
 
 _ORIENTATION_TAG = 0x0112
 
 _HARMLESS = "Image appears to be a malformed MPO|Invalid APNG"
-"""What PIL says of files whose first image is sound, and the first is the one we take."""
+"""Warnings of PIL about files whose first image, the one used, is intact."""
 
 _LAST_FILTER = ("ignore", re.compile(_HARMLESS, re.IGNORECASE), UserWarning, None, 0)
-"""As `warnings.filters` has it once `_make_pil_strict` has run."""
+"""The last filter that `_make_pil_strict` adds, as `warnings.filters` stores it."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,14 @@ class Failure:
 
 
 class BadMediaError(Exception):
-    """A media item cannot become features. The job records the failure and goes on."""
+    """A media item cannot be decoded. The job records the reason in the ledger and continues."""
 
     def __init__(self, reason: str, stage: str = "decode") -> None:
         super().__init__(reason)
         self.reason = reason
         """One line."""
         self.stage = stage
-        """Where it failed, in the ledger's words."""
+        """Stage of the failure, as the ledger names it: `fetch`, `decode`, ..."""
 
     @property
     def failure(self) -> Failure:
@@ -85,10 +90,10 @@ class BadMediaError(Exception):
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image in `data`, whole, upright, as RGB.
+    """Decode a whole image to upright RGB.
 
     Raises:
-        BadMediaError: anything else than a sound image of at most `MAX_PIXELS`.
+        BadMediaError: `data` is not an intact image of at most `MAX_PIXELS` pixels in one of `FORMATS`.
     """
     _make_pil_strict()
     if not data:
@@ -98,7 +103,7 @@ def decode_image(data: bytes) -> Image.Image:
             _check_size(image.size)
             image.load()
             _check_size(image.size)
-            # After load: PNG may carry EXIF behind the pixels, and TIFF is turned by PIL while loading.
+            # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _to_rgb(image)
             return rgb if turn is None else rgb.transpose(turn)
@@ -108,21 +113,23 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadMediaError(_describe_unknown(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadMediaError(f"more than {MAX_PIXELS} pixels") from None
-    except Exception as error:  # PIL's decoders raise whatever the bytes lead them to
+    except Exception as error:  # PIL's decoders raise exceptions of many types for bad bytes
         raise BadMediaError(_one_line(error)) from error
 
 
 def fit_image(
     image: Image.Image, size: int, fit: str, mean: Sequence[float]
 ) -> npt.NDArray[np.uint8]:
-    """An RGB image as the encoder's square input: (size, size, 3) uint8, bicubic with antialiasing.
+    """Resize an RGB image to the encoder's square input, (size, size, 3) uint8.
+
+    Bicubic with antialiasing.
 
     Args:
         image: RGB.
         size: side of the square, pixels.
-        fit: `squash` ignores the aspect ratio; `pad` keeps it, centred on the mean colour; `crop` takes
+        fit: `squash` ignores the aspect ratio; `pad` keeps it and fills up with the mean colour; `crop` takes
             the central square.
-        mean: the encoder's mean colour in [0, 1], what `pad` fills with.
+        mean: the encoder's mean colour in [0, 1].
     """
     width, height = image.size
     box = None
@@ -139,16 +146,16 @@ def fit_image(
 
 
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of PIL reads."""
+    """Return those of FORMATS that this build of PIL reads."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _make_pil_strict() -> None:
-    """PIL's warnings become errors, but for harmless ones, and truncated files stay errors.
+    """Turn PIL's warnings into errors, except harmless ones, and refuse truncated files.
 
-    Process-wide, since `warnings.catch_warnings` is not safe in threads; looked at before each decode,
-    since other libraries change both.
+    Both settings are process-wide, because `warnings.catch_warnings` is not thread-safe. Each decode checks
+    them again, because other libraries change them.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     if _LAST_FILTER not in warnings.filters:
@@ -167,10 +174,10 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) when there is none to be read."""
+    """Return EXIF's orientation, or 1 (upright) if there is none or EXIF is unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # the pixels are sound, whatever EXIF makes PIL raise
+    except Exception:  # damaged EXIF raises exceptions of many types; the pixels are intact
         return 1
     return value if isinstance(value, int) else 1
 
@@ -186,21 +193,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_wide(image: Image.Image) -> Image.Image:
-    """Pixels of more than 8 bits, as 8: 65535 is white."""
+    """Scale grey pixels of more than 8 bits to 8 bits: 65535 is white."""
     if image.mode == "F":
-        raise BadMediaError("floating-point pixels: what is white is not said")
+        raise BadMediaError("floating-point pixels, which do not define white")
     grey = np.asarray(image)
     if grey.min() < 0 or grey.max() > 65535:
-        raise BadMediaError("32-bit pixels beyond 0..65535: what is white is not said")
+        raise BadMediaError("32-bit pixels beyond 0..65535, which do not define white")
     grey = (grey.astype(np.int32) * 255 + 32767) // 65535  # at most 16,744,192: int32 is enough
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
-    """`image` in the middle of a square of the mean colour."""
+    """Return `image` centred on a square of the mean colour."""
     side = max(image.size)
     if side * side > MAX_PIXELS:
-        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such images beforehand.
+        # A 1 x 80,000,000 strip would need a square of 10^15 pixels: shrink such images first. Four times
+        # the target size leaves the final resize enough detail.
         shrink = 4 * size / side
         width, height = (max(1, round(length * shrink)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -212,7 +220,7 @@ def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
 
 
 def _describe_unknown(data: bytes) -> str:
-    """Dead links often answer with a page instead of an image: say so."""
+    """Say what the bytes are instead: a dead link often returns a web page."""
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "an HTML page, not an image"

@@ -1,20 +1,22 @@
 """Videos: how long one is, and its frames at given times, as upright RGB images. PyAV and PIL, no torch.
 
     info = probe(data)                                   # bytes or a path
-    wanted = sample_times(info.duration_s, max_frames)   # cache.views
+    wanted = sample_times(info.duration_s, max_frames)   # cache.format.frame_sampling
     for frame in frames(data, wanted, info): ...         # frame.time_s, frame.image
 
-Every input that is no sound video raises `BadMediaError` and nothing else. One video a call; calls may run
-in any number of threads, and give the same frames whatever their number. Decisions, made once:
+Every input that is not a readable video raises `BadMediaError` and nothing else. A call decodes one video in
+one thread; calls may run in any number of threads and return equal frames. These decisions are made here:
 
-- Times count from the first frame that decodes, by the timestamps in the file: variable frame rates and edit
-  lists are as the author meant them. A raw stream without timestamps is counted at its frame rate.
-- A video that is cut off or damaged gives the frames it has; `note` says so. Without any frame it is refused.
-  How FFmpeg patches a damaged H.264 frame may depend on which frames are asked for; sound ones never do.
-- Where times run backwards (recordings glued together), the frames that do not advance are left out.
-- Cover art and thumbnails are no video; of several videos the container's best counts; sound is ignored.
-- What becomes of colours, turned cameras and the like: model/video_pixels.py. What is not even opened:
-  model/video_source.py.
+- Times count from the first frame that decodes, by the timestamps in the file, so variable frame rates and
+  edit lists are followed. A raw stream without timestamps is counted at its frame rate.
+- A truncated or damaged video gives the frames that decode; `VideoInfo.note` says what is missing. A video
+  without any frame is refused. How FFmpeg conceals a damaged H.264 frame may depend on which frames are asked
+  for; intact frames never do.
+- Where timestamps run backwards (joined recordings), frames that do not advance are left out.
+- Cover art and thumbnails are not videos. Of several video streams the container's best is used. Sound is
+  ignored.
+
+model/media/video_pixels.py decides on colours and rotation, model/media/video_open.py on what is opened.
 """
 
 from __future__ import annotations
@@ -29,55 +31,44 @@ from PIL import Image
 
 from model.media.images import BadMediaError
 from model.media.video_decoder import VideoDecoder
-from model.media.video_index import VideoIndex, examine
-from model.media.video_pixels import image_of
+from model.media.video_index import VideoIndex, scan_video
+from model.media.video_pixels import frame_to_image
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-VIDEO_SUFFIXES = frozenset(
-    {
-        ".3g2",
-        ".3gp",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".dv",
-        ".f4v",
-        ".flv",
-        ".ivf",
-        ".m1v",
-        ".m2ts",
-        ".m2v",
-    }
-    | {".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf"}
-    | {".nut", ".ogm", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
-    | {".264", ".265", ".h264", ".h265", ".hevc"}
-)
-"""Lower-case endings of files that are videos. An animated GIF or WebP stays an image."""
+# fmt: off
+VIDEO_SUFFIXES = frozenset((
+    ".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".h264",
+    ".h265", ".hevc", ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov",
+    ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".ts", ".vob",
+    ".webm", ".wmv", ".y4m",
+))
+# fmt: on
+"""Lower-case suffixes of video files. An animated GIF or WebP counts as an image."""
 
-MAX_FALSE_STARTS = 3
-"""After so many key frames that were none, a video is decoded without skipping."""
+MAX_BAD_KEY_FRAMES = 3
+"""Key frames that turn out unusable before a video is decoded without skipping."""
 
 _US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """A video, as far as a plan needs to know it."""
+    """Facts about one video."""
 
     duration_s: float
-    """Time of the last frame that decodes, seconds after the first, to the microsecond; 0 for one frame."""
+    """Time of the last frame that decodes, seconds after the first, to the microsecond."""
     width: int
-    """Pixels of the first frame, upright, made square."""
+    """Width of the first frame, upright, in square pixels."""
     height: int
-    """Likewise."""
+    """Height of the first frame, upright, in square pixels."""
     frames: int
-    """From the first to the last that decode, as the file lists them; damage between may cost some."""
+    """Frames from the first to the last that decode, as the file lists them, damaged ones included."""
     note: str | None
-    """What the reader of a report should know: cut off, HDR. None for nothing."""
+    """What a report should mention: truncated, HDR. None for nothing."""
     index: VideoIndex | None = field(default=None, repr=False, compare=False)
-    """Where its frames are; without it `frames` reads the packets once more."""
+    """Where the frames are in the file; without it `frames` scans the packets again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +76,31 @@ class Frame:
     """One frame of a video."""
 
     wanted_us: int
-    """The time it was asked for, microseconds after the first frame."""
+    """Time asked for, microseconds after the first frame."""
     time_s: float
-    """Its own time, seconds after the first frame, exact to the microsecond."""
+    """Time of the frame itself, seconds after the first frame, exact to a microsecond."""
     image: Image.Image
     """RGB, upright, square pixels."""
 
 
 def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoInfo:
-    """Read a video through and decode its ends.
+    """Read all packets of a video and decode its first and last frames.
 
     Args:
-        data: the file's bytes, or where it is.
-        on_progress: called now and then while reading, so that others see that it is alive.
+        data: the file's bytes, or its path.
+        on_progress: called every 1,024 packets and for each decoded frame, as a sign of life.
 
     Raises:
-        BadMediaError: not one frame can be had of it.
+        BadMediaError: it is not a video, or none of its frames decodes.
     """
-    contents = examine(data, on_progress)
+    scan = scan_video(data, on_progress)
     return VideoInfo(
-        duration_s=contents.last_us / _US,
-        width=contents.first.width,
-        height=contents.first.height,
-        frames=contents.frames,
-        note=contents.note,
-        index=contents.index,
+        duration_s=scan.last_us / _US,
+        width=scan.first.width,
+        height=scan.first.height,
+        frames=scan.frames,
+        note=scan.note,
+        index=scan.index,
     )
 
 
@@ -119,20 +110,21 @@ def frames(
     info: VideoInfo,
     on_progress: Callable[[], None] | None = None,
 ) -> Iterator[Frame]:
-    """For each time the frame nearest to it, the earlier one on a tie.
+    """Yield the frame nearest to each time, the earlier one on a tie.
 
     Args:
-        data: the file's bytes, or where it is.
+        data: the file's bytes, or its path.
         wanted_us: microseconds after the first frame, ascending.
-        info: what `probe` said of it.
-        on_progress: called at least once a decoded frame.
+        info: the result of `probe` for this video.
+        on_progress: called for each decoded frame.
 
     Raises:
-        BadMediaError: while iterating: no frame can be had of it.
+        ValueError: the times do not ascend.
+        BadMediaError: while iterating, if none of its frames decodes.
     """
     if any(later < earlier for earlier, later in pairwise(wanted_us)):
         raise ValueError("times of frames must ascend")
-    return _frames(data, wanted_us, info.index or examine(data, on_progress).index, on_progress)
+    return _frames(data, wanted_us, info.index or scan_video(data, on_progress).index, on_progress)
 
 
 def _frames(
@@ -141,33 +133,33 @@ def _frames(
     index: VideoIndex,
     on_progress: Callable[[], None] | None,
 ) -> Iterator[Frame]:
-    with VideoDecoder(data, index.clock, on_progress) as tape:
-        finder = _Finder(tape, index)
+    with VideoDecoder(data, index.clock, on_progress) as decoder:
+        finder = _NearestFrames(decoder, index)
         shown: tuple[int, Image.Image] | None = None
         for wanted in wanted_us:
             time_us, frame = finder.nearest(wanted)
             if shown is None or shown[0] != time_us:
-                shown = time_us, image_of(frame, tape.pixel_aspect)
+                shown = time_us, frame_to_image(frame, decoder.pixel_aspect)
             yield Frame(wanted_us=wanted, time_s=time_us / _US, image=shown[1])
 
 
-class _Finder:
-    """The frame nearest to each of ascending times, decoding no more than needed."""
+class _NearestFrames:
+    """Finds the frame nearest to each of ascending times and skips to key frames on the way."""
 
-    def __init__(self, tape: VideoDecoder, index: VideoIndex) -> None:
-        self._tape = tape
-        self._starts = index.starts
+    def __init__(self, decoder: VideoDecoder, index: VideoIndex) -> None:
+        self._decoder = decoder
+        self._access_points = index.access_points
         self._start = 0
-        """Where decoding began: frames from there on are as a reader from the beginning sees them."""
-        self._false_starts = 0
+        """Last access point that decoding started from and that proved usable."""
+        self._bad_key_frames = 0
         self._below: tuple[int, VideoFrame] | None = None
         self._latest: tuple[int, VideoFrame] | None = None
 
     def nearest(self, wanted_us: int) -> tuple[int, VideoFrame]:
-        """Its time and the frame."""
+        """Return the nearest frame with its time, microseconds."""
         self._skip_ahead(wanted_us)
         while self._latest is None or self._latest[0] < wanted_us:
-            found = self._tape.next()
+            found = self._decoder.next_frame()
             if found is None:
                 break
             self._below, self._latest = self._latest, found
@@ -177,33 +169,34 @@ class _Finder:
         return min(around, key=lambda frame: abs(frame[0] - wanted_us))
 
     def _skip_ahead(self, wanted_us: int) -> None:
-        """Leave out what need not be decoded, if the next start for this time is still to come."""
+        """Skip to the last access point before a time, if that is further on."""
         if self._latest is not None and self._latest[0] >= wanted_us:
             return
-        start = self._starts.before(wanted_us)
+        start = self._access_points.last_before(wanted_us)
         if (
-            int(self._starts.packets[start]) <= self._tape.position
-            or self._false_starts == MAX_FALSE_STARTS
+            int(self._access_points.packets[start]) <= self._decoder.position
+            or self._bad_key_frames == MAX_BAD_KEY_FRAMES
         ):
             return
-        if not self._begin(start):
-            self._false_starts += 1
+        if not self._start_at(start):
+            self._bad_key_frames += 1
             back = 1
-            while not self._begin(max(self._start, start - back)):
+            while not self._start_at(max(self._start, start - back)):
                 back *= 2
 
-    def _begin(self, start: int) -> bool:
-        """Go on from a start; False where it is not whole or shows something else first than itself.
+    def _start_at(self, start: int) -> bool:
+        """Start decoding at an access point. Return False if its key frame is not usable.
 
-        Such a key frame is damaged, or begins to refresh an image piece by piece (live H.264), which
-        FFmpeg takes for complete too early: what comes of it differs from what comes of the beginning.
+        The key frame is unusable if it is damaged or if another frame comes out first. Live H.264 refreshes
+        an image piece by piece, and FFmpeg takes it for complete too early: frames decoded from there differ
+        from frames decoded from the beginning.
         """
-        time_us = int(self._starts.times_us[start])
-        self._tape.begin(int(self._starts.packets[start]), time_us)
-        self._below, self._latest = None, self._tape.next()
+        time_us = int(self._access_points.times_us[start])
+        self._decoder.start_at(int(self._access_points.packets[start]), time_us)
+        self._below, self._latest = None, self._decoder.next_frame()
         shows_itself = self._latest is not None and self._latest[0] == time_us
         whole = self._latest is not None and not self._latest[1].is_corrupt
-        proven = start <= self._start or (shows_itself and whole)
-        if proven:
+        usable = start <= self._start or (shows_itself and whole)
+        if usable:
             self._start = start
-        return proven
+        return usable

@@ -1,8 +1,8 @@
-"""Reading a video: its packets listed, its frames decoded from wherever decoding may begin.
+"""Decode the frames of a video, from any key frame on.
 
-Skipping ahead never asks the container to seek. FFmpeg's seeks land near the place, on another packet in each
-container, and sometimes too late; here the packets up to a key frame are read and not decoded. That costs
-the reading of the file (about a second for 1 GB), and the packet we begin at is the packet we chose.
+Skipping never asks the container to seek. FFmpeg's seeks land near the wanted packet, on another one in each
+container, and sometimes after it. Here the packets up to a key frame are read and not decoded. That reads the
+whole file (about a second for 1 GB), and decoding starts exactly at the chosen packet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from model.media.video_open import Video, open_video
+from model.media.video_open import OpenVideo, open_video
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -30,48 +30,48 @@ _US = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """From timestamps to microseconds after the first frame."""
+    """Converts timestamps to microseconds after the first frame."""
 
-    tick: Fraction
+    time_base: Fraction
     """Seconds in one unit of a timestamp."""
     first: int
     """Timestamp of the first frame."""
-    counted: bool
-    """The video has no timestamps: a frame's number is its time."""
+    counts_frames: bool
+    """Whether the video has no timestamps, so that the number of a frame is its timestamp."""
 
     def microseconds(self, timestamp: int) -> int:
-        """Rounded to the nearest whole one."""
-        scale = self.tick * _US
+        """Return the time of a timestamp, rounded to the nearest microsecond, upwards on a tie."""
+        scale = self.time_base * _US
         return (2 * (timestamp - self.first) * scale.numerator + scale.denominator) // (
             2 * scale.denominator
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Starts:
-    """Where decoding may begin: key frames, in order of time and of reading, at least one."""
+class AccessPoints:
+    """K key frames that decoding may start from, ascending in time and in the file, at least one."""
 
     packets: npt.NDArray[np.int64]
-    """(K,) number of the packet, counting the stream's packets that have bytes; the first is always 0."""
+    """(K,) number of the key frame's packet among the stream's packets that have bytes; the first is 0."""
     times_us: npt.NDArray[np.int64]
-    """(K,) time of the frame it begins with; all frames from then on can be decoded from here."""
+    """(K,) time of the key frame, microseconds; all later frames can be decoded from it."""
 
-    def before(self, time_us: int) -> int:
-        """Number of the last start that is not later than a time."""
+    def last_before(self, time_us: int) -> int:
+        """Return the index of the last access point that is not later than a time."""
         return max(0, int(np.searchsorted(self.times_us, time_us, side="right")) - 1)
 
 
 class VideoDecoder:
-    """The frames of a video in order of time, beginning at any key frame. Not thread-safe."""
+    """Decodes a video's frames in order of time, from any key frame on. Not thread-safe."""
 
     def __init__(
         self, data: bytes | Path, clock: Clock, on_progress: Callable[[], None] | None
     ) -> None:
         self._data = data
         self._clock = clock
-        self._progress = on_progress or _nothing
+        self._progress = on_progress or _ignore_progress
         self._open = ExitStack()
-        self._rewind()
+        self._reopen()
 
     def __enter__(self) -> Self:
         return self
@@ -81,29 +81,29 @@ class VideoDecoder:
 
     @property
     def position(self) -> int:
-        """Number of the packet that is decoded next."""
+        """Number of the next packet to decode."""
         return self._reader.position
 
     @property
     def pixel_aspect(self) -> Fraction:
-        """Width of a pixel / its height."""
+        """Width of a pixel divided by its height."""
         return self._video.pixel_aspect
 
-    def begin(self, packet: int, floor_us: int) -> None:
-        """Go on from a packet, a key frame.
+    def start_at(self, packet: int, first_us: int) -> None:
+        """Continue at the packet of a key frame.
 
-        Frames before `floor_us` are left out: in an open group of images they lean on skipped ones.
+        Frames before `first_us` are left out: in an open group of pictures they refer to skipped frames.
         """
         if packet < self._reader.position:
-            self._rewind()
+            self._reopen()
         self._reader.skip_to(packet)
-        self._last_us = floor_us - 1
+        self._last_us = first_us - 1
 
-    def next(self) -> tuple[int, VideoFrame] | None:
-        """The next frame with its time; None at the end. Times only grow."""
+    def next_frame(self) -> tuple[int, VideoFrame] | None:
+        """Return the next frame with its time, microseconds, or None at the end. Times ascend."""
         for frame in self._reader.frames():
             self._progress()
-            if self._clock.counted:
+            if self._clock.counts_frames:
                 self._count += 1
                 time_us = self._clock.microseconds(self._count - 1)
             elif frame.pts is None:
@@ -115,7 +115,7 @@ class VideoDecoder:
                 return time_us, frame
         return None
 
-    def _rewind(self) -> None:
+    def _reopen(self) -> None:
         self._open.close()
         self._video = self._open.enter_context(open_video(self._data))
         self._reader = FrameReader(self._video, self._progress)
@@ -124,18 +124,18 @@ class VideoDecoder:
 
 
 class FrameReader:
-    """Packets of an open video through its decoder."""
+    """Sends the packets of an open video through its decoder."""
 
-    def __init__(self, video: Video, on_progress: Callable[[], None]) -> None:
+    def __init__(self, video: OpenVideo, on_progress: Callable[[], None]) -> None:
         self._context = video.stream.codec_context
         self._packets = video_packets(video.container.demux(video.stream), video.stream)
         self._progress = on_progress
         self._frames = self._decode()
         self.position = 0
-        """Number of the packet that is decoded next."""
+        """Number of the next packet to decode."""
 
     def skip_to(self, packet: int) -> None:
-        """Decode nothing before this packet, and forget what was decoded."""
+        """Read on to this packet without decoding, and reset the decoder."""
         self._context.flush_buffers()
         while self.position < packet and next(self._packets, None) is not None:
             self.position += 1
@@ -144,33 +144,33 @@ class FrameReader:
         self._frames = self._decode()
 
     def frames(self) -> Iterator[VideoFrame]:
-        """The frames not yet taken, as decoded; what cannot be decoded is left out."""
+        """Return the iterator over the remaining frames. Packets that do not decode are left out."""
         return self._frames
 
     def _decode(self) -> Iterator[VideoFrame]:
         for packet in self._packets:
             self.position += 1
-            yield from decoded(self._context, packet)
-        yield from decoded(self._context, None)
+            yield from decode_packet(self._context, packet)
+        yield from decode_packet(self._context, None)
 
 
 def video_packets(
     packets: Iterator[Packet[VideoStream]], stream: VideoStream
 ) -> Iterator[Packet[VideoStream]]:
-    """The stream's packets that have bytes, up to where the file cannot be read on."""
+    """Yield the stream's packets that have bytes, up to the first read error."""
     import av
 
     try:
         for packet in packets:
-            # Empty ones repeat a frame in AVI; to a decoder they would mean the end.
+            # An empty packet repeats a frame in AVI; a decoder would take it for the end of the stream.
             if packet.stream_index == stream.index and packet.size:
                 yield packet
     except (av.FFmpegError, OSError):
         return
 
 
-def decoded(context: VideoCodecContext, packet: Packet[Any] | None) -> list[VideoFrame]:
-    """Frames that a packet completes (None: the last ones); none where it is damaged."""
+def decode_packet(context: VideoCodecContext, packet: Packet[Any] | None) -> list[VideoFrame]:
+    """Return the frames that a packet completes, none if it is damaged. None flushes the decoder."""
     import av
 
     try:
@@ -179,5 +179,5 @@ def decoded(context: VideoCodecContext, packet: Packet[Any] | None) -> list[Vide
         return []
 
 
-def _nothing() -> None:
-    """Where nobody wants to know of progress."""
+def _ignore_progress() -> None:
+    """Do nothing: the default for `on_progress`."""

@@ -1,7 +1,7 @@
-"""What a video contains: its packets listed, its first and last frame decoded.
+"""Scan a video once: list its packets, decode its first and its last frame.
 
-The length of a video is the time of its last frame *that decodes*, which only decoding tells: containers
-declare lengths that hold for the sound, for frames that were cut away, or for nothing.
+The length of a video is the time of its last frame *that decodes*, which takes decoding. The length that a
+container declares may be that of the sound, may include frames that were cut away, or may be wrong.
 """
 
 from __future__ import annotations
@@ -17,134 +17,139 @@ import numpy as np
 from PIL import Image
 
 from model.media.images import BadMediaError
-from model.media.video_decoder import Clock, Starts, VideoDecoder, decoded
-from model.media.video_open import Video, open_video, reason_of
-from model.media.video_pixels import HDR, image_of
+from model.media.video_decoder import AccessPoints, Clock, VideoDecoder, decode_packet
+from model.media.video_open import OpenVideo, error_reason, open_video
+from model.media.video_pixels import HDR, frame_to_image
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
 MAX_DURATION_S = 7 * 24 * 3600
-"""Longer videos are refused: a damaged timestamp says centuries, no camera runs for weeks."""
+"""Longest video, seconds: one week. A longer one has damaged timestamps."""
 
 NO_TIME = -(2**63)
-"""FFmpeg's own mark of a timestamp that is not known."""
+"""FFmpeg's value for an unknown timestamp."""
 
-_DECLARES = frozenset({"matroska", "webm", "flv", "asf"})
-"""Containers whose length is written down, not guessed from the bit rate or from what is there."""
+_DECLARE_DURATION = frozenset({"matroska", "webm", "flv", "asf"})
+"""Containers that store their length. For others FFmpeg estimates it from the bit rate or the packets."""
 
 _US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoIndex:
-    """Where the frames of a video are, and when."""
+    """The clock of a video and the key frames that decoding may start from."""
 
     clock: Clock
-    starts: Starts
+    access_points: AccessPoints
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
-    """All there is to know about a video without its frames in the middle."""
+class VideoScan:
+    """Result of `scan_video`."""
 
     index: VideoIndex
     first: Image.Image
-    """The first frame that decodes."""
+    """The first frame that decodes, upright RGB."""
     last_us: int
-    """Time of the last frame that decodes."""
+    """Time of the last frame that decodes, microseconds."""
     frames: int
-    """From the first to the last that decode, as the file lists them."""
+    """Frames from the first to the last that decode, as the file lists them."""
     note: str | None
+    """What a report should mention, None for nothing."""
 
 
 @dataclass(kw_only=True)
-class _Listing:
-    """One pass over the packets of a video."""
+class _PacketList:
+    """What one pass over the packets of a video collects."""
 
     times: array[int] = field(default_factory=lambda: array("q"))
-    """Timestamp of each packet of the video that has bytes, `NO_TIME` where it has none."""
+    """Timestamp of each packet of the video stream that has bytes, `NO_TIME` for an unknown one."""
     keys: list[int] = field(default_factory=list)
-    """Numbers of those that are key frames and have a timestamp."""
+    """Numbers of the packets that are key frames and have a timestamp."""
     hidden: set[int] = field(default_factory=set)
-    """Numbers of those that an edit list hides; decoding needs them."""
-    changes: bool = False
-    """Later packets need what earlier ones bring along."""
+    """Numbers of the packets that an edit list hides. They are decoded and not shown."""
+    changes_decoding: bool = False
+    """Whether some packet changes how later ones are decoded, so that none may be skipped."""
     ends: dict[int, int] = field(default_factory=dict)
-    """Stream -> when its last packet ends, in its own units."""
+    """Stream number -> end of its last packet, in the stream's time base."""
     end_s: float = 0.0
-    """When the last packet of any stream ends, on the container's clock."""
-    head: VideoFrame | None = None
+    """End of the last packet of any stream, seconds on the container's clock."""
+    first_frame: VideoFrame | None = None
     """The first frame that decodes."""
-    image: Image.Image | None = None
-    trouble: str | None = None
-    """Why the file could not be read to its end."""
+    first_image: Image.Image | None = None
+    """The first frame as upright RGB."""
+    error: str | None = None
+    """The read error that ended the pass before the end of the file."""
 
 
-def examine(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> Contents:
-    """List the packets, decode both ends.
+def scan_video(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoScan:
+    """List the packets of a video and decode its first and last frames.
+
+    Args:
+        data: the file's bytes, or its path.
+        on_progress: called every 1,024 packets and for each decoded frame.
 
     Raises:
-        BadMediaError: no video, or not one of its frames decodes.
+        BadMediaError: it is not a video, or none of its frames decodes.
     """
     with open_video(data) as video:
-        listing = _list_packets(video, on_progress)
-        if listing.head is None or listing.image is None:
+        listed = _list_packets(video, on_progress)
+        if listed.first_frame is None or listed.first_image is None:
             raise BadMediaError("no frame of it can be decoded")
-        index = VideoIndex(clock=_clock(video, listing), starts=_only_start())
-        if not index.clock.counted and not listing.changes:
-            index = VideoIndex(clock=index.clock, starts=_find_starts(listing, index.clock))
-        notes = [*_cut(video, listing), *_colours(listing.head)]
+        clock = _clock(video, listed)
+        index = VideoIndex(clock=clock, access_points=_find_access_points(listed, clock))
+        notes = [*_truncation_notes(video, listed), *_hdr_notes(listed.first_frame)]
     last_us, last_time, counted = _find_last(data, index, on_progress)
     if last_us > MAX_DURATION_S * _US:
-        raise BadMediaError(f"it claims to last {last_us / _US / 86400:.0f} days")
-    if index.clock.counted:
+        raise BadMediaError(f"timestamps span {last_us / _US / 86400:.0f} days")
+    if clock.counts_frames:
         frames = counted
     else:
-        shown = np.array(listing.times, np.int64)
-        shown[list(listing.hidden)] = NO_TIME
-        shown = np.unique(shown[shown >= index.clock.first])
+        shown = np.array(listed.times, np.int64)
+        shown[list(listed.hidden)] = NO_TIME
+        shown = np.unique(shown[shown >= clock.first])
         frames = int(np.searchsorted(shown, last_time, side="right"))
         if missing := len(shown) - frames:
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
-    return Contents(
+    return VideoScan(
         index=index,
-        first=listing.image,
+        first=listed.first_image,
         last_us=last_us,
         frames=frames,
         note="; ".join(notes) or None,
     )
 
 
-def _list_packets(video: Video, on_progress: Callable[[], None] | None) -> _Listing:
-    """Read the video to its end, decoding until the first frame comes out."""
-    listing = _Listing()
+def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _PacketList:
+    """Read the video to its end; decode until the first frame is complete."""
+    listed = _PacketList()
     context = video.stream.codec_context
-    for number, packet in enumerate(_readable_packets(video, listing)):
+    for number, packet in enumerate(_readable_packets(video, listed)):
         if on_progress and number % 1024 == 0:
             on_progress()
-        _note_end(listing, packet)
+        _update_end(listed, packet)
         if packet.stream_index != video.stream.index or not packet.size:
             continue
         if packet.is_keyframe and packet.pts is not None:
-            listing.keys.append(len(listing.times))
-        listing.changes = listing.changes or _brings_along(packet)
+            listed.keys.append(len(listed.times))
+        listed.changes_decoding = listed.changes_decoding or _changes_decoding(packet)
         if packet.is_discard:
-            listing.hidden.add(len(listing.times))
-        listing.times.append(NO_TIME if packet.pts is None else packet.pts)
-        if listing.head is None:
-            _take_head(listing, video, decoded(context, packet))
-    if listing.head is None:
-        _take_head(listing, video, decoded(context, None))
-    for number, end in listing.ends.items():
+            listed.hidden.add(len(listed.times))
+        listed.times.append(NO_TIME if packet.pts is None else packet.pts)
+        if listed.first_frame is None:
+            _keep_first_frame(listed, video, decode_packet(context, packet))
+    if listed.first_frame is None:
+        _keep_first_frame(listed, video, decode_packet(context, None))
+    for number, end in listed.ends.items():
         tick = video.container.streams[number].time_base
-        listing.end_s = max(listing.end_s, float(end * tick) if tick else 0.0)
-    return listing
+        listed.end_s = max(listed.end_s, float(end * tick) if tick else 0.0)
+    return listed
 
 
-def _brings_along(packet: Packet[Any]) -> bool:
-    """Whether later packets need what this one changes, so that it may not be skipped."""
+def _changes_decoding(packet: Packet[Any]) -> bool:
+    """Return whether this packet changes how later packets are decoded."""
     return (
         packet.has_sidedata("new_extradata")
         or packet.has_sidedata("param_change")
@@ -152,50 +157,51 @@ def _brings_along(packet: Packet[Any]) -> bool:
     )
 
 
-def _readable_packets(video: Video, listing: _Listing) -> Iterator[Packet[Any]]:
+def _readable_packets(video: OpenVideo, listed: _PacketList) -> Iterator[Packet[Any]]:
     import av
 
     try:
         yield from video.container.demux()
     except (av.FFmpegError, OSError) as error:
-        listing.trouble = reason_of(error)
+        listed.error = error_reason(error)
 
 
-def _note_end(listing: _Listing, packet: Packet[Any]) -> None:
+def _update_end(listed: _PacketList, packet: Packet[Any]) -> None:
     time = packet.pts if packet.pts is not None else packet.dts
     if time is not None:
         end = time + (packet.duration or 0)
         stream = packet.stream_index
-        listing.ends[stream] = max(listing.ends.get(stream, end), end)
+        listed.ends[stream] = max(listed.ends.get(stream, end), end)
 
 
-def _take_head(listing: _Listing, video: Video, frames: list[VideoFrame]) -> None:
+def _keep_first_frame(listed: _PacketList, video: OpenVideo, frames: list[VideoFrame]) -> None:
     if frames:
-        listing.head = frames[0]
-        listing.image = image_of(frames[0], video.pixel_aspect)
+        listed.first_frame = frames[0]
+        listed.first_image = frame_to_image(frames[0], video.pixel_aspect)
 
 
-def _clock(video: Video, listing: _Listing) -> Clock:
-    """By the timestamps, or by counting where half of the packets have none (raw streams)."""
-    assert listing.head is not None
-    missing = listing.times.count(NO_TIME)
-    first = listing.head.pts
-    if first is not None and 2 * missing < len(listing.times):
-        return Clock(tick=video.tick, first=first, counted=False)
+def _clock(video: OpenVideo, listed: _PacketList) -> Clock:
+    """Return a clock of timestamps, or of frame numbers if most packets have none (raw streams)."""
+    assert listed.first_frame is not None
+    missing = listed.times.count(NO_TIME)
+    first = listed.first_frame.pts
+    if first is not None and 2 * missing < len(listed.times):
+        return Clock(time_base=video.time_base, first=first, counts_frames=False)
+    # 25: FFmpeg's own default for raw streams.
     rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
-    return Clock(tick=1 / Fraction(rate), first=0, counted=True)
+    return Clock(time_base=1 / Fraction(rate), first=0, counts_frames=True)
 
 
-def _only_start() -> Starts:
-    return Starts(packets=np.zeros(1, np.int64), times_us=np.zeros(1, np.int64))
+def _find_access_points(listed: _PacketList, clock: Clock) -> AccessPoints:
+    """Return the beginning, and the key frames that are later than every packet before them.
 
-
-def _find_starts(listing: _Listing, clock: Clock) -> Starts:
-    """The beginning, and the key frames that are later than everything read before them."""
+    If decoding depends on every packet, or frames are counted, the beginning is the only one.
+    """
     packets, times = [0], [0]
-    keys = set(listing.keys)
+    keys = set(listed.keys)
     latest = clock.first
-    for number, time in enumerate(listing.times):
+    may_skip = not (clock.counts_frames or listed.changes_decoding)
+    for number, time in enumerate(listed.times if may_skip else ()):
         if time <= latest:
             continue
         latest = time
@@ -203,20 +209,24 @@ def _find_starts(listing: _Listing, clock: Clock) -> Starts:
         if number in keys and time_us <= MAX_DURATION_S * _US:
             packets.append(number)
             times.append(time_us)
-    return Starts(packets=np.array(packets, np.int64), times_us=np.array(times, np.int64))
+    return AccessPoints(packets=np.array(packets, np.int64), times_us=np.array(times, np.int64))
 
 
 def _find_last(
     data: bytes | Path, index: VideoIndex, on_progress: Callable[[], None] | None
 ) -> tuple[int, int, int]:
-    """The last frame that decodes: microseconds, timestamp; and how many were decoded to find it."""
-    starts = index.starts
-    with VideoDecoder(data, index.clock, on_progress) as tape:
-        start, back = len(starts.packets) - 1, 1
+    """Find the last frame that decodes: try the last access point, then earlier ones.
+
+    Returns:
+        Its time in microseconds, its timestamp, and the number of frames decoded from the access point on.
+    """
+    access_points = index.access_points
+    with VideoDecoder(data, index.clock, on_progress) as decoder:
+        start, back = len(access_points.packets) - 1, 1
         while True:
-            tape.begin(int(starts.packets[start]), int(starts.times_us[start]))
+            decoder.start_at(int(access_points.packets[start]), int(access_points.times_us[start]))
             last, count = None, 0
-            while (found := tape.next()) is not None:
+            while (found := decoder.next_frame()) is not None:
                 last = found
                 count += 1
             if last is not None:
@@ -224,27 +234,27 @@ def _find_last(
             if start == 0:
                 raise BadMediaError("no frame of it can be decoded")
             start = max(0, start - back)
-            back *= 2
+            back *= 2  # a long damaged end takes few tries
 
 
-def _cut(video: Video, listing: _Listing) -> list[str]:
-    """What says that a file is shorter than it was written."""
+def _truncation_notes(video: OpenVideo, listed: _PacketList) -> list[str]:
+    """Return a note if the file is shorter than its container says, else nothing."""
     container = video.container
     kinds = set(container.format.name.split(","))
-    if listing.trouble:
-        return [f"ends early: unreadable after {listing.end_s:.1f} s ({listing.trouble})"]
-    if _lacks_bytes(video, kinds):
-        return [f"ends early: the file is cut off after {listing.end_s:.1f} s"]
-    if kinds & _DECLARES and container.duration:
-        seen_s = listing.end_s - (container.start_time or 0) / _US
+    if listed.error:
+        return [f"ends early: unreadable after {listed.end_s:.1f} s ({listed.error})"]
+    if _is_truncated(video, kinds):
+        return [f"ends early: the file is cut off after {listed.end_s:.1f} s"]
+    if kinds & _DECLARE_DURATION and container.duration:
+        seen_s = listed.end_s - (container.start_time or 0) / _US
         declared_s = container.duration / _US
         if seen_s < declared_s - max(0.5, 0.02 * declared_s):
             return [f"ends early: {seen_s:.1f} s of {declared_s:.1f} s"]
     return []
 
 
-def _lacks_bytes(video: Video, kinds: set[str]) -> bool:
-    """Whether the file says that it was longer."""
+def _is_truncated(video: OpenVideo, kinds: set[str]) -> bool:
+    """Return whether the container names bytes beyond the end of the file."""
     if "mov" in kinds:
         entries = video.stream.index_entries
         last = entries[max(0, len(entries) - 64) :]
@@ -254,6 +264,6 @@ def _lacks_bytes(video: Video, kinds: set[str]) -> bool:
     return False
 
 
-def _colours(frame: VideoFrame) -> list[str]:
+def _hdr_notes(frame: VideoFrame) -> list[str]:
     name = HDR.get(frame.color_trc)
     return [f"HDR ({name}), shown without tone mapping"] if name else []

@@ -1,9 +1,12 @@
-"""The bytes of a video, opened so that nothing but those bytes is ever read. PyAV, no torch.
+"""Open the bytes of a video so that FFmpeg reads those bytes and nothing else. PyAV, no torch.
 
-A video comes from strangers, and FFmpeg knows formats that are lists of other files (HLS, DASH, concat),
-devices and filter graphs. So: only demuxers and decoders named here; no file name, which demuxers take hints
-from; and an empty list of protocols. Our bytes come through a reader of our own and need none, and whatever
-asks for a second file (a QuickTime reference movie) finds every way barred.
+Videos come from strangers, and some of FFmpeg's formats are lists of other files (HLS, DASH, concat), devices
+or filter graphs. Therefore:
+
+- Only the demuxers and decoders named here run.
+- FFmpeg gets no file name, because demuxers draw conclusions from it. A reader object supplies the bytes.
+- The list of protocols is empty, so a file that refers to a second one (a QuickTime reference movie) cannot
+  open it.
 """
 
 from __future__ import annotations
@@ -23,106 +26,57 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 MAX_FRAME_PIXELS = 35_651_584
-"""Larger frames are refused: the largest any level of H.264 and the 8K levels of HEVC and AV1 allow. A
-decoder keeps up to 16 of them, so PIL's limit of 89 million would mean gigabytes."""
+"""Largest frame that is decoded: the largest that any level of H.264 and the 8K levels of HEVC and AV1 allow.
 
+A decoder keeps up to 16 frames, so PIL's limit of 89 million pixels would take gigabytes.
+"""
+
+# fmt: off
 FORMATS = (
-    "mov",
-    "matroska",
-    "webm",
-    "avi",
-    "mpegts",
-    "mpeg",
-    "mpegvideo",
-    "flv",
-    "asf",
-    "ogg",
-    "yuv4mpegpipe",
-    "mjpeg",
-    "h264",
-    "hevc",
-    "m4v",
-    "h263",
-    "obu",
-    "ivf",
-    "nut",
-    "dv",
-    "mxf",
+    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg",
+    "yuv4mpegpipe", "mjpeg", "h264", "hevc", "m4v", "h263", "obu", "ivf", "nut", "dv", "mxf",
 )
-"""FFmpeg's names of the containers that are read: those that hold their own images, and only those."""
+# fmt: on
+"""FFmpeg's names of the containers that are read. None of them refers to other files for its frames."""
 
+# fmt: off
 CODECS = (
-    "av1",
-    "cinepak",
-    "dnxhd",
-    "dvvideo",
-    "ffv1",
-    "ffvhuff",
-    "flv",
-    "h261",
-    "h263",
-    "h263i",
-    "h263p",
-    "h264",
-    "hevc",
-    "huffyuv",
-    "libdav1d",
-    "mjpeg",
-    "mpeg1video",
-    "mpeg2video",
-    "mpeg4",
-    "msmpeg4",
-    "msmpeg4v1",
-    "msmpeg4v2",
-    "msvideo1",
-    "png",
-    "prores",
-    "qtrle",
-    "rawvideo",
-    "svq1",
-    "svq3",
-    "theora",
-    "utvideo",
-    "v210",
-    "vc1",
-    "vp6",
-    "vp6f",
-    "vp8",
-    "vp9",
-    "wmv1",
-    "wmv2",
-    "wmv3",
+    "av1", "cinepak", "dnxhd", "dvvideo", "ffv1", "ffvhuff", "flv", "h261", "h263", "h263i",
+    "h263p", "h264", "hevc", "huffyuv", "libdav1d", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4",
+    "msmpeg4", "msmpeg4v1", "msmpeg4v2", "msvideo1", "png", "prores", "qtrle", "rawvideo", "svq1",
+    "svq3", "theora", "utvideo", "v210", "vc1", "vp6", "vp6f", "vp8", "vp9", "wmv1", "wmv2", "wmv3",
 )
-"""FFmpeg's decoders that are run: what cameras, screens and the web make, and what archives keep."""
+# fmt: on
+"""FFmpeg's names of the decoders that run: codecs of cameras, screen recorders, the web and archives."""
 
 BUFFER_BYTES = 1 << 18
-"""Read at a time. PyAV's own 32 KiB takes Python's lock eight times as often."""
+"""Bytes per read. PyAV's default of 32 KiB takes the interpreter lock eight times as often."""
 
 _IMAGE_STREAMS = ("attached_pic", "still_image", "timed_thumbnails")
-"""Dispositions of streams that are no video: cover art, thumbnails."""
+"""Dispositions of video streams that are cover art or thumbnails."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Video:
+class OpenVideo:
     """An open video and its video stream."""
 
     container: InputContainer
     stream: VideoStream
     size: int
-    """Bytes of the file."""
+    """Size of the file, bytes."""
     head: bytes
-    """The first of them."""
+    """The first 512 bytes of the file."""
     pixel_aspect: Fraction
-    """Width of a pixel / its height, before any turn; 1 where nothing sensible is said."""
+    """Width of a pixel divided by its height, before any rotation."""
 
     @property
-    def tick(self) -> Fraction:
-        """Seconds in one unit of a timestamp."""
+    def time_base(self) -> Fraction:
+        """Seconds in one unit of a timestamp of the video stream."""
         return Fraction(self.stream.time_base or 0)
 
 
 class _Reader:
-    """A file without a name: what FFmpeg finds in it must not depend on what it is called."""
+    """A file without a name, so that FFmpeg judges it by its bytes alone."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.read: Callable[[int], bytes] = file.read
@@ -135,11 +89,12 @@ class _Reader:
 
 
 @contextmanager
-def open_video(data: bytes | Path) -> Iterator[Video]:
-    """Open a video for reading once, from its beginning.
+def open_video(data: bytes | Path) -> Iterator[OpenVideo]:
+    """Open a video for one pass from its beginning.
 
     Raises:
-        BadMediaError: no video, none that we read, or none whose frames have a sensible size.
+        BadMediaError: the file cannot be read, is not a video in one of `FORMATS` and `CODECS`, or has frames
+            without pixels or above `MAX_FRAME_PIXELS`.
     """
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb", buffering=0)
@@ -154,10 +109,10 @@ def open_video(data: bytes | Path) -> Iterator[Video]:
             context = stream.codec_context
             context.thread_type = "NONE"
             context.thread_count = (
-                1  # damaged frames look the same every time, and memory is bounded
+                1  # equal pixels for damaged frames each time, and bounded memory
             )
             context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-            yield Video(
+            yield OpenVideo(
                 container=container,
                 stream=stream,
                 size=reader.size,
@@ -174,9 +129,8 @@ def _open_container(reader: _Reader) -> InputContainer:
         return av.open(
             reader,
             "r",
-            options={
-                "max_pixels": str(MAX_FRAME_PIXELS)
-            },  # for what FFmpeg decodes to know a stream
+            # For the frames that FFmpeg decodes while it identifies the streams.
+            options={"max_pixels": str(MAX_FRAME_PIXELS)},
             container_options={"protocol_whitelist": "", **lists},
             metadata_errors="replace",
             buffer_size=BUFFER_BYTES,
@@ -186,19 +140,23 @@ def _open_container(reader: _Reader) -> InputContainer:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
-    """The best video stream that is no cover art, with a decoder we run and a sane size."""
+    """Return the container's best video stream that is not cover art.
+
+    Raises:
+        BadMediaError: there is none, its codec is not in `CODECS`, or its size is refused.
+    """
     best = container.streams.best("video")
     videos = [s for s in container.streams.video if not _is_image(s)]
     if not videos:
         kinds = sorted({stream.type for stream in container.streams})
-        raise BadMediaError(f"no video in it, only {', '.join(kinds) or 'an empty container'}")
+        raise BadMediaError(f"no video stream, only {', '.join(kinds) or 'an empty container'}")
     stream = next((video for video in videos if video is best), videos[0])
     context = stream.codec_context
     if context is None or context.name not in CODECS:
         raise BadMediaError(f"codec {context.name if context else 'unknown'} is not supported")
     check_size(context.width, context.height)
     if not stream.time_base:
-        raise BadMediaError("its timestamps have no unit")
+        raise BadMediaError("timestamps without a unit")
     return stream
 
 
@@ -207,7 +165,7 @@ def _is_image(stream: VideoStream) -> bool:
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse frames without pixels, and with more than `MAX_FRAME_PIXELS`."""
+    """Raise BadMediaError for frames without pixels or with more than `MAX_FRAME_PIXELS`."""
     if width < 1 or height < 1:
         raise BadMediaError(f"frames of {width} x {height} pixels")
     if width * height > MAX_FRAME_PIXELS:
@@ -215,7 +173,8 @@ def check_size(width: int, height: int) -> None:
 
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:
-    """As the container or the codec says, and 1 where that is absurd: real ones lie within 1:4 and 4:1."""
+    """Return the pixel aspect of the container or the codec, 1 if there is none or an absurd one."""
+    # Real ones are within 1:4 and 4:1.
     aspect = stream.sample_aspect_ratio
     if not aspect or not Fraction(1, 4) <= aspect <= 4:
         return Fraction(1)
@@ -223,14 +182,14 @@ def _pixel_aspect(stream: VideoStream) -> Fraction:
 
 
 def _describe_unknown(head: bytes, error: Exception) -> str:
-    """Dead links often answer with a page instead of a video: say so."""
+    """Say what the bytes are instead: a dead link often returns a web page."""
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "an HTML page, not a video"
-    return f"no readable video ({reason_of(error)})"
+    return f"no readable video ({error_reason(error)})"
 
 
-def reason_of(error: Exception) -> str:
-    """What FFmpeg says of an error, in one line, without its numbers and names."""
+def error_reason(error: Exception) -> str:
+    """Return FFmpeg's message of an error in one line, without its error numbers and file names."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     text = " ".join(str(said).split())
     return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

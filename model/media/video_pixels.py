@@ -1,15 +1,15 @@
 """One decoded frame -> an upright RGB image with square pixels. PyAV's swscale and PIL.
 
-Decisions that change pixels, made once, here:
+These decisions change pixels and are made here only:
 
-- YUV becomes RGB by the matrix and range the frame names. Where it names none: limited range, and BT.709 for
-  frames wider than 1024 or taller than 576 pixels, else BT.601, as players do. (FFmpeg alone takes BT.601.)
-- Accurate rounding, interpolated chroma and no CPU-specific shortcuts: the same pixels on every machine.
-- Non-square pixels are made square by enlarging the shorter way, so that no detail is lost.
-- The display matrix (a phone held upright) is applied, in quarter turns and flips.
-- Transparency lies on white, as it does in images.
-- HDR (PQ, HLG) is shown as its numbers stand, without tone mapping; wide colours are not narrowed.
-- Interlaced frames stay as they are, both fields in one image.
+- YUV becomes RGB by the frame's own matrix and range. Without them: limited range, and BT.709 for frames
+  wider than 1024 or taller than 576 pixels, else BT.601, as players do. (FFmpeg itself takes BT.601.)
+- Rounding is accurate, chroma interpolated, and CPU-specific code off: equal pixels on every machine.
+- Non-square pixels are made square by enlarging the shorter side, so no detail is lost.
+- The display matrix (a phone held upright) is applied in quarter turns and flips.
+- Transparent pixels are drawn on white, as in images.
+- HDR (PQ, HLG) is converted without tone mapping, and wide gamuts are not narrowed.
+- Interlaced frames stay interlaced, both fields in one image.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, cast
 from PIL import Image
 
 from model.media.images import BadMediaError
-from model.media.video_open import MAX_FRAME_PIXELS, check_size, reason_of
+from model.media.video_open import MAX_FRAME_PIXELS, check_size, error_reason
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 HDR = {16: "PQ", 18: "HLG"}
-"""FFmpeg's number of a transfer function -> its name, for those made for brighter screens."""
+"""FFmpeg's number -> name of the transfer functions for HDR screens."""
 
 _MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""AVColorSpace -> swscale's number. The others (RGB, YCgCo, ICtCp) have none; 2 means unspecified."""
+"""AVColorSpace -> number of swscale's matrix. RGB, YCgCo and ICtCp have none; 2 means unspecified."""
 
 _BT709, _BT601 = 1, 5
 _SD_SIZE = (1024, 576)
@@ -45,19 +45,23 @@ _TURNS = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
 }
-"""Signs of the display matrix (a, b, c, d), x' = a x + c y, y' = b x + d y -> what does that to an image."""
+"""Signs of the display matrix (a, b, c, d), x' = a x + c y, y' = b x + d y -> the equal transpose."""
 
 
-def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
-    """`frame` as RGB, upright.
+def frame_to_image(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
+    """Convert `frame` to an upright RGB image.
+
+    Args:
+        frame: as decoded.
+        pixel_aspect: width of a pixel divided by its height.
 
     Raises:
-        BadMediaError: its size is absurd or its pixel format has no way to RGB.
+        BadMediaError: its size is refused, or swscale cannot convert its pixel format to RGB.
     """
     import av
 
     check_size(frame.width, frame.height)
-    width, height = _square_size(frame.width, frame.height, pixel_aspect)
+    width, height = _square_pixel_size(frame.width, frame.height, pixel_aspect)
     name = "rgba" if _has_alpha(frame) else "rgb24"
     try:
         shown = frame.reformat(
@@ -65,11 +69,11 @@ def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
             height,
             name,
             src_colorspace=_matrix(frame),
-            interpolation=_quality(),
+            interpolation=_scaling_flags(),
             threads=1,
         )
     except (av.FFmpegError, ValueError) as error:
-        reason = f"pixels of format {frame.format.name} cannot be shown: {reason_of(error)}"
+        reason = f"pixel format {frame.format.name} cannot be converted: {error_reason(error)}"
         raise BadMediaError(reason) from None
     plane = shown.planes[0]
     mode = "RGBA" if name == "rgba" else "RGB"
@@ -81,7 +85,7 @@ def image_of(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _quality() -> int:
+def _scaling_flags() -> int:
     from av.video.reformatter import Interpolation
 
     return int(
@@ -92,8 +96,8 @@ def _quality() -> int:
     )
 
 
-def _square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
-    """Size in square pixels; that of the frame where the larger one would be refused."""
+def _square_pixel_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Return the size in square pixels, or the frame's own size if that would exceed the limit."""
     wider, higher = max(aspect, Fraction(1)), max(1 / aspect, Fraction(1))
     square = (round(width * wider), round(height * higher))
     return square if square[0] * square[1] <= MAX_FRAME_PIXELS else (width, height)
@@ -113,7 +117,7 @@ def _has_alpha(frame: VideoFrame) -> bool:
 
 
 def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """Signs of the display matrix, the nearest quarter turn; `_UNTURNED` where there is none."""
+    """Return the signs of the display matrix, as the nearest quarter turn; `_UNTURNED` without one."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return _UNTURNED

@@ -1,4 +1,4 @@
-"""Damaged videos, one after the other, told on standard output: run as a child, since FFmpeg may crash.
+"""Decode damaged videos one after another and print each outcome. A child process, because FFmpeg may crash.
 
 python -m tests.support.video_mutations FOLDER FIRST LAST
 """
@@ -18,12 +18,12 @@ from model.media.images import BadMediaError
 from model.media.video import frames, probe
 from model.media.video_open import MAX_FRAME_PIXELS
 
-PATIENCE_S = 20
-"""A video that takes longer ends the child."""
+TIMEOUT_S = 20
+"""Longest decode of one video, seconds; a longer one ends the child."""
 
 
 def mutated(number: int, files: list[bytes]) -> bytes:
-    """The damaged video of a number: bytes changed, inserted, missing, from another video, or cut off."""
+    """Return damaged video `number`: bytes changed, inserted, deleted, from another video, or cut off."""
     rng = np.random.default_rng(number)
     changed = bytearray(files[number % len(files)])
     for _ in range(rng.integers(1, 8)):
@@ -52,7 +52,7 @@ def mutated(number: int, files: list[bytes]) -> bytes:
 
 
 def outcome(data: bytes) -> str:
-    """What becomes of a video: `frames`, or why not; anything else is an error of ours."""
+    """Return `frames`, or the reason of BadMediaError. Anything else raises: it is a bug."""
     try:
         info = probe(data)
         shown = list(frames(data, sample_times(info.duration_s, 6), info))
@@ -69,21 +69,21 @@ def outcome(data: bytes) -> str:
 
 
 def main() -> None:
-    """Tell, for each number, its beginning, and its outcome with seconds and peak memory."""
+    """Print, for each number, a line when it begins, and one with outcome, seconds and peak memory."""
     folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     for number in range(first, last):
-        signal.alarm(PATIENCE_S)  # not handled: it ends this process even inside FFmpeg
+        signal.alarm(TIMEOUT_S)  # not handled: it ends this process even inside FFmpeg
         print(json.dumps({"begins": number}), flush=True)
         started = time.monotonic()
-        told = outcome(mutated(number, files))
+        result = outcome(mutated(number, files))
         seconds = time.monotonic() - started
-        line = {"ended": number, "told": told, "s": seconds, "mb": peak_megabytes()}
+        line = {"ended": number, "outcome": result, "s": seconds, "mb": peak_megabytes()}
         print(json.dumps(line), flush=True)
 
 
 def peak_megabytes() -> int:
-    """Of this process. `getrusage` would count what the parent held when it forked."""
+    """Return the peak memory of this process. `getrusage` would include the parent's before the fork."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) // 1024
 

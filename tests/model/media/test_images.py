@@ -1,5 +1,8 @@
-"""Bytes to pixels: every kind of image comes out right, everything else is BadMediaError and nothing
-worse."""
+"""Images: every supported format decodes to the right pixels, anything else raises BadMediaError.
+
+image = decode_image(data)                                   # upright RGB, or BadMediaError
+square = fit_image(image, 336, "squash", mean=CLIP_MEAN)     # (336, 336, 3) uint8
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from transformers import (
 
 from model.media.images import FORMATS, MAX_PIXELS, BadMediaError, decode_image, fit_image
 
-VIDEO_MEAN = (0.48145466, 0.4578275, 0.40821073)
-# Every corner and edge differs, so that no turn or flip goes unseen.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+# Every corner and edge differs, so a test notices each rotation and flip.
 GRADIENT = np.stack(
     [
         np.tile(np.linspace(0, 255, 24), (16, 1)),
@@ -58,7 +61,7 @@ def reason(data: bytes) -> str:
 
 
 def image_files() -> dict[str, bytes]:
-    """One sound file of every kind that is decoded differently."""
+    """Return one intact file of each kind that PIL decodes in its own way."""
     rgb = Image.fromarray(GRADIENT)
     rgba = rgb.convert("RGBA")
     rgba.putalpha(128)
@@ -90,13 +93,13 @@ def image_files() -> dict[str, bytes]:
 FILES = image_files()
 
 
-def test_every_format_we_name_is_tried() -> None:
+def test_the_files_cover_every_supported_format() -> None:
     found = {Image.open(io.BytesIO(data)).format for data in FILES.values()}
-    assert found == {*FORMATS, "MPO"}  # a JPEG, for PIL, until it finds the second image
+    assert found == {*FORMATS, "MPO"}  # MPO: a JPEG until PIL finds its second image
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_sound_images_of_every_kind_are_decoded(kind: str) -> None:
+def test_intact_images_of_every_kind_are_decoded(kind: str) -> None:
     assert pixels(FILES[kind]).shape in {(16, 24, 3), (24, 16, 3)}
 
 
@@ -104,11 +107,11 @@ def test_sound_images_of_every_kind_are_decoded(kind: str) -> None:
     ("kind", "options"),
     [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True})],
 )
-def test_lossless_formats_give_the_pixels_back(kind: str, options: dict[str, object]) -> None:
+def test_lossless_formats_keep_every_pixel(kind: str, options: dict[str, object]) -> None:
     assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), kind, **options)), GRADIENT)
 
 
-# What a camera held so would store: undone by viewing it according to the tag's definition.
+# EXIF orientation -> what a camera in that position stores; applying the tag undoes it.
 STORED = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -134,18 +137,18 @@ def test_images_are_turned_upright(kind: str, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 60000])
-def test_nonsense_orientations_are_no_turn(orientation: int) -> None:
+def test_undefined_orientations_are_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), "PNG", exif=exif)), GRADIENT)
 
 
-def test_damaged_exif_loses_no_image() -> None:
+def test_damaged_exif_does_not_fail_an_image() -> None:
     turned = Image.Exif()
     turned[0x0112], turned[0x010F] = 6, "a camera whose name is long"
     block = bytearray(turned.tobytes())
     name = block.index(b"\x01\x0f\x00\x02")
-    block[name + 4 : name + 8] = b"\x7f\xff\xff\xff"  # a name of two thousand million letters
+    block[name + 4 : name + 8] = b"\x7f\xff\xff\xff"  # a name of two billion letters
     original = Image.fromarray(GRADIENT)
     with_damage = saved(original, "JPEG", exif=bytes(block))
     with pytest.warns(UserWarning, match="Tag"), Image.open(io.BytesIO(with_damage)) as image:
@@ -156,7 +159,7 @@ def test_damaged_exif_loses_no_image() -> None:
         assert np.array_equal(pixels(with_garbage), pixels(saved(original, "JPEG")))
 
 
-def test_transparency_lies_on_white() -> None:
+def test_transparent_pixels_are_drawn_on_white() -> None:
     half = Image.new("RGBA", (2, 1), (100, 0, 200, 255))
     half.putpixel((1, 0), (100, 0, 200, 128))
     solid, mixed = pixels(saved(half, "PNG"))[0]
@@ -201,7 +204,7 @@ def without_adobe_marker(jpeg: bytes) -> bytes:
     return jpeg[:start] + jpeg[start + 2 + length :]
 
 
-def test_cmyk_keeps_its_colours_whatever_the_polarity() -> None:
+def test_cmyk_keeps_its_colours_in_either_polarity() -> None:
     rgb = Image.new("RGB", (32, 32), (220, 40, 90))
     jpeg = saved(rgb.convert("CMYK"), "JPEG", quality=95)
     for data in (jpeg, without_adobe_marker(jpeg), saved(rgb.convert("CMYK"), "TIFF")):
@@ -209,7 +212,7 @@ def test_cmyk_keeps_its_colours_whatever_the_polarity() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_of_several_images_counts(kind: str) -> None:
+def test_the_first_of_several_images_is_used(kind: str) -> None:
     red, blue = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (8, 6), "blue")
     data = saved(red, kind, save_all=True, append_images=[blue])
     assert Image.open(io.BytesIO(data)).n_frames == 2
@@ -217,7 +220,7 @@ def test_the_first_of_several_images_counts(kind: str) -> None:
 
 
 def test_damage_behind_the_first_image_does_not_matter() -> None:
-    """PIL warns of both; a lone warning must not lose a sound image."""
+    """PIL warns about both files; the warning must not make an intact image fail."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     several = saved(noise, "MPO", save_all=True, append_images=[noise])
     assert np.array_equal(pixels(several[: several.index(b"\xff\xd8\xff", 3)]), pixels(several))
@@ -243,11 +246,11 @@ def test_one_pixel_is_an_image(kind: str) -> None:
     data = saved(Image.new("RGB", (1, 1), "white"), kind)
     assert pixels(data).shape == (1, 1, 3)
     for fit in ("squash", "pad", "crop"):
-        assert (fit_image(decode_image(data), 28, fit, VIDEO_MEAN) == 255).all()
+        assert (fit_image(decode_image(data), 28, fit, CLIP_MEAN) == 255).all()
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_truncated_files_are_failures_even_where_others_allow_them(
+def test_truncated_files_fail_even_if_another_library_allows_them(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -290,7 +293,7 @@ def test_images_beyond_the_limit_are_refused_from_their_header(
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_chunks_that_unpack_to_much_are_refused(kind: bytes) -> None:
+def test_compressed_chunks_that_expand_too_far_are_refused(kind: bytes) -> None:
     packed = zlib.compress(b"\0" * 100_000_000, 1)
     head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
     bomb = png_with(1, 1, png_chunk(kind, head + packed))
@@ -302,7 +305,7 @@ def test_chunks_that_unpack_to_much_are_refused(kind: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_what_is_no_image_is_named() -> None:
+def test_the_reason_names_what_is_not_an_image() -> None:
     assert reason(b"") == "empty file"
     assert reason(b"  <!DOCTYPE html><html>404</html>") == "an HTML page, not an image"
     assert "SVG" in reason(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
@@ -311,7 +314,7 @@ def test_what_is_no_image_is_named() -> None:
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flipped bits, overwritten and inserted bytes, a cut, a piece moved; headers are hit most."""
+    """Flip bits, overwrite, insert and delete bytes at random; headers are changed most."""
     changed = bytearray(data)
     for _ in range(rng.integers(1, 6)):
         where = int(len(changed) * rng.random() ** 2)
@@ -331,11 +334,13 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.soak_counted
-def test_mutated_files_are_images_or_bad_media(soak: Callable[[int, int], int]) -> None:
+def test_mutated_files_decode_or_raise_bad_media(soak: Callable[[int, int], int]) -> None:
     rng = np.random.default_rng(7)
     outcomes = {"image": 0, "bad": 0}
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # as in production: only our own filters make errors
+        warnings.simplefilter(
+            "default"
+        )  # as in production: only filters of model.media.images make errors
         for _ in range(soak(60, 3000)):
             for data in FILES.values():
                 try:
@@ -346,11 +351,11 @@ def test_mutated_files_are_images_or_bad_media(soak: Callable[[int, int], int]) 
                 else:
                     outcomes["image"] += 1
                     assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-                    assert fit_image(image, 14, "pad", VIDEO_MEAN).shape == (14, 14, 3)
-    assert min(outcomes.values()) > 100  # both ways were taken
+                    assert fit_image(image, 14, "pad", CLIP_MEAN).shape == (14, 14, 3)
+    assert min(outcomes.values()) > 100  # both outcomes occurred
 
 
-def test_threads_decode_as_one_does() -> None:
+def test_threads_decode_equal_pixels() -> None:
     rng = np.random.default_rng(3)
     jobs = [*FILES.values(), *(mutate(d, rng) for d in FILES.values())] * 8
 
@@ -385,16 +390,16 @@ PLAIN = {
     ("fit", "processor", "levels"),
     [
         ("squash", CLIPImageProcessorPil(**PLAIN), 0),
-        ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds in other places
-        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(VIDEO_MEAN), **PLAIN), 0),
-        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(VIDEO_MEAN), **PLAIN), 1),
+        ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds at other steps
+        ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 0),
+        ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 1),
     ],
     ids=["squash-pil", "squash-torchvision", "pad-pil", "pad-torchvision"],
 )
 def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) -> None:
     for image in photographs():
         theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-        ours = fit_image(image, 336, fit, VIDEO_MEAN).transpose(2, 0, 1)
+        ours = fit_image(image, 336, fit, CLIP_MEAN).transpose(2, 0, 1)
         difference = np.abs(theirs.astype(int) - ours)
         assert (difference > levels).mean() <= 1e-5 and difference.mean() <= 0.015
 
@@ -405,16 +410,18 @@ def test_pad_fills_with_the_mean_colour_and_crop_takes_the_centre() -> None:
     padded = fit_image(Image.fromarray(wide), 60, "pad", (0.5, 0.25, 1.0))
     assert (padded[:20] == (127, 63, 255)).all() and (padded[40:] == (127, 63, 255)).all()
     assert np.array_equal(padded[22:38], wide[2:18])
-    cropped = fit_image(Image.fromarray(wide), 20, "crop", VIDEO_MEAN)
+    cropped = fit_image(Image.fromarray(wide), 20, "crop", CLIP_MEAN)
     assert (cropped[:, 2:18] == 255).all()
     with pytest.raises(ValueError, match="fit 'stretch'"):
-        fit_image(Image.fromarray(wide), 20, "stretch", VIDEO_MEAN)
+        fit_image(Image.fromarray(wide), 20, "stretch", CLIP_MEAN)
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
 @pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
-def test_strips_of_extreme_shape_need_no_extreme_memory(fit: str, size: tuple[int, int]) -> None:
+def test_extreme_strips_do_not_take_extreme_memory(fit: str, size: tuple[int, int]) -> None:
     strip = Image.new("RGB", size, (255, 0, 0))
-    square = fit_image(strip, 336, fit, VIDEO_MEAN)  # padded naively: 40,000 million pixels
+    square = fit_image(
+        strip, 336, fit, CLIP_MEAN
+    )  # a full padded square would be 40 billion pixels
     assert square.shape == (336, 336, 3)
     assert (square[168, 168, 0] > square[168, 168, 1]).all()

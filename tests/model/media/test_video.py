@@ -1,4 +1,9 @@
-"""Frames at given times: the right ones, at their own times, in every container, and lazily."""
+"""Video frames at given times: the nearest frame, its own time, in every container, without decoding all.
+
+info = probe(path)
+for frame in frames(path, [0, 2_000_000], info):     # microseconds after the first frame
+    frame.time_s, frame.image
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ def numbers(data: bytes | Path, wanted: Sequence[int]) -> list[int]:
     return [number_of(frame.image) for frame in taken(data, wanted)]
 
 
-def test_a_video_gives_each_frame_at_its_time(tmp_path: Path) -> None:
+def test_each_frame_is_found_at_its_time(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mp4", frames=40, fps=8)
     info = probe(path)
     assert info == VideoInfo(duration_s=39 / 8, width=96, height=64, frames=40, note=None)
@@ -39,7 +44,7 @@ def test_a_video_gives_each_frame_at_its_time(tmp_path: Path) -> None:
     assert {(frame.image.mode, frame.image.size) for frame in found} == {("RGB", (96, 64))}
 
 
-def test_bytes_and_path_are_the_same_whatever_the_name(tmp_path: Path) -> None:
+def test_bytes_and_path_give_equal_frames_under_any_file_name(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mkv", frames=20, codec="ffv1")
     odd = tmp_path / "concat:a|b%03d.png"
     odd.write_bytes(path.read_bytes())
@@ -48,7 +53,7 @@ def test_bytes_and_path_are_the_same_whatever_the_name(tmp_path: Path) -> None:
         assert numbers(data, [0, 2_000_000, 4_750_000]) == [0, 8, 19]
 
 
-def test_the_nearest_frame_is_taken_and_the_earlier_on_a_tie(tmp_path: Path) -> None:
+def test_the_nearest_frame_is_taken_or_the_earlier_on_a_tie(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mkv", times_ms=[0, 100, 200, 1000], frames=4, codec="ffv1")
     wanted = [0, 49_999, 50_000, 50_001, 150_001, 600_000, 600_001, 9_000_000]
     found = taken(path, wanted)
@@ -59,7 +64,7 @@ def test_the_nearest_frame_is_taken_and_the_earlier_on_a_tie(tmp_path: Path) -> 
         frames(path, [1, 0], probe(path))
 
 
-def test_no_times_no_frames_and_one_frame_is_a_video(tmp_path: Path) -> None:
+def test_no_times_give_no_frames_and_one_frame_is_a_video(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mp4", frames=1)
     info = probe(path)
     assert (info.duration_s, info.frames) == (0, 1)
@@ -73,7 +78,7 @@ def test_no_times_no_frames_and_one_frame_is_a_video(tmp_path: Path) -> None:
     gop=st.integers(1, 12),
     wanted=st.lists(st.integers(0, 160_000_000), max_size=12).map(sorted),
 )
-def test_any_times_give_what_a_look_at_all_frames_gives(
+def test_any_times_give_the_frames_a_full_search_finds(
     tmp_path_factory: pytest.TempPathFactory, gaps: list[int], gop: int, wanted: list[int]
 ) -> None:
     times = np.cumsum([0, *gaps])
@@ -109,7 +114,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
-def test_every_container_gives_its_frames(tmp_path: Path, suffix: str) -> None:
+def test_every_container_gives_the_right_frames(tmp_path: Path, suffix: str) -> None:
     codec, pixels = CONTAINERS[suffix]
     source = make_video(tmp_path / "source.nut", frames=50, fps=25, codec="ffv1")
     path = tmp_path / f"video.{suffix}"
@@ -124,7 +129,7 @@ def test_every_container_gives_its_frames(tmp_path: Path, suffix: str) -> None:
     assert [frame.time_s for frame in found] == [us / 1_000_000 for us in wanted]
 
 
-def test_a_video_of_hours_is_not_decoded_whole(tmp_path: Path) -> None:
+def test_a_long_video_is_not_decoded_completely(tmp_path: Path) -> None:
     times = [n * 45_000 for n in range(800)]  # ten hours, a key frame every nine minutes
     path = make_video(tmp_path / "long.mkv", times_ms=times, frames=800, fps=1000, size=(32, 32))
     beats = 0
@@ -138,10 +143,10 @@ def test_a_video_of_hours_is_not_decoded_whole(tmp_path: Path) -> None:
     found = list(frames(path, wanted, info, beat))
     assert len(found) == 16 and found[-1].time_s == info.duration_s == 35_955
     assert [frame.time_s for frame in found] == [round(us / 45e6) * 45 for us in wanted]
-    assert 16 <= beats < 16 * 14  # at most a group of 12 for each, and the one behind it
+    assert 16 <= beats < 16 * 14  # at most a group of 12 and one more frame each
 
 
-def test_progress_is_told_for_every_frame_and_while_probing(tmp_path: Path) -> None:
+def test_progress_is_reported_for_every_frame_and_while_probing(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mp4", frames=30, fps=30)
     beats: list[int] = []
     info = probe(path, lambda: beats.append(0))
@@ -151,7 +156,7 @@ def test_progress_is_told_for_every_frame_and_while_probing(tmp_path: Path) -> N
     assert len(beats) >= 6
 
 
-def test_an_info_without_its_index_gives_the_same_frames() -> None:
+def test_an_info_without_its_index_gives_equal_frames() -> None:
     data = BIKES.read_bytes()
     info = probe(data)
     bare = replace(info, index=None)
@@ -161,7 +166,7 @@ def test_an_info_without_its_index_gives_the_same_frames() -> None:
     assert [a.image.tobytes() for a in one] == [b.image.tobytes() for b in other]
 
 
-def test_threads_give_what_one_gives() -> None:
+def test_threads_give_equal_frames() -> None:
     data = BIKES.read_bytes()
     info = probe(data)
     wanted = sample_times(info.duration_s, 3)
@@ -174,15 +179,15 @@ def test_threads_give_what_one_gives() -> None:
     assert together == [pixels(0)] * 5
 
 
-def test_a_reader_may_stop_in_the_middle(tmp_path: Path) -> None:
+def test_iteration_may_stop_in_the_middle(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mp4", frames=30)
     shown = frames(path, range(0, 7_000_000, 250_000), probe(path))
     assert number_of(next(shown).image) == 0
     shown.close()  # type: ignore[attr-defined]
-    path.unlink()  # nothing holds it; an open file would also warn, and warnings are errors here
+    path.unlink()  # an open file would warn, and warnings are errors in tests
 
 
-def test_raw_streams_without_timestamps_are_counted(tmp_path: Path) -> None:
+def test_frames_of_raw_streams_without_timestamps_are_counted(tmp_path: Path) -> None:
     source = make_video(tmp_path / "source.nut", frames=40, fps=25, codec="ffv1")
     path = tmp_path / "video.264"
     ffmpeg("-i", source, "-c:v", "libx264", "-bf", 3, "-r", 25, path)
@@ -191,9 +196,9 @@ def test_raw_streams_without_timestamps_are_counted(tmp_path: Path) -> None:
     assert numbers(path, [0, 400_000, 1_000_000, 1_560_000]) == [0, 10, 25, 39]
 
 
-def test_time_counts_from_the_first_frame_wherever_the_clock_starts(tmp_path: Path) -> None:
+def test_times_count_from_the_first_frame_at_any_start_of_the_clock(tmp_path: Path) -> None:
     source = make_video(tmp_path / "source.nut", frames=60, fps=25, codec="ffv1")
-    for offset in (7, 95_442.5):  # the second passes the 33 bits of MPEG's clock on its way
+    for offset in (7, 95_442.5):  # the second overflows the 33 bits of MPEG's clock
         path = tmp_path / "video.ts"
         encode = ["-c:v", "mpeg2video", "-bf", 2, "-b:v", "2M", "-output_ts_offset", offset]
         ffmpeg("-i", source, *encode, path)
@@ -202,7 +207,7 @@ def test_time_counts_from_the_first_frame_wherever_the_clock_starts(tmp_path: Pa
         assert numbers(path, [0, 1_000_000, 2_360_000]) == [0, 25, 59]
 
 
-def test_edit_lists_are_followed(tmp_path: Path) -> None:
+def test_edit_lists_are_applied(tmp_path: Path) -> None:
     source = make_video(tmp_path / "source.mp4", frames=60, fps=10, gop=20)
     path = tmp_path / "cut.mp4"
     ffmpeg("-ss", 2.5, "-i", source, "-c", "copy", path)  # the key frame is 0.5 s earlier, hidden
@@ -211,7 +216,7 @@ def test_edit_lists_are_followed(tmp_path: Path) -> None:
     assert numbers(path, [0, 1_000_000, 3_400_000]) == [25, 35, 59]
 
 
-def test_recordings_glued_together_give_what_advances(tmp_path: Path) -> None:
+def test_joined_recordings_give_the_frames_that_advance(tmp_path: Path) -> None:
     parts = [
         make_video(tmp_path / f"{name}.ts", frames=count, fps=25, codec="mpeg2video")
         for name, count in (("long", 50), ("short", 20))
@@ -220,7 +225,7 @@ def test_recordings_glued_together_give_what_advances(tmp_path: Path) -> None:
     assert info.duration_s >= 49 / 25 and info.frames >= 50
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_importing_it_imports_neither_pyav_nor_torch() -> None:
     code = (
         "import sys, model.media.video;"
         "print([m for m in sys.modules if m.split('.')[0] in ('av', 'torch', 'transformers')])"
@@ -229,12 +234,12 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_suffixes_are_lower_case_and_no_images() -> None:
+def test_suffixes_are_lower_case_and_not_those_of_images() -> None:
     assert all(s.startswith(".") and s == s.lower() for s in VIDEO_SUFFIXES)
     assert not VIDEO_SUFFIXES & {".gif", ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tiff"}
 
 
-def test_sizes_that_change_on_the_way_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_frames_keep_their_own_size_when_it_changes(tmp_path: Path) -> None:
     parts = []
     for name, size in (("a", (96, 64)), ("b", (64, 96))):
         source = make_video(tmp_path / f"{name}.nut", frames=25, fps=25, size=size, codec="ffv1")
@@ -248,7 +253,7 @@ def test_sizes_that_change_on_the_way_are_shown_as_they_are(tmp_path: Path) -> N
     assert [number_of(frame.image) for frame in found] == [0, 24, 0, 24]
 
 
-def test_a_missing_file_is_no_decode_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_fetch_error(tmp_path: Path) -> None:
     with pytest.raises(BadMediaError, match="cannot be read: No such file") as caught:
         probe(tmp_path / "gone.mp4")
     assert caught.value.stage == "fetch"

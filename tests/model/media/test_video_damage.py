@@ -1,4 +1,8 @@
-"""Videos that are cut off or damaged: the frames they have, or `BadMediaError`, soon, and nothing else."""
+"""Truncated and damaged videos: the frames that decode, or BadMediaError, within seconds.
+
+info = probe(data)       # info.note == "ends early: ..."
+frames(data, sample_times(info.duration_s, 5), info)
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ import pytest
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
 from model.media.video import frames, probe
-from tests.support.video_mutations import PATIENCE_S, mutated
+from tests.support.video_mutations import TIMEOUT_S, mutated
 from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
 
 # ---- cut off ---------------------------------------------------------------------------------------
@@ -27,7 +31,7 @@ from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, ti
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real videos as files that can be cut: what is needed to read them stands in front."""
+    """Make real videos that stay readable when they are cut: their tables are at the front."""
     folder = tmp_path_factory.mktemp("whole")
     small = ["-c:v", "libx264", "-g", 25, "-vf", "scale=160:90"]
     ffmpeg("-i", BUNNY, *small, "-movflags", "+faststart", folder / "front.mp4")
@@ -40,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["front.mp4", "video.mkv", "video.flv", "video.ts", "video.avi"])
 @pytest.mark.parametrize("part", [0.3, 0.8])
-def test_a_cut_video_gives_what_decodes_and_says_so(
+def test_a_truncated_video_gives_the_frames_that_decode_and_a_note(
     whole: Path, tmp_path: Path, name: str, part: float
 ) -> None:
     data = (whole / name).read_bytes()
@@ -49,7 +53,7 @@ def test_a_cut_video_gives_what_decodes_and_says_so(
     full, info = probe(whole / name), probe(cut)
     assert full.note is None
     assert 0 < info.duration_s < full.duration_s and info.frames < full.frames
-    if name != "video.ts":  # which is made to be cut anywhere, and says no length
+    if name != "video.ts":  # MPEG-TS stores no length
         assert info.note is not None and info.note.startswith("ends early: ")
     theirs = times_by_ffmpeg(cut)
     assert abs(theirs[-1] / 1e6 - info.duration_s) < 0.1  # the last one may be cut in two
@@ -61,7 +65,7 @@ def test_a_cut_video_gives_what_decodes_and_says_so(
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in pairs)
 
 
-def test_an_mp4_that_lost_its_end_lost_its_table() -> None:
+def test_an_mp4_without_its_table_is_refused() -> None:
     data = BIKES.read_bytes()
     at = data.index(b"moov")
     if at < len(data) // 2:
@@ -70,7 +74,7 @@ def test_an_mp4_that_lost_its_end_lost_its_table() -> None:
         probe(data[: len(data) // 2])
 
 
-def test_damage_in_the_middle_costs_only_its_own_frames(tmp_path: Path) -> None:
+def test_damage_in_the_middle_affects_only_its_own_frames(tmp_path: Path) -> None:
     path = make_video(tmp_path / "video.mkv", frames=60, fps=10, gop=10, codec="ffv1")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
@@ -89,7 +93,7 @@ def test_damage_in_the_middle_costs_only_its_own_frames(tmp_path: Path) -> None:
         ("video.webm", ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime"]),
     ],
 )
-def test_a_frame_of_a_damaged_video_is_the_same_asked_alone_or_with_all(
+def test_a_frame_of_a_damaged_video_is_equal_asked_for_alone_or_with_all(
     tmp_path: Path, name: str, encode: list[str | int]
 ) -> None:
     path = tmp_path / name
@@ -128,16 +132,16 @@ def test_frames_at_the_end_that_do_not_decode_are_not_counted(tmp_path: Path) ->
 
 @dataclass
 class Tally:
-    """What became of damaged videos."""
+    """Outcomes of damaged videos."""
 
-    told: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
     crashes: list[tuple[int, int]] = field(default_factory=list)
-    """Number of the video, and what killed the child."""
+    """Number of the video, and the signal that ended the child process."""
     slowest: tuple[float, int] = (0.0, -1)
     megabytes: int = 0
 
     def watch(self, folder: Path, first: int, last: int) -> None:
-        """Run a child over the videos, and another one after each crash."""
+        """Decode the videos in a child process, and in a new one after each crash."""
         while first < last:
             command = [
                 sys.executable,
@@ -154,7 +158,7 @@ class Tally:
                     first = self._at
                 errors = child.stderr.read().decode(errors="replace")
             assert child.returncode <= 0, f"video {first}: {errors}"
-            assert child.returncode != -signal.SIGALRM, f"video {first} took {PATIENCE_S} s"
+            assert child.returncode != -signal.SIGALRM, f"video {first} took {TIMEOUT_S} s"
             if child.returncode < 0:
                 self.crashes.append((first, -child.returncode))
             first += 1
@@ -163,15 +167,15 @@ class Tally:
         if "begins" in line:
             self._at = int(str(line["begins"]))
             return
-        told = str(line["told"])
-        self.told["frames" if told == "frames" else "bad"] += 1
+        outcome = str(line["outcome"])
+        self.outcomes["frames" if outcome == "frames" else "bad"] += 1
         self.slowest = max(self.slowest, (float(str(line["s"])), self._at))
         self.megabytes = max(self.megabytes, int(str(line["mb"])))
 
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small real videos of every kind that is decoded differently."""
+    """Make small real videos, one of each kind that FFmpeg decodes in its own way."""
     folder = tmp_path_factory.mktemp("victims")
     small = ["-t", 1.2, "-vf", "scale=96:40", "-an"]
     kinds = {
@@ -198,27 +202,31 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.soak_counted
-def test_damaged_videos_give_frames_or_bad_media(
+def test_damaged_videos_decode_or_raise_bad_media(
     victims: Path, soak: Callable[[int, int], int]
 ) -> None:
     tally = Tally()
     count = soak(96, 4000)
     tally.watch(victims, 0, count)
     slowest = f"{tally.slowest[0]:.1f} s (video {tally.slowest[1]})"
-    print(f"\n{count} damaged videos: {dict(tally.told)}, crashes (video, signal): {tally.crashes}")
+    print(
+        f"\n{count} damaged videos: {dict(tally.outcomes)}, crashes (video, signal): {tally.crashes}"
+    )
     print(f"slowest {slowest}, peak {tally.megabytes} MB")
-    assert sum(tally.told.values()) + len(tally.crashes) == count
-    assert min(tally.told["frames"], tally.told["bad"]) > count // 12  # both ways were taken
+    assert sum(tally.outcomes.values()) + len(tally.crashes) == count
+    assert (
+        min(tally.outcomes["frames"], tally.outcomes["bad"]) > count // 12
+    )  # both outcomes occurred
     assert tally.slowest[0] < 10
     assert tally.megabytes < 1500
-    assert len(tally.crashes) <= count // 500  # FFmpeg's own; reported above
+    assert len(tally.crashes) <= count // 500  # crashes inside FFmpeg; printed above
 
 
-def test_damaged_videos_are_the_same_every_time_in_any_thread(victims: Path) -> None:
+def test_damaged_videos_give_equal_results_in_any_thread(victims: Path) -> None:
     files = [path.read_bytes() for path in sorted(victims.iterdir())]
     videos = [mutated(number, files) for number in range(32)]
 
-    def told(data: bytes) -> object:
+    def outcome(data: bytes) -> object:
         try:
             info = probe(data)
             shown = frames(data, sample_times(info.duration_s, 3), info)
@@ -226,6 +234,6 @@ def test_damaged_videos_are_the_same_every_time_in_any_thread(victims: Path) -> 
         except BadMediaError as error:
             return error.reason
 
-    alone = [told(video) for video in videos]
+    alone = [outcome(video) for video in videos]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(told, videos)) == alone
+        assert list(pool.map(outcome, videos)) == alone

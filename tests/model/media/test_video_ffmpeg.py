@@ -1,4 +1,8 @@
-"""Times and pixels agree with FFmpeg's own program, another build of another version, on real videos."""
+"""Times and pixels of real videos agree with the ffmpeg program, a separate build of another version.
+
+info = probe(path)
+frame = next(frames(path, [1_000_000], info))     # equals frame n of `ffmpeg -i path`
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from PIL import Image
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
 from model.media.video import VideoInfo, frames, probe
-from model.media.video_decoder import Starts
-from model.media.video_pixels import image_of
+from model.media.video_decoder import AccessPoints
+from model.media.video_pixels import frame_to_image
 from tests.support.videos import BIKES, BUNNY, PHONE, ffmpeg, images_by_ffmpeg, make_video, psnr
 from tests.support.videos import times_by_ffmpeg as their_times
 
@@ -23,7 +27,7 @@ SMALL = ("-vf", "scale=160:68", "-an")
 
 
 def made(*arguments: str | int | float, source: Path = BIKES, suffix: str = "mp4") -> Make:
-    """A maker of a variant of a real video."""
+    """Return a function that makes a variant of a real video."""
 
     def make(folder: Path) -> Path:
         path = folder / f"variant.{suffix}"
@@ -37,7 +41,7 @@ Make = Callable[[Path], Path]
 
 
 def turned(*arguments: str | int) -> Make:
-    """The video as it is, said to be held otherwise."""
+    """Return a function that changes only the display matrix of a real video."""
 
     def make(folder: Path) -> Path:
         ffmpeg(*arguments, "-i", BIKES, "-c", "copy", "-t", 2, path := folder / "turned.mp4")
@@ -102,7 +106,7 @@ def test_times_and_pixels_agree(name: str, tmp_path: Path) -> None:
     assert [round(frame.time_s * 1e6) for frame in ours.values()] == asked
     assert (info.frames, info.duration_s, info.note) == (len(theirs), theirs[-1] / 1e6, None)
     numbers = sorted({0, 1, len(theirs) // 2, len(theirs) - 1})
-    # The bunny is HD and names no matrix: BT.709, as players take it; the program takes BT.601.
+    # The bunny is HD and has no matrix: players take BT.709, the ffmpeg program takes BT.601.
     matrix = "bt709" if name == "bunny" else "auto"
     shown = images_by_ffmpeg(path, numbers, (info.width, info.height), matrix)
     likeness = [psnr(ours[theirs[n]].image, image) for n, image in zip(numbers, shown, strict=True)]
@@ -110,7 +114,7 @@ def test_times_and_pixels_agree(name: str, tmp_path: Path) -> None:
 
 
 def sequential(path: Path) -> dict[int, bytes]:
-    """Every frame of a video in PyAV's own plain loop: microseconds -> pixels."""
+    """Decode every frame of a video in PyAV's plain loop: microseconds -> pixels."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.time_base is not None
@@ -120,7 +124,7 @@ def sequential(path: Path) -> dict[int, bytes]:
             assert frame.pts is not None
             first = frame.pts if first is None else first
             time_us = round((frame.pts - first) * stream.time_base * 1_000_000)
-            found[time_us] = image_of(frame, stream.sample_aspect_ratio or 1).tobytes()  # type: ignore[arg-type]
+            found[time_us] = frame_to_image(frame, stream.sample_aspect_ratio or 1).tobytes()  # type: ignore[arg-type]
         return found
 
 
@@ -141,7 +145,7 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_skipping_gives_the_pixels_of_decoding_everything(name: str, tmp_path: Path) -> None:
+def test_skipping_gives_equal_pixels(name: str, tmp_path: Path) -> None:
     *encode, target = SKIPPED[name]
     path = tmp_path / str(target)
     ffmpeg(*LOOP, "-vf", "scale=96:40", *encode, path)
@@ -149,7 +153,7 @@ def test_skipping_gives_the_pixels_of_decoding_everything(name: str, tmp_path: P
     times = np.array(sorted(whole))
     info = probe(path)
     assert (info.frames, info.duration_s) == (len(times), times[-1] / 1e6)
-    assert info.index is not None and len(info.index.starts.packets) > 5
+    assert info.index is not None and len(info.index.access_points.packets) > 5
     rng = np.random.default_rng(3)
     for count in (1, 3, 30):
         beats: list[int] = []
@@ -158,26 +162,26 @@ def test_skipping_gives_the_pixels_of_decoding_everything(name: str, tmp_path: P
             nearest = int(times[np.argmin(np.abs(times - frame.wanted_us))])
             assert frame.time_s == nearest / 1e6
             assert frame.image.tobytes() == whole[nearest]
-        assert len(beats) < len(times) or count > 3  # it did skip
+        assert len(beats) < len(times) or count > 3  # frames were skipped
 
 
-def test_false_key_frames_are_found_out_and_passed_over() -> None:
-    """However wrong the list of key frames is, the pixels are those of decoding everything."""
+def test_wrong_key_frames_are_not_used() -> None:
+    """With a wrong list of key frames, the pixels equal those of decoding everything."""
     info = probe(BIKES)
     assert info.index is not None
     with av.open(str(BIKES)) as container:
         pts = [packet.pts for packet in container.demux(video=0) if packet.size]
     packets = [0, 30, 85, 100, 137, 150, 160, 200, 220, 242]  # three of them are key frames
     times = [info.index.clock.microseconds(pts[number] or 0) for number in packets]
-    lies = Starts(packets=np.array(packets), times_us=np.array(times))
-    wrong = replace(info, index=replace(info.index, starts=lies))
+    lies = AccessPoints(packets=np.array(packets), times_us=np.array(times))
+    wrong = replace(info, index=replace(info.index, access_points=lies))
     for count in (2, 5, 25):
         wanted = sample_times(info.duration_s, count)
         true = [frame.image.tobytes() for frame in frames(BIKES, wanted, info)]
         assert [frame.image.tobytes() for frame in frames(BIKES, wanted, wrong)] == true
 
 
-def test_pixels_that_are_wider_than_high_are_made_square() -> None:
+def test_wide_pixels_are_made_square_by_width() -> None:
     info = probe(PHONE)  # 176 x 144 of pixels 128:117
     assert (info.width, info.height) == (193, 144)
 
@@ -190,13 +194,13 @@ def test_tall_pixels_are_made_square_by_height(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("absurd", ["1000/1", "1/1000"])
-def test_absurd_pixel_shapes_are_not_believed(tmp_path: Path, absurd: str) -> None:
+def test_absurd_pixel_aspects_are_ignored(tmp_path: Path, absurd: str) -> None:
     path = made(*SLOW, "-vf", f"scale=160:68,setsar={absurd}")(tmp_path)
     assert (probe(path).width, probe(path).height) == (160, 68)
 
 
 @pytest.mark.parametrize(("transfer", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
-def test_hdr_is_said(tmp_path: Path, transfer: str, name: str) -> None:
+def test_hdr_is_noted(tmp_path: Path, transfer: str, name: str) -> None:
     colours = f"setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc"
     encode = ["-c:v", "libx265", "-preset", "ultrafast", "-pix_fmt", "yuv420p10le", "-t", 0.5]
     info = probe(made("-vf", f"scale=160:68,{colours}", *encode)(tmp_path))
@@ -204,7 +208,7 @@ def test_hdr_is_said(tmp_path: Path, transfer: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("codec", "pixels"), [("qtrle", "argb"), ("png", "rgba")])
-def test_transparency_lies_on_white(tmp_path: Path, codec: str, pixels: str) -> None:
+def test_transparent_pixels_are_drawn_on_white(tmp_path: Path, codec: str, pixels: str) -> None:
     glass = Image.new("RGBA", (64, 48), (255, 0, 0, 0))
     glass.paste((0, 0, 255, 255), (0, 0, 32, 48))
     glass.save(tmp_path / "glass.png")
@@ -214,8 +218,8 @@ def test_transparency_lies_on_white(tmp_path: Path, codec: str, pixels: str) -> 
     assert image.getpixel((8, 24)) == (0, 0, 255) and image.getpixel((56, 24)) == (255, 255, 255)
 
 
-def test_palettes_that_change_are_followed(tmp_path: Path) -> None:
-    """Each key frame of QuickTime's 8-bit animation brings colours; skipping must not lose them."""
+def test_palette_changes_are_applied(tmp_path: Path) -> None:
+    """Key frames with 8-bit pixels carry new palettes, which must not be skipped."""
     path = made("-c:v", "rawvideo", "-pix_fmt", "pal8", "-t", 2, *SMALL, suffix="nut")(tmp_path)
     whole = sequential(path)
     info = probe(path)
@@ -224,19 +228,19 @@ def test_palettes_that_change_are_followed(tmp_path: Path) -> None:
         assert frame.image.tobytes() == whole[round(frame.time_s * 1e6)]
 
 
-def test_sound_alone_and_cover_art_are_no_video(tmp_path: Path) -> None:
+def test_sound_and_cover_art_are_not_a_video(tmp_path: Path) -> None:
     ffmpeg("-i", BUNNY, "-vn", "-c", "copy", "-t", 1, sound := tmp_path / "sound.mp4")
-    with pytest.raises(BadMediaError, match="no video in it, only audio"):
+    with pytest.raises(BadMediaError, match="no video stream, only audio"):
         probe(sound)
     Image.new("RGB", (64, 64), "red").save(cover := tmp_path / "cover.png")
     both = tmp_path / "song.mp4"
     ffmpeg("-i", sound, "-i", cover, "-map", 0, "-map", 1, "-c", "copy",
            "-disposition:v:0", "attached_pic", both)  # fmt: skip
-    with pytest.raises(BadMediaError, match="no video in it, only audio"):
+    with pytest.raises(BadMediaError, match="no video stream, only audio"):
         probe(both)
 
 
-def test_cover_art_beside_a_video_is_passed_over(tmp_path: Path) -> None:
+def test_cover_art_beside_a_video_is_ignored(tmp_path: Path) -> None:
     video = make_video(tmp_path / "video.mp4", frames=8)
     Image.new("RGB", (640, 640), "red").save(cover := tmp_path / "cover.png")
     both = tmp_path / "both.mp4"
