@@ -1,55 +1,50 @@
-"""What a fetch may cost, and how it fails."""
+"""The limits of downloads, and the error of a failed attempt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from model.media.images import BadMediaError
-
-__all__ = ["DownloadConfig", "DownloadError"]
 
 USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    """Limits of one `Fetcher`, all its fetches together."""
+    """Limits of one `Fetcher`."""
 
     connections: int = 64
-    """Requests under way at once, over all hosts."""
+    """Largest number of simultaneous requests to all hosts together."""
     per_host: int = 8
-    """Requests under way at once to one host."""
+    """Largest number of simultaneous requests to one host."""
     connect_s: float = 10
-    """Seconds to look a name up, and again to connect (TLS included)."""
+    """Seconds before a name lookup times out, and again before a connection (TLS included) does."""
     read_s: float = 20
-    """Seconds without a byte, before the answer or amid it."""
+    """Seconds without data before a download times out."""
     total_s: float = 60
-    """Seconds one try may take, redirects included, waiting for its turn not."""
+    """Seconds before an attempt times out. Redirects count; waiting for a free connection does not."""
     max_bytes: int = 64 << 20
-    """Larger bodies are refused."""
+    """Largest accepted body."""
     redirects: int = 5
-    """Redirects followed for one URL."""
+    """Largest number of redirects of one URL."""
     tries: int = 3
-    """Tries a URL gets when what failed may pass: 408, 425, 429, 5xx, time-outs, broken connections."""
+    """Attempts for a URL that fails temporarily: 408, 425, 429, 5xx, time-outs, broken connections."""
     backoff_s: float = 1.0
-    """Seconds before the second try, give or take half; doubled before each further one."""
+    """Seconds before the second attempt, varied by up to half; doubled before each further attempt."""
     retry_after_s: float = 30
-    """The longest `Retry-After` that is waited for, seconds. Who asks for more has failed at once."""
-    patience: int = 16
-    """After so many fetches in a row that failed for good, a host gets one try a URL, and none while it asks
-    us to wait, until a fetch succeeds again. Without this a dead host with many URLs holds up a night."""
+    """Longest `Retry-After` in seconds that is obeyed. A longer one makes the download fail."""
+    max_host_failures: int = 16
+    """After this many failed downloads in a row, a host gets one attempt per URL, and none during a pause it
+    asks for, until a download succeeds. Otherwise one dead host with many URLs would delay a whole job."""
     outage_s: float = 600
-    """When host after host gives no sign of life, the network is taken to be down, and fetches wait so long
-    for it, seconds, before they fail."""
+    """Seconds that downloads wait for the network when many hosts in a row are unreachable."""
     allow_private: bool = False
-    """Fetch from private and loopback addresses too. Link-local, multicast, reserved: never."""
+    """Allow private and loopback addresses. Link-local, multicast and reserved ones are never allowed."""
     budget_bytes: int = 512 << 20
-    """Bodies in memory at once: those being read, and those read and not yet released."""
+    """Memory for bodies: those being received, and those received and not yet released."""
     user_agent: str = USER_AGENT
-    """How we introduce ourselves."""
+    """User-Agent header."""
 
     def __post_init__(self) -> None:
-        for name in ("connections", "per_host", "max_bytes", "tries", "patience"):
+        for name in ("connections", "per_host", "max_bytes", "tries", "max_host_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("connect_s", "read_s", "total_s"):
@@ -64,21 +59,31 @@ class DownloadConfig:
             )
 
 
-class DownloadError(BadMediaError):
-    """One attempt to download a URL failed."""
+class DownloadError(Exception):
+    """A failed attempt to download a URL."""
 
     def __init__(
-        self, reason: str, *, again: bool = False, wait_s: float = 0.0, stage: str = "fetch"
+        self,
+        reason: str,
+        *,
+        stage: str = "fetch",
+        retryable: bool = False,
+        wait_s: float = 0.0,
+        unreachable: bool = False,
+        attempted: bool = True,
     ) -> None:
-        # Of the URL, only the host may be in `reason`: queries hold secrets, and the ledger is shared.
-        super().__init__(reason, stage)
-        self.again = again
-        """Another try may succeed."""
+        super().__init__(reason)
+        self.reason = reason
+        """One line for the ledger. It contains nothing of the URL except its host."""
+        self.stage = stage
+        """Stage in the ledger: fetch, or verify for bytes with another sha256."""
+        self.retryable = retryable
+        """Whether another attempt may succeed."""
         self.wait_s = wait_s
-        """Seconds the host wants to be left alone before it."""
+        """Seconds to wait before the next attempt."""
+        self.unreachable = unreachable
+        """Whether neither the host nor a name server answered."""
+        self.attempted = attempted
+        """Whether a request was made, so that the error says something about the host."""
         self.host = ""
-        """Who is to blame; empty when no host is."""
-        self.asked = True
-        """The host was asked, and this says something of it."""
-        self.silent = False
-        """Nobody answered, neither the host nor a name server."""
+        """Host that failed; empty if the error has nothing to do with a host."""

@@ -1,7 +1,7 @@
-"""Whose turn it is to ask: so many requests at once to one host, so many to all.
+"""Limit the number of simultaneous requests to each host, and to all hosts together.
 
-A request first gets a place with its host, then one among all, so that a slow host keeps waiting only
-those who want something of it. Belongs to one event loop.
+A request first waits for a slot of its host, then for one of the common slots. So a slow host delays only the
+requests to itself. Everything here belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -13,117 +13,120 @@ from contextlib import asynccontextmanager
 
 from encode.download.config import DownloadConfig, DownloadError
 
-RECENT = 64
-"""Hosts asked last. Asked again, their connections are kept a while; of a million hosts asked once, none
-is, or there would be more open ones than a process may have."""
+# Connections to these hosts stay open for a few seconds. Keeping one for each of a million hosts that are
+# asked once would exceed the number of files that a process may open.
+RECENT_HOSTS = 64
+"""Number of last used hosts whose connections are kept."""
 
-REMEMBERED = 10_000
-"""Hosts with failures that are kept in mind while nothing is asked of them."""
+REMEMBERED_HOSTS = 10_000
+"""Number of hosts whose failures are remembered while no request to them is waiting."""
 
 
-class _Lane:
-    """What is known of one host."""
+class _Host:
+    """The state of one host."""
 
     def __init__(self, per_host: int) -> None:
-        self.places = asyncio.Semaphore(per_host)
-        self.users = 0
-        """Requests under way or waiting."""
-        self.failed = 0
-        """Fetches in a row that failed for good, through the host's fault."""
+        self.slots = asyncio.Semaphore(per_host)
+        self.requests = 0
+        """Requests that are running or waiting."""
+        self.failures = 0
+        """Downloads that the host made fail since its last success."""
         self.recent = False
-        """Asked before, not long ago."""
+        """Whether the last request found the host among the recent ones."""
         self.resume_at = 0.0
-        """Nothing is asked before, on the loop's clock."""
+        """Time on the loop's clock before which no request may start."""
 
 
 class HostLimits:
-    """See above."""
+    """Count requests, failures and pauses of hosts."""
 
-    def __init__(self, rules: DownloadConfig) -> None:
-        """Within these limits."""
-        self._rules = rules
-        self._all = asyncio.Semaphore(rules.connections)
-        self._lanes: dict[str, _Lane] = {}
+    def __init__(self, config: DownloadConfig) -> None:
+        """Start without any host."""
+        self._config = config
+        self._slots = asyncio.Semaphore(config.connections)
+        self._hosts: dict[str, _Host] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
 
     @asynccontextmanager
-    async def turn(self, host: str) -> AsyncIterator[None]:
-        """Wait until `host` may be asked something; it counts as being asked within.
+    async def slot(self, host: str) -> AsyncIterator[None]:
+        """Wait until a request to `host` may start, and hold its slot inside the block.
 
         Raises:
-            DownloadError: it has failed again and again, and asks to be left alone.
+            DownloadError: the host asked for a pause, and its last downloads failed.
         """
-        lane = self._lanes.setdefault(host, _Lane(self._rules.per_host))
-        lane.users += 1
+        state = self._hosts.setdefault(host, _Host(self._config.per_host))
+        state.requests += 1
         try:
-            async with lane.places:
-                await self._sit_out(lane)
-                async with self._all:
-                    self._note(host, lane)
+            async with state.slots:
+                await self._wait_out_pause(state)
+                async with self._slots:
+                    self._note_use(host, state)
                     yield
         finally:
-            lane.users -= 1
-            self._forget(host, lane)
+            state.requests -= 1
+            self._forget_if_idle(host, state)
 
-    def wanted(self, host: str) -> bool:
-        """Whether others ask the same host, or did just now: its connection is worth keeping."""
-        lane = self._lanes.get(host)
-        return lane is not None and (lane.users > 1 or lane.recent)
+    def keeps_connection(self, host: str) -> bool:
+        """Return whether another request to `host` is likely, so that its connection should stay open."""
+        state = self._hosts.get(host)
+        return state is not None and (state.requests > 1 or state.recent)
 
     def tries(self, host: str) -> int:
-        """Tries a URL of this host gets."""
-        return 1 if self._worn_out(self._lanes.get(host)) else self._rules.tries
+        """Return the number of attempts for a URL of this host."""
+        return 1 if self._is_failing(self._hosts.get(host)) else self._config.tries
 
     def pause(self, host: str, wait_s: float) -> None:
-        """`host` asks to be left alone so long; 0: it did not say how long.
+        """Start no request to `host` for a while.
 
-        Without a time, or with an absurd one, only a host that does nothing but fail is paused.
+        Args:
+            host: the host that asked for a pause.
+            wait_s: seconds it asked for. If this is 0 or above `retry_after_s`, only a host that keeps
+                failing is paused, for `retry_after_s`.
         """
-        lane = self._lanes.get(host)
-        if lane is None:
+        state = self._hosts.get(host)
+        if state is None:
             return
-        if not 0 < wait_s <= self._rules.retry_after_s:
-            wait_s = self._rules.retry_after_s if self._worn_out(lane) else 0.0
-        lane.resume_at = max(lane.resume_at, asyncio.get_running_loop().time() + wait_s)
+        if not 0 < wait_s <= self._config.retry_after_s:
+            wait_s = self._config.retry_after_s if self._is_failing(state) else 0.0
+        state.resume_at = max(state.resume_at, asyncio.get_running_loop().time() + wait_s)
 
-    def fetched(self, host: str) -> None:
-        """A fetch got a proper answer, be it 404."""
-        if lane := self._lanes.get(host):
-            lane.failed = 0
-            self._forget(host, lane)
+    def succeeded(self, host: str) -> None:
+        """Count a download that got a proper response, which may be a 404."""
+        if state := self._hosts.get(host):
+            state.failures = 0
+            self._forget_if_idle(host, state)
 
     def failed(self, host: str) -> None:
-        """A fetch is given up, through the host's fault."""
-        self._lanes.setdefault(host, _Lane(self._rules.per_host)).failed += 1
-        while len(self._lanes) > REMEMBERED:
-            idle = next((name for name, lane in self._lanes.items() if not lane.users), None)
+        """Count a download that the host made fail."""
+        self._hosts.setdefault(host, _Host(self._config.per_host)).failures += 1
+        while len(self._hosts) > REMEMBERED_HOSTS:
+            idle = next((name for name, state in self._hosts.items() if not state.requests), None)
             if idle is None:
                 return
-            del self._lanes[idle]
+            del self._hosts[idle]
 
-    def _note(self, host: str, lane: _Lane) -> None:
-        lane.recent = host in self._recent
+    def _note_use(self, host: str, state: _Host) -> None:
+        state.recent = host in self._recent
         self._recent[host] = None
         self._recent.move_to_end(host)
-        if len(self._recent) > RECENT:
+        if len(self._recent) > RECENT_HOSTS:
             self._recent.popitem(last=False)
 
-    async def _sit_out(self, lane: _Lane) -> None:
+    async def _wait_out_pause(self, state: _Host) -> None:
         clock = asyncio.get_running_loop().time
-        while (wait_s := lane.resume_at - clock()) > 0:
-            if self._worn_out(lane):
-                said = (
-                    f"not tried: the host asks to wait, and its last {lane.failed} fetches failed"
+        while (wait_s := state.resume_at - clock()) > 0:
+            if self._is_failing(state):
+                raise DownloadError(
+                    "not attempted: the host asked for a pause, and its last "
+                    f"{state.failures} downloads failed",
+                    attempted=False,
                 )
-                trouble = DownloadError(said)
-                trouble.asked = False
-                raise trouble
             await asyncio.sleep(wait_s)
 
-    def _worn_out(self, lane: _Lane | None) -> bool:
-        return lane is not None and lane.failed >= self._rules.patience
+    def _is_failing(self, state: _Host | None) -> bool:
+        return state is not None and state.failures >= self._config.max_host_failures
 
-    def _forget(self, host: str, lane: _Lane) -> None:
-        done = lane.resume_at <= asyncio.get_running_loop().time()
-        if not lane.users and not lane.failed and done and self._lanes.get(host) is lane:
-            del self._lanes[host]
+    def _forget_if_idle(self, host: str, state: _Host) -> None:
+        paused = state.resume_at > asyncio.get_running_loop().time()
+        if not (state.requests or state.failures or paused) and self._hosts.get(host) is state:
+            del self._hosts[host]

@@ -1,8 +1,8 @@
-"""Media kept as files, named by the sha256 of their bytes: folder/ab/abcd...
+"""Keep media as files named by the sha256 of their bytes: FOLDER/ab/abcd...
 
-A file appears whole or not at all as long as the machine runs. What a power cut leaves is found by the hash
-at the next `get`, and counts as not there: so nothing is waited for to reach the disk, which would cost
-more than fetching on many disks.
+A file is complete or absent while the machine runs. Nothing is flushed to the disk, because on many disks
+that takes longer than downloading again. Damage by a power cut is detected by the hash at the next `get`,
+and the file then counts as absent.
 """
 
 from __future__ import annotations
@@ -16,60 +16,58 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["MediaStore"]
-
 log = logging.getLogger(__name__)
 
 STALE_S = 3600
-"""A temporary file this old belongs to nobody: no write takes so long."""
+"""Age in seconds at which a temporary file is removed: no write takes this long."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_PART = ".part"
+_PARTIAL = ".part"
 
 
 class MediaStore:
-    """See above. Any number of threads, processes and machines may share one folder."""
+    """A folder of media that any number of threads, processes and machines may share."""
 
     def __init__(self, folder: Path) -> None:
-        """Open, or make, the store; remove what killed processes left half-written."""
+        """Create the folder if it is missing, and remove temporary files of killed processes."""
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         newest = time.time() - STALE_S
-        for part in folder.glob(f"[0-9a-f][0-9a-f]/*{_PART}"):
-            with contextlib.suppress(FileNotFoundError):  # another process is as tidy
-                if part.stat().st_mtime < newest:
-                    part.unlink()
+        for partial in folder.glob(f"[0-9a-f][0-9a-f]/*{_PARTIAL}"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                if partial.stat().st_mtime < newest:
+                    partial.unlink()
 
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, whose sha256 is `key`; a damaged file is replaced.
 
         Raises:
-            OSError: it cannot be written. What was there before still is.
+            OSError: the file cannot be written. An existing file is unchanged.
         """
         path = self._path(key)
         if self._holds(path, data):
             return
         path.parent.mkdir(exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, suffix=_PART)
-        part = Path(name)
+        fd, name = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
+        partial = Path(name)
         try:
             with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor has no path
-                os.fchmod(fd, 0o644)  # mkstemp's own is for the user alone
+                os.fchmod(fd, 0o644)  # mkstemp lets only the owner read
                 file.write(data)
-            part.replace(path)
+            partial.replace(path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
 
     def has(self, key: str) -> bool:
-        """Whether bytes are kept under this key; `get` says whether they are sound."""
+        """Return whether a file exists for `key`. Only `get` checks its bytes."""
         return self._path(key).exists()
 
     def get(self, key: str) -> bytes | None:
-        """The bytes whose sha256 is `key`; None when they are not there, or damaged.
+        """Return the bytes whose sha256 is `key`; None if they are absent or damaged.
 
         Raises:
-            OSError: they are there and cannot be read.
+            OSError: the file exists and cannot be read.
         """
         path = self._path(key)
         try:
@@ -77,13 +75,13 @@ class MediaStore:
         except FileNotFoundError:
             return None
         if hashlib.sha256(data).hexdigest() != key:
-            log.warning("%s is damaged: its bytes have another hash; taken as not there", path)
+            log.warning("%s is damaged: its sha256 differs from its name; it is not used", path)
             return None
         return data
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no key: 64 hex digits in lower case")
+            raise ValueError(f"{key!r} is not a key: 64 hex digits in lower case")
         return self._folder / key[:2] / key
 
     def _holds(self, path: Path, data: bytes) -> bool:

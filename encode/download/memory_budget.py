@@ -1,11 +1,13 @@
-"""How many bytes of bodies are in memory at once.
+"""Limit the memory of downloaded bodies.
 
-A fetch takes a small share before it asks, and grows it once the length is known. Nothing waits for bytes
-while it holds a connection: when there is no room to grow, the try is dropped and begins again with all
-it needs. So fetches never block each other, and only those who keep bodies can keep others waiting: who
-waits in `result()` for a body while keeping others is served beyond the budget, one body at a time.
+A download reserves a small share before its request, and more once the length of the body is known. A
+download that holds a connection never waits for memory: if there is no room to grow, the attempt ends and
+starts again once all the memory it needs is free. So downloads cannot block each other.
 
-Belongs to one event loop, but for `Lease.release_soon`.
+A consumer that keeps bodies can block others. Therefore a body that a thread waits for in `result()` may
+exceed the budget, one body at a time.
+
+Everything here belongs to one event loop, except `Reservation.release_threadsafe`.
 """
 
 from __future__ import annotations
@@ -14,155 +16,154 @@ import asyncio
 import contextlib
 from collections import deque
 
-__all__ = ["Budget", "Lease", "NoRoomError"]
-
 FIRST_SHARE = 64 << 10
-"""Bytes taken before a length is known: what an answer's first packets may bring."""
+"""Bytes reserved before the length is known: about what arrives with the headers."""
 
 
-class NoRoomError(Exception):
-    """This try would need more than is left; the lease knows how much."""
+class OverBudgetError(Exception):
+    """An attempt needs more memory than is free. The reservation records how much it needs."""
 
 
-class Lease:
-    """One fetch's share."""
+class Reservation:
+    """The memory of one download."""
 
-    def __init__(self, budget: Budget, loop: asyncio.AbstractEventLoop) -> None:
-        """Nothing yet."""
+    def __init__(self, budget: MemoryBudget, loop: asyncio.AbstractEventLoop) -> None:
+        """Reserve nothing yet."""
         self._budget, self._loop = budget, loop
         self.held = 0
-        """Bytes taken."""
-        self.need = FIRST_SHARE
-        """Bytes to take before asking."""
-        self.hurried = False
-        """Somebody waits for this body."""
-        self.waiter: asyncio.Future[None] | None = None
-        """Set while it waits in line."""
+        """Bytes reserved now."""
+        self.needed = FIRST_SHARE
+        """Bytes to reserve before the next attempt."""
+        self.urgent = False
+        """Whether a thread waits for this body."""
+        self.admitted: asyncio.Future[None] | None = None
+        """Set while this reservation waits in the queue; done once its bytes are reserved."""
 
-    async def take(self) -> None:
-        """Wait for `need` bytes."""
+    async def acquire(self) -> None:
+        """Wait for `needed` bytes."""
         await self._budget.admit(self)
 
-    def check(self) -> None:
-        """Before asking: is there still room for more than a first share?
+    def check_room(self) -> None:
+        """Check before a request that more than the first share is free.
 
         Raises:
-            NoRoomError: there is not. The lease is empty.
+            OverBudgetError: too little is free. Nothing is reserved any more.
         """
-        if self.need <= FIRST_SHARE and not self.hurried and self._budget.crowded:
+        if self.needed <= FIRST_SHARE and not self.urgent and self._budget.nearly_full:
             self.release()
-            raise NoRoomError
+            raise OverBudgetError
 
-    def grow(self, size: int, whole: int) -> None:
-        """Hold at least `size` bytes from now on, or nothing.
+    def grow(self, size: int, expected: int) -> None:
+        """Reserve at least `size` bytes in total.
 
         Args:
             size: bytes needed now.
-            whole: bytes the body may need in all.
+            expected: bytes that the whole body may need.
 
         Raises:
-            NoRoomError: they are not there. The lease is empty, and begins anew with `whole`.
+            OverBudgetError: too little is free. Nothing is reserved any more, and the next attempt starts
+                with `expected` bytes.
         """
         if size > self.held and not self._budget.extend(self, size - self.held):
             self.release()
-            self.need = max(self.need, whole)
-            raise NoRoomError
+            self.needed = max(self.needed, expected)
+            raise OverBudgetError
 
-    def settle(self, size: int) -> None:
-        """The body is whole: hold exactly `size` until it is released."""
+    def shrink(self, size: int) -> None:
+        """Keep exactly the `size` bytes of a complete body."""
         self._budget.give_back(self, self.held - size)
 
     def release(self) -> None:
-        """Give all back; a second time does nothing."""
+        """Give back all bytes. A second call does nothing."""
         self._budget.give_back(self, self.held)
 
-    def release_soon(self) -> None:
-        """The same, from any thread, also while Python collects garbage."""
+    def release_threadsafe(self) -> None:
+        """Call `release` from any thread, or during garbage collection."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the budget with it
             self._loop.call_soon_threadsafe(self.release)
 
-    def hurry(self) -> None:
-        """Somebody waits for this body and may keep others until it comes."""
-        self.hurried = True
-        self._budget.move_up()
+    def prioritize(self) -> None:
+        """Mark that a thread waits for this body, and may keep others meanwhile."""
+        self.urgent = True
+        self._budget.admit_waiting()
 
 
-class Budget:
-    """See above."""
+class MemoryBudget:
+    """The memory of all downloads of one `Fetcher`."""
 
     def __init__(self, total: int) -> None:
-        """`total` bytes."""
+        """Allow `total` bytes."""
         self.total = total
         self.used = 0
-        """Bytes taken; above `total` only by a body somebody waits for."""
-        self._start_below = total // 2
-        """New fetches start below this, so that those under way find room to grow."""
-        self._line: deque[Lease] = deque()
-        self._beyond: Lease | None = None
-        """Being read beyond the budget."""
+        """Bytes reserved. Only one urgent body at a time may raise this above `total`."""
+        self._start_limit = total // 2
+        """New downloads start below this limit, so that running ones have room to grow."""
+        self._queue: deque[Reservation] = deque()
+        self._over_budget: Reservation | None = None
+        """The urgent body that may exceed the budget now."""
 
     @property
-    def crowded(self) -> bool:
-        """Hardly anything is left: a fetch that asked now would likely ask in vain."""
-        return self.used > self.total - self._start_below // 2
+    def nearly_full(self) -> bool:
+        """Whether a new request would probably find no room for its body."""
+        return self.used > self.total - self._start_limit // 2
 
-    async def admit(self, lease: Lease) -> None:
-        """Wait until `lease` has all it needs."""
-        if not self._line and self._fits(lease):
-            self._hold(lease, lease.need)
+    async def admit(self, reservation: Reservation) -> None:
+        """Wait until `reservation` holds the bytes it needs."""
+        if not self._queue and self._fits(reservation):
+            self._hold(reservation, reservation.needed)
             return
-        lease.waiter = asyncio.get_running_loop().create_future()
-        self._line.append(lease)
-        self.move_up()
+        reservation.admitted = asyncio.get_running_loop().create_future()
+        self._queue.append(reservation)
+        self.admit_waiting()
         try:
-            await lease.waiter
+            await reservation.admitted
         except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):  # it had its bytes, and gives them back elsewhere
-                self._line.remove(lease)
-            self.move_up()
+            with contextlib.suppress(ValueError):  # it was admitted; the caller releases its bytes
+                self._queue.remove(reservation)
+            self.admit_waiting()
             raise
         finally:
-            lease.waiter = None
+            reservation.admitted = None
 
-    def extend(self, lease: Lease, more: int) -> bool:
-        """Whether `lease` got `more` bytes, at once."""
-        if self.used + more > self.total and lease is not self._beyond:
-            if not lease.hurried or self._beyond is not None:
+    def extend(self, reservation: Reservation, more: int) -> bool:
+        """Reserve `more` bytes without waiting; return whether they were free."""
+        if self.used + more > self.total and reservation is not self._over_budget:
+            if not reservation.urgent or self._over_budget is not None:
                 return False
-            self._beyond = lease
-        self._hold(lease, more)
+            self._over_budget = reservation
+        self._hold(reservation, more)
         return True
 
-    def give_back(self, lease: Lease, size: int) -> None:
-        """`lease` holds `size` bytes less, and is read to its end."""
-        lease.held -= size
+    def give_back(self, reservation: Reservation, size: int) -> None:
+        """Give back `size` bytes of a body that does not grow any more."""
+        reservation.held -= size
         self.used -= size
-        if lease is self._beyond:
-            self._beyond = None
-        self.move_up()
+        if reservation is self._over_budget:
+            self._over_budget = None
+        self.admit_waiting()
 
-    def move_up(self) -> None:
-        """Let those in line start for whom there is room now."""
-        while self._beyond is None:
-            hurried = next((lease for lease in self._line if lease.hurried), None)
-            if hurried is None:
+    def admit_waiting(self) -> None:
+        """Admit queued reservations that fit now."""
+        while self._over_budget is None:
+            urgent = next((one for one in self._queue if one.urgent), None)
+            if urgent is None:
                 break
-            self._beyond = None if self._fits(hurried) else hurried
-            self._start(hurried)
-        while self._line and self._fits(self._line[0]):
-            self._start(self._line[0])
+            self._over_budget = None if self._fits(urgent) else urgent
+            self._start(urgent)
+        while self._queue and self._fits(self._queue[0]):
+            self._start(self._queue[0])
 
-    def _fits(self, lease: Lease) -> bool:
-        limit = self._start_below if lease.need <= FIRST_SHARE else self.total
-        return self.used + lease.need <= limit or self.used == 0
+    def _fits(self, reservation: Reservation) -> bool:
+        limit = self._start_limit if reservation.needed <= FIRST_SHARE else self.total
+        return self.used + reservation.needed <= limit or self.used == 0
 
-    def _start(self, lease: Lease) -> None:
-        self._line.remove(lease)
-        assert lease.waiter is not None, "only those who wait stand in line"
-        if not lease.waiter.done():
-            self._hold(lease, lease.need)
-            lease.waiter.set_result(None)
+    def _start(self, reservation: Reservation) -> None:
+        self._queue.remove(reservation)
+        assert reservation.admitted is not None, "only waiting reservations are in the queue"
+        if not reservation.admitted.done():
+            self._hold(reservation, reservation.needed)
+            reservation.admitted.set_result(None)
 
-    def _hold(self, lease: Lease, size: int) -> None:
-        lease.held += size
+    def _hold(self, reservation: Reservation, size: int) -> None:
+        reservation.held += size
         self.used += size

@@ -1,8 +1,7 @@
-"""Whether the network is there at all.
+"""Detect that the network is down, and let downloads wait for it.
 
-A night's job must not write ten thousand good links off because a router was restarted. When many hosts in
-a row give no sign of life, and no other one does, those fetches wait for the first that does; the ledger
-hears of them only when nothing has come for a long while.
+A restarted router must not make thousands of good links fail. When many hosts in a row are unreachable and no
+other host answers, their downloads wait for the first answer. They fail only if none comes for a long time.
 """
 
 from __future__ import annotations
@@ -13,67 +12,69 @@ import logging
 
 from encode.download.config import DownloadError
 
-__all__ = ["Outage"]
-
 log = logging.getLogger(__name__)
 
+# Multiplied by 4 after each wait in vain: the rest of a list may contain only dead hosts.
 HOSTS = 16
-"""So many silent hosts in a row are no accident. Four times as many after each alarm in vain: a list's rest
-may be nothing but dead hosts."""
+"""Number of unreachable hosts in a row after which the network counts as down."""
 
 PROBE_S = 15.0
-"""While the network is down, a fetch tries again so often, seconds."""
+"""Seconds between attempts of one download while the network is down."""
 
 
 class Outage:
-    """See above. Belongs to one event loop."""
+    """The state of the network. It belongs to one event loop."""
 
-    def __init__(self, patience_s: float) -> None:
-        """The network is there; when it is not, it is waited for so long."""
-        self._patience_s = patience_s
-        self._silent: set[str] = set()
+    def __init__(self, max_wait_s: float) -> None:
+        """Assume that the network is up; wait at most `max_wait_s` seconds whenever it is down."""
+        self._max_wait_s = max_wait_s
+        self._unreachable: set[str] = set()
         self._alarm_at = HOSTS
-        self._since: float | None = None
-        self._given_up = False
-        self._back = asyncio.Event()
+        self._down_since: float | None = None
+        self._waited_in_vain = False
+        self._answered = asyncio.Event()
 
-    def answered(self) -> None:
-        """Somebody gave a sign of life."""
-        if self._since is not None:
-            log.warning("somebody answers again: the network is there")
-        self._silent.clear()
-        self._since = None
-        self._back.set()
+    def note_answer(self) -> None:
+        """Record that some host answered, so the network is up."""
+        if self._down_since is not None:
+            log.warning("a host answers again: the network is back")
+        self._unreachable.clear()
+        self._down_since = None
+        self._answered.set()
 
-    async def over(self, trouble: DownloadError) -> bool:
-        """Whether what failed with `trouble` failed for want of a network, and is to be tried again now.
+    async def wait_if_down(self, error: DownloadError) -> bool:
+        """Wait for the network if it is down.
 
-        Waits, when it did.
+        Args:
+            error: the error of an attempt.
+
+        Returns:
+            whether the attempt failed because the network is down and should be repeated now.
         """
-        if not trouble.silent:
-            if trouble.asked and trouble.host:
-                self.answered()
+        if not error.unreachable:
+            if error.attempted and error.host:
+                self.note_answer()
             return False
         clock = asyncio.get_running_loop().time
-        if self._since is None:
-            self._silent.add(trouble.host)
-            if len(self._silent) < self._alarm_at:
+        if self._down_since is None:
+            self._unreachable.add(error.host)
+            if len(self._unreachable) < self._alarm_at:
                 return False
-            self._since = clock()
-            self._given_up = False
-            self._back.clear()
+            self._down_since = clock()
+            self._waited_in_vain = False
+            self._answered.clear()
             log.warning(
-                "the last %d hosts gave no sign of life: is the network down? Waiting up to %g s",
-                len(self._silent),
-                self._patience_s,
+                "the last %d hosts are unreachable: the network may be down; waiting up to %g s",
+                len(self._unreachable),
+                self._max_wait_s,
             )
-        left_s = self._since + self._patience_s - clock()
-        if left_s <= 0:  # in vain, and so for the others until somebody answers
-            if not self._given_up:
-                self._given_up = True
+        left_s = self._down_since + self._max_wait_s - clock()
+        if left_s <= 0:  # downloads fail from now on, until a host answers
+            if not self._waited_in_vain:
+                self._waited_in_vain = True
                 self._alarm_at *= 4
             return False
-        with contextlib.suppress(TimeoutError):  # time to probe
+        with contextlib.suppress(TimeoutError):  # then probe
             async with asyncio.timeout(min(PROBE_S, left_s)):
-                await self._back.wait()
+                await self._answered.wait()
         return True

@@ -1,4 +1,4 @@
-"""One try to fetch one URL: ask, follow redirects, read the body, check it; what went wrong, in words."""
+"""Download one URL once: send requests, follow redirects, read the body and check its sha256."""
 
 from __future__ import annotations
 
@@ -18,133 +18,142 @@ from cache.remote.net import RefusedAddressError, literal_address, refusal_reaso
 from cache.remote.retry import retry_after
 from encode.download.config import DownloadConfig, DownloadError
 from encode.download.host_limits import HostLimits
-from encode.download.memory_budget import Lease
+from encode.download.memory_budget import Reservation
 from encode.download.session import KEEP_ALIVE_S
 from encode.download.urls import host_of, redirect_url
 
-__all__ = ["Body", "Exchange"]
-
 _REDIRECTS = (301, 302, 303, 307, 308)
-_WHOLE = (200, 203)
-_PASSING = (408, 425, 429)
-_NO_CODING = ("", "identity", "none", "binary", "utf-8")
-"""Of Content-Encoding: what leaves the bytes as they are, whether or not it is in the standard."""
-_CHUNKED = ("", "identity", "chunked")
+_COMPLETE = (200, 203)
+_TEMPORARY = (408, 425, 429)
+_PLAIN_ENCODINGS = ("", "identity", "none", "binary", "utf-8")
+"""Values of Content-Encoding that leave the bytes unchanged, including values outside the standard."""
+_PLAIN_TRANSFERS = ("", "identity", "chunked")
 _UNREACHABLE = (errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL)
+_HASH_IN_LOOP_BYTES = 1 << 20
+"""Bodies below this size are hashed in the event loop; larger ones would delay other downloads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """A whole answer."""
+    """A complete body."""
 
     data: bytes
-    """As sent, and as the known sha256 wants it."""
+    """The bytes as sent, with the expected sha256."""
     url: URL
-    """Who sent it, after all redirects."""
+    """The URL that sent it, after all redirects."""
 
 
-class Exchange:
-    """Tries, with one client session."""
+@dataclass(kw_only=True, eq=False)
+class Attempt:
+    """One attempt to download a URL."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, lanes: HostLimits, rules: DownloadConfig
-    ) -> None:
-        """The session must not follow redirects, decode bodies or keep cookies by itself."""
-        self._session, self._lanes, self._rules = session, lanes, rules
+    session: aiohttp.ClientSession
+    """A session that does not follow redirects, decode bodies or keep cookies."""
+    hosts: HostLimits
+    """The limits of all downloads."""
+    config: DownloadConfig
+    """Time-outs and sizes."""
+    memory: Reservation
+    """The memory of this download."""
+    sha256: str | None
+    """Expected sha256 of the body, hex; None: unknown."""
 
-    async def once(self, url: URL, lease: Lease, sha256: str | None) -> Body:
-        """Fetch `url`, within the bytes of `lease`.
+    async def run(self, url: URL) -> Body:
+        """Download `url`.
 
         Raises:
-            DownloadError: it failed.
-            NoRoomError: it needs more bytes than there are.
+            DownloadError: the attempt failed.
+            OverBudgetError: the body needs more memory than is free.
         """
-        left_s = self._rules.total_s
+        left_s = self.config.total_s
         seen: set[URL] = set()
+        clock = asyncio.get_running_loop().time
         while True:
             if url in seen:
-                raise DownloadError("redirects in a circle")
-            if len(seen) > self._rules.redirects:
-                raise DownloadError(f"more than {self._rules.redirects} redirects")
+                raise DownloadError("redirect loop")
+            if len(seen) > self.config.redirects:
+                raise DownloadError(f"more than {self.config.redirects} redirects")
             seen.add(url)
             host = host_of(url)
-            clock = asyncio.get_running_loop().time
             try:
-                async with self._lanes.turn(host):
-                    lease.check()
+                async with self.hosts.slot(host):
+                    self.memory.check_room()
                     begun = clock()
-                    answer = await self._timed(url, lease, sha256, left_s, len(seen) > 1)
+                    answer = await self._request(url, left_s, redirected=len(seen) > 1)
                     left_s = max(0.001, left_s - (clock() - begun))
-            except DownloadError as trouble:
-                trouble.host = host
+            except DownloadError as error:
+                error.host = host
                 raise
             if isinstance(answer, Body):
                 return answer
             url = redirect_url(url, answer)
 
-    async def _timed(
-        self, url: URL, lease: Lease, sha256: str | None, left_s: float, redirected: bool
-    ) -> Body | str:
-        """What `url` answers: a body, or where to go."""
-        self._check_literal(url, redirected)
-        trouble: DownloadError
+    async def _request(self, url: URL, left_s: float, *, redirected: bool) -> Body | str:
+        """Return the body of `url`, or the Location of its redirect."""
+        address = literal_address(url.host or "")  # a name is checked when it is resolved
+        if address and (refused := refusal_reason(address, self.config.allow_private)):
+            raise _refused(refused, redirected)
+        failure: DownloadError
         try:
             async with asyncio.timeout(left_s) as limit:
-                return await self._ask(url, lease, sha256)
+                return await self._send(url)
         except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
             if limit.expired():
-                said = f"not finished within {self._rules.total_s:g} s"
-                trouble = DownloadError(said, again=True)
+                reason = f"not finished within {self.config.total_s:g} s"
+                failure = DownloadError(reason, retryable=True)
             else:
-                trouble = _describe(error, self._rules, redirected)
-        raise trouble  # outside `except`: the error would keep the body's parts in memory
+                failure = _as_download_error(error, self.config, redirected)
+        raise failure  # outside `except`: as its context, the error would keep the body in memory
 
-    async def _ask(self, url: URL, lease: Lease, sha256: str | None) -> Body | str:
+    async def _send(self, url: URL) -> Body | str:
         host = host_of(url)
-        # For a host asked once, keeping the connection is of no use: see `lanes.RECENT`.
-        close = {} if self._lanes.wanted(host) else {"Connection": "close"}
-        async with self._session.get(url, allow_redirects=False, headers=close) as response:
-            connection = response.connection  # None once the whole answer is there
+        close = {} if self.hosts.keeps_connection(host) else {"Connection": "close"}
+        async with self.session.get(url, allow_redirects=False, headers=close) as response:
+            connection = response.connection  # None once the whole response has arrived
             transport = connection.transport if connection else None
             try:
-                return await self._read(response, host, lease, sha256)
+                return await self._read(response, host)
             except BaseException:
                 if transport is not None:
-                    transport.abort()  # TLS would wait for the other side to say goodbye
+                    transport.abort()  # otherwise TLS waits for the other side to close
                 raise
 
-    async def _read(
-        self, response: aiohttp.ClientResponse, host: str, lease: Lease, sha256: str | None
-    ) -> Body | str:
+    async def _read(self, response: aiohttp.ClientResponse, host: str) -> Body | str:
         status = response.status
         if status in _REDIRECTS:
             location = response.headers.get("Location")
             if location is None:
-                raise DownloadError(f"HTTP {status} that does not say where to")
+                raise DownloadError(f"HTTP {status} without a Location")
             return location
-        if status not in _WHOLE:
-            raise self._status_trouble(response, host)
-        for header, plain in (("Content-Encoding", _NO_CODING), ("Transfer-Encoding", _CHUNKED)):
-            coding = response.headers.get(header, "").strip().lower()
-            if coding not in plain:
-                coding = re.sub(r"[^a-z0-9, -]", "", coding)[:20]
-                raise DownloadError(f"{header} {coding}, though none was asked for")
-        data = await self._read_body(response, lease)
-        if sha256 is not None:
-            # Large bodies in a thread: the loop has others to serve.
-            found = _sha256(data) if len(data) < 1 << 20 else await asyncio.to_thread(_sha256, data)
-            if found != sha256.strip().lower():
-                said = f"other bytes than recorded: sha256 {found[:12]}..., not {sha256[:12]}..."
-                raise DownloadError(said, stage="verify")
+        if status not in _COMPLETE:
+            raise self._status_error(response, host)
+        for header, plain in (
+            ("Content-Encoding", _PLAIN_ENCODINGS),
+            ("Transfer-Encoding", _PLAIN_TRANSFERS),
+        ):
+            value = response.headers.get(header, "").strip().lower()
+            if value not in plain:
+                value = re.sub(r"[^a-z0-9, -]", "", value)[:20]
+                raise DownloadError(f"unrequested {header} {value}")
+        data = await self._read_body(response)
+        if self.sha256 is not None:
+            found = (
+                _sha256(data)
+                if len(data) < _HASH_IN_LOOP_BYTES
+                else await asyncio.to_thread(_sha256, data)
+            )
+            if found != self.sha256.strip().lower():
+                reason = f"sha256 is {found[:12]}..., not {self.sha256[:12]}... as recorded"
+                raise DownloadError(reason, stage="verify")
         return Body(data=data, url=response.url)
 
-    async def _read_body(self, response: aiohttp.ClientResponse, lease: Lease) -> bytes:
-        limit = self._rules.max_bytes
+    async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
+        limit = self.config.max_bytes
         length = response.content_length
         if length is not None:
             if length > limit:
                 raise DownloadError(f"a body of {length} bytes, more than {limit}")
-            lease.grow(length, length)
+            self.memory.grow(length, length)
         parts: list[bytes] = []
         size = 0
         try:
@@ -152,97 +161,85 @@ class Exchange:
                 size += len(part)
                 if size > limit:
                     raise DownloadError(f"a body of more than {limit} bytes")
-                if size > lease.held:
-                    lease.grow(min(limit, 2 * size), limit)
+                if size > self.memory.held:
+                    self.memory.grow(min(limit, 2 * size), limit)
                 parts.append(part)
             return b"".join(parts)
         finally:
-            parts.clear()  # an error keeps this frame alive until garbage is collected
+            parts.clear()  # the traceback of an error keeps this frame alive
 
-    def _status_trouble(self, response: aiohttp.ClientResponse, host: str) -> DownloadError:
+    def _status_error(self, response: aiohttp.ClientResponse, host: str) -> DownloadError:
         status = response.status
-        said = f"HTTP {status}"
-        if status not in _PASSING and not 500 <= status <= 599:
-            return DownloadError(said)
+        reason = f"HTTP {status}"
+        if status not in _TEMPORARY and not 500 <= status <= 599:
+            return DownloadError(reason)
         wait_s = retry_after(response.headers.get("Retry-After"))
         if status == 429 or wait_s > 0:
-            self._lanes.pause(host, wait_s)
-        if wait_s > self._rules.retry_after_s:
-            return DownloadError(f"{said}, asks to wait {wait_s:.0f} s", wait_s=wait_s)
-        return DownloadError(said, again=True, wait_s=wait_s)
-
-    def _check_literal(self, url: URL, redirected: bool) -> None:
-        """An address in the URL itself; names are judged when they are looked up."""
-        address = literal_address(url.host or "")
-        what = refusal_reason(address, self._rules.allow_private) if address else None
-        if what:
-            raise DownloadError(_refused(what, redirected))
+            self.hosts.pause(host, wait_s)
+        if wait_s > self.config.retry_after_s:
+            return DownloadError(f"{reason}, Retry-After {wait_s:.0f} s", wait_s=wait_s)
+        return DownloadError(reason, retryable=True, wait_s=wait_s)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _refused(what: str, redirected: bool) -> str:
-    return f"redirect to {what}" if redirected else f"{what} is not fetched from"
+def _refused(what: str, redirected: bool) -> DownloadError:
+    return DownloadError(f"{'redirect to ' if redirected else ''}{what}, which is not allowed")
 
 
-def _describe(error: Exception, rules: DownloadConfig, redirected: bool) -> DownloadError:
-    """What aiohttp and the system raise, in our words: theirs may quote the URL."""
+def _as_download_error(error: Exception, config: DownloadConfig, redirected: bool) -> DownloadError:
+    """Describe an error of aiohttp or the system without quoting the URL, as their messages may."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, RefusedAddressError):
-        return DownloadError(_refused(cause.what, redirected))
+        return _refused(cause.what, redirected)
     if isinstance(cause, socket.gaierror):
         if cause.errno in (socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM):
-            return _silence("the host's name cannot be looked up for now")
+            reason = "temporary failure of the name lookup"
+            return DownloadError(reason, retryable=True, unreachable=True)
         return DownloadError("no such host")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         found = error.certificate_error
-        said = found.verify_message if isinstance(found, ssl.SSLCertVerificationError) else ""
-        return DownloadError(f"TLS certificate refused: {_plain(said) or 'no reason given'}")
+        why = found.verify_message if isinstance(found, ssl.SSLCertVerificationError) else ""
+        return DownloadError(f"TLS certificate refused: {_printable(why) or 'no reason given'}")
     if isinstance(cause, ssl.SSLError):
-        return DownloadError(f"TLS: {_plain(cause.reason or 'failed').lower().replace('_', ' ')}")
+        why = _printable(cause.reason or "failed").lower().replace("_", " ")
+        return DownloadError(f"TLS: {why}")
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return _silence(f"no connection within {rules.connect_s:g} s")
+        reason = f"no connection within {config.connect_s:g} s"
+        return DownloadError(reason, retryable=True, unreachable=True)
     if isinstance(error, aiohttp.SocketTimeoutError):
-        return DownloadError(f"timed out after {rules.read_s:g} s without a byte", again=True)
+        return DownloadError(f"no data for {config.read_s:g} s", retryable=True)
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return DownloadError("connection closed without an answer", again=True)
+        return DownloadError("connection closed without a response", retryable=True)
     if isinstance(error, aiohttp.ClientConnectorError):
-        return _no_connection(cause)
+        number = getattr(cause, "errno", None)
+        return DownloadError(
+            f"no connection: {_system_message(cause)}",
+            retryable=True,
+            unreachable=number in _UNREACHABLE,
+            # Files become free when kept connections are closed.
+            wait_s=KEEP_ALIVE_S if number in (errno.EMFILE, errno.ENFILE) else 0.0,
+        )
     if isinstance(error, aiohttp.ClientPayloadError):
-        return DownloadError("body cut short", again=True)
+        return DownloadError("incomplete body", retryable=True)
     if isinstance(error, aiohttp.InvalidURL):
-        return DownloadError(f"{'redirect to ' if redirected else ''}no valid URL")
+        return DownloadError(f"{'redirect to ' if redirected else ''}an invalid URL")
     if isinstance(error, aiohttp.ClientResponseError):
-        return DownloadError("the answer is no valid HTTP")
+        return DownloadError("invalid HTTP response")
     if isinstance(error, OSError):
-        return DownloadError(f"connection lost: {_system(error)}", again=True)
-    return DownloadError(f"cannot be fetched ({type(error).__name__})")
+        return DownloadError(f"connection lost: {_system_message(error)}", retryable=True)
+    return DownloadError(f"download failed ({type(error).__name__})")
 
 
-def _no_connection(error: Exception) -> DownloadError:
-    said, number = f"no connection: {_system(error)}", getattr(error, "errno", None)
-    if number in _UNREACHABLE:
-        return _silence(said)
-    # Files are freed when kept connections end.
-    wait_s = KEEP_ALIVE_S if number in (errno.EMFILE, errno.ENFILE) else 0.0
-    return DownloadError(said, again=True, wait_s=wait_s)
-
-
-def _silence(said: str) -> DownloadError:
-    trouble = DownloadError(said, again=True)
-    trouble.silent = True
-    return trouble
-
-
-def _system(error: BaseException) -> str:
-    """The system's words for an error, without addresses."""
+def _system_message(error: BaseException) -> str:
+    """Return the system's message for an error, without addresses."""
     number = getattr(error, "errno", None)
     if isinstance(error, TimeoutError) and number is None:
         number = errno.ETIMEDOUT
     return os.strerror(number).lower() if isinstance(number, int) else "failed"
 
 
-def _plain(text: str) -> str:
+def _printable(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9 _.,:'-]", "", text)[:80]

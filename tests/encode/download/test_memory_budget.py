@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.memory_budget import FIRST_SHARE, Budget, Lease, NoRoomError
+from encode.download.memory_budget import FIRST_SHARE, MemoryBudget, OverBudgetError, Reservation
 from tests.support.web_server import (
     Act,
     Handler,
@@ -36,8 +36,8 @@ LIMIT = 256 * KB
 # ---- the arithmetic
 
 
-def leases(budget: Budget, count: int) -> list[Lease]:
-    return [Lease(budget, asyncio.get_running_loop()) for _ in range(count)]
+def reservations(budget: MemoryBudget, count: int) -> list[Reservation]:
+    return [Reservation(budget, asyncio.get_running_loop()) for _ in range(count)]
 
 
 async def turns() -> None:
@@ -47,14 +47,14 @@ async def turns() -> None:
 
 def test_those_who_cannot_start_stand_in_line() -> None:
     async def story() -> None:
-        budget = Budget(8 * FIRST_SHARE)
-        many = leases(budget, 6)
-        waiting = [asyncio.ensure_future(lease.take()) for lease in many]
+        budget = MemoryBudget(8 * FIRST_SHARE)
+        many = reservations(budget, 6)
+        waiting = [asyncio.ensure_future(reservation.acquire()) for reservation in many]
         await turns()
         assert [w.done() for w in waiting] == [True] * 4 + [
             False
         ] * 2  # the first half of the budget
-        many[0].settle(10)
+        many[0].shrink(10)
         await turns()
         assert not waiting[4].done()  # a small body is still there
         many[0].release()
@@ -63,8 +63,8 @@ def test_those_who_cannot_start_stand_in_line() -> None:
         assert [w.done() for w in waiting] == [True] * 5 + [False]
         waiting[5].cancel()
         await turns()
-        for lease in many[:5]:
-            lease.release()
+        for reservation in many[:5]:
+            reservation.release()
         assert budget.used == 0
 
     asyncio.run(story())
@@ -72,18 +72,18 @@ def test_those_who_cannot_start_stand_in_line() -> None:
 
 def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
     async def story() -> None:
-        budget = Budget(10 * FIRST_SHARE)
-        one, two = leases(budget, 2)
-        await one.take()
-        await two.take()
+        budget = MemoryBudget(10 * FIRST_SHARE)
+        one, two = reservations(budget, 2)
+        await one.acquire()
+        await two.acquire()
         one.grow(6 * FIRST_SHARE, 6 * FIRST_SHARE)
-        with pytest.raises(NoRoomError):
+        with pytest.raises(OverBudgetError):
             two.grow(4 * FIRST_SHARE + 1, 9 * FIRST_SHARE)
         assert two.held == 0 and budget.used == one.held
-        again = asyncio.ensure_future(two.take())
+        again = asyncio.ensure_future(two.acquire())
         await turns()
         assert not again.done()
-        one.settle(FIRST_SHARE)
+        one.shrink(FIRST_SHARE)
         await turns()
         assert again.done() and two.held == 9 * FIRST_SHARE
         two.grow(9 * FIRST_SHARE, 9 * FIRST_SHARE)
@@ -93,19 +93,21 @@ def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
 
 def test_who_is_waited_for_goes_beyond_one_at_a_time() -> None:
     async def story() -> None:
-        budget = Budget(4 * FIRST_SHARE)
-        full, one, two, three = leases(budget, 4)
-        await full.take()
+        budget = MemoryBudget(4 * FIRST_SHARE)
+        full, one, two, three = reservations(budget, 4)
+        await full.acquire()
         full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
-        waiting = [asyncio.ensure_future(lease.take()) for lease in (one, two, three)]
+        waiting = [
+            asyncio.ensure_future(reservation.acquire()) for reservation in (one, two, three)
+        ]
         await turns()
         assert not any(w.done() for w in waiting)
-        two.hurry()
-        three.hurry()
+        two.prioritize()
+        three.prioritize()
         await turns()
         assert [w.done() for w in waiting] == [False, True, False]
         two.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
-        two.settle(3 * FIRST_SHARE)
+        two.shrink(3 * FIRST_SHARE)
         await turns()
         assert [w.done() for w in waiting] == [False, True, True]
         full.release()
@@ -119,16 +121,16 @@ def test_who_is_waited_for_goes_beyond_one_at_a_time() -> None:
 
 def test_a_cancelled_hurry_leaves_the_way_free() -> None:
     async def story() -> None:
-        budget = Budget(4 * FIRST_SHARE)
-        full, one, two = leases(budget, 3)
-        await full.take()
+        budget = MemoryBudget(4 * FIRST_SHARE)
+        full, one, two = reservations(budget, 3)
+        await full.acquire()
         full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
-        one.hurry()
-        first = asyncio.ensure_future(one.take())
+        one.prioritize()
+        first = asyncio.ensure_future(one.acquire())
         await turns()
         assert first.done()
-        two.hurry()
-        second = asyncio.ensure_future(two.take())
+        two.prioritize()
+        second = asyncio.ensure_future(two.acquire())
         await turns()
         assert not second.done()
         one.release()
@@ -149,45 +151,45 @@ def test_any_fetches_end_within_the_budget(
     total = largest * chance.choice([1, 2, 4])
     sizes = [chance.choice([0, 100, FIRST_SHARE, 3 * FIRST_SHARE, largest]) for _ in range(bodies)]
 
-    async def fetch(lease: Lease, size: int, places: asyncio.Semaphore) -> None:
+    async def fetch(reservation: Reservation, size: int, places: asyncio.Semaphore) -> None:
         while True:
-            await lease.take()
+            await reservation.acquire()
             try:
                 async with places:
                     await asyncio.sleep(0)
-                    lease.check()
+                    reservation.check_room()
                     if known:
-                        lease.grow(size, size)
+                        reservation.grow(size, size)
                     got = 0
                     while got < size:
                         await asyncio.sleep(0)
                         got = min(size, got + FIRST_SHARE)
-                        if got > lease.held:
-                            lease.grow(min(largest, 2 * got), largest)
-                lease.settle(size)
+                        if got > reservation.held:
+                            reservation.grow(min(largest, 2 * got), largest)
+                reservation.shrink(size)
                 return
-            except NoRoomError:
+            except OverBudgetError:
                 continue
 
     async def story() -> None:
-        budget = Budget(total)
+        budget = MemoryBudget(total)
         places = asyncio.Semaphore(chance.randint(1, 4))
-        many = leases(budget, bodies)
+        many = reservations(budget, bodies)
         jobs = [
-            asyncio.ensure_future(fetch(lease, size, places))
-            for lease, size in zip(many, sizes, strict=True)
+            asyncio.ensure_future(fetch(reservation, size, places))
+            for reservation, size in zip(many, sizes, strict=True)
         ]
         if not in_order:
-            for lease, job in zip(many, jobs, strict=True):
-                job.add_done_callback(lambda _, lease=lease: lease.release())
+            for reservation, job in zip(many, jobs, strict=True):
+                job.add_done_callback(lambda _, reservation=reservation: reservation.release())
             await asyncio.wait(jobs)
-        for lease, job in zip(many, jobs, strict=True):
-            lease.hurry()
+        for reservation, job in zip(many, jobs, strict=True):
+            reservation.prioritize()
             await job
             assert budget.used <= total + largest
-            lease.release()
+            reservation.release()
         assert budget.used == 0
-        assert not budget._line
+        assert not budget._queue
 
     asyncio.run(asyncio.wait_for(story(), 10))
 
@@ -240,13 +242,13 @@ def small_fetcher(**changed: Any) -> Fetcher:
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The most bytes any budget had in use."""
     most = [0]
-    hold = Budget._hold
+    hold = MemoryBudget._hold
 
-    def held(self: Budget, lease: Lease, size: int) -> None:
-        hold(self, lease, size)
+    def held(self: MemoryBudget, reservation: Reservation, size: int) -> None:
+        hold(self, reservation, size)
         most[0] = max(most[0], self.used)
 
-    monkeypatch.setattr(Budget, "_hold", held)
+    monkeypatch.setattr(MemoryBudget, "_hold", held)
     return most
 
 
@@ -344,7 +346,7 @@ def test_failures_and_cancellations_give_all_back(server: TroubleServer) -> None
         future.cancel()
     assert not any(isinstance(outcome(future), Fetched) for future in futures)
     wait_until(lambda: one._budget.used == 0)
-    assert not one._budget._line
+    assert not one._budget._queue
     one.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 import cache.remote.net
 from cache.remote.net import RefusedAddressError
 from encode.download.client import Fetched, Fetcher
-from encode.download.session import CheckedResolver, checked_socket
+from encode.download.session import CheckedResolver, CheckedSockets
 from tests.support.web_server import TroubleServer, outcome, quick_config, redirect
 
 
@@ -24,8 +24,8 @@ def test_the_socket_itself_is_refused() -> None:
         return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, 80))
 
     with pytest.raises(RefusedAddressError, match=r"a loopback address 127.0.0.1"):
-        checked_socket(False, info("127.0.0.1"))
-    with checked_socket(True, info("127.0.0.1")) as made:
+        CheckedSockets(allow_private=False).make(info("127.0.0.1"))
+    with CheckedSockets(allow_private=True).make(info("127.0.0.1")) as made:
         assert not made.getblocking()
 
 
@@ -101,7 +101,7 @@ def test_no_spelling_of_this_machine_is_asked(
     got = outcome(strict.submit(f"http://{host}:{port}/photo-0"))
     assert not isinstance(got, Fetched)
     assert got.stage == "fetch"
-    said = ("is not fetched from", "no valid URL", "no such host")
+    said = ("which is not allowed", "an invalid URL", "no such host")
     assert got.reason.endswith(said), got.reason
     assert server.connections == before
 
@@ -116,9 +116,9 @@ def test_a_name_is_judged_by_its_addresses(
     names["nobody.test"] = [[]]
     before = server.connections
     for name, said in {
-        "inside.test": "a loopback address 127.0.0.1 is not fetched from",
-        "meta.test": "a link-local address 169.254.169.254 is not fetched from",
-        "six.test": "a loopback address ::ffff:127.0.0.1 is not fetched from",
+        "inside.test": "a loopback address 127.0.0.1, which is not allowed",
+        "meta.test": "a link-local address 169.254.169.254, which is not allowed",
+        "six.test": "a loopback address ::ffff:127.0.0.1, which is not allowed",
         "nobody.test": "no such host",
     }.items():
         assert str(outcome(strict.submit(f"http://{name}:{port}/photo-0"))) == said
@@ -142,8 +142,8 @@ def test_redirects_are_checked(
 ) -> None:
     got = outcome(strict.submit(server.url(kind)))
     said = {
-        "to-private": "redirect to a private address 10.0.0.1",
-        "redirect-to-link-local": "redirect to a link-local address 169.254.169.254",
+        "to-private": "redirect to a private address 10.0.0.1, which is not allowed",
+        "redirect-to-link-local": "redirect to a link-local address 169.254.169.254, which is not allowed",
     }
     assert str(got) == said[kind]
 
@@ -154,7 +154,7 @@ def test_a_redirect_to_a_name_is_checked(
     names["inside.test"] = [["10.0.0.1"]]
     with TroubleServer(photos=1, extra={"hop": redirect("http://inside.test/")}) as server:
         got = outcome(strict.submit(server.url("hop")))
-    assert str(got) == "redirect to a private address 10.0.0.1"
+    assert str(got) == "redirect to a private address 10.0.0.1, which is not allowed"
 
 
 def test_a_name_that_changes_its_address_is_no_way_round(
@@ -177,7 +177,7 @@ def test_a_name_that_changes_its_address_is_no_way_round(
     monkeypatch.setattr(CheckedResolver, "resolve", lie)
     before = server.connections
     got = outcome(strict.submit(f"http://rebind.test:{port}/photo-0"))
-    assert str(got) == "a loopback address 127.0.0.1 is not fetched from"
+    assert str(got) == "a loopback address 127.0.0.1, which is not allowed"
     assert server.connections == before
 
 
@@ -204,7 +204,7 @@ def test_a_silent_name_server_holds_up_nobody_else(
     assert isinstance(outcome(one.submit(url)), Fetched)
     assert time.monotonic() - start < 2.5
     for future in stuck:
-        assert str(outcome(future)) == "the host's name cannot be looked up for now"
+        assert str(outcome(future)) == "temporary failure of the name lookup"
     one.close()
     answer.set()
 
