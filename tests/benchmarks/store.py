@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import command, parse
-from tests.benchmarks import store_peers
+from tests.benchmarks import stores
 from tests.benchmarks.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {
@@ -40,14 +40,14 @@ SHAPES = {
 codec, about, and of a pooled fp16 frame. Reading looks at bytes only, so all are stored as fp16."""
 
 PEERS = (
-    store_peers.ZarrPython,
-    store_peers.Zarrs,
-    store_peers.TensorStore,
-    store_peers.WebDataset,
-    store_peers.Mds,
-    store_peers.LitData,
-    store_peers.Lance,
-    store_peers.SafeTensors,
+    stores.ZarrPython,
+    stores.Zarrs,
+    stores.TensorStore,
+    stores.WebDataset,
+    stores.Mds,
+    stores.LitData,
+    stores.Lance,
+    stores.SafeTensors,
 )
 COLUMNS = ("single", "batch", "sequential", "single, cold", "batch, cold", "write")
 WARM = COLUMNS[:3]
@@ -149,10 +149,10 @@ def written(
     row = make_rows(shape)
     for kind in PEERS if options.peers else ():
         try:
-            if kind is store_peers.Mds:
+            if kind is stores.Mds:
                 place = options.environments.expanduser() / "mds"
-                store_peers.Mds.python = store_peers.mds_python(place, timeout_s=600)
-            same_files = issubclass(kind, store_peers.ZarrPython)
+                stores.Mds.python = stores.mds_python(place, timeout_s=600)
+            same_files = issubclass(kind, stores.ZarrPython)
             store = kind(folder / "ours" if same_files else folder / kind.__name__, shape)
             if not same_files:
                 store.prepare()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.store.paths import CacheRoot
-from tests.benchmarks import scale, store, store_peers, stores
+from tests.benchmarks import scale, store, stores
 
 
 class Missing(stores.Store):
@@ -23,7 +23,7 @@ class Missing(stores.Store):
 def test_the_store_benchmark_measures_every_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store, "PEERS", (Missing, store_peers.ZarrPython, store_peers.SafeTensors))
+    monkeypatch.setattr(store, "PEERS", (Missing, stores.ZarrPython, stores.SafeTensors))
     monkeypatch.setattr(
         store, "SHAPES", {"fp16": (16, 64), "int8": (16, 33), "int4": (16, 17), "frames": (4, 64)}
     )
@@ -48,11 +48,11 @@ def test_every_store_gives_the_bytes_back(tmp_path: Path) -> None:
     ours.prepare()
     ours.write(row, 40)
     ours.space.grow("image")
-    safe = store_peers.SafeTensors(tmp_path / "safe", shape)
+    safe = stores.SafeTensors(tmp_path / "safe", shape)
     safe.write(row, 40)
     readers = [stores.Raw(ours.folder, shape, threads=2), ours, safe]
     rows = store.np.random.default_rng(0).permutation(40)[:32]
-    for reader in [*readers, store_peers.ZarrPython(ours.folder, shape)]:
+    for reader in [*readers, stores.ZarrPython(ours.folder, shape)]:
         reader.open()
         for read in (reader.singles, reader.batches):
             reader.out[:] = 0
