@@ -1,7 +1,7 @@
-"""`encode.run --fetch-only`: downloads ahead, into the folder of kept media; no encoder, no space.
+"""`encode.run --fetch-only`: download media into the folder of kept media, without an encoder or a space.
 
-What came is in the media table with its key, so that encoding later finds the bytes in that folder; what did
-not, with its reason. May be killed at any moment: the same command goes on.
+The ledger records the key of each downloaded file, so that a later encode job finds its bytes in that folder,
+and the reason of each failure. The command may be killed at any time; running it again continues.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import queue
 import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -29,39 +29,51 @@ from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
 
 POLL_S = 0.5
+"""Seconds between checks for an interrupt while no download ends."""
 
 
 def fetch_only(
     root: CacheRoot,
     media: dict[str, Mention],
-    rules: DownloadConfig,
-    keep: Path,
+    config: DownloadConfig,
+    folder: Path,
     *,
     retry_failed: bool,
 ) -> int:
-    """Download what is not kept yet; returns the exit code."""
+    """Download the media that are not kept yet.
+
+    Args:
+        root: the cache, whose ledger records the results.
+        media: source -> what samples say about it; files are ignored.
+        config: limits of the downloads.
+        folder: folder of kept media.
+        retry_failed: download again what failed before.
+
+    Returns:
+        the exit code.
+    """
     known = read_media(root)
-    tasks, kept, known_failures = to_fetch(known, media, MediaStore(keep), retry_failed)
+    tasks, kept, known_failures = plan_downloads(known, media, MediaStore(folder), retry_failed)
     print(
-        f"media    {len(tasks)} to download into {keep}, {kept} there, {known_failures} failed before"
+        f"media    {len(tasks)} to download into {folder}, {kept} there, {known_failures} failed before"
     )
     ledger = Ledger(root, secrets.token_hex(4))
     start = time.monotonic()
-    done = broken = 0
+    done = failed = 0
     with Interrupts() as interrupts:
-        downloads = Downloads(rules, keep)
+        downloads = Downloads(config, folder)
         try:
-            said = start
-            for item in run(downloads, tasks, 2 * rules.connections, interrupts):
-                ledger.add(final(item, known.get(item.task.source)))
+            logged = start
+            for item in _download(downloads, tasks, 2 * config.connections, interrupts):
+                ledger.add(_record(item, known.get(item.task.source)))
                 done += 1
-                broken += item.failure is not None
+                failed += item.failure is not None
                 now = time.monotonic()
-                if now - said > LOG_EVERY_S:
-                    said = now
+                if now - logged > LOG_EVERY_S:
+                    logged = now
                     rate = done / (now - start)
                     left = about((len(tasks) - done) / rate)
-                    pace = f"{rate:.3g}/s  bound by read  {broken} failed  {left} left"
+                    pace = f"{rate:.3g}/s  bound by read  {failed} failed  {left} left"
                     print(f"fetch {done}/{len(tasks)}  {pace}", file=sys.stderr)
         finally:
             downloads.close()
@@ -71,18 +83,18 @@ def fetch_only(
             return interrupts.exit_code
     seconds = time.monotonic() - start
     print(
-        f"fetched={done - broken} reused={kept} failed={broken + known_failures} seconds={seconds:.1f}"
+        f"fetched={done - failed} reused={kept} failed={failed + known_failures} seconds={seconds:.1f}"
     )
     return 0
 
 
-def to_fetch(
+def plan_downloads(
     ledger: dict[str, MediaRecord],
     media: dict[str, Mention],
     store: MediaStore,
     retry_failed: bool,
 ) -> tuple[tuple[SourceTask, ...], int, int]:
-    """What to download; how many are there; how many failed before."""
+    """Return the downloads to do, the number of kept media and the number of earlier failures."""
     tasks: list[SourceTask] = []
     kept = known_failures = 0
     for source, mention in media.items():
@@ -109,30 +121,33 @@ def to_fetch(
     return spread(tasks), kept, known_failures
 
 
-def run(
+def _download(
     downloads: Downloads, tasks: Iterable[SourceTask], ahead: int, interrupts: Interrupts
-) -> Iterable[MediaItem]:
-    """Each task's item with its key, as they arrive; fewer when interrupted."""
+) -> Iterator[MediaItem]:
+    """Yield each task's item with its key once it is stored, until an interrupt.
+
+    At most `ahead` downloads are submitted and not finished.
+    """
     arrived: queue.SimpleQueue[MediaItem] = queue.SimpleQueue()
-    waiting, left = iter(tasks), 0
+    waiting, unfinished = iter(tasks), 0
     while not interrupts.stopping():
-        for task in islice(waiting, ahead - left):
+        for task in islice(waiting, ahead - unfinished):
             downloads.start(task, arrived.put)
-            left += 1
-        if not left:
+            unfinished += 1
+        if not unfinished:
             return
         try:
             item = arrived.get(timeout=POLL_S)
         except queue.Empty:
             continue
-        left -= 1
+        unfinished -= 1
         item = downloads.hash(item)
         item.drop_data()
         yield item
 
 
-def final(item: MediaItem, known: MediaRecord | None) -> MediaRecord:
-    """What the ledger says of a download; of bytes known before, also what decoding them told."""
+def _record(item: MediaItem, known: MediaRecord | None) -> MediaRecord:
+    """Return the ledger's record of a download; unchanged bytes keep what decoding added to it."""
     if item.failure is not None:
         return item.outcome().failed_record()
     if known is not None and known.status == "ok" and known.key == item.record.key:
