@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import secrets
@@ -163,7 +164,8 @@ class Job:
     def _run_inline(self, interrupts: Interrupts) -> None:
         numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
         registrar = InlineRegistrar(self._present.images, numbers, self._update)
-        with self._worker_class(self._config, self._encoder, registrar, number=0) as worker:
+        worker = self._worker_class(self._config, self._encoder, registrar, number=0)
+        with contextlib.closing(worker):
             run_inline(self._tracker, worker, registrar, interrupts.stopping)
 
     def _run_ray(self, layout: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:

@@ -192,16 +192,16 @@ class Tracker:
         """
         self._committed.update(committed)
         owed = reversed(self._with.pop(worker, {}).values())
-        self._waiting.extendleft(replace(task, again=True) for task in owed)
+        self._waiting.extendleft(replace(task, reassigned=True) for task in owed)
         for key in released:
             repeats = self._after.pop(key, ())
-            self._waiting.extend(replace(outcome.task, again=True) for outcome in repeats)
+            self._waiting.extend(replace(outcome.task, reassigned=True) for outcome in repeats)
         self._release_duplicates()
 
     def set_aside(self, worker: int, sources: Collection[str]) -> list[SourceTask]:
         """Take these sources back from a worker that is gone, to `give` or `fail` them later."""
         owed = self._with.get(worker, {})
-        return [replace(owed.pop(source), again=True) for source in sources if source in owed]
+        return [replace(owed.pop(source), reassigned=True) for source in sources if source in owed]
 
     def _release_duplicates(self) -> None:
         there = (self._committed, self._found, self._already)

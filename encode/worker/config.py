@@ -1,4 +1,4 @@
-"""How the workers of one job are made: small, picklable, the same wherever they run."""
+"""How the workers of one job are made: small, picklable, equal for inline workers and Ray actors."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ class WorkerConfig:
     """What all workers of a job have in common."""
 
     encoder: EncoderConfig
-    """Entry of configs/encoders.yaml, with the job's overrides."""
+    """Entry of configs/encoders.yaml, with the options of the command applied."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps."""
     random_weights: bool = False
-    """Untrained weights."""
+    """Use untrained weights."""
     weights: str | None = None
-    """File or folder to take weights from."""
+    """File or folder with the encoder's weights; None: from the hub."""
     threads: int = 2
-    """For reading, and as many for decoding."""
+    """Threads for reading, and as many for decoding."""
     torch_threads: int | None = None
-    """Cores of one worker's forward pass; None: as torch thinks best."""
+    """Threads of one forward pass on the CPU; None: torch's default."""
     max_frames: int = MAX_FRAMES
-    """Of one video, at most."""
+    """Frames of one video, at most."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
-    """How servers are asked, by each worker."""
+    """Limits of this worker's downloads."""
     media_store: Path | None = None
-    """Where downloaded bytes are kept, and looked for; None: they are not."""
+    """Folder in which downloaded bytes are kept, and searched for before a download; None: not kept."""
     commit_every_s: float = COMMIT_EVERY_S
-    """A shard that fills slowly is committed at this age: the most work a crash can lose."""
+    """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
     space: Path = Path()
-    """Folder of the space, once it is known."""
+    """Folder of the space. Set once the space exists."""
     token: str = ""
-    """Of the driver's lock, once it is held."""
+    """Token of the driver's lock. Set once the lock is held."""
 
     def load(self) -> VisionEncoder:
-        """The encoder, on its device."""
-        import torch  # 3 s, and the driver may not need it
+        """Load the encoder onto its device."""
+        import torch  # takes 3 s, and commands that encode nothing do not need it
 
         from model.vision.encoder import load_encoder
 

@@ -1,7 +1,8 @@
-"""What each thread of a worker is decoding, where it survives the worker: who killed it, and who hangs.
+"""A file that names what each thread of a worker is decoding. It outlives a worker that crashes.
 
-One small file a worker, a slot a thread, rewritten in place before and after each decode. Nothing is
-fsynced: a killed process loses none of what it wrote, and after a power cut nobody asks.
+The driver reads it to find the files that crash or hang a worker. Each thread has a slot, rewritten in place
+before and after each decode. Nothing is fsynced: a killed process loses nothing it has written, and after a
+power failure there is no driver left to read it.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ from pathlib import Path
 from cache.store.paths import SpacePaths
 
 SUFFIX = ".decoding"
-SLOT_BYTES = 8192  # a path has at most 4096 bytes
-ALIVE_S = 1.0
+SLOT_BYTES = 8192  # Linux allows paths of 4096 bytes
+UPDATE_EVERY_S = 1.0
+"""Seconds between two updates of a decode that makes progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeEntry:
-    """One decode under way."""
+    """One decode in progress."""
 
     source: str
-    """What is being decoded."""
+    """The source that is being decoded."""
     key: str
     """Its sha256."""
     since: float
-    """Start, or when it last got on; seconds since the epoch."""
+    """Time of its start or of its last progress, seconds since the epoch."""
 
     @property
     def age_s(self) -> float:
-        """How long it has been going on."""
+        """Seconds since its start or last progress."""
         return time.time() - self.since
 
 
 def decode_log_file(paths: SpacePaths, worker: int) -> Path:
-    """Beside the worker's lock: a space itself holds only what is checked."""
+    """Return the path of a worker's log: beside its lock, since a space holds only files with checksums."""
     return paths.worker_lock(str(worker)).with_suffix(SUFFIX)
 
 
 def clear_decode_log(paths: SpacePaths) -> list[DecodeEntry]:
-    """Remove what earlier jobs left, for whoever holds the driver's lock; returns it."""
+    """Remove the logs of earlier jobs; return their entries. The caller holds the driver's lock."""
     files = list(paths.locks_dir.glob(f"worker-*{SUFFIX}"))
     left = [entry for path in files for entry in read_entries(path)]
     for path in files:
@@ -54,7 +56,7 @@ def clear_decode_log(paths: SpacePaths) -> list[DecodeEntry]:
 
 
 class DecodeLog:
-    """The writing side, one a worker, for `threads` threads."""
+    """The log of one worker, for `threads` decoding threads."""
 
     def __init__(self, path: Path, threads: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,45 +67,47 @@ class DecodeLog:
 
     @contextlib.contextmanager
     def decoding(self, source: str, key: str) -> Iterator[Callable[[], None]]:
-        """Leave a entry while the block runs; what it yields is called now and then by long decodes
-        that get on, whose time then counts anew."""
-        slot = self._free.get()
-        said = 0.0
+        """Keep an entry in the log while the block runs.
 
-        def alive() -> None:
-            nonlocal said
-            if time.time() - said > ALIVE_S:
-                said = time.time()
-                entry = asdict(DecodeEntry(source=source, key=key, since=said))
+        Yields a function that long decodes call when they make progress: it restarts the entry's age.
+        """
+        slot = self._free.get()
+        written_at = 0.0
+
+        def progress() -> None:
+            nonlocal written_at
+            if time.time() - written_at > UPDATE_EVERY_S:
+                written_at = time.time()
+                entry = asdict(DecodeEntry(source=source, key=key, since=written_at))
                 text = json.dumps(entry, ensure_ascii=False)
                 self._write(slot, text.encode()[:SLOT_BYTES])
 
         try:
-            alive()
-            yield alive
+            progress()
+            yield progress
         finally:
             self._write(slot, b"")
             self._free.put(slot)
 
     def _write(self, slot: int, text: bytes) -> None:
-        # The blank tail overwrites what a longer entry left; an empty slot needs only its first byte.
+        # Blanks overwrite the rest of a longer entry. In an empty slot, one blank byte is enough.
         os.pwrite(self._file.fileno(), text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
 
     def close(self) -> None:
-        """No thread decodes any more."""
+        """Remove the log. No thread may be decoding."""
         self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
 
 
 def read_entries(path: Path) -> list[DecodeEntry]:
-    """What the worker was decoding when it last wrote."""
+    """Return what a worker was decoding when it last wrote its log."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     entries = []
     for at in range(0, len(data), SLOT_BYTES):
-        # A slot that is just being written may be torn: the next look will see it whole.
+        # A slot that is being written may be torn: the next read will find it complete.
         with contextlib.suppress(ValueError, TypeError):
             entries.append(DecodeEntry(**json.loads(data[at : at + SLOT_BYTES])))
     return entries

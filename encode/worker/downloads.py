@@ -1,7 +1,4 @@
-"""Sources that are not on this disk: from the folder of kept media, or from the web.
-
-`encode.download.client` knows how to ask a server; this knows what a job makes of the answer.
-"""
+"""URLs -> media items: from the media store, or else downloaded by `encode.download`."""
 
 from __future__ import annotations
 
@@ -25,22 +22,22 @@ log = logging.getLogger(__name__)
 
 
 class Downloads:
-    """Starts downloads and says when they end. `start` and `close` belong to one thread."""
+    """Fetches the bytes of URLs in the background. `start` and `close` belong to one thread."""
 
-    def __init__(self, rules: DownloadConfig, keep: Path | None):
-        """Nothing is opened before the first `start`.
+    def __init__(self, config: DownloadConfig, media_store: Path | None):
+        """Open no connection before the first `start`.
 
         Args:
-            rules: how to ask.
-            keep: where bytes are kept, and looked for before anybody is asked.
+            config: limits of the downloads.
+            media_store: folder in which bytes are kept, and searched for before a download; None: not kept.
         """
-        self._rules = rules
-        self._store = MediaStore(keep) if keep is not None else None
+        self._config = config
+        self._store = MediaStore(media_store) if media_store is not None else None
         self._fetcher: Fetcher | None = None
         self._closed = False
 
     def start(self, task: SourceTask, done: Callable[[MediaItem], None]) -> None:
-        """Get the bytes of `task`, and hand them to `done` without their key, from any thread."""
+        """Fetch the bytes of `task`, then call `done` from any thread. `hash` sets the item's key."""
         item = MediaItem(task=task, record=MediaRecord(source=task.source, kind=task.kind))
         if (data := self._kept(task)) is not None:
             item.data = data
@@ -48,7 +45,7 @@ class Downloads:
             return
         if self._closed:
             return
-        self._fetcher = self._fetcher or Fetcher(self._rules)
+        self._fetcher = self._fetcher or Fetcher(self._config)
         future = self._fetcher.submit(task.source, sha256=task.sha256)
 
         def arrived(future: Future[Fetched]) -> None:
@@ -60,16 +57,16 @@ class Downloads:
                 item.failure = error.failure
             else:
                 item.data, item.release = fetched.data, fetched.release
-                item.read_s = fetched.seconds / self._rules.connections
+                item.read_s = fetched.seconds / self._config.connections
             done(item)
 
         future.add_done_callback(arrived)
 
     def hash(self, item: MediaItem) -> MediaItem:
-        """The same item with its key; its bytes kept, where they are to be. From any thread.
+        """Set the key of `item`, unless it failed, and store its bytes. May be called from any thread.
 
         Raises:
-            OSError: the folder of kept media cannot be written.
+            OSError: the media store cannot be written.
         """
         if item.failure is not None:
             return item
@@ -83,7 +80,7 @@ class Downloads:
         return item
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel the downloads that have not finished."""
         self._closed = True
         if self._fetcher is not None:
             self._fetcher.close()

@@ -1,8 +1,8 @@
-"""Local files: their bytes, their key, and the identity by which a file is known without reading it again.
+"""Local files: their bytes, their key, and the identity that makes reading a file again unnecessary.
 
-A file whose size, times and inode are all as recorded is taken to hold the bytes that were hashed. That
-is safe only when a later change cannot leave them as they are, so a file is read no sooner than its
-newest time stamp is older than the clock the file system stamps with.
+A file whose size, times and inode equal the recorded ones is assumed to hold the bytes that were hashed. Two
+writes within one tick of the file system's clock get the same time stamp, so a file is read only once its
+newest time stamp is at least one tick old.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from encode.worker.messages import SourceTask
 from model.media.images import FORMATS, BadMediaError
 
 MAX_BYTES = 1 << 30
-"""Larger files are refused: no image we decode needs as much, and threads read several at once."""
+"""Larger files are refused: no image that `model.media` decodes needs 1 GiB, and each thread reads one."""
 
 MAX_VIDEO_BYTES = 1 << 40
-"""Videos are read twice instead: for their hash, then by the decoder."""
+"""Larger videos are refused. A video is read twice, for its hash and by the decoder, and never held whole."""
 
 TICK_S = 0.02
-"""Linux stamps files with a clock of 1 to 10 ms (CONFIG_HZ), so two writes within that look alike."""
+"""Seconds. Linux stamps files with a clock that ticks every 1 to 10 ms (CONFIG_HZ)."""
 
 COARSE_TICK_S = 2.0
-"""The same where stamps are whole seconds: FAT, some network file systems."""
+"""Seconds, where stamps are whole seconds: FAT, which counts in twos, and some network file systems."""
 
 TRIES = 3
+"""A file that changes during this many reads has failed."""
 
 _ORIENTATION_TAG = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -43,20 +44,20 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What `stat` says of a file's content."""
+    """The fields of `stat` that change when a file's content changes."""
 
     size: int
     """Bytes."""
     mtime_ns: int
-    """Last change of the content; a program may set it."""
+    """Last change of the content. Programs may set it."""
     ctime_ns: int
-    """Last change of content or inode; the kernel's alone."""
+    """Last change of content or inode. Only the kernel sets it."""
     inode: int
-    """Inode number; 0: the stamps cannot be trusted, never equal to a real file's."""
+    """Inode number. 0 means that the stamps cannot be trusted; no real file has it."""
 
     @staticmethod
     def of(status: os.stat_result) -> Identity:
-        """The identity in a stat result."""
+        """Return the identity in a stat result."""
         return Identity(
             size=status.st_size,
             mtime_ns=status.st_mtime_ns,
@@ -65,16 +66,16 @@ class Identity:
         )
 
     def matches(self, record: MediaRecord) -> bool:
-        """Whether the file is the one `record` was made from."""
+        """Return whether the file is still the one that `record` was made from."""
         known = (record.size, record.mtime_ns, record.ctime_ns, record.inode)
         return (self.size, self.mtime_ns, self.ctime_ns, self.inode) == known
 
     def stamp(self, record: MediaRecord) -> MediaRecord:
-        """`record`, made from this very file."""
+        """Return `record` with this identity."""
         return replace(record, **vars(self))
 
     def settle_s(self) -> float:
-        """Seconds until another write would get another stamp; below 0 when stamps are of the future."""
+        """Return the seconds until a write would get a newer stamp; -1 if the stamps are in the future."""
         newest = max(self.mtime_ns, self.ctime_ns)
         tick = COARSE_TICK_S if newest % 1_000_000_000 == 0 else TICK_S
         age = (time.time_ns() - newest) / 1e9
@@ -82,19 +83,19 @@ class Identity:
 
 
 def identify(source: str) -> Identity | None:
-    """The identity of a file; None when there is no file that could be read."""
+    """Return the identity of a file; None if it does not exist or is not a regular file."""
     try:
-        status = os.stat(source)  # noqa: PTH116 - called once a media, a Path costs as much again
+        status = os.stat(source)  # noqa: PTH116 - called for every source; a Path would double the cost
     except (OSError, ValueError):
         return None
     return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
 
 def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
-    """The bytes of a source, and its record: key, length, identity; width and height to be filled in.
+    """Return the bytes of a file, and its record with key, length and identity but no size in pixels.
 
     Raises:
-        BadMediaError: at stage fetch, when the file is missing or cannot be read.
+        BadMediaError: at stage fetch: the file is missing, cannot be read, or changes during each read.
     """
     found: list[bytes] = []
 
@@ -108,10 +109,10 @@ def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
 
 
 def hash_local(task: SourceTask) -> MediaRecord:
-    """The record of a file that may be too large for memory: as `read_local`, without the bytes.
+    """Hash a file that may be larger than memory. Return its record with key, length and identity.
 
     Raises:
-        BadMediaError: as `read_local`.
+        BadMediaError: at stage fetch: the file is missing, cannot be read, or changes during each read.
     """
 
     def streamed(file: FileIO) -> tuple[str, int]:
@@ -121,10 +122,10 @@ def hash_local(task: SourceTask) -> MediaRecord:
 
 
 def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, int]]) -> MediaRecord:
-    """Read a file that does not change meanwhile; `read` returns sha256 and length of what it read."""
+    """Read a file that does not change meanwhile; `read` returns the sha256 and length of what it read."""
     try:
         for _ in range(TRIES):
-            # O_NONBLOCK: a named pipe would wait for a writer, for ever.
+            # O_NONBLOCK: opening a named pipe would wait for a writer forever.
             fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with FileIO(fd, "rb") as file:
                 before = _regular(os.fstat(fd), most)
@@ -146,10 +147,10 @@ def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, in
 
 
 def check_unchanged(path: Path, record: MediaRecord) -> None:
-    """A file that was read a second time is still the one `record` was made from.
+    """Check that a file that was read a second time is still the one that `record` was made from.
 
     Raises:
-        BadMediaError: at stage fetch; what was read is nobody's.
+        BadMediaError: at stage fetch: the file has changed, so what was decoded may not be what was hashed.
     """
     now = identify(str(path))
     if now is None or not now.matches(replace(record, inode=record.inode or now.inode)):
@@ -157,19 +158,19 @@ def check_unchanged(path: Path, record: MediaRecord) -> None:
 
 
 def unreadable(task: SourceTask) -> MediaRecord:
-    """The record of a source that could not be read: until its file changes, nobody tries again."""
+    """Return the record of a file that cannot be read. Its identity prevents a new try until it changes."""
     record = MediaRecord(source=task.source, kind=task.kind)
     identity = identify(task.source)
     return record if identity is None else identity.stamp(record)
 
 
 def size_in_header(data: bytes) -> tuple[int, int]:
-    """Width and height of an image, upright, without decoding; (0, 0) when the header does not say."""
+    """Return width and height of the upright image by its header; (0, 0) if they are not in it."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
-    except Exception:  # asked only of a media that is in the space already, so a sound one
+    except Exception:  # a duplicate: if its bytes are bad, the source that is decoded reports it
         return 0, 0
     return (height, width) if turned else (width, height)
 

@@ -1,6 +1,6 @@
-"""What driver and workers say to each other: sources to do, what became of them, and who may do what.
+"""What the driver and its workers exchange: sources to encode, their outcomes, timings and reservations.
 
-No Ray, no torch: the inline worker, the Ray actors and the tests all speak through these.
+No Ray and no torch: the inline worker, the Ray actors and the tests all use these classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cache.store.ledger import MediaRecord
 from model.media.images import Failure
 
 OWN_STAGES = ("encode", "write")
-"""Failures at these stages are ours; the others are the media's."""
+"""Stages whose failures are errors of this program or machine. At other stages the media item is at fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,17 +27,17 @@ class SourceTask:
     kind: str = "image"
     """image or video."""
     attempts: int = 0
-    """Failures before this one, as the ledger counts them."""
+    """Earlier failures, as the ledger counts them."""
     sha256: str | None = None
-    """What its bytes hash to, where the data set says so."""
+    """The sha256 of its bytes, if the data set states one."""
     key: str | None = None
-    """What they hashed to when the ledger last saw them: where kept bytes are found."""
-    again: bool = False
-    """Whether another worker of this job had it, and may have committed a part."""
+    """The sha256 of its bytes when the ledger last recorded it: the name of its file in the media store."""
+    reassigned: bool = False
+    """Whether another worker of this job had it before, and may have committed some of its rows."""
 
 
 def media_id(kind: str, key: str) -> str:
-    """What is claimed. The same bytes as an image and as a video are two things to encode."""
+    """Return the name under which a media item is reserved. Equal bytes are encoded once for each kind."""
     return key if kind == "image" else f"{kind}:{key}"
 
 
@@ -46,17 +46,17 @@ Result = Literal["ok", "present", "failed", "duplicate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What finally became of a source."""
+    """The final result of one source."""
 
     task: SourceTask
-    """Which one."""
+    """The source."""
     record: MediaRecord
-    """What the ledger will say about it once its bytes are in the space."""
+    """The ledger's record for the case that its bytes are, or will be, in the space."""
     result: Result
     """ok: its rows are committed. present: the space had all of them before. duplicate: another source has
     the same bytes. failed: `failure` says why."""
     failure: Failure | None = None
-    """Set when it failed, and only then."""
+    """Set exactly when `result` is `failed`."""
 
     def failed_record(self) -> MediaRecord:
         """Return the ledger's record of the failure."""
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def failed(record: MediaRecord, attempts: int, failure: Failure) -> MediaRecord:
-    """Return `record` as the ledger keeps it after a failure; `attempts` counts the earlier failures."""
+    """Return `record` as the ledger stores it after a failure; `attempts` counts the earlier failures."""
     return dataclasses.replace(
         record,
         status="failed",
@@ -77,107 +77,116 @@ def failed(record: MediaRecord, attempts: int, failure: Failure) -> MediaRecord:
 
 @dataclass(kw_only=True)
 class Timings:
-    """What a worker did so far. Seconds of threads add up; those of the encode loop do not overlap."""
+    """What a worker has done so far.
+
+    Seconds of `read_s` and `decode_s` add up over threads, so they may exceed the elapsed time.
+    """
 
     media: int = 0
-    """Encoded, committed or not yet."""
+    """Media items encoded, committed or not."""
     rows: int = 0
-    """Views of them: one an image, one a frame."""
+    """Rows encoded: one for an image, one for a frame."""
     read_s: float = 0.0
-    """Opening, reading and hashing, all threads together; of downloads, a connection's share."""
+    """Seconds to open, read and hash, all threads added up. A download counts divided by the connections."""
     decode_s: float = 0.0
-    """Bytes to encoder input, all threads together."""
+    """Seconds from bytes to encoder inputs, all threads added up."""
     wait_s: float = 0.0
-    """The encode loop had nothing to do."""
+    """Seconds in which the encode loop had no input."""
     encode_s: float = 0.0
-    """Forward pass, packing, copy to the host."""
+    """Seconds for forward pass, packing and copy to the host."""
     write_s: float = 0.0
-    """Appending and committing."""
+    """Seconds to append and commit rows."""
     clipped: int = 0
-    """Values beyond float16's range, stored as its largest."""
+    """Values outside float16's range, stored as its largest value."""
     span_s: float = 0.0
-    """From the first word of any worker to the last one: starting up is not in it."""
+    """Seconds from the first report of any worker to the last one, so without the time to start."""
 
     def __add__(self, other: Timings) -> Timings:
         names = [f.name for f in dataclasses.fields(self)]
         return Timings(**{n: getattr(self, n) + getattr(other, n) for n in names})
 
     def bound(self) -> str:
-        """The stage that decides the speed."""
+        """Return the stage that limits the speed: read, decode, encode or write."""
         if self.wait_s > max(self.encode_s, self.write_s):
             return "read" if self.read_s > self.decode_s else "decode"
         return "write" if self.write_s > self.encode_s else "encode"
 
 
 class Coordinator(Protocol):
-    """What a worker may ask of the driver's side: `Registrar` itself, or a Ray actor around it."""
+    """What a worker may ask the driver: a `Registrar`, or the Ray actor around one."""
 
-    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
-        """Which of these media this worker shall encode: those nobody has or had."""
+    def reserve(self, worker: int, ids: Sequence[str]) -> list[bool]:
+        """Reserve media for this worker. False for those that are committed, or reserved already."""
         ...
 
-    def next_shard(self, worker: int, kind: str) -> int:
-        """A shard number that was never used."""
+    def next_shard(self, worker: int, array: str) -> int:
+        """Return a shard number of `array` that was never used."""
         ...
 
     def report(self, worker: int, timings: Timings) -> bool:
-        """Say how far this worker is; False: the job stops, come to an end."""
+        """Record a worker's timings. False: the job stops, so the worker must finish."""
         ...
 
 
 class Registrar:
-    """Hands out media and shard numbers, each once; gathers timings; carries the word to stop."""
+    """Gives out media and shard numbers, each once, and adds up timings."""
 
     def __init__(self, committed: Collection[str], next_shard: dict[str, int]):
-        self._committed = committed
+        """Start with nothing reserved.
+
+        Args:
+            committed: ids of media that are in the space.
+            next_shard: array -> its first unused shard number.
+        """
+        self._committed = committed  # not copied: it may have millions of entries
         self._taken: set[str] = set()
         self._reserved: dict[int, set[str]] = {}
         self._next_shard = dict(next_shard)
         self._shards: dict[int, list[tuple[str, int]]] = {}
         self._timings: dict[int, Timings] = {}
-        self._first = self._last = 0.0
-        self._going = True
+        self._first_s = self._last_s = 0.0
+        self._running = True
 
-    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
-        """See Coordinator."""
+    def reserve(self, worker: int, ids: Sequence[str]) -> list[bool]:
+        """Reserve media for this worker. False for those that are committed, or reserved already."""
         mine = self._reserved.setdefault(worker, set())
         granted = []
-        for key in keys:
-            granted.append(key not in self._taken and key not in self._committed)
+        for name in ids:
+            granted.append(name not in self._taken and name not in self._committed)
             if granted[-1]:
-                self._taken.add(key)
-                mine.add(key)
+                self._taken.add(name)
+                mine.add(name)
         return granted
 
-    def next_shard(self, worker: int, kind: str) -> int:
-        """See Coordinator."""
-        number = self._next_shard[kind]
-        self._next_shard[kind] = number + 1
-        self._shards.setdefault(worker, []).append((kind, number))
+    def next_shard(self, worker: int, array: str) -> int:
+        """Return a shard number of `array` that was never used."""
+        number = self._next_shard[array]
+        self._next_shard[array] = number + 1
+        self._shards.setdefault(worker, []).append((array, number))
         return number
 
     def report(self, worker: int, timings: Timings) -> bool:
-        """See Coordinator."""
-        self._last = time.monotonic()
-        self._first = self._first or self._last
+        """Record a worker's timings. False: the job stops, so the worker must finish."""
+        self._last_s = time.monotonic()
+        self._first_s = self._first_s or self._last_s
         self._timings[worker] = timings
-        return self._going
+        return self._running
 
     def shards(self, worker: int) -> list[tuple[str, int]]:
-        """(kind, number) of every shard this worker asked for."""
+        """Return (array, number) of every shard given to this worker."""
         return self._shards.get(worker, [])
 
     def release(self, worker: int, committed: Collection[str]) -> list[str]:
-        """A worker is gone: what it had claimed and not committed is anybody's again."""
-        free = [key for key in self._reserved.pop(worker, ()) if key not in committed]
+        """Release what a dead worker had reserved and not committed; return it."""
+        free = [name for name in self._reserved.pop(worker, ()) if name not in committed]
         self._taken.difference_update(free)
         return free
 
     def stop(self) -> None:
-        """Workers come to an end at their next report."""
-        self._going = False
+        """Make every worker finish at its next report."""
+        self._running = False
 
     def timings(self) -> Timings:
-        """All workers together, the gone ones too."""
+        """Return the timings of all workers together, dead ones included."""
         together = sum(self._timings.values(), Timings())
-        return dataclasses.replace(together, span_s=self._last - self._first)
+        return dataclasses.replace(together, span_s=self._last_s - self._first_s)

@@ -55,8 +55,8 @@ class PrefetchCallbacks(Protocol):
         """Return which of these media are this worker's to encode."""
         ...
 
-    def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
-        """Return which of a video's views are not in the space yet."""
+    def missing(self, key: str, views: Sequence[str], *, reread: bool) -> list[str]:
+        """Return which of a video's views are not in the space; `reread` reads its commits first."""
         ...
 
     def decode(self, data: bytes) -> Image.Image:
@@ -247,7 +247,8 @@ class Prefetcher:
         )
         if not item.duplicate:
             wanted = {time_view(us): us for us in sample_times(info.duration_s, self._max_frames)}
-            missing = self._worker.missing(item.key, list(wanted), again=item.task.again)
+            # A worker that died may have committed some frames after this one read the commits.
+            missing = self._worker.missing(item.key, list(wanted), reread=item.task.reassigned)
             item.present = not missing
             got = 0
             for frame in frames(

@@ -1,8 +1,8 @@
-"""Packed rows -> committed shards, in a thread of its own, so that the disk never waits for the encoder.
+"""Packed rows -> committed shards, in a thread of its own, so the encoder does not wait for the disk.
 
-A full disk ends the job: what is committed stays, what is in the open shard is done again. Any other
-refusal of the disk costs that shard's media, which go to the ledger at stage `write`. A video's rows stand
-side by side: where they no longer fit into the open shard, a new one is begun.
+A full disk ends the job: committed rows are kept, those of the open shards are encoded again by the next job.
+Any other disk error costs the open shards: their media items fail at stage `write`. The rows of a video are
+adjacent: if they do not fit into the open shard, a new shard is started.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from encode.worker.messages import Outcome
 from model.media.images import Failure
 
 ROWS_AHEAD = 64
-"""Rows waiting for the disk: 75 MB of the largest ones. One video may have more."""
+"""Rows that may wait for the disk: 75 MB of the largest rows (fp16, 576 x 1024). One video may exceed it."""
 
 POLL_S = 0.5
+"""Seconds between two looks for shards that are old enough to be committed."""
 
 
 class DiskFullError(UserError):
@@ -35,28 +36,28 @@ class DiskFullError(UserError):
 
 
 def disk_full(error: OSError, where: object) -> DiskFullError | None:
-    """`error` as a DiskFullError, if that is what it means."""
+    """Return `error` as a DiskFullError if it reports a full disk or quota, else None."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     return DiskFullError(
         f"disk full ({where}); everything committed is kept: free some space and run the same "
-        "command again, it goes on from there"
+        "command again to continue"
     )
 
 
 @dataclass(kw_only=True)
 class _Open:
-    """A shard being filled."""
+    """A shard that is being filled."""
 
     shard: ShardWriter
     since: float
-    """When it was begun, monotonic seconds."""
+    """When it was started, monotonic seconds."""
     items: list[MediaItem] = field(default_factory=list)
     """Media items whose last row is in it."""
 
 
 class RowWriter:
-    """Fills shards, one an array at a time. `put`, `commit`, `check`, `close` belong to one thread."""
+    """Fills one shard of each array at a time. `put`, `commit`, `check`, `close` belong to one thread."""
 
     def __init__(
         self,
@@ -70,11 +71,11 @@ class RowWriter:
         """Start the thread.
 
         Args:
-            space: where to.
-            next_shard: a number never used before, for an array.
-            fence: raises once this worker has lost the right to write.
+            space: the space to write to.
+            next_shard: returns a shard number of an array that was never used.
+            fence: raises once this worker may no longer write.
             done: called from the thread with every outcome.
-            commit_every_s: age at which a shard is committed though it is not full.
+            commit_every_s: age in seconds at which a shard is committed although it is not full.
         """
         self._space, self._next_shard, self._fence, self._done = space, next_shard, fence, done
         self._commit_every_s = commit_every_s
@@ -85,12 +86,12 @@ class RowWriter:
         self._current: MediaItem | None = None  # being appended
         self._error: BaseException | None = None
         self.seconds = 0.0
-        """Spent appending and committing."""
+        """Seconds spent appending and committing."""
         self._thread = threading.Thread(target=self._loop, name="write", daemon=True)
         self._thread.start()
 
     def put(self, item: MediaItem) -> None:
-        """Write these rows soon."""
+        """Queue the rows of an item, which now belongs to the writer. Waits while the queue is full."""
         self.check()
         with self._room:
             self._room.wait_for(lambda: self._waiting < ROWS_AHEAD)
@@ -98,19 +99,19 @@ class RowWriter:
         self._queue.put(item)
 
     def commit(self) -> None:
-        """Return once everything put so far is committed."""
+        """Commit everything put so far, and return once it is committed."""
         written = threading.Event()
         self._queue.put(written)
         written.wait()
         self.check()
 
     def check(self) -> None:
-        """Raise what stopped the thread: DiskFullError, StaleJobError."""
+        """Raise the error that stopped the thread: DiskFullError or StaleJobError."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """End the thread; what is not committed is dropped."""
+        """End the thread. Rows that are not committed are lost."""
         self._queue.put(None)
         self._thread.join()
 
@@ -139,7 +140,7 @@ class RowWriter:
             self.seconds += time.perf_counter() - start
 
     def _guard(self, step: Callable[[], None]) -> None:
-        """Run one step; what it raises is kept for `check`, or costs the open shards."""
+        """Run one step. A disk error fails the items of the open shards; others are kept for `check`."""
         if self._error is not None:
             return
         try:
@@ -159,14 +160,14 @@ class RowWriter:
     def _append(self, item: MediaItem) -> None:
         array, rows = ARRAY_OF[item.record.kind], item.rows
         if (begun := self._open.get(array)) is not None:
-            wholly = len(rows) <= self._space.rows_per_shard(array)
-            if wholly and len(rows) > begun.shard.left:
+            fits_a_shard = len(rows) <= self._space.rows_per_shard(array)
+            if fits_a_shard and len(rows) > begun.shard.left:
                 self._commit(array)
         while rows:
             here = self._open.get(array) or self._begin(array)
             part = rows[: here.shard.left]
             here.shard.extend(part)
-            del rows[: len(part)]  # written: its memory is free before the shard is committed
+            del rows[: len(part)]  # frees their memory before the shard is committed
             if not rows:
                 here.items.append(item)
                 self._current = None
@@ -195,12 +196,12 @@ class RowWriter:
             self._done(item.outcome())
 
     def _drop(self) -> list[MediaItem]:
-        """Forget the open shards; returns the media that were in them."""
+        """Abort the open shards; return the media items that were in them."""
         items = [item for here in self._open.values() for item in here.items]
         if self._current is not None:
             items.append(self._current)
         for here in self._open.values():
-            with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
+            with contextlib.suppress(OSError):  # cache.gc removes what a failing disk leaves
                 here.shard.abort()
         self._open, self._current = {}, None
         return items

@@ -1,15 +1,15 @@
-"""Sources in, committed rows out: the class that does the work, inline or inside a Ray actor.
+"""The worker: sources in, committed rows out. It runs inline, or inside a Ray actor.
 
     worker = Worker(config, config.load(), coordinator, number=0)
-    outcomes = worker.run(tasks)        # those final so far; the rest goes on in the background
-    outcomes += worker.flush()          # everything encoded is committed now
+    outcomes = worker.run(tasks)        # the outcomes known so far; the other tasks go on in the background
+    outcomes += worker.flush()          # everything is encoded and committed now
     worker.close()
 
-    prefetcher: read, download, reserve, decode (threads) -> encode and pack, here -> row_writer (thread)
+    prefetcher: read, download, reserve, decode (threads) -> encode and pack (here) -> row_writer (thread)
 
-Batches have one fixed shape and cross the borders of tasks; images and frames have one each. A source is
-`ok` only once all its rows are committed. Order and company change nothing in a row, so a killed job and its
-repetition end alike.
+A batch has one fixed shape and may hold inputs of several sources; images and frames have a batch each. A
+source is `ok` only once all its rows are committed. A row does not depend on batch order or on what else is
+in the batch, so a killed and resumed job stores the same rows as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,26 +43,27 @@ from model.media.images import Failure, decode_image
 from model.quantize import pack
 
 REPORT_EVERY_S = 1.0
+"""Seconds between two reports to the coordinator, and so the delay of a stop."""
 
 
 class Encoder(Protocol):
-    """The part of `model.vision.VisionEncoder` that a worker uses."""
+    """The methods of `model.vision.encoder.VisionEncoder` that a worker uses."""
 
     def spec(self, codec: str) -> FeatureSpec:
-        """How it makes features, stored by `codec`."""
+        """Return how it makes features, stored by `codec`."""
         ...
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """RGB image -> (S, S, 3)."""
+        """Return the encoder input (S, S, 3) of an RGB image."""
         ...
 
-    def encode(self, pixels: Pixels, kind: str = "image") -> torch.Tensor:
-        """(n, S, S, 3) -> (n, tokens, width), in the one batch shape whatever n is."""
+    def encode(self, pixels: Pixels, array: str = "image", /) -> torch.Tensor:
+        """Encode (n, S, S, 3) to (n, tokens, width), for any n, in batches of one padded shape."""
         ...
 
 
 class Worker:
-    """See above. All methods belong to one thread; a worker that raised is good for `close` only."""
+    """Encodes sources. All methods belong to one thread. After an exception, only `close` may be called."""
 
     def __init__(
         self,
@@ -77,9 +77,12 @@ class Worker:
 
         Args:
             config: what the workers of this job have in common.
-            encoder: what `config.load` makes.
-            coordinator: the driver's side.
-            number: this worker's, never used before in the job.
+            encoder: the result of `config.load`.
+            coordinator: gives out reservations and shard numbers.
+            number: number of this worker, never used before in the job.
+
+        Raises:
+            UserError: the encoder's features do not belong into the space.
         """
         paths = SpacePaths(config.space)
         self.space = Space.open(paths)
@@ -91,7 +94,9 @@ class Worker:
         self._lease.__enter__()
         self._encoder, self._coordinator, self._number = encoder, coordinator, number
         self._batch_size = self.space.spec.batch_size
+        # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy.
         self._ahead = max(2 * self._batch_size, 4 * config.threads)
+        # Downloads mostly wait for servers, so many more are started than decoded images fit in memory.
         self._web_ahead = self._ahead + 2 * config.download.connections
         self._present = Present.of(self.space, max_frames=config.max_frames)
         self._max_frames = config.max_frames
@@ -108,53 +113,42 @@ class Worker:
         )
         self._writer = RowWriter(
             self.space,
-            next_shard=lambda kind: coordinator.next_shard(number, kind),
+            next_shard=lambda array: coordinator.next_shard(number, array),
             fence=self._lease.fence,
             done=self._done.append,
             commit_every_s=config.commit_every_s,
         )
-        self._under_way = 0  # sources taken up and not yet wholly in batches
+        self._under_way = 0  # sources that the prefetcher has not delivered completely
         self._batches: dict[str, list[EncoderInput]] = {array: [] for array in ARRAY_OF.values()}
         self._timings = Timings()
-        self._going, self._reported = True, 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        self._running, self._reported_s = True, 0.0
 
     def run(self, tasks: Sequence[SourceTask]) -> list[Outcome]:
-        """Take `tasks` up; returns what is final so far, once most of them are encoded.
+        """Start `tasks`, and encode until few sources are waiting. Return the outcomes known so far.
 
         Raises:
             DiskFullError: a shard could not be written; its rows do not exist.
-            StaleJobError: the space belongs to another job now.
+            StaleJobError: another job has taken over the space.
         """
-        self._go_on()
+        self._report()
         for task in tasks:
             self._prefetcher.put(task)
         self._under_way += len(tasks)
-        # Downloads wait for servers, so many more are begun than there is room for decoded images.
         web = any(is_url(task.source) for task in tasks)
-        while self._under_way > (self._web_ahead if web else self._ahead) and self._go_on():
+        while self._under_way > (self._web_ahead if web else self._ahead) and self._report():
             self._pull()
         return self._take_done()
 
     def flush(self) -> list[Outcome]:
-        """Finish and commit what was taken up; after a stop, only what is encoded already.
+        """Encode and commit all started tasks; after a stop, commit only what is encoded already.
 
         Raises:
-            DiskFullError, StaleJobError: as `run`.
+            DiskFullError: a shard could not be written; its rows do not exist.
+            StaleJobError: another job has taken over the space.
         """
-        while self._under_way and self._go_on():
+        while self._under_way and self._report():
             self._pull()
-        if self._going:
+        if self._running:
             for array in self._batches:
                 self._encode(array)
         self._writer.commit()
@@ -162,45 +156,45 @@ class Worker:
         return self._take_done()
 
     def timings(self) -> Timings:
-        """What was done so far."""
+        """Return what this worker has done so far."""
         return replace(self._timings, write_s=self._writer.seconds)
 
     def close(self) -> None:
-        """End the threads and give the lease back; what is not committed is dropped."""
+        """End the threads and release the lease. Rows that are not committed are lost."""
         self._prefetcher.close()
         self._writer.close()
         self._decode_log.close()
         self._lease.__exit__(None, None, None)
 
-    # ---- what the prefetcher asks, from its threads
+    # ---- called by the prefetcher, from its threads
 
     def reserve(self, ids: Sequence[str]) -> list[bool]:
-        """Which of these media this worker shall encode."""
+        """Return which of these media are this worker's to encode."""
         return self._coordinator.reserve(self._number, ids)
 
-    def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
-        """Which of a video's views are not in the space."""
-        if again:  # of a worker that is gone: it may have committed some since this one looked
+    def missing(self, key: str, views: Sequence[str], *, reread: bool) -> list[str]:
+        """Return which of a video's views are not in the space; `reread` reads its commits first."""
+        if reread:
             self._present = Present.of(self.space, max_frames=self._max_frames)
         return self._present.missing(key, views)
 
     def decode(self, data: bytes) -> Image.Image:
-        """Bytes to image; a test may put another in its place."""
+        """Decode an image. Tests override it."""
         return decode_image(data)
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Image to encoder input."""
+        """Return the encoder input (S, S, 3) of an image."""
         return self._encoder.prepare(image)
 
     def our_error(self, error: Exception) -> str:
-        """In one line that begins with the space's name: of another space it says nothing."""
+        """Return an error in one line that begins with the space's name, since it applies to no other."""
         text = " ".join(str(error).split())[:200]
         return f"{self.space.spec.name}: {type(error).__name__}: {text}"
 
     # ---- encoder inputs -> batches -> rows
 
     def _pull(self) -> None:
-        """Bring one encoder input from the prefetcher into its batch; encode the batch when it is full."""
+        """Move one encoder input from the prefetcher to its batch, and encode the batch if it is full."""
         start = time.perf_counter()
         got = self._prefetcher.get(timeout_s=REPORT_EVERY_S)
         self._timings.wait_s += time.perf_counter() - start
@@ -227,7 +221,7 @@ class Worker:
             features = self._encoder.encode(np.stack([one.pixels for one in batch]), array)
             packed = pack(features, self.space.spec.layout)
             rows = packed.rows.cpu().numpy()
-        except RuntimeError as error:  # what torch raises, out of memory included
+        except RuntimeError as error:  # torch raises it for every error, out of memory included
             for one in batch:
                 self._fail(one.item, self.our_error(error))
         else:
@@ -266,14 +260,14 @@ class Worker:
         self._timings.media += 1
         self._writer.put(item)
 
-    def _go_on(self) -> bool:
-        """Report now and then; False when the job stops. Raises what the writer met."""
+    def _report(self) -> bool:
+        """Report once a second. Return False when the job stops. Raise the writer's errors."""
         self._writer.check()
         now = time.monotonic()
-        if self._going and now - self._reported > REPORT_EVERY_S:
-            self._reported = now
-            self._going = self._coordinator.report(self._number, self.timings())
-        return self._going
+        if self._running and now - self._reported_s > REPORT_EVERY_S:
+            self._reported_s = now
+            self._running = self._coordinator.report(self._number, self.timings())
+        return self._running
 
     def _take_done(self) -> list[Outcome]:
         return [self._done.popleft() for _ in range(len(self._done))]

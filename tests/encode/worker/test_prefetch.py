@@ -41,7 +41,7 @@ class FakeWorker:
             self.reserved.add(name)
         return granted
 
-    def missing(self, key: str, views: Sequence[str], *, again: bool) -> list[str]:
+    def missing(self, key: str, views: Sequence[str], *, reread: bool) -> list[str]:
         return list(views)
 
     def decode(self, data: bytes) -> Image.Image:
