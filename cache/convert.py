@@ -33,11 +33,10 @@ from cache.maintenance.copy_rows import (
     copy_rows,
     damage_text,
     full_disk_is_said,
-    holder,
     missing,
 )
 from cache.store.index_file import save_index
-from cache.store.locks import DriverLock
+from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
@@ -210,7 +209,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
     if options.plan:
         print(_todo(source, FeatureReader(paths) if paths.space_json.exists() else None, spec)[1])
         return []
-    with DriverLock(paths, holder("cache.convert")):
+    with DriverLock(paths, holder_text("cache.convert")):
         here = FeatureReader(paths) if paths.space_json.exists() else None
         positions, text = _todo(source, here, spec)
         print(text, flush=True)

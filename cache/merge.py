@@ -32,7 +32,6 @@ from cache.maintenance.copy_rows import (
     copy_rows,
     damage_text,
     full_disk_is_said,
-    holder,
     missing,
 )
 from cache.maintenance.merge_tables import (
@@ -47,7 +46,7 @@ from cache.maintenance.merge_tables import (
 )
 from cache.store.files import write_atomic
 from cache.store.index_file import save_index
-from cache.store.locks import DriverLock
+from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
@@ -197,7 +196,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
     with contextlib.ExitStack() as locks:
         if not options.plan:
             for _, here in pairs:
-                locks.enter_context(DriverLock(here, holder("cache.merge")))
+                locks.enter_context(DriverLock(here, holder_text("cache.merge")))
         plan = MergePlan(
             spaces=[plan_space(there, here) for there, here in pairs],
             media=plan_media(root, other),

@@ -18,8 +18,6 @@ was encoded is kept.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from typing import Literal
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.ledger import media_sizes
-from cache.store.locks import DriverLock
+from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, read_samples, write_samples
 from configs import UserError
@@ -169,7 +167,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         job.show(job.plan(**anew), always_measure=True)
         return 0
     interrupts = Interrupts()
-    with DriverLock(job.paths, holder()) as lock:
+    with DriverLock(job.paths, holder_text("encode.run")) as lock:
         plan = job.plan(**anew)
         seconds = job.show(plan)
         job.open_space(plan)
@@ -275,12 +273,6 @@ def fetch_rules(options: Options) -> DownloadConfig:
         tries=options.fetch_tries,
         allow_private=options.allow_private,
     )
-
-
-def holder() -> str:
-    """Who has the lock, for the message that a second job gets."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
 
 
 def listing() -> str:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 from awscrt import checksums
 
 from cache.errors import CorruptError
@@ -31,6 +33,23 @@ class _Checksum(Protocol):
 
 
 crc32c = cast(_Checksum, checksums.crc32c)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""Increment of splitmix64: 2**64 divided by the golden ratio, made odd."""
+
+
+def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Apply the finaliser of splitmix64, a bijection of 64-bit numbers, in place; return `x`.
+
+    Each bit of the input changes about half the bits of the output.
+    """
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 SEAL = b"sha256:"

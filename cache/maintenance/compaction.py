@@ -14,8 +14,6 @@ import contextlib
 import errno
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
 from cache.store.files import fsync_folder, make_folder
-from cache.store.locks import DriverLock
+from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.shard_files import corrupt_shard
 from cache.store.space import Space
@@ -45,11 +43,9 @@ Part = tuple[Commit, npt.NDArray[np.bool_]]
 @contextlib.contextmanager
 def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
     """Keep every job away from these spaces, or raise UserError naming the one that is there."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    holder = f"{command} (process {os.getpid()} on {socket.gethostname()} since {since})"
     with contextlib.ExitStack() as locks:
         for space in spaces:
-            locks.enter_context(DriverLock(space, holder))
+            locks.enter_context(DriverLock(space, holder_text(command)))
         yield
 
 

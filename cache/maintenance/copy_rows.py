@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import shutil
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,11 +44,6 @@ R = TypeVar("R")
 Rows = npt.NDArray[np.uint8]
 Change = Callable[[Rows], tuple[Rows, npt.NDArray[np.float32]]]
 """Stored rows (n, row_bytes) -> rows as the target stores them, and the relative error (n,) of its codec."""
-
-
-def holder(command: str) -> str:
-    """Who has the lock, for the message a second job gets."""
-    return f"{command} (pid {os.getpid()} on {socket.gethostname()})"
 
 
 def missing(

@@ -20,7 +20,7 @@ from cache.format.checksums import crc32c
 from cache.remote.retry import RetryPolicy, Store, UnreachableError, read_range
 from cache.remote.row_cache import RowCache
 from cache.store.paths import SpacePaths
-from cache.store.reader import FeatureReader
+from cache.store.reader import FeatureReader, adjacent_runs
 
 REQUEST_BYTES = 8 << 20
 """Neighbouring rows of one request at most: its latency is small, and the work is shared."""
@@ -109,8 +109,9 @@ class RemoteReader(FeatureReader):
         with self._lock:
             self.traffic.rows_kept += len(places) - len(missing)
             self.traffic.rows_fetched += len(missing)
-        runs = _runs(missing, geometry.slots, max(1, REQUEST_BYTES // geometry.slot_bytes))
-        self._together(array, [{n: places[n] for n in run} for run in runs])
+        limit = max(1, REQUEST_BYTES // geometry.slot_bytes)
+        runs = adjacent_runs(missing, geometry.slots, limit)
+        self._together(array, [{missing[i]: places[missing[i]] for i in run} for run in runs])
         for i, number in enumerate(numbers):
             if i != first[number]:
                 out[i] = out[first[number]]
@@ -188,14 +189,3 @@ class RemoteReader(FeatureReader):
 
 _Run = dict[int, tuple[int, memoryview]]
 """Row number -> its crc32c, and where its bytes go; ascending, neighbours in one shard."""
-
-
-def _runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
-    """Ascending row numbers, cut into stretches of neighbours of one shard."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1 and number % slots and len(runs[-1]) < limit:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs

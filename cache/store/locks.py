@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import time
 from pathlib import Path
 from types import TracebackType
@@ -158,6 +159,12 @@ class WorkerLease:
         trace: TracebackType | None,
     ) -> None:
         self._locks.close()
+
+
+def holder_text(command: str) -> str:
+    """Return who holds a DriverLock: the command and its process, machine and start, in words."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"{command} (process {os.getpid()} on {socket.gethostname()} since {since})"
 
 
 def driver_token(paths: SpacePaths) -> str | None:

@@ -153,7 +153,7 @@ class FeatureReader:
     def _read_many(self, array: str, numbers: Sequence[int], flat: memoryview) -> None:
         """Rows in the order of the disk, by as many threads as it is worth."""
         layout = self._layout[array]
-        runs = _runs(numbers, layout.slots, layout.run_rows)
+        runs = adjacent_runs(numbers, layout.slots, layout.run_rows)
         parts = 1
         if self._threads > 1:
             parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
@@ -277,8 +277,17 @@ class _Layout(NamedTuple):
         )
 
 
-def _runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
-    """Placeholders in `numbers` by row number, cut into stretches of adjacent rows of one shard."""
+def adjacent_runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[int]]:
+    """Cut row numbers into runs of adjacent rows of one shard, in the order of the disk.
+
+    Args:
+        numbers: row numbers in any order.
+        slots: rows of a full shard.
+        limit: most rows of one run.
+
+    Returns:
+        For each run, the positions of its rows in `numbers`.
+    """
     runs: list[list[int]] = []
     last = 0
     for i in sorted(range(len(numbers)), key=numbers.__getitem__):

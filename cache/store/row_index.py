@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cache.format.checksums import GOLDEN, mix64
 from cache.store.commits import KEY_BYTES, Commit
 
 LOOKUP_ROWS = 1 << 18
@@ -219,20 +220,12 @@ def _hashes(keys: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]) -> npt.ND
     first = np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)
     if codes.strides == (0,) and len(codes):
         codes = codes[:1]
-    return first ^ _mixed(codes)
-
-
-def _mixed(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """splitmix64: views that are near each other become numbers that have nothing in common."""
-    x = codes.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # modulo 2**64, as meant
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return first ^ mix64(codes.astype(np.uint64) + GOLDEN)
 
 
 @functools.lru_cache(1024)
 def _mixed_one(code: int) -> int:
-    return int(_mixed(np.array([code], np.int64))[0])
+    return int(mix64(np.array([code], np.int64).astype(np.uint64) + GOLDEN)[0])
 
 
 def key_words(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cache.format.checksums import GOLDEN, mix64
 from cache.store.references import VIDEO, edges_of, within
 from configs import UserError
 from train.data.placeholders import Placeholders
@@ -228,23 +229,6 @@ def _group_hash(samples: SampleList, prefix_hash: npt.NDArray[np.uint64]) -> npt
     # The sums and their differences wrap around at 2**64; equal lists still get equal hashes.
     media = total[samples.offsets[1:]] - total[samples.offsets[:-1]]
     return mix64(media + GOLDEN) ^ prefix_hash
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""Increment of splitmix64: 2**64 divided by the golden ratio, made odd."""
-
-
-def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Apply the finaliser of splitmix64, a bijection of 64-bit numbers, in place; return `x`.
-
-    Each bit of the input changes about half the bits of the output.
-    """
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
 
 
 def _split(

@@ -23,8 +23,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from cache.format.checksums import GOLDEN, mix64
 from cache.store.references import within
-from train.data.message_trees import GOLDEN, MessageTrees, TreeSlice, mix64
+from train.data.message_trees import MessageTrees, TreeSlice
 from train.data.sample_list import Ints
 
 BLOCK_TREES = 512

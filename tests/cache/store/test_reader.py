@@ -92,8 +92,8 @@ def test_any_rows_in_any_order_are_the_bytes_written(
 ) -> None:
     """`mapped`: copied from mappings from the second time on, other threads of Python held or let go."""
     monkeypatch.setattr(reader, "THREAD_BYTES", 300)
-    monkeypatch.setattr(shard_files, "SMALL", 0 if mapped else 10**6)
-    monkeypatch.setattr("cache.store.mapped.SMALL", 0 if mapped == "let go" else 10**6)
+    monkeypatch.setattr(shard_files, "COPIED_BYTES", 0 if mapped else 10**6)
+    monkeypatch.setattr(shard_files, "LOCKED_BYTES", 0 if mapped == "let go" else 10**6)
     seen = FeatureReader(filled.paths, checked=checked, threads=threads)
     rows = np.array([ROWS[number] for number in wanted], np.int64)
     for _ in range(6 if mapped else 1):
@@ -419,7 +419,7 @@ def test_forked_processes_share_one_reader(filled: Space, threads: int) -> None:
 
 
 def test_files_are_closed_with_their_reader(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "SMALL", 0)
+    monkeypatch.setattr(shard_files, "COPIED_BYTES", 0)
 
     def open_shards() -> int:
         links = list(Path("/proc/self/fd").iterdir())

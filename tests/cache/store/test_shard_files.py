@@ -14,7 +14,7 @@ import pytest
 
 from cache.errors import CorruptError
 from cache.remote.open import Elsewhere, open_reader
-from cache.store import mapped, shard_files
+from cache.store import shard_files
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothi
 
 @pytest.fixture
 def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
-    monkeypatch.setattr(shard_files, "SMALL", 0)
+    monkeypatch.setattr(shard_files, "COPIED_BYTES", 0)
     space = make_space(tmp_path)
     fill(space, [0, 1, 2, 3])
     return space
@@ -74,7 +74,7 @@ def test_not_before_it_is_worth_it(space: Space, calls: list[int]) -> None:
         read(plain, [0, 1, 2, 3])
     assert len(calls) == 4
     calls.clear()
-    shard_files.SMALL = SIZE
+    shard_files.COPIED_BYTES = SIZE
     reader = FeatureReader(space.paths)
     for _ in range(3):
         read(reader, [0, 1, 2, 3])
@@ -90,13 +90,15 @@ def test_what_is_not_in_memory_is_read(
     for _ in range(3):
         read(reader, [0, 1, 2, 3])
     calls.clear()
-    monkeypatch.setattr(mapped, "_mincore", lambda *_: 0)  # nothing is: it leaves the answer empty
-    mapped._answer.pages[:] = bytes(mapped.PAGES)
+    monkeypatch.setattr(
+        shard_files, "_mincore", lambda *_: 0
+    )  # nothing is: it leaves the answer empty
+    shard_files._answer.pages[:] = bytes(shard_files.PAGES)
     read(reader, [1])
     read(reader, [0, 2, 3])
-    monkeypatch.setattr(mapped, "_mincore", lambda *_: -1)
+    monkeypatch.setattr(shard_files, "_mincore", lambda *_: -1)
     read(reader, [3])
-    monkeypatch.setattr(mapped, "_mincore", None)
+    monkeypatch.setattr(shard_files, "_mincore", None)
     read(reader, [0])
     slot = SIZE + 4
     assert calls == [slot, 0, 2 * slot, 3 * slot, 0]
@@ -108,7 +110,7 @@ def test_the_kernel_is_asked(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 20)
     fd = os.open(path, os.O_RDONLY)
-    seen = mapped.MappedFile(fd, 1 << 20)
+    seen = shard_files.MappedFile(fd, 1 << 20)
     out = memoryview(bytearray(5000))
     page = mmap.PAGESIZE
     assert not seen.copy(200 * page - 10, [out], 5000), (
@@ -125,7 +127,7 @@ def test_nothing_is_copied_from_behind_the_end(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 5000)
     with path.open("rb") as file:
-        seen = mapped.MappedFile(file.fileno(), 5000)
+        seen = shard_files.MappedFile(file.fileno(), 5000)
     out = memoryview(bytearray(100))
     assert seen.copy(4900, [out], 100)
     assert not seen.copy(4901, [out], 100)
@@ -145,11 +147,11 @@ def test_only_where_the_kernel_tells_the_truth(
 ) -> None:
     """Of other people's files that we may not write, it says that all pages are in memory."""
     path = os.fspath(space.paths.shard("image", 0))
-    assert mapped.can_map(path)
+    assert shard_files.can_map(path)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
-    assert mapped.can_map(path)
+    assert shard_files.can_map(path)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert not mapped.can_map(path)
+    assert not shard_files.can_map(path)
     reader = FeatureReader(space.paths)
     for _ in range(4):
         read(reader, [0, 1, 2, 3])
@@ -192,7 +194,7 @@ import numpy as np
 from cache.store import shard_files
 from cache.store.paths import CacheRoot, CorruptError
 from cache.store.reader import FeatureReader
-shard_files.SMALL = 0
+shard_files.COPIED_BYTES = 0
 reader = FeatureReader(sys.argv[1])
 out = np.empty((4, reader.spec.row_bytes("image")), np.uint8)
 for _ in range(3):
