@@ -35,7 +35,7 @@ from configs import UserError
 from encode.download.config import DownloadConfig
 from encode.download.fetch_only import fetch_only
 from encode.plan import MediaCounter
-from encode.sources import Dataset, catalogue, open_datasets
+from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.folder import FolderDataset
 from encode.worker.config import COMMIT_EVERY_S, WorkerConfig
 from encode.worker.row_writer import disk_full
@@ -277,7 +277,7 @@ def fetch_rules(options: Options) -> DownloadConfig:
 
 def listing() -> str:
     """Data sets and groups by name."""
-    entries, groups = catalogue()
+    entries, groups = read_catalogue()
     rows = [(name, entry.about or entry.path) for name, entry in entries.items()]
     rows += [(name, f"group: {', '.join(members)}") for name, members in groups.items()]
     rows.append(

@@ -15,7 +15,7 @@ import yaml
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
 from configs import build, parse
-from encode.sources import Entry
+from encode.sources.catalogue import Entry
 from model.vision.config import EncoderConfig
 from tests.support import ROOT
 

@@ -27,7 +27,7 @@ from encode.driver.resources import WorkerLayout
 from encode.driver.signals import Interrupts
 from encode.job import Job
 from encode.plan import MediaCounter, Plan
-from encode.sources import open_datasets
+from encode.sources.catalogue import open_datasets
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.vision.config import DemoTowerConfig, EncoderConfig

@@ -19,7 +19,7 @@ from configs import UserError
 from encode import run as encode_run
 from encode.sources import demo as world
 from encode.sources import demo_videos as videos
-from encode.sources import open_dataset
+from encode.sources.catalogue import open_datasets
 from encode.sources.demo import DemoDataset
 from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
 from model.language.model import load_tokenizer
@@ -275,7 +275,7 @@ def test_the_demo_model_has_a_token_for_every_word(tmp_path: Path) -> None:
 
 
 def test_the_group_demo_opens_all_of_them(tmp_path: Path) -> None:
-    assert tuple(d.name for d in open_dataset("demo", tmp_path)) == world.NAMES
+    assert tuple(d.name for d in open_datasets(["demo"], tmp_path)) == world.NAMES
     with pytest.raises(UserError, match="nearest: demo-points"):
         DemoDataset.open("demo-point", tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 import configs
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError
-from encode.sources import catalogue, open_dataset, open_datasets
+from encode.sources.catalogue import open_datasets, read_catalogue
 from encode.sources.folder import CAPTION_PROMPT
 
 PNG = b"not looked at here"
@@ -31,7 +31,7 @@ def samples(folder: Path, *lines: Any) -> list[Sample]:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     if lines:
         (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    (dataset,) = open_dataset(f"folder:{folder}", folder.parent / "cache")
+    (dataset,) = open_datasets([f"folder:{folder}"], folder.parent / "cache")
     return list(dataset.samples())
 
 
@@ -120,7 +120,7 @@ def test_a_folder_without_metadata_is_its_images_in_order(photos: Path) -> None:
 def test_the_cache_inside_a_folder_is_not_part_of_it(photos: Path) -> None:
     (photos / "cache" / "demo").mkdir(parents=True)
     (photos / "cache" / "demo" / "drawing.png").write_bytes(PNG)
-    (dataset,) = open_dataset(f"folder:{photos}", photos / "cache")
+    (dataset,) = open_datasets([f"folder:{photos}"], photos / "cache")
     assert [s.id for s in dataset.samples()] == ["a.jpg", "b.png", "sub/c.webp"]
 
 
@@ -221,7 +221,7 @@ def test_an_image_linked_from_outside_is_refused_one_from_inside_is_not(photos: 
 
 def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        open_dataset(f"folder:{tmp_path / 'nowhere'}", tmp_path / "cache")
+        open_datasets([f"folder:{tmp_path / 'nowhere'}"], tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no media"):
         samples(tmp_path / "empty")
@@ -236,8 +236,8 @@ def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
 def test_a_folder_has_its_own_name_or_the_one_given(photos: Path) -> None:
     cache = photos.parent / "cache"
     odd = photos.rename(photos.parent / "My photos (2024)")
-    assert [d.name for d in open_dataset(f"folder:{odd}", cache)] == ["My-photos-2024"]
-    assert [d.name for d in open_dataset(f"trip=folder:{odd}", cache)] == ["trip"]
+    assert [d.name for d in open_datasets([f"folder:{odd}"], cache)] == ["My-photos-2024"]
+    assert [d.name for d in open_datasets([f"trip=folder:{odd}"], cache)] == ["trip"]
 
 
 def test_two_folders_of_one_name_need_another(tmp_path: Path) -> None:
@@ -254,14 +254,14 @@ def test_two_folders_of_one_name_need_another(tmp_path: Path) -> None:
 def test_a_folder_may_not_take_the_name_of_a_known_data_set(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     with pytest.raises(UserError, match="the name 'demo' belongs to"):
-        open_dataset(f"folder:{tmp_path / 'demo'}", tmp_path / "cache")
+        open_datasets([f"folder:{tmp_path / 'demo'}"], tmp_path / "cache")
 
 
 def test_an_unknown_name_gets_the_list_and_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are demo.*; nearest: demo"):
-        open_dataset("dmeo", tmp_path)
+        open_datasets(["dmeo"], tmp_path)
     with pytest.raises(UserError, match=f"--dataset folder:{tmp_path}"):
-        open_dataset(str(tmp_path), tmp_path)
+        open_datasets([str(tmp_path)], tmp_path)
 
 
 def test_the_catalogue_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,10 +272,10 @@ def test_the_catalogue_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"datasets:\n  cats: {{source: folder, path: {tmp_path / 'p'}}}\n"
         f"  dogs: {{source: folder, path: {tmp_path / 'p'}}}\ngroups: {{pets: [cats, dogs]}}\n"
     )
-    assert [d.name for d in open_dataset("pets", tmp_path)] == ["cats", "dogs"]
+    assert [d.name for d in open_datasets(["pets"], tmp_path)] == ["cats", "dogs"]
     yaml.write_text("datasets: {cats: {source: folder, path: /p}}\ngroups: {pets: [cast]}\n")
     with pytest.raises(UserError, match=r"group pets names 'cast'.*nearest: cats"):
-        catalogue()
+        read_catalogue()
     yaml.write_text("datasets: {cats: {source: folder}}\n")
     with pytest.raises(UserError, match="path goes with source: folder"):
-        catalogue()
+        read_catalogue()

@@ -18,7 +18,7 @@ import configs
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
-from encode.sources import Dataset, catalogue, open_dataset, open_datasets
+from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.pixmo import NAMES
 from tests.support.pixmo_lists import HELD_OUT, write_pixmo, write_table
 
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def only(name: str, source: Path) -> Dataset:
-    (dataset,) = open_dataset(name, source / "cache", source)
+    (dataset,) = open_datasets([name], source / "cache", source)
     return dataset
 
 
@@ -52,7 +52,7 @@ ASK = "pixmo-ask-model-anything"
 
 
 def test_the_group_is_the_five_of_them(source: Path) -> None:
-    opened = open_dataset("pixmo", source / "cache", source)
+    opened = open_datasets(["pixmo"], source / "cache", source)
     assert [dataset.name for dataset in opened] == list(NAMES)
     tasks = {d.name: Counter(s.task for s in d.samples()) for d in opened}
     assert tasks == {
@@ -201,16 +201,16 @@ def test_a_source_without_any_of_them_is_refused(tmp_path: Path, source: Path) -
 
 def test_a_source_that_nothing_reads_is_refused(source: Path) -> None:
     with pytest.raises(UserError, match="no data set named by --dataset is read from there"):
-        open_dataset("demo", source, source)
+        open_datasets(["demo"], source, source)
 
 
 def test_a_home_folder_may_be_meant(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(source.parent))
-    assert open_dataset("pixmo-cap", source, Path("~/downloads"))
+    assert open_datasets(["pixmo-cap"], source, Path("~/downloads"))
 
 
 def test_an_entry_names_its_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    entries, groups = catalogue()
+    entries, groups = read_catalogue()
     assert {name: e.hub for name, e in entries.items() if e.source == "pixmo"} == {
         name: f"allenai/{name}" for name in NAMES
     }
@@ -218,11 +218,11 @@ def test_an_entry_names_its_repository(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     (tmp_path / "datasets.yaml").write_text("datasets: {pixmo-cap: {source: pixmo}}\n")
     with pytest.raises(UserError, match="hub goes with source: pixmo"):
-        catalogue()
+        read_catalogue()
     yaml = "datasets: {pixmo-caps: {source: pixmo, hub: a/b}}\n"
     (tmp_path / "datasets.yaml").write_text(yaml)
     with pytest.raises(UserError, match=r"pixmo-caps is none of pixmo-cap,.*nearest: pixmo-cap"):
-        open_dataset("pixmo-caps", tmp_path, tmp_path)
+        open_datasets(["pixmo-caps"], tmp_path, tmp_path)
 
 
 # ---- columns

@@ -19,11 +19,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from configs import UserError
-from encode.sources import open_dataset, pixmo_files
+from encode.sources import pixmo_files
+from encode.sources.catalogue import open_datasets
+from tests.support import ROOT
 from tests.support.pixmo_lists import HELD_OUT, write_pixmo
 
 NAME = "pixmo-count"
-ROOT = f"allenai/{NAME}"
+REPOSITORY = f"allenai/{NAME}"
 COMMIT = "c" * 40
 URLS = [(f"https://x.org/{n}.jpg", None) for n in range(3)]
 
@@ -31,13 +33,13 @@ URLS = [(f"https://x.org/{n}.jpg", None) for n in range(3)]
 def refusal(tmp_path: Path, seconds: float) -> str:
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
-        open_dataset(NAME, tmp_path)
+        open_datasets([NAME], tmp_path)
     assert time.perf_counter() - start < seconds
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"data set {NAME} ({ROOT} on the hub): ")
+    assert message.startswith(f"data set {NAME} ({REPOSITORY} on the hub): ")
     assert message.endswith(
-        f"(hf download {ROOT} --repo-type dataset --local-dir DIR/{NAME}) and give --source DIR"
+        f"(hf download {REPOSITORY} --repo-type dataset --local-dir DIR/{NAME}) and give --source DIR"
     )
     return message
 
@@ -89,7 +91,7 @@ def test_a_repository_without_parquet_is_refused(
     monkeypatch.setattr(pixmo_files, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match=r"allenai/pixmo-count on the hub has no data/\*.parquet"):
-        open_dataset(NAME, tmp_path)
+        open_datasets([NAME], tmp_path)
 
 
 def test_what_was_downloaded_before_needs_no_hub(
@@ -102,7 +104,7 @@ def test_what_was_downloaded_before_needs_no_hub(
     made = write_pixmo(tmp_path / "made", URLS)
     (folder / "snapshots").mkdir()
     (made / NAME).rename(folder / "snapshots" / COMMIT)
-    (dataset,) = open_dataset(NAME, tmp_path)
+    (dataset,) = open_datasets([NAME], tmp_path)
     assert len(list(dataset.samples())) == len(URLS)
 
 
@@ -122,8 +124,8 @@ class FakeHub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path}")
         files = sorted(self.folder.rglob("*.parquet"))
-        resolve = f"/datasets/{ROOT}/resolve/{COMMIT}/"
-        if path.startswith(f"/api/datasets/{ROOT}/tree/"):
+        resolve = f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
+        if path.startswith(f"/api/datasets/{REPOSITORY}/tree/"):
             listed = [
                 {
                     "type": "file",
@@ -134,9 +136,9 @@ class FakeHub(BaseHTTPRequestHandler):
                 for f in files
             ]
             self.reply(json.dumps(listed).encode(), "application/json")
-        elif path.startswith(f"/api/datasets/{ROOT}"):
+        elif path.startswith(f"/api/datasets/{REPOSITORY}"):
             siblings = [{"rfilename": self.name(f)} for f in files]
-            info = {"id": ROOT, "sha": COMMIT, "siblings": siblings, "private": False}
+            info = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "private": False}
             self.reply(json.dumps(info).encode(), "application/json")
         elif path.startswith(resolve) and (self.folder / path.removeprefix(resolve)).is_file():
             file = self.folder / path.removeprefix(resolve)
@@ -183,10 +185,11 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from configs import UserError
-from encode.sources import open_dataset, pixmo_files
+from encode.sources import pixmo_files
+from encode.sources.catalogue import open_datasets
 for name in sys.argv[1:]:
     try:
-        for dataset in open_dataset(name, Path("nowhere")):
+        for dataset in open_datasets([name], Path("nowhere")):
             for sample in dataset.samples():
                 print(sample.id, sample.messages[1].content)
     except UserError as error:
@@ -220,7 +223,9 @@ def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_p
     once = [f"train-00000-of-00001#{n} {n}" for n in range(3)]
     assert found == once + once
     gets = [path for path in asked if path.startswith("GET") and "/resolve/" in path]
-    assert gets == [f"GET /datasets/{ROOT}/resolve/{COMMIT}/data/train-00000-of-00001.parquet"]
+    assert gets == [
+        f"GET /datasets/{REPOSITORY}/resolve/{COMMIT}/data/train-00000-of-00001.parquet"
+    ]
     assert not any("validation" in path or "test" in path for path in asked), "never asked for"
     assert not list((tmp_path / "home").rglob("*test-*")) and HELD_OUT not in done.stdout
     assert refused.startswith("refused: data set pixmo-cap (allenai/pixmo-cap on the hub): ")
