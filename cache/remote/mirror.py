@@ -6,14 +6,12 @@ copied is checked: its sha256 where the other side says it, and its seal, as alw
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import mmap
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +29,7 @@ from cache.remote.retry import (
     patiently,
     read_range,
 )
-from cache.store.files import PARTIAL, write_atomic
+from cache.store.files import new_file, write_atomic
 from cache.store.paths import CacheRoot
 from configs import UserError
 from configs.console import Meter
@@ -191,18 +189,13 @@ class Mirror:
     ) -> None:
         """One table; what comes damaged is asked for again a few times."""
         path = self.root.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-        try:
-            with temporary.open("x+b") as file:
-                file.truncate(entry.nbytes)
-                with mmap.mmap(file.fileno(), entry.nbytes) as data, memoryview(data) as whole:
-                    self._fill(name, entry, whole, threads)
-                    meter.add(entry.nbytes)
-            temporary.rename(path)  # not fsynced: a torn one fails its seal and is fetched again
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with new_file(
+            path, durable=False
+        ) as file:  # a torn one fails its seal and is fetched again
+            file.truncate(entry.nbytes)
+            with mmap.mmap(file.fileno(), entry.nbytes) as data, memoryview(data) as whole:
+                self._fill(name, entry, whole, threads)
+                meter.add(entry.nbytes)
 
     def _fill(
         self, name: str, entry: Entry, whole: memoryview, threads: ThreadPoolExecutor | None

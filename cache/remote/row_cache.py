@@ -13,18 +13,16 @@ fit, the second epoch finds 15 % of its rows with plain LRU, and 50 % with this 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cache.format.checksums import crc32c
-from cache.store.files import PARTIAL
+from cache.store.files import PARTIAL, new_file
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +85,10 @@ class RowCache:
         if not self._limit or time.monotonic() < self._full_until or not self._reserve(len(data)):
             return
         path = self._path(array, row, crc)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb", buffering=0) as file:
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            temporary.rename(path)
+            with new_file(path, durable=False) as file:  # `get` compares the crc32c
+                file.write(data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             # Training goes on without: it fetches the rows over the network.
             log.warning("%s: %s; no more rows are kept here", self._folder, error.strerror)
             self._full_until = float("inf")

@@ -1,4 +1,8 @@
-"""cache.store.files."""
+"""Make files appear whole: write beside the final name, flush to the disk, rename.
+
+with new_file(path) as file:
+    file.write(data)                 # `path` exists once the block has ended without an error
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
-"""Suffix of a file still being written. Readers never look at one; `cache.gc` removes those left."""
+"""Suffix of a file that is still being written. Readers ignore it; `cache.gc` removes those left behind."""
 
+ROW_GROUP = 8192
+"""Samples or media records that are written, and read back, at a time."""
 
 Fence = Callable[[], None]
 """Called just before a rename; raises when this process has lost the right to write."""
@@ -27,7 +33,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` and its parents, durably."""
+    """Create `folder` and its parents durably, where they are missing."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -35,29 +41,40 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, fence: Fence | None = None) -> Iterator[BinaryIO]:
-    """A file to write and read back; it becomes `path` when the block ends well, else it is gone."""
-    make_folder(path.parent)
+def new_file(path: Path, fence: Fence | None = None, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Yield a file to write and read back. It becomes `path` when the block ends without an error.
+
+    Args:
+        path: final name. An existing file is replaced; after an error it is unchanged.
+        fence: called before the rename.
+        durable: whether the file must survive a power cut. Without, it costs no wait for the disk; then the
+            reader must notice a torn file, by its seal or hash.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if durable:
+        make_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with temporary.open("x+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if fence is not None:
             fence()
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes, fence: Fence | None = None) -> None:
-    """`path` holds `data` whole, or is as it was."""
+    """Write `data` to `path` atomically and durably."""
     with new_file(path, fence) as file:
         file.write(data)
-
-
-ROW_GROUP = 8192
-"""Samples written, and read back, at a time."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import re
-import tempfile
 import time
 from pathlib import Path
+
+from cache.store.files import PARTIAL, new_file
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ STALE_S = 3600
 """Age in seconds at which a temporary file is removed: no write takes this long."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_PARTIAL = ".part"
 
 
 class MediaStore:
@@ -33,7 +32,7 @@ class MediaStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         newest = time.time() - STALE_S
-        for partial in folder.glob(f"[0-9a-f][0-9a-f]/*{_PARTIAL}"):
+        for partial in folder.glob(f"[0-9a-f][0-9a-f]/*{PARTIAL}"):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 if partial.stat().st_mtime < newest:
                     partial.unlink()
@@ -47,17 +46,8 @@ class MediaStore:
         path = self._path(key)
         if self._holds(path, data):
             return
-        path.parent.mkdir(exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
-        partial = Path(name)
-        try:
-            with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor has no path
-                os.fchmod(fd, 0o644)  # mkstemp lets only the owner read
-                file.write(data)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with new_file(path, durable=False) as file:
+            file.write(data)
 
     def has(self, key: str) -> bool:
         """Return whether a file exists for `key`. Only `get` checks its bytes."""

@@ -11,7 +11,6 @@ question gives away.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from cache.store.files import new_file
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
 from encode.sources import demo_videos
@@ -178,8 +178,6 @@ class DemoDataset:
     def _file(self, name: str, make: Callable[[], bytes]) -> str:
         path = self.folder / name
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(make())
-            partial.replace(path)
+            with new_file(path, durable=False) as file:
+                file.write(make())
         return str(path)

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.references import IMAGE, NOUNS, VIDEO, within
 from configs import UserError
@@ -182,10 +183,7 @@ class SampleList:
             chosen = np.zeros(count.samples, dtype=bool)
             chosen[self.index[self.dataset == i]] = True
             arrays[self.names[i]] = np.packbits(chosen)
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, {"digest": self.digest, "split": self.split})
-        temporary.replace(path)
+        write_atomic(path, save(arrays, {"digest": self.digest, "split": self.split}))
 
 
 def digest_of(samples: SampleList) -> str:

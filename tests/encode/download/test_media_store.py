@@ -79,7 +79,7 @@ def test_a_failed_write_leaves_what_was_there(
     def full(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="No space left"):
         store.put(key, data)
     assert files(tmp_path) == [f"{key[:2]}/{key}"]
@@ -90,13 +90,13 @@ def test_old_leftovers_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
     store, data = MediaStore(tmp_path), b"photograph"
     store.put(key_of(data), data)
     folder = tmp_path / key_of(data)[:2]
-    (folder / "old.part").write_bytes(b"half")
-    (folder / "new.part").write_bytes(b"half")
+    (folder / "old.partial").write_bytes(b"half")
+    (folder / "new.partial").write_bytes(b"half")
     long_ago = time.time() - 7200
-    os.utime(folder / "old.part", (long_ago, long_ago))
+    os.utime(folder / "old.partial", (long_ago, long_ago))
     MediaStore(tmp_path)
-    assert not (folder / "old.part").exists()
-    assert (folder / "new.part").exists()
+    assert not (folder / "old.partial").exists()
+    assert (folder / "new.partial").exists()
 
 
 def test_others_may_read_what_is_kept(tmp_path: Path) -> None:
@@ -126,6 +126,6 @@ def test_killed_writers_leave_whole_files_or_none(tmp_path: Path) -> None:
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
     store = MediaStore(tmp_path)
-    whole = [Path(name).name for name in files(tmp_path) if not name.endswith(".part")]
+    whole = [Path(name).name for name in files(tmp_path) if not name.endswith(".partial")]
     assert len(whole) >= 15
     assert all(store.get(name) is not None for name in whole)
