@@ -1,13 +1,16 @@
-"""Checkpoints: everything a killed run needs to go on as if nothing had happened.
+"""Checkpoints: everything that a run needs to continue after a crash with the same numbers.
+
+    path = save(folder, step, model, optimizer, {"samples_digest": digest})
+    state = load(newest(folder), model, optimizer)    # state["step"]: steps done
 
     checkpoints/step-00000500/
-        model.safetensors       parameters that learn (frozen ones come from where the run started)
+        model.safetensors       the parameters that are trained; frozen ones come from where the run started
         optimizer.safetensors   AdamW's two moments and step count, as <parameter>/<name>
-        state.json              step, samples and tokens seen, ...
-        COMMITTED               sizes of the files above; written last
+        state.json              the number of steps done, and what the caller adds
+        COMMITTED               the sizes of the files above; written last
 
-A checkpoint is written beside its final name, flushed to the disk file by file, and renamed: a name without
-`.partial` and with a COMMITTED inside is whole. The newest two are kept. Nothing here is a pickle.
+A checkpoint is written to a temporary folder, each file is flushed to disk, and the folder is renamed. So a
+folder without `.partial` that has a COMMITTED file is complete. The newest two are kept. There is no pickle.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import nn
 from configs import UserError
 
 KEEP = 2
+"""Checkpoints kept: if a file of the newest one is damaged, the run continues from the one before."""
 MODEL, OPTIMIZER, STATE, COMMITTED = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -43,13 +47,17 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write the checkpoint of `step` (steps done) below `folder`, and drop all but the newest two."""
+    """Write the checkpoint after `step` steps below `folder`, and remove all but the newest two.
+
+    Returns:
+        The folder of the checkpoint.
+    """
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
-    _clear(folder)
+    _remove_incomplete(folder)
     partial.mkdir(parents=True)
-    learning = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(learning, partial / MODEL)
+    trainable = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trainable, partial / MODEL)
     save_file(_moments(model, optimizer), partial / OPTIMIZER)
     (partial / STATE).write_text(
         json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8"
@@ -68,26 +76,26 @@ def save(
 
 
 def committed(folder: Path) -> list[Path]:
-    """The whole checkpoints below `folder`, oldest first."""
+    """Return the complete checkpoints below `folder`, oldest first."""
     found = [p for p in folder.glob("step-*") if p.suffix != PARTIAL and (p / COMMITTED).is_file()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one."""
+    """Return the newest complete checkpoint below `folder`, if there is one."""
     return next(reversed(committed(folder)), None)
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint into the model and the optimizer; returns its state.
+    """Load a checkpoint into the model and the optimizer; return its state.json.
 
     Raises:
-        UserError: a file is missing, cut short, or belongs to another model.
+        UserError: a file is missing, truncated, or of another model.
     """
     _check_sizes(path)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with safe_open(path / MODEL, framework="pt") as stored, torch.no_grad():
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118  safe_open is no mapping
         expected = {name: tuple(p.shape) for name, p in parameters.items()}
         if shapes != expected:
             differ = sorted(dict(shapes.items() ^ expected.items()))
@@ -103,28 +111,30 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _check_sizes(path: Path) -> None:
+    """Raise UserError unless every file has the size that COMMITTED records."""
     try:
         sizes = json.loads((path / COMMITTED).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path / COMMITTED}: {error}; {_way_out(path)}") from None
+        raise UserError(f"{path / COMMITTED}: {error}; {_remedy(path)}") from None
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
-            raise UserError(f"{file}: {found} bytes, should be {size}; {_way_out(path)}")
+            raise UserError(f"{file}: {found} bytes, should be {size}; {_remedy(path)}")
 
 
-def _way_out(path: Path) -> str:
+def _remedy(path: Path) -> str:
     return f"remove {path}, and --resume goes on from the one before"
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the order in which the optimizer numbers them."""
+    """Return the parameter names in the order in which the optimizer numbers them."""
     names = {id(p): n for n, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as <parameter>/<name> -> tensor."""
     names = _names(model, optimizer)
     state = optimizer.state_dict()["state"]
     return {
@@ -133,13 +143,14 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `_moments` returned from a file."""
     index = {name: i for i, name in enumerate(_names(model, optimizer))}
     state: dict[int, dict[str, torch.Tensor]] = {}
     with safe_open(path, framework="pt") as stored:
         for key in stored.keys():  # noqa: SIM118  safe_open is no mapping
             name, _, moment = key.rpartition("/")
             state.setdefault(index[name], {})[moment] = stored.get_tensor(key)
-    # load_state_dict, not assignment: it knows where a fused or plain AdamW wants each tensor.
+    # load_state_dict puts each tensor on the device that AdamW, fused or not, needs it on.
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
@@ -153,13 +164,15 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _clear(folder: Path) -> None:
-    """What a killed run left half-written or half-removed."""
+def _remove_incomplete(folder: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
     for path in folder.glob("step-*"):
         if path.suffix == PARTIAL or not (path / COMMITTED).is_file():
             shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:
-    (path / COMMITTED).unlink()  # first: a half-removed checkpoint is not one
+    (
+        path / COMMITTED
+    ).unlink()  # first, so that a half-removed checkpoint does not count as complete
     shutil.rmtree(path)

@@ -16,7 +16,7 @@ from cache.remote.open import Elsewhere
 from configs import UserError, nearest
 
 SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
-"""Options that decide the defaults of others."""
+"""Options that decide the defaults of other options."""
 
 MACHINE_KEYS = frozenset(
     {
@@ -27,7 +27,7 @@ MACHINE_KEYS = frozenset(
         *("read_threads", "read_ahead"),
     }
 )
-"""Where and how fast a run goes, not what it learns: a resumed run may change these."""
+"""Options for where and how fast a run computes, not what it learns: a resumed run may change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,102 +35,105 @@ class Options(Elsewhere):
     """Train the connector and the language model on cached features, one stage at a time."""
 
     stage: Literal[1, 2, 3] = 1
-    """1 pre-training, 2 fine-tuning, 3 long context; each starts from the one before in the same run."""
+    """1 pre-training, 2 fine-tuning, 3 long context; each starts from the previous stage of the run."""
     hardware: Literal["auto", "cpu", "24gb", "40gb", "80gb"] = "auto"
-    """Preset for batch, length and memory (configs/train.yaml); `auto` looks at the GPU."""
+    """Preset for batch size, length and memory (configs/train.yaml); `auto`: by the memory of the GPU."""
 
     features: str = "cache"
-    """The feature cache: a folder, or where it lies: https://HOST/PATH, s3://BUCKET/PREFIX, hf://datasets/ORG/NAME."""
+    """The feature cache: a folder, or a URL: https://HOST/PATH, s3://BUCKET/PREFIX, hf://datasets/ORG/NAME."""
     space: str | None = None
-    """Which feature space to read, by the start of its name; not needed when there is only one."""
+    """The feature space to read, by the start of its name; not needed if there is only one."""
     datasets: str = ""
-    """The mix: `cap,points` (by size) or `cap=0.6,points=0.3`; every data set in the cache when empty."""
+    """The mix: `cap,points` (by size) or `cap=0.6,points=0.3`. Empty: every data set in the cache."""
     held_out: float = 0.05
-    """Share of the media kept for evaluation, chosen by the hash of their bytes."""
+    """Share of the media held out for evaluation, chosen by the hash of their bytes."""
     min_coverage: float = 0.95
-    """Least share of samples whose media must be in the space; known failures do not count."""
+    """Least share of samples that have all their features. Samples with failed media do not count."""
     max_frames: int = MAX_FRAMES
-    """Frames of one video, at most, of two a second; encode with the same limit (encode.run --max-frames)."""
+    """Most frames of one video, at two a second. Encode with the same limit (encode.run --max-frames)."""
     order: Literal["random", "blocks"] = "random"
-    """Order of reading within an epoch: `blocks` keeps neighbours on disk together, for disks that seek."""
+    """Order of samples. `blocks` keeps neighbours on disk near in time, for disks that seek slowly."""
 
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     resume: bool = False
-    """Go on from the newest checkpoint of this run, or begin it when there is none."""
+    """Continue from the newest checkpoint of this run, or start it if there is none."""
     from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN")] = None
-    """Start from this model: a finished run (NAME or PATH), or the `final` folder of one of its stages."""
+    """The model to start from: a finished run (NAME or PATH), or the `final` folder of one of its stages."""
     inspect: bool = False
-    """Print the first packed batches as text, and stop."""
+    """Print the first packed micro-batches as text, then stop."""
     seed: int = 0
-    """Of the connector's first weights, a random language model's, and the order of samples."""
+    """Decides the connector's initial weights, those of a random language model, and the order of samples."""
 
     llm: str | None = None
-    """Hub id, folder, or `random:qwen3-tiny`; when not given, the checkpoint's, else configs/model.yaml's."""
+    """The language model: a hub id, a folder, or `random:qwen3-tiny`. Default: the checkpoint's, else
+    that of configs/model.yaml."""
     connector: Literal["linear", "mlp"] | None = None
-    """From encoder width to language width; when not given, the checkpoint's, else configs/model.yaml's."""
+    """Type of the map from encoder width to language width. Default: the checkpoint's, else that of
+    configs/model.yaml."""
     freeze_vision_encoder: bool = True
-    """Must stay on: features are made once, by a frozen encoder."""
+    """Must be true: the features were made once, by a frozen encoder."""
     train_connector: bool = True
-    """Whether the connector learns."""
+    """Whether to train the connector."""
     train_llm: bool = True
-    """Whether the language model learns."""
+    """Whether to train the language model."""
 
     batch_size_per_gpu: Annotated[int, tyro.conf.arg(aliases=("--batch-size",))] = 32
-    """Samples a process (a GPU), before accumulation."""
+    """Samples of one process (one GPU), before gradient accumulation."""
     gradient_accumulation_steps: int = 1
-    """Multiplies the samples of one optimizer step; micro-batches are cut by max_tokens alone."""
+    """Multiplies the samples of one optimizer step. The size of micro-batches depends on max_tokens alone."""
     processes: int = 0
-    """Multiplies them too: how many processes the batch is counted for; 0: as many as torchrun started. It
-    starts none. A run keeps the number it began with, and any number of processes may go on with it."""
+    """Number of processes whose batches make one optimizer step; 0: those that torchrun started. It starts
+    no process. A resumed run keeps its number, whatever the number of processes that resume it."""
     max_sequence_length: int = 4096
-    """Longest sequence, tokens: one image (or several) with its annotations."""
+    """Longest sequence, in tokens: one image (or several) with its annotations."""
     max_tokens: int = 8192
-    """Longest micro-batch, tokens. Changes memory and speed, never what is learned."""
+    """Longest micro-batch, in tokens. Changes memory and speed, not what is learned."""
     use_gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass: a 32 k sequence takes 1.8 instead of 65 GiB."""
+    """Recompute each layer in the backward pass: a sequence of 32 k tokens takes 1.8 instead of 65 GiB."""
     use_flash_attention: bool = True
-    """On CUDA, attention by a variable-length kernel; elsewhere it has no effect."""
+    """On CUDA, compute attention by a variable-length kernel; no effect elsewhere."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; weights stay float32. `auto`: bfloat16 where fast and the model is not tiny."""
+    """Precision of the forward pass; weights are float32. `auto`: bfloat16 if the device computes it fast and
+    the model is not tiny."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 
     learning_rate: float = 1e-4
-    """Peak, of the language model."""
+    """Peak learning rate of the language model."""
     connector_learning_rate: float = 1e-3
-    """Peak, of the connector."""
+    """Peak learning rate of the connector."""
     max_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps of the stage."""
     warmup_steps: int = 100
-    """Steps until the language model's rate is at its peak; a cosine to `min_lr_ratio` follows."""
+    """Steps of the language model's warm-up; a cosine down to `min_lr_ratio` follows."""
     connector_warmup_steps: int = 100
-    """The same, for the connector."""
+    """Steps of the connector's warm-up."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
     weight_decay: float = 0.01
-    """AdamW's; norms and biases have none."""
+    """AdamW's weight decay; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's decay rates of the two moments."""
     adam_eps: float = 1e-8
-    """AdamW's."""
+    """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """Gradients with a larger norm are scaled down to this norm."""
 
     log_every: int = 10
     """Steps between lines on the screen and in trackers; metrics.jsonl has every step."""
     save_every: int = 5000
     """Steps between checkpoints; the newest two are kept."""
     eval_every: int = 1000
-    """Steps between held-out losses; 0: none."""
+    """Steps between evaluations of the held-out loss; 0: never."""
     eval_samples: int = 512
-    """Held-out samples at each of them."""
+    """Held-out samples of each evaluation."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers, beside metrics.jsonl. wandb and trackio come with `pip install nanomolmo2[track]`."""
+    """Trackers, besides metrics.jsonl. wandb and trackio need `pip install nanomolmo2[track]`."""
     read_threads: int = 4
     """Threads that read feature rows."""
     read_ahead: int = 4
-    """Micro-batches read ahead of the one in use."""
+    """Micro-batches read ahead of the current one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +165,7 @@ class Options(Elsewhere):
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimizer step, all processes together."""
+        """Number of samples of one optimizer step, all processes together."""
         return self.batch_size_per_gpu * self.gradient_accumulation_steps * max(1, self.processes)
 
 
@@ -183,16 +186,16 @@ def _check_at_least(options: Options, least: int, names: tuple[str, ...]) -> Non
 
 
 def stage_folder(run: str, stage: int) -> Path:
-    """Where one stage of a run keeps everything: runs/<name>/stage<k>, or <path>/stage<k>."""
+    """Return the folder of one stage of a run: runs/<name>/stage<k>, or <path>/stage<k>."""
     named = Path(run)
     folder = named if named.is_absolute() or len(named.parts) > 1 else Path("runs") / run
     return folder / f"stage{stage}"
 
 
 def preset(selected: Mapping[str, str]) -> dict[str, Any]:
-    """Values for `Options` from the SELECTORS found on the command line.
+    """Return values for `Options`, by the SELECTORS found on the command line.
 
-    A stage that exists already is its own preset, so that `--run NAME --resume` goes on as it began.
+    A stage that exists is its own preset, so that `--run NAME --resume` continues with its options.
     """
     stage = _stage(selected.get("stage", "1"))
     hardware = selected.get("hardware", "auto")
@@ -210,6 +213,7 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _stage(text: str) -> int:
+    """Return the stage of a command line; raise UserError if configs/train.yaml does not have it."""
     stages = configs.load("train")["stages"]
     if text not in map(str, stages):
         raise UserError(
@@ -219,6 +223,7 @@ def _stage(text: str) -> int:
 
 
 def _hardware(name: str, selected: Mapping[str, str]) -> dict[str, Any]:
+    """Return the hardware preset `name`, or with `auto` that of the device."""
     presets: dict[str, Any] = configs.load("train")["hardware"]
     if name == "auto":
         name = detect_hardware(selected.get("device", "auto"))
@@ -231,7 +236,7 @@ def _hardware(name: str, selected: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _shorten(stage: dict[str, Any], max_steps: str) -> dict[str, Any]:
-    """A stage cut by `--max-steps` keeps its proportions: 20 steps do not warm up for 2000."""
+    """Shorten the warm-ups in proportion to `--max-steps`: 20 steps need no warm-up of 2,000."""
     if not max_steps.isdigit() or int(max_steps) >= stage["max_steps"]:
         return stage
     share = int(max_steps) / stage["max_steps"]
@@ -240,14 +245,15 @@ def _shorten(stage: dict[str, Any], max_steps: str) -> dict[str, Any]:
 
 
 def _fit_window(values: dict[str, Any]) -> dict[str, Any]:
+    """Raise max_tokens to the length of a sequence, which must fit one micro-batch."""
     return values | {"max_tokens": max(values["max_tokens"], values["max_sequence_length"])}
 
 
 def detect_hardware(device: str) -> str:
-    """The hardware preset of the device the run would use, by its memory."""
+    """Return the name of the hardware preset for a device, by its memory."""
     if device in ("cpu", "mps"):
         return "cpu"
-    import torch  # 2 s: only when the machine must be asked
+    import torch  # here, because it takes 2 s and is not needed otherwise
 
     from model.io.device import hardware_preset
 
@@ -258,7 +264,7 @@ def detect_hardware(device: str) -> str:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The options a stage was started with.
+    """Return the saved options of a stage.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -271,11 +277,11 @@ def read_saved(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values; the run needs a new name")
-    return {"processes": 1} | values  # runs begun before there could be several do not say so
+    return values
 
 
 def parse_mix(text: str) -> dict[str, float | None]:
-    """`a=0.6,b=0.4` or `a,b` as data set -> share.
+    """Return data set -> share for `a=0.6,b=0.4`; with `a,b` the shares are None.
 
     Raises:
         UserError: a share is no number.
@@ -293,5 +299,5 @@ def parse_mix(text: str) -> dict[str, float | None]:
 
 
 def format_mix(mix: Mapping[str, float | None]) -> str:
-    """The inverse of `parse_mix`."""
+    """Return the text that `parse_mix` parses to `mix`."""
     return ",".join(n if share is None else f"{n}={share}" for n, share in mix.items())

@@ -1,8 +1,10 @@
-"""What a run tells while it runs: metrics.jsonl with every step, a line on the screen, trackers by flag.
+"""Record a run: metrics.jsonl with every step, a line on the screen, and trackers on request.
 
-Rates are measured over the steps since the last line, never since the start of the program; waiting for
-data is measured where the trainer waits. On resume metrics.jsonl is cut at the checkpoint, so that it
-reads as one run.
+    log = RunLog(folder, every=10, last_step=1000, trackers=open_trackers(("tensorboard",), folder, ...))
+    log.step(StepRecord(step=1, loss=3.2, ...))
+
+Rates cover the steps since the previous line, not the whole run. Waiting for data is measured where the
+trainer waits. On resume, metrics.jsonl is cut at the checkpoint, so that it has every step once.
 """
 
 from __future__ import annotations
@@ -23,51 +25,52 @@ from configs import UserError
 
 METRICS = "metrics.jsonl"
 PROJECT = "nanomolmo2"
+"""Name of the project in wandb and trackio."""
 GIB = 2**30
-# getrusage counts KiB on Linux and bytes on macOS.
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes that getrusage counts in: KiB on Linux, bytes on macOS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, as in metrics.jsonl."""
+    """One optimizer step, as metrics.jsonl has it. Counts and losses are those of all processes together."""
 
     step: int
     """Steps done, this one included."""
     epoch: float
-    """Passes over the mix begun when this step started."""
+    """Epochs finished when this step started."""
     loss: float
-    """Cross-entropy a supervised token, weighted, over all samples of the step, nats."""
+    """Weighted cross-entropy a supervised token over all samples of the step, nats."""
     lr: float
-    """Learning rate of the language model; 0 when it is frozen."""
+    """Learning rate of the language model; 0 if it is frozen."""
     connector_lr: float
-    """Learning rate of the connector; 0 when it is frozen."""
+    """Learning rate of the connector; 0 if it is frozen."""
     grad_norm: float
-    """Length of all gradients together, before clipping."""
+    """Norm of all gradients together, before clipping."""
     samples: int
-    """Samples in the step, of all processes."""
+    """Samples in the step."""
     tokens: int
-    """Tokens in the step, image tokens included, of all processes."""
+    """Tokens in the step, image tokens included."""
     step_s: float
     """Duration, seconds."""
     wait_s: float
-    """Of which waiting for data, seconds, of the process that waited longest."""
+    """Seconds of it spent waiting for data, by the process that waited longest."""
     memory_gib: float
-    """Peak so far: of the GPU, or of the process on a CPU; the largest of several."""
+    """Peak memory so far, of the GPU or, on a CPU, of the process, GiB; the largest of several processes."""
 
 
 class Tracker(Protocol):
-    """A place that draws curves."""
+    """A tool that draws curves."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve."""
+        """Add one point to each curve, at `step`."""
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered, and end."""
 
 
 class RunLog:
-    """Writes metrics.jsonl, prints a line every `every` steps, feeds the trackers."""
+    """Write metrics.jsonl; every `every` steps print a line and add points to the trackers."""
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class RunLog:
         self._track({"held_out_loss": loss}, step)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Close the file and the trackers."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -119,20 +122,20 @@ class RunLog:
 
 
 class NoLog:
-    """For a process that leaves the telling to another."""
+    """The log of a process that is not the main one: it records nothing."""
 
     def step(self, record: StepRecord) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def held_out(self, step: int, loss: float, samples: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def window_values(window: Sequence[StepRecord]) -> dict[str, float]:
-    """A window of steps as one point: means, and rates over its whole time."""
+    """Return one point for a window of steps: means, and rates over its whole duration."""
     seconds = math.fsum(r.step_s for r in window)
     last = window[-1]
     return {
@@ -150,7 +153,7 @@ def window_values(window: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
-    """The window as a line for people."""
+    """Return the line on the screen for a window of steps."""
     v = window_values(window)
     step = window[-1].step
     rates = " ".join(f"{v[name]:.2e}" for name in ("lr", "connector_lr") if v[name])
@@ -163,7 +166,7 @@ def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`4 s`, `3 min 20 s`, `2 h 05 min`, `6 d 4 h`."""
+    """Return a duration as text: `4 s`, `3 min 20 s`, `2 h 05 min`, `6 d 4 h`."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"
@@ -175,14 +178,14 @@ def duration(seconds: float) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory: allocated on the GPU, or resident in this process."""
+    """Return peak memory in GiB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one cut short by a kill (the last) is left out."""
+    """Return the lines of metrics.jsonl, without a last line that a kill left incomplete."""
     path = folder / METRICS
     if not path.exists():
         return []
@@ -191,7 +194,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Forget what was written after `step` steps: a resumed run writes it again."""
+    """Remove what was recorded after `step` steps, because a resumed run records it again."""
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
     write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -202,7 +205,7 @@ def cut_metrics(folder: Path, step: int) -> None:
 def open_trackers(
     names: Sequence[str], folder: Path, *, run_id: str, start: int, config: Mapping[str, Any]
 ) -> list[Tracker]:
-    """The trackers named by `--log`, going on at `start` when resumed.
+    """Open the trackers named by `--log`; a resumed run continues their curves after step `start`.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -217,26 +220,26 @@ def open_trackers(
 
 
 class Tensorboard:
-    """`tensorboard --logdir runs`."""
+    """TensorBoard: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # 1 s, only when asked for
 
-        # What lies after the checkpoint is drawn again, so the old points must go.
+        # Steps after the checkpoint are recorded again, so their old points are removed.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve."""
+        """Add one point to each curve, at `step`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered, and end."""
         self._writer.close()
 
 
 class Wandb:
-    """Weights & Biases; the same run goes on after a resume."""
+    """Weights & Biases; a resumed run continues the same wandb run."""
 
     def __init__(self, title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         wandb = _import_tracker("wandb")
@@ -254,27 +257,27 @@ class Wandb:
             raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve."""
+        """Add one point to each curve, at `step`."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered, and end."""
         self._run.finish()
 
 
 class Trackio:
-    """Hugging Face's local tracker."""
+    """Trackio, the local tracker by Hugging Face."""
 
     def __init__(self, title: str, config: Mapping[str, Any]) -> None:
         self._trackio = _import_tracker("trackio")
         self._trackio.init(project=PROJECT, name=title, config=dict(config), resume="allow")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve."""
+        """Add one point to each curve, at `step`."""
         self._trackio.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered, and end."""
         self._trackio.finish()
 
 
@@ -285,6 +288,6 @@ def _import_tracker(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(
-            f"--log {name} needs a package that is not here: pip install 'nanomolmo2[track]', "
+            f"--log {name} needs a package that is not installed: pip install 'nanomolmo2[track]', "
             "or use --log tensorboard"
         ) from None

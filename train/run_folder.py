@@ -1,13 +1,13 @@
-"""The folder of one stage of a run: whether it may be used, and what it is begun with.
+"""The folder of one stage of a run: create it, lock it, and check that a resumed run may use it.
 
 runs/<name>/stage<k>/
     config.yaml             the resolved options
-    run.json                id, space and its fingerprint, samples of each data set when it began
+    run.json                id, space and its fingerprint, samples of each data set when the run began
     samples.safetensors     which samples exactly
-    metrics.jsonl           every step
+    metrics.jsonl           one line for each step
     tb/                     curves, with --log tensorboard
     checkpoints/step-<n>/   see train/checkpoint.py
-    final/                  the finished model; there only when the stage is
+    final/                  the finished model; it exists once the stage is finished
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ FINAL, CHECKPOINTS = "final", "checkpoints"
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a stage's model is there, whole."""
+    """Whether a stage is finished: its final model is complete."""
     return (folder / FINAL / META).is_file()
 
 
 def check_folder(options: Options) -> tuple[Path, Options]:
-    """The stage's folder, new or one that `--resume` may go on with, and the options to go on with.
+    """Return the stage's folder, new or to resume, and the options to train with.
 
     Raises:
-        UserError: it exists and `--resume` was not given, or options that decide what is learned differ.
+        UserError: the stage exists and `--resume` was not given, or an option that decides what is learned
+            differs from the run's.
     """
     folder = stage_folder(options.run, options.stage)
     saved = folder / CONFIG
@@ -64,10 +65,10 @@ def check_folder(options: Options) -> tuple[Path, Options]:
 
 
 def same_words(before: Options, now: Options) -> Options:
-    """`now`, with what only looks different said as `before` said it.
+    """Return `now` with the saved spelling of options that mean the same as before.
 
-    The command that began a run must also resume it, and what is saved is more exact than what was typed:
-    the whole name of the space, the data sets that were there.
+    The command that began a run must also resume it, and the saved options are more exact than the typed
+    ones: they have the full name of the space, and the data sets that were in the cache.
     """
     given, used = parse_mix(now.datasets), parse_mix(before.datasets)
     if not given or {name: given.get(name, -1.0) for name in used} == used:
@@ -78,11 +79,7 @@ def same_words(before: Options, now: Options) -> Options:
 
 
 def check_same(before: Options, now: Options, folder: Path) -> None:
-    """A resumed run learns the same thing in the same way.
-
-    Raises:
-        UserError: an option that decides what is learned has changed.
-    """
+    """Raise UserError if an option that decides what is learned has changed."""
     changed = [
         f"{f.name} {getattr(before, f.name)!r} -> {getattr(now, f.name)!r}"
         for f in dataclasses.fields(Options)
@@ -97,10 +94,12 @@ def check_same(before: Options, now: Options, folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """No two trainers in one stage; the lock goes with the process, however that ends.
+    """Hold the stage's lock, so that two trainers never share a stage.
+
+    The kernel releases the lock when the process ends, even if it is killed.
 
     Raises:
-        UserError: another trainer is at work there.
+        UserError: another trainer holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as file:
@@ -116,7 +115,7 @@ def hold(folder: Path) -> Iterator[None]:
 def open_folder(
     folder: Path, options: Options, reader: FeatureReader, train: SampleList
 ) -> dict[str, Any]:
-    """Make the stage's files when it is new; returns its facts, run.json."""
+    """Write the files of a new stage; return run.json."""
     if facts := read_facts(folder):
         return facts
     facts = {
@@ -126,23 +125,25 @@ def open_folder(
         "samples": present(train),
         "samples_digest": train.digest,
     }
-    # Other data sets and spaces may join the cache later; this run has its own.
+    # Saved by name, because data sets and spaces may be added to the cache later.
     shares = parse_mix(options.datasets)
     mix = format_mix({name: shares.get(name) for name in train.names})
     saved = dataclasses.replace(options, datasets=mix, space=reader.path.name)
     train.freeze(folder / SAMPLES)
     write_atomic(folder / CONFIG, configs.dump(saved).encode())
-    write_atomic(folder / RUN, (json.dumps(facts, indent=1) + "\n").encode())  # last: it is whole
+    write_atomic(
+        folder / RUN, (json.dumps(facts, indent=1) + "\n").encode()
+    )  # last: the folder is complete
     return facts
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """run.json; empty when the stage has not begun."""
+    """Return run.json; an empty dict if the stage has not begun."""
     path = folder / RUN
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return facts
 
 
-def present(joined: SampleList) -> dict[str, int]:
-    """Samples of each data set that have all their features, both splits together."""
-    return {c.dataset: c.present for c in joined.counts}
+def present(samples: SampleList) -> dict[str, int]:
+    """Return how many samples of each data set have all their features, both splits together."""
+    return {c.dataset: c.present for c in samples.counts}

@@ -1,4 +1,11 @@
-"""What a stage starts with: its space, its model, its data. What cannot work is refused here."""
+"""Prepare a stage: open its space, build its model, load its data. Whatever cannot work is refused here.
+
+reader = open_space(options)
+origin = starting_point(options)                       # None for a stage 1 that starts afresh
+options = resolve(options, origin, reader.spec)
+data = load_data(options, reader, tokenizer, folder)
+vlm = build_model(options, origin, reader.spec, device)
+"""
 
 from __future__ import annotations
 
@@ -36,39 +43,43 @@ from train.data.tokens import TokenStore
 log = logging.getLogger(__name__)
 
 MAX_BRANCHES = 64
-"""Annotations of one image that share a sequence; more are split."""
+"""Most annotations of one image that share a sequence; the rest are in other sequences, with the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a stage learns from, and what is held out."""
+    """The samples of a stage: those it trains on, and those held out."""
 
     train: SampleList
+    """The training split."""
     schedule: TrainingSchedule
+    """Which of `train` each step takes."""
     tokens: TokenStore
+    """The texts of `train`."""
     val_schedule: SinglePass | None
-    """None when nothing is held out or `eval_every` is 0."""
+    """Held-out samples; None if no sample is held out or `eval_every` or `eval_samples` is 0."""
     val_tokens: TokenStore | None
+    """The texts of the held-out samples."""
 
 
 # ---- space and model
 
 
 def open_space(options: Options) -> FeatureReader:
-    """The space to read features from.
+    """Return a reader of the space to train on.
 
     Raises:
-        UserError: there is none, or several and no `--space`; or it cannot be reached.
+        UserError: there is no space, there are several and no `--space`, or it cannot be reached.
     """
     datasets = parse_mix(options.datasets)
     return open_reader(options.features, options.space, options, datasets=datasets)
 
 
 def starting_point(options: Options) -> Path | None:
-    """The `final` folder the weights come from; None for a stage 1 that starts afresh.
+    """Return the `final` folder whose weights the stage starts from; None for a stage 1 that starts afresh.
 
     Raises:
-        UserError: the stage before is not finished, or `--from` names nothing.
+        UserError: the previous stage is not finished, or `--from` names no run.
     """
     if options.from_ is not None:
         return find_run(options.from_)
@@ -87,11 +98,11 @@ def starting_point(options: Options) -> Path | None:
 
 
 def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options:
-    """The options with language model and connector named: the checkpoint's, or configs/model.yaml's.
+    """Return the options with `llm` and `connector` filled in, from `origin` or from configs/model.yaml.
 
     Raises:
-        UserError: the checkpoint was trained on another space, is another model than asked for, or the
-            window is longer than its language model.
+        UserError: `origin` was trained on another space or has another model than the options name, or the
+            window is longer than the language model allows.
     """
     if origin is None:
         fresh = configs.load("model")
@@ -113,10 +124,9 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
 
 
 def check_window(options: Options, llm: str) -> None:
-    """Positions a language model was never made for give nonsense without a word.
+    """Raise UserError if `max_sequence_length` is more than the language model declares.
 
-    Raises:
-        UserError: `max_sequence_length` is more than it declares.
+    A model computes nonsense for positions it was not made for, without an error.
     """
     most = max_positions(llm)
     if most is not None and options.max_sequence_length > most:
@@ -129,7 +139,7 @@ def check_window(options: Options, llm: str) -> None:
 def build_model(
     options: Options, origin: Path | None, spec: FeatureSpec, device: torch.device
 ) -> VLM:
-    """The model with its first weights, on the device, frozen as the options say."""
+    """Return the model with its initial weights, on the device, frozen as the options say."""
     if origin is None:
         assert options.llm is not None and options.connector is not None, "not resolved"
         vlm, _ = build_vlm(spec.width, options.llm, options.connector, options.seed)
@@ -144,13 +154,9 @@ def build_model(
 
 
 def check_space(meta: Mapping[str, Any], spec: FeatureSpec, origin: Path) -> None:
-    """A model only understands features made as those it learned from.
-
-    Raises:
-        UserError: these were made differently; it names what differs.
-    """
+    """Raise UserError, naming the differences, if a model was trained on features encoded differently."""
     trained_on = FeatureSpec.from_json(meta["space"]["spec"])
-    # The same rows in another on-disk format are the same features.
+    # The container is only the on-disk format: it does not change the features.
     trained_on = dataclasses.replace(trained_on, container=spec.container)
     if trained_on.fingerprint == spec.fingerprint:
         return
@@ -172,7 +178,7 @@ def _short(value: object) -> str:
 
 
 def final_meta(options: Options, reader: FeatureReader, step: int) -> dict[str, Any]:
-    """What is saved beside a finished model: enough to use it without this run."""
+    """Return the metadata saved with a finished model: enough to use it without the run."""
     return {
         "llm": options.llm,
         "connector": options.connector,
@@ -187,10 +193,10 @@ def final_meta(options: Options, reader: FeatureReader, step: int) -> dict[str, 
 
 
 def mix_of(options: Options, root: CacheRoot) -> dict[str, float | None]:
-    """Data sets to train on, with their shares: those asked for, or all there are.
+    """Return the data sets to train on and their shares: those of `--datasets`, or all in the cache.
 
     Raises:
-        UserError: there is no data set.
+        UserError: the cache has no data set.
     """
     mix = parse_mix(options.datasets) or dict.fromkeys(dataset_names(root))
     if not mix:
@@ -206,22 +212,27 @@ def load_data(
     reader: FeatureReader,
     tokenizer: Any,
     folder: Path,
-    turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    one_at_a_time: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Data:
-    """Samples, their tokens, and the plan of steps; on resume exactly those the run began with.
+    """Return the samples, their tokens and the schedule of steps; on resume, those the run began with.
 
-    `turn` is held while text is tokenised: of several processes one does it, the others find it done.
+    Args:
+        options: the resolved options.
+        reader: a reader of the space.
+        tokenizer: the language model's tokenizer.
+        folder: the folder of the stage.
+        one_at_a_time: entered while text is tokenised, so that one of several processes does it and the
+            others find it done.
 
     Raises:
-        UserError: too few features, no such data set, a sample longer than the window, ...
+        UserError: features are missing, no data set is in the cache, or a sample is longer than the window.
     """
     root = root_of(reader)
-    mix = mix_of(options, root)
     facts = run_folder.read_facts(folder)
     train = join(
         root,
         reader,
-        mix,
+        mix_of(options, root),
         split="train",
         held_out=options.held_out,
         min_coverage=options.min_coverage,
@@ -229,27 +240,26 @@ def load_data(
         frozen=folder / run_folder.SAMPLES if facts else None,
     )
     if facts:
-        _notice_growth(facts["samples"], train)
-    store = folder.parent.parent / ".tokens"
-    with turn():
-        tokens = TokenStore.open(root, train.names, tokenizer, folder=store)
-    window: dict[str, Any] = {
+        _log_growth(facts["samples"], train)
+    token_folder = folder.parent.parent / ".tokens"
+    with one_at_a_time():
+        tokens = TokenStore.open(root, train.names, tokenizer, folder=token_folder)
+    limits: dict[str, Any] = {
         "max_tokens": options.max_sequence_length,
         "max_branches": min(MAX_BRANCHES, options.samples_per_step),
         "placeholders": Placeholders.of(reader.spec, tokenizer),
     }
     schedule = TrainingSchedule(
-        build_message_trees(train, tokens, **window),
+        build_message_trees(train, tokens, **limits),
         options.samples_per_step,
         seed=options.seed,
         order=options.order,
     )
     val_schedule = val_tokens = None
-    if (held := _held_out(options, reader, train)) is not None:
-        val_tokens = TokenStore.open(root, held.names, tokenizer, folder=store)
-        val_schedule = SinglePass(
-            build_message_trees(held, val_tokens, **window), options.samples_per_step
-        )
+    if (val := _held_out(options, reader, train)) is not None:
+        val_tokens = TokenStore.open(root, val.names, tokenizer, folder=token_folder)
+        trees = build_message_trees(val, val_tokens, **limits)
+        val_schedule = SinglePass(trees, options.samples_per_step)
     return Data(
         train=train,
         schedule=schedule,
@@ -260,7 +270,7 @@ def load_data(
 
 
 def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> SampleList | None:
-    """The held-out samples whose loss is measured now and then, if any."""
+    """Return the held-out samples whose loss is measured during training; None if there are none."""
     if not (options.eval_every and options.eval_samples):
         return None
     try:
@@ -279,10 +289,10 @@ def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> Sam
         return None
 
 
-def _notice_growth(before: Mapping[str, int], now: SampleList) -> None:
-    grown = {name: n - before.get(name, 0) for name, n in run_folder.present(now).items()}
-    for name, more in grown.items():
-        if more > 0:
+def _log_growth(before: Mapping[str, int], now: SampleList) -> None:
+    """Warn if the cache has more samples than when the run began; the run keeps its list."""
+    for name, count in run_folder.present(now).items():
+        if (more := count - before.get(name, 0)) > 0:
             log.warning(
                 "the cache has grown by %s samples of %s since this run began; it keeps its list",
                 f"{more:,}",
