@@ -1,1 +1,14 @@
-"""vision."""
+"""The frozen vision encoder: images to patch features. The trainer never imports this room.
+
+    in     RGB images, an entry of configs/encoders.yaml, trained or random weights
+    out    features (n, M, V) float32 and the FeatureSpec that names everything they depend on
+
+    config              the entry: tower, blocks, fit, pooling, precision
+    encoder             load, encode, rebuild from what a space records
+    clip_tower          open_clip's towers (CLIP, SigLIP), cut down to the blocks asked for
+    demo_tower          a tiny random tower that needs no download
+    weights             trained weights: find, read, rename, check, load
+    activation_check    compares how the weights were trained with the model that loads them
+
+Read encoder.py first.
+"""

@@ -1,17 +1,16 @@
-"""What is known of how a CLIP tower's weights were trained, compared with the model that shall use them.
+"""Check that a CLIP tower runs with the activation and colours its weights were trained with.
 
-A tower computes wrong features, and no error, with another activation than it was trained with, or
-with colours normalised otherwise. Nothing in the tensors tells. What can be known is compared, and any
-contradiction is refused:
+With another activation, or with colours normalised differently, a tower computes wrong features and raises no
+error. The tensors themselves do not show it. These sources are compared, and any contradiction is refused:
 
-1. the encoder entry's own `activation:`, always stated, with the model as open_clip builds it;
+1. the encoder entry's `activation:`, which is required, with the model as open_clip builds it;
 2. open_clip's record of the tag (`pretrained: openai` was trained with QuickGELU);
 3. beside a local file: `open_clip_config.json`, or Hugging Face's `config.json`;
-4. in a local file: the three extra tensors that OpenAI's own files carry;
-5. where 3 and 4 say nothing: published weights of that model must exist with this activation
-   (`ViT-L-14-336` was only ever trained with QuickGELU).
+4. in a local file: three extra tensors that OpenAI's own files contain;
+5. without 3 and 4: published weights of that model must exist with this activation (`ViT-L-14-336` was only
+   trained with QuickGELU).
 
-A bare file that passes 5 is taken at the entry's word, and the log says so.
+A bare file that passes 5 is used with the entry's activation, and the log says so.
 """
 
 from __future__ import annotations
@@ -34,28 +33,30 @@ log = logging.getLogger(__name__)
 
 Colours = tuple[float, float, float]
 
-_OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
+_OPENAI_TENSORS = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Extra tensors in OpenAI's own files, whose models all use QuickGELU."""
 _HF_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Said:
-    """What a file, or one beside it, says of its training; None: nothing."""
+class _Training:
+    """How weights were trained, as far as their file or one beside it says. None: unknown."""
 
     source: str = ""
+    """Where it is said, for messages."""
     activation: str | None = None
     mean: Colours | None = None
     std: Colours | None = None
 
 
 def check_entry(tower: ClipTower, config: EncoderConfig) -> tuple[Colours, Colours]:
-    """Compare the entry with the tower as built and with its tag; needs no weights.
+    """Compare the entry with the tower as built and with its tag, before any weights are loaded.
 
     Returns:
         Mean and standard deviation of the colours.
 
     Raises:
-        UserError: the activations differ, the tag does not exist, or mean and std are nowhere said.
+        UserError: the activations differ, the tag does not exist, or mean and std are unknown.
     """
     if tower.activation != config.activation:
         raise UserError(
@@ -74,13 +75,13 @@ def check_entry(tower: ClipTower, config: EncoderConfig) -> tuple[Colours, Colou
     mean, std = config.mean or record.get("mean"), config.std or record.get("std")
     if mean is None or std is None:
         raise UserError(
-            f"encoder {config.name}: no tag (pretrained:) to take mean and std from: give both"
+            f"encoder {config.name}: mean and std are unknown without a tag (pretrained:); give both"
         )
     return _colours(mean), _colours(std)
 
 
 def tag_record(config: EncoderConfig) -> dict[str, Any]:
-    """What open_clip knows of the entry's weights: hub place, mean, std, quick_gelu. {} without a tag."""
+    """Return open_clip's record of the entry's tag: hub place, mean, std, quick_gelu. {} without a tag."""
     if not config.pretrained:
         return {}
     record: dict[str, Any] = open_clip.get_pretrained_cfg(config.model, config.pretrained)
@@ -100,13 +101,13 @@ def check_file(
     tensors: Mapping[str, torch.Tensor],
     colours: tuple[Colours, Colours],
 ) -> None:
-    """Compare a local weights file with the tower and with the colours it will be given.
+    """Compare a local weights file with the tower and with the colours of its input.
 
     Raises:
         UserError: they contradict each other.
     """
-    said = _said_by(path, tensors)
-    if said.activation is None:
+    training = _training_of(path, tensors)
+    if training.activation is None:
         known = [
             _trained_with(open_clip.get_pretrained_cfg(config.model, tag))
             for tag in open_clip.list_pretrained_tags_by_model(config.model)
@@ -115,18 +116,20 @@ def check_file(
             whose = f"{path}: all published weights of {config.model}"
             raise _mismatch(whose, known[0], tower, config)
         log.warning(
-            "%s does not say its activation; taken for %s, as encoder %s states",
+            "%s does not name its activation; using %s, as encoder %s states",
             path,
             tower.activation,
             config.name,
         )
-    elif said.activation != tower.activation:
-        raise _mismatch(f"{path}: weights, says {said.source},", said.activation, tower, config)
-    for what, wanted, found in zip(("mean", "std"), colours, (said.mean, said.std), strict=True):
+    elif training.activation != tower.activation:
+        whose = f"{path}: weights, according to {training.source},"
+        raise _mismatch(whose, training.activation, tower, config)
+    known_colours = (training.mean, training.std)
+    for what, wanted, found in zip(("mean", "std"), colours, known_colours, strict=True):
         if found is not None and max(abs(a - b) for a, b in zip(wanted, found, strict=True)) > 1e-3:
             raise UserError(
-                f"{path}: trained with {what} {list(found)}, says {said.source}; encoder {config.name} "
-                f"has {list(wanted)}: wrong features; give the entry this {what}"
+                f"{path}: trained with {what} {list(found)}, according to {training.source}; encoder "
+                f"{config.name} has {list(wanted)}: wrong features; give the entry this {what}"
             )
 
 
@@ -143,15 +146,15 @@ def _mismatch(whose: str, trained: str, tower: ClipTower, config: EncoderConfig)
     )
 
 
-def _said_by(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Said:
-    if tensors.keys() >= _OPENAI_MARKS:
-        return _Said(source="OpenAI's mark in it", activation="quick_gelu")
+def _training_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Training:
+    if tensors.keys() >= _OPENAI_TENSORS:
+        return _Training(source="OpenAI's tensors in it", activation="quick_gelu")
     beside = path.parent / "open_clip_config.json"
     if beside.is_file():
         values = _json(beside)
         model, colours = _mapping(values, "model_cfg"), _mapping(values, "preprocess_cfg")
         is_timm = "timm_model_name" in _mapping(model, "vision_cfg")
-        return _Said(
+        return _Training(
             source=beside.name,
             activation=None if is_timm or not model else _trained_with(model),
             mean=_colours_or_none(colours.get("mean")),
@@ -162,13 +165,13 @@ def _said_by(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Said:
         values = _json(beside)
         vision = _mapping(values, "vision_config") or values
         colours = _json(path.parent / "preprocessor_config.json", missing_ok=True)
-        return _Said(
+        return _Training(
             source=beside.name,
             activation=_HF_ACTIVATIONS.get(vision.get("hidden_act", "")),
             mean=_colours_or_none(colours.get("image_mean")),
             std=_colours_or_none(colours.get("image_std")),
         )
-    return _Said()
+    return _Training()
 
 
 def _json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

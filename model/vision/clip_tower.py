@@ -1,9 +1,9 @@
 """open_clip's vision towers, cut down to the blocks asked for: CLIP's own ViT, and timm's (SigLIP, SigLIP2).
 
-Built without the text tower, on the meta device: weights are put in afterwards, from a file or from a
-seed, so nothing is initialised twice and ViT-L/14@336 stands in seconds.
+A tower is built on the meta device, without the text tower. Its weights are set afterwards, from a file or a
+seed. No weight is initialised twice, and ViT-L/14@336 takes seconds.
 
-B images, S their side, N patches, V width.
+B images, S side of the input in pixels, N patches, V width.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_tan
 
 
 class ClipTower(nn.Module):
-    """A tower whose tensors still have to be filled: `load` or `initialize` first."""
+    """A vision tower without weights: call `load` or `initialize` before `forward`."""
 
     def __init__(self, model: str, blocks: Sequence[int]) -> None:
-        """Build `model`, keep what `blocks` need.
+        """Build `model` and keep what `blocks` need.
 
         Raises:
-            UserError: open_clip has no such model, it is no plain ViT, or it has fewer blocks.
+            UserError: open_clip has no such model, it is not a plain ViT, or it has fewer blocks.
         """
         super().__init__()
         known = open_clip.list_models()
-        if model not in known:  # asked for 'hf-hub:...', open_clip would go to the network
+        if model not in known:  # for 'hf-hub:...' open_clip would use the network
             raise UserError(f"open_clip has no model {model!r}{nearest(model, known)}")
         config = open_clip.get_model_config(model)
         self.take = tuple(blocks)
@@ -41,7 +41,7 @@ class ClipTower(nn.Module):
             visual = _build(config)
         self.is_timm = hasattr(visual, "trunk")
         if set(visual.state_dict()) != {n for n, _ in _all_tensors(visual)}:
-            # Tables computed at construction (rotary positions) are in no file: build for real.
+            # Tables computed at construction (rotary positions) are in no file, so build them for real.
             visual = _build(config)
         vit: Any = visual.trunk if self.is_timm else visual
         self.total_parameters = sum(p.numel() for p in visual.parameters())
@@ -49,9 +49,7 @@ class ClipTower(nn.Module):
             getattr(vit, "transformer", None), "resblocks", None
         )
         if layers is None or not hasattr(vit, "prune_intermediate_layers"):
-            raise UserError(
-                f"open_clip's {model} is no Vision Transformer: it has no blocks to take"
-            )
+            raise UserError(f"open_clip's {model} is not a Vision Transformer: it has no blocks")
         if max(blocks) >= len(layers):
             raise UserError(
                 f"blocks {list(blocks)}: {model} has {len(layers)} blocks, 0 to {len(layers) - 1}"
@@ -64,25 +62,25 @@ class ClipTower(nn.Module):
 
     @property
     def prefix(self) -> str:
-        """What stands before our tensors' names in a checkpoint of the whole model."""
+        """Prefix of the tower's tensor names in a checkpoint of the whole model."""
         return "visual.trunk." if self.is_timm else "visual."
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor the features depend on, by open_clip's name without `prefix`."""
+        """Return every tensor the features depend on, by open_clip's name without `prefix`."""
         return dict(self.vit.state_dict())
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take these tensors, all of `tensors()` and of the same shapes."""
+        """Set the weights. Names and shapes must equal those of `tensors()`."""
         self.vit.load_state_dict(dict(tensors), strict=True, assign=True)
 
     def initialize(self, seed: int) -> None:
-        """Random weights, at about the scale of open_clip's own initialisation."""
+        """Set random weights, at about the scale of open_clip's own initialisation."""
         self.load({name: _random(name, t, self.width, seed) for name, t in self.tensors().items()})
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Normalised pixels (B, 3, S, S) -> (B, N, V) after each block of `blocks`, in that order.
+        """Return the output of each block of `blocks`, in that order: (B, 3, S, S) -> (B, N, V) each.
 
-        No CLS token, no final norm.
+        Pixels are normalised. The outputs have neither the CLS token nor the final norm.
         """
         taken = self.vit.forward_intermediates(
             pixels,
@@ -93,16 +91,14 @@ class ClipTower(nn.Module):
         )
         if not self.is_timm:
             taken = taken["image_intermediates"]
-        # Both libraries answer in ascending order, whatever they are asked.
+        # Both libraries return blocks in ascending order, in whatever order `indices` are.
         by_block = dict(zip(sorted(self.take), taken, strict=True))
         return [by_block[block] for block in self.take]
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
-    vision = {
-        **config["vision_cfg"],
-        "timm_model_pretrained": False,
-    }  # some would fetch weights here
+    # Some configs would download weights here.
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     tower: nn.Module = _build_vision_tower(
         config["embed_dim"], vision, config.get("quick_gelu", False)
     )
@@ -114,9 +110,9 @@ def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _sizes(visual: Any, vit: Any, model: str) -> tuple[int, int]:
-    """Side of the input and of a patch, pixels."""
+    """Return the side of the input and of a patch, pixels."""
     side, other_side = visual.image_size
-    embed = getattr(vit, "patch_embed", vit)  # timm has a layer for it
+    embed = getattr(vit, "patch_embed", vit)  # a layer of its own in timm
     patch, other_patch = embed.patch_size
     if side != other_side or patch != other_patch or tuple(embed.grid_size) != (side // patch,) * 2:
         raise UserError(
@@ -127,16 +123,16 @@ def _sizes(visual: Any, vit: Any, model: str) -> tuple[int, int]:
 
 
 def _activation(vit: nn.Module, model: str) -> str:
-    """The activation of the MLPs, as built."""
+    """Return the activation of the MLPs, as built."""
     found = set()
     for module in vit.modules():
-        kind = type(module).__name__  # timm has classes of its own under the same names
+        kind = type(module).__name__  # timm has its own classes under these names
         if kind in _ACTIVATIONS:
             approximate = getattr(module, "approximate", "none") == "tanh"
             found.add("gelu_tanh" if approximate else _ACTIVATIONS[kind])
     if len(found) != 1:
         raise UserError(
-            f"open_clip's {model} has activations {sorted(found) or 'unknown to us'}: not supported"
+            f"open_clip's {model} has activations {sorted(found) or 'of an unknown kind'}: not supported"
         )
     return found.pop()
 

@@ -1,4 +1,4 @@
-"""One entry of configs/encoders.yaml: which vision tower, and how an image becomes its features."""
+"""One entry of configs/encoders.yaml: the vision tower, and how it encodes an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs import UserError, build, load, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTowerConfig:
-    """Sizes of the demo tower, and gains of its random weights."""
+    """Sizes of the demo tower, and scales of its random weights."""
 
     image_size: int
     """Side of the input, pixels."""
@@ -25,65 +25,68 @@ class DemoTowerConfig:
     heads: int
     """Attention heads in each block."""
     mlp_ratio: int = 4
-    """Width of the MLP's hidden layer, in widths."""
+    """Width of the MLP's hidden layer, as a multiple of `width`."""
     patch_gain: float = 1.0
-    """Standard deviation of the patch embeddings, for white noise of variance 1 as input."""
+    """Standard deviation of the patch embeddings of white noise with variance 1."""
     position_gain: float = 1.0
     """Standard deviation of the position embeddings."""
     attention_gain: float = 1.0
-    """Standard deviation of queries and keys: larger means sharper attention."""
+    """Standard deviation of queries and keys; larger values give sharper attention."""
     residual_gain: float = 1.0
-    """Factor on what attention and MLP add to the residual stream."""
+    """Factor on the outputs of attention and MLP, which are added to the residual stream."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
     @property
     def architecture(self) -> str:
-        """For the fingerprint: what the shapes of the weights leave open."""
+        """Text for the fingerprint: the architecture, of which the shapes do not show the number of heads."""
         return f"demo:vit-{self.depth}x{self.width}-heads{self.heads}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """One frozen encoder. Changing any value but `name` makes another feature space."""
+    """One frozen encoder. Changing any value except `name` makes another feature space."""
 
     name: str
     """Key of the entry; the first part of a space's folder name."""
     library: Literal["open_clip", "demo"]
-    """Who builds the tower: open_clip (CLIP, SigLIP, SigLIP2), or our own random one."""
+    """Library that builds the tower: `open_clip` (CLIP, SigLIP, SigLIP2), or `demo` for the random tower."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"]
-    """The MLPs' activation the weights were trained with. Stated here, and checked against the model as
-    built and against all that is known of the weights: a mismatch computes wrong features in silence."""
+    """Activation of the MLPs that the weights were trained with.
+
+    `model.vision.activation_check` compares it with the model as built and with all records of the weights,
+    because a mismatch gives wrong features without an error.
+    """
     blocks: tuple[int, ...]
     """Blocks (0-based) whose outputs are concatenated, in this order: 22 is `hidden_states[-2]` of 24."""
     model: str = ""
     """open_clip's model name; OpenAI's weights need the ones that end in `-quickgelu`."""
     pretrained: str = ""
-    """open_clip's tag of the weights; also says mean and standard deviation."""
+    """open_clip's tag of the weights, which also defines mean and standard deviation."""
     mean: tuple[float, float, float] | None = None
-    """Mean colour in [0, 1]; None: as the tag says, .5 for the demo tower."""
+    """Mean colour in [0, 1]; None: that of the tag, .5 for the demo tower."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of the colours; None: likewise."""
+    """Standard deviation of the colours; None: that of the tag, .5 for the demo tower."""
     fit: str = "squash"
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
     pool_image: int = 1
-    """Images: n x n patches averaged into one token before storing."""
+    """Images: side of the pooling window; n x n patches become one token, their mean."""
     pool_frame: int = 3
-    """Video frames: the same."""
+    """Video frames: side of the pooling window."""
     batch_size: int = 8
-    """The one batch shape the tower runs; the last batch is filled up. Part of the fingerprint: in bf16
-    a batch of 1 and one of 8 differ by 1 %."""
+    """Images in each batch; the last batch is padded. Part of the fingerprint: in bf16, features from batches
+    of 1 and of 8 differ by 1 %."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto: float16 on GPUs, bfloat16 on CPUs that have it, else float32."""
+    """Precision; `auto`: float16 on GPUs, bfloat16 on CPUs that support it, else float32."""
     seed: int = 0
     """Seed of random weights; unused with trained ones."""
     tower: DemoTowerConfig | None = None
-    """The demo tower's sizes."""
+    """Sizes of the demo tower; None for open_clip."""
 
     def __post_init__(self) -> None:
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):
@@ -105,10 +108,10 @@ class EncoderConfig:
 
 
 def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
-    """The entry `name` of configs/encoders.yaml; overrides that are not None replace its values.
+    """Return the entry `name` of configs/encoders.yaml. Overrides that are not None replace its values.
 
     Raises:
-        UserError: no such entry, or a value that cannot be.
+        UserError: there is no such entry, or a value is invalid.
     """
     entries = load("encoders")
     if name not in entries:

@@ -1,9 +1,9 @@
 """A tiny Vision Transformer with random, seeded weights: the encoder that needs no download.
 
-Plain pre-LN: patches + positions, then blocks of x + attention(norm(x)), x + mlp(norm(x)). Random
-features still say which colours and edges are where, and a demonstration needs no more.
+Plain pre-LN: patches + positions, then blocks of x + attention(norm(x)), x + mlp(norm(x)). Random features
+still show which colours and edges are where, which is enough for the demo.
 
-B images, S their side, N patches, V width.
+B images, S side of the input in pixels, N patches, V width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DemoTower(nn.Module):
         self._initialize(config, seed)
 
     def _initialize(self, config: DemoTowerConfig, seed: int) -> None:
-        """Every weight from the seed and its own name, so that `blocks` changes no weight."""
+        """Set each weight from the seed and its name, so that `blocks` changes no weight."""
         by_width = config.width**-0.5
         std = {
             "patches": config.patch_gain * (3 * config.patch_size**2) ** -0.5,
@@ -58,8 +58,8 @@ class DemoTower(nn.Module):
                 weight.copy_(seeded_weights(weight.shape, std[kind], seed=seed, name=name))
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Normalised pixels (B, 3, S, S) -> (B, N, V) after each block of `blocks`, in that order."""
-        x = self.patches(pixels).flatten(2).transpose(1, 2) + self.positions
+        """Return the output of each block of `blocks`, in that order: (B, 3, S, S) -> (B, N, V) each."""
+        x = self.patches(pixels).flatten(2).transpose(1, 2) + self.positions  # -> (B, N, V)
         after = []
         for block in self.blocks:
             x = block(x)
@@ -86,5 +86,7 @@ class _Block(nn.Module):
             for part in (queries, keys, self.values(normed))
         )
         mixed = F.scaled_dot_product_attention(queries, keys, values)
-        x = x + self.attended(mixed.transpose(1, 2).flatten(2))
+        x = x + self.attended(
+            mixed.transpose(1, 2).flatten(2)
+        )  # (B, heads, N, V / heads) -> (B, N, V)
         return x + self.contract(F.gelu(self.expand(F.layer_norm(x, x.shape[-1:]))))

@@ -1,12 +1,13 @@
-"""The frozen encoder: images -> patch features, exactly as its `FeatureSpec` says.
+"""The frozen encoder: images -> patch features, as its `FeatureSpec` specifies.
 
     encoder = load_encoder(encoder_config("clip-vit-l14-336"))
     pixels = np.stack([encoder.prepare(image) for image in images])     # (n, S, S, 3) uint8
     features = encoder.encode(pixels)                                    # (n, M, V) float32
 
-Every call runs batches of one fixed shape, so an image's features don't depend on what stood beside it.
+Every batch has one fixed shape, so the features of an image do not depend on the rest of the batch.
 
-B images in a batch, S side of the input in pixels, N patches, M tokens after pooling, V width.
+n images in a call, B images in a batch, S side of the input in pixels, N patches, M tokens after pooling,
+V width.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import PIL
 import torch
 from PIL import Image
 
+from cache.format.codec import FP16_MAX
 from cache.format.spec import FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
@@ -35,12 +37,11 @@ log = logging.getLogger(__name__)
 
 RESIZE = "pillow:bicubic"
 HALF = (0.5, 0.5, 0.5)
-_FP16_MAX = 65504.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Built:
-    """A tower with its weights in float32 on the CPU, and what the spec says of it."""
+    """A tower with its weights in float32 on the CPU, and its facts for the spec."""
 
     tower: torch.nn.Module
     total_parameters: int
@@ -57,7 +58,7 @@ class _Built:
 
 
 class VisionEncoder:
-    """A frozen tower on its device. `prepare` may be called from threads, `encode` from one at a time."""
+    """A frozen tower on its device. `prepare` is thread-safe; only one thread may call `encode` at a time."""
 
     def __init__(self, config: EncoderConfig, built: _Built, device: torch.device) -> None:
         self.config = config
@@ -70,15 +71,15 @@ class VisionEncoder:
         self._std = torch.tensor(built.std, device=device).view(1, 3, 1, 1)
 
     def spec(self, codec: str) -> FeatureSpec:
-        """What the features of this encoder are, stored by `codec`.
+        """Return the spec of this encoder's features, stored with `codec`.
 
         Raises:
-            UserError: pooling or codec does not fit the tower's grid or width.
+            UserError: the pooling does not divide the tower's grid, or the codec its width.
         """
         return _spec(self.config, self._built, str(self.dtype).removeprefix("torch."), codec)
 
     def load_info(self) -> dict[str, Any]:
-        """How to build this encoder again (JSON), with what it was built by."""
+        """Return how to build this encoder again, and the library versions used, as JSON values."""
         return {
             "encoder": dataclasses.asdict(self.config),
             "random_weights": self._built.is_random,
@@ -90,37 +91,42 @@ class VisionEncoder:
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole tower, as published."""
+        """Parameters of the whole tower, as published."""
         return self._built.total_parameters
 
     @property
     def parameters_used(self) -> int:
-        """Weights the features depend on, which are all that is kept."""
+        """Parameters that the features depend on. The others are not kept."""
         return sum(p.numel() for p in self._tower.parameters())
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """An RGB image as the tower's input, (S, S, 3) uint8."""
+        """Fit an RGB image to the tower's input, (S, S, 3) uint8."""
         return fit_image(image, self._built.image_size, self.config.fit, self._built.mean)
 
-    def encode(self, pixels: npt.NDArray[np.uint8], kind: str = "image") -> torch.Tensor:
-        """Inputs (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as `kind` is."""
+    def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
+        """Encode (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as for `array`.
+
+        Raises:
+            ValueError: `pixels` has another shape or dtype.
+        """
         spec = self.spec("fp16")
         side = spec.image_size
         if pixels.shape[1:] != (side, side, 3) or pixels.dtype != np.uint8:
             raise ValueError(
                 f"pixels {pixels.shape} {pixels.dtype}, expected (n, {side}, {side}, 3) uint8"
             )
-        done = [torch.empty(0, spec.tokens(kind), spec.width, device=self.device)]
+        done = [torch.empty(0, spec.tokens(array), spec.width, device=self.device)]
         for start in range(0, len(pixels), spec.batch_size):
             part = pixels[start : start + spec.batch_size]
             batch = np.zeros((spec.batch_size, *pixels.shape[1:]), np.uint8)
             batch[: len(part)] = part
-            done.append(_pool(self._forward(batch), spec.pool(kind))[: len(part)])
+            done.append(_pool(self._forward(batch), spec.pool(array))[: len(part)])
         return torch.cat(done)
 
     @torch.no_grad()
     def _forward(self, batch: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """(B, S, S, 3) uint8 -> (B, N, V) float32."""
+        """Run the tower: (B, S, S, 3) uint8 -> (B, N, V) float32."""
+        # (B, S, S, 3) -> (B, 3, S, S)
         x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().div(255)
         x = x.sub(self._mean).div(self._std).to(self.dtype)
         return torch.cat([block.float() for block in self._tower(x)], dim=-1)
@@ -138,11 +144,11 @@ def load_encoder(
     Args:
         config: an entry of configs/encoders.yaml.
         device: see `pick_device`.
-        random_weights: untrained weights from `config.seed`; the demo tower has no others.
-        weights: a file or folder to take the weights from, instead of the hub.
+        random_weights: use untrained weights from `config.seed`; the demo tower always does.
+        weights: file or folder with the weights; None for the hub.
 
     Raises:
-        UserError: the device cannot be used; the weights cannot be had, read, or don't fit the model.
+        UserError: the device cannot be used, or the weights cannot be found, read or loaded.
     """
     chosen = pick_device(device)
     if config.library == "demo":
@@ -153,17 +159,24 @@ def load_encoder(
 def rebuild_encoder(
     load: Mapping[str, Any], spec: FeatureSpec, *, device: str = "auto", weights: str | None = None
 ) -> VisionEncoder:
-    """The encoder that made a space, from its `load_info` and spec; `weights` where they lie elsewhere now.
+    """Build the encoder that made a space.
 
-    The precision may differ from the space's when the device is another: float16 features of a GPU
-    are met within 0.2 % by a float32 CPU.
+    On another kind of device the precision may differ from the space's. A float32 CPU agrees with float16
+    features of a GPU within 0.2 %.
+
+    Args:
+        load: the encoder's `load_info`, as space.json records it.
+        spec: the spec of the space.
+        device: see `pick_device`.
+        weights: file or folder with the weights, if they moved since.
 
     Raises:
-        UserError: as `load_encoder`, or what was built is not what the space was made with.
+        UserError: the device cannot be used, the weights cannot be loaded, or the encoder that was built has
+            another spec than the space.
     """
     entry = load.get("encoder")
     if not isinstance(entry, Mapping):
-        raise UserError(f"space {spec.name} does not say how its encoder is built")
+        raise UserError(f"space {spec.name} does not record how its encoder is built")
     target = pick_device(device)
     native = str(native_dtype(target)).removeprefix("torch.")
     dtype = spec.compute_dtype if spec.compute_dtype in ("float32", native) else native
@@ -178,7 +191,7 @@ def rebuild_encoder(
         config, device=str(target), random_weights=bool(load.get("random_weights")), weights=weights
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
-    # Nothing that features depend on, or less than float16 tells apart.
+    # Differences in these change no feature, or less than float16 resolves.
     for key in ("compute_dtype", "encoder", "container", "packed_from"):
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
@@ -190,7 +203,7 @@ def rebuild_encoder(
         )
     if different:
         raise UserError(
-            f"space {spec.name} was made by another encoder than can be built here: "
+            f"space {spec.name} was made by another encoder than the one built here: "
             + ", ".join(f"{key} {wanted[key]} there, {found[key]} here" for key in different)
         )
     return encoder
@@ -216,7 +229,7 @@ def _build_demo(config: EncoderConfig) -> _Built:
 
 
 def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None) -> _Built:
-    # open_clip takes 3 s to import: only its own encoders pay for it.
+    # Importing open_clip takes 3 s, which the demo tower does not need.
     from model.vision.activation_check import check_entry
     from model.vision.clip_tower import ClipTower
     from model.vision.weights import fill
@@ -237,7 +250,9 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
         is_random=random_weights,
         source=None,
     )
-    _spec(config, built, "float32", "fp16")  # refuse what cannot be before fetching a gigabyte
+    _spec(
+        config, built, "float32", "fp16"
+    )  # refuses an invalid entry before a gigabyte is downloaded
     if random_weights:
         tower.initialize(config.seed)
     else:
@@ -275,19 +290,21 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
 
 
 def _pool(x: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, N, V) -> (B, N / window^2, V): the mean over window x window patches, of values rounded to float16.
+    """Average window x window patches: (B, N, V) -> (B, N / window^2, V) float32.
 
-    Summed in one order and multiplied: `cache.convert` does to stored rows what this does to new ones, to the
-    bit. What exceeds float16 is clipped, as storing it would; NaN and Inf stay.
+    Values are rounded to float16 first and summed in a fixed order, so that `cache.convert`, which pools
+    stored rows, gives equal bits. Finite values beyond float16 are clipped, as they are when stored; NaN and
+    Inf stay.
     """
     if window == 1:
         return x
-    over = (x.abs() > _FP16_MAX) & x.isfinite()
+    over = (x.abs() > float(FP16_MAX)) & x.isfinite()
     if over.any():
         log.warning("%d values beyond float16 were clipped before pooling", int(over.sum()))
-        x = torch.where(over, x.sign() * _FP16_MAX, x)
+        x = torch.where(over, x.sign() * float(FP16_MAX), x)
     batch, patches, width = x.shape
-    side = round(patches**0.5) // window
+    side = round(patches**0.5) // window  # windows along one side of the grid
+    # (B, N, V) -> (B, side, window, side, window, V)
     blocks = x.half().float().view(batch, side, window, side, window, width)
     total = torch.zeros(batch, side, side, width, device=x.device)
     for row in range(window):

@@ -1,8 +1,8 @@
-"""Trained weights of a CLIP tower: found, read, brought to one set of names, put in.
+"""Trained weights of a CLIP tower: find the file, read it, rename the tensors, load them.
 
-Understood: open_clip's files, as safetensors or torch's, and Hugging Face's CLIP ones (a folder of
-`CLIPModel` or `CLIPVisionModel`). In memory all are float32 under open_clip's names, so the same weights
-have the same hash in every format.
+Supported are open_clip's files, as safetensors or torch's own format, and Hugging Face's CLIP (a folder of
+`CLIPModel` or `CLIPVisionModel`). In memory all are float32 under open_clip's names, so equal weights have
+equal hashes in every format.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ FILE_NAMES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-"""What is looked for in a folder, best first."""
+"""File names to look for in a folder, in this order."""
 
 
 def fill(
     tower: ClipTower, config: EncoderConfig, weights: str | None, colours: tuple[Colours, Colours]
 ) -> Path:
-    """Put trained weights into `tower`: those of `weights` (a file or folder), else of the entry's tag.
+    """Load trained weights into `tower`.
 
     Args:
         tower: built from `config`, and checked by `check_entry`.
         config: the encoder's entry.
-        weights: where to take them from, instead of the hub.
-        colours: mean and standard deviation the tower's input will be normalised with.
+        weights: file or folder with the weights; None for those of the entry's tag, from the hub.
+        colours: mean and standard deviation that the tower's input is normalised with.
 
     Returns:
-        The file they came from.
+        The file with the weights.
 
     Raises:
-        UserError: they cannot be had, cannot be read, or don't fit the model.
+        UserError: the weights cannot be found, downloaded or read, or do not fit the model.
     """
     if weights is None:
         path = fetch(tag_record(config).get("hf_hub", ""), encoder=config.name)
@@ -75,11 +75,11 @@ def _find_file(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a weights file, on the CPU, memory-mapped where the format allows."""
+    """Return the tensors of a weights file, on the CPU, memory-mapped if the format allows it."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if _is_torchscript(path):
             raise UserError(
                 f"{path}: a TorchScript program (OpenAI's original file), not plain weights; take the "
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: no readable weights file ({_short(error)})") from None
+        raise UserError(f"{path}: not a readable weights file ({_short(error)})") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(loaded).__name__}, not named tensors")
@@ -110,7 +110,7 @@ def _is_torchscript(path: Path) -> bool:
 def _in_open_clip_names(
     tower: ClipTower, tensors: Mapping[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
-    """The vision tower's tensors under the names of `tower.tensors()`."""
+    """Return the vision tower's tensors under the names of `tower.tensors()`."""
     if any(name.startswith(tower.prefix) for name in tensors):
         cut = len(tower.prefix)
         return {n[cut:]: t for n, t in tensors.items() if n.startswith(tower.prefix)}
@@ -122,17 +122,17 @@ def _in_open_clip_names(
             raise UserError(f"{path}: tensor {missing} is missing") from None
     raise UserError(
         f"{path}: no tensors named {tower.prefix}*: not open_clip's file for this kind of tower"
-        + (" (of Hugging Face's files, only CLIP's are understood)" if tower.is_timm else "")
+        + (" (of Hugging Face's files, only CLIP's are supported)" if tower.is_timm else "")
     )
 
 
 def _from_hugging_face(vision: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `transformers.CLIPVisionModel` under open_clip's names."""
+    """Rename the tensors of `transformers.CLIPVisionModel` to open_clip's names."""
     renamed = {
         "class_embedding": vision["embeddings.class_embedding"],
         "conv1.weight": vision["embeddings.patch_embedding.weight"],
         "positional_embedding": vision["embeddings.position_embedding.weight"],
-        "ln_pre.weight": vision["pre_layrnorm.weight"],  # sic
+        "ln_pre.weight": vision["pre_layrnorm.weight"],  # spelt like this in transformers
         "ln_pre.bias": vision["pre_layrnorm.bias"],
     }
     parts = {
@@ -159,19 +159,19 @@ def _from_hugging_face(vision: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 def _select(
     tower: ClipTower, tensors: Mapping[str, torch.Tensor], path: Path
 ) -> dict[str, torch.Tensor]:
-    """The tensors the tower needs, as float32, checked for name and shape."""
+    """Return the tensors the tower needs, as float32, after a check of names and shapes."""
     chosen = {}
     for name, like in tower.tensors().items():
         if name not in tensors:
             raise UserError(
-                f"{path}: tensor {tower.prefix}{name} is missing: other weights than the encoder's?"
+                f"{path}: tensor {tower.prefix}{name} is missing: weights of another model?"
             )
         if tensors[name].shape != like.shape:
             raise UserError(
                 f"{path}: tensor {tower.prefix}{name} is {tuple(tensors[name].shape)}, the encoder's is "
-                f"{tuple(like.shape)}: other weights than the encoder's"
+                f"{tuple(like.shape)}: weights of another model"
             )
-        # A copy: what was hashed stays what is computed with, whatever happens to the mapped file.
+        # A copy, so that changes of the mapped file cannot change weights that have been hashed.
         chosen[name] = tensors[name].to(torch.float32, copy=True)
     return chosen
 

@@ -20,7 +20,7 @@ from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
 
-PLACE = "org/tiny-video/"
+PLACE = "org/tiny-clip/"
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def refusal(seconds: float) -> str:
         hub.fetch(PLACE, encoder="tiny")
     assert time.perf_counter() - start < seconds
     message = str(caught.value)
-    assert "\n" not in message and "--weights PATH" in message and "org/tiny-video" in message
+    assert "\n" not in message and "--weights PATH" in message and "org/tiny-clip" in message
     return message
 
 
@@ -92,8 +92,8 @@ def test_a_hub_that_answers_is_asked_for_safetensors_first(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert hub.fetch(PLACE, encoder="tiny") == tmp_path / "open_clip_pytorch_model.bin"
     assert asked == [
-        "org/tiny-video/open_clip_model.safetensors",
-        "org/tiny-video/open_clip_pytorch_model.bin",
+        "org/tiny-clip/open_clip_model.safetensors",
+        "org/tiny-clip/open_clip_pytorch_model.bin",
     ]
 
 
@@ -119,7 +119,7 @@ def test_weights_in_the_hub_cache_need_no_network(
     record = {"hf_hub": PLACE, "mean": (0.5,) * 3, "std": (0.5,) * 3, "quick_gelu": True}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-quickgelu", {"mine": record})
     commit = "a" * 40
-    repo = cache / "models--org--tiny-video"
+    repo = cache / "models--org--tiny-clip"
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
@@ -133,7 +133,7 @@ def test_weights_in_the_hub_cache_need_no_network(
 
 def test_the_default_encoder_without_weights_says_what_to_do() -> None:
     with pytest.raises(
-        UserError, match=r"clip-vit-l14-336: .*vit_large_patch14_video_336\.openai.*--weights PATH"
+        UserError, match=r"clip-vit-l14-336: .*vit_large_patch14_clip_336\.openai.*--weights PATH"
     ):
         load_encoder(encoder_config("clip-vit-l14-336"), device="cpu")
     with pytest.raises(UserError, match=r"names no weights on the hub.*--weights PATH"):

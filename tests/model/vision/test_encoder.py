@@ -1,4 +1,9 @@
-"""The frozen encoder computes what others compute, from weights that fit, and says exactly what it did."""
+"""The frozen encoder: features equal those of transformers, wrong weights are refused, the spec is complete.
+
+encoder = load_encoder(encoder_config("demo"), device="cpu")
+features = encoder.encode(np.stack([encoder.prepare(image)]))     # (1, M, V) float32
+encoder.spec("int8").fingerprint                                  # names everything they depend on
+"""
 
 from __future__ import annotations
 
@@ -41,7 +46,7 @@ def demo(**overrides: object) -> VisionEncoder:
     return load_encoder(encoder_config("demo", **overrides), device="cpu")
 
 
-# ---- the same numbers as others -------------------------------------------------------------------
+# ---- equal to other implementations----------------------------------------------------------------
 
 
 def hidden_states(model: CLIPVisionModel, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -55,7 +60,7 @@ def hidden_states(model: CLIPVisionModel, x: torch.Tensor) -> tuple[torch.Tensor
 def test_tiny_clip_equals_transformers(
     activation: str, blocks: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """Block i is `hidden_states[i + 1]` without CLS; several stand in the order of the configuration."""
+    """Block i is `hidden_states[i + 1]` without CLS; several are concatenated in the configured order."""
     theirs = tiny_clip.hugging_face(activation=activation)
     theirs.save_pretrained(tmp_path)
     model = "tiny-quickgelu" if activation == "quick_gelu" else "tiny"
@@ -67,7 +72,7 @@ def test_tiny_clip_equals_transformers(
     features = ours.encode(pixels)
     assert features.dtype == torch.float32 and features.shape == expected.shape
     assert torch.allclose(features, expected, atol=1e-5, rtol=1e-5)
-    assert states[-2].std() > 0.5  # random, but not so small that anything agrees
+    assert states[-2].std() > 0.5  # large enough that not everything agrees
 
 
 def test_full_size_clip_equals_transformers(tmp_path: Path) -> None:
@@ -87,7 +92,7 @@ def test_full_size_clip_equals_transformers(tmp_path: Path) -> None:
 
 
 def test_timm_tower_equals_transformers_siglip() -> None:
-    """SigLIP2: no CLS token to drop, exact GELU, blocks in the order asked for, the rest cut off."""
+    """SigLIP2 has no CLS token and an exact GELU; blocks are in the order asked for."""
     config = EncoderConfig(
         name="siglip2-b16",
         library="open_clip",
@@ -147,7 +152,7 @@ def in_siglip_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def test_a_tower_with_computed_positions_runs() -> None:
-    """timm's rotary tables are in no file; a tower built on the meta device would have none."""
+    """timm's rotary tables are in no weights file, and on the meta device they would have no values."""
     config = tiny_clip.entry(
         model="PE-Core-T-16-384",
         pretrained="meta",
@@ -195,13 +200,13 @@ def test_demo_tower_is_a_plain_pre_norm_transformer() -> None:
     assert torch.allclose(encoder.encode(pixels), x, atol=1e-5)
 
 
-# ---- what encode promises -------------------------------------------------------------------------
+# ---- properties of encode -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tower", ["tiny", "demo"])
-def test_rows_do_not_depend_on_their_company(tower: str, dtype: str) -> None:
-    """To the bit, whatever stands beside them, wherever they stand, however many there are."""
+def test_a_row_does_not_depend_on_the_batch(tower: str, dtype: str) -> None:
+    """Its bits do not depend on its place in the batch, on the other images, or on their number."""
     if tower == "demo":
         encoder = demo(batch_size=4, compute_dtype=dtype)
     else:
@@ -220,14 +225,16 @@ def test_pooling_is_the_mean_of_neighbouring_patches() -> None:
     single = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
     double = load_encoder(tiny_clip.entry(pool_image=2), device="cpu", random_weights=True)
     pixels = noise(2, tiny_clip.SIDE)
-    grid = single.encode(pixels).half().float().view(2, 4, 4, 64)  # pooled is what could be stored
+    grid = (
+        single.encode(pixels).half().float().view(2, 4, 4, 64)
+    )  # pooling acts on values as stored
     corner = grid[:, :2, 2:].mean((1, 2))  # upper right window of 2 x 2
     for pooled in (double.encode(pixels), single.encode(pixels, "frame")):
         assert pooled.shape == (2, 4, 64)
         assert torch.allclose(pooled[:, 1], corner, atol=1e-6)
 
 
-def test_no_images_are_no_rows_and_wrong_pixels_are_refused() -> None:
+def test_no_images_give_no_rows_and_wrong_pixels_are_refused() -> None:
     encoder = demo()
     spec = encoder.spec("fp16")
     side = spec.image_size
@@ -238,7 +245,7 @@ def test_no_images_are_no_rows_and_wrong_pixels_are_refused() -> None:
             encoder.encode(wrong)
 
 
-def test_prepare_gives_what_encode_takes() -> None:
+def test_prepare_returns_the_input_of_encode() -> None:
     encoder = demo(fit="pad")
     side = encoder.spec("fp16").image_size
     wide = Image.new("RGB", (2 * side, side), (255, 0, 0))
@@ -248,19 +255,19 @@ def test_prepare_gives_what_encode_takes() -> None:
     assert torch.isfinite(encoder.encode(pixels[None])).all()
 
 
-def test_encoding_takes_no_gradient_and_leaves_usable_tensors() -> None:
+def test_features_have_no_gradient_and_can_be_trained_on() -> None:
     encoder = demo()
     features = encoder.encode(noise(1, encoder.spec("fp16").image_size))
     assert not features.requires_grad
     probe = torch.nn.Linear(features.shape[-1], 1)
-    probe(features).sum().backward()  # an inference-mode tensor would refuse
+    probe(features).sum().backward()  # an inference-mode tensor would raise
     assert probe.weight.grad is not None
 
 
-# ---- spec: every change is another space ----------------------------------------------------------
+# ---- spec: each change makes another space --------------------------------------------------------
 
 
-def test_every_change_that_counts_changes_the_fingerprint() -> None:
+def test_each_relevant_change_changes_the_fingerprint() -> None:
     def spec_of(codec: str = "fp16", **overrides: object) -> str:
         config = tiny_clip.entry(**overrides)
         return load_encoder(config, device="cpu", random_weights=True).spec(codec).fingerprint
@@ -287,7 +294,7 @@ def test_every_change_that_counts_changes_the_fingerprint() -> None:
     assert spec_of() == fingerprints[0] == spec_of(name="other")
 
 
-def test_random_towers_are_named_so() -> None:
+def test_names_of_random_towers_say_so() -> None:
     encoder = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
     assert encoder.spec("int8").name.startswith("random-tiny-clip-int8-")
     assert demo().spec("fp16").encoder == "random-demo"
@@ -301,7 +308,7 @@ def test_demo_features_of_a_block_do_not_depend_on_the_other_blocks() -> None:
     assert demo(blocks=(0,)).parameters == last.parameters >= demo(blocks=(0,)).parameters_used
 
 
-def test_random_weights_are_the_same_bits_on_every_machine() -> None:
+def test_random_weights_have_equal_bits_on_every_machine() -> None:
     weights = seeded_weights((3, 5), 2.0, seed=7, name="a.weight")
     assert (
         hash_tensors({"w": weights})
@@ -312,7 +319,7 @@ def test_random_weights_are_the_same_bits_on_every_machine() -> None:
     assert not torch.equal(large, seeded_weights((400, 500), 2.0, seed=8, name="b.weight"))
 
 
-def test_hash_sees_name_dtype_shape_and_every_bit() -> None:
+def test_the_hash_depends_on_name_dtype_shape_and_every_bit() -> None:
     x = torch.arange(6, dtype=torch.float32)
     flipped = x.clone()
     flipped.view(torch.int32)[3] ^= 1
@@ -337,7 +344,7 @@ def fingerprint_from(path: Path, **overrides: object) -> str:
     return load_encoder(config, device="cpu", weights=str(path)).spec("fp16").fingerprint
 
 
-def test_the_same_weights_have_one_hash_in_every_format(tmp_path: Path) -> None:
+def test_equal_weights_have_one_hash_in_every_format(tmp_path: Path) -> None:
     checkpoint = tiny_clip.open_clip_checkpoint()
     save_file(checkpoint, tmp_path / "open_clip_model.safetensors")
     torch.save(checkpoint, tmp_path / "plain.pt")
@@ -348,7 +355,7 @@ def test_the_same_weights_have_one_hash_in_every_format(tmp_path: Path) -> None:
     assert len({fingerprint_from(path) for path in files}) == 1
 
 
-def test_hugging_face_folders_of_both_kinds_are_understood(tmp_path: Path) -> None:
+def test_both_kinds_of_hugging_face_folders_are_supported(tmp_path: Path) -> None:
     theirs = tiny_clip.hugging_face()
     theirs.save_pretrained(tmp_path / "vision")
     state = {
@@ -396,13 +403,13 @@ def test_an_entry_that_contradicts_the_built_model_is_refused() -> None:
 
 @pytest.mark.parametrize("model", ["ViT-B-32", "ViT-L-14", "ViT-L-14-336"])
 def test_openai_tags_need_a_quickgelu_model(model: str) -> None:
-    """open_clip itself only warns here; the features would be wrong."""
+    """open_clip itself only warns, and the features would be wrong."""
     message = refusal(tiny_clip.entry(model=model, activation="gelu", pretrained="openai"))
     assert "were trained with quick_gelu" in message and f"model: {model}-quickgelu" in message
 
 
-def test_local_weights_that_say_another_activation_are_refused(tmp_path: Path) -> None:
-    """By their neighbour's word (two formats), by OpenAI's mark, or since no such weights exist."""
+def test_local_weights_of_another_activation_are_refused(tmp_path: Path) -> None:
+    """Known from a config beside them (two formats), from OpenAI's tensors, or from all published weights."""
     checkpoint = tiny_clip.open_clip_checkpoint()
     exact = tiny_clip.entry(model="tiny", activation="gelu")
     marks = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -412,7 +419,7 @@ def test_local_weights_that_say_another_activation_are_refused(tmp_path: Path) -
     assert fingerprint_from(tmp_path / "ViT.pt")
 
     tiny_clip.hugging_face().save_pretrained(tmp_path / "hf")
-    assert "says config.json" in refusal(exact, tmp_path / "hf")
+    assert "according to config.json" in refusal(exact, tmp_path / "hf")
 
     (tmp_path / "oc").mkdir()
     save_file(checkpoint, tmp_path / "oc" / "open_clip_model.safetensors")
@@ -429,16 +436,16 @@ def test_local_weights_that_say_another_activation_are_refused(tmp_path: Path) -
     assert "all published weights of ViT-L-14-336" in refusal(config, tmp_path / "bare.safetensors")
 
 
-def test_a_bare_file_is_taken_at_the_entrys_word_and_the_log_says_so(
+def test_a_bare_file_gets_the_activation_of_the_entry_and_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(tiny_clip.open_clip_checkpoint(), tmp_path / "bare.safetensors")
     assert fingerprint_from(tmp_path / "bare.safetensors")
-    assert "does not say its activation; taken for quick_gelu" in caplog.text
+    assert "does not name its activation; using quick_gelu" in caplog.text
 
 
-def test_the_wrong_activation_would_have_been_wrong(tmp_path: Path) -> None:
-    """Why all this: same weights, other activation, features off by percents and no error."""
+def test_another_activation_changes_the_features(tmp_path: Path) -> None:
+    """Equal weights with another activation give other features and no error: the reason for these checks."""
     save_file(tiny_clip.open_clip_checkpoint(), tmp_path / "bare.safetensors")
     pixels = noise(2, tiny_clip.SIDE)
     quick, exact = (
@@ -450,7 +457,7 @@ def test_the_wrong_activation_would_have_been_wrong(tmp_path: Path) -> None:
     assert (quick - exact).norm() / quick.norm() > 1e-3
 
 
-def test_other_colours_than_the_weights_were_trained_with_are_refused(tmp_path: Path) -> None:
+def test_colours_that_differ_from_the_training_are_refused(tmp_path: Path) -> None:
     save_file(tiny_clip.open_clip_checkpoint(), tmp_path / "open_clip_model.safetensors")
     model = {"quick_gelu": True, "vision_cfg": {}}
     note = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
@@ -460,7 +467,7 @@ def test_other_colours_than_the_weights_were_trained_with_are_refused(tmp_path: 
     assert "give both" in refusal(tiny_clip.entry(mean=None))
 
 
-def test_what_are_no_weights_for_this_tower_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_files_without_weights_for_this_tower_are_refused(tmp_path: Path) -> None:
     checkpoint = tiny_clip.open_clip_checkpoint()
     gone = {k: v for k, v in checkpoint.items() if k != "visual.conv1.weight"}
     wider = {**checkpoint, "visual.positional_embedding": torch.zeros(26, 64)}
@@ -473,18 +480,18 @@ def test_what_are_no_weights_for_this_tower_is_refused_in_one_line(tmp_path: Pat
         assert message in refusal(tiny_clip.entry(), tmp_path / f"{name}.safetensors")
     for name in ("garbage.safetensors", "garbage.pt", "empty.pt", "empty.safetensors"):
         (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"garbage" * 99)
-        assert "no readable weights file" in refusal(tiny_clip.entry(), tmp_path / name)
+        assert "not a readable weights file" in refusal(tiny_clip.entry(), tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     assert "holds list" in refusal(tiny_clip.entry(), tmp_path / "list.pt")
-    torch.save({"model": Path("x")}, tmp_path / "objects.pt")  # would run code, were it unpickled
-    assert "no readable weights file" in refusal(tiny_clip.entry(), tmp_path / "objects.pt")
+    torch.save({"model": Path("x")}, tmp_path / "objects.pt")  # unpickling it would run code
+    assert "not a readable weights file" in refusal(tiny_clip.entry(), tmp_path / "objects.pt")
     assert "no such file" in refusal(tiny_clip.entry(), tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     assert "none of open_clip_model.safetensors" in refusal(tiny_clip.entry(), tmp_path / "folder")
 
 
-def test_torchscript_files_are_named_with_the_way_out(tmp_path: Path) -> None:
-    """OpenAI's own downloads: programs with weights inside, which only deprecated calls can open."""
+def test_torchscript_files_are_refused_with_an_alternative(tmp_path: Path) -> None:
+    """OpenAI's own downloads are programs with weights inside, which only deprecated calls can open."""
     with zipfile.ZipFile(tmp_path / "ViT-L-14-336px.pt", "w") as archive:
         for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
             archive.writestr(f"ViT-L-14-336px/{name}", b"")
@@ -495,7 +502,7 @@ def test_torchscript_files_are_named_with_the_way_out(tmp_path: Path) -> None:
 # ---- rebuilding -----------------------------------------------------------------------------------
 
 
-def test_an_encoder_is_rebuilt_from_what_its_space_records(tmp_path: Path) -> None:
+def test_an_encoder_is_rebuilt_from_the_record_of_its_space(tmp_path: Path) -> None:
     save_file(tiny_clip.open_clip_checkpoint(), tmp_path / "a.safetensors")
     encoder = load_encoder(tiny_clip.entry(), device="cpu", weights=str(tmp_path / "a.safetensors"))
     random = load_encoder(tiny_clip.entry(seed=4), device="cpu", random_weights=True)
@@ -522,7 +529,7 @@ def test_rebuilding_with_other_weights_is_refused(tmp_path: Path) -> None:
     assert rebuild_encoder(recorded, spec, device="cpu", weights=moved).spec("int8") == spec
 
 
-def test_rebuilding_names_what_differs_and_bridges_precisions(
+def test_rebuilding_names_differences_and_allows_another_precision(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     encoder = demo()
@@ -530,7 +537,7 @@ def test_rebuilding_names_what_differs_and_bridges_precisions(
     other = dataclasses.replace(spec, fit="crop")
     with pytest.raises(UserError, match="fit crop there, squash here"):
         rebuild_encoder(recorded, other, device="cpu")
-    with pytest.raises(UserError, match="does not say how"):
+    with pytest.raises(UserError, match="does not record how"):
         rebuild_encoder({}, spec, device="cpu")
     on_gpu = dataclasses.replace(spec, compute_dtype="float16")
     assert rebuild_encoder(recorded, on_gpu, device="cpu").dtype != torch.float16
@@ -541,14 +548,14 @@ def test_rebuilding_names_what_differs_and_bridges_precisions(
 
 
 @pytest.mark.parametrize("name", load("encoders"))
-def test_every_entry_builds_and_its_spec_holds(name: str) -> None:
+def test_every_entry_builds(name: str) -> None:
     encoder = encoder_config(name)
     assert encoder.name == name
     if encoder.library == "open_clip":
         from model.vision.activation_check import check_entry
         from model.vision.clip_tower import ClipTower
 
-        tower = ClipTower(encoder.model, encoder.blocks)  # on the meta device: no weights, no time
+        tower = ClipTower(encoder.model, encoder.blocks)  # on the meta device: no weights
         check_entry(tower, encoder)
         assert all(tensor.is_meta for tensor in tower.tensors().values())
         assert tower.image_size // tower.patch_size % encoder.pool_frame == 0
@@ -562,13 +569,13 @@ def test_every_entry_builds_and_its_spec_holds(name: str) -> None:
     [
         ({"blocks": (9,)}, "has 4 blocks, 0 to 3"),
         ({"model": "tiny-quickgelo"}, "nearest: tiny-quickgelu"),
-        ({"model": "RN50-quickgelu"}, "no Vision Transformer"),
+        ({"model": "RN50-quickgelu"}, "not a Vision Transformer"),
         ({"model": "hf-hub:org/name"}, "no model 'hf-hub:org/name'"),
         ({"pool_image": 3}, "does not divide"),
         ({"model": "ViT-B-32-quickgelu", "pretrained": "opneai"}, "it has: openai"),
     ],
 )
-def test_impossible_encoders_are_refused_before_any_weights(
+def test_invalid_encoders_are_refused_before_weights_are_loaded(
     overrides: dict[str, object], message: str
 ) -> None:
     assert message in refusal(tiny_clip.entry(**overrides))
@@ -599,7 +606,7 @@ def test_demo_blocks_are_checked_and_codecs_fit() -> None:
         ({"library": "open_clip", "model": "x"}, "needs a tower"),
     ],
 )
-def test_nonsense_in_an_entry_is_refused(overrides: dict[str, object], message: str) -> None:
+def test_invalid_values_in_an_entry_are_refused(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         encoder_config("demo", **overrides)
 
@@ -611,7 +618,7 @@ def test_unknown_encoders_are_named_with_the_nearest() -> None:
 
 
 def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
-    """It takes seconds, and every worker of the demo would pay them."""
+    """Importing it takes seconds in every worker."""
     import subprocess
     import sys
 
