@@ -29,7 +29,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cache.errors import CorruptError
+    from cache.errors import CacheError, CorruptError
     from cache.format.spec import FeatureSpec
     from cache.remote.open import open_reader
     from cache.store.ledger import MediaRecord, append_media
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cache.store.writer import ShardWriter
 
 __all__ = [
+    "CacheError",
     "CacheRoot",
     "CorruptError",
     "FeatureReader",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "CacheError": "cache.errors",
     "CacheRoot": "cache.store.paths",
     "CorruptError": "cache.errors",
     "FeatureReader": "cache.store.reader",

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format import codec
 from cache.format.spec import ARRAYS, FeatureSpec
 from cache.maintenance.copy_rows import (
@@ -255,4 +255,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

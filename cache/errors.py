@@ -1,17 +1,65 @@
-"""cache.errors."""
+"""Every exception of the cache.
+
+    Exception
+    ├── CacheError              the user can act on it: a command prints it in one line and exits with 2
+    │   ├── NotFoundError       no such cache, space or data set
+    │   ├── InUseError          another job is writing there
+    │   ├── DiskError           a disk is full, too small, or fails
+    │   ├── UnreachableError    a remote cache does not answer, or sends something else
+    │   └── CorruptError        a file does not have the bytes that were written
+    ├── StaleJobError           a worker whose job is over tries to write
+    ├── RequestError            one attempt to read from a remote cache failed
+    └── OSError
+        └── RefusedAddressError an address that downloads must not connect to
+
+A CacheError that is none of the five is a request that cannot be met, with the reason. The three others never
+reach a user: the caller retries, stops, or reports another error.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
-from configs import UserError
-
 MAKE_ANEW = "python -m cache.verify --deep --repair drops it, then encode.run makes it anew"
-"""The way out for any file that is damaged: what it held can be had again from the sources."""
+"""What to do about any damaged file: its content can be computed again from the sources."""
 
 
-class CorruptError(UserError):
-    """A file is not what was written: where, what is wrong, and the way out."""
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return `; nearest: x`, the end of an error about `name`, or '' when no choice is similar."""
+    # `configs` has the same for options. The cache below its commands must run without `configs`.
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; nearest: {found[0]}" if found else ""
+
+
+class CacheError(Exception):
+    """What happened, where, and what to do about it, in one line."""
+
+
+class NotFoundError(CacheError):
+    """There is no such cache, space or data set."""
+
+
+class InUseError(CacheError):
+    """Another job is writing to the space. The message names that job."""
+
+
+class DiskError(CacheError):
+    """The disk is full, has too little room for a job, or fails. Committed rows are kept."""
+
+
+class UnreachableError(CacheError):
+    """A file of a remote cache could not be read intact, after all retries."""
+
+    def __init__(self, text: str, *, missing: bool = False) -> None:
+        super().__init__(text)
+        self.missing = missing
+        """The file does not exist there, or not for these credentials."""
+
+
+class CorruptError(CacheError):
+    """A file does not have the bytes that were written."""
 
     def __init__(self, path: Path, what: str, way_out: str = MAKE_ANEW):
         super().__init__(f"{path}: {what}; {way_out}")
@@ -19,3 +67,37 @@ class CorruptError(UserError):
 
     def __reduce__(self) -> tuple[type[CorruptError], tuple[Path, str, str]]:
         return CorruptError, (self.path, self.what, self.way_out)
+
+
+class StaleJobError(Exception):
+    """The space belongs to another job now, so this worker must stop and write nothing."""
+
+
+class RequestError(Exception):
+    """One attempt to read from a remote cache failed."""
+
+    def __init__(
+        self, reason: str, *, again: bool, wait_s: float = 0.0, missing: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """One line. It never contains a URL's query, which may be a signature."""
+        self.again = again
+        """Whether another attempt may succeed."""
+        self.wait_s = wait_s
+        """Seconds the server asks to wait before the next attempt."""
+        self.missing = missing
+        """The file does not exist there, or not for these credentials."""
+        self.got = 0
+        """Bytes received in order before the failure."""
+
+
+class RefusedAddressError(OSError):
+    """The rules forbid connecting to this address."""
+
+    # An OSError, because aiohttp passes those through from a resolver.
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+        """Kind and address: `a private address 10.0.0.1`."""

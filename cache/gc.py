@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import alone, one_line
 from cache.maintenance.garbage import (
@@ -198,4 +198,4 @@ def _print_users(root: CacheRoot, name: str) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

@@ -10,8 +10,15 @@ A sample is covered by a space when all its media have features there; one witho
 from __future__ import annotations
 
 import json
+import logging
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
 
+from cache.errors import CacheError
 from cache.maintenance.inventory import (
     DatasetSummary,
     Failures,
@@ -23,7 +30,9 @@ from cache.maintenance.inventory import (
 from cache.remote.open import Elsewhere, local_root
 from cache.store.ledger import STAGES
 from cache.store.paths import CacheRoot
-from configs import UserError, command, parse
+from cache.store.reader import FeatureReader
+from cache.store.samples import read_samples
+from configs import UserError, command, load, parse
 from configs.console import bytes_text, table_text
 
 LEGEND = (
@@ -49,6 +58,10 @@ class Options(Elsewhere):
 def main() -> None:
     """The command."""
     options = parse(Options, prog="python -m cache.ls", description=__doc__)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cache").setLevel(
+        logging.INFO
+    )  # copying the tables of a remote cache takes a while
     root = local_root(options.features, options)
     if not root.path.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
@@ -60,7 +73,7 @@ def main() -> None:
             print(_failures_text(failures))
         return
     spaces, readers = open_spaces(root, errors=True)
-    datasets = summarise_datasets(root, readers)
+    datasets = summarise_datasets(root, readers, partial(encode_command, root))
     if options.json:
         values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
         print(json.dumps(values, indent=2))
@@ -163,6 +176,39 @@ def _needs_text(datasets: list[DatasetSummary]) -> str:
     return "\n".join([*lines, *(f"complete: {command}" for command in dict.fromkeys(commands))])
 
 
+def encode_command(root: CacheRoot, reader: FeatureReader, dataset: str) -> str:
+    """Return the command line that encodes a data set into this space."""
+    spec, entry = reader.spec, reader.load.get("encoder")
+    entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
+    words = ["python", "-m", "encode.run", "--dataset", _dataset_word(root, dataset)]
+    words += ["--encoder", str(entry["name"]), "--codec", spec.codec]
+    words += _pool_words(spec.pool_image, spec.pool_frame, entry)
+    if spec.container != "zarr":
+        words += ["--format", spec.container]
+    if reader.load.get("random_weights") and entry.get("library") == "open_clip":
+        words.append("--random-weights")
+    return shlex.join([*words, "--features", str(root.path)])
+
+
+def _pool_words(image: int, frame: int, entry: Mapping[str, Any]) -> list[str]:
+    """Return the pooling options, where they differ from those of encoders.yaml."""
+    preset = load("encoders").get(entry["name"], {})
+    words = ["--pool", str(image)] if preset.get("pool_image", 1) != image else []
+    return words + (["--frame-pool", str(frame)] if preset.get("pool_frame", 3) != frame else [])
+
+
+def _dataset_word(root: CacheRoot, dataset: str) -> str:
+    """Return what `--dataset` takes: a known name, or a name and the folder of its first file."""
+    if dataset in load("datasets").get("datasets", {}):
+        return dataset
+    for sample in islice(read_samples(root, dataset), 1):
+        for ref in sample.media[:1]:
+            for relative in (sample.id, sample.id.rpartition("#")[0]):
+                if relative and ref.source.endswith(f"/{relative}"):
+                    return f"{dataset}=folder:{ref.source[: -len(relative) - 1] or '/'}"
+    return f"{dataset}=folder:PATH"
+
+
 def _failures_text(failures: list[Failures]) -> str:
     if not failures:
         return "no failures"
@@ -182,4 +228,4 @@ def _failures_text(failures: list[Failures]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import (
@@ -240,4 +240,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

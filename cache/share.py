@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import CacheError
 from cache.format.spec import ARRAYS
 from cache.remote.listing import LISTING, listing_bytes
 from cache.store.commits import read_commits
@@ -78,4 +79,4 @@ def _shard_sizes(root: CacheRoot, name: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

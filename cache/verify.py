@@ -20,6 +20,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cache.errors import CacheError
 from cache.maintenance.checks import Report, bytes_to_read, verify
 from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot
@@ -125,4 +126,4 @@ def _text(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

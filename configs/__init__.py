@@ -288,12 +288,20 @@ def dump(config: object) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main`, and leave: 0 or what it returns; 2 after a user's mistake, in one line."""
+def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> NoReturn:
+    """Run `main` and exit with what it returns.
+
+    A UserError, or one of `errors`, is printed in one line without a traceback; the exit code is 2.
+
+    Args:
+        main: the command; it returns its exit code, or None for 0.
+        errors: classes beside UserError that say what the user can do, such as `cache.errors.CacheError`.
+    """
+    user_errors: tuple[type[Exception], ...] = (UserError, *errors)
     try:
         code = main() or 0
         sys.stdout.flush()
-    except UserError as error:
+    except user_errors as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import configs
+from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.ledger import media_sizes
 from cache.store.locks import DriverLock, holder_text
@@ -291,4 +292,4 @@ def listing() -> str:
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,6 +59,10 @@ def test_the_contracts_hold(copy: Path) -> None:
         ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
         ("train/run.py", "import encode.plan", "Siblings encode and train"),
         ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
+        ("cache/format/codec.py", "import cache.store.reader", "Inside the cache"),
+        ("cache/maintenance/checks.py", "import cache.verify", "Inside the cache"),
+        ("cache/store/files.py", "import configs", "The cache below its commands"),
+        ("cache/errors.py", "from configs import UserError", "The cache below its commands"),
         ("model/vlm.py", "import cache.store.reader", "model uses only the format"),
         ("encode/worker/worker.py", "import ray", "One file imports Ray"),
     ],
@@ -82,6 +87,34 @@ def test_no_test_imports_a_test() -> None:
         for match in pattern.finditer(path.read_text(encoding="utf-8"))
     ]
     assert not found
+
+
+def test_a_new_folder_in_the_cache_needs_a_layer(copy: Path) -> None:
+    (copy / "cache" / "extra").mkdir()
+    (copy / "cache" / "extra" / "__init__.py").write_text('"""Extra."""\n')
+    done = lint(copy)
+    assert done.returncode != 0
+    assert "cache.extra" in done.stdout
+
+
+def test_the_reader_loads_nothing_but_the_cache(tmp_path: Path) -> None:
+    """A reader's own `model.py` or `configs.py`, first on the path, is never imported."""
+    for name in ("configs", "encode", "model", "train"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('the reader imports {name}')\n")
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import cache.store.reader\n"
+        "print([m for m in sys.modules if m.split('.')[0] in\n"
+        "       ('configs', 'encode', 'model', 'train', 'torch', 'ray', 'transformers')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_importing_the_trainer_loads_no_encoder() -> None:

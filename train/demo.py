@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from cache.errors import CacheError
 from configs import UserError
 
 PROG = "python -m train.demo"
@@ -232,4 +233,4 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

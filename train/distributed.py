@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from cache.errors import CacheError
 from configs import USER_ERROR_EXIT, UserError, wrong_place
 from model.io.device import pick_device
 
@@ -122,7 +123,9 @@ def find_process_group() -> ProcessGroup:
 
 def _exit_code(error: BaseException) -> tuple[int, bool]:
     """Return a process's exit code, as configs.command sets it, and whether one process should print it."""
-    if isinstance(error, UserError) or (isinstance(error, OSError) and wrong_place(error)):
+    if isinstance(error, UserError | CacheError) or (
+        isinstance(error, OSError) and wrong_place(error)
+    ):
         return USER_ERROR_EXIT, True
     if isinstance(error, KeyboardInterrupt):
         return 130, True

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import configs
+from cache.errors import CacheError
 from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from model.io.saved_model import save_final
@@ -286,4 +287,4 @@ if __name__ == "__main__":
     # times slower (8 s instead of 0.14 s a step, measured 2026-11-23); flushing them to zero loses nothing.
     # Threads of torch inherit the setting, so it is made before they start, and only in this command.
     torch.set_flush_denormal(True)
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

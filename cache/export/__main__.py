@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from cache.errors import CacheError
 from cache.export.rows import (
     OutputFile,
     Positions,
@@ -231,4 +232,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import MAKE_ANEW, CorruptError
+from cache.errors import MAKE_ANEW, CacheError, CorruptError
 from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
@@ -32,7 +32,6 @@ from cache.store.reader import RUN_BYTES, logical_hash, row_digests
 from cache.store.row_index import RowIndex
 from cache.store.shard_files import corrupt_shard
 from cache.store.space import find_space, read_info
-from configs import UserError
 
 THREADS = max(4, os.cpu_count() or 1)
 """Shards read at a time. Reading, sha256 and crc32c let other threads run, so every core counts; four at
@@ -83,7 +82,7 @@ def check_space(
     report = SpaceReport(name=paths.name)
     try:
         info = read_info(paths)
-    except UserError as error:  # CorruptError, too: without it, nothing else here can be understood
+    except CacheError as error:  # without its description, nothing else here can be understood
         if paths.space_json.exists():
             report.findings.append(damage(error, paths.space_json))
         elif paths.has_commits:
@@ -379,7 +378,7 @@ class Report:
 
 
 def damage(
-    error: UserError, path: Path, *, array: str | None = None, shard: int | None = None
+    error: CacheError, path: Path, *, array: str | None = None, shard: int | None = None
 ) -> Finding:
     """An error met on the way, as a finding about `path`."""
     what, way_out = str(error), MAKE_ANEW

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, DiskError
 from cache.format.checksums import crc32c
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
@@ -31,7 +31,6 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.shard_files import corrupt_shard
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
-from configs import UserError
 
 Away = Callable[[Path], None]
 """Takes one file out of the cache, durably."""
@@ -42,7 +41,7 @@ Part = tuple[Commit, npt.NDArray[np.bool_]]
 
 @contextlib.contextmanager
 def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
-    """Keep every job away from these spaces, or raise UserError naming the one that is there."""
+    """Keep every job away from these spaces, or raise CacheError naming the one that is there."""
     with contextlib.ExitStack() as locks:
         for space in spaces:
             locks.enter_context(DriverLock(space, holder_text(command)))
@@ -51,7 +50,7 @@ def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(where: Path) -> Iterator[None]:
-    """A disk that refuses becomes a UserError: nothing committed is lost by it."""
+    """A disk that refuses becomes a CacheError: nothing committed is lost by it."""
     try:
         yield
     except OSError as error:
@@ -62,7 +61,7 @@ def one_line(where: Path) -> Iterator[None]:
             why = f"{place} and {error.filename2} are on different disks: make one a link to the other's"
         else:
             why = f"{place}: {error.strerror or error}; nothing is lost, run the command again"
-        raise UserError(why) from error
+        raise DiskError(why) from error
 
 
 def intact_rows(
@@ -91,7 +90,7 @@ def take_out(space: Space, array: str, parts: Sequence[Part], away: Away) -> int
 
     Raises:
         CorruptError: a row that should stay is damaged.
-        UserError: the disk refused.
+        CacheError: the disk refused.
         Whatever is raised, every row that should stay still exists, once.
     """
     with one_line(space.paths.root):

@@ -21,12 +21,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, DiskError
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
-from configs import UserError
-from configs.console import bytes_text
 
 BATCH_BYTES = 4 << 20
 """Read and changed by one thread at a time."""
@@ -66,15 +64,15 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
     """Refuse what the disk cannot hold.
 
     Raises:
-        UserError: says how much is needed and how much there is.
+        CacheError: says how much is needed and how much there is.
     """
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if nbytes and nbytes + SPARE_BYTES > free:
-        raise UserError(
-            f"{what} needs {bytes_text(nbytes)} in {folder}, where {bytes_text(free)} are free: make room"
+        raise DiskError(
+            f"{what} needs {nbytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: make room"
         )
 
 
@@ -91,7 +89,7 @@ def full_disk_is_said(folder: Path) -> Iterator[None]:
             errno.EROFS,
         ):
             raise
-        raise UserError(
+        raise DiskError(
             f"{folder}: {error.strerror}; all shards committed so far are kept: "
             "make room, or mend the disk, and run the same command again"
         ) from error

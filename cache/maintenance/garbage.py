@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import CacheError
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
@@ -27,7 +28,6 @@ from cache.store.references import References
 from cache.store.row_index import RowIndex
 from cache.store.samples import dataset_names, samples_table
 from cache.store.space import Space, read_info
-from configs import UserError
 
 REST_S = 3600.0
 """Unfinished samples and media younger than this may still be finished: no lock guards those."""
@@ -57,7 +57,7 @@ def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]
     """What can go from samples, media and these spaces. Sure only while nobody writes to them.
 
     Raises:
-        UserError: the commits of a space are gone, or damaged, so that its shards cannot be judged.
+        CacheError: the commits of a space are gone, or damaged, so that its shards cannot be judged.
     """
     old = time.time() - REST_S
     partial = [p for folder in (root.samples_dir, root.media_dir) for p in _partial(folder)]
@@ -72,7 +72,7 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
     for array in ARRAYS:
         orphans = sorted(set(paths.started(array)) - set(paths.committed(array)))
         if orphans and not paths.commits_dir.is_dir():
-            raise UserError(
+            raise CacheError(
                 f"{paths.commits_dir} is missing, so every shard looks uncommitted; "
                 f"put it back, or delete {paths.root} yourself"
             )
@@ -192,7 +192,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
     """Rows whose key is not among `wanted`, in each array that has any.
 
     Raises:
-        UserError: the space is damaged, and what is there cannot be judged.
+        CacheError: the space is damaged, and what is there cannot be judged.
     """
     space = Space.open(paths)
     found = []
@@ -207,7 +207,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
         if not parts:
             continue
         if RowIndex(commits, slots).duplicates():
-            raise UserError(
+            raise CacheError(
                 f"{paths.root} holds rows twice: python -m cache.verify --deep --repair"
             )
         rows = sum(int((~keep).sum()) for _, keep in parts)
@@ -236,7 +236,7 @@ def take_out_unreferenced(found: Unreferenced) -> None:
 
     Raises:
         CorruptError: a row that stays is damaged.
-        UserError: the disk refused. In either case every row that stays is still there.
+        CacheError: the disk refused. In either case every row that stays is still there.
     """
     for group in found.groups:
         take_out(found.space, found.array, group, delete)

@@ -6,18 +6,17 @@ M rows of the media table.
 
 from __future__ import annotations
 
-import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from functools import partial
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.spec import ARRAY_OF, ARRAYS, PACKED_FROM
 from cache.store.ledger import media_table
@@ -34,8 +33,7 @@ from cache.store.references import (
     number_media,
     read_references,
 )
-from cache.store.samples import dataset_names, read_samples
-from configs import UserError, load
+from cache.store.samples import dataset_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ class SpaceMedia:
         return float(complete.mean()) if len(complete) else 1.0
 
     def need(
-        self, references: References, items: Ints, media: pa.Table, *, dataset: str, root: CacheRoot
+        self, references: References, items: Ints, media: pa.Table, command: Callable[[], str]
     ) -> Need:
         """Return what is missing of a data set, and what a training on it reads.
 
@@ -87,8 +85,7 @@ class SpaceMedia:
             references: R mentions by its samples.
             items: (R,) media item of each.
             media: the media table.
-            dataset: its name.
-            root: the cache.
+            command: returns the command line that encodes what is missing.
         """
         present = self._present[items]
         failed = references.look_up(np.asarray(pc.equal(media["status"], "failed"), bool), False)
@@ -108,41 +105,8 @@ class SpaceMedia:
             rows=sum(counts.values()),
             nbytes=sum(rows * spec.row_bytes(array) for array, rows in counts.items()),
             reads=int(self._nbytes[np.unique(items[present])].sum()),
-            command=encode_command(self._reader, root, dataset) if len(absent) and open_ else None,
+            command=command() if len(absent) and open_ else None,
         )
-
-
-def encode_command(reader: FeatureReader, root: CacheRoot, dataset: str) -> str:
-    """The command line that encodes a data set into this space."""
-    spec, entry = reader.spec, reader.load.get("encoder")
-    entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
-    words = ["python", "-m", "encode.run", "--dataset", _dataset_word(root, dataset)]
-    words += ["--encoder", str(entry["name"]), "--codec", spec.codec]
-    words += _pool_words(spec.pool_image, spec.pool_frame, entry)
-    if spec.container != "zarr":
-        words += ["--format", spec.container]
-    if reader.load.get("random_weights") and entry.get("library") == "open_clip":
-        words.append("--random-weights")
-    return shlex.join([*words, "--features", str(root.path)])
-
-
-def _pool_words(image: int, frame: int, entry: Mapping[str, Any]) -> list[str]:
-    """Pooling, where encoders.yaml does not say the same."""
-    preset = load("encoders").get(entry["name"], {})
-    words = ["--pool", str(image)] if preset.get("pool_image", 1) != image else []
-    return words + (["--frame-pool", str(frame)] if preset.get("pool_frame", 3) != frame else [])
-
-
-def _dataset_word(root: CacheRoot, dataset: str) -> str:
-    """What `--dataset` takes: a name it knows, or a name and the folder that its first file lies in."""
-    if dataset in load("datasets").get("datasets", {}):
-        return dataset
-    for sample in islice(read_samples(root, dataset), 1):
-        for ref in sample.media[:1]:
-            for relative in (sample.id, sample.id.rpartition("#")[0]):
-                if relative and ref.source.endswith(f"/{relative}"):
-                    return f"{dataset}=folder:{ref.source[: -len(relative) - 1] or '/'}"
-    return f"{dataset}=folder:PATH"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +201,7 @@ def open_spaces(
         summaries.append(summary)
         try:
             reader = FeatureReader(paths)
-        except UserError as error:  # damaged, or of another format
+        except CacheError as error:  # damaged, or of another format
             summary.damage = str(error)
             continue
         readers[name] = reader
@@ -269,9 +233,17 @@ def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
 
 
 def summarise_datasets(
-    root: CacheRoot, readers: Mapping[str, FeatureReader]
+    root: CacheRoot,
+    readers: Mapping[str, FeatureReader],
+    encode_command: Callable[[FeatureReader, str], str] = lambda _reader, _dataset: "",
 ) -> list[DatasetSummary]:
-    """A summary of every data set, with its coverage by each space."""
+    """Return a summary of every data set, with its coverage by each space.
+
+    Args:
+        root: the cache.
+        readers: space name -> its reader.
+        encode_command: returns the command line that encodes a data set into a space.
+    """
     table = media_table(root)
     failed = np.asarray(pc.equal(table["status"], "failed"), bool)
     names = dataset_names(root)
@@ -287,7 +259,7 @@ def summarise_datasets(
             mismatched=int((of.count(of.mismatch) > 0).sum()),
             coverage={space: one.coverage(of, items) for space, one in spaces.items()},
             needs={
-                space: one.need(of, items, table, dataset=name, root=root)
+                space: one.need(of, items, table, partial(encode_command, readers[space], name))
                 for space, one in spaces.items()
             },
         )

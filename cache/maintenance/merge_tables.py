@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import CacheError
 from cache.format.checksums import check_seal
 from cache.store.files import new_file
 from cache.store.ledger import append_media_table, media_table
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, dataset_names, read_samples, samples_digest, write_samples
-from configs import UserError
 
 SHOWN = 5
 """Sources printed of those that gave different bytes."""
@@ -130,7 +130,7 @@ def plan_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> l
     """What becomes of each data set there.
 
     Raises:
-        UserError: data sets of one name say different things, and nobody said which counts.
+        CacheError: data sets of one name say different things, and nobody said which counts.
     """
     ours = set(dataset_names(root))
     found, unclear = [], []
@@ -151,7 +151,7 @@ def plan_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> l
             }[choice]
             found.append(SamplesPlan(dataset=name, what=what, take=choice))
     if unclear:
-        raise UserError(
+        raise CacheError(
             f"{', '.join(unclear)}: the samples under {other.path} are not those under {root.path}; "
             "say which count: --samples ours | theirs | both (both: ours, and those of theirs with other ids)"
         )

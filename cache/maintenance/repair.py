@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
@@ -54,7 +54,6 @@ from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
 from cache.store.space import Space, read_info, rebuild_info
-from configs import UserError
 
 Tell = Callable[[str], None]
 """Called with one line for each thing that is about to be done."""
@@ -92,7 +91,7 @@ class Repair:
         """Repair everything, or one space, with every job kept away; what is left to say of it.
 
         Raises:
-            UserError: a job writes there, or the disk refused.
+            CacheError: a job writes there, or the disk refused.
         """
         folders = [space] if space else self._root.space_folders()
         report = Report()
@@ -163,7 +162,7 @@ class Repair:
             return True
         except CorruptError as error:
             damage = error.what
-        except UserError:  # none, or of another version: not ours to touch
+        except CacheError:  # none, or of another version: not ours to touch
             return False
         if (info := rebuild_info(paths)) is not None:
             self._tell(

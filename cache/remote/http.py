@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-from cache.remote.net import RefusedAddressError, is_loopback, refusal_reason, tls_context
-from cache.remote.retry import Entry, RequestError, RetryPolicy, retry_after
-from configs import UserError
+from cache.errors import CacheError, RefusedAddressError, RequestError
+from cache.remote.net import is_loopback, refusal_reason, tls_context
+from cache.remote.retry import Entry, RetryPolicy, retry_after
 
 USER_AGENT = "nanoMolmo2/0.1 (reads ranges of a shared feature cache; honours Retry-After)"
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
@@ -66,7 +66,7 @@ class HttpStore:
             headers: sent to the host of `base` alone, as an authorization.
 
         Raises:
-            UserError: a URL that is not read from.
+            CacheError: a URL that is not read from.
         """
         self._base, self._rules = base.rstrip("/"), rules
         self.place = place or self._base
@@ -77,16 +77,16 @@ class HttpStore:
             if not secret:
                 self._origin = _origin(base)
         except ValueError:
-            raise UserError(f"{self.place}: no valid URL") from None
+            raise CacheError(f"{self.place}: no valid URL") from None
         if secret:  # which is not repeated here
-            raise UserError(
+            raise CacheError(
                 f"{parts.scheme}://{parts.hostname}: a URL with a password, a query or a fragment; give "
                 "the plain URL of the folder (for private ones there are s3:// and hf://)"
             )
         # Who names this machine means it; nothing that a server says can lead there.
         self._local = is_loopback(self._origin.host)
         if what := self._refused(self._origin):
-            raise UserError(f"{self.place}: {what}; if you trust it: --allow-private")
+            raise CacheError(f"{self.place}: {what}; if you trust it: --allow-private")
         self._pool = _Pool(rules, rules.allow_private or self._local)
         self._memo: dict[str, tuple[str, float]] = {}
 

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
 from cache.format.spec import ARRAYS
 from cache.remote.retry import Entry
 from cache.store.paths import CacheRoot
-from configs import UserError
 
 LISTING = "listing.json"
 FORMAT = 1
@@ -103,27 +102,27 @@ def read_listing(path: Path, place: str) -> dict[str, Entry]:
         place: the cache's, for messages.
 
     Raises:
-        UserError: it is damaged, of another version, or names what no cache has.
+        CacheError: it is damaged, of another version, or names what no cache has.
     """
     try:
         values = read_sealed_json(path)
     except (CorruptError, ValueError):
-        raise UserError(
+        raise CacheError(
             f"{place}/{LISTING}: its bytes do not match its seal; make it again where the cache is: "
             "python -m cache.share"
         ) from None
     if values.get("format") != FORMAT or not isinstance(values.get("files"), Mapping):
-        raise UserError(f"{place}/{LISTING}: of another version; use one that wrote it, or newer")
+        raise CacheError(f"{place}/{LISTING}: of another version; use one that wrote it, or newer")
     return {name: _entry(name, value, place) for name, value in values["files"].items()}
 
 
 def _entry(name: str, value: Any, place: str) -> Entry:
     if not is_table(name):
-        raise UserError(f"{place}/{LISTING}: names {name[:80]!r}, which no cache has; not touched")
+        raise CacheError(f"{place}/{LISTING}: names {name[:80]!r}, which no cache has; not touched")
     match value:
         case [int(nbytes), str(digest)] if nbytes > 0 and re.fullmatch("[0-9a-f]{64}", digest):
             return Entry(nbytes=nbytes, tag=f"sha256:{digest}")
-    raise UserError(f"{place}/{LISTING}: says nonsense of {name}")
+    raise CacheError(f"{place}/{LISTING}: says nonsense of {name}")
 
 
 def as_tables(names: Mapping[str, Entry]) -> dict[str, Entry]:

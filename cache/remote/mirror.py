@@ -15,29 +15,23 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, DiskError, NotFoundError, UnreachableError
 from cache.format.checksums import check_seal, check_seal_file
 from cache.remote.listing import LISTING, MOST_BYTES, as_tables, is_sealed, is_table, read_listing
-from cache.remote.retry import (
-    Entry,
-    RetryPolicy,
-    Store,
-    UnreachableError,
-    patiently,
-    read_range,
-)
+from cache.remote.retry import Entry, RetryPolicy, Store, patiently, read_range
 from cache.store.files import new_file, write_atomic
 from cache.store.paths import CacheRoot
-from configs import UserError
-from configs.console import Meter
 
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 8 << 20
 """Large tables come in pieces of this size, several at a time."""
+
+LOG_EVERY_S = 10
+"""Seconds between two log lines about a copy under way."""
 
 
 class Mirror:
@@ -63,7 +57,7 @@ class Mirror:
         """The tables there, as they are now: asked for once.
 
         Raises:
-            UserError: it cannot be said, or makes no sense.
+            CacheError: it cannot be said, or makes no sense.
         """
         if self._entries is None:
             self._entries = self._listed() or self._found()
@@ -73,7 +67,7 @@ class Mirror:
         """Make the local tables with these names what they are there: new and changed ones come, others go.
 
         Raises:
-            UserError: a table cannot be had, or is damaged there.
+            CacheError: a table cannot be had, or is damaged there.
         """
         entries = {name: entry for name, entry in self.entries.items() if wanted(name)}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +108,7 @@ class Mirror:
             write_atomic(path, data)
             return read_listing(path, place)
         if self._store.needs_listing:
-            raise UserError(
+            raise NotFoundError(
                 f"{place}: no {LISTING}, and a web server cannot be asked what it has; where the cache is: "
                 "python -m cache.share --features cache, and serve that file with it"
             )
@@ -123,7 +117,9 @@ class Mirror:
     def _found(self) -> dict[str, Entry]:
         entries = as_tables(patiently(self._rules, self._store.place, self._store.names))
         if not entries:
-            raise UserError(f"{self._store.place}: no feature cache there (looked for its tables)")
+            raise NotFoundError(
+                f"{self._store.place}: no feature cache there (looked for its tables)"
+            )
         return entries
 
     # ---- what is here
@@ -162,40 +158,45 @@ class Mirror:
         total = sum(entry.nbytes for entry in entries.values())
         room = shutil.disk_usage(self.folder).free
         if total > room:
-            raise UserError(
+            raise DiskError(
                 f"{self.folder}: the tables of {self._store.place} need {total / 1e9:.2f} GB, "
                 f"{room / 1e9:.2f} free; choose another place: --mirror DIR"
             )
         log.info("%s: copying %d tables, %.1f MB", self._store.place, len(entries), total / 1e6)
-        meter, started = Meter("tables", total), time.monotonic()
-        small = {n: e for n, e in entries.items() if e.nbytes <= PIECE_BYTES}
-        try:
-            with ThreadPoolExecutor(self._rules.connections) as threads:
-                for name, entry in entries.items():
-                    if name not in small:
-                        self._fetch(name, entry, meter, threads)
-                done = [threads.submit(self._fetch, n, e, meter, None) for n, e in small.items()]
-                try:
-                    for future in done:
-                        future.result()
-                finally:
-                    threads.shutdown(wait=False, cancel_futures=True)
-        finally:
-            meter.close()
+        started = logged = time.monotonic()
+        copied = 0
+        with ThreadPoolExecutor(self._rules.connections) as threads:
+            for nbytes in self._fetch_all(entries, threads):
+                copied += nbytes
+                if time.monotonic() - logged > LOG_EVERY_S:
+                    logged = time.monotonic()
+                    log.info("copied %.1f of %.1f MB", copied / 1e6, total / 1e6)
         log.info("%s: copied in %.1f s", self._store.place, time.monotonic() - started)
 
-    def _fetch(
-        self, name: str, entry: Entry, meter: Meter, threads: ThreadPoolExecutor | None
-    ) -> None:
+    def _fetch_all(
+        self, entries: Mapping[str, Entry], threads: ThreadPoolExecutor
+    ) -> Iterator[int]:
+        """Copy the large tables one by one, then the small ones side by side; yield each one's bytes."""
+        small = {n: e for n, e in entries.items() if e.nbytes <= PIECE_BYTES}
+        for name, entry in entries.items():
+            if name not in small:
+                yield self._fetch(name, entry, threads)
+        done = [threads.submit(self._fetch, n, e, None) for n, e in small.items()]
+        try:
+            for future in as_completed(done):
+                yield future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, name: str, entry: Entry, threads: ThreadPoolExecutor | None) -> int:
         """One table; what comes damaged is asked for again a few times."""
         path = self.root.path / name
-        with new_file(
-            path, durable=False
-        ) as file:  # a torn one fails its seal and is fetched again
+        # Not durable: a torn file fails its seal and is fetched again.
+        with new_file(path, durable=False) as file:
             file.truncate(entry.nbytes)
             with mmap.mmap(file.fileno(), entry.nbytes) as data, memoryview(data) as whole:
                 self._fill(name, entry, whole, threads)
-                meter.add(entry.nbytes)
+        return entry.nbytes
 
     def _fill(
         self, name: str, entry: Entry, whole: memoryview, threads: ThreadPoolExecutor | None

@@ -14,7 +14,6 @@ import ssl
 import certifi
 
 __all__ = [
-    "RefusedAddressError",
     "is_loopback",
     "literal_address",
     "refusal_reason",
@@ -74,15 +73,6 @@ _EMBEDDINGS = (
 )
 _NETWORKS_4 = tuple((ipaddress.IPv4Network(network), kind) for network, kind in _KINDS_4)
 _NETWORKS_6 = tuple((ipaddress.IPv6Network(network), kind) for network, kind in _KINDS_6)
-
-
-class RefusedAddressError(OSError):
-    """A connection to a forbidden address. It is an OSError because aiohttp passes those through."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
-        """The kind and the address: `a private address 10.0.0.1`."""
 
 
 def refusal_reason(address: str, allow_private: bool) -> str | None:

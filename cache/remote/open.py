@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import CacheError, NotFoundError
 from cache.remote.listing import dataset_of, space_names, space_of
 from cache.remote.mirror import Mirror
 from cache.remote.reader import RemoteReader
@@ -23,7 +24,6 @@ from cache.remote.stores import open_store
 from cache.store.paths import CacheRoot, is_url
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
-from configs import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class RemoteCache:
         spaces what they are; of those whose name begins with `space`, or all, the commits too.
 
         Raises:
-            UserError: they cannot be had, or not intact.
+            CacheError: they cannot be had, or not intact.
         """
 
         def wanted(name: str) -> bool:
@@ -84,17 +84,17 @@ class RemoteCache:
         """One space, opened; and the tables beside it, as `tables`.
 
         Raises:
-            UserError: there is none, or there are several; or as `tables`.
+            CacheError: there is none, or there are several; or as `tables`.
         """
         if not space_names(self._mirror.entries):
-            raise UserError(f"no feature space at {self.url} (looked for spaces/*/space.json)")
+            raise NotFoundError(f"no feature space at {self.url} (looked for spaces/*/space.json)")
         # What the user can mend is said before anything large is copied.
         self._mirror.refresh(lambda name: name.endswith("/space.json"))
         root = self._mirror.root
         try:
             paths = find_space(root, space)
-        except UserError as error:
-            raise UserError(str(error).replace(f"{root.path}/", f"{self.url}/")) from None
+        except CacheError as error:
+            raise CacheError(str(error).replace(f"{root.path}/", f"{self.url}/")) from None
         self.tables(datasets, paths.name)
         folder = self._mirror.folder / "rows" / paths.name
         rows = RowCache(folder, round(self._elsewhere.mirror_gb * 1e9))
@@ -117,7 +117,7 @@ def open_reader(
         datasets: whose samples are needed; all of them when empty. A folder has what it has.
 
     Raises:
-        UserError: there is none, or several and none is named; or it cannot be reached.
+        CacheError: there is none, or several and none is named; or it cannot be reached.
     """
     if is_url(features):
         return RemoteCache(features, elsewhere).reader(space, datasets)
@@ -129,7 +129,7 @@ def local_root(features: str | Path, elsewhere: Elsewhere) -> CacheRoot:
     """The tables of a cache as local files, wherever it is: enough for all that reads no row.
 
     Raises:
-        UserError: they cannot be had.
+        CacheError: they cannot be had.
     """
     if is_url(features):
         return RemoteCache(features, elsewhere).tables()

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cache.errors import UnreachableError
 from cache.format.checksums import crc32c
-from cache.remote.retry import RetryPolicy, Store, UnreachableError, read_range
+from cache.remote.retry import RetryPolicy, Store, read_range
 from cache.remote.row_cache import RowCache
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader, adjacent_runs

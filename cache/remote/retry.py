@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from configs import UserError
+from cache.errors import RequestError, UnreachableError
 
 T = TypeVar("T")
 
@@ -46,34 +46,6 @@ class RetryPolicy:
     """Times a row, or a table, is fetched before its damage counts as the source's own."""
     allow_private: bool = False
     """Read over plain http, and from private addresses, too. Link-local, multicast, reserved: never."""
-
-
-class RequestError(Exception):
-    """One try has failed."""
-
-    def __init__(
-        self, reason: str, *, again: bool, wait_s: float = 0.0, missing: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        """One line; nothing of a URL's query may be in it: it may be a signature."""
-        self.again = again
-        """Another try may succeed."""
-        self.wait_s = wait_s
-        """Seconds the server wants to be left alone before it."""
-        self.missing = missing
-        """There is no such file, or none for us."""
-        self.got = 0
-        """Bytes that did come, in order."""
-
-
-class UnreachableError(UserError):
-    """What was asked for cannot be had, or not intact: where, why, and the way out."""
-
-    def __init__(self, text: str, *, missing: bool = False) -> None:
-        super().__init__(text)
-        self.missing = missing
-        """There is no such file, or none for us."""
 
 
 class Store(Protocol):

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from cache.errors import CacheError, NotFoundError, RequestError
 from cache.remote.http import HttpStore
 from cache.remote.net import is_loopback
-from cache.remote.retry import Entry, RequestError, RetryPolicy, Store
-from configs import UserError
+from cache.remote.retry import Entry, RetryPolicy, Store
 
 if TYPE_CHECKING:
     import obstore.store
@@ -23,7 +23,7 @@ def open_store(url: str, rules: RetryPolicy) -> Store:
     """The store a URL names. The hub is asked which commit a branch stands at; nobody else is asked anything.
 
     Raises:
-        UserError: no such kind of place, a library that is missing, a repository that is not there.
+        CacheError: no such kind of place, a library that is missing, a repository that is not there.
     """
     scheme = url.partition("://")[0].lower()
     if scheme in ("http", "https"):
@@ -32,7 +32,7 @@ def open_store(url: str, rules: RetryPolicy) -> Store:
         return ObjectStore(url, rules)
     if scheme == "hf":
         return hub_store(url, rules)
-    raise UserError(f"{url}: features are read from {', '.join(ARRAYS)} or a folder")
+    raise CacheError(f"{url}: features are read from {', '.join(ARRAYS)} or a folder")
 
 
 # ---- s3
@@ -47,15 +47,15 @@ class ObjectStore:
         """Connect to nothing yet. Credentials, region and endpoint are those of the AWS tools.
 
         Raises:
-            UserError: obstore is not installed, or the URL names no bucket.
+            CacheError: obstore is not installed, or the URL names no bucket.
         """
         try:
             import obstore
         except ImportError:
-            raise UserError(f"{url}: needs obstore: pip install 'nanomolmo2[s3]'") from None
+            raise CacheError(f"{url}: needs obstore: pip install 'nanomolmo2[s3]'") from None
         parts = urlsplit(url)
         if not parts.netloc:
-            raise UserError(f"{url}: no bucket; write s3://bucket/prefix")
+            raise CacheError(f"{url}: no bucket; write s3://bucket/prefix")
         self.place = url.rstrip("/")
         self._obstore = obstore
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
@@ -63,7 +63,7 @@ class ObjectStore:
         if plain.scheme == "http" and not (
             rules.allow_private or is_loopback(plain.hostname or "")
         ):
-            raise UserError(
+            raise CacheError(
                 f"{url}: AWS_ENDPOINT_URL {endpoint} is plain http; if you trust it: --allow-private"
             )
         config, provider = _credentials()
@@ -179,7 +179,7 @@ def hub_store(url: str, rules: RetryPolicy) -> HubStore:
     our own client reads them, so that a range is one request, and limits are those of every other server.
 
     Raises:
-        UserError: the repository, or the revision, is not there for us; or the hub does not answer.
+        CacheError: the repository, or the revision, is not there for us; or the hub does not answer.
     """
     from huggingface_hub import HfApi, HfFileSystem, RepoFile, constants
     from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
@@ -189,7 +189,7 @@ def hub_store(url: str, rules: RetryPolicy) -> HubStore:
     try:
         at = HfFileSystem().resolve_path(url)
         if not isinstance(at, HfFileSystemResolvedRepositoryPath):
-            raise UserError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
+            raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
         info = api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision)
     except (
         OSError,
@@ -197,7 +197,7 @@ def hub_store(url: str, rules: RetryPolicy) -> HubStore:
         NotImplementedError,
     ) as error:  # all of the hub's errors are OSErrors
         why = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise NotFoundError(
             f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
             "needs HF_TOKEN or `hf auth login`"
         ) from None

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cache.errors import CacheError, InUseError, StaleJobError
 from cache.store.paths import SpacePaths
-from configs import UserError
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,6 @@ PATIENCE_S = 1.0
 """How long a driver tries: `driver_holder` holds the lock for an instant when it looks."""
 
 POLL_S = 0.02
-
-
-class StaleJobError(Exception):
-    """This worker's driver is gone, and another has taken its place: stop, write nothing."""
 
 
 class _Flock:
@@ -61,7 +57,7 @@ class _Flock:
                 if time.monotonic() >= deadline:
                     return False
             except OSError as error:  # some network file systems
-                raise UserError(
+                raise CacheError(
                     f"{self.path}: this file system cannot lock files ({error.strerror}); "
                     "mount it with flock, or put --features on another"
                 ) from None
@@ -84,7 +80,7 @@ class DriverLock:
     """Context manager: the right to write to one space. `token` is for this job's workers.
 
     Raises:
-        UserError: another job has it; names that job.
+        CacheError: another job has it; names that job.
     """
 
     def __init__(self, paths: SpacePaths, holder: str):
@@ -95,7 +91,7 @@ class DriverLock:
         self._lock = _Flock(self._paths.driver_lock)
         try:
             if not self._lock.try_for(fcntl.LOCK_EX, PATIENCE_S):
-                raise UserError(
+                raise InUseError(
                     f"{self._paths.root} is being written by {_field(self._lock.read(), 'holder')}; "
                     "wait until that job ends, or stop it"
                 )

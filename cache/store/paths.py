@@ -13,10 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError, NotFoundError
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import ARRAYS
-from configs import UserError
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
@@ -39,7 +38,7 @@ class CacheRoot:
     """A folder of samples, media and spaces: what `--features` names.
 
     Raises:
-        UserError: it is a URL. Commands that take those ask `cache.remote`, and get here with a local copy.
+        CacheError: it is a URL. Commands that take those ask `cache.remote`, and get here with a local copy.
     """
 
     path: Path
@@ -48,7 +47,7 @@ class CacheRoot:
         parts = Path(self.path).parts
         for at, part in enumerate(parts):
             if part.lower().removesuffix(":") in SCHEMES and part.endswith(":"):
-                raise UserError(
+                raise CacheError(
                     f"{is_url('/'.join(parts[at:]))}: this command needs a cache in a local folder "
                     "(--features DIR): it writes there, or reads all of it. URLs are read by "
                     "train.run, train.evaluate and cache.ls"
@@ -59,11 +58,11 @@ class CacheRoot:
         """The cache in a folder that is there.
 
         Raises:
-            UserError: it is not; or `folder` is a URL.
+            CacheError: it is not; or `folder` is a URL.
         """
         root = CacheRoot(folder)
         if not folder.is_dir():
-            raise UserError(f"no cache at {folder}/ (say where: --features DIR)")
+            raise NotFoundError(f"no cache at {folder}/ (say where: --features DIR)")
         return root
 
     def samples(self, dataset: str) -> Path:

@@ -123,7 +123,7 @@ def read_references(root: CacheRoot, dataset: str, table: pa.Table) -> Reference
     """Read what the samples of a data set mention, and join it with the media table `table`.
 
     Raises:
-        UserError: there is no such data set.
+        NotFoundError: there is no such data set.
         CorruptError: its file is damaged.
     """
     return References.of(samples_table(root, dataset, ["media"])["media"], table)

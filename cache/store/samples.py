@@ -18,11 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, NotFoundError, nearest
 from cache.format.checksums import UNSEALED, check_seal_file, seal_file
 from cache.store.files import ROW_GROUP, new_file
 from cache.store.paths import CacheRoot
-from configs import UserError, nearest
 
 ROLES = ("system", "user", "assistant")
 
@@ -159,7 +158,7 @@ def _samples_file(root: CacheRoot, dataset: str) -> Path:
     path = root.samples(dataset)
     if not path.exists():
         names = dataset_names(root)
-        raise UserError(
+        raise NotFoundError(
             f"no data set {dataset!r} under {root.path}/samples (there: {', '.join(names) or 'none'})"
             f"{nearest(dataset, names)}. Make it: python -m encode.run --dataset {dataset} "
             f"--features {root.path}"

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError, NotFoundError, nearest
 from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
@@ -25,7 +25,6 @@ from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import Identities, RowIndex
-from configs import UserError, nearest
 
 
 class Space:
@@ -193,22 +192,22 @@ def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
     """The only space under `root`, or the one whose name is, or alone begins with, `name`.
 
     Raises:
-        UserError: there is none, or there are several.
+        CacheError: there is none, or there are several.
     """
     names = root.space_names()
     if not names:
-        raise UserError(
+        raise NotFoundError(
             f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
             f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
         )
     matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
     if not matches:
         assert name is not None  # everything begins with nothing
-        raise UserError(
+        raise NotFoundError(
             f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
         )
     if len(matches) > 1:
-        raise UserError(
+        raise CacheError(
             f"{len(matches)} spaces under {root.path}/, say which: --space {' | '.join(matches)}"
         )
     return root.space(matches[0])
@@ -218,21 +217,23 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
     """space.json, checked.
 
     Raises:
-        UserError: there is no space here, or it is of another format.
+        CacheError: there is no space here, or it is of another format.
         CorruptError: the file has changed since it was written.
     """
     if not paths.space_json.exists():
-        raise UserError(f"no feature space at {paths.root} (looked for {paths.space_json.name})")
+        raise NotFoundError(
+            f"no feature space at {paths.root} (looked for {paths.space_json.name})"
+        )
     values = read_sealed_json(paths.space_json)
     if values["format"] != FORMAT:
-        raise UserError(
+        raise CacheError(
             f"{paths.space_json}: format {values['format']}, this version reads {FORMAT}; "
             "use the version of nanomolmo2 that wrote it"
         )
     try:
         spec = FeatureSpec.from_json(values["spec"])
     except ValueError as error:
-        raise UserError(f"{paths.space_json}: {error}") from None
+        raise CacheError(f"{paths.space_json}: {error}") from None
     if spec.fingerprint != values["fingerprint"]:
         raise CorruptError(paths.space_json, "the fingerprint is not that of the spec beside it")
     return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import CacheError
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -68,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors=(CacheError,))

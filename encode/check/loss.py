@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 
 import configs
+from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
@@ -222,4 +223,4 @@ def sample_batch(
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
-from cache.remote.net import RefusedAddressError, literal_address, refusal_reason
+from cache.errors import RefusedAddressError
+from cache.remote.net import literal_address, refusal_reason
 from cache.remote.retry import retry_after
 from encode.download.config import DownloadConfig, DownloadError
 from encode.download.host_limits import HostLimits

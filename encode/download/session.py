@@ -22,7 +22,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from cache.remote.net import RefusedAddressError, refusal_reason, tls_context
+from cache.errors import RefusedAddressError
+from cache.remote.net import refusal_reason, tls_context
 from encode.download.config import DownloadConfig
 
 KEEP_ALIVE_S = 5.0

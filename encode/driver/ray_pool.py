@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cache.errors import CacheError
 from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.locks import wait_gone
 from cache.store.paths import SpacePaths
@@ -187,8 +188,8 @@ class RayPool:
                     self._looked = time.monotonic()
                     self._replace_hung()
                     progress(self.timings())
-        except UserError:
-            with contextlib.suppress(UserError):  # the first one says why
+        except (UserError, CacheError):
+            with contextlib.suppress(UserError, CacheError):  # the first one says why
                 self._stop()
             raise
         else:

@@ -24,7 +24,7 @@ import pytest
 import webdataset
 from safetensors import safe_open
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, DiskError, NotFoundError
 from cache.export import __main__ as export
 from cache.export import rows as export_rows
 from cache.export import samples as export_samples
@@ -426,7 +426,7 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(
     make(tmp_path / "cache")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SPARE_BYTES))
-    with pytest.raises(UserError, match="the export needs"):
+    with pytest.raises(DiskError, match="the export needs"):
         run("webdataset")
     assert list(tmp_path.glob("out*/*.tar")) == []
 
@@ -474,12 +474,12 @@ def test_a_damaged_row_is_not_exported(
 
 
 def test_unknown_names_are_refused(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
-    with pytest.raises(UserError, match="no cache at"):
+    with pytest.raises(NotFoundError, match="no cache at"):
         run("webdataset")
     make(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"no data set 'tal'.*nearest: talk"):
+    with pytest.raises(NotFoundError, match=r"no data set 'tal'.*nearest: talk"):
         run("webdataset", "--dataset", "tal")
-    with pytest.raises(UserError, match="no space 'other'"):
+    with pytest.raises(NotFoundError, match="no space 'other'"):
         run("webdataset", "--space", "other")
     with pytest.raises(UserError, match="--to"):
         run("parquet")

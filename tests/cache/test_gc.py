@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cache import gc
+from cache.errors import CacheError, CorruptError, DiskError, InUseError
 from cache.maintenance.checks import verify
 from cache.store import index_file
 from cache.store.ledger import MediaRecord, append_media
@@ -105,7 +106,7 @@ def test_refused_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> N
     before = files(tmp_path)
     with DriverLock(space.paths, "job 7"):
         for argv in ((), ("--delete",)):
-            with pytest.raises(UserError, match="being written by job 7"):
+            with pytest.raises((UserError, CacheError), match="being written by job 7"):
                 run(*argv)
     assert files(tmp_path) == before
 
@@ -115,7 +116,7 @@ def test_refused_when_the_commits_are_gone(space: Space, tmp_path: Path, run: Ru
     shutil.move(space.paths.commits_dir, tmp_path / "elsewhere")
     before = files(tmp_path)
     for argv in ((), ("--delete",)):
-        with pytest.raises(UserError, match="commits is missing"):
+        with pytest.raises(CacheError, match="commits is missing"):
             run(*argv)
     assert files(tmp_path) == before
 
@@ -196,11 +197,11 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
     before = files(crowded.paths.root)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(UserError, match=r"disk full \(.*nothing is lost: free some space"):
+        with pytest.raises(DiskError, match=r"disk full \(.*nothing is lost: free some space"):
             run("--unreferenced", "--delete")
     assert files(crowded.paths.root) == before
     garble(crowded.paths.shard("image", 0), 5)  # of a row that stays
-    with pytest.raises(UserError, match=r"c/0/0/0: row 0 fails its checksum; .* --repair"):
+    with pytest.raises(CorruptError, match=r"c/0/0/0: row 0 fails its checksum; .* --repair"):
         run("--unreferenced", "--delete")
     garble(crowded.paths.shard("image", 0), 5)
     assert files(crowded.paths.root) == before
@@ -223,7 +224,7 @@ def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, 
     before = files(crowded.paths.root)
     samples = CacheRoot(tmp_path).samples("toy")
     garble(samples, 40)
-    with pytest.raises(UserError, match=r"part-00000\.parquet: its bytes do not match"):
+    with pytest.raises(CorruptError, match=r"part-00000\.parquet: its bytes do not match"):
         run("--unreferenced", "--delete")
     aside = CacheRoot(tmp_path).damaged_dir / "samples" / "toy"
     aside.mkdir(parents=True)
@@ -272,7 +273,7 @@ def test_a_space_is_dropped_by_its_whole_name_only(
     assert "toy: 0.0% of 1 samples; without it 0.0%" in out, "one of its media never came"
     assert "would be freed: " in out
     assert files(tmp_path) == before
-    with DriverLock(other.paths, "job 7"), pytest.raises(UserError, match="by job 7"):
+    with DriverLock(other.paths, "job 7"), pytest.raises(InUseError, match="by job 7"):
         run("--drop-space", name, "--delete")
     assert files(tmp_path) == before
     run("--drop-space", name, "--delete")

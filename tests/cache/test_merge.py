@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cache import merge
+from cache.errors import CacheError, CorruptError, DiskError, InUseError
 from cache.format.frame_sampling import time_view
 from cache.maintenance.checks import verify
 from cache.store.ledger import MediaRecord, append_media, read_media
@@ -301,7 +302,9 @@ def test_samples_that_differ_are_refused_until_somebody_says_which_count(tmp_pat
     write_samples(CacheRoot(tmp_path / "b"), "d", [sample("2", "theirs"), sample("3", "y")])
     words = ("--source", tmp_path / "b", "--features", tmp_path / "a", "--samples")
     root = make()
-    with pytest.raises(UserError, match=r"d: the samples under .*--samples ours \| theirs \| both"):
+    with pytest.raises(
+        CacheError, match=r"d: the samples under .*--samples ours \| theirs \| both"
+    ):
         run(*words[:-1])
     assert len(columns(tmp_path / "a", "image")) == 1  # refused before anything was written
     for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
@@ -322,7 +325,7 @@ def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="its bytes do not match its seal"):
+    with pytest.raises(CorruptError, match="its bytes do not match its seal"):
         run("--source", tmp_path / "b", "--features", tmp_path / "a")
     assert dataset_names(CacheRoot(tmp_path / "a")) == []
 
@@ -338,11 +341,11 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"no cache at .*looked for spaces/ and samples/"):
         run("--source", tmp_path / "none", "--features", tmp_path / "a")
     words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
-    with DriverLock(ours.paths, "job 7"), pytest.raises(UserError, match="being written by job 7"):
+    with DriverLock(ours.paths, "job 7"), pytest.raises(InUseError, match="being written by job 7"):
         run(*words)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
+    with pytest.raises(DiskError, match=r"the merge needs .* where 0 MB are free"):
         run(*words)
     assert columns(tmp_path / "a", "image") == {}
 
@@ -365,7 +368,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
 
     monkeypatch.setattr(os, "pwritev", pwritev)
     words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
-    with pytest.raises(UserError, match="No space left on device; all shards committed so far"):
+    with pytest.raises(DiskError, match="No space left on device; all shards committed so far"):
         run(*words)
     monkeypatch.undo()
     assert len(columns(tmp_path / "a", "image")) in (1, 5)

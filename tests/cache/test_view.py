@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError
 from cache.format import codec
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
@@ -547,7 +547,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, argv: list[str], message:
         argv += ["--features", str(tmp_path)]
     if "--out" not in argv:
         argv += ["--out", str(tmp_path / "view.html")]
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
+    with pytest.raises((UserError, CacheError), match=re.escape(message)) as caught:
         view.main(argv)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "view.html").exists()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cache.errors import InUseError
 from cache.format.codec import pack
 from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
@@ -226,7 +227,7 @@ def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_p
 
 def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Path) -> None:
     result = encode(tmp_path / "cache", f"folder:{photos}")
-    with DriverLock(result.paths, "process 42 on elsewhere"), pytest.raises(UserError) as refused:
+    with DriverLock(result.paths, "process 42 on elsewhere"), pytest.raises(InUseError) as refused:
         encode(tmp_path / "cache", f"folder:{photos}")
     assert "process 42 on elsewhere" in str(refused.value)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import gc, merge
+from cache.errors import CacheError
 from cache.format.spec import ARRAYS
 from cache.maintenance.repair import Repair
 from cache.store.ledger import MediaRecord
@@ -216,7 +217,7 @@ def child(work: Callable[[CacheRoot, list[str]], None], copy: Path, fault: Fault
     code = FINISHED
     try:
         work(CacheRoot(copy), fault.said)
-    except (OSError, UserError):
+    except (OSError, UserError, CacheError):
         code = REFUSED
     except BaseException:
         traceback.print_exc()

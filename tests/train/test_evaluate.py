@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cache.errors import NotFoundError
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
@@ -238,7 +239,7 @@ def test_refusals(trained: tuple[Path, CacheRoot], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage 2 is not finished"):
         evaluate.main(["--run", str(folder), "--stage", "2"])
     other = trained_runs.make(tmp_path, 8, codec="int8")
-    with pytest.raises(UserError, match=r"no space 'toy-fp16-\w+' under"):
+    with pytest.raises(NotFoundError, match=r"no space 'toy-fp16-\w+' under"):
         evaluate.main(["--run", str(folder), "--features", str(other.path)])
     with pytest.raises(UserError, match=r"python -m train\.evaluate --run"):
         evaluate.read(tmp_path / "run" / "stage1" / "evaluation-val.json")

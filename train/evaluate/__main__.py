@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import configs
+from cache.errors import CacheError
 from cache.remote.open import Elsewhere, open_reader, root_of
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
@@ -337,4 +338,4 @@ def read(path: Path) -> Evaluation:
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

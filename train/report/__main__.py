@@ -20,6 +20,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 import configs
+from cache.errors import CacheError
 from cache.remote.open import Elsewhere, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
@@ -245,4 +246,4 @@ def readable(answer: str) -> str:
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    configs.command(main, errors=(CacheError,))

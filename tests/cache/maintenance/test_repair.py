@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache.errors import CorruptError, InUseError
 from cache.format import codec
 from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.spec import CODECS, PACKED_FROM
@@ -29,7 +30,6 @@ from cache.store.samples import write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from cache.verify import main
-from configs import UserError
 from tests.support.damage import flip, garble
 from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import SPEC, features, fill, key, make_space, row
@@ -191,7 +191,7 @@ def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot)
     paths.space_json.unlink()
     spec = dataclasses.replace(made.spec, mean=(0.0, 0.0, 0.0))
     shutil.move(paths.root, root.space(spec.name).root)
-    with pytest.raises(UserError, match="or of another space"):
+    with pytest.raises(CorruptError, match="or of another space"):
         Space.create(root, spec, made.load)
 
 
@@ -337,7 +337,7 @@ def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
     before = contents(root.path)
     with (
         DriverLock(only_space(root), "process 7 on node-3"),
-        pytest.raises(UserError, match="is being written by process 7 on node-3; wait"),
+        pytest.raises(InUseError, match="is being written by process 7 on node-3; wait"),
     ):
         Repair(root, deep=True, tell=print, progress=lambda _: None).run(None)
     assert contents(root.path) == before

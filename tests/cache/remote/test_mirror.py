@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from cache import ls as cache_ls
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError, NotFoundError, UnreachableError
 from cache.format.checksums import sealed_json
 from cache.remote.listing import LISTING, is_table, local_tables
 from cache.remote.open import Elsewhere, RemoteCache, local_root
-from cache.remote.retry import RetryPolicy, UnreachableError
+from cache.remote.retry import RetryPolicy
 from cache.share import share
 from cache.store.paths import CacheRoot, is_url
 from cache.store.samples import read_samples, samples_table
@@ -104,7 +104,7 @@ def test_a_list_names_nothing_but_tables(name: str, tmp_path: Path, cache: Cache
     values = {"format": 1, "files": {name: [4, DIGEST]}}
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / LISTING).write_bytes(sealed_json(values))
-    refused = pytest.raises(UserError, match="which no cache has; not touched")
+    refused = pytest.raises(CacheError, match="which no cache has; not touched")
     with WebServer(tmp_path / "there") as server, refused:
         here(server, tmp_path).tables()
     assert copied(tmp_path / "mirror") == []
@@ -114,7 +114,7 @@ def test_a_list_names_nothing_but_tables(name: str, tmp_path: Path, cache: Cache
 def test_a_list_says_no_nonsense(value: Any, tmp_path: Path) -> None:
     values = {"format": 1, "files": {"spaces/x/space.json": value}}
     (tmp_path / LISTING).write_bytes(sealed_json(values))
-    with WebServer(tmp_path) as server, pytest.raises(UserError, match="nonsense of spaces/x"):
+    with WebServer(tmp_path) as server, pytest.raises(CacheError, match="nonsense of spaces/x"):
         here(server, tmp_path).tables()
 
 
@@ -125,10 +125,12 @@ def test_a_list_that_is_missing_damaged_or_old_says_how_to_mend_it(
     data = listing.read_bytes()
     try:
         listing.write_bytes(data.replace(b"samples/colors", b"samples/colour"))
-        with pytest.raises(UserError, match=r"do not match its seal; .*python -m cache\.share"):
+        with pytest.raises(CacheError, match=r"do not match its seal; .*python -m cache\.share"):
             here(server, tmp_path).tables()
         listing.unlink()
-        with pytest.raises(UserError, match=r"no listing\.json, .*python -m cache\.share --feat"):
+        with pytest.raises(
+            NotFoundError, match=r"no listing\.json, .*python -m cache\.share --feat"
+        ):
             here(server, tmp_path).tables()
         values = json.loads(data)
         name = "samples/colors/part-00000.parquet"
@@ -185,7 +187,7 @@ def test_who_writes_needs_a_local_folder(
     words = ["--dataset", "demo"] if module == "encode.run" else []
     words += ["--features", "https://h.example/features"]
     monkeypatch.setattr(sys, "argv", [module, *words])
-    with pytest.raises(UserError) as error:
+    with pytest.raises(CacheError) as error:
         importlib.import_module(module).main()
     text = str(error.value)
     assert text.startswith(

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.errors import CacheError, RequestError, UnreachableError
 from cache.format.checksums import crc32c
 from cache.format.spec import CODECS, CONTAINERS
 from cache.remote.http import HttpStore
 from cache.remote.open import Elsewhere, RemoteCache, open_reader
 from cache.remote.reader import RemoteReader
-from cache.remote.retry import RequestError, RetryPolicy, UnreachableError
+from cache.remote.retry import RetryPolicy
 from cache.remote.row_cache import RowCache
 from cache.share import share
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
-from configs import UserError
 from tests.support import remote_servers
 from tests.support.remote_servers import WebServer
 from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
@@ -127,7 +127,7 @@ def test_only_what_is_needed_is_copied_and_only_what_changed_is_copied_again(
     names = {"int8": space.paths.name, "fp16": other.paths.name}
     with WebServer(there.path) as server:
         remote = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
-        with pytest.raises(UserError, match=f"2 spaces under {server.url}/, say which: --space"):
+        with pytest.raises(CacheError, match=f"2 spaces under {server.url}/, say which: --space"):
             remote.reader(None)
         remote.reader(names["int8"])
         paths = [path for path, _ in server.requests]
@@ -385,7 +385,7 @@ def test_a_secret_stays_with_the_host_it_is_for(cache: CacheRoot, server: WebSer
     ],
 )
 def test_urls_that_are_not_read_from(url: str, what: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(CacheError, match=what):
         open_reader(url, None, Elsewhere(mirror=tmp_path))
 
 
@@ -394,7 +394,7 @@ def test_a_name_that_leads_to_a_private_address_is_refused(
 ) -> None:
     found = [(2, 1, 6, "", ("192.168.7.7", 443))]
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
-    with pytest.raises(UserError, match=r"192\.168\.7\.7; if you trust it: --allow-private"):
+    with pytest.raises(UnreachableError, match=r"192\.168\.7\.7; if you trust it: --allow-private"):
         open_reader("https://features.example/cache", None, Elsewhere(mirror=tmp_path))
 
 

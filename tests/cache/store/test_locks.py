@@ -16,17 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cache.store.locks import (
-    DriverLock,
-    StaleJobError,
-    WorkerLease,
-    driver_holder,
-    driver_token,
-    wait_gone,
-)
+from cache.errors import CacheError, InUseError, StaleJobError
+from cache.store.locks import DriverLock, WorkerLease, driver_holder, driver_token, wait_gone
 from cache.store.paths import SpacePaths
 from cache.store.writer import ShardWriter
-from configs import UserError
 from tests.support.spaces import key, make_space, row
 
 HOLD = """
@@ -68,7 +61,7 @@ def test_a_second_driver_is_told_who_the_first_is(paths: SpacePaths) -> None:
     assert driver_holder(paths) is None
     with process(paths, "driver") as first:
         assert driver_holder(paths) == "job 1"
-        with pytest.raises(UserError, match=r"spaces/toy is being written by job 1; wait"):
+        with pytest.raises(InUseError, match=r"spaces/toy is being written by job 1; wait"):
             DriverLock(paths, "job 2").__enter__()
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -204,7 +197,7 @@ def test_a_file_system_without_locks_is_named(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(
-        UserError, match=r"driver\.lock: this file system cannot lock files \(No locks"
+        CacheError, match=r"driver\.lock: this file system cannot lock files \(No locks"
     ):
         DriverLock(paths, "job").__enter__()
 

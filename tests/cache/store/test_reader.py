@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.errors import CorruptError
+from cache.errors import CacheError, CorruptError, NotFoundError
 from cache.format import codec
 from cache.format.space_info import info_bytes
 from cache.store import commits, reader, shard_files
@@ -27,7 +27,6 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex
 from cache.store.space import Space, find_space
-from configs import UserError
 from tests.support import ROOT
 from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row
 
@@ -497,19 +496,19 @@ def test_the_index_is_a_dictionary(data: st.DataObject) -> None:
 def test_the_space_is_found_by_its_name_or_alone(tmp_path: Path) -> None:
     root = CacheRoot(tmp_path)
     with pytest.raises(
-        UserError, match=r"no feature space under .*Make one: python -m encode\.run"
+        NotFoundError, match=r"no feature space under .*Make one: python -m encode\.run"
     ):
         find_space(root, None)
-    with pytest.raises(UserError, match="no feature space"):
+    with pytest.raises(NotFoundError, match="no feature space"):
         find_space(root, "toy")
     int8 = make_space(tmp_path).paths
     assert find_space(root, None) == int8
     fp16 = make_space(tmp_path, "fp16").paths
     assert find_space(root, "toy-fp16") == fp16
     assert find_space(root, int8.name) == int8
-    with pytest.raises(UserError, match=f"2 spaces .*--space {fp16.name} | {int8.name}"):
+    with pytest.raises(CacheError, match=f"2 spaces .*--space {fp16.name} | {int8.name}"):
         find_space(root, None)
-    with pytest.raises(UserError, match="2 spaces"):
+    with pytest.raises(CacheError, match="2 spaces"):
         find_space(root, "toy")
-    with pytest.raises(UserError, match="no space 'toi'"):
+    with pytest.raises(NotFoundError, match="no space 'toi'"):
         find_space(root, "toi")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, NotFoundError
 from cache.store import samples
 from cache.store.ledger import MediaRecord, append_media, media_table, read_media
 from cache.store.paths import CacheRoot
@@ -24,7 +24,6 @@ from cache.store.samples import (
     samples_table,
     write_samples,
 )
-from configs import UserError
 from tests.support.spaces import key
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -125,7 +124,7 @@ def test_a_data_set_that_is_not_there_is_named_with_those_that_are(tmp_path: Pat
     write_samples(root, "shapes", [])
     assert dataset_names(root) == ["colors", "shapes"]
     with pytest.raises(
-        UserError, match=r"no data set 'shape' .*colors, shapes.*nearest: shapes.*encode.run"
+        NotFoundError, match=r"no data set 'shape' .*colors, shapes.*nearest: shapes.*encode.run"
     ):
         samples_digest(root, "shape")
 

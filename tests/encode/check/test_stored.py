@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache.errors import CorruptError, NotFoundError
 from cache.format.spec import CODECS
 from cache.store.ledger import append_media, read_media
 from cache.store.paths import CacheRoot
@@ -152,7 +153,7 @@ def test_mistakes_are_reported_in_one_line(photos: Path, run: Run, tmp_path: Pat
         run("--check", 0)
     with pytest.raises(UserError, match="no such folder"):
         run("--check", 1, "--keep-media", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no data set 'demo-videos' under"):
+    with pytest.raises(NotFoundError, match=r"no data set 'demo-videos' under"):
         run("--check", 1, "--dataset", "demo-videos")
     assert run("--check", 1, "--codec", "fp16")[0] == 0  # the only space there is
     assert run("--dataset", f"folder:{photos}", "--codec", "fp16")[0] == 0
@@ -165,7 +166,7 @@ def test_mistakes_are_reported_in_one_line(photos: Path, run: Run, tmp_path: Pat
     data = bytearray(row.read_bytes())
     data[5] ^= 1
     row.write_bytes(data)
-    with pytest.raises(UserError, match="fails its checksum"):
+    with pytest.raises(CorruptError, match="fails its checksum"):
         run("--check", 50)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import cache.remote.net
-from cache.remote.net import RefusedAddressError
+from cache.errors import RefusedAddressError
 from encode.download.client import Fetched, Fetcher
 from encode.download.session import CheckedResolver, CheckedSockets
 from tests.support.web_server import TroubleServer, outcome, quick_config, redirect

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cache.errors import DiskError, InUseError
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
@@ -131,7 +132,7 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     (found,) = find_unreferenced(space.paths, wanted)
     assert (found.rows, found.shards) == (20, 10)
     disk.fill()
-    with pytest.raises(UserError, match=r"disk full .*nothing is lost: free some space and run"):
+    with pytest.raises(DiskError, match=r"disk full .*nothing is lost: free some space and run"):
         take_out_unreferenced(found)
     assert FeatureReader(space.paths).logical_hash() == before
     assert not verify(root, deep=True).broken
@@ -150,7 +151,7 @@ def test_a_second_job_is_told_who_the_first_is_and_changes_nothing(tmp_path: Pat
     whole = first.reader.logical_hash()
     with (
         DriverLock(first.paths, "process 7 on node-3"),
-        pytest.raises(UserError, match="is being written by process 7 on node-3; wait until that"),
+        pytest.raises(InUseError, match="is being written by process 7 on node-3; wait until that"),
     ):
         encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
     assert first.reader.logical_hash() == whole

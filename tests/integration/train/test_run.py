@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cache.errors import CacheError, NotFoundError
 from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names
 from configs import UserError
@@ -257,7 +258,7 @@ def test_exit_code_and_one_line(cache: CacheRoot, tmp_path: Path) -> None:
 def test_features_that_are_not_there(
     train: Callable[..., Path], cache: CacheRoot, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no feature space under .*python -m encode.run"):
+    with pytest.raises(NotFoundError, match=r"no feature space under .*python -m encode.run"):
         train(features=tmp_path / "nothing")
     with pytest.raises(UserError, match=r"none of the data sets cap is under .*encode.run"):
         train("--datasets", "cap")
@@ -269,7 +270,7 @@ def test_features_that_are_not_there(
 def test_two_spaces_must_be_told_apart(train: Callable[..., Path], tmp_path: Path) -> None:
     root = trained_runs.make(tmp_path / "two", 20)
     trained_runs.make(tmp_path / "two", 20, codec="int8")
-    with pytest.raises(UserError, match=r"2 spaces under .*--space toy-fp16-\w+ \| toy-int8-\w+"):
+    with pytest.raises(CacheError, match=r"2 spaces under .*--space toy-fp16-\w+ \| toy-int8-\w+"):
         train(features=root.path)
     folder = train("--space", "toy-int8", "--max-steps", "1", features=root.path)
     assert json.loads((folder / "run.json").read_text())["space"].startswith("toy-int8-")
