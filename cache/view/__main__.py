@@ -1,11 +1,11 @@
-"""Look at a space: its features as images, their distributions, what it covers. One HTML page.
+"""Show a feature space on one HTML page: features as images, their distributions, coverage, failures.
 
 python -m cache.view                                      # cache -> view.html
-python -m cache.view --space clip --images 48 --seed 1  # another draw, and more of it
-python -m cache.view --keep-media downloads               # with images that --keep-media of encode.run kept
+python -m cache.view --space clip --images 48 --seed 1    # another draw of more images
+python -m cache.view --keep-media downloads               # with images that encode.run --keep-media kept
 
-The page stands alone: it opens from a file, asks no network and needs no script. Of a large space only some
-rows are read, every one of them checked; thumbnails are there for images whose files still are.
+The page is one file that loads nothing. A sample of the rows is read, each under its checksum. Images have
+thumbnails if their files are still on this machine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from configs.console import bytes_text
 
 PROG = "python -m cache.view"
 
-MOST = 500
-"""Images of one page: 2.4 GB of memory for features of 576 x 1024, 20 MB of page."""
+MAX_IMAGES = 500
+"""Images of one page, at most: 2.4 GB of memory for features of 576 x 1024, and a page of 20 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,32 +37,32 @@ class Options:
     features: Path = Path("cache")
     """Folder of the cache."""
     space: str | None = None
-    """Which space: its name, or how it begins. Needed where there are several."""
+    """Name of the space, or its beginning. Needed if the cache has several."""
     out: Path = Path("view.html")
-    """Where to write."""
+    """File to write."""
     images: int = 24
     """Images and videos to show, at most."""
     seed: int = 0
-    """Which: another seed, another draw."""
+    """Seed of the draw: another seed shows other images."""
     keep_media: Path | None = None
-    """Folder of kept downloads (as encode.run --keep-media): thumbnails of what came from the web."""
+    """Folder of kept downloads (encode.run --keep-media): thumbnails of images from the web."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.images <= MOST:
-            raise ValueError(f"--images {self.images}: must be 1 to {MOST}")
+        if not 1 <= self.images <= MAX_IMAGES:
+            raise ValueError(f"--images {self.images}: must be 1 to {MAX_IMAGES}")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be 0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     options = parse(Options, argv, prog=PROG, description=__doc__)
     root = CacheRoot.existing(options.features)
     if options.out.is_dir():
         raise UserError(f"{options.out}: a folder; name a file: --out {options.out / 'view.html'}")
     reader = FeatureReader(find_space(root, options.space))
     found = gather(root, reader, images=options.images, seed=options.seed, keep=options.keep_media)
-    page = render(found).encode(errors="replace")
+    page = render(found).encode(errors="replace")  # a path may hold bytes that are no UTF-8
     write_atomic(options.out, page)
     print(f"{options.out}: {len(found.shown)} images and videos, {bytes_text(len(page))}")
     return 0

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: histograms, cumulative shares, lines over training steps, channels.
+"""Draw charts as inline SVG: histograms, cumulative shares, lines over training steps, channels.
 
-Each function computes positions and fills charts.html; colours come from style.css. `style` is a CSS class:
-`a` or `b` for a colour, `faint` for the raw values behind a smoothed line, `dash` for a broken line.
+Each function computes positions and fills charts.html; colours come from style.css. `style` is one or more
+CSS classes: `a`, `b` or `band` for a colour; `thin`, `faint` or `dash` for a line.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from cache.view.page import HERE, render
 
-WIDTH, HEIGHT = 540, 270
-"""SVG units of a chart; two are side by side on a wide page."""
+WIDTH, WIDE, HEIGHT = 540, 1120, 270
+"""SVG units of a chart, of one as wide as two and the gap between them, and of both."""
 
 BINS = 48
 """Bins of a histogram, at most."""
@@ -28,9 +28,6 @@ MAX_POINTS = 480
 
 TAG_DISTANCE = 0.08
 """Share of the width between the labels of two channels, at least: nearer ones would overlap."""
-
-EMPTY = "Nothing recorded."
-"""Text of a chart without values."""
 
 Values = npt.NDArray[np.floating]
 Point = tuple[float, float]
@@ -120,7 +117,7 @@ def histogram(
     """Draw distributions over one axis, each as shares of its own values."""
     series = [one for one in series if len(one.values)]
     if not series:
-        return _draw(None, title=title, note=EMPTY)
+        return _draw(None, title=title)
     edges = bins(np.concatenate([one.values for one in series]))
     low, high = float(edges[0]), float(edges[-1])
     shares = [np.histogram(one.values, edges)[0] / len(one.values) for one in series]
@@ -141,7 +138,6 @@ def histogram(
         shapes=shapes,
         marks=[mark for mark in marks if low <= mark.value <= high],
         legend=[(one.style, one.label) for one in series],
-        described="; ".join([title, *(mark.label for mark in marks)]),
         note=f"{note} {beyond:,} beyond the right edge.".strip() if beyond else note,
     )
 
@@ -166,7 +162,7 @@ def cumulative(
 ) -> Markup:
     """Draw the running sum (0 to 1) of shares over 1, 2, 3, ... on a logarithmic axis."""
     if not len(shares):
-        return _draw(None, title=title, note=EMPTY)
+        return _draw(None, title=title)
     total = np.cumsum(shares)
     axes = Axes(x_range=(1, len(total)), y_range=(0, 1), log_x=True, top=MARKED_TOP)
     counts = np.unique(np.geomspace(1, len(total), 160).round().astype(int)).tolist()
@@ -184,7 +180,6 @@ def cumulative(
         ],
         dots=[("a", mark.value, float(total[int(mark.value) - 1])) for mark in marks],
         marks=marks,
-        described="; ".join([title, *(mark.label for mark in marks)]),
         note=note,
     )
 
@@ -196,13 +191,13 @@ def line_chart(
     shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
     values = [y for _, points in shown for _, y in points]
     if not values:
-        return _draw(None, title=title, wide=wide, note=EMPTY)
+        return _draw(None, title=title, wide=wide)
     last = max(x for _, points in shown for x, _ in points)
     y_ticks = (log_ticks if log else nice_ticks)(min(values), max(values))
     axes = Axes(
         x_range=(0, last),
         y_range=(min(*values, y_ticks[0]), max(*values, y_ticks[-1])),
-        width=2 * WIDTH + 40 if wide else WIDTH,
+        width=WIDE if wide else WIDTH,
         log_y=log,
     )
     return _draw(
@@ -215,70 +210,60 @@ def line_chart(
         shapes=[(f"line {line.style}", axes.path(points)) for line, points in shown if points],
         dots=[(line.style, x, y) for line, points in shown if line.dots for x, y in points],
         legend=[(line.style, line.label) for line, _ in shown if line.label],
-        described=title,
     )
 
 
-def spikes(mean: Values, std: Values, named: Sequence[int], *, title: str, note: str) -> Markup:
+def channel_chart(
+    mean: Values, std: Values, named: Sequence[int], *, title: str, note: str
+) -> Markup:
     """Draw mean (C,) as spikes and mean ± std (C,) as a band over C channels; label those in `named`."""
-    low = min(float((mean - std).min()), 0.0)
-    high = max(float((mean + std).max()), 0.0, low + 1e-12)
-
-    def y(value: float) -> str:
-        return f"{100 * (high - value) / (high - low):.2f}"
-
+    y_ticks = nice_ticks(min(float((mean - std).min()), 0.0), max(float((mean + std).max()), 0.0))
+    axes = Axes(x_range=(-0.5, len(mean) - 0.5), y_range=(y_ticks[0], y_ticks[-1]), width=WIDE)
     tagged: list[int] = []
     for at in named:
         if all(abs(at - other) > TAG_DISTANCE * len(mean) for other in tagged):
             tagged.append(at)
-    return render(
-        HERE / "spikes.html",
+
+    upper = list(enumerate((mean + std).tolist()))
+    lower = list(enumerate((mean - std).tolist()))
+    spikes = [
+        f"M{axes.x(at)} {axes.y(0)}V{axes.y(value)}" for at, value in enumerate(mean.tolist())
+    ]
+    return _draw(
+        axes,
         title=title,
+        wide=True,
+        axis="channel",
+        x_ticks=[(at, str(at)) for at in tagged],
+        y_ticks=[(tick, number(tick)) for tick in y_ticks],
+        shapes=[
+            ("area band", axes.path([*upper, *reversed(lower)]) + "Z"),
+            ("line thin a", "".join(spikes)),
+        ],
+        legend=[("a", "mean"), ("band", "± standard deviation")],
         note=note,
-        count=len(mean),
-        low=number(low),
-        high=number(high),
-        zero=y(0),
-        band="".join(
-            f"M{i} {y(m - s)}V{y(m + s)}" for i, (m, s) in enumerate(zip(mean, std, strict=True))
-        ),
-        spike="".join(f"M{i} {y(0)}V{y(m)}" for i, m in enumerate(mean)),
-        tagged=tagged,
     )
 
 
-def _draw(
-    axes: Axes | None,
-    *,
-    title: str,
-    wide: bool = False,
-    axis: str = "",
-    x_ticks: Sequence[tuple[float, str]] = (),
-    y_ticks: Sequence[tuple[float, str]] = (),
-    shapes: Sequence[tuple[str, str]] = (),
-    dots: Sequence[tuple[str, float, float]] = (),
-    marks: Sequence[Mark] = (),
-    legend: Sequence[tuple[str, str]] = (),
-    described: str = "",
-    note: str = "",
-) -> Markup:
+def bar(share: float, mark: float | None = None) -> Markup:
+    """Return a bar over `share` (0 to 1) of a table cell; `mark` (0 to 1) adds a line across it."""
+    line = "" if mark is None else Markup('<i style="left:{:.2%}"></i>').format(mark)
+    return Markup('<div class="bar"><b style="width:{:.2%}"></b>{}</div>').format(share, line)
+
+
+def _draw(axes: Axes | None, *, title: str, note: str = "", **values: object) -> Markup:
     """Fill charts.html.
 
     Args:
         axes: None for a chart without values.
         title: text above the chart.
-        wide: whether it is as wide as the page.
-        axis: name of the x axis.
-        x_ticks: (value, label).
-        y_ticks: (value, label).
-        shapes: (CSS classes, SVG path).
-        dots: (CSS class, x value, y value).
-        marks: vertical lines.
-        legend: (CSS class, label).
-        described: text for screen readers.
         note: text below the chart.
+        values: any of `wide` (as wide as the page), `axis` (name of the x axis), `x_ticks` and `y_ticks`
+            (value, label), `shapes` (CSS classes, SVG path), `dots` (CSS class, x value, y value), `marks`
+            (of `Mark`) and `legend` (CSS class, label).
     """
-    return render(HERE / "charts.html", **locals())
+    note = note if axes else "Nothing recorded."
+    return render(HERE / "charts.html", axes=axes, title=title, note=note, **values)
 
 
 # ---- values

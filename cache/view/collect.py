@@ -1,10 +1,12 @@
-"""Everything a page about one space shows, read and measured; `cache.view.page` puts it into HTML.
+"""Read and measure everything that the page of one space shows; sections.py puts it into HTML.
 
-g x g tokens of a row lie on the patch grid, row by row from the top left; a CLS token stands before them.
+The tokens of a row are g × g cells of the patch grid, row by row from the top left. A CLS token, if the space
+keeps one, is before them. T tokens, W values a token.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,18 +22,25 @@ from cache.maintenance.inventory import DatasetSummary, Failures, list_failures,
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.view import statistics as figures
-from cache.view.media import Medium, look_up, thumbnail
-from cache.view.sampling import Chosen, Errors, Recorded, choose, newest_commit, read_rows, sample
+from cache.view import statistics
+from cache.view.media import MediaItem, look_up, thumbnail
+from cache.view.sampling import (
+    Chosen,
+    Errors,
+    RecordedErrors,
+    choose,
+    newest_commit,
+    read_rows,
+    sample,
+)
 from cache.view.statistics import Basis, Channels, Floats
 from configs import UserError
 
 TOUCH_BYTES = 1 << 20
-"""Of the directions that the page's script compares patches in."""
+"""Bytes of token directions in the page, at most. The script compares tokens by them."""
 
-TOUCH_DIRECTIONS = (8, 32)
-"""At least, else there is nothing to touch; at most."""
-
+MIN_TOUCH_DIRECTIONS, MAX_TOUCH_DIRECTIONS = 8, 32
+"""Principal directions that the script uses. With fewer than the minimum, the page has no comparison."""
 
 WIDEST = 2.0
 """Width over height, or height over width, up to which an image keeps its shape on the page."""
@@ -39,23 +48,24 @@ WIDEST = 2.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Norms:
-    """The lengths of the tokens of one kind, on the sampled rows."""
+    """Lengths of the tokens in the sampled rows of one array, without CLS tokens."""
 
     values: Floats
-    """(n,) CLS tokens are not among them."""
+    """(T,)"""
     rows: int
-    """Rows they are of."""
+    """Rows that were sampled."""
     median: float
     limit: float
-    """What is longer is an outlier: `view_figures.OUTLIER` times the median."""
+    """Longer tokens are outliers: `statistics.OUTLIER` times the median."""
     low: float
+    """Norm that maps show as dark."""
     high: float
-    """What the maps show as dark and as bright."""
+    """Norm that maps show as bright."""
 
     @property
     def outliers(self) -> float:
-        """Share of the tokens."""
-        return float((self.values > self.limit).mean()) if len(self.values) else 0.0
+        """Share of tokens that are outliers, 0 to 1."""
+        return float((self.values > self.limit).mean())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,89 +73,100 @@ class Tile:
     """One row as small images."""
 
     view: str
-    """Which view."""
-    time_s: float
-    """Where in its video; NaN for an image."""
-    error: float
-    """Relative error of the codec; NaN where it was not measured."""
+    """`full`, or `t:<microseconds>` for a frame."""
+    time_s: float | None
+    """Seconds after the video's first frame; None for an image."""
+    error: float | None
+    """Relative error of the codec; None if it was not measured."""
     colours: npt.NDArray[np.uint8]
-    """(g, g, 3)"""
+    """(g, g, 3) red, green, blue."""
     norms: Floats
     """(g, g)"""
     outliers: npt.NDArray[np.bool_]
     """(g, g)"""
     cls_norm: float | None
-    """Length of the CLS token, where one is kept."""
+    """Length of the CLS token; None if the space keeps none."""
     start: int
-    """Its first token in `Touch.codes`."""
+    """Position of the first token in `Touch.codes`."""
+
+    def rings(self) -> list[list[int]]:
+        """Return [row, column] of each outlier."""
+        cells: list[list[int]] = np.argwhere(self.outliers).tolist()
+        return cells
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shown:
-    """One image or video."""
+    """One image or video on the page."""
 
     number: int
     """From 1, in the order of the page."""
     chosen: Chosen
     """Its rows."""
-    medium: Medium
+    item: MediaItem
     """What the tables say of it."""
     thumbnail: Image.Image | None
-    """What the encoder saw, small; None for videos, and where there is none to be had."""
+    """The image as the encoder saw it, small; None for a video, and if there is no file to show."""
     absent: str
-    """Why not."""
+    """Why there is no thumbnail."""
     aspect: float
     """Width over height of what the patch grid covers."""
     tiles: tuple[Tile, ...]
     """One a row, in time order."""
     neighbour: tuple[int, float] | None
-    """Position of the most similar other one in `Findings.shown`, and the cosine of their mean features."""
+    """Position in `Findings.shown` of the most similar other one, and the cosine of their mean features."""
 
     @property
     def name(self) -> str:
         """`image 1`, `video 2`."""
-        return f"{'video' if self.chosen.kind == 'frame' else 'image'} {self.number}"
+        return f"{'video' if self.chosen.array == 'frame' else 'image'} {self.number}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Touch:
-    """Directions of every shown token, for the page's script: unit vectors, times 127."""
+    """Directions of all shown tokens, for the page's script to compare."""
 
     codes: npt.NDArray[np.int8]
-    """(tokens, directions), tile after tile."""
+    """(T, directions) unit vectors, times 127, tile after tile."""
     variance: float
-    """Share of the variance those directions hold."""
+    """Share of the variance in these directions, 0 to 1."""
+
+    def base64(self) -> str:
+        """Return the codes as text."""
+        return base64.b64encode(self.codes.tobytes()).decode()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Findings:
-    """All of it."""
+    """Everything that the page of one space shows."""
 
     reader: FeatureReader
-    """Of the space."""
     images: int
-    """Media asked for."""
+    """Images and videos that were asked for."""
     seed: int
-    """Of the draw."""
+    """Seed of the draw."""
     newest: datetime | None
-    """When its last shard was committed."""
+    """When the newest shard was committed."""
     writer: str | None
-    """The job that writes to it now."""
+    """The job that writes to the space now; None if there is none."""
     shown: tuple[Shown, ...]
-    """Images first."""
+    """Images before videos."""
     basis: Basis
-    """What the colours mean."""
+    """Principal directions of all shown tokens: what the colours mean."""
     touch: Touch | None
-    """None where so much is shown that it would not fit."""
+    """None if the shown tokens are too many for `TOUCH_BYTES`."""
     norms: dict[str, Norms]
-    """By kind, of the kinds that have rows."""
+    """Array -> its token norms, for each array that has rows."""
     channels: Channels
-    """Of the kind named beside it."""
-    channels_kind: str
+    """Statistics of the channels of `channels_array`."""
+    channels_array: str
+    """The first array that has rows."""
     errors: dict[str, Errors]
-    """By kind, of the kinds that have rows."""
+    """Array -> its codec errors, for each array that has rows."""
     datasets: list[DatasetSummary]
+    """Coverage of each data set of the cache."""
     failures: list[Failures]
+    """Failures in the whole cache, the most frequent first."""
 
 
 def gather(
@@ -154,61 +175,57 @@ def gather(
     """Read and measure a space.
 
     Args:
-        root: the cache it is in.
-        reader: of the space, checked.
-        images: media to show, at most.
-        seed: of the draw.
+        root: the cache that holds the space.
+        reader: a reader of the space that checks rows.
+        images: images and videos to show, at most.
+        seed: seed of the draw.
         keep: folder of kept downloads.
 
     Raises:
-        UserError: the space has no rows yet, or a file of it is damaged.
+        UserError: the space has no rows yet, or one of its files is damaged.
     """
-    kinds = [kind for kind in ARRAYS if reader.rows(kind)]
-    if not kinds:
+    arrays = [array for array in ARRAYS if reader.rows(array)]
+    if not arrays:
         raise UserError(
             f"{reader.path} has no rows yet: nothing to show. Encode something: "
             f"python -m encode.run --dataset NAME --features {root.path}"
         )
-    norms, channels = {}, None
-    for kind in kinds:
-        norms[kind], of_kind = _distributions(reader, kind, seed)
-        channels = channels or of_kind
-    assert channels is not None
-    recorded = Recorded(reader)
-    chosen = choose(reader, images, seed)
-    shown, basis, touch = _show(root, reader, chosen, norms, recorded, keep)
+    measured = {array: _measure(reader, array, seed) for array in arrays}
+    norms = {array: found for array, (found, _) in measured.items()}
+    recorded = RecordedErrors(reader)
+    shown, basis, touch = _show(root, reader, choose(reader, images, seed), norms, recorded, keep)
     return Findings(
         reader=reader,
         images=images,
         seed=seed,
-        newest=newest_commit(reader.paths, kinds),
+        newest=newest_commit(reader.paths, arrays),
         writer=driver_holder(reader.paths),
         shown=shown,
         basis=basis,
         touch=touch,
         norms=norms,
-        channels=channels,
-        channels_kind=kinds[0],
-        errors={kind: recorded.spread(kind, seed) for kind in kinds},
+        channels=measured[arrays[0]][1],
+        channels_array=arrays[0],
+        errors={array: recorded.spread(array, seed) for array in arrays},
         datasets=summarise_datasets(root, {reader.paths.name: reader}),
         failures=list_failures(root),
     )
 
 
-def _distributions(reader: FeatureReader, kind: str, seed: int) -> tuple[Norms, Channels]:
-    rows = sample(reader, kind, seed)
-    tokens = patches(read_rows(reader, kind, rows), reader).reshape(-1, reader.spec.width)
-    values = figures.norms(tokens)
+def _measure(reader: FeatureReader, array: str, seed: int) -> tuple[Norms, Channels]:
+    rows = sample(reader, array, seed)
+    tokens = _patches(read_rows(reader, array, rows), reader).reshape(-1, reader.spec.width)
+    values = statistics.norms(tokens)
     median = float(np.median(values))
-    limit = figures.OUTLIER * median
-    usual = values[values <= limit]
-    low, high = (float(end) for end in np.percentile(usual, [0.5, 99.5]))
+    limit = statistics.OUTLIER * median
+    # Outliers would make all other tokens equally dark.
+    low, high = (float(end) for end in np.percentile(values[values <= limit], [0.5, 99.5]))
     found = Norms(values=values, rows=len(rows), median=median, limit=limit, low=low, high=high)
-    return found, figures.channels(tokens)
+    return found, statistics.channels(tokens)
 
 
-def patches(features: Floats, reader: FeatureReader) -> Floats:
-    """Rows (n, tokens, W) without their CLS token."""
+def _patches(features: Floats, reader: FeatureReader) -> Floats:
+    """Return rows (n, tokens, W) without their CLS token."""
     return features[:, int(reader.spec.keep_cls) :]
 
 
@@ -217,39 +234,40 @@ def _show(
     reader: FeatureReader,
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
-    recorded: Recorded,
+    recorded: RecordedErrors,
     keep: Path | None,
 ) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
-    """The media with their images; the basis fitted to all of them; the script's directions."""
-    features = [read_rows(reader, one.kind, one.rows) for one in chosen]
-    by_medium = [patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
-    limits = np.repeat([norms[one.kind].limit for one in chosen], list(map(len, by_medium)))
-    tokens = np.concatenate(by_medium)
-    lengths = figures.norms(tokens)
+    """Read the chosen rows; the basis is fitted to the tokens of all of them."""
+    features = [read_rows(reader, one.array, one.rows) for one in chosen]
+    by_item = [_patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
+    limits = np.repeat([norms[one.array].limit for one in chosen], list(map(len, by_item)))
+    tokens = np.concatenate(by_item)
+    lengths = statistics.norms(tokens)
     outliers = lengths > limits
-    basis = figures.fit_basis(tokens, outliers)
+    basis = statistics.fit_basis(tokens, outliers)
     colours = basis.colours(tokens)
-    alike = figures.neighbours(np.stack([some.mean(axis=0) for some in by_medium]))
-    media = look_up(root, [one.key for one in chosen])
+    alike = statistics.neighbours(np.stack([some.mean(axis=0) for some in by_item]))
+    items = look_up(root, [one.key for one in chosen])
     shown, start = [], 0
     for at, (one, rows) in enumerate(zip(chosen, features, strict=True)):
+        item = items[one.key]
         image, absent = None, "videos are shown by their features"
-        if one.kind == "image":
-            image, absent = thumbnail(media[one.key], one.key, reader.spec, keep)
-        errors = recorded.of_rows(one.kind, one.rows).tolist()
-        side = math.isqrt(len(by_medium[at]) // len(rows))
+        if one.array == "image":
+            image, absent = thumbnail(item, one.key, reader.spec, keep)
+        errors = recorded.of_rows(one.array, one.rows).tolist()
+        side = math.isqrt(len(by_item[at]) // len(rows))
         tiles = []
         for i, view in enumerate(one.views):
             here = slice(start, start + side * side)
             tiles.append(
                 Tile(
                     view=view,
-                    time_s=float(one.times[i]),
-                    error=errors[i],
+                    time_s=_finite(one.times[i]),
+                    error=_finite(errors[i]),
                     colours=colours[here].reshape(side, side, 3),
                     norms=lengths[here].reshape(side, side),
                     outliers=outliers[here].reshape(side, side),
-                    cls_norm=float(figures.norms(rows[i, 0])) if reader.spec.keep_cls else None,
+                    cls_norm=float(statistics.norms(rows[i, 0])) if reader.spec.keep_cls else None,
                     start=start,
                 )
             )
@@ -258,10 +276,10 @@ def _show(
             Shown(
                 number=at + 1,
                 chosen=one,
-                medium=media[one.key],
+                item=item,
                 thumbnail=image,
                 absent=absent,
-                aspect=_aspect(media[one.key], reader.spec.fit),
+                aspect=_aspect(item, reader.spec.fit),
                 tiles=tuple(tiles),
                 neighbour=alike[at] if alike else None,
             )
@@ -269,23 +287,26 @@ def _show(
     return tuple(shown), basis, _touch(tokens, basis)
 
 
-def _aspect(medium: Medium, fit: str) -> float:
-    """Return width over height of what the patch grid covers: of the image itself where it was squashed."""
-    if fit != "squash" or not medium.width or not medium.height:
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _aspect(item: MediaItem, fit: str) -> float:
+    """Return the image's own width over height if it was squashed into the square of the encoder."""
+    if fit != "squash" or not item.width or not item.height:
         return 1.0
-    aspect = medium.width / medium.height
+    aspect = item.width / item.height
     return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 
 def _touch(tokens: Floats, basis: Basis) -> Touch | None:
-    fewest, most = TOUCH_DIRECTIONS
-    count = min(most, TOUCH_BYTES // len(tokens))
-    if count < fewest:
+    count = min(MAX_TOUCH_DIRECTIONS, TOUCH_BYTES // len(tokens))
+    if count < MIN_TOUCH_DIRECTIONS:
         return None
     count = min(count, len(basis.directions))
     if not count:  # all tokens are equal
         return None
     vectors = basis.project(tokens, count)
-    lengths = np.maximum(figures.norms(vectors), 1e-12)[:, None]
+    lengths = np.maximum(statistics.norms(vectors), 1e-12)[:, None]
     codes = (vectors / lengths * 127).round().astype(np.int8)
     return Touch(codes=codes, variance=float(basis.shares[:count].sum()))

@@ -1,7 +1,7 @@
-"""What is known of the media a page shows: sizes, sources, what is said of them, and a small image.
+"""Look up what the tables say of images and videos: sources, sizes, captions; and make thumbnails of images.
 
-An image comes from a local path of the media table, or from the folder of kept downloads; nothing is
-fetched, and bytes that are not those that were encoded are never shown. Videos are not decoded here.
+An image is read from a local path in the media table, or from the folder of kept downloads. Nothing is
+fetched, and a file is shown only if its sha256 is the one that was encoded. Videos are not decoded here.
 """
 
 from __future__ import annotations
@@ -27,94 +27,98 @@ from cache.store.samples import dataset_names
 from cache.view.thumbnails import decode, read_file
 
 THUMBNAIL = 336
-"""Longer side of an image in the page, pixels."""
+"""Longer side of an image on the page, pixels."""
 
-SAID_CHARACTERS = 160
-"""Of the text under an image."""
+MAX_CHARACTERS = 160
+"""Characters of a question or a caption on the page; longer ones are cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Medium:
-    """What the tables say of one media."""
+class MediaItem:
+    """What the tables say of one image or video."""
 
     sources: tuple[str, ...] = ()
-    """Where it was found: paths and URLs."""
+    """Paths and URLs where it was found."""
     width: int = 0
-    """Pixels; 0 where nobody knows."""
+    """Pixels; 0 if unknown."""
     height: int = 0
-    """Pixels."""
+    """Pixels; 0 if unknown."""
     nbytes: int = 0
-    """Of the file."""
+    """Size of the file."""
     duration_s: float | None = None
-    """Of a video."""
+    """Length of a video, seconds."""
     note: str | None = None
-    """What was odd about it."""
+    """What was unusual about the file."""
     datasets: tuple[str, ...] = ()
-    """Which mention it."""
+    """Data sets with samples that mention it."""
     asked: str = ""
-    """A question about it: of the first sample that shows it and nothing else."""
+    """A question about it, from the first sample that shows it and nothing else."""
     said: str = ""
-    """The answer to that, or a caption."""
+    """The answer to that question, or a caption."""
 
 
-_Mentions = dict[str, list[tuple[str, dict[str, Any]]]]
-"""Source -> (data set, what is asked and said there) of each data set that shows it."""
+Mention = tuple[str, dict[str, str]]
+"""A data set, and `asked` and `said` of its first sample that shows an item alone; empty if none does."""
 
 
-def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, Medium]:
-    """Key (64 hex) -> what the tables say of it; every key has an entry."""
+def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, MediaItem]:
+    """Return key (64 hex digits) -> what the tables say of it, for every key."""
     table = media_table(root)
-    wanted = pc.is_in(table["key"], value_set=pa.array(sorted(set(keys)), pa.string()))
-    by_key: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
-    for row in table.filter(wanted).to_pylist():
-        by_key[row["key"]].append(row)
-    mentions = _mentions(root, table, np.asarray(wanted, bool))
-    return {key: _medium(found, mentions) for key, found in by_key.items()}
+    value_set = pa.array(sorted(set(keys)), pa.string())
+    wanted = np.asarray(pc.is_in(table["key"], value_set=value_set), bool)
+    mentions = _mentions(root, table, wanted)
+    found: dict[str, list[tuple[dict[str, Any], list[Mention]]]] = {key: [] for key in keys}
+    rows = np.flatnonzero(wanted)
+    for row, record in zip(rows.tolist(), table.take(pa.array(rows)).to_pylist(), strict=True):
+        found[record["key"]].append((record, mentions.get(row, [])))
+    return {key: _item(some) for key, some in found.items()}
 
 
-def _medium(rows: list[dict[str, Any]], mentions: _Mentions) -> Medium:
-    if not rows:
-        return Medium()
-    best = max(rows, key=lambda row: (row["status"] == "ok", row["width"]))
-    mentioned = [found for row in rows for found in mentions.get(row["source"], [])]
-    return Medium(
-        sources=tuple(row["source"] for row in rows),
+def _item(found: list[tuple[dict[str, Any], list[Mention]]]) -> MediaItem:
+    """Join the media table's rows of one key, and what mentions each."""
+    if not found:
+        return MediaItem()
+    records = [record for record, _ in found]
+    mentions = [mention for _, some in found for mention in some]
+    best = max(records, key=lambda record: (record["status"] == "ok", record["width"]))
+    return MediaItem(
+        sources=tuple(record["source"] for record in records),
         width=best["width"],
         height=best["height"],
         nbytes=best["bytes"],
         duration_s=best["duration_s"],
         note=best["note"],
-        datasets=tuple(dict.fromkeys(name for name, _ in mentioned)),
-        **next((said for _, said in mentioned if said), {}),
+        datasets=tuple(dict.fromkeys(dataset for dataset, _ in mentions)),
+        **next((texts for _, texts in mentions if texts), {}),
     )
 
 
-def _mentions(root: CacheRoot, table: pa.Table, wanted: npt.NDArray[np.bool_]) -> _Mentions:
-    """Find who mentions the wanted rows (M,) of the media table.
+def _mentions(
+    root: CacheRoot, table: pa.Table, wanted: npt.NDArray[np.bool_]
+) -> dict[int, list[Mention]]:
+    """Find the data sets that mention the wanted rows (M,) of the media table.
 
-    What is said of one is from the first sample that shows it alone. Samples that state another sha256 than
-    its bytes have are about something else.
+    A sample that states another sha256 than the source has is about something else and does not count.
     """
-    found: _Mentions = {}
-    for name in dataset_names(root):
-        references = read_references(root, name, table)
+    found: dict[int, list[Mention]] = {}
+    for dataset in dataset_names(root):
+        references = read_references(root, dataset, table)
         hits = np.flatnonzero(references.look_up(wanted, False) & ~references.mismatch)
         alone = references.counts == 1
-        first: dict[int, int] = {}
+        first: dict[int, int] = {}  # row -> its first sample, but rather one that shows it alone
         samples = references.sample[hits].tolist()
         for row, sample in zip(references.source[hits].tolist(), samples, strict=True):
             if row not in first or (alone[sample] and not alone[first[row]]):
                 first[row] = sample
-        texts = _texts(root.samples(name), [n for n in first.values() if alone[n]])
+        texts = _texts(root.samples(dataset), [n for n in first.values() if alone[n]])
         for row, sample in first.items():
-            source = table["source"][row].as_py()
-            found.setdefault(source, []).append((name, texts.get(sample, {})))
+            found.setdefault(row, []).append((dataset, texts.get(sample, {})))
     return found
 
 
-def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Number of a sample -> what is asked and said in it. Reads only the row groups those are in."""
-    texts: dict[int, dict[str, Any]] = {}
+def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, str]]:
+    """Return number of a sample -> `asked` and `said`. Row groups without any of the samples are not read."""
+    texts: dict[int, dict[str, str]] = {}
     with pq.ParquetFile(path) as file:
         start = 0
         for group in range(file.num_row_groups):
@@ -127,29 +131,36 @@ def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, Any]]:
     return texts
 
 
-def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first answer of a conversation, and the question before it."""
+def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the first answer of a conversation as `said`, and the message before it as `asked`."""
     found = {}
     for message in messages:
         text = " ".join(message["content"].replace("<image>", " ").split())
-        if len(text) > SAID_CHARACTERS:
-            text = text[: SAID_CHARACTERS - 1] + "…"
+        if len(text) > MAX_CHARACTERS:
+            text = text[: MAX_CHARACTERS - 1] + "…"
         found["said" if message["role"] == "assistant" else "asked"] = text
-        if message["role"] == "assistant":
-            break
-    return found if "said" in found else {}
+        if "said" in found:
+            return found
+    return {}
 
 
-# ---- small images
+# ---- thumbnails
 
 
 def thumbnail(
-    medium: Medium, key: str, spec: FeatureSpec, keep: Path | None
+    item: MediaItem, key: str, spec: FeatureSpec, keep: Path | None
 ) -> tuple[Image.Image | None, str]:
-    """The image as the encoder saw it, small, RGB; or None, and why there is none."""
-    candidates = [Path(source) for source in medium.sources if source.startswith("/")]
+    """Return an image as the encoder saw it, small, RGB; or None and the reason.
+
+    Args:
+        item: names the paths to try.
+        key: sha256 (hex) that the file must have.
+        spec: says how the encoder fits an image into its square.
+        keep: folder of kept downloads.
+    """
+    candidates = [Path(source) for source in item.sources if source.startswith("/")]
     if keep is not None:
-        candidates.append(keep / key[:2] / key)  # as encode.keep names them
+        candidates.append(keep / key[:2] / key)  # as encode.download.media_store names its files
     reason = "not on this machine" if candidates else "came from the web and was not kept"
     for path in candidates:
         data = read_file(path)
@@ -159,14 +170,14 @@ def thumbnail(
             reason = "has changed since it was encoded"
             continue
         try:
-            return _as_seen(decode(data, 2 * THUMBNAIL), spec), ""
+            return _fitted(decode(data, 2 * THUMBNAIL), spec), ""
         except Exception:  # PIL's decoders raise whatever the bytes lead them to
             reason = "cannot be read"
     return None, reason
 
 
-def _as_seen(image: Image.Image, spec: FeatureSpec) -> Image.Image:
-    """What the patch grid covers: `squash` the whole image, `pad` with its margins, `crop` the middle."""
+def _fitted(image: Image.Image, spec: FeatureSpec) -> Image.Image:
+    """Return what the patch grid covers: all (`squash`), all with margins (`pad`), the middle (`crop`)."""
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     side = min(image.size)
     if spec.fit == "crop":

@@ -1,6 +1,6 @@
-"""Which rows of a space a page shows and measures, drawn by a seed, and what their commits say of them.
+"""Choose the rows of a space that a page shows and measures, read them, and look up their codec errors.
 
-A space may hold millions of rows: a few are read, spread evenly over all of them; nothing is read whole.
+A space may hold millions of rows. A few are read, spread evenly over all of them; a seed decides which.
 """
 
 from __future__ import annotations
@@ -23,82 +23,79 @@ FRAMES = 8
 """Frames shown of one video, evenly from its first to its last."""
 
 SAMPLE_ROWS = 256
-"""Rows of each kind that the distributions are measured on."""
+"""Rows of each array that distributions are measured on, at most."""
 
 SAMPLE_BYTES = 128 << 20
-"""The same as a limit on memory: of these rows' values as float16."""
+"""Bytes of these rows as float16, at most: a bound on memory."""
 
 SAMPLE_SHARDS = 256
-"""Commits whose recorded errors are looked at: 2 ms each."""
+"""Commits whose recorded errors are read, at most: each takes 2 ms."""
 
-VIDEOS_OF = 4
-"""One video to show for so many media, where a space has both kinds."""
+ITEMS_PER_VIDEO = 4
+"""One of this many shown items is a video, if the space has images and videos."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen:
-    """One image, or some frames of one video."""
+    """The rows of one image, or some rows of one video."""
 
-    kind: str
-    """The array its rows are in: image or frame."""
+    array: str
+    """The array that holds the rows: image or frame."""
     key: str
-    """sha256 (hex) of its bytes."""
+    """sha256 (hex) of the file's bytes."""
     views: tuple[str, ...]
-    """Of each row, in time order."""
+    """View of each row, in time order."""
     rows: npt.NDArray[np.int64]
     """(n,) row numbers."""
     times: npt.NDArray[np.float64]
     """(n,) seconds after the first frame; NaN for an image."""
     of: int
-    """Rows it has in the space, of which these are some."""
+    """Rows that the space has of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Errors:
-    """Relative errors of the row codec, as measured when the rows were packed."""
+    """Relative errors of the codec, measured when the rows were packed."""
 
     values: npt.NDArray[np.float64]
-    """(n,) of the rows looked at; those that were not measured are left out."""
+    """(n,) of the rows whose error was measured."""
     shards: int
-    """Shards looked at."""
+    """Shards whose errors were read."""
     of: int
-    """Shards there are."""
+    """Shards of the array."""
 
 
 def spread(count: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """At most `count` of the numbers 0 to total - 1, ascending: one from each of equal stretches."""
+    """Return up to `count` of the numbers 0 to total - 1, ascending: one from each of equal stretches."""
     edges = np.linspace(0, total, min(count, total) + 1).astype(np.int64)
     return rng.integers(edges[:-1], edges[1:])
 
 
 def choose(reader: FeatureReader, count: int, seed: int) -> list[Chosen]:
-    """At most `count` different media, images first, evenly over the rows of each kind."""
+    """Choose up to `count` different images and videos, evenly over the rows; images come first."""
     rng = np.random.default_rng(seed)
     images, frames = reader.index["image"], reader.index["frame"]
     video_count = count
     if len(images):
-        video_count = max(count // VIDEOS_OF, count - len(images))
+        video_count = max(count // ITEMS_PER_VIDEO, count - len(images))
     videos = [_video(reader, at) for at in _distinct(frames, video_count, rng)]
-    shown = [_image(reader, at) for at in _distinct(images, count - len(videos), rng)]
-    return shown + videos
+    positions = _distinct(images, count - len(videos), rng)
+    return [_chosen(reader, "image", np.array([at]), of=1) for at in positions] + videos
 
 
 def _distinct(index: RowIndex, count: int, rng: np.random.Generator) -> list[int]:
-    """Positions of rows of different media; a finer net where the first one caught some twice."""
+    """Return positions of rows of up to `count` different keys."""
     found: dict[str, int] = {}
-    for fine in (1, 16):
-        for position in spread(fine * count, len(index), rng).tolist():
+    # Rows of one key are adjacent, so a draw of few rows may hit a key twice: then draw more.
+    for factor in (1, 16):
+        for position in spread(factor * count, len(index), rng).tolist():
             if len(found) < count:
                 found.setdefault(index.identity(position)[0], position)
     return sorted(found.values())
 
 
-def _image(reader: FeatureReader, position: int) -> Chosen:
-    return _chosen(reader, "image", np.array([position]), of=1)
-
-
 def _video(reader: FeatureReader, position: int) -> Chosen:
-    """The video that the row at `position` is of: its rows lie side by side."""
+    """Choose frames of the video that has a row at `position` of the index; its rows are adjacent."""
     index = reader.index["frame"]
     key, _ = index.identity(position)
     first = last = position
@@ -113,85 +110,74 @@ def _video(reader: FeatureReader, position: int) -> Chosen:
     return _chosen(reader, "frame", positions[some], of=len(positions))
 
 
-def _chosen(reader: FeatureReader, kind: str, positions: npt.NDArray[np.int64], of: int) -> Chosen:
-    index = reader.index[kind]
+def _chosen(reader: FeatureReader, array: str, positions: npt.NDArray[np.int64], of: int) -> Chosen:
+    index = reader.index[array]
     rows = index.rows(positions)
     identities = [index.identity(position) for position in positions.tolist()]
     return Chosen(
-        kind=kind,
+        array=array,
         key=identities[0][0],
         views=tuple(view for _, view in identities),
         rows=rows,
-        times=reader.times(kind, rows),
+        times=reader.times(array, rows),
         of=of,
     )
 
 
-def sample(reader: FeatureReader, kind: str, seed: int) -> npt.NDArray[np.int64]:
-    """Row numbers (n,) for the distributions: all rows of a small space, else some of everywhere."""
-    row_bytes = 2 * reader.spec.tokens(kind) * reader.spec.width
+def sample(reader: FeatureReader, array: str, seed: int) -> npt.NDArray[np.int64]:
+    """Return row numbers (n,) to measure distributions on: all rows of a small space, else some."""
+    row_bytes = 2 * reader.spec.tokens(array) * reader.spec.width
     count = max(1, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
-    index = reader.index[kind]
-    if len(index) <= count:
-        return index.rows(np.arange(len(index)))
+    index = reader.index[array]
     return index.rows(spread(count, len(index), np.random.default_rng(seed)))
 
 
 def read_rows(
-    reader: FeatureReader, kind: str, rows: npt.NDArray[np.int64]
+    reader: FeatureReader, array: str, rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Rows (n,) -> their features (n, tokens, width), every byte of them checked.
+    """Return the features (n, tokens, width) of rows (n,), every byte checked.
 
     Raises:
-        CorruptError: a row is not what was written.
+        CorruptError: a row differs from what was written.
     """
-    packed = np.empty((len(rows), reader.geometry[kind].row_bytes), np.uint8)
-    reader.read_into(kind, rows, packed)
-    tokens, width = reader.spec.tokens(kind), reader.spec.width
+    packed = np.empty((len(rows), reader.geometry[array].row_bytes), np.uint8)
+    reader.read_into(array, rows, packed)
+    tokens, width = reader.spec.tokens(array), reader.spec.width
     return codec.unpack(packed, reader.spec.layout, tokens, width).astype(np.float32)
 
 
-class Recorded:
-    """Codec errors as the commits of a space record them, each commit read once."""
+class RecordedErrors:
+    """Codec errors that the commits of a space record; each commit is read once."""
 
     def __init__(self, reader: FeatureReader):
         self._reader = reader
         self._info = read_info(reader.paths)
         self._errors: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
 
-    def of_rows(self, kind: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Relative codec error (n,) of rows (n,); NaN where it was not measured."""
-        slots = self._reader.geometry[kind].slots
-        shards, at = np.divmod(rows, slots)
-        pairs = zip(shards.tolist(), at.tolist(), strict=True)
-        return np.array([self._shard(kind, shard)[slot] for shard, slot in pairs], np.float64)
+    def of_rows(self, array: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the relative errors (n,) of rows (n,); NaN where none was measured."""
+        shards, slots = np.divmod(rows, self._reader.geometry[array].slots)
+        pairs = zip(shards.tolist(), slots.tolist(), strict=True)
+        return np.array([self._shard(array, shard)[slot] for shard, slot in pairs], np.float64)
 
-    def spread(self, kind: str, seed: int) -> Errors:
-        """The errors of all rows of some shards: of all shards, where there are few."""
-        index, slots = self._reader.index[kind], self._reader.geometry[kind].slots
-        # Through rows, since those alone say which shards exist.
-        some = spread(64 * SAMPLE_SHARDS, len(index), np.random.default_rng(seed))
-        shards = np.unique(index.rows(some) // slots)
-        looked_at = shards[spread(SAMPLE_SHARDS, len(shards), np.random.default_rng(seed))]
-        found = [self._shard(kind, shard) for shard in looked_at.tolist()]
-        values = np.concatenate([np.empty(0), *found])
-        return Errors(
-            values=values[np.isfinite(values)],
-            shards=len(looked_at),
-            of=len(index.shards),
-        )
+    def spread(self, array: str, seed: int) -> Errors:
+        """Return the errors of all rows of up to `SAMPLE_SHARDS` shards."""
+        shards = self._reader.index[array].shards
+        drawn = shards[spread(SAMPLE_SHARDS, len(shards), np.random.default_rng(seed))].tolist()
+        values = np.concatenate([self._shard(array, shard) for shard in drawn])
+        return Errors(values=values[np.isfinite(values)], shards=len(drawn), of=len(shards))
 
-    def _shard(self, kind: str, shard: int) -> npt.NDArray[np.float64]:
-        if (kind, shard) not in self._errors:
-            commit = read_commit(self._reader.paths, self._info, kind, shard)
-            self._errors[kind, shard] = commit.table["error"].to_numpy().astype(np.float64)
-        return self._errors[kind, shard]
+    def _shard(self, array: str, shard: int) -> npt.NDArray[np.float64]:
+        if (array, shard) not in self._errors:
+            commit = read_commit(self._reader.paths, self._info, array, shard)
+            self._errors[array, shard] = commit.table["error"].to_numpy().astype(np.float64)
+        return self._errors[array, shard]
 
 
-def newest_commit(paths: SpacePaths, kinds: Sequence[str]) -> datetime | None:
-    """When the last shard became visible, as its file says."""
-    numbers = {kind: paths.committed(kind) for kind in kinds}
+def newest_commit(paths: SpacePaths, arrays: Sequence[str]) -> datetime | None:
+    """Return when the newest shard was committed: the time of the highest commit file."""
+    shards = {array: paths.committed(array) for array in arrays}
     last = [
-        paths.commit(kind, found[-1]).stat().st_mtime for kind, found in numbers.items() if found
+        paths.commit(array, found[-1]).stat().st_mtime for array, found in shards.items() if found
     ]
     return datetime.fromtimestamp(max(last), UTC) if last else None

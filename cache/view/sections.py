@@ -1,79 +1,87 @@
-"""Fill the page of `cache.view`: the charts and figures that its template view.html shows.
+"""Fill the page of `cache.view`: the figures, tables and charts that its template view.html shows.
 
 collect.gather -> Findings -> render -> HTML
 """
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
 
 from cache.store.ledger import STAGES
-from cache.view import page
-from cache.view.charts import Mark, Series, cumulative, histogram, number, spikes
+from cache.view import page, thumbnails
+from cache.view.charts import Mark, Series, bar, channel_chart, cumulative, histogram, number
 from cache.view.collect import Findings, Shown
 from cache.view.statistics import OUTLIER
-from cache.view.thumbnails import HEAT, heat, jpeg, png, stamp
 from configs.console import bytes_text
 
 PLURALS = {"image": "images", "frame": "frames"}
 STYLES = {"image": "a", "frame": "b"}
 """Array -> CSS class of its colour in charts."""
 
-LIMITS = {
-    "BANNER": 12,  # maps of features across the top
-    "NARROW_STRIP": 4,  # frames up to which two videos are side by side, and frames in a line on a phone
-    "REASONS_SHOWN": 12,  # reasons of failures
-    "SOURCES_SHOWN": 3,  # paths and URLs of one image or video
-}
-"""How much view.html shows."""
+REASONS_SHOWN = 12
+"""Reasons of failures that are listed; `cache.ls --failures` lists all."""
+
+SOURCES_SHOWN = 3
+"""Paths and URLs of one image or video that are listed."""
 
 
 def render(found: Findings) -> str:
     """Return the HTML of the page."""
-    functions = (zip, figures, any_outlier, percent, number, png, jpeg, stamp, heat)
-    failed = {
-        stage: {source for one in found.failures if one.stage == stage for source in one.sources}
+    one = found.channels
+    stages = {
+        stage: {
+            source for group in found.failures if group.stage == stage for source in group.sources
+        }
         for stage in STAGES
     }
     html = page.render(
         page.HERE / "view.html",
         title=found.reader.paths.name,
         found=found,
-        images=[one for one in found.shown if one.chosen.kind == "image"],
-        videos=[one for one in found.shown if one.chosen.kind == "frame"],
-        boxes=boxes(found),
+        images=[shown for shown in found.shown if shown.chosen.array == "image"],
+        videos=[shown for shown in found.shown if shown.chosen.array == "frame"],
+        summary=summary(found),
         facts=facts(found),
         pairs=neighbour_pairs(found),
-        charts={
-            "norms": _norms(found),
-            "errors": _errors(found),
-            "directions": _directions(found),
-            "channels": _channels(found),
-        },
-        failed={stage: sources for stage, sources in failed.items() if sources},
-        base64=lambda codes: base64.b64encode(codes).decode(),
-        HEAT=HEAT,
-        **LIMITS,
-        **{one.__name__: one for one in functions},
+        charts=[_norms(found), _errors(found), _directions(found)],
+        channels=_channels(found),
+        loudest=[
+            (at, f"{one.mean[at]:.3g}", f"{one.std[at]:.3g}", f"{one.energy[at]:.2%}")
+            for at in one.largest
+        ],
+        coverage=[
+            (d.name, f"{d.samples:,}", f"{d.media:,}", f"{d.failed:,}", bar(share), percent(share))
+            for d in found.datasets
+            for share in [d.coverage[found.reader.paths.name]]
+        ],
+        stages=[(stage, f"{len(sources):,}") for stage, sources in stages.items() if sources],
+        reasons=[
+            (group.stage, group.error, group.host, group.dataset, f"{len(group.sources):,}")
+            for group in found.failures[:REASONS_SHOWN]
+        ],
+        # What the template calls.
+        thumbnails=thumbnails,
+        number=number,
+        figures=figures,
+        sources=sources_of,
+        any_outlier=any_outlier,
     )
     return str(html)
 
 
 def percent(share: float) -> str:
-    """Return a share as percent: never `100%` below 1."""
+    """Return a share as percent: `100%` only if it is 1."""
     return "100%" if share >= 1 else f"{min(share, 0.999):.1%}"
 
 
-def boxes(found: Findings) -> list[tuple[str, str, str]]:
+def summary(found: Findings) -> list[tuple[str, str, str]]:
     """Return the most important figures: (value, label, explanation)."""
     reader = found.reader
     nbytes = sum(sum(index.nbytes.values()) for index in reader.index.values())
-    shown = [(f"{reader.rows(kind):,}", PLURALS[kind], "rows") for kind in found.norms]
+    shown = [(f"{reader.rows(array):,}", PLURALS[array], "rows") for array in found.norms]
     shown.append((bytes_text(nbytes), "on disk", f"as {reader.spec.codec}, checksums included"))
     errors = np.concatenate([one.values for one in found.errors.values()])
     if len(errors):
@@ -92,7 +100,7 @@ def boxes(found: Findings) -> list[tuple[str, str, str]]:
 def facts(found: Findings) -> list[tuple[str, str]]:
     """Return (name, value) of what decides a row, and of the state of the space."""
     spec = found.reader.spec
-    sizes = dict.fromkeys(bytes_text(spec.row_bytes(kind)) for kind in found.norms)
+    sizes = dict.fromkeys(bytes_text(spec.row_bytes(array)) for array in found.norms)
     listed = [
         ("encoder", f"{spec.encoder} ({spec.architecture})"),
         ("blocks, from 0", ", ".join(map(str, spec.blocks))),
@@ -109,24 +117,30 @@ def facts(found: Findings) -> list[tuple[str, str]]:
 
 def figures(one: Shown) -> list[tuple[str, str]]:
     """Return (name, value) of what is measured on an image or a video, and what the tables say of it."""
-    chosen, medium, tiles = one.chosen, one.medium, one.tiles
-    errors = [tile.error for tile in tiles if math.isfinite(tile.error)]
+    chosen, item, tiles = one.chosen, one.item, one.tiles
+    errors = [tile.error for tile in tiles if tile.error is not None]
     norms = np.concatenate([tile.norms.ravel() for tile in tiles])
     outliers = sum(int(tile.outliers.sum()) for tile in tiles)
-    length = f", {medium.duration_s:.1f} s" if medium.duration_s is not None else ""
+    length = f", {item.duration_s:.1f} s" if item.duration_s is not None else ""
     video = f"{len(tiles)} of {chosen.of} frames{length}"
     rows = {
-        "view": video if chosen.kind == "frame" else chosen.views[0],
-        "size": medium.width
-        and f"{medium.width:,} × {medium.height:,} px, {bytes_text(medium.nbytes)}",
+        "view": video if chosen.array == "frame" else chosen.views[0],
+        "size": item.width and f"{item.width:,} × {item.height:,} px, {bytes_text(item.nbytes)}",
         "codec error": errors and f"{np.mean(errors):.3%}",
         "norm": f"{number(float(np.median(norms)))}, max {number(float(norms.max()))}",
         "outliers": outliers and f"{outliers:,} of {norms.size:,} tokens",
         "CLS norm": ", ".join(number(tile.cls_norm) for tile in tiles if tile.cls_norm is not None),
-        "data set": ", ".join(medium.datasets),
-        "note": medium.note,
+        "data set": ", ".join(item.datasets),
+        "note": item.note,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
+
+
+def sources_of(one: Shown) -> list[str]:
+    """Return the paths and URLs to list."""
+    found = one.item.sources or ("not in the media table",)
+    more = len(found) - SOURCES_SHOWN
+    return [*found[:SOURCES_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def any_outlier(shown: Sequence[Shown]) -> bool:
@@ -153,15 +167,15 @@ def neighbour_pairs(found: Findings) -> list[tuple[tuple[Shown, Shown], float]]:
 
 def _norms(found: Findings) -> Markup:
     notes = [
-        f"{len(one.values):,} tokens of {one.rows:,} {PLURALS[kind]}, longest "
+        f"{len(one.values):,} tokens of {one.rows:,} {PLURALS[array]}, longest "
         f"{number(float(one.values.max()))}; {one.outliers:.2%} beyond {number(one.limit)}."
-        for kind, one in found.norms.items()
+        for array, one in found.norms.items()
     ]
-    first = found.norms[found.channels_kind]
+    first = found.norms[found.channels_array]
     return histogram(
         [
-            Series(label=PLURALS[kind], values=one.values, style=STYLES[kind])
-            for kind, one in found.norms.items()
+            Series(label=PLURALS[array], values=one.values, style=STYLES[array])
+            for array, one in found.norms.items()
         ],
         title="Token norms",
         axis="norm",
@@ -176,18 +190,19 @@ def _norms(found: Findings) -> Markup:
 def _errors(found: Findings) -> Markup:
     series, notes = [], []
     marks: list[Mark] = []
-    for kind, one in found.errors.items():
+    for array, one in found.errors.items():
         if not len(one.values):
             continue
-        mean, p99 = float(one.values.mean()), float(np.percentile(one.values, 99))
-        series.append(Series(label=PLURALS[kind], values=100 * one.values, style=STYLES[kind]))
+        values, name = 100 * one.values, PLURALS[array]
+        mean, p99 = float(values.mean()), float(np.percentile(values, 99))
+        series.append(Series(label=name, values=values, style=STYLES[array]))
         notes.append(
-            f"{PLURALS[kind].capitalize()}: mean {mean:.3%}, p99 {p99:.3%}, max {one.values.max():.3%} "
-            f"({len(one.values):,} rows, {one.shards:,} of {one.of:,} shards)."
+            f"{name.capitalize()}: mean {mean:.3f}%, p99 {p99:.3f}%, max {values.max():.3f}% "
+            f"({len(values):,} rows, {one.shards:,} of {one.of:,} shards)."
         )
         marks = marks or [
-            Mark(value=100 * mean, label=f"mean {mean:.3%}"),
-            Mark(value=100 * p99, label=f"p99 {p99:.3%}"),
+            Mark(value=mean, label=f"mean {mean:.3f}%"),
+            Mark(value=p99, label=f"p99 {p99:.3f}%"),
         ]
     return histogram(
         series,
@@ -220,6 +235,6 @@ def _channels(found: Findings) -> Markup:
     one = found.channels
     note = (
         f"{one.constant:.0%} of the energy is the mean vector, which is equal in every token "
-        f"({one.tokens:,} tokens of {PLURALS[found.channels_kind]})."
+        f"({one.tokens:,} tokens of {PLURALS[found.channels_array]})."
     )
-    return spikes(one.mean, one.std, one.largest, title="Channels", note=note)
+    return channel_chart(one.mean, one.std, one.largest, title="Channels", note=note)

@@ -34,7 +34,7 @@ from cache.store.writer import ShardWriter
 from cache.view import __main__ as view
 from cache.view import collect, sampling, statistics
 from cache.view.collect import Findings, gather
-from cache.view.media import Medium, thumbnail
+from cache.view.media import MediaItem, thumbnail
 from cache.view.sections import render
 from configs import UserError
 from model.media.images import decode_image, fit_image
@@ -82,7 +82,7 @@ def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_na
     images(space, range(1, 11))
     video(space, 3, 4)
     found = find(tmp_path)
-    assert [(one.chosen.kind, one.chosen.of) for one in found.shown].count(("image", 1)) == 10
+    assert [(one.chosen.array, one.chosen.of) for one in found.shown].count(("image", 1)) == 10
     recorded = {}
     for path in sorted(space.paths.commits_dir.glob("*.parquet")):
         kind = path.name.split("-")[0]
@@ -94,16 +94,16 @@ def test_what_is_shown_is_what_zarr_and_the_commits_say(tmp_path: Path, codec_na
     }
     for one in found.shown:
         for tile in one.tiles:
-            row = recorded[one.chosen.kind, one.chosen.key, tile.view]
-            stored = np.asarray(arrays[one.chosen.kind][row["row"]]).astype(np.float32)
+            row = recorded[one.chosen.array, one.chosen.key, tile.view]
+            stored = np.asarray(arrays[one.chosen.array][row["row"]]).astype(np.float32)
             side = round(len(stored) ** 0.5)
             norms = np.linalg.norm(stored.astype(np.float64), axis=-1).reshape(side, side)
             np.testing.assert_allclose(tile.norms, norms, rtol=1e-5)
             assert tile.error == row["error"]
-            assert np.isnan(tile.time_s) if row["time_s"] is None else tile.time_s == row["time_s"]
+            assert tile.time_s == row["time_s"]
             colours = found.basis.colours(stored).reshape(side, side, 3)
             assert (tile.colours == colours).all()
-            assert (tile.outliers == (norms > 2 * found.norms[one.chosen.kind].median)).all()
+            assert (tile.outliers == (norms > 2 * found.norms[one.chosen.array].median)).all()
     errors = [row["error"] for (kind, *_), row in recorded.items() if kind == "image"]
     assert sorted(found.errors["image"].values) == sorted(errors)
     assert (found.errors["image"].shards, found.errors["image"].of) == (3, 3)
@@ -208,7 +208,7 @@ def test_a_seed_decides_the_page_to_the_byte(tmp_path: Path) -> None:
     assert pages[0] == pages[1] != pages[2]
     assert "--images 5 --seed 1" in pages[2]
     found = find(tmp_path, 5)
-    assert [one.chosen.kind for one in found.shown] == ["image"] * 4 + ["frame"]
+    assert [one.chosen.array for one in found.shown] == ["image"] * 4 + ["frame"]
     assert len({one.chosen.key for one in found.shown}) == 5
 
 
@@ -217,7 +217,7 @@ def test_videos_take_the_place_of_images_that_are_not_there(tmp_path: Path) -> N
     images(space, range(2))
     for number in range(10, 16):
         video(space, number, 2)
-    assert [one.chosen.kind for one in find(tmp_path, 6).shown] == ["image"] * 2 + ["frame"] * 4
+    assert [one.chosen.array for one in find(tmp_path, 6).shown] == ["image"] * 2 + ["frame"] * 4
 
 
 def test_frames_stand_in_time_order_evenly_from_first_to_last(tmp_path: Path) -> None:
@@ -408,10 +408,10 @@ def test_an_image_comes_from_its_path_or_from_kept_downloads(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
-    here, _ = thumbnail(Medium(sources=(str(path),)), name, SPEC, None)
+    here, _ = thumbnail(MediaItem(sources=(str(path),)), name, SPEC, None)
     assert here is not None
     assert max(here.size) == 336
-    web = Medium(sources=("https://a.example/photo.png",))
+    web = MediaItem(sources=("https://a.example/photo.png",))
     assert thumbnail(web, name, SPEC, None) == (None, "came from the web and was not kept")
     keep = tmp_path / "kept"
     (keep / name[:2]).mkdir(parents=True)
@@ -425,17 +425,17 @@ def test_an_image_that_is_gone_or_another_one_is_not_shown(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
-    medium = Medium(sources=(str(path),))
+    item = MediaItem(sources=(str(path),))
     path.write_bytes(path.read_bytes() + b"x")
-    assert thumbnail(medium, name, SPEC, None) == (None, "has changed since it was encoded")
+    assert thumbnail(item, name, SPEC, None) == (None, "has changed since it was encoded")
     path.unlink()
-    assert thumbnail(medium, name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail(item, name, SPEC, None) == (None, "not on this machine")
     os.mkfifo(path)  # to be opened by nobody: reading would wait for ever
-    assert thumbnail(medium, name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail(item, name, SPEC, None) == (None, "not on this machine")
     odd = tmp_path / "odd"
     odd.write_bytes(b"<svg/>")
     digest = hashlib.sha256(b"<svg/>").hexdigest()
-    assert thumbnail(Medium(sources=(str(odd), "/\0")), digest, SPEC, None) == (
+    assert thumbnail(MediaItem(sources=(str(odd), "/\0")), digest, SPEC, None) == (
         None,
         "cannot be read",
     )
@@ -461,7 +461,7 @@ def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, kind: 
     path.write_bytes(out.getvalue())
     spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
     name = hashlib.sha256(out.getvalue()).hexdigest()
-    shown, _ = thumbnail(Medium(sources=(str(path),)), name, spec, None)
+    shown, _ = thumbnail(MediaItem(sources=(str(path),)), name, spec, None)
     assert shown is not None
     seen = fit_image(decode_image(out.getvalue()), 56, fit, spec.mean)
     small = np.asarray(shown.resize((56, 56), Image.Resampling.BICUBIC))
@@ -513,7 +513,9 @@ def test_a_page_never_shows_what_is_said_of_other_bytes(
     page = Page(render(find(tmp_path / "cache")))
     assert "caption of other" not in page.text
     assert "caption of same" in page.text
-    assert "other: 1 sample left out: the bytes at the source have another sha256" in page.text
+    assert (
+        "other: 1 sample left out, because the bytes at the source have another sha256" in page.text
+    )
     assert "same: 1 sample left out" not in page.text
 
 

@@ -93,7 +93,7 @@ def test_curves_show_the_run(reported: tuple[str, Path, CacheRoot]) -> None:
     assert labels == ["Loss", "Learning rate", "Gradient norm"]
     dots = [a for tag, a in page.tags if tag == "circle"]
     assert len(dots) == 2  # held-out losses after steps 5 and 10
-    lines = [a["d"] for a in page.all("path") if a["class"] == "line faint"]
+    lines = [a["d"] for a in page.all("path") if a["class"] == "line a thin faint"]
     assert str(lines[0]).count("L") == 9  # ten points, one a step
 
 

@@ -221,7 +221,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
     def smooth(name: str, label: str) -> list[Line]:
         points = smoothed(column(name), half_life)
-        return [line(name, "", "faint"), Line(label=label, points=points, style="a")]
+        return [line(name, "", "a thin faint"), Line(label=label, points=points, style="a")]
 
     held = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     loss = [
