@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.attention.kernels import ATTENTION
-from model.language.chat_template import Message, fill_places, prompt_ids, video_ids
+from model.language.chat_template import Message, fill_placeholders, prompt_ids, video_token_ids
 from model.language.tokenizer import IMAGE_TOKEN, eos_ids, token_id
 from model.vlm import VLM
 
@@ -98,13 +98,13 @@ def expand(
     media = [] if given is None else list(given)
     image = token_id(tokenizer, IMAGE_TOKEN)
     contents = [
-        video_ids(tokenizer, one.times_s, one.features.shape[1])
+        video_token_ids(tokenizer, one.times_s, one.features.shape[1])
         if isinstance(one, Video)
         else np.full(len(one), image, dtype=np.int32)
         for one in media
     ]
     text = np.array(prompt_ids(tokenizer, messages, len(media)), dtype=np.int32)
-    row = torch.from_numpy(fill_places(text, image, contents)[0]).long()
+    row = torch.from_numpy(fill_placeholders(text, image, contents)[0]).long()
     features = [one.features.flatten(0, 1) if isinstance(one, Video) else one for one in media]
     return row, (row == image).nonzero().squeeze(1), torch.cat(features) if features else None
 

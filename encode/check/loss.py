@@ -33,7 +33,12 @@ from configs import UserError
 from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
 from model.attention.batch import PackedBatch
 from model.io.saved_model import find_run, load_final
-from model.language.chat_template import Message, fill_places, tokenize_messages, video_ids
+from model.language.chat_template import (
+    Message,
+    fill_placeholders,
+    tokenize_messages,
+    video_token_ids,
+)
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.quantize import pack, unpack
 
@@ -211,12 +216,12 @@ def sample_batch(
     text = tokenize_messages(tokenizer, messages, len(media))
     image = token_id(tokenizer, IMAGE_TOKEN)
     contents = [
-        video_ids(tokenizer, one.times_s, spec.tokens(one.array))
+        video_token_ids(tokenizer, one.times_s, spec.tokens(one.array))
         if one.times_s
         else np.full(spec.tokens(one.array), image, dtype=np.int32)
         for one in media
     ]
-    filled, repeats = fill_places(text.ids, image, contents)
+    filled, repeats = fill_placeholders(text.ids, image, contents)
     ids = torch.from_numpy(filled.astype(np.int64))
     weights = torch.from_numpy(np.repeat(text.weights, repeats))
     return PackedBatch.one_sample(ids, weights, image)

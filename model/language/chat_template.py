@@ -1,20 +1,24 @@
-"""The one chat template: messages in, token ids and loss weights out.
+"""The chat template: messages to token ids and loss weights.
 
-ChatML, the same in training, generation, evaluation and export:
+ChatML, in training, generation, evaluation and export alike:
 
     <|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n{content}<|im_end|>\\n
 
-Assistant content and its <|im_end|> are supervised, with the message's weight; nothing else is.
+Assistant content and its <|im_end|> are supervised, with the weight of the message. Nothing else is.
 
-What a user typed never becomes a control token (see `model.language.tokenizer`). An image's place is the one
-exception, and has a rule: a sample knows how many images it has, and the first that many `<image>` marks
-in its user turns are their places; further marks, and marks in other turns, are plain text. Without any
-mark in the user turns the images stand at the start of the first one. Fewer marks than images (but not
-none) is an error.
+Text of a user never becomes a control token (see `model.language.tokenizer`), except for placeholders:
 
-Once expanded, an image's place is as many `<image>` tokens as it has features. A video's place is, for each
-of its frames in time order, the text "{seconds:.1f} " and then the frame's `<image>` tokens. Those texts are
-tokenised each by itself, so a video's tokens do not depend on what stands around it.
+- A sample with k images takes the first k `<image>` marks in its user turns as their placeholders.
+- Further marks, and marks in other turns, are plain text.
+- Without a mark in the user turns, the images are put at the start of the first user turn.
+- Fewer marks than images, but at least one, is an error.
+
+When a sample is packed, the placeholder of an image becomes one `<image>` token for each of its features.
+The placeholder of a video becomes, for each frame in time order, the text "{seconds:.1f} " and one `<image>`
+token for each feature of the frame. Each of these texts is tokenised alone, so the tokens of a video do not
+depend on the text around it.
+
+n tokens of a sample with one token a placeholder, m tokens after expansion.
 """
 
 from __future__ import annotations
@@ -30,85 +34,88 @@ from transformers import PreTrainedTokenizerFast
 from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES, encode_text, token_id
 
 TEMPLATE_VERSION = "chatml-1"
-"""Changes whenever the same messages would give other ids or weights; tokenised text is stored under it."""
+"""Version of the template. Change it whenever equal messages would give other ids or weights: tokenised text
+is stored under it."""
 
 Message = tuple[str, str, float]
-"""(role, content, weight); the weight counts for assistant turns only."""
+"""(role, content, weight). Only the weights of assistant turns are used."""
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """One sample's text. `n` tokens, an image counting as one."""
+    """The text of one sample as tokens."""
 
     ids: NDArray[np.int32]
-    """(n,) token ids with one `<image>` id per image, expanded when packing."""
+    """(n,) token ids; one `<image>` id for each image or video, expanded when the sample is packed."""
     weights: NDArray[np.float32]
-    """(n,) weight of predicting this token; 0 = not supervised."""
+    """(n,) weight of predicting each token; 0: not supervised."""
 
 
 @functools.lru_cache(maxsize=64)
-def _marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-    """The template's fixed pieces as ids."""
+def _template_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """Return the ids of the template's fixed pieces."""
     pieces = {text: [token_id(tokenizer, text)] for text in (IM_START, IM_END, IMAGE_TOKEN)}
     return pieces | {
         text: encode_text(tokenizer, text) for text in ("\n", *(f"{r}\n" for r in ROLES))
     }
 
 
-def stamp(time_s: float) -> str:
-    """What stands before a frame: its time in its video."""
+def timestamp_text(time_s: float) -> str:
+    """Return the text before a frame of a video: its time."""
     return f"{max(0.0, time_s):.1f} "  # never "-0.0"
 
 
-@functools.lru_cache(maxsize=65_536)
-def stamp_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
-    """Token ids of a stamp."""
+@functools.lru_cache(maxsize=65_536)  # tenths of a second of a video of 1.8 hours
+def timestamp_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    """Return the token ids of a frame's time."""
     return tuple(encode_text(tokenizer, text))
 
 
-def video_ids(
+def video_token_ids(
     tokenizer: PreTrainedTokenizerFast, times_s: Iterable[float], frame_tokens: int
 ) -> NDArray[np.int32]:
-    """What stands at a video's place: each frame's time, then its image tokens."""
+    """Return the (m,) tokens of a video: for each frame its time, then `frame_tokens` image tokens."""
     image = (token_id(tokenizer, IMAGE_TOKEN),) * frame_tokens
     ids: list[int] = []
     for time_s in times_s:
-        ids += stamp_ids(tokenizer, stamp(time_s))
+        ids += timestamp_ids(tokenizer, timestamp_text(time_s))
         ids += image
     return np.array(ids, dtype=np.int32)
 
 
-def fill_places(
+def fill_placeholders(
     ids: NDArray[np.int32], image: int, contents: Sequence[NDArray[np.int32]]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Put what stands for each medium at its place.
+    """Replace the placeholder of each image and video by its tokens.
 
     Args:
-        ids: (n,) tokens with one `<image>` id a medium.
-        image: that id.
-        contents: what stands at each of those places, in order.
+        ids: (n,) tokens with one `<image>` id for each image or video.
+        image: id of `<image>`.
+        contents: the tokens of each image and video, in order.
 
     Returns:
-        The (m,) tokens, and (n,) how many of them each of the n became.
+        The (m,) tokens, and (n,) the number of them that each of the n became.
     """
-    places = np.flatnonzero(ids == image)
-    assert len(places) == len(contents), f"{len(places)} places for {len(contents)} media"
-    counts = np.ones(len(ids), dtype=np.int64)
-    counts[places] = [len(content) for content in contents]
-    filled = np.repeat(ids, counts)
+    placeholders = np.flatnonzero(ids == image)
+    assert len(placeholders) == len(contents), (
+        f"{len(placeholders)} placeholders for {len(contents)} media"
+    )
+    counts = np.ones(len(ids), dtype=np.int64)  # (n,) tokens that each token becomes
+    counts[placeholders] = [len(content) for content in contents]
+    filled = np.repeat(ids, counts)  # (n,) -> (m,)
     starts = np.cumsum(counts) - counts
-    for place, content in zip(places, contents, strict=True):
-        filled[starts[place] : starts[place] + len(content)] = content
+    for placeholder, content in zip(placeholders, contents, strict=True):
+        filled[starts[placeholder] : starts[placeholder] + len(content)] = content
     return filled, counts
 
 
 def tokenize_messages(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> TokenizedSample:
-    """Token ids and loss weights of a whole sample; see the module's text for template and rules.
+    """Return token ids and loss weights of a whole sample, by the rules of this module.
 
     Raises:
-        ValueError: an unknown role, or more images than `<image>` marks.
+        ValueError: a role is unknown, or there are more images than `<image>` marks.
     """
     ids, weights = _render(tokenizer, messages, images)
     return TokenizedSample(
@@ -119,34 +126,34 @@ def tokenize_messages(
 def prompt_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> list[int]:
-    """Token ids of a conversation up to where the assistant begins to speak."""
+    """Return the token ids of a conversation, up to the start of the assistant's next turn."""
     ids, _ = _render(tokenizer, messages, images)
-    marks = _marks(tokenizer)
-    return ids + marks[IM_START] + marks["assistant\n"]
+    pieces = _template_ids(tokenizer)
+    return ids + pieces[IM_START] + pieces["assistant\n"]
 
 
 def _render(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
 ) -> tuple[list[int], list[float]]:
-    marks = _marks(tokenizer)
+    pieces = _template_ids(tokenizer)
     ids: list[int] = []
     weights: list[float] = []
-    for (role, _, weight), texts in zip(messages, place_images(messages, images), strict=True):
+    for (role, _, weight), texts in zip(messages, split_at_images(messages, images), strict=True):
         content: list[int] = []
         for i, text in enumerate(texts):
-            content += (marks[IMAGE_TOKEN] if i else []) + encode_text(tokenizer, text)
-        head, tail = marks[IM_START] + marks[f"{role}\n"], content + marks[IM_END]
-        ids += head + tail + marks["\n"]
+            content += (pieces[IMAGE_TOKEN] if i else []) + encode_text(tokenizer, text)
+        head, tail = pieces[IM_START] + pieces[f"{role}\n"], content + pieces[IM_END]
+        ids += head + tail + pieces["\n"]
         supervised = weight if role == "assistant" else 0.0
-        weights += [0.0] * len(head) + [supervised] * len(tail) + [0.0] * len(marks["\n"])
+        weights += [0.0] * len(head) + [supervised] * len(tail) + [0.0] * len(pieces["\n"])
     return ids, weights
 
 
-def place_images(messages: Sequence[Message], images: int) -> list[list[str]]:
-    """Each message's text, cut where an image stands: k + 1 texts for k images in it.
+def split_at_images(messages: Sequence[Message], images: int) -> list[list[str]]:
+    """Split each message at its placeholders: k + 1 texts for k images in it.
 
     Raises:
-        ValueError: an unknown role, or more images than `<image>` marks.
+        ValueError: a role is unknown, or there are more images than `<image>` marks.
     """
     for role, _, _ in messages:
         if role not in ROLES:

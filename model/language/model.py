@@ -1,7 +1,7 @@
-"""The language model: untrained ones by preset, real ones from a folder or a Hugging Face id.
+"""Load, check and save a language model: an untrained preset, a folder, or a Hugging Face id.
 
-`random:<preset>` (configs/model.yaml) needs no file and no network: an untrained Qwen3 with a byte-level
-tokenizer, so that everything runs offline.
+`random:<preset>` (configs/model.yaml) is an untrained Qwen3 with a byte-level tokenizer. It needs no file and
+no network.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ from model.language.tokenizer import (
 )
 
 RANDOM = "random:"
-
+"""Prefix of an untrained model's name."""
 HUB_TIMEOUT_S = 5.0
-ROW_MULTIPLE = 64  # vocabulary rows of a built-in model are rounded up to this
+"""Seconds without an answer before the hub counts as unreachable."""
+ROW_MULTIPLE = 64
+"""Embedding rows are rounded up to a multiple of this when they are created or resized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguagePreset:
-    """Sizes of an untrained Qwen3 and the words of its built-in tokenizer."""
+    """Sizes of an untrained Qwen3, and the words of its built-in tokenizer."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -54,19 +56,19 @@ class LanguagePreset:
     heads: int
     """Query heads."""
     kv_heads: int
-    """Key and value heads; each serves heads / kv_heads query heads."""
+    """Key and value heads; each is shared by heads / kv_heads query heads."""
     head_dim: int
-    """Values per head; even, because positions rotate pairs."""
+    """Values per head; even, because rotary positions rotate pairs of values."""
     intermediate_size: int
     """Width inside the MLP."""
     vocab_rows: int = 0
-    """Rows of the (tied) embedding; 0 = as many as the tokenizer needs, rounded up to 64."""
+    """Rows of the tied embedding; 0: the size of the tokenizer, rounded up to a multiple of 64."""
     max_positions: int = 4096
-    """Longest sequence the model is declared for, tokens."""
+    """Longest sequence in the model's config, tokens."""
     rope_theta: float = 1_000_000.0
     """Base of the rotary frequencies."""
     words: tuple[str, ...] = ()
-    """Words that are one token each, with and without a space before them; the rest is spelt in bytes."""
+    """Words that are one token each, with and without a space before them. Other text becomes bytes."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -75,7 +77,7 @@ class LanguagePreset:
             raise ValueError(f"head_dim {self.head_dim} is odd")
 
     def config(self, vocabulary: int) -> Qwen3Config:
-        """The transformers config, for a tokenizer of `vocabulary` ids."""
+        """Return the transformers config for a tokenizer of `vocabulary` ids."""
         rows = self.vocab_rows or -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
         if rows < vocabulary:
             raise ValueError(f"vocab_rows {rows} is below the tokenizer's {vocabulary} ids")
@@ -101,13 +103,13 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     image_token_id: int
-    """The id of `<image>`, repeated once per feature token."""
+    """Id of `<image>`."""
     eos_ids: tuple[int, ...]
     """Ids that end an answer."""
 
 
 def preset(name: str) -> LanguagePreset:
-    """The entry `name` of `presets` in configs/model.yaml."""
+    """Return the entry `name` of `presets` in configs/model.yaml."""
     entries = configs.load("model")["presets"]
     if name not in entries:
         raise configs.UserError(
@@ -125,8 +127,11 @@ def load_language(
     Args:
         source: `random:<preset>`, a folder in Hugging Face's layout, or a Hugging Face id.
         dtype: of the parameters.
-        seed: of the initial weights of `random:` models; the global generator is left alone.
-        device: `cpu`, or `meta` for the shapes alone.
+        seed: of the initial weights of `random:` models. The global random state does not change.
+        device: `cpu`, or `meta` for shapes without values.
+
+    Raises:
+        UserError: the source does not exist, or the model has a feature that our attention or loss lacks.
     """
     tokenizer = load_tokenizer(source)
     config = _config(source, tokenizer)
@@ -138,16 +143,22 @@ def load_language(
         with no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:  # Qwen3 has 151,936 rows for 151,670 ids; others may be full
+    if (
+        len(tokenizer) > rows
+    ):  # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
     return wrap_language(model, tokenizer)
 
 
 def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
-    """A model and its tokenizer, checked to be of a kind whose loss we compute exactly."""
+    """Combine a model with its tokenizer.
+
+    Raises:
+        UserError: the model has a feature that our attention or loss lacks.
+    """
     _check_supported(model.config)
-    # A model's folder may bring sampling settings (Qwen3: temperature 0.6, top_k 20) that fill in whatever
-    # a call leaves out; how we answer is said in `model.inference` alone.
+    # A model's folder may contain sampling settings (Qwen3: temperature 0.6, top_k 20), which would apply
+    # wherever a call names none. `model.inference` alone decides on sampling.
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return LanguageModel(
         model=model,
@@ -158,7 +169,7 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def _check_supported(config: Any) -> None:
-    """Refuse what our attention or our loss would leave out, silently or in the middle of a step."""
+    """Raise UserError for what our attention or loss would leave out, without an error or within a step."""
     changed = {
         name: getattr(config, name, None)
         for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -170,14 +181,14 @@ def _check_supported(config: Any) -> None:
     if changed:
         found = ", ".join(f"{name}={value}" for name, value in changed.items())
         raise configs.UserError(
-            f"language model {config.model_type} with {found}: our packed attention and loss do not "
-            "compute that; choose another --llm"
+            f"language model {config.model_type} with {found}: the packed attention and the loss do not "
+            "support that; choose another --llm"
         )
 
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """transformers draws one for every load; commands here say what is worth saying."""
+    """Switch off transformers' progress bar for loading weights."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -197,7 +208,7 @@ def _config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def max_positions(source: str) -> int | None:
-    """Longest sequence a language model is made for, tokens; None where its config does not say."""
+    """Return the longest sequence in a language model's config, tokens; None if there is none."""
     if not source.startswith(RANDOM):
         check_source(source)
     found = getattr(_config(source, load_tokenizer(source)), "max_position_embeddings", None)
@@ -205,7 +216,7 @@ def max_positions(source: str) -> int | None:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a language model, with `<image>` and the chat marks as special tokens."""
+    """Return the tokenizer of a language model, with `<image>` and the chat marks as special tokens."""
     if source.startswith(RANDOM):
         return byte_tokenizer(preset(source.removeprefix(RANDOM)).words)
     check_source(source)
@@ -213,9 +224,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def check_source(source: str) -> None:
-    """Refuse, within seconds, what cannot be loaded: no such folder, no such id, no way to the hub.
+    """Raise UserError within seconds if there is no such folder, no such id, or no connection to the hub.
 
-    Left to itself, transformers retries for most of a minute before it says so.
+    transformers itself retries for most of a minute before it fails.
     """
     way_out = (
         "give a local folder (--llm PATH with config.json, tokenizer.json, model.safetensors), "
@@ -236,14 +247,14 @@ def check_source(source: str) -> None:
             with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S):  # noqa: S310  the hub's own https
                 return
         except urllib.error.HTTPError as error:
-            reason = f"huggingface.co answers {error.code}"
+            reason = f"huggingface.co returns {error.code}"
         except OSError as error:
             reason = f"huggingface.co cannot be reached: {getattr(error, 'reason', error)}"
     raise configs.UserError(f"{source}: no such folder, not downloaded before, {reason}; {way_out}")
 
 
 def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Config and tokenizer files beside the weights, enough for `load_tokenizer` and `AutoConfig`."""
-    config = copy.deepcopy(model.config)  # transformers writes into the config it saves
+    """Write config and tokenizer files into `folder`, as `load_tokenizer` and `AutoConfig` read them."""
+    config = copy.deepcopy(model.config)  # save_pretrained changes the config it saves
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

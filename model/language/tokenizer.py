@@ -1,8 +1,8 @@
-"""Tokenizers: the built-in one that needs no file, and what is added to a language model's own.
+"""Tokenizers: a built-in one that needs no file, and the special tokens added to a language model's own.
 
-Plain text never becomes a control token: `encode_text` spells the strings of special tokens out like any
-other text; whoever means the control token puts in its id (`token_id`). What a vocabulary holds as a word
-of its own stays one (Qwen3's `<think>` and `<tool_call>` are words, not special tokens).
+Plain text never becomes a control token: `encode_text` tokenises the strings of special tokens like any other
+text. Code that means a control token inserts its id (`token_id`). Strings that are ordinary words of a
+vocabulary stay words (Qwen3's `<think>` and `<tool_call>` are words, not special tokens).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
 
-# Qwen3's special strings, in its order; `<image>` comes after them here as it does there (id 151669).
+# Qwen3's special tokens, in its order. `<image>` follows them, as in Qwen3, where it gets id 151669.
 SPECIALS = (
     END_OF_TEXT,
     IM_START,
@@ -43,11 +43,14 @@ SPECIALS = (
 
 
 def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer that needs no file: 256 bytes, then roles and `words`, then special tokens.
+    """Return a tokenizer that needs no file: ids of 256 bytes, roles, `words`, and special tokens.
 
-    Text is cut into words, numbers and punctuation as GPT-2 cuts it; a piece that is in `words` is one
-    token (also with a space before it), any other is spelt in bytes. So a word inside a longer word is
-    never cut out of it, and every text comes back byte for byte.
+    GPT-2's rules cut text into words, numbers and punctuation. A piece in `words` is one token, also with a
+    space before it; any other piece becomes its bytes. A word inside a longer word is not a token, and every
+    text decodes to itself.
+
+    Raises:
+        UserError: GPT-2's rules cut a word into several pieces.
     """
     alphabet = _byte_alphabet()
     vocabulary = {alphabet[byte]: byte for byte in range(256)}
@@ -57,7 +60,7 @@ def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
             pieces = cut.pre_tokenize_str(text)
             if len(pieces) != 1:
                 raise UserError(
-                    f"tokenizer word {word!r}: not one piece but "
+                    f"tokenizer word {word!r}: several pieces, "
                     f"{', '.join(repr(text[a:b]) for _, (a, b) in pieces)}; list those instead"
                 )
             vocabulary.setdefault(pieces[0][0], len(vocabulary))
@@ -75,7 +78,7 @@ def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Add what is missing of `<image>` and the chat marks, as special tokens (Qwen3 lacks only the first)."""
+    """Add `<image>` and the chat marks as special tokens if they are missing. Qwen3 lacks `<image>` only."""
     known = tokenizer.get_vocab()
     specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     missing = [text for text in (IM_START, IM_END, IMAGE_TOKEN) if text not in specials]
@@ -92,42 +95,45 @@ def _special(text: str) -> AddedToken:
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable stand-in of every byte, as all byte-level tokenizers use it (GPT-2's table)."""
+    """Return GPT-2's table, which all byte-level tokenizers use: a printable character for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """The id of a special token."""
+    """Return the id of a special token."""
     found = tokenizer.convert_tokens_to_ids(text)
     assert isinstance(found, int), f"{text} is not in the tokenizer"
     return found
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids that end an answer: the chat mark, and the tokenizer's own end of text."""
+    """Return the ids that end an answer: the end of a turn, and the tokenizer's own end of text."""
     vocabulary = tokenizer.get_vocab()
     ends = [IM_END, END_OF_TEXT, tokenizer.eos_token]
     return tuple(dict.fromkeys(vocabulary[text] for text in ends if text in vocabulary))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 (hex) of all that decides how text becomes ids."""
+    """Return the sha256 (hex) of everything that decides how text becomes ids."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of plain text; the strings of special tokens in it are spelt out like any other text."""
+    """Return the ids of plain text. Strings of special tokens in it become ordinary tokens."""
     ids: list[int] = _plain(tokenizer, len(tokenizer)).encode(text, add_special_tokens=False).ids
     return ids
 
 
 @functools.lru_cache(maxsize=8)
 def _plain(tokenizer: PreTrainedTokenizerFast, _length: int) -> Tokenizer:
-    """The tokenizer's core, for text alone: several times as fast as going through transformers."""
+    """Return the core of a tokenizer, for plain text: several times as fast as through transformers.
+
+    The length is a key of the cache only: adding a token to the tokenizer makes another core.
+    """
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.encode_special_tokens = True
     core.no_padding()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from model.attention.batch import PackedBatch
-from model.language.chat_template import TokenizedSample, fill_places
+from model.language.chat_template import TokenizedSample, fill_placeholders
 from train.data.sample_list import Ints
 from train.data.tokens import used_tokens
 
@@ -120,7 +120,7 @@ def _expand(
     The tokens of media get weight 0, so the model does not learn to predict images or timestamps.
     """
     is_image = sample.ids == image_token_id
-    ids, counts = fill_places(sample.ids, image_token_id, contents)
+    ids, counts = fill_placeholders(sample.ids, image_token_id, contents)
     weights = np.repeat(np.where(is_image, np.float32(0), sample.weights), counts)
     last = np.flatnonzero(is_image)[-1:]
     return ids, weights, int(counts[: int(last[0]) + 1].sum()) if len(last) else 0

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.references import IMAGE, edges_of
-from model.language.chat_template import stamp_ids, video_ids
+from model.language.chat_template import timestamp_ids, video_token_ids
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from train.data.sample_list import Ints, SampleList
 
@@ -59,7 +59,7 @@ class Placeholders:
 
     def video(self, times_s: Iterable[float]) -> npt.NDArray[np.int32]:
         """Return the (n,) tokens of a video with frames at `times_s`."""
-        return video_ids(self.tokenizer, times_s, self.frame_tokens)
+        return video_token_ids(self.tokenizer, times_s, self.frame_tokens)
 
     def contents(self, samples: SampleList, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
         """Return the tokens of each of some distinct media."""
@@ -77,7 +77,7 @@ class Placeholders:
         tenths, of = np.unique(tenths_of(samples.times), return_inverse=True)
         # Timestamps are tokenised separately from the text around them, so equal times have equal lengths.
         stamps = [
-            len(stamp_ids(self.tokenizer, f"{t // 10}.{t % 10} ")) if t >= 0 else 0
+            len(timestamp_ids(self.tokenizer, f"{t // 10}.{t % 10} ")) if t >= 0 else 0
             for t in tenths.tolist()
         ]
         frames = np.array(stamps, dtype=np.int64)[of] + self.frame_tokens
@@ -86,7 +86,7 @@ class Placeholders:
 
 
 def tenths_of(times_s: npt.NDArray[np.float64]) -> Ints:
-    """Return times in tenths of a second, rounded as `chat_template.stamp` prints them; -1 for NaN."""
+    """Return times in tenths of a second, rounded as `timestamp_text` prints them; -1 for NaN."""
     times_s = np.where(times_s < 0, 0.0, times_s)
     scaled = np.where(np.isnan(times_s), -1.0, times_s * 10)
     tenths = np.rint(scaled).astype(np.int64)

@@ -25,7 +25,7 @@ from encode.sources.pixmo_rows import (
     image,
     thousandths,
 )
-from model.language.chat_template import place_images
+from model.language.chat_template import split_at_images
 from train.evaluate.scoring import points_in
 
 SHA = "ab" * 32
@@ -365,7 +365,7 @@ def test_the_hash_goes_along_where_there_is_one() -> None:
 )
 def test_a_placeholder_in_somebodys_words_stays_text(name: str, row: dict[str, Any]) -> None:
     for found in read(name, **row):
-        texts = place_images(told(found), images=1)
+        texts = split_at_images(told(found), images=1)
         assert [len(cut) - 1 for cut in texts] == [1] + [0] * (len(texts) - 1)
         assert texts[0][0] == "", "the one place is at the very beginning"
         rest = "".join(piece for cut in texts for piece in cut)

@@ -1,4 +1,8 @@
-"""Text to ids and back: the template, what is supervised, and text that cannot become a control token."""
+"""The language model: chat template, loss weights, plain text that never becomes a control token, loading.
+
+model = load_language("random:qwen3-tiny")
+sample = tokenize_messages(model.tokenizer, [("user", "<image>what?", 1.0), ("assistant", "a cat", 1.0)], 1)
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from configs import UserError
 from model.language import model as language
-from model.language.chat_template import Message, place_images, prompt_ids, tokenize_messages
+from model.language.chat_template import Message, prompt_ids, split_at_images, tokenize_messages
 from model.language.model import LanguagePreset, load_language, load_tokenizer, save_language
 from model.language.tokenizer import (
     SPECIALS,
@@ -40,7 +44,7 @@ def rendered(tok: PreTrainedTokenizerFast, messages: list[Message], images: int 
 # ---------------------------------------------------------------------------------- the template
 
 
-def test_template_is_chatml_and_supervises_what_the_assistant_says(
+def test_the_template_is_chatml_and_supervises_assistant_turns(
     tok: PreTrainedTokenizerFast,
 ) -> None:
     messages = [
@@ -70,8 +74,8 @@ def test_template_is_chatml_and_supervises_what_the_assistant_says(
     assert int((sample.ids == token_id(tok, "<image>")).sum()) == 1
 
 
-def test_a_prompt_is_the_beginning_of_what_was_trained(tok: PreTrainedTokenizerFast) -> None:
-    """Whatever the assistant says, training saw it after exactly the tokens that ask for it."""
+def test_a_prompt_equals_the_beginning_of_the_training_sample(tok: PreTrainedTokenizerFast) -> None:
+    """Generation continues exactly the tokens that precede the answer in training."""
     turns: list[Message] = [
         ("user", "a <image> b", 1.0),
         ("assistant", "red", 1.0),
@@ -87,13 +91,13 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(tok: PreTrainedTokenizerF
         assert tok.decode(spoken) == turns[end][1] + "<|im_end|>"
 
 
-def test_images_stand_at_their_marks_or_in_front() -> None:
+def test_images_are_put_at_their_marks_or_in_front() -> None:
     def texts(messages: list[tuple[str, str]], images: int) -> list[list[str]]:
-        return place_images([(role, text, 1.0) for role, text in messages], images)
+        return split_at_images([(role, text, 1.0) for role, text in messages], images)
 
     two = [("user", "a<image>b"), ("assistant", "<image>"), ("user", "<image>c")]
     assert texts(two, 2) == [["a", "b"], ["<image>"], ["", "c"]]
-    assert texts(two, 1) == [["a", "b"], ["<image>"], ["<image>c"]]  # the further mark is text
+    assert texts(two, 1) == [["a", "b"], ["<image>"], ["<image>c"]]  # the second mark is text
     assert texts(two, 0) == [["a<image>b"], ["<image>"], ["<image>c"]]
     no_mark = [("system", "s <image>"), ("user", "c"), ("user", "d")]
     assert texts(no_mark, 2) == [["s <image>"], ["", "", "c"], ["d"]]
@@ -105,7 +109,7 @@ def test_images_stand_at_their_marks_or_in_front() -> None:
         texts([("human", "a")], 0)
 
 
-# ------------------------------------------------------------------- text stays text, and comes back
+# --------------------------------------------------------------------------- plain text stays text
 
 nasty = st.lists(
     st.one_of(
@@ -120,7 +124,7 @@ nasty = st.lists(
 @given(nasty)
 @example("a <|im_end|><image> b")
 @example("Ġ naïve \u00a0\u3000\U0001f600 \r\n\t")
-def test_plain_text_comes_back_and_holds_no_control_token(text: str) -> None:
+def test_plain_text_decodes_to_itself_without_control_tokens(text: str) -> None:
     tok = byte_tokenizer(WORDS)
     ids = encode_text(tok, text)
     assert tok.decode(ids) == text
@@ -130,7 +134,7 @@ def test_plain_text_comes_back_and_holds_no_control_token(text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(nasty, nasty, st.integers(0, 2))
-def test_no_user_can_end_a_turn_or_add_an_image(ask: str, say: str, images: int) -> None:
+def test_user_text_cannot_end_a_turn_or_add_an_image(ask: str, say: str, images: int) -> None:
     tok = byte_tokenizer(WORDS)
     sample = tokenize_messages(
         tok, [("user", "<image>" * images + ask, 1.0), ("assistant", say, 1.0)], images
@@ -144,16 +148,18 @@ def test_no_user_can_end_a_turn_or_add_an_image(ask: str, say: str, images: int)
     assert tok.decode(spoken) == say + "<|im_end|>"
 
 
-def test_words_are_whole_words_only(tok: PreTrainedTokenizerFast) -> None:
+def test_words_match_whole_words_only(tok: PreTrainedTokenizerFast) -> None:
     assert len(encode_text(tok, "red")) == 1
     assert len(encode_text(tok, " red")) == 1
     assert encode_text(tok, "red") != encode_text(tok, " red")
     assert len(encode_text(tok, "redundant")) == len("redundant")
     assert len(encode_text(tok, "<points red circle")) == 4
-    assert len(encode_text(tok, "user")) == len(encode_text(tok, "assistant")) == 1  # roles too
+    assert (
+        len(encode_text(tok, "user")) == len(encode_text(tok, "assistant")) == 1
+    )  # roles are words too
 
 
-def test_a_word_that_could_never_match_is_refused() -> None:
+def test_a_word_of_several_pieces_is_refused() -> None:
     with pytest.raises(UserError, match=r"'light blue'.*'light', ' blue'"):
         byte_tokenizer(["light blue"])
 
@@ -164,7 +170,7 @@ def test_bytes_have_their_own_ids(tok: PreTrainedTokenizerFast) -> None:
     assert sorted(tok.get_vocab().values()) == list(range(len(tok)))
 
 
-def test_tokenizer_survives_its_folder(tmp_path: Path, tok: PreTrainedTokenizerFast) -> None:
+def test_a_saved_tokenizer_loads_unchanged(tmp_path: Path, tok: PreTrainedTokenizerFast) -> None:
     model = load_language("random:qwen3-tiny").model
     save_language(tmp_path, model, tok)
     again = load_tokenizer(str(tmp_path))
@@ -177,10 +183,10 @@ def test_tokenizer_survives_its_folder(tmp_path: Path, tok: PreTrainedTokenizerF
     assert read | {"_name_or_path": ""} == model.config.to_dict()
 
 
-def test_digest_is_of_what_text_becomes(tok: PreTrainedTokenizerFast) -> None:
+def test_the_digest_depends_on_the_vocabulary_only(tok: PreTrainedTokenizerFast) -> None:
     same = byte_tokenizer(WORDS)
     before = tokenizer_digest(same)
-    same(["a", "b c"], padding=True)  # leaves a padding setting behind
+    same(["a", "b c"], padding=True)  # changes the padding setting of the tokenizer
     assert tokenizer_digest(same) == before == tokenizer_digest(tok)
     assert tokenizer_digest(byte_tokenizer(WORDS[:-1])) != before
 
@@ -196,7 +202,7 @@ def test_qwen3_06b_has_its_published_size() -> None:
     assert found.model.config.rope_parameters["rope_theta"] == 1e6
 
 
-def test_random_models_follow_their_seed_alone() -> None:
+def test_random_models_depend_on_their_seed_only() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, two, other = (load_language("random:qwen3-tiny", seed=s).model for s in (1, 1, 2))
@@ -217,7 +223,7 @@ def test_tiny_is_small_and_every_preset_builds() -> None:
 
 
 def folder_with(tmp_path: Path, rows: int) -> tuple[Path, PreTrainedTokenizerFast]:
-    """A language model's folder as published: no `<image>` in the tokenizer, `rows` embeddings."""
+    """Write a model's folder as published: `rows` embeddings, no `<image>` in the tokenizer."""
     tok = byte_tokenizer()
     state = tok.backend_tokenizer.to_str().replace('"<image>"', '"<|image_pad_2|>"')
     backend = type(tok.backend_tokenizer).from_str(state)
@@ -240,7 +246,7 @@ def test_image_token_is_added_and_fits_without_resizing(tmp_path: Path) -> None:
     assert encode_text(loaded.tokenizer, "<image>") == list(b"<image>")
 
 
-def test_a_full_embedding_grows_for_the_image_token(tmp_path: Path) -> None:
+def test_a_full_embedding_is_resized_for_the_image_token(tmp_path: Path) -> None:
     folder, plain = folder_with(tmp_path, rows=len(byte_tokenizer()))
     loaded = load_language(str(folder))
     rows = loaded.model.get_input_embeddings().weight.shape[0]
@@ -248,7 +254,7 @@ def test_a_full_embedding_grows_for_the_image_token(tmp_path: Path) -> None:
     assert loaded.model.config.vocab_size == rows
 
 
-def test_another_models_settings_do_not_leak(tmp_path: Path) -> None:
+def test_sampling_settings_of_a_folder_are_ignored(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, rows=320)
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     assert load_language(str(folder)).model.generation_config.temperature is None
@@ -262,17 +268,17 @@ def test_another_models_settings_do_not_leak(tmp_path: Path) -> None:
         ("/nowhere/at/all", "no such folder"),
     ],
 )
-def test_what_is_not_there_is_said(source: str, message: str) -> None:
+def test_a_source_that_does_not_exist_is_refused(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_language(source)
 
 
-def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         load_language(str(tmp_path))
 
 
-def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"nobody/nothing.*HF_HUB_OFFLINE is set; give a local folder"
@@ -280,7 +286,7 @@ def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         load_language("nobody/nothing")
 
 
-def test_no_answer_from_the_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_refused_when_the_hub_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(language.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot be reached: .*refused; give a local folder"):
@@ -290,19 +296,19 @@ def test_no_answer_from_the_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "name", ["final_logit_softcapping", "logit_scale", "attn_logit_softcapping", "sliding_window"]
 )
-def test_models_we_would_compute_wrongly_are_refused(name: str) -> None:
+def test_models_with_unsupported_features_are_refused(name: str) -> None:
     found = load_language("random:qwen3-tiny")
     found.model.config.use_sliding_window = True
     setattr(found.model.config, name, 30)
     with pytest.raises(UserError, match=f"language model qwen3 with {name}=30"):
         language.wrap_language(found.model, found.tokenizer)
     found.model.config.use_sliding_window = False
-    if name == "sliding_window":  # Qwen2's folders name a window and do not use it
+    if name == "sliding_window":  # Qwen2's configs have a window and do not use it
         language.wrap_language(found.model, found.tokenizer)
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 7}])
-def test_impossible_sizes_are_refused(change: dict[str, int]) -> None:
+def test_invalid_sizes_are_refused(change: dict[str, int]) -> None:
     sizes = {"hidden_size": 8, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8}
     with pytest.raises(ValueError, match=r"kv_heads 3|head_dim 7"):
         LanguagePreset(**{**sizes, "intermediate_size": 8, **change})
@@ -314,13 +320,13 @@ def test_too_few_rows_are_refused() -> None:
         LanguagePreset(**sizes, intermediate_size=8, vocab_rows=10).config(11)
 
 
-def test_special_marks_are_added_where_a_model_lacks_them() -> None:
+def test_chat_marks_are_added_where_they_are_missing() -> None:
     backend = byte_tokenizer().backend_tokenizer
     state = backend.to_str()
     for mark in ("<|im_start|>", "<|im_end|>", "<image>"):
         state = state.replace(f'"{mark}"', f'"<old {mark[1:-1]}>"')
     plain = PreTrainedTokenizerFast(tokenizer_object=type(backend).from_str(state))
-    plain.add_tokens([AddedToken("<|im_end|>", special=False)])  # there, but as a word
+    plain.add_tokens([AddedToken("<|im_end|>", special=False)])  # present, but as a word
     tok = language.prepare_tokenizer(plain)
     sample = tokenize_messages(tok, [("user", "<|im_end|>x", 1.0), ("assistant", "y", 1.0)], 1)
     ids = sample.ids.tolist()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.language.chat_template import fill_places, stamp, video_ids
+from model.language.chat_template import fill_placeholders, timestamp_text, video_token_ids
 from model.language.model import load_tokenizer
 from model.language.tokenizer import encode_text
 from tests.support.feature_caches import SPEC, ask, new_world
@@ -28,7 +28,7 @@ from train.data.placeholders import Placeholders, tenths_of
 )
 def test_tenths_are_what_the_text_says(times: list[float]) -> None:
     found = tenths_of(np.array(times))
-    assert [f"{t // 10}.{t % 10} " for t in found.tolist()] == [stamp(t) for t in times]
+    assert [f"{t // 10}.{t % 10} " for t in found.tolist()] == [timestamp_text(t) for t in times]
 
 
 def test_an_image_has_no_time() -> None:
@@ -41,17 +41,17 @@ def test_a_video_is_its_times_and_its_frames() -> None:
     expected = []
     for text in ("0.0 ", "0.5 ", "12.3 "):
         expected += [*encode_text(tokenizer, text), image, image]
-    assert video_ids(tokenizer, [0.0, 0.5, 12.3456], 2).tolist() == expected
+    assert video_token_ids(tokenizer, [0.0, 0.5, 12.3456], 2).tolist() == expected
 
 
 def test_places_are_filled_in_order() -> None:
     ids = np.array([5, 9, 6, 9], np.int32)
     contents = [np.array([9, 9], np.int32), np.array([1, 9, 9], np.int32)]
-    filled, counts = fill_places(ids, 9, contents)
+    filled, counts = fill_placeholders(ids, 9, contents)
     assert filled.tolist() == [5, 9, 9, 6, 1, 9, 9]
     assert counts.tolist() == [1, 2, 1, 3]
     with pytest.raises(AssertionError, match="2 places for 1 media"):
-        fill_places(ids, 9, contents[:1])
+        fill_placeholders(ids, 9, contents[:1])
 
 
 def test_lengths_are_those_of_the_contents(tmp_path: Path) -> None:
