@@ -1,12 +1,10 @@
-"""The demo world: seeded drawings of coloured shapes on a grid, with captions, questions and answers.
+"""The demo data sets: seeded drawings of coloured shapes on a grid, with captions, questions and answers.
 
 python -m encode.run --dataset demo --encoder demo --workers 2
 
-Five data sets, in the roles that PixMo's have: `demo-captions`, `demo-points` (counting, pointing),
-`demo-questions` (colour, shape, place) about single drawings; `demo-dialogues` about several at once;
-and `demo-videos` about short films (see `encode.sources.demo_videos`).
-What is drawn is in `encode.sources.demo_drawings`. What is asked has one right answer, which nothing in the
-question gives away.
+`demo-captions`, `demo-points` (counting, pointing) and `demo-questions` (colour, shape, place) are about
+single drawings, `demo-dialogues` is about several drawings at once, and `demo-videos` about short videos.
+Each question has one right answer, which the question itself does not give away.
 """
 
 from __future__ import annotations
@@ -23,51 +21,63 @@ from cache.store.files import new_file
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
 from encode.sources import demo_videos
-from encode.sources.demo_drawings import NUMBERS, ORDINALS, Exchange, Thing, World, draw, things
+from encode.sources.demo_drawings import (
+    NUMBERS,
+    ORDINALS,
+    DemoWorld,
+    DrawnShape,
+    QuestionAnswer,
+    draw,
+    shapes_in,
+)
 
 LOSS_WEIGHTS = {"caption": 0.5}
-"""Of the long answers, which would drown the short ones."""
+"""Type of question -> weight of its answers in the loss. Long answers would outweigh the short ones."""
 
 
-# ---- what is asked
+# ---- questions
 
 
-def captions(shown: Sequence[Thing]) -> list[Exchange]:
-    """One: every shape and its place, row by row."""
-    told = "; ".join(f"{thing.name} {thing.place}" for thing in shown)
-    return [("caption", "Describe the picture.", told)]
+def captions(shapes: Sequence[DrawnShape]) -> list[QuestionAnswer]:
+    """Return one caption: every shape and its place, row by row."""
+    caption = "; ".join(f"{shape.name} {shape.place}" for shape in shapes)
+    return [("caption", "Describe the picture.", caption)]
 
 
-def points(shown: Sequence[Thing]) -> list[Exchange]:
-    """How many, and where exactly."""
-    counted: Exchange = ("count", "How many shapes are there?", NUMBERS[len(shown) - 1])
-    pointed = [("point", f"Point to the {t.name}.", t.points) for t in _single(shown, "name")]
-    return [counted, *pointed]
-
-
-def questions(shown: Sequence[Thing]) -> list[Exchange]:
-    """About shapes that one property singles out: their other ones."""
+def points(shapes: Sequence[DrawnShape]) -> list[QuestionAnswer]:
+    """Return the number of shapes, and the coordinates of each."""
+    count = ("count", "How many shapes are there?", NUMBERS[len(shapes) - 1])
     return [
-        *(("colour", f"What colour is the {t.shape}?", t.colour) for t in _single(shown, "shape")),
-        *(("shape", f"What is the {t.colour} shape?", t.shape) for t in _single(shown, "colour")),
-        *(("cell", f"Where is the {t.name}?", t.place) for t in _single(shown, "name")),
+        count,
+        *(("point", f"Point to the {s.name}.", s.points) for s in _unique(shapes, "name")),
     ]
 
 
-def _single(shown: Sequence[Thing], name: str) -> list[Thing]:
-    """The shapes that share their `name` with no other."""
-    times = Counter(getattr(thing, name) for thing in shown)
-    return [thing for thing in shown if times[getattr(thing, name)] == 1]
+def questions(shapes: Sequence[DrawnShape]) -> list[QuestionAnswer]:
+    """Return questions about the other properties of shapes that one property identifies."""
+    return [
+        *(("colour", f"What colour is the {s.shape}?", s.colour) for s in _unique(shapes, "shape")),
+        *(("shape", f"What is the {s.colour} shape?", s.shape) for s in _unique(shapes, "colour")),
+        *(("cell", f"Where is the {s.name}?", s.place) for s in _unique(shapes, "name")),
+    ]
 
 
-def some(rng: random.Random, exchanges: Sequence[Exchange], most: int) -> list[Exchange]:
-    """At most `most` of each kind, in a random order."""
+def _unique(shapes: Sequence[DrawnShape], attribute: str) -> list[DrawnShape]:
+    """Return the shapes whose value of `attribute` no other shape has."""
+    times = Counter(getattr(shape, attribute) for shape in shapes)
+    return [shape for shape in shapes if times[getattr(shape, attribute)] == 1]
+
+
+def choose(
+    rng: random.Random, candidates: Sequence[QuestionAnswer], most: int
+) -> list[QuestionAnswer]:
+    """Return at most `most` questions of each type, in random order."""
     taken: Counter[str] = Counter()
     result = []
-    for exchange in rng.sample(exchanges, len(exchanges)):
-        taken[exchange[0]] += 1
-        if taken[exchange[0]] <= most:
-            result.append(exchange)
+    for candidate in rng.sample(candidates, len(candidates)):
+        taken[candidate[0]] += 1
+        if taken[candidate[0]] <= most:
+            result.append(candidate)
     return result
 
 
@@ -82,57 +92,67 @@ NAMES = (*ASKED, DIALOGUES, VIDEOS)
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataset:
-    """One of NAMES. `samples()` first draws what is not there yet."""
+    """One of the demo data sets. `samples()` draws the files that are missing."""
 
     name: str
     """One of NAMES."""
     folder: Path
-    """Where the drawings are."""
-    world: World
-    """What they show."""
+    """Folder of the drawings."""
+    world: DemoWorld
+    """What is drawn."""
 
     needs_sizes: ClassVar[bool] = False
-    """Nothing here depends on them."""
+    """No text here depends on the size of an image."""
 
     @staticmethod
     def open(name: str, features: Path) -> DemoDataset:
-        """The data set `name`, with its drawings below the feature cache.
+        """Return the data set `name`, with its drawings below the feature cache.
 
         Raises:
-            UserError: there is none of this name.
+            UserError: no such data set.
         """
         if name not in NAMES:
             raise UserError(
                 f"configs/datasets.yaml: {name} is none of {', '.join(NAMES)}{nearest(name, NAMES)}"
             )
-        world = World.load()
+        world = DemoWorld.load()
         return DemoDataset(name=name, folder=features / "demo" / world.id8, world=world)
 
     def samples(
         self,
-        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
+        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
     ) -> Iterator[Sample]:
-        """All samples, drawing by drawing."""
+        """Yield all samples, drawing by drawing."""
         special = {DIALOGUES: self._dialogues, VIDEOS: self._videos}
         yield from special.get(self.name, self._single_images)()
 
     def _single_images(self) -> Iterator[Sample]:
         ask = ASKED[self.name]
         for number in range(self.world.images):
-            media = (self.image(number),)
             rng = random.Random(f"{self.world.seed} {self.name} {number}")  # noqa: S311
-            exchanges = some(rng, ask(things(self.world, number)), self.world.per_kind)
-            for i, (kind, question, told) in enumerate(exchanges):
-                yield Sample(
-                    id=f"{number:05}-{i}",
-                    dataset=self.name,
-                    messages=(
-                        Message(role="user", content=question),
-                        Message(role="assistant", content=told, weight=LOSS_WEIGHTS.get(kind, 1.0)),
-                    ),
-                    media=media,
-                    task=kind,
-                )
+            chosen = choose(rng, ask(shapes_in(self.world, number)), self.world.per_kind)
+            yield from self._samples_of(number, self.image(number), chosen)
+
+    def _videos(self) -> Iterator[Sample]:
+        for number in range(self.world.videos):
+            draw = partial(demo_videos.draw_video, self.world, number)
+            video = MediaRef(source=self._file(f"{number:05}.y4m", draw), kind="video")
+            yield from self._samples_of(number, video, demo_videos.questions(self.world, number))
+
+    def _samples_of(
+        self, number: int, media: MediaRef, asked: Sequence[QuestionAnswer]
+    ) -> Iterator[Sample]:
+        for i, (kind, question, answer) in enumerate(asked):
+            yield Sample(
+                id=f"{number:05}-{i}",
+                dataset=self.name,
+                messages=(
+                    Message(role="user", content=question),
+                    Message(role="assistant", content=answer, weight=LOSS_WEIGHTS.get(kind, 1.0)),
+                ),
+                media=(media,),
+                task=kind,
+            )
 
     def _dialogues(self) -> Iterator[Sample]:
         for number in range(self.world.dialogues):
@@ -140,12 +160,12 @@ class DemoDataset:
             shown = rng.sample(range(self.world.images), self.world.dialogue_images)
             turns: list[Message] = []
             for i in rng.sample(range(len(shown)), len(shown)):
-                seen = things(self.world, shown[i])
-                _, question, told = rng.choice(questions(seen) or points(seen))
-                asked = f"In the {ORDINALS[i]} picture: {question[0].lower()}{question[1:]}"
+                shapes = shapes_in(self.world, shown[i])
+                _, question, answer = rng.choice(questions(shapes) or points(shapes))
+                question = f"In the {ORDINALS[i]} picture: {question[0].lower()}{question[1:]}"
                 turns += [
-                    Message(role="user", content=asked),
-                    Message(role="assistant", content=told),
+                    Message(role="user", content=question),
+                    Message(role="assistant", content=answer),
                 ]
             yield Sample(
                 id=f"{number:05}",
@@ -155,24 +175,8 @@ class DemoDataset:
                 task="dialogue",
             )
 
-    def _videos(self) -> Iterator[Sample]:
-        for number in range(self.world.videos):
-            path = self._file(f"{number:05}.y4m", partial(demo_videos.film, self.world, number))
-            media = (MediaRef(source=path, kind="video"),)
-            for i, (kind, question, told) in enumerate(demo_videos.asked(self.world, number)):
-                yield Sample(
-                    id=f"{number:05}-{i}",
-                    dataset=self.name,
-                    messages=(
-                        Message(role="user", content=question),
-                        Message(role="assistant", content=told),
-                    ),
-                    media=media,
-                    task=kind,
-                )
-
     def image(self, number: int) -> MediaRef:
-        """The file of a drawing, made if it is not there whole."""
+        """Return the file of a drawing, drawn if it is missing."""
         return MediaRef(source=self._file(f"{number:05}.png", partial(draw, self.world, number)))
 
     def _file(self, name: str, make: Callable[[], bytes]) -> str:

@@ -1,8 +1,9 @@
-"""The demo world's drawings: seeded shapes on a grid, rasterised by plain arithmetic.
+"""Draw the images of the demo data sets: seeded shapes on a grid.
 
-A drawing is a pure function of its number and configs/demo.yaml, and so is every byte of its file: shapes
-are rasterised here and the PNG is not compressed, since both Pillow's shapes and zlib's output differ
-between versions, and other bytes are another image, perhaps held out here and trained on there.
+Every byte of a drawing's file is a pure function of its number and configs/demo.yaml. The key of an image is
+the hash of its bytes, and decides whether the image is held out, so other bytes would give another split.
+Therefore shapes are rasterised here and the PNG is not compressed: the output of Pillow and zlib differs
+between versions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import configs
 
 DRAWING = 1
-"""Version of what `draw` makes: raised when the same numbers would give other bytes."""
+"""Version of the drawings. Raise it when a change alters the bytes that `draw` returns."""
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -36,20 +37,20 @@ COLUMNS = ("left", "centre", "right")
 NUMBERS = ("one", "two", "three", "four", "five")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 SIZES = (0.38, 0.46)
-"""Radius of a shape, in cells."""
+"""Smallest and largest radius of a shape, in cells."""
 TINT = 12
-"""A shape's colour is off its name's by at most this, in each channel."""
+"""Largest difference of a shape from the colour of its name, in each channel."""
 POINT_STEP = 20
-"""Coordinates run from 0 to 1000 and are given to the nearest multiple of this."""
+"""Coordinates in answers are multiples of this, from 0 to 1000."""
 
-Exchange = tuple[str, str, str]
-"""Kind of question, question, answer."""
+QuestionAnswer = tuple[str, str, str]
+"""(type of question, question, answer)"""
 
 Mask = npt.NDArray[np.bool_]
 Grid = npt.NDArray[np.float64]
 
 
-# ---- what there is
+# ---- shapes
 
 
 def _circle(x: Grid, y: Grid) -> Mask:
@@ -81,29 +82,29 @@ SHAPES: dict[str, Callable[[Grid, Grid], Mask]] = {
     "cross": _cross,
     "ring": _ring,
 }
-"""Each covers points (x, y) of the square from -1 to 1, y downwards."""
+"""Name -> which points (x, y) it covers, x and y from -1 to 1, y downwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """What is drawn: `world` in configs/demo.yaml."""
+class DemoWorld:
+    """What is drawn: the section `world` of configs/demo.yaml."""
 
     images: int
-    """Drawings, held-out ones included."""
+    """Number of drawings, held-out ones included."""
     seed: int = 0
-    """Of everything in them."""
+    """Seed of all drawings, videos and questions."""
     side: int = 96
-    """Side of a drawing, pixels."""
+    """Side of a drawing or video in pixels."""
     per_kind: int = 2
-    """Questions of each kind about one drawing, at most."""
+    """Largest number of questions of each type about one drawing."""
     dialogues: int = 400
-    """Conversations about several drawings."""
+    """Number of conversations about several drawings."""
     dialogue_images: int = 4
-    """Drawings in each."""
+    """Number of drawings in each conversation."""
     videos: int = 1500
-    """Videos, held-out ones included."""
+    """Number of videos, held-out ones included."""
     video_frames: int = 4
-    """Frames of each, two a second."""
+    """Number of frames of each video, two per second."""
 
     def __post_init__(self) -> None:
         for name in ("images", "per_kind", "dialogues", "videos"):
@@ -120,67 +121,67 @@ class World:
             )
 
     @staticmethod
-    def load() -> World:
-        """The world of configs/demo.yaml."""
-        return configs.build(World, configs.load("demo")["world"], "configs/demo.yaml: world")
+    def load() -> DemoWorld:
+        """Return the world of configs/demo.yaml."""
+        return configs.build(DemoWorld, configs.load("demo")["world"], "configs/demo.yaml: world")
 
     @property
     def id8(self) -> str:
-        """Of what decides the drawings and videos: other ones are other files."""
+        """Hash of the settings that change files; it names their folder."""
         drawn = {name: getattr(self, name) for name in ("seed", "side", "video_frames")}
         drawn["drawing"] = DRAWING
         return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class DrawnShape:
     """One shape in a drawing."""
 
     colour: str
     shape: str
     cell: int
-    """Number of its cell, row by row."""
+    """Number of its cell, counted row by row."""
     x: float
-    """Centre, in drawings' widths from the left."""
+    """Centre, as a share of the drawing's width from the left."""
     y: float
-    """Centre, in drawings' heights from the top."""
+    """Centre, as a share of the drawing's height from the top."""
     radius: float
-    """In drawings' widths."""
+    """Radius as a share of the drawing's width."""
     rgb: tuple[int, int, int]
-    """Its own tint of the colour."""
+    """Its colour, close to the named one."""
 
     @property
     def name(self) -> str:
-        """As questions call it."""
+        """Its name in questions."""
         return f"{self.colour} {self.shape}"
 
     @property
     def place(self) -> str:
-        """As answers call its cell."""
+        """Name of its cell in answers."""
         row, column = divmod(self.cell, len(COLUMNS))
         return f"{ROWS[row]} {COLUMNS[column]}"
 
     @property
     def points(self) -> str:
-        """As pointing answers it: Molmo2's html-v2, coordinates from 0 to 1000."""
+        """Answer to a pointing question: Molmo2's html-v2, coordinates from 0 to 1000."""
         x, y = (POINT_STEP * round(1000 * at / POINT_STEP) for at in (self.x, self.y))
         return f'<points coords="1 1 {x} {y}">{self.name}</points>'
 
 
-def things(world: World, number: int) -> tuple[Thing, ...]:
-    """The one to five shapes of a drawing, row by row."""
+def shapes_in(world: DemoWorld, number: int) -> tuple[DrawnShape, ...]:
+    """Return the one to five shapes of a drawing, row by row."""
     rng = random.Random(f"{world.seed} things {number}")  # noqa: S311
     cells = sorted(rng.sample(range(len(ROWS) * len(COLUMNS)), rng.randint(1, len(NUMBERS))))
-    return tuple(place(rng, cell) for cell in cells)
+    return tuple(random_shape(rng, cell) for cell in cells)
 
 
-def place(rng: random.Random, cell: int) -> Thing:
-    """Some shape in a cell."""
+def random_shape(rng: random.Random, cell: int) -> DrawnShape:
+    """Return a random shape in a cell."""
     row, column = divmod(cell, len(COLUMNS))
     colour = rng.choice(list(COLOURS))
     radius = rng.uniform(*SIZES)
-    slack = 0.5 - radius  # a shape stays within its cell
-    return Thing(
+    slack = 0.5 - radius  # the shape stays inside its cell
+    return DrawnShape(
         colour=colour,
         shape=rng.choice(list(SHAPES)),
         cell=cell,
@@ -199,36 +200,36 @@ def _tint(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int]
 # ---- drawings
 
 
-def draw(world: World, number: int) -> bytes:
-    """The PNG file of a drawing."""
-    return png(*paint(world, things(world, number), paper(world, number)))
+def draw(world: DemoWorld, number: int) -> bytes:
+    """Return the PNG file of a drawing."""
+    return png(*rasterise(world, shapes_in(world, number), background(world, number)))
 
 
-def paper(world: World, number: int | str) -> tuple[int, int, int]:
-    """The colour of a drawing's background."""
-    rng = random.Random(f"{world.seed} paper {number}")  # noqa: S311
+def background(world: DemoWorld, name: int | str) -> tuple[int, int, int]:
+    """Return the background colour of a drawing or video."""
+    rng = random.Random(f"{world.seed} paper {name}")  # noqa: S311
     return _tint(rng, (243, 243, 243))
 
 
-def paint(
-    world: World, shown: Sequence[Thing], background: tuple[int, int, int]
+def rasterise(
+    world: DemoWorld, shapes: Sequence[DrawnShape], background: tuple[int, int, int]
 ) -> tuple[npt.NDArray[np.uint8], list[tuple[int, int, int]]]:
-    """(side, side) palette indices, and the palette."""
+    """Return (side, side) palette indices, and the palette."""
     palette = [background]
     pixels = np.zeros((world.side, world.side), np.uint8)
     at = (np.arange(world.side) + 0.5) / world.side
-    for thing in shown:
-        x, y = np.meshgrid((at - thing.x) / thing.radius, (at - thing.y) / thing.radius)
-        pixels[SHAPES[thing.shape](x, y)] = len(palette)
-        palette.append(thing.rgb)
+    for shape in shapes:
+        x, y = np.meshgrid((at - shape.x) / shape.radius, (at - shape.y) / shape.radius)
+        pixels[SHAPES[shape.shape](x, y)] = len(palette)
+        palette.append(shape.rgb)
     return pixels, palette
 
 
 def png(pixels: npt.NDArray[np.uint8], palette: Sequence[tuple[int, int, int]]) -> bytes:
-    """A PNG of palette indices (height, width), uncompressed."""
+    """Return palette indices (height, width) as an uncompressed PNG file."""
     height, width = pixels.shape
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # 0: no filter
-    parts = range(0, len(rows), 0xFFFF)
+    parts = range(0, len(rows), 0xFFFF)  # the largest uncompressed block of zlib
     blocks = b"".join(
         struct.pack("<BHH", at == parts[-1], len(part), len(part) ^ 0xFFFF) + part
         for at in parts

@@ -1,9 +1,8 @@
-"""The demo world's videos: a few shapes stand, one more moves to a neighbouring cell or appears.
+"""Draw the videos of the demo data sets: one shape moves to a neighbouring cell or appears, others stay.
 
-Files are YUV4MPEG2 (`.y4m`), uncompressed, written here for the reason that drawings are (see
-`encode.sources.demo_drawings`): an encoder's output differs between versions, and other bytes are another
-video. Each frame alone shows where shapes are; what moves or appears, and where it was first, is only in
-their sequence.
+Files are uncompressed YUV4MPEG2 (`.y4m`), written here because the output of video encoders differs between
+versions, and other bytes would be another video. A single frame shows where shapes are. Which shape moves or
+appears, and where it was first, is visible only in the sequence of frames.
 """
 
 from __future__ import annotations
@@ -19,59 +18,59 @@ from encode.sources.demo_drawings import (
     COLUMNS,
     NUMBERS,
     ROWS,
-    Exchange,
-    Thing,
-    World,
-    paint,
-    paper,
-    place,
+    DemoWorld,
+    DrawnShape,
+    QuestionAnswer,
+    background,
+    random_shape,
+    rasterise,
 )
 
 RATE = 2
-"""Frames a second: as many as are taken, so that each is seen."""
+"""Frames per second. The encoder takes two per second, so it takes every frame."""
 
 STEPS = ((0, -1), (0, 1), (-1, 0), (1, 0))
-"""Rows and columns that something may move by."""
+"""Rows and columns by which a shape may move."""
 
-STANDING = (1, 3)
-"""Shapes beside the one that something happens to."""
+STILL = (1, 3)
+"""Smallest and largest number of shapes that stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """What happens in one video."""
 
-    standing: tuple[Thing, ...]
-    """Shapes that do nothing."""
-    actor: Thing
-    """The one that does something, where it is at first."""
-    goal: Thing
-    """The actor at the end; where it was, if it appears."""
+    still: tuple[DrawnShape, ...]
+    """Shapes that stay."""
+    actor: DrawnShape
+    """The shape that moves or appears, at its first place."""
+    goal: DrawnShape
+    """The actor in the last frame."""
     since: int
-    """First frame in which the actor is; 0: it moves."""
+    """First frame that shows the actor; 0 if it moves."""
 
     @property
     def shapes(self) -> int:
-        """In the last frame."""
-        return len(self.standing) + 1
+        """Number of shapes in the last frame."""
+        return len(self.still) + 1
 
 
-def scene(world: World, number: int) -> Scene:
-    """What happens in video `number`."""
+def scene(world: DemoWorld, number: int) -> Scene:
+    """Return what happens in video `number`."""
     rng = random.Random(f"{world.seed} clip {number}")  # noqa: S311
     cells = range(len(ROWS) * len(COLUMNS))
     start = rng.choice(cells)
     moves = rng.random() < 0.5
     goal = rng.choice(_neighbours(start)) if moves else start
     free = [cell for cell in cells if cell not in (start, goal)]
-    standing = [place(rng, cell) for cell in sorted(rng.sample(free, rng.randint(*STANDING)))]
-    actor = place(rng, start)
-    while any(actor.name == thing.name for thing in standing):
-        actor = place(rng, start)
+    still = [random_shape(rng, cell) for cell in sorted(rng.sample(free, rng.randint(*STILL)))]
+    actor = random_shape(rng, start)
+    while any(actor.name == shape.name for shape in still):
+        actor = random_shape(rng, start)
     row, column = divmod(goal, len(COLUMNS))
     at_start = divmod(start, len(COLUMNS))
     return Scene(
-        standing=tuple(standing),
+        still=tuple(still),
         actor=actor,
         goal=replace(
             actor,
@@ -84,7 +83,7 @@ def scene(world: World, number: int) -> Scene:
 
 
 def _neighbours(cell: int) -> list[int]:
-    """The cells beside, above and below."""
+    """Return the cells to the left, to the right, above and below."""
     row, column = divmod(cell, len(COLUMNS))
     return [
         (row + down) * len(COLUMNS) + column + right
@@ -93,21 +92,23 @@ def _neighbours(cell: int) -> list[int]:
     ]
 
 
-def shown(world: World, what: Scene, frame: int) -> tuple[Thing, ...]:
-    """The shapes of one frame; the actor moves evenly."""
+def shapes_at(world: DemoWorld, what: Scene, frame: int) -> tuple[DrawnShape, ...]:
+    """Return the shapes of one frame. The actor moves at constant speed."""
     if frame < what.since:
-        return what.standing
+        return what.still
     share = frame / (world.video_frames - 1)
     x = what.actor.x + share * (what.goal.x - what.actor.x)
     y = what.actor.y + share * (what.goal.y - what.actor.y)
-    return (*what.standing, replace(what.actor, x=x, y=y))
+    return (*what.still, replace(what.actor, x=x, y=y))
 
 
-def film(world: World, number: int) -> bytes:
-    """The YUV4MPEG2 file of a video."""
-    what, background = scene(world, number), paper(world, f"clip {number}")
+def draw_video(world: DemoWorld, number: int) -> bytes:
+    """Return the YUV4MPEG2 file of a video."""
+    what, colour = scene(world, number), background(world, f"clip {number}")
     head = f"YUV4MPEG2 W{world.side} H{world.side} F{RATE}:1 Ip A1:1 C444\n".encode()
-    images = (paint(world, shown(world, what, i), background) for i in range(world.video_frames))
+    images = (
+        rasterise(world, shapes_at(world, what, i), colour) for i in range(world.video_frames)
+    )
     return head + b"".join(
         b"FRAME\n" + planes(pixels, palette).tobytes() for pixels, palette in images
     )
@@ -116,21 +117,21 @@ def film(world: World, number: int) -> bytes:
 def planes(
     pixels: npt.NDArray[np.uint8], palette: Sequence[tuple[int, int, int]]
 ) -> npt.NDArray[np.uint8]:
-    """Palette indices (H, W) -> Y, Cb, Cr (3, H, W): BT.601, limited range, in whole numbers."""
+    """Convert palette indices (H, W) to Y, Cb, Cr (3, H, W): BT.601, limited range, integer arithmetic."""
     weights = np.array([[66, 129, 25], [-38, -74, 112], [112, -94, -18]])
     offset = np.array([16, 128, 128])
     colours = (np.array(palette) @ weights.T + 128 >> 8) + offset
     return np.moveaxis(colours.astype(np.uint8)[pixels], -1, 0)
 
 
-def asked(world: World, number: int) -> list[Exchange]:
-    """All questions about a video."""
+def questions(world: DemoWorld, number: int) -> list[QuestionAnswer]:
+    """Return all questions about a video."""
     what = scene(world, number)
     rng = random.Random(f"{world.seed} clip asked {number}")  # noqa: S311
     moves = what.since == 0
-    when, thing = ("start", what.actor) if moves and rng.random() < 0.5 else ("end", what.goal)
+    when, shape = ("start", what.actor) if moves and rng.random() < 0.5 else ("end", what.goal)
     return [
         ("video-count", "How many shapes are there at the end?", NUMBERS[what.shapes - 1]),
         ("video-what", f"What {'moves' if moves else 'appears'}?", what.actor.name),
-        ("video-where", f"Where is the {what.actor.name} at the {when}?", thing.place),
+        ("video-where", f"Where is the {what.actor.name} at the {when}?", shape.place),
     ]

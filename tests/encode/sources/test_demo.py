@@ -21,20 +21,29 @@ from encode.sources import demo as world
 from encode.sources import demo_videos as videos
 from encode.sources.catalogue import open_datasets
 from encode.sources.demo import DemoDataset
-from encode.sources.demo_drawings import SHAPES, Thing, World, draw, paint, paper, png, things
+from encode.sources.demo_drawings import (
+    SHAPES,
+    DemoWorld,
+    DrawnShape,
+    background,
+    draw,
+    png,
+    rasterise,
+    shapes_in,
+)
 from model.language.model import load_tokenizer
 from model.media.video import frames, probe
 from train import demo
 
-SMALL = World(images=200, dialogues=20, videos=40)
+SMALL = DemoWorld(images=200, dialogues=20, videos=40)
 
 
 def all_samples(tmp_path: Path, name: str) -> list[Sample]:
     return list(DemoDataset(name=name, folder=tmp_path, world=SMALL).samples())
 
 
-def shown_in(sample: Sample, which: int = 0) -> tuple[Thing, ...]:
-    return things(SMALL, int(Path(sample.media[which].source).stem))
+def shown_in(sample: Sample, which: int = 0) -> tuple[DrawnShape, ...]:
+    return shapes_in(SMALL, int(Path(sample.media[which].source).stem))
 
 
 # ---- drawings
@@ -44,7 +53,7 @@ def test_drawings_are_the_same_bytes_on_every_machine() -> None:
     """Held-out is decided by these bytes: other bytes would be another split, another result."""
     whole = hashlib.sha256()
     for number in range(100):
-        whole.update(draw(World(images=100), number))
+        whole.update(draw(DemoWorld(images=100), number))
     assert whole.hexdigest() == PINNED
 
 
@@ -56,7 +65,7 @@ def test_every_reader_sees_what_was_drawn() -> None:
         image = Image.open(io.BytesIO(draw(SMALL, number))).convert("RGB")
         assert image.size == (SMALL.side, SMALL.side)
         pixels = np.asarray(image)
-        shown = things(SMALL, number)
+        shown = shapes_in(SMALL, number)
         colors = {tuple(c) for c in pixels.reshape(-1, 3).tolist()}
         assert len(colors) == len(shown) + 1
         for thing in shown:
@@ -99,9 +108,9 @@ def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) 
 
 
 def test_another_world_is_other_files() -> None:
-    ids = {World(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
+    ids = {DemoWorld(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
     assert len(ids) == 3
-    assert World(images=9, per_kind=1).id8 == World(images=7).id8
+    assert DemoWorld(images=9, per_kind=1).id8 == DemoWorld(images=7).id8
 
 
 # ---- videos
@@ -110,7 +119,7 @@ def test_another_world_is_other_files() -> None:
 def test_videos_are_the_same_bytes_on_every_machine() -> None:
     whole = hashlib.sha256()
     for number in range(20):
-        whole.update(videos.film(World(images=9), number))
+        whole.update(videos.draw_video(DemoWorld(images=9), number))
     assert whole.hexdigest() == PINNED_VIDEOS
 
 
@@ -120,15 +129,15 @@ PINNED_VIDEOS = "60fb83dea7a0aa4eacc16b154dc7d050e7985bed0a0d258627bca1f4edee17a
 def test_a_decoder_sees_the_frames_that_were_drawn() -> None:
     """Colours within what YUV of 8 bits can say, times half a second apart."""
     for number in range(4):
-        data = videos.film(SMALL, number)
+        data = videos.draw_video(SMALL, number)
         info = probe(data)
         assert (info.frames, info.duration_s) == (SMALL.video_frames, (SMALL.video_frames - 1) / 2)
         what = videos.scene(SMALL, number)
         decoded = list(frames(data, sample_times(info.duration_s, 128), info))
         assert [frame.time_s for frame in decoded] == [i / 2 for i in range(SMALL.video_frames)]
         for i, frame in enumerate(decoded):
-            drawn, palette = paint(
-                SMALL, videos.shown(SMALL, what, i), paper(SMALL, f"clip {number}")
+            drawn, palette = rasterise(
+                SMALL, videos.shapes_at(SMALL, what, i), background(SMALL, f"clip {number}")
             )
             expected = np.array(palette)[drawn]
             assert np.abs(np.asarray(frame.image).astype(int) - expected).max() <= 4
@@ -146,7 +155,7 @@ def test_planes_are_bt601_in_limited_range() -> None:
 def find_event(number: int) -> dict[str, str]:
     """What happens, and every answer to it, found from what the frames show."""
     what = videos.scene(SMALL, number)
-    shown_all = [videos.shown(SMALL, what, i) for i in range(SMALL.video_frames)]
+    shown_all = [videos.shapes_at(SMALL, what, i) for i in range(SMALL.video_frames)]
     first, last = shown_all[0], shown_all[-1]
     found = {"count": ("one", "two", "three", "four", "five")[len(last) - 1]}
     new = [t for t in last if t.name not in {other.name for other in first}]
@@ -156,7 +165,7 @@ def find_event(number: int) -> dict[str, str]:
     return {**found, "moves": pair[0].name, "start": where(pair[0]), "end": where(pair[1])}
 
 
-def where(thing: Thing) -> str:
+def where(thing: DrawnShape) -> str:
     """By its centre, not by what its cell is called."""
     row = ("top", "middle", "bottom")[int(thing.y * 3)]
     return f"{row} {('left', 'centre', 'right')[int(thing.x * 3)]}"
@@ -166,7 +175,7 @@ def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> N
     seen = set()
     for number in range(SMALL.videos):
         truth = find_event(number)
-        for kind, question, told in videos.asked(SMALL, number):
+        for kind, question, told in videos.questions(SMALL, number):
             words = question.rstrip("?").split()
             key = "count" if kind == "video-count" else words[-1]
             assert told == truth[key], question
@@ -174,9 +183,9 @@ def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> N
             if kind == "video-where":
                 assert " ".join(words[3:5]) == truth.get("moves", truth.get("appears"))
         what = videos.scene(SMALL, number)
-        cells = [thing.cell for thing in (*what.standing, what.actor)]
+        cells = [thing.cell for thing in (*what.still, what.actor)]
         assert len(set(cells)) == len(cells)
-        assert what.goal.cell not in {thing.cell for thing in what.standing}
+        assert what.goal.cell not in {thing.cell for thing in what.still}
     wheres = {("video-where", "start"), ("video-where", "end")}
     assert seen == wheres | {
         ("video-count", "count"),
@@ -188,11 +197,11 @@ def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> N
 # ---- questions
 
 
-def answer_by_search(question: str, shown: tuple[Thing, ...]) -> list[str]:
+def answer_by_search(question: str, shown: tuple[DrawnShape, ...]) -> list[str]:
     """Every right answer, found without the code that asked."""
     words = question.rstrip("?.").split()
 
-    def fitting(colour: str | None, shape: str | None) -> list[Thing]:
+    def fitting(colour: str | None, shape: str | None) -> list[DrawnShape]:
         return [t for t in shown if colour in (None, t.colour) and shape in (None, t.shape)]
 
     if question.startswith("How many"):
@@ -244,14 +253,14 @@ def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Pa
 def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:
     """The best that can be known without looking: the commonest answer to each question."""
     answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    large = World(images=2000)
+    large = DemoWorld(images=2000)
     for number in range(large.images):
-        shown = things(large, number)
+        shown = shapes_in(large, number)
         for kind, question, told in [*world.points(shown), *world.questions(shown)]:
             said = next(t.place for t in shown if t.points == told) if kind == "point" else told
             answers[kind][question][said] += 1
     for number in range(large.videos):
-        for kind, question, told in videos.asked(large, number):
+        for kind, question, told in videos.questions(large, number):
             answers[kind][question][told] += 1
     assert set(answers) == set(demo.TYPES)
     blind = {
@@ -340,4 +349,4 @@ def test_configs_demo_names_only_options_that_exist() -> None:
         part.split("=")[0] for s in settings.stages.values() for part in s["datasets"].split(",")
     }
     assert named == set(world.NAMES)
-    assert World.load().images > 0
+    assert DemoWorld.load().images > 0

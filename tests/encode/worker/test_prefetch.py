@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from encode.download.config import DownloadConfig
-from encode.sources.demo_drawings import World
-from encode.sources.demo_videos import film
+from encode.sources.demo_drawings import DemoWorld
+from encode.sources.demo_videos import draw_video
 from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
@@ -101,7 +101,7 @@ def test_a_long_video_waits_for_the_encoder_frame_by_frame(
 ) -> None:
     """16 frames, of which 3 batches of 2 may wait; the time spent waiting is not decoding time."""
     path = tmp_path / "video.y4m"
-    path.write_bytes(film(World(images=9, side=24, video_frames=16), 0))
+    path.write_bytes(draw_video(DemoWorld(images=9, side=24, video_frames=16), 0))
     prefetcher.put(SourceTask(source=str(path), kind="video"))
     first = next_of(prefetcher)
     time.sleep(1.0)

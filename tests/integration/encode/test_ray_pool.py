@@ -19,8 +19,8 @@ from PIL import Image
 
 from configs import UserError
 from encode.driver import ray_pool
-from encode.sources.demo_drawings import World
-from encode.sources.demo_videos import film
+from encode.sources.demo_drawings import DemoWorld
+from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
 from encode.worker.messages import Coordinator
@@ -167,9 +167,11 @@ class Hanging(Worker):
 @pytest.mark.usefixtures("ray_session")
 def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
     # Takes 6.4 s, longer than the time-out, but gets on: it is not to be suspected.
-    (photos / "0029-long.y4m").write_bytes(film(World(images=9, side=25, video_frames=16), 1))
+    (photos / "0029-long.y4m").write_bytes(
+        draw_video(DemoWorld(images=9, side=25, video_frames=16), 1)
+    )
     inline = encode(tmp_path / "inline", f"folder:{photos}")
-    (photos / "0030-endless.y4m").write_bytes(film(World(images=9, side=31), 1))
+    (photos / "0030-endless.y4m").write_bytes(draw_video(DemoWorld(images=9, side=31), 1))
     result = encode(
         tmp_path / "ray", f"folder:{photos}", workers=2, worker_class=Hanging, timeout_s=4.0
     )

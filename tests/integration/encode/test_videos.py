@@ -21,8 +21,8 @@ from cache.store.ledger import MediaRecord
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow
-from encode.sources.demo_drawings import World
-from encode.sources.demo_videos import film
+from encode.sources.demo_drawings import DemoWorld
+from encode.sources.demo_videos import draw_video
 from encode.worker import prefetch
 from encode.worker.media_item import MediaItem, Pixels
 from encode.worker.messages import Outcome, SourceTask
@@ -54,7 +54,7 @@ def shoot(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> list[Path]:
     paths = []
     for number, length in enumerate(lengths):
         paths.append(folder / f"video{number:02}.y4m")
-        paths[-1].write_bytes(film(World(images=9, side=24, video_frames=length), number))
+        paths[-1].write_bytes(draw_video(DemoWorld(images=9, side=24, video_frames=length), number))
     return paths
 
 

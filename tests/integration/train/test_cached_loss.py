@@ -16,7 +16,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from encode.sources.demo import questions
-from encode.sources.demo_drawings import World, draw, things
+from encode.sources.demo_drawings import DemoWorld, draw, shapes_in
 from model.language.model import load_tokenizer
 from model.media.images import decode_image
 from model.quantize import pack
@@ -30,7 +30,7 @@ from train.metrics import read_metrics
 from train.run import train
 from train.step import Forward
 
-WORLD = World(images=24)
+WORLD = DemoWorld(images=24)
 STEPS = 5
 
 
@@ -69,7 +69,7 @@ def encode_all(
         computed = encoder.encode(encoder.prepare(decode_image(data))[None])
         shard.append(key, "full", pack(computed, codec).rows[0].numpy())
         append_media(root, [MediaRecord(source=str(path), key=key)], "test")
-        for i, (task, question, answer) in enumerate(questions(things(WORLD, number))):
+        for i, (task, question, answer) in enumerate(questions(shapes_in(WORLD, number))):
             turns = (
                 Message(role="user", content=question),
                 Message(role="assistant", content=answer),
