@@ -21,7 +21,7 @@ from cache.store.space import Space, fitting_info
 from configs import UserError
 from configs.console import free_bytes
 from encode.download.config import DownloadConfig
-from encode.driver.inline import InlineRegistrar, run_inline
+from encode.driver.inline import run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.signals import Interrupts
@@ -30,7 +30,7 @@ from encode.estimate import check_fits, describe, table
 from encode.plan import MediaCounter, Plan, make_plan
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import clear_decode_log
-from encode.worker.messages import Timings
+from encode.worker.messages import Registrar, Timings
 from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Job:
         for record in (*plan.missing, *plan.recognised):
             self._ledger.add(record)
         self._ledger.flush()
-        self._tracker = Tracker(plan.todo, already=self._present.images, tell=self._ledger.add)
+        self._tracker = Tracker(plan.todo, present=self._present.images, on_record=self._ledger.add)
 
     def run(
         self, layout: WorkerLayout, token: str, interrupts: Interrupts, *, timeout_s: float
@@ -163,7 +163,7 @@ class Job:
 
     def _run_inline(self, interrupts: Interrupts) -> None:
         numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
-        registrar = InlineRegistrar(self._present.images, numbers, self._update)
+        registrar = Registrar(self._present.images, numbers, self._update)
         worker = self._worker_class(self._config, self._encoder, registrar, number=0)
         with contextlib.closing(worker):
             run_inline(self._tracker, worker, registrar, interrupts.stopping)

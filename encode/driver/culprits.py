@@ -1,7 +1,8 @@
-"""Who killed the worker: media that were being decoded when it died or hung, until they are tried alone.
+"""Find the file that crashes or hangs its worker.
 
-A media is found guilty when it kills a worker that decodes nothing else, twice (one death alone may be
-bad luck: the out-of-memory killer, an operator), or when it hangs one that decodes nothing else, once.
+When a worker crashes or hangs, the files it was decoding are retried one at a time, by a worker that decodes
+no other file meanwhile. A file is rejected when its worker crashes twice in this way (one crash may have
+another cause: the out-of-memory killer, an operator), or hangs once.
 """
 
 from __future__ import annotations
@@ -16,60 +17,63 @@ from encode.worker.local_files import hash_local, unreadable
 from encode.worker.messages import Outcome, SourceTask
 from model.media.images import BadMediaError, Failure
 
-SOLO_DEATHS = 2
-DEATHS_IN_VAIN = 6
-"""Deaths in a row without a single source finished: then it is no image's fault."""
+CRASHES_ALONE = 2
+"""Crashes of a worker that was decoding only this file, before the file is rejected."""
+
+CRASHES_WITHOUT_PROGRESS = 6
+"""Crashes in a row without a finished source, before the job stops: then no single file is the cause."""
 
 
 class Culprits:
-    """The record of one job's deaths."""
+    """Counts the crashes of one job."""
 
     def __init__(self) -> None:
-        self._solo_deaths: Counter[str] = Counter()
-        self._in_vain = 0
+        self._crashes_alone: Counter[str] = Counter()
+        self._without_progress = 0
         self._settled = -1
 
-    def judge(
-        self, culprits: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
+    def sort(
+        self, decoding: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
     ) -> tuple[list[SourceTask], list[SourceTask]]:
-        """Sort what a dead worker was decoding into guilty and to be tried (again).
+        """Return which files of a dead worker are rejected, and which are retried alone.
 
         Args:
-            culprits: what it was decoding.
-            alone: what it had been given alone, if it had.
-            hung: it was ended because it did not go on.
+            decoding: the files it was decoding.
+            alone: the only file it had been given, if it had been given only one.
+            hung: whether it was ended because it made no progress.
         """
-        guilty: list[SourceTask] = []
-        again: list[SourceTask] = []
-        for task in culprits:
-            on_trial = alone is not None and task.source == alone.source
-            self._solo_deaths[task.source] += on_trial
-            enough = hung or self._solo_deaths[task.source] >= SOLO_DEATHS
-            (guilty if on_trial and enough else again).append(task)
-        return guilty, again
+        rejected: list[SourceTask] = []
+        retried: list[SourceTask] = []
+        for task in decoding:
+            was_alone = alone is not None and task.source == alone.source
+            self._crashes_alone[task.source] += was_alone
+            enough = hung or self._crashes_alone[task.source] >= CRASHES_ALONE
+            (rejected if was_alone and enough else retried).append(task)
+        return rejected, retried
 
     def count(self, settled: int, why: str) -> None:
-        """One more death, with `settled` sources finished so far.
+        """Count one crash, at which `settled` sources of the job were finished.
 
         Raises:
-            UserError: too many, and none of them brought anything.
+            UserError: too many crashes in a row, with no source finished between them.
         """
-        self._in_vain = self._in_vain + 1 if settled == self._settled else 1
+        self._without_progress = self._without_progress + 1 if settled == self._settled else 1
         self._settled = settled
-        if self._in_vain >= DEATHS_IN_VAIN:
+        if self._without_progress >= CRASHES_WITHOUT_PROGRESS:
             raise UserError(
-                f"stopped: {self._in_vain} workers in a row ended without finishing anything, the last "
-                f"one: {why}; too little memory for so many? --workers 1, or --workers 0 to see the error"
+                f"stopped: {self._without_progress} workers in a row ended without finishing a source, the "
+                f"last one: {why}; there may be too little memory for this many workers: use --workers 1, "
+                "or --workers 0 to see the error"
             )
 
 
 def rejection(task: SourceTask, key: str, *, hung: bool) -> Outcome:
-    """The outcome of a guilty media: it stands until its file changes, or has another `key`."""
+    """Return the outcome of a rejected file. It is valid until the file changes, or a URL's `key` does."""
     try:
         record = hash_local(task)
     except BadMediaError:
         record = unreadable(task)
         if is_url(task.source):
             record = replace(record, key=key or None)
-    how = "hung its worker, alone too" if hung else "killed its worker, alone too"
+    how = f"{'hung' if hung else 'crashed'} its worker, also when decoded alone"
     return Outcome(task=task, record=record, result="failed", failure=Failure("decode", how))

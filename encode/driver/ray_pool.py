@@ -1,13 +1,15 @@
-"""The coat: workers in processes of their own, by Ray. Nothing else in the project imports ray.
+"""Run workers as Ray actors. No other file of the project imports Ray.
 
-One actor a GPU, or several on the CPU, around `encode.worker.Worker`; a small one around the Registrar.
-Tasks and outcomes travel through Ray, features never do. An actor that dies or hangs is replaced: its
-commits are believed, the rest of its sources is done again; what it was decoding is tried alone first.
+Each GPU has one actor with an `encode.worker.worker.Worker`; a CPU may have several. One more actor is the
+Registrar. Tasks and outcomes are sent through Ray, features never are. An actor that crashes or hangs is
+replaced: what it has committed counts, its other sources are assigned again, and the files it was decoding
+are retried alone first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -38,58 +40,71 @@ from encode.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+"""Seconds between two looks for hung workers and for a stop."""
+
 IN_FLIGHT = 2
-"""Calls waiting at an actor: it never stands still between two of them."""
+"""Calls queued at an actor, so that it has the next one when it finishes the first."""
+
 TASK_SOURCES = 32
-"""Sources in one call, at most; fewer when there are few, so that all actors end at about one time."""
+"""Sources in one call, at most. Small jobs use fewer, so that all actors finish at about the same time."""
+
 GONE_S = 60.0
+"""Seconds that a killed worker may take to release its lock."""
+
 STOP_S = 120.0
+"""Seconds that all workers together may take to commit what they have encoded, when the job stops."""
+
 CLOSE_S = 5.0
-OBJECT_STORE_BYTES = 96 << 20  # Ray's least is 75 MiB; only tasks and outcomes go through it
-SOCKET_PATH_BYTES = 40  # Ray adds about 60 to its folder, and the kernel allows 107
+"""Seconds that all workers together may take to end their threads, before they are killed."""
+
+OBJECT_STORE_BYTES = 96 << 20  # Ray requires 75 MiB; it holds only tasks and outcomes
+SOCKET_PATH_BYTES = (
+    40  # Ray adds about 60 bytes to its folder, and Linux allows 107 for a socket's path
+)
 
 
 class RemoteWorker:
-    """A Worker, made inside the actor's process."""
+    """A Worker that is created inside the actor's process. Its methods are those of Worker."""
 
     def start(
-        self, config: WorkerConfig, number: int, coordinator: Any, kind: type[Worker]
+        self, config: WorkerConfig, number: int, registrar: Any, worker_class: type[Worker]
     ) -> None:
         """Load the encoder and take the lease."""
-        self._worker = kind(config, config.load(), _RemoteCoordinator(coordinator), number=number)
+        coordinator = _RemoteCoordinator(registrar)
+        self._worker = worker_class(config, config.load(), coordinator, number=number)
 
     def run(self, tasks: Sequence[SourceTask]) -> list[Outcome]:
-        """See Worker."""
+        """Start `tasks`; return the outcomes known so far."""
         return self._worker.run(tasks)
 
     def flush(self) -> list[Outcome]:
-        """See Worker."""
+        """Encode and commit all started tasks; return their outcomes."""
         return self._worker.flush()
 
     def close(self) -> None:
-        """See Worker."""
+        """End the worker's threads and release its lease."""
         self._worker.close()
 
 
 class SpaceRegistrar(Registrar):
-    """The registrar of a space; reads for itself what is committed there."""
+    """A Registrar that reads what is committed from the space itself, in its own process."""
 
     def __init__(self, paths: SpacePaths):
         space = Space.open(paths)
-        super().__init__(Present.of(space).images, {k: space.next_shard(k) for k in ARRAYS})
+        super().__init__(Present.of(space).images, {a: space.next_shard(a) for a in ARRAYS})
 
 
 class _RemoteCoordinator:
-    """The registrar's actor, as a worker sees it."""
+    """The Coordinator of a worker in another process: calls the registrar's actor."""
 
     def __init__(self, actor: Any):
         self._actor = actor
 
-    def reserve(self, worker: int, keys: Sequence[str]) -> list[bool]:
-        return ray.get(self._actor.reserve.remote(worker, keys))
+    def reserve(self, worker: int, ids: Sequence[str]) -> list[bool]:
+        return ray.get(self._actor.reserve.remote(worker, ids))
 
-    def next_shard(self, worker: int, kind: str) -> int:
-        return ray.get(self._actor.next_shard.remote(worker, kind))
+    def next_shard(self, worker: int, array: str) -> int:
+        return ray.get(self._actor.next_shard.remote(worker, array))
 
     def report(self, worker: int, timings: Timings) -> bool:
         return ray.get(self._actor.report.remote(worker, timings))
@@ -97,28 +112,29 @@ class _RemoteCoordinator:
 
 @dataclass(kw_only=True)
 class _Slot:
-    """One actor and what it is doing."""
+    """One actor and its work."""
 
     number: int
+    """Number of its worker."""
     actor: Any
     calls: list[Any] = field(default_factory=list)
-    trials: deque[SourceTask] = field(
-        default_factory=deque
-    )  # culprits, for this actor to try alone
-    trying: SourceTask | None = None
+    """Its unfinished calls, in order."""
+    to_retry: deque[SourceTask] = field(default_factory=deque)
+    """Files that may have crashed a worker, for this one to retry alone."""
+    alone: SourceTask | None = None
+    """The file it is retrying alone."""
 
 
 @contextlib.contextmanager
 def session(cpus: int, gpus: int) -> Iterator[None]:
-    """A Ray of our own on this machine, quiet, without dashboard or network, gone afterwards.
-
-    Within another session: that one.
-    """
+    """Start a local Ray without dashboard, and shut it down afterwards. If Ray is running already, use it."""
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask the network
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning a start
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # they would be sent over the network
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else each start prints a warning
     base = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="nm2-", dir=base if len(base) < SOCKET_PATH_BYTES else "/tmp")  # noqa: S108
     try:
@@ -131,7 +147,7 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=folder,
         )
-        # A dead worker is our own news; Ray would print a paragraph about each to stdout.
+        # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
         ray._private.worker._worker_logs_enabled = False
         yield
     finally:
@@ -140,7 +156,7 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
 
 
 class RayPool:
-    """One job's actors, from the first call to the last outcome. For use inside `session`."""
+    """The actors of one job. Use it inside `session`."""
 
     def __init__(
         self,
@@ -153,43 +169,43 @@ class RayPool:
         timeout_s: float,
         worker_class: type[Worker] = Worker,
     ):
-        """Start the actors; their encoders load meanwhile.
+        """Start the actors. They load their encoders in the background.
 
         Args:
-            tracker: what is to do.
-            space: where rows go.
+            tracker: the job's sources.
+            space: the space to write to.
             config: how a worker is made.
-            workers: how many.
-            gpus: GPUs each of them has to itself, 0 or 1.
-            timeout_s: a media that takes longer to decode hangs.
-            worker_class: what runs in the actors.
+            workers: number of actors.
+            gpus: GPUs that each actor has to itself, 0 or 1.
+            timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
+            worker_class: the class that runs in the actors.
         """
         self._tracker, self._space, self._config = tracker, space, config
         self._gpus, self._timeout_s, self._worker_class = gpus, timeout_s, worker_class
-        self._numbers = iter(range(1, 1 << 62))
+        self._numbers = itertools.count(1)
         self._culprits = Culprits()
         self._task_sources = max(1, min(TASK_SOURCES, tracker.total // (8 * workers)))
-        self._looked = 0.0
+        self._checked_s = 0.0
         self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
         self._slots = [self._new_slot() for _ in range(workers)]
 
     def run(self, stopping: Callable[[], bool], progress: Callable[[Timings], None]) -> None:
-        """Until every source is accounted for, or `stopping` says so; then what is encoded is kept.
+        """Encode until every source is settled or `stopping` returns True. What is encoded is committed.
 
         Raises:
-            UserError: the job cannot go on; what is encoded is kept too.
+            UserError: the job cannot go on; what is encoded is committed.
         """
         try:
             while not self._tracker.finished() and not stopping():
                 for slot in self._slots:
                     self._feed(slot)
                 self._collect(POLL_S)
-                if time.monotonic() - self._looked > POLL_S:
-                    self._looked = time.monotonic()
+                if time.monotonic() - self._checked_s > POLL_S:
+                    self._checked_s = time.monotonic()
                     self._replace_hung()
                     progress(self.timings())
         except (UserError, CacheError):
-            with contextlib.suppress(UserError, CacheError):  # the first one says why
+            with contextlib.suppress(UserError, CacheError):  # the first error is the cause
                 self._stop()
             raise
         else:
@@ -200,7 +216,7 @@ class RayPool:
             self._end()
 
     def timings(self) -> Timings:
-        """All workers together."""
+        """Return the timings of all workers together."""
         return self._ask(self._registrar.timings.remote())
 
     # ---- actors and their calls
@@ -216,28 +232,27 @@ class RayPool:
         return _Slot(number=number, actor=actor, calls=[start])
 
     def _feed(self, slot: _Slot) -> None:
-        """Give an actor enough to do; one with culprits tries them first, one at a time."""
-        if slot.trials or slot.trying:
-            if not slot.calls and not self._tracker.held(slot.number):
-                slot.trying = slot.trials.popleft() if slot.trials else None
-                if slot.trying is not None:
-                    self._tracker.give(slot.number, [slot.trying])
-                    slot.calls += [slot.actor.run.remote([slot.trying]), slot.actor.flush.remote()]
-                    return
-            else:
+        """Keep an actor busy. One with files to retry alone does these first, one at a time."""
+        if slot.to_retry or slot.alone:
+            if slot.calls or self._tracker.num_assigned(slot.number):
+                return
+            slot.alone = slot.to_retry.popleft() if slot.to_retry else None
+            if slot.alone is not None:
+                self._tracker.assign(slot.number, [slot.alone])
+                slot.calls += [slot.actor.run.remote([slot.alone]), slot.actor.flush.remote()]
                 return
         while len(slot.calls) < IN_FLIGHT:
-            tasks = self._tracker.take(slot.number, self._task_sources)
+            tasks = self._tracker.assign_next(slot.number, self._task_sources)
             if not tasks:
                 break
             slot.calls.append(slot.actor.run.remote(tasks))
-        if not slot.calls and self._tracker.held(slot.number):
+        if not slot.calls and self._tracker.num_assigned(slot.number):
             slot.calls.append(slot.actor.flush.remote())
 
     def _collect(self, timeout_s: float) -> None:
-        """Settle what actors have answered; replace those that cannot any more."""
+        """Settle the finished calls, and replace actors that have died."""
         calls = [call for slot in self._slots for call in slot.calls]
-        assert calls, "sources are left, and nobody has anything to do"
+        assert calls, "sources are left, and no actor has a call"
         ray.wait(calls, num_returns=1, timeout=timeout_s)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         for slot in list(self._slots):
@@ -246,17 +261,17 @@ class RayPool:
                 try:
                     outcomes = ray.get(call)
                 except RayTaskError as error:
-                    self._refuse(error)
+                    self._raise(error)
                 except RayError as error:
-                    self._lose(slot, str(error).split("\n")[0], hung=False)
+                    self._replace(slot, str(error).split("\n")[0], hung=False)
                     break
                 else:
                     self._tracker.settle(slot.number, outcomes or [])
 
-    def _refuse(self, error: RayTaskError) -> None:
-        """An exception of the worker's own code ends the job, as it would inline."""
+    def _raise(self, error: RayTaskError) -> None:
+        """Raise an exception of the worker's own code, as inline. It ends the job."""
         if isinstance(error.cause, RayError):
-            self.timings()  # says it if the registrar is gone
+            self.timings()  # raises a better message if the registrar's process is gone
         if isinstance(error.cause, Exception):
             raise error.cause
         raise error
@@ -266,64 +281,64 @@ class RayPool:
             return ray.get(call)
         except RayActorError as error:
             raise UserError(
-                f"the process that keeps the job's claims is gone ({str(error).splitlines()[0]}); "
+                f"the process that coordinates the workers has died ({str(error).splitlines()[0]}); "
                 "everything committed is kept: run the same command again"
             ) from None
 
-    # ---- actors that die or hang
+    # ---- actors that crash or hang
 
     def _replace_hung(self) -> None:
         paths = self._space.paths
         for slot in list(self._slots):
             entries = read_entries(decode_log_file(paths, slot.number))
             if any(entry.age_s > self._timeout_s for entry in entries):
-                self._lose(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
+                self._replace(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
 
-    def _lose(self, slot: _Slot, why: str, *, hung: bool) -> None:
-        """Make sure a worker is gone, take back what it owed, and put another in its place."""
+    def _replace(self, slot: _Slot, why: str, *, hung: bool) -> None:
+        """Kill a worker, take its unsettled sources back, and start another one in its place."""
         paths, tracker = self._space.paths, self._tracker
         ray.kill(slot.actor)
         if not wait_gone(paths, str(slot.number), GONE_S):
             raise UserError(
-                f"worker {slot.number} can neither go on nor be ended; everything committed is kept: "
-                "end its process and run the same command again"
+                f"worker {slot.number} still runs {GONE_S:.0f} s after it was killed; everything committed "
+                "is kept: end its process and run the same command again"
             )
         entries = read_entries(decode_log_file(paths, slot.number))
         if hung:
             entries = [entry for entry in entries if entry.age_s > self._timeout_s]
-        culprits = tracker.set_aside(slot.number, [entry.source for entry in entries])
+        decoding = tracker.withdraw(slot.number, [entry.source for entry in entries])
         committed = self._committed_by(slot.number)
         released = self._ask(self._registrar.release.remote(slot.number, committed))
-        # Repeats of a suspect's bytes wait for its trial.
-        on_trial = {media_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
-        tracker.lost(slot.number, committed, set(released) - on_trial)
+        # Duplicates of the files that are retried alone must wait until these are settled.
+        withdrawn = {media_id(kind, entry.key) for entry in entries for kind in ARRAY_OF}
+        tracker.worker_died(slot.number, committed, set(released) - withdrawn)
         log.warning(
-            "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in culprits)
+            "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in decoding)
         )
-        guilty, again = self._culprits.judge(culprits, slot.trying, hung=hung)
+        rejected, retried = self._culprits.sort(decoding, slot.alone, hung=hung)
         keys = {entry.source: entry.key for entry in entries}
-        for task in guilty:
+        for task in rejected:
             tracker.fail(rejection(task, keys[task.source], hung=hung))
         new = self._new_slot()
-        new.trials.extend([*again, *slot.trials])
+        new.to_retry.extend([*retried, *slot.to_retry])
         self._slots[self._slots.index(slot)] = new
         self._culprits.count(tracker.settled, why)
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))
-        # Of a video some rows may be missing still: whoever gets it next will see which.
-        images = [shard for kind, shard in shards if kind == ARRAY_OF["image"]]
+        # Images only: a video may lack some rows, and the next worker that has it encodes just these.
+        images = [shard for array, shard in shards if array == ARRAY_OF["image"]]
         return {key for shard in images for key, _ in self._space.shard_keys("image", shard)}
 
     def _end(self) -> None:
-        """End every process of this job."""
+        """End the process of every actor."""
         closing = [slot.actor.close.remote() for slot in self._slots if not slot.calls]
         ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S) if closing else None
         for actor in (*(slot.actor for slot in self._slots), self._registrar):
             ray.kill(actor)
 
     def _stop(self) -> None:
-        """Let every worker commit what it has encoded, and settle that."""
+        """Let every worker commit what it has encoded, and settle its outcomes."""
         self._ask(self._registrar.stop.remote())
         flushes = {slot.actor.flush.remote(): slot for slot in self._slots}
         for slot in self._slots:
@@ -342,8 +357,8 @@ class RayPool:
         call = slot.calls.pop(0)
         try:
             outcomes = ray.get(call)
-        except RayError:  # it died or was refused: its commits will be found by the next job
+        except RayError:  # it died or failed: the next job finds its commits
             slot.calls.clear()
             return
-        with contextlib.suppress(TooManyFailuresError):  # it is written down all the same
+        with contextlib.suppress(TooManyFailuresError):  # raised after everything is recorded
             self._tracker.settle(slot.number, outcomes or [])

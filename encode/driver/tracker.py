@@ -1,7 +1,7 @@
-"""The driver's accounts: what is still to do, who has it, what became of it, and what the ledger is told.
+"""Keep account of a job's sources: which are waiting, which worker has which, and what became of each.
 
-Every source leaves the tracker exactly once, as in the space or as failed. A worker's word counts only for
-rows it has committed; of a worker that is gone, the commits on disk are believed and nothing else.
+Every source leaves the tracker exactly once, with one ledger record: its rows are in the space, or it failed.
+Results count only once their rows are committed. For a dead worker, only the commits on disk count.
 """
 
 from __future__ import annotations
@@ -18,207 +18,210 @@ from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
 LEDGER_EVERY_S = 30.0
+"""Seconds after which waiting records are written, so the most that a crash can lose."""
+
 LEDGER_EVERY_RECORDS = 8192
+"""Records that wait at most before they are written as one part of the media table."""
 
 
 class TooManyFailuresError(UserError):
-    """The job stops: what fails is not the images."""
+    """Too many sources failed in our own code, so the job stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailureBudget:
-    """How many failures of our own (stages encode and write) a job bears."""
+    """How many failures of our own (stages encode and write) a job tolerates."""
 
     probation: int = 20
-    """Sources finished before the rate is looked at."""
+    """Settled sources before the rate counts."""
     rate: float = 0.1
-    """Share of the finished sources that may fail so."""
+    """Share of the settled sources that may fail in our own code."""
 
-    def check(self, own: int, finished: int, last: MediaRecord) -> None:
-        """Raise TooManyFailuresError when the budget is spent; `last` is the newest such failure."""
-        if finished >= self.probation and own > self.rate * finished:
+    def check(self, own: int, settled: int, last: MediaRecord) -> None:
+        """Raise TooManyFailuresError if the budget is exceeded; `last` is the newest failure of our own."""
+        if settled >= self.probation and own > self.rate * settled:
             raise TooManyFailuresError(
-                f"stopped: {own} of {finished} images failed in our own code, the last one "
-                f"{last.source} at stage {last.stage}: {last.error}; what is encoded is kept, "
-                "mend the cause and run the same command again"
+                f"stopped: {own} of {settled} images failed in our own code, the last one "
+                f"{last.source} at stage {last.stage}: {last.error}; what is encoded is kept: "
+                "fix the cause and run the same command again"
             )
 
 
 class Ledger:
-    """Media records on their way to the media table, part by part."""
+    """Collects media records and writes them to the media table, one part at a time."""
 
     def __init__(self, root: CacheRoot, job: str):
         self._root, self._job = root, job
         self._records: list[MediaRecord] = []
-        self._since = time.monotonic()
+        self._flushed_s = time.monotonic()
 
     def add(self, record: MediaRecord) -> None:
-        """Write `record` soon."""
+        """Write `record` with the next part."""
         self._records.append(record)
-        late = time.monotonic() - self._since > LEDGER_EVERY_S
+        late = time.monotonic() - self._flushed_s > LEDGER_EVERY_S
         if late or len(self._records) >= LEDGER_EVERY_RECORDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting, now."""
+        """Write the records collected so far."""
         append_media(self._root, self._records, self._job)
         self._records.clear()
-        self._since = time.monotonic()
+        self._flushed_s = time.monotonic()
 
 
 class Tracker:
-    """See above. Workers are numbers, each used once: a replacement gets a new one."""
+    """Accounts for the sources of one job. A worker is a number that no other worker of the job has."""
 
     def __init__(
         self,
         tasks: Iterable[SourceTask],
         *,
-        already: Collection[str],
-        tell: Callable[[MediaRecord], None],
+        present: Collection[str],
+        on_record: Callable[[MediaRecord], None],
         budget: FailureBudget | None = None,
     ):
         """Account for `tasks`.
 
         Args:
-            tasks: what the job has to do; sources are distinct.
-            already: keys of images in the space before the job.
-            tell: called with each final record, once a source.
-            budget: when to give up.
+            tasks: the sources to encode, each once.
+            present: keys of the images that were in the space before the job.
+            on_record: called once for each source, with its final record.
+            budget: when to stop the job.
         """
         self._waiting = deque(tasks)
-        self._already = already
-        self._tell = tell
+        self._present = present
+        self._on_record = on_record
         self._budget = budget or FailureBudget()
-        self._with: dict[int, dict[str, SourceTask]] = {}
-        self._after: dict[
-            str, list[Outcome]
-        ] = {}  # duplicates, until the media they repeat is final
+        self._assigned: dict[int, dict[str, SourceTask]] = {}
+        # Duplicates, by media id, until the source with the same bytes is settled.
+        self._duplicates: dict[str, list[Outcome]] = {}
         self._failures: dict[str, Failure] = {}
         self._committed: set[str] = set()
-        self._found: set[str] = set()  # videos that turned out to be in the space
+        self._found: set[str] = set()  # videos whose rows turned out to be in the space
         self._stages: Counter[str] = Counter()
+        self._last_own_failure: MediaRecord | None = None
         self.total = len(self._waiting)
+        """Sources of the job."""
         self.settled = 0
-        """Sources that have left the tracker."""
-        self.last_failure: MediaRecord | None = None
+        """Sources with a final record."""
 
     @property
     def encoded(self) -> int:
-        """Media this job has committed."""
+        """Media items that this job has committed."""
         return len(self._committed)
 
     @property
     def failed(self) -> int:
-        """Sources that went to the ledger as failed."""
+        """Sources recorded as failed."""
         return self._stages.total()
 
     @property
     def reused(self) -> int:
-        """Sources whose media was, or by another name became, part of the space."""
+        """Settled sources whose bytes the space has from an earlier job or from another source."""
         return self.settled - self.failed - self.encoded
 
     @property
     def failures(self) -> dict[str, int]:
-        """Stage -> how many sources failed there."""
+        """Stage -> number of sources that failed there."""
         return dict(self._stages)
 
-    @property
-    def waiting(self) -> int:
-        """Sources that no worker has."""
-        return len(self._waiting)
-
     def finished(self) -> bool:
-        """Whether every source is accounted for."""
+        """Return whether every source is settled."""
         return self.settled == self.total
 
-    def held(self, worker: int) -> int:
-        """How many sources this worker still owes."""
-        return len(self._with.get(worker, ()))
+    def num_assigned(self, worker: int) -> int:
+        """Return how many sources this worker has not settled yet."""
+        return len(self._assigned.get(worker, ()))
 
-    def take(self, worker: int, count: int) -> list[SourceTask]:
-        """Up to `count` sources, now this worker's."""
-        if not self._waiting and not any(self._with.values()):
-            # Repeats of bytes that a file no longer had when it was read a second time.
-            self._waiting.extend(o.task for repeats in self._after.values() for o in repeats)
-            self._after.clear()
+    def assign_next(self, worker: int, count: int) -> list[SourceTask]:
+        """Assign up to `count` waiting sources to a worker, and return them."""
+        if not self._waiting and not any(self._assigned.values()):
+            # The file they are duplicates of changed before it was decoded, so nobody encodes their bytes.
+            self._waiting.extend(o.task for repeats in self._duplicates.values() for o in repeats)
+            self._duplicates.clear()
         tasks = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        self.give(worker, tasks)
+        self.assign(worker, tasks)
         return tasks
 
-    def give(self, worker: int, tasks: Iterable[SourceTask]) -> None:
-        """These sources are this worker's (those set aside by `lost`)."""
-        self._with.setdefault(worker, {}).update((task.source, task) for task in tasks)
+    def assign(self, worker: int, tasks: Iterable[SourceTask]) -> None:
+        """Assign sources that `withdraw` took from another worker."""
+        self._assigned.setdefault(worker, {}).update((task.source, task) for task in tasks)
 
     def settle(self, worker: int, outcomes: Sequence[Outcome]) -> None:
-        """Write down what a worker has finished.
+        """Record what a worker has finished.
 
         Raises:
-            TooManyFailuresError: after everything is written down.
+            TooManyFailuresError: the failure budget is exceeded. Everything is recorded before.
         """
         for outcome in outcomes:
-            del self._with[worker][outcome.task.source]
+            del self._assigned[worker][outcome.task.source]
             if outcome.result == "failed":
                 self.fail(outcome)
                 continue
             name = _media_id(outcome.record)
             if outcome.result == "duplicate":
-                self._after.setdefault(name, []).append(outcome)
+                self._duplicates.setdefault(name, []).append(outcome)
                 continue
             (self._committed if outcome.result == "ok" else self._found).add(name)
-            self._leave(outcome.record)
-        self._release_duplicates()
-        own = sum(self._stages[stage] for stage in OWN_STAGES)
-        if own and self.last_failure is not None:
-            self._budget.check(own, self.settled, self.last_failure)
+            self._record(outcome.record)
+        self._settle_duplicates()
+        if self._last_own_failure is not None:
+            own = sum(self._stages[stage] for stage in OWN_STAGES)
+            self._budget.check(own, self.settled, self._last_own_failure)
 
     def fail(self, outcome: Outcome) -> None:
-        """One source has failed for good; duplicates of its bytes fail as it did."""
+        """Record a failure. Duplicates of its bytes will fail in the same way."""
         record, failure = outcome.failed_record(), outcome.failure
         assert failure is not None, "it has not failed"
         if record.key is not None:
             self._failures[_media_id(record)] = failure
-        if failure.stage in OWN_STAGES or self.last_failure is None:
-            self.last_failure = record
+        if failure.stage in OWN_STAGES:
+            self._last_own_failure = record
         self._stages[failure.stage] += 1
-        self._leave(record)
+        self._record(record)
 
-    def lost(self, worker: int, committed: Collection[str], released: Collection[str]) -> None:
-        """A worker is gone. Its sources are to do again, but for those the caller sets aside before.
+    def worker_died(
+        self, worker: int, committed: Collection[str], released: Collection[str]
+    ) -> None:
+        """Return a dead worker's sources to the waiting ones, except those that `withdraw` took before.
 
         Args:
-            worker: which one.
-            committed: claims it had committed wholly, by what is on disk.
-            released: claims that are anybody's again; duplicates of these are to do again too.
+            worker: the dead worker.
+            committed: ids of the images it has committed, read from the disk.
+            released: ids of media that it had reserved and not committed. Their duplicates wait again too.
         """
         self._committed.update(committed)
-        owed = reversed(self._with.pop(worker, {}).values())
-        self._waiting.extendleft(replace(task, reassigned=True) for task in owed)
-        for key in released:
-            repeats = self._after.pop(key, ())
+        unsettled = reversed(self._assigned.pop(worker, {}).values())
+        self._waiting.extendleft(replace(task, reassigned=True) for task in unsettled)
+        for name in released:
+            repeats = self._duplicates.pop(name, ())
             self._waiting.extend(replace(outcome.task, reassigned=True) for outcome in repeats)
-        self._release_duplicates()
+        self._settle_duplicates()
 
-    def set_aside(self, worker: int, sources: Collection[str]) -> list[SourceTask]:
-        """Take these sources back from a worker that is gone, to `give` or `fail` them later."""
-        owed = self._with.get(worker, {})
-        return [replace(owed.pop(source), reassigned=True) for source in sources if source in owed]
+    def withdraw(self, worker: int, sources: Collection[str]) -> list[SourceTask]:
+        """Take sources from a dead worker, to `assign` or `fail` them later."""
+        unsettled = self._assigned.get(worker, {})
+        return [
+            replace(unsettled.pop(source), reassigned=True)
+            for source in sources
+            if source in unsettled
+        ]
 
-    def _release_duplicates(self) -> None:
-        there = (self._committed, self._found, self._already)
-        present = {key for key in self._after if any(key in keys for keys in there)}
-        final = present | {key for key in self._after if key in self._failures}
-        for key in sorted(final):
-            for outcome in self._after.pop(key):
-                if key in present:
-                    self._leave(outcome.record)
-                    continue
-                self.fail(replace(outcome, result="failed", failure=self._failures[key]))
+    def _settle_duplicates(self) -> None:
+        """Record the duplicates of bytes that are in the space now, or have failed."""
+        for name in list(self._duplicates):
+            if any(name in names for names in (self._committed, self._found, self._present)):
+                for outcome in self._duplicates.pop(name):
+                    self._record(outcome.record)
+            elif (failure := self._failures.get(name)) is not None:
+                for outcome in self._duplicates.pop(name):
+                    self.fail(replace(outcome, result="failed", failure=failure))
 
-    def _leave(self, record: MediaRecord) -> None:
+    def _record(self, record: MediaRecord) -> None:
         self.settled += 1
-        self._tell(record)
+        self._on_record(record)
 
 
 def _media_id(record: MediaRecord) -> str:
-    assert record.key is not None, "only what was read can be claimed"
+    assert record.key is not None, "it has no key, so it was never read"
     return media_id(record.kind, record.key)

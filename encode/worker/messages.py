@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -131,17 +131,23 @@ class Coordinator(Protocol):
 class Registrar:
     """Gives out media and shard numbers, each once, and adds up timings."""
 
-    def __init__(self, committed: Collection[str], next_shard: dict[str, int]):
+    def __init__(
+        self,
+        committed: Collection[str],
+        next_shard: dict[str, int],
+        on_report: Callable[[Timings], None] = lambda _: None,
+    ):
         """Start with nothing reserved.
 
         Args:
             committed: ids of media that are in the space.
             next_shard: array -> its first unused shard number.
+            on_report: called with the timings of all workers at each report.
         """
         self._committed = committed  # not copied: it may have millions of entries
         self._taken: set[str] = set()
         self._reserved: dict[int, set[str]] = {}
-        self._next_shard = dict(next_shard)
+        self._next_shard, self._on_report = dict(next_shard), on_report
         self._shards: dict[int, list[tuple[str, int]]] = {}
         self._timings: dict[int, Timings] = {}
         self._first_s = self._last_s = 0.0
@@ -170,6 +176,7 @@ class Registrar:
         self._last_s = time.monotonic()
         self._first_s = self._first_s or self._last_s
         self._timings[worker] = timings
+        self._on_report(self.timings())
         return self._running
 
     def shards(self, worker: int) -> list[tuple[str, int]]:

@@ -257,7 +257,7 @@ def test_progress_tells_rate_bound_and_time_left(
     monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
     tasks = [SourceTask(source=str(i)) for i in range(1000)]
     screen = Screen(terminal)
-    progress = Progress(Tracker(tasks, already=(), tell=print), out=screen)  # type: ignore[arg-type]
+    progress = Progress(Tracker(tasks, present=(), on_record=print), out=screen)  # type: ignore[arg-type]
     for second in range(61):
         clock[0] = 100.0 + second
         # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded images.

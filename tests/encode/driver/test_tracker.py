@@ -39,8 +39,8 @@ class World:
         self.registrar = Registrar(self.present, {"image": 0})
         self.tracker = Tracker(
             [SourceTask(source=source) for source in self.bytes],
-            already=set(self.present),
-            tell=lambda record: self.told[record.source].append(record),
+            present=set(self.present),
+            on_record=lambda record: self.told[record.source].append(record),
             budget=FailureBudget(probation=10**9),
         )
         self.open: dict[int, list[SourceTask]] = {1: [], 2: []}
@@ -56,7 +56,7 @@ class World:
         worker = self.dice.choice(list(self.open))
         action = self.dice.choice(["take", "work", "work", "commit", "say", "die"])
         if action == "take":
-            self.open[worker] += self.tracker.take(worker, self.dice.randrange(1, 4))
+            self.open[worker] += self.tracker.assign_next(worker, self.dice.randrange(1, 4))
         elif action == "work" and self.open[worker]:
             self.work(worker, self.open[worker].pop(0))
         elif action == "commit":
@@ -90,16 +90,16 @@ class World:
 
     def die(self, worker: int) -> None:
         culprits = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
-        aside = self.tracker.set_aside(worker, culprits)
+        aside = self.tracker.withdraw(worker, culprits)
         committed = self.keys_of.get(worker, set())
         released = self.registrar.release(worker, committed)
         waits = {self.bytes[task.source] for task in aside}
-        self.tracker.lost(worker, committed, set(released) - waits)
+        self.tracker.worker_died(worker, committed, set(released) - waits)
         for table in (self.open, self.uncommitted, self.unsaid):
             del table[worker]  # type: ignore[attr-defined]
         new, self.next_worker = self.next_worker, self.next_worker + 1
         self.open[new], self.uncommitted[new], self.unsaid[new] = list(aside), [], []
-        self.tracker.give(new, aside)
+        self.tracker.assign(new, aside)
 
 
 @settings(max_examples=150, deadline=None)
@@ -142,9 +142,9 @@ def outcome(source: str, stage: str | None) -> Outcome:
 
 def settle(stages: list[str | None], budget: FailureBudget) -> Tracker:
     tasks = [SourceTask(source=f"/{i}") for i in range(len(stages))]
-    tracker = Tracker(tasks, already=(), tell=lambda record: None, budget=budget)
+    tracker = Tracker(tasks, present=(), on_record=lambda record: None, budget=budget)
     for i, stage in enumerate(stages):
-        tracker.take(0, 1)
+        tracker.assign_next(0, 1)
         tracker.settle(0, [outcome(f"/{i}", stage)])
     return tracker
 
@@ -161,9 +161,11 @@ def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors()
 def test_duplicates_of_a_failure_fail_alike() -> None:
     told: list[MediaRecord] = []
     tracker = Tracker(
-        [SourceTask(source="/1"), SourceTask(source="/2", attempts=4)], already=(), tell=told.append
+        [SourceTask(source="/1"), SourceTask(source="/2", attempts=4)],
+        present=(),
+        on_record=told.append,
     )
-    tracker.take(0, 2)
+    tracker.assign_next(0, 2)
     record = MediaRecord(source="/2", key=f"{1:064x}")
     task = SourceTask(source="/2", attempts=4)
     tracker.settle(0, [Outcome(task=task, result="duplicate", record=record)])
@@ -208,12 +210,12 @@ def test_the_registrar_gives_each_number_and_each_media_once() -> None:
 def test_a_media_is_guilty_only_alone_and_by_death_only_twice() -> None:
     a, b = SourceTask(source="/a"), SourceTask(source="/b")
     culprits = Culprits()
-    assert culprits.judge([a, b], None, hung=False) == ([], [a, b])
-    assert culprits.judge([a, b], None, hung=True) == ([], [a, b]), "both were there"
-    assert culprits.judge([a], a, hung=False) == ([], [a])
-    assert culprits.judge([], a, hung=False) == ([], []), "it died of something else"
-    assert culprits.judge([a], a, hung=False) == ([a], [])
-    assert culprits.judge([b], b, hung=True) == ([b], [])
+    assert culprits.sort([a, b], None, hung=False) == ([], [a, b])
+    assert culprits.sort([a, b], None, hung=True) == ([], [a, b]), "both were there"
+    assert culprits.sort([a], a, hung=False) == ([], [a])
+    assert culprits.sort([], a, hung=False) == ([], []), "it died of something else"
+    assert culprits.sort([a], a, hung=False) == ([a], [])
+    assert culprits.sort([b], b, hung=True) == ([b], [])
 
 
 def test_deaths_that_bring_nothing_stop_the_job() -> None:
@@ -229,12 +231,12 @@ def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_pa
     path.write_bytes(b"boom")
     record = rejection(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
     assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
-    assert record.error == "killed its worker, alone too"
+    assert record.error == "crashed its worker, also when decoded alone"
     identity = identify(str(path))
     assert identity is not None
     assert identity.matches(record)
     path.unlink()
     hung = rejection(SourceTask(source=str(path)), "", hung=True)
-    assert hung.failure == Failure("decode", "hung its worker, alone too")
+    assert hung.failure == Failure("decode", "hung its worker, also when decoded alone")
     linked = rejection(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
     assert linked.record.key == "ab" * 32

@@ -147,7 +147,7 @@ def test_an_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_pat
         "0030-deadly.png": "decode",
         "9999-twin.png": "decode",
     }
-    assert result.failures()["0030-deadly.png"][1] == "killed its worker, alone too"
+    assert result.failures()["0030-deadly.png"][1] == "crashed its worker, also when decoded alone"
     assert result.reader.logical_hash() == inline.reader.logical_hash()
     again = encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Deadly)
     assert again.plan.todo == (), "it is not tried again"
@@ -176,7 +176,7 @@ def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path
         tmp_path / "ray", f"folder:{photos}", workers=2, worker_class=Hanging, timeout_s=4.0
     )
     assert {n: error for n, (_, error) in result.failures().items()} == {
-        "0030-endless.y4m": "hung its worker, alone too"
+        "0030-endless.y4m": "hung its worker, also when decoded alone"
     }
     assert result.reader.logical_hash() == inline.reader.logical_hash()
 
