@@ -44,13 +44,13 @@ def test_a_video_is_its_times_and_its_frames() -> None:
     assert video_token_ids(tokenizer, [0.0, 0.5, 12.3456], 2).tolist() == expected
 
 
-def test_places_are_filled_in_order() -> None:
+def test_placeholders_are_filled_in_order() -> None:
     ids = np.array([5, 9, 6, 9], np.int32)
     contents = [np.array([9, 9], np.int32), np.array([1, 9, 9], np.int32)]
     filled, counts = fill_placeholders(ids, 9, contents)
     assert filled.tolist() == [5, 9, 9, 6, 1, 9, 9]
     assert counts.tolist() == [1, 2, 1, 3]
-    with pytest.raises(AssertionError, match="2 places for 1 media"):
+    with pytest.raises(AssertionError, match="2 placeholders for 1 media"):
         fill_placeholders(ids, 9, contents[:1])
 
 
