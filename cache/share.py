@@ -13,10 +13,10 @@ from pathlib import Path
 
 from cache.errors import CacheError
 from cache.format.spec import ARRAYS
-from cache.remote.listing import LISTING, listing_bytes
+from cache.remote.listing import listing_bytes
 from cache.store.commits import read_commits
 from cache.store.files import write_atomic
-from cache.store.paths import CacheRoot
+from cache.store.paths import LISTING, CacheRoot
 from cache.store.shard_files import corrupt_shard
 from cache.store.space import read_info
 from configs import UserError, command, parse

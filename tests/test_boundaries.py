@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.store.paths import DATA_FOLDERS, LISTING, CacheRoot
 from tests.support import ROOT
 
 PACKAGES = ("cache", "configs", "encode", "model", "train")
@@ -21,9 +22,8 @@ PACKAGES = ("cache", "configs", "encode", "model", "train")
 def copy(tmp_path: Path) -> Path:
     """The code alone, to plant imports in."""
     for package in PACKAGES:
-        # In cache/, these folders are data.
-        data = ("samples", "media", "spaces", "locks", "damaged", "garbage")
-        ignored = shutil.ignore_patterns("__pycache__", *(data if package == "cache" else ()))
+        data = DATA_FOLDERS if package == "cache" else ()
+        ignored = shutil.ignore_patterns("__pycache__", *data)
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     for name in ("pyproject.toml", "nanomolmo2_codec.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -76,6 +76,19 @@ def test_a_planted_import_turns_them_red(
     assert done.returncode != 0
     broken = [line for line in done.stdout.splitlines() if " BROKEN" in line]
     assert any(line.startswith(contract) for line in broken), done.stdout
+
+
+def test_data_and_code_in_cache_have_different_names() -> None:
+    ignored = (ROOT / ".gitignore").read_text().split()
+    named = {line for line in ignored if line.startswith("/cache/")}
+    assert named == {f"/cache/{name}/" for name in DATA_FOLDERS} | {f"/cache/{LISTING}"}
+    code = {path.stem for path in (ROOT / "cache").glob("*.py")}
+    code |= {path.parent.name for path in (ROOT / "cache").glob("*/__init__.py")}
+    assert not code & set(DATA_FOLDERS)
+    root = CacheRoot(Path("root"))
+    folders = [value for value in vars(CacheRoot).values() if isinstance(value, property)]
+    assert {folder.fget(root).parts[1] for folder in folders if folder.fget} <= set(DATA_FOLDERS)
+    assert root.space("s").locks_dir.parts[1] in DATA_FOLDERS
 
 
 def test_no_test_imports_a_test() -> None:

@@ -16,9 +16,8 @@ from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
 from cache.format.spec import ARRAYS
 from cache.remote.retry import Entry
-from cache.store.paths import CacheRoot
+from cache.store.paths import LISTING, CacheRoot
 
-LISTING = "listing.json"
 FORMAT = 1
 MOST_BYTES = 512 << 20
 """No list is larger: 5 million files."""

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from cache.errors import CorruptError, DiskError, NotFoundError, UnreachableError
 from cache.format.checksums import check_seal, check_seal_file
-from cache.remote.listing import LISTING, MOST_BYTES, as_tables, is_sealed, is_table, read_listing
+from cache.remote.listing import MOST_BYTES, as_tables, is_sealed, is_table, read_listing
 from cache.remote.retry import Entry, RetryPolicy, Store, patiently, read_range
 from cache.store.files import new_file, write_atomic
-from cache.store.paths import CacheRoot
+from cache.store.paths import LISTING, CacheRoot
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,13 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
 
 
+DATA_FOLDERS = ("samples", "media", "spaces", "locks", "damaged", "garbage")
+"""The folders of a cache. The default root is also the folder `cache/` of the code, where `.gitignore` names
+these and no module has such a name."""
+
+LISTING = "listing.json"
+"""The one file at the root of a cache, written by `cache.share`."""
+
 # ---- paths
 
 SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")

@@ -14,11 +14,11 @@ import pytest
 from cache import ls as cache_ls
 from cache.errors import CacheError, CorruptError, NotFoundError, UnreachableError
 from cache.format.checksums import sealed_json
-from cache.remote.listing import LISTING, is_table, local_tables
+from cache.remote.listing import is_table, local_tables
 from cache.remote.open import Elsewhere, RemoteCache, local_root
 from cache.remote.retry import RetryPolicy
 from cache.share import share
-from cache.store.paths import CacheRoot, is_url
+from cache.store.paths import LISTING, CacheRoot, is_url
 from cache.store.samples import read_samples, samples_table
 from configs import UserError
 from tests.support import trained_runs
