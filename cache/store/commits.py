@@ -1,7 +1,7 @@
-"""Commits: the small sealed tables that make shards exist. `cache.store.row_index` looks up the rows they
-name.
+"""Read and write commits: the small sealed tables that make shards exist.
 
-Nothing else makes a row visible. Row `shard * slots + slot` is the slot-th row of its shard.
+Nothing else makes a row visible. A space has `slots` rows in each full shard of an array, and row number
+`shard * slots + slot` is the row in that slot. `cache.store.row_index` looks up the rows that commits name.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ KEY_BYTES = 32
 
 SCHEMA = pa.schema(
     {
-        "key": pa.binary(KEY_BYTES),  # sha256 of the media's bytes
-        "view": pa.string(),  # which view of it
-        "time_s": pa.float64(),  # where in its video, null for images
+        "key": pa.binary(KEY_BYTES),  # sha256 of the media item's bytes
+        "view": pa.string(),  # full, or t:<microseconds>
+        "time_s": pa.float64(),  # time of the frame in its video, null for images
         "row": pa.int64(),  # row number in the array
         "crc": pa.uint32(),  # crc32c of the stored row
         "error": pa.float32(),  # relative error of the row codec
@@ -48,20 +48,20 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Commit:
-    """One shard's rows, in slot order."""
+    """The rows of one shard, in slot order."""
 
     shard: int
     """Number of the shard."""
     nbytes: int
-    """Size of its file."""
+    """Size of the shard's file."""
     index_crc: int
-    """crc32c of its index."""
+    """crc32c of the shard's last bytes: its index, or the end of the tar."""
     table: pa.Table
-    """The rows, as SCHEMA."""
+    """The rows, with the columns of SCHEMA."""
     replaces: tuple[int, ...] = ()
-    """Shards that stopped existing at the instant this one began to; their rows are here, or given up."""
+    """Shards that stopped existing when this one began to. Their rows were copied here, or dropped."""
     seal: bytes = b""
-    """sha256 (32 bytes) that its file is sealed with."""
+    """Seal of the commit's file: sha256, 32 bytes."""
 
 
 def key_bytes(keys: Sequence[str] | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -87,12 +87,19 @@ def commit_bytes(
     index_crc: int,
     replaces: Sequence[int] = (),
 ) -> bytes:
-    """The file of a commit. See `Commit` for what `replaces` means.
+    """Return the file of a commit.
 
-    `table` is as SCHEMA, and has the geometry's own columns (`commit_columns`) behind it.
+    Args:
+        table: the rows, with the columns of SCHEMA and then those of the geometry (`commit_columns`).
+        fingerprint: that of the space.
+        array: image or frame.
+        shard: number of the shard.
+        nbytes: size of the shard's file.
+        index_crc: crc32c of the shard's last bytes.
+        replaces: shards that stop existing when this commit appears.
     """
     sink = pa.BufferOutputStream()
-    # Keys do not compress; plain columns open in 0.2 ms, a third of the time (512 rows, 2 cores).
+    # Keys do not compress. Plain columns open in 0.2 ms, a third of the time (512 rows, 2 cores).
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": ["view"]}
     with pq.ParquetWriter(sink, table.schema, write_statistics=False, **plain) as writer:
         writer.write_table(table)
@@ -111,10 +118,10 @@ def commit_bytes(
 
 
 def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> Commit:
-    """One commit, checked: its seal, and that it belongs where it lies.
+    """Read one commit, and check its seal, its space, its array, its number and its rows.
 
     Raises:
-        CorruptError: it does not.
+        CorruptError: one of them is wrong.
     """
     path, slots = paths.commit(array, number), info.slots[array]
     data = path.read_bytes()
@@ -154,11 +161,11 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> 
 
 
 def read_commits(paths: SpacePaths, info: SpaceInfo, array: str) -> list[Commit]:
-    """The commits of all shards that exist, by number."""
+    """Return the commits of all shards that exist, by number."""
     return current([read_commit(paths, info, array, number) for number in paths.committed(array)])
 
 
 def current(commits: Sequence[Commit]) -> list[Commit]:
-    """`commits` without those that another of them replaces: at any moment a row exists once."""
+    """Return `commits` without those that another of them replaces: at any moment a row exists once."""
     replaced = {number for commit in commits for number in commit.replaces}
     return [commit for commit in commits if commit.shard not in replaced]

@@ -1,14 +1,15 @@
-"""The derived index of a space: what its commits say, as flat arrays mapped into memory.
+"""Keep the content of all commits of an array in one file of flat arrays, which opens faster.
 
-    index = open_index(paths, info, "image")   # any reader
-    save_index(paths, info)                      # whoever holds the driver lock, at the end of its work
+    index = open_index(paths, info, "image")     # any reader
+    save_index(paths, info)                      # the holder of the driver lock, at the end of its work
 
-Never authoritative. The file lists the commits it was made from (size, time of change, seal); one that is
-gone, new or changed since is noticed, and only those are read. A commit that has another time and the same
-seal, as after a copy, is the same. Everything in the file is under a checksum that is compared when it is
-opened; a damaged one is as good as none.
+The file is derived from the commits and never overrules them. It lists the commits it was made from (size,
+time of change, seal). A reader compares that list with the commits that exist, and reads only those that are
+new, or have changed. A commit with another time and the same seal, as after a copy, has not changed. The
+arrays are mapped into memory and compared with their checksums at opening; a damaged file is ignored.
 
-One file: 4096 bytes of sealed JSON that say where each array is and its crc32c, then the arrays.
+The file begins with 4096 bytes of sealed JSON, which give the place and the crc32c of each array. The arrays
+follow.
 """
 
 from __future__ import annotations
@@ -42,31 +43,32 @@ HEADER_BYTES = 4096
 ALIGN_BYTES = 64
 
 WORTH_COMMITS = 64
-"""A new file is written when it saves a reader from reading so many commits."""
+"""A new file is written when it saves readers from reading at least this many commits."""
 
 RACY_NS = 2_000_000_000
-"""A commit changed later than this before it was looked at may change again within one tick of the file
-system's clock: its time is not noted, so that its seal is compared."""
+"""A commit that changed less than this before it was read may change again within one tick of the file
+system's clock. Its time is therefore not recorded, and readers compare its seal."""
 
-WAY_OUT = "delete it: opening takes longer until the next encode.run makes it anew"
+WAY_OUT = "delete it: opening takes longer until the next encode.run writes it again"
+"""Advice for a damaged index file."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """An index, and what it was made from: k commits, also those that others replace."""
+    """An index, and the k commits it was made from, including those that others replace."""
 
     index: RowIndex
-    """Of the shards that exist."""
+    """The rows of the shards that exist."""
     files: npt.NDArray[np.int64]
-    """(k, 3) number, bytes and time of change (ns; -1: do not rely on it) of each commit."""
+    """(k, 3) number, bytes and time of change (ns; -1: compare the seal) of each commit."""
     seals: npt.NDArray[np.uint8]
-    """(k, 32) what each is sealed with."""
+    """(k, 32) the seal of each commit."""
     replaces: npt.NDArray[np.int64]
     """(r, 2) pairs (by, of): shard `by` replaces shard `of`."""
 
 
 def open_index(paths: SpacePaths, info: SpaceInfo, array: str) -> RowIndex:
-    """The rows that the commits of one array name.
+    """Return the rows that the commits of one array name.
 
     Raises:
         CorruptError: a commit that had to be read is damaged.
@@ -75,16 +77,18 @@ def open_index(paths: SpacePaths, info: SpaceInfo, array: str) -> RowIndex:
 
 
 def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
-    """Write what opening needs, where that is worth it. For the one who holds the driver lock.
+    """Write the index files of a space, where that saves readers enough. The caller holds the driver lock.
 
     Raises:
         CorruptError: a commit is damaged.
-        OSError: the file could not be written; the one before is still there.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     for array in ARRAYS:
         snapshot, saved = _current(paths, info, array)
         path = paths.index(array)
-        useless = path.exists() and saved >= len(snapshot.files)  # damaged, or of other commits
+        useless = path.exists() and saved >= len(
+            snapshot.files
+        )  # damaged, or made from other commits
         if saved >= WORTH_COMMITS or useless:
             _write(path, snapshot, info, array)
 
@@ -92,20 +96,22 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
 def check_index(
     paths: SpacePaths, info: SpaceInfo, array: str, *, deep: bool, rebuilt: RowIndex | None = None
 ) -> CorruptError | None:
-    """What is wrong with the file, if anything. One that only lacks the newest commits is sound.
+    """Return what is wrong with the index file of an array, or None.
+
+    A file that only lacks the newest commits is intact.
 
     Args:
-        paths: of the space.
-        info: its description.
-        array: which array.
-        deep: read all of it.
-        rebuilt: an index made from the commits alone, all of them sound: with `deep`, compare with it.
+        paths: files of the space.
+        info: description of the space.
+        array: image or frame.
+        deep: whether to compare the arrays with their checksums.
+        rebuilt: an index made from the commits alone, all of them intact; `deep` compares the file with it.
     """
     path = paths.index(array)
     try:
         _load(path, info, array, deep)
         if deep and rebuilt is not None and not _same(open_index(paths, info, array), rebuilt):
-            return CorruptError(path, "it does not say what the commits say", WAY_OUT)
+            return CorruptError(path, "it differs from the commits", WAY_OUT)
     except FileNotFoundError:
         return None
     except CorruptError as error:
@@ -121,7 +127,7 @@ def _same(one: RowIndex, other: RowIndex) -> bool:
 
 
 def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, int]:
-    """What the commits say now; and how many of them are not in the file as it is."""
+    """Return what the commits say now; and how many of them a reader of the file must read."""
     now = time.time_ns()
     stats = paths.commit_stats(array)
     old = _load_sound(paths.index(array), info, array)
@@ -134,7 +140,7 @@ def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, 
     missing = sorted(exist - set(old.index.shards[kept].tolist()))
     if not fresh and not missing and kept.all():
         return old, 0
-    # What is not in `fresh` was replaced when the file was written, by a commit that is gone.
+    # A commit that is missing in `fresh` was replaced when the file was written, by one removed since.
     commits = [fresh.get(n) or read_commit(paths, info, array, n) for n in missing]
     index = old.index
     if not kept.all():
@@ -154,7 +160,7 @@ def _files(
     fresh: Mapping[int, Commit],
     now: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """`files` and `seals` of the commits that are there."""
+    """Return `files` and `seals` of a Snapshot of the commits that exist."""
     files, seals = [], []
     for number, (size, mtime_ns) in sorted(stats.items()):
         files.append((number, size, mtime_ns if mtime_ns < now - RACY_NS else -1))
@@ -168,7 +174,7 @@ def _files(
 def _unchanged(
     old: Snapshot, paths: SpacePaths, array: str, stats: Mapping[int, tuple[int, int]]
 ) -> dict[int, int]:
-    """Commits that are what the file was made from: number -> which of its list."""
+    """Return the commits that have not changed since the file was made: number -> place in its list."""
     same = {}
     for at, (number, size, mtime_ns) in enumerate(old.files.tolist()):
         now_bytes, now_ns = stats.get(number, (-1, 0))
@@ -183,7 +189,7 @@ def _sealed_so(path: Path, expected: bytes) -> bool:
     try:
         return check_seal(path.read_bytes(), path) == expected
     except CorruptError:
-        return False  # whoever reads it says so
+        return False  # reading it raises the error
 
 
 # ---- the file
@@ -205,7 +211,7 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
     with new_file(path) as file:
         file.seek(HEADER_BYTES)
         for name, values in arrays.items():
-            once = values[:1] if values.strides[0] == 0 else values  # one value, seen n times
+            once = values[:1] if values.strides[0] == 0 else values  # one value, broadcast to n
             data = np.ascontiguousarray(once)
             padding = bytes(-data.nbytes % ALIGN_BYTES)
             entries[name] = {
@@ -227,13 +233,13 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
             "seal": UNSEALED,
         }
         text = json.dumps(header).encode().ljust(HEADER_BYTES)
-        assert len(text) == HEADER_BYTES, "the header has outgrown its place"
+        assert len(text) == HEADER_BYTES, "the header needs more than HEADER_BYTES"
         file.seek(0)
         file.write(seal(text))
 
 
 def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
-    """The file as it is; an empty snapshot where there is none, or none to rely on."""
+    """Return the content of the file; an empty snapshot where it is missing or damaged."""
     try:
         return _load(path, info, array, deep=True)
     except FileNotFoundError:
@@ -250,7 +256,7 @@ def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
 
 
 def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
-    """What the file says; with `deep`, its arrays are compared with their checksums."""
+    """Return the content of the file; `deep` compares its arrays with their checksums."""
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         check_seal(header, path)
@@ -261,7 +267,7 @@ def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
         size = os.fstat(file.fileno()).st_size
         if size != values["nbytes"]:
             raise CorruptError(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
-        # Read ahead as a whole, where the system can.
+        # Let the system read the whole file ahead, where it can.
         flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
         data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
     arrays = {

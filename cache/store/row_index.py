@@ -1,7 +1,7 @@
-"""(key, view) -> row number, for the rows of one array, found by the hash of both.
+"""Look up the row number of (key, view) among the rows of one array.
 
-A *position* counts the committed rows in row order, 0 to n-1; row numbers have gaps where shards end
-early or never came. n rows in m shards.
+A *position* counts the committed rows in row order, from 0 to n - 1. Row numbers have gaps, where a shard is
+not full or was never committed. There are n rows in m shards.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from cache.format.checksums import GOLDEN, mix64
 from cache.store.commits import KEY_BYTES, Commit
 
 LOOKUP_ROWS = 1 << 18
-"""Keys looked up together: what bounds the memory it takes."""
+"""Keys that are looked up together. It bounds the memory of a lookup."""
 
 ByHash = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
-"""Positions (n,) in order of their hashes, of equal ones the older first; and those hashes (n,)."""
+"""Positions (n,) in the order of their hashes, for equal hashes in row order; and these hashes (n,)."""
 
 
 class RowIndex:
-    """The rows of one array. Looked up by a 64-bit hash, sorted; a hit is confirmed by the whole key."""
+    """The rows of one array, found by a sorted 64-bit hash. The whole key confirms each hit."""
 
     def __init__(self, commits: Sequence[Commit], slots: int):
-        """Of commits in order of their numbers, `slots` rows a full shard."""
+        """Index the rows of commits in the order of their numbers, with `slots` rows in a full shard."""
         self._set(Columns.of(commits), slots, None)
 
     @classmethod
     def of(cls, columns: Columns, slots: int, by_hash: ByHash | None = None) -> Self:
-        """Of columns that are there already; `by_hash` is what the `by_hash` of such an index was."""
+        """Index the rows of `columns`; `by_hash` is that of an earlier index of the same columns."""
         index = cls.__new__(cls)
         index._set(columns, slots, by_hash)
         return index
@@ -55,21 +55,22 @@ class RowIndex:
                 strict=True,
             )
         )
-        """Shard -> (position of its first row, rows)."""
+        """Shard -> (position of its first row, number of its rows)."""
         self.by_hash = by_hash or _sorted(_hashes(columns.keys, columns.views))
-        """See ByHash."""
         self._order, self._hashes = self.by_hash
         self.crc_of = np.ascontiguousarray(columns.crcs).data
-        """The crcs by position, as Python integers."""
-        self._bisected = self._hashes.data  # a scalar of it is a Python integer
+        """crc32c by position; an element is a Python integer."""
+        self._bisected = self._hashes.data  # an element is a Python integer
 
     def with_rows(self, more: Columns) -> RowIndex:
-        """This and `more`, whose shards are none of those here."""
+        """Return an index of these rows and of `more`, which has none of these shards."""
         both = self.columns.merged(more)
         if not len(self) or not len(more.shards) or more.shards[0] < self.shards[-1]:
             return RowIndex.of(both, self.slots)
         order, hashes = _sorted(_hashes(more.keys, more.views))
-        at = np.searchsorted(self._hashes, hashes, side="right")  # behind what is older
+        at = np.searchsorted(
+            self._hashes, hashes, side="right"
+        )  # behind equal hashes of older rows
         order = np.insert(self._order, at, order + np.uint32(len(self)))
         return RowIndex.of(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
 
@@ -77,20 +78,20 @@ class RowIndex:
         return len(self.keys)
 
     def lookup(self, keys: npt.NDArray[np.uint8], view: str) -> npt.NDArray[np.int64]:
-        """Keys (k, 32) -> row numbers (k,); -1 where there is none."""
+        """Return the row numbers (k,) of keys (k, 32) with one view; -1 where there is no row."""
         code = np.int64(view_code(view))
         return self.lookup_coded(keys, np.broadcast_to(code, len(keys)))
 
     def lookup_pairs(
         self, keys: npt.NDArray[np.uint8], views: Sequence[str]
     ) -> npt.NDArray[np.int64]:
-        """Keys (k, 32), each with a view of its own -> row numbers (k,); -1 where there is none."""
+        """Return the row numbers (k,) of keys (k, 32), each with its own view; -1 where there is no row."""
         return self.lookup_coded(keys, np.array([view_code(view) for view in views], np.int64))
 
     def lookup_coded(
         self, keys: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """The same for views as numbers: `columns.views` of this index or of another."""
+        """Return the row numbers (k,) of keys (k, 32) with views (k,) as `view_code` numbers them, or -1."""
         found = np.full(len(keys), -1, np.int64)
         for start in range(0, len(keys), LOOKUP_ROWS):
             part = slice(start, start + LOOKUP_ROWS)
@@ -98,7 +99,7 @@ class RowIndex:
         return found
 
     def contains(self, key: bytes, view: str) -> bool:
-        """Whether there is such a row: 3 microseconds, where `lookup` takes 30 for one and less for many."""
+        """Return whether there is such a row: 3 microseconds, where `lookup` takes 30 for a single key."""
         code = view_code(view)
         wanted = int.from_bytes(key[:8], "little") ^ _mixed_one(code)
         at = bisect.bisect_left(self._bisected, wanted)
@@ -116,7 +117,7 @@ class RowIndex:
         found: npt.NDArray[np.int64],
     ) -> None:
         wanted = _hashes(keys, codes)
-        open_ = np.argsort(wanted)  # neighbours are found near each other, in the processor's cache
+        open_ = np.argsort(wanted)  # in hash order, neighbours are found in the processor's cache
         at = np.empty(len(wanted), np.int64)
         at[open_] = np.searchsorted(self._hashes, wanted[open_])
         while True:  # a second round only when two identities share a hash: odds 3e-6 at 10 M rows
@@ -132,12 +133,12 @@ class RowIndex:
             at[open_] += 1
 
     def rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Positions -> row numbers."""
+        """Return the row numbers of positions (k,)."""
         shard = np.searchsorted(self.starts, positions, side="right") - 1
         return self.shards[shard] * self.slots + positions - self.starts[shard]
 
     def positions(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Row numbers -> positions.
+        """Return the positions of row numbers (k,).
 
         Raises:
             IndexError: one of the rows is not committed.
@@ -152,14 +153,14 @@ class RowIndex:
         return self.starts[at] + slot
 
     def by_identity(self) -> npt.NDArray[np.int64]:
-        """All positions, sorted by (key, view)."""
+        """Return all positions, sorted by (key, view)."""
         codes, inverse = np.unique(self.columns.views, return_inverse=True)
         names = [self._view(code) for code in codes.tolist()]
         rank = np.argsort(np.argsort(np.array(names, dtype=np.str_)))
         return np.lexsort((rank[inverse], self.keys.view(f"S{KEY_BYTES}").reshape(-1)))
 
     def identity(self, position: int) -> tuple[str, str]:
-        """(key, view) of one row."""
+        """Return the (key, view) of one row, the key as 64 hex digits."""
         view = self._view(int(self.columns.views[position]))
         return self.keys[position].tobytes().hex(), view
 
@@ -167,7 +168,7 @@ class RowIndex:
         return f"t:{code}" if code >= 0 else self.columns.names[code]
 
     def duplicates(self) -> list[tuple[int, int]]:
-        """Pairs of positions, (first, again), whose (key, view) is the same."""
+        """Return pairs of positions, (first, again), of rows with the same (key, view)."""
         pairs: list[tuple[int, int]] = []
         same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         first: dict[tuple[str, str], int] = {}
@@ -180,20 +181,20 @@ class RowIndex:
 
 
 class Identities(Set[tuple[str, str]]):
-    """The (key, view) of all rows of an index, as a set that holds no strings."""
+    """The (key, view) of all rows of an index, as a set. It stores no strings."""
 
     def __init__(self, index: RowIndex):
         self._index = index
 
     @classmethod
-    def _from_iterable(cls, it: Iterable[Any]) -> Any:  # what `&`, `|` and `-` give
+    def _from_iterable(cls, it: Iterable[Any]) -> Any:  # the result of `&`, `|` and `-`
         return set(it)
 
     def __contains__(self, identity: Any) -> bool:
         key, view = identity
         try:
             return self._index.contains(bytes.fromhex(key), view)
-        except ValueError:  # no key at all: not here, as in any set
+        except ValueError:  # not a key, so not in the set
             return False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -205,8 +206,8 @@ class Identities(Set[tuple[str, str]]):
 
 
 def _sorted(hashes: npt.NDArray[np.uint64]) -> ByHash:
-    """Positions by hash, and the hashes so. Of two rows with one identity the older comes first, always."""
-    order = np.argsort(hashes)  # not stable, and so several times faster: equal ones are few
+    """Sort positions by hash. Of two rows with the same identity, the older is always first."""
+    order = np.argsort(hashes)  # not stable, so several times faster; equal hashes are few
     ordered = hashes[order]
     same = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(same):
@@ -216,7 +217,7 @@ def _sorted(hashes: npt.NDArray[np.uint64]) -> ByHash:
 
 
 def _hashes(keys: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Keys are sha256, so any 8 of their bytes are a good hash; the view is mixed in."""
+    """Return the hash (n,) of each (key, view). Keys are sha256, so any 8 bytes of one are a good hash."""
     first = np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)
     if codes.strides == (0,) and len(codes):
         codes = codes[:1]
@@ -237,7 +238,7 @@ _TIME = re.compile(r"t:(0|[1-9]\d{0,17})")
 
 
 def view_code(view: str) -> int:
-    """A view as a number: of `t:<microseconds>` the time, of any other a negative hash of its name."""
+    """Return a view as a number: the time of `t:<microseconds>`, or a negative hash of any other name."""
     time = _TIME.fullmatch(view)
     return int(time[1]) if time else _name_code(view)
 
@@ -248,36 +249,36 @@ def _name_code(view: str) -> int:
 
 
 def view_names(names: Iterable[str]) -> dict[int, str]:
-    """Code -> view, of those that are no times."""
+    """Return code -> view for the names of views that are no times."""
     return {view_code(name): name for name in names}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
-    """What commits say, in row order. A column whose values are all the same takes no memory."""
+    """The content of commits in row order. A column of n equal values takes the memory of one."""
 
     shards: npt.NDArray[np.int64]
-    """(m,) numbers, ascending."""
+    """(m,) numbers of the shards, ascending."""
     counts: npt.NDArray[np.int64]
-    """(m,) rows of each."""
+    """(m,) rows of each shard."""
     nbytes: npt.NDArray[np.int64]
-    """(m,) size of each file."""
+    """(m,) size of each shard's file."""
     keys: npt.NDArray[np.uint8]
-    """(n, 32) sha256 of the media's bytes."""
+    """(n, 32) sha256 of the media item's bytes."""
     views: npt.NDArray[np.int64]
-    """(n,) see `view_code`."""
+    """(n,) views, as `view_code` numbers them."""
     crcs: npt.NDArray[np.uint32]
     """(n,) crc32c of the stored row."""
     times: npt.NDArray[np.float64]
-    """(n,) where in its video, seconds; NaN for images."""
+    """(n,) time of a frame in its video, in seconds; NaN for images."""
     errors: npt.NDArray[np.float32]
     """(n,) relative error of the row codec."""
     names: Mapping[int, str]
-    """Code -> view, of at least those here that are no times."""
+    """Code -> view, for all views here that are no times, and perhaps more."""
 
     @staticmethod
     def of(commits: Sequence[Commit]) -> Columns:
-        """Those of `commits`, in their order."""
+        """Return the columns of `commits`, in their order."""
         names = ("key", "view", "crc", "time_s", "error")
         table = pa.concat_tables([c.table.select(names) for c in commits]) if commits else None
         if table is None:
@@ -298,12 +299,12 @@ class Columns:
         )
 
     def only(self, kept: npt.NDArray[np.bool_]) -> Columns:
-        """Those of some shards, (m,)."""
+        """Return the columns of the shards that are flagged in `kept` (m,)."""
         rows = np.repeat(kept, self.counts)
         return self._each(lambda a: a[kept], lambda a: _compact(a[rows]))
 
     def merged(self, other: Columns) -> Columns:
-        """Both, by shard number; no shard is in both."""
+        """Return the columns of both, by shard number; no shard is in both."""
         names = (*SHARD_COLUMNS, *ROW_COLUMNS)
         parts: dict[str, Any] = {f: _joined(getattr(self, f), getattr(other, f)) for f in names}
         both = Columns(**parts, names={**self.names, **other.names})
@@ -344,7 +345,7 @@ def _joined(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[An
 
 
 def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """`values`, or where all of them are the same, one of them seen n times."""
+    """Return `values`; if all are equal, one of them broadcast to n, which takes the memory of one."""
     if values.ndim > 1 or len(values) < 2:
         return values
     same = (values == values[0]) | (values[0] != values[0]) & (values != values)
@@ -352,7 +353,7 @@ def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _fixed_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """A column of 32-byte values -> (n, 32), without a Python object a value."""
+    """Return a column of 32-byte values as (n, 32), without a Python object for each."""
     chunks = [
         np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * KEY_BYTES :][
             : len(chunk) * KEY_BYTES
