@@ -17,7 +17,7 @@ from tests.support.videos import make_video, number_of
 from train.evaluate.scoring import Answer
 from train.report import __main__ as report
 from train.report import media
-from train.report.media import MediaItem, find_media, picture
+from train.report.media import find_media, picture
 
 
 @pytest.fixture
@@ -25,9 +25,11 @@ def video(tmp_path: Path) -> Path:
     return make_video(tmp_path / "video.mp4", frames=11, fps=2, size=(320, 240))
 
 
-def found(path: Path, **changes: object) -> MediaItem:
+def found(path: Path, **changes: object) -> MediaRecord:
     key = hashlib.sha256(path.read_bytes()).hexdigest()
-    return MediaItem(**{"key": key, "kind": "video", "duration_s": 5.0, **changes})  # type: ignore[arg-type]
+    return MediaRecord(
+        **{"source": str(path), "key": key, "kind": "video", "duration_s": 5.0, **changes}
+    )  # type: ignore[arg-type]
 
 
 def test_a_video_is_shown_by_frames_with_their_times(video: Path) -> None:

@@ -1,11 +1,10 @@
-"""A run as one HTML page: held-out media with questions and answers, scores beside blind, loss curves.
+"""Show a run on one HTML page: scores beside blind ones, loss curves, images with questions and answers.
 
 python -m train.report --run default                      # runs/default/stage<k>/report.html
 python -m train.report --run default --output report.html --images 60
 
-The page stands alone: images are inside it, videos as strips of frames, curves are SVG, nothing is fetched.
-Media are read from where the samples found them (train/report_media.py). Answers come from
-`train.evaluate`, which is run first when it has not been.
+The page is one file that loads nothing. Images and videos are read from where the samples name them
+(media.py). Answers are those of `train.evaluate`, which runs first if it has not run for this model.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cache.remote.open import Elsewhere, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.view import page
-from cache.view.charts import Line, Point, finite, line_chart, smoothed
+from cache.view.charts import Line, Point, bar, finite, line_chart, smoothed
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation
@@ -33,8 +32,6 @@ from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
 from train.metrics import duration, read_metrics
 from train.report.media import Picture, find_media, picture
 from train.run_folder import CONFIG
-
-log = logging.getLogger(__name__)
 
 PROG = "python -m train.report"
 
@@ -44,19 +41,19 @@ class Options(Elsewhere):
     """Write the report of a run."""
 
     run: str = "default"
-    """Name of the run, below runs/, or a path."""
+    """Name of the run in runs/, or a path."""
     stage: int | None = None
-    """Which stage; the newest finished one when not given."""
+    """Stage of the run; by default the newest finished one."""
     features: str = "cache"
     """The feature cache: a folder, or a URL as train.run takes it."""
     split: Literal["val", "train"] = "val"
-    """Which images and videos to show."""
+    """The samples to show: held-out ones, or those of training."""
     images: int = 36
-    """How many."""
+    """Images and videos to show, at most."""
     output: Path | None = None
-    """Where to write; `report.html` beside the model when not given."""
+    """File to write; by default `report.html` beside the model."""
     device: str = "auto"
-    """Where to compute the answers, when that has not been done."""
+    """Device that computes answers that are not saved yet."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +62,7 @@ class Options(Elsewhere):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     final = find_run(options.run, options.stage)
@@ -85,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluated(final: Path, options: Options) -> Evaluation:
-    """The answers saved for this very model, or made now."""
+    """Return the saved evaluation if it is of this model; otherwise evaluate it now."""
     saved = final.parent / f"evaluation-{options.split}.json"
     if saved.exists():
         result = evaluation.read(saved)
@@ -171,12 +168,12 @@ def render(
 
     Args:
         result: scores and answers.
-        lines: of metrics.jsonl.
+        lines: the lines of metrics.jsonl.
         shown: images and videos with their questions.
-        config: the run's options as YAML.
-        meta: what the model's file says of itself.
+        config: the options of the run, YAML.
+        meta: content of the saved model's nanomolmo2.json.
     """
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line]  # the others report evaluations
     spent = f" in {duration(sum(line['step_s'] for line in steps))}" if steps else ""
     html = page.render(
         Path(__file__).with_name("report.html"),
@@ -184,7 +181,17 @@ def render(
         summary=f"{meta['llm']} with a {meta['connector']} connector on {result.space} · "
         f"{result.step:,} steps{spent} · {result.samples:,} samples of the {result.split} split",
         result=result,
-        boxes=boxes(result),
+        figures=figures(result),
+        scores=[
+            (
+                f"{task.name} (not in the mean)" if task.name == CAPTION else task.name,
+                f"{task.questions:,}",
+                bar(task.exact, task.blind),
+                f"{task.exact:.1%}",
+                "" if task.blind is None else f"{task.blind:.1%}",
+            )
+            for task in result.tasks
+        ],
         charts=curves(lines),
         shown=shown,
         points=any(points_in(one.expected) for one in result.answers),
@@ -196,7 +203,7 @@ def render(
     return str(html)
 
 
-def boxes(result: Evaluation) -> list[tuple[str, str, str]]:
+def figures(result: Evaluation) -> list[tuple[str, str, str]]:
     """Return the most important figures: (value, label, explanation)."""
     found = []
     if result.mean is not None:

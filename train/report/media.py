@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cache.format.frame_sampling import sample_times
-from cache.store.ledger import media_table
+from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.view.thumbnails import data_uri, decode, jpeg, read_file
 from model.media import video
@@ -35,18 +35,6 @@ MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaItem:
-    """What the media table says of a source."""
-
-    key: str | None
-    """sha256 (hex) of the bytes that were encoded; None if none were."""
-    kind: str
-    """image or video."""
-    duration_s: float | None
-    """Time of a video's last frame."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Picture:
     """An image or a video for the page, or the reason why it cannot be shown."""
 
@@ -58,22 +46,19 @@ class Picture:
     """The reason; empty when there is something to show."""
 
 
-def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, MediaItem]:
+def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, MediaRecord]:
     """Return source -> what the media table says of it, for the sources that it has."""
     table = media_table(root)
     wanted = pa.array(sorted(set(sources)), pa.string())
     rows = table.filter(pc.is_in(table["source"], value_set=wanted))
-    return {
-        row["source"]: MediaItem(key=row["key"], kind=row["kind"], duration_s=row["duration_s"])
-        for row in rows.to_pylist()
-    }
+    return {row["source"]: MediaRecord(**row) for row in rows.to_pylist()}
 
 
-def picture(source: str, item: MediaItem | None) -> Picture:
-    """Return an image or a video for the page; `item` is None for a source that the media table lacks."""
-    if item is not None and item.kind == "video":
-        return _video(Path(source), item)
-    return _image(Path(source), None if item is None else item.key)
+def picture(source: str, record: MediaRecord | None) -> Picture:
+    """Return an image or a video for the page; `record` is None for a source that the media table lacks."""
+    if record is not None and record.kind == "video":
+        return _video(Path(source), record)
+    return _image(Path(source), None if record is None else record.key)
 
 
 def _image(path: Path, key: str | None) -> Picture:
@@ -91,14 +76,14 @@ def _image(path: Path, key: str | None) -> Picture:
         return Picture(absent="image cannot be read")
 
 
-def _video(path: Path, item: MediaItem) -> Picture:
-    what = "video" if item.duration_s is None else f"video of {item.duration_s:.1f} s"
+def _video(path: Path, record: MediaRecord) -> Picture:
+    what = "video" if record.duration_s is None else f"video of {record.duration_s:.1f} s"
     if not path.is_file():  # opening a pipe would wait for ever
         return Picture(absent=f"{what} not on this machine")
     try:
         with path.open("rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()
-        if item.key not in (None, key):
+        if record.key not in (None, key):
             return Picture(absent=f"{what} has changed since it was encoded")
         info = video.probe(path)
         frames = list(video.frames(path, sample_times(info.duration_s, FRAMES), info))
