@@ -1,1 +1,14 @@
-"""The light trainer: cached features and text in, checkpoints out. Never loads a vision encoder."""
+"""The trainer: cached features and texts in, checkpoints and a final model out. It never loads an encoder.
+
+run.py           the command and the training loop; read it first
+config.py        its options and presets
+setup.py         space, model and data of a stage
+data/            from the cache to packed micro-batches
+step.py          the forward pass and the totals of a step
+optim.py         AdamW, learning rates, gradient clipping
+distributed.py   several processes that train one model
+run_folder.py    the folder of a stage
+checkpoint.py    what a resumed run continues from
+metrics.py       metrics.jsonl, the lines on the screen, trackers
+evaluate/, report/, demo.py   the other commands
+"""

@@ -1,13 +1,13 @@
-"""How well a trained model answers what it has not seen, beside the same model looking at other images.
+"""Ask a trained model held-out questions, and ask again with the images exchanged for others.
 
 python -m train.evaluate --run default                       # newest finished stage, held-out samples
 python -m train.evaluate --run default --datasets demo --json
-python -m train.evaluate --run default --split train         # what it has seen
+python -m train.evaluate --run default --split train         # samples it was trained on
 
-Answers come from cached features, through the code that `model.generate` uses. *Blind* is the same model
-with every image exchanged for another of the split, and every video for another video: what can be known
-without looking. The headline is the mean over question types of exact match; captions are reported apart,
-since no caption is the only right one.
+Answers are computed from cached features, by the code that `model.generate` uses. The *blind* figures are
+those of the same model with every image exchanged for another image of the split, and every video for another
+video: they show what can be answered without looking. The headline is exact match, averaged over question
+types. Captions are reported separately, because a caption has no single right answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import configs
 from cache.errors import CacheError
+from cache.format.spec import FeatureSpec
 from cache.remote.open import Elsewhere, open_reader, root_of
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
@@ -39,7 +40,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
-from train.evaluate.questions import EvaluationSample, evaluation_samples
+from train.evaluate.questions import Question, questions
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.run_folder import CONFIG
 from train.setup import check_space, mix_of
@@ -49,11 +50,11 @@ log = logging.getLogger(__name__)
 
 PROG = "python -m train.evaluate"
 LOSS_STEP = 64
-"""Samples at a time when measuring the loss; decides nothing but memory."""
+"""Samples a step when measuring the loss; changes memory, not the result."""
 ANSWERS_AT_ONCE = 256
-"""Questions whose features are in memory together, at most."""
+"""Most questions whose features are in memory together."""
 ANSWER_BYTES = 512 << 20
-"""And their features, unpacked, unless one sample alone has more."""
+"""Most bytes of their features, unpacked, unless one question alone has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +64,21 @@ class Options(Elsewhere):
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
-    """Which stage; the newest finished one when not given."""
+    """The stage to evaluate. Default: the newest finished one."""
     features: str = "cache"
-    """The feature cache: a folder, or a URL as train.run takes it."""
+    """The feature cache: a folder, or a URL as for train.run."""
     datasets: str = ""
-    """Data sets, with commas; those the run was trained on when empty."""
+    """Data sets, separated by commas. Empty: those the run was trained on."""
     split: Literal["val", "train"] = "val"
-    """`val`: held out, never trained on. `train`: what it has seen."""
+    """`val`: held-out samples. `train`: samples the model was trained on."""
     limit: int = 2000
-    """Samples of each data set, at most."""
+    """Most samples of each data set."""
     max_new_tokens: int = 64
-    """Longest answer, tokens."""
+    """Longest answer, in tokens."""
     blind: bool = True
     """Also answer with images and videos exchanged within the split."""
     point_grid: int = 3
-    """Points are right in the right cell of a grid of this many cells a side; 0: exact text."""
+    """A point is right if it is in the right cell of a grid with this many cells a side. 0: exact text."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     json: bool = False
@@ -91,26 +92,36 @@ class Options(Elsewhere):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything measured."""
+    """The result of an evaluation, as saved in evaluation-<split>.json."""
 
     run: str
+    """Folder of the run."""
     stage: int
+    """Stage of the run."""
     step: int
+    """Steps the model was trained in that stage."""
     split: str
+    """`val` or `train`."""
     space: str
+    """Name of the feature space."""
     samples: int
+    """Samples the loss was measured on."""
     loss: float
     """Cross-entropy a supervised token, nats."""
     blind_loss: float | None
+    """Loss with exchanged images; None without blind figures, as all `blind` fields."""
     mean: float | None
-    """Headline: mean over question types without captions, of exact match; None without such types."""
+    """Headline: exact match, mean over question types except captions; None without such types."""
     blind_mean: float | None
+    """Headline with exchanged images."""
     tasks: tuple[Task, ...]
+    """Result of each question type."""
     answers: tuple[Answer, ...]
+    """Every question with its answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     result = evaluate(options)
@@ -119,7 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> Evaluation:
-    """Measure loss and answers; everything is also written beside the model, as evaluation-<split>.json."""
+    """Measure loss and answers; save them beside the model, as evaluation-<split>.json, and return them.
+
+    Raises:
+        UserError: there is no such run, space or data set, or the space is not the one trained on.
+    """
     final = find_run(options.run, options.stage)
     device = pick_device(options.device)
     vlm, tokenizer, meta = load_final(final, device)
@@ -130,7 +145,7 @@ def evaluate(options: Options) -> Evaluation:
     root = root_of(reader)
     asked_for = replace(trained, datasets=options.datasets or trained.datasets)
     mix = dict.fromkeys(mix_of(asked_for, root))
-    seen = join(
+    samples = join(
         root,
         reader,
         mix,
@@ -141,7 +156,7 @@ def evaluate(options: Options) -> Evaluation:
         limit=options.limit,
     )
     tokens = TokenStore.open(
-        root, seen.names, tokenizer, folder=final.parent.parent.parent / ".tokens"
+        root, samples.names, tokenizer, folder=final.parent.parent.parent / ".tokens"
     )
     forward = Forward(
         vlm=vlm,
@@ -149,11 +164,11 @@ def evaluate(options: Options) -> Evaluation:
         device=device,
         autocast=choose_precision(trained.precision, device, vlm),
     )
-    joins = [seen, seen.blind(trained.seed)] if options.blind else [seen]
-    places = Placeholders.of(reader.spec, tokenizer)
-    losses = [held_out_loss(j, tokens, reader, forward, trained, places) for j in joins]
-    given = [answers_of(j, root, reader, forward, tokenizer, options) for j in joins]
-    answers = scored(seen, root, given, options.point_grid)
+    lists = [samples, samples.blind(trained.seed)] if options.blind else [samples]
+    placeholders = Placeholders.of(reader.spec, tokenizer)
+    losses = [mean_loss(s, tokens, reader, forward, trained, placeholders) for s in lists]
+    given = [answers_of(s, root, reader, forward, tokenizer, options) for s in lists]
+    answers = scored(samples, root, given, options.point_grid)
     tasks = by_task(answers)
     mean, blind_mean = headline(tasks)
     result = Evaluation(
@@ -162,7 +177,7 @@ def evaluate(options: Options) -> Evaluation:
         step=meta["step"],
         split=options.split,
         space=reader.path.name,
-        samples=seen.size,
+        samples=samples.size,
         loss=losses[0],
         blind_loss=losses[1] if options.blind else None,
         mean=mean,
@@ -175,10 +190,10 @@ def evaluate(options: Options) -> Evaluation:
 
 
 def trained_with(final: Path) -> TrainOptions:
-    """The options of the stage a model came from; defaults for a model that was moved elsewhere."""
+    """Return the options of the stage that made a model; the defaults if its config.yaml is missing."""
     path = final.parent / CONFIG
     if not path.exists():
-        log.warning("%s: not there, so the split is taken with default options", path)
+        log.warning("%s does not exist, so the split is made with default options", path)
         return TrainOptions()
     return configs.build(TrainOptions, read_saved(path), str(path))
 
@@ -186,103 +201,86 @@ def trained_with(final: Path) -> TrainOptions:
 # ---- loss and answers
 
 
-def held_out_loss(
-    joined: SampleList,
+def mean_loss(
+    samples: SampleList,
     tokens: TokenStore,
     reader: FeatureReader,
     forward: Forward,
     trained: TrainOptions,
-    places: Placeholders,
+    placeholders: Placeholders,
 ) -> float:
-    """Loss a supervised token over all samples of the join."""
+    """Return the loss a supervised token over all samples of a list."""
     trees = build_message_trees(
-        joined,
+        samples,
         tokens,
         max_tokens=trained.max_sequence_length,
         max_branches=LOSS_STEP,
-        placeholders=places,
+        placeholders=placeholders,
     )
-    plan = SinglePass(trees, LOSS_STEP)
-    with FeatureLoader(
-        plan, tokens, reader, max_tokens=trained.max_tokens, stop=len(plan)
-    ) as loader:
+    schedule = SinglePass(trees, LOSS_STEP)
+    with FeatureLoader(schedule, tokens, reader, max_tokens=trained.max_tokens) as loader:
         total, weight, _ = forward.loss_sums(loader)
     return total / weight
 
 
 def answers_of(
-    joined: SampleList,
+    samples: SampleList,
     root: CacheRoot,
     reader: FeatureReader,
     forward: Forward,
     tokenizer: Any,
     options: Options,
 ) -> list[str]:
-    """The model's answer to the last turn of every sample of the join, in its order."""
+    """Return the model's answer to every question of a list, in order."""
     result: list[str] = []
-    waiting: list[EvaluationSample] = []
-    size = 0
-
-    def flush() -> None:
-        prompts = [
-            (asked(one.messages), read_features(joined, one.media, reader)) for one in waiting
-        ]
+    for some in batches(samples, root, reader.spec):
+        prompts = [(q.prompt, read_features(samples, q.media, reader)) for q in some]
         with forward.precision():
-            result.extend(
-                answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
-            )
-        waiting.clear()
-
-    for one in questions(root, joined):
-        more = feature_bytes(joined, one.media, reader.spec)
-        if waiting and (len(waiting) == ANSWERS_AT_ONCE or size + more > ANSWER_BYTES):
-            flush()
-            size = 0
-        waiting.append(one)
-        size += more
-    if waiting:
-        flush()
+            result += answer(forward.vlm, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
     return result
 
 
-def questions(root: CacheRoot, joined: SampleList) -> Iterator[EvaluationSample]:
-    """The samples that have an answer to compare with."""
-    for one in evaluation_samples(root, joined):
-        if any(role == "assistant" for role, _, _ in one.messages):
-            yield one
-
-
-def asked(messages: Sequence[tuple[str, str, float]]) -> list[tuple[str, str, float]]:
-    """A conversation up to its last answer, which the model is to give."""
-    last = max(i for i, (role, _, _) in enumerate(messages) if role == "assistant")
-    return list(messages[:last])
+def batches(samples: SampleList, root: CacheRoot, spec: FeatureSpec) -> Iterator[list[Question]]:
+    """Yield the questions of a list in batches of at most ANSWERS_AT_ONCE and ANSWER_BYTES."""
+    batch: list[Question] = []
+    size = 0
+    for question in questions(root, samples):
+        more = feature_bytes(samples, question.media, spec)
+        if batch and (len(batch) == ANSWERS_AT_ONCE or size + more > ANSWER_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(question)
+        size += more
+    if batch:
+        yield batch
 
 
 # ---- scores
 
 
 def scored(
-    joined: SampleList, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
+    samples: SampleList, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
 ) -> tuple[Answer, ...]:
-    """Answers beside what was expected; `given` holds one list, or two when the second is blind."""
+    """Return every question with its answers and whether they are right.
+
+    `given` has the answers with the question's own media and, if asked for, with exchanged media.
+    """
     result = []
-    for i, one in enumerate(questions(root, joined)):
-        sample = one.sample
+    for question, *answers in zip(questions(root, samples), *given, strict=True):
+        sample, prompt, expected = question.sample, question.prompt, question.expected
         task = sample.task or sample.dataset
-        expected = next(m.content for m in reversed(sample.messages) if m.role == "assistant")
-        said = [answers[i] for answers in given]
-        right = [is_right(task, expected, text, grid) for text in said]
+        right = [is_right(task, expected, text, grid) for text in answers]
         result.append(
             Answer(
                 sample=f"{sample.dataset}/{sample.id}",
                 task=task,
                 media=tuple(ref.source for ref in sample.media),
-                question=asked(one.messages)[-1][1] if asked(one.messages) else "",
+                question=prompt[-1][1] if prompt else "",
                 expected=expected,
-                given=said[0],
+                given=answers[0],
                 correct=right[0],
-                blind=said[1] if len(said) > 1 else None,
-                blind_correct=right[1] if len(said) > 1 else None,
+                blind=answers[1] if len(answers) > 1 else None,
+                blind_correct=right[1] if len(answers) > 1 else None,
             )
         )
     return tuple(result)
@@ -292,12 +290,12 @@ def scored(
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
-    """The result without the single answers."""
+    """Return the result without the single answers, for `--json`."""
     return {k: v for k, v in asdict(result).items() if k != "answers"}
 
 
 def table(result: Evaluation) -> str:
-    """The result for people."""
+    """Return the result as a table."""
     rows = [("", "questions", "exact match", "blind")]
     rows += [(t.name, f"{t.questions:,}", _share(t.exact), _share(t.blind)) for t in result.tasks]
     rows.append(("mean without captions", "", _share(result.mean), _share(result.blind_mean)))
@@ -321,20 +319,22 @@ def _nats(value: float | None) -> str:
 
 
 def save(path: Path, result: Evaluation) -> None:
-    """Everything, single answers included, as JSON."""
+    """Write the result to a file as JSON, single answers included."""
     write_atomic(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
 
 
 def read(path: Path) -> Evaluation:
-    """The inverse of `save`.
+    """Read the result that `save` wrote to a file.
 
     Raises:
-        UserError: it is not there, or of another version.
+        UserError: the file does not exist, or is of another version.
     """
     try:
         return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; make it: {PROG} --run {path.parent.parent}") from None
+        raise UserError(
+            f"{path} does not exist; make it: {PROG} --run {path.parent.parent}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Stored samples with their texts and the media their features belong to, as evaluation needs them."""
+"""The questions of an evaluation: stored samples with their texts, and the media to look at.
+
+for question in questions(root, samples):
+    question.prompt, question.media    # what the model gets
+    question.expected                  # the answer to compare with
+"""
 
 from __future__ import annotations
 
@@ -12,39 +17,49 @@ from cache.store.samples import MediaRef, Message, Sample
 from train.data.sample_list import SampleList
 from train.data.tokens import messages_of
 
-READ_AT_ONCE = 8192
+ROWS_READ = 8192
+"""Rows of the samples table decoded at a time; limits memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationSample:
-    """One sample as evaluation wants it: words to answer, rows to look at."""
+class Question:
+    """A sample whose last answer the model is to give."""
 
     sample: Sample
-    """As stored: messages, task, media."""
-    messages: list[tuple[str, str, float]]
-    """(role, content, weight), as the template takes them."""
+    """The sample as stored."""
     media: tuple[int, ...]
-    """Its images and videos, in order, as the join numbers them."""
+    """Its images and videos in order, as indices of the list's distinct media."""
+
+    @property
+    def prompt(self) -> list[tuple[str, str, float]]:
+        """The (role, content, weight) of every message before the last answer."""
+        return messages_of(self.sample)[: self._last]
+
+    @property
+    def expected(self) -> str:
+        """The last answer."""
+        return self.sample.messages[self._last].content
+
+    @property
+    def _last(self) -> int:
+        return max(i for i, m in enumerate(self.sample.messages) if m.role == "assistant")
 
 
-def evaluation_samples(root: CacheRoot, joined: SampleList) -> Iterator[EvaluationSample]:
-    """The samples of a join with their texts, in the order of the list."""
+def questions(root: CacheRoot, samples: SampleList) -> Iterator[Question]:
+    """Yield the samples of the list that have an answer, in the order of the list."""
     at = 0
-    for number, name in enumerate(joined.names):
-        chosen = joined.index[joined.dataset == number]
+    for number, name in enumerate(samples.names):
+        chosen = samples.index[samples.dataset == number]
         start = 0
         with pq.ParquetFile(root.samples(name)) as file:
-            for batch in file.iter_batches(batch_size=READ_AT_ONCE):
+            for batch in file.iter_batches(batch_size=ROWS_READ):
                 here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
                 for row in batch.take(here).to_pylist():
                     messages = tuple(Message(**m) for m in row.pop("messages"))
                     media = tuple(MediaRef(**m) for m in row.pop("media"))
                     sample = Sample(messages=messages, media=media, **row)
-                    yield EvaluationSample(
-                        sample=sample,
-                        messages=messages_of(sample),
-                        media=tuple(joined.media_of(at).tolist()),
-                    )
+                    if any(m.role == "assistant" for m in messages):
+                        yield Question(sample=sample, media=tuple(samples.media_of(at).tolist()))
                     at += 1
                 start += len(batch)
-    assert at == joined.size, "the samples file is shorter than the list made from it"
+    assert at == samples.size, "the samples file is shorter than the list made from it"

@@ -1,4 +1,9 @@
-"""When an answer is right: exact match of normalised text, and for pointing the cell pointed at."""
+"""Decide when an answer is right, and average over question types.
+
+    is_right("colour", expected="red", given="Red.", grid=3)    # True: exact match of normalised text
+
+An answer that points at places is right if it points at the right cells of a grid.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +13,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CAPTION = "caption"
-"""The question type that is reported apart: no caption is the only right one."""
+"""The question type that is reported separately, because a caption has no single right answer."""
 POINT = "point"
-"""The question type whose answers are places."""
+"""The question type whose answers are points in an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One question, what was expected and what was said."""
+    """One question with the expected answer and the model's answers."""
 
     sample: str
     """`<data set>/<id>`."""
     task: str
-    """Type of question; the data set's name when it has none."""
+    """Question type; the data set's name if the sample has none."""
     media: tuple[str, ...]
-    """Sources of its images."""
+    """Sources of its images and videos."""
     question: str
     """The last user turn."""
     expected: str
-    """The assistant turn of the sample."""
+    """The last assistant turn of the sample."""
     given: str
     """The model's answer."""
     correct: bool
-    """Whether it counts as right."""
+    """Whether `given` is right."""
     blind: str | None = None
-    """The answer with other images; None when that was not asked for."""
+    """The model's answer with exchanged images; None if that was not asked for."""
     blind_correct: bool | None = None
-    """Whether that one counts as right."""
+    """Whether `blind` is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The result on one type of question."""
+    """The result on one question type."""
 
     name: str
+    """The question type."""
     questions: int
+    """Number of questions."""
     exact: float
-    """Share answered right."""
+    """Share of right answers."""
     blind: float | None
-    """The same with other images."""
+    """Share of right answers with exchanged images; None if that was not asked for."""
 
 
 def is_right(task: str, expected: str, given: str, grid: int) -> bool:
-    """Exact match of normalised text; for pointing, the same cells of the grid."""
+    """Whether an answer is right: exact match of normalised text, or for points equal cells of the grid."""
     if task == POINT and grid and (cells := pointed_cells(expected, grid)):
         return pointed_cells(given, grid) == cells
     return normalized(given) == normalized(expected)
 
 
 def normalized(text: str) -> str:
-    """What exact match compares: case, outer white space, a final period make no difference."""
+    """Return text without differences of case, outer white space and a final period."""
     return unicodedata.normalize("NFC", text).strip().removesuffix(".").strip().casefold()
 
 
@@ -65,10 +72,10 @@ POINTS = re.compile(r'<points coords="([\d\s]+)">([^<]*)(?:</points>)?')
 
 
 def points_in(text: str) -> list[tuple[int, int, int]]:
-    """Every point of an html-v2 answer as (image, x, y), x and y from 0 to 1000; [] when it is none.
+    """Return every point of an html-v2 answer as (image, x, y), x and y from 0 to 1000; [] if it has none.
 
-    `<points coords="1 1 900 400 2 911 800">label</points>`: an image's number, then for each point its own
-    number, x and y.
+    `<points coords="1 1 900 400 2 911 800">label</points>` has the number of an image, then for each point
+    its own number, x and y.
     """
     found = POINTS.search(text)
     numbers = [int(n) for n in found[1].split()] if found else []
@@ -78,7 +85,7 @@ def points_in(text: str) -> list[tuple[int, int, int]]:
 
 
 def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]]:
-    """The cells pointed at, as sorted (image, column, row), on a grid of `grid` cells a side."""
+    """Return the cells that an answer points at, sorted (image, column, row), of a grid x grid grid."""
     return sorted(
         (image, min(x * grid // 1000, grid - 1), min(y * grid // 1000, grid - 1))
         for image, x, y in points_in(text)
@@ -86,7 +93,7 @@ def pointed_cells(text: str, grid: int) -> list[tuple[int, int, int]]:
 
 
 def by_task(answers: Sequence[Answer]) -> tuple[Task, ...]:
-    """Results a question type, captions last."""
+    """Return the result of each question type, captions last."""
     names = sorted({a.task for a in answers}, key=lambda name: (name == CAPTION, name))
     result = []
     for name in names:
@@ -104,12 +111,15 @@ def by_task(answers: Sequence[Answer]) -> tuple[Task, ...]:
 
 
 def headline(tasks: Sequence[Task]) -> tuple[float | None, float | None]:
-    """Means over question types, captions apart, of exact match and of blind; None of nothing."""
+    """Return exact match and blind exact match, each the mean over question types without captions.
+
+    A mean of nothing is None.
+    """
     counted = [task for task in tasks if task.name != CAPTION]
     blind = [task.blind for task in counted if task.blind is not None]
     return mean_of([task.exact for task in counted]), mean_of(blind)
 
 
 def mean_of(values: Sequence[float]) -> float | None:
-    """Mean; None of nothing."""
+    """Return the mean; None of nothing."""
     return sum(values) / len(values) if values else None

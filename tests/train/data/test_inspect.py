@@ -1,8 +1,10 @@
-"""Held-out samples one by one, and packed batches as text."""
+"""A packed micro-batch as text.
+
+print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --inspect
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,11 @@ from tests.support.feature_caches import (
     World,
     ask,
     key_of,
-    mixed_samples,
-    mixed_world,
-    names_of,
     new_world,
 )
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
 from train.data.schedule import SinglePass
-from train.evaluate.questions import evaluation_samples
 
 
 @pytest.fixture
@@ -27,30 +25,7 @@ def world(tmp_path: Path) -> World:
     return new_world(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return mixed_world(tmp_path_factory.mktemp("mixed"))
-
-
-def test_held_out_samples_come_with_words_and_rows_in_order(mixed: World) -> None:
-    joined = mixed.join("e", "d", split="val", held_out=0.4)
-    found = list(evaluation_samples(mixed.root, joined))
-    assert [f"{h.sample.dataset}/{h.sample.id}" for h in found] == names_of(joined)
-    everything = {
-        f"{name}/{s.id}": s
-        for name, samples in (("d", mixed_samples(60, 0)), ("e", mixed_samples(30, 1)))
-        for s in samples
-    }
-    for held in found:
-        source = everything[f"{held.sample.dataset}/{held.sample.id}"]
-        assert held.sample == replace(source, dataset=held.sample.dataset)
-        assert held.messages == [(m.role, m.content, m.weight) for m in source.messages]
-        keys = [key_of(Path(m.source).stem) for m in source.media]
-        rows = [int(row) for m in held.media for row in joined.rows_of(m)]
-        assert rows == mixed.reader.lookup("image", keys).tolist()
-
-
-def test_inspect_shows_shared_images_branches_and_what_is_learned(world: World) -> None:
+def test_the_text_shows_shared_images_branches_and_supervised_tokens(world: World) -> None:
     world.write(
         d=[
             ask("1", ["a"], "<image>how many?", "two"),

@@ -1,4 +1,4 @@
-"""A model trained on images and videos: it sees videos, and blind it does not."""
+"""Evaluate a model trained on images and videos: it names the colour of a video only if it sees the video."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.evaluate.__main__ import Evaluation, Options
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
-    """A run that has learned to name colours of images and of videos, and its cache."""
+    """Train a model to name colours of images and videos; return its run folder and its cache."""
     folder = tmp_path_factory.mktemp("films")
     trained_runs.make(folder)
     root = trained_runs.film(folder)
@@ -32,20 +32,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
     words += ["--run", str(folder / "run"), "--log-every", "1000"]
     with pytest.raises(UserError, match=r"videos have some of their frames.*--max-frames 5"):
         run.main(words)
-    words[words.index("--max-frames") + 1] = "64"  # as good as 128: no video lasts half a minute
+    words[words.index("--max-frames") + 1] = (
+        "64"  # the same frames as with 128, because every video is shorter than 32 seconds
+    )
     assert run.main(words) == 0
     return folder / "run", root
 
 
 @pytest.fixture(scope="module")
 def result(trained: tuple[Path, CacheRoot]) -> Evaluation:
-    """Its evaluation on what is held out."""
+    """Evaluate that model on the held-out samples."""
     return evaluate.evaluate(
         Options(run=str(trained[0]), features=trained[1].path, max_new_tokens=8)
     )
 
 
-def test_it_sees_videos_and_blind_does_not(result: Evaluation) -> None:
+def test_right_answers_need_the_video(result: Evaluation) -> None:
     tasks = {task.name: task for task in result.tasks}
     assert tasks["film"].questions >= 5
     assert tasks["film"].exact == 1.0
@@ -54,7 +56,7 @@ def test_it_sees_videos_and_blind_does_not(result: Evaluation) -> None:
     assert result.blind_loss is not None and result.blind_loss > result.loss + 0.5
 
 
-def test_blind_answers_are_about_the_other_video(
+def test_blind_answers_describe_the_exchanged_video(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
     _, root = trained
@@ -78,7 +80,7 @@ def test_blind_answers_are_about_the_other_video(
     assert checked == len(said) >= 5
 
 
-def test_features_for_an_answer_are_the_stored_ones(
+def test_read_features_returns_the_stored_features(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
     _, root = trained
@@ -102,7 +104,7 @@ def test_features_for_an_answer_are_the_stored_ones(
     assert feature_bytes(seen, media[:2], reader.spec) == sum(sizes)
 
 
-def test_few_features_are_in_memory_at_once(
+def test_batches_of_questions_are_limited_by_their_features(
     trained: tuple[Path, CacheRoot], result: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, root = trained
@@ -122,7 +124,7 @@ def test_few_features_are_in_memory_at_once(
     assert len(calls) > 5 and sum(calls) == len(again.answers)
 
 
-def test_the_model_remembers_how_many_frames_it_was_shown(
+def test_the_model_records_the_limit_of_frames(
     trained: tuple[Path, CacheRoot],
 ) -> None:
     assert read_meta(trained[0] / "stage1" / "final")["max_frames"] == 64

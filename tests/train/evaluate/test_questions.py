@@ -1,0 +1,49 @@
+"""Questions: stored samples with their texts and the rows of their media.
+
+for question in questions(root, samples): question.prompt, question.media, question.expected
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cache.store.samples import Message
+from tests.support.feature_caches import (
+    ask,
+    key_of,
+    mixed_samples,
+    mixed_world,
+    names_of,
+    new_world,
+)
+from train.evaluate.questions import questions
+
+
+def test_questions_have_their_texts_and_rows_in_the_order_of_the_list(tmp_path: Path) -> None:
+    mixed = mixed_world(tmp_path)
+    joined = mixed.join("e", "d", split="val", held_out=0.4)
+    found = list(questions(mixed.root, joined))
+    assert [f"{q.sample.dataset}/{q.sample.id}" for q in found] == names_of(joined)
+    everything = {
+        f"{name}/{s.id}": replace(s, dataset=name)
+        for name, samples in (("d", mixed_samples(60, 0)), ("e", mixed_samples(30, 1)))
+        for s in samples
+    }
+    for question in found:
+        source = everything[f"{question.sample.dataset}/{question.sample.id}"]
+        assert question.sample == source
+        *before, last = [(m.role, m.content, m.weight) for m in source.messages]
+        assert (question.prompt, question.expected) == (before, last[1])
+        keys = [key_of(Path(m.source).stem) for m in source.media]
+        rows = [int(row) for m in question.media for row in joined.rows_of(m)]
+        assert rows == mixed.reader.lookup("image", keys).tolist()
+
+
+def test_a_sample_without_an_answer_is_no_question(tmp_path: Path) -> None:
+    world = new_world(tmp_path)
+    silent = replace(ask("silent"), messages=(Message(role="user", content="hm"),))
+    world.write(d=[silent, ask("asked")])
+    world.encode(["a"])
+    (question,) = questions(world.root, world.join())
+    assert question.sample.id == "asked"
