@@ -1,11 +1,11 @@
-"""The demo: a small world is drawn, encoded once over Ray, learned in three stages, and asked about.
+"""The demo: draw a small world, encode it once, train three stages on it, and ask about it.
 
 python -m train.demo                      # `make demo`: offline, minutes on two cores
 python -m train.demo --features other-cache
 
-Every step is one of the product's own commands, printed before it runs; their options are in
-configs/demo.yaml. Features are kept: another `make demo` encodes nothing and trains anew. The last line
-is the result: exact match on held-out drawings and videos, mean over the question types, and the same
+Every step is one of the product's own commands and is printed before it runs; its options are in
+configs/demo.yaml. The features are kept, so another `make demo` encodes nothing and only trains. The last
+line is the result on held-out drawings and videos: exact match, mean over the question types, and the same
 *blind*, with every drawing and video exchanged for another.
 """
 
@@ -29,8 +29,9 @@ from configs import UserError
 
 PROG = "python -m train.demo"
 RUN, SECOND = Path("runs/demo"), Path("runs/demo-mlp")
+"""Folders of the run, and of a second one that trains another connector on the same features."""
 MARK = "demo.json"
-"""Lies in a run's folder when the demo made it, and may therefore replace it."""
+"""File that marks a run's folder as made by the demo, which may replace it."""
 TYPES = (
     *("count", "colour", "shape", "cell", "point"),
     *("video-count", "video-what", "video-where"),
@@ -38,6 +39,7 @@ TYPES = (
 """The question types of the headline, on images and on videos."""
 
 Flags = Mapping[str, Any]
+"""Options of a command, by field name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """configs/demo.yaml. Mappings are options of the commands they are named after."""
+    """The content of configs/demo.yaml. Each mapping has options of the command it is named after."""
 
     world: Flags
     """Read by encode.sources.demo."""
@@ -59,19 +61,19 @@ class Demo:
     train: Flags
     """train.run, in every stage."""
     stages: Mapping[int, Flags]
-    """train.run, one stage; go before those of `train`."""
+    """train.run, for one stage; they override those of `train`."""
     experiment: Flags
-    """train.run, stage 1 of the second run; go before those of stage 1."""
+    """train.run, for stage 1 of the second run; they override those of stage 1."""
     evaluate: Flags
     """train.evaluate."""
     live_samples: int
-    """Samples whose loss is compared on cached and on live features."""
+    """Samples whose loss on cached features is compared with the loss on newly encoded ones."""
     prompts: tuple[str, ...]
-    """Asked of one held-out drawing each."""
+    """Prompts, each for one held-out drawing."""
 
 
 class CommandFailedError(Exception):
-    """A command of the demo ended with another code than 0."""
+    """A command of the demo failed; `code` is its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -79,7 +81,7 @@ class CommandFailedError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code of the first step that fails."""
+    """Run the command; return the exit code of the first step that fails."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     demo = configs.build(Demo, configs.load("demo"), "configs/demo.yaml")
     try:
@@ -91,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(demo: Demo, features: Path) -> None:
-    """All of it, in order."""
+    """Run all steps in order."""
     begun = time.monotonic()
     for folder in (RUN, SECOND):
-        start_anew(folder)
+        replace_run(folder)
     where: dict[str, Any] = {"features": features}
     encode = {"dataset": "demo", **demo.encode, **where}
     space = found(r"space +([^\s:]+)", run("encode.run", encode))
@@ -102,7 +104,7 @@ def show(demo: Demo, features: Path) -> None:
     where["space"] = space
     for stage, flags in demo.stages.items():
         run("train.run", {"stage": stage, "run": RUN.name, **where, **demo.train, **flags})
-    del where["space"]  # from here on the model knows its own
+    del where["space"]  # the model has the name of its space
     live = run("encode.check.loss", {"run": RUN.name, **where, "samples": demo.live_samples})
     run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
     result = json.loads((last_stage(demo) / "evaluation-val.json").read_text(encoding="utf-8"))
@@ -128,15 +130,15 @@ def show(demo: Demo, features: Path) -> None:
 
 
 def run(module: str, flags: Flags) -> list[str]:
-    """Run one of our commands with its output passed on, and return its lines.
+    """Run one of our commands, pass its output on, and return the lines of it.
 
     Raises:
-        CommandFailedError: it failed; it has said why.
+        CommandFailedError: the command failed, after printing its error.
     """
     words = [module, *as_words(flags)]
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     lines: list[str] = []
-    with subprocess.Popen(  # -u: a line is passed on when it is written, not when a buffer is full
+    with subprocess.Popen(  # -u: unbuffered, so that each line is passed on when it is written
         [sys.executable, "-u", "-m", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -154,7 +156,7 @@ def run(module: str, flags: Flags) -> list[str]:
 
 
 def as_words(flags: Flags) -> list[str]:
-    """{"max_steps": 5} -> ["--max-steps", "5"]."""
+    """Return options as words of a command line: {"max_steps": 5} -> ["--max-steps", "5"]."""
     return [
         word
         for name, value in flags.items()
@@ -163,18 +165,18 @@ def as_words(flags: Flags) -> list[str]:
 
 
 def found(pattern: str, lines: Sequence[str]) -> str:
-    """The group of the first line that begins with the pattern."""
+    """Return group 1 of the first line that starts with a match of the pattern."""
     for line in lines:
         if match := re.match(pattern, line):
             return match[1]
-    raise AssertionError(f"no line of the command begins like {pattern}")
+    raise AssertionError(f"no line of the command matches {pattern}")
 
 
-def start_anew(folder: Path) -> None:
-    """Remove the run of an earlier demo, and mark the folder as the demo's.
+def replace_run(folder: Path) -> None:
+    """Remove the run of an earlier demo, and create its folder again with the demo's mark.
 
     Raises:
-        UserError: somebody else's run has this name.
+        UserError: the folder exists, and the demo has not made it.
     """
     mark = folder / MARK
     if folder.exists():
@@ -192,25 +194,25 @@ def start_anew(folder: Path) -> None:
 
 
 def last_stage(demo: Demo) -> Path:
-    """The folder of the stage that is asked."""
+    """Return the folder of the last stage, whose model answers the questions."""
     return RUN / f"stage{max(demo.stages)}"
 
 
 def held_out_images(result: Mapping[str, Any]) -> Iterator[str]:
-    """Files of held-out drawings, each once."""
+    """Yield the files of held-out drawings, each once."""
     shown = (answer["media"][0] for answer in result["answers"])
     yield from dict.fromkeys(path for path in shown if Path(path).suffix == ".png")
 
 
 def headline(result: Mapping[str, Any]) -> tuple[float, float]:
-    """Exact match and blind, each the mean over TYPES."""
+    """Return exact match and blind exact match, each the mean over TYPES."""
     tasks = {task["name"]: task for task in result["tasks"]}
     right, blind = (sum(tasks[t][of] for t in TYPES) / len(TYPES) for of in ("exact", "blind"))
     return right, blind
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Exact match a question type, blind beside; what is not in the headline apart."""
+    """Return exact match and blind exact match of each question type; those not in TYPES come last."""
     tasks = {task["name"]: task for task in result["tasks"]}
     right, blind = headline(result)
 

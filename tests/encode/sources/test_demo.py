@@ -309,13 +309,13 @@ def test_it_replaces_its_own_runs_and_nobody_elses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
-    demo.start_anew(mine)
+    demo.replace_run(mine)
     (mine / "stage1").mkdir()
-    demo.start_anew(mine)
+    demo.replace_run(mine)
     assert [p.name for p in mine.iterdir()] == [demo.MARK]
     (other / "stage1").mkdir(parents=True)
     with pytest.raises(UserError, match="not made by the demo"):
-        demo.start_anew(other)
+        demo.replace_run(other)
     assert (other / "stage1").is_dir()
 
 
