@@ -24,9 +24,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Unit tests alone: what mirrors the sources, no process started for more than a moment.
+# The unit tests that take under a second of CPU each.
 quick: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/integration
 
 # Two processes of one thread each: two threads beside any other busy process mostly wait for each other.
 test: lint

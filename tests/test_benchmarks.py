@@ -20,6 +20,7 @@ class Missing(stores.Store):
         raise ImportError("No module named 'missing'\nand a second line")
 
 
+@pytest.mark.slow
 def test_the_store_benchmark_measures_every_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,7 @@ def test_the_reader_loads_nothing_but_the_cache(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_trainer_loads_no_encoder() -> None:
     code = (
         "import sys, train.run, train.evaluate, train.demo\n"

@@ -194,6 +194,7 @@ def test_rows_that_two_machines_computed_differently_stay_ours(
 # ---- killed
 
 
+@pytest.mark.slow
 def test_killed_at_any_system_call_and_done_again_it_is_as_if_never_killed(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "cache"), [1, 2])
     theirs = make_space(tmp_path / "b")

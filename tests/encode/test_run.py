@@ -181,6 +181,7 @@ def test_the_list_names_data_sets_and_groups(capsys: pytest.CaptureFixture[str])
     assert "cats and dogs" in out
 
 
+@pytest.mark.slow
 def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     """--list and a wrong path answer at once; a small job has no use for Ray."""
     code = (

@@ -172,6 +172,7 @@ def test_another_encoder_than_the_spaces_is_refused(world: Path, tmp_path: Path)
         main(["--run", str(tmp_path), "--prompt", "x", *images(world, "red")])
 
 
+@pytest.mark.slow
 def test_the_command_itself(world: Path) -> None:
     """Exit codes and streams of the real thing."""
     command = [sys.executable, "-m", "model.generate", "--run", str(world / "run")]

@@ -198,6 +198,7 @@ def test_a_stray_file_is_named(space: Space) -> None:
 # ---- crashes
 
 
+@pytest.mark.slow
 def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
     """Of tars; test_cache_writer does the same with Zarr."""
     space = make_space(tmp_path / "cache", container="webdataset")

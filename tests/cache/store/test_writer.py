@@ -322,6 +322,7 @@ with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "0") a
 """
 
 
+@pytest.mark.slow
 @pytest.mark.soak_counted
 def test_jobs_killed_at_random_lose_and_double_nothing(
     tmp_path: Path, soak: Callable[[int, int], int]

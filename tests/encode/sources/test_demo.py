@@ -292,6 +292,7 @@ def test_the_group_demo_opens_all_of_them(tmp_path: Path) -> None:
 # ---- the command
 
 
+@pytest.mark.slow
 def test_a_failing_step_ends_the_demo_with_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -446,6 +446,7 @@ def peak_bytes(samples: Iterator[Sample]) -> int:
         pa.set_memory_pool(usual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_group", [1000, 1_000_000])
 def test_memory_does_not_grow_with_the_file(row_group: int, tmp_path: Path) -> None:
     points = [{"x": float(i), "y": float(i)} for i in range(10)]

@@ -201,6 +201,7 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.soak_counted
 def test_damaged_videos_decode_or_raise_bad_media(
     victims: Path, soak: Callable[[int, int], int]

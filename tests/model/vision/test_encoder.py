@@ -75,6 +75,7 @@ def test_tiny_clip_equals_transformers(
     assert states[-2].std() > 0.5  # large enough that not everything agrees
 
 
+@pytest.mark.slow
 def test_full_size_clip_equals_transformers(tmp_path: Path) -> None:
     """CLIP ViT-L/14@336, block 22 = hidden_states[-2]."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
@@ -617,6 +618,7 @@ def test_unknown_encoders_are_named_with_the_nearest() -> None:
     assert encoder_config("demo", fit=None, seed=None) == encoder_config("demo")
 
 
+@pytest.mark.slow
 def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     """Importing it takes seconds in every worker."""
     import subprocess
@@ -631,6 +633,7 @@ def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_full_size_random_tower_has_the_published_size() -> None:
     encoder = load_encoder(encoder_config("clip-vit-l14-336"), device="cpu", random_weights=True)
     assert 303.5e6 <= encoder.parameters <= 304.3e6

@@ -252,6 +252,7 @@ def test_shuffled_is_a_permutation_that_never_changes() -> None:
     assert np.bincount(places).min() > 400  # 500 expected in each of 8 places
 
 
+@pytest.mark.slow
 def test_ten_million_samples_are_planned_in_seconds() -> None:
     trees = some_trees([[1] * 10_000_000])
     started = time.process_time()
