@@ -75,9 +75,8 @@ class Axes:
     log_y: bool = False
     top: int = 14
     """Upper edge of the plot."""
-    height: int = HEIGHT
-    left: int = 52
-    bottom: int = HEIGHT - 30
+
+    height, left, bottom = HEIGHT, 52, HEIGHT - 30
 
     @property
     def right(self) -> int:

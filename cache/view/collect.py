@@ -22,17 +22,9 @@ from cache.maintenance.inventory import DatasetSummary, Failures, list_failures,
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.view import statistics
+from cache.view import sampling, statistics
 from cache.view.media import MediaItem, look_up, thumbnail
-from cache.view.sampling import (
-    Chosen,
-    Errors,
-    RecordedErrors,
-    choose,
-    newest_commit,
-    read_rows,
-    sample,
-)
+from cache.view.sampling import Chosen, Errors
 from cache.view.statistics import Basis, Channels, Floats
 from configs import UserError
 
@@ -192,13 +184,12 @@ def gather(
         )
     measured = {array: _measure(reader, array, seed) for array in arrays}
     norms = {array: found for array, (found, _) in measured.items()}
-    recorded = RecordedErrors(reader)
-    shown, basis, touch = _show(root, reader, choose(reader, images, seed), norms, recorded, keep)
+    shown, basis, touch = _show(root, reader, sampling.choose(reader, images, seed), norms, keep)
     return Findings(
         reader=reader,
         images=images,
         seed=seed,
-        newest=newest_commit(reader.paths, arrays),
+        newest=sampling.newest_commit(reader.paths, arrays),
         writer=driver_holder(reader.paths),
         shown=shown,
         basis=basis,
@@ -206,15 +197,17 @@ def gather(
         norms=norms,
         channels=measured[arrays[0]][1],
         channels_array=arrays[0],
-        errors={array: recorded.spread(array, seed) for array in arrays},
+        errors={array: sampling.sample_errors(reader, array, seed) for array in arrays},
         datasets=summarise_datasets(root, {reader.paths.name: reader}),
         failures=list_failures(root),
     )
 
 
 def _measure(reader: FeatureReader, array: str, seed: int) -> tuple[Norms, Channels]:
-    rows = sample(reader, array, seed)
-    tokens = _patches(read_rows(reader, array, rows), reader).reshape(-1, reader.spec.width)
+    rows = sampling.sample_rows(reader, array, seed)
+    tokens = _patches(sampling.read_rows(reader, array, rows), reader).reshape(
+        -1, reader.spec.width
+    )
     values = statistics.norms(tokens)
     median = float(np.median(values))
     limit = statistics.OUTLIER * median
@@ -234,11 +227,10 @@ def _show(
     reader: FeatureReader,
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
-    recorded: RecordedErrors,
     keep: Path | None,
 ) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
     """Read the chosen rows; the basis is fitted to the tokens of all of them."""
-    features = [read_rows(reader, one.array, one.rows) for one in chosen]
+    features = [sampling.read_rows(reader, one.array, one.rows) for one in chosen]
     by_item = [_patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
     limits = np.repeat([norms[one.array].limit for one in chosen], list(map(len, by_item)))
     tokens = np.concatenate(by_item)
@@ -254,7 +246,7 @@ def _show(
         image, absent = None, "videos are shown by their features"
         if one.array == "image":
             image, absent = thumbnail(item, one.key, reader.spec, keep)
-        errors = recorded.of_rows(one.array, one.rows).tolist()
+        errors = sampling.row_errors(reader, one.array, one.rows).tolist()
         side = math.isqrt(len(by_item[at]) // len(rows))
         tiles = []
         for i, view in enumerate(one.views):

@@ -124,7 +124,7 @@ def _chosen(reader: FeatureReader, array: str, positions: npt.NDArray[np.int64],
     )
 
 
-def sample(reader: FeatureReader, array: str, seed: int) -> npt.NDArray[np.int64]:
+def sample_rows(reader: FeatureReader, array: str, seed: int) -> npt.NDArray[np.int64]:
     """Return row numbers (n,) to measure distributions on: all rows of a small space, else some."""
     row_bytes = 2 * reader.spec.tokens(array) * reader.spec.width
     count = max(1, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
@@ -146,32 +146,33 @@ def read_rows(
     return codec.unpack(packed, reader.spec.layout, tokens, width).astype(np.float32)
 
 
-class RecordedErrors:
-    """Codec errors that the commits of a space record; each commit is read once."""
+def row_errors(
+    reader: FeatureReader, array: str, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the relative codec errors (n,) of rows (n,); NaN where none was measured."""
+    shards, slots = np.divmod(rows, reader.geometry[array].slots)
+    errors = _shard_errors(reader, array, np.unique(shards))
+    pairs = zip(shards.tolist(), slots.tolist(), strict=True)
+    return np.array([errors[shard][slot] for shard, slot in pairs], np.float64)
 
-    def __init__(self, reader: FeatureReader):
-        self._reader = reader
-        self._info = read_info(reader.paths)
-        self._errors: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
 
-    def of_rows(self, array: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Return the relative errors (n,) of rows (n,); NaN where none was measured."""
-        shards, slots = np.divmod(rows, self._reader.geometry[array].slots)
-        pairs = zip(shards.tolist(), slots.tolist(), strict=True)
-        return np.array([self._shard(array, shard)[slot] for shard, slot in pairs], np.float64)
+def sample_errors(reader: FeatureReader, array: str, seed: int) -> Errors:
+    """Return the errors of all rows of up to `SAMPLE_SHARDS` shards."""
+    shards = reader.index[array].shards
+    drawn = shards[spread(SAMPLE_SHARDS, len(shards), np.random.default_rng(seed))]
+    values = np.concatenate(list(_shard_errors(reader, array, drawn).values()))
+    return Errors(values=values[np.isfinite(values)], shards=len(drawn), of=len(shards))
 
-    def spread(self, array: str, seed: int) -> Errors:
-        """Return the errors of all rows of up to `SAMPLE_SHARDS` shards."""
-        shards = self._reader.index[array].shards
-        drawn = shards[spread(SAMPLE_SHARDS, len(shards), np.random.default_rng(seed))].tolist()
-        values = np.concatenate([self._shard(array, shard) for shard in drawn])
-        return Errors(values=values[np.isfinite(values)], shards=len(drawn), of=len(shards))
 
-    def _shard(self, array: str, shard: int) -> npt.NDArray[np.float64]:
-        if (array, shard) not in self._errors:
-            commit = read_commit(self._reader.paths, self._info, array, shard)
-            self._errors[array, shard] = commit.table["error"].to_numpy().astype(np.float64)
-        return self._errors[array, shard]
+def _shard_errors(
+    reader: FeatureReader, array: str, shards: npt.NDArray[np.int64]
+) -> dict[int, npt.NDArray[np.float64]]:
+    """Return shard -> the errors that its commit records, one a row."""
+    info = read_info(reader.paths)
+    return {
+        shard: read_commit(reader.paths, info, array, shard).table["error"].to_numpy()
+        for shard in shards.tolist()
+    }
 
 
 def newest_commit(paths: SpacePaths, arrays: Sequence[str]) -> datetime | None:
