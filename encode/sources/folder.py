@@ -1,18 +1,18 @@
-"""A folder of images and videos as a data set, with captions, questions or whole conversations.
+"""A folder of images and videos as a data set, with captions, questions or conversations.
 
 python -m encode.run --dataset folder:photos
 
-With `metadata.jsonl` at its top, each line is one sample (paths are relative to the folder):
+Each line of a `metadata.jsonl` at the top of the folder is one sample. Paths are relative to the folder:
 
     {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image>CAPTION_PROMPT
     {"file": "a.jpg", "question": "Which animal?", "answer": "A cat."}
     {"files": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "Compare."}, ...]}
-    {"file": "a.mp4", "caption": "A cat wakes up."}                a video, by the end of its name
-    {"file": "a.jpg"}                                              the image alone
+    {"file": "a.mp4", "caption": "A cat wakes up."}                a video, by its suffix
+    {"file": "a.jpg"}                                              only the image
 
-Without it every image and video below the folder is a sample of its own without text: it is encoded, and
-there is nothing in it to train on. Hidden files, and folders reached through links, are left out. A file
-that a line names but that is not there stays in its sample; the encode job puts it into the ledger.
+Without `metadata.jsonl`, every image and video below the folder is a sample without text: it is encoded, and
+there is nothing in it to train on. Hidden files and linked folders are ignored. A sample keeps a file that is
+missing; the encode job records it in the ledger.
 """
 
 from __future__ import annotations
@@ -33,46 +33,49 @@ from model.media.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
 IMAGE_TOKEN = "<image>"
+"""Placeholder of an image or video in a message."""
+# The prompts never change, so that runs can be compared.
 CAPTION_PROMPT = "Describe this image."
-"""What the user asks when a line has a caption; always the same words, so that runs can be compared."""
+"""User message of a caption of an image."""
 VIDEO_PROMPT = "Describe this video."
-"""The same for a video."""
+"""User message of a caption of a video."""
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What counts as an image by its name; what it really is shows when it is decoded. VIDEO_SUFFIXES are
-videos; anything else that a line names is taken for an image."""
+"""Suffixes of images in a folder without metadata. A file that a line names is a video if it has one of
+VIDEO_SUFFIXES, and otherwise an image. Its real format is detected when it is decoded."""
 
 _KEYS = ("file", "files", "caption", "question", "answer", "messages", "weight")
-_TEXTS = ("caption", "question", "messages")
+_TASKS = {"caption": "caption", "question": "question", "messages": "chat"}
+"""Key of a text -> task of its sample."""
 
 
 class _BadLineError(Exception):
-    """What is wrong with one line; the caller knows which line it is."""
+    """What is wrong with one line. The caller adds the file and the line number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderDataset:
-    """One folder. `samples()` reads it anew each time."""
+    """One folder. Each call of `samples` reads it again."""
 
     name: str
-    """Of the data set in the cache: by default the folder's own."""
+    """Name of the data set in the cache; the name of the folder by default."""
     folder: Path
-    """Absolute, links resolved."""
+    """Absolute path without links."""
     leave_out: Path
-    """Not searched for images: the feature cache, should it lie within."""
+    """Folder that is not searched: the feature cache, which may be inside."""
 
     needs_sizes: ClassVar[bool] = False
-    """Nothing here depends on them."""
+    """No text here depends on the size of an image."""
 
     @staticmethod
     def open(path: str, *, name: str | None, leave_out: Path) -> FolderDataset:
-        """The folder at `path`.
+        """Return the data set of the folder at `path`.
 
         Raises:
-            UserError: there is no such folder.
+            UserError: no such folder.
         """
         folder = Path(path).expanduser()
         if not path or not folder.is_dir():
@@ -83,16 +86,17 @@ class FolderDataset:
 
     def samples(
         self,
-        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - what other data sets need
+        sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
     ) -> Iterator[Sample]:
-        """One sample a line of metadata.jsonl, or one an image or video, sorted by path.
+        """Yield one sample per line of metadata.jsonl, or one per image or video, sorted by path.
 
         Raises:
-            UserError: a line that cannot be used (file:line), a path that leaves the folder, no media.
+            UserError: a line is invalid (named as file:line), a path is outside the folder, or there is
+                nothing to encode.
         """
         metadata = self.folder / METADATA
         found = False
-        for sample in self._listed(metadata) if metadata.exists() else self._images():
+        for sample in self._listed(metadata) if metadata.exists() else self._unlisted():
             found = True
             yield sample
         if not found:
@@ -100,14 +104,14 @@ class FolderDataset:
             known = ", ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
             raise UserError(f"{what} (known by name: {known})")
 
-    def _images(self) -> Iterator[Sample]:
+    def _unlisted(self) -> Iterator[Sample]:
         for path in _walk(self.folder, self.leave_out):
             relative = path.relative_to(self.folder).as_posix()
-            if not _is_text(relative):
+            if not _is_unicode(relative):
                 raise UserError(f"{str(path)!r}: the name is not UTF-8; rename the file")
             if path.is_symlink():
                 try:
-                    _inside(self.folder, relative)
+                    _absolute(self.folder, relative)
                 except _BadLineError as error:
                     raise UserError(f"{path}: {error}") from None
             media = (media_ref(str(path)),)
@@ -121,7 +125,7 @@ class FolderDataset:
                     continue
                 try:
                     files, messages, weight, task = _read_line(line)
-                    sources = [_inside(self.folder, file) for file in files]
+                    sources = [_absolute(self.folder, file) for file in files]
                 except _BadLineError as error:
                     raise UserError(f"{metadata}:{number}: {error}") from None
                 first = files[0] if files else ""
@@ -137,14 +141,13 @@ class FolderDataset:
 
 
 def media_ref(source: str) -> MediaRef:
-    """A file as a sample mentions it: image or video by its name."""
+    """Return the reference to a file: a video or an image, by its suffix."""
     video = Path(source).suffix.lower() in VIDEO_SUFFIXES
     return MediaRef(source=source, kind="video" if video else "image")
 
 
 def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
-    """Images and videos below `folder`, sorted, folder by folder."""
-
+    """Yield the images and videos below `folder`, folder by folder, sorted."""
     known = SUFFIXES | VIDEO_SUFFIXES
 
     def refuse(error: OSError) -> None:
@@ -157,14 +160,18 @@ def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
                 yield Path(here, file)
 
 
-def _inside(folder: Path, file: str) -> str:
-    """The absolute path of `file`, relative to `folder` and truly inside it, links followed."""
+def _absolute(folder: Path, file: str) -> str:
+    """Return the absolute path of `file` in `folder`.
+
+    Raises:
+        _BadLineError: the path, or the target of a link, is outside the folder.
+    """
     path = os.path.normpath(folder / file)
     real = os.path.realpath(path)
     if Path(file).is_absolute() or not all(
         Path(p).is_relative_to(folder) and Path(p) != folder for p in (path, real)
     ):
-        raise _BadLineError(f"{file!r} leads out of {folder}; copy the image into the folder")
+        raise _BadLineError(f"{file!r} is outside {folder}; copy the image into the folder")
     return path
 
 
@@ -172,7 +179,7 @@ def _inside(folder: Path, file: str) -> str:
 
 
 def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]:
-    """(files, messages, weight, task) of one line."""
+    """Return files, messages, weight and task of one line."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -182,39 +189,36 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
     if not isinstance(value, dict):
         raise _BadLineError(f"expected an object in braces, found {type(value).__name__}")
     files = _files(value)
-    first = files[0] if files else ""
-    texts = [key for key in _TEXTS if key in value]
+    texts = [key for key in _TASKS if key in value]
     if len(texts) > 1:
-        raise _BadLineError(f"has {' and '.join(texts)}; one of them a line")
+        raise _BadLineError(f"has {' and '.join(texts)}; use one of them per line")
     if ("question" in value) != ("answer" in value):
         raise _BadLineError("question and answer go together")
     if not texts:
-        _check_no_text_lost(value)
-    task = (
-        {"caption": "caption", "question": "question", "messages": "chat"}[texts[0]]
-        if texts
-        else ""
-    )
-    if task == "chat":
-        messages = _chat(value["messages"], len(files))
-    elif task:
-        described = CAPTION_PROMPT if media_ref(first).kind == "image" else VIDEO_PROMPT
-        asked = described if task == "caption" else _plain(value, "question")
-        told = _plain(value, "caption" if task == "caption" else "answer")
-        messages = (
-            Message(role="user", content=_placeholders(len(files)) + asked),
-            Message(role="assistant", content=told),
-        )
+        _refuse_misspelt_text(value)
+        if not files:
+            raise _BadLineError("neither a file nor messages")
+        return files, (), _weight(value, "weight"), ""
+    (key,) = texts
+    if key == "messages":
+        messages = _conversation(value["messages"], len(files))
     else:
-        messages = ()
-    if not files and not messages:
-        raise _BadLineError("neither a file nor messages")
-    return files, messages, _weight(value, "weight"), task
+        if key == "question":
+            asked, answer = _plain(value, "question"), _plain(value, "answer")
+        else:
+            is_image = media_ref(files[0] if files else "").kind == "image"
+            asked = CAPTION_PROMPT if is_image else VIDEO_PROMPT
+            answer = _plain(value, "caption")
+        messages = (
+            Message(role="user", content=IMAGE_TOKEN * len(files) + asked),
+            Message(role="assistant", content=answer),
+        )
+    return files, messages, _weight(value, "weight"), _TASKS[key]
 
 
 def _files(value: Mapping[str, Any]) -> list[str]:
     if "file" in value and "files" in value:
-        raise _BadLineError("has file and files; one of them a line")
+        raise _BadLineError("has file and files; use one of them per line")
     if "file" not in value and "files" not in value and "messages" not in value:
         hint = "; file_name is called file here" if "file_name" in value else ""
         raise _BadLineError(f'no "file"{hint}')
@@ -222,21 +226,21 @@ def _files(value: Mapping[str, Any]) -> list[str]:
     if not isinstance(files, list):
         raise _BadLineError(f"files: expected a list, found {files!r}")
     for file in files:
-        if not isinstance(file, str) or not file or "\0" in file or not _is_text(file):
-            raise _BadLineError(f"{file!r} is no file name")
+        if not isinstance(file, str) or not file or "\0" in file or not _is_unicode(file):
+            raise _BadLineError(f"{file!r} is not a file name")
     return files
 
 
-def _check_no_text_lost(value: Mapping[str, Any]) -> None:
-    """Other people's columns are welcome, but not a text under a name that is nearly ours."""
+def _refuse_misspelt_text(value: Mapping[str, Any]) -> None:
+    """Refuse a key that is nearly one of ours: its text would be lost. Other keys are ignored."""
     for key in value:
-        likely = difflib.get_close_matches(key, (*_TEXTS, "answer", "text"), n=1, cutoff=0.75)
+        likely = difflib.get_close_matches(key, (*_TASKS, "answer", "text"), n=1, cutoff=0.75)
         if key not in _KEYS and likely:
-            raise _BadLineError(f"unknown key {key!r}; text goes by {', '.join(_TEXTS)}")
+            raise _BadLineError(f"unknown key {key!r}; keys of texts are {', '.join(_TASKS)}")
 
 
 def _plain(value: Mapping[str, Any], key: str) -> str:
-    """Text in which a placeholder has no meaning."""
+    """Return a text that must not contain a placeholder."""
     text = _text(value[key], key)
     if IMAGE_TOKEN in text:
         raise _BadLineError(
@@ -248,13 +252,16 @@ def _plain(value: Mapping[str, Any], key: str) -> str:
 def _text(text: Any, key: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise _BadLineError(f"{key}: expected text, found {text!r}")
-    if not _is_text(text):
-        raise _BadLineError(f"{key}: half a surrogate pair is no text")
+    if not _is_unicode(text):
+        raise _BadLineError(f"{key}: half a surrogate pair is not text")
     return text
 
 
-def _chat(turns: Any, images: int) -> tuple[Message, ...]:
-    """Messages as they stand, with one placeholder an image: theirs, or ours before the first turn."""
+def _conversation(turns: Any, images: int) -> tuple[Message, ...]:
+    """Return the messages of a list of turns.
+
+    They keep their placeholders, or get one per image before the first turn of the user.
+    """
     if not isinstance(turns, list) or not turns:
         raise _BadLineError("messages: expected a list of turns")
     messages = [_turn(turn, number) for number, turn in enumerate(turns, 1)]
@@ -266,11 +273,11 @@ def _chat(turns: Any, images: int) -> tuple[Message, ...]:
         if "user" not in roles:
             raise _BadLineError("messages: no turn of the user to put the image into")
         at = roles.index("user")
-        content = _placeholders(images) + messages[at].content
+        content = IMAGE_TOKEN * images + messages[at].content
         messages[at] = Message(role="user", content=content, weight=messages[at].weight)
     elif placed != images:
         raise _BadLineError(
-            f"messages: {placed} {IMAGE_TOKEN} for {images} files; one each, or none at all"
+            f"messages: {placed} {IMAGE_TOKEN} for {images} files; use one per file, or none"
         )
     return tuple(messages)
 
@@ -286,7 +293,7 @@ def _turn(turn: Any, number: int) -> Message:
     content = _text(turn.get("content"), f"{where}: content")
     if role != "user" and IMAGE_TOKEN in content:
         raise _BadLineError(
-            f"{where}: {IMAGE_TOKEN} in words of the {role}; images come from the user"
+            f"{where}: {IMAGE_TOKEN} in a message of the {role}; images belong to the user"
         )
     return Message(role=role, content=content, weight=_weight(turn, f"{where}: weight"))
 
@@ -294,17 +301,12 @@ def _turn(turn: Any, number: int) -> Message:
 def _weight(value: Mapping[str, Any], where: str) -> float:
     weight = value.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6:
-        raise _BadLineError(f"{where}: {weight!r} is no factor of a loss")
+        raise _BadLineError(f"{where}: {weight!r} is not a factor of the loss (0 to 1e6)")
     return float(weight)
 
 
-def _placeholders(images: int) -> str:
-    """Before the words, as `model.language.chat_template` puts images that have no place of their own."""
-    return IMAGE_TOKEN * images
-
-
-def _is_text(text: str) -> bool:
-    """False for lone surrogates: file names that are not UTF-8, and JSON escapes that are no text."""
+def _is_unicode(text: str) -> bool:
+    """Return False for lone surrogates: file names that are not UTF-8, and broken JSON escapes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,8 @@
-"""folder:PATH and the names --dataset takes: exact samples, and every bad line named by file and number."""
+"""A folder as a data set: exact samples, and an error with file and line for every bad line.
+
+(dataset,) = open_datasets(["folder:photos"], Path("cache"))
+samples = list(dataset.samples())
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from configs import UserError
 from encode.sources.catalogue import open_datasets, read_catalogue
 from encode.sources.folder import CAPTION_PROMPT
 
-PNG = b"not looked at here"
+PNG = b"never decoded here"
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def samples(folder: Path, *lines: Any) -> list[Sample]:
-    """The samples of `folder` with these lines of metadata."""
+    """Return the samples of `folder` with these lines of metadata."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     if lines:
         (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -96,7 +100,7 @@ def test_captions_questions_and_conversations_become_messages(photos: Path) -> N
     assert len({sample.id for sample in found}) == len(found)
 
 
-def test_placeholders_that_match_stay_where_they_are(photos: Path) -> None:
+def test_placeholders_keep_their_places(photos: Path) -> None:
     turns = [
         {"role": "user", "content": "First <image>, then <image>?"},
         {"role": "assistant", "content": "Yes."},
@@ -105,7 +109,7 @@ def test_placeholders_that_match_stay_where_they_are(photos: Path) -> None:
     assert found.messages[0].content == "First <image>, then <image>?"
 
 
-def test_a_folder_without_metadata_is_its_images_in_order(photos: Path) -> None:
+def test_a_folder_without_metadata_gives_its_images_in_order(photos: Path) -> None:
     for name in ("Z.JPEG", ".hidden.png", "notes.txt", ".git/x.png", "sub/d.gif"):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(PNG)
@@ -117,20 +121,20 @@ def test_a_folder_without_metadata_is_its_images_in_order(photos: Path) -> None:
     assert samples(photos) == found, "the same each time"
 
 
-def test_the_cache_inside_a_folder_is_not_part_of_it(photos: Path) -> None:
+def test_the_cache_inside_a_folder_is_ignored(photos: Path) -> None:
     (photos / "cache" / "demo").mkdir(parents=True)
     (photos / "cache" / "demo" / "drawing.png").write_bytes(PNG)
     (dataset,) = open_datasets([f"folder:{photos}"], photos / "cache")
     assert [s.id for s in dataset.samples()] == ["a.jpg", "b.png", "sub/c.webp"]
 
 
-def test_blank_lines_a_byte_order_mark_and_columns_of_others_are_fine(photos: Path) -> None:
+def test_blank_lines_a_byte_order_mark_and_unknown_keys_are_accepted(photos: Path) -> None:
     line = '\ufeff{"file": "a.jpg", "caption": "Ä 猫.", "width": 3, "height": 4, "license": "x"}'
     (found,) = samples(photos, line, "", "   ")
     assert found.messages[1].content == "Ä 猫."
 
 
-def test_an_image_that_is_missing_stays_in_its_sample(photos: Path) -> None:
+def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
     (found,) = samples(photos, {"file": "gone.jpg", "caption": "It was here."})
     assert found.media == (MediaRef(source=str(photos / "gone.jpg")),)
 
@@ -139,7 +143,7 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ('{"file": "a.jpg", "caption": ', "not JSON"),
         ('["a.jpg"]', "expected an object"),
@@ -147,19 +151,22 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ({"file_name": "a.jpg", "caption": "A cat."}, "file_name is called file here"),
         ({"file": "a.jpg", "files": ["b.png"], "caption": "x"}, "has file and files"),
         ({"files": "a.jpg", "caption": "x"}, "files: expected a list"),
-        ({"file": 3, "caption": "x"}, "3 is no file name"),
-        ({"file": "a\0.jpg", "caption": "x"}, "is no file name"),
-        ({"file": "../other.jpg", "caption": "x"}, "'../other.jpg' leads out of"),
-        ({"file": "/etc/passwd", "caption": "x"}, "leads out of"),
-        ({"file": "sub/../../x.jpg", "caption": "x"}, "leads out of"),
-        ({"file": ".", "caption": "x"}, "leads out of"),
-        ({"file": "link.jpg", "caption": "x"}, "leads out of"),
+        ({"file": 3, "caption": "x"}, "3 is not a file name"),
+        ({"file": "a\0.jpg", "caption": "x"}, "is not a file name"),
+        ({"file": "../other.jpg", "caption": "x"}, "'../other.jpg' is outside"),
+        ({"file": "/etc/passwd", "caption": "x"}, "is outside"),
+        ({"file": "sub/../../x.jpg", "caption": "x"}, "is outside"),
+        ({"file": ".", "caption": "x"}, "is outside"),
+        ({"file": "link.jpg", "caption": "x"}, "is outside"),
         ({"file": "a.jpg", "caption": ""}, "caption: expected text"),
         ({"file": "a.jpg", "caption": ["x"]}, "caption: expected text"),
         ('{"file": "a.jpg", "caption": "\\ud800"}', "half a surrogate pair"),
-        ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; text goes by caption"),
+        ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; keys of texts are caption"),
         ({"file": "a.jpg", "text": "x"}, "unknown key 'text'"),
-        ({"file": "a.jpg", "caption": "x", "messages": CHAT}, "caption and messages; one of them"),
+        (
+            {"file": "a.jpg", "caption": "x", "messages": CHAT},
+            "caption and messages; use one of them",
+        ),
         ({"file": "a.jpg", "question": "?"}, "question and answer go together"),
         ({"file": "a.jpg", "answer": "!"}, "question and answer go together"),
         ({"file": "a.jpg", "caption": "an <image> here"}, "caption contains <image>"),
@@ -186,40 +193,40 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ),
         (
             {"file": "a.jpg", "messages": [CHAT[0], {"role": "assistant", "content": "<image>"}]},
-            "turn 2: <image> in words of the assistant",
+            "turn 2: <image> in a message of the assistant",
         ),
-        ({"file": "a.jpg", "caption": "x", "weight": "much"}, "weight: 'much' is no factor"),
-        ({"file": "a.jpg", "caption": "x", "weight": -1}, "weight: -1 is no factor"),
+        ({"file": "a.jpg", "caption": "x", "weight": "much"}, "weight: 'much' is not a factor"),
+        ({"file": "a.jpg", "caption": "x", "weight": -1}, "weight: -1 is not a factor"),
         ({}, 'no "file"'),
         ({"files": []}, "neither a file nor messages"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(photos: Path, line: Any, says: str) -> None:
+def test_a_bad_line_is_named_by_file_and_line(photos: Path, line: Any, expected: str) -> None:
     (photos / "link.jpg").symlink_to("/etc/hostname")
     good = {"file": "a.jpg", "caption": "A cat."}
     with pytest.raises(UserError) as refused:
         samples(photos, good, "", line, good)
     message = str(refused.value)
     assert message.startswith(f"{photos / 'metadata.jsonl'}:3: ")
-    assert says in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_bytes_that_are_no_text_are_named_by_line(photos: Path) -> None:
+def test_a_line_that_is_not_utf8_is_named(photos: Path) -> None:
     (photos / "metadata.jsonl").write_bytes(b'{"file": "a.jpg"}\n{"file": "\xff.jpg"}\n')
     with pytest.raises(UserError, match=r"metadata\.jsonl:2: not UTF-8"):
         samples(photos)
 
 
-def test_an_image_linked_from_outside_is_refused_one_from_inside_is_not(photos: Path) -> None:
+def test_a_link_to_a_file_outside_is_refused(photos: Path) -> None:
     (photos / "again.jpg").symlink_to(photos / "a.jpg")
     assert "again.jpg" in {s.id for s in samples(photos)}
     (photos / "out.jpg").symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match=r"out\.jpg: .*leads out of"):
+    with pytest.raises(UserError, match=r"out\.jpg: .*is outside"):
         samples(photos)
 
 
-def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_nothing_to_encode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_datasets([f"folder:{tmp_path / 'nowhere'}"], tmp_path / "cache")
     (tmp_path / "empty").mkdir()
@@ -233,14 +240,14 @@ def test_nothing_to_encode_is_refused(tmp_path: Path) -> None:
 # ---- names
 
 
-def test_a_folder_has_its_own_name_or_the_one_given(photos: Path) -> None:
+def test_a_folder_has_its_own_name_or_a_given_one(photos: Path) -> None:
     cache = photos.parent / "cache"
     odd = photos.rename(photos.parent / "My photos (2024)")
     assert [d.name for d in open_datasets([f"folder:{odd}"], cache)] == ["My-photos-2024"]
     assert [d.name for d in open_datasets([f"trip=folder:{odd}"], cache)] == ["trip"]
 
 
-def test_two_folders_of_one_name_need_another(tmp_path: Path) -> None:
+def test_two_folders_with_one_name_are_refused(tmp_path: Path) -> None:
     for side in ("left", "right"):
         (tmp_path / side / "train").mkdir(parents=True)
     left, right = f"folder:{tmp_path / 'left/train'}", f"folder:{tmp_path / 'right/train'}"
@@ -251,13 +258,13 @@ def test_two_folders_of_one_name_need_another(tmp_path: Path) -> None:
     assert [d.name for d in named] == ["train", "other"]
 
 
-def test_a_folder_may_not_take_the_name_of_a_known_data_set(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_known_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     with pytest.raises(UserError, match="the name 'demo' belongs to"):
         open_datasets([f"folder:{tmp_path / 'demo'}"], tmp_path / "cache")
 
 
-def test_an_unknown_name_gets_the_list_and_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_name_is_answered_with_the_known_and_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are demo.*; nearest: demo"):
         open_datasets(["dmeo"], tmp_path)
     with pytest.raises(UserError, match=f"--dataset folder:{tmp_path}"):
