@@ -1,11 +1,11 @@
 """PixMo: images named by URL, with captions, points, counts, questions and answers (by Ai2, ODC-BY).
 
-python -m encode.run --dataset pixmo                          # the five of them, text from the hub
+python -m encode.run --dataset pixmo                          # all five, text from the hub
 python -m encode.run --dataset pixmo-cap --source downloads   # downloads/pixmo-cap/data/*.parquet
 
-Only `train-*` files are read where a repository has several splits (pixmo-count). Files are streamed, a
-few hundred rows in memory at a time: pixmo-points has 2.4 million. A sample's id is its file's name and row,
-so the same files always give the same samples. Rows that cannot be used are counted by reason and told.
+Files are streamed with a few hundred rows in memory: pixmo-points has 2.4 million rows. The id of a sample is
+the name of its file and its row, so the same files always give the same samples. Unusable rows are counted
+and logged by reason.
 
 | data set | a sample is | columns |
 |---|---|---|
@@ -15,8 +15,8 @@ so the same files always give the same samples. Rows that cannot be used are cou
 | pixmo-cap-qa | a conversation | image_url, question (with tags), answer, messages |
 | pixmo-ask-model-anything | a question | image_url, image_sha256, question, answer |
 
-pixmo-count's pixels mean something once the image's size is known, so its `samples` are asked for again
-after encoding, with sizes; the ids stay the same.
+The points of pixmo-count are in pixels, so they can be used only once the image's size is known. After
+encoding, its samples are therefore read again, with sizes and the same ids.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from encode.sources.pixmo_rows import READERS, BadRowError, Row, Size, Unusable,
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 512
-"""Rows decoded at a time."""
+"""Number of rows decoded at a time."""
 BUFFER_BYTES = 1 << 20
-"""Of each column read ahead: a row group, however large, is not read whole."""
+"""Bytes of each column that are read ahead, so that a large row group is not read whole."""
 LFS_POINTER = b"version https://git-lfs"
 
 NAMES = tuple(READERS)
 
 
-# ---- what columns must be
+# ---- types of columns
 
 
 def _is_text(kind: Any) -> bool:
@@ -74,24 +74,24 @@ def _is_xy(kind: Any, each: Callable[[Any], bool] = _is_number) -> bool:
 
 
 def _is_points(kind: Any) -> bool:
-    """`datasets` has written a list of structs both as that and as a struct of lists."""
+    """Accept a list of structs or a struct of lists: versions of `datasets` wrote the one or the other."""
     return _is_list(kind, _is_xy) or _is_xy(kind, lambda inner: _is_list(inner, _is_number))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """What a column must hold."""
+class _ColumnType:
+    """A type that a column must have."""
 
     name: str
-    """For messages."""
+    """Name of the type in messages."""
     fits: Callable[[Any], bool]
-    """Whether an Arrow type is of this kind."""
+    """Whether an Arrow type is accepted."""
 
 
-_TEXT = _Kind(name="text", fits=_is_text)
-_TEXTS = _Kind(name="lists of text", fits=_is_texts)
-_COUNT = _Kind(name="whole numbers", fits=pa.types.is_integer)
-_POINTS = _Kind(name="points (x, y)", fits=_is_points)
+_TEXT = _ColumnType(name="text", fits=_is_text)
+_TEXTS = _ColumnType(name="lists of text", fits=_is_texts)
+_COUNT = _ColumnType(name="whole numbers", fits=pa.types.is_integer)
+_POINTS = _ColumnType(name="points (x, y)", fits=_is_points)
 
 _POINTED = {
     "image_url": _TEXT,
@@ -100,7 +100,7 @@ _POINTED = {
     "count": _COUNT,
     "label": _TEXT,
 }
-COLUMNS: dict[str, dict[str, _Kind]] = {
+COLUMNS: dict[str, dict[str, _ColumnType]] = {
     "pixmo-cap": {"image_url": _TEXT, "caption": _TEXT, "transcripts": _TEXTS},
     "pixmo-points": _POINTED,
     "pixmo-count": _POINTED,
@@ -110,31 +110,31 @@ COLUMNS: dict[str, dict[str, _Kind]] = {
         ("image_url", "image_sha256", "question", "answer"), _TEXT
     ),
 }
-"""Those that are read; a file may have others."""
+"""Data set -> columns that are read. A file may have other columns."""
 OPTIONAL = frozenset({"messages"})
-"""Earlier revisions of pixmo-cap-qa lack it."""
+"""Columns that a file may lack: earlier revisions of pixmo-cap-qa have no `messages`."""
 
 
 def _checked_columns(path: Path, name: str, schema: Any) -> list[str]:
-    """The columns of this file to read.
+    """Return the columns to read from one file.
 
     Raises:
-        UserError: one is missing, or of another type.
+        UserError: a column is missing, or has another type.
     """
-    there = {column.name: column.type for column in schema}
-    taken = []
-    for column, kind in COLUMNS[name].items():
-        if column not in there:
+    found = {column.name: column.type for column in schema}
+    columns = []
+    for column, wanted in COLUMNS[name].items():
+        if column not in found:
             if column in OPTIONAL:
                 continue
-            found = ", ".join(f"{other} ({kind_})" for other, kind_ in there.items()) or "none"
-            raise UserError(f"{path}: {name} needs a column {column!r}; there are {found}")
-        if not kind.fits(there[column]):
+            there = ", ".join(f"{other} ({type_})" for other, type_ in found.items()) or "none"
+            raise UserError(f"{path}: {name} needs a column {column!r}; there are {there}")
+        if not wanted.fits(found[column]):
             raise UserError(
-                f"{path}: column {column!r} of {name} should be {kind.name}, it is {there[column]}"
+                f"{path}: column {column!r} of {name} should be {wanted.name}, it is {found[column]}"
             )
-        taken.append(column)
-    return taken
+        columns.append(column)
+    return columns
 
 
 # ---- the data set
@@ -142,21 +142,21 @@ def _checked_columns(path: Path, name: str, schema: Any) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PixmoDataset:
-    """One of the five. `samples()` streams its files anew each time."""
+    """One of the five data sets. Each call of `samples` streams its files again."""
 
     name: str
     """One of NAMES."""
     files: tuple[Path, ...]
-    """Parquet, in order."""
-    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-    """What was logged already: a second pass over the same rows says it once."""
+    """Its Parquet files, sorted."""
+    _logged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Messages that were logged, so that a second pass over the rows does not repeat them."""
 
     @staticmethod
     def open(name: str, repository: str, source: Path | None) -> PixmoDataset | None:
-        """The data set, from below `source` or, without one, from the hub; None when `source` lacks it.
+        """Return the data set from below `source`, or from the hub; None if it is missing in `source`.
 
         Raises:
-            UserError: there is none of this name, or it cannot be downloaded.
+            UserError: no such data set, or it cannot be downloaded.
         """
         if name not in NAMES:
             raise UserError(
@@ -167,17 +167,17 @@ class PixmoDataset:
 
     @property
     def needs_sizes(self) -> bool:
-        """True of pixmo-count: its points are in pixels."""
+        """True for pixmo-count, whose points are in pixels."""
         return self.name == "pixmo-count"
 
     def samples(self, sizes: Mapping[str, Size] = {}) -> Iterator[Sample]:
-        """All samples, file by file and row by row.
+        """Yield all samples, file by file and row by row.
 
         Args:
-            sizes: source -> width and height of its image, of those that are known.
+            sizes: source -> width and height in pixels, of the images whose size is known.
 
         Raises:
-            UserError: a file is damaged or not what it should be, or no row can be used.
+            UserError: a file is damaged, a column is missing or has another type, or no row is usable.
         """
         tally = _Tally()
         used = False
@@ -190,11 +190,11 @@ class PixmoDataset:
                         yield sample
             if not used:
                 why = tally.summary() or "there are none"
-                raise UserError(f"{self.name}: no row of {self.files[0].parent} can be used: {why}")
-        finally:  # also when the caller has enough
+                raise UserError(f"{self.name}: no row of {self.files[0].parent} is usable: {why}")
+        finally:  # also if the caller stops early
             line = f"{self.name}: {tally.summary()}"
-            if tally and line not in self._told:
-                self._told.add(line)
+            if tally and line not in self._logged:
+                self._logged.add(line)
                 log.warning("%s", line)
 
     def _of_row(
@@ -202,23 +202,23 @@ class PixmoDataset:
     ) -> Iterator[Sample]:
         try:
             media = image(row)
-            for said in READERS[self.name](row, sizes.get(media.source)):
-                if isinstance(said, Unusable):
-                    tally.add(said.reason, where)
+            for part in READERS[self.name](row, sizes.get(media.source)):
+                if isinstance(part, Unusable):
+                    tally.add(part.reason, where)
                     continue
                 yield Sample(
-                    id=where + said.suffix,
+                    id=where + part.suffix,
                     dataset=self.name,
-                    messages=said.messages,
+                    messages=part.messages,
                     media=(media,),
-                    task=said.task,
+                    task=part.task,
                 )
         except BadRowError as error:
             tally.add(f"left out: {error}", where)
 
 
 class _Tally:
-    """How many rows had which trouble, and the first of each."""
+    """Counts of unusable rows by reason, with the first row of each."""
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
@@ -232,7 +232,7 @@ class _Tally:
         self._first.setdefault(reason, where)
 
     def summary(self) -> str:
-        """One line, most frequent first."""
+        """Return one line, most frequent reason first."""
         return "; ".join(
             f"{reason} ({times:,}, first {self._first[reason]})"
             for reason, times in self._times.most_common()
@@ -243,7 +243,7 @@ class _Tally:
 
 
 def _rows(path: Path, name: str) -> Iterator[Row]:
-    """The rows of one file in their order: texts as bytes, which need not be UTF-8."""
+    """Yield the rows of one file in order, with texts as bytes, which may not be UTF-8."""
     try:
         with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             columns = _checked_columns(path, name, file.schema_arrow)
@@ -254,17 +254,17 @@ def _rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _as_bytes(batch: Any) -> Any:
-    """The same batch with every text as bytes, so that one that is not UTF-8 costs its row alone."""
-    kinds = {_TEXT: pa.binary(), _TEXTS: pa.list_(pa.binary())}
+    """Return the batch with texts as bytes, so that invalid UTF-8 makes only its own row unusable."""
+    binary = {_TEXT: pa.binary(), _TEXTS: pa.list_(pa.binary())}
     fields = [
-        next((field.with_type(to) for kind, to in kinds.items() if kind.fits(field.type)), field)
+        next((field.with_type(to) for text, to in binary.items() if text.fits(field.type)), field)
         for field in batch.schema
     ]
     return batch.cast(pa.schema(fields))
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+    """Return what is wrong with a file, in one line."""
     try:
         with path.open("rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -272,4 +272,4 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"cannot be read ({failed.strerror})"
     if pointer:
         return "a Git LFS pointer, not the data: fetch it with git lfs pull"
-    return f"no intact Parquet file ({' '.join(str(error).split())[:160]}); download it again"
+    return f"damaged Parquet file ({' '.join(str(error).split())[:160]}); download it again"

@@ -1,8 +1,8 @@
-"""Where PixMo's Parquet files are: below `--source DIR`, or on the Hugging Face hub.
+"""Find PixMo's Parquet files below `--source DIR`, or download them from the Hugging Face hub.
 
-Either way a data set is a folder as its repository lays it out, `data/train-00000-of-00004.parquet` and so
-on. Only the training files are taken where there are others (pixmo-count's validation and test have no
-points, and are other people's measure of the result).
+In both places a data set is a folder with the files of its repository: `data/train-00000-of-00004.parquet`
+and so on. Only training files are used: the validation and test splits of pixmo-count have no points, and
+others measure results on them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 PATTERN = "data/*.parquet"
 TRAIN = "train"
-"""What the names of training files begin with."""
+"""Beginning of the names of training files."""
 OTHER_SPLITS = ("validation", "valid", "val", "test", "dev")
 
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 
 
 def local_files(source: Path, name: str) -> tuple[Path, ...]:
-    """The training files of `source`/`name`, in order; empty when there are none."""
+    """Return the training files of the folder `source`/`name`, sorted."""
     return _training_files(source / name)
 
 
 def missing_from(source: Path, names: list[str]) -> UserError:
-    """For a `--source` that holds none of the data sets asked for."""
+    """Return the error for a `--source` that has none of the data sets `names`."""
     if not source.is_dir():
         return UserError(f"--source {source}: no such folder")
     hint = ""
@@ -41,17 +41,17 @@ def missing_from(source: Path, names: list[str]) -> UserError:
     looked = ", ".join(f"{name}/{PATTERN}" for name in names)
     return UserError(
         f"--source {source} has none of the data sets asked for (looked for {looked}){hint}. "
-        f"Get one: {_by_hand(f'allenai/{names[0]}', str(source / names[0]))}"
+        f"Get one: {_command(f'allenai/{names[0]}', str(source / names[0]))}"
     )
 
 
 def hub_files(name: str, repository: str) -> tuple[Path, ...]:
-    """The training files of a repository on the hub, downloaded unless they are on this machine.
+    """Return the training files of a hub repository, downloaded unless they are on this machine.
 
     Raises:
-        UserError: they cannot be had; says how to do without the hub.
+        UserError: they cannot be downloaded; the message says how to do without the hub.
     """
-    way_out = f"download it where that works ({_by_hand(repository, f'DIR/{name}')}) and give --source DIR"
+    way_out = f"download it where that works ({_command(repository, f'DIR/{name}')}) and give --source DIR"
     why = unreachable()
     try:
         folder = huggingface_hub.snapshot_download(
@@ -61,10 +61,12 @@ def hub_files(name: str, repository: str) -> tuple[Path, ...]:
             ignore_patterns=[f"data/{split}-*" for split in OTHER_SPLITS],
             local_files_only=bool(why),
         )
-    # What the client may raise is an open set: its own, those of its HTTP library and of its Rust one.
+    # The client raises its own errors, those of its HTTP library and those of its Rust library.
     except Exception as error:
-        told = f"it is not on this machine, and {why}" if why else _short(error)
-        raise UserError(f"data set {name} ({repository} on the hub): {told}; {way_out}") from error
+        reason = f"it is not on this machine, and {why}" if why else _short(error)
+        raise UserError(
+            f"data set {name} ({repository} on the hub): {reason}; {way_out}"
+        ) from error
     files = _training_files(Path(folder))
     if not files:
         raise UserError(f"data set {name}: {repository} on the hub has no {PATTERN}; {way_out}")
@@ -72,7 +74,10 @@ def hub_files(name: str, repository: str) -> tuple[Path, ...]:
 
 
 def _training_files(folder: Path) -> tuple[Path, ...]:
-    """Sorted by name. Missing shards are named: half a download looks like a small data set."""
+    """Return the training files of `folder`, sorted, and log missing ones.
+
+    Without the log, half a download would look like a small data set.
+    """
     found = sorted(folder.glob(PATTERN))
     files = [path for path in found if path.name.startswith(TRAIN)] or [
         path for path in found if not path.name.startswith(OTHER_SPLITS)
@@ -86,7 +91,7 @@ def _training_files(folder: Path) -> tuple[Path, ...]:
     }
     if missing := sorted(wanted - here):
         log.warning(
-            "%s: %d of %d files are missing (first %s.parquet); taking those that are there",
+            "%s: %d of %d files are missing (first %s.parquet); using the others",
             folder,
             len(missing),
             len(wanted),
@@ -95,7 +100,7 @@ def _training_files(folder: Path) -> tuple[Path, ...]:
     return tuple(path.absolute() for path in files)
 
 
-def _by_hand(repository: str, folder: str) -> str:
+def _command(repository: str, folder: str) -> str:
     return f"hf download {repository} --repo-type dataset --local-dir {folder}"
 
 

@@ -1,12 +1,12 @@
-"""What PixMo's rows say, as conversations: one row in, messages out. No files here.
+"""Turn one row of a PixMo table into conversations.
 
-A row is a mapping of its columns, texts as the bytes that Parquet holds. What cannot be used is a
-`BadRowError` (the row) or an `Unusable` (a part of it), each with a reason that can be counted.
+A row maps columns to values, with texts as the bytes in the Parquet file. An unusable row raises
+`BadRowError`, and an unusable part of a row gives an `Unusable`. Their reasons can be counted.
 
-The image's mark always comes first, so an `<image>` in somebody's words stays text (see
-`model.language.chat_template`). Points are Molmo2's html-v2, from 0 to 1000 in both directions, three
-digits at least: `<points coords="1 1 042 400 2 911 800">label</points>`: number of the image, then for
-each point its own number, x and y. Points go from left to right, so that there is one right answer.
+The placeholder of the image comes first, so an `<image>` in a text of the data set stays text (see
+`model.language.chat_template`). Points have Molmo2's format html-v2, with coordinates from 0 to 1000 and at
+least three digits: `<points coords="1 1 042 400 2 911 800">label</points>` is the number of the image, then
+number, x and y of each point. Points are sorted from left to right, so that there is one right answer.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from cache.store.samples import MediaRef, Message
 from encode.sources.folder import CAPTION_PROMPT, IMAGE_TOKEN
 
 TRANSCRIPT_PROMPT = "Describe this image as you would tell it to somebody."
-"""For what an annotator said aloud, before it was made into a caption."""
+"""User message of a transcript: what an annotator said, before it was turned into a caption."""
 NONE = "There are none."
+"""Answer to a pointing question about something that the image does not show."""
 POINTS_WEIGHT = 0.2
-"""Of answers made of coordinates: many tokens that say little each would drown the rest (Molmo2's value)."""
+"""Weight of answers made of coordinates, whose many tokens would outweigh other answers."""
+# Molmo2's value.
 
 SCALE = 1000
-"""Coordinates go from 0 to this."""
+"""Largest coordinate of an answer."""
 PERCENT = 100.0
+"""Largest coordinate in pixmo-points."""
 EDGE = 0.05
-"""A click this far outside (in widths or heights) is moved to the edge; further out it is no point."""
+"""Points up to this far outside the image, in widths or heights, are moved to its edge."""
 
 Row = Mapping[str, Any]
 Size = tuple[int, int]
@@ -42,38 +45,38 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class BadRowError(Exception):
-    """Why a row cannot be used: a few words, the same for every row with that trouble."""
+    """Why a row is unusable: a few words, equal for all rows with that problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One sample's worth of a row."""
+    """The text of one sample."""
 
     messages: tuple[Message, ...]
-    """The image's mark first."""
+    """The messages; the first begins with the placeholder of the image."""
     task: str
     """caption, transcript, point, count, question or chat."""
     suffix: str = ""
-    """Tells it from the row's others."""
+    """End of the sample's id, which differs between the conversations of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unusable:
-    """A part of a row that is left out, while the rest is used."""
+    """A part of a row that is left out while the rest is used."""
 
     reason: str
-    """As of `BadRowError`, a whole phrase."""
+    """Why, as a phrase equal for all rows with that problem."""
 
 
 Reader = Callable[[Row, Size | None], Iterator[Conversation | Unusable]]
-"""What one data set makes of a row; the size of the row's image is given when it is known."""
+"""Reads a row of one data set; the second argument is the size of its image, if known."""
 
 
 def image(row: Row) -> MediaRef:
-    """The image a row is about, with the hash its bytes must have where the row has one."""
+    """Return the image of a row, with the sha256 of its bytes if the row has one."""
     url = _text(row, "image_url", strip=False)
     if not url.startswith(("http://", "https://")) or not url.isprintable():
-        raise BadRowError("image_url is no http(s) address")
+        raise BadRowError("image_url is not an http(s) URL")
     if row.get("image_sha256") is None:
         return MediaRef(source=url)
     sha256 = _text(row, "image_sha256").lower()
@@ -86,43 +89,43 @@ def image(row: Row) -> MediaRef:
 
 
 def captions(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-cap: the caption, and each transcript of what was said aloud."""
+    """pixmo-cap: yield the caption and each transcript."""
     try:
-        yield _exchange(CAPTION_PROMPT, _text(row, "caption"), task="caption")
+        yield _question(CAPTION_PROMPT, _text(row, "caption"), task="caption")
     except BadRowError as error:
         yield Unusable(reason=f"left out: {error}")
-    for number, said in enumerate(row["transcripts"] or ()):
+    for number, transcript in enumerate(row["transcripts"] or ()):
         try:
-            told = _text({"transcript": said}, "transcript")
+            text = _text({"transcript": transcript}, "transcript")
         except BadRowError as error:
             yield Unusable(reason=f"left out: {error}")
             continue
-        yield _exchange(TRANSCRIPT_PROMPT, told, task="transcript", suffix=f".t{number}")
+        yield _question(TRANSCRIPT_PROMPT, text, task="transcript", suffix=f".t{number}")
 
 
 def pointing(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-points: where all of something is; coordinates come in percent."""
+    """pixmo-points: yield the points of a label; the row has them in percent."""
     label, points = _label(row), _pairs(row["points"])
-    asked = f"Point to {label}."
+    question = f"Point to {label}."
     if points:
-        yield _exchange(
-            asked, _html(label, points, (PERCENT, PERCENT)), task="point", weight=POINTS_WEIGHT
+        yield _question(
+            question, _html(label, points, (PERCENT, PERCENT)), task="point", weight=POINTS_WEIGHT
         )
     elif row["count"] == 0:
-        yield _exchange(asked, NONE, task="point")
+        yield _question(question, NONE, task="point")
     else:
         raise BadRowError("no points, though the count is not 0")
 
 
 def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-count: how many there are; pointing at them too, once the image's size is known.
+    """pixmo-count: yield the count, with points if the size of the image is known.
 
-    Coordinates come in pixels. Points that cannot be trusted take nothing from the count.
+    The row has points in pixels. If they are unusable, the count is used without them.
     """
     label, count = _label(row), row["count"]
     if count is None or count < 0:
-        raise BadRowError("count is no number of things")
-    alone = _exchange(f"How many {label} are there?", str(count), task="count")
+        raise BadRowError("count is not a number of things")
+    alone = _question(f"How many {label} are there?", str(count), task="count")
     if size is None or count == 0:
         yield alone
         return
@@ -135,7 +138,7 @@ def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
         yield Unusable(reason=f"counted without its points: {error}")
         yield alone
         return
-    yield _exchange(
+    yield _question(
         f"Point to {label} and count them.",
         f"{coords} That makes {count}.",
         task="count",
@@ -144,7 +147,7 @@ def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
 
 
 def conversations(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-cap-qa: the question carries [USER] and [ASSISTANT] tags; `messages` is the fallback."""
+    """pixmo-cap-qa: yield the conversation in the tags of the question, or else in `messages`."""
     try:
         turns = _tagged(_text(row, "question"), _text(row, "answer"))
     except BadRowError:
@@ -155,8 +158,8 @@ def conversations(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]
 
 
 def questions(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
-    """pixmo-ask-model-anything: a question and its answer."""
-    yield _exchange(_text(row, "question"), _text(row, "answer"), task="question")
+    """pixmo-ask-model-anything: yield the question and its answer."""
+    yield _question(_text(row, "question"), _text(row, "answer"), task="question")
 
 
 READERS: dict[str, Reader] = {
@@ -166,7 +169,7 @@ READERS: dict[str, Reader] = {
     "pixmo-cap-qa": conversations,
     "pixmo-ask-model-anything": questions,
 }
-"""By the data set's name."""
+"""Name of a data set -> its reader."""
 
 
 # ---- texts
@@ -185,21 +188,21 @@ def _text(row: Row, column: str, *, strip: bool = True) -> str:
 
 
 def _label(row: Row) -> str:
-    """On one line: it stands within sentences and tags."""
+    """Return the label on one line, as it becomes part of sentences and tags."""
     return " ".join(_text(row, "label").split())
 
 
-def _exchange(
-    asked: str, told: str, *, task: str, suffix: str = "", weight: float = 1.0
+def _question(
+    question: str, answer: str, *, task: str, suffix: str = "", weight: float = 1.0
 ) -> Conversation:
-    """One question, one answer."""
-    user = Message(role="user", content=IMAGE_TOKEN + asked)
-    assistant = Message(role="assistant", content=told, weight=weight)
+    """Return a conversation of one question and one answer."""
+    user = Message(role="user", content=IMAGE_TOKEN + question)
+    assistant = Message(role="assistant", content=answer, weight=weight)
     return Conversation(messages=(user, assistant), task=task, suffix=suffix)
 
 
 def _chat(turns: Sequence[str]) -> Conversation:
-    """Turns of user and assistant in alternation."""
+    """Return a conversation in which user and assistant alternate."""
     messages = tuple(
         Message(role=role, content=text)
         for role, text in zip(cycle(("user", "assistant")), (IMAGE_TOKEN + turns[0], *turns[1:]))
@@ -208,7 +211,7 @@ def _chat(turns: Sequence[str]) -> Conversation:
 
 
 def _tagged(question: str, answer: str) -> list[str]:
-    """The turns of `[USER] .. [ASSISTANT] .. [USER] .. [ASSISTANT]` and the answer that follows."""
+    """Return the turns of `[USER] .. [ASSISTANT] .. [USER] .. [ASSISTANT]` and the answer after them."""
     before, *rest = _TAG.split(question)
     roles, texts = rest[::2], [text.strip() for text in rest[1::2]]
     if not roles:
@@ -217,12 +220,12 @@ def _tagged(question: str, answer: str) -> list[str]:
         roles, texts = roles[:-1], texts[:-1]
     expected = [("USER", "ASSISTANT")[number % 2] for number in range(len(roles))]
     if before.strip() or roles != expected or len(roles) % 2 == 0 or not all(texts):
-        raise BadRowError("the tags in question make no conversation")
+        raise BadRowError("the tags in question do not alternate")
     return [*texts, answer]
 
 
 def _listed(row: Row) -> list[str]:
-    """The turns of the column `messages`: user and assistant in alternation, as texts."""
+    """Return the turns of the column `messages`, in which user and assistant alternate."""
     turns = [_text({"messages": turn}, "messages") for turn in row["messages"]]
     if len(turns) % 2:
         turns.append(_text(row, "answer"))
@@ -233,19 +236,19 @@ def _listed(row: Row) -> list[str]:
 
 
 def thousandths(value: float | None, full: float) -> int:
-    """`value` of `full` as an integer from 0 to 1000.
+    """Return `value` / `full` in thousandths, as an integer from 0 to 1000.
 
     Raises:
-        BadRowError: not a number, or beyond the edge by more than a click may be.
+        BadRowError: `value` is not a number, or outside the image by more than EDGE.
     """
     share = float("nan") if value is None else value / full
-    if not -EDGE <= share <= 1 + EDGE:  # NaN is refused too
+    if not -EDGE <= share <= 1 + EDGE:  # also true for NaN
         raise BadRowError("a point outside the image")
     return min(SCALE, max(0, round(SCALE * share)))
 
 
 def _pairs(points: Any) -> Points:
-    """(x, y) of each point, whichever way they are nested: a list of structs, or a struct of lists."""
+    """Return (x, y) of each point of a list of structs or a struct of lists."""
     if points is None:
         return ()
     if isinstance(points, Mapping):
@@ -259,7 +262,7 @@ def _pairs(points: Any) -> Points:
 
 
 def _html(label: str, points: Points, full: tuple[float, float]) -> str:
-    """As an answer; `full` is the image's width and height in the points' unit."""
+    """Return points as an answer; `full` is the width and height of the image in the unit of the points."""
     places = sorted((thousandths(x, full[0]), thousandths(y, full[1])) for x, y in points)
     coords = " ".join(f"{n} {x:03} {y:03}" for n, (x, y) in enumerate(places, 1))
     return f'<points coords="1 {coords}">{label}</points>'

@@ -314,7 +314,7 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="download it again") as refused:
             list(only(ASK, tmp_path).samples())
-        assert str(refused.value).startswith(f"{path}: no intact Parquet file (")
+        assert str(refused.value).startswith(f"{path}: damaged Parquet file (")
         assert "\n" not in str(refused.value)
 
 
@@ -374,7 +374,7 @@ def test_rows_that_cannot_be_used_are_counted_once(
     assert line == (
         f"{ASK}: left out: no answer (2, first train-00000-of-00001#2); "
         "left out: no image_url (1, first train-00000-of-00001#1); "
-        "left out: image_url is no http(s) address (1, first train-00000-of-00001#3)"
+        "left out: image_url is not an http(s) URL (1, first train-00000-of-00001#3)"
     )
 
 
@@ -428,7 +428,7 @@ def test_a_data_set_without_any_use_is_refused(rows: list[Any], why: str, tmp_pa
     write_table(tmp_path, ASK, rows)
     with pytest.raises(UserError) as refused:
         list(only(ASK, tmp_path).samples())
-    assert str(refused.value).endswith(f"can be used: {why}")
+    assert str(refused.value).endswith(f"is usable: {why}")
 
 
 # ---- memory

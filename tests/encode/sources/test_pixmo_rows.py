@@ -234,7 +234,7 @@ def test_none_counted_is_zero_with_and_without_the_size() -> None:
 
 @pytest.mark.parametrize("count", [None, -1])
 def test_a_count_that_is_none_is_refused(count: int | None) -> None:
-    assert reason("pixmo-count", **{**DOGS, "count": count}) == "count is no number of things"
+    assert reason("pixmo-count", **{**DOGS, "count": count}) == "count is not a number of things"
 
 
 # ---- questions
@@ -325,11 +325,11 @@ def test_addresses_are_kept_to_the_letter(url: str) -> None:
         ({"image_url": None}, "no image_url"),
         ({"image_url": ""}, "no image_url"),
         ({"image_url": b"http://\xff"}, "image_url is not UTF-8"),
-        ({"image_url": "/etc/passwd"}, "image_url is no http(s) address"),
-        ({"image_url": "file:///etc/passwd"}, "image_url is no http(s) address"),
-        ({"image_url": "ftp://x.org/a.jpg"}, "image_url is no http(s) address"),
-        ({"image_url": "http://x.org/a\nb"}, "image_url is no http(s) address"),
-        ({"image_url": "http://x.org/a\0"}, "image_url is no http(s) address"),
+        ({"image_url": "/etc/passwd"}, "image_url is not an http(s) URL"),
+        ({"image_url": "file:///etc/passwd"}, "image_url is not an http(s) URL"),
+        ({"image_url": "ftp://x.org/a.jpg"}, "image_url is not an http(s) URL"),
+        ({"image_url": "http://x.org/a\nb"}, "image_url is not an http(s) URL"),
+        ({"image_url": "http://x.org/a\0"}, "image_url is not an http(s) URL"),
         ({"image_sha256": SHA[1:]}, "image_sha256 is not 64 hex digits"),
         ({"image_sha256": "z" * 64}, "image_sha256 is not 64 hex digits"),
         ({"image_sha256": SHA + "\n0"}, "image_sha256 is not 64 hex digits"),
