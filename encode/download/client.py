@@ -32,13 +32,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from encode.download.config import DownloadConfig, DownloadError
+from encode.download.config import DownloadConfig
 from encode.download.host_limits import HostLimits
-from encode.download.memory_budget import MemoryBudget, OverBudgetError, Reservation
+from encode.download.memory_budget import MemoryBudget, Reservation
 from encode.download.outage import Outage
 from encode.download.request import Attempt, Body
 from encode.download.session import CheckedSockets, DnsThreads, new_session
 from encode.download.urls import host_of, parse_url
+from encode.errors import DownloadError, OverBudgetError
 from model.media.images import BadMediaError
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,8 @@ class Fetcher:
             future.cancel()
             return
         except DownloadError as error:
-            failure = BadMediaError(error.reason, error.stage)
+            failure = error.with_traceback(None)  # traceback and context keep the body in memory
+            failure.__cause__ = failure.__context__ = None
         except Exception as error:  # no list of exceptions covers all of the open web
             where = traceback.extract_tb(error.__traceback__)[-1]
             name = type(error).__name__

@@ -1,4 +1,4 @@
-"""The limits of downloads, and the error of a failed attempt."""
+"""The limits of downloads."""
 
 from __future__ import annotations
 
@@ -57,33 +57,3 @@ class DownloadConfig:
             raise ValueError(
                 f"budget_bytes is {self.budget_bytes}, must hold one body of max_bytes {self.max_bytes}"
             )
-
-
-class DownloadError(Exception):
-    """A failed attempt to download a URL."""
-
-    def __init__(
-        self,
-        reason: str,
-        *,
-        stage: str = "fetch",
-        retryable: bool = False,
-        wait_s: float = 0.0,
-        unreachable: bool = False,
-        attempted: bool = True,
-    ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        """One line for the ledger. It contains nothing of the URL except its host."""
-        self.stage = stage
-        """Stage in the ledger: fetch, or verify for bytes with another sha256."""
-        self.retryable = retryable
-        """Whether another attempt may succeed."""
-        self.wait_s = wait_s
-        """Seconds to wait before the next attempt."""
-        self.unreachable = unreachable
-        """Whether neither the host nor a name server answered."""
-        self.attempted = attempted
-        """Whether a request was made, so that the error says something about the host."""
-        self.host = ""
-        """Host that failed; empty if the error has nothing to do with a host."""

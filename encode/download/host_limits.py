@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from encode.download.config import DownloadConfig, DownloadError
+from encode.download.config import DownloadConfig
+from encode.errors import DownloadError
 
 # Connections to these hosts stay open for a few seconds. Keeping one for each of a million hosts that are
 # asked once would exceed the number of files that a process may open.

@@ -16,12 +16,10 @@ import asyncio
 import contextlib
 from collections import deque
 
+from encode.errors import OverBudgetError
+
 FIRST_SHARE = 64 << 10
 """Bytes reserved before the length is known: about what arrives with the headers."""
-
-
-class OverBudgetError(Exception):
-    """An attempt needs more memory than is free. The reservation records how much it needs."""
 
 
 class Reservation:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 
-from encode.download.config import DownloadError
+from encode.errors import DownloadError
 
 log = logging.getLogger(__name__)
 

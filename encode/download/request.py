@@ -17,11 +17,12 @@ from yarl import URL
 from cache.errors import RefusedAddressError
 from cache.remote.net import literal_address, refusal_reason
 from cache.remote.retry import retry_after
-from encode.download.config import DownloadConfig, DownloadError
+from encode.download.config import DownloadConfig
 from encode.download.host_limits import HostLimits
 from encode.download.memory_budget import Reservation
 from encode.download.session import KEEP_ALIVE_S
 from encode.download.urls import host_of, redirect_url
+from encode.errors import DownloadError
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPLETE = (200, 203)

@@ -11,7 +11,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from yarl import URL
 
-from encode.download.config import DownloadError
+from encode.errors import DownloadError
 
 _DROPPED = {ord(mark): None for mark in "\t\r\n"}
 _CONTROLS = "".join(map(chr, range(0x21)))

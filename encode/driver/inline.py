@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from encode.driver.tracker import TooManyFailuresError, Tracker
+from encode.driver.tracker import Tracker
+from encode.errors import TooManyFailuresError
 from encode.worker.messages import Registrar
 from encode.worker.worker import Worker
 

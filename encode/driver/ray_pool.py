@@ -31,7 +31,8 @@ from cache.store.references import Present
 from cache.store.space import Space
 from configs import UserError
 from encode.driver.culprits import Culprits, rejection
-from encode.driver.tracker import TooManyFailuresError, Tracker
+from encode.driver.tracker import Tracker
+from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import decode_log_file, read_entries
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, media_id

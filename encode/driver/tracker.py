@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from configs import UserError
+from encode.errors import TooManyFailuresError
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
@@ -22,10 +22,6 @@ LEDGER_EVERY_S = 30.0
 
 LEDGER_EVERY_RECORDS = 8192
 """Records that wait at most before they are written as one part of the media table."""
-
-
-class TooManyFailuresError(UserError):
-    """Too many sources failed in our own code, so the job stops."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,9 @@ import pyarrow.parquet as pq
 
 from cache.store.samples import Sample
 from configs import UserError, nearest
+from encode.errors import BadRowError
 from encode.sources.pixmo_files import hub_files, local_files
-from encode.sources.pixmo_rows import READERS, BadRowError, Row, Size, Unusable, image
+from encode.sources.pixmo_rows import READERS, Row, Size, Unusable, image
 
 log = logging.getLogger(__name__)
 

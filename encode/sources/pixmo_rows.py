@@ -18,6 +18,7 @@ from itertools import cycle
 from typing import Any
 
 from cache.store.samples import MediaRef, Message
+from encode.errors import BadRowError
 from encode.sources.folder import CAPTION_PROMPT, IMAGE_TOKEN
 
 TRANSCRIPT_PROMPT = "Describe this image as you would tell it to somebody."
@@ -42,10 +43,6 @@ Points = Sequence[tuple[Any, Any]]
 
 _TAG = re.compile(r"\[(USER|ASSISTANT)\]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class BadRowError(Exception):
-    """Why a row is unusable: a few words, equal for all rows with that problem."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cache.errors import DiskError
 from cache.format.spec import ARRAY_OF
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
-from configs import UserError
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import Outcome
 from model.media.images import Failure
@@ -31,15 +31,11 @@ POLL_S = 0.5
 """Seconds between two looks for shards that are old enough to be committed."""
 
 
-class DiskFullError(UserError):
-    """No space left on the disk of the cache."""
-
-
-def disk_full(error: OSError, where: object) -> DiskFullError | None:
-    """Return `error` as a DiskFullError if it reports a full disk or quota, else None."""
+def disk_full(error: OSError, where: object) -> DiskError | None:
+    """Return `error` as a DiskError if it reports a full disk or quota, else None."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFullError(
+    return DiskError(
         f"disk full ({where}); everything committed is kept: free some space and run the same "
         "command again to continue"
     )
@@ -106,7 +102,7 @@ class RowWriter:
         self.check()
 
     def check(self) -> None:
-        """Raise the error that stopped the thread: DiskFullError or StaleJobError."""
+        """Raise the error that stopped the thread: DiskError or StaleJobError."""
         if self._error is not None:
             raise self._error
 

@@ -127,7 +127,7 @@ class Worker:
         """Start `tasks`, and encode until few sources are waiting. Return the outcomes known so far.
 
         Raises:
-            DiskFullError: a shard could not be written; its rows do not exist.
+            DiskError: a shard could not be written; its rows do not exist.
             StaleJobError: another job has taken over the space.
         """
         self._report()
@@ -143,7 +143,7 @@ class Worker:
         """Encode and commit all started tasks; after a stop, commit only what is encoded already.
 
         Raises:
-            DiskFullError: a shard could not be written; its rows do not exist.
+            DiskError: a shard could not be written; its rows do not exist.
             StaleJobError: another job has taken over the space.
         """
         while self._under_way and self._report():

@@ -18,16 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.errors import InUseError
+from cache.errors import DiskError, InUseError
 from cache.format.codec import pack
 from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.driver.signals import Interrupts
-from encode.driver.tracker import TooManyFailuresError
+from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
-from encode.worker.row_writer import DiskFullError
 from encode.worker.worker import Worker
 from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
@@ -337,7 +336,7 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
     whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, 9))
-        with pytest.raises(DiskFullError) as full:
+        with pytest.raises(DiskError) as full:
             encode(tmp_path / "cache", f"folder:{photos}")
     assert str(full.value).startswith("disk full (")
     assert "run the same command again" in str(full.value)

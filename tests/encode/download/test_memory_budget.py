@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.memory_budget import FIRST_SHARE, MemoryBudget, OverBudgetError, Reservation
+from encode.download.memory_budget import FIRST_SHARE, MemoryBudget, Reservation
+from encode.errors import OverBudgetError
 from tests.support.web_server import (
     Act,
     Handler,

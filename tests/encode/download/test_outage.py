@@ -14,8 +14,8 @@ import pytest
 
 import encode.download.outage
 from encode.download.client import Fetched, Fetcher
-from encode.download.config import DownloadError
 from encode.download.outage import HOSTS, Outage
+from encode.errors import DownloadError
 from tests.support.web_server import TroubleServer, outcome, quick_config, wait_until
 
 

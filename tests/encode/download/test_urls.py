@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.config import DownloadError
 from encode.download.urls import host_of, parse_url, redirect_url
+from encode.errors import DownloadError
 from tests.support.web_server import Handler, TroubleServer, outcome, quick_config
 
 SPELLINGS = {

@@ -18,9 +18,9 @@ from encode.driver.tracker import (
     LEDGER_EVERY_RECORDS,
     FailureBudget,
     Ledger,
-    TooManyFailuresError,
     Tracker,
 )
+from encode.errors import TooManyFailuresError
 from encode.worker.local_files import identify
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
 from model.media.images import Failure

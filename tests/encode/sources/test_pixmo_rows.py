@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cache.store.samples import MediaRef
+from encode.errors import BadRowError
 from encode.sources.folder import CAPTION_PROMPT
 from encode.sources.pixmo_rows import (
     EDGE,
@@ -19,7 +20,6 @@ from encode.sources.pixmo_rows import (
     POINTS_WEIGHT,
     READERS,
     TRANSCRIPT_PROMPT,
-    BadRowError,
     Conversation,
     Unusable,
     image,

@@ -21,9 +21,7 @@ from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from configs import UserError
 from encode.worker import row_writer
-from encode.worker.row_writer import DiskFullError
 from encode.worker.worker import Worker
 from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import fill, key, make_space
@@ -101,12 +99,11 @@ def test_an_encode_job_on_a_disk_that_fills_up(
                 disk.fill()
             return super().decode(data)
 
-    with pytest.raises(UserError) as full:
+    with pytest.raises(DiskError) as full:
         try:
             encode(cache, media, config=config, worker_class=Greedy)
         except OSError as error:  # as encode.run's main does
             raise (row_writer.disk_full(error, cache) or error) from error
-    assert isinstance(full.value, DiskFullError)
     assert str(full.value).startswith(f"disk full ({cache}")
     assert "\n" not in str(full.value)
     report = verify(CacheRoot(cache), deep=True)
