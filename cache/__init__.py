@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cache.errors import CacheError, CorruptError
     from cache.format.spec import FeatureSpec
-    from cache.remote.open import open_reader
+    from cache.remote.open import RemoteOptions, open_reader
     from cache.store.ledger import MediaRecord, append_media
     from cache.store.paths import CacheRoot
     from cache.store.reader import FeatureReader
@@ -48,6 +48,7 @@ __all__ = [
     "MediaRecord",
     "MediaRef",
     "Message",
+    "RemoteOptions",
     "Sample",
     "ShardWriter",
     "Space",
@@ -66,6 +67,7 @@ _MODULE_OF = {
     "MediaRecord": "cache.store.ledger",
     "MediaRef": "cache.store.samples",
     "Message": "cache.store.samples",
+    "RemoteOptions": "cache.remote.open",
     "Sample": "cache.store.samples",
     "ShardWriter": "cache.store.writer",
     "Space": "cache.store.space",

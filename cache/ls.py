@@ -27,7 +27,7 @@ from cache.maintenance.inventory import (
     open_spaces,
     summarise_datasets,
 )
-from cache.remote.open import Elsewhere, local_root
+from cache.remote.open import RemoteOptions, local_root
 from cache.store.ledger import STAGES
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -44,7 +44,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Elsewhere):
+class Options(RemoteOptions):
     """What to list."""
 
     features: str = "cache"

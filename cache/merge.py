@@ -10,7 +10,7 @@ reported and not copied. Media: add records of unknown sources; `ok` replaces `f
 failures counts. Where a source gave different bytes on the two machines, keep the local record and print it.
 Samples: copy data sets that the local cache lacks.
 
-The command can be interrupted and repeated; what is already here is not copied again. The exit status is 1
+The command can be interrupted and repeated; a row is never copied twice. The exit status is 1
 when rows were damaged.
 """
 

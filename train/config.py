@@ -12,7 +12,7 @@ import yaml
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
-from cache.remote.open import Elsewhere
+from cache.remote.open import RemoteOptions
 from configs import UserError, nearest
 
 SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
@@ -31,7 +31,7 @@ MACHINE_KEYS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Elsewhere):
+class Options(RemoteOptions):
     """Train the connector and the language model on cached features, one stage at a time."""
 
     stage: Literal[1, 2, 3] = 1

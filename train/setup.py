@@ -23,7 +23,7 @@ import torch
 import configs
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import FeatureSpec
-from cache.remote.open import open_reader, root_of
+from cache.remote.open import cache_root, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
@@ -227,7 +227,7 @@ def load_data(
     Raises:
         UserError: features are missing, no data set is in the cache, or a sample is longer than the window.
     """
-    root = root_of(reader)
+    root = cache_root(reader)
     facts = run_folder.read_facts(folder)
     train = join(
         root,

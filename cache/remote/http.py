@@ -1,9 +1,10 @@
-"""Ranges of files over https, with every limit the open web teaches.
+"""Read ranges of files over https from servers that are not trusted.
 
-The standard library's client, one connection a thread at a time: reading and TLS run outside Python's lock,
-and the body goes into the caller's buffer. Sockets are made here, so the address that is judged is the one
-that is connected to. No proxies from the environment, no cookies; a `Authorization` header stays with the
-host it is for. A body is never longer than what was asked for, whatever the server sends.
+The client is the standard library's, with one connection a thread at a time: receiving and TLS run outside
+Python's global lock, and the body is copied into the caller's buffer. This module opens the sockets itself,
+so the address that is checked is the address that is connected to. It ignores the environment's proxies and
+cookies, sends an `Authorization` header only to its own host, and never receives more bytes than it asked
+for.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from cache.errors import CacheError, RefusedAddressError, RequestError
 from cache.remote.net import is_loopback, refusal_reason, tls_context
-from cache.remote.retry import Entry, RetryPolicy, retry_after
+from cache.remote.retry import RetryPolicy, retry_after
 
 USER_AGENT = "nanoMolmo2/0.1 (reads ranges of a shared feature cache; honours Retry-After)"
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-GONE = frozenset({401, 403, 404, 410})
-"""What a redirect's target answers once its signature has run out."""
-MEMO_S = 240
-"""A redirect is believed for so long: signed URLs live for minutes to hours."""
+PASSING_STATUS = frozenset(
+    {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529}
+)
+"""Statuses after which the same request may succeed; 509 and 52x are used by web hosts and CDNs."""
+REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
+EXPIRED_STATUS = frozenset({401, 403, 404, 410})
+"""Statuses with which the target of a redirect answers once its signature has expired."""
+REDIRECT_MEMORY_S = 240
+"""Seconds for which a redirect is used again. Signed URLs are valid for minutes to hours."""
 IDLE_S = 15
-"""A connection idle for longer is not used again: many servers have closed it by then."""
-AT_ONCE = 256 << 10
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+"""Seconds after which an idle connection is not used again: many servers have closed it by then."""
+BLOCK_BYTES = 256 << 10
+"""The most bytes that one call receives."""
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 @dataclass(frozen=True)
@@ -45,31 +50,29 @@ class _Origin:
 
 
 class HttpStore:
-    """Files below a URL."""
-
-    needs_listing = True
+    """Files below the URL of a folder."""
 
     def __init__(
         self,
         base: str,
-        rules: RetryPolicy,
+        policy: RetryPolicy,
         *,
-        place: str | None = None,
+        url: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Connect to nothing yet.
+        """Check the URL; connect to nothing yet.
 
         Args:
             base: the URL of the folder.
-            rules: limits.
-            place: what to call it in messages; `base` when None.
-            headers: sent to the host of `base` alone, as an authorization.
+            policy: limits.
+            url: the URL to name in messages; default: `base`.
+            headers: headers for the host of `base` only, such as an authorization.
 
         Raises:
-            CacheError: a URL that is not read from.
+            CacheError: the URL is invalid, contains a secret, or is plain http.
         """
-        self._base, self._rules = base.rstrip("/"), rules
-        self.place = place or self._base
+        self._base, self._policy = base.rstrip("/"), policy
+        self.url = url or self._base
         self._headers = dict(headers or {})
         try:
             parts = urlsplit(base)
@@ -77,29 +80,25 @@ class HttpStore:
             if not secret:
                 self._origin = _origin(base)
         except ValueError:
-            raise CacheError(f"{self.place}: no valid URL") from None
-        if secret:  # which is not repeated here
+            raise CacheError(f"{self.url}: no valid URL") from None
+        if secret:  # the message must not repeat it
             raise CacheError(
                 f"{parts.scheme}://{parts.hostname}: a URL with a password, a query or a fragment; give "
-                "the plain URL of the folder (for private ones there are s3:// and hf://)"
+                "the plain URL of the folder (for private ones use s3:// or hf://)"
             )
-        # Who names this machine means it; nothing that a server says can lead there.
+        # A user may name this machine itself. A redirect to it from elsewhere is refused.
         self._local = is_loopback(self._origin.host)
-        if what := self._refused(self._origin):
-            raise CacheError(f"{self.place}: {what}; if you trust it: --allow-private")
-        self._pool = _Pool(rules, rules.allow_private or self._local)
-        self._memo: dict[str, tuple[str, float]] = {}
-
-    def names(self) -> dict[str, Entry]:
-        """There is no list of what a web server has."""
-        raise NotImplementedError
+        if reason := self._plain_http(self._origin):
+            raise CacheError(f"{self.url}: {reason}; if you trust it: --allow-private")
+        self._pool = _ConnectionPool(policy, policy.allow_private or self._local)
+        self._redirects: dict[str, tuple[str, float]] = {}  # name -> URL, and when to forget it
 
     def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
-        """See Store."""
+        """Fill `target` from a file; see `cache.remote.stores.Store`."""
         last = offset + len(target) - 1
-        with self._answer(name, {"Range": f"bytes={offset}-{last}"}) as (response, deadline):
+        with self._open(name, {"Range": f"bytes={offset}-{last}"}) as (response, deadline):
             if response.status == 200 and offset == 0 and response.length == len(target) == size:
-                pass  # the whole file is what was asked for
+                pass  # the request was for the whole file
             elif response.status != 206:
                 raise RequestError(
                     "the server ignores Range requests (200 instead of 206), so rows cannot be read one by "
@@ -110,14 +109,14 @@ class HttpStore:
                 _check_range(response, offset, last, size)
             _receive(response, target, deadline)
 
-    def whole(self, name: str, most: int) -> bytes:
-        """See Store."""
-        with self._answer(name, {}) as (response, deadline):
+    def read_file(self, name: str, max_bytes: int) -> bytes:
+        """Return a whole file; see `cache.remote.stores.Store`."""
+        with self._open(name, {}) as (response, deadline):
             data = bytearray()
-            while block := _block(response, most + 1 - len(data), deadline):
+            while block := _block(response, max_bytes + 1 - len(data), deadline):
                 data += block
-                if len(data) > most:
-                    raise RequestError(f"{name} has more than {most:,} bytes", again=False)
+                if len(data) > max_bytes:
+                    raise RequestError(f"{name} has more than {max_bytes:,} bytes", again=False)
             if response.length:
                 raise RequestError("the body ends early", again=True)
             return bytes(data)
@@ -125,57 +124,66 @@ class HttpStore:
     # ---- one request
 
     @contextlib.contextmanager
-    def _answer(
+    def _open(
         self, name: str, headers: Mapping[str, str]
     ) -> Iterator[tuple[http.client.HTTPResponse, float]]:
-        """The 200 or 206 for a file, redirects followed; and when it must be read. Raises RequestError."""
-        deadline = time.monotonic() + self._rules.request_s
+        """Yield the response (200 or 206) for a file after redirects, and the deadline for its body.
+
+        Raises:
+            RequestError: the request failed, within the block too.
+        """
+        deadline = time.monotonic() + self._policy.request_s
         start = f"{self._base}/{quote(name)}"
-        memo, until = self._memo.get(name, (start, 0.0))
-        url = memo if time.monotonic() < until else start
-        for _ in range(self._rules.redirects + 1):
+        remembered, until = self._redirects.get(name, (start, 0.0))
+        url = remembered if time.monotonic() < until else start
+        for _ in range(self._policy.max_redirects + 1):
             origin = _origin(url)
             own = self._headers if origin == self._origin else {}
-            with self._pool.request(origin, _target(url), {**own, **headers}, deadline) as response:
+            with self._pool.get(origin, _path(url), {**own, **headers}, deadline) as response:
                 if response.status in (200, 206):
                     if url != start:
-                        self._memo[name] = url, max(until, time.monotonic() + MEMO_S)
+                        until = max(until, time.monotonic() + REDIRECT_MEMORY_S)
+                        self._redirects[name] = url, until
                     yield response, deadline
                     return
-                if response.status in GONE and url == memo != start:
-                    url, memo = start, start
-                    self._memo.pop(name, None)
+                if response.status in EXPIRED_STATUS and url == remembered != start:
+                    url, remembered = start, start
+                    self._redirects.pop(name, None)
                     continue
-                url = self._next(url, response)
-        raise RequestError(f"more than {self._rules.redirects} redirects", again=False)
+                url = self._redirect_target(url, response)
+        raise RequestError(f"more than {self._policy.max_redirects} redirects", again=False)
 
-    def _next(self, url: str, response: http.client.HTTPResponse) -> str:
-        """Where a redirect leads. Raises RequestError: nowhere, or it is none."""
+    def _redirect_target(self, url: str, response: http.client.HTTPResponse) -> str:
+        """Return the URL that a redirect leads to.
+
+        Raises:
+            RequestError: the response is no redirect, or leads to a forbidden URL.
+        """
         status, location = response.status, response.headers.get("Location")
-        if status not in REDIRECTS or not location:
-            wait_s = retry_after(response.headers.get("Retry-After"))
+        if status not in REDIRECT_STATUS or not location:
             host = urlsplit(url).hostname
-            reason = f"{status} {http.client.responses.get(status, '')}".strip() + f" from {host}"
-            missing = status in GONE and status != 401
-            raise RequestError(reason, again=status in PASSING, wait_s=wait_s, missing=missing)
+            raise RequestError(
+                f"{status} {http.client.responses.get(status, '')}".strip() + f" from {host}",
+                again=status in PASSING_STATUS,
+                wait_s=retry_after(response.headers.get("Retry-After")),
+                missing=status in EXPIRED_STATUS and status != 401,
+            )
         try:
-            to = urljoin(url, location)
-            origin = _origin(to)
+            target = urljoin(url, location)
+            origin = _origin(target)
         except ValueError:
             raise RequestError("a redirect to no valid URL", again=False) from None
-        if what := self._refused(origin):
-            raise RequestError(f"a redirect to {what}", again=False)
-        return to
+        if reason := self._plain_http(origin):
+            raise RequestError(f"a redirect to {reason}", again=False)
+        return target
 
-    def _refused(self, origin: _Origin) -> str | None:
-        """Why a URL is not asked for whatever its address: not for its name."""
-        if origin.scheme == "https" or self._rules.allow_private:
+    def _plain_http(self, origin: _Origin) -> str | None:
+        """Return why an http:// URL is refused, or None for an acceptable one."""
+        if origin.scheme == "https" or self._policy.allow_private:
             return None
         if self._local and is_loopback(origin.host):
             return None
-        return (
-            f"plain http ({origin.host}), where anybody on the way can read and change what comes"
-        )
+        return f"plain http ({origin.host}), where anybody on the way can read and change the data"
 
 
 def _origin(url: str) -> _Origin:
@@ -187,7 +195,8 @@ def _origin(url: str) -> _Origin:
     )
 
 
-def _target(url: str) -> str:
+def _path(url: str) -> str:
+    """Return the path and the query of a URL, escaped for a request line."""
     parts = urlsplit(url)
     path = quote(parts.path or "/", safe="%/:;=@!$&'()*+,~")
     return f"{path}?{quote(parts.query, safe='%/:;=@!$&()*+,~?')}" if parts.query else path
@@ -196,7 +205,7 @@ def _target(url: str) -> str:
 def _check_range(
     response: http.client.HTTPResponse, offset: int, last: int, size: int | None
 ) -> None:
-    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if not found:
         raise RequestError("a 206 without its Content-Range", again=True)
     if size is not None and found[3] not in ("*", str(size)):
@@ -204,32 +213,32 @@ def _check_range(
     if (int(found[1]), int(found[2])) != (offset, last):
         raise RequestError(f"bytes {found[1]}-{found[2]} instead of {offset}-{last}", again=True)
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise RequestError("a compressed body, which nobody asked for", again=True)
+        raise RequestError("a compressed body, though none was requested", again=True)
 
 
 def _receive(response: http.client.HTTPResponse, target: memoryview, deadline: float) -> None:
-    """Fill `target` with the body. Raises RequestError that knows how much of it came."""
-    got = 0
+    """Fill `target` with the body; a RequestError tells how many bytes arrived before it."""
+    received = 0
     try:
-        while got < len(target):
-            block = _block(response, len(target) - got, deadline)
+        while received < len(target):
+            block = _block(response, len(target) - received, deadline)
             if not block:
                 raise RequestError("the body ends early", again=True)
-            target[got : got + len(block)] = block
-            got += len(block)
-    except RequestError as trouble:
-        trouble.got = got
+            target[received : received + len(block)] = block
+            received += len(block)
+    except RequestError as error:
+        error.got = received
         raise
 
 
-def _block(response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
-    """What one read brings; nothing at the end."""
+def _block(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    """Return the next bytes of a body; b"" at its end."""
     if time.monotonic() > deadline:
         raise RequestError("too slow: the answer is not complete in time", again=True)
     try:
         left = response.length
-        block = response.read1(min(most, AT_ONCE))
-        if left is not None:  # some versions of Python do not count what `read1` brings
+        block = response.read1(min(max_bytes, BLOCK_BYTES))
+        if left is not None:  # some versions of Python do not subtract what `read1` returns
             response.length = left - len(block)
         return block
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -237,6 +246,7 @@ def _block(response: http.client.HTTPResponse, most: int, deadline: float) -> by
 
 
 def _reason(error: Exception) -> str:
+    """Return what to say of a failed connection, without addresses or URLs."""
     if isinstance(error, TimeoutError):
         return "no byte for too long"
     if isinstance(error, http.client.HTTPException | ValueError):
@@ -247,37 +257,41 @@ def _reason(error: Exception) -> str:
 # ---- connections
 
 
-class _Pool:
-    """Connections that wait for their next request."""
+class _ConnectionPool:
+    """Idle connections, kept for the next request to their host."""
 
-    def __init__(self, rules: RetryPolicy, private: bool) -> None:
-        self._rules, self._private = rules, private
+    def __init__(self, policy: RetryPolicy, allow_private: bool) -> None:
+        self._policy, self._allow_private = policy, allow_private
         self._idle: dict[_Origin, list[tuple[http.client.HTTPConnection, float]]] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._tls: ssl.SSLContext | None = None
 
     def __del__(self) -> None:
-        for waiting in self._idle.values():
-            for connection, _ in waiting:
+        for idle in self._idle.values():
+            for connection, _ in idle:
                 connection.close()
 
     @contextlib.contextmanager
-    def request(
+    def get(
         self, origin: _Origin, path: str, headers: Mapping[str, str], deadline: float
     ) -> Iterator[http.client.HTTPResponse]:
-        """The head of the answer to a GET; its body is read within the block. Raises RequestError."""
-        reused = self._take(origin)
+        """Send a GET and yield the response, whose body is read within the block.
+
+        Raises:
+            RequestError: the connection or the request failed.
+        """
+        reused = self._take_idle(origin)
         connection = reused or self._connect(origin)
         try:
             try:
-                response = _ask(connection, path, headers)
+                response = _get(connection, path, headers)
             except (ConnectionError, http.client.RemoteDisconnected):
                 if reused is None:
                     raise
-                connection.close()  # it was closed while idle: that says nothing of the server
+                connection.close()  # it was closed while idle, which is no failure of the server
                 connection = self._connect(origin)
-                response = _ask(connection, path, headers)
+                response = _get(connection, path, headers)
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise RequestError(f"{origin.host}: {_reason(error)}", again=True) from None
@@ -286,35 +300,36 @@ class _Pool:
         except BaseException:
             connection.close()
             raise
-        self._give_back(origin, connection, response, deadline)
+        self._keep_or_close(origin, connection, response, deadline)
 
-    def _take(self, origin: _Origin) -> http.client.HTTPConnection | None:
+    def _take_idle(self, origin: _Origin) -> http.client.HTTPConnection | None:
         with self._lock:
-            if self._pid != os.getpid():  # a forked child must not write into its parent's streams
+            if (
+                self._pid != os.getpid()
+            ):  # a forked child must not write to its parent's connections
                 self._pid, self._idle = os.getpid(), {}
-            waiting = self._idle.get(origin, [])
-            while waiting:
-                connection, since = waiting.pop()
+            idle = self._idle.get(origin, [])
+            while idle:
+                connection, since = idle.pop()
                 if time.monotonic() - since < IDLE_S:
                     return connection
                 connection.close()
         return None
 
-    def _give_back(
+    def _keep_or_close(
         self,
         origin: _Origin,
         connection: http.client.HTTPConnection,
         response: http.client.HTTPResponse,
         deadline: float,
     ) -> None:
-        """For the next request, if nothing of this one's answer is still to come."""
+        """Keep a connection for the next request when its response is read to the end, else close it."""
         rest = response.length
         ended = response.isclosed() or (rest == 0 and not response.chunked)
-        if not ended and not response.will_close and (rest or 0) < AT_ONCE:
-            with contextlib.suppress(
-                RequestError
-            ):  # the words of an error, or the end of a chunked body
-                ended = not _block(response, AT_ONCE, deadline) or response.isclosed()
+        if not ended and not response.will_close and (rest or 0) < BLOCK_BYTES:
+            # Read the text of an error, or the end of a chunked body.
+            with contextlib.suppress(RequestError):
+                ended = not _block(response, BLOCK_BYTES, deadline) or response.isclosed()
         if not ended or response.will_close:
             connection.close()
             return
@@ -323,50 +338,55 @@ class _Pool:
             self._idle.setdefault(origin, []).append((connection, time.monotonic()))
 
     def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
-        """A new connection, to an address that is allowed. Raises RequestError."""
+        """Open a connection to an allowed address of the host.
+
+        Raises:
+            RequestError: no address is allowed, or none accepts the connection.
+        """
         try:
             found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise RequestError(f"{origin.host}: {_reason(error)}", again=True) from None
-        why: Exception = OSError("no address")
+        failure: Exception = OSError("no address")
         for family, kind, protocol, _, address in found:
-            if what := refusal_reason(str(address[0]), self._private):
-                why = RefusedAddressError(what)
+            if reason := refusal_reason(str(address[0]), self._allow_private):
+                failure = RefusedAddressError(reason)
                 continue
-            made = socket.socket(family, kind, protocol)
+            opened = socket.socket(family, kind, protocol)
             try:
-                made.settimeout(self._rules.connect_s)
-                made.connect(address)
-                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return self._speak(origin, made)
-            except OSError as error:  # ssl.SSLError, too
-                made.close()
-                why = error
-        if isinstance(why, RefusedAddressError):
+                opened.settimeout(self._policy.connect_s)
+                opened.connect(address)
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return self._start(origin, opened)
+            except OSError as error:  # ssl.SSLError is one, too
+                opened.close()
+                failure = error
+        if isinstance(failure, RefusedAddressError):
             raise RequestError(
-                f"{origin.host} is {why.what}; if you trust it: --allow-private", again=False
+                f"{origin.host} is {failure.what}; if you trust it: --allow-private", again=False
             )
-        certificate = isinstance(why, ssl.SSLCertVerificationError)
-        raise RequestError(f"{origin.host}: {_reason(why)}", again=not certificate)
+        certificate = isinstance(failure, ssl.SSLCertVerificationError)
+        raise RequestError(f"{origin.host}: {_reason(failure)}", again=not certificate)
 
-    def _speak(self, origin: _Origin, made: socket.socket) -> http.client.HTTPConnection:
+    def _start(self, origin: _Origin, opened: socket.socket) -> http.client.HTTPConnection:
+        """Return an HTTP connection over a connected socket, after the TLS handshake for https."""
         connection: http.client.HTTPConnection
         if origin.scheme == "https":
             with self._lock:
                 self._tls = self._tls or tls_context()
             connection = http.client.HTTPSConnection(origin.host, origin.port, context=self._tls)
-            made = self._tls.wrap_socket(made, server_hostname=origin.host)
+            opened = self._tls.wrap_socket(opened, server_hostname=origin.host)
         else:
             connection = http.client.HTTPConnection(origin.host, origin.port)
-        made.settimeout(self._rules.read_s)
-        connection.sock = made
+        opened.settimeout(self._policy.read_s)
+        connection.sock = opened
         return connection
 
 
-def _ask(
+def _get(
     connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]
 ) -> http.client.HTTPResponse:
     own = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
-    connection.auto_open = 0  # a socket of the library's own choosing would go unjudged
+    connection.auto_open = 0  # the library must not open a socket whose address nobody checked
     connection.request("GET", path, headers={**own, **headers})
     return connection.getresponse()

@@ -1,11 +1,11 @@
-"""`--features` is a folder, or a URL of one that lies elsewhere: the one door to both.
+"""Open a cache from what `--features` names: a local folder, or the URL of a remote cache.
 
-    reader = open_reader("https://host/features", space=None, elsewhere=Elsewhere())
+    reader = open_reader("https://host/features", space=None, options=RemoteOptions())
     reader = open_reader("s3://bucket/features", ...)          # needs nanomolmo2[s3]
     reader = open_reader("hf://datasets/ORG/NAME", ...)
-    root = root_of(reader)                                     # samples and media, always local files
+    root = cache_root(reader)                                  # samples and media, always local files
 
-The tables of a cache elsewhere are copied (a few percent of its bytes), its rows are read as they are needed.
+The tables of a remote cache (a few percent of its bytes) are copied; its rows are read when they are needed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from cache.store.space import find_space
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """How a cache that lies elsewhere is read. A concern of every command that only reads."""
+class RemoteOptions:
+    """How a remote cache is read. Every command that only reads a cache has these options."""
 
     mirror: Path = Path("~/.cache/nanomolmo2")
-    """Where a cache that lies elsewhere has its tables, and the rows that were read, on this machine."""
+    """Folder for the tables and rows of remote caches on this machine."""
     mirror_gb: float = 50.0
-    """Of one such cache, rows kept on this machine take so much at most, GB; 0: none are kept."""
+    """The most that the rows of one remote cache take on this machine, in GB; 0 keeps none."""
     allow_private: bool = False
-    """Also read features over plain http, and from addresses of private networks."""
+    """Permit features over plain http, and from addresses of private networks."""
 
     def __post_init__(self) -> None:
         if self.mirror_gb < 0:
@@ -43,30 +43,39 @@ class Elsewhere:
 
 
 class RemoteCache:
-    """A cache that lies elsewhere."""
+    """A feature cache behind a URL."""
 
     def __init__(
-        self, url: str | Path, elsewhere: Elsewhere, rules: RetryPolicy | None = None
+        self, url: str | Path, options: RemoteOptions, policy: RetryPolicy | None = None
     ) -> None:
-        """Connect to nothing yet (hf:// asks which commit a branch stands at).
+        """Find the store; only for hf:// this makes a request.
 
         Args:
-            url: where it lies, as `cache.store.paths.is_url` finds it to be.
-            elsewhere: the user's choices.
-            rules: limits, for tests; by default those of RetryPolicy, with `elsewhere.allow_private`.
-        """
-        self.url = str(is_url(url)).rstrip("/")
-        self._elsewhere = elsewhere
-        self._rules = rules or RetryPolicy(allow_private=elsewhere.allow_private)
-        self._store = open_store(self.url, self._rules)
-        self._mirror = Mirror(self._store, self._rules, elsewhere.mirror.expanduser().absolute())
-
-    def tables(self, datasets: Collection[str] = (), space: str | None = None) -> CacheRoot:
-        """The tables, copied or brought up to date: samples (of these data sets, or all), media, and of the
-        spaces what they are; of those whose name begins with `space`, or all, the commits too.
+            url: a URL, in any spelling that `cache.store.paths.is_url` accepts.
+            options: the user's choices.
+            policy: limits, for tests; default: RetryPolicy() with `options.allow_private`.
 
         Raises:
-            CacheError: they cannot be had, or not intact.
+            CacheError: see `cache.remote.stores.open_store`.
+        """
+        self.url = str(is_url(url)).rstrip("/")
+        self._options = options
+        self._policy = policy or RetryPolicy(allow_private=options.allow_private)
+        self._store = open_store(self.url, self._policy)
+        self._mirror = Mirror(self._store, self._policy, options.mirror.expanduser().absolute())
+
+    def copy_tables(self, datasets: Collection[str] = (), space: str | None = None) -> CacheRoot:
+        """Copy the tables, or update the copies: samples, media, and the descriptions and commits of spaces.
+
+        Args:
+            datasets: copy the samples of these data sets; empty: of all.
+            space: copy the commits of spaces whose name starts with this; None: of all.
+
+        Returns:
+            the folder of the copies.
+
+        Raises:
+            CacheError: see `cache.remote.mirror.Mirror.update`.
         """
 
         def wanted(name: str) -> bool:
@@ -77,65 +86,70 @@ class RemoteCache:
                 return of.startswith(space or "")
             return True
 
-        self._mirror.refresh(wanted)
+        self._mirror.update(wanted)
         return self._mirror.root
 
-    def reader(self, space: str | None, datasets: Collection[str] = ()) -> RemoteReader:
-        """One space, opened; and the tables beside it, as `tables`.
+    def open_reader(self, space: str | None, datasets: Collection[str] = ()) -> RemoteReader:
+        """Open one space, and copy its tables.
+
+        Args:
+            space: its name, or the start of it; None: the only one.
+            datasets: copy the samples of these data sets; empty: of all.
 
         Raises:
-            CacheError: there is none, or there are several; or as `tables`.
+            NotFoundError: there is no space.
+            CacheError: the name fits no space or several; see also `copy_tables`.
         """
-        if not space_names(self._mirror.entries):
+        if not space_names(self._mirror.remote_tables):
             raise NotFoundError(f"no feature space at {self.url} (looked for spaces/*/space.json)")
-        # What the user can mend is said before anything large is copied.
-        self._mirror.refresh(lambda name: name.endswith("/space.json"))
+        # The small space.json files first, so that a wrong name is reported before anything large is copied.
+        self._mirror.update(lambda name: name.endswith("/space.json"))
         root = self._mirror.root
         try:
             paths = find_space(root, space)
         except CacheError as error:
             raise CacheError(str(error).replace(f"{root.path}/", f"{self.url}/")) from None
-        self.tables(datasets, paths.name)
+        self.copy_tables(datasets, paths.name)
         folder = self._mirror.folder / "rows" / paths.name
-        rows = RowCache(folder, round(self._elsewhere.mirror_gb * 1e9))
-        return RemoteReader(paths, self._store, self._rules, rows)
+        rows = RowCache(folder, round(self._options.mirror_gb * 1e9))
+        return RemoteReader(paths, self._store, self._policy, rows)
 
 
 def open_reader(
     features: str | Path,
     space: str | None,
-    elsewhere: Elsewhere,
+    options: RemoteOptions,
     *,
     datasets: Collection[str] = (),
 ) -> FeatureReader:
-    """The space to read features from, wherever it is.
+    """Open a space of a local or remote cache.
 
     Args:
         features: a folder or a URL.
-        space: its name, or the start of it; None: the only one.
-        elsewhere: how to read what is not here.
-        datasets: whose samples are needed; all of them when empty. A folder has what it has.
+        space: the name of the space, or the start of it; None: the only one.
+        options: how to read a remote cache.
+        datasets: of a remote cache, copy the samples of these data sets; empty: of all.
 
     Raises:
-        CacheError: there is none, or several and none is named; or it cannot be reached.
+        CacheError: no space or several have that name, or the cache cannot be reached.
     """
     if is_url(features):
-        return RemoteCache(features, elsewhere).reader(space, datasets)
-    # Not mapped: training never waits for a copy, and `memory_gib` should be what training takes.
+        return RemoteCache(features, options).open_reader(space, datasets)
+    # Not mapped: mapped shards would count as memory of the training process.
     return FeatureReader(find_space(CacheRoot(Path(features)), space), mapped=False)
 
 
-def local_root(features: str | Path, elsewhere: Elsewhere) -> CacheRoot:
-    """The tables of a cache as local files, wherever it is: enough for all that reads no row.
+def local_root(features: str | Path, options: RemoteOptions) -> CacheRoot:
+    """Return a folder with the tables of a local or remote cache, for readers that need no rows.
 
     Raises:
-        CacheError: they cannot be had.
+        CacheError: the tables of a remote cache cannot be copied.
     """
     if is_url(features):
-        return RemoteCache(features, elsewhere).tables()
+        return RemoteCache(features, options).copy_tables()
     return CacheRoot(Path(features))
 
 
-def root_of(reader: FeatureReader) -> CacheRoot:
-    """The samples and media beside an open space."""
+def cache_root(reader: FeatureReader) -> CacheRoot:
+    """Return the folder with the samples and media beside an open space."""
     return CacheRoot(reader.path.parent.parent)

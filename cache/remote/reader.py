@@ -1,8 +1,8 @@
-"""Rows of a space that lies elsewhere: what is not kept here comes by ranged requests, several at a time.
+"""Read rows of a remote space: from the local row cache, else by ranged requests, several at a time.
 
-Nothing but the rows asked for is fetched, neighbours by one request. Each is compared with the crc32c of its
-commit before anybody sees it, whatever stood between the disk there and the memory here; one that fails is
-fetched again, and then named.
+Only the requested rows are fetched, adjacent ones by one request. Each row is compared with the crc32c of its
+commit before it is returned, so damage on the way is found. A row that fails is fetched again on its own, and
+after `RetryPolicy.damage_tries` attempts an error names it.
 """
 
 from __future__ import annotations
@@ -18,82 +18,90 @@ import numpy.typing as npt
 
 from cache.errors import UnreachableError
 from cache.format.checksums import crc32c
-from cache.remote.retry import RetryPolicy, Store, read_range
+from cache.remote.retry import RetryPolicy
 from cache.remote.row_cache import RowCache
+from cache.remote.stores import Store, read_range
 from cache.store.paths import SpacePaths
 from cache.store.reader import FeatureReader, adjacent_runs
 
 REQUEST_BYTES = 8 << 20
-"""Neighbouring rows of one request at most: its latency is small, and the work is shared."""
+"""The most bytes of adjacent rows in one request; longer runs are shared among the connections."""
+
+_Run = dict[int, tuple[int, memoryview]]
+"""Adjacent rows of one shard, ascending: row number -> its crc32c, and where its bytes go."""
 
 
 @dataclass(kw_only=True)
-class Traffic:
-    """What a reader has done."""
+class ReadStats:
+    """Counts of what one reader has read."""
 
     rows_fetched: int = 0
     """Rows that came over the network."""
-    rows_kept: int = 0
-    """Rows that were here already."""
+    rows_cached: int = 0
+    """Rows that came from the local row cache."""
     requests: int = 0
-    """Ranges asked for, tries not counted."""
+    """Ranges requested, without repeated attempts."""
     nbytes: int = 0
     """Bytes of these ranges."""
 
 
 class RemoteFiles:
-    """Shards that lie elsewhere, as a FeatureReader reads them: bytes, neither kept nor checked."""
+    """The shards of a remote space, in the form that FeatureReader reads. Nothing is cached or verified."""
 
-    def __init__(self, store: Store, rules: RetryPolicy, paths: SpacePaths) -> None:
-        """Nothing is read yet; `paths` are those of the local tables."""
-        self.store, self.rules, self._paths = store, rules, paths
+    def __init__(self, store: Store, policy: RetryPolicy, paths: SpacePaths) -> None:
+        """Read nothing yet; `paths` are those of the local tables."""
+        self.store, self.policy, self._paths = store, policy, paths
 
     def name(self, array: str, shard: int) -> str:
-        """Of a shard's file below the cache's root."""
+        """Return the name of a shard's file, relative to the root of the cache."""
         path = self._paths.shard(array, shard)
         return path.relative_to(self._paths.root.parent.parent).as_posix()
 
     def read(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
-        """See `cache.store.shard_files.ShardFiles`."""
+        """Fill `targets`, one after the other, from a shard; see `cache.store.shard_files.ShardFiles`."""
         data = memoryview(bytearray(sum(map(len, targets))))
-        read_range(self.store, self.rules, self.name(array, shard), offset, data, None)
+        read_range(self.store, self.policy, self.name(array, shard), offset, data, None)
         for target in targets:
             target[:], data = data[: len(target)], data[len(target) :]
 
 
 class RemoteReader(FeatureReader):
-    """A FeatureReader whose rows lie elsewhere. Always checked."""
+    """A FeatureReader of a remote space. It verifies every row."""
 
-    def __init__(self, paths: SpacePaths, store: Store, rules: RetryPolicy, rows: RowCache) -> None:
+    def __init__(
+        self, paths: SpacePaths, store: Store, policy: RetryPolicy, rows: RowCache
+    ) -> None:
         """Open the local tables of a space.
 
         Args:
-            paths: its tables, here.
-            store: its shards, there.
-            rules: limits.
-            rows: where rows are kept.
+            paths: the local tables.
+            store: the store that has the shards.
+            policy: limits.
+            rows: the local row cache.
         """
-        self._remote = RemoteFiles(store, rules, paths)
+        self._remote = RemoteFiles(store, policy, paths)
         super().__init__(paths, files=self._remote)
         self._rows = rows
         self._stop = threading.Event()
-        self._asking: ThreadPoolExecutor | None = None
-        self._asking_pid = 0
+        self._fetch_threads: ThreadPoolExecutor | None = None
+        self._fetch_threads_pid = 0
         self._lock = threading.Lock()
-        self.traffic = Traffic()
+        self.stats = ReadStats()
 
-    def give_up(self) -> None:
-        """Let reads that are under way end, with an error: nobody waits for them any more."""
+    def cancel_reads(self) -> None:
+        """Make the reads under way in other threads raise UnreachableError soon."""
         self._stop.set()
         self._stop = threading.Event()
 
     def read_into(
         self, array: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]
     ) -> None:
-        """As of FeatureReader.
+        """Read the stored bytes of rows (n,) into `out` (n, row_bytes) uint8, in that order.
 
         Raises:
-            UnreachableError: a row cannot be had, or not intact.
+            UnreachableError: a row cannot be fetched, or is damaged in the remote cache.
+            IndexError: a row number is not committed (as -1).
+            ValueError: `out` is not contiguous uint8 of that shape.
         """
         geometry, index = self.geometry[array], self.index[array]
         size, rows = geometry.row_bytes, np.asarray(rows, np.int64)
@@ -108,23 +116,23 @@ class RemoteReader(FeatureReader):
         places = {number: (crcs[i], flat[i * size : (i + 1) * size]) for number, i in first.items()}
         missing = [n for n in sorted(places) if not self._rows.get(array, n, *places[n])]
         with self._lock:
-            self.traffic.rows_kept += len(places) - len(missing)
-            self.traffic.rows_fetched += len(missing)
+            self.stats.rows_cached += len(places) - len(missing)
+            self.stats.rows_fetched += len(missing)
         limit = max(1, REQUEST_BYTES // geometry.slot_bytes)
         runs = adjacent_runs(missing, geometry.slots, limit)
-        self._together(array, [{missing[i]: places[missing[i]] for i in run} for run in runs])
+        self._fetch_all(array, [{missing[i]: places[missing[i]] for i in run} for run in runs])
         for i, number in enumerate(numbers):
             if i != first[number]:
                 out[i] = out[first[number]]
 
-    def _together(self, array: str, runs: list[_Run]) -> None:
-        """Fetch runs, several at a time; none is under way any more when it returns or raises."""
+    def _fetch_all(self, array: str, runs: list[_Run]) -> None:
+        """Fetch runs, several at a time. No fetch is under way any more when this returns or raises."""
         stop = self._stop
         if len(runs) < 2:
             for run in runs:
                 self._fetch(array, run, stop)
             return
-        pool = self._askers()
+        pool = self._fetch_pool()
         futures: list[Future[None]] = [pool.submit(self._fetch, array, run, stop) for run in runs]
         try:
             for future in futures:
@@ -135,8 +143,9 @@ class RemoteReader(FeatureReader):
             wait(futures)
 
     def _fetch(self, array: str, run: _Run, stop: threading.Event) -> None:
-        """Neighbouring rows, by one request; those that fail their checksum, each by another."""
-        for _ in range(self._remote.rules.damage_tries):
+        """Fetch adjacent rows by one request, and each row that fails its checksum by another one."""
+        policy = self._remote.policy
+        for _ in range(policy.damage_tries):
             self._request(array, run, stop)
             bad = {n: place for n, place in run.items() if crc32c(place[1]) != place[0]}
             for number, (crc, row) in run.items():
@@ -148,14 +157,14 @@ class RemoteReader(FeatureReader):
             for other in list(bad)[1:]:
                 self._fetch(array, {other: bad[other]}, stop)
             run = {number: place}
-        shard = number // self.geometry[array].slots
+        name = self._remote.name(array, number // self.geometry[array].slots)
         raise UnreachableError(
-            f"{self._remote.store.place}/{self._remote.name(array, shard)}: row {number} fails its checksum, "
-            f"{self._remote.rules.damage_tries} times; it is damaged there (python -m cache.verify --deep), "
-            "or something on the way changes it"
+            f"{self._remote.store.url}/{name}: row {number} fails its checksum, {policy.damage_tries} times; "
+            "it is damaged there (python -m cache.verify --deep), or something on the way changes it"
         )
 
     def _request(self, array: str, run: _Run, stop: threading.Event) -> None:
+        """Fetch adjacent rows by one request, unverified."""
         geometry = self.geometry[array]
         shard, slot = divmod(next(iter(run)), geometry.slots)
         stride, size = geometry.slot_bytes, geometry.row_bytes
@@ -164,7 +173,7 @@ class RemoteReader(FeatureReader):
         data = targets[0] if len(run) == 1 else memoryview(bytearray(nbytes))
         read_range(
             self._remote.store,
-            self._remote.rules,
+            self._remote.policy,
             self._remote.name(array, shard),
             geometry.row_offset(slot),
             data,
@@ -175,18 +184,14 @@ class RemoteReader(FeatureReader):
             for i, target in enumerate(targets):
                 target[:] = data[i * stride : i * stride + size]
         with self._lock:
-            self.traffic.requests += 1
-            self.traffic.nbytes += nbytes
+            self.stats.requests += 1
+            self.stats.nbytes += nbytes
 
-    def _askers(self) -> ThreadPoolExecutor:
-        """Those that ask; a forked child needs its own."""
+    def _fetch_pool(self) -> ThreadPoolExecutor:
+        """Return the threads that fetch runs; a forked child starts its own."""
         with self._lock:
-            if self._asking is None or self._asking_pid != os.getpid():
-                connections = self._remote.rules.connections
-                self._asking = ThreadPoolExecutor(connections, thread_name_prefix="remote")
-                self._asking_pid = os.getpid()
-            return self._asking
-
-
-_Run = dict[int, tuple[int, memoryview]]
-"""Row number -> its crc32c, and where its bytes go; ascending, neighbours in one shard."""
+            if self._fetch_threads is None or self._fetch_threads_pid != os.getpid():
+                connections = self._remote.policy.connections
+                self._fetch_threads = ThreadPoolExecutor(connections, thread_name_prefix="remote")
+                self._fetch_threads_pid = os.getpid()
+            return self._fetch_threads

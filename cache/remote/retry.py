@@ -1,4 +1,4 @@
-"""What reading a cache that lies elsewhere may cost, how a read fails, and how often it is tried again."""
+"""Set the limits of reading a remote cache, and repeat requests that fail for a passing reason."""
 
 from __future__ import annotations
 
@@ -10,144 +10,83 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from cache.errors import RequestError, UnreachableError
 
 T = TypeVar("T")
 
-SPURT_BYTES = 64 << 10
-"""A try that brought so much has got on: patience begins anew, and so do the pauses."""
+PROGRESS_BYTES = 64 << 10
+"""An attempt that received this many bytes before it failed made progress: pauses and limits start again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """Limits of one store."""
+    """Limits of reading from one store."""
 
     connections: int = 16
-    """Requests under way at once."""
+    """Requests at the same time."""
     connect_s: float = 10
-    """Seconds to connect to one address (TLS included)."""
+    """Seconds to connect to one address, TLS included."""
     read_s: float = 20
-    """Seconds without a byte, before the answer or amid it."""
+    """Seconds without a byte, before or during the answer."""
     request_s: float = 120
-    """Seconds one request may take, redirects included."""
-    redirects: int = 5
+    """Seconds that one request may take, redirects included."""
+    max_redirects: int = 5
     """Redirects followed for one request."""
-    patience_s: float = 300
-    """A read that does not get on is tried again for so long; then the training ends, with one line."""
+    give_up_after_s: float = 300
+    """Seconds without progress after which a read fails, and with it the training run."""
     backoff_s: float = 0.25
-    """Seconds before the second try, give or take half; doubled before each further one."""
-    backoff_most_s: float = 15
-    """And never more than this."""
-    retry_after_s: float = 30
-    """The longest `Retry-After` that is waited for, seconds: who asks for more is asked again then."""
+    """Seconds before the second attempt, plus or minus half; doubled for each further one."""
+    max_backoff_s: float = 15
+    """The longest such pause, in seconds."""
+    max_retry_after_s: float = 30
+    """The longest `Retry-After` that is obeyed, in seconds; a longer one is cut to this."""
     damage_tries: int = 4
-    """Times a row, or a table, is fetched before its damage counts as the source's own."""
+    """Times that a damaged row or table is fetched before it counts as damaged at its source."""
     allow_private: bool = False
-    """Read over plain http, and from private addresses, too. Link-local, multicast, reserved: never."""
+    """Permit plain http and addresses of private networks. Link-local and multicast are never permitted."""
 
 
-class Store(Protocol):
-    """Where the files of a cache lie. All methods may be called from many threads at a time."""
-
-    place: str
-    """What the user called it, for messages."""
-    needs_listing: bool
-    """Whether nothing but its `listing.json` says which files there are."""
-
-    def names(self) -> dict[str, Entry]:
-        """Every file below the cache's root, by its name relative to it. Raises RequestError."""
-
-    def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
-        """Fill `target` with what stands at `offset` of a file of `size` bytes. One try. Raises
-        RequestError."""
-
-    def whole(self, name: str, most: int) -> bytes:
-        """A file of at most `most` bytes. One try. Raises RequestError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file elsewhere."""
-
-    nbytes: int
-    """Its size."""
-    tag: str
-    """What changes with its content: `sha256:<64 hex>` where that is known, else the store's own word."""
-
-
-class Patience:
-    """Tries again, with growing pauses, until something succeeds or has not got on for too long."""
-
-    def __init__(self, rules: RetryPolicy, place: str, stop: threading.Event) -> None:
-        """`stop` ends every wait: nobody wants the result any more."""
-        self._rules, self._place, self._stop = rules, place, stop
-        self._tries, self._since = 0, time.monotonic()
-
-    def after(self, trouble: RequestError) -> None:
-        """Wait before the next try.
-
-        Raises:
-            UnreachableError: there is to be none.
-        """
-        if trouble.got >= SPURT_BYTES:
-            self._tries, self._since = 0, time.monotonic()
-        waited = time.monotonic() - self._since
-        if not trouble.again:
-            raise UnreachableError(
-                f"{self._place}: {trouble.reason}", missing=trouble.missing
-            ) from None
-        if waited > self._rules.patience_s:
-            raise UnreachableError(
-                f"{self._place}: {trouble.reason} (tried {self._tries + 1} times in {waited:.0f} s); "
-                "once it is reachable again, the same command with --resume goes on"
-            ) from None
-        pause = min(self._rules.backoff_s * 2.0**self._tries, self._rules.backoff_most_s)
-        pause *= random.uniform(0.5, 1.5)  # noqa: S311 - so that many readers do not come back at once
-        self._tries += 1
-        if self._stop.wait(max(pause, min(trouble.wait_s, self._rules.retry_after_s))):
-            raise UnreachableError(f"{self._place}: given up") from None
-
-
-def patiently(
-    rules: RetryPolicy, place: str, do: Callable[[], T], stop: threading.Event | None = None
-) -> T:
-    """What `do` returns, once it raises no RequestError.
-
-    Raises:
-        UnreachableError: it did, for good or for too long.
-    """
-    patience = Patience(rules, place, stop or threading.Event())
-    while True:
-        try:
-            return do()
-        except RequestError as trouble:
-            patience.after(trouble)
-
-
-def read_range(
-    store: Store,
-    rules: RetryPolicy,
-    name: str,
-    offset: int,
-    target: memoryview,
-    size: int | None,
+def with_retries(
+    policy: RetryPolicy,
+    what: str,
+    attempt: Callable[[], T],
     stop: threading.Event | None = None,
-) -> None:
-    """Fill `target` with what stands at `offset` of a file; a body that broke off goes on where it ended.
+) -> T:
+    """Call `attempt` until it raises no RequestError, with growing pauses between the calls.
+
+    Args:
+        policy: pauses and limits.
+        what: the URL to name in errors.
+        attempt: makes one request.
+        stop: ends the pauses when it is set, because nobody needs the result any more.
 
     Raises:
-        UnreachableError: for good, or for too long.
+        UnreachableError: a failure that repeating cannot cure, no progress for too long, or `stop`.
     """
-    patience = Patience(rules, f"{store.place}/{name}", stop or threading.Event())
-    got = 0
+    stop = stop or threading.Event()
+    tries, since = 0, time.monotonic()
     while True:
         try:
-            return store.read(name, offset + got, target[got:], size)
-        except RequestError as trouble:
-            got += trouble.got
-            patience.after(trouble)
+            return attempt()
+        except RequestError as error:
+            failure = error
+        if not failure.again:
+            raise UnreachableError(f"{what}: {failure.reason}", missing=failure.missing)
+        if failure.got >= PROGRESS_BYTES:
+            tries, since = 0, time.monotonic()
+        waited = time.monotonic() - since
+        if waited > policy.give_up_after_s:
+            raise UnreachableError(
+                f"{what}: {failure.reason} (tried {tries + 1} times in {waited:.0f} s); "
+                "once it is reachable again, the same command with --resume continues"
+            )
+        pause_s = min(policy.backoff_s * 2.0**tries, policy.max_backoff_s)
+        pause_s *= random.uniform(0.5, 1.5)  # noqa: S311 - spreads the requests of many readers
+        tries += 1
+        if stop.wait(max(pause_s, min(failure.wait_s, policy.max_retry_after_s))):
+            raise UnreachableError(f"{what}: the read was cancelled")
 
 
 def retry_after(text: str | None) -> float:

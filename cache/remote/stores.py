@@ -1,53 +1,129 @@
-"""Where a cache can lie: https://, s3://, hf://, and what each of them is read through."""
+"""Open the store that a URL names: https://, s3:// or hf://."""
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import quote, urlsplit
 
 from cache.errors import CacheError, NotFoundError, RequestError
 from cache.remote.http import HttpStore
+from cache.remote.listing import FileInfo
 from cache.remote.net import is_loopback
-from cache.remote.retry import Entry, RetryPolicy, Store
+from cache.remote.retry import RetryPolicy, with_retries
 
 if TYPE_CHECKING:
     import obstore.store
 
-ARRAYS = ("https://", "s3://", "hf://")
+
+class Store(Protocol):
+    """The files of a remote cache. Any number of threads may call all methods."""
+
+    url: str
+    """The URL that the user gave, for messages."""
+
+    def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
+        """Fill `target` with the bytes of a file from `offset` on. Make one attempt.
+
+        Args:
+            name: the file, relative to the root of the cache.
+            offset: the first byte to read.
+            target: receives len(target) bytes.
+            size: the file must have this many bytes; None: any size.
+
+        Raises:
+            RequestError: the attempt failed; its `got` counts the bytes that arrived.
+        """
+
+    def read_file(self, name: str, max_bytes: int) -> bytes:
+        """Return a whole file of at most `max_bytes`. Make one attempt.
+
+        Raises:
+            RequestError: the attempt failed, or the file is larger.
+        """
 
 
-def open_store(url: str, rules: RetryPolicy) -> Store:
-    """The store a URL names. The hub is asked which commit a branch stands at; nobody else is asked anything.
+@runtime_checkable
+class ListableStore(Store, Protocol):
+    """A store that can list its files. A web server cannot: its cache needs a `listing.json`."""
+
+    def list_files(self) -> dict[str, FileInfo]:
+        """Return every file below the root of the cache, by its name relative to the root.
+
+        Raises:
+            RequestError: the attempt failed.
+        """
+
+
+def open_store(url: str, policy: RetryPolicy) -> Store:
+    """Return the store that a URL names.
+
+    Only for hf:// a request is made: it asks which commit the revision is.
 
     Raises:
-        CacheError: no such kind of place, a library that is missing, a repository that is not there.
+        CacheError: the scheme is not supported, or a library is missing.
+        NotFoundError: no such repository.
     """
     scheme = url.partition("://")[0].lower()
     if scheme in ("http", "https"):
-        return HttpStore(url, rules)
+        return HttpStore(url, policy)
     if scheme == "s3":
-        return ObjectStore(url, rules)
+        return ObjectStore(url, policy)
     if scheme == "hf":
-        return hub_store(url, rules)
-    raise CacheError(f"{url}: features are read from {', '.join(ARRAYS)} or a folder")
+        return hub_store(url, policy)
+    raise CacheError(f"{url}: features are read from https://, s3://, hf:// or a folder")
+
+
+def read_range(
+    store: Store,
+    policy: RetryPolicy,
+    name: str,
+    offset: int,
+    target: memoryview,
+    size: int | None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Fill `target` from a file, with retries that continue a broken body where it ended.
+
+    Args:
+        store: the store.
+        policy: pauses and limits.
+        name: the file, relative to the root of the cache.
+        offset: the first byte to read.
+        target: receives len(target) bytes.
+        size: the file must have this many bytes; None: any size.
+        stop: cancels the read when it is set.
+
+    Raises:
+        UnreachableError: a failure that repeating cannot cure, no progress for too long, or `stop`.
+    """
+    received = 0
+
+    def attempt() -> None:
+        nonlocal received
+        try:
+            store.read(name, offset + received, target[received:], size)
+        except RequestError as error:
+            received += error.got
+            raise
+
+    with_retries(policy, f"{store.url}/{name}", attempt, stop)
 
 
 # ---- s3
 
 
 class ObjectStore:
-    """A bucket, or what stands below a prefix of it, through obstore (the Rust library object_store)."""
+    """A bucket, or a prefix of one, read through obstore (bindings of the Rust library object_store)."""
 
-    needs_listing = False
-
-    def __init__(self, url: str, rules: RetryPolicy) -> None:
-        """Connect to nothing yet. Credentials, region and endpoint are those of the AWS tools.
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
+        """Connect to nothing yet. Credentials, region and endpoint come from the AWS environment.
 
         Raises:
-            CacheError: obstore is not installed, or the URL names no bucket.
+            CacheError: obstore is not installed, the URL names no bucket, or the endpoint is plain http.
         """
         try:
             import obstore
@@ -56,13 +132,12 @@ class ObjectStore:
         parts = urlsplit(url)
         if not parts.netloc:
             raise CacheError(f"{url}: no bucket; write s3://bucket/prefix")
-        self.place = url.rstrip("/")
+        self.url = url.rstrip("/")
         self._obstore = obstore
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        plain = urlsplit(endpoint)
-        if plain.scheme == "http" and not (
-            rules.allow_private or is_loopback(plain.hostname or "")
-        ):
+        endpoint_parts = urlsplit(endpoint)
+        plain_http = endpoint_parts.scheme == "http"
+        if plain_http and not (policy.allow_private or is_loopback(endpoint_parts.hostname or "")):
             raise CacheError(
                 f"{url}: AWS_ENDPOINT_URL {endpoint} is plain http; if you trust it: --allow-private"
             )
@@ -75,29 +150,31 @@ class ObjectStore:
             config=config,  # type: ignore[arg-type]  # a TypedDict, made of parts
             credential_provider=provider,
             client_options={
-                "allow_http": plain.scheme == "http",
-                "connect_timeout": datetime.timedelta(seconds=rules.connect_s),
-                "read_timeout": datetime.timedelta(seconds=rules.read_s),
-                "timeout": datetime.timedelta(seconds=rules.request_s),
+                "allow_http": plain_http,
+                "connect_timeout": datetime.timedelta(seconds=policy.connect_s),
+                "read_timeout": datetime.timedelta(seconds=policy.read_s),
+                "timeout": datetime.timedelta(seconds=policy.request_s),
             },
-            # One try: pauses, patience and what to say of them are the same for every store.
+            # `with_retries` repeats requests, so that pauses and messages are those of every store.
             retry_config={"max_retries": 0},
         )
 
-    def names(self) -> dict[str, Entry]:
-        """See Store."""
+    def list_files(self) -> dict[str, FileInfo]:
+        """Return every object below the prefix; see ListableStore."""
         found = {}
         try:
-            for page in self._obstore.list(self._store, chunk_size=1000):
+            for page in self._obstore.list(
+                self._store, chunk_size=1000
+            ):  # the most that S3 returns
                 for meta in page:
                     tag = f"{meta['e_tag'] or ''} {meta['last_modified']}"
-                    found[meta["path"]] = Entry(nbytes=meta["size"], tag=tag)
+                    found[meta["path"]] = FileInfo(nbytes=meta["size"], tag=tag)
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._trouble(error) from None
+            raise self._request_error(error) from None
         return found
 
     def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
-        """See Store."""
+        """Fill `target` from an object; see Store."""
         wanted = (offset, offset + len(target))
         try:
             result = self._obstore.get(self._store, name, options={"range": wanted})
@@ -109,20 +186,20 @@ class ObjectStore:
             with memoryview(result.bytes()) as data:
                 target[:] = data
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._trouble(error) from None
+            raise self._request_error(error) from None
 
-    def whole(self, name: str, most: int) -> bytes:
-        """See Store."""
+    def read_file(self, name: str, max_bytes: int) -> bytes:
+        """Return a whole object; see Store."""
         try:
             result = self._obstore.get(self._store, name)
-            if result.meta["size"] > most:
-                raise RequestError(f"{name} has more than {most:,} bytes", again=False)
+            if result.meta["size"] > max_bytes:
+                raise RequestError(f"{name} has more than {max_bytes:,} bytes", again=False)
             return bytes(result.bytes())
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._trouble(error) from None
+            raise self._request_error(error) from None
 
-    def _trouble(self, error: Exception) -> RequestError:
-        """obstore tells errors apart by type; its text goes over many lines."""
+    def _request_error(self, error: Exception) -> RequestError:
+        """Translate an error of obstore, whose type tells the cause and whose text has many lines."""
         errors = self._obstore.exceptions
         if isinstance(error, FileNotFoundError | errors.NotFoundError):
             return RequestError("no such object", again=False, missing=True)
@@ -135,8 +212,10 @@ class ObjectStore:
 
 
 def _credentials() -> tuple[dict[str, Any], Any]:
-    """obstore's configuration, and who gives it credentials: all that boto3 finds (environment, profiles,
-    SSO, roles); without boto3 what obstore finds in the environment; without any, requests are unsigned.
+    """Return a configuration for obstore, and its credential provider.
+
+    With boto3, all credentials that it finds are used (environment, profiles, SSO, roles). Without boto3,
+    obstore reads the environment. Requests are unsigned when there are no credentials.
     """
     if "AWS_SKIP_SIGNATURE" in os.environ:
         return {}, None
@@ -156,30 +235,30 @@ def _credentials() -> tuple[dict[str, Any], Any]:
 
 
 class HubStore(HttpStore):
-    """A repository of the Hugging Face hub at one commit: listed by its API, read as any web server."""
-
-    needs_listing = False
+    """A repository of the Hugging Face hub at one commit: its API lists it, our http client reads it."""
 
     def __init__(
-        self, base: str, rules: RetryPolicy, place: str, headers: Mapping[str, str], tree: Any
+        self,
+        base: str,
+        policy: RetryPolicy,
+        url: str,
+        headers: Mapping[str, str],
+        list_files: Callable[[], dict[str, FileInfo]],
     ) -> None:
-        """`tree` gives (name, bytes, tag) of every file below `base`."""
-        super().__init__(base, rules, place=place, headers=headers)
-        self._tree = tree
-
-    def names(self) -> dict[str, Entry]:
-        """See Store."""
-        return {name: Entry(nbytes=nbytes, tag=tag) for name, nbytes, tag in self._tree()}
+        """Take the URL of the files, and the function that lists them."""
+        super().__init__(base, policy, url=url, headers=headers)
+        self.list_files = list_files
 
 
-def hub_store(url: str, rules: RetryPolicy) -> HubStore:
-    """The store of hf://datasets/ORG/NAME[@REVISION][/FOLDER] (or hf://ORG/NAME, a model repository).
+def hub_store(url: str, policy: RetryPolicy) -> HubStore:
+    """Return the store of hf://datasets/ORG/NAME[@REVISION][/FOLDER], or hf://ORG/NAME for a model.
 
-    The hub's library says where things are and which token is ours (HF_TOKEN, `hf auth login`, HF_ENDPOINT);
-    our own client reads them, so that a range is one request, and limits are those of every other server.
+    huggingface_hub resolves the URL and finds the user's token (HF_TOKEN, `hf auth login`, HF_ENDPOINT). Our
+    own client reads the files, because that library's file system makes one or two more requests for a range.
 
     Raises:
-        CacheError: the repository, or the revision, is not there for us; or the hub does not answer.
+        CacheError: the URL names a bucket of the hub.
+        NotFoundError: no such repository or revision for this user, or the hub does not answer.
     """
     from huggingface_hub import HfApi, HfFileSystem, RepoFile, constants
     from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
@@ -191,11 +270,7 @@ def hub_store(url: str, rules: RetryPolicy) -> HubStore:
         if not isinstance(at, HfFileSystemResolvedRepositoryPath):
             raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
         info = api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision)
-    except (
-        OSError,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # all of the hub's errors are OSErrors
+    except (OSError, ValueError, NotImplementedError) as error:  # the hub's errors are OSErrors
         why = " ".join(str(error).split())[:200]
         raise NotFoundError(
             f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
@@ -205,18 +280,22 @@ def hub_store(url: str, rules: RetryPolicy) -> HubStore:
     prefix = constants.REPO_TYPES_URL_PREFIXES.get(at.repo_type, "")
     base = f"{api.endpoint}/{prefix}{at.repo_id}/resolve/{commit}/{quote(folder)}"
 
-    def tree() -> list[tuple[str, int, str]]:
-        kind: dict[str, Any] = {"repo_type": at.repo_type, "revision": commit, "recursive": True}
-        found = []
+    def list_files() -> dict[str, FileInfo]:
+        options: dict[str, Any] = {
+            "repo_type": at.repo_type,
+            "revision": commit,
+            "recursive": True,
+        }
+        found = {}
         try:
-            for item in api.list_repo_tree(at.repo_id, folder or None, **kind):
+            for item in api.list_repo_tree(at.repo_id, folder or None, **options):
                 if isinstance(item, RepoFile):
                     name = item.path.removeprefix(folder).lstrip("/")
                     tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
-                    found.append((name, item.size, tag))
+                    found[name] = FileInfo(nbytes=item.size, tag=tag)
         except OSError as error:
             raise RequestError(" ".join(str(error).split())[:160], again=True) from None
         return found
 
     headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
-    return HubStore(base, rules, url.rstrip("/"), headers, tree)
+    return HubStore(base, policy, url.rstrip("/"), headers, list_files)

@@ -1,4 +1,4 @@
-"""Training on features that lie elsewhere, beside training on the same folder.
+"""Training on a remote cache, beside training on the same folder.
 
 python -m tests.benchmarks.remote                # two minutes, 0.5 GB of disk below the temporary folder
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.format import codec
-from cache.remote.open import Elsewhere, RemoteCache
+from cache.remote.open import RemoteCache, RemoteOptions
 from cache.share import share
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
@@ -169,8 +169,8 @@ def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
             server.latency_s = latency
             rates, kept = [], []
             for run in range(RUNS):
-                elsewhere = Elsewhere(mirror=folder / f"rows-{latency}-{run}")
-                reader = RemoteCache(server.url, elsewhere).reader(None)
+                options = RemoteOptions(mirror=folder / f"rows-{latency}-{run}")
+                reader = RemoteCache(server.url, options).open_reader(None)
                 rates.append(rate(reader, run))
                 kept.append(rate(reader, run))
             size = reader.geometry["image"].row_bytes

@@ -1,4 +1,9 @@
-"""`cache.gc` removes what nothing refers to, and nothing else."""
+"""`cache.gc` removes garbage and nothing else.
+
+python -m cache.gc                           # list it
+python -m cache.gc --delete                  # remove it
+python -m cache.gc --unreferenced --delete   # and rows that no sample refers to
+"""
 
 from __future__ import annotations
 
@@ -41,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def space(tmp_path: Path) -> Space:
-    """Shard 0 committed, 1 begun, 2 finished but not committed, 3 committed."""
+    """Return a space whose shards 0 and 3 are committed, 1 is unfinished, and 2 lacks its commit."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
     ShardWriter(space, "image", 1).append(key(9), "full", row(9))
@@ -57,7 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_dry_by_default(space: Space, tmp_path: Path, run: Run) -> None:
+def test_nothing_is_removed_by_default(space: Space, tmp_path: Path, run: Run) -> None:
     before = files(tmp_path)
     lines = run().splitlines()
     shards = space.paths.shards_dir("image")
@@ -69,7 +74,7 @@ def test_dry_by_default(space: Space, tmp_path: Path, run: Run) -> None:
     assert files(tmp_path) == before
 
 
-def test_only_garbage_goes(space: Space, tmp_path: Path, run: Run) -> None:
+def test_delete_removes_garbage_and_nothing_else(space: Space, tmp_path: Path, run: Run) -> None:
     media, samples = tmp_path / "media", tmp_path / "samples" / "toy"
     root = CacheRoot(tmp_path)
     write_samples(root, "toy", [])
@@ -102,7 +107,7 @@ def test_only_garbage_goes(space: Space, tmp_path: Path, run: Run) -> None:
     assert space.next_shard("image") == 4
 
 
-def test_refused_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> None:
+def test_it_refuses_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> None:
     before = files(tmp_path)
     with DriverLock(space.paths, "job 7"):
         for argv in ((), ("--delete",)):
@@ -111,8 +116,8 @@ def test_refused_while_a_job_writes(space: Space, tmp_path: Path, run: Run) -> N
     assert files(tmp_path) == before
 
 
-def test_refused_when_the_commits_are_gone(space: Space, tmp_path: Path, run: Run) -> None:
-    """A commits folder moved away would make every shard look like garbage."""
+def test_it_refuses_when_the_commits_are_missing(space: Space, tmp_path: Path, run: Run) -> None:
+    """Without the commits folder every shard would look like garbage."""
     shutil.move(space.paths.commits_dir, tmp_path / "elsewhere")
     before = files(tmp_path)
     for argv in ((), ("--delete",)):
@@ -121,9 +126,7 @@ def test_refused_when_the_commits_are_gone(space: Space, tmp_path: Path, run: Ru
     assert files(tmp_path) == before
 
 
-def test_rows_no_sample_mentions_are_counted_and_kept(
-    space: Space, tmp_path: Path, run: Run
-) -> None:
+def test_unreferenced_rows_are_counted_and_kept(space: Space, tmp_path: Path, run: Run) -> None:
     root = CacheRoot(tmp_path)
     append_media(root, [MediaRecord(source=str(n), key=key(n)) for n in range(3)], "job")
     mentioned = Sample(id="0", dataset="toy", messages=(), media=(MediaRef(source="2"),))
@@ -138,7 +141,7 @@ def test_rows_no_sample_mentions_are_counted_and_kept(
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Space:
-    """Images in shards (0 1 2 3) (4 5) (6) (7 8) (9), frames of 0 and 4; mentioned: 0 2 5 7 8."""
+    """Return shards of images (0 1 2 3) (4 5) (6) (7 8) (9), frames of 0 and 4; samples use 0 2 5 7 8."""
     space = make_space(tmp_path)
     for numbers in ([0, 1, 2, 3], [4, 5], [6], [7, 8], [9]):
         fill(space, numbers)
@@ -153,12 +156,12 @@ def crowded(tmp_path: Path) -> Space:
     return space
 
 
-def test_unreferenced_rows_go_and_the_others_stay_bit_for_bit(
+def test_removing_unreferenced_rows_keeps_the_others_bit_for_bit(
     crowded: Space, tmp_path: Path, run: Run
 ) -> None:
     paths = crowded.paths
     untouched = [path.read_bytes() for path in (paths.shard("image", 3), paths.commit("image", 3))]
-    (paths.root / "index").mkdir()  # derived: rebuilt by whoever wants it
+    (paths.root / "index").mkdir()  # derived from the commits
     (paths.root / "index" / "snapshot").write_bytes(b"old")
     alone = make_space(tmp_path / "alone")
     for number in (0, 2, 5, 7, 8):
@@ -190,7 +193,7 @@ def disk_use(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_rewrite_that_fails_leaves_everything_as_it_was(
+def test_a_rewrite_that_fails_changes_nothing(
     crowded: Space, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logical_hash = FeatureReader(crowded.paths).logical_hash()
@@ -200,7 +203,7 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
         with pytest.raises(DiskError, match=r"disk full \(.*nothing is lost: free some space"):
             run("--unreferenced", "--delete")
     assert files(crowded.paths.root) == before
-    garble(crowded.paths.shard("image", 0), 5)  # of a row that stays
+    garble(crowded.paths.shard("image", 0), 5)  # a row that is to be kept
     with pytest.raises(CorruptError, match=r"c/0/0/0: row 0 fails its checksum; .* --repair"):
         run("--unreferenced", "--delete")
     garble(crowded.paths.shard("image", 0), 5)
@@ -208,7 +211,7 @@ def test_a_rewrite_that_fails_leaves_everything_as_it_was(
     assert FeatureReader(crowded.paths).logical_hash() == logical_hash
 
 
-def test_an_index_is_made_anew_when_rows_were_taken_out(
+def test_the_index_file_is_written_again_after_rows_were_removed(
     crowded: Space, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
@@ -220,7 +223,9 @@ def test_an_index_is_made_anew_when_rows_were_taken_out(
     assert len(FeatureReader(crowded.paths).index["image"]) == 5
 
 
-def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, run: Run) -> None:
+def test_unreferenced_refuses_without_intact_samples(
+    crowded: Space, tmp_path: Path, run: Run
+) -> None:
     before = files(crowded.paths.root)
     samples = CacheRoot(tmp_path).samples("toy")
     garble(samples, 40)
@@ -240,7 +245,7 @@ def test_unreferenced_needs_to_know_the_samples(crowded: Space, tmp_path: Path, 
     assert files(crowded.paths.root) == before
 
 
-def test_replaced_shards_go_oldest_first(space: Space, run: Run) -> None:
+def test_replaced_shards_are_removed_oldest_first(space: Space, run: Run) -> None:
     for replaces, numbers in (((0,), [1, 4]), ((4, 3), [1])):
         writer = ShardWriter(space, "image", space.next_shard("image"))
         for number in numbers:
@@ -257,9 +262,7 @@ def test_replaced_shards_go_oldest_first(space: Space, run: Run) -> None:
 # ---- whole spaces
 
 
-def test_a_space_is_dropped_by_its_whole_name_only(
-    crowded: Space, tmp_path: Path, run: Run
-) -> None:
+def test_a_space_is_dropped_by_its_full_name_only(crowded: Space, tmp_path: Path, run: Run) -> None:
     other = make_space(tmp_path, "fp16")
     fill(other, [0, 2])
     name, before = crowded.paths.name, files(tmp_path)
@@ -270,7 +273,9 @@ def test_a_space_is_dropped_by_its_whole_name_only(
             run(*argv)
     out = run("--drop-space", name)
     assert "10 image rows, 2 frame rows" in out
-    assert "toy: 0.0% of 1 samples; without it 0.0%" in out, "one of its media never came"
+    assert "toy: 0.0% of 1 samples; without it 0.0%" in out, (
+        "one of its media items has no features"
+    )
     assert "would be freed: " in out
     assert files(tmp_path) == before
     with DriverLock(other.paths, "job 7"), pytest.raises(InUseError, match="by job 7"):
@@ -281,7 +286,7 @@ def test_a_space_is_dropped_by_its_whole_name_only(
     assert files(tmp_path) == kept
 
 
-def test_a_drop_that_was_cut_short_is_finished_by_the_next_collection(
+def test_an_interrupted_drop_is_finished_by_the_next_run(
     crowded: Space, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(_: Path) -> None:

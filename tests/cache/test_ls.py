@@ -1,4 +1,7 @@
-"""`cache.ls`: figures that can be counted by hand."""
+"""`cache.ls` prints figures that these tests count by hand.
+
+python -m cache.ls
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def root(tmp_path: Path) -> CacheRoot:
 
 
 def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
-    """a, b, c are keys 0, 1, 0; d failed to decode, e to be fetched; f is unknown.
+    """Return a cache: a, b, c have keys 0, 1, 0; d could not be decoded, e not fetched; f is unknown.
 
     The int8 space has keys 0 and 1, the fp16 space only 1.
     """
@@ -80,7 +83,7 @@ def test_spaces_and_coverage_are_counted(root: CacheRoot, run: Run) -> None:
     assert none["coverage"] == {int8["name"]: 1.0, fp16["name"]: 1.0}
 
 
-def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
+def test_the_tables_show_the_same_counts(root: CacheRoot, run: Run) -> None:
     int8 = next(name for name in root.space_names() if "int8" in name)
     with DriverLock(root.space(int8), "job 7"):
         lines = run().splitlines()
@@ -90,20 +93,12 @@ def test_the_tables_say_the_same(root: CacheRoot, run: Run) -> None:
     assert f"{int8}: being written by job 7" in lines
     assert ["two", "6", "4", "1"] in fields
     assert ["two", int8, "66.7%", "528", "B", "1", "264", "B"] in fields
-    assert [
-        "one",
-        int8,
-        "50.0%",
-        "264",
-        "B",
-        "0",
-        "0",
-        "B",
-    ] in fields  # what is missing there has failed
+    # The missing media of `one` have failed, so encoding adds nothing.
+    assert ["one", int8, "50.0%", "264", "B", "0", "0", "B"] in fields
     assert "why media failed: python -m cache.ls --failures" in lines
 
 
-def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run) -> None:
+def test_codec_errors_are_summarised_by_space_and_array(tmp_path: Path, run: Run) -> None:
     space = make_space(tmp_path)
     for number in range(250):
         if number % space.rows_per_shard("image") == 0:
@@ -130,8 +125,8 @@ def test_what_the_codec_lost_is_told_by_space_and_kind(tmp_path: Path, run: Run)
     ] in lines
 
 
-def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
-    """Two images and a video are there; an image, a short video and one of unknown length are missing."""
+def test_missing_rows_and_bytes_are_counted(tmp_path: Path, run: Run) -> None:
+    """Two images and a video have rows; an image, a short video and one of unknown length have none."""
     root = CacheRoot(tmp_path)
     load = {"encoder": {"name": "demo"}}
     space = Space.create(root, SPEC, load)
@@ -158,7 +153,7 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     need = values["needs"][SPEC.name]
     image, frame = SPEC.row_bytes("image"), SPEC.row_bytes("frame")
     assert values["coverage"] == {SPEC.name: 4 / 8}
-    assert need["reads"] == 2 * image + 3 * frame  # 0.png and 3.png are one image
+    assert need["reads"] == 2 * image + 3 * frame  # 0.png and 3.png have one key
     assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
     assert need["nbytes"] == image + 130 * frame
     assert need["command"] == (
@@ -168,8 +163,8 @@ def test_what_an_experiment_needs_is_counted(tmp_path: Path, run: Run) -> None:
     assert f"complete: {need['command']}" in run().splitlines()
 
 
-def test_a_sample_that_means_other_bytes_is_not_covered(root: CacheRoot, run: Run) -> None:
-    said = [key(0), key(1), None]  # of a, whose bytes have key 0
+def test_a_sample_that_states_another_sha256_is_not_covered(root: CacheRoot, run: Run) -> None:
+    said = [key(0), key(1), None]  # stated for source a, whose key is 0
     samples = [
         Sample(id=str(n), dataset="hash", messages=(), media=(MediaRef(source="a", sha256=sha),))
         for n, sha in enumerate(said)
@@ -183,7 +178,7 @@ def test_a_sample_that_means_other_bytes_is_not_covered(root: CacheRoot, run: Ru
     assert "hash: samples whose source has another sha256 than they state: 1" in run()
 
 
-def test_a_space_that_is_not_added_to_any_more_says_so(tmp_path: Path, run: Run) -> None:
+def test_a_space_that_encode_run_cannot_continue_is_named(tmp_path: Path, run: Run) -> None:
     cache_of(tmp_path, packed_from="float32")
     values = json.loads(run("--json"))
     assert all(space["closed"] for space in values["spaces"])
@@ -220,7 +215,7 @@ def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) 
     }
 
 
-def test_a_source_that_failed_and_then_came_is_no_failure(root: CacheRoot, run: Run) -> None:
+def test_a_source_that_succeeded_later_is_no_failure(root: CacheRoot, run: Run) -> None:
     records = [MediaRecord(source=source, key=key(5)) for source in "deg"]
     append_media(root, records, "job")
     assert run("--failures") == "no failures\n"
@@ -235,7 +230,7 @@ def test_damage_to_one_space_does_not_hide_the_others(root: CacheRoot, run: Run)
     assert any(line.startswith(f"{fp16} ") for line in lines)
 
 
-def test_nothing_is_said_to_be_nothing(tmp_path: Path, run: Run) -> None:
+def test_an_empty_cache_is_named_as_empty(tmp_path: Path, run: Run) -> None:
     out = run()
     assert "no spaces; make one: python -m encode.run" in out
     assert "no data sets" in out
@@ -253,7 +248,7 @@ def test_bytes_have_three_digits(nbytes: float, text: str) -> None:
     assert bytes_text(nbytes) == text
 
 
-def test_columns_line_up() -> None:
+def test_columns_are_aligned() -> None:
     text = table_text(("name", "n"), [("a", "5"), ("longer", "1,000")], right="n")
     assert text.splitlines() == ["name        n", "a           5", "longer  1,000"]
 

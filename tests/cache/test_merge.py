@@ -1,4 +1,7 @@
-"""Two caches become one: every row once, bit for bit, whatever happens on the way."""
+"""A merge copies each missing row once, bit for bit, however often it is interrupted.
+
+python -m cache.merge --source /mnt/other/cache --features cache
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,8 @@ def hash_of(folder: Path) -> str:
     return space.logical_hash
 
 
-def test_two_halves_encoded_apart_are_the_whole_encoded_at_once(tmp_path: Path) -> None:
-    """The proof of the command: real images, a real encoder, an overlap, one logical hash."""
+def test_two_merged_halves_equal_one_encoding_of_the_whole(tmp_path: Path) -> None:
+    """With real images, a real encoder and an overlap, the logical hashes are equal."""
     images = draw(tmp_path / "photos", 9)
     for name, part in (("left", images[:6]), ("right", images[4:])):
         (tmp_path / name).mkdir()
@@ -64,14 +67,14 @@ def test_two_halves_encoded_apart_are_the_whole_encoded_at_once(tmp_path: Path) 
 
 
 def columns(folder: Path, kind: str) -> dict[tuple[str, str], tuple[Any, ...]]:
-    """(key, view) -> what the commits say of the row, but for its number."""
+    """Return (key, view) -> the commit's values of the row, without its number."""
     root = CacheRoot(folder)
     table = Space.open(find_space(root, None)).commits(kind).to_pylist()
     return {(r["key"].hex(), r["view"]): (r["time_s"], r["crc"], r["error"]) for r in table}
 
 
 def add_video(space: Space, number: int, frames: int) -> None:
-    """One shard with the frames of one video, each with a time and an error of its own."""
+    """Write one shard with the frames of one video, each with its own time and error."""
     shard = ShardWriter(space, "frame", space.next_shard("frame"))
     for at in range(frames):
         stored = row(100 * number + at, "frame", space.spec)
@@ -80,7 +83,7 @@ def add_video(space: Space, number: int, frames: int) -> None:
     shard.commit()
 
 
-def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None:
+def test_rows_keep_bytes_times_and_errors_and_are_stored_once(tmp_path: Path) -> None:
     ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
     fill(ours, [1, 2, 3])
     fill(theirs, [3, 4])
@@ -94,13 +97,13 @@ def test_rows_keep_bytes_times_and_errors_and_stand_once(tmp_path: Path) -> None
     assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
     for kind, rows in expected.items():
         assert columns(tmp_path / "a", kind) == rows
-    hash_of(tmp_path / "a")  # reads every row; says nothing stands twice
+    hash_of(tmp_path / "a")  # reads every row, and reports rows that are stored twice
     reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
     assert reader.read("image", key(6)).shape == (4, 64)
     assert len(set(reader.index["frame"].shards.tolist())) <= 3
 
 
-def test_the_frames_of_a_video_stay_side_by_side_in_one_shard(tmp_path: Path) -> None:
+def test_the_frames_of_a_video_stay_adjacent_in_one_shard(tmp_path: Path) -> None:
     make_space(tmp_path / "a")
     theirs = make_space(tmp_path / "b")
     for number in (20, 21, 22):
@@ -114,9 +117,7 @@ def test_the_frames_of_a_video_stay_side_by_side_in_one_shard(tmp_path: Path) ->
         assert (rows == rows[0] + range(10)).all() and rows[0] // 16 == rows[-1] // 16
 
 
-def test_the_second_time_there_is_nothing_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_merge_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(make_space(tmp_path / "a"), [1])
     fill(make_space(tmp_path / "b"), [2])
     for root in (tmp_path / "a", tmp_path / "b"):
@@ -144,7 +145,7 @@ def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "a").exists()
 
 
-def test_shards_of_another_size_fit_too(tmp_path: Path) -> None:
+def test_the_shard_size_may_differ(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "a"), [1])
     made = make_space(tmp_path / "x")
     other = Space.create(
@@ -156,7 +157,7 @@ def test_shards_of_another_size_fit_too(tmp_path: Path) -> None:
     hash_of(tmp_path / "a")
 
 
-def test_damaged_rows_are_told_and_never_copied(
+def test_damaged_rows_are_reported_and_not_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(make_space(tmp_path / "a"), [1])
@@ -177,7 +178,7 @@ def test_damaged_rows_are_told_and_never_copied(
     assert (key(3), "full") in columns(tmp_path / "a", "image")
 
 
-def test_rows_that_two_machines_computed_differently_stay_ours(
+def test_rows_that_differ_between_machines_keep_the_local_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
@@ -191,11 +192,11 @@ def test_rows_that_two_machines_computed_differently_stay_ours(
     assert columns(tmp_path / "a", "image") == before
 
 
-# ---- killed
+# ---- interrupted
 
 
 @pytest.mark.slow
-def test_killed_at_any_system_call_and_done_again_it_is_as_if_never_killed(tmp_path: Path) -> None:
+def test_a_merge_killed_at_any_system_call_can_be_repeated(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "cache"), [1, 2])
     theirs = make_space(tmp_path / "b")
     fill(theirs, [2, 3, 4, 5])
@@ -238,7 +239,7 @@ def bad(source: str, error: str, **more: Any) -> MediaRecord:
     return MediaRecord(source=source, status="failed", stage="fetch", error=error, **more)
 
 
-def test_the_better_knowledge_of_a_source_wins(tmp_path: Path) -> None:
+def test_a_success_replaces_a_failure_and_never_the_reverse(tmp_path: Path) -> None:
     ours = [ok("both", 1, width=3), bad("revived", "404"), ok("kept", 2), bad("newer", "old")]
     theirs = [ok("both", 1, width=4), ok("revived", 5), bad("kept", "gone"), ok("new", 6)]
     merged = merged_media(tmp_path, ours, [*theirs, bad("newer", "new")])
@@ -254,7 +255,7 @@ def test_an_older_failure_does_not_replace_a_newer_one(tmp_path: Path) -> None:
     assert merged_media(tmp_path, [bad("s", "new")], [])["s"].error == "new"
 
 
-def test_merging_to_and_fro_adds_nothing(tmp_path: Path) -> None:
+def test_merging_in_both_directions_repeatedly_adds_nothing(tmp_path: Path) -> None:
     merged_media(tmp_path, [bad("s", "ours"), ok("t", 1)], [bad("s", "theirs"), bad("t", "404")])
     for source, target in (("a", "b"), ("b", "a"), ("a", "b")):
         run("--source", tmp_path / source, "--features", tmp_path / target)
@@ -265,7 +266,7 @@ def test_merging_to_and_fro_adds_nothing(tmp_path: Path) -> None:
     assert (tables[0]["s"].error, tables[0]["t"].status) == ("theirs", "ok")
 
 
-def test_other_bytes_under_one_source_are_told_and_ours_stand(
+def test_other_bytes_of_one_source_are_reported_and_the_local_record_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = "https://a.example/1.jpg"
@@ -276,7 +277,7 @@ def test_other_bytes_under_one_source_are_told_and_ours_stand(
     assert f"{url}: {key(1)[:12]}... here, {key(2)[:12]}... there" in out
 
 
-def test_a_dead_link_keeps_the_key_it_had_against_other_bytes(tmp_path: Path) -> None:
+def test_a_failed_source_keeps_its_key_when_the_other_has_other_bytes(tmp_path: Path) -> None:
     merged = merged_media(tmp_path, [ok("s", 1), bad("s", "404")], [ok("s", 2)])
     assert (merged["s"].status, merged["s"].key) == ("failed", key(1))
     (tmp_path / "again").mkdir()
@@ -292,7 +293,7 @@ def sample(name: str, *sources: str) -> Sample:
     return Sample(id=name, dataset="d", messages=(), media=media)
 
 
-def test_samples_that_differ_are_refused_until_somebody_says_which_count(tmp_path: Path) -> None:
+def test_differing_samples_are_refused_without_the_option(tmp_path: Path) -> None:
     def make() -> CacheRoot:
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
         fill(make_space(tmp_path / "a"), [1])
@@ -317,7 +318,7 @@ def test_samples_that_differ_are_refused_until_somebody_says_which_count(tmp_pat
         assert len(columns(tmp_path / "a", "image")) == 2
 
 
-def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
+def test_a_damaged_data_set_is_not_copied(tmp_path: Path) -> None:
     make_space(tmp_path / "a")
     make_space(tmp_path / "b")
     root = CacheRoot(tmp_path / "b")
@@ -334,7 +335,9 @@ def test_a_damaged_data_set_there_is_not_brought_over(tmp_path: Path) -> None:
 # ---- refused
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_merges_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = make_space(tmp_path / "a")
     fill(make_space(tmp_path / "b"), [1])
     with pytest.raises(UserError, match="is the cache to merge into"):
@@ -351,7 +354,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert columns(tmp_path / "a", "image") == {}
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_rest_follows(
+def test_a_full_disk_is_one_line_and_the_next_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(make_space(tmp_path / "a"), [1])

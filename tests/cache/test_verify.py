@@ -1,4 +1,7 @@
-"""`cache.verify`: intact means intact, and any flipped byte of a space is found."""
+"""`cache.verify` finds every flipped byte of a cache, and reports nothing in an intact one.
+
+python -m cache.verify --deep
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from tests.support.spaces import fill, key, make_space, row
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:
-    """A space with two shards of images and one of frames, samples and media."""
+    """Return a space with two shards of images and one of frames, with samples and media."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
@@ -63,11 +66,10 @@ def test_an_intact_cache_has_no_findings(root: CacheRoot) -> None:
 
 
 @pytest.mark.soak_counted
-def test_any_flipped_byte_is_found_and_never_returned(
+def test_any_flipped_byte_is_found_and_not_returned(
     root: CacheRoot, soak: Callable[[int, int], int]
 ) -> None:
-    """Some bytes of each file, or every one in `make soak`; below, and in test_cache_layout, every
-    one is tried on the check that notices it."""
+    """Flip some bytes of each file; `make soak` flips every one."""
     paths = only_space(root)
     clean = FeatureReader(paths).logical_hash()
     stride = soak(97, 1)
@@ -101,7 +103,7 @@ def test_any_flipped_byte_of_a_shard_is_found(root: CacheRoot) -> None:
             flip(path, at)
 
 
-def test_quick_finds_what_needs_no_reading(root: CacheRoot) -> None:
+def test_the_quick_check_finds_wrong_files_and_sizes(root: CacheRoot) -> None:
     paths = only_space(root)
     shard = paths.shard("image", 0)
     flip(shard, 0)
@@ -128,7 +130,7 @@ def test_an_intact_file_in_the_wrong_place_is_found(root: CacheRoot) -> None:
     ]
 
 
-def test_the_same_row_twice_is_found(root: CacheRoot) -> None:
+def test_a_row_that_is_stored_twice_is_found(root: CacheRoot) -> None:
     space = make_space(root.path)
     again = fill(space, [1])
     space.grow("image")
@@ -139,7 +141,7 @@ def test_the_same_row_twice_is_found(root: CacheRoot) -> None:
     assert FeatureReader(space.paths).lookup("image", [key(1)]).tolist() == [1]
 
 
-def test_what_a_crash_leaves_is_a_note(root: CacheRoot) -> None:
+def test_files_left_by_a_crash_are_notes(root: CacheRoot) -> None:
     space = make_space(root.path)
     begun = ShardWriter(space, "image", 2)
     begun.append(key(9), "full", row(9))
@@ -159,7 +161,7 @@ def test_what_a_crash_leaves_is_a_note(root: CacheRoot) -> None:
     assert report.spaces[1].logical_hash
 
 
-def test_a_space_that_lost_its_description_is_broken(root: CacheRoot) -> None:
+def test_a_space_without_space_json_is_broken(root: CacheRoot) -> None:
     paths = only_space(root)
     paths.space_json.unlink()
     assert broken(verify(root)) == [str(paths.space_json)]
@@ -173,7 +175,7 @@ def run(
     return code, capsys.readouterr().out
 
 
-def test_the_command_prints_a_line_a_finding_and_exits_1(
+def test_the_command_prints_one_line_for_each_finding_and_exits_with_1(
     root: CacheRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = only_space(root)

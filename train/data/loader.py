@@ -50,7 +50,7 @@ class RowReader(Protocol):
 class Interruptible(Protocol):
     """A reader whose reads can take minutes, for example while a network is down."""
 
-    def give_up(self) -> None:
+    def cancel_reads(self) -> None:
         """Abort the reads in progress: their results are not needed any more."""
 
 
@@ -225,7 +225,7 @@ class FeatureLoader:
         """Stop the threads and discard what they have read ahead. Closing twice is allowed."""
         self._closed = True
         if isinstance(self._reader, Interruptible) and any(not f.done() for f in self._queue):
-            self._reader.give_up()
+            self._reader.cancel_reads()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
         self._free.clear()

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import configs
 from cache.errors import CacheError
 from cache.format.spec import FeatureSpec
-from cache.remote.open import Elsewhere, open_reader, root_of
+from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -58,7 +58,7 @@ ANSWER_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Elsewhere):
+class Options(RemoteOptions):
     """Answer held-out questions with a trained model."""
 
     run: str = "default"
@@ -142,7 +142,7 @@ def evaluate(options: Options) -> Evaluation:
     chosen = parse_mix(options.datasets or trained.datasets)
     reader = open_reader(options.features, meta["space"]["name"], options, datasets=chosen)
     check_space(meta, reader.spec, final)
-    root = root_of(reader)
+    root = cache_root(reader)
     asked_for = replace(trained, datasets=options.datasets or trained.datasets)
     mix = dict.fromkeys(mix_of(asked_for, root))
     samples = join(

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 import configs
 from cache.errors import CacheError
-from cache.remote.open import Elsewhere, local_root
+from cache.remote.open import RemoteOptions, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.view import page
@@ -37,7 +37,7 @@ PROG = "python -m train.report"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Elsewhere):
+class Options(RemoteOptions):
     """Write the report of a run."""
 
     run: str = "default"

@@ -1,4 +1,7 @@
-"""The list of a cache's tables, made to be shared and read with distrust; and who understands a URL."""
+"""`cache.share` writes listing.json; a reader validates it and copies the tables; commands take URLs or not.
+
+root = RemoteCache("https://host/features", RemoteOptions(mirror=folder)).copy_tables()
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from cache import ls as cache_ls
 from cache.errors import CacheError, CorruptError, NotFoundError, UnreachableError
 from cache.format.checksums import sealed_json
 from cache.remote.listing import is_table, local_tables
-from cache.remote.open import Elsewhere, RemoteCache, local_root
+from cache.remote.open import RemoteCache, RemoteOptions, local_root
 from cache.remote.retry import RetryPolicy
 from cache.share import share
 from cache.store.paths import LISTING, CacheRoot, is_url
@@ -24,7 +27,7 @@ from configs import UserError
 from tests.support import trained_runs
 from tests.support.remote_servers import WebServer
 
-RULES = RetryPolicy(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3)
+POLICY = RetryPolicy(backoff_s=0.01, max_backoff_s=0.02, give_up_after_s=0.3)
 DIGEST = "0" * 64
 
 
@@ -43,7 +46,7 @@ def server(cache: CacheRoot) -> Iterator[WebServer]:
 
 
 def here(server: WebServer, tmp_path: Path) -> RemoteCache:
-    return RemoteCache(server.url, Elsewhere(mirror=tmp_path / "mirror"), RULES)
+    return RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "mirror"), POLICY)
 
 
 def copied(folder: Path) -> list[Path]:
@@ -53,7 +56,7 @@ def copied(folder: Path) -> list[Path]:
 # ---- listing.json
 
 
-def test_the_list_names_every_table_and_no_shard(cache: CacheRoot, tmp_path: Path) -> None:
+def test_the_listing_names_every_table_and_no_shard(cache: CacheRoot, tmp_path: Path) -> None:
     (cache.samples_dir / "colors" / "part-00000.parquet.ab.partial").write_bytes(b"half")
     said = share(cache)
     files = json.loads((cache.path / LISTING).read_bytes())["files"]
@@ -64,7 +67,7 @@ def test_the_list_names_every_table_and_no_shard(cache: CacheRoot, tmp_path: Pat
     assert f"{len(files)} tables" in said and "2 shards" in said
 
 
-def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_not_shared(tmp_path: Path) -> None:
     root = trained_runs.make(tmp_path, images=4)
     (paths,) = map(root.space, root.space_names())
     shard = paths.shard("image", 0)
@@ -99,26 +102,29 @@ def test_what_is_damaged_is_not_shared(tmp_path: Path) -> None:
         "",
     ],
 )
-def test_a_list_names_nothing_but_tables(name: str, tmp_path: Path, cache: CacheRoot) -> None:
+def test_a_listing_with_other_names_is_refused(name: str, tmp_path: Path, cache: CacheRoot) -> None:
     assert not is_table(name)
     values = {"format": 1, "files": {name: [4, DIGEST]}}
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / LISTING).write_bytes(sealed_json(values))
-    refused = pytest.raises(CacheError, match="which no cache has; not touched")
+    refused = pytest.raises(CacheError, match="which is no table of a cache; refused")
     with WebServer(tmp_path / "there") as server, refused:
-        here(server, tmp_path).tables()
+        here(server, tmp_path).copy_tables()
     assert copied(tmp_path / "mirror") == []
 
 
 @pytest.mark.parametrize("value", [[0, DIGEST], [4, "x"], [4], "4", [4, DIGEST, 1], [-1, DIGEST]])
-def test_a_list_says_no_nonsense(value: Any, tmp_path: Path) -> None:
+def test_a_listing_with_invalid_values_is_refused(value: Any, tmp_path: Path) -> None:
     values = {"format": 1, "files": {"spaces/x/space.json": value}}
     (tmp_path / LISTING).write_bytes(sealed_json(values))
-    with WebServer(tmp_path) as server, pytest.raises(CacheError, match="nonsense of spaces/x"):
-        here(server, tmp_path).tables()
+    with (
+        WebServer(tmp_path) as server,
+        pytest.raises(CacheError, match="no valid size and sha256 of spaces/x"),
+    ):
+        here(server, tmp_path).copy_tables()
 
 
-def test_a_list_that_is_missing_damaged_or_old_says_how_to_mend_it(
+def test_a_missing_damaged_or_outdated_listing_is_an_error_with_a_remedy(
     server: WebServer, cache: CacheRoot, tmp_path: Path
 ) -> None:
     listing = cache.path / LISTING
@@ -126,33 +132,31 @@ def test_a_list_that_is_missing_damaged_or_old_says_how_to_mend_it(
     try:
         listing.write_bytes(data.replace(b"samples/colors", b"samples/colour"))
         with pytest.raises(CacheError, match=r"do not match its seal; .*python -m cache\.share"):
-            here(server, tmp_path).tables()
+            here(server, tmp_path).copy_tables()
         listing.unlink()
         with pytest.raises(
             NotFoundError, match=r"no listing\.json, .*python -m cache\.share --feat"
         ):
-            here(server, tmp_path).tables()
+            here(server, tmp_path).copy_tables()
         values = json.loads(data)
         name = "samples/colors/part-00000.parquet"
-        values["files"][name] = [values["files"][name][0], DIGEST]  # it has changed since
+        values["files"][name] = [values["files"][name][0], DIGEST]  # the table has changed since
         listing.write_bytes(sealed_json({k: v for k, v in values.items() if k != "seal"}))
-        with pytest.raises(
-            UnreachableError, match=rf"{name}: its sha256 is another .*cache\.share"
-        ):
-            here(server, tmp_path).tables()
+        with pytest.raises(UnreachableError, match=rf"{name}: its sha256 differs .*cache\.share"):
+            here(server, tmp_path).copy_tables()
         assert not (here(server, tmp_path)._mirror.root.path / name).exists()
     finally:
         listing.write_bytes(data)
 
 
-def test_tables_are_copied_whole_those_of_other_data_sets_are_not(
+def test_only_the_wanted_tables_are_copied(
     server: WebServer, cache: CacheRoot, tmp_path: Path
 ) -> None:
     server.bad = 0.2
     remote = here(server, tmp_path)
-    root = remote.tables(datasets=["again"])
+    root = remote.copy_tables(datasets=["again"])
     assert "samples/colors/part-00000.parquet" not in local_tables(root)
-    root = remote.tables()
+    root = remote.copy_tables()
     assert local_tables(root) == local_tables(cache)
     for name in local_tables(cache):
         assert (root.path / name).read_bytes() == (cache.path / name).read_bytes()
@@ -160,7 +164,7 @@ def test_tables_are_copied_whole_those_of_other_data_sets_are_not(
     assert next(read_samples(root, "again")).dataset == "again"
 
 
-# ---- who understands a URL
+# ---- commands and URLs
 
 
 @pytest.mark.parametrize(
@@ -175,12 +179,12 @@ def test_tables_are_copied_whole_those_of_other_data_sets_are_not(
         ("./https/x", None),
     ],
 )
-def test_urls_are_told_from_folders(text: str | Path, url: str | None) -> None:
+def test_urls_and_folders_are_distinguished(text: str | Path, url: str | None) -> None:
     assert is_url(text) == url
 
 
 @pytest.mark.parametrize("module", ["encode.run", "cache.gc", "cache.verify", "cache.share"])
-def test_who_writes_needs_a_local_folder(
+def test_commands_that_write_need_a_local_folder(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -196,7 +200,7 @@ def test_who_writes_needs_a_local_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_ls_lists_a_cache_elsewhere_as_a_local_one(
+def test_ls_lists_a_remote_cache_like_a_local_one(
     server: WebServer,
     cache: CacheRoot,
     tmp_path: Path,
@@ -212,7 +216,7 @@ def test_ls_lists_a_cache_elsewhere_as_a_local_one(
     assert listed[0] == listed[1]
 
 
-def test_what_reads_no_row_works_on_the_copy(server: WebServer, tmp_path: Path) -> None:
-    elsewhere = Elsewhere(mirror=tmp_path)
-    assert local_root(server.url, elsewhere).space_names() == [trained_runs.spec().name]
-    assert local_root("cache", elsewhere) == CacheRoot(Path("cache"))
+def test_local_root_returns_the_copied_tables(server: WebServer, tmp_path: Path) -> None:
+    options = RemoteOptions(mirror=tmp_path)
+    assert local_root(server.url, options).space_names() == [trained_runs.spec().name]
+    assert local_root("cache", options) == CacheRoot(Path("cache"))

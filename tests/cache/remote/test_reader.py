@@ -1,4 +1,8 @@
-"""Rows from elsewhere: what comes is what was written, whatever the network does; and what is kept here."""
+"""A remote reader returns the stored rows, whatever the network does, and keeps them on the local disk.
+
+reader = open_reader("https://host/features", None, RemoteOptions())
+reader.read("image", key)
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from cache.errors import CacheError, RequestError, UnreachableError
 from cache.format.checksums import crc32c
 from cache.format.spec import CODECS, CONTAINERS
 from cache.remote.http import HttpStore
-from cache.remote.open import Elsewhere, RemoteCache, open_reader
+from cache.remote.open import RemoteCache, RemoteOptions, open_reader
 from cache.remote.reader import RemoteReader
 from cache.remote.retry import RetryPolicy
 from cache.remote.row_cache import RowCache
@@ -30,7 +34,7 @@ from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
 
 ROWS = 3 * SLOTS
 ROW_BYTES = SPEC.row_bytes("image")
-RULES = RetryPolicy(backoff_s=0.01, backoff_most_s=0.02, patience_s=0.3, retry_after_s=0.2)
+POLICY = RetryPolicy(backoff_s=0.01, max_backoff_s=0.02, give_up_after_s=0.3, max_retry_after_s=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,8 @@ def reader(server: WebServer, tmp_path: Path) -> RemoteReader:
 
 
 def open_remote(server: WebServer, folder: Path, mirror_gb: float = 1.0) -> RemoteReader:
-    elsewhere = Elsewhere(mirror=folder, mirror_gb=mirror_gb)
-    return RemoteCache(server.url, elsewhere, RULES).reader(None)
+    options = RemoteOptions(mirror=folder, mirror_gb=mirror_gb)
+    return RemoteCache(server.url, options, POLICY).open_reader(None)
 
 
 def read(reader: FeatureReader, rows: list[int]) -> np.ndarray:
@@ -69,12 +73,12 @@ def spans(server: WebServer) -> list[str | None]:
     return [span for _, span in server.shard_requests()]
 
 
-# ---- what is asked for
+# ---- requests
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("codec_name", CODECS)
-def test_every_kind_of_space_is_read_from_elsewhere(
+def test_every_format_and_codec_can_be_read(
     tmp_path: Path, container: str, codec_name: str
 ) -> None:
     space = make_space(tmp_path / "there", codec_name, container=container)
@@ -90,7 +94,7 @@ def test_every_kind_of_space_is_read_from_elsewhere(
         assert remote.logical_hash() == local.logical_hash()
 
 
-def test_rows_are_those_of_a_local_reader_in_any_order(
+def test_rows_equal_those_of_a_local_reader_in_any_order(
     cache: CacheRoot, reader: RemoteReader
 ) -> None:
     local = FeatureReader(find_space(cache, None))
@@ -101,7 +105,7 @@ def test_rows_are_those_of_a_local_reader_in_any_order(
     assert (reader.lookup("image", numbers) == local.lookup("image", numbers)).all()
 
 
-def test_neighbours_are_one_request_and_no_row_is_asked_for_twice(
+def test_adjacent_rows_are_one_request_and_no_row_is_fetched_twice(
     server: WebServer, reader: RemoteReader
 ) -> None:
     read(reader, [2, 0, 1, 1, 6, 4, 3])
@@ -110,12 +114,12 @@ def test_neighbours_are_one_request_and_no_row_is_asked_for_twice(
     assert sorted(map(str, spans(server))) == sorted(
         [first, second, f"bytes={2 * stride}-{2 * stride + ROW_BYTES - 1}"]
     )
-    read(reader, list(range(7)))  # 5 alone is new
+    read(reader, list(range(7)))  # only 5 is new
     assert len(spans(server)) == 4
-    assert (reader.traffic.rows_fetched, reader.traffic.rows_kept) == (7, 6)
+    assert (reader.stats.rows_fetched, reader.stats.rows_cached) == (7, 6)
 
 
-def test_only_what_is_needed_is_copied_and_only_what_changed_is_copied_again(
+def test_only_needed_and_changed_tables_are_copied(
     tmp_path: Path,
 ) -> None:
     there = CacheRoot(tmp_path / "there")
@@ -126,34 +130,34 @@ def test_only_what_is_needed_is_copied_and_only_what_changed_is_copied_again(
     share(there)
     names = {"int8": space.paths.name, "fp16": other.paths.name}
     with WebServer(there.path) as server:
-        remote = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
+        remote = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
         with pytest.raises(CacheError, match=f"2 spaces under {server.url}/, say which: --space"):
-            remote.reader(None)
-        remote.reader(names["int8"])
+            remote.open_reader(None)
+        remote.open_reader(names["int8"])
         paths = [path for path, _ in server.requests]
         assert not any("commits" in path and names["fp16"] in path for path in paths)
 
         server.requests.clear()
-        RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES).reader(names["int8"])
+        RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY).open_reader(
+            names["int8"]
+        )
         assert [path for path, _ in server.requests] == ["/listing.json"]
 
         fill(space, [3])
         share(there)
         server.requests.clear()
-        again = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
-        assert again.reader(names["int8"]).rows("image") == 3
+        again = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
+        assert again.open_reader(names["int8"]).rows("image") == 3
         fetched = {path.split("/")[-1] for path, _ in server.requests}
         assert fetched == {"listing.json", "image-00000001.parquet"}
 
-        space.paths.commit("image", 0).unlink()  # as gc does with a shard that others replaced
+        space.paths.commit("image", 0).unlink()  # as cache.gc does with a replaced shard
         share(there)
-        last = RemoteCache(server.url, Elsewhere(mirror=tmp_path / "here"), RULES)
-        assert last.reader(names["int8"]).rows("image") == 1
+        last = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
+        assert last.open_reader(names["int8"]).rows("image") == 1
 
 
-def test_a_copied_table_that_is_damaged_here_is_copied_again(
-    server: WebServer, tmp_path: Path
-) -> None:
+def test_a_damaged_local_copy_is_copied_again(server: WebServer, tmp_path: Path) -> None:
     path = open_remote(server, tmp_path).paths.commit("image", 1)
     data = bytearray(path.read_bytes())
     data[40] ^= 1
@@ -166,7 +170,7 @@ def test_a_copied_table_that_is_damaged_here_is_copied_again(
 # ---- a bad network
 
 
-def test_a_body_that_breaks_off_goes_on_where_it_ended(
+def test_a_broken_body_is_continued_where_it_ended(
     server: WebServer, reader: RemoteReader, cache: CacheRoot
 ) -> None:
     once = iter([True])
@@ -184,7 +188,7 @@ def test_a_body_that_breaks_off_goes_on_where_it_ended(
     assert server.row_bytes == ROW_BYTES
 
 
-def test_retry_after_is_honoured_up_to_a_cap(server: WebServer, reader: RemoteReader) -> None:
+def test_retry_after_is_obeyed_up_to_the_limit(server: WebServer, reader: RemoteReader) -> None:
     times: list[float] = []
 
     def busy(handler: remote_servers._Handler, _: str) -> bool:
@@ -196,28 +200,30 @@ def test_retry_after_is_honoured_up_to_a_cap(server: WebServer, reader: RemoteRe
 
     server.acts["/spaces"] = busy
     read(reader, [0])
-    assert times[1] - times[0] >= RULES.retry_after_s
+    assert times[1] - times[0] >= POLICY.max_retry_after_s
 
 
-def test_one_who_gets_nowhere_ends_with_one_line(server: WebServer, reader: RemoteReader) -> None:
+def test_a_read_without_progress_ends_with_one_line(
+    server: WebServer, reader: RemoteReader
+) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
     with pytest.raises(UnreachableError) as error:
         read(reader, [0, 5, 9])
     text = str(error.value)
     assert text.startswith(f"{server.url}/spaces/") and "503 Service Unavailable" in text
-    assert "--resume goes on" in text and "\n" not in text
+    assert "--resume continues" in text and "\n" not in text
 
 
-def test_what_is_not_there_is_said_at_once(server: WebServer, reader: RemoteReader) -> None:
+def test_a_missing_file_is_not_requested_again(server: WebServer, reader: RemoteReader) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(404, b"") or True
     with pytest.raises(UnreachableError, match=r"/c/0/0/0: 404 Not Found from 127.0.0.1$"):
         read(reader, [0])
     assert len(spans(server)) == 1
 
 
-def test_who_gives_up_is_not_kept_waiting(server: WebServer, tmp_path: Path) -> None:
-    patient = RetryPolicy(backoff_s=60, patience_s=600)
-    reader = RemoteCache(server.url, Elsewhere(mirror=tmp_path), patient).reader(None)
+def test_cancelled_reads_end_soon(server: WebServer, tmp_path: Path) -> None:
+    policy = RetryPolicy(backoff_s=60, give_up_after_s=600)
+    reader = RemoteCache(server.url, RemoteOptions(mirror=tmp_path), policy).open_reader(None)
     server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
     errors: list[BaseException] = []
 
@@ -231,14 +237,14 @@ def test_who_gives_up_is_not_kept_waiting(server: WebServer, tmp_path: Path) -> 
     thread.start()
     while len(spans(server)) < 2:
         time.sleep(0.005)
-    while thread.is_alive():  # both must have begun to wait
-        reader.give_up()
+    while thread.is_alive():  # both reads must be waiting first
+        reader.cancel_reads()
         thread.join(0.02)
-    assert "given up" in str(errors[0])
+    assert "was cancelled" in str(errors[0])
 
 
 def damaged(times: int) -> Callable[[remote_servers._Handler, str], bool]:
-    """A proxy that changes the first byte of so many answers."""
+    """Return an act that changes the first byte of this many answers, as a faulty proxy does."""
     left = [times]
     lock = threading.Lock()
 
@@ -256,7 +262,7 @@ def damaged(times: int) -> Callable[[remote_servers._Handler, str], bool]:
     return act
 
 
-def test_a_row_that_was_changed_on_the_way_is_fetched_again_alone(
+def test_a_row_changed_on_the_way_is_fetched_again_alone(
     cache: CacheRoot, server: WebServer, reader: RemoteReader
 ) -> None:
     server.acts["/spaces"] = damaged(2)
@@ -266,7 +272,7 @@ def test_a_row_that_was_changed_on_the_way_is_fetched_again_alone(
     assert spans(server) == [f"bytes=0-{2 * (ROW_BYTES + 4) + ROW_BYTES - 1}", first, first]
 
 
-def test_a_row_that_is_damaged_there_is_named_and_never_kept(
+def test_a_row_damaged_at_its_source_is_named_and_not_kept(
     server: WebServer, reader: RemoteReader
 ) -> None:
     server.acts["/spaces"] = damaged(1000)
@@ -277,16 +283,16 @@ def test_a_row_that_is_damaged_there_is_named_and_never_kept(
     )
     server.acts.clear()
     read(reader, [6])
-    assert reader.traffic.rows_kept == 0
+    assert reader.stats.rows_cached == 0
 
 
-def test_a_server_without_ranges_is_told_apart(server: WebServer, reader: RemoteReader) -> None:
+def test_a_server_without_ranges_is_reported(server: WebServer, reader: RemoteReader) -> None:
     server.acts["/spaces"] = lambda handler, _: handler.answer(200, bytes(10_000)) or True
     with pytest.raises(UnreachableError, match="ignores Range requests"):
         read(reader, [0])
 
 
-def test_a_shard_of_another_size_is_not_trusted(server: WebServer, reader: RemoteReader) -> None:
+def test_a_shard_of_another_size_is_refused(server: WebServer, reader: RemoteReader) -> None:
     def longer(handler: remote_servers._Handler, _: str) -> bool:
         span = {"Content-Range": f"bytes 0-{ROW_BYTES - 1}/{10**9}"}
         handler.answer(206, bytes(ROW_BYTES), span)
@@ -297,7 +303,7 @@ def test_a_shard_of_another_size_is_not_trusted(server: WebServer, reader: Remot
         read(reader, [0])
 
 
-# ---- where it may lead
+# ---- redirects and addresses
 
 
 def redirect(to: str) -> Callable[[remote_servers._Handler, str], bool]:
@@ -321,7 +327,7 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
     read(reader, [0])
     read(reader, [2])
     assert [path.startswith("/moved") for path, _ in server.shard_requests()] == [0, 1, 1]
-    # A signature runs out; who gave it is asked again.
+    # The signature expires: the first URL is requested again.
     server.acts["/moved"] = lambda handler, _: handler.answer(403, b"") or True
     server.acts["/spaces"] = lambda *_: False
     read(reader, [3])
@@ -339,11 +345,9 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
         ("http://user:secret@127.0.0.1", "a redirect to no valid URL"),
     ],
 )
-def test_a_redirect_does_not_lead_where_it_should_not(
-    server: WebServer, to: str, what: str
-) -> None:
-    store = HttpStore(server.url, RULES)
-    store._pool._private = False  # as for a server on the open web
+def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) -> None:
+    store = HttpStore(server.url, POLICY)
+    store._pool._allow_private = False  # as for a server on the open web
     server.acts["/spaces"] = redirect(to)
     store._pool._idle[store._origin] = [(connect(server), time.monotonic() + 60)] * 9
     target = memoryview(bytearray(4))
@@ -354,7 +358,7 @@ def test_a_redirect_does_not_lead_where_it_should_not(
 
 
 def connect(server: WebServer) -> object:
-    """A connection that was judged before, for stores that would refuse the loopback."""
+    """Return an open connection, for stores that would refuse to connect to the loopback."""
     import http.client
 
     host, port = server.url.removeprefix("http://").split(":")
@@ -363,12 +367,12 @@ def connect(server: WebServer) -> object:
     return connection
 
 
-def test_a_secret_stays_with_the_host_it_is_for(cache: CacheRoot, server: WebServer) -> None:
-    store = HttpStore(server.url, RULES, headers={"Authorization": "Bearer hf_secret"})
+def test_an_authorization_is_sent_only_to_its_host(cache: CacheRoot, server: WebServer) -> None:
+    store = HttpStore(server.url, POLICY, headers={"Authorization": "Bearer hf_secret"})
     with WebServer(cache.path) as other:
         server.acts["/spaces"] = redirect(other.url)
         name = next(path for path in map(str, cache.path.rglob("space.json")))
-        store.whole(os.path.relpath(name, cache.path), 10**6)
+        store.read_file(os.path.relpath(name, cache.path), 10**6)
         assert server.headers[-1]["Authorization"] == "Bearer hf_secret"
         assert "Authorization" not in other.headers[-1]
 
@@ -384,21 +388,21 @@ def test_a_secret_stays_with_the_host_it_is_for(cache: CacheRoot, server: WebSer
         ("gs://bucket/prefix", "read from https://, s3://, hf:// or a folder"),
     ],
 )
-def test_urls_that_are_not_read_from(url: str, what: str, tmp_path: Path) -> None:
+def test_unsuitable_urls_are_refused(url: str, what: str, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=what):
-        open_reader(url, None, Elsewhere(mirror=tmp_path))
+        open_reader(url, None, RemoteOptions(mirror=tmp_path))
 
 
-def test_a_name_that_leads_to_a_private_address_is_refused(
+def test_a_host_name_with_a_private_address_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [(2, 1, 6, "", ("192.168.7.7", 443))]
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
     with pytest.raises(UnreachableError, match=r"192\.168\.7\.7; if you trust it: --allow-private"):
-        open_reader("https://features.example/cache", None, Elsewhere(mirror=tmp_path))
+        open_reader("https://features.example/cache", None, RemoteOptions(mirror=tmp_path))
 
 
-# ---- what is kept
+# ---- rows kept on the local disk
 
 
 def row(number: int) -> tuple[int, memoryview]:
@@ -422,7 +426,7 @@ def kept(rows: RowCache, *numbers: int) -> list[bool]:
     return found
 
 
-def test_rows_are_kept_within_the_limit_the_longest_unused_go(tmp_path: Path) -> None:
+def test_the_least_recently_used_rows_are_evicted(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 10_000, protected_s=0)
     put(rows, *range(10))
     for age, number in enumerate([3, 5, *(n for n in range(10) if n not in (3, 5))]):
@@ -434,14 +438,14 @@ def test_rows_are_kept_within_the_limit_the_longest_unused_go(tmp_path: Path) ->
     assert total(tmp_path) <= 10_000
 
 
-def test_an_epoch_larger_than_the_limit_keeps_what_came_first(tmp_path: Path) -> None:
+def test_rows_used_lately_are_not_evicted(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 10_000)
     put(rows, *range(20))
     assert sum(kept(rows, *range(20))) == 10
     assert kept(rows, *range(10)) == [True] * 10
 
 
-def test_a_kept_row_that_is_damaged_or_another_is_as_good_as_none(tmp_path: Path) -> None:
+def test_a_damaged_file_or_another_row_is_not_returned(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 100_000)
     put(rows, 1, 2, 3)
     paths = {n: rows._path("image", n, row(n)[0]) for n in (1, 2, 3)}
@@ -455,13 +459,13 @@ def test_a_kept_row_that_is_damaged_or_another_is_as_good_as_none(tmp_path: Path
     assert not rows.get("image", 3, row(4)[0], target)  # another cache's row of that number
 
 
-def test_without_room_on_the_disk_nothing_is_kept_and_all_is_read(
+def test_rows_are_read_when_none_can_be_kept(
     server: WebServer, tmp_path: Path, cache: CacheRoot, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = open_remote(server, tmp_path)
     reader._rows._folder.parent.mkdir(parents=True, exist_ok=True)
     reader._rows._folder.mkdir()
-    (reader._rows._folder / "image").write_bytes(b"")  # no folder can be made here
+    (reader._rows._folder / "image").write_bytes(b"")  # blocks the folder of the array
     local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 8]) == read(local, [0, 1, 8])).all()
     assert "no more rows are kept here" in caplog.text
@@ -484,7 +488,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     rows = RowCache(tmp_path, 30_000)
-    assert sum(kept(rows, *range(60))) > 5  # and each that is there is intact
+    assert sum(kept(rows, *range(60))) > 5  # and `kept` compares each with its bytes
 
 
 def total(folder: Path) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache.errors import CorruptError
-from cache.remote.open import Elsewhere, open_reader
+from cache.remote.open import RemoteOptions, open_reader
 from cache.store import shard_files
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -136,7 +136,7 @@ def test_nothing_is_copied_from_behind_the_end(tmp_path: Path) -> None:
 
 def test_the_trainer_does_not_map(space: Space, tmp_path: Path, calls: list[int]) -> None:
     """Its memory figure is what training takes."""
-    reader = open_reader(tmp_path, None, Elsewhere())
+    reader = open_reader(tmp_path, None, RemoteOptions())
     for _ in range(4):
         read(reader, [0, 1, 2, 3])
     assert len(calls) == 4

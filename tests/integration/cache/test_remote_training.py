@@ -1,4 +1,4 @@
-"""Training on a cache that lies elsewhere: the losses of a local one, hardly a byte more than its rows."""
+"""Training on a remote cache: the losses of a local one, and hardly a byte more than its rows."""
 
 from __future__ import annotations
 
