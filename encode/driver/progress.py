@@ -1,9 +1,9 @@
-"""What a running job says: a line now and then, and one at the end that a script can read.
+"""The lines that a job prints: its progress, and at the end a line that a script can read.
 
-encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
-encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
+    encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
+    encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
 
-An image is a view here: an image, or one frame of a video.
+The progress counts sources. `images/s` counts rows: images and frames of videos.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from encode.estimate import about
 from encode.worker.messages import Timings
 
 WINDOW_S = 60.0
-"""The rate that an ETA is made of is that of the last minute."""
+"""The remaining time is computed from the rate of this many seconds."""
 
 TERMINAL_EVERY_S = 1.0
+"""Seconds between two updates of the progress line on a terminal."""
+
 LOG_EVERY_S = 10.0
+"""Seconds between two progress lines elsewhere."""
 
 
 class Progress:
-    """Prints how far the job is: one line that moves on a terminal, else a line each ten seconds."""
+    """Prints the progress of a job: one line that is overwritten on a terminal, else a line every 10 s."""
 
     def __init__(self, tracker: Tracker, *, out: TextIO | None = None):
         self._tracker = tracker
         self._out = out or sys.stderr
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
-        self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds at work, done
+        self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds of work, media items encoded
         self._shown = False
 
     def update(self, timings: Timings) -> None:
-        """Print a line if it is time for one; `timings` of all workers."""
+        """Print a line if it is time for one; `timings` are those of all workers together."""
         now = time.monotonic()
-        # Media are counted when they are encoded, long before their shard is committed.
+        # Media items count when they are encoded, long before their shard is committed.
         done = max(self._tracker.settled, min(timings.media, self._tracker.total))
         self._mark(timings.span_s, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
@@ -52,7 +55,7 @@ class Progress:
         self._shown = True
 
     def line(self, done: int, rate: float, timings: Timings) -> str:
-        """The text of one update."""
+        """Return the text of one update."""
         tracker = self._tracker
         if not rate:
             return f"encode {done}/{tracker.total}  starting"
@@ -65,7 +68,7 @@ class Progress:
         return "  ".join(parts)
 
     def clear(self) -> None:
-        """Make room for another line on a terminal."""
+        """Erase the progress line on a terminal, so that another line can be printed."""
         if self._terminal and self._shown:
             self._out.write("\r\x1b[K")
             self._out.flush()
@@ -84,7 +87,7 @@ class Progress:
 def closing_line(
     *, encoded: int, reused: int, failed: int, seconds: float, timings: Timings | None
 ) -> str:
-    """The last line of a job. `timings` None: there was nothing to do."""
+    """Return the last line of a job; `timings` is None if there was nothing to do."""
     rate = f"{timings.rows / timings.span_s:.1f}" if timings is not None and timings.span_s else "0"
     bound = timings.bound() if timings is not None and encoded else "none"
     return (
@@ -94,7 +97,7 @@ def closing_line(
 
 
 def stage_line(timings: Timings) -> str:
-    """Where the time went, stage by stage."""
+    """Return the line with the seconds of each stage."""
     return (
         f"stages   read {timings.read_s:.1f} s, decode {timings.decode_s:.1f} s (threads, added up); "
         f"encode {timings.encode_s:.1f} s, waiting for input {timings.wait_s:.1f} s; "
@@ -103,6 +106,6 @@ def stage_line(timings: Timings) -> str:
 
 
 def failure_line(failures: dict[str, int], features: str) -> str:
-    """How many media could not be used, and where to read why."""
+    """Return the line with the failures of each stage, and the command that lists their reasons."""
     stages = ", ".join(f"{count} at {stage}" for stage, count in sorted(failures.items()))
     return f"failed   {stages}; each with its reason: python -m cache.ls --failures --features {features}"

@@ -1,4 +1,4 @@
-"""What this machine has to encode with: cores, GPUs, and how fast they are, measured briefly."""
+"""Choose how many workers encode, from cores and GPUs, and measure how fast one batch is."""
 
 from __future__ import annotations
 
@@ -17,39 +17,43 @@ from encode.worker.worker import Encoder
 
 INLINE_S = 120.0
 """Shorter jobs run in the driver itself: starting Ray and loading the encoder again takes 10 s."""
-CORES_A_WORKER = 8
-"""On large CPUs; one forward pass gains little from more threads."""
-MOST_THREADS = 16
+
+CORES_PER_WORKER = 8
+"""Cores that a worker on a CPU gets: one forward pass gains little from more threads."""
+
+MAX_THREADS = 16
+"""Reading threads of one worker, at most, and as many decoding threads."""
+
 MEASURE_BATCHES = 4
-"""Jobs of fewer batches are not measured: it would take as long as doing them."""
+"""Jobs of at most this many batches are not measured: it would take as long as encoding them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLayout:
-    """Who encodes."""
+    """The workers of a job and their threads."""
 
     workers: int
-    """Processes; 0: the driver itself."""
+    """Worker processes; 0: the driver encodes itself."""
     gpus: int
-    """GPUs each worker has to itself: 0 or 1."""
+    """GPUs that each worker has to itself: 0 or 1."""
     threads: int
-    """For reading, and as many for decoding, in each."""
+    """Reading threads of each worker, and as many decoding threads."""
     torch_threads: int
-    """Cores of one forward pass on the CPU."""
+    """Threads of one forward pass on the CPU."""
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def torch_cores() -> int:
-    """Threads torch would compute with: the physical cores, or what OMP_NUM_THREADS allows."""
+    """Return torch's number of threads: the physical cores, or OMP_NUM_THREADS."""
     return torch.get_num_threads()
 
 
 def gpus(device: str) -> int:
-    """GPUs a job on this device is spread over; 0: it is not."""
+    """Return the number of GPUs that a job on this device uses side by side; 0 for one device or a CPU."""
     return (
         torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
     )
@@ -63,14 +67,14 @@ def choose_layout(
     device_type: str,
     seconds: float,
 ) -> WorkerLayout:
-    """Who does a job that takes about `seconds`.
+    """Return the workers for a job that takes about `seconds`.
 
     Args:
-        workers: as the user said.
-        threads: likewise.
-        device: likewise; `auto` and `cuda` mean every GPU, `cuda:1` or `mps` mean that one.
-        device_type: what it turned out to be: cpu, cuda, mps.
-        seconds: estimate of the whole job.
+        workers: option --workers.
+        threads: option --threads.
+        device: option --device; `auto` and `cuda` mean every GPU, `cuda:1` or `mps` mean that one.
+        device_type: type of the device that the encoder is on: cpu, cuda or mps.
+        seconds: estimated seconds of the whole job.
 
     Raises:
         UserError: more workers than GPUs.
@@ -81,27 +85,27 @@ def choose_layout(
     elif seconds < INLINE_S:
         count = 0
     elif device_type == "cpu":
-        count = max(1, cores() // CORES_A_WORKER)
+        count = max(1, cores() // CORES_PER_WORKER)
     else:
         count = max(1, available)
     if available and count > available:
         raise UserError(
-            f"--workers {count}: one a GPU, and there are {available}; on the CPU: --device cpu"
+            f"--workers {count}: each worker needs a GPU, and there are {available}; on the CPU: --device cpu"
         )
     share = max(1, cores() // max(1, count))
     return WorkerLayout(
         workers=count,
         gpus=1 if available and count else 0,
-        threads=threads or max(2, min(MOST_THREADS, share)),
+        threads=threads or max(2, min(MAX_THREADS, share)),
         torch_threads=max(1, torch_cores() // max(1, count)),
     )
 
 
 def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
-    """The time of one batch of blank images; the second one where that is quick.
+    """Measure one batch of blank images: the second one, unless the first one takes over a second.
 
     Raises:
-        UserError: not even one batch can be encoded.
+        UserError: a batch cannot be encoded on this device.
     """
     side = spec.image_size
     blank = np.zeros((spec.batch_size, side, side, 3), np.uint8)
@@ -110,7 +114,7 @@ def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
         start = time.perf_counter()
         try:
             encoder.encode(blank).cpu()
-        except RuntimeError as error:  # what torch raises, out of memory included
+        except RuntimeError as error:  # torch raises it for every error, out of memory included
             text = " ".join(str(error).split())[:200]
             raise UserError(
                 f"a batch of {spec.batch_size} cannot be encoded on {device}: {type(error).__name__}: "

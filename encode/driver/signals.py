@@ -1,4 +1,4 @@
-"""Ctrl-C once: come to an end and keep what is encoded. Twice: leave at once."""
+"""Ctrl-C once: the job commits what is encoded and ends. Twice: it ends immediately."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Context manager. While it is open, the first SIGINT or SIGTERM is only noted."""
+    """A context in which the first SIGINT or SIGTERM is recorded, and the second raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that came, if one did."""
+        """The recorded signal, if any."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -25,17 +25,17 @@ class Interrupts:
         return self
 
     def install(self) -> None:
-        """Take the signals over (again: starting Ray takes SIGTERM for itself)."""
+        """Install the signal handlers. Needed again after Ray has started, which replaces that of SIGTERM."""
         for number in self._before:
             signal.signal(number, self._note)
 
     def stopping(self) -> bool:
-        """Whether the job should come to an end."""
+        """Return whether the job should end."""
         return self.received is not None
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program ended by this signal: 130 after Ctrl-C."""
+        """The exit code of a program that a signal ended: 130 after Ctrl-C."""
         return 128 + (self.received or 0)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -229,7 +229,7 @@ def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "gpus", lambda device: 4)
     four = layout("auto", None, 5000.0)
     assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
-    with pytest.raises(UserError, match="one a GPU, and there are 4"):
+    with pytest.raises(UserError, match="each worker needs a GPU, and there are 4"):
         layout(5, None, 5000.0)
 
 
