@@ -1,4 +1,7 @@
-"""Videos in a report: a strip of frames with their times, or a box that says why not."""
+"""Images and videos of a report: data URIs, or the reason why there are none.
+
+picture("video.mp4", record).times_s == (0, 1, 2, 3, 4, 5)
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,9 @@ def test_a_video_is_shown_by_frames_with_their_times(video: Path) -> None:
     assert numbers == [0, 2, 4, 6, 8, 10]  # two frames a second
 
 
-def test_what_cannot_be_shown_is_said_with_its_length(video: Path, tmp_path: Path) -> None:
+def test_a_missing_video_is_named_with_its_length_and_the_reason(
+    video: Path, tmp_path: Path
+) -> None:
     right = found(video)
     gone = "video of 5.0 s not on this machine"
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
@@ -60,7 +65,7 @@ def test_what_cannot_be_shown_is_said_with_its_length(video: Path, tmp_path: Pat
     assert reason.startswith("video cannot be read: ")
 
 
-def test_videos_and_images_stand_in_one_page(video: Path, tmp_path: Path) -> None:
+def test_one_sample_may_have_a_video_and_an_image(video: Path, tmp_path: Path) -> None:
     root = CacheRoot(tmp_path / "cache")
     image = tmp_path / "image.png"
     Image.new("RGB", (8, 8), "red").save(image)

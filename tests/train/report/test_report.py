@@ -1,23 +1,23 @@
-"""The report stands alone, shows what was asked and said, and does not let text become markup."""
+"""The report of a training run.
+
+    python -m train.report --run default     # runs/default/stage1/report.html
+
+The page is one file that loads nothing, shows each question with its answers, and never takes text as markup.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from cache.store.paths import CacheRoot
-from cache.view import charts
-from cache.view.charts import Line, line_chart
 from tests.support import trained_runs
 from tests.support.html_page import Page
 from train import run
@@ -29,7 +29,7 @@ from train.report import media
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, CacheRoot]:
-    """The report of a short run, made by the command, from a cache with one image gone and one changed."""
+    """Return the report of a short run, its folder and its cache; one image is deleted and one is changed."""
     folder = tmp_path_factory.mktemp("reported")
     root = trained_runs.make(folder, 24)
     words = [
@@ -58,7 +58,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Cache
     return (folder / "run" / "stage1" / "report.html").read_text(), folder, root
 
 
-def test_it_is_one_whole_page(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_the_page_is_one_file_that_loads_nothing(reported: tuple[str, Path, CacheRoot]) -> None:
     page = Page(reported[0])
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object"), tag
@@ -71,7 +71,7 @@ def test_it_is_one_whole_page(reported: tuple[str, Path, CacheRoot]) -> None:
     assert "run, stage 1" in page.text and "blind" in page.text
 
 
-def test_images_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_small_images_are_in_the_page_unchanged(reported: tuple[str, Path, CacheRoot]) -> None:
     text, folder, _ = reported
     files = {p.read_bytes() for p in (folder / "images").iterdir()}
     sources = [str(a["src"]) for tag, a in Page(text).tags if tag == "img"]
@@ -81,13 +81,13 @@ def test_images_are_inside_it(reported: tuple[str, Path, CacheRoot]) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_images_that_cannot_be_shown_are_said(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_the_page_says_why_an_image_is_missing(reported: tuple[str, Path, CacheRoot]) -> None:
     text = reported[0]
     assert text.count("image not on this machine") == 1
     assert text.count("image has changed since it was encoded") == 1
 
 
-def test_curves_show_the_run(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_charts_show_every_step_and_evaluation(reported: tuple[str, Path, CacheRoot]) -> None:
     page = Page(reported[0])
     labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
     assert labels == ["Loss", "Learning rate", "Gradient norm"]
@@ -150,7 +150,9 @@ def test_text_never_becomes_markup(tmp_path: Path) -> None:
     assert "Loss Nothing recorded." in page.text  # no metrics, no curves, no failure
 
 
-def test_an_empty_answer_is_said_and_a_caption_is_not_judged(tmp_path: Path) -> None:
+def test_an_empty_answer_is_shown_as_nothing_and_a_caption_is_neither_right_nor_wrong(
+    tmp_path: Path,
+) -> None:
     answers = [answer(given=""), answer(correct=True), answer(task="caption")]
     shown = report.pick_media(answers, 5, CacheRoot(tmp_path))
     html = report.render(evaluation(*answers), [], shown, config="", meta=META)
@@ -159,18 +161,18 @@ def test_an_empty_answer_is_said_and_a_caption_is_not_judged(tmp_path: Path) -> 
 
 
 def test_points_are_marked() -> None:
-    told = answer(
+    pointed = answer(
         task="point",
         expected='<points coords="1 1 250 500 2 900 100">x</points>',
         given='<points coords="2 1 700 300">x</points>',
     )
-    assert report.marks([told], 1) == [("ring", 25.0, 50.0), ("ring", 90.0, 10.0)]
-    assert report.marks([told], 2) == [("wrong", 70.0, 30.0)]
+    assert report.marks([pointed], 1) == [("ring", 25.0, 50.0), ("ring", 90.0, 10.0)]
+    assert report.marks([pointed], 2) == [("wrong", 70.0, 30.0)]
 
 
-def test_points_are_told_as_coordinates() -> None:
-    told = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
-    assert report.readable(told) == "(250, 500) (900, 100) red & blue"
+def test_points_are_shown_as_coordinates() -> None:
+    pointed = '<points coords="1 1 250 500 2 900 100">red & blue</points>'
+    assert report.readable(pointed) == "(250, 500) (900, 100) red & blue"
     assert report.readable('<points coords="x">') == '<points coords="x">'
 
 
@@ -186,7 +188,7 @@ def test_data_sets_take_turns(tmp_path: Path) -> None:
     ]  # all about one image together
 
 
-def test_large_images_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
+def test_a_large_image_is_small_and_upright_in_the_page(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (600, 1200, 3), np.uint8)
     path = tmp_path / "large.jpg"
     exif = Image.Exif()
@@ -199,49 +201,3 @@ def test_large_images_are_shrunk_and_turned_upright(tmp_path: Path) -> None:
     assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
     path.write_bytes(b"no image")
     assert media.picture(str(path), None).absent == "image cannot be read"
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_cover_and_are_round(low: float, span: float) -> None:
-    high = low + span
-    ticks = charts.nice_ticks(low, high)
-    tolerance = 1e-9 * max(abs(low), abs(high), span)
-    assert ticks[0] <= low + tolerance and ticks[-1] >= high - tolerance
-    assert 2 <= len(ticks) <= 9
-    step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
-    assert np.diff(ticks) == pytest.approx(step, rel=1e-2)
-    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-6)
-    assert min(abs(mantissa - round_one) for round_one in (1, 2, 5, 10)) < 1e-2
-
-
-@given(st.floats(1e-8, 1e3), st.floats(1.01, 1e6))
-def test_log_ticks_cover(low: float, factor: float) -> None:
-    ticks = charts.log_ticks(low, low * factor)
-    assert ticks[0] <= low * 1.000001 and ticks[-1] >= low * factor * 0.999999
-    assert 2 <= len(ticks) <= 20
-
-
-def test_thinning_keeps_the_mean_and_the_span() -> None:
-    points = [(float(i), math.sin(i)) for i in range(10_000)]
-    thin = charts.thinned(points)
-    assert len(thin) == charts.MAX_POINTS
-    assert np.mean([y for _, y in thin]) == pytest.approx(np.mean([y for _, y in points]), abs=1e-3)
-    assert thin[0][0] < 15 and thin[-1][0] > 9985
-    assert charts.thinned(points[:7]) == points[:7]
-
-
-def test_smoothing_is_an_exponential_mean_without_bias() -> None:
-    assert charts.smoothed([(0, 4.0), (1, 4.0), (2, 4.0)], 5)[-1] == (2, pytest.approx(4.0))
-    # Half forgotten after one point: weights 1/4, 1/2, 1.
-    assert charts.smoothed([(0, 1.0), (1, 2.0), (2, 4.0)], 1)[-1][1] == pytest.approx(
-        (0.25 + 1 + 4) / 1.75
-    )
-
-
-def test_values_that_cannot_be_drawn_are_left_out() -> None:
-    line = Line(label="x", points=[(1, float("nan")), (2, 0.0), (3, float("inf"))], style="a")
-    assert "Nothing recorded" in line_chart([line], title="T", log=True)
-    drawn = line_chart([line], title="T")
-    assert "nan" not in drawn and "inf" not in drawn
-    flat = line_chart([Line(label="x", points=[(1, 2.0), (2, 2.0)], style="a")], title="T")
-    assert Page(flat).tags
