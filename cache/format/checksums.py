@@ -53,6 +53,10 @@ def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 SEAL = b"sha256:"
+"""Beginning of the seal of a file: the sha256 of that file with the 64 digits of the seal as zeros.
+
+Any changed byte, and any missing end, breaks the seal. It is the last text of this form in the file, so a
+quoted one does no harm."""
 
 
 UNSEALED = "sha256:" + "0" * 64

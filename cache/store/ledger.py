@@ -1,4 +1,11 @@
-"""cache.store.ledger."""
+"""Record what became of each source: the key of its bytes, or where and why it failed.
+
+The media table is a folder of sealed Parquet files, its parts. It only grows: each part adds rows, and of
+several rows with the same source the latest counts.
+
+    append_media(root, [MediaRecord(source="/a.jpg", key=key)], job)
+    table = media_table(root)                        # one row for each source
+"""
 
 from __future__ import annotations
 
@@ -18,55 +25,58 @@ from cache.store.files import ROW_GROUP, new_file
 from cache.store.paths import CacheRoot
 
 STAGES = ("fetch", "verify", "decode", "encode", "write")
-"""Where a media's way into the cache can end."""
+"""Steps at which encoding a media item can fail, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaRecord:
-    """What became of one source: the key of its bytes, or where and why it failed."""
+    """The result for one source: the key of its bytes, or where and why it failed."""
 
     source: str
-    """As the samples name it."""
+    """URL, path or hf:ID#row, as the samples name it."""
     key: str | None = None
-    """sha256 (64 hex) of the bytes; None when they never came."""
+    """sha256 (64 hex digits) of the bytes; None if they were never read."""
     kind: str = "image"
     """image or video."""
     bytes: int = 0
-    """Length of what was hashed."""
+    """Number of bytes."""
     width: int = 0
-    """Pixels, as decoded."""
+    """Pixels, as decoded; 0 if it was not."""
     height: int = 0
-    """Pixels, as decoded."""
+    """Pixels, as decoded; 0 if it was not."""
     duration_s: float | None = None
-    """Videos: time of the last frame, seconds after the first."""
+    """Time of a video's last frame, in seconds after the first."""
     size: int | None = None
-    """Local files: size, times and inode when hashed. All equal means: not read again."""
+    """Bytes of a local file when it was hashed. A file whose size, times and inode are equal to the recorded
+    ones is not read again."""
     mtime_ns: int | None = None
-    """Local files: last change of the content."""
+    """Last change of a local file's content, in ns since 1970."""
     ctime_ns: int | None = None
-    """Local files: last change of the inode."""
+    """Last change of a local file's inode, in ns since 1970."""
     inode: int | None = None
-    """Local files: inode number."""
+    """Inode number of a local file."""
     status: str = "ok"
     """ok or failed."""
     stage: str | None = None
-    """Where it failed: one of STAGES."""
+    """Step at which it failed: one of STAGES."""
     error: str | None = None
-    """Why it failed, in one line."""
+    """Reason of the failure, in one line."""
     attempts: int = 1
-    """Times it was tried."""
+    """Number of attempts."""
     note: str | None = None
-    """What is odd about a media that is usable all the same, as a video that ends early."""
+    """Defect of a media item that is usable nevertheless, for example a video that ends early."""
 
     def __post_init__(self) -> None:
         if self.status not in ("ok", "failed"):
             raise ValueError(f"status {self.status!r} is neither ok nor failed")
         if (self.status == "failed") != (self.stage in STAGES and self.error is not None):
-            raise ValueError("a failed media names its stage and error, and only a failed one does")
+            raise ValueError(
+                "a failed record names its stage and error, and only a failed one does"
+            )
 
 
 KNOWN = ("key", "bytes", "width", "height", "duration_s", "note")
-"""What stays true of a media when its source is gone."""
+"""Columns that stay true when the source can no longer be read."""
 
 
 _MEDIA_TYPES = {
@@ -81,14 +91,20 @@ _MEDIA_SCHEMA = pa.schema(
 
 
 def append_media(root: CacheRoot, records: Sequence[MediaRecord], job: str) -> None:
-    """Add one part to the media table. `job` (letters, digits, '-') tells writers of one instant apart."""
+    """Add records to the media table, as one part.
+
+    Args:
+        root: the cache.
+        records: at least one, or nothing is written.
+        job: letters, digits and '-', different for each writer: two may write in the same nanosecond.
+    """
     if records:
         append_media_table(root, _media_rows(records), job)
 
 
 def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
-    """The same for rows of another media table, columns as MediaRecord; at least one."""
-    # A clock set back must not make this part older than those it follows.
+    """Add rows with the columns of MediaRecord, at least one, as `append_media` does."""
+    # The clock may have been set back. The new part must still be later than the others.
     newest = max((_part_ns(path) for path in _media_parts(root)), default=0)
     path = root.media_dir / f"part-{max(time.time_ns(), newest + 1):020d}-{job}.parquet"
     with new_file(path) as file:
@@ -99,11 +115,18 @@ def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
 
 
 def media_table(root: CacheRoot, *, stamped: bool = False) -> pa.Table:
-    """One row a source, the latest, with the columns of MediaRecord; `stamped`: and `ns`, when entered.
+    """Return the latest row of each source, with the columns of MediaRecord.
 
-    Links rot and files go, features stay: a source that could not be had any more keeps the key, size and
-    length it had when it last came, so that spaces made of it then go on knowing it. Not a file that is
-    there and cannot be read: it may hold other bytes by now.
+    A link may die and a file may be removed, while the features remain. Such a source keeps the key, size
+    and duration that it had when it was last read, so that its rows are still found. A file that exists and
+    cannot be read does not: it may hold other bytes now.
+
+    Args:
+        root: the cache.
+        stamped: whether to add the column `ns`: when the row was written, in ns since 1970.
+
+    Raises:
+        CorruptError: a part is damaged.
     """
     parts = [_MEDIA_SCHEMA.empty_table()]
     stamps = [np.empty(0, np.int64)]
@@ -123,7 +146,7 @@ def media_table(root: CacheRoot, *, stamped: bool = False) -> pa.Table:
 
 
 def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
-    """`latest`, what is gone with the KNOWN columns of its newest row in `table` that has a key."""
+    """Return `latest`; a source that is gone gets the KNOWN columns of its newest row that has a key."""
     gone = pc.and_(pc.equal(latest["stage"], "fetch"), pc.is_null(latest["key"]))
     gone = pc.and_(gone, pc.is_null(latest["inode"])).fill_null(False)
     if not pc.any(gone).as_py():
@@ -131,7 +154,9 @@ def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
     sources = latest["source"].filter(gone)
     known = table.filter(pc.and_(pc.is_valid(table["key"]), pc.is_in(table["source"], sources)))
     newest = known.take(pa.array(np.arange(len(known))[::-1]))
-    at = pc.index_in(latest["source"], newest["source"].combine_chunks())  # the first: the newest
+    at = pc.index_in(
+        latest["source"], newest["source"].combine_chunks()
+    )  # the first match is the newest row
     same = pc.equal(newest["kind"].take(at), latest["kind"]).fill_null(False)
     take = pc.and_(gone, same)
     for name in KNOWN:
@@ -141,13 +166,13 @@ def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
 
 
 def read_media(root: CacheRoot) -> dict[str, MediaRecord]:
-    """source -> its latest record."""
+    """Return source -> its latest record. One Python object for each source: use `media_table` for many."""
     records = {}
     for batch in media_table(root).to_batches(max_chunksize=ROW_GROUP):
         columns = (column.to_pylist() for column in batch.columns)
         for values in zip(*columns, strict=True):
             record = dict(zip(_MEDIA_SCHEMA.names, values, strict=True))
-            # One string for millions of records.
+            # All records share one string of each kind, status and stage.
             record |= {n: sys.intern(record[n]) for n in ("kind", "status", "stage") if record[n]}
             records[record["source"]] = MediaRecord(**record)
     return records
@@ -159,7 +184,7 @@ def _media_rows(records: Sequence[MediaRecord]) -> pa.Table:
 
 
 def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:
-    """source -> (width, height), pixels, of all media that were decoded."""
+    """Return source -> (width, height) in pixels of all media that were decoded."""
     table = media_table(root).select(["source", "status", "width", "height"])
     known = pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["width"], 0))
     columns = (table.filter(known)[name].to_pylist() for name in ("source", "width", "height"))
@@ -167,7 +192,7 @@ def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:
 
 
 def _media_parts(root: CacheRoot) -> list[Path]:
-    """All parts, oldest first."""
+    """Return all parts, the oldest first."""
     return sorted(root.media_dir.glob("part-*.parquet"))
 
 

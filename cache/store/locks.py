@@ -1,12 +1,13 @@
-"""Who may write to a space: one driver at a time, and only its own workers.
+"""Let one job at a time write to a space: its driver, and the workers that the driver started.
 
-    driver.lock       held exclusively by the job; holds its name and a token, fresh for each job
-    workers.lock      held shared by each worker while it lives
+    driver.lock       held exclusively by the driver; contains its name and a token, new for each job
+    workers.lock      shared by all workers while they run
     worker-<id>.lock  held exclusively by that worker
 
-A driver may die and leave workers behind. The next one writes a new token, then takes `workers.lock`
-exclusively for a moment: it waits until the last orphan is gone, while workers that only now start find
-a token that is not theirs. All are `flock`s: the kernel drops them with the process that held them.
+A driver may die and leave workers behind. The next driver writes a new token and then takes `workers.lock`
+exclusively for a moment: it waits until the last of these workers has ended. A worker of the dead driver that
+starts later finds a token that is not its own, and stops. All locks are `flock`s, which the kernel releases
+when the process that holds them ends.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from cache.store.paths import SpacePaths
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 1.0
-"""How long a driver tries: `driver_holder` holds the lock for an instant when it looks."""
+LOCK_TIMEOUT_S = 1.0
+"""Seconds for which a driver tries to get the lock: `driver_holder` holds it for an instant."""
 
 POLL_S = 0.02
 
@@ -42,12 +43,12 @@ class _Flock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def take(self, how: int) -> None:
-        """Wait for the lock."""
+    def acquire(self, how: int) -> None:
+        """Get the lock, and wait for it as long as it takes."""
         fcntl.flock(self._fd, how)
 
-    def try_for(self, how: int, timeout_s: float) -> bool:
-        """Whether the lock could be had within `timeout_s`."""
+    def try_acquire(self, how: int, timeout_s: float) -> bool:
+        """Try to get the lock for `timeout_s` seconds. Return whether it was acquired."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -71,13 +72,13 @@ class _Flock:
         os.pwrite(self._fd, text.encode(), 0)
 
     def close(self) -> None:
-        """Let go, also of what a forked child still has open."""
+        """Release the lock, even if a forked child still has the file open."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
 
 
 class DriverLock:
-    """Context manager: the right to write to one space. `token` is for this job's workers.
+    """Hold the right to write to one space, as a context manager. `token` is for the workers of the job.
 
     Raises:
         CacheError: another job has it; names that job.
@@ -90,7 +91,7 @@ class DriverLock:
     def __enter__(self) -> Self:
         self._lock = _Flock(self._paths.driver_lock)
         try:
-            if not self._lock.try_for(fcntl.LOCK_EX, PATIENCE_S):
+            if not self._lock.try_acquire(fcntl.LOCK_EX, LOCK_TIMEOUT_S):
                 raise InUseError(
                     f"{self._paths.root} is being written by {_field(self._lock.read(), 'holder')}; "
                     "wait until that job ends, or stop it"
@@ -105,10 +106,12 @@ class DriverLock:
 
     def _wait_for_orphans(self) -> None:
         with contextlib.closing(_Flock(self._paths.workers_lock)) as workers:
-            if not workers.try_for(fcntl.LOCK_EX, 0):
+            if not workers.try_acquire(fcntl.LOCK_EX, 0):
                 log.warning("waiting for workers of an earlier job on %s to end", self._paths.root)
-                workers.take(fcntl.LOCK_EX)
-            for path in self._paths.locks_dir.glob("worker-*.lock"):  # nobody can hold one now
+                workers.acquire(fcntl.LOCK_EX)
+            for path in self._paths.locks_dir.glob(
+                "worker-*.lock"
+            ):  # no worker is left that could hold one
                 path.unlink()
 
     def __exit__(
@@ -121,10 +124,10 @@ class DriverLock:
 
 
 class WorkerLease:
-    """Context manager: one worker's share in the job whose driver has `token`.
+    """Hold a worker's right to write for the job with `token`, as a context manager.
 
     Raises:
-        StaleJobError: that job is over, or gave this worker up (`wait_gone`).
+        StaleJobError: that job is over, or its driver replaced this worker (`wait_for_exit`).
     """
 
     def __init__(self, paths: SpacePaths, token: str, worker_id: str):
@@ -133,13 +136,13 @@ class WorkerLease:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as locks:
             shared = locks.enter_context(contextlib.closing(_Flock(self._paths.workers_lock)))
-            shared.take(fcntl.LOCK_SH)
+            shared.acquire(fcntl.LOCK_SH)
             self.fence()
             own = locks.enter_context(
                 contextlib.closing(_Flock(self._paths.worker_lock(self._worker_id)))
             )
-            if not own.try_for(fcntl.LOCK_EX, 0) or own.read() == self._token:
-                raise StaleJobError(f"worker {self._worker_id} was given up by its driver")
+            if not own.try_acquire(fcntl.LOCK_EX, 0) or own.read() == self._token:
+                raise StaleJobError(f"worker {self._worker_id} was replaced by its driver")
             self._locks = locks.pop_all()
         return self
 
@@ -164,7 +167,7 @@ def holder_text(command: str) -> str:
 
 
 def driver_token(paths: SpacePaths) -> str | None:
-    """The token of the newest driver; None when there never was one."""
+    """Return the token of the latest driver; None if the space never had one."""
     try:
         return _field(paths.driver_lock.read_text(errors="replace"), "token")
     except FileNotFoundError:
@@ -172,7 +175,7 @@ def driver_token(paths: SpacePaths) -> str | None:
 
 
 def driver_holder(paths: SpacePaths) -> str | None:
-    """The name of the job that writes to the space now; None when none does."""
+    """Return the name of the job that writes to the space now; None if none does."""
     try:
         fd = os.open(paths.driver_lock, os.O_RDONLY)
     except FileNotFoundError:
@@ -186,17 +189,20 @@ def driver_holder(paths: SpacePaths) -> str | None:
     return None
 
 
-def wait_gone(paths: SpacePaths, worker_id: str, timeout_s: float) -> bool:
-    """Whether the worker has ended within `timeout_s`; if so it can never start late in this job."""
+def wait_for_exit(paths: SpacePaths, worker_id: str, timeout_s: float) -> bool:
+    """Wait up to `timeout_s` seconds until a worker has ended. Return whether it has.
+
+    If so, a process of that worker that starts later cannot write for this job.
+    """
     with contextlib.closing(_Flock(paths.worker_lock(worker_id))) as own:
-        if not own.try_for(fcntl.LOCK_EX, timeout_s):
+        if not own.try_acquire(fcntl.LOCK_EX, timeout_s):
             return False
         own.write(driver_token(paths) or "")
         return True
 
 
 def _field(text: str, name: str) -> str:
-    """One field of driver.lock; while its owner is just writing it, a text that equals no token."""
+    """Return one field of driver.lock; while its owner is writing it, a text that equals no token."""
     try:
         return str(json.loads(text)[name])
     except json.JSONDecodeError:

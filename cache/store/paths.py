@@ -1,8 +1,11 @@
-"""Every path below a cache root, how a file appears there whole, and how damage to it is noticed.
+"""Name every file below a cache root.
 
-Nothing has its final name before all its bytes are on disk, and metadata is *sealed*: it contains
-`sha256:<64 hex>`, the hash of the file with those 64 digits as zeros. Any changed byte, or a missing
-tail, breaks the seal. The seal is the last such text in the file, so that quoted ones do no harm.
+cache/samples/<data set>/part-00000.parquet
+cache/media/part-<ns>-<job>.parquet
+cache/spaces/<space>/space.json  commits/<array>-<shard>.parquet  features/<array>/c/<shard>/...
+cache/spaces/<space>/index/<array>.bin
+cache/locks/<space>/driver.lock  workers.lock  worker-<id>.lock
+cache/damaged/...  cache/garbage/...
 """
 
 from __future__ import annotations
@@ -28,24 +31,22 @@ these and no module has such a name."""
 LISTING = "listing.json"
 """The one file at the root of a cache, written by `cache.share`."""
 
-# ---- paths
-
 SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def is_url(features: str | Path) -> str | None:
-    """The URL that `--features` names, also one taken for a path (`https:/x`); None for a folder."""
+    """Return the URL that `--features` names, even if a Path has shortened it to `https:/x`; or None."""
     found = _URL.fullmatch(str(features))
     return f"{found[1].lower()}://{found[2]}" if found else None
 
 
 @dataclass(frozen=True)
 class CacheRoot:
-    """A folder of samples, media and spaces: what `--features` names.
+    """A folder of samples, media and spaces: the one that `--features` names.
 
     Raises:
-        CacheError: it is a URL. Commands that take those ask `cache.remote`, and get here with a local copy.
+        CacheError: it is a URL. Commands that accept URLs call `cache.remote`, which makes a local copy.
     """
 
     path: Path
@@ -62,10 +63,10 @@ class CacheRoot:
 
     @staticmethod
     def existing(folder: Path) -> CacheRoot:
-        """The cache in a folder that is there.
+        """Return the cache in a folder that exists.
 
         Raises:
-            CacheError: it is not; or `folder` is a URL.
+            CacheError: there is no such folder, or `folder` is a URL.
         """
         root = CacheRoot(folder)
         if not folder.is_dir():
@@ -73,14 +74,14 @@ class CacheRoot:
         return root
 
     def samples(self, dataset: str) -> Path:
-        """The text side of one data set."""
+        """The samples of one data set."""
         if not _FOLDER_NAME.fullmatch(dataset):
             raise ValueError(f"data set name {dataset!r}: use letters, digits, '.', '_' and '-'")
         return self.path / "samples" / dataset / "part-00000.parquet"
 
     @property
     def samples_dir(self) -> Path:
-        """One folder a data set."""
+        """One folder for each data set."""
         return self.path / "samples"
 
     @property
@@ -90,17 +91,17 @@ class CacheRoot:
 
     @property
     def spaces_dir(self) -> Path:
-        """One folder a space."""
+        """One folder for each space."""
         return self.path / "spaces"
 
     @property
     def damaged_dir(self) -> Path:
-        """Where `cache.verify --repair` puts what it takes out of the cache, in the same tree."""
+        """Files that `cache.verify --repair` took out of the cache, in the same tree as there."""
         return self.path / "damaged"
 
     @property
     def garbage_dir(self) -> Path:
-        """Folders on their way out: `cache.gc` begun to remove them."""
+        """Folders that `cache.gc` has begun to remove."""
         return self.path / "garbage"
 
     def space(self, name: str) -> SpacePaths:
@@ -108,28 +109,28 @@ class CacheRoot:
         return SpacePaths(self.spaces_dir / name)
 
     def space_folders(self) -> list[SpacePaths]:
-        """All folders of spaces, also of those whose space.json is gone, sorted."""
+        """Return all folders of spaces, sorted, including those without a space.json."""
         return [SpacePaths(folder) for folder in sorted(self.spaces_dir.glob("*/"))]
 
     def space_names(self) -> list[str]:
-        """Names of the spaces here, sorted."""
+        """Return the names of the spaces that have a space.json, sorted."""
         return sorted(p.parent.name for p in self.spaces_dir.glob("*/space.json"))
 
 
 @dataclass(frozen=True)
 class SpacePaths:
-    """The files of one space. Its locks lie outside: a space holds only bytes that are checked."""
+    """The files of one space. Its locks are outside of its folder, which holds checked bytes only."""
 
     root: Path
 
     @property
     def name(self) -> str:
-        """The space's name."""
+        """Name of the space."""
         return self.root.name
 
     @property
     def space_json(self) -> Path:
-        """What the space is: written first."""
+        """Description of the space, written first."""
         return self.root / "space.json"
 
     @property
@@ -138,19 +139,19 @@ class SpacePaths:
         return self.root / "features" / "zarr.json"
 
     def array(self, array: str) -> Path:
-        """The array of one array; of a Zarr space, a Zarr array."""
+        """Folder of one array; in a Zarr space, a Zarr array."""
         return self.root / "features" / array
 
     def array_json(self, array: str) -> Path:
-        """Zarr's description of that array."""
+        """Zarr's description of one array."""
         return self.array(array) / "zarr.json"
 
     def shards_dir(self, array: str) -> Path:
-        """One folder a shard, as Zarr wants it."""
+        """One folder for each shard, where Zarr expects it."""
         return self.array(array) / "c"
 
     def shard_dir(self, array: str, number: int) -> Path:
-        """All that one shard is, whatever its container: it is taken once this is there."""
+        """Folder of one shard, in any container. The number is taken once this folder exists."""
         return self.shards_dir(array) / str(number)
 
     def shard(self, array: str, number: int) -> Path:
@@ -161,7 +162,7 @@ class SpacePaths:
 
     @property
     def _container(self) -> str:
-        """`spec.container` of space.json; `zarr` while that can't be read, and is not to be relied on."""
+        """`spec.container` of space.json; `zarr` as long as that cannot be read."""
         known: str | None = self.__dict__.get("_known_container")
         if known is None:
             try:
@@ -173,7 +174,7 @@ class SpacePaths:
 
     @property
     def commits_dir(self) -> Path:
-        """One file a committed shard."""
+        """One file for each committed shard."""
         return self.root / "commits"
 
     def commit(self, array: str, number: int) -> Path:
@@ -181,14 +182,14 @@ class SpacePaths:
         return self.commits_dir / f"{array}-{number:08d}.parquet"
 
     def committed(self, array: str) -> list[int]:
-        """Numbers of the shards that exist, in order."""
+        """Return the numbers of the committed shards, in order."""
         names = (
             _COMMIT_NAME.fullmatch(p.name) for p in self.commits_dir.glob(f"{array}-*.parquet")
         )
         return sorted(int(name[2]) for name in names if name)
 
     def commit_stats(self, array: str) -> dict[int, tuple[int, int]]:
-        """Number -> (bytes, time of the last change in ns) of the same files; none if the folder is gone."""
+        """Return shard -> (bytes, time of the last change in ns) of the commit files of one array."""
         stats = {}
         entries = os.scandir(self.commits_dir) if self.commits_dir.is_dir() else ()
         for entry in entries:
@@ -201,43 +202,37 @@ class SpacePaths:
 
     @property
     def index_dir(self) -> Path:
-        """What can be had from the commits again, laid out to be opened fast."""
+        """Files derived from the commits, which open faster."""
         return self.root / "index"
 
     def index(self, array: str) -> Path:
-        """The commits of one array as flat arrays."""
+        """The content of the commits of one array, as flat arrays."""
         return self.index_dir / f"{array}.bin"
 
     @property
     def has_commits(self) -> bool:
-        """Whether any shard exists here."""
+        """Whether any shard is committed."""
         return any(map(self.committed, ARRAYS))
 
     def started(self, array: str) -> list[int]:
-        """Numbers that have a folder: committed, finished without commit, or only begun."""
+        """Return the numbers that have a folder: committed, complete without a commit, or only begun."""
         return sorted(int(p.name) for p in self.shards_dir(array).glob("*") if p.name.isdecimal())
 
     @property
     def locks_dir(self) -> Path:
-        """The locks of those who write here."""
+        """Folder of the locks of the writing job."""
         return self.root.parent.parent / "locks" / self.name
 
     @property
     def driver_lock(self) -> Path:
-        """Held exclusively by the one writing job."""
+        """Lock that the one writing job holds exclusively."""
         return self.locks_dir / "driver.lock"
 
     @property
     def workers_lock(self) -> Path:
-        """Held shared by each of its workers."""
+        """Lock that each worker of that job shares."""
         return self.locks_dir / "workers.lock"
 
     def worker_lock(self, worker_id: str) -> Path:
-        """Held exclusively by one worker while it lives."""
+        """Lock that one worker holds exclusively while it runs."""
         return self.locks_dir / f"worker-{worker_id}.lock"
-
-
-# ---- whole files
-
-
-# ---- seals

@@ -1,13 +1,13 @@
-"""Reading a space: which rows exist, and their bytes at the speed of the disk.
+"""Read a space: which rows exist, and their bytes.
 
     reader = FeatureReader(find_space(root, None))
     rows = reader.lookup("image", keys)                  # (n,) int64, -1 = missing
     reader.read_into("image", rows, buffer)              # (n, row_bytes) uint8, packed
     features = reader.read("image", key)                 # (tokens, width) float16, unpacked
 
-Opening reads the commits or the index made of them, not the shards. A row is checked against the crc32c
-its commit recorded, which also catches a row that is intact but stands in the wrong place. Any number of
-threads and forked processes may share one reader.
+Opening reads the commits, or the index file made from them, but no shard. Each row that is read is compared
+with the crc32c in its commit, which also detects an intact row in a wrong place. Any number of threads and
+forked processes may share one reader.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_
 from cache.store.space import read_info
 
 RUN_ROWS = 512
-"""Adjacent rows read by one call: with the crcs between them, as many buffers as Linux takes."""
+"""Adjacent rows that one call reads. With the bytes between them they are 1,023 buffers; Linux accepts 1,024."""
 
 RUN_BYTES = 2 << 20
-"""Bytes read by one call, so that they are still in the processor's cache when they are checked."""
+"""Bytes that one call reads, few enough to be still in the processor's cache when they are checked."""
 
 AHEAD_RUNS = 64
-"""Reads begun together when they must wait for the disk: it serves many at a time as fast as a few."""
+"""Reads that are begun together when the first must wait for the disk, which serves many as fast as a few."""
 
 THREAD_BYTES = 1 << 20
 """Another thread is worth waking for this many bytes."""
@@ -51,7 +51,7 @@ Keys = Sequence[str] | npt.NDArray[np.uint8]
 
 
 class FeatureReader:
-    """The committed rows of one space, as they were when it was opened."""
+    """The rows of one space that were committed when it was opened."""
 
     def __init__(
         self,
@@ -66,12 +66,16 @@ class FeatureReader:
 
         Args:
             space_path: its folder.
-            checked: whether every row read is compared with its crc32c.
-            files: where the shards are, when not in that folder.
-            threads: how many read the rows of one call together, the caller's own included. Callers that
-                are several threads already (`train.data.loader`) need no more.
-            mapped: whether shards that are read again and again are mapped: the fastest way to read what the
-                page cache holds, which then counts as memory of this process, too.
+            checked: whether every row that is read is compared with its crc32c.
+            files: where the shards are read from, if not from that folder.
+            threads: threads that read the rows of one call, including the caller's. A caller with several
+                threads of its own (`train.data.loader`) needs no more than 1.
+            mapped: whether shards that are read repeatedly are mapped. It is the fastest way to read rows
+                that the page cache holds; they then count as memory of this process too.
+
+        Raises:
+            NotFoundError: there is no space at `space_path`.
+            CorruptError: space.json or a commit is damaged.
         """
         paths = space_path if isinstance(space_path, SpacePaths) else SpacePaths(Path(space_path))
         info = read_info(paths)
@@ -93,11 +97,11 @@ class FeatureReader:
         self._pool_pid = 0
 
     def rows(self, array: str) -> int:
-        """How many rows of `array` there are."""
+        """Return the number of rows in `array`."""
         return len(self.index[array])
 
     def contains(self, array: str, key: str, view: str = "full") -> bool:
-        """Whether this view of this media is here."""
+        """Return whether this view of this media item is stored."""
         return bool(self.lookup(array, [key], view)[0] >= 0)
 
     def lookup(self, array: str, keys: Keys, view: str = "full") -> npt.NDArray[np.int64]:
@@ -109,7 +113,7 @@ class FeatureReader:
         return self.index[array].lookup_pairs(key_bytes(keys), views)
 
     def times(self, array: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Where in their videos rows (n,) are, seconds after the first frame; NaN for images.
+        """Return the times of frames (n,) in their videos, in seconds after the first; NaN for images.
 
         Raises:
             IndexError: a row number that is not committed (as -1).
@@ -120,13 +124,13 @@ class FeatureReader:
     def read_into(
         self, array: str, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]
     ) -> None:
-        """Stored bytes of rows (n,) into `out` (n, row_bytes), in that order.
+        """Read the stored bytes of rows (n,) into `out` (n, row_bytes) uint8, in that order.
 
-        Read in the order of the disk, whatever the order asked for; adjacent rows are one system call.
-        When it raises, what `out` holds is meaningless.
+        The disk is read in its own order, and one system call reads adjacent rows. After an exception, the
+        content of `out` is meaningless.
 
         Raises:
-            CorruptError: a row is not what was written, or its file is missing or of another size.
+            CorruptError: a row has changed since it was written, or its file is missing or has another size.
             IndexError: a row number that is not committed (as -1).
             ValueError: `out` is not contiguous uint8 of that shape.
         """
@@ -140,7 +144,8 @@ class FeatureReader:
         if count > 1:
             self._read_many(array, np.asarray(rows, np.int64).tolist(), flat)
             return
-        # As `_read_runs` does, in half the Python: small rows asked for one by one are bound by that.
+        # What `_read_runs` does, in half of its Python code, which bounds the speed of reading small rows
+        # one by one.
         number = int(rows[0])
         shard, slot = divmod(number, slots)
         start, committed = spans.get(shard, _NO_SPAN)
@@ -151,7 +156,7 @@ class FeatureReader:
             raise self._damaged(array, number)
 
     def _read_many(self, array: str, numbers: Sequence[int], flat: memoryview) -> None:
-        """Rows in the order of the disk, by as many threads as it is worth."""
+        """Read rows in the order of the disk, by as many threads as pay off."""
         layout = self._layout[array]
         runs = adjacent_runs(numbers, layout.slots, layout.run_rows)
         parts = 1
@@ -168,7 +173,7 @@ class FeatureReader:
         try:
             self._read_runs(array, numbers, runs[:step], flat)
         finally:
-            wait(others)  # nobody writes to `flat` when this is over, however it ends
+            wait(others)  # no thread writes to `flat` after this call, even if it fails
         for other in others:
             other.result()
 
@@ -179,9 +184,9 @@ class FeatureReader:
     def _read_runs(
         self, array: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview
     ) -> None:
-        """Read and check runs of adjacent rows, each given by its places in `numbers` and `flat`.
+        """Read and check runs of adjacent rows, each given by its positions in `numbers` and `flat`.
 
-        A row of 64 KB comes in 8 microseconds, so a microsecond of Python a row is much.
+        A row of 64 KB is read in 8 microseconds, so each microsecond of Python counts.
         """
         files, ahead, begun = self._files, self._ahead if len(runs) > 1 else None, 0
         size, slots, _, spans, crcs, start_offset, slot_bytes, gap = self._layout[array]
@@ -197,7 +202,7 @@ class FeatureReader:
                 places = [gap] * (2 * len(run) - 1)
                 places[::2] = targets
             offset = start_offset + slot * slot_bytes
-            # Once one has to be waited for, let the disk begin with all that follow.
+            # Once a read must wait for the disk, begin those that follow.
             if begun or ahead is None or not ahead.read_now(array, shard, offset, places):
                 if ahead is not None and number >= begun:
                     begun = number + AHEAD_RUNS
@@ -209,18 +214,18 @@ class FeatureReader:
                         raise self._damaged(array, shard * slots + position - start)
 
     def _threads_here(self) -> ThreadPoolExecutor:
-        """The other threads; a forked child needs its own."""
+        """Return the other threads. A forked child needs its own."""
         if self._pool is None or self._pool_pid != os.getpid():
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="rows")
             self._pool_pid = os.getpid()
         return self._pool
 
     def read(self, array: str, key: str, view: str = "full") -> npt.NDArray[np.float16]:
-        """The features (tokens, width) of one view.
+        """Return the features (tokens, width) float16 of one view.
 
         Raises:
             KeyError: it is not in this space.
-            CorruptError: as `read_into`.
+            CorruptError: the row has changed since it was written.
         """
         rows = self.lookup(array, [key], view)
         if rows[0] < 0:
@@ -230,7 +235,7 @@ class FeatureReader:
         return codec.unpack(out[0], self.spec.layout, self.spec.tokens(array), self.spec.width)
 
     def logical_hash(self) -> str:
-        """What two stores of equal content share, however they are cut into shards: sha256 (hex)."""
+        """Return the sha256 (hex) of the content. It does not depend on how rows are cut into shards."""
         digests = {}
         for array, index in self.index.items():
             step = max(1, RUN_BYTES // self.geometry[array].row_bytes)
@@ -249,19 +254,19 @@ _UINT8 = np.dtype(np.uint8)
 
 
 class _Layout(NamedTuple):
-    """What reading rows of one array asks for all the time, as plain values."""
+    """Values that every read of one array needs, looked up once."""
 
     row_bytes: int
     slots: int
     run_rows: int
-    """Rows that one call reads at most."""
+    """Most rows that one call reads."""
     spans: Mapping[int, tuple[int, int]]
     crcs: memoryview
     start_offset: int
-    """Of the row in slot 0."""
+    """Offset of the row in slot 0, in bytes."""
     slot_bytes: int
     gap: memoryview
-    """Where the bytes between adjacent rows go: nobody looks at them."""
+    """Buffer for the bytes between adjacent rows, which are not used."""
 
     @staticmethod
     def of(geometry: Geometry, index: RowIndex) -> _Layout:
@@ -303,14 +308,14 @@ def adjacent_runs(numbers: Sequence[int], slots: int, limit: int) -> list[list[i
 def _extents(
     layout: _Layout, numbers: Sequence[int], runs: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, int, int]]:
-    """(shard, offset, bytes) of runs."""
+    """Yield (shard, offset, bytes) of runs."""
     for run in runs:
         shard, slot = divmod(numbers[run[0]], layout.slots)
         yield shard, layout.start_offset + slot * layout.slot_bytes, len(run) * layout.slot_bytes
 
 
 def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """sha256 of each row: (n, row_bytes) -> (n, 32)."""
+    """Return the sha256 of each row: (n, row_bytes) -> (n, 32)."""
     digests = b"".join(hashlib.sha256(row).digest() for row in rows)
     return np.frombuffer(digests, np.uint8).reshape(-1, 32)
 
@@ -318,11 +323,11 @@ def row_digests(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def logical_hash(
     index: Mapping[str, RowIndex], digests: Mapping[str, npt.NDArray[np.uint8]]
 ) -> str:
-    """sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
+    """Return the sha256 (hex) over the sorted (array, key, view, sha256 of the stored row).
 
     Args:
         index: array -> its rows.
-        digests: array -> `row_digests` of all of them, by position.
+        digests: array -> `row_digests` of all its rows, by position.
     """
     whole = hashlib.sha256()
     for array in sorted(index):

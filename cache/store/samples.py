@@ -1,8 +1,8 @@
-"""The tables that know no encoder: samples (text, and the media it mentions) and media (source -> key).
+"""Read and write the samples of data sets: texts, and the media that they mention.
 
-A data set is one Parquet file, replaced whole when its content changes. The media table is also the
-ledger of what could not be had; it only grows, part after part, and a later row for a source wins.
-Both are sealed (see `cache.store.paths`).
+A data set is one sealed Parquet file, which is replaced as a whole when its content changes. It does not
+depend on any encoder: a sample names its media by their sources, and the media table (`cache.store.ledger`)
+has the key of each source.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """Who speaks: `system`, `user` or `assistant`."""
+    """`system`, `user` or `assistant`."""
     content: str
-    """Text; each `<image>` in it stands for the sample's next media."""
+    """Text; each `<image>` in it is a placeholder for the sample's next media item."""
     weight: float = 1.0
-    """Factor on the loss of this turn's tokens (assistant turns only)."""
+    """Factor on the loss of this turn's tokens; it has no effect on turns that are not the assistant's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaRef:
-    """A media as a sample names it."""
+    """A media item, as a sample names it."""
 
     source: str
-    """URL verbatim, absolute path, or hf:ID#row. The media table says which key it has."""
+    """URL verbatim, absolute path, or hf:ID#row. The media table has its key."""
     kind: str = "image"
     """image or video: a key of `cache.format.spec.ARRAY_OF`."""
     sha256: str | None = None
-    """What its bytes hash to, where the data set says so (64 hex); other bytes are refused."""
+    """sha256 of its bytes (64 hex digits), if the data set states it. Other bytes are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,17 @@ class Sample:
     """One training example."""
 
     id: str
-    """Unique within its data set."""
+    """Unique in its data set."""
     dataset: str
-    """The data set's name."""
+    """Name of the data set."""
     messages: tuple[Message, ...]
     """The conversation, first turn first."""
     media: tuple[MediaRef, ...] = ()
-    """What the `<image>` placeholders stand for, in order."""
+    """Media of the `<image>` placeholders, in order."""
     weight: float = 1.0
     """Factor on the loss of the whole sample."""
     task: str = ""
-    """Type of question, for reports."""
+    """Type of question, by which evaluations are reported."""
 
 
 _SAMPLE_SCHEMA = pa.schema(
@@ -84,18 +84,18 @@ _SAMPLE_SCHEMA = pa.schema(
 )
 
 
-# ---- samples
-
-
 class _UnchangedError(Exception):
     pass
 
 
 def write_samples(root: CacheRoot, dataset: str, samples: Iterable[Sample]) -> bool:
-    """Make `samples` the content of `dataset`; False when they are that already.
+    """Make `samples` the content of `dataset`.
 
-    Streams: memory holds one row group. The digest is of the content, not of Parquet's bytes, so that
-    another version of the library changes nothing.
+    The samples are streamed; memory holds one row group. Contents are compared by a digest of the samples
+    and not of the file, because another version of Parquet may write other bytes.
+
+    Returns:
+        False if `samples` are the content already; the file is then unchanged.
     """
     path = root.samples(dataset)
     digest = hashlib.sha256()
@@ -119,12 +119,12 @@ def write_samples(root: CacheRoot, dataset: str, samples: Iterable[Sample]) -> b
 
 
 def samples_digest(root: CacheRoot, dataset: str) -> str:
-    """sha256 (hex) of the content of a data set: of its samples in their order."""
+    """Return the sha256 (hex) of the samples of a data set in their order, after checking the file."""
     return _content(_samples_file(root, dataset))
 
 
 def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
-    """The samples of a data set in their order, a row group in memory at a time."""
+    """Yield the samples of a data set in their order, with one row group in memory at a time."""
     with pq.ParquetFile(_samples_file(root, dataset)) as file:
         for batch in file.iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
@@ -134,18 +134,28 @@ def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
 
 
 def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The same as one Arrow table: id, dataset, messages, media, weight, task; or some of these."""
+    """Return the samples of a data set as an Arrow table.
+
+    Args:
+        root: the cache.
+        dataset: its name.
+        columns: some of id, dataset, messages, media, weight, task; None: all of them.
+
+    Raises:
+        NotFoundError: there is no such data set.
+        CorruptError: its file is damaged.
+    """
     with pq.ParquetFile(_samples_file(root, dataset)) as file:
         return file.read(columns)
 
 
 def dataset_names(root: CacheRoot) -> list[str]:
-    """Names of the data sets whose samples are here, sorted."""
+    """Return the names of the data sets in the cache, sorted."""
     return sorted(path.parent.name for path in root.samples_dir.glob("*/part-00000.parquet"))
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
-    """The same as `dataclasses.asdict`, at a tenth of its time."""
+    """Return what `dataclasses.asdict` returns, in a tenth of its time."""
     return {
         **vars(sample),
         "messages": [vars(message) for message in sample.messages],
@@ -154,7 +164,7 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 
 def _samples_file(root: CacheRoot, dataset: str) -> Path:
-    """The checked file of a data set."""
+    """Return the file of a data set, after checking its seal."""
     path = root.samples(dataset)
     if not path.exists():
         names = dataset_names(root)
@@ -177,12 +187,9 @@ def _content(path: Path) -> str:
 
 
 def _intact_digest(path: Path) -> str | None:
-    """The content digest of what lies at `path`; None when nothing does, or nothing intact."""
+    """Return the content digest of the file at `path`; None if it is missing or damaged."""
     try:
         check_seal_file(path)
     except (FileNotFoundError, CorruptError):
         return None
     return _content(path)
-
-
-# ---- media

@@ -1,4 +1,10 @@
-"""cache.store.space."""
+"""Create, open, find and describe spaces.
+
+    space = Space.create(root, spec, load)             # for writers; readers use FeatureReader
+    paths = find_space(root, "clip-int8")              # by name, or by the beginning of it
+
+A space is everything encoded exactly one way. space.json describes it, and the spec in it names it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +34,7 @@ from cache.store.row_index import Identities, RowIndex
 
 
 class Space:
-    """One space, as its writers see it. Readers use `cache.store.reader.FeatureReader`."""
+    """One space, for writers. Readers use `cache.store.reader.FeatureReader`."""
 
     def __init__(self, paths: SpacePaths, info: SpaceInfo):
         self.paths = paths
@@ -44,13 +50,16 @@ class Space:
         *,
         shard_bytes: int = SHARD_BYTES,
     ) -> Space:
-        """The space of `spec` under `root`; made, or completed after a crash, where it is missing.
+        """Return the space of `spec`; create it, or complete it after a crash, where files are missing.
 
         Args:
             root: the cache.
-            spec: how pixels become rows; names the space.
-            load: how to load the encoder again, as JSON. An existing space keeps its own.
-            shard_bytes: size of a shard, about. An existing space keeps its own.
+            spec: how pixels become rows. It names the space.
+            load: JSON values from which the encoder can be loaded again. An existing space keeps its own.
+            shard_bytes: approximate size of a shard. An existing space keeps its own.
+
+        Raises:
+            CorruptError: the folder holds another space.
         """
         paths = root.space(spec.name)
         if not paths.space_json.exists():
@@ -73,42 +82,44 @@ class Space:
 
     @staticmethod
     def open(paths: SpacePaths) -> Space:
-        """The space at `paths`, which exists."""
+        """Return the existing space at `paths`."""
         return Space(paths, read_info(paths))
 
     def rows_per_shard(self, array: str) -> int:
-        """Rows a full shard of `array` holds."""
+        """Return the number of rows in a full shard of `array`."""
         return self.info.slots[array]
 
     def commits(self, array: str) -> pa.Table:
-        """All committed rows in row order: key (32 bytes), view, time_s, row, crc, error."""
+        """Return all committed rows in row order, with the columns of `commits.SCHEMA`."""
         commits = read_commits(self.paths, self.info, array)
         return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
 
     def index(self, array: str) -> RowIndex:
-        """All committed rows, to look up."""
+        """Return the index of all committed rows."""
         return open_index(self.paths, self.info, array)
 
     def keys(self, array: str) -> Set[tuple[str, str]]:
-        """(key, view) of all committed rows."""
+        """Return the (key, view) of all committed rows."""
         return Identities(self.index(array))
 
     def shard_keys(self, array: str, number: int) -> set[tuple[str, str]]:
-        """(key, view) of one shard's rows; empty when it was not committed."""
+        """Return the (key, view) of the rows of one shard; none if it is not committed."""
         if not self.paths.commit(array, number).exists():
             return set()
-        return _identities(read_commit(self.paths, self.info, array, number).table)
+        table = read_commit(self.paths, self.info, array, number).table
+        keys = (key.hex() for key in table["key"].to_pylist())
+        return set(zip(keys, table["view"].to_pylist(), strict=True))
 
     def next_shard(self, array: str) -> int:
-        """A number above that of every shard ever begun."""
+        """Return a number above that of every shard that was ever begun."""
         used = [*self.paths.committed(array), *self.paths.started(array)]
         return max(used, default=-1) + 1
 
     def grow(self, array: str) -> None:
-        """Let zarr.json cover every committed shard; it never shrinks. For the driver alone.
+        """Make zarr.json cover every committed shard. It never shrinks. Only the driver may call this.
 
-        A zarr.json that is missing or damaged is made anew: nothing is in it that isn't elsewhere.
-        A space of another container has none.
+        A missing or damaged zarr.json is written again, since its content follows from other files. A space
+        with another container has none.
         """
         path, slots = self.paths.array_json(array), self.rows_per_shard(array)
         rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
@@ -117,15 +128,10 @@ class Space:
             return
         try:
             covered = read_sealed_json(path)["shape"][0]
-        except (CorruptError, KeyError):  # or it describes something else
+        except (CorruptError, KeyError):  # KeyError: it describes something else
             covered = -1
         if rows > covered:
             write_atomic(path, zarr_json(values))
-
-
-def _identities(table: pa.Table) -> set[tuple[str, str]]:
-    keys = (key.hex() for key in table["key"].to_pylist())
-    return set(zip(keys, table["view"].to_pylist(), strict=True))
 
 
 def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:
@@ -165,12 +171,12 @@ def _commits_fingerprint(paths: SpacePaths) -> str | None:
 
 
 def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
-    """`info`, with as many rows per shard as the commits that are here already were made with.
+    """Return `info` with the rows per shard that the existing commits were made with.
 
-    For a space whose space.json was lost, while its rows were not.
+    This restores the description of a space whose space.json was lost while its rows were not.
 
     Raises:
-        CorruptError: the commits are of another space.
+        CorruptError: the commits belong to another space.
     """
     slots = {}
     for array, usual in info.slots.items():
@@ -189,7 +195,11 @@ def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
 
 
 def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
-    """The only space under `root`, or the one whose name is, or alone begins with, `name`.
+    """Return the space that is called `name`, or the only one whose name begins with it.
+
+    Args:
+        root: the cache.
+        name: the name, or its beginning; None: the only space of the cache.
 
     Raises:
         CacheError: there is none, or there are several.
@@ -202,7 +212,7 @@ def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
         )
     matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
     if not matches:
-        assert name is not None  # everything begins with nothing
+        assert name is not None  # None matches every name
         raise NotFoundError(
             f"no space {name!r} under {root.path}/; there: {', '.join(names)}{nearest(name, names)}"
         )
@@ -214,10 +224,11 @@ def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
 
 
 def read_info(paths: SpacePaths) -> SpaceInfo:
-    """space.json, checked.
+    """Read and check space.json.
 
     Raises:
-        CacheError: there is no space here, or it is of another format.
+        NotFoundError: there is no space at `paths`.
+        CacheError: the space has another format, or a field that this version does not know.
         CorruptError: the file has changed since it was written.
     """
     if not paths.space_json.exists():

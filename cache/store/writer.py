@@ -1,15 +1,15 @@
-"""Writing a space: create it, fill one shard after another, commit each.
+"""Write a space: create it, fill one shard after another, commit each.
 
     space = Space.create(root, spec, load)
     shard = ShardWriter(space, "image", space.next_shard("image"))
     shard.append(key, "full", row)          # uint8, spec.row_bytes long; any number of times
-    shard.commit()                          # from here on the rows exist
-    space.grow("image")                   # the driver, now and then: zarr-python sees them too
+    shard.commit()                          # from here on, the rows exist
+    space.grow("image")                     # the driver, now and then: zarr-python sees the rows too
 
-A shard's bytes go to a temporary file as they come (what they are is `cache.format.shard`'s to say).
-Committing is: fsync, rename, fsync of the folders; then the same for the commit, which makes the rows
-visible. A crash anywhere before that leaves a file nobody reads, under a number nobody uses again, for
-`cache.gc` to remove.
+Rows are written to a temporary file as they are appended; `cache.format.shard` lays out their bytes. A
+commit flushes that file to the disk, renames it and flushes the folders; then it does the same with the
+commit file, which makes the rows visible. A crash before that leaves a file that no reader opens, under a
+number that is never used again. `cache.gc` removes it.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
 
 
 WRITE_BYTES = 4 << 20
-"""Bytes of neighbouring rows written by one call. The page cache takes rows of 131 KB, each by a call of its
-own, at two thirds of the speed of the same bytes in a few large calls (2026-11-24, ext4, Linux 6.18)."""
+"""Bytes of adjacent rows that one system call writes. With a call for each row of 131 KB, writing to the page
+cache has two thirds of the speed of a few large calls (2026-11-24, ext4, Linux 6.18)."""
 
 WRITE_BUFFERS = 1000
-"""Pieces of one call at most: Linux takes 1,024."""
+"""Largest number of buffers that one system call writes. Linux accepts 1,024."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewRow:
-    """A row to be written."""
+    """A row to write."""
 
     key: str
-    """The media's key, 64 hex digits."""
+    """Key of the media item, 64 hex digits."""
     view: str
-    """Which view of it."""
+    """View: full, or t:<microseconds>."""
     payload: Buffer
-    """The packed row, contiguous bytes."""
+    """Packed row, contiguous bytes."""
     time_s: float | None = None
-    """Where in its video the view is, seconds; None for an image."""
+    """Time of the frame in its video, in seconds; None for an image."""
     error: float = 0.0
     """Relative error of the row codec."""
 
 
 class ShardWriter:
-    """One shard being filled. Not for several threads at once.
+    """One shard that is being filled. Only one thread may use it.
 
-    Whoever makes it must own `number` (see `Space.next_shard`); that its folder is new proves it.
+    `number` must be unused (see `Space.next_shard`): creating its folder fails otherwise.
     """
 
     def __init__(self, space: Space, array: str, number: int, fence: Fence | None = None):
@@ -88,7 +88,7 @@ class ShardWriter:
 
     @property
     def full(self) -> bool:
-        """Whether no row fits any more."""
+        """Whether no more row fits."""
         return self.left == 0
 
     def append(
@@ -100,27 +100,21 @@ class ShardWriter:
         time_s: float | None = None,
         error: float = 0.0,
     ) -> None:
-        """Write one row behind the others.
-
-        Args:
-            key: the media's key, 64 hex digits.
-            view: which view of it.
-            payload: the packed row, contiguous bytes.
-            time_s: where in its video the view is, seconds.
-            error: relative error of the row codec.
+        """Append one row. The arguments are the fields of NewRow.
 
         Raises:
-            ValueError: the shard is full, holds this (key, view), cannot name this view, or the payload
+            ValueError: the shard is full, has this (key, view) already, cannot name this view, or the payload
                 has another length.
-            OSError: it could not be written; the shard is as it was before.
+            OSError: the row cannot be written. The shard is unchanged.
         """
         self.extend([NewRow(key=key, view=view, payload=payload, time_s=time_s, error=error)])
 
     def extend(self, rows: Sequence[NewRow]) -> None:
-        """Write rows behind the others, small ones many to a call: all of them, or none.
+        """Append all rows, or none. One system call writes many small rows.
 
         Raises:
-            ValueError, OSError: as `append`.
+            ValueError: as in `append`.
+            OSError: the rows cannot be written. The shard is unchanged.
         """
         identities: dict[tuple[bytes, str], None] = {}
         buffers: list[Buffer] = []
@@ -152,7 +146,7 @@ class ShardWriter:
         self._identities.update(identities)
 
     def _check(self, row: NewRow, others: Collection[tuple[bytes, str]]) -> tuple[bytes, str]:
-        """The row's identity, when it may stand here behind `others`."""
+        """Return the identity of a row, after checking that it may follow `others`."""
         identity = bytes.fromhex(row.key), row.view
         nbytes = memoryview(row.payload).nbytes
         if self.left <= len(others):
@@ -167,15 +161,19 @@ class ShardWriter:
         return identity
 
     def commit(self, replaces: Sequence[int] = ()) -> int:
-        """Make the rows exist, durably; their number. A shard without rows just goes away.
+        """Make the rows exist, durably. A shard without rows is removed.
 
         Args:
-            replaces: shards of the same array that cease to exist at that very instant; only their files
-                remain, for `cache.gc`.
+            replaces: shards of the same array that stop existing at the same moment. Their files remain until
+                `cache.gc` removes them.
+
+        Returns:
+            The number of rows.
 
         Raises:
-            StaleJobError: from the fence; or OSError. `abort` then takes the shard back, unless only the
-                very last step failed and the rows exist already.
+            StaleJobError: the job has lost the right to write.
+            OSError: a file cannot be written. After either error, `abort` removes the shard, unless only the
+                last step failed and the rows exist already.
         """
         if not self.rows:
             self.abort()
@@ -183,14 +181,14 @@ class ShardWriter:
         rows, paths = self.rows, self._space.paths
         tail, tail_crc = self._geometry.tail_with_crc(rows)
         end = rows * self._geometry.slot_bytes
-        os.ftruncate(self._fd, end)  # a row that failed half-way may lie there
+        os.ftruncate(self._fd, end)  # a row may have been written in part
         _pwrite(self._fd, [tail], end)
         os.fsync(self._fd)
         self._close()
         if self._fence is not None:
             self._fence()
         self._temporary.rename(self._path)
-        # Each has a new name in it. In a tar's folder, the first two are one.
+        # Each of these has a new entry. The first two are the same folder for a tar.
         for folder in dict.fromkeys((self._path.parent, self._folder, self._folder.parent)):
             fsync_folder(folder)
         table = pa.table(self._columns, SCHEMA)
@@ -210,7 +208,7 @@ class ShardWriter:
         return rows
 
     def abort(self) -> None:
-        """Take back what is not committed: the whole shard, or nothing once its commit stands."""
+        """Remove the shard, unless its commit exists."""
         self._close()
         if not self._over and not self._space.paths.commit(self._array, self._number).exists():
             shutil.rmtree(self._folder)
@@ -227,6 +225,6 @@ def _pwrite(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     written = os.pwritev(fd, buffers, offset)
     rest = b""
     total = sum(memoryview(b).nbytes for b in buffers)
-    while written < total:  # a full disk, or an interrupted call: go on, or learn why not
+    while written < total:  # a full disk, or an interrupted call: continue, or get the error
         rest = rest or b"".join(buffers)
         written += os.pwrite(fd, rest[written:], offset + written)

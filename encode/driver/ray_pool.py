@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cache.errors import CacheError
 from cache.format.spec import ARRAY_OF, ARRAYS
-from cache.store.locks import wait_gone
+from cache.store.locks import wait_for_exit
 from cache.store.paths import SpacePaths
 from cache.store.references import Present
 from cache.store.space import Space
@@ -299,7 +299,7 @@ class RayPool:
         """Kill a worker, take its unsettled sources back, and start another one in its place."""
         paths, tracker = self._space.paths, self._tracker
         ray.kill(slot.actor)
-        if not wait_gone(paths, str(slot.number), GONE_S):
+        if not wait_for_exit(paths, str(slot.number), GONE_S):
             raise UserError(
                 f"worker {slot.number} still runs {GONE_S:.0f} s after it was killed; everything committed "
                 "is kept: end its process and run the same command again"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CacheError, InUseError, StaleJobError
-from cache.store.locks import DriverLock, WorkerLease, driver_holder, driver_token, wait_gone
+from cache.store.locks import DriverLock, WorkerLease, driver_holder, driver_token, wait_for_exit
 from cache.store.paths import SpacePaths
 from cache.store.writer import ShardWriter
 from tests.support.spaces import key, make_space, row
@@ -168,12 +168,12 @@ def test_a_killed_worker_is_seen_to_be_gone_and_stays_gone(paths: SpacePaths) ->
     with DriverLock(paths, "job") as driver:
         with process(paths, driver.token) as worker:
             start = time.monotonic()
-            assert not wait_gone(paths, "w1", 0.2)
+            assert not wait_for_exit(paths, "w1", 0.2)
             assert time.monotonic() - start >= 0.2
             worker.send_signal(signal.SIGKILL)
-            assert wait_gone(paths, "w1", 10)
+            assert wait_for_exit(paths, "w1", 10)
         # An actor that was still importing when it was given up comes too late.
-        with pytest.raises(StaleJobError, match="worker w1 was given up"):
+        with pytest.raises(StaleJobError, match="worker w1 was replaced"):
             WorkerLease(paths, driver.token, "w1").__enter__()
         with WorkerLease(paths, driver.token, "w2") as other:
             other.fence()
@@ -185,7 +185,7 @@ def test_two_workers_cannot_share_an_id(paths: SpacePaths) -> None:
     with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "w1"):
         with pytest.raises(StaleJobError), WorkerLease(paths, driver.token, "w1"):
             pass
-        assert not wait_gone(paths, "w1", 0)
+        assert not wait_for_exit(paths, "w1", 0)
 
 
 def test_a_file_system_without_locks_is_named(
