@@ -6,7 +6,7 @@
     shard.commit()                          # from here on, the rows exist
     space.grow("image")                     # the driver, now and then: zarr-python sees the rows too
 
-Rows are written to a temporary file as they are appended; `cache.format.shard` lays out their bytes. A
+Rows are written to a temporary file as they are appended; `cache.format.shard` decides their layout. A
 commit flushes that file to the disk, renames it and flushes the folders; then it does the same with the
 commit file, which makes the rows visible. A crash before that leaves a file that no reader opens, under a
 number that is never used again. `cache.gc` removes it.
