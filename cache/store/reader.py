@@ -35,7 +35,7 @@ from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_
 from cache.store.space import read_info
 
 RUN_ROWS = 512
-"""Adjacent rows that one call reads. With the bytes between them: 1,023 buffers, where Linux accepts 1,024."""
+"""Adjacent rows that one call reads: with the bytes between them 1,023 buffers, and Linux accepts 1,024."""
 
 RUN_BYTES = 2 << 20
 """Bytes that one call reads, few enough to be still in the processor's cache when they are checked."""
