@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +198,8 @@ def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, lis
             if len(loaded) == len(sample.media):
                 yield sample, loaded
 
-    queues = [usable(name) for name in dataset_names(root)]
-    while queues:
-        for queue in list(queues):
-            found = next(queue, None)
-            if found is None:
-                queues.remove(queue)
-            else:
-                yield found
+    for found in zip_longest(*map(usable, dataset_names(root))):
+        yield from filter(None, found)
 
 
 def sample_batch(

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -107,12 +106,7 @@ class MediaLoader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._fetcher is not None:
             self._fetcher.close()
 
@@ -166,7 +160,7 @@ class MediaLoader:
             images = [decode_image(data)]
         else:
             times = self.reader.times(array, numbers)
-            index = self.reader.index[array]  # which knows a frame by the time it was asked for
+            index = self.reader.index[array]  # it has the time that each frame was requested for
             asked_us = index.columns.views[index.positions(numbers)].tolist()
             views = tuple(map(time_view, asked_us))
             images = (frame.image for frame in video.frames(data, asked_us, video.probe(data)))

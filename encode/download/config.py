@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
@@ -40,8 +38,6 @@ class DownloadConfig:
     """Allow private and loopback addresses. Link-local, multicast and reserved ones are never allowed."""
     budget_bytes: int = 512 << 20
     """Memory for bodies: those being received, and those received and not yet released."""
-    user_agent: str = USER_AGENT
-    """User-Agent header."""
 
     def __post_init__(self) -> None:
         for name in ("connections", "per_host", "max_bytes", "tries", "max_host_failures"):

@@ -26,6 +26,8 @@ from cache.errors import RefusedAddressError
 from cache.remote.net import refusal_reason, tls_context
 from encode.download.config import DownloadConfig
 
+USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
+
 KEEP_ALIVE_S = 5.0
 """Seconds that an idle connection stays open."""
 
@@ -56,7 +58,7 @@ def new_session(
         connector=connector,
         cookie_jar=_NoCookies(),
         # With `*/*`, sites that choose a format send the original file, not one made for a browser.
-        headers={"User-Agent": config.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"},
+        headers={"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"},
         timeout=aiohttp.ClientTimeout(
             total=None, sock_connect=config.connect_s, sock_read=config.read_s
         ),
@@ -120,7 +122,10 @@ class CheckedResolver(AbstractResolver):
         self._dns, self._allow_private, self._timeout_s = dns, allow_private, timeout_s
 
     async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+        self,
+        host: str,
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - the connector sets none
     ) -> list[ResolveResult]:
         """Return the allowed addresses of `host`.
 
@@ -133,9 +138,7 @@ class CheckedResolver(AbstractResolver):
                 found = await self._dns.lookup(host, port)
         except TimeoutError:
             raise socket.gaierror(socket.EAI_AGAIN, "the name server does not answer") from None
-        any_family = (socket.AF_INET, socket.AF_INET6)
-        families = any_family if family == socket.AF_UNSPEC else (family,)
-        addresses = dict.fromkeys(info[4][0] for info in found if info[0] in families)
+        addresses = [info[4][0] for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
         refused = {address: refusal_reason(address, self._allow_private) for address in addresses}
         allowed = [address for address, reason in refused.items() if reason is None]
         if not allowed and refused:

@@ -79,20 +79,15 @@ def _is_points(kind: Any) -> bool:
     return _is_list(kind, _is_xy) or _is_xy(kind, lambda inner: _is_list(inner, _is_number))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ColumnType:
-    """A type that a column must have."""
-
-    name: str
-    """Name of the type in messages."""
-    fits: Callable[[Any], bool]
-    """Whether an Arrow type is accepted."""
-
-
-_TEXT = _ColumnType(name="text", fits=_is_text)
-_TEXTS = _ColumnType(name="lists of text", fits=_is_texts)
-_COUNT = _ColumnType(name="whole numbers", fits=pa.types.is_integer)
-_POINTS = _ColumnType(name="points (x, y)", fits=_is_points)
+_TEXT, _TEXTS, _COUNT, _POINTS = "text", "lists of text", "whole numbers", "points (x, y)"
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    _TEXT: _is_text,
+    _TEXTS: _is_texts,
+    _COUNT: pa.types.is_integer,
+    _POINTS: _is_points,
+}
+"""Name of a column type -> whether an Arrow type is accepted."""
+_BINARY = {_TEXT: pa.binary(), _TEXTS: pa.list_(pa.binary())}
 
 _POINTED = {
     "image_url": _TEXT,
@@ -101,7 +96,7 @@ _POINTED = {
     "count": _COUNT,
     "label": _TEXT,
 }
-COLUMNS: dict[str, dict[str, _ColumnType]] = {
+COLUMNS: dict[str, dict[str, str]] = {
     "pixmo-cap": {"image_url": _TEXT, "caption": _TEXT, "transcripts": _TEXTS},
     "pixmo-points": _POINTED,
     "pixmo-count": _POINTED,
@@ -130,9 +125,9 @@ def _checked_columns(path: Path, name: str, schema: Any) -> list[str]:
                 continue
             there = ", ".join(f"{other} ({type_})" for other, type_ in found.items()) or "none"
             raise UserError(f"{path}: {name} needs a column {column!r}; there are {there}")
-        if not wanted.fits(found[column]):
+        if not _TYPES[wanted](found[column]):
             raise UserError(
-                f"{path}: column {column!r} of {name} should be {wanted.name}, it is {found[column]}"
+                f"{path}: column {column!r} of {name} should be {wanted}, it is {found[column]}"
             )
         columns.append(column)
     return columns
@@ -256,9 +251,10 @@ def _rows(path: Path, name: str) -> Iterator[Row]:
 
 def _as_bytes(batch: Any) -> Any:
     """Return the batch with texts as bytes, so that invalid UTF-8 makes only its own row unusable."""
-    binary = {_TEXT: pa.binary(), _TEXTS: pa.list_(pa.binary())}
     fields = [
-        next((field.with_type(to) for text, to in binary.items() if text.fits(field.type)), field)
+        next(
+            (field.with_type(to) for name, to in _BINARY.items() if _TYPES[name](field.type)), field
+        )
         for field in batch.schema
     ]
     return batch.cast(pa.schema(fields))
