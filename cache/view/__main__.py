@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{options.out}: a folder; name a file: --out {options.out / 'view.html'}")
     reader = FeatureReader(find_space(root, options.space))
     found = gather(root, reader, images=options.images, seed=options.seed, keep=options.keep_media)
-    page = render(found).encode(errors="replace")  # a path may hold bytes that are no UTF-8
+    page = render(found).encode(errors="replace")  # text from JSON may hold half a surrogate pair
     write_atomic(options.out, page)
     print(f"{options.out}: {len(found.shown)} images and videos, {bytes_text(len(page))}")
     return 0

@@ -6,7 +6,6 @@ CSS classes: `a`, `b` or `band` for a colour; `thin`, `faint` or `dash` for a li
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from cache.view.page import HERE, render
 
 WIDTH, WIDE, HEIGHT = 540, 1120, 270
 """SVG units of a chart, of one as wide as two and the gap between them, and of both."""
+
+MARKED_TOP = 56
+"""Upper edge of a plot with marks: three rows of labels are above it."""
 
 BINS = 48
 """Bins of a histogram, at most."""
@@ -104,10 +106,6 @@ def _share(value: float, ends: tuple[float, float], log: bool) -> float:
     if log:
         value, low, high = math.log10(value), math.log10(low), math.log10(high)
     return (value - low) / max(high - low, 1e-12)
-
-
-MARKED_TOP = 56
-"""Upper edge of a plot with marks: three rows of labels are above it."""
 
 
 def histogram(
@@ -222,7 +220,6 @@ def channel_chart(
     for at in named:
         if all(abs(at - other) > TAG_DISTANCE * len(mean) for other in tagged):
             tagged.append(at)
-
     upper = list(enumerate((mean + std).tolist()))
     lower = list(enumerate((mean - std).tolist()))
     spikes = [
@@ -277,9 +274,8 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     """Return at most `MAX_POINTS` points: means of equal stretches."""
     if len(points) <= MAX_POINTS:
         return list(points)
-    edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
-    groups = [points[a:b] for a, b in itertools.pairwise(edges)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    groups = np.array_split(np.array(points), MAX_POINTS)
+    return [(float(x), float(y)) for x, y in (group.mean(axis=0) for group in groups)]
 
 
 def smoothed(points: Sequence[Point], half_life: float) -> list[Point]:

@@ -1,7 +1,8 @@
 """Look up what the tables say of images and videos: sources, sizes, captions; and make thumbnails of images.
 
 An image is read from a local path in the media table, or from the folder of kept downloads. Nothing is
-fetched, and a file is shown only if its sha256 is the one that was encoded. Videos are not decoded here.
+fetched, and a file is shown only if its sha256 is the one that was encoded. Videos are not decoded: the cache
+may not import `model.media.video`, and a second decoder for files from strangers is not worth a thumbnail.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.view import page
 from cache.view.charts import Line, Point, bar, finite, line_chart, smoothed
+from configs.console import bytes_text
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         meta=read_meta(final),
     )
     output = options.output or folder / "report.html"
-    write_atomic(output, html.encode())
-    print(f"{output}: {len(html.encode()) / 1e6:.1f} MB")
+    data = html.encode(errors="replace")  # text from JSON may hold half a surrogate pair
+    write_atomic(output, data)
+    print(f"{output}: {bytes_text(len(data))}")
     return 0
 
 
