@@ -34,7 +34,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names, read_samples, write_samples
 from configs import UserError
 from encode.download.config import DownloadConfig
-from encode.download.fetch_only import fetch_only
+from encode.fetch_only import fetch_only
 from encode.plan import MediaCounter
 from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.folder import FolderDataset

@@ -48,25 +48,28 @@ def test_the_contracts_hold(copy: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("file", "planted", "contract"),
-    [
-        (
-            "train/data/loader.py",
-            "import model.vision.encoder",
-            "The trainer cannot load the encoder",
-        ),
-        ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
-        ("train/run.py", "import encode.plan", "Siblings encode and train"),
-        ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
-        ("cache/format/codec.py", "import cache.store.reader", "Inside the cache"),
-        ("cache/maintenance/checks.py", "import cache.verify", "Inside the cache"),
-        ("cache/store/files.py", "import configs", "The cache below its commands"),
-        ("cache/errors.py", "from configs import UserError", "The cache below its commands"),
-        ("model/vlm.py", "import cache.store.reader", "model uses only the format"),
-        ("encode/worker/worker.py", "import ray", "One file imports Ray"),
-    ],
-)
+PLANTED = [
+    (
+        "train/data/loader.py",
+        "import model.vision.encoder",
+        "The trainer cannot load the encoder",
+    ),
+    ("model/vlm.py", "import model.vision.encoder", "The trainer cannot load the encoder"),
+    ("train/run.py", "import encode.plan", "Siblings encode and train"),
+    ("cache/store/reader.py", "import torch", "The cache is arrays, bytes and tables"),
+    ("cache/format/codec.py", "import cache.store.reader", "Inside the cache"),
+    ("cache/maintenance/checks.py", "import cache.verify", "Inside the cache"),
+    ("cache/store/files.py", "import configs", "The cache below its commands"),
+    ("cache/errors.py", "from configs import UserError", "The cache below its commands"),
+    ("model/vlm.py", "import cache.store.reader", "model uses only the format"),
+    ("encode/worker/worker.py", "import ray", "One file imports Ray"),
+    ("cache/store/commits.py", "import cache.store.row_index", "No circles"),
+    ("model/connector.py", "import model.vlm", "No circles"),
+]
+"""File, an import planted in it, and the beginning of the contract that it breaks."""
+
+
+@pytest.mark.parametrize(("file", "planted", "contract"), PLANTED)
 def test_a_planted_import_turns_them_red(
     copy: Path, file: str, planted: str, contract: str
 ) -> None:
@@ -76,6 +79,25 @@ def test_a_planted_import_turns_them_red(
     assert done.returncode != 0
     broken = [line for line in done.stdout.splitlines() if " BROKEN" in line]
     assert any(line.startswith(contract) for line in broken), done.stdout
+
+
+def test_every_contract_has_a_planted_violation() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    for contract in contracts["contracts"]:
+        assert any(contract["name"].startswith(name) for _, _, name in PLANTED), contract["name"]
+
+
+def test_no_folder_has_more_than_thirteen_rooms() -> None:
+    """A room is a .py file or a folder of code; more than thirteen nobody keeps in mind."""
+    rooms: dict[Path, set[str]] = {}
+    for package in (*PACKAGES, "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            inside = path.relative_to(ROOT).parts
+            for depth in range(1, len(inside)):
+                if inside[depth] != "__init__.py":
+                    rooms.setdefault(Path(*inside[:depth]), set()).add(inside[depth])
+    assert {folder: found for folder, found in rooms.items() if len(found) > 13} == {}
+    assert max(len(folder.parts) for folder in rooms) <= 3  # tests/ mirrors folders of two levels
 
 
 def test_data_and_code_in_cache_have_different_names() -> None:

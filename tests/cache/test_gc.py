@@ -28,7 +28,7 @@ from cache.store.samples import MediaRef, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
-from tests.support.damage import garble
+from tests.support.faults import garble
 from tests.support.spaces import fill, key, make_space, row
 
 Run = Callable[..., str]

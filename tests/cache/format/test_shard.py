@@ -32,9 +32,8 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from tests.support import faults, trained_runs
-from tests.support.damage import garble
 from tests.support.encode_jobs import draw, encode
-from tests.support.faults import struck
+from tests.support.faults import garble, struck
 from tests.support.spaces import SLOTS, features, fill, key, make_space, row
 from train.metrics import read_metrics
 from train.run import main as train_main

@@ -30,8 +30,8 @@ from cache.store.samples import write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from cache.verify import main
-from tests.support.damage import flip, garble
 from tests.support.encode_jobs import CONFIG, draw, encode
+from tests.support.faults import flip, garble
 from tests.support.spaces import SPEC, features, fill, key, make_space, row
 
 

@@ -21,8 +21,7 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Sample, write_samples
 from cache.store.space import Space
 from tests.support import faults
-from tests.support.damage import garble
-from tests.support.faults import CALLS, FAULTS, FINISHED, REFUSED, struck, write
+from tests.support.faults import CALLS, FAULTS, FINISHED, REFUSED, garble, struck, write
 from tests.support.spaces import fill, key, make_space, row
 
 

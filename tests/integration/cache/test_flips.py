@@ -24,8 +24,8 @@ from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
-from tests.support.damage import flip
 from tests.support.encode_jobs import CONFIG, Result, draw, encode
+from tests.support.faults import flip
 from tests.support.videos import make_video
 
 SEED = 4
