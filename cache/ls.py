@@ -1,10 +1,10 @@
-"""List what is in a cache.
+"""List the content of a cache.
 
-python -m cache.ls                           # spaces, what their codecs lost; data sets, what they need
-python -m cache.ls --failures                # what could not be had: why, of which host, for which data set
-python -m cache.ls --json                    # the same, for a script
+python -m cache.ls                           # spaces and their codec errors; data sets and what they lack
+python -m cache.ls --failures                # media that failed, by reason, host and data set
+python -m cache.ls --json                    # as JSON, for a script
 
-A sample is covered by a space when all its media have features there; one without media always is.
+A space covers a sample when it has features of all the sample's media. It covers every sample without media.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from configs.console import bytes_text, table_text
 
 LEGEND = (
     "pass: bytes of features that one pass over the data set reads\n"
-    "missing, add: media without features that have not failed, and what they would take at most"
+    "missing, add: media without features that have not failed, and the most bytes that they would add"
 )
 SHOWN = 5
-"""Sources printed of each group of failures."""
+"""The most sources printed for each group of failures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,48 +48,42 @@ class Options(RemoteOptions):
     """What to list."""
 
     features: str = "cache"
-    """The cache: a folder, or a URL as train.run takes it."""
+    """The cache: a folder, or a URL (https://, s3://, hf://)."""
     failures: bool = False
-    """List the media that failed instead, by reason, host and data set."""
+    """List the media that failed, by reason, host and data set, and nothing else."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = parse(Options, prog="python -m cache.ls", description=__doc__)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("cache").setLevel(
-        logging.INFO
-    )  # copying the tables of a remote cache takes a while
+    logging.getLogger("cache").setLevel(logging.INFO)  # shows the progress of copying remote tables
     root = local_root(options.features, options)
     if not root.path.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
     if options.failures:
         failures = list_failures(root)
-        if options.json:
-            print(json.dumps({"failures": list(map(asdict, failures))}, indent=2))
-        else:
-            print(_failures_text(failures))
-        return
-    spaces, readers = open_spaces(root, errors=True)
-    datasets = summarise_datasets(root, readers, partial(encode_command, root))
-    if options.json:
-        values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
-        print(json.dumps(values, indent=2))
+        values = {"failures": list(map(asdict, failures))}
+        text = _failures_text(failures)
     else:
-        parts = [
+        spaces, readers = open_spaces(root, errors=True)
+        datasets = summarise_datasets(root, readers, partial(encode_command, root))
+        values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
+        tables = (
             _spaces_text(spaces, root),
             _errors_text(spaces),
             _datasets_text(datasets),
             _needs_text(datasets),
-        ]
-        print("\n\n".join(part for part in parts if part))
+        )
+        text = "\n\n".join(filter(None, tables))
+    print(json.dumps(values, indent=2) if options.json else text)
 
 
 def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     if not spaces:
-        return f"no spaces; make one: python -m encode.run --dataset demo --features {root.path}"
+        return f"no spaces; create one: python -m encode.run --dataset demo --features {root.path}"
     header = ("space", "encoder", "codec", "blocks", "pool", "format", "images", "frames", "size")
     rows = [
         (
@@ -110,8 +104,8 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
     lines += [
-        f"{space.name}: made before features were rounded to float16; read as ever, but encode.run "
-        "makes another space (unpooled fp16 rows move there by cache.convert)"
+        f"{space.name}: its features were packed before they were rounded to float16; it can be read, but "
+        "encode.run creates another space (cache.convert copies unpooled fp16 rows to it)"
         for space in spaces
         if space.closed
     ]
@@ -119,7 +113,7 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
 
 
 def _errors_text(spaces: list[SpaceSummary]) -> str:
-    """What packing lost, measured row by row when the rows were made; '' when there are no rows."""
+    """Return a table of the relative errors measured when rows were packed; '' without rows."""
     header = ("codec error", "rows of", "codec", "mean", "median", "99%", "largest")
     rows = [
         (
@@ -152,7 +146,7 @@ def _datasets_text(datasets: list[DatasetSummary]) -> str:
 
 
 def _needs_text(datasets: list[DatasetSummary]) -> str:
-    """For each data set and space: what is there, and what is missing; '' without either."""
+    """Return a table of the coverage and the missing media of each data set in each space."""
     header = ("data set", "in space", "covered", "pass", "missing", "add")
     rows = [
         (
@@ -168,11 +162,8 @@ def _needs_text(datasets: list[DatasetSummary]) -> str:
     ]
     if not rows:
         return ""
-    lines = [
-        table_text(header, rows, right="covered pass missing add"),
-        LEGEND,
-    ]
     commands = [need.command for d in datasets for need in d.needs.values() if need.command]
+    lines = [table_text(header, rows, right="covered pass missing add"), LEGEND]
     return "\n".join([*lines, *(f"complete: {command}" for command in dict.fromkeys(commands))])
 
 
@@ -217,13 +208,13 @@ def _failures_text(failures: list[Failures]) -> str:
         by_stage[group.stage].update(group.sources)
     lines = [f"{stage:<8}{len(found):>10,} media" for stage, found in by_stage.items() if found]
     for group in failures:
-        dataset = group.dataset or "no data set any more"
+        dataset = group.dataset or "no data set"
         where = f" ({group.host})" if group.host else ""
         lines += ["", f"{len(group.sources):,} in {dataset}{where}: {group.stage}: {group.error}"]
         lines += [f"    {source}" for source in group.sources[:SHOWN]]
         if len(group.sources) > SHOWN:
             lines.append(f"    and {len(group.sources) - SHOWN:,} more (all: --json)")
-    lines += ["", "ask again for them: python -m encode.run --dataset NAME --retry-failed"]
+    lines += ["", "try them again: python -m encode.run --dataset NAME --retry-failed"]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,6 @@ def space_of(name: str) -> str | None:
     """Return the space that a table belongs to, or None for samples and media."""
     found = _SPACE.fullmatch(name)
     return found["space"] if found else None
-
-
-def space_names(names: Iterable[str]) -> list[str]:
-    """Return the names of the spaces that have a space.json, sorted."""
-    return sorted(n.split("/")[1] for n in names if n.startswith("spaces/") and "space.json" in n)
 
 
 def local_tables(root: CacheRoot) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CacheError, NotFoundError
-from cache.remote.listing import dataset_of, space_names, space_of
+from cache.remote.listing import dataset_of, space_of
 from cache.remote.mirror import Mirror
 from cache.remote.reader import RemoteReader
 from cache.remote.retry import RetryPolicy
@@ -100,7 +100,7 @@ class RemoteCache:
             NotFoundError: there is no space.
             CacheError: the name fits no space or several; see also `copy_tables`.
         """
-        if not space_names(self._mirror.remote_tables):
+        if not any(name.endswith("/space.json") for name in self._mirror.remote_tables):
             raise NotFoundError(f"no feature space at {self.url} (looked for spaces/*/space.json)")
         # The small space.json files first, so that a wrong name is reported before anything large is copied.
         self._mirror.update(lambda name: name.endswith("/space.json"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -45,26 +44,6 @@ class ReadStats:
     """Bytes of these ranges."""
 
 
-class RemoteFiles:
-    """The shards of a remote space, in the form that FeatureReader reads. Nothing is cached or verified."""
-
-    def __init__(self, store: Store, policy: RetryPolicy, paths: SpacePaths) -> None:
-        """Read nothing yet; `paths` are those of the local tables."""
-        self.store, self.policy, self._paths = store, policy, paths
-
-    def name(self, array: str, shard: int) -> str:
-        """Return the name of a shard's file, relative to the root of the cache."""
-        path = self._paths.shard(array, shard)
-        return path.relative_to(self._paths.root.parent.parent).as_posix()
-
-    def read(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> None:
-        """Fill `targets`, one after the other, from a shard; see `cache.store.shard_files.ShardFiles`."""
-        data = memoryview(bytearray(sum(map(len, targets))))
-        read_range(self.store, self.policy, self.name(array, shard), offset, data, None)
-        for target in targets:
-            target[:], data = data[: len(target)], data[len(target) :]
-
-
 class RemoteReader(FeatureReader):
     """A FeatureReader of a remote space. It verifies every row."""
 
@@ -79,9 +58,8 @@ class RemoteReader(FeatureReader):
             policy: limits.
             rows: the local row cache.
         """
-        self._remote = RemoteFiles(store, policy, paths)
-        super().__init__(paths, files=self._remote)
-        self._rows = rows
+        super().__init__(paths, mapped=False)
+        self._store, self._policy, self._rows = store, policy, rows
         self._stop = threading.Event()
         self._fetch_threads: ThreadPoolExecutor | None = None
         self._fetch_threads_pid = 0
@@ -144,8 +122,7 @@ class RemoteReader(FeatureReader):
 
     def _fetch(self, array: str, run: _Run, stop: threading.Event) -> None:
         """Fetch adjacent rows by one request, and each row that fails its checksum by another one."""
-        policy = self._remote.policy
-        for _ in range(policy.damage_tries):
+        for _ in range(self._policy.damage_tries):
             self._request(array, run, stop)
             bad = {n: place for n, place in run.items() if crc32c(place[1]) != place[0]}
             for number, (crc, row) in run.items():
@@ -157,9 +134,9 @@ class RemoteReader(FeatureReader):
             for other in list(bad)[1:]:
                 self._fetch(array, {other: bad[other]}, stop)
             run = {number: place}
-        name = self._remote.name(array, number // self.geometry[array].slots)
+        name = self._name(array, number // self.geometry[array].slots)
         raise UnreachableError(
-            f"{self._remote.store.url}/{name}: row {number} fails its checksum, {policy.damage_tries} times; "
+            f"{self._store.url}/{name}: row {number} fails its checksum, {self._policy.damage_tries} times; "
             "it is damaged there (python -m cache.verify --deep), or something on the way changes it"
         )
 
@@ -172,9 +149,9 @@ class RemoteReader(FeatureReader):
         targets = [row for _, row in run.values()]
         data = targets[0] if len(run) == 1 else memoryview(bytearray(nbytes))
         read_range(
-            self._remote.store,
-            self._remote.policy,
-            self._remote.name(array, shard),
+            self._store,
+            self._policy,
+            self._name(array, shard),
             geometry.row_offset(slot),
             data,
             self.index[array].nbytes[shard],
@@ -187,11 +164,14 @@ class RemoteReader(FeatureReader):
             self.stats.requests += 1
             self.stats.nbytes += nbytes
 
+    def _name(self, array: str, shard: int) -> str:
+        """Return the name of a shard's file, relative to the root of the cache."""
+        return self.paths.shard(array, shard).relative_to(self.path.parent.parent).as_posix()
+
     def _fetch_pool(self) -> ThreadPoolExecutor:
         """Return the threads that fetch runs; a forked child starts its own."""
         with self._lock:
             if self._fetch_threads is None or self._fetch_threads_pid != os.getpid():
-                connections = self._remote.policy.connections
-                self._fetch_threads = ThreadPoolExecutor(connections, thread_name_prefix="remote")
+                self._fetch_threads = ThreadPoolExecutor(self._policy.connections, "remote")
                 self._fetch_threads_pid = os.getpid()
             return self._fetch_threads

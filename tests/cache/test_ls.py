@@ -183,7 +183,7 @@ def test_a_space_that_encode_run_cannot_continue_is_named(tmp_path: Path, run: R
     values = json.loads(run("--json"))
     assert all(space["closed"] for space in values["spaces"])
     assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}
-    assert run().count("made before features were rounded to float16") == 2
+    assert run().count("packed before they were rounded to float16") == 2
 
 
 def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
@@ -197,13 +197,13 @@ def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) 
         "1 in two: decode: cut short",
         "    d",
         "",
-        "1 in no data set any more: fetch: 404",
+        "1 in no data set: fetch: 404",
         "    g",
         "",
         "1 in one: fetch: 404",
         "    e",
         "",
-        "ask again for them: python -m encode.run --dataset NAME --retry-failed",
+        "try them again: python -m encode.run --dataset NAME --retry-failed",
     ]
     groups = json.loads(run("--failures", "--json"))["failures"]
     assert groups[0] == {
@@ -232,7 +232,7 @@ def test_damage_to_one_space_does_not_hide_the_others(root: CacheRoot, run: Run)
 
 def test_an_empty_cache_is_named_as_empty(tmp_path: Path, run: Run) -> None:
     out = run()
-    assert "no spaces; make one: python -m encode.run" in out
+    assert "no spaces; create one: python -m encode.run" in out
     assert "no data sets" in out
     tmp_path.rmdir()
     with pytest.raises(UserError, match=r"no cache at .*--features"):
