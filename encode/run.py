@@ -69,21 +69,21 @@ class Options:
     max_frames: int = MAX_FRAMES
     """Frames of one video: 2 a second, or so many evenly where that is more."""
     keep_media: Path | None = None
-    """Keep what is downloaded in this folder, and look there before asking a server."""
+    """Folder that keeps downloads. A file in it is not downloaded again."""
     fetch_only: bool = False
-    """Download into --keep-media, and stop: no encoder is loaded."""
+    """Download into --keep-media, and stop. No encoder is loaded."""
     retry_failed: bool = False
     """Try again what the ledger has as failed."""
     allow_private: bool = False
-    """Also fetch from addresses of private networks and of this machine."""
+    """Also download from private networks and from this machine."""
     connections: int = DownloadConfig.connections
-    """Downloads at a time, all workers together."""
+    """Largest number of simultaneous downloads of all workers."""
     connections_per_host: int = DownloadConfig.per_host
-    """Of these, to one host."""
+    """Largest number of simultaneous downloads from one host."""
     fetch_timeout_s: float = DownloadConfig.read_s
-    """A server may be silent so long; a whole download may take three times that."""
+    """Seconds without data before a download times out. The total limit is three times this."""
     fetch_tries: int = DownloadConfig.tries
-    """Times a server is asked when what went wrong may pass."""
+    """Attempts for a URL whose failure may be temporary."""
     limit: int | None = None
     """Take only the first N samples of each data set; the data set is these until it is encoded again."""
     rehash: bool = False
