@@ -1,1 +1,15 @@
-"""The model: images to features (frozen), features and text to answers."""
+"""The models: a frozen vision encoder, and the connector and language model that are trained.
+
+    media        files to RGB pixels                          vision       RGB pixels to features (frozen)
+    language     language model, tokenizer, chat template     attention    many samples in one sequence
+    io           devices, downloads, models on disk           verify       the command that checks it all
+
+    vlm          connector and language model: what is trained
+    connector    feature width to language width
+    loss         cross-entropy without all logits in memory
+    quantize     feature rows packed and unpacked on any device
+    inference    answers from features
+    generate     the command: answers from images and videos
+
+The trainer never imports `vision`. Read vlm.py first.
+"""

@@ -1,4 +1,7 @@
-"""The connector: from the width of the features to the width of the language model."""
+"""The connector: maps features to the width of the language model.
+
+V vision width, D language width.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ KINDS = ("linear", "mlp")
 
 
 def build_connector(kind: str, vision_width: int, language_width: int) -> nn.Module:
-    """(…, V) -> (…, D): `linear`, or `mlp` = linear, exact GELU, linear, as wide inside as outside.
+    """Return a module (..., V) -> (..., D): `linear`, or `mlp` (linear to D, exact GELU, linear).
 
-    Averaging features before a linear connector is the same as after it, so pooled caches lose nothing
-    to the order of the two.
+    A linear connector commutes with averaging, so a pooled cache loses nothing by pooling before it.
+
+    Raises:
+        UserError: `kind` is unknown.
     """
     if kind == "linear":
         return nn.Linear(vision_width, language_width)

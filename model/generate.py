@@ -1,4 +1,4 @@
-"""Ask a trained model about images and videos: the whole model, encoder included.
+"""Ask a trained model about images and videos. Runs the whole model, encoder included.
 
 python -m model.generate --run demo --image cat.png --prompt "How many shapes?"
 python -m model.generate --image a.jpg --image b.jpg --prompt "<image> and <image>: what differs?"
@@ -6,12 +6,12 @@ python -m model.generate --video video.mp4 --prompt "What happens?"
 python -m model.generate --image a.jpg --video b.mp4 --prompt "In <video>, where is <image>?"
 python -m model.generate --prompt "No image at all." --temperature 0.7 --verbose
 
-The encoder is rebuilt as the features' space says, its weights checked against the space's, and its
-features pass through the space's codec: an image looks exactly as it did from the cache. Of a video the
-same frames are taken as for training. Only the answer goes to standard output.
+The encoder is rebuilt from the record of the run's feature space, and its weights are compared with that
+record. Features pass through the space's codec, so the model gets what it would read from the cache.
+Frames of a video are sampled as for training. Only the answer is printed to standard output.
 
-`<image>` in the prompt says where an image stands, `<video>` where a video does, each in the order given;
-without such marks the images come first, then the videos, then the text.
+`<image>` and `<video>` mark the places of images and videos in the prompt, in the order given. Without marks,
+images are put first, then videos, then the text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 PROG = "python -m model.generate"
 VIDEO_TOKEN = "<video>"
-"""Where a video stands in a prompt. (Samples say `<image>` for both: they list their media in one order.)"""
+"""Mark of a video in a prompt. (Samples use `<image>` for both: they list their media in one order.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +52,33 @@ class Options:
     """Ask a trained model about images and videos."""
 
     prompt: str = ""
-    """What to ask; `<image>` and `<video>` marks say where media stand, without them they come first."""
+    """Question; `<image>` and `<video>` mark the places of media, which are put first without marks."""
     image: tuple[Path, ...] = ()
     """Image files, in the order of their `<image>` marks."""
     video: tuple[Path, ...] = ()
     """Video files, in the order of their `<video>` marks."""
     max_frames: int | None = None
-    """Frames of one video, at most; as in the model's training when not given."""
+    """Most frames of one video; when not given, as in the model's training."""
     run: str = "default"
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
-    """Which stage's model; the newest finished one when not given."""
+    """Stage of the model; when not given, the last finished one."""
     max_new_tokens: int = 256
     """Longest answer, tokens."""
     temperature: float = 0.0
-    """0: the likeliest word each time; above: sampled, the wilder the higher."""
+    """0: the likeliest token each time; above 0: sampled, more randomly the higher it is."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     weights: str | None = None
-    """File or folder of the encoder's weights, where they lie elsewhere than when encoding."""
+    """File or folder of the encoder's weights, if they moved since encoding."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     verbose: bool = False
-    """Say on standard error what was loaded and how long each part took."""
+    """Print to standard error what was loaded, and the seconds each part took."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise ValueError("no --prompt: what should the model answer?")
+            raise ValueError("no --prompt: give a question")
         if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature} is below 0")
         if self.max_new_tokens < 1:
@@ -86,7 +86,7 @@ class Options:
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"max_frames {self.max_frames} is below 1")
         images, videos = self.prompt.count(IMAGE_TOKEN), self.prompt.count(VIDEO_TOKEN)
-        if not self.video:  # then <video> is a word like any other
+        if not self.video:  # without videos, <video> is plain text
             if self.image and images not in (0, len(self.image)):
                 raise ValueError(
                     f"{len(self.image)} --image but {images} {IMAGE_TOKEN} marks in the prompt; "
@@ -100,13 +100,13 @@ class Options:
 
 
 class Stopwatch:
-    """Says on standard error how long each part took, when asked to."""
+    """Prints to standard error how long each part took, if `on`."""
 
     def __init__(self, on: bool) -> None:
         self.on, self.since = on, time.perf_counter()
 
     def lap(self, what: str) -> None:
-        """Name what was done since the last lap."""
+        """Print the seconds since the last lap, with a name for what was done."""
         now = time.perf_counter()
         if self.on:
             print(f"{now - self.since:7.2f} s  {what}", file=sys.stderr)
@@ -122,14 +122,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(options: Options) -> str:
-    """The model's answer."""
+    """Return the model's answer.
+
+    Raises:
+        UserError: the run, a file or the device cannot be used.
+    """
     watch = Stopwatch(options.verbose)
     folder = find_run(options.run, options.stage)
     meta = read_meta(folder)
     media: list[Tensor | Video] = []
     if options.image or options.video:
         images = [_read_image(path) for path in options.image]
-        videos = {path: _probe(path) for path in options.video}
+        videos = [(path, _probe(path)) for path in options.video]
         encoder = rebuild_encoder(
             meta["space"]["load"],
             FeatureSpec.from_json(meta["space"]["spec"]),
@@ -139,13 +143,13 @@ def generate(options: Options) -> str:
         watch.lap(
             f"encoder {encoder.config.library}: {encoder.parameters_used:,} parameters on {encoder.device}"
         )
-        most = options.max_frames or meta.get("max_frames", MAX_FRAMES)
-        media += _encode(encoder, meta["space"], images, videos, options, most, watch)
-    prompt, media = in_order(options, media)
+        max_frames = options.max_frames or meta.get("max_frames", MAX_FRAMES)
+        media += _encode(encoder, meta["space"], images, videos, max_frames, watch)
+    prompt, media = order_media(options, media)
     device = pick_device(options.device)
     vlm, tokenizer, _ = load_final(folder, device)
     watch.lap(f"{folder}: {sum(p.numel() for p in vlm.parameters()):,} parameters on {device}")
-    (said,) = answer(
+    (text,) = answer(
         vlm,
         tokenizer,
         [([("user", prompt, 1.0)], media)],
@@ -153,12 +157,14 @@ def generate(options: Options) -> str:
         temperature=options.temperature,
         seed=options.seed,
     )
-    watch.lap(f"answer, {len(said)} characters")
-    return said
+    watch.lap(f"answer, {len(text)} characters")
+    return text
 
 
-def in_order(options: Options, media: Sequence[Tensor | Video]) -> tuple[str, list[Tensor | Video]]:
-    """The prompt with `<image>` marks alone, and its media as they follow each other there.
+def order_media(
+    options: Options, media: Sequence[Tensor | Video]
+) -> tuple[str, list[Tensor | Video]]:
+    """Return the prompt with `<video>` marks replaced by `<image>`, and the media in the order of the marks.
 
     Args:
         options: images, videos, and the prompt with marks for them.
@@ -177,7 +183,7 @@ def _read_image(path: Path) -> Image:
         return decode_image(path.read_bytes())
     except BadMediaError as error:
         raise UserError(
-            f"{path}: {error}; give a sound JPEG, PNG, WebP, GIF, BMP or TIFF"
+            f"{path}: {error}; give an intact JPEG, PNG, WebP, GIF, BMP or TIFF"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --image takes image files") from None
@@ -189,7 +195,7 @@ def _probe(path: Path) -> video.VideoInfo:
     try:
         return video.probe(path)
     except BadMediaError as error:
-        raise UserError(f"{path}: {error}; give a sound video file") from None
+        raise UserError(f"{path}: {error}; give an intact video file") from None
 
 
 def live_video(
@@ -199,16 +205,23 @@ def live_video(
     info: video.VideoInfo,
     max_frames: int,
 ) -> Video:
-    """A video with those frames that encode.run would take, each once, as `live_features`.
+    """Encode a video: the frames that encode.run would take, each once, with `live_features`.
+
+    Args:
+        encoder: that of the space.
+        space: content of space.json.
+        path: video file.
+        info: its `model.media.video.probe`.
+        max_frames: most frames.
 
     Raises:
         BadMediaError: it cannot be decoded.
     """
     times: list[float] = []
 
-    def images() -> Iterator[Image]:  # one at a time in memory, but for the encoder's small input
+    def images() -> Iterator[Image]:  # full-size frames are in memory one at a time
         for frame in video.frames(path, sample_times(info.duration_s, max_frames), info):
-            if not times or frame.time_s != times[-1]:  # two times asked for may meet in one frame
+            if not times or frame.time_s != times[-1]:  # two times may have one nearest frame
                 times.append(frame.time_s)
                 yield frame.image
 
@@ -220,21 +233,20 @@ def _encode(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
     images: Sequence[Image],
-    videos: Mapping[Path, video.VideoInfo],
-    options: Options,
+    videos: Sequence[tuple[Path, video.VideoInfo]],
     max_frames: int,
     watch: Stopwatch,
 ) -> Iterator[Tensor | Video]:
-    """Features of all images, then of all videos."""
+    """Yield the features of all images, then of all videos."""
     if images:
         features = live_features(encoder, space, images)
         watch.lap(f"{len(images)} images, {features.shape[1]} tokens each")
         yield from features
-    for path in options.video:
+    for path, info in videos:
         try:
-            video = live_video(encoder, space, path, videos[path], max_frames)
+            video = live_video(encoder, space, path, info, max_frames)
         except BadMediaError as error:
-            raise UserError(f"{path}: {error}; give a sound video file") from None
+            raise UserError(f"{path}: {error}; give an intact video file") from None
         watch.lap(f"{path}: {len(video.times_s)} frames, {video.features.shape[1]} tokens each")
         yield video
 
@@ -245,13 +257,16 @@ def live_features(
     images: Iterable[Image],
     array: str = "image",
 ) -> Tensor:
-    """(P, M, V) float16 features of images, with what the space's codec does to them.
+    """Encode n images and pass the features through the space's codec: (n, M, V) float16.
 
     Args:
-        encoder: that of the space, see `model.vision.rebuild_encoder`.
-        space: the content of space.json.
+        encoder: that of the space, see `model.vision.encoder.rebuild_encoder`.
+        space: content of space.json.
         images: RGB.
-        array: `image`, or `frame` for frames of videos, which are pooled more.
+        array: `image`, or `frame` for frames of videos, which have their own pooling.
+
+    Raises:
+        UserError: the features of an image are not finite.
     """
     spec = FeatureSpec.from_json(space["spec"])
     features = encoder.encode(np.stack([encoder.prepare(image) for image in images]), array)

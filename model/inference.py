@@ -1,7 +1,7 @@
-"""Answers from features: what `model.generate` and `train.evaluate` both use.
+"""Answer prompts from features, for `model.generate` and `train.evaluate`.
 
-Legend: M tokens per image or frame, F frames of a video, N feature tokens of one prompt, V vision width,
-D language width, B prompts at a time, L tokens of the longest of them.
+M tokens of an image or frame, F frames of a video, N feature tokens of one prompt, V vision width, D language
+width, B prompts in a batch, L tokens of the longest of them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from model.language.chat_template import Message, fill_placeholders, prompt_ids,
 from model.language.tokenizer import IMAGE_TOKEN, eos_ids, token_id
 from model.vlm import VLM
 
-PADDED_TOKENS = 1 << 16
-"""Prompts at a time take no more tokens, padding included: videos are long. One prompt always goes."""
+MAX_PADDED_TOKENS = 1 << 16
+"""Most tokens of a batch of prompts, padding included: prompts with videos are long. A single prompt may have
+more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
-    """What is seen of a video."""
+    """The encoded frames of one video."""
 
     times_s: Sequence[float]
-    """(F,) where in the video the frames are, seconds after the first, ascending."""
+    """(F,) times of the frames, seconds after the first, ascending."""
     features: Tensor
-    """(F, M, V)."""
+    """(F, M, V) features of the frames."""
 
 
 Prompt = tuple[Sequence[Message], Iterable[Tensor | Video] | None]
-"""Messages, and what stands at the places in them, in order: the (M, V) features of an image, or a video.
-A (images, M, V) tensor is as many images."""
+"""Messages, and the media for their placeholders, in order: (M, V) features of an image, or a Video.
+
+An (images, M, V) tensor counts as a sequence of images.
+"""
 
 
 def answer(
@@ -49,24 +52,24 @@ def answer(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[str]:
-    """What the model says to each prompt, in order.
+    """Return the model's answer to each prompt, in order.
 
     Args:
-        vlm: on any device, in any mode; left as it was.
-        tokenizer: its tokenizer.
-        prompts: conversations ending in a user turn, with the features of their images and videos.
+        vlm: on any device, in any mode. Mode and attention are restored afterwards.
+        tokenizer: the model's tokenizer.
+        prompts: conversations that end in a user turn, with the features of their images and videos.
         max_new_tokens: longest answer, tokens.
-        temperature: 0 = the likeliest token each time; above 0 sampled.
-        seed: of the sampling. Greedy answers do not depend on what else is in the batch, sampled ones do.
-        batch_size: prompts at a time; similar lengths are put together.
+        temperature: 0: the likeliest token each time; above 0: sampled.
+        seed: of the sampling. A greedy answer does not depend on the rest of the batch; a sampled one does.
+        batch_size: most prompts in a batch; prompts of similar length share one.
     """
-    prepared = [expand(tokenizer, prompt) for prompt in prompts]
+    prepared = [expand_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prepared[i][0]))
     answers = [""] * len(prompts)
     device = vlm.language.get_input_embeddings().weight.device
     devices = [device] if device.type == "cuda" else []
     config = generation_config(vlm.language, tokenizer, max_new_tokens, temperature)
-    with _for_generation(vlm), torch.random.fork_rng(devices), torch.inference_mode():
+    with _generation_mode(vlm), torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for chosen in _batches(order, [len(ids) for ids, _, _ in prepared], batch_size):
             embeddings, mask = _left_padded([prepared[i] for i in chosen], vlm, device)
@@ -79,10 +82,10 @@ def answer(
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """`order`, shortest first, cut after `most` and where the padded batch would be too large."""
+    """Cut `order`, shortest prompts first, into batches of at most `most` and `MAX_PADDED_TOKENS`."""
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > PADDED_TOKENS):
+        if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > MAX_PADDED_TOKENS):
             yield batch
             batch = []
         batch.append(i)
@@ -90,10 +93,14 @@ def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterato
         yield batch
 
 
-def expand(
+def expand_prompt(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L,) ids with all that stands for images and videos, the (N,) places of features, and those (N, V)."""
+    """Replace the placeholders of a prompt by the tokens of its images and videos.
+
+    Returns:
+        (L,) token ids, (N,) indices of the tokens that features replace, and the (N, V) features.
+    """
     messages, given = prompt
     media = [] if given is None else list(given)
     image = token_id(tokenizer, IMAGE_TOKEN)
@@ -112,7 +119,7 @@ def expand(
 def _left_padded(
     rows: Sequence[tuple[Tensor, Tensor, Tensor | None]], vlm: VLM, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, D) embeddings and (B, L) mask; padding in front, so that all answers begin together."""
+    """Return (B, L, D) embeddings and a (B, L) mask. Padding is on the left: all answers start at L."""
     longest = max(len(ids) for ids, _, _ in rows)
     mask = torch.zeros(len(rows), longest, dtype=torch.int64)
     padded = []
@@ -120,6 +127,7 @@ def _left_padded(
         mask[i, longest - len(ids) :] = 1
         given = None if features is None else features.to(device)
         embedded = vlm.embed(ids.to(device), slots.to(device), given)
+        # (own length, D) -> (L, D)
         padded.append(torch.nn.functional.pad(embedded, (0, 0, longest - len(ids), 0)))
     return torch.stack(padded), mask.to(device)
 
@@ -130,7 +138,7 @@ def generation_config(
     max_new_tokens: int,
     temperature: float,
 ) -> GenerationConfig:
-    """Greedy, or plain sampling from the whole distribution."""
+    """Return settings for greedy decoding, or for sampling from the whole distribution."""
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     vocabulary = language.get_output_embeddings().weight.shape[0]
     return GenerationConfig(
@@ -139,22 +147,22 @@ def generation_config(
         **sampling,
         eos_token_id=list(eos_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
-        # Rows beyond the tokenizer exist to fill the matrix; they and images are nothing to say.
+        # An answer has no images, and embedding rows beyond the tokenizer's ids have no text.
         suppress_tokens=[token_id(tokenizer, IMAGE_TOKEN), *range(len(tokenizer), vocabulary)],
         use_cache=True,
     )
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """The text before the first end mark, without other control tokens."""
+    """Return the text before the first end-of-answer token, without other control tokens."""
     ends = eos_ids(tokenizer)
     stop = next((i for i, one in enumerate(ids) if one in ends), len(ids))
     return str(tokenizer.decode(ids[:stop], skip_special_tokens=True))
 
 
 @contextlib.contextmanager
-def _for_generation(vlm: VLM) -> Iterator[None]:
-    """Evaluation mode, and attention that knows padding masks and the KV cache; undone afterwards."""
+def _generation_mode(vlm: VLM) -> Iterator[None]:
+    """Switch to evaluation mode and to SDPA, which supports padding masks and the KV cache; restore both."""
     training = vlm.training
     vlm.eval()
     vlm.language.set_attn_implementation("sdpa")

@@ -1,8 +1,9 @@
-"""Weighted cross-entropy at supervised positions, without ever holding all logits.
+"""Weighted cross-entropy at supervised positions, in chunks, so that all logits never exist together.
 
-Legend: S supervised positions, V vocabulary rows, D width, C positions in a chunk.
-A chunk's logits are (C, V): for Qwen3 (V = 151,936) and C = 1024, 0.6 GB in fp32. Its gradients are made
-while they exist, so the backward pass neither stores logits nor computes them a second time.
+The gradients of a chunk are computed while its logits exist, so the backward pass neither stores logits nor
+computes them again. For Qwen3 (V = 151,936) and C = 1,024, the logits of a chunk take 0.6 GB in fp32.
+
+S supervised positions, C positions in a chunk, V vocabulary rows, D width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 26
-"""Most logits that exist at a time: 256 MiB in fp32, once for logits and once for their gradient."""
+"""Most logits of one chunk: 256 MiB in fp32, and twice that at the peak."""
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -26,7 +27,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """(S, D), (V, D), (V,)?, (S,), (S,) -> scalar: sum of weight x -log p(target), fp32."""
+        """Sum weight x -log p(target): (S, D), (V, D), (V,) or None, (S,), (S,) -> fp32 scalar."""
         wanted = ctx.needs_input_grad[:3]
         device = hidden.device.type
         dtype = hidden.dtype
@@ -36,7 +37,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             x, w = hidden.to(dtype), head.to(dtype)
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             d_hidden = torch.zeros_like(x) if wanted[0] else None
-            # Sums over many chunks: fp32, whatever the weights are.
+            # fp32 for any dtype of the weights, because they sum over many chunks.
             d_head = torch.zeros_like(head, dtype=torch.float32) if wanted[1] else None
             d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
             step = max(1, CHUNK_ELEMENTS // head.shape[0])
@@ -50,14 +51,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 loss += ((log_sum - logits.gather(1, target)) * weight).sum()
                 if not any(wanted):
                     continue
-                # d loss / d logits = weight x (softmax - one hot), in place of the logits.
+                # d loss / d logits = weight x (softmax - one-hot), in place of the logits
                 logits.sub_(log_sum).exp_().mul_(weight)
                 logits.scatter_add_(1, target, -weight)
                 gradient = logits.to(dtype)
                 if d_hidden is not None:
                     d_hidden[part] = gradient @ w
                 if d_head is not None and d_head.dtype == dtype:
-                    d_head.addmm_(gradient.T, x[part])  # no (V, D) beside the sum itself
+                    d_head.addmm_(gradient.T, x[part])  # no second (V, D) matrix
                 elif d_head is not None:
                     d_head += gradient.T @ x[part]
                 if d_bias is not None:
@@ -81,13 +82,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 def weighted_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Sum over positions of weight x cross-entropy, fp32; differentiable once.
+    """Return the sum over positions of weight x cross-entropy, an fp32 scalar, differentiable once.
 
     Args:
         hidden: (S, D) final hidden states at the supervised positions.
         head: (V, D) output embedding.
         targets: (S,) int64.
         weights: (S,) float32.
-        bias: (V,) of the output layer, where a model has one.
+        bias: (V,) of the output layer, None if the model has none.
+
+    Raises:
+        RuntimeError: in a second backward pass.
     """
     return _WeightedCrossEntropy.apply(hidden, head, bias, targets, weights)

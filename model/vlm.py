@@ -1,7 +1,7 @@
-"""The trained half of the model: connector and language model, fed with cached features.
+"""The trained part of the model: connector and language model, on cached features.
 
-Legend: T tokens in a packed batch, N of them features of images and frames, V vision width,
-D language width, S supervised predictions.
+T tokens in a packed batch, N of them features of images and frames, S supervised predictions, V vision width,
+D language width.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class VLM(nn.Module):
         self.connector = connector
         self.vision_width = vision_width
         self.flash = True
-        """Use a variable-length CUDA kernel where there is one; False = SDPA everywhere."""
+        """Whether CUDA may use a variable-length kernel; False: SDPA everywhere."""
         language.set_attn_implementation(register_packed_attention())
 
-    def forward(self, batch: PackedBatch, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same as `loss`."""
-        return self.loss(batch, features)
-
     def loss(self, batch: PackedBatch, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weighted loss sum and sum of weights, both fp32 scalars; only the first has a gradient.
+        """Return the weighted sum of losses and the sum of weights, fp32 scalars.
+
+        Only the first has a gradient.
 
         Args:
             batch: on the model's device.
-            features: (N, V) of the batch's images and frames, in the order of their places; also
-                (images, tokens an image, V). None when it has none.
+            features: (N, V) or (images, tokens, V), in the order of `batch.image_slots`; None without images.
+
+        Raises:
+            ValueError: the number of features is not the number of image slots.
         """
-        hidden = self.hidden(batch, features)
+        hidden = self.hidden(batch, features)  # (T, D)
         head = self.language.get_output_embeddings()
         total = weighted_cross_entropy(
-            hidden.index_select(0, batch.loss_positions),
+            hidden.index_select(0, batch.loss_positions),  # (T, D) -> (S, D)
             head.weight,
             batch.targets,
             batch.loss_weights,
@@ -54,9 +54,9 @@ class VLM(nn.Module):
         return total, batch.loss_weights.sum(dtype=torch.float32)
 
     def hidden(self, batch: PackedBatch, features: Tensor | None) -> Tensor:
-        """(T, D) final hidden states."""
+        """Return the final hidden states, (T, D)."""
         plan = AttentionPlan(batch.units, len(batch.input_ids), batch.input_ids.device, self.flash)
-        # use_cache and a mask of ones would both silently let samples see each other.
+        # With a mask of ones, or with use_cache, samples would see each other without an error.
         output = self.language.base_model(
             inputs_embeds=self.embed(batch.input_ids, batch.image_slots, features).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
@@ -68,7 +68,11 @@ class VLM(nn.Module):
         return hidden
 
     def embed(self, input_ids: Tensor, image_slots: Tensor, features: Tensor | None) -> Tensor:
-        """(T,), (N,), (N, V) -> (T, D): words, and features through the connector at the slots."""
+        """Embed words, and put features through the connector into the slots: (T,), (N,), (N, V) -> (T, D).
+
+        Raises:
+            ValueError: the number of features is not the number of slots.
+        """
         words: Tensor = self.language.get_input_embeddings()(input_ids)
         if features is None or features.shape[0] == 0:
             if len(image_slots):
@@ -84,31 +88,31 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the connector's parameters."""
+        """Dtype of the connector's parameters."""
         return next(self.connector.parameters()).dtype
 
     def gradient_checkpointing(self, enabled: bool) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
-        # transformers renamed the switch within 5.x; both take effect in training mode only.
-        kind = (
-            "activation"
-            if hasattr(self.language, "activation_checkpointing_enable")
-            else "gradient"
-        )
+        """Keep only the input of each layer for the backward pass, and compute the rest again.
+
+        Takes effect in training mode only.
+        """
+        # transformers renamed the switch within 5.x.
+        has_new_name = hasattr(self.language, "activation_checkpointing_enable")
+        kind = "activation" if has_new_name else "gradient"
         if enabled:
             getattr(self.language, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
             getattr(self.language, f"{kind}_checkpointing_disable")()
 
     def freeze(self, train_connector: bool, train_llm: bool) -> dict[str, tuple[int, int]]:
-        """Say what learns; returns trainable and total parameters per part, for the log."""
+        """Set which parts train. Return `parameter_counts`, for the log."""
         self.connector.requires_grad_(train_connector)
         self.language.requires_grad_(train_llm)
         return parameter_counts(self)
 
 
 def parameter_counts(vlm: VLM) -> dict[str, tuple[int, int]]:
-    """Trainable and total parameters of connector and language model."""
+    """Return the trainable and the total parameters of `connector` and `language`."""
     parts = {"connector": vlm.connector, "language": vlm.language}
     return {
         name: (
@@ -127,19 +131,22 @@ def build_vlm(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> tuple[VLM, PreTrainedTokenizerFast]:
-    """A language model with a fresh connector; the global random state is left alone.
+    """Load a language model and give it a new connector. The global random state does not change.
 
     Args:
         vision_width: values per feature token, from the space's spec.
-        llm_source: see `model.language.load_language`.
+        llm_source: see `model.language.model.load_language`.
         connector: `linear` or `mlp`.
-        seed: of the connector, and of the language model when it is a `random:` one.
+        seed: of the connector, and of a `random:` language model.
         dtype: of all parameters.
-        device: `cpu`, or `meta` for the shapes alone.
+        device: `cpu`, or `meta` for shapes without values.
+
+    Raises:
+        UserError: the language model cannot be loaded, or the connector is of an unknown kind.
     """
     language = load_language(llm_source, dtype=dtype, seed=seed, device=device)
     width = language.model.get_input_embeddings().embedding_dim
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        bridge = build_connector(connector, vision_width, width).to(dtype)
-    return VLM(language.model, bridge, vision_width), language.tokenizer
+        new_connector = build_connector(connector, vision_width, width).to(dtype)
+    return VLM(language.model, new_connector, vision_width), language.tokenizer

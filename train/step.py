@@ -79,7 +79,7 @@ class Forward:
         """
         micro = micro.to(self.device)
         with self.precision():
-            total, _ = self.vlm(micro.packed, self.features(micro))
+            total, _ = self.vlm.loss(micro.packed, self.features(micro))
         return total / micro.step_weight
 
     def precision(self) -> AbstractContextManager[object]:

@@ -1,1 +1,9 @@
-"""io."""
+"""Where models come from and go to: devices, the Hugging Face hub, folders of trained models.
+
+    device         pick the device and its precision
+    hub            download an encoder's weights, or fail within seconds with a way out
+    saved_model    a trained model: save, find by run and stage, load without the encoder
+    tensors        the hash of named tensors, and seeded random ones
+
+Read saved_model.py first.
+"""

@@ -1,4 +1,4 @@
-"""Which device to compute on, and in which precision. No vision, no language: both sides use it."""
+"""Choose the device to compute on, and its precision."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from configs import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Names of precisions, as in specs and options."""
+"""Name of a precision, as in specs and options -> torch's dtype."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` takes CUDA, else MPS, else the CPU.
+    """Return the device called `name`. `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        UserError: the device cannot be used, or `auto` finds a GPU that torch cannot use: a job that
-            would take hours instead of minutes is not started silently on the CPU.
+        UserError: the device cannot be used, or `auto` finds a GPU that torch cannot use. Falling back to the
+            CPU without an error would turn minutes into hours.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -41,7 +41,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind == "cuda":
         raise UserError(f"--device {name}: {why or 'torch finds no GPU here'}; use --device cpu")
     if why and _gpu_in_machine():
-        raise UserError(f"{why}; mend that, or say --device cpu to go without it")
+        raise UserError(f"{why}; fix that, or use --device cpu")
     return torch.device("cpu")
 
 
@@ -53,10 +53,10 @@ def hardware_preset(memory_bytes: int) -> str:
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which the encoder runs well on `device`.
+    """Return the precision for the encoder on `device`.
 
-    Float16 on GPUs (0.15 % off float32 at block 22 of CLIP ViT-L; what overflows is found when the
-    features are packed), bfloat16 (1.2 % off) on CPUs that compute in it, else float32.
+    Float16 on GPUs (0.15 % off float32 at block 22 of CLIP ViT-L; packing finds features that overflow),
+    bfloat16 (1.2 % off) on CPUs that compute in it, else float32.
     """
     if device.type in ("cuda", "mps"):
         return torch.float16
@@ -64,22 +64,21 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def _cuda() -> tuple[bool, str]:
-    """Whether CUDA can be used; if not, torch's reason as far as it gives one."""
-    with warnings.catch_warnings(record=True) as said:
+    """Return whether CUDA can be used, and if not, torch's reason."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if usable:
         return True, ""
     if torch.version.cuda is None and torch.version.hip is None:
         return False, "this torch is built for the CPU only (reinstall it with CUDA)"
-    reason = (
-        " ".join(str(said[0].message).split()).split(" (Triggered internally")[0] if said else ""
-    )
-    return False, f"torch {torch.__version__} cannot use the GPU: {reason or 'no reason given'}"
+    reason = " ".join(str(caught[0].message).split()) if caught else "no reason given"
+    reason = reason.split(" (Triggered internally")[0]
+    return False, f"torch {torch.__version__} cannot use the GPU: {reason}"
 
 
 def _gpu_in_machine() -> bool:
-    """Whether the operating system shows a GPU that the user has not hidden on purpose."""
+    """Return whether the operating system shows a GPU that no environment variable hides."""
     hidden = any(
         os.environ.get(v) in ("", "-1") for v in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     )
@@ -88,5 +87,5 @@ def _gpu_in_machine() -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    """Return whether the CPU multiplies bfloat16 in hardware. Emulation is slower than float32."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

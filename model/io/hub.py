@@ -1,7 +1,7 @@
-"""Weights from the Hugging Face hub, or at once one line that says why not and what to do.
+"""Download weights from the Hugging Face hub, or fail within seconds with the reason and a way out.
 
-The hub's own client tries for 46 s before it gives up on a machine without network (measured); so the
-connection is tried first.
+Without network the hub's own client tries for 46 s before it gives up (measured), so a connection is tried
+first.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from configs import UserError
 
 PROBE_TIMEOUT_S = 2.0
+"""Seconds to wait for a connection to the hub."""
 
 
-def fetch(place: str, *, encoder: str) -> Path:
-    """The weights file at open_clip's hub `place` (`org/repo/` or `org/repo/file`), downloaded once.
+def fetch(hub_path: str, *, encoder: str) -> Path:
+    """Return the local path of a weights file on the hub, after downloading it if necessary.
+
+    Args:
+        hub_path: `org/repo/` or `org/repo/file`, as open_clip records it.
+        encoder: name of the encoder, for messages.
 
     Raises:
-        UserError: it is neither on this machine nor to be had.
+        UserError: the file is not on this machine and cannot be downloaded.
     """
-    # torch comes with it (3 s), which whoever only asks whether the hub is there does without
+    # Imports torch (3 s), which `unreachable` does not need.
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
-    repo, name = posixpath.split(place)
+    repo, name = posixpath.split(hub_path)
     if not repo:
         raise UserError(f"encoder {encoder} names no weights on the hub; give them: --weights PATH")
     names = (name,) if name else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
@@ -56,7 +61,7 @@ def fetch(place: str, *, encoder: str) -> Path:
 
 
 def unreachable() -> str:
-    """Why the hub cannot be reached; '' when a connection to it, or to the proxy before it, opens."""
+    """Return why the hub cannot be reached, '' if a connection to it or to the configured proxy opens."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     target = urlsplit(constants.ENDPOINT)
@@ -71,20 +76,20 @@ def unreachable() -> str:
     if proxy:
         target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
-    answer = [f"{host} does not answer"]
+    result = [f"no answer from {host}"]
 
-    def knock() -> None:
+    def connect() -> None:
         try:
             socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S).close()
-            answer[0] = ""
+            result[0] = ""
         except OSError as error:
-            answer[0] = f"{host} cannot be reached ({_short(error)})"
+            result[0] = f"{host} cannot be reached ({_short(error)})"
 
-    # In a thread: looking up a name has no timeout of its own.
-    thread = threading.Thread(target=knock, daemon=True)
+    # In a thread, because a name lookup has no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(PROBE_TIMEOUT_S + 0.5)
-    return answer[0]
+    return result[0]
 
 
 def _short(error: Exception) -> str:

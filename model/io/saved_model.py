@@ -1,7 +1,7 @@
-"""A trained model on disk: written whole at a stage's end, found by run, loaded without the encoder.
+"""A trained model on disk: saved at the end of a stage, found by run, loaded without the encoder.
 
-A folder holds `model.safetensors` (names `connector.*`, `language.*`), the language model's config and
-tokenizer in Hugging Face's layout, and `nanomolmo2.json`, which says what the features were made with.
+A folder contains `model.safetensors` (names `connector.*` and `language.*`), the language model's config and
+tokenizer in Hugging Face's layout, and `nanomolmo2.json`, which records how the features were made.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ WEIGHTS = "model.safetensors"
 META = "nanomolmo2.json"
 RUNS = Path("runs")
 FORMAT = 1
+"""Version of `nanomolmo2.json`."""
 
 
 def weights_of(vlm: VLM) -> dict[str, Tensor]:
-    """Name -> tensor, each stored once: a tied output layer is left to its embedding."""
+    """Return name -> tensor, each once: a tied output layer is left out, its embedding is kept."""
     seen: set[int] = set()
     state = {}
     for name, value in vlm.state_dict().items():
@@ -45,14 +46,14 @@ def weights_of(vlm: VLM) -> dict[str, Tensor]:
 def save_final(
     folder: Path, vlm: VLM, tokenizer: PreTrainedTokenizerFast, meta: Mapping[str, Any]
 ) -> None:
-    """Write a model; the folder has its name only when it is whole, and replaces one of that name.
+    """Write a model to `folder` atomically. It replaces a folder of that name.
 
     Args:
         folder: such as runs/<name>/stage1/final.
         vlm: the model.
         tokenizer: its tokenizer.
-        meta: `connector` (linear | mlp), `llm` (where it came from), `space` (the content of space.json),
-            `stage`, `step`, and whatever else should be kept. JSON values.
+        meta: JSON values: `connector` (linear | mlp), `llm` (its source), `space` (content of space.json),
+            `stage`, `step`, and any others.
     """
     missing = [key for key in ("connector", "llm", "space", "stage", "step") if key not in meta]
     assert not missing, f"meta lacks {missing}"
@@ -68,7 +69,7 @@ def save_final(
         **meta,
     }
     (partial / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    # safetensors makes its file readable for the owner alone; others of a team read the rest of it.
+    # safetensors makes its file readable for the owner only; give it the mode of the other files.
     (partial / WEIGHTS).chmod((partial / META).stat().st_mode)
     for path in (*partial.iterdir(), partial):
         _sync(path)
@@ -90,13 +91,17 @@ def _sync(path: Path) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The content of nanomolmo2.json."""
+    """Return the content of nanomolmo2.json.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another version.
+    """
     path = folder / META
     try:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no model of ours (looked for {META}); train one: python -m train.run --stage 1"
+            f"{folder}: not a trained model (looked for {META}); train one: python -m train.run --stage 1"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}; train the stage again") from None
@@ -104,7 +109,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
     if meta["template"] != TEMPLATE_VERSION:
         raise UserError(
-            f"{path}: trained with chat template {meta['template']}, this version speaks "
+            f"{path}: trained with chat template {meta['template']}, this version uses "
             f"{TEMPLATE_VERSION}; use the version that trained it"
         )
     return meta
@@ -113,7 +118,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def load_final(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[VLM, PreTrainedTokenizerFast, dict[str, Any]]:
-    """A saved model in evaluation mode, its tokenizer, and the content of nanomolmo2.json."""
+    """Load a saved model.
+
+    Returns:
+        The model in evaluation mode, its tokenizer, and the content of nanomolmo2.json.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another version or model.
+    """
     meta = read_meta(folder)
     tokenizer = load_tokenizer(str(folder))
     config = AutoConfig.from_pretrained(folder)
@@ -135,7 +147,7 @@ def load_final(
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
     vlm = VLM(language, connector, meta["vision_width"])
-    if set(weights_of(vlm)) != set(state):  # transformers fills what is missing with chance
+    if set(weights_of(vlm)) != set(state):  # transformers fills missing weights with random values
         differ = sorted(set(weights_of(vlm)) ^ set(state))
         raise UserError(
             f"{folder / WEIGHTS}: not the weights of this model: {', '.join(differ[:3])}"
@@ -145,11 +157,14 @@ def load_final(
 
 
 def find_run(run: str, stage: int | None = None) -> Path:
-    """The `final` folder of a run's newest finished stage, or of the stage named.
+    """Return the `final` folder of a stage of a run.
 
     Args:
-        run: a name below runs/, a path of a run, or of a `final` folder.
-        stage: which stage; the highest finished one when None.
+        run: a name below runs/, the path of a run, or the path of a `final` folder.
+        stage: number of the stage; None for the last finished one.
+
+    Raises:
+        UserError: there is no such run, or the stage is not finished.
     """
     root = Path(run)
     if (root / META).is_file():
@@ -170,6 +185,6 @@ def find_run(run: str, stage: int | None = None) -> Path:
     if wanted not in found:
         raise UserError(
             f"run {run}: stage {wanted} is not finished (no {root}/stage{wanted}/final); "
-            f"go on with: python -m train.run --stage {wanted} --run {run} --resume"
+            f"continue with: python -m train.run --stage {wanted} --run {run} --resume"
         )
     return found[wanted]

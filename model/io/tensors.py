@@ -1,4 +1,4 @@
-"""Tensors by name: their hash, and random ones that are the same bits on every machine."""
+"""Named tensors: their hash, and random ones with equal bits on every machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def seeded_weights(shape: Sequence[int], std: float, *, seed: int, name: str) -> torch.Tensor:
-    """A float32 tensor of uniform values with mean 0 and standard deviation `std`.
+    """Return a float32 tensor of uniform values with mean 0 and standard deviation `std`.
 
-    Uniform, from numpy: exact arithmetic on raw bits, where normal variates go through logarithms that
-    differ in the last bit between processors, and with it the fingerprint of the space.
+    The values depend on seed and name only. Normal values would need logarithms, whose last bit differs
+    between processors, and with it the fingerprint of a space. Uniform values need exact arithmetic only.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     values = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(
@@ -26,7 +26,7 @@ def seeded_weights(shape: Sequence[int], std: float, *, seed: int, name: str) ->
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) over the sorted (name, dtype, shape, bytes)."""
+    """Return the sha256 (hex) over (name, dtype, shape, bytes) of the tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,22 +1,22 @@
-"""What one training step holds in memory and how long a stage takes, from first principles.
+"""Estimate the memory of one training step and the days of a stage from the model's sizes.
 
-Legend: T tokens of a micro-batch, D width, Q = query heads x head width, K = key/value heads x head
-width, I width inside the MLP, V vocabulary rows; s bytes of a computed value (4, or 2 under autocast).
+T tokens of a micro-batch, D width, Hq query heads, Hkv key and value heads, Q = Hq x head width, K = Hkv x
+head width, I width inside the MLP, V vocabulary rows.
 
-What autograd keeps of one decoder layer, per token, as transformers writes it (norm -> q, k, v -> norm of
-q and k -> rotation -> attention -> projection -> norm -> SwiGLU); `tests/model/test_verify.py` counts the
-same bytes on a running model with saved-tensor hooks and finds the formula exact:
+Bytes that autograd keeps of one decoder layer, per token, as transformers writes the layer (norm; q, k, v;
+norm of q and k; rotary positions; attention; projection; norm; SwiGLU). `tests/model/test_verify.py` counts
+the bytes of a running model with saved-tensor hooks, and the formula is exact:
 
-  float32, everything learns   two norms x (input, normalised, scaled) x 4 D; q (projected, normalised,
-                               rotated) and attention's output x 4 Q; k (the same three) and v x 4 K;
+  float32, layer trains        two norms x (input, normalised, scaled) x 4 D; q (projected, normalised,
+                               rotated) and attention's output x 4 Q; k (these three) and v x 4 K;
                                gate, silu(gate), up, product x 4 I
-  float32, frozen layer        without what only weight gradients need: 8 D + 12 Q + 12 K + 12 I
+  float32, frozen layer        without the inputs of weight gradients: 8 D + 12 Q + 12 K + 12 I
   bfloat16 autocast            the residual stream and norms stay float32, each linear layer keeps its own
                                2-byte copy of its input: 26 D + 10 Q + 10 K + 8 I
   autocast, frozen layer       8 D + 8 Q + 8 K + 6 I
-  always                       4 bytes for each norm and each head's norm and softmax: 4 (2 + 2 Hq + Hkv)
+  always                       4 bytes for each norm, and for each head's norm and softmax: 4 (2 + 2 Hq + Hkv)
 
-Qwen3-0.6B under autocast: 82 KB a token a layer; measured elsewhere 76 KB in pure bfloat16.
+Qwen3-0.6B under autocast: 82 KB a token a layer. Measured elsewhere in pure bfloat16: 76 KB.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ GIB = 2**30
 GPU_CONTEXT_BYTES = GIB
 """CUDA context, kernels and cuBLAS workspace: 0.5 to 1 GiB on Ampere and later."""
 WASTE = 0.05
-"""Of activations: what an allocator cannot reuse. Qwen3-0.6B on the CPU, float32, 1,414 tokens: peak 15.1
-GiB resident where this file says 15.6 (2026-11-23); not measured on a GPU."""
+"""Share of activation memory that the allocator cannot reuse.
+
+Qwen3-0.6B on the CPU, float32, 1,414 tokens: at most 15.1 GiB resident, and 15.6 GiB by this file
+(2026-11-23). Not measured on a GPU.
+"""
 CPU_PROCESS_BYTES = 750 * 2**20
-"""Python, torch and transformers once imported (measured: 0.73 GiB)."""
+"""A Python process with torch and transformers imported (measured: 0.73 GiB)."""
 USABLE = 0.97
-"""Share of a card's nominal GiB that a process gets."""
+"""Share of a GPU's nominal GiB that a process can use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the arithmetic needs to know of a language model with its connector."""
+    """Sizes of a language model with its connector."""
 
     width: int
-    """D."""
+    """Width of the residual stream, D."""
     layers: int
     """Decoder layers."""
     heads: int
@@ -54,11 +57,11 @@ class Sizes:
     head_dim: int
     """Values per head."""
     inner: int
-    """I."""
+    """Width inside the MLP, I."""
     rows: int
-    """V."""
+    """Rows of the vocabulary, V."""
     language: int
-    """Parameters of the language model, a tied head counted once."""
+    """Parameters of the language model; a tied head counts once."""
     connector: int
     """Parameters of the connector."""
     tied: bool
@@ -89,66 +92,69 @@ def sizes_of(config: Any, language: int, connector: int) -> Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a step is run."""
+    """Settings of a training step."""
 
     tokens: int
-    """T, of one micro-batch."""
+    """Tokens of one micro-batch, T."""
     checkpointing: bool
-    """Whether only each layer's input is kept."""
+    """Whether only the input of each layer is kept."""
     autocast: bool
-    """bfloat16 matrix products beside float32 weights; False: everything float32."""
+    """Whether matrix products are bfloat16; False: everything is float32."""
     gpu: bool
-    """Adds what a CUDA process holds; False: a process on the CPU."""
+    """Whether the process runs on CUDA; False: on the CPU."""
     train_connector: bool = True
-    """Whether the connector learns."""
+    """Whether the connector trains."""
     train_llm: bool = True
-    """Whether the language model learns."""
+    """Whether the language model trains."""
 
 
-def layer_bytes(sizes: Sizes, autocast: bool, learns: bool) -> int:
-    """What autograd keeps of one decoder layer for one token; see the module's text."""
+def layer_bytes(sizes: Sizes, autocast: bool, trains: bool) -> int:
+    """Return the bytes that autograd keeps of one decoder layer for one token, by this module's table."""
     d, i = sizes.width, sizes.inner
     q, k = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     small = 4 * (2 + 2 * sizes.heads + sizes.kv_heads)
     if autocast:
-        if learns:
+        if trains:
             return 26 * d + 10 * q + 10 * k + 8 * i + small
         return 8 * d + 8 * q + 8 * k + 6 * i + small
-    if learns:
+    if trains:
         return 24 * d + 16 * q + 16 * k + 16 * i + small
     return 8 * d + 12 * q + 12 * k + 12 * i + small
 
 
 def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
-    """Bytes held at the worst moment of a step, by part: when the loss is known and nothing yet freed.
+    """Return the bytes of each part at the peak of a step: after the loss, before the backward pass.
 
-    Weights, gradients and both moments of AdamW are float32: 16 bytes for each parameter that learns.
+    Weights, gradients and both moments of AdamW are float32: 16 bytes for each parameter that trains.
+
+    Returns:
+        `weights`, `gradients`, `AdamW`, `bf16 copies`, `activations`, `loss`, `process`, and their `total`.
     """
-    learning = sizes.language * step.train_llm + sizes.connector * step.train_connector
+    trainable = sizes.language * step.train_llm + sizes.connector * step.train_connector
     value = 2 if step.autocast else 4
     one_layer = layer_bytes(sizes, step.autocast, step.train_llm)
-    # Backwards through one layer: gradients of the three MLP activations and of the residual stream.
+    # The backward pass of one layer: gradients of three MLP activations and of the residual stream.
     working = 3 * sizes.inner * value + 3 * sizes.width * 4
     kept = (
         sizes.layers * 4 * sizes.width + one_layer
         if step.checkpointing
         else sizes.layers * one_layer
     )
-    ends = 5 * 4 * sizes.width  # embeddings, features put into them, final norm (3)
+    ends = 5 * 4 * sizes.width  # embeddings, embeddings with features, final norm (3)
     activations = int(step.tokens * (kept + working + ends) * (1 + WASTE))
     matrix = sizes.rows * sizes.width
-    # A chunk of logits: computed, in float32, exponentials; then the gradient of the head, float32,
-    # to which under autocast each chunk's part is added as a bfloat16 matrix of its own.
+    # A chunk has its logits and their exponentials in float32, and under autocast the bfloat16 logits. The
+    # gradient of the head is float32; under autocast each chunk adds a bfloat16 matrix to it.
     chunk = min(CHUNK_ELEMENTS, step.tokens * sizes.rows) * (8 + (2 if step.autocast else 0))
     loss = chunk + ((6 if step.autocast else 4) * matrix if step.train_llm else 0)
     if step.train_llm and sizes.tied:
-        # When the backward pass arrives at the embedding its activations are gone, but there are the head's
-        # gradient, the embedding's and their sum.
+        # When the backward pass reaches the embedding, activations are freed, but the gradients of head and
+        # embedding and their sum exist together.
         loss = max(loss, 12 * matrix - activations)
     parts = {
         "weights": 4 * (sizes.language + sizes.connector),
-        "gradients": 4 * learning,
-        "AdamW": 8 * learning,
+        "gradients": 4 * trainable,
+        "AdamW": 8 * trainable,
         "bf16 copies": 2 * (sizes.language - (not sizes.tied) * matrix) if step.autocast else 0,
         "activations": activations,
         "loss": loss,
@@ -158,11 +164,11 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
 
 
 def sample_flops(sizes: Sizes, tokens: int, supervised: int, train_llm: bool = True) -> float:
-    """Floating point operations of the model for one sample, forwards and backwards.
+    """Return the floating-point operations of one sample, forward and backward.
 
-    2 for each parameter a token meets, 2 x 2 Q for each key a query sees (causal: half the tokens); the
-    head sees supervised positions only. Backwards costs twice that, or once for weights that are frozen.
-    Recomputation under checkpointing is not counted: MFU is about the model's own work.
+    Forward: 2 for each parameter and token (for the head, supervised tokens only), and 4 Q for each key
+    that a query sees (half the tokens, because attention is causal). Backward: twice that, or once for frozen
+    weights. Recomputation by checkpointing is not counted, as MFU is defined without it.
     """
     body = sizes.language - sizes.embeddings
     linear = tokens * 2.0 * (body + sizes.connector) + supervised * 2.0 * sizes.rows * sizes.width
@@ -171,5 +177,5 @@ def sample_flops(sizes: Sizes, tokens: int, supervised: int, train_llm: bool = T
 
 
 def stage_days(flops_per_step: float, steps: int, peak_tflops: float, mfu: float) -> float:
-    """Days of a stage on GPUs that each do `flops_per_step` at a share `mfu` of their peak."""
+    """Return the days of a stage on GPUs that each compute `flops_per_step` at `mfu` of their peak."""
     return flops_per_step * steps / (peak_tflops * 1e12 * mfu) / 86_400

@@ -1,4 +1,7 @@
-"""The whole model, live: images in, an answer out, the same as from the cache."""
+"""`model.generate`: an answer about images, equal to the answer from cached features.
+
+python -m model.generate --run demo --image cat.png --prompt "What is it?"
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def encoder() -> VisionEncoder:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> Path:
-    """A run whose model says different things to different images, and three images."""
+    """Make three images, and a run whose model gives them different answers."""
     folder = tmp_path_factory.mktemp("world")
     for i, colour in enumerate(("red", "lime", "blue")):
         image = Image.new("RGB", (150 + 40 * i, 120), "white")
@@ -41,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> P
     generator = torch.Generator().manual_seed(11)
     for p in vlm.language.parameters():
         p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
-    # What images have in common is taken away and what differs enlarged, or all would look alike.
+    # Remove the mean of the features and enlarge the rest, or the answers would be equal.
     pixels = np.stack([encoder.prepare(Image.open(p).convert("RGB")) for p in folder.glob("*.png")])
     common = encoder.encode(pixels).mean((0, 1))
     vlm.connector.weight.data *= 20
@@ -54,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, encoder: VisionEncoder) -> P
 
 
 def from_cache(world: Path, encoder: VisionEncoder, names: list[str]) -> torch.Tensor:
-    """Features as a job would have stored and a trainer read them: encoded among others, by numpy."""
+    """Return features as stored by a job and read by the trainer: encoded in a batch, packed by numpy."""
     spec = encoder.spec("int8")
     images = [decode_image((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
     batch = encoder.encode(np.stack([encoder.prepare(p) for p in images]))
@@ -75,8 +78,8 @@ def images(world: Path, *names: str) -> list[str]:
     return ["--image", *(str(world / f"{n}.png") for n in names)]
 
 
-def test_live_features_are_the_cached_ones(world: Path, encoder: VisionEncoder) -> None:
-    """To the bit, whatever else was in the batch when the cache was filled."""
+def test_live_features_equal_cached_ones(world: Path, encoder: VisionEncoder) -> None:
+    """Bit for bit, although the cache was filled from another batch."""
     space = {"spec": encoder.spec("int8").to_json(), "load": encoder.load_info()}
     images = [decode_image((world / f"{n}.png").read_bytes()) for n in ("red", "lime")]
     live = live_features(encoder, space, images)
@@ -84,11 +87,11 @@ def test_live_features_are_the_cached_ones(world: Path, encoder: VisionEncoder) 
     assert torch.equal(live, from_cache(world, encoder, ["red", "lime"]))
 
 
-def test_live_answers_are_those_from_the_cache(
+def test_live_answers_equal_those_from_the_cache(
     world: Path, encoder: VisionEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vlm, tok, _ = load_final(world / "run/stage1/final")
-    said = {}
+    answers = {}
     for names, prompt in [
         (["red"], "what?"),
         (["blue"], "what?"),
@@ -101,21 +104,25 @@ def test_live_answers_are_those_from_the_cache(
         cached = answer(vlm, tok, [([("user", prompt, 1.0)], features)], max_new_tokens=16)
         assert out == cached[0] + "\n"
         assert err == ""
-        said[(*names, prompt)] = out
-    assert len(set(said.values())) == len(said), "images, their order and their place all matter"
+        answers[(*names, prompt)] = out
+    assert len(set(answers.values())) == len(answers), (
+        "images, their order and their place change the answer"
+    )
 
 
-def test_without_images_no_encoder_is_needed(
+def test_without_images_no_encoder_is_loaded(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.generate.rebuild_encoder", None)
     vlm, tok, _ = load_final(world / "run/stage1/final")
     out, _ = ask(world, capsys, "--prompt", "an <image> in words")
-    said = answer(vlm, tok, [([("user", "an <image> in words", 1.0)], None)], max_new_tokens=16)
-    assert out == said[0] + "\n"
+    text = answer(vlm, tok, [([("user", "an <image> in words", 1.0)], None)], max_new_tokens=16)
+    assert out == text[0] + "\n"
 
 
-def test_sampled_answers_follow_the_seed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampled_answers_depend_on_the_seed(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     outs = [
         ask(world, capsys, "--prompt", "what?", "--temperature", "1.5", "--seed", seed)[0]
         for seed in ("1", "1", "2")
@@ -123,7 +130,9 @@ def test_sampled_answers_follow_the_seed(world: Path, capsys: pytest.CaptureFixt
     assert outs[0] == outs[1] != outs[2]
 
 
-def test_verbose_leaves_the_answer_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_does_not_change_the_answer(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*images(world, "lime"), "--prompt", "what?"]
     quiet, _ = ask(world, capsys, *words)
     loud, err = ask(world, capsys, *words, "--verbose")
@@ -153,15 +162,15 @@ def test_mistakes_are_one_line(world: Path, words: list[str], message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_image_is_said(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_refused(world: Path, tmp_path: Path) -> None:
     whole = (world / "red.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"half\.png: .*give a sound JPEG"):
+    with pytest.raises(UserError, match=r"half\.png: .*give an intact JPEG"):
         main(["--run", str(world / "run"), "--prompt", "x", "--image", str(tmp_path / "half.png")])
 
 
-def test_another_encoder_than_the_spaces_is_refused(world: Path, tmp_path: Path) -> None:
-    """The space records the sha256 of the weights its rows were made with."""
+def test_an_encoder_with_other_weights_is_refused(world: Path, tmp_path: Path) -> None:
+    """A space records the sha256 of the weights its rows were made with."""
     final = world / "run/stage1/final"
     vlm, tok, meta = load_final(final)
     spec = FeatureSpec.from_json(meta["space"]["spec"]).to_json() | {"weights": "0" * 64}
@@ -174,7 +183,7 @@ def test_another_encoder_than_the_spaces_is_refused(world: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_command_itself(world: Path) -> None:
-    """Exit codes and streams of the real thing."""
+    """Exit codes and output streams of the process."""
     command = [sys.executable, "-m", "model.generate", "--run", str(world / "run")]
     done = subprocess.run(
         [*command, "--prompt", "what?", *images(world, "red"), "--max-new-tokens", "8"],
@@ -191,6 +200,6 @@ def test_the_command_itself(world: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-def test_a_vlm_knows_its_encoders_width(world: Path, encoder: VisionEncoder) -> None:
+def test_a_vlm_has_the_width_of_its_encoder(world: Path, encoder: VisionEncoder) -> None:
     vlm: VLM = load_final(world / "run/stage1/final")[0]
     assert vlm.vision_width == encoder.spec("int8").width

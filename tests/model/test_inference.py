@@ -1,4 +1,7 @@
-"""Answers: the likeliest words by the model's own full forward, whoever else is in the batch."""
+"""Inference: greedy answers equal the training forward token by token, in any batch.
+
+(text,) = answer(vlm, tokenizer, [([("user", "What is it?", 1.0)], features)], max_new_tokens=16)
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model import inference as answers
+from model import inference
 from model.attention.batch import PackedBatch
 from model.inference import Prompt, Video, answer, decode
 from model.language.chat_template import prompt_ids
@@ -22,13 +25,13 @@ TOKENS = 3
 def model() -> tuple[VLM, PreTrainedTokenizerFast]:
     vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "mlp", seed=3)
     generator = torch.Generator().manual_seed(11)
-    for p in vlm.language.parameters():  # a fresh model repeats its last token for ever
+    for p in vlm.language.parameters():  # a new model repeats its last token
         p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
     return vlm, tok
 
 
 def prompts(count: int) -> list[Prompt]:
-    """Of different lengths, with nought to two images."""
+    """Return prompts of different lengths, with none to two images."""
     g = torch.Generator().manual_seed(2)
     result: list[Prompt] = []
     for i in range(count):
@@ -40,7 +43,7 @@ def prompts(count: int) -> list[Prompt]:
 def greedy_by_full_forward(
     vlm: VLM, tok: PreTrainedTokenizerFast, prompt: Prompt, longest: int
 ) -> str:
-    """The answer to a prompt with images."""
+    """Return the greedy answer to a prompt with images, by the training forward."""
     messages, features = prompt
     assert features is None or isinstance(features, Tensor)
     count = 0 if features is None else len(features)
@@ -54,21 +57,13 @@ def greedy_by_full_forward(
 def full_forward(
     vlm: VLM, tok: PreTrainedTokenizerFast, ids: list[int], features: Tensor | None, longest: int
 ) -> str:
-    """Word by word, each time the whole sequence through the training forward: no cache, no padding."""
+    """Return the greedy answer, each token by a training forward of the whole sequence."""
     image = token_id(tok, "<image>")
     start, ids = len(ids), list(ids)
     with torch.no_grad():
         while len(ids) < start + longest:
             row = torch.tensor(ids)
-            batch = PackedBatch(
-                input_ids=row,
-                position_ids=torch.arange(len(ids)),
-                image_slots=(row == image).nonzero().squeeze(1),
-                loss_positions=row[:0],
-                targets=row[:0],
-                loss_weights=torch.empty(0),
-                units=torch.tensor([[0, len(ids), 0, 0]]),
-            )
+            batch = PackedBatch.one_sample(row, torch.zeros(len(row)), image)
             logits = vlm.language.lm_head(vlm.hidden(batch, features)[-1])
             logits[len(tok) :] = logits[image] = float("-inf")
             ids.append(int(logits.argmax()))
@@ -77,16 +72,16 @@ def full_forward(
     return decode(tok, ids[start:])
 
 
-def test_videos_are_answered_as_the_full_forward_says(
+def test_answers_about_videos_equal_the_full_forward(
     model: tuple[VLM, PreTrainedTokenizerFast],
 ) -> None:
-    """Frames with their times as text, videos and images in the order of their marks."""
+    """Frames follow their times as text; videos and images are in the order of their marks."""
     vlm, tok = model
     ask = [("user", "<image> or <image>?", 1.0)]
     image_id = token_id(tok, "<image>")
 
-    def spelt(*parts: str | int) -> list[int]:
-        """Texts, and numbers of feature places."""
+    def token_ids(*parts: str | int) -> list[int]:
+        """Tokenise texts; a number is that many image tokens."""
         return [
             i
             for part in parts
@@ -111,34 +106,34 @@ def test_videos_are_answered_as_the_full_forward_says(
         else:
             media, places = [image, video], (TOKENS, " or ", *film)
             features = torch.cat((image, frames.flatten(0, 1)))
-        ids = spelt("<|im_start|>user\n", *places, "?<|im_end|>\n<|im_start|>assistant\n")
+        ids = token_ids("<|im_start|>user\n", *places, "?<|im_end|>\n<|im_start|>assistant\n")
         wanted = full_forward(vlm, tok, ids, features, 12)
         assert answer(vlm, tok, [(ask, media)], max_new_tokens=12) == [wanted]
         assert answer(vlm, tok, [*prompts(3), (ask, media)], max_new_tokens=12)[3] == wanted
         said.append(wanted)
-    assert len(set(said)) > 2, "what is seen matters"
+    assert len(set(said)) > 2, "the answers depend on the features"
 
 
-def test_long_prompts_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_long_prompts_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [10, 10, 20, 30, 90, 200]
-    monkeypatch.setattr(answers, "PADDED_TOKENS", 60)
-    batches = list(answers._batches(range(6), lengths, 8))
+    monkeypatch.setattr(inference, "MAX_PADDED_TOKENS", 60)
+    batches = list(inference._batches(range(6), lengths, 8))
     assert batches == [[0, 1, 2], [3], [4], [5]]
-    assert list(answers._batches(range(6), [1] * 6, 4)) == [[0, 1, 2, 3], [4, 5]]
+    assert list(inference._batches(range(6), [1] * 6, 4)) == [[0, 1, 2, 3], [4, 5]]
 
 
-def test_greedy_is_argmax_of_the_full_forward(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+def test_greedy_answers_equal_the_full_forward(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
     vlm, tok = model
     given = prompts(6)
     wanted = [greedy_by_full_forward(vlm, tok, p, 12) for p in given]
-    assert len(set(wanted)) > 3, "the model says different things"
+    assert len(set(wanted)) > 3, "the answers differ"
     assert [answer(vlm, tok, [p], max_new_tokens=12)[0] for p in given] == wanted
     assert answer(vlm, tok, given, max_new_tokens=12) == wanted
     assert answer(vlm, tok, given, max_new_tokens=12, batch_size=4) == wanted
 
 
-def test_an_answer_ends_at_its_end_mark(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
-    """A model that always says the end mark says nothing, and others in its batch go on."""
+def test_an_answer_ends_at_the_end_token(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+    """A model that always predicts the end token gives empty answers."""
     vlm, tok = model
     end, pad, word = token_id(tok, "<|im_end|>"), tok.pad_token_id, 97
     assert decode(tok, [word, end, word, word]) == "a"
@@ -155,10 +150,10 @@ def test_an_answer_ends_at_its_end_mark(model: tuple[VLM, PreTrainedTokenizerFas
         handle.remove()
 
 
-def test_images_and_empty_rows_are_never_said(
+def test_images_and_unused_rows_are_never_generated(
     model: tuple[VLM, PreTrainedTokenizerFast],
 ) -> None:
-    """The embedding has more rows than the tokenizer ids; the likeliest of them must not come out."""
+    """The embedding has more rows than the tokenizer has ids. Those rows are never chosen, however likely."""
     vlm, tok = model
     rows = vlm.language.lm_head.weight.shape[0]
     forbidden = torch.tensor([token_id(tok, "<image>"), len(tok), rows - 1])
@@ -173,7 +168,7 @@ def test_images_and_empty_rows_are_never_said(
         handle.remove()
 
 
-def test_sampling_follows_its_seed_alone(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+def test_sampling_depends_on_its_seed_only(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
     vlm, tok = model
     torch.manual_seed(9)
     state = torch.get_rng_state()
@@ -187,7 +182,7 @@ def test_sampling_follows_its_seed_alone(model: tuple[VLM, PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(
+def test_mode_and_attention_are_restored(
     model: tuple[VLM, PreTrainedTokenizerFast], training: bool
 ) -> None:
     vlm, tok = model
@@ -203,7 +198,7 @@ def test_the_model_is_left_as_it_was(
     vlm.eval()
 
 
-def test_a_failure_leaves_the_model_as_it_was(
+def test_mode_and_attention_are_restored_after_a_failure(
     model: tuple[VLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, tok = model
@@ -217,22 +212,22 @@ def test_a_failure_leaves_the_model_as_it_was(
     assert vlm.language.config._attn_implementation == "nano_packed"
 
 
-def test_no_prompts_no_answers(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
+def test_no_prompts_give_no_answers(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
     assert answer(*model, [], max_new_tokens=3) == []
 
 
-def test_similar_lengths_are_answered_together(
+def test_prompts_of_similar_length_share_a_batch(
     model: tuple[VLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, tok = model
     lengths: list[list[int]] = []
-    padded = answers._left_padded
+    padded = inference._left_padded
 
     def spy(rows: list[tuple[Tensor, Tensor, Tensor | None]], *rest: object) -> object:
         lengths.append([len(ids) for ids, _, _ in rows])
         return padded(rows, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(answers, "_left_padded", spy)
+    monkeypatch.setattr(inference, "_left_padded", spy)
     answer(vlm, tok, prompts(7), max_new_tokens=1, batch_size=3)
     flat = [n for part in lengths for n in part]
     assert flat == sorted(flat)

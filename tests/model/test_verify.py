@@ -138,7 +138,7 @@ def test_the_published_figures_of_qwen3() -> None:
     assert state / GIB == pytest.approx(8.9, abs=0.05)
     assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
     # Measured elsewhere in pure bfloat16: 76 KB a token a layer. Autocast keeps float32 norms.
-    assert 76_000 < layer_bytes(sizes, autocast=True, learns=True) < 84_000
+    assert 76_000 < layer_bytes(sizes, autocast=True, trains=True) < 84_000
 
 
 def test_the_estimate_is_near_a_measured_peak() -> None:

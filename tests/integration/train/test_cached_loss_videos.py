@@ -19,7 +19,7 @@ from cache.store.space import find_space
 from configs import UserError
 from encode import run as encode_run
 from model import generate
-from model.generate import Options, in_order, live_video
+from model.generate import Options, live_video, order_media
 from model.inference import answer
 from model.io.saved_model import load_final, save_final
 from model.media import video
@@ -166,13 +166,13 @@ def test_media_follow_their_marks() -> None:
     ]
     files = {"image": (Path("a"), Path("b")), "video": (Path("c"), Path("d"))}
     options = Options(prompt="<video>x<image> <image><video>", **files)
-    prompt, media = in_order(options, [*images, *videos])
+    prompt, media = order_media(options, [*images, *videos])
     assert prompt == "<image>x<image> <image><image>"
     assert media == [videos[0], *images, videos[1]]
-    prompt, media = in_order(Options(prompt="what?", **files), [*images, *videos])
+    prompt, media = order_media(Options(prompt="what?", **files), [*images, *videos])
     assert (prompt, media) == ("what?", [*images, *videos])
     word = Options(prompt="a <video> word", image=files["image"])
-    assert in_order(word, images) == ("a <video> word", images)
+    assert order_media(word, images) == ("a <video> word", images)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,6 @@ def test_mistakes_are_one_line(world: Live, words: list[str], message: str) -> N
 def test_a_file_that_is_no_video_is_said(world: Live, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_bytes(b"no video at all")
     words = ["--run", str(world.model), "--prompt", "x", "--video", str(tmp_path / "text.mp4")]
-    with pytest.raises(UserError, match=r"text\.mp4: .*; give a sound video file") as caught:
+    with pytest.raises(UserError, match=r"text\.mp4: .*; give an intact video file") as caught:
         generate.main(words)
     assert "\n" not in str(caught.value)

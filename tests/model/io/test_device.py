@@ -1,4 +1,7 @@
-"""Which device is taken, and what is said when it cannot be."""
+"""The device: which one is chosen, and the error when it cannot be used.
+
+assert device.pick_device("auto") == torch.device("cpu")     # on a machine without a GPU
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from model.io import device
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Torch finds no GPU, and there is none."""
+    """Make torch find no GPU, on a machine without one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(device, "_gpu_in_machine", lambda: False)
@@ -24,7 +27,7 @@ def test_without_a_gpu_auto_is_the_cpu(no_gpu: pytest.MonkeyPatch) -> None:
     assert device.pick_device("auto") == device.pick_device("cpu") == torch.device("cpu")
 
 
-def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(
+def test_a_gpu_that_torch_cannot_use_is_an_error(
     no_gpu: pytest.MonkeyPatch,
 ) -> None:
     no_gpu.setattr(device, "_gpu_in_machine", lambda: True)
@@ -47,7 +50,7 @@ def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(
 
 
 @pytest.mark.parametrize(("value", "is_hidden"), [("", True), ("-1", True), ("0", False)])
-def test_a_gpu_hidden_on_purpose_is_no_gpu(
+def test_a_gpu_hidden_by_the_user_is_ignored(
     value: str, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
@@ -56,13 +59,13 @@ def test_a_gpu_hidden_on_purpose_is_no_gpu(
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", "CUDA", ""])
-def test_names_that_are_no_devices_are_refused(name: str) -> None:
+def test_unknown_device_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="give auto, cpu, cuda, cuda:N or mps"):
         device.pick_device(name)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
-def test_asking_for_what_is_not_there_is_refused(name: str, no_gpu: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_refused(name: str, no_gpu: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"--device {name}: .*use --device cpu"):
         device.pick_device(name)
 
@@ -79,7 +82,7 @@ def test_gpus_are_counted(no_gpu: pytest.MonkeyPatch) -> None:
     assert device.pick_device("auto") == torch.device("mps")
 
 
-def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.native_dtype(torch.device("cuda")) == torch.float16
     assert device.native_dtype(torch.device("mps")) == torch.float16
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
