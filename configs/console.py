@@ -19,6 +19,20 @@ def bytes_text(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as text: `under a second`, `4 s`, `3 min 20 s`, `2 h 05 min`, `6 d 4 h`."""
+    s = round(seconds)
+    if s < 1:
+        return "under a second"
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk that holds, or will hold, `folder`."""
     folder = folder.absolute()

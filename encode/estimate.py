@@ -1,4 +1,4 @@
-"""What a plan costs: rows, bytes, seconds, and whether the disk can hold it. Told before a job starts."""
+"""Estimate a plan before a job starts: rows, bytes, seconds, and whether the disk can hold it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 
 from cache.format.spec import CODECS, FeatureSpec
 from configs import UserError
+from configs.console import bytes_text, duration_text, table_text
 from encode.plan import Plan
 
 SPARE_BYTES = 64 << 20
-"""What must stay free on the disk: tables, logs, and everybody else's."""
+"""Bytes that must stay free on the disk, for tables, logs and other programs."""
 
 POOLS = (1, 2, 3, 4)
+"""Pooling factors offered to a job that does not fit."""
+
 DECODE_S = 0.015
-"""Assumed: one image of about 1 megapixel read and decoded by one core."""
+"""Assumed: seconds in which one core reads and decodes an image of about 1 megapixel."""
+
 DISK_BYTES_S = 500e6
-"""Assumed: how fast a trainer reads rows back."""
+"""Assumed: bytes a second that a trainer reads back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,33 +28,33 @@ class Speed:
     """How fast this machine encodes."""
 
     batch_s: float
-    """Seconds one batch takes, on one device or on all cores."""
+    """Seconds for one batch, on one GPU or on all cores."""
     batch_size: int
-    """Images in it."""
+    """Images in one batch."""
     devices: int
-    """GPUs that work side by side; 1 on a CPU."""
+    """GPUs that encode side by side; 1 on a CPU."""
     cores: int
     """CPU cores that decode."""
     shared: bool
     """Whether encoding and decoding compete for the same cores."""
     how: str
-    """Where the figure comes from, for the reader."""
+    """How the figures were obtained; printed with the estimate."""
 
     def seconds(self, images: int) -> float:
-        """How long a number of images takes, reading and decoding included."""
+        """Return the seconds to read, decode and encode this number of images."""
         encode = self.batch_s / self.batch_size / self.devices
         decode = DECODE_S / self.cores
         return images * (encode + decode if self.shared else max(encode, decode))
 
 
 def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: Speed | None) -> str:
-    """The plan as it is printed before a job starts."""
+    """Return the plan as it is printed before a job starts."""
     needed = plan.bytes_needed(spec)
     failures = plan.known_failures + len(plan.missing)
     before = f"{failures} failed before" + (" or missing" if plan.missing else "")
     arrays = [array for array, rows in plan.new_rows.items() if rows] or ["image"]
     stored = "; ".join(
-        f"{spec.tokens(a)} tokens x {spec.width}, {size_text(spec.row_bytes(a))} per {a} "
+        f"{spec.tokens(a)} tokens x {spec.width}, {bytes_text(spec.row_bytes(a))} per {a} "
         f"({spec.codec}, pool {spec.pool(a)})"
         for a in arrays
     )
@@ -61,7 +65,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
         f"space    {spec.name}: {stored}",
         f"media    {plan.media} in {samples} samples: {todo}, {plan.reused} reused, {before}",
         f"rows     {_at_most(plan)}{_rows_text(plan)}",
-        f"disk     {_at_most(plan)}{size_text(needed)} needed, {size_text(free)} free",
+        f"disk     {_at_most(plan)}{bytes_text(needed)} needed, {bytes_text(free)} free",
     ]
     if speed is not None and plan.todo:
         total = speed.seconds(plan.rows)
@@ -82,23 +86,23 @@ def _at_most(plan: Plan) -> str:
 
 
 def break_even(plan: Plan, spec: FeatureSpec, speed: Speed) -> str:
-    """After how many passes over the images caching is cheaper than encoding anew each time."""
+    """Return after how many passes over the images caching is faster than encoding in each pass."""
     live = speed.seconds(plan.rows)
     read = plan.bytes_needed(spec) / DISK_BYTES_S
     if live <= read:
         return "not in time: this encoder is as fast as reading its features back"
     passes = live / (live - read)
     return (
-        f"from pass {int(passes) + 1} on: encoding live costs {time_text(live)} a pass, reading back "
-        f"{time_text(read)} (at {size_text(int(DISK_BYTES_S))}/s, assumed)"
+        f"from pass {int(passes) + 1} on: encoding live costs {duration_text(live)} a pass, reading back "
+        f"{duration_text(read)} (at {bytes_text(int(DISK_BYTES_S))}/s, assumed)"
     )
 
 
 def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
-    """Refuse a job the disk cannot hold, with what it could.
+    """Refuse a job that the disk cannot hold.
 
     Raises:
-        UserError: names the codec and pooling of the best features that fit, and all that do.
+        UserError: names every codec and pooling that would fit, the largest features first.
     """
     if plan.bytes_needed(spec) + SPARE_BYTES <= free or not plan.todo:
         return
@@ -109,55 +113,33 @@ def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
     ]
     fitting.sort(key=lambda pair: -pair[0])
     choices = ", ".join(
-        f"--codec {v.codec} --pool {v.pool_image} ({size_text(size)})" for size, v in fitting
+        f"--codec {v.codec} --pool {v.pool_image} ({bytes_text(size)})" for size, v in fitting
     )
     way_out = f"what would fit: {choices}" if choices else "no codec and pooling would fit"
     raise UserError(
-        f"the job needs {size_text(plan.bytes_needed(spec))}, {size_text(free)} free; {way_out}; or put "
+        f"the job needs {bytes_text(plan.bytes_needed(spec))}, {bytes_text(free)} free; {way_out}; or put "
         "the cache elsewhere with --features DIR, or take fewer samples with --limit N"
     )
 
 
 def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
-    """Bytes by codec and pooling, what fits marked: printed with a refusal."""
-    rows = variants(spec)
-    pools = sorted({v.pool_image for v in rows})
-    lines = ["codec   " + "".join(f"{f'pool {pool}':>14}" for pool in pools)]
+    """Return a table of the bytes by codec and pooling, with a mark where they fit."""
+    header = ["codec", *(f"pool={v.pool_image}" for v in variants(spec) if v.codec == CODECS[0])]
+    rows = []
     for codec in CODECS:
-        cells = []
-        for variant in (v for v in rows if v.codec == codec):
-            size = plan.bytes_needed(variant)
-            fits = "fits" if size + SPARE_BYTES <= free else "-"
-            cells.append(f"{size_text(size) + ' ' + fits:>14}")
-        lines.append(f"{codec:<8}" + "".join(cells))
-    return "\n".join(lines)
+        sizes = [plan.bytes_needed(v) for v in variants(spec) if v.codec == codec]
+        fits = ["fits" if size + SPARE_BYTES <= free else "-" for size in sizes]
+        cells = (f"{bytes_text(s)} {fit}" for s, fit in zip(sizes, fits, strict=True))
+        rows.append([codec, *cells])
+    return table_text(header, rows, right=" ".join(header[1:]))
 
 
 def variants(spec: FeatureSpec) -> Sequence[FeatureSpec]:
-    """The same features under every codec and every pooling the grid allows."""
+    """Return the specs of these features in every codec and every pooling that the grid allows."""
     pools = [pool for pool in POOLS if spec.grid % pool == 0 and (pool == 1 or not spec.keep_cls)]
     return [replace(spec, codec=codec, pool_image=pool) for codec in CODECS for pool in pools]
 
 
-def size_text(size: float) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
-
-
 def about(seconds: float) -> str:
-    """An estimate for people."""
-    return time_text(seconds) if seconds < 1 else f"about {time_text(seconds)}"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 1:
-        return "under a second"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86400:.1f} days"
+    """Return an estimated duration as text."""
+    return duration_text(seconds) if seconds < 1 else f"about {duration_text(seconds)}"

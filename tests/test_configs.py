@@ -15,6 +15,7 @@ import pytest
 
 import configs
 from configs import UserError, build, command, load, parse
+from configs.console import duration_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +205,12 @@ def test_help_keeps_commands_on_lines_of_their_own(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert "$ python -m x --a    # one" in lines
     assert "$ python -m x --b    # two" in lines
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "under a second"), (1, "1 s"), (59.4, "59 s"), (75, "1 min 15 s"), (3599.7, "1 h 00 min"),
+     (7500, "2 h 05 min"), (532_800, "6 d 4 h")],
+)  # fmt: skip
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

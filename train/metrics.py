@@ -22,6 +22,7 @@ import torch
 
 from cache.store.files import write_atomic
 from configs import UserError
+from configs.console import duration_text
 
 METRICS = "metrics.jsonl"
 PROJECT = "nanomolmo2"
@@ -161,20 +162,8 @@ def screen_line(window: Sequence[StepRecord], last_step: int) -> str:
         f"step {step:>{len(str(last_step))}}/{last_step}  loss {v['loss']:.4f}  lr {rates}  "
         f"grad {v['grad_norm']:.2f}  {v['tokens_per_s']:,.0f} tok/s  {v['samples_per_s']:.1f} samples/s  "
         f"wait {v['data_wait']:.1%}  {v['step_s'] * 1000:.0f} ms  {v['memory_gib']:.1f} GiB  "
-        f"ETA {duration((last_step - step) * v['step_s'])}"
+        f"ETA {duration_text((last_step - step) * v['step_s'])}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as text: `4 s`, `3 min 20 s`, `2 h 05 min`, `6 d 4 h`."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60:02d} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h"
 
 
 def memory_gib(device: torch.device) -> float:

@@ -25,12 +25,12 @@ from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.view import page
 from cache.view.charts import Line, Point, bar, finite, line_chart, smoothed
-from configs.console import bytes_text
+from configs.console import bytes_text, duration_text
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation
 from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
-from train.metrics import duration, read_metrics
+from train.metrics import read_metrics
 from train.report.media import Picture, find_media, picture
 from train.run_folder import CONFIG
 
@@ -176,7 +176,7 @@ def render(
         meta: content of the saved model's nanomolmo2.json.
     """
     steps = [line for line in lines if "loss" in line]  # the others report evaluations
-    spent = f" in {duration(sum(line['step_s'] for line in steps))}" if steps else ""
+    spent = f" in {duration_text(sum(line['step_s'] for line in steps))}" if steps else ""
     html = page.render(
         Path(__file__).with_name("report.html"),
         title=f"{Path(result.run).name}, stage {result.stage}",
