@@ -32,9 +32,9 @@ from cache.maintenance.copy_rows import (
     check_room,
     copy_rows,
     damage_text,
-    full_disk_is_said,
     missing,
 )
+from cache.store.files import disk_errors
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
@@ -247,7 +247,7 @@ def main() -> int:
     options = parse(Options, prog="python -m cache.convert", description=__doc__)
     root = CacheRoot(options.features)
     source = find_source(root, options.space)
-    with full_disk_is_said(root.path):
+    with disk_errors(root.path):
         damaged = convert(root, source, options)
     if damaged:
         print(damage_text(damaged))

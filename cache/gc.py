@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cache.errors import CacheError, CorruptError
 from cache.format.spec import ARRAYS
-from cache.maintenance.compaction import alone, one_line
+from cache.maintenance.compaction import alone
 from cache.maintenance.garbage import (
     Garbage,
     Unreferenced,
@@ -33,7 +33,7 @@ from cache.maintenance.garbage import (
     wanted_keys,
 )
 from cache.maintenance.inventory import open_spaces, summarise_datasets
-from cache.store.files import fsync_folder, make_folder
+from cache.store.files import disk_errors, fsync_folder, make_folder
 from cache.store.index_file import save_index
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot, SpacePaths
@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     spaces = root.space_folders()
     with contextlib.ExitStack() as held:
         if options.delete:
-            held.enter_context(one_line(root.path))
+            held.enter_context(disk_errors(root.path))
             held.enter_context(alone(spaces, "cache.gc"))
         else:
             for space in spaces:

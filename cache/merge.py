@@ -31,7 +31,6 @@ from cache.maintenance.copy_rows import (
     check_room,
     copy_rows,
     damage_text,
-    full_disk_is_said,
     missing,
 )
 from cache.maintenance.merge_tables import (
@@ -44,7 +43,7 @@ from cache.maintenance.merge_tables import (
     plan_samples,
     tables_bytes,
 )
-from cache.store.files import write_atomic
+from cache.store.files import disk_errors, write_atomic
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
@@ -234,7 +233,7 @@ def main() -> int:
             raise UserError(
                 f"{folder}/ is the cache to merge into; name another one: --features DIR"
             )
-        with full_disk_is_said(root.path):
+        with disk_errors(root.path):
             damaged += merge(root, other, options)
     return 1 if damaged else 0
 

@@ -28,6 +28,7 @@ from typing import Literal
 import configs
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.store.files import disk_full
 from cache.store.ledger import media_sizes
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
@@ -39,7 +40,6 @@ from encode.plan import MediaCounter
 from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.folder import FolderDataset
 from encode.worker.config import COMMIT_EVERY_S, WorkerConfig
-from encode.worker.row_writer import disk_full
 from model.vision.config import EncoderConfig, encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"

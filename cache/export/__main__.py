@@ -14,7 +14,6 @@ interrupted export leaves NAME.partial behind, and the next run replaces it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -43,7 +42,14 @@ from cache.export.samples import (
 )
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import check_room
-from cache.store.files import PARTIAL, fsync_folder, make_folder, new_file, write_atomic
+from cache.store.files import (
+    PARTIAL,
+    disk_errors,
+    fsync_folder,
+    make_folder,
+    new_file,
+    write_atomic,
+)
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import samples_digest
@@ -148,7 +154,7 @@ def run(export: Export) -> None:
     folder = out.with_name(out.name + PARTIAL)
     files = list(export.files())
     nbytes = sum(file.nbytes for file in files)
-    with disk_full_in_words(folder), empty_folder(folder):
+    with disk_errors(folder), empty_folder(folder):
         check_room(out.parent, nbytes, "the export")
         # The next run removes the folder's contents only where it finds this file: so it is the first.
         write_atomic(folder / ABOUT, export.about(files))
@@ -189,19 +195,6 @@ def empty_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def disk_full_in_words(folder: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"disk full ({folder}); free some space and run the same command again"
-        ) from error
 
 
 def summary(export: Export, out: Path) -> str:

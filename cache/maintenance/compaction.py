@@ -11,7 +11,6 @@ files of what is gone is the caller's: `cache.gc` deletes them, the repair sets 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError, DiskError
+from cache.errors import CorruptError
 from cache.format.checksums import crc32c
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
-from cache.store.files import fsync_folder, make_folder
+from cache.store.files import disk_errors, fsync_folder, make_folder
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.shard_files import corrupt_shard
@@ -46,22 +45,6 @@ def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
         for space in spaces:
             locks.enter_context(DriverLock(space, holder_text(command)))
         yield
-
-
-@contextlib.contextmanager
-def one_line(where: Path) -> Iterator[None]:
-    """A disk that refuses becomes a CacheError: nothing committed is lost by it."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or where
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = f"disk full ({place}); nothing is lost: free some space and run the command again"
-        elif error.errno == errno.EXDEV:
-            why = f"{place} and {error.filename2} are on different disks: make one a link to the other's"
-        else:
-            why = f"{place}: {error.strerror or error}; nothing is lost, run the command again"
-        raise DiskError(why) from error
 
 
 def intact_rows(
@@ -93,7 +76,7 @@ def take_out(space: Space, array: str, parts: Sequence[Part], away: Away) -> int
         CacheError: the disk refused.
         Whatever is raised, every row that should stay still exists, once.
     """
-    with one_line(space.paths.root):
+    with disk_errors(space.paths.root):
         number = _copy(space, array, parts) if any(keep.any() for _, keep in parts) else None
         retire(space.paths, space.info, array, [commit.shard for commit, _ in parts], away)
     return number

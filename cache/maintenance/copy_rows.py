@@ -8,7 +8,6 @@ once its commit does, so a copy that was killed is finished by doing it again: o
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections import deque
@@ -74,25 +73,6 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
         raise DiskError(
             f"{what} needs {nbytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: make room"
         )
-
-
-@contextlib.contextmanager
-def full_disk_is_said(folder: Path) -> Iterator[None]:
-    """A disk that fills up, or fails, while rows are written: in one line, and what is kept."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EIO,
-            errno.EROFS,
-        ):
-            raise
-        raise DiskError(
-            f"{folder}: {error.strerror}; all shards committed so far are kept: "
-            "make room, or mend the disk, and run the same command again"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

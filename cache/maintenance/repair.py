@@ -43,13 +43,12 @@ from cache.maintenance.compaction import (
     clear_shard,
     drop_index,
     intact_rows,
-    one_line,
     retire,
     set_aside,
     take_out,
 )
 from cache.store.commits import read_commits
-from cache.store.files import write_atomic
+from cache.store.files import disk_errors, write_atomic
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
@@ -95,7 +94,7 @@ class Repair:
         """
         folders = [space] if space else self._root.space_folders()
         report = Report()
-        with one_line(self._root.path), alone(folders, "cache.verify --repair"):
+        with disk_errors(self._root.path), alone(folders, "cache.verify --repair"):
             if space is None:
                 self._tables()
                 report.findings += check_tables(self._root, lambda _: None)

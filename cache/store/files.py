@@ -7,11 +7,14 @@ with new_file(path) as file:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from cache.errors import DiskError
 
 PARTIAL = ".partial"
 """Suffix of a file that is still being written. Readers ignore it; `cache.gc` removes those left behind."""
@@ -78,3 +81,29 @@ def write_atomic(path: Path, data: bytes, fence: Fence | None = None) -> None:
     """Write `data` to `path` atomically and durably."""
     with new_file(path, fence) as file:
         file.write(data)
+
+
+def disk_full(error: OSError, where: object) -> DiskError | None:
+    """Return `error` as a DiskError if it reports a full disk or quota, else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return DiskError(
+        f"disk full ({where}); everything committed is kept: free some space and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a DiskError: one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or where
+        if error.errno == errno.EXDEV:
+            why = f"{place} and {error.filename2} are on different disks: make one a link to the other's"
+        else:
+            why = (
+                f"{place}: {error.strerror or error}; everything committed is kept: "
+                "run the same command again"
+            )
+        raise disk_full(error, place) or DiskError(why) from error

@@ -8,7 +8,6 @@ adjacent: if they do not fit into the open shard, a new shard is started.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import queue
 import threading
@@ -16,8 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cache.errors import DiskError
 from cache.format.spec import ARRAY_OF
+from cache.store.files import disk_full
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from encode.worker.media_item import MediaItem
@@ -29,16 +28,6 @@ ROWS_AHEAD = 64
 
 POLL_S = 0.5
 """Seconds between two looks for shards that are old enough to be committed."""
-
-
-def disk_full(error: OSError, where: object) -> DiskError | None:
-    """Return `error` as a DiskError if it reports a full disk or quota, else None."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    return DiskError(
-        f"disk full ({where}); everything committed is kept: free some space and run the same "
-        "command again to continue"
-    )
 
 
 @dataclass(kw_only=True)

@@ -450,7 +450,7 @@ def test_an_export_can_be_repeated_after_the_disk_was_full(
             try:
                 run("safetensors")
                 break
-            except UserError as error:
+            except DiskError as error:
                 assert str(error).startswith("disk full"), error
         if not (tmp_path / "out").exists():  # else only the rename was not durable
             run("safetensors")

@@ -17,11 +17,11 @@ from cache.errors import DiskError, InUseError
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
 from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
+from cache.store.files import disk_full
 from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from encode.worker import row_writer
 from encode.worker.worker import Worker
 from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import fill, key, make_space
@@ -103,7 +103,7 @@ def test_an_encode_job_on_a_disk_that_fills_up(
         try:
             encode(cache, media, config=config, worker_class=Greedy)
         except OSError as error:  # as encode.run's main does
-            raise (row_writer.disk_full(error, cache) or error) from error
+            raise (disk_full(error, cache) or error) from error
     assert str(full.value).startswith(f"disk full ({cache}")
     assert "\n" not in str(full.value)
     report = verify(CacheRoot(cache), deep=True)
@@ -129,7 +129,9 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     (found,) = find_unreferenced(space.paths, wanted)
     assert (found.rows, found.shards) == (20, 10)
     disk.fill()
-    with pytest.raises(DiskError, match=r"disk full .*nothing is lost: free some space and run"):
+    with pytest.raises(
+        DiskError, match=r"disk full .*everything committed is kept: free some space and run"
+    ):
         take_out_unreferenced(found)
     assert FeatureReader(space.paths).logical_hash() == before
     assert not verify(root, deep=True).broken
