@@ -28,10 +28,10 @@ from cache.view.sampling import Chosen, Errors
 from cache.view.statistics import Basis, Channels, Floats
 from configs import UserError
 
-TOUCH_BYTES = 1 << 20
+MAX_CODE_BYTES = 1 << 20
 """Bytes of token directions in the page, at most. The script compares tokens by them."""
 
-MIN_TOUCH_DIRECTIONS, MAX_TOUCH_DIRECTIONS = 8, 32
+MIN_DIRECTIONS, MAX_DIRECTIONS = 8, 32
 """Principal directions that the script uses. With fewer than the minimum, the page has no comparison."""
 
 WIDEST = 2.0
@@ -79,7 +79,7 @@ class Tile:
     cls_norm: float | None
     """Length of the CLS token; None if the space keeps none."""
     start: int
-    """Position of the first token in `Touch.codes`."""
+    """Position of the first token in `TokenCodes.codes`."""
 
     def rings(self) -> list[list[int]]:
         """Return [row, column] of each outlier."""
@@ -115,7 +115,7 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Touch:
+class TokenCodes:
     """Directions of all shown tokens, for the page's script to compare."""
 
     codes: npt.NDArray[np.int8]
@@ -145,8 +145,8 @@ class Findings:
     """Images before videos."""
     basis: Basis
     """Principal directions of all shown tokens: what the colours mean."""
-    touch: Touch | None
-    """None if the shown tokens are too many for `TOUCH_BYTES`."""
+    token_codes: TokenCodes | None
+    """None if the shown tokens are too many for `MAX_CODE_BYTES`."""
     norms: dict[str, Norms]
     """Array -> its token norms, for each array that has rows."""
     channels: Channels
@@ -184,7 +184,9 @@ def gather(
         )
     measured = {array: _measure(reader, array, seed) for array in arrays}
     norms = {array: found for array, (found, _) in measured.items()}
-    shown, basis, touch = _show(root, reader, sampling.choose(reader, images, seed), norms, keep)
+    shown, basis, token_codes = _show(
+        root, reader, sampling.choose(reader, images, seed), norms, keep
+    )
     return Findings(
         reader=reader,
         images=images,
@@ -193,7 +195,7 @@ def gather(
         writer=driver_holder(reader.paths),
         shown=shown,
         basis=basis,
-        touch=touch,
+        token_codes=token_codes,
         norms=norms,
         channels=measured[arrays[0]][1],
         channels_array=arrays[0],
@@ -228,7 +230,7 @@ def _show(
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
     keep: Path | None,
-) -> tuple[tuple[Shown, ...], Basis, Touch | None]:
+) -> tuple[tuple[Shown, ...], Basis, TokenCodes | None]:
     """Read the chosen rows; the basis is fitted to the tokens of all of them."""
     features = [sampling.read_rows(reader, one.array, one.rows) for one in chosen]
     by_item = [_patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
@@ -276,7 +278,7 @@ def _show(
                 neighbour=alike[at] if alike else None,
             )
         )
-    return tuple(shown), basis, _touch(tokens, basis)
+    return tuple(shown), basis, _token_codes(tokens, basis)
 
 
 def _finite(value: float) -> float | None:
@@ -291,9 +293,9 @@ def _aspect(item: MediaItem, fit: str) -> float:
     return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 
-def _touch(tokens: Floats, basis: Basis) -> Touch | None:
-    count = min(MAX_TOUCH_DIRECTIONS, TOUCH_BYTES // len(tokens))
-    if count < MIN_TOUCH_DIRECTIONS:
+def _token_codes(tokens: Floats, basis: Basis) -> TokenCodes | None:
+    count = min(MAX_DIRECTIONS, MAX_CODE_BYTES // len(tokens))
+    if count < MIN_DIRECTIONS:
         return None
     count = min(count, len(basis.directions))
     if not count:  # all tokens are equal
@@ -301,4 +303,4 @@ def _touch(tokens: Floats, basis: Basis) -> Touch | None:
     vectors = basis.project(tokens, count)
     lengths = np.maximum(statistics.norms(vectors), 1e-12)[:, None]
     codes = (vectors / lengths * 127).round().astype(np.int8)
-    return Touch(codes=codes, variance=float(basis.shares[:count].sum()))
+    return TokenCodes(codes=codes, variance=float(basis.shares[:count].sum()))

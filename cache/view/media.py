@@ -52,14 +52,14 @@ class MediaItem:
     """What was unusual about the file."""
     datasets: tuple[str, ...] = ()
     """Data sets with samples that mention it."""
-    asked: str = ""
+    question: str = ""
     """A question about it, from the first sample that shows it and nothing else."""
-    said: str = ""
+    answer: str = ""
     """The answer to that question, or a caption."""
 
 
 Mention = tuple[str, dict[str, str]]
-"""A data set, and `asked` and `said` of its first sample that shows an item alone; empty if none does."""
+"""A data set; `question` and `answer` of its first sample that shows an item alone, empty if none does."""
 
 
 def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, MediaItem]:
@@ -118,7 +118,7 @@ def _mentions(
 
 
 def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, str]]:
-    """Return number of a sample -> `asked` and `said`. Row groups without any of the samples are not read."""
+    """Return number of a sample -> `question` and `answer`; only row groups with such samples are read."""
     texts: dict[int, dict[str, str]] = {}
     with pq.ParquetFile(path) as file:
         start = 0
@@ -133,14 +133,14 @@ def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, str]]:
 
 
 def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the first answer of a conversation as `said`, and the message before it as `asked`."""
+    """Return the first answer of a conversation as `answer`, and the message before it as `question`."""
     found = {}
     for message in messages:
         text = " ".join(message["content"].replace("<image>", " ").split())
         if len(text) > MAX_CHARACTERS:
             text = text[: MAX_CHARACTERS - 1] + "…"
-        found["said" if message["role"] == "assistant" else "asked"] = text
-        if "said" in found:
+        found["answer" if message["role"] == "assistant" else "question"] = text
+        if "answer" in found:
             return found
     return {}
 

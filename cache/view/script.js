@@ -57,5 +57,5 @@ for (const map of maps) {
   });
 }
 document.addEventListener('keydown', e => { if (e.key === 'Escape') { held = false; hide(); } });
-document.querySelectorAll('.touch').forEach(el => { el.hidden = false; });
+document.querySelectorAll('.compare').forEach(el => { el.hidden = false; });
 })();

@@ -48,7 +48,7 @@ def render(found: Findings) -> str:
         pairs=neighbour_pairs(found),
         charts=[_norms(found), _errors(found), _directions(found)],
         channels=_channels(found),
-        loudest=[
+        top_channels=[
             (at, f"{one.mean[at]:.3g}", f"{one.std[at]:.3g}", f"{one.energy[at]:.2%}")
             for at in one.largest
         ],

@@ -58,15 +58,15 @@ def stamp(image: Image.Image) -> str:
     return jpeg(ImageOps.fit(image, (STAMP, STAMP), Image.Resampling.BICUBIC))
 
 
-def _encoded(image: Image.Image, kind: str, **options: int) -> str:
+def _encoded(image: Image.Image, file_format: str, **options: int) -> str:
     out = io.BytesIO()
-    image.save(out, kind, **options)
-    return data_uri(out.getvalue(), kind)
+    image.save(out, file_format, **options)
+    return data_uri(out.getvalue(), file_format)
 
 
-def data_uri(data: bytes, kind: str) -> str:
-    """Return the bytes of an image file as a data URI; `kind` is `png`, `jpeg` or `gif`."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(data: bytes, file_format: str) -> str:
+    """Return the bytes of an image file as a data URI; `file_format` is `png`, `jpeg` or `gif`."""
+    return f"data:image/{file_format};base64,{base64.b64encode(data).decode()}"
 
 
 # ---- files

@@ -67,9 +67,9 @@ def _image(path: Path, key: str | None) -> Picture:
         return Picture(absent="image not on this machine")
     if key is not None and hashlib.sha256(data).hexdigest() != key:
         return Picture(absent="image has changed since it was encoded")
-    kind = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
-    if kind is not None and len(data) <= VERBATIM_BYTES:
-        return Picture(uris=(data_uri(data, kind),))
+    file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
+    if file_format is not None and len(data) <= VERBATIM_BYTES:
+        return Picture(uris=(data_uri(data, file_format),))
     try:
         return Picture(uris=(_small(decode(data, THUMBNAIL), THUMBNAIL),))
     except Exception:  # PIL's decoders raise whatever the bytes lead them to

@@ -168,8 +168,8 @@ def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     images(space, range(6))
     found = find(tmp_path)
-    assert found.touch is not None
-    codes = found.touch.codes.astype(np.float64)
+    assert found.token_codes is not None
+    codes = found.token_codes.codes.astype(np.float64)
     rows = [sampling.read_rows(found.reader, "image", one.chosen.rows) for one in found.shown]
     vectors = found.basis.project(np.concatenate(rows).reshape(-1, 64), codes.shape[1])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -178,7 +178,7 @@ def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
     starts = [int(tag["data-at"] or 0) for tag in page.all("div") if "data-at" in tag]
     assert starts == [4 * at for at in range(6)]
     (data,) = (text for attrs, text in page.scripts if attrs.get("type") == "text/plain")
-    assert base64.b64decode(data) == found.touch.codes.tobytes()
+    assert base64.b64decode(data) == found.token_codes.codes.tobytes()
 
 
 def test_a_ring_is_where_the_outlier_is(tmp_path: Path) -> None:
@@ -581,11 +581,11 @@ def test_the_script_has_as_many_directions_as_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images(make_space(tmp_path), range(4))
-    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 9)
-    touch = find(tmp_path).touch
-    assert touch is not None
-    assert touch.codes.shape == (16, 9)
-    monkeypatch.setattr(collect, "TOUCH_BYTES", 16 * 7)
+    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 9)
+    codes = find(tmp_path).token_codes
+    assert codes is not None
+    assert codes.codes.shape == (16, 9)
+    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 7)
     found = find(tmp_path)
-    assert found.touch is None
+    assert found.token_codes is None
     assert len(Page(render(found)).scripts) == 1

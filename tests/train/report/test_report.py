@@ -21,6 +21,7 @@ from cache.store.paths import CacheRoot
 from tests.support import trained_runs
 from tests.support.html_page import Page
 from train import run
+from train.evaluate import __main__ as evaluate
 from train.evaluate.__main__ import Evaluation
 from train.evaluate.scoring import Answer, by_task
 from train.report import __main__ as report
@@ -32,29 +33,18 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Cache
     """Return the report of a short run, its folder and its cache; one image is deleted and one is changed."""
     folder = tmp_path_factory.mktemp("reported")
     root = trained_runs.make(folder, 24)
-    words = [
-        *(
-            "--llm",
-            "random:qwen3-tiny",
-            "--hardware",
-            "cpu",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "8",
-        ),
-        *("--learning-rate", "3e-3", "--held-out", "0.4", "--max-steps", "10", "--eval-every", "5"),
-        *("--features", str(root.path), "--run", str(folder / "run"), "--log-every", "1000"),
-    ]
-    assert run.main(words) == 0
-    from train.evaluate import __main__ as evaluate
-
+    options = (
+        "--llm random:qwen3-tiny --hardware cpu --device cpu --batch-size 8 --learning-rate 3e-3 "
+        "--held-out 0.4 --max-steps 10 --eval-every 5 --log-every 1000"
+    )
+    where = ["--run", str(folder / "run"), "--features", str(root.path)]
+    assert run.main([*options.split(), *where]) == 0
     asked = evaluate.Options(run=str(folder / "run"), features=root.path, max_new_tokens=4)
     shown = [a.media[0] for a in evaluate.evaluate(asked).answers]
     gone, changed = list(dict.fromkeys(shown))[:2]
     Path(gone).unlink()
     Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
-    report.main(["--run", str(folder / "run"), "--features", str(root.path)])
+    report.main(where)
     return (folder / "run" / "stage1" / "report.html").read_text(), folder, root
 
 
