@@ -13,52 +13,44 @@ import ssl
 
 import certifi
 
-__all__ = [
-    "is_loopback",
-    "literal_address",
-    "refusal_reason",
-    "tls_context",
-]
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 # IANA's special-purpose address registries, read 2026-11. The first match decides. An IPv4 address that
 # matches nothing is global. The tables are written out because Python's `is_global` changed its answers
 # between patch releases.
-_KINDS_4 = (
-    ("127.0.0.0/8", "loopback"),
-    ("100.100.100.200/32", "cloud metadata"),  # Alibaba Cloud, inside the shared 100.64.0.0/10
-    ("168.63.129.16/32", "cloud metadata"),  # Azure, inside a public network
-    ("10.0.0.0/8", "private"),
-    ("172.16.0.0/12", "private"),
-    ("192.168.0.0/16", "private"),
-    ("100.64.0.0/10", "private"),  # carrier-grade NAT, and Tailscale
-    ("0.0.0.0/32", "unspecified"),
-    ("0.0.0.0/8", "reserved"),
-    ("169.254.0.0/16", "link-local"),  # most clouds serve credentials at 169.254.169.254
-    ("192.0.0.0/24", "reserved"),
-    ("192.0.2.0/24", "reserved"),
-    ("192.88.99.0/24", "reserved"),
-    ("198.18.0.0/15", "reserved"),
-    ("198.51.100.0/24", "reserved"),
-    ("203.0.113.0/24", "reserved"),
-    ("224.0.0.0/4", "multicast"),
-    ("240.0.0.0/4", "reserved"),
-)
-_KINDS_6 = (
-    ("::1/128", "loopback"),
-    ("::/128", "unspecified"),
-    ("fd00:ec2::254/128", "cloud metadata"),  # Amazon
-    ("fd20:ce::254/128", "cloud metadata"),  # Google
-    ("fc00::/7", "private"),
-    ("fe80::/10", "link-local"),
-    ("fec0::/10", "private"),  # site-local, deprecated
-    ("ff00::/8", "multicast"),
-    ("2001::/23", "reserved"),  # Teredo, ORCHID, benchmarking
-    ("2001:db8::/32", "reserved"),
-    ("3fff::/20", "reserved"),
-    ("2000::/3", "global"),
-    ("::/0", "reserved"),  # IANA has allocated nothing else
+_NETWORKS = tuple(
+    (ipaddress.ip_network(network), kind)
+    for network, kind in (
+        ("127.0.0.0/8", "loopback"),
+        ("100.100.100.200/32", "cloud metadata"),  # Alibaba Cloud, inside the shared 100.64.0.0/10
+        ("168.63.129.16/32", "cloud metadata"),  # Azure, inside a public network
+        ("10.0.0.0/8", "private"),
+        ("172.16.0.0/12", "private"),
+        ("192.168.0.0/16", "private"),
+        ("100.64.0.0/10", "private"),  # carrier-grade NAT, and Tailscale
+        ("0.0.0.0/32", "unspecified"),
+        ("0.0.0.0/8", "reserved"),
+        ("169.254.0.0/16", "link-local"),  # most clouds serve credentials at 169.254.169.254
+        ("192.0.0.0/24", "reserved"),
+        ("192.0.2.0/24", "reserved"),
+        ("192.88.99.0/24", "reserved"),
+        ("198.18.0.0/15", "reserved"),
+        ("198.51.100.0/24", "reserved"),
+        ("203.0.113.0/24", "reserved"),
+        ("224.0.0.0/4", "multicast"),
+        ("240.0.0.0/4", "reserved"),
+        ("::1/128", "loopback"),
+        ("::/128", "unspecified"),
+        ("fd00:ec2::254/128", "cloud metadata"),  # Amazon
+        ("fd20:ce::254/128", "cloud metadata"),  # Google
+        ("fc00::/7", "private"),
+        ("fe80::/10", "link-local"),
+        ("fec0::/10", "private"),  # site-local, deprecated
+        ("ff00::/8", "multicast"),
+        ("2001::/23", "reserved"),  # Teredo, ORCHID, benchmarking
+        ("2001:db8::/32", "reserved"),
+        ("3fff::/20", "reserved"),
+        ("2000::/3", "global"),
+        ("::/0", "reserved"),  # IANA has allocated nothing else
+    )
 )
 _GLOBAL = "global"
 _ON_REQUEST = ("loopback", "private")
@@ -71,8 +63,6 @@ _EMBEDDINGS = (
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
     (ipaddress.IPv6Network("2002::/16"), 80),  # 6to4
 )
-_NETWORKS_4 = tuple((ipaddress.IPv4Network(network), kind) for network, kind in _KINDS_4)
-_NETWORKS_6 = tuple((ipaddress.IPv6Network(network), kind) for network, kind in _KINDS_6)
 
 
 def refusal_reason(address: str, allow_private: bool) -> str | None:
@@ -88,7 +78,7 @@ def refusal_reason(address: str, allow_private: bool) -> str | None:
     Raises:
         ValueError: `address` is not an IP address.
     """
-    kind = _kind(ipaddress.ip_address(address))
+    kind = _kind(address)
     if kind == _GLOBAL or (allow_private and kind in _ON_REQUEST):
         return None
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} address {address}"
@@ -105,27 +95,25 @@ def literal_address(host: str) -> str | None:
 def is_loopback(host: str) -> bool:
     """Return whether the host of a URL is `localhost` or a loopback address. No name is looked up."""
     address = literal_address(host)
-    return host.lower() == "localhost" or bool(
-        address and _kind(ipaddress.ip_address(address)) == "loopback"
-    )
+    return host.lower() == "localhost" if address is None else _kind(address) == "loopback"
 
 
 def tls_context() -> ssl.SSLContext:
     """Return a TLS client context that verifies certificates and host names, for HTTP/1.1."""
     context = ssl.create_default_context()
-    if (
-        not context.get_ca_certs()
-    ):  # some builds of Python find no certificates of the system (macOS)
+    # Some builds of Python, such as those for macOS, do not find the certificates of the system.
+    if not context.get_ca_certs():
         context.load_verify_locations(certifi.where())
     context.set_alpn_protocols(("http/1.1",))  # neither client speaks HTTP/2
     return context
 
 
-def _kind(address: Address) -> str:
-    if isinstance(address, ipaddress.IPv6Address):
+def _kind(text: str) -> str:
+    """Return the kind of an address, which for an embedded IPv4 address is the kind of that address."""
+    address = ipaddress.ip_address(text)
+    if address.version == 6:
         address = ipaddress.IPv6Address(int(address))  # drops the scope of fe80::1%eth0
         for network, shift in _EMBEDDINGS:
             if address in network:
-                return _kind(ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF))
-        return next(kind for network, kind in _NETWORKS_6 if address in network)
-    return next((kind for network, kind in _NETWORKS_4 if address in network), _GLOBAL)
+                return _kind(str(ipaddress.IPv4Address((int(address) >> shift) & 0xFFFFFFFF)))
+    return next((kind for network, kind in _NETWORKS if address in network), _GLOBAL)

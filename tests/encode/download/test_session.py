@@ -69,7 +69,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
 def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1, and nothing else of the loopback, counts as global."""
     public = (ipaddress.IPv4Network("127.0.0.1/32"), "global")
-    monkeypatch.setattr(cache.remote.net, "_NETWORKS_4", (public, *cache.remote.net._NETWORKS_4))
+    monkeypatch.setattr(cache.remote.net, "_NETWORKS", (public, *cache.remote.net._NETWORKS))
 
 
 @pytest.mark.parametrize(
