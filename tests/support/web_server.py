@@ -1,13 +1,13 @@
-"""A web server on the loopback that serves real photographs, and every trouble the open web has.
+"""A web server on the loopback address with photographs and 39 kinds of failing URLs.
 
     with TroubleServer() as server:
         server.url("404")              # a URL of this kind
-        server.entries()               # all of them: path, kind, sha256, what is to come of it
+        server.entries()               # all paths, with kind, sha256 and expected outcome
         server.counts["/404"]          # requests so far
-        server.heal()                  # from now on every path serves a good image
+        server.heal()                  # from now on every path serves its image
 
-Every path has an image of its own, so that what a fetch brought can be told by its bytes; only the
-`same-...` kinds share one.
+Every path has an image of its own, so that a body shows which path served it. Only the `same-...` kinds share
+one image.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Entry:
     kind: str
     """`404`."""
     sha256: str | None
-    """What a data set claims of the bytes; None where it claims nothing."""
+    """The sha256 that the data set states; None if it states none."""
     expected: str
     """`ok`, or the stage at which it fails until the server is healed."""
 
 
 @functools.cache
 def photographs() -> tuple[Image.Image, ...]:
-    """Some real photographs, RGB, small."""
+    """Return some small RGB photographs."""
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         images = []
@@ -87,7 +87,7 @@ def photographs() -> tuple[Image.Image, ...]:
 
 @functools.cache
 def photo(number: int, form: str = "JPEG") -> bytes:
-    """A detail of a photograph, another one for each number, as a file."""
+    """Return a file with a detail of a photograph, a different one for each number."""
     images = photographs()
     place = number // len(images)
     left, top = place * 7 % SIZE[0], place * 5 % SIZE[1]
@@ -119,7 +119,7 @@ def _deep(number: int) -> bytes:
 
 
 def _bomb() -> bytes:
-    """A PNG that says it is 60000 x 60000 pixels."""
+    """Return a PNG whose header states 60000 x 60000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -133,7 +133,7 @@ def _bomb() -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; one method a kind of trouble."""
+    """Answers the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     server: _Server
@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(
         self, data: bytes, *, status: int = 200, kind: str = "image/jpeg", **headers: str
     ) -> None:
-        """A sound answer."""
+        """Send a complete response."""
         self.head(status, kind=kind, length=len(data), **headers)
         self.wfile.write(data)
 
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def wait(self, seconds: float = 3600) -> bool:
-        """Let time pass; True when the server closes."""
+        """Wait; return True if the server closes meanwhile."""
         return self.server.world.closing.wait(seconds)
 
     def hang_up(self, *, reset: bool = False) -> None:
@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: Any) -> None:
-        """Silence."""
+        """Log nothing."""
 
 
 Act = Callable[[Handler, bytes, int], None]
@@ -200,7 +200,7 @@ def status(number: int, **headers: str) -> Act:
 
 
 def at_first(number: int, times: int, **headers: str) -> Act:
-    """`number` so many times, then the picture."""
+    """Send status `number` this many times, then the image."""
 
     def act(h: Handler, image: bytes, count: int) -> None:
         if count <= times:
@@ -220,7 +220,7 @@ def redirect(location: str, number: int = 302) -> Act:
 
 
 def trickle(h: Handler, image: bytes, _: int) -> None:
-    """A byte now and then: never long without one, never done."""
+    """Send one byte every 50 ms, so that no read times out."""
     h.head(200, length=len(image))
     for i in range(len(image)):
         if h.wait(0.05):
@@ -279,7 +279,7 @@ def huge(h: Handler, image: bytes, _: int) -> None:
 
 
 def endless(h: Handler, image: bytes, _: int) -> None:
-    """200 MB without saying so."""
+    """Send 200 MB without a Content-Length."""
     h.head(200, length=None)
     block = image + bytes((1 << 20) - len(image))
     for _i in range(HUGE >> 20):
@@ -297,7 +297,7 @@ def chunked(h: Handler, image: bytes, _: int) -> None:
 
 
 def until_closed(h: Handler, image: bytes, _: int) -> None:
-    """No length at all, as HTTP/1.0 servers do."""
+    """Send no length, as HTTP/1.0 servers do."""
     h.head(200, length=None)
     h.wfile.write(image)
 
@@ -360,7 +360,7 @@ TROUBLES: dict[str, tuple[str, Act]] = {
     "half-a-jpeg": ("decode", lambda h, image, _: h.send(image[: len(image) // 2])),
     "bomb": ("decode", instead(_bomb(), "image/png")),
 }
-"""What fails, at which stage, and how."""
+"""Kind -> stage at which it fails, and how the server answers."""
 
 PASSING: dict[str, Act] = {
     "500-then-fine": at_first(500, 1),
@@ -375,7 +375,7 @@ PASSING: dict[str, Act] = {
     "redirect-twice": redirect("redirect", 307),
     "as-html": lambda h, image, _: h.send(image, kind="text/html"),
 }
-"""What works in the end."""
+"""Kinds that succeed, some of them after a retry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,28 +398,28 @@ class _Server(ThreadingHTTPServer):
         return request, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client hung up, as it should on trouble."""
+        """Ignore that the client closed the connection."""
 
 
 class TroubleServer:
-    """See above."""
+    """The server, as a context manager."""
 
     def __init__(
         self, photos: int = 20, extra: dict[str, Act] | None = None, tls: Path | None = None
     ) -> None:
-        """Listen.
+        """Listen on a free port.
 
         Args:
-            photos: good photographs, beside all kinds of trouble.
-            extra: kinds of a test's own.
-            tls: speak https, with the certificate and key in this file.
+            photos: number of good photographs beside all other kinds.
+            extra: more kinds, which are expected to succeed.
+            tls: use https with the certificate and key in this file.
         """
         self.counts: Counter[str] = Counter()
-        """Requests by path."""
+        """Path -> number of requests."""
         self.headers: dict[str, dict[str, str]] = {}
-        """The last request's, by path."""
+        """Path -> headers of its last request."""
         self.connections = 0
-        """Accepted so far."""
+        """Number of accepted connections."""
         self.healed = False
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -449,22 +449,22 @@ class TroubleServer:
         return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def url(self, kind: str) -> str:
-        """The URL of this kind."""
+        """Return the URL of a kind."""
         assert f"/{kind}" in self.kinds, f"{kind} is none of {', '.join(self.kinds)}"
         return f"{self.base}/{kind}"
 
     def image(self, kind: str) -> bytes:
-        """What its path serves once it is healed, or from the start when it is good."""
+        """Return the image of a kind: what its path serves if it is good or healed."""
         if kind.startswith("redirect") and not self.healed and kind in PASSING:
             kind = "photo-0"
         return self.kinds[f"/{kind}"].image
 
     def entries(self) -> list[Entry]:
-        """All paths."""
+        """Return all paths."""
         return [kind.entry for kind in self.kinds.values()]
 
     def heal(self) -> None:
-        """All troubles serve their image from now on."""
+        """Let every path serve its image from now on."""
         self.healed = True
 
     def __enter__(self) -> TroubleServer:

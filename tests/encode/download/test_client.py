@@ -1,4 +1,9 @@
-"""Fetching: every kind of trouble ends as it should, limits hold, and nothing is left behind."""
+"""A fetcher downloads many URLs: every kind of failure is reported, and limits hold.
+
+fetcher = Fetcher(DownloadConfig())
+fetched = fetcher.submit("https://example.com/cat.jpg").result()
+fetched.release()
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ TRIED_AGAIN = ("500", "slow", "stall", "silent", "truncated", "truncated-chunks"
 
 @pytest.fixture
 def fetcher() -> Iterator[Callable[..., Fetcher]]:
-    """Fetchers that are closed in the end."""
+    """Return a function that makes fetchers, which are closed after the test."""
     made: list[Fetcher] = []
 
     def make(**changed: Any) -> Fetcher:
@@ -82,12 +87,12 @@ def quiet_server() -> Iterator[TroubleServer]:
         yield server
 
 
-# ---- every kind of trouble
+# ---- every kind of failure
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaError]]]:
-    """All kinds, fetched together."""
+    """Download every kind of URL at the same time; return the server and the outcome of each kind."""
     with TroubleServer() as server:
         one = Fetcher(quick_config())
         started = {
@@ -98,7 +103,7 @@ def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaErro
         one.close()
 
 
-def test_every_kind_ends_at_the_stage_it_should(
+def test_every_kind_fails_at_its_stage_or_succeeds(
     outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     server, found = outcomes
@@ -121,7 +126,7 @@ def test_every_kind_ends_at_the_stage_it_should(
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_the_reason_is_said_in_one_line(
+def test_each_failure_has_its_reason(
     outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]], kind: str
 ) -> None:
     got = outcomes[1][kind]
@@ -129,7 +134,7 @@ def test_the_reason_is_said_in_one_line(
     assert got.reason == REASONS[kind]
 
 
-def test_resets_and_wrong_bytes_say_so(
+def test_resets_wrong_bytes_and_dates_have_their_reasons(
     outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     _, found = outcomes
@@ -141,21 +146,21 @@ def test_resets_and_wrong_bytes_say_so(
     assert date.startswith("HTTP 503, Retry-After 3153")
 
 
-def test_what_may_pass_is_tried_thrice_and_nothing_else_is(
+def test_only_temporary_failures_are_retried(
     outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     server, _ = outcomes
     for kind in TRIED_AGAIN:
-        # aiohttp itself asks once more when a connection that it kept turns out to be closed.
+        # aiohttp repeats a request itself if a kept connection turns out to be closed.
         assert 3 <= server.counts[f"/{kind}"] <= 6, kind
     again = {*TRIED_AGAIN, "reset", "hang-up", "redirect-to-private"}
     for kind, (stage, _) in TROUBLES.items():
         if kind not in again and not kind.startswith("redirect-circle"):
-            # One, or aiohttp's own second request where a kept connection was closed meanwhile.
+            # One, or a repeated request of aiohttp.
             assert 1 <= server.counts[f"/{kind}"] <= 2, f"{kind}, {stage}"
 
 
-def test_no_reason_holds_what_the_query_held(
+def test_reasons_contain_no_secrets_of_the_url(
     outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
 ) -> None:
     for kind, got in outcomes[1].items():
@@ -166,7 +171,7 @@ def test_no_reason_holds_what_the_query_held(
             assert got.__traceback__ is None or "SECRET" not in str(got)
 
 
-def test_a_healed_server_serves_everything(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_healed_server_serves_every_url(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=2) as server:
         server.heal()
         one = fetcher()
@@ -179,7 +184,7 @@ def test_a_healed_server_serves_everything(fetcher: Callable[..., Fetcher]) -> N
             )
 
 
-def test_redirects_lead_to_where_they_say(
+def test_redirects_are_followed(
     quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
 ) -> None:
     got = outcome(fetcher().submit(quiet_server.url("redirect-thrice")))
@@ -188,7 +193,7 @@ def test_redirects_lead_to_where_they_say(
     assert 0 < got.seconds < 10
 
 
-def test_redirects_are_counted(
+def test_the_number_of_redirects_is_limited(
     quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
 ) -> None:
     got = outcome(fetcher(redirects=2).submit(quiet_server.url("redirect-thrice")))
@@ -199,7 +204,7 @@ def test_redirects_are_counted(
     assert str(got) == "more than 0 redirects"
 
 
-def test_a_known_hash_is_checked_in_either_case(
+def test_a_known_sha256_is_checked_in_upper_or_lower_case(
     quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
 ) -> None:
     one, url = fetcher(), quiet_server.url("photo-1")
@@ -215,7 +220,7 @@ def test_a_known_hash_is_checked_in_either_case(
 
 
 def gauge(hold_s: float) -> tuple[Callable[[Handler, bytes, int], None], list[int]]:
-    """A kind that takes its time, and how many of it were served at once."""
+    """Return a slow kind of URL, and a list [now, most] of its simultaneous requests."""
     lock = threading.Lock()
     now = [0, 0]
 
@@ -231,7 +236,9 @@ def gauge(hold_s: float) -> tuple[Callable[[Handler, bytes, int], None], list[in
     return act, now
 
 
-def test_requests_to_one_host_and_to_all_are_bounded(fetcher: Callable[..., Fetcher]) -> None:
+def test_simultaneous_requests_are_limited(
+    fetcher: Callable[..., Fetcher],
+) -> None:
     act, now = gauge(0.05)
     with TroubleServer(photos=1, extra={"gauge": act}) as server:
         one = fetcher(per_host=3)
@@ -240,7 +247,7 @@ def test_requests_to_one_host_and_to_all_are_bounded(fetcher: Callable[..., Fetc
         done += [outcome(future) for future in started]
         assert all(isinstance(got, Fetched) for got in done)
         assert now[1] == 3
-        assert server.connections <= 4  # kept, not made anew
+        assert server.connections <= 4  # connections are reused
 
         now[1] = 0
         one = fetcher(per_host=3, connections=5)
@@ -250,7 +257,7 @@ def test_requests_to_one_host_and_to_all_are_bounded(fetcher: Callable[..., Fetc
         assert now[1] == 5
 
 
-def test_a_slow_host_keeps_nobody_else_waiting(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_slow_host_delays_only_its_own_downloads(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=1) as server:
         one = fetcher(per_host=2, connections=4, read_s=5, total_s=10)
         slow = server.url("silent").replace("127.0.0.1", "localhost")
@@ -263,7 +270,7 @@ def test_a_slow_host_keeps_nobody_else_waiting(fetcher: Callable[..., Fetcher]) 
         assert not any(future.done() for future in stuck)
 
 
-def test_sizes_are_capped_to_the_byte(fetcher: Callable[..., Fetcher]) -> None:
+def test_the_size_limit_is_exact(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=1) as server:
         for kind in ("photo-0", "chunked", "until-closed"):
             size = len(server.image(kind))
@@ -273,7 +280,7 @@ def test_sizes_are_capped_to_the_byte(fetcher: Callable[..., Fetcher]) -> None:
             assert str(size - 1) in str(got) and isinstance(got, BadMediaError), kind
 
 
-def test_waiting_for_a_turn_is_no_time_out(fetcher: Callable[..., Fetcher]) -> None:
+def test_waiting_for_a_connection_does_not_time_out(fetcher: Callable[..., Fetcher]) -> None:
     act, _ = gauge(0.5)
     with TroubleServer(photos=1, extra={"gauge": act}) as server:
         one = fetcher(per_host=1, read_s=1.5, total_s=1.5)
@@ -281,14 +288,14 @@ def test_waiting_for_a_turn_is_no_time_out(fetcher: Callable[..., Fetcher]) -> N
         assert all(isinstance(outcome(future), Fetched) for future in started)
 
 
-def test_retry_after_is_waited_for(fetcher: Callable[..., Fetcher]) -> None:
+def test_retry_after_is_obeyed(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=1) as server:
         got = outcome(fetcher().submit(server.url("429-then-fine")))
         assert isinstance(got, Fetched)
         assert got.seconds >= 1.0
 
 
-def test_a_pause_is_kept_by_all_who_ask_that_host(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_pause_applies_to_all_requests_to_a_host(fetcher: Callable[..., Fetcher]) -> None:
     extra = {"busy": at_first(429, 1, Retry_After="1")}
     with TroubleServer(photos=3, extra=extra) as server:
         one = fetcher()
@@ -301,7 +308,7 @@ def test_a_pause_is_kept_by_all_who_ask_that_host(fetcher: Callable[..., Fetcher
         assert isinstance(outcome(busy), Fetched)
 
 
-def test_a_host_that_only_fails_gets_one_try(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_failing_host_gets_one_attempt_per_url(fetcher: Callable[..., Fetcher]) -> None:
     with TroubleServer(photos=1) as server:
         one = fetcher(max_host_failures=3, per_host=1)
         for tries in (3, 3, 3, 1, 1):
@@ -313,15 +320,15 @@ def test_a_host_that_only_fails_gets_one_try(fetcher: Callable[..., Fetcher]) ->
         assert server.counts["/500"] == 14
 
 
-def test_a_host_that_wants_to_be_left_alone_is_left_alone(
+def test_a_failing_host_that_asks_for_a_pause_gets_no_requests(
     fetcher: Callable[..., Fetcher],
 ) -> None:
     extra = {"limited": status(429)}
     with TroubleServer(photos=1, extra=extra) as server:
         one = fetcher(max_host_failures=2, per_host=1, retry_after_s=30)
-        said = {str(outcome(one.submit(server.url("limited")))) for _ in range(2)}
-        assert said == {"HTTP 429"} and server.counts["/limited"] == 6
-        first = outcome(one.submit(server.url("limited")))  # one try, and a pause is noted
+        reasons = {str(outcome(one.submit(server.url("limited")))) for _ in range(2)}
+        assert reasons == {"HTTP 429"} and server.counts["/limited"] == 6
+        first = outcome(one.submit(server.url("limited")))  # one attempt, and the pause begins
         assert str(first) == "HTTP 429" and server.counts["/limited"] == 7
         start = time.monotonic()
         for _ in range(20):
@@ -333,10 +340,10 @@ def test_a_host_that_wants_to_be_left_alone_is_left_alone(
         assert time.monotonic() - start < 5
 
 
-# ---- what is sent
+# ---- headers
 
 
-def test_what_is_sent(
+def test_requests_have_no_cookies_referer_or_proxy(
     quiet_server: TroubleServer, fetcher: Callable[..., Fetcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
@@ -356,7 +363,7 @@ def test_is_url() -> None:
     assert not any(map(is_url, ("/http://a", "ftp://a", "https:/a", "", "a.jpg", "hf:x#1")))
 
 
-# ---- the config
+# ---- configuration
 
 
 @pytest.mark.parametrize(
@@ -371,7 +378,7 @@ def test_is_url() -> None:
         {"max_bytes": 10, "budget_bytes": 9},
     ],
 )
-def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_limits_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[-1]):
         DownloadConfig(**wrong)
 
@@ -380,10 +387,10 @@ def test_a_config_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(quick_config(tries=7))) == quick_config(tries=7)
 
 
-# ---- the end
+# ---- closing
 
 
-def test_closing_cancels_what_is_under_way(quiet_server: TroubleServer) -> None:
+def test_closing_cancels_running_downloads(quiet_server: TroubleServer) -> None:
     one = Fetcher(quick_config(read_s=20, total_s=60, per_host=4))
     started = [one.submit(quiet_server.url(kind)) for kind in ("stall", "silent", "slow") * 5]
     time.sleep(0.2)
@@ -412,7 +419,7 @@ def test_a_callback_may_close_the_fetcher(quiet_server: TroubleServer) -> None:
     one.close()
 
 
-def test_a_cancelled_fetch_ends_and_gives_back_its_place(
+def test_a_cancelled_download_frees_its_connection(
     fetcher: Callable[..., Fetcher],
 ) -> None:
     with TroubleServer(photos=1) as server:
@@ -443,7 +450,7 @@ if sys.argv[1] == "exit":
 
 
 @pytest.mark.parametrize(("how", "code"), [("close", 0), ("leave", 0), ("exit", 3)])
-def test_python_ends_in_silence(how: str, code: int, quiet_server: TroubleServer) -> None:
+def test_python_ends_without_messages(how: str, code: int, quiet_server: TroubleServer) -> None:
     kinds = ("photo-0", "stall", "silent", "slow", "photo-1", "reset", "200-mb-unsaid", "500")
     urls = [quiet_server.url(kind) for kind in kinds]
     urls.append("https://no-such-host.invalid/")
@@ -456,7 +463,7 @@ def test_python_ends_in_silence(how: str, code: int, quiet_server: TroubleServer
     assert lines == []
 
 
-def test_what_nobody_foresaw_is_bad_media_and_a_warning(
+def test_an_unexpected_error_fails_one_download_and_is_logged(
     quiet_server: TroubleServer,
     fetcher: Callable[..., Fetcher],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,9 @@
-"""Kept media come back as they were, or not at all."""
+"""Kept media are read back unchanged, or count as absent.
+
+store = MediaStore(Path("kept"))
+store.put(key, data)        # kept/ab/abcd...
+store.get(key)              # data, or None if it is absent or damaged
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ def files(folder: Path) -> list[str]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(st.binary(max_size=5000))
-def test_what_was_put_is_got(tmp_path: Path, data: bytes) -> None:
+def test_kept_bytes_are_read_back(tmp_path: Path, data: bytes) -> None:
     store = MediaStore(tmp_path / "kept")
     key = key_of(data)
     store.put(key, data)
@@ -37,12 +42,12 @@ def test_what_was_put_is_got(tmp_path: Path, data: bytes) -> None:
     assert MediaStore(tmp_path / "kept").get(key) == data
 
 
-def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+def test_absent_bytes_are_none(tmp_path: Path) -> None:
     assert MediaStore(tmp_path).get(key_of(b"never")) is None
 
 
 @pytest.mark.parametrize("damaged", [b"", b"photograp", b"photograph.", b"Photograph"])
-def test_damage_is_named_counts_as_absent_and_is_replaced(
+def test_damage_is_logged_counts_as_absent_and_is_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
 ) -> None:
     store, data = MediaStore(tmp_path), b"photograph"
@@ -59,7 +64,7 @@ def test_damage_is_named_counts_as_absent_and_is_replaced(
 
 
 @pytest.mark.parametrize("key", ["", "ab", "../../etc/passwd", "A" * 64, "g" * 64, "0" * 63 + "\n"])
-def test_only_keys_are_names(tmp_path: Path, key: str) -> None:
+def test_only_keys_are_accepted_as_names(tmp_path: Path, key: str) -> None:
     store = MediaStore(tmp_path / "kept")
     with pytest.raises(ValueError, match="not a key"):
         store.put(key, b"x")
@@ -68,7 +73,7 @@ def test_only_keys_are_names(tmp_path: Path, key: str) -> None:
     assert files(tmp_path) == []
 
 
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, data = MediaStore(tmp_path), b"photograph"
@@ -86,7 +91,7 @@ def test_a_failed_write_leaves_what_was_there(
     assert (tmp_path / key[:2] / key).read_bytes() == b"as it was"
 
 
-def test_old_leftovers_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
+def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:
     store, data = MediaStore(tmp_path), b"photograph"
     store.put(key_of(data), data)
     folder = tmp_path / key_of(data)[:2]
@@ -99,7 +104,7 @@ def test_old_leftovers_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
     assert (folder / "new.partial").exists()
 
 
-def test_others_may_read_what_is_kept(tmp_path: Path) -> None:
+def test_kept_files_are_readable_by_others(tmp_path: Path) -> None:
     MediaStore(tmp_path).put(key_of(b"x"), b"x")
     path = tmp_path / key_of(b"x")[:2] / key_of(b"x")
     assert path.stat().st_mode & 0o777 == 0o644
@@ -113,7 +118,7 @@ def _write_for_ever(folder: Path) -> None:
         number += 1
 
 
-def test_killed_writers_leave_whole_files_or_none(tmp_path: Path) -> None:
+def test_killed_writers_leave_complete_files_or_none(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_for_ever, args=(tmp_path,)) for _ in range(2)]
     for writer in writers:

@@ -1,4 +1,10 @@
-"""Bodies in memory stay within the budget, and nobody waits for ever for a share of it."""
+"""Bodies in memory stay within the budget, and every download gets its share in the end.
+
+reservation = Reservation(MemoryBudget(512 << 20), asyncio.get_running_loop())
+await reservation.acquire()         # the first share
+reservation.grow(length, length)    # the whole body, or OverBudgetError
+reservation.release()
+"""
 
 from __future__ import annotations
 
@@ -34,45 +40,45 @@ BODY = 200 * KB
 LIMIT = 256 * KB
 
 
-# ---- the arithmetic
+# ---- reservations
 
 
 def reservations(budget: MemoryBudget, count: int) -> list[Reservation]:
     return [Reservation(budget, asyncio.get_running_loop()) for _ in range(count)]
 
 
-async def turns() -> None:
+async def run_loop() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-def test_those_who_cannot_start_stand_in_line() -> None:
-    async def story() -> None:
+def test_downloads_that_do_not_fit_wait_in_order() -> None:
+    async def scenario() -> None:
         budget = MemoryBudget(8 * FIRST_SHARE)
         many = reservations(budget, 6)
         waiting = [asyncio.ensure_future(reservation.acquire()) for reservation in many]
-        await turns()
+        await run_loop()
         assert [w.done() for w in waiting] == [True] * 4 + [
             False
         ] * 2  # the first half of the budget
         many[0].shrink(10)
-        await turns()
-        assert not waiting[4].done()  # a small body is still there
+        await run_loop()
+        assert not waiting[4].done()  # a small body is still in memory
         many[0].release()
         many[0].release()
-        await turns()
+        await run_loop()
         assert [w.done() for w in waiting] == [True] * 5 + [False]
         waiting[5].cancel()
-        await turns()
+        await run_loop()
         for reservation in many[:5]:
             reservation.release()
         assert budget.used == 0
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
-    async def story() -> None:
+def test_a_body_without_room_to_grow_starts_again_with_all_it_needs() -> None:
+    async def scenario() -> None:
         budget = MemoryBudget(10 * FIRST_SHARE)
         one, two = reservations(budget, 2)
         await one.acquire()
@@ -82,18 +88,18 @@ def test_who_cannot_grow_begins_again_with_all_it_needs() -> None:
             two.grow(4 * FIRST_SHARE + 1, 9 * FIRST_SHARE)
         assert two.held == 0 and budget.used == one.held
         again = asyncio.ensure_future(two.acquire())
-        await turns()
+        await run_loop()
         assert not again.done()
         one.shrink(FIRST_SHARE)
-        await turns()
+        await run_loop()
         assert again.done() and two.held == 9 * FIRST_SHARE
         two.grow(9 * FIRST_SHARE, 9 * FIRST_SHARE)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_who_is_waited_for_goes_beyond_one_at_a_time() -> None:
-    async def story() -> None:
+def test_one_awaited_body_at_a_time_may_exceed_the_budget() -> None:
+    async def scenario() -> None:
         budget = MemoryBudget(4 * FIRST_SHARE)
         full, one, two, three = reservations(budget, 4)
         await full.acquire()
@@ -101,52 +107,52 @@ def test_who_is_waited_for_goes_beyond_one_at_a_time() -> None:
         waiting = [
             asyncio.ensure_future(reservation.acquire()) for reservation in (one, two, three)
         ]
-        await turns()
+        await run_loop()
         assert not any(w.done() for w in waiting)
         two.prioritize()
         three.prioritize()
-        await turns()
+        await run_loop()
         assert [w.done() for w in waiting] == [False, True, False]
         two.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
         two.shrink(3 * FIRST_SHARE)
-        await turns()
+        await run_loop()
         assert [w.done() for w in waiting] == [False, True, True]
         full.release()
         two.release()
         three.release()
-        await turns()
+        await run_loop()
         assert waiting[0].done()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_cancelled_hurry_leaves_the_way_free() -> None:
-    async def story() -> None:
+def test_releasing_an_awaited_body_admits_the_next_one() -> None:
+    async def scenario() -> None:
         budget = MemoryBudget(4 * FIRST_SHARE)
         full, one, two = reservations(budget, 3)
         await full.acquire()
         full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
         one.prioritize()
         first = asyncio.ensure_future(one.acquire())
-        await turns()
+        await run_loop()
         assert first.done()
         two.prioritize()
         second = asyncio.ensure_future(two.acquire())
-        await turns()
+        await run_loop()
         assert not second.done()
         one.release()
-        await turns()
+        await run_loop()
         assert second.done()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.booleans(), st.booleans())
-def test_any_fetches_end_within_the_budget(
+def test_any_downloads_finish_within_the_budget(
     seed: int, bodies: int, in_order: bool, known: bool
 ) -> None:
-    """Random sizes and delays; the consumer takes them in order, or as they come."""
+    """Sizes and delays are random; the consumer takes bodies in order, or as they arrive."""
     chance = random.Random(seed)
     largest = 20 * FIRST_SHARE
     total = largest * chance.choice([1, 2, 4])
@@ -172,7 +178,7 @@ def test_any_fetches_end_within_the_budget(
             except OverBudgetError:
                 continue
 
-    async def story() -> None:
+    async def scenario() -> None:
         budget = MemoryBudget(total)
         places = asyncio.Semaphore(chance.randint(1, 4))
         many = reservations(budget, bodies)
@@ -192,7 +198,7 @@ def test_any_fetches_end_within_the_budget(
         assert budget.used == 0
         assert not budget._queue
 
-    asyncio.run(asyncio.wait_for(story(), 10))
+    asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
 # ---- with a server
@@ -241,7 +247,7 @@ def small_fetcher(**changed: Any) -> Fetcher:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The most bytes any budget had in use."""
+    """Return a list with the largest number of bytes that any budget had reserved."""
     most = [0]
     hold = MemoryBudget._hold
 
@@ -277,7 +283,7 @@ def in_threads(futures: list[concurrent.futures.Future[Fetched]]) -> int:
 
 
 @pytest.mark.parametrize("consume", [in_order, as_they_come, in_threads])
-def test_more_than_fits_is_fetched_all_the_same(
+def test_more_bodies_than_fit_are_all_downloaded(
     server: TroubleServer,
     watch: list[int],
     consume: Callable[[list[concurrent.futures.Future[Fetched]]], int],
@@ -287,14 +293,14 @@ def test_more_than_fits_is_fetched_all_the_same(
     assert consume([one.submit(server.url(kind)) for kind in kinds]) == len(kinds)
     wait_until(lambda: one._budget.used == 0)
     beyond = LIMIT if consume is not as_they_come else 0
-    if consume is in_threads:  # six hold one each while they look at it
+    if consume is in_threads:  # each of six threads holds one
         beyond = 6 * LIMIT
     assert BODY < watch[0] <= 3 * LIMIT + beyond
     one.close()
 
 
-def test_a_consumer_that_takes_groups_is_served(server: TroubleServer) -> None:
-    """Groups far larger than the budget: more than it is in memory, since the consumer wants it so."""
+def test_a_consumer_may_collect_more_bodies_than_fit(server: TroubleServer) -> None:
+    """The consumer waits for each body while it keeps the others, so the budget is exceeded."""
     one = small_fetcher(budget_bytes=LIMIT)
     futures = [one.submit(server.url("large")) for _ in range(12)]
     fetched = [future.result(20) for future in futures]
@@ -305,23 +311,23 @@ def test_a_consumer_that_takes_groups_is_served(server: TroubleServer) -> None:
     one.close()
 
 
-def test_nothing_is_read_ahead_while_the_budget_is_spent(server: TroubleServer) -> None:
+def test_nothing_is_downloaded_ahead_while_the_budget_is_used_up(server: TroubleServer) -> None:
     one = small_fetcher()
     futures = [one.submit(server.url("large")) for _ in range(20)]
-    # Nobody asks for a result yet: the one that is waited for may go beyond the budget.
+    # No thread waits for a result: an awaited body may exceed the budget.
     wait_until(lambda: any(future.done() for future in futures))
     time.sleep(0.5)
     finished = [future for future in futures if future.done()]
     assert len(finished) * BODY <= 3 * LIMIT
     before = server.counts["/large"]
     time.sleep(0.3)
-    assert server.counts["/large"] == before  # nor is the server asked again and again
+    assert server.counts["/large"] == before  # nor are requests repeated
     assert one._budget.used <= 3 * LIMIT
     assert in_order(futures) == 20
     one.close()
 
 
-def test_who_drops_a_body_gives_it_back(server: TroubleServer) -> None:
+def test_a_dropped_body_is_released(server: TroubleServer) -> None:
     one = small_fetcher()
     for _ in range(30):
         one.submit(server.url("large")).result(10)
@@ -337,7 +343,7 @@ def test_who_drops_a_body_gives_it_back(server: TroubleServer) -> None:
     kept.release()
 
 
-def test_failures_and_cancellations_give_all_back(server: TroubleServer) -> None:
+def test_failed_and_cancelled_downloads_release_their_memory(server: TroubleServer) -> None:
     one = small_fetcher(read_s=0.3, total_s=0.5, tries=2)
     kinds = ("404", "500", "truncated", "200-mb", "200-mb-unsaid", "stall", "slow", "wrong-sha")
     futures = [one.submit(server.url(kind), sha256="0" * 64) for kind in kinds]
@@ -351,7 +357,7 @@ def test_failures_and_cancellations_give_all_back(server: TroubleServer) -> None
     one.close()
 
 
-def test_results_awaited_by_many_threads_at_once(server: TroubleServer, watch: list[int]) -> None:
+def test_many_threads_may_wait_for_results(server: TroubleServer, watch: list[int]) -> None:
     one = small_fetcher()
     lock, got = threading.Lock(), [0]
 

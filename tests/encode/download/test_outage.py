@@ -1,4 +1,8 @@
-"""A network that goes away for a while costs time, no links; a list of dead hosts costs one wait."""
+"""Downloads wait while the network is down; a list of dead hosts costs one wait.
+
+outage = Outage(max_wait_s=600)
+await outage.wait_if_down(error)    # True: the network was down, try again
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,18 @@ from tests.support.web_server import TroubleServer, outcome, quick_config, wait_
 
 
 class Names:
-    """*.test leads to the loopback while the network is there, and nowhere else."""
+    """A name server: *.test is the loopback address while the network is up, *.dead.test does not exist."""
 
     def __init__(self) -> None:
-        self.there = threading.Event()
-        self.asked = 0
+        self.network_is_up = threading.Event()
+        self.lookups = 0
         self._real = socket.getaddrinfo
 
     def lookup(self, host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
-        self.asked += 1
-        if host.endswith(".dead.test") or (host.endswith(".test") and not self.there.is_set()):
+        self.lookups += 1
+        if host.endswith(".dead.test") or (
+            host.endswith(".test") and not self.network_is_up.is_set()
+        ):
             raise socket.gaierror(socket.EAI_AGAIN, "temporary failure")
         return self._real("127.0.0.1" if host.endswith(".test") else host, port, *args, **kwargs)
 
@@ -52,7 +58,7 @@ def url_at(server: TroubleServer, host: str) -> str:
     return server.url("photo-0").replace("127.0.0.1", host)
 
 
-def test_fetches_outlast_an_outage(
+def test_downloads_survive_an_outage(
     server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = Fetcher(quick_config(outage_s=30, tries=2))
@@ -61,7 +67,7 @@ def test_fetches_outlast_an_outage(
         wait_until(lambda: "network may be down" in caplog.text)
         time.sleep(0.5)
         failed = sum(future.done() for future in started)
-        names.there.set()
+        names.network_is_up.set()
         got = [outcome(future) for future in started]
         wait_until(lambda: "the network is back" in caplog.text)
     assert failed == 0
@@ -70,7 +76,7 @@ def test_fetches_outlast_an_outage(
     one.close()
 
 
-def test_an_outage_without_end_is_waited_for_once(
+def test_an_endless_outage_is_waited_for_once(
     server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = Fetcher(quick_config(outage_s=0.5, tries=2))
@@ -85,8 +91,10 @@ def test_an_outage_without_end_is_waited_for_once(
     one.close()
 
 
-def test_one_host_that_answers_is_network_enough(server: TroubleServer, names: Names) -> None:
-    names.there.set()
+def test_a_host_that_answers_shows_that_the_network_is_up(
+    server: TroubleServer, names: Names
+) -> None:
+    names.network_is_up.set()
     one = Fetcher(quick_config(outage_s=30, tries=1, connections=2, per_host=2))
     urls = [
         url_at(server, host) for i in range(HOSTS * 2) for host in (f"h{i}.dead.test", "here.test")
@@ -101,7 +109,7 @@ def test_one_host_that_answers_is_network_enough(server: TroubleServer, names: N
 def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Names) -> None:
     one = Fetcher(quick_config(outage_s=600))
     started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS)]
-    wait_until(lambda: names.asked >= HOSTS)
+    wait_until(lambda: names.lookups >= HOSTS)
     time.sleep(0.1)
     start = time.monotonic()
     one.close()
@@ -109,19 +117,21 @@ def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Nam
     assert all(future.cancelled() for future in started)
 
 
-def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    def silence(number: int) -> DownloadError:
+def test_each_wait_in_vain_raises_the_number_of_hosts_for_an_alarm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unreachable(number: int) -> DownloadError:
         error = DownloadError("no connection", retryable=True, unreachable=True)
         error.host = f"host{number}"
         return error
 
-    async def story() -> list[int]:
+    async def scenario() -> list[int]:
         outage = Outage(0.0)
         alarms = []
         for _ in range(3):
             before = caplog.text.count("network may be down")
             for number in range(1000):
-                assert not await outage.wait_if_down(silence(number))
+                assert not await outage.wait_if_down(unreachable(number))
                 if caplog.text.count("network may be down") > before:
                     alarms.append(number + 1)
                     before += 1
@@ -130,15 +140,15 @@ def test_alarms_in_vain_make_it_slower_to_alarm(caplog: pytest.LogCaptureFixture
             assert not await outage.wait_if_down(answer)
         return alarms
 
-    assert asyncio.run(story()) == [HOSTS, 4 * HOSTS, 16 * HOSTS]
+    assert asyncio.run(scenario()) == [HOSTS, 4 * HOSTS, 16 * HOSTS]
 
 
-def test_one_host_alone_is_no_outage() -> None:
-    async def story() -> None:
+def test_one_unreachable_host_is_not_an_outage() -> None:
+    async def scenario() -> None:
         outage = Outage(600)
         error = DownloadError("no connection", retryable=True, unreachable=True)
         error.host = "host"
         for _ in range(1000):
             assert not await outage.wait_if_down(error)
 
-    asyncio.run(asyncio.wait_for(story(), 5))
+    asyncio.run(asyncio.wait_for(scenario(), 5))

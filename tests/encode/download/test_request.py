@@ -1,4 +1,4 @@
-"""Answers that bend or break HTTP: read as they are meant, or refused in words; nothing else happens."""
+"""Responses that bend or break HTTP are read as intended, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INVALID = "invalid HTTP response"
 
 
 def raw(answer: bytes) -> Act:
-    """These bytes, with BODY and LEN filled in, and the end of the connection."""
+    """Send these bytes with BODY and LEN replaced, then close the connection."""
 
     def act(h: Handler, image: bytes, _: int) -> None:
         h.wfile.write(answer.replace(b"LEN", b"%d" % len(image)).replace(b"BODY", image))
@@ -87,15 +87,15 @@ ODD: dict[str, tuple[Act, str | None]] = {
 }
 
 
-def test_odd_answers(caplog: pytest.LogCaptureFixture) -> None:
+def test_odd_responses(caplog: pytest.LogCaptureFixture) -> None:
     extra = {kind: act for kind, (act, _) in ODD.items()}
     with TroubleServer(photos=1, extra=extra) as server, caplog.at_level(logging.INFO):
         one = Fetcher(quick_config())
         started = {kind: one.submit(server.url(kind)) for kind in ODD}
         for kind, future in started.items():
-            got, said = outcome(future), ODD[kind][1]
-            if said is not None:
-                assert str(got) == said, kind
+            got, reason = outcome(future), ODD[kind][1]
+            if reason is not None:
+                assert str(got) == reason, kind
             else:
                 assert isinstance(got, Fetched), f"{kind}: {got}"
                 expected = "photo-0" if kind == "latin-location" else kind
@@ -105,10 +105,10 @@ def test_odd_answers(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.soak_counted
-def test_mutated_answers_are_bodies_or_reasons(
+def test_mutated_responses_give_a_body_or_a_reason(
     soak: Callable[[int, int], int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sound answers with bytes changed, dropped and put in; half of them chunked."""
+    """Bytes of valid responses are changed, removed and inserted; half of the responses are chunked."""
     sound = (
         b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 300\r\n\r\n" + b"x" * 300,
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n96\r\n"

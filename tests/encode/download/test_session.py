@@ -1,4 +1,8 @@
-"""No URL, name or redirect leads to an address that the rules keep us from."""
+"""No URL, name or redirect leads to an address that is not allowed.
+
+sockets = CheckedSockets(allow_private=False)
+sockets.make(getaddrinfo("localhost", 80)[0])   # RefusedAddressError
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from encode.download.session import CheckedResolver, CheckedSockets
 from tests.support.web_server import TroubleServer, outcome, quick_config, redirect
 
 
-def test_the_socket_itself_is_refused() -> None:
+def test_no_socket_is_made_for_a_refused_address() -> None:
     def info(address: str) -> tuple[Any, ...]:
         return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, 80))
 
@@ -29,7 +33,7 @@ def test_the_socket_itself_is_refused() -> None:
         assert not made.getblocking()
 
 
-# ---- on the wire
+# ---- with a server
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def server() -> Iterator[TroubleServer]:
 
 @pytest.fixture
 def strict() -> Iterator[Fetcher]:
-    """Follows the rules as they are by default."""
+    """Return a fetcher without --allow-private."""
     one = Fetcher(quick_config(allow_private=False))
     yield one
     one.close()
@@ -50,7 +54,7 @@ def strict() -> Iterator[Fetcher]:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
-    """Names -> what each lookup answers in turn, the last one for ever."""
+    """Return a table of names -> the addresses of each lookup in turn; the last ones repeat."""
     table: dict[str, list[list[str]]] = {}
     real = socket.getaddrinfo
 
@@ -67,7 +71,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
 
 @pytest.fixture
 def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
-    """127.0.0.1, and nothing else of the loopback, counts as global."""
+    """Treat 127.0.0.1, but no other loopback address, as global."""
     public = (ipaddress.IPv4Network("127.0.0.1/32"), "global")
     monkeypatch.setattr(cache.remote.net, "_NETWORKS", (public, *cache.remote.net._NETWORKS))
 
@@ -93,7 +97,7 @@ def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
         "①②⑦.0.0.1",
     ],
 )
-def test_no_spelling_of_this_machine_is_asked(
+def test_no_spelling_of_this_machine_is_contacted(
     host: str, server: TroubleServer, strict: Fetcher
 ) -> None:
     before = server.connections
@@ -101,12 +105,12 @@ def test_no_spelling_of_this_machine_is_asked(
     got = outcome(strict.submit(f"http://{host}:{port}/photo-0"))
     assert not isinstance(got, Fetched)
     assert got.stage == "fetch"
-    said = ("which is not allowed", "an invalid URL", "no such host")
-    assert got.reason.endswith(said), got.reason
+    reasons = ("which is not allowed", "an invalid URL", "no such host")
+    assert got.reason.endswith(reasons), got.reason
     assert server.connections == before
 
 
-def test_a_name_is_judged_by_its_addresses(
+def test_a_name_is_checked_by_its_addresses(
     server: TroubleServer, strict: Fetcher, names: dict[str, list[list[str]]]
 ) -> None:
     port = server.base.rpartition(":")[2]
@@ -125,7 +129,7 @@ def test_a_name_is_judged_by_its_addresses(
     assert server.connections == before
 
 
-def test_of_several_addresses_only_allowed_ones_are_used(
+def test_only_the_allowed_addresses_of_a_name_are_used(
     server: TroubleServer,
     strict: Fetcher,
     names: dict[str, list[list[str]]],
@@ -157,13 +161,13 @@ def test_a_redirect_to_a_name_is_checked(
     assert str(got) == "redirect to a private address 10.0.0.1, which is not allowed"
 
 
-def test_a_name_that_changes_its_address_is_no_way_round(
+def test_dns_rebinding_is_refused(
     server: TroubleServer,
     strict: Fetcher,
     names: dict[str, list[list[str]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even a resolver that lies cannot make the socket go where it may not."""
+    """A resolver that returns a refused address cannot make a socket connect to it."""
     port = server.base.rpartition(":")[2]
     names["rebind.test"] = [["1.1.1.1"], ["127.0.0.1"]]
 
@@ -184,7 +188,7 @@ def test_a_name_that_changes_its_address_is_no_way_round(
 # ---- name servers
 
 
-def test_a_silent_name_server_holds_up_nobody_else(
+def test_a_name_server_that_does_not_answer_delays_no_other_host(
     server: TroubleServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, answer = socket.getaddrinfo, threading.Event()
@@ -212,7 +216,7 @@ def test_a_silent_name_server_holds_up_nobody_else(
 # ---- TLS
 
 
-# For these tests alone: a certificate for localhost and 127.0.0.1, signed by itself, until 2126.
+# A self-signed certificate for localhost and 127.0.0.1, valid until 2126, only for these tests.
 CERTIFICATE = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpslZxRfOQrGBPiLp
@@ -257,7 +261,7 @@ def test_certificates_are_verified(certificate: Path, monkeypatch: pytest.Monkey
         one.close()
 
 
-def test_https_spoken_to_who_does_not(server: TroubleServer) -> None:
+def test_https_to_a_server_without_tls(server: TroubleServer) -> None:
     one = Fetcher(quick_config())
     got = outcome(one.submit(server.url("photo-0").replace("http:", "https:")))
     assert str(got).startswith("TLS: ")

@@ -1,4 +1,7 @@
-"""URLs are sent as the data set spells them, and what is none is refused in words."""
+"""URLs are sent as the data set spells them, and invalid ones are refused with a reason.
+
+parse_url("http://example.com/a b?sig=%2B")     # http://example.com/a%20b?sig=%2B
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tests.support.web_server import Handler, TroubleServer, outcome, quick_conf
 
 SPELLINGS = {
     "/photo-0": "/photo-0",
-    "/a%7Eb/%c3%a9": "/a%7Eb/%c3%a9",  # escapes stay as they are: they may be signed
+    "/a%7Eb/%c3%a9": "/a%7Eb/%c3%a9",  # escapes are unchanged: the URL may be signed
     "/a?sig=%2B%2f+x==&&y": "/a?sig=%2B%2f+x==&&y",
     "/100%.jpg": "/100%.jpg",
     "/a//b/../c": "/a//b/../c",
@@ -40,7 +43,7 @@ def server() -> Iterator[TroubleServer]:
         yield one
 
 
-def test_paths_and_queries_arrive_as_they_are_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_queries_are_sent_as_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def note(h: Handler) -> None:
@@ -76,7 +79,7 @@ def test_paths_and_queries_arrive_as_they_are_spelt(monkeypatch: pytest.MonkeyPa
         ("http://a\x00b/", "an invalid URL"),
     ],
 )
-def test_what_is_no_url_is_said(text: str, reason: str) -> None:
+def test_an_invalid_url_has_its_reason(text: str, reason: str) -> None:
     with pytest.raises(DownloadError) as caught:
         parse_url(text)
     assert caught.value.reason == reason
@@ -89,7 +92,7 @@ def test_what_is_no_url_is_said(text: str, reason: str) -> None:
 @example("http://" + "x" * 300)
 @example("http://a.b/\ud800")
 @example("http://\ud800/")
-def test_any_text_is_a_sendable_url_or_trouble(text: str) -> None:
+def test_any_text_is_a_valid_url_or_an_error(text: str) -> None:
     for whole in (text, f"http://{text}", f"https://a.b/{text}", f"http://a.b?{text}"):
         try:
             url = parse_url(whole)
@@ -102,16 +105,16 @@ def test_any_text_is_a_sendable_url_or_trouble(text: str) -> None:
 
 
 @given(st.text())
-def test_any_location_leads_somewhere_or_is_trouble(location: str) -> None:
+def test_any_location_is_a_valid_url_or_an_error(location: str) -> None:
     try:
         url = redirect_url(URL("http://a.b/c/d?e"), location)
-    except DownloadError as trouble:
-        assert "\n" not in trouble.reason and "redirect" in trouble.reason
+    except DownloadError as error:
+        assert "\n" not in error.reason and "redirect" in error.reason
         return
     assert url.scheme in ("http", "https") and url.host
 
 
-def test_redirects_are_relative_to_where_they_stand() -> None:
+def test_redirects_are_relative_to_their_url() -> None:
     base = URL("https://a.b/c/d?e=f")
     for location, target in {
         "x.jpg": "https://a.b/c/x.jpg",
@@ -124,12 +127,12 @@ def test_redirects_are_relative_to_where_they_stand() -> None:
         assert str(redirect_url(base, location)) == target
 
 
-def test_hosts_are_spelt_one_way() -> None:
+def test_hosts_have_a_normal_form() -> None:
     assert host_of(parse_url("http://EXAMPLE.com./a")) == "example.com"
     assert host_of(parse_url("http://bücher.de/")) == "xn--bcher-kva.de"
 
 
-def test_wild_urls_never_break_the_fetcher(server: TroubleServer) -> None:
+def test_malformed_urls_do_not_break_the_fetcher(server: TroubleServer) -> None:
     one = Fetcher(quick_config())
     wild = [
         "http://" + "x" * 300 + "/",
