@@ -39,7 +39,7 @@ def _environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["formatted"] = format  # {{ 0.5|formatted(".0%") }}
-    style, script = ((HERE / name).read_text() for name in ("style.css", "script.js"))
+    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The browser refuses every other script, and every request, whatever a template let through.
     policy = (
