@@ -34,6 +34,7 @@ from encode.worker.config import WorkerConfig
 from model.vision.config import DemoTowerConfig
 from model.vision.encoder import _pool, rebuild_encoder
 from tests.support.encode_jobs import TINY, draw, encode
+from tests.support.faults import garble
 from tests.support.spaces import SPEC, fill, key, make_space
 from tests.support.videos import make_video
 
@@ -178,10 +179,7 @@ def test_damaged_rows_are_reported_and_not_converted(
 ) -> None:
     space = make_space(tmp_path, "fp16")
     fill(space, [1, 2, 3])
-    path = space.paths.shard("image", 0)
-    data = bytearray(path.read_bytes())
-    data[space.info.geometry("image").row_offset(2)] ^= 1
-    path.write_bytes(data)
+    garble(space.paths.shard("image", 0), space.info.geometry("image").row_offset(2))
     assert run(tmp_path, "--codec", "int8") == 1
     assert "1 damaged rows were not copied" in capsys.readouterr().out
     name = next(n for n in CacheRoot(tmp_path).space_names() if "int8" in n)

@@ -38,6 +38,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
+from tests.support.faults import garble
 from tests.support.spaces import fill, key, make_space, row
 
 TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
@@ -463,10 +464,7 @@ def test_a_damaged_row_is_not_exported(
     tmp_path: Path, run: Callable[..., tuple[Path, str]]
 ) -> None:
     space = make(tmp_path / "cache")
-    path = space.paths.shard("image", 1)
-    data = bytearray(path.read_bytes())
-    data[space.info.geometry("image").row_offset(1)] ^= 1  # of image 4
-    path.write_bytes(data)
+    garble(space.paths.shard("image", 1), space.info.geometry("image").row_offset(1))  # image 4
     for arguments in (("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")):
         with pytest.raises(CorruptError, match="checksum"):
             run(*arguments)

@@ -28,7 +28,7 @@ from cache.store.writer import ShardWriter
 from configs import UserError
 from tests.support import encode_jobs, faults
 from tests.support.encode_jobs import draw, encode
-from tests.support.faults import struck
+from tests.support.faults import garble, struck
 from tests.support.spaces import fill, key, make_space, row
 
 # ---- rows
@@ -37,6 +37,10 @@ from tests.support.spaces import fill, key, make_space, row
 def run(*argv: Any) -> int:
     sys.argv = ["cache.merge", *map(str, argv)]
     return merge.main()
+
+
+def merge_b_into_a(tmp_path: Path, *argv: Any) -> int:
+    return run("--source", tmp_path / "b", "--features", tmp_path / "a", *argv)
 
 
 def hash_of(folder: Path) -> str:
@@ -94,7 +98,7 @@ def test_rows_keep_bytes_times_and_errors_and_are_stored_once(tmp_path: Path) ->
     expected = {kind: columns(tmp_path / "b", kind) for kind in ("image", "frame")}
     for kind, rows in expected.items():
         rows.update(columns(tmp_path / "a", kind))
-    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    assert merge_b_into_a(tmp_path) == 0
     for kind, rows in expected.items():
         assert columns(tmp_path / "a", kind) == rows
     hash_of(tmp_path / "a")  # reads every row, and reports rows that are stored twice
@@ -109,7 +113,7 @@ def test_the_frames_of_a_video_stay_adjacent_in_one_shard(tmp_path: Path) -> Non
     for number in (20, 21, 22):
         add_video(theirs, number, 10)
     assert theirs.rows_per_shard("frame") == 16
-    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    merge_b_into_a(tmp_path)
     reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
     views = [time_view(at * 500_000) for at in range(10)]
     for number in (20, 21, 22):
@@ -125,11 +129,11 @@ def test_a_second_merge_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFix
         gone = MediaRecord(source="x", status="failed", stage="fetch", error=root.name)
         append_media(CacheRoot(root), [gone], "job")
         write_samples(CacheRoot(root), "d", [Sample(id="1", dataset="d", messages=())])
-    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    merge_b_into_a(tmp_path)
     files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
     before = {path: path.stat().st_mtime_ns for path in files if path.is_file()}
     capsys.readouterr()
-    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    assert merge_b_into_a(tmp_path) == 0
     files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
     assert {path: path.stat().st_mtime_ns for path in files if path.is_file()} == before
     out = capsys.readouterr().out
@@ -140,7 +144,7 @@ def test_a_second_merge_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(make_space(tmp_path / "b"), [2])
-    assert run("--source", tmp_path / "b", "--features", tmp_path / "a", "--plan") == 0
+    assert merge_b_into_a(tmp_path, "--plan") == 0
     assert "1 of 1 rows to copy (264 B)" in capsys.readouterr().out
     assert not (tmp_path / "a").exists()
 
@@ -152,7 +156,7 @@ def test_the_shard_size_may_differ(tmp_path: Path) -> None:
         CacheRoot(tmp_path / "b"), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("image")
     )
     fill(other, range(10, 23))
-    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    merge_b_into_a(tmp_path)
     assert len(columns(tmp_path / "a", "image")) == 14
     hash_of(tmp_path / "a")
 
@@ -163,18 +167,15 @@ def test_damaged_rows_are_reported_and_not_copied(
     fill(make_space(tmp_path / "a"), [1])
     theirs = make_space(tmp_path / "b")
     fill(theirs, [2, 3, 4])
-    path = theirs.paths.shard("image", 0)
-    data = bytearray(path.read_bytes())
-    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
-    path.write_bytes(data)
-    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 1
+    damage = theirs.paths.shard("image", 0), theirs.info.geometry("image").row_offset(1)
+    garble(*damage)
+    assert merge_b_into_a(tmp_path) == 1
     out = capsys.readouterr().out
     assert "1 damaged rows were not copied" in out and "row 1 fails its checksum" in out
     assert set(columns(tmp_path / "a", "image")) == {(key(n), "full") for n in (1, 2, 4)}
     hash_of(tmp_path / "a")
-    data[theirs.info.geometry("image").row_offset(1) + 9] ^= 1
-    path.write_bytes(data)
-    assert run("--source", tmp_path / "b", "--features", tmp_path / "a") == 0
+    garble(*damage)  # a second time restores the bytes
+    assert merge_b_into_a(tmp_path) == 0
     assert (key(3), "full") in columns(tmp_path / "a", "image")
 
 
@@ -187,7 +188,7 @@ def test_rows_that_differ_between_machines_keep_the_local_bytes(
     shard.append(key(1), "full", row(7))
     shard.commit()
     before = columns(tmp_path / "a", "image")
-    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    merge_b_into_a(tmp_path)
     assert "1 are here with other bytes, which are kept" in capsys.readouterr().out
     assert columns(tmp_path / "a", "image") == before
 
@@ -222,12 +223,14 @@ def test_a_merge_killed_at_any_system_call_can_be_repeated(tmp_path: Path) -> No
 # ---- media
 
 
-def merged_media(tmp_path: Path, ours: list[MediaRecord], theirs: list[MediaRecord], **more: Any):
+def merged_media(
+    tmp_path: Path, ours: list[MediaRecord], theirs: list[MediaRecord]
+) -> dict[str, MediaRecord]:
     for name, records in (("a", ours), ("b", theirs)):
         make_space(tmp_path / name)
         for record in records:
             append_media(CacheRoot(tmp_path / name), [record], "job")
-    run("--source", tmp_path / "b", "--features", tmp_path / "a")
+    merge_b_into_a(tmp_path)
     return read_media(CacheRoot(tmp_path / "a"))
 
 
@@ -302,17 +305,16 @@ def test_differing_samples_are_refused_without_the_option(tmp_path: Path) -> Non
 
     fill(make_space(tmp_path / "b"), [2])
     write_samples(CacheRoot(tmp_path / "b"), "d", [sample("2", "theirs"), sample("3", "y")])
-    words = ("--source", tmp_path / "b", "--features", tmp_path / "a", "--samples")
     root = make()
     with pytest.raises(
         CacheError, match=r"d: the samples under .*--samples ours \| theirs \| both"
     ):
-        run(*words[:-1])
+        merge_b_into_a(tmp_path)
     assert len(columns(tmp_path / "a", "image")) == 1  # refused before anything was written
     for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
         root = make()
         for _ in range(2):
-            assert run(*words, choice) == 0
+            assert merge_b_into_a(tmp_path, "--samples", choice) == 0
             found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]
             assert found == wanted.split()
         assert len(columns(tmp_path / "a", "image")) == 2
@@ -323,12 +325,9 @@ def test_a_damaged_data_set_is_not_copied(tmp_path: Path) -> None:
     make_space(tmp_path / "b")
     root = CacheRoot(tmp_path / "b")
     write_samples(root, "d", [sample("1")])
-    path = root.samples("d")
-    data = bytearray(path.read_bytes())
-    data[40] ^= 1
-    path.write_bytes(data)
+    garble(root.samples("d"), 40)
     with pytest.raises(CorruptError, match="its bytes do not match its seal"):
-        run("--source", tmp_path / "b", "--features", tmp_path / "a")
+        merge_b_into_a(tmp_path)
     assert dataset_names(CacheRoot(tmp_path / "a")) == []
 
 
@@ -344,13 +343,12 @@ def test_impossible_merges_are_refused_in_one_line(
         run("--source", tmp_path / "a", "--features", tmp_path / "a")
     with pytest.raises(UserError, match=r"no cache at .*looked for spaces/ and samples/"):
         run("--source", tmp_path / "none", "--features", tmp_path / "a")
-    words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
     with DriverLock(ours.paths, "job 7"), pytest.raises(InUseError, match="being written by job 7"):
-        run(*words)
+        merge_b_into_a(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"the merge needs .* where 0 MB are free"):
-        run(*words)
+        merge_b_into_a(tmp_path)
     assert columns(tmp_path / "a", "image") == {}
 
 
@@ -371,11 +369,10 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(
         return real(*args)
 
     monkeypatch.setattr(os, "pwritev", pwritev)
-    words = ("--source", tmp_path / "b", "--features", tmp_path / "a")
     with pytest.raises(DiskError, match=r"disk full .*everything committed is kept"):
-        run(*words)
+        merge_b_into_a(tmp_path)
     monkeypatch.undo()
     assert len(columns(tmp_path / "a", "image")) in (1, 5)
-    run(*words)
+    merge_b_into_a(tmp_path)
     assert len(columns(tmp_path / "a", "image")) == 7
     hash_of(tmp_path / "a")

@@ -29,6 +29,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 from tests.support import remote_servers
+from tests.support.faults import garble
 from tests.support.remote_servers import WebServer
 from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
 
@@ -159,9 +160,7 @@ def test_only_needed_and_changed_tables_are_copied(
 
 def test_a_damaged_local_copy_is_copied_again(server: WebServer, tmp_path: Path) -> None:
     path = open_remote(server, tmp_path).paths.commit("image", 1)
-    data = bytearray(path.read_bytes())
-    data[40] ^= 1
-    path.write_bytes(data)
+    garble(path, 40)
     server.requests.clear()
     assert open_remote(server, tmp_path).rows("image") == ROWS
     assert [p.split("/")[-1] for p, _ in server.requests] == ["listing.json", path.name]
@@ -449,9 +448,7 @@ def test_a_damaged_file_or_another_row_is_not_returned(tmp_path: Path) -> None:
     rows = RowCache(tmp_path, 100_000)
     put(rows, 1, 2, 3)
     paths = {n: rows._path("image", n, row(n)[0]) for n in (1, 2, 3)}
-    data = bytearray(paths[1].read_bytes())
-    data[500] ^= 4
-    paths[1].write_bytes(data)
+    garble(paths[1], 500)
     paths[2].write_bytes(paths[2].read_bytes()[:999])
     assert kept(rows, 1, 2, 3) == [False, False, True]
     assert not paths[1].exists() and not paths[2].exists()
