@@ -22,14 +22,14 @@ from pathlib import Path
 
 from cache.errors import CacheError, CorruptError
 from cache.format.spec import ARRAYS
-from cache.maintenance.compaction import alone
+from cache.maintenance.compaction import lock_spaces
 from cache.maintenance.garbage import (
     Garbage,
     Unreferenced,
     find_garbage,
     find_unreferenced,
     remove,
-    take_out_unreferenced,
+    remove_unreferenced,
     wanted_keys,
 )
 from cache.maintenance.inventory import open_spaces, summarise_datasets
@@ -71,7 +71,7 @@ def run(options: Options) -> None:
     with contextlib.ExitStack() as held:
         if options.delete:
             held.enter_context(disk_errors(root.path))
-            held.enter_context(alone(spaces, "cache.gc"))
+            held.enter_context(lock_spaces(spaces, "cache.gc"))
         else:
             for space in spaces:
                 if holder := driver_holder(space):
@@ -111,7 +111,7 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
         print(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
         if options.unreferenced:
             if options.delete:
-                take_out_unreferenced(rows)
+                remove_unreferenced(rows)
             freed += rows.nbytes
     if options.delete:
         for paths in filter(lambda paths: paths.space_json.exists(), spaces):

@@ -1,11 +1,11 @@
-"""Taking rows out of shards: what stays is copied into a new shard, which takes their place in one step.
+"""Remove rows from shards: the kept rows are copied to a new shard, which replaces the old ones in one step.
 
-    parts = [(commit, intact_rows(space.paths, space.info, "image", commit))]
-    take_out(space, "image", parts, away)       # the other rows no longer exist
+    kept = [(commit, intact_rows(space.paths, space.info, "image", commit))]
+    rewrite_shards(space, "image", kept, dispose)     # the other rows no longer exist
 
-Whoever does so holds the space's `driver.lock` (see `alone`). The new shard's commit `replaces` the old
-ones, so a crash leaves the old rows or the kept ones, never both and never less. What `away` does with the
-files of what is gone is the caller's: `cache.gc` deletes them, the repair sets them aside.
+The caller holds the driver lock of the space (`lock_spaces`). The commit of the new shard `replaces` the old
+shards, so a crash leaves either the old rows or the kept ones, never both and never fewer. `dispose` takes
+the files of the old shards out of the cache: `cache.gc` deletes them, a repair sets them aside.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from cache.errors import CorruptError
 from cache.format.checksums import crc32c
+from cache.format.shard import row_facts
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
@@ -31,16 +32,20 @@ from cache.store.shard_files import corrupt_shard
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 
-Away = Callable[[Path], None]
-"""Takes one file out of the cache, durably."""
+Dispose = Callable[[Path], None]
+"""Take one file out of the cache, durably."""
 
-Part = tuple[Commit, npt.NDArray[np.bool_]]
-"""A shard, and which of its rows (n,) stay."""
+KeptRows = tuple[Commit, npt.NDArray[np.bool_]]
+"""A shard, and which of its rows (n,) are kept."""
 
 
 @contextlib.contextmanager
-def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
-    """Keep every job away from these spaces, or raise CacheError naming the one that is there."""
+def lock_spaces(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
+    """Hold the driver locks of spaces, so that no job can write to them.
+
+    Raises:
+        InUseError: a job writes to one of them; the message names the job.
+    """
     with contextlib.ExitStack() as locks:
         for space in spaces:
             locks.enter_context(DriverLock(space, holder_text(command)))
@@ -50,7 +55,7 @@ def alone(spaces: Sequence[SpacePaths], command: str) -> Iterator[None]:
 def intact_rows(
     paths: SpacePaths, info: SpaceInfo, array: str, commit: Commit
 ) -> npt.NDArray[np.bool_]:
-    """Which rows (n,) of a shard, whatever became of its file, are what was committed, and numbers."""
+    """Return which rows (n,) of a shard are as committed and finite. The file may be damaged or missing."""
     geometry, finite = info.geometry(array), Finite(info.spec, array)
     intact = np.zeros(commit.table.num_rows, bool)
     row = np.empty(geometry.row_bytes, np.uint8)
@@ -60,7 +65,9 @@ def intact_rows(
         return intact
     try:
         for slot, crc in enumerate(commit.table["crc"].to_pylist()):
-            with contextlib.suppress(OSError):  # a sector that is gone: so is this row
+            with contextlib.suppress(
+                OSError
+            ):  # the disk cannot read the sector, so the row is lost
                 whole = os.preadv(fd, [row.data], geometry.row_offset(slot)) == len(row)
                 intact[slot] = whole and crc32c(row.data) == crc and finite(row)
     finally:
@@ -68,29 +75,33 @@ def intact_rows(
     return intact
 
 
-def take_out(space: Space, array: str, parts: Sequence[Part], away: Away) -> int | None:
-    """Let only some rows of these shards stay, all in one new shard; its number, None if none stay.
+def rewrite_shards(
+    space: Space, array: str, kept: Sequence[KeptRows], dispose: Dispose
+) -> int | None:
+    """Replace shards by one new shard that has only their kept rows. After any error, these still exist once.
+
+    Returns:
+        The number of the new shard; None if no row is kept.
 
     Raises:
-        CorruptError: a row that should stay is damaged.
-        CacheError: the disk refused.
-        Whatever is raised, every row that should stay still exists, once.
+        CorruptError: a row to keep is damaged.
+        DiskError: a file cannot be written or removed.
     """
     with disk_errors(space.paths.root):
-        number = _copy(space, array, parts) if any(keep.any() for _, keep in parts) else None
-        retire(space.paths, space.info, array, [commit.shard for commit, _ in parts], away)
+        number = _copy(space, array, kept) if any(keep.any() for _, keep in kept) else None
+        remove_shards(space.paths, space.info, array, [commit.shard for commit, _ in kept], dispose)
     return number
 
 
-def _copy(space: Space, array: str, parts: Sequence[Part]) -> int:
+def _copy(space: Space, array: str, kept: Sequence[KeptRows]) -> int:
     number = space.next_shard(array)
     writer = ShardWriter(space, array, number)
     try:
-        for commit, keep in parts:
+        for commit, keep in kept:
             _append(space, array, commit, keep, writer)
-        writer.commit(replaces=[commit.shard for commit, _ in parts])
+        writer.commit(replaces=[commit.shard for commit, _ in kept])
     except BaseException:
-        with contextlib.suppress(OSError):  # a disk that refuses this too: cache.gc removes it
+        with contextlib.suppress(OSError):  # where this fails too, cache.gc removes the shard
             writer.abort()
         raise
     return number
@@ -99,94 +110,84 @@ def _copy(space: Space, array: str, parts: Sequence[Part]) -> int:
 def _append(
     space: Space, array: str, commit: Commit, keep: npt.NDArray[np.bool_], writer: ShardWriter
 ) -> None:
-    geometry = space.info.geometry(array)
+    geometry, facts = space.info.geometry(array), list(row_facts(commit.table))
     row = np.empty(geometry.row_bytes, np.uint8)
     fd = os.open(space.paths.shard(array, commit.shard), os.O_RDONLY)
     try:
         for slot in np.flatnonzero(keep).tolist():
-            said = {name: commit.table[name][slot].as_py() for name in commit.table.column_names}
+            key, view, time_s, crc, error = facts[slot]
             os.preadv(fd, [row.data], geometry.row_offset(slot))
-            if crc32c(row.data) != said["crc"]:
-                what = f"row {said['row']} fails its checksum"
+            if crc32c(row.data) != crc:
+                what = f"row {commit.shard * geometry.slots + slot} fails its checksum"
                 raise corrupt_shard(space.paths, array, commit.shard, what)
-            writer.append(
-                said["key"].hex(),
-                said["view"],
-                row.data,
-                time_s=said["time_s"],
-                error=said["error"],
-            )
+            writer.append(key, view, row.data, time_s=time_s, error=error)
     finally:
         os.close(fd)
 
 
-def retire(
-    paths: SpacePaths, info: SpaceInfo, array: str, numbers: Sequence[int], away: Away
+def remove_shards(
+    paths: SpacePaths, info: SpaceInfo, array: str, numbers: Sequence[int], dispose: Dispose
 ) -> None:
-    """End these shards, and those that they replaced before. Ascending: of two shards where one replaced
-    the other, the older goes first, so that none comes back to life."""
+    """Remove shards, and those that they replaced earlier.
+
+    They are removed in ascending order: a shard would exist again if the one that replaced it were removed
+    first.
+    """
     drop_index(paths)
     going, new = set(numbers), list(numbers)
     while new:
         path = paths.commit(array, number := new.pop())
         if path.exists():
-            with contextlib.suppress(
-                CorruptError
-            ):  # what a damaged one replaced came back long ago
+            # The shards that a damaged commit replaced exist again already.
+            with contextlib.suppress(CorruptError):
                 more = set(read_commit(paths, info, array, number).replaces) - going
                 going |= more
                 new += more
     for number in sorted(going):
         if paths.commit(array, number).exists():
-            away(paths.commit(array, number))
-        clear_shard(paths, array, number, away)
+            dispose(paths.commit(array, number))
+        remove_shard_files(paths, array, number, dispose)
 
 
-def shard_home(paths: SpacePaths, array: str, number: int) -> Path:
-    """The folder that holds one shard, or the beginnings of it, and nothing else."""
-    return paths.shards_dir(array) / str(number)
+def remove_shard_files(paths: SpacePaths, array: str, number: int, dispose: Dispose) -> None:
+    """Remove the files of a shard that no commit names.
 
-
-def clear_shard(paths: SpacePaths, array: str, number: int, away: Away) -> None:
-    """Take away the files of a shard that no commit names. The folder of the newest stays, empty: a number
-    that readers may remember is never used again."""
-    home = shard_home(paths, array, number)
+    The empty folder of the newest shard stays, so that its number, which readers may remember, is not used
+    again.
+    """
+    home = paths.shard_dir(array, number)
     if not home.is_dir():
         return
     for path in sorted(path for path in home.rglob("*") if path.is_file()):
-        away(path)
+        dispose(path)
     if not _newest(paths, array, number):
         shutil.rmtree(home)
         fsync_folder(home.parent)
 
 
 def _newest(paths: SpacePaths, array: str, number: int) -> bool:
-    """Whether no shard with a higher number was ever begun."""
-    after = number + 1  # mostly there, and found without listing thousands
-    if paths.commit(array, after).exists() or shard_home(paths, array, after).exists():
+    """Return whether no shard with a higher number was ever begun."""
+    after = number + 1  # usually exists, which saves listing thousands of files
+    if paths.commit(array, after).exists() or paths.shard_dir(array, after).exists():
         return False
     return number >= max([*paths.committed(array), *paths.started(array)], default=-1)
 
 
 def drop_index(paths: SpacePaths) -> None:
-    """Remove what is derived from the commits: they are about to change, and it is rebuilt freely."""
-    if (folder := paths.root / "index").is_dir():
-        shutil.rmtree(folder)
+    """Remove the index files: the commits are about to change, and the files are derived from them."""
+    if paths.index_dir.is_dir():
+        shutil.rmtree(paths.index_dir)
         fsync_folder(paths.root)
 
 
 def delete(path: Path) -> None:
-    """An `Away`: the file is gone."""
+    """Delete one file, durably. It is a Dispose."""
     path.unlink()
     fsync_folder(path.parent)
 
 
 def set_aside(root: CacheRoot, path: Path) -> Path:
-    """An `Away`, with its root: the file goes to `damaged/`, at the same place as in the cache.
-
-    Returns:
-        Where it is now.
-    """
+    """Move one file to the folder `damaged/` of the cache, at the same relative path. Return its new path."""
     target = wanted = root.damaged_dir / path.relative_to(root.path)
     again = 0
     while target.exists():

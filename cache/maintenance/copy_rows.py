@@ -1,8 +1,11 @@
-"""Rows of one space into another: what `cache.merge` and `cache.convert` have in common.
+"""Copy rows of one space into another, for `cache.merge` and `cache.convert`.
 
-Rows are read a few MB at a time, each checked against the crc32c of its commit, changed where a caller
-wants them changed, by several threads, and appended in their order to shards of the target. A shard exists
-once its commit does, so a copy that was killed is finished by doing it again: only what is missing is copied.
+    positions = missing(source, target, "image")
+    damaged = copy_rows(source, space, "image", positions, change=convert)
+
+Threads read a few MB of rows at a time, compare each row with its crc32c, and change it if the caller wants
+that. The rows are appended to shards of the target in their order. A shard exists once its commit does, so a
+copy that was killed is completed by running it again: it copies only the missing rows.
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ from cache.store.space import Space
 from cache.store.writer import ShardWriter
 
 BATCH_BYTES = 4 << 20
-"""Read and changed by one thread at a time."""
+"""Bytes that one thread reads and changes at a time."""
 
 ROW_OVERHEAD = 160
-"""Bytes beside a row: its checksum and index entry, and its line in the commit."""
+"""Bytes that a row needs in addition: its checksum and index entry, and its row in the commit."""
 
 SPARE_BYTES = 64 << 20
-"""What must stay free on the disk."""
+"""Bytes that must stay free on the disk."""
 
 _LOOKUP = 65536
+"""Rows looked up together. It bounds the memory of a lookup."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +50,10 @@ Change = Callable[[Rows], tuple[Rows, npt.NDArray[np.float32]]]
 def missing(
     source: FeatureReader, target: FeatureReader | None, array: str
 ) -> npt.NDArray[np.int64]:
-    """Positions in `source` of the rows that `target` has not, in row order; of twins the first."""
+    """Return the positions in `source` of the rows that `target` lacks, in row order.
+
+    Of a row that is stored twice, the first counts.
+    """
     index = source.index[array]
     wanted = []
     for start in range(0, len(index), _LOOKUP):
@@ -60,10 +67,10 @@ def missing(
 
 
 def check_room(folder: Path, nbytes: int, what: str) -> None:
-    """Refuse what the disk cannot hold.
+    """Check that the disk of `folder` has room for `nbytes`, which `what` needs.
 
     Raises:
-        CacheError: says how much is needed and how much there is.
+        DiskError: it has not; the message gives both numbers.
     """
     folder = folder.absolute()
     while not folder.exists():
@@ -77,18 +84,18 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    """Some rows on their way: the intact ones."""
+    """Rows that were read and changed; the damaged ones are left out."""
 
     places: npt.NDArray[np.int64]
-    """(n,) which of the rows asked for."""
+    """(n,) which of the requested rows these are."""
     rows: Rows
     """(n, row_bytes) as the target stores them."""
     errors: npt.NDArray[np.float32]
     """(n,) relative error of the target's codec."""
     damaged: list[CorruptError]
-    """What is wrong with the others."""
+    """One error for each damaged row."""
     nbytes: int
-    """Read, damaged rows included."""
+    """Bytes read, including those of damaged rows."""
 
 
 def copy_rows(
@@ -100,23 +107,23 @@ def copy_rows(
     change: Change | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[CorruptError]:
-    """Append rows to `target`, whose driver lock the caller holds, and commit them.
+    """Append rows to `target` and commit them. The caller holds the driver lock of `target`.
 
     Args:
         source: a checked reader.
         target: the space to write to.
-        array: which array.
-        positions: (n,) which rows of the source, in the order they are to stand in.
-        change: what becomes of them on the way; None: nothing.
-        done: called with the bytes just read.
+        array: image or frame.
+        positions: (n,) rows of the source, in the order in which they are to be stored.
+        change: converts rows; None: they are copied as they are.
+        done: called with the number of bytes just read.
 
     Returns:
-        One finding a damaged row; those rows were not copied.
+        One error for each damaged row; these rows are not copied.
     """
     index = source.index[array]
     stored = index.columns.errors[positions] if change is None else None
     room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
-    # Bytes that nothing is done to are written while the processor's cache still holds them.
+    # Unchanged rows are written while the processor's cache still holds them, so fewer are read at a time.
     step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[array].row_bytes)
 
     def read(start: int) -> _Batch:
@@ -146,7 +153,7 @@ def copy_rows(
 
 
 class _Filler:
-    """One shard after another: while the disk is waited for to commit one, the next is filled."""
+    """Fill one shard after another. While the disk commits one, the next is filled."""
 
     def __init__(self, space: Space, array: str):
         self._space, self._array = space, array
@@ -156,7 +163,7 @@ class _Filler:
         self._thread = ThreadPoolExecutor(1, "commit")
 
     def make_room(self, rows: int) -> None:
-        """Let so many rows more go into one shard."""
+        """Begin a new shard if fewer than `rows` rows fit into the current one."""
         if self._shard is not None and self._shard.left < rows:
             self._commit()
 
@@ -167,18 +174,18 @@ class _Filler:
         self._shard.append(key, view, row.data, time_s=time_s, error=error)
 
     def finish(self) -> None:
-        """Everything is committed now."""
+        """Commit everything."""
         self._commit()
         self._wait()
 
     def close(self) -> None:
-        """Take back what is not committed."""
+        """Remove the shards that are not committed."""
         self._thread.shutdown()
-        with contextlib.suppress(OSError):  # what the disk refuses to remove, cache.gc will
+        with contextlib.suppress(OSError):  # cache.gc removes what remains
             if self._shard is not None:
                 self._shard.abort()
             if self._closing is not None:
-                self._closing[0].abort()  # nothing, once it is committed
+                self._closing[0].abort()  # does nothing once it is committed
 
     def _commit(self) -> None:
         self._wait()
@@ -193,10 +200,10 @@ class _Filler:
 
 
 def _room_wanted(keys: npt.NDArray[np.uint8], slots: int) -> npt.NDArray[np.int64]:
-    """Keys (n, 32) of rows in order -> (n,) how many rows must still fit into the shard when each comes.
+    """Return the room (n,) in rows that a shard needs before each row is appended, for keys (n, 32) in order.
 
-    Before the first row of a media all of it, so that its views stay together, unless no shard holds it;
-    else 1.
+    Before the first row of a media item it is the number of all its rows, so that they share a shard, unless
+    they exceed one. It is 1 otherwise.
     """
     wanted = np.ones(len(keys), np.int64)
     if len(keys):
@@ -213,7 +220,7 @@ def _read(
     part: range,
     change: Change | None,
 ) -> _Batch:
-    """The rows at positions[part] that are intact, changed."""
+    """Read the intact rows at positions[part], and change them."""
     places = np.arange(part.start, part.stop)
     rows = source.index[array].rows(positions[places])
     out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
@@ -237,7 +244,7 @@ def _read(
 
 
 def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`work(item)` of each, in order; computed by threads, a few ahead."""
+    """Yield `work(item)` of each item in order. Threads compute a few of them ahead."""
     threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "copy") as pool:
         ahead: deque[Future[R]] = deque()
@@ -254,9 +261,9 @@ def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def damage_text(damaged: Sequence[CorruptError]) -> str:
-    """What to say of rows that were not copied."""
+    """Return a line about rows that were not copied."""
     first = damaged[0]
     return (
         f"{len(damaged):,} damaged rows were not copied, the first: {first.path}: {first.what}; "
-        "find all: python -m cache.verify --deep; once they are mended, run the same command again"
+        "find all: python -m cache.verify --deep; once they are repaired, run the same command again"
     )

@@ -19,7 +19,13 @@ import pyarrow.compute as pc
 from cache.errors import CacheError
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
-from cache.maintenance.compaction import Part, clear_shard, delete, retire, shard_home, take_out
+from cache.maintenance.compaction import (
+    KeptRows,
+    delete,
+    remove_shard_files,
+    remove_shards,
+    rewrite_shards,
+)
 from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
 from cache.store.files import PARTIAL, fsync_folder
 from cache.store.ledger import media_table
@@ -77,7 +83,7 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
                 f"put it back, or delete {paths.root} yourself"
             )
         for number in orphans:
-            if any(path.is_file() for path in shard_home(paths, array, number).rglob("*")):
+            if any(path.is_file() for path in paths.shard_dir(array, number).rglob("*")):
                 yield _shard(paths, array, number, "shard, never committed")
     if paths.space_json.exists() and paths.has_commits:
         yield from _replaced(paths)
@@ -100,7 +106,7 @@ def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
 def _shard(
     paths: SpacePaths, array: str, number: int, what: str, info: SpaceInfo | None = None
 ) -> Garbage:
-    home, commit = shard_home(paths, array, number), paths.commit(array, number)
+    home, commit = paths.shard_dir(array, number), paths.commit(array, number)
     nbytes = _size(home) + _size(commit)
     return Garbage(
         path=home, what=what, nbytes=nbytes, space=paths, array=array, shard=number, info=info
@@ -123,9 +129,9 @@ def _size(path: Path) -> int:
 def remove(garbage: Garbage) -> None:
     """Gone, durably."""
     if garbage.space is not None and garbage.info is not None:
-        retire(garbage.space, garbage.info, garbage.array, [garbage.shard], delete)
+        remove_shards(garbage.space, garbage.info, garbage.array, [garbage.shard], delete)
     elif garbage.space is not None:
-        clear_shard(garbage.space, garbage.array, garbage.shard, delete)
+        remove_shard_files(garbage.space, garbage.array, garbage.shard, delete)
     elif garbage.path.is_dir():
         shutil.rmtree(garbage.path)
         fsync_folder(garbage.path.parent)
@@ -146,7 +152,7 @@ class Unreferenced:
     """In which array."""
     rows: int
     """How many."""
-    groups: list[list[Part]]
+    groups: list[list[KeptRows]]
     """Shards that hold some of them, with the rows that stay; those of one group fit into one shard."""
 
     @property
@@ -165,7 +171,7 @@ class Unreferenced:
         old = sum(commit.nbytes for group in self.groups for commit, _ in group)
         return old - self.copied
 
-    def _new_bytes(self, group: Sequence[Part]) -> int:
+    def _new_bytes(self, group: Sequence[KeptRows]) -> int:
         stay = sum(int(keep.sum()) for _, keep in group)
         return self.space.info.geometry(self.array).file_bytes(stay) if stay else 0
 
@@ -199,7 +205,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
     for array in ARRAYS:
         slots = space.rows_per_shard(array)
         commits = read_commits(paths, space.info, array)
-        parts: list[Part] = []
+        parts: list[KeptRows] = []
         for commit in commits:
             keep = np.asarray(pc.is_in(commit.table["key"], wanted), bool)
             if not keep.all():
@@ -216,10 +222,10 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
     return found
 
 
-def _groups(parts: Sequence[Part], slots: int) -> list[list[Part]]:
+def _groups(parts: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
     """Neighbours whose rows that stay fit into one shard together. A shard is never divided: it is replaced
     whole, in one step, and the rows of a video stay side by side."""
-    groups: list[list[Part]] = []
+    groups: list[list[KeptRows]] = []
     room = 0
     for part in parts:
         stay = int(part[1].sum())
@@ -231,7 +237,7 @@ def _groups(parts: Sequence[Part], slots: int) -> list[list[Part]]:
     return groups
 
 
-def take_out_unreferenced(found: Unreferenced) -> None:
+def remove_unreferenced(found: Unreferenced) -> None:
     """Write the other rows into new shards, one group after the other; the old shards are deleted.
 
     Raises:
@@ -239,4 +245,4 @@ def take_out_unreferenced(found: Unreferenced) -> None:
         CacheError: the disk refused. In either case every row that stays is still there.
     """
     for group in found.groups:
-        take_out(found.space, found.array, group, delete)
+        rewrite_shards(found.space, found.array, group, delete)

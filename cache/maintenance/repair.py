@@ -38,14 +38,14 @@ from cache.maintenance.checks import (
     check_tables,
 )
 from cache.maintenance.compaction import (
-    Part,
-    alone,
-    clear_shard,
+    KeptRows,
     drop_index,
     intact_rows,
-    retire,
+    lock_spaces,
+    remove_shard_files,
+    remove_shards,
+    rewrite_shards,
     set_aside,
-    take_out,
 )
 from cache.store.commits import read_commits
 from cache.store.files import disk_errors, write_atomic
@@ -94,7 +94,7 @@ class Repair:
         """
         folders = [space] if space else self._root.space_folders()
         report = Report()
-        with disk_errors(self._root.path), alone(folders, "cache.verify --repair"):
+        with disk_errors(self._root.path), lock_spaces(folders, "cache.verify --repair"):
             if space is None:
                 self._tables()
                 report.findings += check_tables(self._root, lambda _: None)
@@ -190,7 +190,7 @@ class Repair:
                 except CorruptError as error:
                     self._tell(path, error.what, ASIDE)
                     self._aside(path)
-                    clear_shard(paths, array, number, self._aside)
+                    remove_shard_files(paths, array, number, self._aside)
 
     def _commits(self, space: Space, array: str) -> None:
         """Damaged commits go, with their shards."""
@@ -200,7 +200,7 @@ class Repair:
             number = next(
                 n for n in space.paths.committed(array) if space.paths.commit(array, n) == path
             )
-            retire(space.paths, space.info, array, [number], self._aside)
+            remove_shards(space.paths, space.info, array, [number], self._aside)
             self.done.spaces.add(space.paths.name)
 
     def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
@@ -227,13 +227,13 @@ class Repair:
                 self._take_out(space, array, (commit, keep), what, lost=False)
 
     def _take_out(
-        self, space: Space, array: str, part: Part, what: str, *, lost: bool = True
+        self, space: Space, array: str, part: KeptRows, what: str, *, lost: bool = True
     ) -> None:
         commit, keep = part
         kept = int(keep.sum())
         todo = f"its {kept} good rows go to a new shard" if kept else "set aside, with its commit"
         self._tell(space.paths.shard(array, commit.shard), what, todo)
-        take_out(space, array, [part], self._aside)
+        rewrite_shards(space, array, [part], self._aside)
         self.done.kept[array] += kept
         if lost and kept < len(keep):
             self.done.lost[array] += len(keep) - kept

@@ -17,7 +17,7 @@ from cache.format import codec
 from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.spec import CODECS, PACKED_FROM
 from cache.maintenance.checks import verify
-from cache.maintenance.compaction import take_out
+from cache.maintenance.compaction import rewrite_shards
 from cache.maintenance.repair import Repair, Repaired
 from cache.maintenance.row_checks import Finite, outliers
 from cache.store import index_file
@@ -284,7 +284,7 @@ def test_a_shard_that_comes_back_is_checked_like_any_other(root: CacheRoot) -> N
     old = read_commits(space.paths, space.info, "image")[0]
     files = (space.paths.commit("image", 0), space.paths.shard("image", 0))
     kept_files = {path: path.read_bytes() for path in files}
-    take_out(space, "image", [(old, keep)], Path.unlink)
+    rewrite_shards(space, "image", [(old, keep)], Path.unlink)
     for path, data in kept_files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

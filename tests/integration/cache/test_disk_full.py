@@ -16,7 +16,7 @@ import pytest
 from cache.errors import DiskError, InUseError
 from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
-from cache.maintenance.garbage import find_unreferenced, take_out_unreferenced
+from cache.maintenance.garbage import find_unreferenced, remove_unreferenced
 from cache.store.files import disk_full
 from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
@@ -132,12 +132,12 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     with pytest.raises(
         DiskError, match=r"disk full .*everything committed is kept: free some space and run"
     ):
-        take_out_unreferenced(found)
+        remove_unreferenced(found)
     assert FeatureReader(space.paths).logical_hash() == before
     assert not verify(root, deep=True).broken
     disk.free()
     (found,) = find_unreferenced(space.paths, wanted)
-    take_out_unreferenced(found)
+    remove_unreferenced(found)
     assert space.keys("image") == {(key(n), "full") for n in range(0, 40, 2)}
     assert len(space.paths.committed("image")) == 5
     assert np.isfinite(FeatureReader(space.paths).read("image", key(0))).all()
