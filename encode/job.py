@@ -1,4 +1,12 @@
-"""One encode job, step by step: `encode.run` calls these in order, and holds the lock meanwhile."""
+"""The steps of one encode job. `encode.run` calls them in order while it holds the driver's lock.
+
+job = Job(root, counter, codec="int8", config=config)      # loads the encoder
+plan = job.plan()                                          # compares ledger and space
+job.show(plan)                                             # prints what it costs
+job.open_space(plan)
+job.run(layout, lock.token, interrupts, timeout_s=120.0)
+exit_code = job.close(plan, seconds, interrupts)           # prints what became of it
+"""
 
 from __future__ import annotations
 
@@ -36,18 +44,18 @@ from encode.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 
-def share(rules: DownloadConfig, workers: int) -> DownloadConfig:
-    """One worker's part of what all of them may do at a time."""
+def share(config: DownloadConfig, workers: int) -> DownloadConfig:
+    """Divide the limits of all downloads among `workers`; return the limits of one."""
     return replace(
-        rules,
-        connections=max(1, rules.connections // workers),
-        per_host=max(1, rules.per_host // workers),
-        budget_bytes=max(rules.max_bytes, rules.budget_bytes // workers),
+        config,
+        connections=max(1, config.connections // workers),
+        per_host=max(1, config.per_host // workers),
+        budget_bytes=max(config.max_bytes, config.budget_bytes // workers),
     )
 
 
 class Job:
-    """See above."""
+    """One encode job."""
 
     def __init__(
         self,
@@ -59,15 +67,15 @@ class Job:
         config: WorkerConfig,
         worker_class: type[Worker] = Worker,
     ):
-        """Load the encoder: its weights are part of the space's name.
+        """Load the encoder, since a hash of its weights is part of the space's name.
 
         Args:
             root: the cache.
-            counter: the media of all data sets asked for.
-            codec: how rows are stored.
-            container: the on-disk format of a new space: `zarr` or `webdataset`.
+            counter: the media of all data sets of the job.
+            codec: how rows are stored: fp16, int8 or int4.
+            container: the format of the shards: zarr or webdataset.
             config: how workers are made.
-            worker_class: what does the work, inline or in an actor.
+            worker_class: the class that encodes, inline or in an actor.
         """
         self._root, self._counter, self._config = root, counter, config
         self._worker_class = worker_class
@@ -79,22 +87,22 @@ class Job:
         self._timings: Timings | None = None
 
     def plan(self, *, rehash: bool = False, retry_failed: bool = False) -> Plan:
-        """What is to do. For a job that shall run: with the lock held, so that it stays true."""
-        most = self._config.max_frames
-        if (space := self._space_there()) is not None:
-            self._present = Present.of(space, max_frames=most)
+        """Return what is to do. Hold the driver's lock if the job will run, so that nothing changes."""
+        max_frames = self._config.max_frames
+        if (space := self._existing_space()) is not None:
+            self._present = Present.of(space, max_frames=max_frames)
         return make_plan(
             self._counter.media,
             read_media(self._root),
             self._present,
             space=self.spec.name,
-            max_frames=most,
+            max_frames=max_frames,
             rehash=rehash,
             retry_failed=retry_failed,
         )
 
-    def _space_there(self) -> Space | None:
-        """The space as it is, also when only its space.json was lost; None when there is none yet."""
+    def _existing_space(self) -> Space | None:
+        """Return the space, even if its space.json is lost; None if it does not exist yet."""
         if self.paths.space_json.exists():
             return Space.open(self.paths)
         if not self.paths.has_commits:
@@ -103,10 +111,10 @@ class Job:
         return Space(self.paths, fitting_info(self.paths, info))
 
     def show(self, plan: Plan, *, always_measure: bool = False) -> float:
-        """Print the plan; returns how many seconds it will take, about (0: not worth measuring).
+        """Print the plan; return the estimated seconds, 0 if the job is too small to be measured.
 
         Raises:
-            UserError: the disk cannot hold it; the table of what it could is printed before.
+            UserError: the disk cannot hold it. A table of what would fit is printed before.
         """
         speed = None
         if plan.todo and (always_measure or plan.rows > MEASURE_BATCHES * self.spec.batch_size):
@@ -122,7 +130,7 @@ class Job:
         return speed.seconds(plan.rows) if speed else 0.0
 
     def open_space(self, plan: Plan) -> None:
-        """Make the space if it is new, put right what a crash left, and enter what is missing."""
+        """Create the space if it is new, complete what a crash left, and record the missing files."""
         self._space = Space.create(self._root, self.spec, self._encoder.load_info())
         self._grow()
         for entry in clear_decode_log(self.paths):
@@ -138,8 +146,14 @@ class Job:
     ) -> None:
         """Encode what is to do.
 
+        Args:
+            layout: the workers.
+            token: of the driver's lock.
+            interrupts: says when to stop.
+            timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
+
         Raises:
-            UserError: the job cannot go on; what is encoded is kept.
+            UserError, CacheError: the job cannot go on; what is encoded is committed.
         """
         self._config = replace(
             self._config,
@@ -157,24 +171,25 @@ class Job:
                 self._run_ray(layout, interrupts, timeout_s)
         finally:
             self._progress.clear()
-            self._keep()
+            self._ledger.flush()
+            self._grow()
         if not interrupts.stopping():
-            assert self._tracker.finished(), "a source is not accounted for"
+            assert self._tracker.finished(), "a source is not settled"
 
     def _run_inline(self, interrupts: Interrupts) -> None:
-        numbers = {kind: self._space.next_shard(kind) for kind in ARRAYS}
+        numbers = {array: self._space.next_shard(array) for array in ARRAYS}
         registrar = Registrar(self._present.images, numbers, self._update)
         worker = self._worker_class(self._config, self._encoder, registrar, number=0)
         with contextlib.closing(worker):
             run_inline(self._tracker, worker, registrar, interrupts.stopping)
 
     def _run_ray(self, layout: WorkerLayout, interrupts: Interrupts, timeout_s: float) -> None:
-        # Ray takes a second to import, and the workers load encoders of their own.
+        # Imported here, since importing Ray takes a second.
         from encode.driver import ray_pool
 
-        del self._encoder
+        del self._encoder  # each worker loads its own
         gc.collect()
-        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        torch.cuda.empty_cache()  # does nothing if CUDA was not used
         with ray_pool.session(layout.workers, layout.workers * layout.gpus):
             interrupts.install()
             workers = ray_pool.RayPool(
@@ -192,25 +207,19 @@ class Job:
         self._timings = timings
         self._progress.update(timings)
 
-    def _keep(self) -> None:
-        """Enter what is final into the ledger, and let zarr.json cover it."""
-        self._ledger.flush()
-        self._grow()
-
     def _grow(self) -> None:
-        for kind in ARRAYS:
-            self._space.grow(kind)
+        """Make the array files of other tools cover all committed rows."""
+        for array in ARRAYS:
+            self._space.grow(array)
 
-    def _save_index(self) -> None:
-        """What makes the space open fast."""
+    def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
+        """Save the index, print the result; return the exit code."""
         try:
             save_index(self.paths, self._space.info)
         except OSError as error:
-            log.warning("no index was saved, so opening takes longer: %s", error)
-
-    def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
-        """Print what became of it; returns the exit code."""
-        self._save_index()
+            log.warning(
+                "the index could not be saved, so opening the space takes longer: %s", error
+            )
         tracker = self._tracker
         if interrupts.stopping():
             left = tracker.total - tracker.settled

@@ -1,8 +1,8 @@
-"""What a job has to do, and what that costs: counted before anything is started.
+"""Sort the media of a job before it starts: reused, failed before, missing, or to encode.
 
-A source is *reused* when the ledger knows its key, its file is still the one that was hashed, and the
-space has all its rows; a *known failure* when the ledger says so of that same file. What a URL once gave
-counts as what it gives. Everything else is *to do*.
+A source is *reused* if its file is still the one that was hashed and the space has all rows of that hash. It
+is a *known failure* if the ledger records a failure of that same file. A URL is assumed to return the bytes
+that it returned before. All other sources are *to do*.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from encode.worker.messages import OWN_STAGES, SourceTask, failed, media_id
 from model.media.images import Failure
 
 OWN_ATTEMPTS = 3
-"""An image our own code failed on is tried again by this many jobs."""
+"""Jobs that try a source on which our own code fails, before it counts as a known failure."""
 
 OVERHEAD_BYTES = 156
-"""Beside a row's slot: its index entry, its line in the commit and in the media table."""
+"""Bytes of a row beside its slot: its index entry, and its lines in the commit and in the media table."""
 
 
 class Mention(NamedTuple):
-    """What samples say of a source."""
+    """What the samples say about a source."""
 
     kind: str
     """image or video."""
     sha256: str | None = None
-    """What its bytes hash to, if a data set says so."""
+    """The sha256 of its bytes, if a data set states one."""
 
 
 class MediaCounter:
-    """Passes samples through, and remembers the distinct media they mention, in order."""
+    """Collects the distinct media that samples mention, in order."""
 
     def __init__(self) -> None:
         self.media: dict[str, Mention] = {}
-        """By source."""
+        """Source -> what the samples say about it."""
         self.samples = 0
-        """How many samples went through."""
+        """Number of samples."""
 
-    def watch(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The same samples."""
+    def count(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Yield `samples`, and count each with its media."""
         for sample in samples:
             self.samples += 1
             for ref in sample.media:
@@ -59,7 +59,7 @@ class MediaCounter:
             yield sample
 
     def add(self, ref: MediaRef) -> None:
-        """Count one mention; the first that gives a hash is believed."""
+        """Count one mention. The first sha256 that a data set states for a source counts."""
         known = self.media.get(ref.source)
         if known is None or (known.sha256 is None and ref.sha256 is not None):
             self.media[ref.source] = Mention(sys.intern(ref.kind), ref.sha256)
@@ -67,40 +67,41 @@ class MediaCounter:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The media of one job, sorted by what is to happen to them."""
+    """The media of one job, sorted."""
 
     todo: tuple[SourceTask, ...] = ()
-    """To read, and to encode unless the bytes turn out to be known."""
+    """Sources to read, and to encode unless the space has their bytes."""
     new_rows: Mapping[str, int] = field(default_factory=dict)
-    """Array -> rows at most: of the media to do, those not known to share their bytes."""
+    """Array -> largest number of new rows. Sources known to have equal bytes count once."""
     unread: int = 0
-    """Media to do whose key, or length, is not known yet."""
+    """Sources to do whose number of rows is not known: their bytes may be in the space, or their video's
+    duration is unknown."""
     reused: int = 0
-    """In the space already."""
+    """Sources that are in the space already."""
     known_failures: int = 0
-    """In the ledger as failed, and unchanged since."""
+    """Sources that the ledger records as failed, and that have not changed since."""
     missing: tuple[MediaRecord, ...] = field(default=(), repr=False)
-    """Newly found to be no file: for the ledger."""
+    """Records, for the ledger, of files that do not exist."""
     recognised: tuple[MediaRecord, ...] = field(default=(), repr=False)
-    """URLs whose bytes are in the space by the hash their data set gives: for the ledger, and reused."""
+    """Records, for the ledger, of new URLs whose stated sha256 is in the space. `reused` includes them."""
 
     @property
     def media(self) -> int:
-        """All of them."""
+        """Number of distinct sources."""
         return len(self.todo) + self.reused + self.known_failures + len(self.missing)
 
     @property
     def rows(self) -> int:
-        """Rows at most, of all arrays."""
+        """Largest number of new rows in all arrays together."""
         return sum(self.new_rows.values())
 
     @property
     def downloads(self) -> int:
-        """Media to do that are not on this disk."""
+        """Number of URLs among the sources to do."""
         return sum(is_url(task.source) for task in self.todo)
 
     def bytes_needed(self, spec: FeatureSpec) -> int:
-        """On the disk, at most."""
+        """Return the largest number of bytes that the new rows need on the disk."""
         return sum(n * (slot_bytes(spec, a) + OVERHEAD_BYTES) for a, n in self.new_rows.items())
 
 
@@ -114,18 +115,18 @@ def make_plan(
     rehash: bool = False,
     retry_failed: bool = False,
 ) -> Plan:
-    """Sort media by what is to happen to them.
+    """Sort media into those to encode and those that need no work.
 
     Args:
-        media: what samples mention, by source.
-        ledger: source -> what is known of it.
+        media: source -> what the samples say about it.
+        ledger: source -> its latest record.
         present: the rows of the space.
-        space: its name.
-        max_frames: of one video.
-        rehash: read every file again, whatever its stamps say.
+        space: the name of the space.
+        max_frames: frames of one video, at most.
+        rehash: read every file again, even if its identity is unchanged.
         retry_failed: try known failures again.
     """
-    counted = _Counted(present, max_frames)
+    counter = _RowCounter(present, max_frames)
     by_key = {r.key: r for r in ledger.values() if r.status == "ok" and r.width}
     todo: list[SourceTask] = []
     missing: list[MediaRecord] = []
@@ -136,38 +137,39 @@ def make_plan(
         web = is_url(source)
         identity = None if web else identify(source)
         if record is not None and record.kind != mention.kind:
-            record = None  # it was read as something else
-        here = record is not None and present.has(record.kind, record.key, record.duration_s)
+            record = None  # a record of an image says nothing about a video
+        in_space = record is not None and present.has(record.kind, record.key, record.duration_s)
         if identity is None and not web:
-            if here:
-                reused += 1  # the file is gone, its features are here
+            if in_space:
+                reused += 1  # features outlive their file
             elif record is not None and record.stage == "fetch":
                 known_failures += 1
             else:
                 missing.append(_missing(source, mention.kind, record))
             continue
-        same = record is not None and (
+        unchanged = record is not None and (
             identity is None or (not rehash and identity.matches(record))
         )
         if web and record is not None and mention.sha256 not in (None, record.key):
-            # Other bytes than the data set means, unless they never came: to be asked for, and verified.
-            same, here = same and record.status == "failed", False
-        twin = by_key.get(mention.sha256) if web and not here else None
-        if same and here:
+            # The data set states other bytes than the URL returned: download them again, and verify.
+            # A failed download has no key, so its record stays valid.
+            unchanged, in_space = unchanged and record.status == "failed", False
+        twin = by_key.get(mention.sha256) if web and not in_space else None
+        if unchanged and in_space:
             reused += 1
         elif twin is not None and present.has(mention.kind, twin.key, twin.duration_s):
             recognised.append(replace(twin, source=source, attempts=1))
             reused += 1
-        elif same and record is not None and _given_up(record, space) and not retry_failed:
+        elif unchanged and record is not None and _is_final(record, space) and not retry_failed:
             known_failures += 1
         else:
-            known = record if same else None
+            known = record if unchanged else None
             todo.append(_task(source, mention, known))
-            counted.add(mention, known)
+            counter.add(mention, known)
     return Plan(
         todo=spread(todo),
-        new_rows=counted.rows,
-        unread=counted.unread,
+        new_rows=counter.rows,
+        unread=counter.unread,
         reused=reused,
         known_failures=known_failures,
         missing=tuple(missing),
@@ -175,8 +177,8 @@ def make_plan(
     )
 
 
-class _Counted:
-    """Rows that media to do will become, at most."""
+class _RowCounter:
+    """Counts the rows that the media to do will become, at most."""
 
     def __init__(self, present: Present, max_frames: int):
         self.rows: Counter[str] = Counter()
@@ -186,15 +188,13 @@ class _Counted:
 
     def add(self, mention: Mention, known: MediaRecord | None) -> None:
         key = (known.key if known else None) or mention.sha256
-        sure = known is not None and known.key is not None
-        rows = 1
+        rows, exact = 1, known is not None and known.key is not None
         if mention.kind == "video":
-            rows = self._max_frames
-            sure = sure and known is not None and known.duration_s is not None
-            if sure and known is not None and known.key is not None:
-                views = frame_views(known.duration_s or 0.0, self._max_frames)
-                rows = len(self._present.missing(known.key, views))
-        self.unread += not sure
+            rows, exact = self._max_frames, False
+            if known is not None and known.key is not None and known.duration_s is not None:
+                views = frame_views(known.duration_s, self._max_frames)
+                rows, exact = len(self._present.missing(known.key, views)), True
+        self.unread += not exact
         if key is None or media_id(mention.kind, key) not in self._keys:
             self.rows[ARRAY_OF[mention.kind]] += rows
         if key is not None:
@@ -212,9 +212,9 @@ def _task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTas
 
 
 def spread(tasks: Sequence[SourceTask]) -> tuple[SourceTask, ...]:
-    """The same tasks, those of one web host far apart: a host takes only a few requests at a time.
+    """Return `tasks` with those of each web host far apart, since a host takes few requests at a time.
 
-    Files stay in their order, since neighbours on disk are read faster.
+    Files stay in their order, since files that are adjacent on disk are read faster.
     """
     turns: Counter[str] = Counter()
     order = []
@@ -231,8 +231,8 @@ def _missing(source: str, kind: str, record: MediaRecord | None) -> MediaRecord:
     return failed(blank, attempts, Failure("fetch", "no such file"))
 
 
-def _given_up(record: MediaRecord, space: str) -> bool:
-    """Whether a failure stands: the media's own always, ours after a few jobs, and for this space only."""
+def _is_final(record: MediaRecord, space: str) -> bool:
+    """Return whether a failure is final: the media's own always, ours after OWN_ATTEMPTS and for `space`."""
     if record.status != "failed":
         return False
     if record.stage not in OWN_STAGES:

@@ -1,19 +1,19 @@
-"""Encode data sets into the feature cache: every image once, however many data sets and runs use it.
+"""Encode data sets into the feature cache: each image once, however many data sets and runs use it.
 
 python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
 python -m encode.run --dataset folder:photos                  # your images and videos, CLIP ViT-L/14@336
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
-python -m encode.run --dataset pixmo --retry-failed           # ask again for what failed
+python -m encode.run --dataset pixmo --retry-failed           # try again what failed
 python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
-python -m encode.run --dataset folder:photos demo --plan      # what it would cost; starts nothing
-python -m encode.run --check 50                               # encode 50 media again: is it what is stored?
+python -m encode.run --dataset folder:photos demo --plan      # print what it would cost, and stop
+python -m encode.run --check 50                               # encode 50 media again, compare with the stored
 python -m encode.run --list                                   # data sets by name
 
-A job may be killed at any moment; the same command goes on where it was, and does nothing once all is
-done. Exit 0: every image is in the space or, with its reason, in the ledger (python -m cache.ls
---failures). 1: --check found rows that differ. 2: something to mend, in one line. 130: interrupted; what
-was encoded is kept.
+A job may be killed at any moment. The same command continues it, and does nothing once all is done.
+Exit 0: every image is in the space or, with its reason, in the ledger (python -m cache.ls --failures).
+1: --check found rows that differ. 2: an error that you can fix, in one line. 130: interrupted; what was
+encoded is kept.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ class Options:
     dataset: tuple[str, ...] = ()
     """Data sets: a name or group (see --list), `folder:PATH`, or `NAME=folder:PATH`. May be repeated."""
     encoder: str = DEFAULT_ENCODER
-    """Which vision tower: an entry of configs/encoders.yaml."""
+    """Vision tower: an entry of configs/encoders.yaml."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
-    """How a row is stored: int8 is half of fp16, 0.5 % off; int4 a quarter, 5-8 % off (CLIP: unproven)."""
+    """How rows are stored: int8 takes half of fp16, error 0.5 %; int4 a quarter, 5-8 % (CLIP: unproven)."""
     format: Literal["zarr", "webdataset"] = "zarr"
-    """What a shard is: part of a Zarr v3 array, or a tar that the webdataset library streams."""
+    """Format of a shard: part of a Zarr v3 array, or a tar that the webdataset library streams."""
     pool: int | None = None
-    """Average n x n patches of an image before storing; when not given, as the encoder's entry says."""
+    """Average n x n patches of an image before storing. Default: the encoder's entry."""
     frame_pool: int | None = None
-    """The same for frames of videos."""
+    """Average n x n patches of a video's frame before storing. Default: the encoder's entry."""
     features: Path = Path("cache")
     """Folder of the feature cache."""
     source: Path | None = None
     """Folder of downloaded lists, one folder a data set (PixMo), instead of the hub."""
     max_frames: int = MAX_FRAMES
-    """Frames of one video: 2 a second, or so many evenly where that is more."""
+    """Frames of one video, at most: 2 a second, or this many evenly spaced if the video is longer."""
     keep_media: Path | None = None
     """Folder that keeps downloads. A file in it is not downloaded again."""
     fetch_only: bool = False
     """Download into --keep-media, and stop. No encoder is loaded."""
     retry_failed: bool = False
-    """Try again what the ledger has as failed."""
+    """Try again the sources that the ledger records as failed."""
     allow_private: bool = False
     """Also download from private networks and from this machine."""
     connections: int = DownloadConfig.connections
@@ -85,32 +85,34 @@ class Options:
     fetch_tries: int = DownloadConfig.tries
     """Attempts for a URL whose failure may be temporary."""
     limit: int | None = None
-    """Take only the first N samples of each data set; the data set is these until it is encoded again."""
+    """Take only the first N samples of each data set. Until it is encoded again, the cache has only these."""
     rehash: bool = False
-    """Read every file again, even those whose size, times and inode say that they are unchanged."""
+    """Read every file again, even if its size, times and inode are unchanged."""
     check: int | None = None
-    """Encode N media of the cache again, compare with what is stored, and stop. Takes what is on this disk:
-    files, and what --keep-media kept. Of all data sets when none is named."""
+    """Encode N media of the cache again, compare with the stored rows, and stop. Uses files on this disk and
+    those in --keep-media, of all data sets if none is named."""
     check_urls: bool = False
-    """With --check, download what is not on this disk, too."""
+    """With --check, also download media that are not on this disk."""
     plan: bool = False
     """Print what the job would do and cost, and stop. Writes nothing."""
     list: bool = False
-    """Print the data sets known by name, and stop."""
+    """Print the data sets by name, and stop."""
     random_weights: bool = False
-    """Untrained weights: for trying things without a download, never for features to train on."""
+    """Use untrained weights: to try commands without a download, never for features to train on."""
     weights: str | None = None
-    """File or folder to take the encoder's weights from, instead of the hub."""
+    """File or folder with the encoder's weights, instead of the hub."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that encode; 0: in this one, without Ray. auto: one a GPU; on a CPU, 0 for small jobs."""
+    """Worker processes; 0: encode in this process, without Ray. auto: one for each GPU; on a CPU, 0 for jobs
+    under 2 minutes, else one for 8 cores."""
     threads: int | None = None
-    """Threads that read, and as many that decode, in each worker; when not given, by the cores."""
+    """Reading threads of each worker, and as many decoding threads. Default: by the number of cores."""
     timeout_s: float = 120.0
-    """An image that takes longer to decode hangs: its worker is ended, the image tried alone once."""
+    """Seconds without progress after which decoding a file counts as hanging. Its worker is replaced, and the
+    file is retried alone once."""
     commit_every_s: float = COMMIT_EVERY_S
-    """A shard is committed after this long even if it is not full: the most work a crash can lose."""
+    """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
 
     def __post_init__(self) -> None:
         for name in (*COUNTS, "pool", "frame_pool", "limit", "threads", "check"):
@@ -125,14 +127,14 @@ class Options:
             )
         if self.fetch_only and self.keep_media is None:
             raise ValueError(
-                "--fetch-only keeps what it downloads: say where with --keep-media DIR"
+                "--fetch-only stores what it downloads: give the folder with --keep-media DIR"
             )
         if not self.dataset and not self.list and not self.check:
             raise ValueError("name at least one data set: --dataset NAME or --dataset folder:PATH")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     start = time.monotonic()
     options = configs.parse(Options, argv, prog="python -m encode.run", description=__doc__)
     if options.list:
@@ -145,31 +147,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def encode(root: CacheRoot, options: Options, start: float) -> int:
-    """The whole job, step by step; returns the exit code."""
+    """Run the whole job, step by step; return the exit code."""
     datasets = open_datasets(options.dataset, root.path, options.source)
     if options.check is not None:
         return check(root, options, [dataset.name for dataset in datasets])
-    counter = keep_samples(root, datasets, options)
+    counter = update_samples(root, datasets, options)
     if options.fetch_only:
-        assert options.keep_media is not None, "refused before"
-        keep = options.keep_media.expanduser().absolute()
-        rules, again = fetch_rules(options), options.retry_failed
-        return fetch_only(root, counter.media, rules, keep, retry_failed=again)
+        store = media_store(options)
+        assert store is not None, "Options refuses --fetch-only without --keep-media"
+        config, retry_failed = download_config(options), options.retry_failed
+        return fetch_only(root, counter.media, config, store, retry_failed=retry_failed)
 
-    # torch takes 3 s to import: not for --list, --help or a wrong path.
+    # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from encode.driver.resources import choose_layout
     from encode.driver.signals import Interrupts
     from encode.job import Job
 
     codec, container = options.codec, options.format
     job = Job(root, counter, codec=codec, container=container, config=worker_config(options))
-    anew = {"rehash": options.rehash, "retry_failed": options.retry_failed}
+    repeat = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
-        job.show(job.plan(**anew), always_measure=True)
+        job.show(job.plan(**repeat), always_measure=True)
         return 0
     interrupts = Interrupts()
     with DriverLock(job.paths, holder_text("encode.run")) as lock:
-        plan = job.plan(**anew)
+        plan = job.plan(**repeat)
         seconds = job.show(plan)
         job.open_space(plan)
         if plan.todo:
@@ -182,17 +184,17 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
             )
             with interrupts:
                 job.run(layout, lock.token, interrupts, timeout_s=options.timeout_s)
-        # Points in pixels become words only now that the sizes of the images are known.
-        keep_samples(root, [d for d in datasets if d.needs_sizes], options)
+        # Points in pixels can be written as text only now that the sizes of the images are known.
+        update_samples(root, [d for d in datasets if d.needs_sizes], options)
         return job.close(plan, time.monotonic() - start, interrupts)
 
 
-def keep_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Options) -> MediaCounter:
-    """Bring the samples tables up to date (not with --plan), and count the media they mention."""
+def update_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Options) -> MediaCounter:
+    """Write the samples tables, except with --plan, and count the media that they mention."""
     counter = MediaCounter()
     sizes = media_sizes(root) if any(d.needs_sizes for d in datasets) else {}
     for dataset in datasets:
-        samples = counter.watch(islice(dataset.samples(sizes), options.limit))
+        samples = counter.count(islice(dataset.samples(sizes), options.limit))
         if options.plan:
             for _ in samples:
                 pass
@@ -203,26 +205,26 @@ def keep_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Options)
 
 
 def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
-    """Two folders may have one name; the second must not silently take the first one's place."""
+    """Refuse a folder whose name another folder's samples have: they would be replaced."""
     if not isinstance(dataset, FolderDataset) or dataset.name not in dataset_names(root):
         return
     folder = dataset.folder
     for sample in islice(read_samples(root, dataset.name), 1):
         if sample.media and not Path(sample.media[0].source).is_relative_to(folder):
             raise UserError(
-                f"{root.samples(dataset.name).parent} holds the images of "
+                f"{root.samples(dataset.name).parent} has the samples of "
                 f"{Path(sample.media[0].source).parent}; give {folder} a name of its own: --dataset "
                 f"NAME=folder:{folder}, or remove that folder of samples if the images have moved"
             )
 
 
 def worker_config(options: Options) -> WorkerConfig:
-    """How workers are made, as far as it is known before there is a space."""
+    """Return how workers are made, without what is known only once there is a space."""
     return WorkerConfig(
         encoder=encoder_of(options),
         max_frames=options.max_frames,
-        download=fetch_rules(options),
-        media_store=options.keep_media.expanduser().absolute() if options.keep_media else None,
+        download=download_config(options),
+        media_store=media_store(options),
         device=options.device,
         random_weights=options.random_weights,
         weights=options.weights,
@@ -231,13 +233,13 @@ def worker_config(options: Options) -> WorkerConfig:
 
 
 def encoder_of(options: Options) -> EncoderConfig:
-    """The encoder's entry, with what the command line says of it."""
+    """Return the encoder's entry with the options of the command line applied."""
     pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
     return encoder_config(options.encoder, **pools)
 
 
 def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
-    """Stored against live; returns the exit code."""
+    """Compare stored rows with rows encoded now; return the exit code."""
     from encode.check.media import CheckConfig
     from encode.check.stored import check_space, choose_space
 
@@ -249,11 +251,11 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
         "pool_image": (encoder.pool_image,),
         "pool_frame": (encoder.pool_frame,),
     }
-    assert options.check is not None, "asked before"
+    assert options.check is not None, "the caller checks it"
     config = CheckConfig(
         max_frames=options.max_frames,
-        keep_media=options.keep_media.expanduser().absolute() if options.keep_media else None,
-        download=fetch_rules(options) if options.check_urls else None,
+        keep_media=media_store(options),
+        download=download_config(options) if options.check_urls else None,
         device=options.device,
         weights=options.weights,
     )
@@ -263,8 +265,13 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
     return 0 if report.ok else 1
 
 
-def fetch_rules(options: Options) -> DownloadConfig:
-    """How servers are asked, all workers together."""
+def media_store(options: Options) -> Path | None:
+    """Return the folder of --keep-media as an absolute path."""
+    return options.keep_media.expanduser().absolute() if options.keep_media else None
+
+
+def download_config(options: Options) -> DownloadConfig:
+    """Return the limits of downloads, all workers together."""
     return DownloadConfig(
         connections=options.connections,
         per_host=options.connections_per_host,
@@ -277,7 +284,7 @@ def fetch_rules(options: Options) -> DownloadConfig:
 
 
 def listing() -> str:
-    """Data sets and groups by name."""
+    """Return the data sets and groups by name, one on a line."""
     entries, groups = read_catalogue()
     rows = [(name, entry.about or entry.path) for name, entry in entries.items()]
     rows += [(name, f"group: {', '.join(members)}") for name, members in groups.items()]

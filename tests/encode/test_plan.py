@@ -238,7 +238,7 @@ def test_samples_pass_through_and_their_media_are_counted_once() -> None:
         for i in range(5)
     ]
     counter = MediaCounter()
-    assert list(counter.watch(samples)) == samples
+    assert list(counter.count(samples)) == samples
     assert (counter.samples, list(counter.media)) == (5, ["/0", "/x", "/1"])
 
 

@@ -115,7 +115,7 @@ def count(cache: CacheRoot, specs: Sequence[str]) -> MediaCounter:
     """Write the samples tables of these data sets, and count their media."""
     counter = MediaCounter()
     for dataset in open_datasets(specs, cache.path):
-        write_samples(cache, dataset.name, counter.watch(dataset.samples()))
+        write_samples(cache, dataset.name, counter.count(dataset.samples()))
     return counter
 
 
