@@ -35,6 +35,12 @@ class UserError(Exception):
     """Something the user can mend: what, where, and the way out, in one line. Commands exit with 2."""
 
 
+def one_line(error: object, longest: int = 160) -> str:
+    """Return an error's message, or else its type, in one line of at most `longest` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The suffix `; nearest: x` for an error about `name`, or '' when nothing comes near."""
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

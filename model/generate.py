@@ -37,8 +37,9 @@ from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
 from model.language.tokenizer import IMAGE_TOKEN
-from model.media import video
 from model.media.images import BadMediaError, decode_image
+from model.media.video import frames
+from model.media.video_index import VideoInfo, probe
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
@@ -189,11 +190,11 @@ def _read_image(path: Path) -> Image:
         raise UserError(f"{path}: {error.strerror}; --image takes image files") from None
 
 
-def _probe(path: Path) -> video.VideoInfo:
+def _probe(path: Path) -> VideoInfo:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --video takes video files")
     try:
-        return video.probe(path)
+        return probe(path)
     except BadMediaError as error:
         raise UserError(f"{path}: {error}; give an intact video file") from None
 
@@ -202,7 +203,7 @@ def live_video(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
     path: Path,
-    info: video.VideoInfo,
+    info: VideoInfo,
     max_frames: int,
 ) -> Video:
     """Encode a video: the frames that encode.run would take, each once, with `live_features`.
@@ -211,7 +212,7 @@ def live_video(
         encoder: that of the space.
         space: content of space.json.
         path: video file.
-        info: its `model.media.video.probe`.
+        info: its `probe`.
         max_frames: most frames.
 
     Raises:
@@ -220,7 +221,7 @@ def live_video(
     times: list[float] = []
 
     def images() -> Iterator[Image]:  # full-size frames are in memory one at a time
-        for frame in video.frames(path, sample_times(info.duration_s, max_frames), info):
+        for frame in frames(path, sample_times(info.duration_s, max_frames), info):
             if not times or frame.time_s != times[-1]:  # two times may have one nearest frame
                 times.append(frame.time_s)
                 yield frame.image
@@ -233,7 +234,7 @@ def _encode(
     encoder: VisionEncoder,
     space: Mapping[str, Any],
     images: Sequence[Image],
-    videos: Sequence[tuple[Path, video.VideoInfo]],
+    videos: Sequence[tuple[Path, VideoInfo]],
     max_frames: int,
     watch: Stopwatch,
 ) -> Iterator[Tensor | Video]:

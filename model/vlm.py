@@ -144,9 +144,9 @@ def build_vlm(
     Raises:
         UserError: the language model cannot be loaded, or the connector is of an unknown kind.
     """
-    language = load_language(llm_source, dtype=dtype, seed=seed, device=device)
-    width = language.model.get_input_embeddings().embedding_dim
+    language, tokenizer = load_language(llm_source, dtype=dtype, seed=seed, device=device)
+    width = language.get_input_embeddings().embedding_dim
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         new_connector = build_connector(connector, vision_width, width).to(dtype)
-    return VLM(language.model, new_connector, vision_width), language.tokenizer
+    return VLM(language, new_connector, vision_width), tokenizer

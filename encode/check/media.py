@@ -31,7 +31,7 @@ from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
-from model.media import video
+from model.media import video, video_index
 from model.media.images import BadMediaError, decode_image
 from model.vision.encoder import rebuild_encoder
 
@@ -163,7 +163,9 @@ class MediaLoader:
             index = self.reader.index[array]  # it has the time that each frame was requested for
             asked_us = index.columns.views[index.positions(numbers)].tolist()
             views = tuple(map(time_view, asked_us))
-            images = (frame.image for frame in video.frames(data, asked_us, video.probe(data)))
+            images = (
+                frame.image for frame in video.frames(data, asked_us, video_index.probe(data))
+            )
         rows = np.empty((len(numbers), self.reader.spec.row_bytes(array)), np.uint8)
         self.reader.read_into(array, numbers, rows)
         return LoadedMedia(

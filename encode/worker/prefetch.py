@@ -36,7 +36,8 @@ from encode.worker.local_files import (
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, media_id
 from model.media.images import BadMediaError, Failure
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 
 READ_GROUP = 16
 """Sources that are read, and then reserved with one call to the driver, at a time."""

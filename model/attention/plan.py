@@ -4,7 +4,7 @@
     prefix          a range of earlier tokens, empty for the first unit of a tree
     tree            one plain sample (one unit), or one set of media with several annotations: a unit for the
                     beginning they share, then one unit, a *branch*, for each annotation. The prefix of a
-                    branch lies inside the beginning, so branches do not see each other
+                    branch is inside the beginning, so branches do not see each other
     PackedLayout    the units of a batch, looked up by tree and by token
     Group           trees padded to one length: one SDPA call
     LongTree        a tree above `LONG_TREE` tokens: several SDPA calls
@@ -88,9 +88,13 @@ def tree_mask(layout: PackedLayout, trees: Tensor) -> Tensor:
     token = torch.where(place < size, start + place, 0)  # (B, L)
     own = torch.where(place < size, layout.own[token] - start, place)
     prefix = torch.where((place < size).unsqueeze(2), layout.prefix[token] - start.unsqueeze(2), 0)
-    key, query = place.view(1, 1, -1), place.view(1, -1, 1)
-    in_own = (key >= own.unsqueeze(2)) & (key <= query)
-    return in_own | (key >= prefix[:, :, :1]) & (key < prefix[:, :, 1:])
+    return _visible(place, place.unsqueeze(1), own.unsqueeze(2), prefix)
+
+
+def _visible(key: Tensor, query: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
+    """Return which keys the queries see: (keys,), (..., n, 1), (..., n, 1), (..., n, 2) -> (..., n, keys)."""
+    in_own = (key >= own) & (key <= query)
+    return in_own | (key >= prefix[..., :1]) & (key < prefix[..., 1:])
 
 
 @dataclass(frozen=True)
@@ -230,8 +234,7 @@ def _long_tree(
         key = torch.cat((torch.arange(beginning), torch.arange(q0, q1)))
         own = (layout.own[start + q0 : start + q1] - start).unsqueeze(1)
         prefix = layout.prefix[start + q0 : start + q1] - start
-        in_own = (key >= own) & (key <= torch.arange(q0, q1).unsqueeze(1))
-        mask = in_own | (key >= prefix[:, :1]) & (key < prefix[:, 1:])
+        mask = _visible(key, torch.arange(q0, q1).unsqueeze(1), own, prefix)
         masks.append(_additive(mask[None, None], device, dtype))
     return LongTree((beginning, *(q1 - q0 for q0, q1 in pieces)), tuple(masks))
 

@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from configs import UserError
+from configs import UserError, one_line
 
 PROBE_TIMEOUT_S = 2.0
 """Seconds to wait for a connection to the hub."""
@@ -52,11 +52,11 @@ def fetch(hub_path: str, *, encoder: str) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(repo, candidate))
         except LocalEntryNotFoundError as error:
-            raise UserError(f"encoder {encoder}: {_short(error)}; {way_out}") from None
+            raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise UserError(f"encoder {encoder}: {_short(error)}; {way_out}") from None
+            raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
     raise UserError(f"encoder {encoder}: {repo} has none of {', '.join(names)}; {way_out}")
 
 
@@ -83,14 +83,10 @@ def unreachable() -> str:
             socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S).close()
             result[0] = ""
         except OSError as error:
-            result[0] = f"{host} cannot be reached ({_short(error)})"
+            result[0] = f"{host} cannot be reached ({one_line(error)})"
 
     # In a thread, because a name lookup has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(PROBE_TIMEOUT_S + 0.5)
     return result[0]
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

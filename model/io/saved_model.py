@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedToke
 from configs import UserError, nearest
 from model.connector import build_connector
 from model.language.chat_template import TEMPLATE_VERSION
-from model.language.model import load_tokenizer, no_progress_bar, save_language, wrap_language
+from model.language.model import load_tokenizer, no_progress_bar, prepare_model, save_language
 from model.vlm import VLM
 
 WEIGHTS = "model.safetensors"
@@ -143,7 +143,7 @@ def load_final(
         language = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=dict(parts["language."]), dtype=dtype
         )
-    wrap_language(language, tokenizer)
+    prepare_model(language, tokenizer)
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
     vlm = VLM(language, connector, meta["vision_width"])

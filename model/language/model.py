@@ -30,11 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 import configs
 from model.language.tokenizer import (
-    IMAGE_TOKEN,
     byte_tokenizer,
-    eos_ids,
     prepare_tokenizer,
-    token_id,
 )
 
 RANDOM = "random:"
@@ -96,18 +93,6 @@ class LanguagePreset:
         )
 
 
-@dataclass(frozen=True)
-class LanguageModel:
-    """A causal language model with its tokenizer."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    image_token_id: int
-    """Id of `<image>`."""
-    eos_ids: tuple[int, ...]
-    """Ids that end an answer."""
-
-
 def preset(name: str) -> LanguagePreset:
     """Return the entry `name` of `presets` in configs/model.yaml."""
     entries = configs.load("model")["presets"]
@@ -121,8 +106,8 @@ def preset(name: str) -> LanguagePreset:
 
 def load_language(
     source: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
-) -> LanguageModel:
-    """Load or build a language model.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load or build a language model. Return it with its tokenizer.
 
     Args:
         source: `random:<preset>`, a folder in Hugging Face's layout, or a Hugging Face id.
@@ -147,11 +132,12 @@ def load_language(
         len(tokenizer) > rows
     ):  # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
-    return wrap_language(model, tokenizer)
+    prepare_model(model, tokenizer)
+    return model, tokenizer
 
 
-def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
-    """Combine a model with its tokenizer.
+def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that packed attention and the loss support a model, and remove its sampling settings.
 
     Raises:
         UserError: the model has a feature that our attention or loss lacks.
@@ -160,12 +146,6 @@ def wrap_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     # A model's folder may contain sampling settings (Qwen3: temperature 0.6, top_k 20), which would apply
     # wherever a call names none. `model.inference` alone decides on sampling.
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
-    return LanguageModel(
-        model=model,
-        tokenizer=tokenizer,
-        image_token_id=token_id(tokenizer, IMAGE_TOKEN),
-        eos_ids=eos_ids(tokenizer),
-    )
 
 
 def _check_supported(config: Any) -> None:

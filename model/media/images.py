@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from configs import one_line
+
 MAX_PIXELS = 89_478_485
 """Larger images are refused from their header.
 
@@ -114,7 +116,7 @@ def decode_image(data: bytes) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadMediaError(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # PIL's decoders raise exceptions of many types for bad bytes
-        raise BadMediaError(_one_line(error)) from error
+        raise BadMediaError(one_line(error, MAX_REASON)) from error
 
 
 def fit_image(
@@ -227,8 +229,3 @@ def _describe_unknown(data: bytes) -> str:
     if b"<svg" in start:
         return "SVG, which is not supported"
     return f"no readable image in a known format ({', '.join(FORMATS)})"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

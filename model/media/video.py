@@ -1,6 +1,6 @@
 """Videos: how long one is, and its frames at given times, as upright RGB images. PyAV and PIL, no torch.
 
-    info = probe(data)                                   # bytes or a path
+    info = probe(data)                                   # bytes or a path; model.media.video_index
     wanted = sample_times(info.duration_s, max_frames)   # cache.format.frame_sampling
     for frame in frames(data, wanted, info): ...         # frame.time_s, frame.image
 
@@ -22,7 +22,7 @@ model/media/video_pixels.py decides on colours and rotation, model/media/video_o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from PIL import Image
 
 from model.media.images import BadMediaError
 from model.media.video_decoder import VideoDecoder
-from model.media.video_index import VideoIndex, scan_video
+from model.media.video_index import VideoIndex, VideoInfo, probe
 from model.media.video_pixels import frame_to_image
 
 if TYPE_CHECKING:
@@ -54,24 +54,6 @@ _US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """Facts about one video."""
-
-    duration_s: float
-    """Time of the last frame that decodes, seconds after the first, to the microsecond."""
-    width: int
-    """Width of the first frame, upright, in square pixels."""
-    height: int
-    """Height of the first frame, upright, in square pixels."""
-    frames: int
-    """Frames from the first to the last that decode, as the file lists them, damaged ones included."""
-    note: str | None
-    """What a report should mention: truncated, HDR. None for nothing."""
-    index: VideoIndex | None = field(default=None, repr=False, compare=False)
-    """Where the frames are in the file; without it `frames` scans the packets again."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One frame of a video."""
 
@@ -81,27 +63,6 @@ class Frame:
     """Time of the frame itself, seconds after the first frame, exact to a microsecond."""
     image: Image.Image
     """RGB, upright, square pixels."""
-
-
-def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoInfo:
-    """Read all packets of a video and decode its first and last frames.
-
-    Args:
-        data: the file's bytes, or its path.
-        on_progress: called every 1,024 packets and for each decoded frame, as a sign of life.
-
-    Raises:
-        BadMediaError: it is not a video, or none of its frames decodes.
-    """
-    scan = scan_video(data, on_progress)
-    return VideoInfo(
-        duration_s=scan.last_us / _US,
-        width=scan.first.width,
-        height=scan.first.height,
-        frames=scan.frames,
-        note=scan.note,
-        index=scan.index,
-    )
 
 
 def frames(
@@ -124,7 +85,9 @@ def frames(
     """
     if any(later < earlier for earlier, later in pairwise(wanted_us)):
         raise ValueError("times of frames must ascend")
-    return _frames(data, wanted_us, info.index or scan_video(data, on_progress).index, on_progress)
+    index = info.index or probe(data, on_progress).index
+    assert index is not None
+    return _frames(data, wanted_us, index, on_progress)
 
 
 def _frames(

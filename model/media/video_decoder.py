@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from model.media.video_open import OpenVideo, open_video
+from model.media.video_open import open_video
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -64,6 +64,11 @@ class AccessPoints:
 class VideoDecoder:
     """Decodes a video's frames in order of time, from any key frame on. Not thread-safe."""
 
+    position: int
+    """Number of the next packet to decode."""
+    pixel_aspect: Fraction
+    """Width of a pixel divided by its height."""
+
     def __init__(
         self, data: bytes | Path, clock: Clock, on_progress: Callable[[], None] | None
     ) -> None:
@@ -79,29 +84,24 @@ class VideoDecoder:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    @property
-    def position(self) -> int:
-        """Number of the next packet to decode."""
-        return self._reader.position
-
-    @property
-    def pixel_aspect(self) -> Fraction:
-        """Width of a pixel divided by its height."""
-        return self._video.pixel_aspect
-
     def start_at(self, packet: int, first_us: int) -> None:
-        """Continue at the packet of a key frame.
+        """Continue at the packet of a key frame; the packets before it are read and not decoded.
 
         Frames before `first_us` are left out: in an open group of pictures they refer to skipped frames.
         """
-        if packet < self._reader.position:
+        if packet < self.position:
             self._reopen()
-        self._reader.skip_to(packet)
+        self._context.flush_buffers()
+        while self.position < packet and next(self._packets, None) is not None:
+            self.position += 1
+            if self.position % 1024 == 0:
+                self._progress()
+        self._frames = self._decode()
         self._last_us = first_us - 1
 
     def next_frame(self) -> tuple[int, VideoFrame] | None:
         """Return the next frame with its time, microseconds, or None at the end. Times ascend."""
-        for frame in self._reader.frames():
+        for frame in self._frames:
             self._progress()
             if self._clock.counts_frames:
                 self._count += 1
@@ -117,37 +117,17 @@ class VideoDecoder:
 
     def _reopen(self) -> None:
         self._open.close()
-        self._video = self._open.enter_context(open_video(self._data))
-        self._reader = FrameReader(self._video, self._progress)
-        self._last_us = -1
-        self._count = 0
-
-
-class FrameReader:
-    """Sends the packets of an open video through its decoder."""
-
-    def __init__(self, video: OpenVideo, on_progress: Callable[[], None]) -> None:
+        video = self._open.enter_context(open_video(self._data))
         self._context = video.stream.codec_context
         self._packets = video_packets(video.container.demux(video.stream), video.stream)
-        self._progress = on_progress
         self._frames = self._decode()
+        self._last_us = -1
+        self._count = 0
+        self.pixel_aspect = video.pixel_aspect
         self.position = 0
-        """Number of the next packet to decode."""
-
-    def skip_to(self, packet: int) -> None:
-        """Read on to this packet without decoding, and reset the decoder."""
-        self._context.flush_buffers()
-        while self.position < packet and next(self._packets, None) is not None:
-            self.position += 1
-            if self.position % 1024 == 0:
-                self._progress()
-        self._frames = self._decode()
-
-    def frames(self) -> Iterator[VideoFrame]:
-        """Return the iterator over the remaining frames. Packets that do not decode are left out."""
-        return self._frames
 
     def _decode(self) -> Iterator[VideoFrame]:
+        """Yield the remaining frames. Packets that do not decode are left out."""
         for packet in self._packets:
             self.position += 1
             yield from decode_packet(self._context, packet)

@@ -46,18 +46,21 @@ class VideoIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoScan:
-    """Result of `scan_video`."""
+class VideoInfo:
+    """Facts about one video."""
 
-    index: VideoIndex
-    first: Image.Image
-    """The first frame that decodes, upright RGB."""
-    last_us: int
-    """Time of the last frame that decodes, microseconds."""
+    duration_s: float
+    """Time of the last frame that decodes, seconds after the first, to the microsecond."""
+    width: int
+    """Width of the first frame, upright, in square pixels."""
+    height: int
+    """Height of the first frame, upright, in square pixels."""
     frames: int
-    """Frames from the first to the last that decode, as the file lists them."""
+    """Frames from the first to the last that decode, as the file lists them, damaged ones included."""
     note: str | None
-    """What a report should mention, None for nothing."""
+    """What a report should mention: truncated, HDR. None for nothing."""
+    index: VideoIndex | None = field(default=None, repr=False, compare=False)
+    """Where the frames are in the file; without it `frames` scans the packets again."""
 
 
 @dataclass(kw_only=True)
@@ -84,12 +87,12 @@ class _PacketList:
     """The read error that ended the pass before the end of the file."""
 
 
-def scan_video(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoScan:
-    """List the packets of a video and decode its first and last frames.
+def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> VideoInfo:
+    """Read all packets of a video and decode its first and last frames.
 
     Args:
         data: the file's bytes, or its path.
-        on_progress: called every 1,024 packets and for each decoded frame.
+        on_progress: called every 1,024 packets and for each decoded frame, as a sign of life.
 
     Raises:
         BadMediaError: it is not a video, or none of its frames decodes.
@@ -113,12 +116,13 @@ def scan_video(data: bytes | Path, on_progress: Callable[[], None] | None = None
         frames = int(np.searchsorted(shown, last_time, side="right"))
         if missing := len(shown) - frames:
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
-    return VideoScan(
-        index=index,
-        first=listed.first_image,
-        last_us=last_us,
+    return VideoInfo(
+        duration_s=last_us / _US,
+        width=listed.first_image.width,
+        height=listed.first_image.height,
         frames=frames,
         note="; ".join(notes) or None,
+        index=index,
     )
 
 

@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from configs import one_line
 from model.media.images import MAX_REASON, BadMediaError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class OpenVideo:
 
 
 class _Reader:
-    """A file without a name, so that FFmpeg judges it by its bytes alone."""
+    """A file without a name, so that FFmpeg identifies it by its bytes only."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.read: Callable[[int], bytes] = file.read
@@ -190,6 +191,4 @@ def _describe_unknown(head: bytes, error: Exception) -> str:
 
 def error_reason(error: Exception) -> str:
     """Return FFmpeg's message of an error in one line, without its error numbers and file names."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = " ".join(str(said).split())
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+    return one_line(getattr(error, "strerror", None) or error, MAX_REASON)

@@ -121,7 +121,7 @@ def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return _UNTURNED
-    raw = bytes(cast("bytes", data))  # it is a buffer, whatever its type says
+    raw = bytes(cast("bytes", data))  # a buffer, although it is not typed as one
     if len(raw) < 36:
         return _UNTURNED
     a, b, _, c, d = struct.unpack_from("<5i", raw)

@@ -43,7 +43,7 @@ class _Training:
     """How weights were trained, as far as their file or one beside it says. None: unknown."""
 
     source: str = ""
-    """Where it is said, for messages."""
+    """The file or tensors that say so, for messages."""
     activation: str | None = None
     mean: Colours | None = None
     std: Colours | None = None

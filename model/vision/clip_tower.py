@@ -40,7 +40,8 @@ class ClipTower(nn.Module):
         with torch.device("meta"):
             visual = _build(config)
         self.is_timm = hasattr(visual, "trunk")
-        if set(visual.state_dict()) != {n for n, _ in _all_tensors(visual)}:
+        named = [*visual.named_parameters(), *visual.named_buffers()]
+        if set(visual.state_dict()) != {name for name, _ in named}:
             # Tables computed at construction (rotary positions) are in no file, so build them for real.
             visual = _build(config)
         vit: Any = visual.trunk if self.is_timm else visual
@@ -103,10 +104,6 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
         config["embed_dim"], vision, config.get("quick_gelu", False)
     )
     return tower
-
-
-def _all_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _sizes(visual: Any, vit: Any, model: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from configs import UserError
+from configs import UserError, one_line
 from model.io.hub import fetch
 from model.vision.activation_check import Colours, check_file, tag_record
 from model.vision.clip_tower import ClipTower
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable weights file ({_short(error)})") from None
+        raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(loaded).__name__}, not named tensors")
@@ -174,7 +174,3 @@ def _select(
         # A copy, so that changes of the mapped file cannot change weights that have been hashed.
         chosen[name] = tensors[name].to(torch.float32, copy=True)
     return chosen
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -126,7 +126,7 @@ def test_operations_equal_the_count_of_torch(learns: bool) -> None:
 
 
 def qwen3() -> Sizes:
-    model = load_language("random:qwen3-0.6b", device="meta").model
+    model = load_language("random:qwen3-0.6b", device="meta")[0]
     return sizes_of(model.config, sum(p.numel() for p in model.parameters()), 1_049_600)
 
 
@@ -257,7 +257,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in out.splitlines() if line}
     encoder = load_encoder(encoder_config("demo"), device="cpu")
-    language = sum(p.numel() for p in load_language("random:qwen3-tiny").model.parameters())
+    language = sum(p.numel() for p in load_language("random:qwen3-tiny")[0].parameters())
     connector = encoder.spec("int8").width * 64 + 64
     assert numbers(lines["vision encoder"]) == [encoder.parameters]
     assert lines["vision encoder"].count("frozen") == 3

@@ -15,7 +15,8 @@ import numpy as np
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 from model.media.video_open import MAX_FRAME_PIXELS
 
 TIMEOUT_S = 20

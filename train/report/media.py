@@ -19,7 +19,7 @@ from cache.format.frame_sampling import sample_times
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.view.thumbnails import data_uri, decode, jpeg, read_file
-from model.media import video
+from model.media import video, video_index
 from model.media.images import BadMediaError
 
 VERBATIM_BYTES = 100_000
@@ -85,7 +85,7 @@ def _video(path: Path, record: MediaRecord) -> Picture:
             key = hashlib.file_digest(file, "sha256").hexdigest()
         if record.key not in (None, key):
             return Picture(absent=f"{what} has changed since it was encoded")
-        info = video.probe(path)
+        info = video_index.probe(path)
         frames = list(video.frames(path, sample_times(info.duration_s, FRAMES), info))
     except OSError:
         return Picture(absent=f"{what} not on this machine")

@@ -32,7 +32,8 @@ from encode.sources.demo_drawings import (
     shapes_in,
 )
 from model.language.model import load_tokenizer
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 from train import demo
 
 SMALL = DemoWorld(images=200, dialogues=20, videos=40)

@@ -29,7 +29,8 @@ from encode.worker.messages import Outcome, SourceTask
 from encode.worker.row_writer import RowWriter
 from encode.worker.worker import Worker
 from model.media.images import BadMediaError
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 from model.vision.encoder import load_encoder
 from tests.support.encode_jobs import (
     CONFIG,

@@ -17,8 +17,9 @@ from PIL import Image
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
-from model.media.video import VideoInfo, frames, probe
+from model.media.video import frames
 from model.media.video_decoder import AccessPoints
+from model.media.video_index import VideoInfo, probe
 from model.media.video_pixels import frame_to_image
 from tests.support.videos import BIKES, BUNNY, PHONE, ffmpeg, images_by_ffmpeg, make_video, psnr
 from tests.support.videos import times_by_ffmpeg as their_times

@@ -22,7 +22,7 @@ from model import generate
 from model.generate import Options, live_video, order_media
 from model.inference import answer
 from model.io.saved_model import load_final, save_final
-from model.media import video
+from model.media.video_index import probe
 from model.vision.encoder import rebuild_encoder
 from model.vlm import build_vlm
 from tests.support.videos import make_video
@@ -99,7 +99,7 @@ def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
     assert len(videos) >= 2
     for m in videos:
         path = world.source(joined, m)
-        found = live_video(encoder, space, path, video.probe(path), LIMIT)
+        found = live_video(encoder, space, path, probe(path), LIMIT)
         (cached,) = read_features(joined, [m], reader)
         assert not isinstance(cached, torch.Tensor)
         assert list(found.times_s) == list(cached.times_s)
@@ -142,7 +142,7 @@ def test_answers_about_videos_are_those_from_the_cache(
 def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> None:
     """A real container; more frames by --max-frames, and each frame once."""
     path = make_video(tmp_path / "video.mp4", frames=30, fps=Fraction(10))
-    info = video.probe(path)
+    info = probe(path)
     reader = world.reader
     encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
     space = json.loads(reader.paths.space_json.read_text())
@@ -151,7 +151,7 @@ def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> No
     many = live_video(encoder, space, path, info, 128)
     assert list(many.times_s) == pytest.approx([us / 1e6 for us in sample_times(2.9, 128)])
     short = make_video(tmp_path / "short.mp4", frames=2, times_ms=[0, 980])
-    info = video.probe(short)
+    info = probe(short)
     assert len(sample_times(info.duration_s, 128)) == 3  # 0, 0.5, 0.98
     found = live_video(encoder, space, short, info, 128)
     assert list(found.times_s) == [0.0, 0.98]

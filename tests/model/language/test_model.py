@@ -1,7 +1,7 @@
 """The language model: chat template, loss weights, plain text that never becomes a control token, loading.
 
 model = load_language("random:qwen3-tiny")
-sample = tokenize_messages(model.tokenizer, [("user", "<image>what?", 1.0), ("assistant", "a cat", 1.0)], 1)
+sample = tokenize_messages(tokenizer, [("user", "<image>what?", 1.0), ("assistant", "a cat", 1.0)], 1)
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_bytes_have_their_own_ids(tok: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_saved_tokenizer_loads_unchanged(tmp_path: Path, tok: PreTrainedTokenizerFast) -> None:
-    model = load_language("random:qwen3-tiny").model
+    model = load_language("random:qwen3-tiny")[0]
     save_language(tmp_path, model, tok)
     again = load_tokenizer(str(tmp_path))
     text = "red <image> redundant 12 <|im_end|> é"
@@ -195,17 +195,17 @@ def test_the_digest_depends_on_the_vocabulary_only(tok: PreTrainedTokenizerFast)
 
 
 def test_qwen3_06b_has_its_published_size() -> None:
-    found = load_language("random:qwen3-0.6b", device="meta")
-    assert sum(p.numel() for p in found.model.parameters()) == 596_049_920
-    assert found.model.get_input_embeddings().weight.shape == (151_936, 1024)
-    assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
-    assert found.model.config.rope_parameters["rope_theta"] == 1e6
+    model, _ = load_language("random:qwen3-0.6b", device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 596_049_920
+    assert model.get_input_embeddings().weight.shape == (151_936, 1024)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.rope_parameters["rope_theta"] == 1e6
 
 
 def test_random_models_depend_on_their_seed_only() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, two, other = (load_language("random:qwen3-tiny", seed=s).model for s in (1, 1, 2))
+    one, two, other = (load_language("random:qwen3-tiny", seed=s)[0] for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -214,12 +214,12 @@ def test_random_models_depend_on_their_seed_only() -> None:
 
 
 def test_tiny_is_small_and_every_preset_builds() -> None:
-    tiny = load_language("random:qwen3-tiny")
-    assert (tiny.model.config.hidden_size, tiny.model.config.num_hidden_layers) == (64, 2)
-    assert sum(p.numel() for p in load_language("random:qwen3-demo").model.parameters()) < 10e6
-    rows = tiny.model.get_input_embeddings().weight.shape[0]
+    tiny, tok = load_language("random:qwen3-tiny")
+    assert (tiny.config.hidden_size, tiny.config.num_hidden_layers) == (64, 2)
+    assert sum(p.numel() for p in load_language("random:qwen3-demo")[0].parameters()) < 10e6
+    rows = tiny.get_input_embeddings().weight.shape[0]
     assert rows % 64 == 0
-    assert rows - 64 < len(tiny.tokenizer) <= rows
+    assert rows - 64 < len(tok) <= rows
 
 
 def folder_with(tmp_path: Path, rows: int) -> tuple[Path, PreTrainedTokenizerFast]:
@@ -238,26 +238,26 @@ def folder_with(tmp_path: Path, rows: int) -> tuple[Path, PreTrainedTokenizerFas
 
 def test_image_token_is_added_and_fits_without_resizing(tmp_path: Path) -> None:
     folder, plain = folder_with(tmp_path, rows=320)
-    loaded = load_language(str(folder))
-    assert loaded.image_token_id == len(plain)
-    assert len(loaded.tokenizer) == len(plain) + 1
-    assert loaded.model.get_input_embeddings().weight.shape[0] == 320
-    assert loaded.eos_ids == (plain.get_vocab()["<|im_end|>"], plain.get_vocab()["<|endoftext|>"])
-    assert encode_text(loaded.tokenizer, "<image>") == list(b"<image>")
+    model, tok = load_language(str(folder))
+    assert token_id(tok, "<image>") == len(plain)
+    assert len(tok) == len(plain) + 1
+    assert model.get_input_embeddings().weight.shape[0] == 320
+    assert eos_ids(tok) == (plain.get_vocab()["<|im_end|>"], plain.get_vocab()["<|endoftext|>"])
+    assert encode_text(tok, "<image>") == list(b"<image>")
 
 
 def test_a_full_embedding_is_resized_for_the_image_token(tmp_path: Path) -> None:
     folder, plain = folder_with(tmp_path, rows=len(byte_tokenizer()))
-    loaded = load_language(str(folder))
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    model, _ = load_language(str(folder))
+    rows = model.get_input_embeddings().weight.shape[0]
     assert rows == -(-(len(plain) + 1) // 64) * 64
-    assert loaded.model.config.vocab_size == rows
+    assert model.config.vocab_size == rows
 
 
 def test_sampling_settings_of_a_folder_are_ignored(tmp_path: Path) -> None:
     folder, _ = folder_with(tmp_path, rows=320)
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
-    assert load_language(str(folder)).model.generation_config.temperature is None
+    assert load_language(str(folder))[0].generation_config.temperature is None
 
 
 @pytest.mark.parametrize(
@@ -297,14 +297,14 @@ def test_a_hub_id_is_refused_when_the_hub_is_unreachable(monkeypatch: pytest.Mon
     "name", ["final_logit_softcapping", "logit_scale", "attn_logit_softcapping", "sliding_window"]
 )
 def test_models_with_unsupported_features_are_refused(name: str) -> None:
-    found = load_language("random:qwen3-tiny")
-    found.model.config.use_sliding_window = True
-    setattr(found.model.config, name, 30)
+    model, tok = load_language("random:qwen3-tiny")
+    model.config.use_sliding_window = True
+    setattr(model.config, name, 30)
     with pytest.raises(UserError, match=f"language model qwen3 with {name}=30"):
-        language.wrap_language(found.model, found.tokenizer)
-    found.model.config.use_sliding_window = False
+        language.prepare_model(model, tok)
+    model.config.use_sliding_window = False
     if name == "sliding_window":  # Qwen2's configs have a window and do not use it
-        language.wrap_language(found.model, found.tokenizer)
+        language.prepare_model(model, tok)
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 7}])

@@ -22,7 +22,8 @@ from PIL import Image
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
-from model.media.video import VIDEO_SUFFIXES, Frame, VideoInfo, frames, probe
+from model.media.video import VIDEO_SUFFIXES, Frame, frames
+from model.media.video_index import VideoInfo, probe
 from tests.support.videos import BIKES, drawing, ffmpeg, make_video, number_of
 
 

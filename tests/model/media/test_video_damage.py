@@ -22,7 +22,8 @@ import pytest
 
 from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 from tests.support.video_mutations import TIMEOUT_S, mutated
 from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 import model.media.video_open
 from model.media.images import BadMediaError
-from model.media.video import frames, probe
+from model.media.video import frames
+from model.media.video_index import probe
 from tests.support.videos import PHONE, ffmpeg, make_video, number_of
 
 
