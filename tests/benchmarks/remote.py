@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -139,9 +140,9 @@ def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
     used = IMAGES * FeatureReader(find_space(root, None)).geometry["image"].row_bytes
     local = train(folder, "local", str(root.path))
     print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
-    with remote_servers.WebServer(root.path) as web, remote_servers.BadS3() as s3:
+    with remote_servers.WebServer(root.path) as web, remote_servers.FaultyS3() as s3:
         aws = remote_servers.environment(s3.endpoint)
-        with remote_servers.patched(aws):
+        with mock.patch.dict(os.environ, aws):
             remote_servers.upload(root.path, "s3://features/real")
         places: dict[str, tuple[remote_servers.Counts, str]] = {
             "https": (web, web.url),
@@ -149,8 +150,8 @@ def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
         }
         for kind, (server, url) in places.items():
             for bad in (0.0, BAD):
-                server.bad, server.latency_s, server.row_bytes = bad, LATENCY_S, 0
-                with remote_servers.patched(aws) if kind == "s3" else nullcontext():
+                server.failure_rate, server.latency_s, server.row_bytes = bad, LATENCY_S, 0
+                with mock.patch.dict(os.environ, aws) if kind == "s3" else nullcontext():
                     found = train(folder, f"{kind}-{bad}", url)
                 name = f"{kind}, {bad:.0%} of requests fail"
                 first, ratio = found.first_step_s, server.row_bytes / used

@@ -1,14 +1,13 @@
-"""Servers on the loopback that a cache is read from: a web server, and moto's S3, both as bad as asked for.
+"""Servers on the loopback that share a cache: a web server, and moto's S3. Their requests fail on demand.
 
-with WebServer(folder) as server:               # the folder, with Range requests, over http
+with WebServer(folder) as server:               # serves a folder over http, with Range requests
     server.url                                  # http://127.0.0.1:PORT
-    server.bad = 0.1                            # so many requests fail: 500, 429, a reset, a short body
+    server.failure_rate = 0.1                   # share of requests that fail: 500, 429, a reset, a short body
     server.row_bytes                            # bytes of shards that were sent
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -26,36 +25,36 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TROUBLES = ("500", "429", "reset", "short")
+FAILURES = ("500", "429", "reset", "short")
 
 
 class Counts:
-    """What a server has done, and how badly it does it."""
+    """Counts of the requests to a server, and the rate at which they fail."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.bad = 0.0
-        """Share of the requests that fail."""
+        self.failure_rate = 0.0
+        """Share of the requests that fail, from 0 to 1."""
         self.latency_s = 0.0
-        """Before each answer."""
+        """Seconds before each answer."""
         self.row_bytes = 0
         """Bytes of shards that were sent."""
-        self.troubles: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
         """Failures, by kind."""
         self.requests: list[tuple[str, str | None]] = []
         """(path, Range header) of all requests."""
         self.lock = threading.Lock()
         self._random = random.Random(seed)
 
-    def arrive(self, path: str, span: str | None) -> str | None:
-        """Note a request; which trouble it is to have, if any."""
+    def record(self, path: str, span: str | None) -> str | None:
+        """Record a request; return how it is to fail, or None."""
         time.sleep(self.latency_s)
         with self.lock:
             self.requests.append((path, span))
-            if self._random.random() >= self.bad:
+            if self._random.random() >= self.failure_rate:
                 return None
-            trouble = TROUBLES[self.troubles.total() % len(TROUBLES)]
-            self.troubles[trouble] += 1
-            return trouble
+            failure = FAILURES[self.failures.total() % len(FAILURES)]
+            self.failures[failure] += 1
+            return failure
 
     def sent(self, path: str, nbytes: int) -> None:
         if is_shard(path):
@@ -71,7 +70,7 @@ def is_shard(path: str) -> bool:
 
 
 def reset(connection: socket.socket) -> None:
-    """Hang up at once, so that the other side sees a reset."""
+    """Close a connection so that the other side receives a reset."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -79,7 +78,7 @@ def reset(connection: socket.socket) -> None:
 # ---- a web server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Any
 
@@ -87,17 +86,17 @@ class _Handler(BaseHTTPRequestHandler):
         world: WebServer = self.server.world
         path = unquote(urlsplit(self.path).path)
         world.headers.append(dict(self.headers))
-        trouble = world.arrive(path, self.headers.get("Range"))
+        failure = world.record(path, self.headers.get("Range"))
         for prefix, act in world.acts.items():
             if path.startswith(prefix) and act(self, path):
                 return
-        if trouble == "reset":
+        if failure == "reset":
             self.close_connection = True
             reset(self.connection)
-        elif trouble in ("500", "429"):
-            self.answer(int(trouble), b"not now", {"Retry-After": "0"})
+        elif failure in ("500", "429"):
+            self.answer(int(failure), b"not now", {"Retry-After": "0"})
         else:
-            self.file(world.folder / path.lstrip("/"), path, short=trouble == "short")
+            self.file(world.folder / path.lstrip("/"), path, short=failure == "short")
 
     def file(self, file: Path, path: str, short: bool = False) -> None:
         if not file.is_file():
@@ -129,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         body = data[: len(data) // 2] if short else data
-        self.server.world.sent(path, len(body))  # before: who has it may look at the count
+        self.server.world.sent(path, len(body))  # before sending: the receiver may check the count
         self.wfile.write(body)
         if short:
             self.close_connection = True
@@ -143,23 +142,23 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client hung up."""
+        """Ignore that the client closed the connection."""
 
 
-Act = Callable[[_Handler, str], bool]
+Act = Callable[[Handler, str], bool]
 
 
 class WebServer(Counts):
-    """See above."""
+    """Serves the files of a folder, except where `acts` answers instead."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         super().__init__(seed)
         self.folder = folder
         self.acts: dict[str, Act] = {}
-        """Path prefix -> what is done instead of serving the file, where it returns True."""
+        """Path prefix -> a function that may answer instead; it returns True when it has."""
         self.headers: list[dict[str, str]] = []
-        """Of all requests."""
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        """Headers of all requests."""
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.world = self  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
@@ -177,14 +176,14 @@ class WebServer(Counts):
         self._thread.join()
 
 
-# ---- the hub, as far as reading a data set's files goes
+# ---- the hub
 
 
 def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str = "/cdn") -> None:
-    """Let a WebServer answer as the hub does for one data set: its API, and files behind a redirect."""
+    """Make a WebServer answer like the hub for one data set repository: its API, and redirects to files."""
     files = server.folder
 
-    def api(handler: _Handler, path: str) -> bool:
+    def api(handler: Handler, path: str) -> bool:
         rest = path.removeprefix(f"/api/datasets/{repo}").strip("/")
         if not path.startswith(f"/api/datasets/{repo}"):
             handler.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -212,12 +211,12 @@ def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str =
                 found.append(item)
         return found
 
-    def resolve(handler: _Handler, path: str) -> bool:
+    def resolve(handler: Handler, path: str) -> bool:
         name = path.removeprefix(f"/datasets/{repo}/resolve/{commit}/")
         handler.answer(302, b"", {"Location": f"{moved}/{name}?signature=s3cret"})
         return True
 
-    def cdn(handler: _Handler, path: str) -> bool:
+    def cdn(handler: Handler, path: str) -> bool:
         handler.file(files / path.removeprefix(f"{moved}/"), path)
         return True
 
@@ -227,8 +226,8 @@ def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str =
 # ---- S3
 
 
-class BadS3(Counts):
-    """moto's server with failures, and a count of what it sent."""
+class FaultyS3(Counts):
+    """moto's S3 server with failures and counts."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -255,17 +254,17 @@ class BadS3(Counts):
 
     def _app(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        trouble = self.arrive(path, environ.get("HTTP_RANGE"))
+        failure = self.record(path, environ.get("HTTP_RANGE"))
         if environ["REQUEST_METHOD"] != "GET":
             return list(self._moto(environ, start))
-        if trouble == "reset":
+        if failure == "reset":
             environ["test.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
-        if trouble in ("500", "429"):
-            start(f"{trouble} Not now", [("Content-Length", "0")])
+        if failure in ("500", "429"):
+            start(f"{failure} Not now", [("Content-Length", "0")])
             return [b""]
         data = b"".join(self._moto(environ, start))
-        body = data[: len(data) // 2] if trouble == "short" else data
+        body = data[: len(data) // 2] if failure == "short" else data
         self.sent(path, len(body))
         return [body] if body is data else self._broken(body, environ["test.socket"])
 
@@ -273,7 +272,7 @@ class BadS3(Counts):
         yield body
         connection.shutdown(socket.SHUT_RDWR)
 
-    def __enter__(self) -> BadS3:
+    def __enter__(self) -> FaultyS3:
         self._thread.start()
         return self
 
@@ -284,7 +283,7 @@ class BadS3(Counts):
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """What the AWS tools read, for a server of ours."""
+    """Return the environment variables that lead AWS tools to a local server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -296,29 +295,14 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Every file below a folder into a bucket, made for it. The AWS environment says where."""
+    """Create a bucket and upload every file below a folder, to the server that the environment names."""
+    import boto3
     import obstore
     from obstore.store import S3Store
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    import boto3
-
     boto3.client("s3").create_bucket(Bucket=bucket)
     store = S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True})
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             obstore.put(store, file.relative_to(folder).as_posix(), io.BytesIO(file.read_bytes()))
-
-
-@contextlib.contextmanager
-def patched(names: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -152,7 +152,7 @@ def test_a_missing_damaged_or_outdated_listing_is_an_error_with_a_remedy(
 def test_only_the_wanted_tables_are_copied(
     server: WebServer, cache: CacheRoot, tmp_path: Path
 ) -> None:
-    server.bad = 0.2
+    server.failure_rate = 0.2
     remote = here(server, tmp_path)
     root = remote.copy_tables(datasets=["again"])
     assert "samples/colors/part-00000.parquet" not in local_tables(root)

@@ -174,7 +174,7 @@ def test_a_broken_body_is_continued_where_it_ended(
 ) -> None:
     once = iter([True])
 
-    def half(handler: remote_servers._Handler, path: str) -> bool:
+    def half(handler: remote_servers.Handler, path: str) -> bool:
         if not next(once, False):
             return False
         handler.file(cache.path / path.lstrip("/"), path, short=True)
@@ -190,7 +190,7 @@ def test_a_broken_body_is_continued_where_it_ended(
 def test_retry_after_is_obeyed_up_to_the_limit(server: WebServer, reader: RemoteReader) -> None:
     times: list[float] = []
 
-    def busy(handler: remote_servers._Handler, _: str) -> bool:
+    def busy(handler: remote_servers.Handler, _: str) -> bool:
         times.append(time.monotonic())
         if len(times) > 1:
             return False
@@ -242,12 +242,12 @@ def test_cancelled_reads_end_soon(server: WebServer, tmp_path: Path) -> None:
     assert "was cancelled" in str(errors[0])
 
 
-def damaged(times: int) -> Callable[[remote_servers._Handler, str], bool]:
+def damaged(times: int) -> Callable[[remote_servers.Handler, str], bool]:
     """Return an act that changes the first byte of this many answers, as a faulty proxy does."""
     left = [times]
     lock = threading.Lock()
 
-    def act(handler: remote_servers._Handler, path: str) -> bool:
+    def act(handler: remote_servers.Handler, path: str) -> bool:
         with lock:
             left[0] -= 1
             if left[0] < 0:
@@ -292,7 +292,7 @@ def test_a_server_without_ranges_is_reported(server: WebServer, reader: RemoteRe
 
 
 def test_a_shard_of_another_size_is_refused(server: WebServer, reader: RemoteReader) -> None:
-    def longer(handler: remote_servers._Handler, _: str) -> bool:
+    def longer(handler: remote_servers.Handler, _: str) -> bool:
         span = {"Content-Range": f"bytes 0-{ROW_BYTES - 1}/{10**9}"}
         handler.answer(206, bytes(ROW_BYTES), span)
         return True
@@ -305,8 +305,8 @@ def test_a_shard_of_another_size_is_refused(server: WebServer, reader: RemoteRea
 # ---- redirects and addresses
 
 
-def redirect(to: str) -> Callable[[remote_servers._Handler, str], bool]:
-    def act(handler: remote_servers._Handler, path: str) -> bool:
+def redirect(to: str) -> Callable[[remote_servers.Handler, str], bool]:
+    def act(handler: remote_servers.Handler, path: str) -> bool:
         handler.answer(302, b"", {"Location": to + path})
         return True
 
@@ -318,7 +318,7 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
 ) -> None:
     server.acts["/spaces"] = redirect("/moved")
 
-    def moved(handler: remote_servers._Handler, path: str) -> bool:
+    def moved(handler: remote_servers.Handler, path: str) -> bool:
         handler.file(server.folder / path.removeprefix("/moved/"), path)
         return True
 
@@ -350,10 +350,10 @@ def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) 
     server.acts["/spaces"] = redirect(to)
     store._pool._idle[store._origin] = [(connect(server), time.monotonic() + 60)] * 9
     target = memoryview(bytearray(4))
-    with pytest.raises(RequestError) as trouble:
+    with pytest.raises(RequestError) as failure:
         store.read("spaces/x", 0, target, None)
-    assert what in trouble.value.reason and not trouble.value.again
-    assert "secret" not in trouble.value.reason
+    assert what in failure.value.reason and not failure.value.again
+    assert "secret" not in failure.value.reason
 
 
 def connect(server: WebServer) -> object:

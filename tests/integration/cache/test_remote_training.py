@@ -1,11 +1,16 @@
-"""Training on a remote cache: the losses of a local one, and hardly a byte more than its rows."""
+"""Training on a remote cache gives the losses of a local one, and fetches little more than the rows it uses.
+
+python -m train.run --features https://host/features
+"""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +28,7 @@ STEPS = ("--max-steps", "6", "--eval-every", "6", "--batch-size", "16", "--order
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
-    """A cache of images and videos, ready to be shared."""
+    """Return a cache of images and videos with its listing.json."""
     folder = tmp_path_factory.mktemp("shared")
     trained_runs.make(folder)
     root = trained_runs.film(folder)
@@ -32,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
 
 
 class Used:
-    """The distinct rows that reader after reader was asked for, and their bytes."""
+    """The distinct rows that all readers were asked for, and their bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows: dict[str, set[int]] = defaultdict(set)
@@ -67,45 +72,45 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     yield run
 
 
-def test_over_a_bad_network_the_losses_are_the_local_ones(
+def test_losses_over_a_faulty_web_server_are_the_local_ones(
     cache: CacheRoot, train: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = Used(monkeypatch)
     local = train("local", str(cache.path))
     expected = used.nbytes
     with remote_servers.WebServer(cache.path) as server:
-        server.bad = 0.1
+        server.failure_rate = 0.1
         assert train("remote", server.url) == local
         assert len(server.shard_requests()) > 20
-        assert set(server.troubles) == set(remote_servers.TROUBLES)
+        assert set(server.failures) == set(remote_servers.FAILURES)
         assert expected <= server.row_bytes <= 1.05 * expected
-        # A second experiment on the same rows asks for none of them.
+        # A second run on the same rows fetches none of them.
         before = server.row_bytes
         assert train("again", server.url) == local
         assert server.row_bytes == before
-        # And one that keeps nothing fetches what it uses, each time anew.
-        assert train("keeping-nothing", server.url, "--mirror-gb", "0") == local
+        # A run that keeps no rows fetches them again.
+        assert train("no-rows-kept", server.url, "--mirror-gb", "0") == local
         assert server.row_bytes > before + expected
 
 
-def test_over_s3_the_losses_are_the_local_ones(
+def test_losses_over_s3_are_the_local_ones(
     cache: CacheRoot, train: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = Used(monkeypatch)
     local = train("local", str(cache.path))
     expected = used.nbytes
     with (
-        remote_servers.BadS3() as server,
-        remote_servers.patched(remote_servers.environment(server.endpoint)),
+        remote_servers.FaultyS3() as server,
+        mock.patch.dict(os.environ, remote_servers.environment(server.endpoint)),
     ):
         remote_servers.upload(cache.path, "s3://features/video")
-        server.bad = 0.1
+        server.failure_rate = 0.1
         assert train("remote", "s3://features/video") == local
-        assert set(server.troubles) == set(remote_servers.TROUBLES)
+        assert set(server.failures) == set(remote_servers.FAILURES)
         assert expected <= server.row_bytes <= 1.05 * expected
 
 
-def test_over_the_hub_the_losses_are_the_local_ones(
+def test_losses_over_the_hub_are_the_local_ones(
     cache: CacheRoot, train: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub.constants
@@ -115,5 +120,5 @@ def test_over_the_hub_the_losses_are_the_local_ones(
         remote_servers.as_hub(server, "us/features")
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        server.bad = 0.1
+        server.failure_rate = 0.1
         assert train("remote", "hf://datasets/us/features") == local
