@@ -106,7 +106,6 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
             pool_image=new["image"],
             pool_frame=new["frame"],
             container=options.format or spec.container,
-            packed_from="float16",
         )
         target.row_bytes("image")  # raises for a width that the codec cannot divide into blocks
     except ValueError as error:
@@ -119,11 +118,6 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
                 f"{source.paths.name}: its {array} rows are pooled {spec.pool(array)} x {spec.pool(array)} "
                 "and rounded; pooling them again gives other values than encoding: convert a space with "
                 "pool 1, or encode them"
-            )
-        if spec.packed_from != "float16":
-            raise UserError(
-                f"{source.paths.name}: its {array} rows were pooled before they were rounded, by an older "
-                "version, so encoding gives other values: encode them again"
             )
     if target.fingerprint == spec.fingerprint:
         raise UserError(
@@ -155,8 +149,8 @@ def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
         for i, row in enumerate(rows):
             halves = codec.unpack(row, "fp16", *shape)
             features = pool(halves, window) if window > 1 else halves.astype(np.float32)
-            packed[i] = codec.pack(features, target.layout)
-            back = codec.unpack(packed[i], target.layout, tokens, target.width)
+            packed[i] = codec.pack(features, target.codec)
+            back = codec.unpack(packed[i], target.codec, tokens, target.width)
             errors[i] = relative_error(features, back)
         return packed, errors
 

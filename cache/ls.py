@@ -103,12 +103,6 @@ def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     lines = [table_text(header, rows, right="images frames size")]
     lines += [f"{space.name}: being written by {space.writer}" for space in spaces if space.writer]
     lines += [f"{space.name}: DAMAGED: {space.damage}" for space in spaces if space.damage]
-    lines += [
-        f"{space.name}: its features were packed before they were rounded to float16; it can be read, but "
-        "encode.run creates another space (cache.convert copies unpooled fp16 rows to it)"
-        for space in spaces
-        if space.closed
-    ]
     return "\n".join(lines)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cache.format.spec import CODECS, FeatureSpec
+from cache.format.codec import CODECS
+from cache.format.spec import FeatureSpec
 from configs import UserError
 from configs.console import bytes_text, duration_text, table_text
 from encode.plan import Plan

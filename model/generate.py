@@ -271,11 +271,11 @@ def live_features(
     """
     spec = FeatureSpec.from_json(space["spec"])
     features = encoder.encode(np.stack([encoder.prepare(image) for image in images]), array)
-    packed = pack(features, spec.layout)
+    packed = pack(features, spec.codec)
     if not bool(packed.finite.all()):
         number = int((~packed.finite).nonzero()[0])
         raise UserError(f"{array} {number + 1}: the encoder overflows on it; try --device cpu")
-    return unpack(packed.rows, spec.layout, spec.tokens(array), spec.width)
+    return unpack(packed.rows, spec.codec, spec.tokens(array), spec.width)
 
 
 if __name__ == "__main__":

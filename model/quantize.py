@@ -3,8 +3,8 @@
 Features are packed where they were computed, before the copy to the host, and unpacked where they are
 used, after the copy from it: what travels is a quarter of float32, or an eighth.
 
-    rows = pack(features, "int8m").rows                    # (B, M, V) -> (B, row_bytes) uint8
-    features = unpack(rows, "int8m", tokens=M, width=V)    # -> (B, M, V) float16
+    rows = pack(features, "int8").rows                    # (B, M, V) -> (B, row_bytes) uint8
+    features = unpack(rows, "int8", tokens=M, width=V)    # -> (B, M, V) float16
 
 B images, M tokens, V values a token.
 """
@@ -20,12 +20,12 @@ import torch
 
 from cache.format.codec import (
     BLOCK,
+    CODECS,
     FP16_MAX,
     INT4_CELLS,
     INT4_DIVISORS,
     INT4_LEVELS,
     INT8_MAX,
-    LAYOUTS,
     hadamard,
     int4_cells,
     rotation_signs,
@@ -55,14 +55,14 @@ class Packed:
     """Values beyond float16's range, over all finite rows."""
 
 
-def pack(features: torch.Tensor, layout: str) -> Packed:
+def pack(features: torch.Tensor, codec: str) -> Packed:
     """Features (B, M, V) of any float type -> rows, on the same device.
 
     Raises:
         ValueError: as `cache.format.codec.row_bytes`.
     """
     batch, tokens, width = features.shape
-    size = row_bytes(layout, tokens, width)
+    size = row_bytes(codec, tokens, width)
     x = features.detach()
     if x.device.type == "mps":
         x = x.cpu()  # Metal divides approximately; memory is shared anyway
@@ -75,17 +75,17 @@ def pack(features: torch.Tensor, layout: str) -> Packed:
     if (largest > _LIMIT).any():
         clipped = int((x.abs() > _LIMIT).sum())
         clean = x.clamp(-_LIMIT, _LIMIT)
-    if layout == "fp16":
+    if codec == "fp16":
         rows = clean.half().contiguous().view(torch.uint8).reshape(batch, size)
     else:
         with _without_autocast(x.device):
             pieces = _pieces(batch, tokens * width // BLOCK, x.device)
             # Rounded first, so that an fp16 row packs alike: cache.convert.
-            rows = torch.cat([_pack_rows(clean[part].half().float(), layout) for part in pieces])
+            rows = torch.cat([_pack_rows(clean[part].half().float(), codec) for part in pieces])
     # Beyond float16's range even squares may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
-    off = unpack(rows, layout, tokens, width, torch.float32).sub_(x).flatten(1)
+    off = unpack(rows, codec, tokens, width, torch.float32).sub_(x).flatten(1)
     lost = torch.linalg.vector_norm(off, dim=1, dtype=precision)
     error = torch.where(norm > 0, lost / norm, 0.0).float()
     return Packed(rows=rows, error=error, finite=finite, clipped=clipped)
@@ -93,31 +93,31 @@ def pack(features: torch.Tensor, layout: str) -> Packed:
 
 def unpack(
     rows: torch.Tensor,
-    layout: str,
+    codec: str,
     tokens: int,
     width: int,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
     """Rows (B, row_bytes) uint8 -> features (B, tokens, width), on the same device.
 
-    Every `dtype` holds the same values: those of float16, which is what the layout defines.
+    Every `dtype` holds the same values: those of float16, which is what the codec defines.
 
     Raises:
-        ValueError: the rows have another length than `row_bytes(layout, tokens, width)`.
+        ValueError: the rows have another length than `row_bytes(codec, tokens, width)`.
     """
-    size = row_bytes(layout, tokens, width)
+    size = row_bytes(codec, tokens, width)
     if rows.ndim != 2 or rows.shape[1] != size or rows.dtype != torch.uint8:
         raise ValueError(
-            f"rows {tuple(rows.shape)} {rows.dtype}; {layout} {tokens} x {width} takes (B, {size}) uint8"
+            f"rows {tuple(rows.shape)} {rows.dtype}; {codec} {tokens} x {width} takes (B, {size}) uint8"
         )
     batch = len(rows)
     rows = rows.contiguous()
-    if layout == "fp16":
+    if codec == "fp16":
         return rows.view(torch.float16).reshape(batch, tokens, width).to(dtype)
     x = torch.empty((batch, tokens, width), dtype=torch.float16, device=rows.device)
     with _without_autocast(rows.device):
         for part in _pieces(batch, tokens * width // BLOCK, rows.device):
-            x[part] = _values(rows[part], layout, tokens, width)
+            x[part] = _values(rows[part], codec, tokens, width)
     return x.to(dtype)
 
 
@@ -132,17 +132,17 @@ def _pieces(rows: int, blocks: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _values(rows: torch.Tensor, layout: str, tokens: int, width: int) -> torch.Tensor:
+def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Tensor:
     """Lossy rows (R, row_bytes) -> (R, M, V) float32, within float16's range.
 
     The first stage of the transform is done by hand, which halves the product: H = [[h, h], [h, -h]].
     """
     constants = _constants(rows.device)
-    codes_end, scales_end, size = row_parts(layout, tokens, width)
+    codes_end, scales_end, size = row_parts(codec, tokens, width)
     blocks = len(rows) * tokens * width // BLOCK
     stored = rows[:, :codes_end].reshape(blocks, -1)
     halves = torch.empty((blocks, 2, BLOCK // 2), device=rows.device)
-    if layout == "int4":  # the two halves of a byte are what this stage adds and subtracts
+    if codec == "int4":  # the two halves of a byte are what this stage adds and subtracts
         index = stored.flatten().int()
         halves[:, 0] = constants.sums.index_select(0, index).view(stored.shape)
         halves[:, 1] = constants.differences.index_select(0, index).view(stored.shape)
@@ -164,11 +164,11 @@ def _halves_of(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return rows[:, start:stop].contiguous().view(torch.float16).float()
 
 
-def _pack_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
+def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
     """(R, M, V) within float16's range -> lossy rows (R, row_bytes)."""
     rows, tokens, width = x.shape
     constants = _constants(x.device)
-    _, scales_end, size = row_parts(layout, tokens, width)
+    _, scales_end, size = row_parts(codec, tokens, width)
     parts = []
     if scales_end < size:
         mean = _mean_token(x).half()
@@ -176,7 +176,7 @@ def _pack_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
         parts.append(mean)
     # Values of a block stand below one another from here on: (64, N) keeps every stage contiguous.
     blocks = _rotate((x.reshape(-1, BLOCK) * constants.signs).t().contiguous())
-    codes, scales = (_int4_codes if layout == "int4" else _int8_codes)(blocks, constants)
+    codes, scales = (_int4_codes if codec == "int4" else _int8_codes)(blocks, constants)
     parts = [codes.t().contiguous(), scales, *parts]
     return torch.cat([part.view(torch.uint8).reshape(rows, -1) for part in parts], dim=1)
 
@@ -299,4 +299,4 @@ def _constants(device: torch.device) -> _Constants:
     )
 
 
-assert set(LAYOUTS) == {"fp16", "int8", "int8m", "int4"}, "a layout was added without its twin here"
+assert set(CODECS) == {"fp16", "int8", "int4"}, "a codec was added without its torch version here"

@@ -64,7 +64,7 @@ class Forward:
             return None
         spec = self.spec
         parts = [
-            unpack(codes, spec.layout, spec.tokens(array), spec.width).flatten(0, 1)
+            unpack(codes, spec.codec, spec.tokens(array), spec.width).flatten(0, 1)
             for array, codes in micro.codes.items()
             if len(codes)
         ]

@@ -130,8 +130,8 @@ class Export:
             "to": self.options.to,
             "space": self.source.reader.paths.name,
             "fingerprint": spec.fingerprint,
-            "codec": self.source.layout,
-            "stored_as": spec.layout,
+            "codec": self.source.codec,
+            "stored_as": spec.codec,
             "width": spec.width,
             "tokens": {array: spec.tokens(array) for array in ARRAYS},
             "rows": {array: len(rows) for array, rows in self.rows.items()},
@@ -201,7 +201,7 @@ def summary(export: Export, out: Path) -> str:
     """Return the lines that the command prints at its end: rows, size, and samples left out."""
     rows = ", ".join(f"{len(rows):,} {array} rows" for array, rows in export.rows.items())
     size = sum(path.stat().st_size for path in out.iterdir())
-    lines = [f"{out}: {rows} as {export.source.layout}, {bytes_text(size)}"]
+    lines = [f"{out}: {rows} as {export.source.codec}, {bytes_text(size)}"]
     for data in export.data:
         samples = sum(len(group.samples) for group in data.groups)
         line = f"{data.name}: {samples:,} samples"

@@ -55,26 +55,26 @@ class Source:
     """Whether rows are exported as float16."""
 
     @property
-    def layout(self) -> str:
-        """The layout of an exported row: that of the space, or `fp16`."""
-        return "fp16" if self.unpack else self.reader.spec.layout
+    def codec(self) -> str:
+        """The codec of an exported row: that of the space, or `fp16`."""
+        return "fp16" if self.unpack else self.reader.spec.codec
 
     def shape(self, array: str) -> tuple[int, ...]:
         """Return the shape of one exported row: (tokens, width) float16, or (row_bytes,) uint8."""
-        if self.layout == "fp16":
+        if self.codec == "fp16":
             return self.reader.spec.tokens(array), self.reader.spec.width
         return (self.reader.spec.row_bytes(array),)
 
     def row_bytes(self, array: str) -> int:
         """Return the bytes of one exported row."""
-        return codec.row_bytes(self.layout, self.reader.spec.tokens(array), self.reader.spec.width)
+        return codec.row_bytes(self.codec, self.reader.spec.tokens(array), self.reader.spec.width)
 
     def geometry(self, array: str) -> TarGeometry:
         """Return the places of such rows, and the headers around them, in a tar."""
         return TarGeometry(
             row_bytes=self.row_bytes(array),
             slots=FILE_ROWS,
-            layout=self.layout,
+            codec=self.codec,
             tokens=self.reader.spec.tokens(array),
             width=self.reader.spec.width,
         )
@@ -88,9 +88,9 @@ class Source:
         spec, index = self.reader.spec, self.reader.index[array]
         stored = np.empty((len(positions), spec.row_bytes(array)), np.uint8)
         self.reader.read_into(array, index.rows(positions), stored)
-        if self.layout == spec.layout:
+        if self.codec == spec.codec:
             return stored
-        values = codec.unpack(stored, spec.layout, spec.tokens(array), spec.width)
+        values = codec.unpack(stored, spec.codec, spec.tokens(array), spec.width)
         return np.ascontiguousarray(values, "<f2").view(np.uint8).reshape(len(positions), -1)
 
     def facts(self, array: str, position: int, row: npt.NDArray[np.uint8]) -> RowFacts:
@@ -208,12 +208,12 @@ def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
             "space": source.reader.paths.name,
             "fingerprint": spec.fingerprint,
             "array": array,
-            "codec": source.layout,
+            "codec": source.codec,
             "tokens": str(spec.tokens(array)),
             "width": str(spec.width),
         }
     }
-    dtype = "F16" if source.layout == "fp16" else "U8"
+    dtype = "F16" if source.codec == "fp16" else "U8"
     for number, position in enumerate(some.tolist()):
         offsets = [number * size, (number + 1) * size]
         name = "/".join(index.identity(position))
@@ -228,7 +228,7 @@ def write_index(
 ) -> None:
     """Write index.json of a safetensors export: the file of each tensor, and the time of each frame."""
     spec = source.reader.spec
-    metadata = {"space": source.reader.paths.name, "codec": source.layout, "spec": spec.to_json()}
+    metadata = {"space": source.reader.paths.name, "codec": source.codec, "spec": spec.to_json()}
     file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
     separator = b"\n"
     for array, positions in rows.items():

@@ -153,7 +153,7 @@ def _write_group(file: BinaryIO, source: Source, data: ExportedDataset, group: G
         array = data.array(item)
         positions = source.reader.index[array].positions(data.rows.of(item))
         rows = source.rows(array, positions)
-        dtype = "<f2" if source.layout == "fp16" else "|u1"
+        dtype = "<f2" if source.codec == "fp16" else "|u1"
         header = npy_header(dtype, (len(rows), *source.shape(array)))
         members.append((f"{name}.{number}.npy", (header, rows.data.cast("B"))))
         facts = [
@@ -172,7 +172,7 @@ def _write_group(file: BinaryIO, source: Source, data: ExportedDataset, group: G
         )
     values = {
         "dataset": data.name,
-        "codec": source.layout,
+        "codec": source.codec,
         "width": source.reader.spec.width,
         "media": about,
         # Without dataset and media, which are equal for all samples of the group.

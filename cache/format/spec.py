@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cache.format.codec import row_bytes
+from cache.format.codec import CODECS, row_bytes
 
 FORMAT = 1
 ARRAYS = ("image", "frame")
@@ -23,15 +23,12 @@ ARRAYS = ("image", "frame")
 ARRAY_OF = {"image": "image", "video": "frame"}
 """Media kind -> the array its views' rows are in."""
 
-CODECS = ("fp16", "int8", "int4")
-"""How rows can be stored, as one asks for it; `FeatureSpec.layout` says what bytes that makes."""
 FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
 _NOT_HASHED = frozenset(
     {"encoder"}
 )  # a name for people; `weights` and `architecture` say what it is
-PACKED_FROM = ("float32", "float16")
-_LATER = {"container": "zarr", "packed_from": "float32"}
+_LATER = {"container": "zarr"}
 """Fields younger than the first spaces: hashed only where they are not this."""
 
 
@@ -79,10 +76,6 @@ class FeatureSpec:
     """Version of the on-disk format."""
     container: str = "zarr"
     """What a shard is: `zarr` (a shard of a Zarr v3 array) or `webdataset` (a tar of standard members)."""
-    packed_from: str = "float32"
-    """What is pooled and packed: features as computed (`float32`, the first spaces) or rounded to `float16`
-    before, as encoders do now. So what `cache.convert` makes of a float16 space is what encoding makes. It
-    also tells the first spaces' int8 rows from those of now: see `layout`."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -91,10 +84,6 @@ class FeatureSpec:
             raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
         if self.container not in CONTAINERS:
             raise ValueError(f"container {self.container!r} is none of {', '.join(CONTAINERS)}")
-        if self.packed_from not in PACKED_FROM:
-            raise ValueError(
-                f"packed_from {self.packed_from!r} is none of {', '.join(PACKED_FROM)}"
-            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -123,15 +112,9 @@ class FeatureSpec:
         """Tokens in one row of `array`."""
         return (self.grid // self.pool(array)) ** 2 + self.keep_cls
 
-    @property
-    def layout(self) -> str:
-        """What a row's bytes are, by the name `cache.format.codec` has for it. The first spaces' int8 rows
-        hold no mean token."""
-        return "int8m" if (self.codec, self.packed_from) == ("int8", "float16") else self.codec
-
     def row_bytes(self, array: str) -> int:
         """Stored bytes of one row of `array`, without its checksum."""
-        return row_bytes(self.layout, self.tokens(array), self.width)
+        return row_bytes(self.codec, self.tokens(array), self.width)
 
     @functools.cached_property
     def fingerprint(self) -> str:

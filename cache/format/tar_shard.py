@@ -74,7 +74,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 class TarGeometry(Geometry):
     """Tar header, npy header, row, zeros; tar header, JSON, zeros. The tail is the end of the archive."""
 
-    layout: str
+    codec: str
     """How a row is laid out: see `cache.format.codec`."""
     tokens: int
     """Tokens in a row."""
@@ -83,7 +83,7 @@ class TarGeometry(Geometry):
 
     @functools.cached_property
     def _npy(self) -> bytes:
-        if self.layout == "fp16":
+        if self.codec == "fp16":
             return npy_header("<f2", (self.tokens, self.width))
         return npy_header("|u1", (self.row_bytes,))
 
@@ -130,7 +130,7 @@ class TarGeometry(Geometry):
             "key": facts.key,
             "view": facts.view,
             "time_s": time_s if time_s is not None and math.isfinite(time_s) else None,
-            "codec": self.layout,
+            "codec": self.codec,
             "tokens": self.tokens,
             "width": self.width,
             "crc32c": facts.crc,
@@ -157,7 +157,7 @@ class TarContainer:
         return TarGeometry(
             row_bytes=spec.row_bytes(array),
             slots=slots,
-            layout=spec.layout,
+            codec=spec.codec,
             tokens=spec.tokens(array),
             width=spec.width,
         )

@@ -30,7 +30,7 @@ def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
         """One row (1, tokens, width) of float16 as the bytes `cache.format.codec.pack` makes."""
 
         codec: str = "int8"
-        """Name of the row layout. It stands in zarr.json, where `int8` means what it always has."""
+        """Name of the row codec, as zarr.json states it: `int8` or `int4`."""
         is_fixed_size = True
 
         @classmethod

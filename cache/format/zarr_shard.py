@@ -73,8 +73,8 @@ def array_values(spec: FeatureSpec, array: str, slots: int, rows: int) -> dict[s
     tokens, width = spec.tokens(array), spec.width
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     row = little
-    if spec.layout != "fp16":
-        row = {"name": ROW_CODEC, "configuration": {"codec": spec.layout}}
+    if spec.codec != "fp16":
+        row = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
     sharding = {
         "chunk_shape": [1, tokens, width],
         "codecs": [row, {"name": "crc32c"}],

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
-from cache.format.spec import ARRAY_OF, ARRAYS, PACKED_FROM
+from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.ledger import media_table
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
@@ -49,7 +49,7 @@ class Need:
     reads: int
     """Bytes of the features that are there: what one pass over the data set reads."""
     command: str | None
-    """What encodes the rest; None when nothing is missing, or encode.run cannot add to this space."""
+    """What encodes the rest; None when nothing is missing."""
 
 
 class SpaceMedia:
@@ -99,13 +99,12 @@ class SpaceMedia:
             for duration_s in references.look_up(durations, np.nan)[videos].tolist()
         ]
         spec, counts = self._reader.spec, {"image": len(absent) - len(videos), "frame": sum(frames)}
-        open_ = spec.packed_from == PACKED_FROM[-1]
         return Need(
             media=len(absent),
             rows=sum(counts.values()),
             nbytes=sum(rows * spec.row_bytes(array) for array, rows in counts.items()),
             reads=int(self._nbytes[np.unique(items[present])].sum()),
-            command=command() if len(absent) and open_ else None,
+            command=command() if len(absent) else None,
         )
 
 
@@ -150,8 +149,6 @@ class SpaceSummary:
     """The job that writes to it now."""
     damage: str | None = None
     """Why it cannot be opened."""
-    closed: bool = False
-    """Whether encode.run adds to it no longer: made before features were rounded to float16."""
 
 
 @dataclass(kw_only=True)
@@ -210,7 +207,6 @@ def open_spaces(
         summary.pool = {array: reader.spec.pool(array) for array in ARRAYS}
         summary.rows = {array: reader.rows(array) for array in ARRAYS}
         summary.container = reader.spec.container
-        summary.closed = reader.spec.packed_from != PACKED_FROM[-1]
         sizes = {array: index.nbytes for array, index in reader.index.items()}
         summary.shards = {array: len(of) for array, of in sizes.items()}
         summary.bytes_of = {array: sum(of.values()) for array, of in sizes.items()}

@@ -31,7 +31,7 @@ class Finite:
         # Lossy codecs store integer codes first, all of which are valid, and then float16: first the scales.
         self._start = self._unsigned = 0
         if spec.codec != "fp16":
-            self._start, scales_end, _ = row_parts(spec.layout, spec.tokens(array), spec.width)
+            self._start, scales_end, _ = row_parts(spec.codec, spec.tokens(array), spec.width)
             if spec.codec == "int8":  # int4's scales have signs, like any mean token
                 self._unsigned = (scales_end - self._start) // 2
         self._bits = np.empty((spec.row_bytes(array) - self._start) // 2, np.uint16)

@@ -232,7 +232,7 @@ class FeatureReader:
             raise KeyError(f"no {array} {key} {view} in {self.path}")
         out = np.empty((1, self.geometry[array].row_bytes), np.uint8)
         self.read_into(array, rows, out)
-        return codec.unpack(out[0], self.spec.layout, self.spec.tokens(array), self.spec.width)
+        return codec.unpack(out[0], self.spec.codec, self.spec.tokens(array), self.spec.width)
 
     def logical_hash(self) -> str:
         """Return the sha256 (hex) of the content. It does not depend on how rows are cut into shards."""

@@ -143,7 +143,7 @@ def read_rows(
     packed = np.empty((len(rows), reader.geometry[array].row_bytes), np.uint8)
     reader.read_into(array, rows, packed)
     tokens, width = reader.spec.tokens(array), reader.spec.width
-    return codec.unpack(packed, reader.spec.layout, tokens, width).astype(np.float32)
+    return codec.unpack(packed, reader.spec.codec, tokens, width).astype(np.float32)
 
 
 def row_errors(

@@ -132,14 +132,14 @@ def compare(options: Options) -> Comparison:
         spec = loader.reader.spec
         for sample, media in islice(_samples(root, loader), options.samples):
             computed = [loader.encoder.encode(one.pixels, one.array) for one in media]
-            packed = [pack(features, spec.layout).rows.cpu() for features in computed]
+            packed = [pack(features, spec.codec).rows.cpu() for features in computed]
             stored = [one.rows for one in media]
             samples += 1
             rows += sum(map(len, stored))
             same += sum(int((a == b).all(1).sum()) for a, b in zip(stored, packed, strict=True))
             cached, live = (
                 [
-                    unpack(one, spec.layout, spec.tokens(item.array), spec.width)
+                    unpack(one, spec.codec, spec.tokens(item.array), spec.width)
                     for one, item in zip(of, media, strict=True)
                 ]
                 for of in (stored, packed)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from cache.format.spec import ARRAY_OF, CODECS, FeatureSpec
+from cache.format.codec import CODECS
+from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.references import read_references
@@ -155,7 +156,7 @@ def _draw(root: CacheRoot, loader: MediaLoader, datasets: Sequence[str]) -> Iter
 def _variants(spec: FeatureSpec) -> Iterator[FeatureSpec]:
     """Yield the spec of a space under every codec that can store its width."""
     for codec in CODECS:
-        variant = replace(spec, codec=codec, packed_from="float16")
+        variant = replace(spec, codec=codec)
         try:
             variant.row_bytes("image")
         except ValueError:
@@ -171,15 +172,15 @@ def _compare(encoder: VisionEncoder, batch: Sequence[LoadedMedia], report: Check
     tokens = spec.tokens(array)
     features = encoder.encode(np.concatenate([one.pixels for one in batch]), array)
     stored = torch.cat([one.rows for one in batch])
-    same = (pack(features, spec.layout).rows.cpu() == stored).all(1)
+    same = (pack(features, spec.codec).rows.cpu() == stored).all(1)
     report.rows += len(stored)
     report.equal += int(same.sum())
     for variant, loss in report.variants.items():
-        rows = pack(features, variant.layout).rows
-        values = unpack(rows, variant.layout, tokens, spec.width, torch.float32)
+        rows = pack(features, variant.codec).rows
+        values = unpack(rows, variant.codec, tokens, spec.width, torch.float32)
         loss.add(features.cpu(), values.cpu())
     before = len(report.stored.errors)
-    values = unpack(stored, spec.layout, tokens, spec.width, torch.float32)
+    values = unpack(stored, spec.codec, tokens, spec.width, torch.float32)
     report.stored.add(features.cpu(), values)
     names = [
         f"{one.record.key} {view} ({one.record.source})" for one in batch for view in one.views

@@ -219,7 +219,7 @@ class Worker:
         start = time.perf_counter()
         try:
             features = self._encoder.encode(np.stack([one.pixels for one in batch]), array)
-            packed = pack(features, self.space.spec.layout)
+            packed = pack(features, self.space.spec.codec)
             rows = packed.rows.cpu().numpy()
         except RuntimeError as error:  # torch raises it for every error, out of memory included
             for one in batch:

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 import configs
-from cache.format.spec import CODECS
+from cache.format.codec import CODECS
 from configs import UserError
 from configs.console import bytes_text, free_bytes
 from model.attention.batch import PackedBatch

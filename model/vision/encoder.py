@@ -192,7 +192,7 @@ def rebuild_encoder(
     )
     found, wanted = encoder.spec(spec.codec).to_json(), spec.to_json()
     # Differences in these change no feature, or less than float16 resolves.
-    for key in ("compute_dtype", "encoder", "container", "packed_from"):
+    for key in ("compute_dtype", "encoder", "container"):
         del found[key], wanted[key]
     different = [key for key in wanted if found[key] != wanted[key]]
     if different == ["weights"]:
@@ -281,7 +281,6 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             compute_dtype=compute_dtype,
             batch_size=config.batch_size,
             codec=codec,
-            packed_from="float16",
         )
         spec.row_bytes("image")  # refuses a width the codec cannot divide
     except ValueError as error:

@@ -55,7 +55,7 @@ def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
     root = CacheRoot(folder)
     space = Space.create(root, spec, {})
     rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("image")), np.uint8)
-    rows[:, row_parts(spec.layout, *ROW)[0] :] = 0x2C  # scales and mean token: small numbers
+    rows[:, row_parts(spec.codec, *ROW)[0] :] = 0x2C  # scales and mean token: small numbers
     paths = []
     for _ in range(shards):
         writer = ShardWriter(space, "image", space.next_shard("image"))

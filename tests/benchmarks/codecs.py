@@ -1,4 +1,4 @@
-"""The row layouts on features of real pretrained transformers, and what else was tried at the same bits.
+"""The row codecs on features of real pretrained transformers, and what else was tried at the same bits.
 
 python -m tests.benchmarks.codecs        # a minute; see tests/benchmarks/activations.py for what it needs
 
@@ -28,8 +28,8 @@ from tests.benchmarks.codec_variants import EIGHT_BITS, FOUR_BITS, Variant, boun
 TOKENS, WIDTH = 576, 1024
 """Of the row that is timed: ViT-L/14@336."""
 ROWS = 8
-LIMITS = {"int8m": 0.006, "int4": 0.09}
-"""Of the layouts that new spaces have."""
+LIMITS = {"int8": 0.006, "int4": 0.09}
+"""Relative error of a row that each codec must not exceed."""
 LAYERS, TEXT_TOKENS = 28, 100
 """Of Qwen3-0.6B, and of the text beside an image."""
 
@@ -117,8 +117,8 @@ def stored(name: str, variant: Variant, x: Features, train: Features) -> np.ndar
 def tables(data: dict[str, Features]) -> list[tuple[str, str, str, bool]]:
     """Prints everything about errors; the requirements' lines."""
     lines = []
-    print("layout    bytes of 576 x 1024   features    error mean   largest      cosine")
-    for name in codec.LAYOUTS:
+    print("codec     bytes of 576 x 1024   features    error mean   largest      cosine")
+    for name in codec.CODECS:
         size = codec.row_bytes(name, TOKENS, WIDTH)
         for kind, x in data.items():
             y = through(x, name)

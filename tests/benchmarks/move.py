@@ -74,7 +74,7 @@ def make_space(folder: Path, spec: FeatureSpec, rows: int, different: int = 16) 
     rng = np.random.default_rng(0)
     shape = (spec.tokens("image"), spec.width)
     contents = [
-        codec.pack(rng.standard_normal(shape, dtype=np.float32), spec.layout)
+        codec.pack(rng.standard_normal(shape, dtype=np.float32), spec.codec)
         for _ in range(different)
     ]
     space = Space.create(CacheRoot(folder), spec, {})

@@ -60,7 +60,7 @@ def make_cache(folder: Path) -> CacheRoot:
             shard = ShardWriter(space, "image", space.next_shard("image"))
         key = f"{number:064x}"
         features = rng.standard_normal((spec.tokens("image"), spec.width), np.float32)
-        shard.append(key, "full", codec.pack(features, spec.layout))
+        shard.append(key, "full", codec.pack(features, spec.codec))
         source = f"/images/{number}.png"
         records.append(MediaRecord(source=source, key=key, width=336, height=336))
         asked = Message(role="user", content="<image>Which?")

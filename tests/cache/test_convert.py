@@ -24,11 +24,11 @@ from hypothesis.extra import numpy as hnp
 from cache import convert
 from cache.convert import pool
 from cache.errors import CacheError
-from cache.format.spec import CODECS
+from cache.format.codec import CODECS
 from cache.maintenance.checks import verify
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.space import Space, find_space
+from cache.store.space import Space
 from configs import UserError
 from encode.worker.config import WorkerConfig
 from model.vision.config import DemoTowerConfig
@@ -228,28 +228,12 @@ def test_conversions_that_would_differ_from_encoding_are_refused(tmp_path: Path)
     refused("lossy", r"no fp16 space under .*encode\.run --codec fp16", "--codec", "int8")
     words = ("--codec", "int8", "--space", "toy")
     refused("lossy", "is stored as int8, which is lossy", *words)
-    fp16 = make_space(tmp_path / "fp16", "fp16", packed_from="float32")
+    fp16 = make_space(tmp_path / "fp16", "fp16")
     fill(fp16, [1])
     refused("fp16", "pool_image 3 does not divide", "--pool", "3")
-    new = replace(fp16.spec, packed_from="float16")
-    fill(Space.create(CacheRoot(tmp_path / "new"), new, {}), [1])
-    refused("new", r"has these options already; choose others: --codec")
-    pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(new, pool_image=2), {})
+    refused("fp16", r"has these options already; choose others: --codec")
+    pooled = Space.create(CacheRoot(tmp_path / "pooled"), replace(fp16.spec, pool_image=2), {})
     fill(pooled, [1])
     refused("pooled", "its image rows are pooled 2 x 2 and rounded", "--pool", "1")
-    fill(Space.create(CacheRoot(tmp_path / "new"), replace(new, pool_image=2), {}), [1])
-    refused("new", r"2 fp16 spaces under .*say which: --space .* \| ", "--codec", "int8")
-    fill(fp16, [1], array="frame")
-    refused("fp16", "its frame rows were pooled before they were rounded, by an older version")
-
-
-def test_unpooled_rows_of_the_first_spaces_convert(tmp_path: Path) -> None:
-    """They hold the same bytes as those made now, so the new space bears the new name."""
-    first = make_space(tmp_path, "fp16", packed_from="float32")
-    fill(first, [1, 2])
-    assert run(tmp_path, "--codec", "int8", "--pool", "2") == 0
-    wanted = replace(SPEC, codec="int8", pool_image=2)
-    assert wanted.name in CacheRoot(tmp_path).space_names()
-    reader = FeatureReader(find_space(CacheRoot(tmp_path), wanted.name))
-    assert reader.load["converted_from"] == first.spec.name
-    assert reader.rows("image") == 2
+    fill(Space.create(CacheRoot(tmp_path / "fp16"), replace(fp16.spec, pool_image=2), {}), [1])
+    refused("fp16", r"2 fp16 spaces under .*say which: --space .* \| ", "--codec", "int8")

@@ -47,13 +47,13 @@ def root(tmp_path: Path) -> CacheRoot:
     return cache_of(tmp_path)
 
 
-def cache_of(folder: Path, packed_from: str = "float16") -> CacheRoot:
+def cache_of(folder: Path) -> CacheRoot:
     """Return a cache: a, b, c have keys 0, 1, 0; d could not be decoded, e not fetched; f is unknown.
 
     The int8 space has keys 0 and 1, the fp16 space only 1.
     """
-    fill(make_space(folder, "int8", packed_from=packed_from), [0, 1])
-    fill(make_space(folder, "fp16", packed_from=packed_from), [1])
+    fill(make_space(folder, "int8"), [0, 1])
+    fill(make_space(folder, "fp16"), [1])
     root = CacheRoot(folder)
     ok = [MediaRecord(source=s, key=key(n)) for s, n in (("a", 0), ("b", 1), ("c", 0))]
     bad = MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="cut short")
@@ -176,14 +176,6 @@ def test_a_sample_that_states_another_sha256_is_not_covered(root: CacheRoot, run
         "hash": 1
     }
     assert "hash: samples whose source has another sha256 than they state: 1" in run()
-
-
-def test_a_space_that_encode_run_cannot_continue_is_named(tmp_path: Path, run: Run) -> None:
-    cache_of(tmp_path, packed_from="float32")
-    values = json.loads(run("--json"))
-    assert all(space["closed"] for space in values["spaces"])
-    assert {n["command"] for d in values["datasets"] for n in d["needs"].values()} == {None}
-    assert run().count("packed before they were rounded to float16") == 2
 
 
 def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:

@@ -50,7 +50,6 @@ CLIP = FeatureSpec(
     compute_dtype="float32",
     batch_size=8,
     codec="int8",
-    packed_from="float16",
 )
 
 

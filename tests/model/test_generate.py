@@ -61,8 +61,8 @@ def from_cache(world: Path, encoder: VisionEncoder, names: list[str]) -> torch.T
     spec = encoder.spec("int8")
     images = [decode_image((world / f"{n}.png").read_bytes()) for n in ["blue", "red", "lime"]]
     batch = encoder.encode(np.stack([encoder.prepare(p) for p in images]))
-    rows = codec.pack(batch.numpy(), spec.layout)
-    stored = codec.unpack(rows, spec.layout, spec.tokens("image"), spec.width)
+    rows = codec.pack(batch.numpy(), spec.codec)
+    stored = codec.unpack(rows, spec.codec, spec.tokens("image"), spec.width)
     order = ["blue", "red", "lime"]
     return torch.from_numpy(stored[[order.index(n) for n in names]])
 

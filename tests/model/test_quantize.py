@@ -23,7 +23,7 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint8)
 
 
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=100, deadline=None)
 @given(x=WIDE | NEAR_FP16)
 @example(x=np.zeros((3, 2, 128), np.float32))
@@ -39,7 +39,7 @@ def test_twins_agree_to_the_bit(name: str, x: np.ndarray) -> None:
     assert np.array_equal(bits(ours.numpy()), bits(codec.unpack(rows, name, 2, 128)))
 
 
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=20, deadline=None)
 @given(
     width=st.sampled_from([64, 768, 1024, 1152, 2048]),
@@ -63,7 +63,7 @@ def test_twins_agree_at_every_width(
     assert np.array_equal(bits(ours), bits(codec.unpack(rows, name, tokens, width)))
 
 
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
     """The trainer unpacks where its matrix products are bfloat16."""
@@ -75,7 +75,7 @@ def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
     assert torch.equal(under, quantize.unpack(rows, name, tokens, 128))
 
 
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_twins_agree_on_whole_images(name: str, threads: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 576, 1024)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_twins_agree_on_whole_images(name: str, threads: int) -> None:
     )
 
 
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=50, deadline=None)
 @given(rows=st.data())
 def test_any_bytes_unpack_alike(name: str, rows: st.DataObject) -> None:
@@ -110,15 +110,13 @@ def test_any_bytes_unpack_alike(name: str, rows: st.DataObject) -> None:
 def test_error_is_measured_against_the_features_themselves() -> None:
     x = torch.randn(4, 6, 128, generator=torch.Generator().manual_seed(0))
     x[3] = 0
-    for name in codec.LAYOUTS:
+    for name in codec.CODECS:
         packed = quantize.pack(x, name)
         back = quantize.unpack(packed.rows, name, 6, 128).float()
         expected = (back - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp(min=1e-30)
         assert torch.allclose(packed.error, expected, rtol=1e-5)
         assert packed.error[3] == 0 and packed.clipped == 0 and packed.finite.all()
-        assert (
-            packed.error[:3] < {"fp16": 4e-4, "int8": 7e-3, "int8m": 7e-3, "int4": 0.095}[name]
-        ).all()
+        assert (packed.error[:3] < {"fp16": 4e-4, "int8": 7e-3, "int4": 0.095}[name]).all()
 
 
 def test_clipping_is_counted_and_shows_in_the_error() -> None:
@@ -131,7 +129,7 @@ def test_clipping_is_counted_and_shows_in_the_error() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", codec.LAYOUTS)
+@pytest.mark.parametrize("name", codec.CODECS)
 def test_rows_that_are_not_finite_are_told_and_spoil_no_other(name: str, bad: float) -> None:
     x = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(1))
     clean = quantize.pack(x, name)
@@ -144,14 +142,14 @@ def test_rows_that_are_not_finite_are_told_and_spoil_no_other(name: str, bad: fl
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_precision_holds_the_values_of_float16(dtype: torch.dtype) -> None:
-    rows = quantize.pack(torch.randn(2, 40, 64), "int8m").rows
-    half = quantize.unpack(rows, "int8m", 40, 64)
-    assert torch.equal(quantize.unpack(rows, "int8m", 40, 64, dtype=dtype), half.to(dtype))
+    rows = quantize.pack(torch.randn(2, 40, 64), "int8").rows
+    half = quantize.unpack(rows, "int8", 40, 64)
+    assert torch.equal(quantize.unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
 
 
 def test_low_precision_features_are_packed_as_they_are() -> None:
     x = torch.randn(2, 40, 64).bfloat16()
-    assert torch.equal(quantize.pack(x, "int8m").rows, quantize.pack(x.float(), "int8m").rows)
+    assert torch.equal(quantize.pack(x, "int8").rows, quantize.pack(x.float(), "int8").rows)
 
 
 def test_rows_of_another_shape_are_refused() -> None:
@@ -161,7 +159,7 @@ def test_rows_of_another_shape_are_refused() -> None:
             quantize.unpack(wrong, "int8", 4, 64)
     with pytest.raises(ValueError, match="multiple of 64"):
         quantize.pack(torch.randn(1, 2, 60), "int8")
-    with pytest.raises(ValueError, match="none of fp16, int8m, int4, int8"):
+    with pytest.raises(ValueError, match="none of fp16, int8, int4"):
         quantize.pack(torch.randn(1, 2, 64), "int3")
 
 

@@ -114,7 +114,7 @@ class World:
                     shard.commit()
                     shard = ShardWriter(space, "frame", space.next_shard("frame"))
                 time_s = frame_time(asked)
-                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.layout)
+                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.codec)
                 shard.append(key_of(name), time_view(asked), row, time_s=time_s)
             source = ref(name).source
             records.append(
@@ -128,7 +128,7 @@ class World:
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         shard = ShardWriter(space, "image", space.next_shard("image"))
         for image in images:
-            row = codec.pack(features(image).astype(np.float32), SPEC.layout)
+            row = codec.pack(features(image).astype(np.float32), SPEC.codec)
             shard.append(key_of(image), "full", row)
         shard.commit()
         records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]

@@ -35,7 +35,6 @@ SPEC = FeatureSpec(
     compute_dtype="float32",
     batch_size=1,
     codec="int8",
-    packed_from="float16",
 )
 """4 tokens of 64 values an image: 264 bytes as int8, 512 as fp16. A frame has one token."""
 
@@ -58,7 +57,7 @@ def features(
 
 def row(number: int, array: str = "image", spec: FeatureSpec = SPEC) -> npt.NDArray[np.uint8]:
     """Its stored row."""
-    return codec.pack(features(number, array, spec), spec.layout)
+    return codec.pack(features(number, array, spec), spec.codec)
 
 
 def make_space(

@@ -105,7 +105,7 @@ def make(
         path = files / f"{number}.png"
         path.write_bytes(data)
         key = hashlib.sha256(data).hexdigest()
-        row = codec.pack(features(color, number), space.spec.layout)
+        row = codec.pack(features(color, number), space.spec.codec)
         if number == broken:
             row = np.full(4 * 64, np.nan, np.float16).view(np.uint8)
         shard.append(key, "full", row)
@@ -133,7 +133,7 @@ def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot
         duration = float(1 + number // 4 % 3)
         for microseconds in sample_times(duration, 128):
             values = features(color, number)[:1] * (microseconds > 0)
-            row = codec.pack(values, space.spec.layout)
+            row = codec.pack(values, space.spec.codec)
             shard.append(key, time_view(microseconds), row, time_s=microseconds / 1e6)
         source = str(folder / "films" / f"{number}.mp4")
         records.append(MediaRecord(source=source, key=key, kind="video", duration_s=duration))

@@ -39,7 +39,7 @@ def read_features(
             continue
         codes = np.empty((len(numbers), spec.row_bytes(array)), np.uint8)
         reader.read_into(array, numbers, codes)
-        features = unpack(torch.from_numpy(codes), spec.layout, spec.tokens(array), spec.width)
+        features = unpack(torch.from_numpy(codes), spec.codec, spec.tokens(array), spec.width)
         parts.append(features.flatten(0, 1))
     found = torch.cat(parts).index_select(0, torch.from_numpy(order))
     result: list[torch.Tensor | Video] = []

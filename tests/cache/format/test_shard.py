@@ -23,7 +23,8 @@ import zarr
 from cache import gc
 from cache.errors import CorruptError
 from cache.format import codec, tar_shard
-from cache.format.spec import CODECS, CONTAINERS
+from cache.format.codec import CODECS
+from cache.format.spec import CONTAINERS
 from cache.maintenance.checks import check_shard, verify
 from cache.maintenance.repair import Repair
 from cache.store.commits import commit_bytes, read_commit
@@ -90,7 +91,7 @@ def test_rows_come_back_singly_and_in_runs(space: Space) -> None:
         for number, stored in zip(order, out, strict=True):
             assert stored.tobytes() == row(number, spec=space.spec).tobytes()
     for number, view in FRAMES.items():
-        expected = codec.unpack(row(number, "frame", space.spec), space.spec.layout, 1, 64)
+        expected = codec.unpack(row(number, "frame", space.spec), space.spec.codec, 1, 64)
         np.testing.assert_array_equal(reader.read("frame", key(9), view), expected)
     video = reader.lookup_pairs("frame", [key(9)] * 3, list(FRAMES.values()))
     assert reader.times("frame", video).tolist() == [0.04, 0.54, 1.04]

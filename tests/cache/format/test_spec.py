@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cache.format.spec import CODECS, PACKED_FROM, FeatureSpec
+from cache.format.spec import FeatureSpec
 
 SPEC = FeatureSpec(
     encoder="clip",
@@ -47,7 +47,6 @@ CHANGES: dict[str, Any] = {
     "codec": "fp16",
     "format": 2,
     "container": "webdataset",
-    "packed_from": "float16",
 }
 
 
@@ -66,7 +65,7 @@ def test_every_field_but_the_display_name_is_hashed() -> None:
 def test_the_fingerprint_is_part_of_the_format() -> None:
     """Spaces on users' disks carry it: if this fails, every cache in the world went stale."""
     assert SPEC.fingerprint == "096dfc73ec5fdb7ddbd1a0cd3de1988a8ebbd3ff4b7b6d97121a1f4b4d6955f1"
-    assert SPEC.name == "video-int8-" + SPEC.fingerprint[:8]
+    assert SPEC.name == "clip-int8-" + SPEC.fingerprint[:8]
 
 
 def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
@@ -82,27 +81,12 @@ def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
 def test_sizes_are_those_the_design_promises() -> None:
     assert SPEC.tokens("image") == 576
     assert SPEC.tokens("frame") == 64
-    assert SPEC.row_bytes("image") == 608_256  # 0.61 MB, of the first spaces
-    now = dataclasses.replace(SPEC, packed_from="float16")
-    assert now.row_bytes("image") == 610_304  # with a mean token
-    assert now.row_bytes("frame") == 64 * (1024 + 32) + 2048
+    assert SPEC.row_bytes("image") == 610_304  # 0.61 MB
+    assert SPEC.row_bytes("frame") == 64 * (1024 + 32) + 2048
     fp16 = dataclasses.replace(SPEC, codec="fp16")
     assert fp16.row_bytes("image") == 1_179_648  # 1.18 MB
     int4 = dataclasses.replace(SPEC, codec="int4")
     assert int4.row_bytes("image") == 315_392  # 0.32 MB
-
-
-def test_only_int8_rows_of_the_first_spaces_are_laid_out_otherwise() -> None:
-    first = SPEC.to_json()
-    del first["packed_from"]  # as their space.json has it
-    assert FeatureSpec.from_json(first).layout == "int8"
-    found = {
-        (codec, packed_from): dataclasses.replace(SPEC, codec=codec, packed_from=packed_from).layout
-        for codec in CODECS
-        for packed_from in PACKED_FROM
-    }
-    others = {(codec, p): codec for codec in ("fp16", "int4") for p in PACKED_FROM}
-    assert found == {("int8", "float32"): "int8", ("int8", "float16"): "int8m", **others}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +94,6 @@ def test_only_int8_rows_of_the_first_spaces_are_laid_out_otherwise() -> None:
     [
         {"codec": "zip"},
         {"container": "rar"},
-        {"packed_from": "int4"},
         {"fit": "stretch"},
         {"patch_size": 15},
         {"pool_image": 5},

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from cache.format import zarr_codec, zarr_shard
-from cache.format.spec import CODECS
+from cache.format.codec import CODECS
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter

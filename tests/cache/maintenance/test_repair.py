@@ -15,7 +15,7 @@ import pytest
 from cache.errors import CorruptError, InUseError
 from cache.format import codec
 from cache.format.checksums import read_sealed_json, sealed_json
-from cache.format.spec import CODECS, PACKED_FROM
+from cache.format.codec import CODECS
 from cache.maintenance.checks import verify
 from cache.maintenance.compaction import rewrite_shards
 from cache.maintenance.repair import Repair, Repaired
@@ -452,19 +452,16 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     assert "REPAIR: " in err
 
 
-@pytest.mark.parametrize("packed_from", PACKED_FROM)
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("kind", ["image", "frame"])
-def test_a_row_as_packed_is_sound_whatever_its_codec(
-    name: str, kind: str, packed_from: str
-) -> None:
+def test_a_row_as_packed_is_sound_whatever_its_codec(name: str, kind: str) -> None:
     spec = dataclasses.replace(
-        SPEC, codec=name, packed_from=packed_from, image_size=12, pool_frame=1
+        SPEC, codec=name, image_size=12, pool_frame=1
     )  # 36 tokens: a mean, too
     finite, tokens = Finite(spec, kind), spec.tokens(kind)
     values = np.random.default_rng(1).normal(size=(20, tokens, spec.width)) * 10.0
-    _, scales_end, size = codec.row_parts(spec.layout, tokens, spec.width)
-    for packed in codec.pack(values.astype(np.float32), spec.layout):
+    _, scales_end, size = codec.row_parts(spec.codec, tokens, spec.width)
+    for packed in codec.pack(values.astype(np.float32), spec.codec):
         assert finite(packed)
         # A mean token may have any sign.
         assert (packed[scales_end:size].view("<f2") < 0).any() == (scales_end < size)

@@ -18,7 +18,8 @@ import pytest
 
 from cache.errors import CacheError, RequestError, UnreachableError
 from cache.format.checksums import crc32c
-from cache.format.spec import CODECS, CONTAINERS
+from cache.format.codec import CODECS
+from cache.format.spec import CONTAINERS
 from cache.remote.http import HttpStore
 from cache.remote.open import RemoteCache, RemoteOptions, open_reader
 from cache.remote.reader import RemoteReader

@@ -65,7 +65,7 @@ def test_keys_are_found_and_strangers_are_not(filled: Space) -> None:
 
 def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
     seen = FeatureReader(filled.paths.root)
-    expected = codec.unpack(row(5), SPEC.layout, SPEC.tokens("image"), SPEC.width)
+    expected = codec.unpack(row(5), SPEC.codec, SPEC.tokens("image"), SPEC.width)
     np.testing.assert_array_equal(seen.read("image", key(5)), expected)
     np.testing.assert_allclose(seen.read("image", key(5)), features(5), atol=0.03)
     assert seen.read("frame", key(1)).shape == (1, 64)

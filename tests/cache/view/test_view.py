@@ -56,7 +56,7 @@ def shard(space: Space, rows: Sequence[tuple[str, str, int, float | None]], arra
     """Commit a shard of rows (key, view, number, time_s). The number decides features and error."""
     writer = ShardWriter(space, array, space.next_shard(array))
     for name, at, number, time_s in rows:
-        packed = codec.pack(features(number, array, space.spec), space.spec.layout)
+        packed = codec.pack(features(number, array, space.spec), space.spec.codec)
         writer.append(name, at, packed, error=number / 1000, time_s=time_s)
     writer.commit()
     space.grow(array)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cache.errors import CorruptError, NotFoundError
-from cache.format.spec import CODECS
+from cache.format.codec import CODECS
 from cache.store.ledger import append_media, read_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
