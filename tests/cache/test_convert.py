@@ -110,6 +110,7 @@ def test_a_converted_space_equals_an_encoded_one(
     assert not again.plan.todo and again.paths.name == encoded.paths.name
     reader = FeatureReader(again.paths)
     assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image
+    assert reader.load["converted_from"].startswith(f"{reader.spec.encoder}-fp16-")
 
 
 def test_another_shard_format_holds_equal_rows(whole: Path, tmp_path: Path) -> None:
