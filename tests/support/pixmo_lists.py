@@ -1,7 +1,7 @@
-"""PixMo in small: Parquet files as the hub has them, about images at given addresses.
+"""Write small PixMo data sets: Parquet files as on the hub, about images at given URLs.
 
-The types are those of the repositories' cards (allenai/pixmo-*, read in 2026): points are a list of structs
-of doubles in pixmo-points, a struct of lists of floats in pixmo-count, which also has other splits.
+The types are those of the repositories' cards (allenai/pixmo-*, read in 2026). Points are a list of structs
+of doubles in pixmo-points, and a struct of lists of floats in pixmo-count, which also has other splits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 TRAIN = "train-00000-of-00001"
 HELD_OUT = "never read"
-"""In every text of the splits that are no training data."""
+"""Label of every row in validation and test splits."""
 
 _URL = {"image_url": pa.string()}
 _IMAGE = {**_URL, "image_sha256": pa.string()}
@@ -50,7 +50,7 @@ def write_table(
     types: Mapping[str, Any] | None = None,
     row_group: int = 2,
 ) -> Path:
-    """One file of the data set `name`, below `folder` as `hf download` leaves it; missing values are null."""
+    """Write one file of the data set `name` where `hf download` puts it; missing values are null."""
     path = folder / name / "data" / f"{stem}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema({**SCHEMAS[name], **(types or {})})
@@ -59,10 +59,14 @@ def write_table(
 
 
 def write_pixmo(folder: Path, urls: Sequence[tuple[str, str | None]]) -> Path:
-    """All five data sets about the images at these addresses, each with its sha256 if it is known.
+    """Write all five data sets about images.
 
-    Of an image: a caption and one or two transcripts, two pointings (one at what is not there), a count of 0
-    to 3, a conversation of one or two questions, a question.
+    Each image has a caption and one or two transcripts, two pointing rows (one for something absent), a
+    count of 0 to 3, a conversation of one or two questions, and a question.
+
+    Args:
+        folder: where to write; returned.
+        urls: URL and sha256 (None: unknown) of each image.
     """
     numbered = list(enumerate(urls))
     write_table(folder, "pixmo-cap", [_caption(n, url) for n, (url, _) in numbered])
@@ -104,7 +108,7 @@ def _pointings(n: int, url: str, sha256: str | None) -> list[dict[str, Any]]:
 
 
 def _count(n: int, url: str, sha256: str | None) -> dict[str, Any]:
-    places = [0.25 * (i + 1) for i in range(n % 4)]  # pixels: inside even an image of one
+    places = [0.25 * (i + 1) for i in range(n % 4)]  # pixels: inside an image of one pixel
     return {
         "image_url": url,
         "image_sha256": sha256,

@@ -1,4 +1,8 @@
-"""The demo world: the same bytes everywhere, questions with one right answer that they do not give away."""
+"""The demo data sets have the same bytes everywhere, and questions with one right answer.
+
+(captions,) = open_datasets(["demo-captions"], Path("cache"))
+samples = list(captions.samples())      # draws cache/demo/<id>/00000.png, ...
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import configs
 from cache.format.frame_sampling import sample_times
 from cache.store.samples import Sample
 from configs import UserError
-from encode import run as encode_run
 from encode.sources import demo as world
 from encode.sources import demo_videos as videos
 from encode.sources.catalogue import open_datasets
@@ -34,7 +36,7 @@ from encode.sources.demo_drawings import (
 from model.language.model import load_tokenizer
 from model.media.video import frames
 from model.media.video_index import probe
-from train import demo
+from train.demo import TYPES
 
 SMALL = DemoWorld(images=200, dialogues=20, videos=40)
 
@@ -51,7 +53,7 @@ def shown_in(sample: Sample, which: int = 0) -> tuple[DrawnShape, ...]:
 
 
 def test_drawings_are_the_same_bytes_on_every_machine() -> None:
-    """Held-out is decided by these bytes: other bytes would be another split, another result."""
+    """These bytes decide which images are held out: other bytes would give another split."""
     whole = hashlib.sha256()
     for number in range(100):
         whole.update(draw(DemoWorld(images=100), number))
@@ -61,7 +63,7 @@ def test_drawings_are_the_same_bytes_on_every_machine() -> None:
 PINNED = "49040e0e1c8c6ada44d692782126987da62766589c5ea76992640aeb8bdfec6d"
 
 
-def test_every_reader_sees_what_was_drawn() -> None:
+def test_pillow_reads_what_was_drawn() -> None:
     for number in range(20):
         image = Image.open(io.BytesIO(draw(SMALL, number))).convert("RGB")
         assert image.size == (SMALL.side, SMALL.side)
@@ -72,15 +74,15 @@ def test_every_reader_sees_what_was_drawn() -> None:
         for thing in shown:
             rows, columns = np.nonzero((pixels == thing.rgb).all(-1))
             centre = np.array([columns.mean() + 0.5, rows.mean() + 0.5]) / SMALL.side
-            # A triangle's centre of mass is below the middle of its height.
+            # The centre of mass of a triangle is below the middle of its height.
             assert np.allclose(centre, [thing.x, thing.y], atol=0.05)
             cells = set((rows * 3 // SMALL.side * 3 + columns * 3 // SMALL.side).tolist())
             assert cells == {thing.cell}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (96, 96), (300, 300), (255, 257)])
-def test_png_of_any_size(size: tuple[int, int]) -> None:
-    """Uncompressed blocks end at 65,535 bytes."""
+def test_a_png_of_any_size_is_valid(size: tuple[int, int]) -> None:
+    """An uncompressed block has at most 65,535 bytes, so larger images need several."""
     palette = [(i, 255 - i, i // 2) for i in range(256)]
     pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     image = Image.open(io.BytesIO(png(pixels, palette)))
@@ -95,7 +97,7 @@ def test_shapes_differ_in_more_than_a_few_pixels() -> None:
         assert (one != other).mean() > 0.1
 
 
-def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) -> None:
+def test_only_missing_files_are_drawn(tmp_path: Path) -> None:
     before = all_samples(tmp_path, "demo-captions")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(stamps) == SMALL.images
@@ -108,7 +110,7 @@ def test_a_second_pass_draws_nothing_and_a_lost_file_comes_back(tmp_path: Path) 
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
-def test_another_world_is_other_files() -> None:
+def test_settings_that_change_drawings_change_their_folder() -> None:
     ids = {DemoWorld(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
     assert len(ids) == 3
     assert DemoWorld(images=9, per_kind=1).id8 == DemoWorld(images=7).id8
@@ -127,8 +129,8 @@ def test_videos_are_the_same_bytes_on_every_machine() -> None:
 PINNED_VIDEOS = "60fb83dea7a0aa4eacc16b154dc7d050e7985bed0a0d258627bca1f4edee17a2"
 
 
-def test_a_decoder_sees_the_frames_that_were_drawn() -> None:
-    """Colours within what YUV of 8 bits can say, times half a second apart."""
+def test_the_decoder_reads_the_frames_that_were_drawn() -> None:
+    """Colours differ by the rounding of 8-bit YUV, and times are half a second apart."""
     for number in range(4):
         data = videos.draw_video(SMALL, number)
         info = probe(data)
@@ -154,7 +156,7 @@ def test_planes_are_bt601_in_limited_range() -> None:
 
 
 def find_event(number: int) -> dict[str, str]:
-    """What happens, and every answer to it, found from what the frames show."""
+    """Return what happens in a video and the answer to every question, from the shapes in its frames."""
     what = videos.scene(SMALL, number)
     shown_all = [videos.shapes_at(SMALL, what, i) for i in range(SMALL.video_frames)]
     first, last = shown_all[0], shown_all[-1]
@@ -167,19 +169,19 @@ def find_event(number: int) -> dict[str, str]:
 
 
 def where(thing: DrawnShape) -> str:
-    """By its centre, not by what its cell is called."""
+    """Return the name of a cell from the centre of a shape."""
     row = ("top", "middle", "bottom")[int(thing.y * 3)]
     return f"{row} {('left', 'centre', 'right')[int(thing.x * 3)]}"
 
 
-def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> None:
+def test_every_question_about_a_video_has_its_right_answer() -> None:
     seen = set()
     for number in range(SMALL.videos):
         truth = find_event(number)
-        for kind, question, told in videos.questions(SMALL, number):
+        for kind, question, answer in videos.questions(SMALL, number):
             words = question.rstrip("?").split()
             key = "count" if kind == "video-count" else words[-1]
-            assert told == truth[key], question
+            assert answer == truth[key], question
             seen.add((kind, key))
             if kind == "video-where":
                 assert " ".join(words[3:5]) == truth.get("moves", truth.get("appears"))
@@ -199,7 +201,7 @@ def test_every_question_about_a_video_has_the_answer_that_its_frames_show() -> N
 
 
 def answer_by_search(question: str, shown: tuple[DrawnShape, ...]) -> list[str]:
-    """Every right answer, found without the code that asked."""
+    """Return every right answer, found without the code that asks."""
     words = question.rstrip("?.").split()
 
     def fitting(colour: str | None, shape: str | None) -> list[DrawnShape]:
@@ -222,25 +224,25 @@ def answer_by_search(question: str, shown: tuple[DrawnShape, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["demo-points", "demo-questions"])
-def test_every_question_has_exactly_the_answer_given(tmp_path: Path, name: str) -> None:
+def test_every_question_has_one_right_answer(tmp_path: Path, name: str) -> None:
     samples = all_samples(tmp_path, name)
     assert len(samples) > SMALL.images
     for sample in samples:
-        question, told = (m.content for m in sample.messages)
-        assert answer_by_search(question, shown_in(sample)) == [told]
+        question, answer = (m.content for m in sample.messages)
+        assert answer_by_search(question, shown_in(sample)) == [answer]
 
 
-def test_every_turn_of_a_dialogue_has_exactly_the_answer_given(tmp_path: Path) -> None:
+def test_every_question_of_a_dialogue_has_one_right_answer(tmp_path: Path) -> None:
     for sample in all_samples(tmp_path, "demo-dialogues"):
         assert len(sample.media) == len({m.source for m in sample.media})
         turns = [m.content for m in sample.messages]
-        for asked, told in zip(turns[::2], turns[1::2], strict=True):
+        for asked, answer in zip(turns[::2], turns[1::2], strict=True):
             which, question = asked.removeprefix("In the ").split(" picture: ")
             shown = shown_in(sample, ("first", "second", "third", "fourth").index(which))
-            assert answer_by_search(question[0].upper() + question[1:], shown) == [told]
+            assert answer_by_search(question[0].upper() + question[1:], shown) == [answer]
 
 
-def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Path) -> None:
+def test_points_are_in_their_cells_and_in_the_scored_format(tmp_path: Path) -> None:
     from train.evaluate.scoring import pointed_cells
 
     for sample in all_samples(tmp_path, "demo-points"):
@@ -252,18 +254,18 @@ def test_points_lie_in_their_cells_and_in_the_format_that_is_scored(tmp_path: Pa
 
 
 def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:
-    """The best that can be known without looking: the commonest answer to each question."""
+    """Without the image, the best answer to a question is its most frequent one."""
     answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     large = DemoWorld(images=2000)
     for number in range(large.images):
         shown = shapes_in(large, number)
-        for kind, question, told in [*world.points(shown), *world.questions(shown)]:
-            said = next(t.place for t in shown if t.points == told) if kind == "point" else told
+        for kind, question, answer in [*world.points(shown), *world.questions(shown)]:
+            said = next(t.place for t in shown if t.points == answer) if kind == "point" else answer
             answers[kind][question][said] += 1
     for number in range(large.videos):
-        for kind, question, told in videos.questions(large, number):
-            answers[kind][question][told] += 1
-    assert set(answers) == set(demo.TYPES)
+        for kind, question, answer in videos.questions(large, number):
+            answers[kind][question][answer] += 1
+    assert set(answers) == set(TYPES)
     blind = {
         kind: sum(max(c.values()) for c in asked.values())
         / sum(sum(c.values()) for c in asked.values())
@@ -273,8 +275,8 @@ def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:
     assert sum(blind.values()) / len(blind) < 0.25
 
 
-def test_the_demo_model_has_a_token_for_every_word(tmp_path: Path) -> None:
-    """Spelt in bytes a text is four times as long, and the demo as slow."""
+def test_the_demo_tokenizer_has_a_token_for_every_word(tmp_path: Path) -> None:
+    """A text spelt in bytes would be four times as long, and the demo four times as slow."""
     tokenizer = load_tokenizer("random:qwen3-demo")
     for name in world.NAMES:
         for sample in all_samples(tmp_path, name):
@@ -284,71 +286,7 @@ def test_the_demo_model_has_a_token_for_every_word(tmp_path: Path) -> None:
                 assert spelt <= set("<>;:.?105"), message.content
 
 
-def test_the_group_demo_opens_all_of_them(tmp_path: Path) -> None:
+def test_the_group_demo_has_all_demo_data_sets(tmp_path: Path) -> None:
     assert tuple(d.name for d in open_datasets(["demo"], tmp_path)) == world.NAMES
     with pytest.raises(UserError, match="nearest: demo-points"):
         DemoDataset.open("demo-point", tmp_path)
-
-
-# ---- the command
-
-
-@pytest.mark.slow
-def test_a_failing_step_ends_the_demo_with_its_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    values = {**configs.load("demo"), "encode": {"encoder": "demoo"}}
-    monkeypatch.setattr(configs, "load", lambda name: values)
-    assert demo.main([]) == 2
-    shown = capsys.readouterr()
-    assert "$ python -m encode.run --dataset demo" in shown.out
-    assert shown.out.count("$ python") == 1
-    assert "failed with exit code 2" in shown.err
-
-
-def test_it_replaces_its_own_runs_and_nobody_elses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine, other = tmp_path / "mine", tmp_path / "other"
-    demo.replace_run(mine)
-    (mine / "stage1").mkdir()
-    demo.replace_run(mine)
-    assert [p.name for p in mine.iterdir()] == [demo.MARK]
-    (other / "stage1").mkdir(parents=True)
-    with pytest.raises(UserError, match="not made by the demo"):
-        demo.replace_run(other)
-    assert (other / "stage1").is_dir()
-
-
-def test_the_headline_is_the_mean_over_its_types() -> None:
-    tasks = [
-        {"name": name, "questions": 10, "exact": exact, "blind": blind}
-        for name, exact, blind in [
-            *[("cell", 1.0, 0.1), ("colour", 0.9, 0.2), ("count", 0.8, 0.3), ("point", 0.7, 0.4)],
-            *[("shape", 0.6, 0.5), ("dialogue", 0.0, 0.0), ("caption", 0.0, 0.0)],
-            *[("video-count", 1.0, 0.0), ("video-what", 0.5, 0.1), ("video-where", 0.5, 0.4)],
-        ]
-    ]
-    assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
-    lines = demo.table({"tasks": tasks}).splitlines()
-    assert lines[9].split() == ["mean", "0.750", "0.250"]
-    assert [line.split()[0] for line in lines[10:]] == ["apart:", "dialogue", "caption"]
-
-
-def test_configs_demo_names_only_options_that_exist() -> None:
-    """Each command would refuse them too, but minutes later."""
-    from train.config import Options as TrainOptions
-    from train.evaluate.__main__ import Options as EvaluateOptions
-
-    settings = configs.build(demo.Demo, configs.load("demo"), "configs/demo.yaml")
-    train = set(TrainOptions.__dataclass_fields__) | {"batch_size"}
-    for flags in (settings.train, settings.experiment, *settings.stages.values()):
-        assert set(flags) <= train
-    assert set(settings.evaluate) <= set(EvaluateOptions.__dataclass_fields__)
-    assert set(settings.encode) <= set(encode_run.Options.__dataclass_fields__)
-    named = {
-        part.split("=")[0] for s in settings.stages.values() for part in s["datasets"].split(",")
-    }
-    assert named == set(world.NAMES)
-    assert DemoWorld.load().images > 0

@@ -1,4 +1,8 @@
-"""PixMo's files below `--source`: samples with lasting ids, streamed, and everything odd about them named."""
+"""PixMo data sets from Parquet files below `--source`: streamed samples with stable ids, and clear errors.
+
+(dataset,) = open_datasets(["pixmo-cap"], Path("cache"), source=Path("downloads"))
+samples = dataset.samples()
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,7 @@ ASK = "pixmo-ask-model-anything"
 # ---- samples
 
 
-def test_the_group_is_the_five_of_them(source: Path) -> None:
+def test_the_group_pixmo_has_all_five_data_sets(source: Path) -> None:
     opened = open_datasets(["pixmo"], source / "cache", source)
     assert [dataset.name for dataset in opened] == list(NAMES)
     tasks = {d.name: Counter(s.task for s in d.samples()) for d in opened}
@@ -65,7 +69,7 @@ def test_the_group_is_the_five_of_them(source: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_are_whole_and_lasting(name: str, source: Path, tmp_path: Path) -> None:
+def test_samples_are_complete_and_stable(name: str, source: Path, tmp_path: Path) -> None:
     dataset = only(name, source)
     found = list(dataset.samples())
     assert list(dataset.samples()) == found, "the same each time"
@@ -86,7 +90,7 @@ def test_samples_are_whole_and_lasting(name: str, source: Path, tmp_path: Path) 
     assert list(read_samples(root, name)) == found
 
 
-def test_a_sample_to_the_letter(source: Path) -> None:
+def test_one_sample_in_full(source: Path) -> None:
     second = list(only("pixmo-points", source).samples())[2]
     assert second == Sample(
         id="train-00000-of-00001#2",
@@ -106,7 +110,7 @@ def test_a_sample_to_the_letter(source: Path) -> None:
     assert ids[:5] == ["0", "0.t0", "1", "1.t0", "1.t1"]
 
 
-def test_sizes_add_points_to_counts_and_change_no_id(source: Path) -> None:
+def test_sizes_add_points_to_counts_and_keep_ids(source: Path) -> None:
     dataset = only("pixmo-count", source)
     before = list(dataset.samples())
     sizes = {url: (2, 4) for url, _ in URLS[:4]}
@@ -120,17 +124,17 @@ def test_sizes_add_points_to_counts_and_change_no_id(source: Path) -> None:
         '<points coords="1 1 125 062 2 250 125">things</points> That makes 2.',
         '<points coords="1 1 125 062 2 250 125 3 375 188">things</points> That makes 3.',
     ]
-    assert after[4:] == before[4:], "those whose size is not known"
+    assert after[4:] == before[4:], "their sizes are unknown"
 
 
-def test_only_counts_in_pixels_need_sizes(source: Path, tmp_path: Path) -> None:
+def test_only_pixmo_count_needs_sizes(source: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     specs = [*NAMES, "demo", f"folder:{tmp_path / 'images'}"]
-    needy = {d.name for d in open_datasets(specs, tmp_path / "cache", source) if d.needs_sizes}
-    assert needy == {"pixmo-count"}
+    found = {d.name for d in open_datasets(specs, tmp_path / "cache", source) if d.needs_sizes}
+    assert found == {"pixmo-count"}
 
 
-def test_sizes_change_nothing_elsewhere(source: Path) -> None:
+def test_sizes_change_no_other_data_set(source: Path) -> None:
     sizes = {url: (2, 4) for url, _ in URLS}
     for name in set(NAMES) - {"pixmo-count"}:
         dataset = only(name, source)
@@ -147,7 +151,7 @@ def test_only_training_files_are_read(source: Path) -> None:
     assert len(list((source / "pixmo-count" / "data").glob("*.parquet"))) == 3
 
 
-def test_files_come_in_order_and_give_ids(tmp_path: Path) -> None:
+def test_files_are_read_in_order_and_give_ids(tmp_path: Path) -> None:
     for file in (1, 0):
         rows = [a_question(10 * file + n) for n in range(5)]
         write_table(tmp_path, ASK, rows, stem=f"train-{file:05}-of-00002", row_group=2)
@@ -158,15 +162,13 @@ def test_files_come_in_order_and_give_ids(tmp_path: Path) -> None:
     assert [texts(s)[1] for s in found] == [f"It {10 * f + n}." for f in (0, 1) for n in range(5)]
 
 
-def test_files_of_no_split_are_training_files(tmp_path: Path) -> None:
+def test_files_without_a_split_are_training_files(tmp_path: Path) -> None:
     write_table(tmp_path, ASK, [a_question(1)], stem="0000")
     write_table(tmp_path, ASK, [a_question(2)], stem="test-00000-of-00001")
     assert [s.id for s in only(ASK, tmp_path).samples()] == ["0000#0"]
 
 
-def test_a_shard_that_was_not_downloaded_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_shard_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (0, 3):
         write_table(tmp_path, ASK, [a_question(number)], stem=f"train-{number:05}-of-00004")
     assert len(list(only(ASK, tmp_path).samples())) == 2
@@ -174,7 +176,7 @@ def test_a_shard_that_was_not_downloaded_is_named(
     assert "2 of 4 files are missing (first train-00001-of-00004.parquet)" in line
 
 
-def test_a_data_set_that_is_not_there_is_named_and_left_out(
+def test_a_missing_data_set_is_logged_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(tmp_path, ASK, [a_question()])
@@ -186,9 +188,9 @@ def test_a_data_set_that_is_not_there_is_named_and_left_out(
     ]
 
 
-def test_a_source_without_any_of_them_is_refused(tmp_path: Path, source: Path) -> None:
+def test_a_source_without_any_data_set_is_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for path, says in (
+    for path, expected in (
         (tmp_path / "nowhere", "nowhere: no such folder"),
         (tmp_path / "empty", "looked for pixmo-cap/data/*.parquet, pixmo-points/data/*.parquet"),
         (tmp_path / "empty", "hf download allenai/pixmo-cap --repo-type dataset --local-dir"),
@@ -196,20 +198,22 @@ def test_a_source_without_any_of_them_is_refused(tmp_path: Path, source: Path) -
     ):
         with pytest.raises(UserError) as refused:
             open_datasets(["pixmo-cap", "pixmo"], tmp_path, path)
-        assert says in str(refused.value) and "\n" not in str(refused.value)
+        assert expected in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_source_that_nothing_reads_is_refused(source: Path) -> None:
+def test_an_unused_source_is_refused(source: Path) -> None:
     with pytest.raises(UserError, match="no data set named by --dataset is read from there"):
         open_datasets(["demo"], source, source)
 
 
-def test_a_home_folder_may_be_meant(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(source.parent))
     assert open_datasets(["pixmo-cap"], source, Path("~/downloads"))
 
 
-def test_an_entry_names_its_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_entries_of_the_catalogue_name_a_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     entries, groups = read_catalogue()
     assert {name: e.hub for name, e in entries.items() if e.source == "pixmo"} == {
         name: f"allenai/{name}" for name in NAMES
@@ -228,7 +232,7 @@ def test_an_entry_names_its_repository(monkeypatch: pytest.MonkeyPatch, tmp_path
 # ---- columns
 
 
-COLUMN_TROUBLE: list[tuple[str, dict[str, Any], str]] = [
+WRONG_TYPES: list[tuple[str, dict[str, Any], str]] = [
     ("pixmo-cap", {"caption": pa.int64()}, "'caption' of pixmo-cap should be text, it is int64"),
     (
         "pixmo-cap",
@@ -251,15 +255,15 @@ COLUMN_TROUBLE: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "types", "says"), COLUMN_TROUBLE)
+@pytest.mark.parametrize(("name", "types", "expected"), WRONG_TYPES)
 def test_a_column_of_another_type_is_refused(
-    name: str, types: Mapping[str, Any], says: str, tmp_path: Path
+    name: str, types: Mapping[str, Any], expected: str, tmp_path: Path
 ) -> None:
     path = write_table(tmp_path, name, [], types=types)
     with pytest.raises(UserError) as refused:
         list(only(name, tmp_path).samples())
     assert str(refused.value).startswith(f"{path}: column ")
-    assert says in str(refused.value).replace("child 0, ", "")
+    assert expected in str(refused.value).replace("child 0, ", "")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -273,7 +277,7 @@ def test_a_file_of_another_data_set_is_refused(name: str, tmp_path: Path) -> Non
     assert str(refused.value).endswith("there are image_url (string), text (string)")
 
 
-def test_other_columns_and_widths_are_fine(tmp_path: Path) -> None:
+def test_other_columns_and_widths_are_accepted(tmp_path: Path) -> None:
     for layout, kind in (("list", pa.float32()), ("struct", pa.float64())):
         both = {"x": [1.0, 2.0], "y": [3.0, 4.0]}
         points: Any = both
@@ -297,7 +301,7 @@ def test_other_columns_and_widths_are_fine(tmp_path: Path) -> None:
         assert texts(found)[1] == '<points coords="1 1 010 030 2 020 040">cars</points>'
 
 
-def test_messages_may_be_missing_from_earlier_revisions(tmp_path: Path) -> None:
+def test_a_file_without_messages_is_accepted(tmp_path: Path) -> None:
     path = write_table(tmp_path, "pixmo-cap-qa", [a_question(question="[USER] What? [ASSISTANT]")])
     pq.write_table(pq.read_table(path).drop_columns("messages"), path)
     (found,) = only("pixmo-cap-qa", tmp_path).samples()
@@ -307,7 +311,7 @@ def test_messages_may_be_missing_from_earlier_revisions(tmp_path: Path) -> None:
 # ---- damage
 
 
-def test_every_truncation_is_one_line(tmp_path: Path) -> None:
+def test_every_truncated_file_gives_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, ASK, [a_question(n) for n in range(300)], row_group=100)
     whole = path.read_bytes()
     for length in [*range(0, len(whole), len(whole) // 25), len(whole) - 1]:
@@ -318,7 +322,7 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
-def test_holes_in_the_data_give_their_rows_or_one_line(tmp_path: Path) -> None:
+def test_zeroed_bytes_give_rows_or_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, ASK, [a_question(n) for n in range(300)], row_group=100)
     whole = path.read_bytes()
     refused = 0
@@ -332,14 +336,14 @@ def test_holes_in_the_data_give_their_rows_or_one_line(tmp_path: Path) -> None:
     assert refused > 10
 
 
-def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
     path = write_table(tmp_path, ASK, [])
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0bd\nsize 138400335\n")
     with pytest.raises(UserError, match=r"a Git LFS pointer.*git lfs pull"):
         list(only(ASK, tmp_path).samples())
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_one_line(tmp_path: Path) -> None:
     path = tmp_path / ASK / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "gone")
@@ -354,9 +358,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_rows_that_cannot_be_used_are_counted_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_rows_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         a_question(0),
         a_question(1, image_url=None),
@@ -378,7 +380,7 @@ def test_rows_that_cannot_be_used_are_counted_once(
     )
 
 
-def test_whoever_stops_early_is_told_what_was_left_out_so_far(
+def test_unusable_rows_are_logged_if_the_caller_stops_early(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [a_question(0, answer=None), a_question(1), a_question(2, answer=None), a_question(3)]
@@ -390,7 +392,7 @@ def test_whoever_stops_early_is_told_what_was_left_out_so_far(
     assert warnings(caplog) == [f"{ASK}: left out: no answer (1, first train-00000-of-00001#0)"]
 
 
-def test_points_not_used_for_a_count_are_told_in_the_second_pass(
+def test_unusable_points_of_a_count_are_logged_in_the_second_pass(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = "https://x.org/a.jpg"
@@ -404,7 +406,7 @@ def test_points_not_used_for_a_count_are_told_in_the_second_pass(
     assert "counted without its points: a point outside the image (1, first" in line
 
 
-def test_bytes_that_are_no_text_cost_their_row_alone(
+def test_invalid_utf8_makes_only_its_row_unusable(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts_ = pa.array([b"What?", b"\xff\xfe", b"Which?"], pa.binary()).view(pa.string())
@@ -424,7 +426,9 @@ def test_bytes_that_are_no_text_cost_their_row_alone(
         ([a_question(answer=None)], "left out: no answer (1, first train-00000-of-00001#0)"),
     ],
 )
-def test_a_data_set_without_any_use_is_refused(rows: list[Any], why: str, tmp_path: Path) -> None:
+def test_a_data_set_without_usable_rows_is_refused(
+    rows: list[Any], why: str, tmp_path: Path
+) -> None:
     write_table(tmp_path, ASK, rows)
     with pytest.raises(UserError) as refused:
         list(only(ASK, tmp_path).samples())
@@ -435,7 +439,7 @@ def test_a_data_set_without_any_use_is_refused(rows: list[Any], why: str, tmp_pa
 
 
 def peak_bytes(samples: Iterator[Sample]) -> int:
-    """Most that Arrow held while these were read."""
+    """Return the largest memory that Arrow used while these samples were read."""
     usual = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(usual)
     pa.set_memory_pool(pool)

@@ -1,4 +1,7 @@
-"""PixMo's text from the hub: training files only, once; one line with the way out when it cannot be had."""
+"""PixMo's text from the hub: training files are downloaded once, and a failure gives one line.
+
+hub_files("pixmo-count", "allenai/pixmo-count")     # paths of its Parquet files
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ def refusal(tmp_path: Path, seconds: float) -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache."""
+    """Return an empty cache of the hub client."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_the_hub_it_fails_fast(
+def test_an_unreachable_hub_is_an_error_within_seconds(
     offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
@@ -73,7 +76,7 @@ def test_without_the_hub_it_fails_fast(
         KeyError("sha"),
     ],
 )
-def test_whatever_the_client_raises_is_one_line(
+def test_any_error_of_the_client_gives_one_line(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(*_: Any, **__: Any) -> str:
@@ -94,7 +97,7 @@ def test_a_repository_without_parquet_is_refused(
         open_datasets([NAME], tmp_path)
 
 
-def test_what_was_downloaded_before_needs_no_hub(
+def test_downloaded_files_need_no_hub(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -112,7 +115,7 @@ def test_what_was_downloaded_before_needs_no_hub(
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as the client uses to download a data set."""
+    """The part of the hub's interface that the client uses to download a data set."""
 
     folder: Path
     asked: list[str]
@@ -164,12 +167,12 @@ class FakeHub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Tests are quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Address of a hub that has pixmo-count, and what it was asked for."""
+    """Return the address of a hub that has pixmo-count, and a list of its requests."""
     folder = write_pixmo(tmp_path / "made", URLS) / NAME
     asked: list[str] = []
     handler = type("Handler", (FakeHub,), {"folder": folder, "asked": asked})
@@ -219,7 +222,7 @@ def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_p
     )
     assert done.returncode == 0, done.stderr
     *found, refused, torch = done.stdout.splitlines()
-    assert torch == "False", "a wrong name or a hub that is down need not wait for it"
+    assert torch == "False", "opening a data set does not import it"
     once = [f"train-00000-of-00001#{n} {n}" for n in range(3)]
     assert found == once + once
     gets = [path for path in asked if path.startswith("GET") and "/resolve/" in path]

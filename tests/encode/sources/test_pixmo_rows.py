@@ -1,4 +1,7 @@
-"""What becomes of PixMo's rows: conversations, points on 0 to 1000, and a reason for what is left out."""
+"""One row of a PixMo table becomes conversations, or a reason why it is unusable.
+
+READERS["pixmo-points"](row, None)      # yields Conversation and Unusable, raises BadRowError
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ SHA = "ab" * 32
 
 
 def as_read(value: Any) -> Any:
-    """A row as it comes out of Parquet: texts are bytes."""
+    """Return a row as Parquet gives it: texts are bytes."""
     if isinstance(value, str):
         return value.encode()
     if isinstance(value, Mapping):
@@ -46,15 +49,15 @@ def read(
     return list(READERS[name](as_read(row), size))
 
 
-def said(name: str, size: tuple[int, int] | None = None, **row: Any) -> Conversation:
+def conversation(name: str, size: tuple[int, int] | None = None, **row: Any) -> Conversation:
     (found,) = read(name, size, **row)
     assert isinstance(found, Conversation)
     return found
 
 
-def told(conversation: Conversation | Unusable) -> list[tuple[str, str, float]]:
-    assert isinstance(conversation, Conversation)
-    return [(m.role, m.content, m.weight) for m in conversation.messages]
+def turns_of(part: Conversation | Unusable) -> list[tuple[str, str, float]]:
+    assert isinstance(part, Conversation)
+    return [(m.role, m.content, m.weight) for m in part.messages]
 
 
 def reason(name: str, size: tuple[int, int] | None = None, **row: Any) -> str:
@@ -66,9 +69,9 @@ def reason(name: str, size: tuple[int, int] | None = None, **row: Any) -> str:
 # ---- captions
 
 
-def test_a_caption_and_each_transcript_are_samples_of_their_own() -> None:
+def test_a_caption_and_each_transcript_give_one_sample_each() -> None:
     found = read("pixmo-cap", caption=" A cat. ", transcripts=["So, a cat.", "Um, grey."])
-    assert [told(one) for one in found] == [
+    assert [turns_of(one) for one in found] == [
         [("user", f"<image>{CAPTION_PROMPT}", 1.0), ("assistant", "A cat.", 1.0)],
         [("user", f"<image>{TRANSCRIPT_PROMPT}", 1.0), ("assistant", "So, a cat.", 1.0)],
         [("user", f"<image>{TRANSCRIPT_PROMPT}", 1.0), ("assistant", "Um, grey.", 1.0)],
@@ -77,14 +80,14 @@ def test_a_caption_and_each_transcript_are_samples_of_their_own() -> None:
     assert tasks == [("caption", ""), ("transcript", ".t0"), ("transcript", ".t1")]
 
 
-def test_what_is_missing_of_a_caption_row_does_not_take_the_rest_along() -> None:
+def test_the_usable_parts_of_a_caption_row_are_kept() -> None:
     found = read("pixmo-cap", caption=None, transcripts=["", "A cat.", b"\xff"])
     assert found[:2] == [
         Unusable(reason="left out: no caption"),
         Unusable(reason="left out: no transcript"),
     ]
-    assert told(found[2])[1] == ("assistant", "A cat.", 1.0)
-    assert isinstance(found[2], Conversation) and found[2].suffix == ".t1", "named by its place"
+    assert turns_of(found[2])[1] == ("assistant", "A cat.", 1.0)
+    assert isinstance(found[2], Conversation) and found[2].suffix == ".t1", "its place in the row"
     assert found[3] == Unusable(reason="left out: transcript is not UTF-8")
     assert len(read("pixmo-cap", caption="A cat.", transcripts=None)) == 1
 
@@ -92,10 +95,10 @@ def test_what_is_missing_of_a_caption_row_does_not_take_the_rest_along() -> None
 # ---- points
 
 
-def test_points_are_percent_in_html_from_left_to_right() -> None:
+def test_points_in_percent_become_sorted_html() -> None:
     points = [{"x": 91.1, "y": 80.0}, {"x": 90.0, "y": 40.0}, {"x": 4.2, "y": 0.0}]
-    found = said("pixmo-points", points=points, count=3, label="red\n cars")
-    assert told(found) == [
+    found = conversation("pixmo-points", points=points, count=3, label="red\n cars")
+    assert turns_of(found) == [
         ("user", "<image>Point to red cars.", 1.0),
         (
             "assistant",
@@ -104,17 +107,17 @@ def test_points_are_percent_in_html_from_left_to_right() -> None:
         ),
     ]
     assert found.task == "point" and POINTS_WEIGHT == 0.2
-    assert points_in(told(found)[1][1]) == [(1, 42, 0), (1, 900, 400), (1, 911, 800)]
+    assert points_in(turns_of(found)[1][1]) == [(1, 42, 0), (1, 900, 400), (1, 911, 800)]
 
 
-def test_what_is_not_there_is_answered_with_a_sentence_of_full_weight() -> None:
-    found = said("pixmo-points", points=[], count=0, label="unicorns")
-    assert told(found)[1] == ("assistant", NONE, 1.0)
+def test_an_absent_thing_is_answered_with_full_weight() -> None:
+    found = conversation("pixmo-points", points=[], count=0, label="unicorns")
+    assert turns_of(found)[1] == ("assistant", NONE, 1.0)
     assert found.task == "point"
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "expected"),
     [
         ({"points": [], "count": 3}, "no points, though the count is not 0"),
         ({"points": None, "count": None}, "no points, though the count is not 0"),
@@ -130,14 +133,14 @@ def test_what_is_not_there_is_answered_with_a_sentence_of_full_weight() -> None:
         ({"label": b"\xfe"}, "label is not UTF-8"),
     ],
 )
-def test_a_row_of_points_that_cannot_be_used_says_why(row: dict[str, Any], says: str) -> None:
+def test_an_unusable_row_of_points_has_its_reason(row: dict[str, Any], expected: str) -> None:
     good = {"points": [{"x": 1.0, "y": 2.0}], "count": 1, "label": "cars"}
-    assert reason("pixmo-points", **{**good, **row}) == says
+    assert reason("pixmo-points", **{**good, **row}) == expected
 
 
-def test_a_click_just_over_the_edge_is_on_the_edge() -> None:
-    found = said("pixmo-points", points=[{"x": -0.4, "y": 104.9}], count=1, label="x")
-    assert points_in(told(found)[1][1]) == [(1, 0, 1000)]
+def test_a_point_just_outside_is_moved_to_the_edge() -> None:
+    found = conversation("pixmo-points", points=[{"x": -0.4, "y": 104.9}], count=1, label="x")
+    assert points_in(turns_of(found)[1][1]) == [(1, 0, 1000)]
 
 
 @given(
@@ -146,7 +149,7 @@ def test_a_click_just_over_the_edge_is_on_the_edge() -> None:
 )
 @example(share=0.0, full=100.0)
 @example(share=1.0, full=100.0)
-def test_any_unit_becomes_an_integer_inside(share: float, full: float) -> None:
+def test_coordinates_in_any_unit_become_integers_from_0_to_1000(share: float, full: float) -> None:
     value = share * full
     if not -EDGE <= value / full <= 1 + EDGE:  # rounded beyond the limit by the multiplication
         return
@@ -156,7 +159,7 @@ def test_any_unit_becomes_an_integer_inside(share: float, full: float) -> None:
 
 
 @given(share=st.floats(allow_nan=True, allow_infinity=True))
-def test_anything_else_is_refused(share: float) -> None:
+def test_coordinates_far_outside_are_refused(share: float) -> None:
     if -EDGE <= share <= 1 + EDGE:
         assert 0 <= thousandths(share, 1.0) <= 1000
     else:
@@ -173,13 +176,13 @@ def test_the_answer_does_not_depend_on_the_order_of_the_points(
 ) -> None:
     def answer(of: list[tuple[float, float]]) -> str:
         rows = [{"x": x, "y": y} for x, y in of]
-        return told(said("pixmo-points", points=rows, count=len(rows), label="x"))[1][1]
+        return turns_of(conversation("pixmo-points", points=rows, count=len(rows), label="x"))[1][1]
 
     text = answer(points)
     other = list(points)
     shuffled.shuffle(other)
     assert answer(other) == text
-    assert len(points_in(text)) == len(points), "two at one place are two"
+    assert len(points_in(text)) == len(points), "two points at one place are kept"
     assert all(0 <= x <= 1000 and 0 <= y <= 1000 for _, x, y in points_in(text))
     assert re.fullmatch(r'<points coords="1( \d+ \d{3,4} \d{3,4})+">x</points>', text)
 
@@ -190,22 +193,22 @@ def test_the_answer_does_not_depend_on_the_order_of_the_points(
 DOGS = {"label": "dogs", "count": 2, "points": {"x": [320.0, 80.0], "y": [120.0, 240.0]}}
 
 
-def test_without_the_size_of_the_image_the_count_stands_alone() -> None:
-    found = said("pixmo-count", **DOGS)
-    assert told(found) == [
+def test_without_the_size_of_the_image_there_is_only_the_count() -> None:
+    found = conversation("pixmo-count", **DOGS)
+    assert turns_of(found) == [
         ("user", "<image>How many dogs are there?", 1.0),
         ("assistant", "2", 1.0),
     ]
     assert found.task == "count"
 
 
-def test_with_the_size_pixels_become_points() -> None:
-    found = said("pixmo-count", (640, 480), **DOGS)
-    asked, answer = told(found)
+def test_with_the_size_of_the_image_pixels_become_points() -> None:
+    found = conversation("pixmo-count", (640, 480), **DOGS)
+    asked, answer = turns_of(found)
     assert asked == ("user", "<image>Point to dogs and count them.", 1.0)
     points = '<points coords="1 1 125 500 2 500 250">dogs</points>'
     assert answer == ("assistant", f"{points} That makes 2.", POINTS_WEIGHT)
-    assert (found.task, found.suffix) == ("count", said("pixmo-count", **DOGS).suffix)
+    assert (found.task, found.suffix) == ("count", conversation("pixmo-count", **DOGS).suffix)
 
 
 @pytest.mark.parametrize(
@@ -220,20 +223,20 @@ def test_with_the_size_pixels_become_points() -> None:
         ({"x": [1.0, math.nan], "y": [1.0, 2.0]}, "a point outside the image"),
     ],
 )
-def test_points_that_cannot_be_trusted_leave_the_count(points: Any, why: str) -> None:
+def test_unusable_points_leave_the_count(points: Any, why: str) -> None:
     note, found = read("pixmo-count", (640, 480), **{**DOGS, "points": points})
     assert note == Unusable(reason=f"counted without its points: {why}")
-    assert found == said("pixmo-count", **DOGS)
+    assert found == conversation("pixmo-count", **DOGS)
 
 
-def test_none_counted_is_zero_with_and_without_the_size() -> None:
+def test_a_count_of_zero_has_no_points() -> None:
     none = {**DOGS, "count": 0, "points": {"x": [], "y": []}}
-    assert told(said("pixmo-count", **none))[1] == ("assistant", "0", 1.0)
-    assert said("pixmo-count", (640, 480), **none) == said("pixmo-count", **none)
+    assert turns_of(conversation("pixmo-count", **none))[1] == ("assistant", "0", 1.0)
+    assert conversation("pixmo-count", (640, 480), **none) == conversation("pixmo-count", **none)
 
 
 @pytest.mark.parametrize("count", [None, -1])
-def test_a_count_that_is_none_is_refused(count: int | None) -> None:
+def test_an_invalid_count_is_refused(count: int | None) -> None:
     assert reason("pixmo-count", **{**DOGS, "count": count}) == "count is not a number of things"
 
 
@@ -258,7 +261,7 @@ def test_a_count_that_is_none_is_refused(count: int | None) -> None:
     ],
 )
 def test_tags_become_turns(question: str, turns: list[str]) -> None:
-    found = said("pixmo-cap-qa", question=question, answer="Yes.", messages=None)
+    found = conversation("pixmo-cap-qa", question=question, answer="Yes.", messages=None)
     assert [m.content for m in found.messages] == [f"<image>{turns[0]}", *turns[1:]]
     roles = ["user", "assistant"] * (len(turns) // 2)
     assert [m.role for m in found.messages] == roles
@@ -276,18 +279,20 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("question", BROKEN)
-def test_tags_that_make_no_sense_fall_back_on_messages(question: str) -> None:
+def test_broken_tags_fall_back_to_messages(question: str) -> None:
     row = {"question": question, "answer": "Yes."}
     turns = ["What?", "A cat.", "Sure?", "Yes."]
-    found = said("pixmo-cap-qa", **row, messages=turns)
+    found = conversation("pixmo-cap-qa", **row, messages=turns)
     assert [m.content for m in found.messages] == ["<image>What?", *turns[1:]]
-    assert said("pixmo-cap-qa", **row, messages=turns[:3]) == found, "the answer ends it"
+    assert conversation("pixmo-cap-qa", **row, messages=turns[:3]) == found, (
+        "the answer is the last turn"
+    )
     for none in ({}, {"messages": None}, {"messages": []}):
         assert "tags" in reason("pixmo-cap-qa", **row, **none)
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "expected"),
     [
         ({"question": None}, "no question"),
         ({"answer": "  "}, "no answer"),
@@ -296,14 +301,14 @@ def test_tags_that_make_no_sense_fall_back_on_messages(question: str) -> None:
         ({"question": None, "messages": [None, "A cat."]}, "no messages"),
     ],
 )
-def test_half_a_conversation_is_refused(row: dict[str, Any], says: str) -> None:
+def test_an_incomplete_conversation_is_refused(row: dict[str, Any], expected: str) -> None:
     good = {"question": "[USER] What? [ASSISTANT]", "answer": "A cat."}
-    assert reason("pixmo-cap-qa", **{**good, **row}) == says
+    assert reason("pixmo-cap-qa", **{**good, **row}) == expected
 
 
 def test_a_question_and_its_answer() -> None:
-    found = said("pixmo-ask-model-anything", question=" What? ", answer="A [USER] cat.")
-    assert told(found) == [("user", "<image>What?", 1.0), ("assistant", "A [USER] cat.", 1.0)]
+    found = conversation("pixmo-ask-model-anything", question=" What? ", answer="A [USER] cat.")
+    assert turns_of(found) == [("user", "<image>What?", 1.0), ("assistant", "A [USER] cat.", 1.0)]
     assert found.task == "question"
     assert reason("pixmo-ask-model-anything", question="", answer="x") == "no question"
 
@@ -315,12 +320,12 @@ def test_a_question_and_its_answer() -> None:
     "url",
     ["http://127.0.0.1:8080/a.jpg", "https://x.org/a b.jpg?q=%20&r#s", "https://x.org/ä猫.png "],
 )
-def test_addresses_are_kept_to_the_letter(url: str) -> None:
+def test_urls_are_kept_as_spelt(url: str) -> None:
     assert image(as_read({"image_url": url})) == MediaRef(source=url)
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "expected"),
     [
         ({"image_url": None}, "no image_url"),
         ({"image_url": ""}, "no image_url"),
@@ -336,14 +341,14 @@ def test_addresses_are_kept_to_the_letter(url: str) -> None:
         ({"image_sha256": ""}, "no image_sha256"),
     ],
 )
-def test_a_row_without_a_usable_image_says_why(row: dict[str, Any], says: str) -> None:
+def test_a_row_without_a_usable_image_has_its_reason(row: dict[str, Any], expected: str) -> None:
     good = {"image_url": "https://x.org/a.jpg", "image_sha256": SHA}
     with pytest.raises(BadRowError) as refused:
         image(as_read({**good, **row}))
-    assert str(refused.value) == says
+    assert str(refused.value) == expected
 
 
-def test_the_hash_goes_along_where_there_is_one() -> None:
+def test_the_sha256_of_an_image_is_kept() -> None:
     url = "https://x.org/a.jpg"
     known = image(as_read({"image_url": url, "image_sha256": SHA.upper()}))
     assert known == MediaRef(source=url, sha256=SHA)
@@ -363,17 +368,17 @@ def test_the_hash_goes_along_where_there_is_one() -> None:
         ("pixmo-ask-model-anything", {"question": "<image> what <image>?", "answer": "<image>"}),
     ],
 )
-def test_a_placeholder_in_somebodys_words_stays_text(name: str, row: dict[str, Any]) -> None:
+def test_a_placeholder_in_a_text_stays_text(name: str, row: dict[str, Any]) -> None:
     for found in read(name, **row):
-        texts = split_at_images(told(found), images=1)
+        texts = split_at_images(turns_of(found), images=1)
         assert [len(cut) - 1 for cut in texts] == [1] + [0] * (len(texts) - 1)
-        assert texts[0][0] == "", "the one place is at the very beginning"
+        assert texts[0][0] == "", "the only placeholder is at the beginning"
         rest = "".join(piece for cut in texts for piece in cut)
         words = "".join(m.content for m in found.messages)  # type: ignore[union-attr]
         assert rest.count("<image>") == words.count("<image>") - 1 > 0
 
 
-# ---- whatever a row holds
+# ---- any row
 
 words = st.none() | st.binary(max_size=12) | st.text(max_size=12).map(str.encode)
 tagged = st.lists(st.sampled_from([b"[USER]", b"[ASSISTANT]", b"x", b" ", b"<image>"])).map(
@@ -400,7 +405,7 @@ ROWS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("name", READERS)
 @given(row=ROWS, size=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_any_row_gives_whole_conversations_or_a_reason(
+def test_any_row_gives_complete_conversations_or_a_reason(
     name: str, row: dict[str, Any], size: tuple[int, int] | None
 ) -> None:
     try:

@@ -1,0 +1,78 @@
+"""`make demo` runs the commands of configs/demo.yaml and reports exact match, blind and time.
+
+python -m train.demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs import UserError
+from encode import run as encode_run
+from encode.sources import demo as sources
+from encode.sources.demo_drawings import DemoWorld
+from train import demo
+
+
+@pytest.mark.slow
+def test_a_failing_command_ends_the_demo_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {**configs.load("demo"), "encode": {"encoder": "demoo"}}
+    monkeypatch.setattr(configs, "load", lambda name: values)
+    assert demo.main([]) == 2
+    shown = capsys.readouterr()
+    assert "$ python -m encode.run --dataset demo" in shown.out
+    assert shown.out.count("$ python") == 1
+    assert "failed with exit code 2" in shown.err
+
+
+def test_only_runs_of_the_demo_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    demo.replace_run(mine)
+    (mine / "stage1").mkdir()
+    demo.replace_run(mine)
+    assert [p.name for p in mine.iterdir()] == [demo.MARK]
+    (other / "stage1").mkdir(parents=True)
+    with pytest.raises(UserError, match="not made by the demo"):
+        demo.replace_run(other)
+    assert (other / "stage1").is_dir()
+
+
+def test_the_headline_is_the_mean_over_question_types() -> None:
+    tasks = [
+        {"name": name, "questions": 10, "exact": exact, "blind": blind}
+        for name, exact, blind in [
+            *[("cell", 1.0, 0.1), ("colour", 0.9, 0.2), ("count", 0.8, 0.3), ("point", 0.7, 0.4)],
+            *[("shape", 0.6, 0.5), ("dialogue", 0.0, 0.0), ("caption", 0.0, 0.0)],
+            *[("video-count", 1.0, 0.0), ("video-what", 0.5, 0.1), ("video-where", 0.5, 0.4)],
+        ]
+    ]
+    assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
+    lines = demo.table({"tasks": tasks}).splitlines()
+    assert lines[9].split() == ["mean", "0.750", "0.250"]
+    assert [line.split()[0] for line in lines[10:]] == ["apart:", "dialogue", "caption"]
+
+
+def test_configs_demo_names_only_existing_options() -> None:
+    """The commands would refuse unknown options too, but minutes later."""
+    from train.config import Options as TrainOptions
+    from train.evaluate.__main__ import Options as EvaluateOptions
+
+    settings = configs.build(demo.Demo, configs.load("demo"), "configs/demo.yaml")
+    train = set(TrainOptions.__dataclass_fields__) | {"batch_size"}
+    for flags in (settings.train, settings.experiment, *settings.stages.values()):
+        assert set(flags) <= train
+    assert set(settings.evaluate) <= set(EvaluateOptions.__dataclass_fields__)
+    assert set(settings.encode) <= set(encode_run.Options.__dataclass_fields__)
+    named = {
+        part.split("=")[0] for s in settings.stages.values() for part in s["datasets"].split(",")
+    }
+    assert named == set(sources.NAMES)
+    assert DemoWorld.load().images > 0
