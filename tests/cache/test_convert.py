@@ -93,15 +93,15 @@ def test_a_converted_space_equals_an_encoded_one(
     # The commits agree, too. The encoder measures errors before rounding to float16, convert after it.
     theirs = Space.open(encoded.paths)
     ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
-    for kind in ("image", "frame"):
+    for array in ("image", "frame"):
         columns = [
-            {(r["key"], r["view"]): r for r in space.commits(kind).to_pylist()}
+            {(r["key"], r["view"]): r for r in space.commits(array).to_pylist()}
             for space in (ours, theirs)
         ]
         assert columns[0].keys() == columns[1].keys() and len(columns[0]) == 6
         for identity, row in columns[0].items():
             assert row["time_s"] == columns[1][identity]["time_s"]
-            rounding = 1e-6 if theirs.spec.pool(kind) > 1 else 4e-4
+            rounding = 1e-6 if theirs.spec.pool(array) > 1 else 4e-4
             assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
     # `encode.run` finds nothing left to do in the converted space, and can build its encoder.
     again = encode(

@@ -115,25 +115,25 @@ Rows = dict[tuple[str, str, str], np.ndarray]
 
 def tar_rows(folder: Path) -> Rows:
     rows = {}
-    for kind in ("image", "frame"):
-        for sample in stream(folder, f"{kind}-*.tar"):
+    for array in ("image", "frame"):
+        for sample in stream(folder, f"{array}-*.tar"):
             for name, about in sample.items():
                 if name.endswith(".json"):
                     view = name.removesuffix(".json")
                     assert (sample["__key__"], view) == (about["key"], about["view"])
-                    rows[kind, about["key"], view] = sample[f"{view}.npy"]
+                    rows[array, about["key"], view] = sample[f"{view}.npy"]
     return rows
 
 
 def safetensors_rows(folder: Path) -> Rows:
     rows = {}
     index = json.loads((folder / "index.json").read_text())
-    for kind in ("image", "frame"):
-        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+    for array in ("image", "frame"):
+        for path in sorted(folder.glob(f"{array}-*.safetensors")):
             with safe_open(path, "numpy") as file:
                 for name in list(file.keys()):
                     assert index["weight_map"][name] == path.name
-                    rows[kind, *name.split("/")] = file.get_tensor(name)
+                    rows[array, *name.split("/")] = file.get_tensor(name)
     assert len(index["weight_map"]) == len(rows)
     return rows
 
@@ -186,9 +186,9 @@ def test_unpacked_rows_equal_those_of_the_reader(
     out, _ = run(to, "--unpack")
     rows, reader = READ[to](out), FeatureReader(space.paths)
     assert len(rows) == 10
-    for (kind, media, view), values in rows.items():
+    for (array, media_key, view), values in rows.items():
         assert values.dtype == np.float16
-        np.testing.assert_array_equal(values, reader.read(kind, media, view))
+        np.testing.assert_array_equal(values, reader.read(array, media_key, view))
 
 
 def test_each_row_comes_with_its_facts(
@@ -263,13 +263,13 @@ def test_a_data_set_is_exported_with_text_and_features(
     assert [m["source"] for m in both["json"]["media"]] == ["/1.png", "/9.mp4"]
     assert [m["key"] for m in both["json"]["media"]] == [key(1), key(9)]
     assert both["json"]["media"][1]["time_s"] == list(TIMES.values()), "in time order"
-    for sample, number, kind, media in (
+    for sample, number, array, media_key in (
         (twice, 0, "image", key(4)),
         (both, 0, "image", key(1)),
         (both, 1, "frame", key(9)),
     ):
         for view, features in unpacked(sample, number):
-            np.testing.assert_array_equal(features, reader.read(kind, media, view))
+            np.testing.assert_array_equal(features, reader.read(array, media_key, view))
     assert text["json"]["media"] == []
     assert [s["id"] for s in text["json"]["samples"]] == ["text"]
     assert not [name for name in text if name.endswith("npy")]
@@ -318,7 +318,7 @@ def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(
     make(tmp_path / "cache")
     out, _ = run("safetensors", "--dataset", "talk")
     rows = safetensors_rows(out)
-    assert {(kind, media) for kind, media, _ in rows} == {
+    assert {(array, media) for array, media, _ in rows} == {
         ("image", key(1)),
         ("image", key(4)),
         ("frame", key(9)),

@@ -70,10 +70,10 @@ def test_two_merged_halves_equal_one_encoding_of_the_whole(tmp_path: Path) -> No
     assert not again.plan.todo and again.plan.reused == 11
 
 
-def columns(folder: Path, kind: str) -> dict[tuple[str, str], tuple[Any, ...]]:
+def columns(folder: Path, array: str) -> dict[tuple[str, str], tuple[Any, ...]]:
     """Return (key, view) -> the commit's values of the row, without its number."""
     root = CacheRoot(folder)
-    table = Space.open(find_space(root, None)).commits(kind).to_pylist()
+    table = Space.open(find_space(root, None)).commits(array).to_pylist()
     return {(r["key"].hex(), r["view"]): (r["time_s"], r["crc"], r["error"]) for r in table}
 
 
@@ -95,12 +95,12 @@ def test_rows_keep_bytes_times_and_errors_and_are_stored_once(tmp_path: Path) ->
     add_video(ours, 20, 3)
     add_video(theirs, 21, 4)
     add_video(theirs, 20, 5)
-    expected = {kind: columns(tmp_path / "b", kind) for kind in ("image", "frame")}
-    for kind, rows in expected.items():
-        rows.update(columns(tmp_path / "a", kind))
+    expected = {array: columns(tmp_path / "b", array) for array in ("image", "frame")}
+    for array, rows in expected.items():
+        rows.update(columns(tmp_path / "a", array))
     assert merge_b_into_a(tmp_path) == 0
-    for kind, rows in expected.items():
-        assert columns(tmp_path / "a", kind) == rows
+    for array, rows in expected.items():
+        assert columns(tmp_path / "a", array) == rows
     hash_of(tmp_path / "a")  # reads every row, and reports rows that are stored twice
     reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
     assert reader.read("image", key(6)).shape == (4, 64)

@@ -23,6 +23,7 @@ from cache.store.samples import write_samples
 from cache.store.space import read_info
 from cache.store.writer import ShardWriter
 from cache.verify import main
+from tests.support import faults
 from tests.support.spaces import fill, key, make_space, row
 
 
@@ -46,11 +47,8 @@ def broken(report: Report) -> list[str]:
 
 
 def flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1 << at % 8]))
+    """Flip one bit of byte `at`; a second time restores it."""
+    faults.flip(path, 8 * at + at % 8)
 
 
 def only_space(root: CacheRoot) -> SpacePaths:
@@ -94,11 +92,11 @@ def test_any_flipped_byte_of_a_shard_is_found(root: CacheRoot) -> None:
     paths = only_space(root)
     info = read_info(paths)
     commits = [("image", 0), ("image", 1), ("frame", 0)]
-    for kind, number in commits:
-        commit, path = read_commit(paths, info, kind, number), paths.shard(kind, number)
+    for array, number in commits:
+        commit, path = read_commit(paths, info, array, number), paths.shard(array, number)
         for at in range(path.stat().st_size):
             flip(path, at)
-            findings, _ = check_shard(paths, info, kind, commit, True, lambda _: None)
+            findings, _ = check_shard(paths, info, array, commit, True, lambda _: None)
             assert [finding.path for finding in findings] == [str(path)], f"byte {at}"
             flip(path, at)
 

@@ -47,16 +47,16 @@ class Used:
             original = cls.read_into
 
             def read_into(
-                reader: Any, kind: str, numbers: Any, out: Any, original: Any = original
+                reader: Any, array: str, numbers: Any, out: Any, original: Any = original
             ) -> None:
-                rows[kind].update(np.asarray(numbers).tolist())
-                original(reader, kind, numbers, out)
+                rows[array].update(np.asarray(numbers).tolist())
+                original(reader, array, numbers, out)
 
             monkeypatch.setattr(cls, "read_into", read_into)
 
     @property
     def nbytes(self) -> int:
-        return sum(len(rows) * self.row_bytes[kind] for kind, rows in self.rows.items())
+        return sum(len(rows) * self.row_bytes[array] for array, rows in self.rows.items())
 
 
 @pytest.fixture
