@@ -1,7 +1,6 @@
-"""What may go from a cache: what nothing refers to, and what the user names.
+"""Find what `cache.gc` may remove: files that nothing refers to, and rows that no sample mentions.
 
-Everything here is a list of files in the order in which they must go, so that a crash between any two of them
-leaves a valid space. `cache.gc` is the command.
+Files are removed in an order in which a crash between any two of them leaves a valid space.
 """
 
 from __future__ import annotations
@@ -35,37 +34,38 @@ from cache.store.row_index import RowIndex
 from cache.store.samples import dataset_names, samples_table
 from cache.store.space import Space, read_info
 
-REST_S = 3600.0
-"""Unfinished samples and media younger than this may still be finished: no lock guards those."""
+UNFINISHED_S = 3600.0
+"""Seconds without a change after which an unfinished file of samples or media is garbage. No lock guards
+these files, so a younger one may still be in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """One thing that nothing refers to."""
+    """A file or folder that nothing refers to."""
 
     path: Path
-    """A file, or a folder."""
+    """The file or folder."""
     what: str
-    """What it is, or was to become."""
+    """Why it is garbage, in words."""
     nbytes: int
     """Its size on disk."""
     space: SpacePaths | None = None
-    """For a shard: the space it lies in."""
+    """Space of a shard; None for anything else."""
     array: str = ""
-    """For a shard: its array."""
+    """Array of a shard."""
     shard: int = -1
-    """For a shard: its number."""
+    """Number of a shard."""
     info: SpaceInfo | None = None
-    """For a shard that was committed once, and replaced: its space."""
+    """Description of the space, for a shard that was committed and then replaced."""
 
 
 def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]:
-    """What can go from samples, media and these spaces. Sure only while nobody writes to them.
+    """Return the garbage among samples, media and these spaces. No job may be writing to them.
 
     Raises:
-        CacheError: the commits of a space are gone, or damaged, so that its shards cannot be judged.
+        CacheError: the commits of a space are missing or damaged, so that its shards cannot be judged.
     """
-    old = time.time() - REST_S
+    old = time.time() - UNFINISHED_S
     partial = [p for folder in (root.samples_dir, root.media_dir) for p in _partial(folder)]
     found = [_garbage(path, "never finished") for path in partial if path.stat().st_mtime < old]
     found += [_garbage(path, "half removed") for path in sorted(root.garbage_dir.glob("*"))]
@@ -94,7 +94,7 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
 
 
 def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
-    """Shards whose rows stand in newer ones, ascending: so none comes back to life."""
+    """Yield shards that newer ones replaced, in ascending order, so that removing one revives no other."""
     info = read_info(paths)
     for array in ARRAYS:
         commits = [read_commit(paths, info, array, number) for number in paths.committed(array)]
@@ -106,10 +106,10 @@ def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
 def _shard(
     paths: SpacePaths, array: str, number: int, what: str, info: SpaceInfo | None = None
 ) -> Garbage:
-    home, commit = paths.shard_dir(array, number), paths.commit(array, number)
-    nbytes = _size(home) + _size(commit)
+    folder = paths.shard_dir(array, number)
+    nbytes = _size(folder) + _size(paths.commit(array, number))
     return Garbage(
-        path=home, what=what, nbytes=nbytes, space=paths, array=array, shard=number, info=info
+        path=folder, what=what, nbytes=nbytes, space=paths, array=array, shard=number, info=info
     )
 
 
@@ -127,7 +127,7 @@ def _size(path: Path) -> int:
 
 
 def remove(garbage: Garbage) -> None:
-    """Gone, durably."""
+    """Remove one piece of garbage, durably."""
     if garbage.space is not None and garbage.info is not None:
         remove_shards(garbage.space, garbage.info, garbage.array, [garbage.shard], delete)
     elif garbage.space is not None:
@@ -139,7 +139,7 @@ def remove(garbage: Garbage) -> None:
         delete(garbage.path)
 
 
-# ---- rows no sample mentions
+# ---- rows that no sample mentions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +147,17 @@ class Unreferenced:
     """Rows of one array that no sample mentions."""
 
     space: Space
-    """Where they are."""
+    """The space that has them."""
     array: str
-    """In which array."""
+    """The array that has them."""
     rows: int
-    """How many."""
+    """Number of these rows."""
     groups: list[list[KeptRows]]
-    """Shards that hold some of them, with the rows that stay; those of one group fit into one shard."""
+    """Shards that hold some of them, with the rows to keep. The kept rows of one group fit into one shard."""
 
     @property
     def shards(self) -> int:
-        """Shards that would be written anew, or go."""
+        """Shards that would be replaced or removed."""
         return sum(map(len, self.groups))
 
     @property
@@ -172,8 +172,8 @@ class Unreferenced:
         return old - self.copied
 
     def _new_bytes(self, group: Sequence[KeptRows]) -> int:
-        stay = sum(int(keep.sum()) for _, keep in group)
-        return self.space.info.geometry(self.array).file_bytes(stay) if stay else 0
+        rows = sum(int(keep.sum()) for _, keep in group)
+        return self.space.info.geometry(self.array).file_bytes(rows) if rows else 0
 
 
 def wanted_keys(root: CacheRoot) -> pa.Array:
@@ -195,54 +195,56 @@ def wanted_keys(root: CacheRoot) -> pa.Array:
 
 
 def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]:
-    """Rows whose key is not among `wanted`, in each array that has any.
+    """Return the rows of a space whose key is not among `wanted` (32 bytes each), for each array with any.
 
     Raises:
-        CacheError: the space is damaged, and what is there cannot be judged.
+        CacheError: the space is damaged, so that its rows cannot be judged.
     """
     space = Space.open(paths)
     found = []
     for array in ARRAYS:
         slots = space.rows_per_shard(array)
         commits = read_commits(paths, space.info, array)
-        parts: list[KeptRows] = []
+        kept: list[KeptRows] = []
         for commit in commits:
             keep = np.asarray(pc.is_in(commit.table["key"], wanted), bool)
             if not keep.all():
-                parts.append((commit, keep))
-        if not parts:
+                kept.append((commit, keep))
+        if not kept:
             continue
         if RowIndex(commits, slots).duplicates():
             raise CacheError(
                 f"{paths.root} holds rows twice: python -m cache.verify --deep --repair"
             )
-        rows = sum(int((~keep).sum()) for _, keep in parts)
-        groups = _groups(parts, slots)
+        rows = sum(int((~keep).sum()) for _, keep in kept)
+        groups = _groups(kept, slots)
         found.append(Unreferenced(space=space, array=array, rows=rows, groups=groups))
     return found
 
 
-def _groups(parts: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
-    """Neighbours whose rows that stay fit into one shard together. A shard is never divided: it is replaced
-    whole, in one step, and the rows of a video stay side by side."""
+def _groups(kept: Sequence[KeptRows], slots: int) -> list[list[KeptRows]]:
+    """Group adjacent shards whose kept rows fit into one shard.
+
+    A shard is never divided, because it is replaced in one step. So the rows of a video stay adjacent.
+    """
     groups: list[list[KeptRows]] = []
     room = 0
-    for part in parts:
-        stay = int(part[1].sum())
-        if stay > room or not groups:
+    for shard in kept:
+        rows = int(shard[1].sum())
+        if rows > room or not groups:
             groups.append([])
             room = slots
-        groups[-1].append(part)
-        room -= stay
+        groups[-1].append(shard)
+        room -= rows
     return groups
 
 
 def remove_unreferenced(found: Unreferenced) -> None:
-    """Write the other rows into new shards, one group after the other; the old shards are deleted.
+    """Copy the other rows to new shards, and delete the old shards. An error loses none of the other rows.
 
     Raises:
-        CorruptError: a row that stays is damaged.
-        CacheError: the disk refused. In either case every row that stays is still there.
+        CorruptError: a row to keep is damaged.
+        DiskError: a file cannot be written or removed.
     """
     for group in found.groups:
         rewrite_shards(found.space, found.array, group, delete)

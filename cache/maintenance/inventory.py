@@ -1,7 +1,6 @@
-"""What an experiment on a data set needs of a space: what is there, what is missing, what it will read.
+"""Count what a cache has: spaces, data sets, their coverage by each space, and failures.
 
-S samples of a data set, R media references of all of them together, D distinct sources among these,
-M rows of the media table.
+S samples of a data set, R mentions of media by all of them, M rows of the media table.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from cache.store.samples import dataset_names
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Of one data set in one space."""
+    """What one data set needs of one space."""
 
     media: int
-    """Distinct media without features there that did not fail: an encode job has these to do."""
+    """Distinct sources without features there that did not fail: an encode job has to do these."""
     rows: int
-    """Rows of these, at most: a video of unknown length counts with the most frames it may have."""
+    """Most rows that these become. A video of unknown length counts with the most frames it may have."""
     nbytes: int
-    """Bytes of these, at most."""
+    """Most bytes that these rows take."""
     reads: int
-    """Bytes of the features that are there: what one pass over the data set reads."""
+    """Bytes of the stored features, which one pass over the data set reads."""
     command: str | None
-    """What encodes the rest; None when nothing is missing."""
+    """Command line that encodes the rest; None if nothing is missing."""
 
 
 class SpaceMedia:
@@ -110,13 +109,16 @@ class SpaceMedia:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorSummary:
-    """Relative errors that the codec made in the rows of one array, each measured when its row was packed."""
+    """Relative errors of the codec in the rows of one array, measured when each row was packed."""
 
     mean: float
+    """Mean error."""
     median: float
+    """Median error."""
     p99: float
-    """99 of 100 rows lose at most this."""
+    """Error that 99 of 100 rows do not exceed."""
     largest: float
+    """Largest error."""
 
 
 @dataclass(kw_only=True)
@@ -124,31 +126,31 @@ class SpaceSummary:
     """One space."""
 
     name: str
-    """Its name."""
+    """Name of the space."""
     encoder: str = ""
     """Display name of the encoder."""
     codec: str = ""
-    """How rows are stored."""
+    """Row codec."""
     blocks: tuple[int, ...] = ()
     """Transformer blocks the features come from."""
     pool: dict[str, int] = field(default_factory=dict)
-    """Array -> side of the pooling window, patches."""
+    """Array -> side of the pooling window, in patches."""
     rows: dict[str, int] = field(default_factory=dict)
     """Array -> committed rows."""
     container: str = ""
-    """What its shards are."""
+    """Format of its shards: zarr or webdataset."""
     shards: dict[str, int] = field(default_factory=dict)
     """Array -> committed shards."""
     bytes_of: dict[str, int] = field(default_factory=dict)
-    """Array -> size of these."""
+    """Array -> bytes of its committed shards."""
     nbytes: int = 0
-    """Size of the committed shards of all arrays."""
+    """Bytes of the committed shards of all arrays."""
     error: dict[str, ErrorSummary] = field(default_factory=dict)
-    """Array -> what the codec lost; of arrays that have rows."""
+    """Array -> error of the codec, for arrays that have rows."""
     writer: str | None = None
-    """The job that writes to it now."""
+    """Job that writes to it now; None if none does."""
     damage: str | None = None
-    """Why it cannot be opened."""
+    """Reason why it cannot be opened; None if it can."""
 
 
 @dataclass(kw_only=True)
@@ -156,41 +158,46 @@ class DatasetSummary:
     """One data set."""
 
     name: str
-    """Its name."""
+    """Name of the data set."""
     samples: int
-    """Its samples."""
+    """Number of its samples."""
     media: int
-    """Distinct media it mentions."""
+    """Number of distinct sources that it mentions."""
     failed: int
-    """Of these, how many the ledger has as failed."""
+    """Number of these sources that failed."""
     mismatched: int
-    """Samples that state another sha256 than the bytes of one of their sources have."""
+    """Number of samples that state another sha256 than the bytes of one of their sources have."""
     coverage: dict[str, float]
     """Space -> share of the samples whose media all have features there."""
     needs: dict[str, Need]
-    """Space -> what is missing there, and what a training on it reads."""
+    """Space -> what the data set needs of it."""
 
 
 @dataclass(kw_only=True)
 class Failures:
-    """Media that failed for one reason, of one host, in one data set."""
+    """Sources of one host, in one data set, that failed for the same reason."""
 
     stage: str
-    """Where: fetch, verify, decode, encode or write."""
+    """Step that failed: fetch, verify, decode, encode or write."""
     error: str
-    """Why."""
+    """Reason, in one line."""
     host: str
-    """Of the URLs; empty for files."""
+    """Host of the URLs; empty for files."""
     dataset: str
-    """The data set that mentions them; empty when none does any more."""
+    """Data set that mentions them; empty if none does any more."""
     sources: list[str]
-    """Which."""
+    """The sources."""
 
 
 def open_spaces(
     root: CacheRoot, *, errors: bool = False
 ) -> tuple[list[SpaceSummary], dict[str, FeatureReader]]:
-    """A summary of every space, with `errors` also of its codec's; and a reader of those that open."""
+    """Return a summary of every space, and a reader for each space that can be opened.
+
+    Args:
+        root: the cache.
+        errors: whether to summarise the codec's errors, which are read for all rows.
+    """
     summaries, readers = [], {}
     for name in root.space_names():
         paths = root.space(name)
@@ -198,7 +205,7 @@ def open_spaces(
         summaries.append(summary)
         try:
             reader = FeatureReader(paths)
-        except CacheError as error:  # damaged, or of another format
+        except CacheError as error:  # damaged, or has another format
             summary.damage = str(error)
             continue
         readers[name] = reader
@@ -217,7 +224,7 @@ def open_spaces(
 
 
 def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
-    """Of each array that has rows, as measured when they were packed."""
+    """Return the codec's errors by array, for the arrays that have rows."""
     found = {}
     for array, index in reader.index.items():
         if len(index):
@@ -292,7 +299,7 @@ def list_failures(root: CacheRoot) -> list[Failures]:
 
 
 def _host(source: str) -> str:
-    """Of a URL, without its port; '' for a path, or what is no URL after all."""
+    """Return the host of a URL without its port; '' for a path or an invalid URL."""
     try:
         return urlsplit(source).hostname or ""
     except ValueError:

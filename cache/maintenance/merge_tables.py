@@ -1,6 +1,6 @@
-"""The tables of two caches, compared: which media and samples `cache.merge` brings over.
+"""Compare the tables of two caches, and copy the media records and samples that `cache.merge` takes over.
 
-M rows of a media table, one a source.
+M rows of a media table, one for each source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, dataset_names, read_samples, samples_digest, write_samples
 
 SHOWN = 5
-"""Sources printed of those that gave different bytes."""
+"""Number of conflicting sources that are printed."""
 
 Samples = Literal["ours", "theirs", "both"]
 
@@ -34,19 +34,19 @@ Samples = Literal["ours", "theirs", "both"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MediaPlan:
-    """What another ledger knows better."""
+    """Media records to copy from another cache."""
 
     table: pa.Table
-    """Rows to append, columns of MediaRecord."""
+    """Rows to append, with the columns of MediaRecord."""
     new: int
-    """Of these, sources that are unknown here."""
+    """Number of rows whose source is unknown here."""
     came: int
-    """Of these, what failed here and came there."""
+    """Number of rows whose source failed here and succeeded there."""
     conflicts: list[tuple[str, str, str]]
-    """Source, key here, key there: it gave different bytes on the two machines."""
+    """(source, key here, key there) of sources that gave different bytes in the two caches."""
 
     def text(self) -> str:
-        """In one line, and more where sources gave different bytes."""
+        """Return the plan in one line, and more lines for conflicting sources."""
         newer = len(self.table) - self.new - self.came
         line = (
             f"{self.new:,} new; {self.came:,} that failed here and came there; "
@@ -54,7 +54,7 @@ class MediaPlan:
         )
         if not self.conflicts:
             return line
-        said = "what is recorded here stands, and samples that mention them show it"
+        said = "the records here are kept, and samples that mention these sources use them"
         lines = [f"{line}; {len(self.conflicts):,} gave other bytes there: {said}"]
         lines += [
             f"    {source}: {ours[:12]}... here, {theirs[:12]}... there"
@@ -66,14 +66,14 @@ class MediaPlan:
 
 
 def plan_media(root: CacheRoot, other: CacheRoot) -> MediaPlan:
-    """What the ledger of `other` adds to that of `root`; equal ledgers add nothing."""
+    """Return what the media table of `other` adds to that of `root`. An equal table adds nothing."""
     ours, theirs = media_table(root, stamped=True), media_table(other, stamped=True)
     at = pc.index_in(theirs["source"], ours["source"].combine_chunks())
     known = np.asarray(pc.is_valid(at), bool)
-    here = ours.take(at)  # beside each of theirs, ours; nulls where there is none
+    here = ours.take(at)  # for each row of theirs, ours; nulls where there is none
 
     def both(name: str) -> Sequence[Any]:
-        """Values of a column, ours and theirs, (M,) each."""
+        """Return the values of a column, ours and theirs, (M,) each."""
         return [np.array(table[name].to_pylist(), object) for table in (here, theirs)]
 
     our_key, their_key = both("key")
@@ -101,7 +101,7 @@ def plan_media(root: CacheRoot, other: CacheRoot) -> MediaPlan:
 
 
 def append_planned_media(root: CacheRoot, plan: MediaPlan) -> None:
-    """Enter it into the ledger, in one part."""
+    """Append the planned rows to the media table, as one part."""
     if len(plan.table):
         append_media_table(root, plan.table, f"merge-{secrets.token_hex(4)}")
 
@@ -111,14 +111,14 @@ def append_planned_media(root: CacheRoot, plan: MediaPlan) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesPlan:
-    """What becomes of one data set."""
+    """What happens to one data set of the other cache."""
 
     dataset: str
-    """Its name."""
+    """Name of the data set."""
     what: str
-    """For the reader."""
+    """What happens, in words."""
     take: Samples
-    """ours: nothing; theirs: copied; both: ours and, behind them, what only theirs has."""
+    """ours: nothing is copied; theirs: all samples are; both: samples that only theirs has are appended."""
 
     @property
     def copies(self) -> bool:
@@ -127,10 +127,10 @@ class SamplesPlan:
 
 
 def plan_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> list[SamplesPlan]:
-    """What becomes of each data set there.
+    """Return what happens to each data set of `other`.
 
     Raises:
-        CacheError: data sets of one name say different things, and nobody said which counts.
+        CacheError: data sets with one name differ, and `choice` is None.
     """
     ours = set(dataset_names(root))
     found, unclear = [], []
@@ -145,24 +145,24 @@ def plan_samples(root: CacheRoot, other: CacheRoot, choice: Samples | None) -> l
             found.append(SamplesPlan(dataset=name, what="all of them are here", take="ours"))
         else:
             what = {
-                "ours": "differs, ours stays",
+                "ours": "differs, ours is kept",
                 "theirs": "differs, theirs is taken",
-                "both": "differs, what only theirs has is added",
+                "both": "differs, samples that only theirs has are added",
             }[choice]
             found.append(SamplesPlan(dataset=name, what=what, take=choice))
     if unclear:
         raise CacheError(
             f"{', '.join(unclear)}: the samples under {other.path} are not those under {root.path}; "
-            "say which count: --samples ours | theirs | both (both: ours, and those of theirs with other ids)"
+            "choose: --samples ours | theirs | both (both: ours, and those of theirs with other ids)"
         )
     return found
 
 
 def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan]) -> None:
-    """Write them, each data set whole or not at all.
+    """Copy samples as planned, each data set atomically.
 
     Raises:
-        CorruptError: a file there is damaged; what was here stays.
+        CorruptError: a file of the other cache is damaged. The data set here is unchanged.
     """
     for one in plan:
         if one.take == "both":
@@ -177,7 +177,7 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
 
 
 def tables_bytes(samples: Sequence[SamplesPlan], media: MediaPlan, other: CacheRoot) -> int:
-    """What the tables will take, about."""
+    """Return about how many bytes the copied tables need."""
     sizes = [other.samples(one.dataset).stat().st_size for one in samples if one.copies]
     return 2 * sum(sizes) + int(media.table.nbytes)
 
@@ -188,6 +188,6 @@ def _joined(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]
 
 
 def _others(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]:
-    """Samples there whose id no sample here has."""
+    """Yield the samples of `other` whose id no sample here has."""
     ids = {sample.id for sample in read_samples(root, dataset)}
     return (sample for sample in read_samples(other, dataset) if sample.id not in ids)

@@ -276,7 +276,7 @@ def test_other_bytes_of_one_source_are_reported_and_the_local_record_kept(
     merged = merged_media(tmp_path, [ok(url, 1)], [ok(url, 2)])
     assert merged[url].key == key(1)
     out = capsys.readouterr().out
-    assert "1 gave other bytes there: what is recorded here stands" in out
+    assert "1 gave other bytes there: the records here are kept" in out
     assert f"{url}: {key(1)[:12]}... here, {key(2)[:12]}... there" in out
 
 
