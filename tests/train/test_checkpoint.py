@@ -1,4 +1,8 @@
-"""A checkpoint is whole or absent, and what it holds goes on to the bit."""
+"""Checkpoints: complete or absent, and a resumed training has the same bits.
+
+path = checkpoint.save(folder, 7, model, optimizer, {})
+state = checkpoint.load(checkpoint.newest(folder), model, optimizer)
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,13 @@ from torch import nn
 from configs import UserError
 from train import checkpoint
 from train.config import Options
-from train.metrics import METRICS, cut_metrics, read_metrics
 from train.optim import build_optimizer, rate_schedules, set_rates
 
 OPTIONS = Options(max_steps=50, warmup_steps=3, connector_warmup_steps=3, learning_rate=1e-2)
 
 
 class Toy(nn.Module):
-    """Small, with the two parts the optimizer tells apart."""
+    """A small model with the two parts that the optimizer groups."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -49,7 +52,9 @@ def build(llm: bool = True) -> tuple[Toy, torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("llm", [True, False])
-def test_loaded_equals_never_stopped(tmp_path: Path, llm: bool) -> None:
+def test_training_from_a_checkpoint_equals_uninterrupted_training(
+    tmp_path: Path, llm: bool
+) -> None:
     model, optimizer = build(llm)
     train(model, optimizer, 0, 7)
     path = checkpoint.save(tmp_path, 7, model, optimizer, {"samples": 56})
@@ -63,7 +68,7 @@ def test_loaded_equals_never_stopped(tmp_path: Path, llm: bool) -> None:
         assert torch.equal(a, b), name
 
 
-def test_frozen_parameters_take_no_disk(tmp_path: Path) -> None:
+def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
     model, optimizer = build(llm=False)
     train(model, optimizer, 0, 2)
     path = checkpoint.save(tmp_path, 2, model, optimizer, {})
@@ -81,7 +86,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
-def test_no_pickle_on_disk(tmp_path: Path) -> None:
+def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     model, optimizer = build()
     train(model, optimizer, 0, 1)
     path = checkpoint.save(tmp_path, 1, model, optimizer, {})
@@ -90,21 +95,20 @@ def test_no_pickle_on_disk(tmp_path: Path) -> None:
         assert not file.read_bytes().startswith((b"\x80", b"PK"))
 
 
-@pytest.mark.parametrize("missing", [checkpoint.COMMITTED])
-def test_without_the_marker_it_is_no_checkpoint(tmp_path: Path, missing: str) -> None:
+def test_a_folder_without_the_marker_is_ignored_and_removed(tmp_path: Path) -> None:
     model, optimizer = build()
     first = checkpoint.save(tmp_path, 1, model, optimizer, {})
     second = checkpoint.save(tmp_path, 2, model, optimizer, {})
-    (second / missing).unlink()
+    (second / checkpoint.COMMITTED).unlink()
     assert checkpoint.newest(tmp_path) == first
     checkpoint.save(tmp_path, 3, model, optimizer, {})
-    assert not second.exists()  # what a kill left is cleared away
+    assert not second.exists()  # as after a kill
 
 
-def test_every_step_of_writing_can_be_the_last(
+def test_a_kill_at_any_step_of_writing_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop the write before each of its flushes and renames in turn: the old checkpoint stays the newest."""
+    """Stop before each flush and rename in turn: the newest checkpoint can be loaded every time."""
 
     class Killed(BaseException):
         pass
@@ -143,13 +147,13 @@ def test_every_step_of_writing_can_be_the_last(
         stopped += 1
         newest = checkpoint.newest(tmp_path)
         assert newest is not None
-        checkpoint.load(newest, model, optimizer)  # whichever it is, it is whole
-        if newest != reference:  # only the flush after the rename was missed
+        checkpoint.load(newest, model, optimizer)  # the old one or the new one, but complete
+        if newest != reference:  # stopped after the rename
             shutil.rmtree(newest)
-    assert stopped >= 6  # three files, the marker, the folder, the rename
+    assert stopped >= 6  # flushes of three files, the marker and two folders, and a rename
 
 
-def test_a_cut_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
     model, optimizer = build()
     path = checkpoint.save(tmp_path, 1, model, optimizer, {})
     file = path / checkpoint.MODEL
@@ -160,7 +164,7 @@ def test_a_cut_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
         checkpoint.load(path, model, optimizer)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     model, optimizer = build()
     path = checkpoint.save(tmp_path, 1, model, optimizer, {})
     other, other_optimizer = build(llm=False)
@@ -169,13 +173,3 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     wide = Toy(width=5)
     with pytest.raises(UserError, match="another model"):
         checkpoint.load(path, wide, build_optimizer(wide, OPTIONS))
-
-
-def test_metrics_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / METRICS).write_text(
-        '{"step": 1}\n{"step": 2}\n{"step": 2, "held_out_loss": 1.5}\n{"step": 3}\n{"st'
-    )
-    assert len(read_metrics(tmp_path)) == 4  # the torn line is not read
-    cut_metrics(tmp_path, 2)
-    expected = '{"step": 1}\n{"step": 2}\n{"step": 2, "held_out_loss": 1.5}\n'
-    assert (tmp_path / METRICS).read_text() == expected

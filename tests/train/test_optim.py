@@ -1,4 +1,8 @@
-"""Rates, parameter groups and clipping, against arithmetic done by hand."""
+"""Learning rates, parameter groups and clipping, compared with values worked out by hand.
+
+optimizer, rates = build_optimizer(model, options), rate_schedules(options)
+set_rates(optimizer, rates, step)    # {"connector": 4.0, "llm": 0.2}
+"""
 
 from __future__ import annotations
 
@@ -39,16 +43,18 @@ def options(**values: object) -> Options:
     return Options(**{"max_steps": 100, "warmup_steps": 10, "connector_warmup_steps": 4, **values})  # type: ignore[arg-type]
 
 
-def test_schedule_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
+def test_the_rate_warms_up_to_the_peak_and_ends_at_the_floor() -> None:
     schedule = RateSchedule(peak=2.0, warmup=4, steps=101, floor=0.1)
     assert [schedule.rate(s) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert schedule.rate(4) == 2.0  # the cosine starts at the peak
-    assert schedule.rate(52) == pytest.approx(2.0 * 0.55)  # half way down
+    assert schedule.rate(52) == pytest.approx(2.0 * 0.55)  # the middle of the cosine
     assert schedule.rate(100) == pytest.approx(0.2)  # the last step
 
 
 @given(st.integers(0, 20), st.integers(1, 60), st.floats(0, 1))
-def test_schedule_only_rises_then_only_falls(warmup: int, steps: int, floor: float) -> None:
+def test_the_rate_rises_during_the_warm_up_and_then_falls(
+    warmup: int, steps: int, floor: float
+) -> None:
     schedule = RateSchedule(peak=1.0, warmup=warmup, steps=steps, floor=floor)
     rates = [schedule.rate(s) for s in range(steps)]
     top = min(warmup, steps)
@@ -57,14 +63,14 @@ def test_schedule_only_rises_then_only_falls(warmup: int, steps: int, floor: flo
     assert all(0 < r <= 1 + 1e-12 for r in rates[:-1])
 
 
-def test_each_part_has_its_own_rate_and_warm_up() -> None:
+def test_connector_and_language_model_have_their_own_rates() -> None:
     chosen = options(learning_rate=1.0, connector_learning_rate=8.0)
     optimizer = build_optimizer(Toy(), chosen)
     assert set_rates(optimizer, rate_schedules(chosen), 1) == {"connector": 4.0, "llm": 0.2}
     assert {g["lr"] for g in optimizer.param_groups} == {4.0, 0.2}
 
 
-def test_norms_and_biases_do_not_decay() -> None:
+def test_norms_and_biases_have_no_weight_decay() -> None:
     model = Toy()
     optimizer = build_optimizer(model, options(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -86,8 +92,8 @@ def test_frozen_parameters_are_not_in_the_optimizer() -> None:
     assert {g["name"] for g in optimizer.param_groups} == {"connector"}
 
 
-def test_steps_equal_adamw_by_hand() -> None:
-    """Loshchilov and Hutter's algorithm 2 in numpy float64, three steps, both groups."""
+def test_three_steps_equal_adamw_in_numpy() -> None:
+    """Algorithm 2 of Loshchilov and Hutter in float64, for both groups."""
     model = Toy()
     chosen = options(learning_rate=1e-2, connector_learning_rate=3e-2, weight_decay=0.1)
     optimizer = build_optimizer(model, chosen)
@@ -115,17 +121,17 @@ def test_steps_equal_adamw_by_hand() -> None:
         np.testing.assert_allclose(parameter.detach().numpy(), theta[name], rtol=2e-5, atol=1e-6)
 
 
-def test_clipping_shortens_all_gradients_together() -> None:
+def test_clipping_scales_all_gradients_by_one_factor() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert clip_gradients([a, b], 10.0) == pytest.approx(5.0)
-    assert a.grad.tolist() == [3.0, 0.0]  # short enough: untouched
+    assert a.grad.tolist() == [3.0, 0.0]  # within the limit: unchanged
     assert clip_gradients([a, b], 1.0) == pytest.approx(5.0)
     assert a.grad.tolist() == pytest.approx([0.6, 0.0])
     assert b.grad.tolist() == pytest.approx([0.8])
 
 
-def test_broken_gradients_are_named_and_left_alone() -> None:
+def test_gradients_that_are_not_finite_are_named_and_not_scaled() -> None:
     model = Toy()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import HashStore
-from torch.distributed.run import parse_args
 
 from cache.store.paths import CacheRoot
-from configs import UserError, dump, parse
 from model.io.saved_model import META
 from tests.integration.train.distributed_child import Outcome, Scene
 from tests.support import ROOT, trained_runs
-from train import checkpoint, distributed, run_folder, step
-from train.config import Options, preset
-from train.distributed import (
-    LostProcessError,
-    ProcessGroup,
-    buckets,
-    find_process_group,
-    fingerprint,
-    process_group,
-)
+from train import checkpoint, run_folder
 from train.metrics import read_metrics
 from train.run import main
 
@@ -316,200 +300,4 @@ def alive(pid: int) -> bool:
 # ---- the pieces
 
 
-def side_by_side(work: Callable[[ProcessGroup], Any], world: int = 3) -> list[Any]:
-    """What `work` returns or raises in each of several processes, here threads with a store in common."""
-    store = HashStore()
-    results: list[Any] = [None] * world
-
-    def one(rank: int) -> None:
-        member = ProcessGroup(rank, world, rank, store)
-        try:
-            results[rank] = work(member)
-        except (UserError, LostProcessError) as error:
-            member.fail(2)
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive()
-    return results
-
-
-def test_notes() -> None:
-    def work(member: ProcessGroup) -> Any:
-        shared = member.gather_objects({"rank": member.rank})
-        return shared, member.broadcast(lambda: f"made by {member.rank}"), member.gather_objects(1)
-
-    expected = ([{"rank": 0}, {"rank": 1}, {"rank": 2}], "made by 0", [1, 1, 1])
-    assert side_by_side(work) == [expected] * 3
-
-
-def test_the_leader_goes_first() -> None:
-    order: list[int] = []
-
-    def work(member: ProcessGroup) -> None:
-        with member.main_process_first():
-            time.sleep(0.2 if member.is_main else 0)
-            order.append(member.rank)
-
-    side_by_side(work)
-    assert order[0] == 0 and sorted(order) == [0, 1, 2]
-
-
-def test_nobody_waits_for_a_process_that_failed() -> None:
-    def work(member: ProcessGroup) -> None:
-        with member.main_process_first():
-            if member.is_main:
-                time.sleep(0.1)
-                raise UserError("the disk is full")
-
-    first, *others = side_by_side(work)
-    assert isinstance(first, UserError)
-    assert [type(o) for o in others] == [LostProcessError] * 2
-
-
-def test_they_must_agree() -> None:
-    def work(member: ProcessGroup) -> None:
-        member.require_equal(lambda: {"samples": "abc", "step": 3})
-        member.require_equal(lambda: {"samples": "abc", "step": 3 + (member.rank == 2)})
-
-    results = side_by_side(work)
-    assert [str(r).split(";")[0] for r in results] == [
-        "process 2 has another step than process 0 (4, not 3)"
-    ] * 3
-
-
-def test_only_one_is_the_first_to_fail() -> None:
-    codes = side_by_side(lambda member: member.fail(10 + member.rank))
-    assert codes.count(None) == 1
-    first = codes.index(None)
-    assert [c for c in codes if c is not None] == [10 + first] * 2
-
-
-def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = find_process_group()
-    assert (alone.rank, alone.world_size, alone.is_main) == (0, 1, True)
-    assert alone.gather_objects(1) == [1] and alone.gather_numbers([2.0]) == [[2.0]]
-    assert alone.broadcast(lambda: "x") == "x"
-    alone.require_equal(lambda: pytest.fail("was asked"))
-    with alone.main_process_first():
-        alone.connect(torch.device("cpu"))
-    assert not torch.distributed.is_initialized()
-
-
-def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 4, .*RANK.*torchrun"), process_group():
-        pass
-
-
-def test_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(kind))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    kind = "cuda"
-    for local in range(2):
-        assert ProcessGroup(2 + local, 4, local, HashStore()).device("auto") == torch.device(
-            "cuda", local
-        )
-    assert chosen == [torch.device("cuda:0"), torch.device("cuda:1")]
-    with pytest.raises(UserError, match="process 2 of this machine has no GPU, torch finds 2"):
-        ProcessGroup(2, 3, 2, HashStore()).device("cuda")
-    with pytest.raises(UserError, match="4 processes need a GPU each; give cuda"):
-        ProcessGroup(0, 4, 0, HashStore()).device("cuda:1")
-    assert ProcessGroup().device("cuda:1") == torch.device("cuda")  # alone: as model.device says
-    kind = "mps"
-    with pytest.raises(UserError, match="one Metal GPU"):
-        ProcessGroup(0, 2, 0, HashStore()).device("auto")
-    kind = "cpu"
-    assert ProcessGroup(1, 2, 1, HashStore()).device("auto") == torch.device("cpu")
-
-
-def test_buckets_hold_neighbours_of_one_type() -> None:
-    sizes = [3, 4, 100, 1, 1, 9, 2]
-    tensors = [torch.zeros(n) for n in sizes]
-    tensors[4] = tensors[4].double()
-    groups = list(buckets(tensors, 40))
-    assert [t for group in groups for t in group] == tensors
-    assert [[t.numel() for t in group] for group in groups] == [
-        *([3, 4], [100], [1], [1], [9], [2])
-    ]
-    assert list(buckets([], 40)) == []
-
-
-def test_a_fingerprint_sees_one_bit_and_the_order() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(50, 3, generator=generator), torch.randn(7, generator=generator).half()]
-    before = fingerprint(tensors)
-    assert before == fingerprint([t.clone() for t in tensors])
-    assert before != fingerprint(tensors[::-1])
-    tensors[0].view(torch.int32)[17, 1] ^= 1
-    assert before != fingerprint(tensors)
-
-
-def test_steps_of_a_process_that_is_dealt_little() -> None:
-    def micro(number: int, last: bool) -> Any:
-        return SimpleNamespace(step=number, last=last)
-
-    asked: list[Any] = []
-
-    def source() -> Iterator[Any]:
-        for item in (micro(4, False), micro(4, True), micro(6, True), micro(7, True)):
-            asked.append(item)
-            yield item
-
-    seen = {}
-    for number, micro_batches in step.by_step(source(), 3, 10):
-        mine = []
-        for item in micro_batches:
-            assert asked[-1] is item, "a buffer was filled again while it was in use"
-            mine.append(item)
-        seen[number] = len(mine)
-    assert seen == {3: 0, 4: 2, 5: 0, 6: 1, 7: 1, 8: 0, 9: 0}
-
-
 # ---- options
-
-
-def test_torchrun_understands_the_commands_we_show() -> None:
-    import train.run
-
-    text = f"{train.run.__doc__}\n{distributed.__doc__}\n"
-    text += (ROOT / "docs" / "TRAINING_PIPELINE.md").read_text()
-    shown = re.findall(r"^ *torchrun (.*?)(?:  +#.*)?$", text, re.MULTILINE)
-    assert len(shown) >= 4
-    for line in shown:
-        parsed = parse_args(line.split())
-        assert parsed.training_script == "train.run"
-        parse(Options, [w for w in parsed.training_script_args if w != "--"], prog="train.run")
-
-
-def test_batch_size_is_a_process_and_a_run_keeps_its_total(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = Options(batch_size_per_gpu=32, gradient_accumulation_steps=4)
-    assert options.samples_per_step == 128
-    assert Options(**{**vars(options), "processes": 4}).samples_per_step == 512
-    with pytest.raises(ValueError, match="processes -1 is below 0"):
-        Options(processes=-1)
-    monkeypatch.chdir(tmp_path)
-    saved = tmp_path / "runs" / "default" / "stage1" / "config.yaml"
-    saved.parent.mkdir(parents=True)
-    saved.write_text(dump(Options(processes=4)))
-    assert preset({})["processes"] == 4  # whoever resumes it
-
-
-def test_gradients_of_a_lone_process_are_left_alone() -> None:
-    parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
-    parameters[0].grad = torch.full((2,), math.pi)
-    ProcessGroup().sum_gradients(parameters)
-    assert (
-        parameters[0].grad.tolist() == pytest.approx([math.pi] * 2) and parameters[1].grad is None
-    )

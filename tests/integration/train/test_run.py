@@ -23,14 +23,12 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import dataset_names
 from configs import UserError
 from model.io.saved_model import load_final
-from model.vlm import build_vlm
 from tests.support import ROOT, trained_runs
 from tests.support.trained_runs import BASE, losses
 from train import checkpoint, run_folder, setup
-from train.config import Options, preset
-from train.metrics import StepRecord, read_metrics, screen_line
+from train.config import Options
+from train.metrics import StepRecord, read_metrics
 from train.run import main
-from train.step import choose_precision
 
 
 @pytest.fixture(scope="session")
@@ -88,29 +86,6 @@ def test_every_line_says_everything(train: Callable[..., Path], capsys: Any) -> 
         assert word in shown[0], word
 
 
-def test_screen_line_averages_its_window() -> None:
-    def record(step: int, loss: float, step_s: float) -> StepRecord:
-        return StepRecord(
-            step=step,
-            epoch=0.0,
-            loss=loss,
-            lr=1e-4,
-            connector_lr=0.0,
-            grad_norm=2.0,
-            samples=8,
-            tokens=500,
-            step_s=step_s,
-            wait_s=0.1,
-            memory_gib=1.5,
-        )
-
-    line = screen_line([record(9, 1.0, 0.5), record(10, 2.0, 1.5)], 3610)
-    assert line == (
-        "step   10/3610  loss 1.5000  lr 1.00e-04  grad 2.00  500 tok/s  8.0 samples/s  wait 10.0%  "
-        "1000 ms  1.5 GiB  ETA 1 h 00 min"
-    )
-
-
 # ---- what is learned does not depend on how it is cut
 
 
@@ -145,19 +120,6 @@ def test_bfloat16_learns_the_same_to_its_precision(train: Callable[..., Path]) -
     rough = losses(train("--max-steps", "6", "--run", "rough", "--precision", "bfloat16"))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=2e-2)
-
-
-def test_precision_follows_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    tiny = build_vlm(64, "random:qwen3-tiny", "linear", 0, device="meta")[0]
-    large = build_vlm(64, "random:qwen3-0.6b", "linear", 0, device="meta")[0]
-    for has_amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
-        assert choose_precision("auto", cpu, tiny) is None
-        assert choose_precision("auto", cpu, large) is (torch.bfloat16 if has_amx else None)
-        assert choose_precision("float32", cpu, large) is None
-        assert choose_precision("bfloat16", cpu, tiny) is torch.bfloat16
-    assert choose_precision("auto", torch.device("mps"), large) is None
 
 
 @pytest.mark.parametrize("frozen", ["connector", "llm"])
@@ -373,27 +335,6 @@ def test_an_infinite_gradient_stops_before_the_step(
 
 
 # ---- options
-
-
-def test_stage_and_hardware_presets() -> None:
-    first = preset({"stage": "1", "hardware": "40gb"})
-    assert (first["learning_rate"], first["connector_learning_rate"]) == (1e-4, 1e-3)
-    assert (first["batch_size_per_gpu"], first["gradient_accumulation_steps"]) == (32, 4)
-    assert (first["max_steps"], first["warmup_steps"], first["max_tokens"]) == (
-        100_000,
-        2000,
-        16384,
-    )
-    third = preset({"stage": "3", "hardware": "24gb"})
-    assert (third["max_sequence_length"], third["max_tokens"]) == (
-        36864,
-        36864,
-    )  # raised to the window
-    assert (third["max_steps"], third["learning_rate"]) == (2000, 3e-5)
-    small = preset({"stage": "2", "hardware": "cpu"})
-    assert (small["batch_size_per_gpu"], small["max_sequence_length"]) == (1, 2048)
-    short = preset({"stage": "1", "hardware": "cpu", "max_steps": "1000"})
-    assert (short["warmup_steps"], short["connector_warmup_steps"]) == (20, 2)  # in proportion
 
 
 def test_inspect_shows_batches_and_leaves_nothing(

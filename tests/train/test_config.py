@@ -1,0 +1,69 @@
+"""The trainer's options: presets by stage and hardware, and the number of samples of a step.
+
+preset({"stage": "1", "hardware": "40gb"})["learning_rate"]    # 1e-4
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import parse_args
+
+from configs import dump, parse
+from tests.support import ROOT
+from train import distributed
+from train.config import Options, preset
+
+
+def test_presets_depend_on_stage_and_hardware() -> None:
+    first = preset({"stage": "1", "hardware": "40gb"})
+    assert (first["learning_rate"], first["connector_learning_rate"]) == (1e-4, 1e-3)
+    assert (first["batch_size_per_gpu"], first["gradient_accumulation_steps"]) == (32, 4)
+    assert (first["max_steps"], first["warmup_steps"], first["max_tokens"]) == (
+        100_000,
+        2000,
+        16384,
+    )
+    third = preset({"stage": "3", "hardware": "24gb"})
+    assert (third["max_sequence_length"], third["max_tokens"]) == (
+        36864,
+        36864,
+    )  # raised to the window
+    assert (third["max_steps"], third["learning_rate"]) == (2000, 3e-5)
+    small = preset({"stage": "2", "hardware": "cpu"})
+    assert (small["batch_size_per_gpu"], small["max_sequence_length"]) == (1, 2048)
+    short = preset({"stage": "1", "hardware": "cpu", "max_steps": "1000"})
+    assert (short["warmup_steps"], short["connector_warmup_steps"]) == (
+        20,
+        2,
+    )  # in proportion to max_steps
+
+
+def test_torchrun_accepts_the_commands_in_the_documentation() -> None:
+    import train.run
+
+    text = f"{train.run.__doc__}\n{distributed.__doc__}\n"
+    text += (ROOT / "docs" / "TRAINING_PIPELINE.md").read_text()
+    shown = re.findall(r"^ *torchrun (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(shown) >= 4
+    for line in shown:
+        parsed = parse_args(line.split())
+        assert parsed.training_script == "train.run"
+        parse(Options, [w for w in parsed.training_script_args if w != "--"], prog="train.run")
+
+
+def test_a_step_has_the_batches_of_all_processes_and_a_resumed_run_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(batch_size_per_gpu=32, gradient_accumulation_steps=4)
+    assert options.samples_per_step == 128
+    assert Options(**{**vars(options), "processes": 4}).samples_per_step == 512
+    with pytest.raises(ValueError, match="processes -1 is below 0"):
+        Options(processes=-1)
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "runs" / "default" / "stage1" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(dump(Options(processes=4)))
+    assert preset({})["processes"] == 4  # whatever number of processes resumes it
