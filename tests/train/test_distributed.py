@@ -30,7 +30,7 @@ from train.distributed import (
 
 
 def in_threads(work: Callable[[ProcessGroup], Any], world: int = 3) -> list[Any]:
-    """Run `work` as every member of a group, in threads with one store; return what each returns or raises."""
+    """Run `work` for each member of a group, in threads with one store; return their results or errors."""
     store = HashStore()
     results: list[Any] = [None] * world
 

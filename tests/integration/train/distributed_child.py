@@ -1,6 +1,6 @@
-"""Several trainings in turn, started under torchrun by test_distributed.py, and what each process saw.
+"""Run several trainings in turn under torchrun, for test_distributed.py, and save what each process printed.
 
-torchrun --standalone --nproc-per-node 2 -m tests.integration.train.distributed_child PLAN.json
+torchrun --standalone --nproc-per-node 2 -m tests.integration.train.distributed_child SCENES.json
 """
 
 from __future__ import annotations
@@ -20,44 +20,45 @@ from unittest import mock
 import torch.distributed as dist
 
 import configs
+from cache.errors import CacheError
 from configs import UserError
 from train import run, setup, step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One training."""
+    """One training, and what is changed in it."""
 
     name: str
-    """Of its outcomes."""
+    """Name of the files with its outcomes."""
     words: list[str]
-    """Command line."""
+    """The command line."""
     alone: bool = False
-    """Whether the first process does it alone."""
+    """Whether only the first process trains, as a single process."""
     stop_after: int | None = None
-    """Steps after which every process stops with an error."""
+    """The step after which every process stops with an error."""
     drifting: bool = False
-    """Whether the second process starts with other weights."""
+    """Whether the second process starts with different weights."""
     final: bool = False
-    """Whether the processes end as this training does, for torchrun to see."""
+    """Whether the processes exit as this training does, so that torchrun sees it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one process saw of it."""
+    """What one process printed and did."""
 
     code: int
-    """Exit code."""
+    """The exit code."""
     out: str
     """Standard output."""
     err: str
     """Standard error."""
     parts: list[int]
-    """Micro-batches of each step."""
+    """Number of micro-batches of each step."""
 
 
-def play(scene: Scene, rank: int) -> Outcome:
-    """One training, as this process."""
+def run_scene(scene: Scene, rank: int) -> Outcome:
+    """Run one training in this process."""
     out, err, parts = io.StringIO(), io.StringIO(), list[int]()
     with (
         contextlib.redirect_stdout(out),
@@ -65,7 +66,7 @@ def play(scene: Scene, rank: int) -> Outcome:
         changed(scene, rank, parts),
     ):
         try:
-            configs.command(lambda: run.main(scene.words))
+            configs.command(lambda: run.main(scene.words), errors=(CacheError,))
         except SystemExit as stop:
             code = stop.code
     if isinstance(code, str):
@@ -78,7 +79,7 @@ def play(scene: Scene, rank: int) -> Outcome:
 
 @contextlib.contextmanager
 def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
-    """The trainer with what the scene changes in it."""
+    """Patch the trainer as the scene says, and record the micro-batches of each step."""
     refuse, build = run.refuse_non_finite, setup.build_model
 
     class Counted(step.LocalStep):
@@ -106,19 +107,19 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
 
 
 def main() -> None:
-    """All scenes; the processes wait for each other in between."""
-    plan = Path(sys.argv[1])
+    """Run all scenes; the processes wait for each other after each one."""
+    scenes = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for scene in (Scene(**values) for values in json.loads(plan.read_text())):
+    for scene in (Scene(**values) for values in json.loads(scenes.read_text())):
         if scene.final:
-            configs.command(lambda words=scene.words: run.main(words))
-        players = 1 if scene.alone else world
-        if rank < players:
-            told = plan.with_name(f"{scene.name}-{rank}.json")
-            partial = told.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(play(scene, rank))))
-            partial.rename(told)
-        while not all(plan.with_name(f"{scene.name}-{r}.json").exists() for r in range(players)):
+            configs.command(lambda words=scene.words: run.main(words), errors=(CacheError,))
+        members = 1 if scene.alone else world
+        if rank < members:
+            outcome = scenes.with_name(f"{scene.name}-{rank}.json")
+            partial = outcome.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(run_scene(scene, rank))))
+            partial.rename(outcome)
+        while not all(scenes.with_name(f"{scene.name}-{r}.json").exists() for r in range(members)):
             time.sleep(0.01)
 
 

@@ -1,4 +1,7 @@
-"""Several processes train what one would, and end together: real torchrun, gloo, a tiny model."""
+"""Training in two processes: equal to one process, and ending together. Real torchrun, gloo, a tiny model.
+
+torchrun --nproc-per-node 2 -m train.run -- --stage 1 --features cache
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ BASE = [
 ]
 TWO = ["--batch-size", "5", "--max-tokens", "64", "--max-sequence-length", "64"]
 SCARCE = ["--batch-size", "3", "--processes", "1"]
-"""Trees of two samples, three samples a step: every other step has a single tree."""
+"""Three samples a step and trees of two samples: every other step has a single tree."""
 TOLERANCE = 1e-6
 
 
@@ -72,7 +75,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
-    """With a bit of row 17 turned over."""
+    """Return a cache in which one bit of row 17 is flipped."""
     root = trained_runs.make(tmp_path_factory.mktemp("damaged"))
     files = [p for p in root.path.glob("spaces/*/features/image/**/*") if p.is_file()]
     shard = max(files, key=lambda p: p.stat().st_size)
@@ -89,7 +92,7 @@ def place(
     damaged: CacheRoot,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
-    """A folder where one process and two have trained the same things: runs/one-* and runs/two-*."""
+    """Run every scene; return the folder with runs/one-* of one process and runs/two-* of two processes."""
     place = tmp_path_factory.mktemp("processes")
     words = [*BASE, "--features", str(cache.path)]
     chain = [*words, *TWO, "--run", "two-chain", "--resume"]
@@ -114,18 +117,18 @@ def place(
             Scene(name="inspect", words=[*words, "--run", "inspect", "--inspect"]),
             Scene(name="damaged", words=[*BASE, "--features", str(damaged.path)], final=True),
         ]
-        plan = place / "plan.json"
-        plan.write_text(json.dumps([asdict(scene) for scene in scenes]))
+        scene_file = place / "scenes.json"
+        scene_file.write_text(json.dumps([asdict(scene) for scene in scenes]))
         with run_folder.hold(place / "runs" / "busy" / "stage1"):
             done = subprocess.run(
-                torchrun("tests.integration.train.distributed_child", str(plan)),
+                torchrun("tests.integration.train.distributed_child", str(scene_file)),
                 env=environment(),
                 capture_output=True,
                 text=True,
                 timeout=120,
                 check=False,
             )
-    assert done.returncode == 1, done.stderr  # as its last scene wants
+    assert done.returncode == 1, done.stderr  # the last scene ends with an error
     (place / "stderr").write_text(done.stderr)
     yield place
 
@@ -140,15 +143,15 @@ def run_of(place: Path, name: str) -> Path:
     return place / "runs" / name / "stage1"
 
 
-# ---- the same training
+# ---- equal training
 
 
 @pytest.mark.parametrize("name", ["whole", "scarce"])
-def test_two_processes_learn_what_one_does(place: Path, name: str) -> None:
+def test_two_processes_train_the_model_that_one_process_trains(place: Path, name: str) -> None:
     one, two = run_of(place, f"one-{name}"), run_of(place, f"two-{name}")
     assert [o.code for o in outcomes(place, name)] == [0, 0]
     assert len(losses(one)) == len(losses(two)) == STEPS
-    assert losses(one)[-1] < losses(one)[0] - 0.5  # and it did learn
+    assert losses(one)[-1] < losses(one)[0] - 0.5  # training lowers the loss
     assert losses(two) == pytest.approx(losses(one), rel=TOLERANCE)
     assert losses(two, "grad_norm") == pytest.approx(losses(one, "grad_norm"), rel=1e-4)
     assert losses(two, "held_out_loss") == pytest.approx(
@@ -161,16 +164,16 @@ def test_two_processes_learn_what_one_does(place: Path, name: str) -> None:
         torch.testing.assert_close(weights[key], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_processes_may_have_other_numbers_of_micro_batches_or_none(place: Path) -> None:
+def test_processes_may_have_different_numbers_of_micro_batches_or_none(place: Path) -> None:
     first, second = (o.parts for o in outcomes(place, "whole"))
     assert len(first) == len(second) == STEPS
     assert any(a != b for a, b in zip(first, second, strict=True))
-    assert min(first) > 1  # several micro-batches a process
+    assert min(first) > 1  # several micro-batches in every step
     first, second = (o.parts for o in outcomes(place, "scarce"))
     assert 0 in second and 1 in second and 0 not in first
 
 
-def test_resumed_by_one_process_then_by_two(place: Path) -> None:
+def test_a_run_of_two_processes_can_be_resumed_by_one_and_then_by_two(place: Path) -> None:
     assert [o.code for o in outcomes(place, "chain-a")] == [2, 2]
     assert [o.code for o in outcomes(place, "chain-b")] == [2]
     third = outcomes(place, "chain-c")
@@ -184,17 +187,17 @@ def test_resumed_by_one_process_then_by_two(place: Path) -> None:
     assert losses(chain, "samples") == losses(one, "samples")
 
 
-def test_the_first_process_alone_tells(place: Path) -> None:
-    leader, other = outcomes(place, "whole")
-    assert f"step {STEPS}/{STEPS}" in leader.out and "held-out loss" in leader.out
-    assert "processes 2, each with its share" in leader.out
+def test_only_the_main_process_prints(place: Path) -> None:
+    main_process, other = outcomes(place, "whole")
+    assert f"step {STEPS}/{STEPS}" in main_process.out and "held-out loss" in main_process.out
+    assert "processes 2, each with its share" in main_process.out
     assert other.out == "" and other.err == ""
-    leader, other = outcomes(place, "inspect")
-    assert "<|im_start|>assistant" in leader.out
+    main_process, other = outcomes(place, "inspect")
+    assert "<|im_start|>assistant" in main_process.out
     assert other.out == ""
-    leader, other = outcomes(place, "help")
-    assert "torchrun --nproc-per-node 4 -m train.run -- --stage 1" in leader.out
-    assert (leader.code, other.code, other.out) == (0, 0, "")
+    main_process, other = outcomes(place, "help")
+    assert "torchrun --nproc-per-node 4 -m train.run -- --stage 1" in main_process.out
+    assert (main_process.code, other.code, other.out) == (0, 0, "")
 
 
 # ---- ending together
@@ -211,18 +214,18 @@ def test_the_first_process_alone_tells(place: Path) -> None:
         ("chain-a", "stopped in step 9"),
     ],
 )
-def test_a_mistake_is_told_once(place: Path, name: str, message: str) -> None:
-    told = outcomes(place, name)
-    assert [o.code for o in told] == [2, 2]
-    lines = [line for o in told for line in o.err.splitlines()]
+def test_an_error_is_printed_once(place: Path, name: str, message: str) -> None:
+    found = outcomes(place, name)
+    assert [o.code for o in found] == [2, 2]
+    lines = [line for o in found for line in o.err.splitlines()]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert re.search(message, lines[0])
 
 
-def test_nothing_broken_is_kept(place: Path) -> None:
+def test_a_step_with_a_nan_changes_nothing(place: Path) -> None:
     folder = run_of(place, "nan")
-    told = next(o.err for o in outcomes(place, "nan") if o.err)
-    match = re.search(r"step (\d+)", told)
+    error = next(o.err for o in outcomes(place, "nan") if o.err)
+    match = re.search(r"step (\d+)", error)
     assert match is not None
     assert len(losses(folder)) == int(match[1]) - 1
     for path in checkpoint.committed(folder / "checkpoints"):
@@ -230,8 +233,8 @@ def test_nothing_broken_is_kept(place: Path) -> None:
     assert not (run_of(place, "drift") / "metrics.jsonl").exists()
 
 
-def test_damage_that_one_process_meets_ends_both(place: Path) -> None:
-    """As a user sees it: torchrun itself ends with 1 and its own report, each process with 2."""
+def test_damage_that_one_process_reads_ends_both(place: Path) -> None:
+    """What a user sees: each process exits with 2, torchrun exits with 1 after a report of its own."""
     said = (place / "stderr").read_text()
     lines = [line for line in said.splitlines() if "error: " in line]
     assert len(lines) == 1 and "row 17 fails its checksum" in lines[0], said
@@ -240,10 +243,10 @@ def test_damage_that_one_process_meets_ends_both(place: Path) -> None:
 
 
 @pytest.mark.soak_counted
-def test_interrupted_and_killed_and_resumed(
+def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
     cache: CacheRoot, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    """Ctrl-C, then kill -9 of either process anywhere: all end soon, and in the end it is one training."""
+    """Press Ctrl-C, then kill either process at random steps: both end soon, and resuming loses nothing."""
     rng = random.Random(time.time_ns())
     words = [*BASE, "--features", str(cache.path), "--save-every", "2"]
     folder = run_of(tmp_path, "two")
@@ -265,7 +268,7 @@ def test_interrupted_and_killed_and_resumed(
             if kill == 0:
                 parent.send_signal(signal.SIGINT)
             else:
-                with contextlib.suppress(ProcessLookupError):  # it was faster
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
                     os.kill(rng.choice(ranks), signal.SIGKILL)
             said, _ = parent.communicate(timeout=60)
         assert not any(alive(pid) for pid in ranks), said
@@ -295,9 +298,6 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
         return True
     return False
-
-
-# ---- the pieces
 
 
 # ---- options

@@ -1,4 +1,9 @@
-"""Real photographs, all the way: encoded, three stages memorise their captions, the files answer."""
+"""Real photographs from encoding to generation: three stages memorise their captions.
+
+python -m encode.run --dataset folder:photos --encoder demo
+python -m train.run --stage 1 --run photos
+python -m model.generate --run photos --image photos/coffee.jpg --prompt "Describe this image."
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,11 @@ from cache.store.space import find_space
 from tests.support.photos import CAPTIONS, make_folder
 
 STEPS = {1: 500, 2: 60, 3: 30}
-"""Enough for every caption to be told by heart, stage by stage."""
+"""Steps of each stage: enough to memorise every caption."""
 
 
 def run(*argv: str, folder: Path) -> str:
-    """A command as a user types it, in a working directory of its own."""
+    """Run a command in `folder`; return its standard output."""
     done = subprocess.run([sys.executable, "-m", *argv], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -27,10 +32,10 @@ def run(*argv: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos/, cache/ and a run of three stages in runs/photos/."""
+    """Return a folder with photos/, cache/ and a run of three stages in runs/photos/."""
     folder = tmp_path_factory.mktemp("photographs")
     make_folder(folder / "photos")
-    # The working directory holds a data folder named `cache` from here on, as a user's does.
+    # From here on the working directory has a folder `cache`, which must not hide the package.
     run(
         *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
         *("--pool", "2", "--workers", "0"),
@@ -61,21 +66,21 @@ def test_every_photograph_is_in_the_space_with_its_size(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["astronaut.jpg", "camera.png", "coffee.jpg", "chelsea.webp"])
-def test_a_photograph_answers_with_the_caption_it_was_trained_on(trained: Path, name: str) -> None:
-    """Live, through the encoder: sideways, 16 bit, CMYK and WebP."""
+def test_the_model_answers_a_photograph_with_its_caption(trained: Path, name: str) -> None:
+    """The files are encoded again: one is rotated, one has 16 bits, one is CMYK, one is WebP."""
     caption = next(text for file, text in CAPTIONS.items() if Path(file).stem == Path(name).stem)
-    said = run(
+    output = run(
         *("model.generate", "--run", "photos", "--image", f"photos/{name}"),
         *("--prompt", "Describe this image."),
         folder=trained,
     )
-    assert said.strip() == caption
+    assert output.strip() == caption
 
 
 def test_the_same_command_again_encodes_nothing(trained: Path) -> None:
-    said = run(
+    output = run(
         *("encode.run", "--dataset", "folder:photos", "--encoder", "demo", "--codec", "fp16"),
         *("--pool", "2"),
         folder=trained,
     )
-    assert f"encoded=0 reused={len(CAPTIONS)} failed=0" in said
+    assert f"encoded=0 reused={len(CAPTIONS)} failed=0" in output

@@ -1,4 +1,8 @@
-"""The trainer as a user meets it: it learns, refuses with a way out, and goes on after being killed."""
+"""The trainer's command: it trains, its errors name a remedy, and a killed run resumes with equal bits.
+
+python -m train.run --stage 1 --features cache --run first
+python -m train.run --run first --resume
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from train.run import main
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
-    """A cache no test changes."""
+    """Return a cache that no test changes."""
     return trained_runs.make(tmp_path_factory.mktemp("world"))
 
 
@@ -41,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheRoot:
 def train(
     cache: CacheRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Path]]:
-    """`train("--max-steps", "3")` runs a stage below tmp_path and returns its folder."""
+    """Return a function: `train("--max-steps", "3")` trains a stage below tmp_path and returns its folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, features: Path = cache.path) -> Path:
@@ -57,15 +61,15 @@ def _stage(words: list[str]) -> int:
     return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
 
 
-# ---- it learns
+# ---- training
 
 
-def test_it_learns_what_images_show(train: Callable[..., Path]) -> None:
+def test_it_learns_to_name_the_colour_of_images_it_has_not_seen(train: Callable[..., Path]) -> None:
     folder = train("--max-steps", "150", "--eval-every", "50")
     lines = read_metrics(folder)
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert losses(folder)[-1] < 0.05 < 3 < losses(folder)[0]
-    # Looking is the only way to know the colour of an image never seen: ln(4) / tokens without it.
+    # Without looking, the loss of a held-out image's colour is at least ln(4) / tokens.
     assert held_out[-1] < 0.05
     assert [line["step"] for line in lines if "held_out_loss" in line] == [50, 100, 150]
     _, _, meta = load_final(folder / "final")
@@ -73,10 +77,10 @@ def test_it_learns_what_images_show(train: Callable[..., Path]) -> None:
     assert meta["space"]["fingerprint"] == trained_runs.spec().fingerprint
 
 
-def test_every_line_says_everything(train: Callable[..., Path], capsys: Any) -> None:
+def test_every_line_of_the_metrics_is_complete(train: Callable[..., Path], capsys: Any) -> None:
     folder = train("--max-steps", "3", "--log-every", "1")
     for number, line in enumerate((x for x in read_metrics(folder) if "loss" in x), 1):
-        StepRecord(**line)  # exactly these fields
+        StepRecord(**line)  # raises if a field is missing or unknown
         assert line["step"] == number
         assert line["samples"] == 8
         assert 0 <= line["wait_s"] <= line["step_s"]
@@ -86,28 +90,28 @@ def test_every_line_says_everything(train: Callable[..., Path], capsys: Any) -> 
         assert word in shown[0], word
 
 
-# ---- what is learned does not depend on how it is cut
+# ---- memory settings do not change what is learned
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "settings",
     [
         ["--max-tokens", "64", "--max-sequence-length", "64"],
         ["--batch-size", "2", "--gradient-accumulation-steps", "4"],
         ["--use-gradient-checkpointing"],
         ["--read-threads", "1", "--read-ahead", "1"],
     ],
-    ids=lambda cut: cut[0],
+    ids=lambda settings: settings[0],
 )
-def test_batching_and_memory_settings_change_nothing(
-    train: Callable[..., Path], cut: list[str]
+def test_micro_batches_and_memory_settings_do_not_change_the_losses(
+    train: Callable[..., Path], settings: list[str]
 ) -> None:
     whole = losses(train("--max-steps", "6", "--run", "whole"))
-    parts = losses(train("--max-steps", "6", "--run", "parts", *cut))
+    parts = losses(train("--max-steps", "6", "--run", "parts", *settings))
     assert parts == pytest.approx(whole, rel=2e-4)
 
 
-def test_the_seed_decides(train: Callable[..., Path]) -> None:
+def test_the_seed_decides_the_losses(train: Callable[..., Path]) -> None:
     one = losses(train("--max-steps", "3", "--run", "one"))
     same = losses(train("--max-steps", "3", "--run", "same"))
     other = losses(train("--max-steps", "3", "--run", "other", "--seed", "1"))
@@ -115,7 +119,7 @@ def test_the_seed_decides(train: Callable[..., Path]) -> None:
     assert one != other
 
 
-def test_bfloat16_learns_the_same_to_its_precision(train: Callable[..., Path]) -> None:
+def test_bfloat16_losses_equal_float32_losses_to_its_precision(train: Callable[..., Path]) -> None:
     exact = losses(train("--max-steps", "6", "--run", "exact"))
     rough = losses(train("--max-steps", "6", "--run", "rough", "--precision", "bfloat16"))
     assert rough != exact
@@ -123,7 +127,9 @@ def test_bfloat16_learns_the_same_to_its_precision(train: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("frozen", ["connector", "llm"])
-def test_frozen_means_unchanged(train: Callable[..., Path], frozen: str, capsys: Any) -> None:
+def test_frozen_parameters_do_not_change(
+    train: Callable[..., Path], frozen: str, capsys: Any
+) -> None:
     folder = train("--max-steps", "2", f"--no-train-{frozen}")
     after = load_file(folder / "final" / "model.safetensors")
     fresh = setup.build_model(
@@ -154,7 +160,7 @@ def test_stage_2_starts_from_stage_1(train: Callable[..., Path]) -> None:
     before = load_file(first / "final" / "model.safetensors")
     after = load_file(second / "final" / "model.safetensors")
     language = [n for n in before if n.startswith("language.")]
-    assert all(torch.equal(before[n], after[n]) for n in language)  # its rate was 0
+    assert all(torch.equal(before[n], after[n]) for n in language)  # its learning rate is 0
     assert not torch.equal(before["connector.weight"], after["connector.weight"])
     assert json.loads((second / "final" / "nanomolmo2.json").read_text())["stage"] == 2
 
@@ -166,14 +172,14 @@ def test_a_stage_can_start_from_another_run(train: Callable[..., Path]) -> None:
         second = train("--run", name, "--stage", "2", "--from", origin, "--max-steps", "1")
         assert losses(second)[0] < losses(first)[0] - 0.3
         meta = json.loads((second / "final" / "nanomolmo2.json").read_text())
-        assert meta["connector"] == "mlp"  # the checkpoint's, without being told
+        assert meta["connector"] == "mlp"  # taken from the checkpoint
     with pytest.raises(UserError, match="its connector is mlp, not linear; leave --connector out"):
         train("--run", "x", "--from", "one", "--connector", "linear")
     with pytest.raises(UserError, match="no run nothing"):
         train("--run", "x", "--from", "nothing")
 
 
-def test_stage_2_waits_for_stage_1_to_finish(
+def test_stage_2_needs_a_finished_stage_1(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(train, monkeypatch, "--max-steps", "2")
@@ -181,10 +187,12 @@ def test_stage_2_waits_for_stage_1_to_finish(
         train("--stage", "2")
 
 
-# ---- refusals, each with its way out
+# ---- errors, each with a remedy
 
 
-def test_an_existing_run_is_refused(train: Callable[..., Path], capsys: Any) -> None:
+def test_an_existing_run_is_an_error_without_resume(
+    train: Callable[..., Path], capsys: Any
+) -> None:
     train("--max-steps", "2")
     with pytest.raises(UserError, match=r"exists and is finished; choose another name: --run NAME"):
         train("--max-steps", "2")
@@ -193,14 +201,14 @@ def test_an_existing_run_is_refused(train: Callable[..., Path], capsys: Any) -> 
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_two_trainers_do_not_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_trainers_cannot_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "default" / "stage1"
     with run_folder.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
         train("--max-steps", "1")
     train("--max-steps", "1")
 
 
-def test_exit_code_and_one_line(cache: CacheRoot, tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_exit_code_2(cache: CacheRoot, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "train.run", *BASE),
@@ -217,7 +225,7 @@ def test_exit_code_and_one_line(cache: CacheRoot, tmp_path: Path) -> None:
     assert "the frozen encoder made once" in done.stderr
 
 
-def test_features_that_are_not_there(
+def test_missing_spaces_and_data_sets(
     train: Callable[..., Path], cache: CacheRoot, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFoundError, match=r"no feature space under .*python -m encode.run"):
@@ -229,7 +237,7 @@ def test_features_that_are_not_there(
     assert dataset_names(cache) == ["colors"]
 
 
-def test_two_spaces_must_be_told_apart(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_with_two_spaces_one_must_be_named(train: Callable[..., Path], tmp_path: Path) -> None:
     root = trained_runs.make(tmp_path / "two", 20)
     trained_runs.make(tmp_path / "two", 20, codec="int8")
     with pytest.raises(CacheError, match=r"2 spaces under .*--space toy-fp16-\w+ \| toy-int8-\w+"):
@@ -238,7 +246,9 @@ def test_two_spaces_must_be_told_apart(train: Callable[..., Path], tmp_path: Pat
     assert json.loads((folder / "run.json").read_text())["space"].startswith("toy-int8-")
 
 
-def test_another_space_than_the_checkpoints(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_space_names_the_differences(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
     train("--max-steps", "1", "--run", "one")
     other = trained_runs.make(tmp_path / "other", 20, image_size=8, patch_size=4, codec="int8")
     with pytest.raises(
@@ -276,7 +286,7 @@ def test_a_window_beyond_the_language_model_is_refused(train: Callable[..., Path
     train("--max-sequence-length", "4096", "--max-tokens", "4096", "--max-steps", "1")
 
 
-def test_nonsense_dies_at_once(train: Callable[..., Path]) -> None:
+def test_invalid_options_are_errors_before_training(train: Callable[..., Path]) -> None:
     for words, message in (
         (["--no-train-llm", "--no-train-connector"], "nothing would learn"),
         (["--max-tokens", "100"], "give --max-tokens 2048"),
@@ -298,12 +308,12 @@ def test_nonsense_dies_at_once(train: Callable[..., Path]) -> None:
 def test_a_tracker_that_is_not_installed(
     train: Callable[..., Path], tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, tracker, None)  # what an import then says is ImportError
+    monkeypatch.setitem(sys.modules, tracker, None)  # makes `import` raise ImportError
     with pytest.raises(UserError, match=rf"--log {tracker} .* pip install 'nanomolmo2\[track\]'"):
         train("--log", tracker, "--max-steps", "1")
 
 
-def test_a_nan_stops_before_the_step(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_nan_stops_training_before_the_step(train: Callable[..., Path], tmp_path: Path) -> None:
     root = trained_runs.make(tmp_path / "broken", 20, broken=11)
     with pytest.raises(
         UserError, match=r"step \d+: the loss is nan; samples .*colors/11-"
@@ -317,7 +327,7 @@ def test_a_nan_stops_before_the_step(train: Callable[..., Path], tmp_path: Path)
         assert all(bool(t.isfinite().all()) for t in tensors)
 
 
-def test_an_infinite_gradient_stops_before_the_step(
+def test_an_infinite_gradient_stops_training_before_the_step(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def with_hook(*arguments: Any) -> Any:
@@ -337,7 +347,7 @@ def test_an_infinite_gradient_stops_before_the_step(
 # ---- options
 
 
-def test_inspect_shows_batches_and_leaves_nothing(
+def test_inspect_prints_micro_batches_and_creates_no_run(
     train: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
     train("--inspect")
@@ -350,20 +360,20 @@ def test_tensorboard_curves(train: Callable[..., Path], monkeypatch: pytest.Monk
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     words = ["--max-steps", "6", "--log", "tensorboard", "--log-every", "1", "--save-every", "4"]
-    folder = interrupted(train, monkeypatch, *words)  # back to step 4
+    folder = interrupted(train, monkeypatch, *words)  # the newest checkpoint is that of step 4
     train(*words, "--resume")
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     points = [(e.step, e.value) for e in events.Scalars("loss")]
     expected = [(i, pytest.approx(x, rel=1e-6)) for i, x in enumerate(losses(folder), 1)]
-    assert points == expected  # once each, though 5 and 6 were drawn twice
+    assert points == expected  # one point a step, although steps 5 and 6 were recorded twice
     assert "held_out_loss" in events.Tags()["scalars"]
 
 
 def interrupted(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *words: str, **options: Any
 ) -> Path:
-    """A stage stopped before its model is saved, and without its last checkpoint."""
+    """Train a stage, stop it before its final model is saved, and remove its newest checkpoint."""
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -377,7 +387,7 @@ def interrupted(
     return folder
 
 
-# ---- going on
+# ---- resuming
 
 
 def test_resume_continues_with_the_runs_own_options(
@@ -393,13 +403,15 @@ def test_resume_continues_with_the_runs_own_options(
     with pytest.raises(UserError, match=r"keeps its options, but learning_rate 0.003 -> 0.1"):
         train(*words, "--resume", "--learning-rate", "0.1")
     capsys.readouterr()
-    assert main(["--resume", "--features", str(cache.path)]) == 0  # everything else is remembered
+    assert (
+        main(["--resume", "--features", str(cache.path)]) == 0
+    )  # all other options are those of the run
     assert "resuming after step 4" in capsys.readouterr().out
     assert losses(folder) == whole
     train(*words, "--resume")  # the command that began the run also resumes it
 
 
-def test_dropout_draws_the_same_after_a_resume(
+def test_dropout_is_equal_after_a_resume(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def with_dropout(*arguments: Any) -> Any:
@@ -420,7 +432,7 @@ def test_dropout_draws_the_same_after_a_resume(
     assert losses(folder) == whole
 
 
-def test_a_cache_that_has_grown_is_noticed(
+def test_a_run_keeps_its_samples_when_the_cache_has_grown(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     root = trained_runs.make(tmp_path / "growing", 20, answered=40)
@@ -428,16 +440,16 @@ def test_a_cache_that_has_grown_is_noticed(
     whole = losses(train(*words, "--run", "whole", features=root.path))
     folder = interrupted(train, monkeypatch, *words, features=root.path)
     trained_runs.make(tmp_path / "growing", 40, first=20)
-    trained_runs.make(tmp_path / "growing", 40, first=39, dataset="more")  # and a second data set
+    trained_runs.make(tmp_path / "growing", 40, first=39, dataset="more")  # a second data set
     train(*words, "--resume", features=root.path)
     assert "grown by 40 samples of colors since this run began; it keeps its list" in caplog.text
     assert losses(folder) == whole
 
 
-def test_killed_and_resumed_equals_uninterrupted(
+def test_killed_and_resumed_training_equals_uninterrupted_training(
     cache: CacheRoot, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    """kill -9 wherever it happens to be: the same losses, line by line, and the same model, byte by byte."""
+    """Kill a run at random moments and resume it: every loss and every byte of the model is equal."""
     steps, rng = 60, random.Random(0)
     command = [
         *(sys.executable, "-m", "train.run", *BASE, "--features", str(cache.path)),
@@ -463,7 +475,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     kills = soak(2, 20)
     for kill in range(kills):
         process = start_run("killed")
-        aim = rng.randrange(steps * (kill + 1) // (kills + 1) + 1)  # ever later, or before anything
+        aim = rng.randrange(
+            steps * (kill + 1) // (kills + 1) + 1
+        )  # later each time, or before the first step
         while process.poll() is None and _steps_begun(folder) < aim:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
@@ -471,7 +485,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        assert process.returncode == -signal.SIGKILL, "it ended before the kill"
         killed_at.append(_steps_begun(folder))
     last = start_run("killed")
     _, error = last.communicate()
@@ -479,11 +493,11 @@ def test_killed_and_resumed_equals_uninterrupted(
 
     expected = tmp_path / "runs" / "whole" / "stage1"
 
-    def told(place: Path) -> list[dict[str, Any]]:
+    def records(place: Path) -> list[dict[str, Any]]:
         timed = {"step_s", "wait_s", "memory_gib"}
         return [{k: v for k, v in x.items() if k not in timed} for x in read_metrics(place)]
 
-    assert told(folder) == told(expected), killed_at
+    assert records(folder) == records(expected), killed_at
     model = Path("final") / "model.safetensors"
     assert (folder / model).read_bytes() == (expected / model).read_bytes(), killed_at
     assert max(killed_at) > 0, "no kill fell into the training"

@@ -1,4 +1,8 @@
-"""Videos in packed micro-batches: read, placed and learned from as if every sample stood alone."""
+"""Videos in packed micro-batches: loss and gradients equal those of samples that are not packed.
+
+world.encode_videos({"video a": 2.2})
+trees = world.trees(world.join("d"))
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,8 @@ def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
 
 
 def samples() -> list[Sample]:
-    """Videos alone, shared, beside images, twice; text; unanswered ends; an answer before an image."""
+    """Return samples with videos alone, shared, beside images, and twice; with text only; and with an answer
+    before an image."""
     talk = ask("late", ["p", "video b"])
     return [
         ask("one", ["video a"], "<image>what?", "red"),
@@ -70,14 +75,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def frames_of(name: str) -> list[tuple[float, np.ndarray]]:
-    """Times and features of a video, by hand: two a second and the last, each once."""
+    """Return times and features of a video's frames, worked out by hand: two a second and the last one."""
     asked = [i * 500_000 for i in range(int(VIDEOS[name] / 0.5) + 1)]
     times = sorted({frame_time(us) for us in (*asked, round(VIDEOS[name] * 1e6))})
     return [(t, features(name, t)) for t in times]
 
 
 def whole(world: World, sample: Sample) -> tuple[PackedBatch, Tensor | None]:
-    """A sample spelt out by hand, nothing left out at its end: ids, positions, features."""
+    """Return a sample as a batch of its own, made by hand with all its tokens, and its features."""
     tokenizer = world.tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
 
@@ -130,8 +135,8 @@ def forward_of(vlm: VLM) -> Forward:
     return Forward(vlm=vlm, spec=SPEC, device=torch.device("cpu"), autocast=None)
 
 
-def stirred() -> VLM:
-    """A model that has something to say."""
+def random_model() -> VLM:
+    """Return a model with all parameters perturbed, so that its losses depend on every input."""
     vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
     generator = torch.Generator().manual_seed(5)
     for p in vlm.parameters():
@@ -148,11 +153,11 @@ def gradients(vlm: VLM) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("max_branches", "max_tokens"), [(1, 120), (4, 150), (4, 4096)], ids=["alone", "few", "all"]
 )
-def test_packed_is_unpacked_in_loss_and_gradients(
+def test_packed_loss_and_gradients_equal_those_of_single_samples(
     world: World, max_branches: int, max_tokens: int
 ) -> None:
-    """Videos, shared videos, images beside videos, and no token read that predicts nothing."""
-    vlm = stirred()
+    """The packed sequences leave out tokens that predict nothing; the single samples have all tokens."""
+    vlm = random_model()
     total = weight = 0.0
     length = 0
     for sample in samples():
@@ -179,13 +184,13 @@ def test_packed_is_unpacked_in_loss_and_gradients(
     assert packed.keys() == wanted.keys()
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, wanted[name] / weight, rtol=1e-4, atol=2e-6)
-    # Each sample's last end mark and newline at least were not read.
+    # At least each sample's last end mark and newline are left out.
     assert read <= length - 2 * len(samples())
     assert read == sum(trees.slice(t).tokens for t in range(len(trees)))
 
 
-def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
-    """Lengths by hand: up to the last predictor, or to the end of the last image."""
+def test_tokens_after_the_last_prediction_are_left_out(world: World) -> None:
+    """Lengths worked out by hand: up to the last predictor, or to the end of the last image."""
     joined = world.join("d")
     trees = world.trees(joined, 512, max_branches=1)
     lengths = dict(zip(names_of(joined), trees.length.tolist(), strict=True))
@@ -199,7 +204,7 @@ def test_tails_that_predict_nothing_are_not_read(world: World) -> None:
     assert lengths["d/words"] == len(prompt) + len("hi")
 
 
-def test_samples_that_share_a_video_read_it_once(world: World) -> None:
+def test_samples_with_one_video_share_a_tree(world: World) -> None:
     joined = world.join("d")
     trees = world.trees(joined, 512)
     shared = trees.slice(0)
@@ -209,7 +214,7 @@ def test_samples_that_share_a_video_read_it_once(world: World) -> None:
     assert shared.tokens == int(trees.length[shared.members].sum()) - 2 * shared.prefix
 
 
-def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
+def test_a_micro_batch_has_rows_of_both_arrays(world: World) -> None:
     joined = world.join("d", "e")
     trees = world.trees(joined, 512)
     with FeatureLoader(
@@ -228,14 +233,16 @@ def test_both_arrays_are_read_into_one_micro_batch(world: World) -> None:
                 wanted.append(features(name))
     assert torch.equal(rows, torch.from_numpy(np.concatenate(wanted)))
     assert len(rows) == len(micro.packed.image_slots)
-    # Every image and every frame once, whatever number of samples show it.
+    # Each image and each frame is read once, however many samples show it.
     assert {k: len(c) for k, c in micro.codes.items()} == {
         "image": 2,
         "frame": sum(len(frames_of(name)) for name in VIDEOS),
     }
 
 
-def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frames_of_a_video_take_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = new_world(tmp_path)
     world.write(d=[ask("1", ["video"], "<image>?", "yes")])
     world.encode_videos({"video": 7.0})
@@ -257,8 +264,8 @@ def test_a_video_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> None:
-    """Images of 4 tokens and frames of 16: each place gets the token that is its own."""
+def test_feature_order_with_rows_of_different_sizes(world: World, seed: int) -> None:
+    """Images of 4 tokens and frames of 16: each position of the sequence gets its own feature token."""
     spec = replace(SPEC, image_size=8, pool_image=2, pool_frame=1)
     assert (spec.tokens("image"), spec.tokens("frame")) == (4, 16)
     joined = world.join("d", "e")
@@ -276,10 +283,10 @@ def test_feature_order_whatever_the_sizes_of_rows(world: World, seed: int) -> No
     assert all((np.diff(of) > 0).all() for of in rows.values())
 
 
-def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) -> None:
+def test_memory_settings_threads_and_ranks_do_not_change_the_losses(world: World) -> None:
     joined = world.join("d", "e")
     plan = TrainingSchedule(world.trees(joined, 150), 4, seed=3)
-    vlm = stirred()
+    vlm = random_model()
 
     def losses(max_tokens: int, threads: int, world_size: int = 1) -> list[float]:
         sums = [0.0] * 8
@@ -306,22 +313,20 @@ def test_steps_are_the_same_whatever_the_memory_and_the_threads(world: World) ->
     assert losses(300, 2, world_size=2) == pytest.approx(first, rel=1e-5)
 
 
-def test_a_video_longer_than_the_window_is_refused_with_ways_out(world: World) -> None:
+def test_a_video_longer_than_the_window_is_an_error_with_remedies(world: World) -> None:
     joined = world.join("d")
     with pytest.raises(UserError) as refused:
         world.trees(joined, max_tokens=60)
     message = str(refused.value)
     frames = len(frames_of("video c"))
     assert "d/mixed is " in message
-    tokens = (
-        frames * len("0.0 ") + frames
-    )  # no time has more than four characters, a frame one token
+    tokens = frames * len("0.0 ") + frames  # a time is four characters, a frame one token
     assert f"(2 x 4 for images, {tokens} for {frames} frames of videos, " in message
     assert "--max-frames, here and in encode.run" in message
     assert "\n" not in message
 
 
-def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
+def test_first_rows_order_images_before_frames(world: World) -> None:
     joined = world.join("d", "e")
     trees = world.trees(joined, 512, max_branches=1)
     rows: dict[int, tuple[str, int]] = {}
@@ -336,7 +341,7 @@ def test_neighbours_on_disk_are_counted_over_both_arrays(world: World) -> None:
     assert ordered == sorted(ordered, key=lambda one: (one[0] == "frame", one[1]))
 
 
-def test_inspect_shows_frames_with_their_times(tmp_path: Path) -> None:
+def test_inspect_shows_each_frame_with_its_time(tmp_path: Path) -> None:
     world = new_world(tmp_path)
     world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
     world.encode(["p"])
@@ -356,7 +361,7 @@ def test_inspect_shows_frames_with_their_times(tmp_path: Path) -> None:
     assert "«no»«<|im_end|>»" in text
 
 
-def test_a_sample_that_ends_with_its_image_is_shown_without_words_of_its_own(
+def test_inspect_shows_a_sample_without_tokens_of_its_own(
     tmp_path: Path,
 ) -> None:
     world = new_world(tmp_path)
