@@ -13,6 +13,7 @@ or after it was interrupted. Damaged rows of the source are reported and skipped
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
 
     Raises:
         UserError: there is no fp16 space, there are several and no name, or the named one is not fp16.
+        CacheError: the cache has no space of that name.
     """
     way_out = (
         f"create one to convert from: python -m encode.run --codec fp16 --features {root.path}"
@@ -196,44 +198,37 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
     """Create or complete the new space, and return one error for each damaged row of the source.
 
     Raises:
-        UserError: the options do not fit the source, a job writes to the target, or the disk is too small.
+        UserError: the options do not fit the source.
+        InUseError: a job writes to the target.
+        DiskError: the disk is too small.
     """
     spec = target_spec(source, options)
     paths = root.space(spec.name)
-    if options.plan:
-        print(_todo(source, FeatureReader(paths) if paths.space_json.exists() else None, spec)[1])
-        return []
-    with DriverLock(paths, holder_text("cache.convert")):
+    lock = DriverLock(paths, holder_text("cache.convert"))
+    with contextlib.nullcontext() if options.plan else lock:
         here = FeatureReader(paths) if paths.space_json.exists() else None
-        positions, text = _todo(source, here, spec)
-        print(text, flush=True)
-        rows = {array: len(found) for array, found in positions.items()}
-        needed = sum(n * (spec.row_bytes(array) + ROW_OVERHEAD) for array, n in rows.items())
-        check_room(root.path, needed, f"the space {spec.name}")
+        positions = {array: missing(source, here, array) for array in ARRAYS}
+        rows = sum(map(len, positions.values()))
+        nbytes = sum(len(found) * spec.row_bytes(array) for array, found in positions.items())
+        total = sum(map(source.rows, ARRAYS))
+        size = bytes_text(nbytes)
+        print(f"space    {spec.name}: {rows:,} of {total:,} rows to convert ({size})", flush=True)
+        if options.plan:
+            return []
+        check_room(root.path, nbytes + rows * ROW_OVERHEAD, f"the space {spec.name}")
         space = Space.create(root, spec, target_load(source.load, spec, source.paths.name))
-        meter = Meter("convert", sum(n * source.spec.row_bytes(array) for array, n in rows.items()))
+        read = {
+            array: len(found) * source.spec.row_bytes(array) for array, found in positions.items()
+        }
+        meter = Meter("convert", sum(read.values()))
         damaged = []
         for array, found in positions.items():
             change = converter(source.spec, spec, array)
             damaged += copy_rows(source, space, array, found, change=change, done=meter.add)
         meter.close()
         save_index(space.paths, space.info)
-    print(f"converted {source.paths.name}: {sum(rows.values()) - len(damaged):,} rows")
+    print(f"converted {source.paths.name}: {rows - len(damaged):,} rows")
     return damaged
-
-
-def _todo(
-    source: FeatureReader, here: FeatureReader | None, spec: FeatureSpec
-) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
-    """Return array -> positions of the rows to convert, and the line that describes them."""
-    positions = {array: missing(source, here, array) for array in ARRAYS}
-    rows = sum(map(len, positions.values()))
-    nbytes = sum(len(found) * spec.row_bytes(array) for array, found in positions.items())
-    total = sum(map(source.rows, ARRAYS))
-    return (
-        positions,
-        f"space    {spec.name}: {rows:,} of {total:,} rows to convert ({bytes_text(nbytes)})",
-    )
 
 
 def main() -> int:

@@ -107,7 +107,7 @@ def plan_space(source: SpacePaths, paths: SpacePaths) -> SpacePlan:
         paths: the local space of the same fingerprint, which need not exist.
 
     Raises:
-        UserError: one of them cannot be opened.
+        CacheError: one of them cannot be opened.
     """
     plan = SpacePlan(source=FeatureReader(source), paths=paths)
     here = FeatureReader(paths) if paths.space_json.exists() else None
@@ -167,15 +167,13 @@ class MergePlan:
 
     def text(self) -> str:
         """Return the lines that are printed before anything is copied."""
-        lines = [
-            f"space    {s.paths.name}: {s.rows:,} of {s.total:,} rows to copy ({bytes_text(s.nbytes)})"
-            + (
-                f"; {s.different:,} are here with other bytes, which are kept"
-                if s.different
-                else ""
-            )
-            for s in self.spaces
-        ]
+        lines = []
+        for space in self.spaces:
+            size = bytes_text(space.nbytes)
+            line = f"space    {space.paths.name}: {space.rows:,} of {space.total:,} rows to copy ({size})"
+            if space.different:
+                line += f"; {space.different:,} are here with other bytes, which are kept"
+            lines.append(line)
         lines.append(f"media    {self.media.text()}")
         lines += [f"samples  {one.dataset}: {one.what}" for one in self.samples]
         return "\n".join(lines)
@@ -185,8 +183,9 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
     """Merge `other` into `root`; return how many of its rows were damaged.
 
     Raises:
-        UserError: a job writes to `root`, a space cannot be opened, data sets differ and `options.samples` is
-            not given, or the disk is too small.
+        InUseError: a job writes to `root`.
+        DiskError: the disk is too small.
+        CacheError: a space cannot be opened, or data sets differ and `options.samples` is not given.
     """
     names = other.space_names()
     if options.space is not None:

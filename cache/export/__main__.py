@@ -96,7 +96,7 @@ class Export:
         """Find the rows and samples to export.
 
         Raises:
-            UserError: no such space or data set.
+            CacheError: no such space or data set.
         """
         root = CacheRoot.existing(options.features)
         reader = FeatureReader(find_space(root, options.space))
@@ -146,7 +146,8 @@ def run(export: Export) -> None:
     """Write all files of an export.
 
     Raises:
-        UserError: the folder is not empty, the disk is too small or full, or another export writes there.
+        UserError: the folder is not empty, or another export writes there.
+        DiskError: the disk is too small, full, or fails.
         CorruptError: a row fails its checksum.
     """
     out = export.options.out.expanduser().absolute()

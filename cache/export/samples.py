@@ -76,7 +76,7 @@ def gather_dataset(root: CacheRoot, dataset: str, reader: FeatureReader) -> Expo
     """Group the samples of a data set whose media have features by their media.
 
     Raises:
-        UserError: there is no such data set.
+        CacheError: there is no such data set.
     """
     table, ledger = samples_table(root, dataset), media_table(root)
     references = References.of(table["media"], ledger)
