@@ -13,7 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from configs import UserError
+from configs import UserError, one_line
 from model.io.hub import unreachable
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def hub_files(name: str, repository: str) -> tuple[Path, ...]:
         )
     # The client raises its own errors, those of its HTTP library and those of its Rust library.
     except Exception as error:
-        reason = f"it is not on this machine, and {why}" if why else _short(error)
+        reason = f"it is not on this machine, and {why}" if why else one_line(error)
         raise UserError(
             f"data set {name} ({repository} on the hub): {reason}; {way_out}"
         ) from error
@@ -102,7 +102,3 @@ def _training_files(folder: Path) -> tuple[Path, ...]:
 
 def _command(repository: str, folder: str) -> str:
     return f"hf download {repository} --repo-type dataset --local-dir {folder}"
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

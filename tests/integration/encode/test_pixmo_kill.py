@@ -1,4 +1,4 @@
-"""Drivers and workers killed at random while they fetch from a troubled web: the store of a calm run."""
+"""Drivers and workers are killed at random while they download: the cache is that of an undisturbed job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.pixmo_lists import write_pixmo
 from tests.support.web_server import TroubleServer
 
 MARK = "NANOMOLMO2_TEST_JOB"
-"""In the environment of every process of a job, so that its workers are found."""
+"""Environment variable of every process of a job, which identifies its workers."""
 
 
 def start(
@@ -44,7 +44,7 @@ def start(
 
 
 def workers(mark: str) -> list[int]:
-    """Processes that encode for the job so marked."""
+    """Return the worker processes of the job with this mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -68,31 +68,31 @@ def outcome(record: MediaRecord) -> tuple[str, str | None, str | None]:
 
 
 @pytest.mark.soak_counted
-def test_drivers_and_workers_killed_while_they_fetch(
+def test_killed_drivers_and_workers_lose_nothing(
     tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    photos, kills = soak(12, 1950), soak(2, 30)  # with the troubles 2,000 URLs
+    photos, kills = soak(12, 1950), soak(2, 30)  # 2,000 URLs together with the failing kinds
     dice = random.Random(7)
     with TroubleServer(photos) as server:
-        # In `make test` without the troubles that cost time: they come last.
+        # `make test` omits the slow failing kinds, which are last.
         entries = server.entries()[: soak(44, 1_000_000)]
         urls = [(server.base + entry.path, entry.sha256) for entry in entries]
         lists = write_pixmo(tmp_path / "lists", urls)
-        calm, wild = tmp_path / "calm", tmp_path / "wild"
+        calm, killed_often = tmp_path / "calm", tmp_path / "killed"
         finish(start(lists, calm, "calm", count=0))
         killed = {"driver": 0, "worker": 0}
         mark = secrets.token_hex(8)
-        process = start(lists, wild, mark)
+        process = start(lists, killed_often, mark)
         while sum(killed.values()) < kills:
-            before = commits(wild)
+            before = commits(killed_often)
             deadline = time.monotonic() + 120
             more = dice.randrange(1, 3)
-            while process.poll() is None and commits(wild) < before + more:
-                assert time.monotonic() < deadline, "the job does not get on"
+            while process.poll() is None and commits(killed_often) < before + more:
+                assert time.monotonic() < deadline, "the job makes no progress"
                 time.sleep(0.01)
             time.sleep(dice.uniform(0, 0.3))
             if process.poll() is not None:
-                break  # it was faster
+                break  # the job ended first
             found = workers(mark)
             if found and dice.random() < 0.5:
                 with contextlib.suppress(ProcessLookupError):
@@ -103,19 +103,21 @@ def test_drivers_and_workers_killed_while_they_fetch(
             process.kill()
             process.communicate()
             mark = secrets.token_hex(8)
-            process = start(lists, wild, mark)
+            process = start(lists, killed_often, mark)
         finish(process)
-        # What failed while things were killed around it gets the try it would have had.
-        finish(start(lists, wild, "again", "--retry-failed", count=0))
+        # URLs that failed because of a kill get another attempt.
+        finish(start(lists, killed_often, "again", "--retry-failed", count=0))
         print(f"{len(urls)} URLs, killed: {killed}")
-        assert sum(killed.values()) >= soak(1, kills), "the job ended before it was killed so often"
+        assert sum(killed.values()) >= soak(1, kills), "the job ended before enough kills"
 
-        ledgers = [read_media(CacheRoot(folder)) for folder in (calm, wild)]
+        ledgers = [read_media(CacheRoot(folder)) for folder in (calm, killed_often)]
         for entry, (url, _) in zip(entries, urls, strict=True):
             (status, stage, key), after = (outcome(ledger[url]) for ledger in ledgers)
             assert status == after[0] == ("ok" if entry.expected == "ok" else "failed"), entry
             assert stage == after[1] == (None if entry.expected == "ok" else entry.expected), entry
             assert key == after[2], entry
-        readers = [FeatureReader(find_space(CacheRoot(folder), None)) for folder in (calm, wild)]
+        readers = [
+            FeatureReader(find_space(CacheRoot(folder), None)) for folder in (calm, killed_often)
+        ]
         assert readers[1].index["image"].duplicates() == []
         assert readers[0].logical_hash() == readers[1].logical_hash()

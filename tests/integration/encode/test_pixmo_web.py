@@ -1,4 +1,7 @@
-"""PixMo as users have it: lists of URLs, a web full of trouble, a second evening, a healed server."""
+"""PixMo from the web, end to end: a server with every kind of failure, a second job, a healed server.
+
+python -m encode.run --dataset pixmo --source lists
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class World:
         return main([*words, *more])
 
     def ledger(self) -> dict[str, MediaRecord]:
-        """By kind of URL."""
+        """Return the ledger by kind of URL."""
         records = read_media(CacheRoot(self.features))
         return {source.removeprefix(self.server.base + "/"): r for source, r in records.items()}
 
@@ -65,8 +68,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def evening(world: World) -> str:
-    """The first job, its output."""
+def first_job(world: World) -> str:
+    """Run the first job; return its output."""
     command = [sys.executable, "-c", "import sys; from encode.run import main; sys.exit(main())"]
     words = ["--dataset", "pixmo", "--source", str(world.lists), "--encoder", "demo"]
     words += ["--features", str(world.features), "--device", "cpu", "--workers", "0"]
@@ -76,10 +79,10 @@ def evening(world: World) -> str:
     return done.stdout
 
 
-def test_every_url_is_in_the_space_or_in_the_ledger(world: World, evening: str) -> None:
+def test_every_url_is_in_the_space_or_in_the_ledger(world: World, first_job: str) -> None:
     entries = world.server.entries()
-    troubles = {entry.kind for entry in entries if entry.expected != "ok"}
-    assert len(troubles) >= 30
+    failing = {entry.kind for entry in entries if entry.expected != "ok"}
+    assert len(failing) >= 30
     ledger = world.ledger()
     assert set(ledger) == {entry.kind for entry in entries}
     reader = world.reader()
@@ -96,32 +99,32 @@ def test_every_url_is_in_the_space_or_in_the_ledger(world: World, evening: str) 
             assert "\n" not in record.error
     distinct = {world.key(entry.kind) for entry in entries if entry.expected == "ok"}
     assert reader.rows("image") == len(distinct)
-    found = CLOSING.match(evening.splitlines()[-1])
+    found = CLOSING.match(first_job.splitlines()[-1])
     assert found is not None
-    good = len(entries) - len(troubles)
+    good = len(entries) - len(failing)
     assert [int(n) for n in found.groups()] == [
         len(distinct),
         good - len(distinct),
-        len(troubles),
+        len(failing),
     ]
 
 
-@pytest.mark.usefixtures("evening")
-def test_points_in_pixels_became_words_once_sizes_were_known(world: World) -> None:
-    told = {
+@pytest.mark.usefixtures("first_job")
+def test_points_in_pixels_are_used_once_sizes_are_known(world: World) -> None:
+    answers = {
         sample.media[0].source: sample.messages[-1].content
         for sample in read_samples(CacheRoot(world.features), "pixmo-count")
     }
-    with_points = [text for text in told.values() if "<points coords=" in text]
+    with_points = [text for text in answers.values() if "<points coords=" in text]
     assert with_points
-    # Three quarters of the images have points; those that failed have no size to count them by.
+    # Three quarters of the images have points. Failed images have no size.
     ledger = world.ledger()
-    for source, text in told.items():
+    for source, text in answers.items():
         record = ledger[source.removeprefix(world.server.base + "/")]
         assert record.status == "ok" or "<points" not in text
 
 
-@pytest.mark.usefixtures("evening")
+@pytest.mark.usefixtures("first_job")
 def test_failures_are_listed_with_reason_host_and_data_set(world: World) -> None:
     command = [sys.executable, "-m", "cache.ls", "--failures", "--features", str(world.features)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -134,19 +137,19 @@ def test_failures_are_listed_with_reason_host_and_data_set(world: World) -> None
     assert {source.removeprefix(world.server.base + "/") for source in sources} == expected
 
 
-@pytest.mark.usefixtures("evening")
+@pytest.mark.usefixtures("first_job")
 def test_a_second_job_sends_no_request(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = world.counts()
     assert world.encode() == 0
     assert world.counts() == before
     last = capsys.readouterr().out.splitlines()[-1]
-    troubles = sum(entry.expected != "ok" for entry in world.server.entries())
-    good = len(world.server.entries()) - troubles
-    assert last.startswith(f"encoded=0 reused={good} failed={troubles} ")
+    failing = sum(entry.expected != "ok" for entry in world.server.entries())
+    good = len(world.server.entries()) - failing
+    assert last.startswith(f"encoded=0 reused={good} failed={failing} ")
 
 
-@pytest.mark.usefixtures("evening")
-def test_a_stage_trains_on_what_is_there(world: World, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("first_job")
+def test_a_stage_trains_on_the_encoded_images(world: World, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.run", "--stage", "1", "--llm", "random:qwen3-tiny"]
     command += ["--features", str(world.features), "--run", str(tmp_path / "run")]
     command += ["--hardware", "cpu", "--max-steps", "3", "--batch-size", "8", "--eval-every", "0"]
@@ -156,11 +159,11 @@ def test_a_stage_trains_on_what_is_there(world: World, tmp_path: Path) -> None:
     assert re.search(r"pixmo-points: \d+ train samples", done.stdout)
 
 
-@pytest.mark.usefixtures("evening")
-def test_another_space_asks_again_unless_the_bytes_were_kept(
+@pytest.mark.usefixtures("first_job")
+def test_another_space_downloads_again_unless_the_bytes_were_kept(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--fetch-only keeps bytes; encoding them later asks nobody."""
+    """--fetch-only keeps bytes; encoding them later sends no request."""
     keep = tmp_path / "media"
     features = tmp_path / "cache"
     there = World(server=world.server, lists=world.lists, features=features)
@@ -177,8 +180,8 @@ def test_another_space_asks_again_unless_the_bytes_were_kept(
     assert capsys.readouterr().out.splitlines()[-1].startswith("encoded=12 ")
 
 
-@pytest.mark.usefixtures("evening")
-def test_private_addresses_are_refused_unless_asked_for(world: World, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("first_job")
+def test_private_addresses_are_refused_by_default(world: World, tmp_path: Path) -> None:
     before = world.counts()
     words = ["--dataset", "pixmo-cap", "--source", str(world.lists), "--encoder", "demo"]
     words += ["--features", str(tmp_path / "c"), "--workers", "0", "--limit", "3"]
@@ -188,11 +191,11 @@ def test_private_addresses_are_refused_unless_asked_for(world: World, tmp_path: 
     assert all(r.status == "failed" and "127.0.0.1" in (r.error or "") for r in records)
 
 
-@pytest.mark.usefixtures("evening")
-def test_the_healed_server_is_asked_again_only_for_what_failed(
+@pytest.mark.usefixtures("first_job")
+def test_retrying_downloads_only_what_failed(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last test of this file: it changes the world."""
+    """This test heals the server, so it runs after the tests that need its failures."""
     failed = {entry.kind for entry in world.server.entries() if entry.expected != "ok"}
     good = {entry.kind: world.key(entry.kind) for entry in world.server.entries()}
     world.server.heal()
@@ -212,10 +215,10 @@ def test_the_healed_server_is_asked_again_only_for_what_failed(
     assert " failed=0 " in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_link_that_dies_takes_no_features_away(
+def test_a_link_that_fails_later_keeps_its_features(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Encoded once; a second encoder finds it dead; the first one's space goes on training on it."""
+    """A URL is encoded and then fails for a second space: the first space still trains on it."""
 
     def once(handler: Handler, image: bytes, count: int) -> None:
         (instead(image) if count == 1 else status(404))(handler, image, count)
@@ -227,7 +230,7 @@ def test_a_link_that_dies_takes_no_features_away(
         assert there.encode() == 0
         first = there.reader()
         before = there.ledger()
-        assert there.encode("--pool", "1") == 0  # another space: everything is asked for again
+        assert there.encode("--pool", "1") == 0  # another space: everything is downloaded again
         assert " failed=1 " in capsys.readouterr().out.splitlines()[-1]
         after = there.ledger()["dies"]
         assert (after.status, after.error, after.key) == ("failed", "HTTP 404", before["dies"].key)
@@ -242,6 +245,6 @@ def test_a_link_that_dies_takes_no_features_away(
             min_coverage=1.0,
         )
         assert (chosen.missing, chosen.failed) == (0, 0)
-        # Nor does downloading ahead forget what decoding told.
+        # Downloading with --fetch-only keeps what decoding added to the ledger.
         assert there.encode("--fetch-only", "--keep-media", str(tmp_path / "media")) == 0
         assert there.ledger()["photo-0"] == before["photo-0"]

@@ -1,4 +1,7 @@
-"""Training on stored features is training with the encoder in the loop: same losses, step after step."""
+"""Training on stored features gives the losses of training with the encoder in the loop, step by step.
+
+python -m train.run --stage 1       # cached; `LiveForward` encodes each micro-batch instead
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ STEPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LiveForward(Forward):
-    """Encodes a micro-batch's images from their files instead of unpacking what is stored."""
+    """A forward pass that encodes the images of a micro-batch from their files."""
 
     encoder: VisionEncoder
     joined: SampleList
     files: dict[str, Path]
-    """Key -> image."""
+    """Key -> image file."""
     rounded: bool
 
     def features(self, micro: MicroBatch) -> torch.Tensor | None:
@@ -55,7 +58,7 @@ class LiveForward(Forward):
 def encode_all(
     folder: Path, encoder: VisionEncoder, codec: str
 ) -> tuple[CacheRoot, dict[str, Path]]:
-    """Drawings as files, encoded and asked about."""
+    """Draw images, encode them, and write their questions as samples."""
     root = CacheRoot(folder / "cache")
     space = Space.create(root, encoder.spec(codec), encoder.load_info(), shard_bytes=1 << 20)
     shard = ShardWriter(space, "image", 0)

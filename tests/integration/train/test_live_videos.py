@@ -1,4 +1,7 @@
-"""Videos live: what the whole model sees of a file is what training reads from the cache."""
+"""`model.generate` gives the model the same features of a video file as training reads from the cache.
+
+python -m model.generate --run demo --video a.mp4 --prompt "What happens?"
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,12 @@ from train.data.join import join
 from train.data.sample_list import SampleList
 
 LIMIT = 5
-"""Frames of a video."""
+"""Largest number of frames of a video."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """A cache of videos and images from files, and an untrained model on it that looks."""
+    """A cache of video and image files, and an untrained model whose answers depend on them."""
 
     folder: Path
     model: Path
@@ -76,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
     generator = torch.Generator().manual_seed(11)
     for p in vlm.language.parameters():
         p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
-    # What frames have in common is taken away and what differs enlarged, or all would look alike.
+    # The connector removes what frames have in common and enlarges the rest; otherwise all answers are equal.
     views = [
         (key, "t:0") for key in {r.key for r in read_media(CacheRoot(features)).values()} if key
     ]
@@ -90,8 +93,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
     return Live(folder, folder / "run/stage1/final", features)
 
 
-def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
-    """Frames, times, features: to the bit."""
+def test_features_of_a_video_file_equal_those_in_the_cache(world: Live) -> None:
+    """Frames, times and features are equal bit for bit."""
     joined, reader = world.joined, world.reader
     encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
     space = json.loads(reader.paths.space_json.read_text())
@@ -106,7 +109,7 @@ def test_a_video_from_its_file_is_the_video_from_the_cache(world: Live) -> None:
         assert torch.equal(found.features, cached.features)
 
 
-def test_answers_about_videos_are_those_from_the_cache(
+def test_answers_about_video_files_equal_those_from_the_cache(
     world: Live, capsys: pytest.CaptureFixture[str]
 ) -> None:
     joined, reader = world.joined, world.reader
@@ -136,11 +139,11 @@ def test_answers_about_videos_are_those_from_the_cache(
         out, err = capsys.readouterr()
         assert (out, err) == (wanted[0] + "\n", "")
         said.add(out)
-    assert len(said) >= 4, "videos, their order and their place all matter"
+    assert len(said) >= 4, "the answer depends on videos, their order and their place"
 
 
-def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> None:
-    """A real container; more frames by --max-frames, and each frame once."""
+def test_frames_are_those_of_training(world: Live, tmp_path: Path) -> None:
+    """A real container, with few and with many frames; each frame is used once."""
     path = make_video(tmp_path / "video.mp4", frames=30, fps=Fraction(10))
     info = probe(path)
     reader = world.reader
@@ -159,7 +162,7 @@ def test_frames_are_those_that_training_takes(world: Live, tmp_path: Path) -> No
     assert np.isfinite(found.features.numpy()).all()
 
 
-def test_media_follow_their_marks() -> None:
+def test_media_are_ordered_by_their_placeholders() -> None:
     images = [torch.zeros(1, 1), torch.ones(1, 1)]
     videos = [
         generate.Video(times_s=[0.0], features=torch.full((1, 1, 1), float(i))) for i in (2, 3)
@@ -190,13 +193,13 @@ def test_media_follow_their_marks() -> None:
         (["--video", "a", "--prompt", "x", "--max-frames", "0"], "max_frames 0 is below 1"),
     ],
 )
-def test_mistakes_are_one_line(world: Live, words: list[str], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(world: Live, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         generate.main(["--run", str(world.model), *words])
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_video_is_said(world: Live, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_video_is_an_error(world: Live, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_bytes(b"no video at all")
     words = ["--run", str(world.model), "--prompt", "x", "--video", str(tmp_path / "text.mp4")]
     with pytest.raises(UserError, match=r"text\.mp4: .*; give an intact video file") as caught:
