@@ -92,13 +92,9 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     if options.unreferenced:
         _refuse_without_samples(root)
     found = find_garbage(root, spaces)
+    described = [space for space in spaces if space.space_json.exists()]
     wanted = wanted_keys(root)
-    unreferenced = [
-        rows
-        for space in spaces
-        if space.space_json.exists()
-        for rows in find_unreferenced(space, wanted)
-    ]
+    unreferenced = [rows for space in described for rows in find_unreferenced(space, wanted)]
     if options.damaged and root.damaged_dir.is_dir():
         found.append(_damaged(root))
     freed = 0
@@ -114,7 +110,7 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
                 remove_unreferenced(rows)
             freed += rows.nbytes
     if options.delete:
-        for paths in filter(lambda paths: paths.space_json.exists(), spaces):
+        for paths in described:
             space = Space.open(paths)
             for array in ARRAYS:
                 space.grow(array)
