@@ -1,9 +1,8 @@
-"""What is wrong with a cache: the checks behind `cache.verify`.
+"""Check a cache for damage, for `cache.verify`.
 
-Quick checks read all metadata (every seal), and of each shard its size and index. Deep ones read every
-byte: each row against the crc32c in its commit and against the one beside it, and whether its numbers are
-numbers. Together they cover every byte of a space exactly because a space holds nothing that is not under a
-seal or a crc.
+Quick checks read all metadata with its seals, and the size and the index of each shard. Deep checks read
+every byte: they compare each row with the crc32c in its commit and with the one beside it, and look for NaN
+and Inf. Together they cover every byte of a space, because each is under a seal or a crc32c.
 """
 
 from __future__ import annotations
@@ -34,14 +33,99 @@ from cache.store.shard_files import corrupt_shard
 from cache.store.space import find_space, read_info
 
 THREADS = max(4, os.cpu_count() or 1)
-"""Shards read at a time. Reading, sha256 and crc32c let other threads run, so every core counts; four at
-least, so that a disk always has something to do."""
+"""Shards that are read at the same time. Reading, sha256 and crc32c release the interpreter's lock, so every
+core helps. There are at least four, so that the disk is never idle."""
 
-LOST = "encode.run with the same encoder and codec writes it anew, and keeps every row"
-"""The way out for a space without its description: every commit carries the fingerprint."""
+LOST = "encode.run with the same encoder and codec writes it again, and keeps every row"
+"""Advice for a space without space.json. Every commit has the fingerprint, so the rows are not lost."""
 
 SHOWN = 10
-"""Outliers named of one array."""
+"""Number of outliers that are listed for one array."""
+
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just read. Threads may call it."""
+
+
+GC = "python -m cache.gc --delete removes it"
+"""Advice for files that a crash left behind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Damage to one file, or a note about it."""
+
+    path: str
+    """The file."""
+    what: str
+    """What is wrong with it."""
+    way_out: str
+    """What to do about it."""
+    broken: bool = True
+    """Whether data is damaged; False for a note."""
+    array: str | None = None
+    """Array whose rows are concerned: image or frame."""
+    shard: int | None = None
+    """Committed shard whose rows are concerned."""
+
+
+@dataclass(kw_only=True)
+class SpaceReport:
+    """Result of checking one space."""
+
+    name: str
+    """Name of the space."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Array -> committed rows."""
+    nbytes: int = 0
+    """Bytes of the committed shards."""
+    logical_hash: str | None = None
+    """sha256 (hex) of its content; None unless all of it was read and is intact."""
+    findings: list[Finding] = field(default_factory=list)
+    """Damage and notes."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether anything is damaged."""
+        return any(finding.broken for finding in self.findings)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Result of checking a cache."""
+
+    findings: list[Finding] = field(default_factory=list)
+    """Damage and notes outside of the spaces."""
+    spaces: list[SpaceReport] = field(default_factory=list)
+    """One report for each space that was checked."""
+
+    @property
+    def all_findings(self) -> list[Finding]:
+        """All damage and notes."""
+        return self.findings + [f for space in self.spaces for f in space.findings]
+
+    @property
+    def broken(self) -> bool:
+        """Whether anything is damaged."""
+        return any(finding.broken for finding in self.all_findings)
+
+
+def damage(
+    error: CacheError, path: Path, *, array: str | None = None, shard: int | None = None
+) -> Finding:
+    """Return an error as a finding about `path`."""
+    what, way_out = str(error), MAKE_ANEW
+    if isinstance(error, CorruptError):
+        what, way_out = error.what, error.way_out
+    return Finding(path=str(path), what=what, way_out=way_out, array=array, shard=shard)
+
+
+def note(path: Path, what: str, way_out: str) -> Finding:
+    """Return a finding that is no damage."""
+    return Finding(path=str(path), what=what, way_out=way_out, broken=False)
+
+
+# ---- a cache
 
 
 def verify(
@@ -52,7 +136,15 @@ def verify(
     hashed: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """All of a cache, or one space of it; with `deep`, every byte; if `hashed`, its logical hash, too."""
+    """Check a cache.
+
+    Args:
+        root: the cache.
+        space: check only the space with this name, or whose name begins with it; None: everything.
+        deep: whether to read every row.
+        hashed: whether deep checks compute the logical hash.
+        progress: called with the bytes just read.
+    """
     progress = progress or (lambda _: None)
     if space is not None:
         return Report(spaces=[check_space(find_space(root, space), deep, progress, hashed)])
@@ -63,7 +155,7 @@ def verify(
 
 
 def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
-    """What `verify` will report as read, about: for a meter."""
+    """Return about how many bytes `verify` will read."""
     folders = [root.samples_dir, root.media_dir, root.spaces_dir]
     if space is not None:
         folders = [find_space(root, space).root]
@@ -78,7 +170,7 @@ def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
 def check_space(
     paths: SpacePaths, deep: bool, progress: Progress, hashed: bool = False
 ) -> SpaceReport:
-    """One space."""
+    """Check one space. The arguments are those of `verify`."""
     report = SpaceReport(name=paths.name)
     try:
         info = read_info(paths)
@@ -131,7 +223,11 @@ def check_shard(
     progress: Progress,
     hashed: bool = False,
 ) -> tuple[list[Finding], npt.NDArray[np.uint8]]:
-    """What is wrong with one shard; and, with `deep` and `hashed`, the sha256 (n, 32) of its rows."""
+    """Check one shard. The arguments are those of `verify`.
+
+    Returns:
+        What is wrong with it; and, with `deep` and `hashed`, the sha256 (n, 32) of its rows.
+    """
     path, geometry = paths.shard(array, commit.shard), info.geometry(array)
     findings: list[Finding] = []
 
@@ -173,8 +269,12 @@ def _check_rows(
     progress: Progress,
     hashed: bool,
 ) -> tuple[list[int], list[int], npt.NDArray[np.uint8]]:
-    """Row numbers whose payload has changed, or what stands around it; of others that hold no numbers; and
-    the sha256 (n, 32) of all."""
+    """Read all rows of a shard.
+
+    Returns:
+        Numbers of the rows whose bytes, or the bytes around them, have changed; numbers of other rows with a
+        NaN or Inf; and the sha256 (n, 32) of all rows.
+    """
     numbers, facts = commit.table["row"].to_pylist(), list(row_facts(commit.table))
     lead, end = geometry.lead_bytes, geometry.lead_bytes + geometry.row_bytes
     step = max(1, RUN_BYTES // geometry.slot_bytes)
@@ -196,7 +296,7 @@ def _check_rows(
 
 
 def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
-    """Samples and media: their seals, and what a crash left among them."""
+    """Check the seals of samples and media, and find files that a crash left behind."""
     for path in [*_files(root.samples_dir), *_files(root.media_dir)]:
         if path.name.endswith(PARTIAL):
             yield note(path, "was never finished", GC)
@@ -213,7 +313,7 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
 def check_commits(
     paths: SpacePaths, info: SpaceInfo, array: str, progress: Progress
 ) -> tuple[list[Commit], list[Finding]]:
-    """The intact commits of all shards that exist, by number; and what is wrong with the others."""
+    """Return the intact commits of all shards that exist, by number; and what is wrong with the others."""
     commits, findings = [], []
     for number in paths.committed(array):
         path = paths.commit(array, number)
@@ -228,7 +328,7 @@ def check_commits(
 
 
 def _check_errors(paths: SpacePaths, array: str, commits: Sequence[Commit]) -> Iterator[Finding]:
-    """Rows whose codec lost far more than that of the others."""
+    """Find rows with a far larger codec error than the others."""
     errors = [commit.table["error"].to_numpy() for commit in commits]
     together = np.concatenate([np.empty(0, np.float32), *errors])
     found = outliers(together)
@@ -270,17 +370,17 @@ def _check_array_json(
     except CorruptError as error:
         yield damage(error, path)
         return
-    except (KeyError, IndexError, TypeError, ValueError):  # intact, but of something else
+    except (KeyError, IndexError, TypeError, ValueError):  # intact, but it describes something else
         covered = needed
     expected = info.container.array_values(info.spec, array, slots, covered)
     assert expected is not None
     yield from _check_values(path, expected)
     if covered < needed:
-        yield note(path, "does not cover the newest shards", "the next encode.run puts it right")
+        yield note(path, "does not cover the newest shards", "the next encode.run extends it")
 
 
 def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
-    """A zarr.json that is intact, but says something else, misleads as much as a damaged one."""
+    """Check a zarr.json. An intact one that describes something else is damage too."""
     try:
         found = read_sealed_json(path)
         if {**found, "attributes": None} != {**expected, "attributes": None}:
@@ -290,7 +390,7 @@ def _check_values(path: Path, expected: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
-    """Files that no commit knows."""
+    """Find files that do not belong to the space."""
     known = {paths.space_json, *map(paths.index, ARRAYS)}
     if info.container.group_values() is not None:
         known |= {paths.group_json, *map(paths.array_json, ARRAYS)}
@@ -303,90 +403,8 @@ def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
         elif path not in known and path.is_relative_to(paths.root / "features"):
             yield note(path, "no commit names it", GC)
         elif path not in known:
-            yield note(path, "is no file of ours", "nothing reads it: move it away")
+            yield note(path, "is no file of ours", "no command reads it: move it away")
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes just read. Threads may call it."""
-
-
-GC = "python -m cache.gc --delete removes it"
-"""The way out for what a crash left behind."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    path: str
-    """The file."""
-    what: str
-    """What is wrong with it."""
-    way_out: str
-    """What to do."""
-    broken: bool = True
-    """Whether something is lost; else a note."""
-    array: str | None = None
-    """The array whose rows it concerns: image or frame."""
-    shard: int | None = None
-    """The committed shard whose rows it concerns."""
-
-
-@dataclass(kw_only=True)
-class SpaceReport:
-    """What was seen of one space."""
-
-    name: str
-    """The space's name."""
-    rows: dict[str, int] = field(default_factory=dict)
-    """Kind -> committed rows."""
-    nbytes: int = 0
-    """Size of the committed shards."""
-    logical_hash: str | None = None
-    """sha256 (hex) of its content; None unless all of it was read and found intact."""
-    findings: list[Finding] = field(default_factory=list)
-    """What is wrong with it."""
-
-    @property
-    def broken(self) -> bool:
-        """Whether anything is lost."""
-        return any(finding.broken for finding in self.findings)
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What was seen of a cache."""
-
-    findings: list[Finding] = field(default_factory=list)
-    """What is wrong outside the spaces."""
-    spaces: list[SpaceReport] = field(default_factory=list)
-    """One for each space looked at."""
-
-    @property
-    def all_findings(self) -> list[Finding]:
-        """What is wrong anywhere."""
-        return self.findings + [f for space in self.spaces for f in space.findings]
-
-    @property
-    def broken(self) -> bool:
-        """Whether anything is lost."""
-        return any(finding.broken for finding in self.all_findings)
-
-
-def damage(
-    error: CacheError, path: Path, *, array: str | None = None, shard: int | None = None
-) -> Finding:
-    """An error met on the way, as a finding about `path`."""
-    what, way_out = str(error), MAKE_ANEW
-    if isinstance(error, CorruptError):
-        what, way_out = error.what, error.way_out
-    return Finding(path=str(path), what=what, way_out=way_out, array=array, shard=shard)
-
-
-def note(path: Path, what: str, way_out: str) -> Finding:
-    """Something that breaks nothing."""
-    return Finding(path=str(path), what=what, way_out=way_out, broken=False)

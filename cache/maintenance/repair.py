@@ -1,33 +1,33 @@
-"""Damage taken out of a cache, so that the next encode makes good exactly what is missing.
+"""Remove damage from a cache, so that the next encode run recreates exactly the missing rows.
 
-No data is deleted: what is damaged goes to `<features>/damaged/`, at the same place as in the cache. Every
-step is whole or not done; killed anywhere, the next repair goes on. In this order, so that one pass over the
-rows is enough: tables, space.json, commits; then the rows of every shard; then what is made of these.
+    samples, media                       set aside; encode.run writes them again
+    space.json                           rebuilt if the commits prove it; else as samples and media
+    commit                               set aside with its shard: it alone says which rows the shard has
+    shard                                its intact rows are copied to a new shard; it is set aside
+    a row that is stored twice           the older is kept
+    zarr.json, index                     written again
 
-    samples, media, space.json           set aside; `encode.run` makes them anew
-    commit                               set aside, with its shard: nobody knows whose rows they are
-    shard                                its intact rows go to a new shard; it is set aside
-    the same row twice                   the older stays
-    zarr.json, index                     made anew
+Nothing is deleted: damaged files are moved to `<features>/damaged/`, at the same relative path. Each step is
+atomic, so a repair that was killed is completed by the next one. The order of the steps is that of the list
+above, so one pass over the rows is enough.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cache.errors import CacheError, CorruptError
-from cache.format.checksums import check_seal_file, read_sealed_json
+from cache.format.checksums import check_seal_file
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.format.zarr_shard import zarr_json
 from cache.maintenance.checks import (
+    LOST,
     Finding,
     Progress,
     Report,
@@ -55,9 +55,9 @@ from cache.store.row_index import RowIndex
 from cache.store.space import Space, read_info, rebuild_info
 
 Tell = Callable[[str], None]
-"""Called with one line for each thing that is about to be done."""
+"""Called with one line before each step."""
 
-ASIDE = "set aside, with its shard: nobody knows whose rows it has"
+ASIDE = "set aside with its shard, whose rows are unknown without it"
 
 
 @dataclass(kw_only=True)
@@ -65,21 +65,21 @@ class Repaired:
     """What a repair did."""
 
     kept: Counter[str] = field(default_factory=Counter)
-    """Array -> rows that were saved from damaged shards."""
+    """Array -> rows that were copied from damaged shards."""
     lost: Counter[str] = field(default_factory=Counter)
-    """Array -> rows known to be gone: the next encode makes them anew."""
+    """Array -> rows that were lost with damaged shards. The next encode run recreates them."""
     steps: int = 0
-    """Things done."""
+    """Number of steps."""
     datasets: set[str] = field(default_factory=set)
     """Data sets whose samples were set aside."""
     media: bool = False
-    """Whether a part of the media table was set aside: every data set must be looked at again."""
+    """Whether a part of the media table was set aside. Every data set must then be encoded again."""
     spaces: set[str] = field(default_factory=set)
-    """Spaces that miss something now."""
+    """Spaces that lack rows now."""
 
 
 class Repair:
-    """One run of it, over a cache or one of its spaces."""
+    """One repair of a cache, or of one of its spaces."""
 
     def __init__(self, root: CacheRoot, *, deep: bool, tell: Tell, progress: Progress):
         self._root, self._deep, self._progress = root, deep, progress
@@ -87,10 +87,11 @@ class Repair:
         self.done = Repaired()
 
     def run(self, space: SpacePaths | None) -> Report:
-        """Repair everything, or one space, with every job kept away; what is left to say of it.
+        """Repair one space, or everything if `space` is None. Return what is still damaged, and notes.
 
         Raises:
-            CacheError: a job writes there, or the disk refused.
+            InUseError: a job writes to a space.
+            DiskError: a file cannot be read, written or moved.
         """
         folders = [space] if space else self._root.space_folders()
         report = Report()
@@ -115,7 +116,7 @@ class Repair:
                 continue
             self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
             place = set_aside(self._root, path)
-            if _intact(place) and not path.exists():  # a job made it anew at this very moment
+            if _intact(place) and not path.exists():  # a job replaced it a moment ago
                 place.rename(path)
             elif path.is_relative_to(self._root.media_dir):
                 self.done.media = True
@@ -135,7 +136,9 @@ class Repair:
         report = check_space(paths, self._deep, self._progress)
         self._index(paths, report)
         if not report.broken:
-            self._arrays(space, report)  # where an earlier repair was cut short, they lag behind
+            self._arrays(
+                space, report
+            )  # after a repair that was killed, they lack the newest shards
             save_index(paths, space.info)
             return report
         newest = {array: space.next_shard(array) for array in ARRAYS}
@@ -143,11 +146,11 @@ class Repair:
             self._shards(
                 space, array, [f for f in report.findings if f.broken and f.array == array]
             )
-            self._doubles(space, array)
+            self._duplicates(space, array)
         self._arrays(space, report)
         save_index(paths, space.info)
         left = check_space(paths, False, lambda _: None)
-        for array in ARRAYS:  # what was written just now is read back
+        for array in ARRAYS:  # read back the new shards
             for commit in read_commits(paths, space.info, array):
                 if commit.shard >= newest[array]:
                     again = check_shard(paths, space.info, array, commit, True, self._progress)
@@ -161,27 +164,27 @@ class Repair:
             return True
         except CorruptError as error:
             damage = error.what
-        except CacheError:  # none, or of another version: not ours to touch
+        except CacheError:  # none, or of another version, which is left alone
             return False
         if (info := rebuild_info(paths)) is not None:
             self._tell(
                 paths.space_json,
                 damage,
-                "written anew: its spec has the commits' fingerprint",
+                "written again: its spec has the commits' fingerprint",
             )
             write_atomic(paths.space_json, info_bytes(info))
             return True
         self._tell(
             paths.space_json,
             damage,
-            "set aside; encode.run with the same encoder and codec writes it anew, and keeps every row",
+            f"set aside; {LOST}",
         )
         self._aside(paths.space_json)
         self.done.spaces.add(paths.name)
         return False
 
     def _seals(self, paths: SpacePaths) -> None:
-        """Damaged commits of a space that lost its description: encode.run could not go on with them."""
+        """Set aside damaged commits of a space without space.json. encode.run could not use them."""
         for array in ARRAYS:
             for number in paths.committed(array):
                 path = paths.commit(array, number)
@@ -193,7 +196,7 @@ class Repair:
                     remove_shard_files(paths, array, number, self._aside)
 
     def _commits(self, space: Space, array: str) -> None:
-        """Damaged commits go, with their shards."""
+        """Set aside damaged commits with their shards."""
         for finding in check_commits(space.paths, space.info, array, lambda _: None)[1]:
             path = Path(finding.path)
             self._tell(path, finding.what, ASIDE)
@@ -204,7 +207,7 @@ class Repair:
             self.done.spaces.add(space.paths.name)
 
     def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
-        """Damaged shards: their intact rows, in new ones."""
+        """Copy the intact rows of damaged shards to new shards."""
         commits = {c.shard: c for c in read_commits(space.paths, space.info, array)}
         why: dict[int, list[str]] = {}
         for finding in findings:
@@ -213,25 +216,29 @@ class Repair:
         for number, reasons in sorted(why.items()):
             commit = commits[number]
             keep = intact_rows(space.paths, space.info, array, commit)
-            self._take_out(space, array, (commit, keep), " and ".join(reasons))
+            self._rewrite(space, array, (commit, keep), " and ".join(reasons))
 
-    def _doubles(self, space: Space, array: str) -> None:
-        """Of rows with one identity, the oldest stays."""
+    def _duplicates(self, space: Space, array: str) -> None:
+        """Remove rows that an older shard has too."""
         commits = read_commits(space.paths, space.info, array)
         index = RowIndex(commits, space.info.slots[array])
         again = index.rows(np.array([second for _, second in index.duplicates()], np.int64))
         for commit in commits:
             keep = ~np.isin(commit.table["row"].to_numpy(), again)
             if not keep.all():
-                what = f"{int((~keep).sum())} of its rows are in older shards, too"
-                self._take_out(space, array, (commit, keep), what, lost=False)
+                what = f"{int((~keep).sum())} of its rows are in older shards too"
+                self._rewrite(space, array, (commit, keep), what, lost=False)
 
-    def _take_out(
+    def _rewrite(
         self, space: Space, array: str, part: KeptRows, what: str, *, lost: bool = True
     ) -> None:
         commit, keep = part
         kept = int(keep.sum())
-        todo = f"its {kept} good rows go to a new shard" if kept else "set aside, with its commit"
+        todo = (
+            f"its {kept} intact rows are copied to a new shard"
+            if kept
+            else "set aside with its commit"
+        )
         self._tell(space.paths.shard(array, commit.shard), what, todo)
         rewrite_shards(space, array, [part], self._aside)
         self.done.kept[array] += kept
@@ -240,38 +247,29 @@ class Repair:
             self.done.spaces.add(space.paths.name)
 
     def _index(self, paths: SpacePaths, report: SpaceReport) -> None:
-        """What is derived from the commits only goes: whoever needs it makes it anew."""
-        folder = paths.root / "index"
+        """Remove damaged index files, which are derived from the commits."""
+        folder = paths.index_dir
         about = [f for f in report.findings if Path(f.path).is_relative_to(folder)]
         if about:
-            self._tell(folder, about[0].what, "removed: it is derived, and made anew when needed")
+            self._tell(folder, about[0].what, "removed: it is written again when needed")
             drop_index(paths)
             report.findings = [f for f in report.findings if f not in about]
 
     def _arrays(self, space: Space, report: SpaceReport) -> None:
-        """Zarr's descriptions, which follow from what else is there."""
+        """Write the descriptions for zarr again, if they differ from what the other files imply."""
         files = {}
         if (group := space.info.container.group_values()) is not None:
             files[space.paths.group_json] = zarr_json(group)
         for array in ARRAYS:
-            if (values := _array_values(space, array)) is not None:
-                files[space.paths.array_json(array)] = zarr_json(values)
+            if (data := space.array_json(array)) is not None:
+                files[space.paths.array_json(array)] = data
         why = {finding.path: finding.what for finding in report.findings if finding.broken}
         for path, data in files.items():
             if path.is_file() and path.read_bytes() == data:
                 continue
-            if str(path) in why:  # else it only lags behind
-                self._tell(path, why[str(path)], "made anew")
+            if str(path) in why:  # else it only lacks the newest shards
+                self._tell(path, why[str(path)], "written again")
             write_atomic(path, data)
-
-
-def _array_values(space: Space, array: str) -> Mapping[str, Any] | None:
-    """An array's zarr.json, if it has one: it covers every committed shard, and never shrinks."""
-    slots = space.rows_per_shard(array)
-    rows = max((number + 1 for number in space.paths.committed(array)), default=0) * slots
-    with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError):
-        rows = max(rows, int(read_sealed_json(space.paths.array_json(array))["shape"][0]))
-    return space.info.container.array_values(space.spec, array, slots, rows)
 
 
 def _intact(path: Path) -> bool:

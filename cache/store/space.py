@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -75,9 +76,7 @@ class Space:
             make_folder(paths.shards_dir(array))
             space.grow(array)
         if (values := space.info.container.group_values()) is not None:
-            group = zarr_json(values)
-            if not paths.group_json.exists() or paths.group_json.read_bytes() != group:
-                write_atomic(paths.group_json, group)
+            _write_if_changed(paths.group_json, zarr_json(values))
         return space
 
     @staticmethod
@@ -115,23 +114,28 @@ class Space:
         used = [*self.paths.committed(array), *self.paths.started(array)]
         return max(used, default=-1) + 1
 
-    def grow(self, array: str) -> None:
-        """Make zarr.json cover every committed shard. It never shrinks. Only the driver may call this.
+    def array_json(self, array: str) -> bytes | None:
+        """Return the zarr.json of an array; None if the container has none.
 
-        A missing or damaged zarr.json is written again, since its content follows from other files. A space
-        with another container has none.
+        It covers every committed shard, and never fewer rows than the existing file.
         """
-        path, slots = self.paths.array_json(array), self.rows_per_shard(array)
+        slots = self.rows_per_shard(array)
         rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
+        # Where the file is damaged or describes something else, the commits alone count.
+        with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError):
+            rows = max(rows, int(read_sealed_json(self.paths.array_json(array))["shape"][0]))
         values = self.info.container.array_values(self.spec, array, slots, rows)
-        if values is None:
-            return
-        try:
-            covered = read_sealed_json(path)["shape"][0]
-        except (CorruptError, KeyError):  # KeyError: it describes something else
-            covered = -1
-        if rows > covered:
-            write_atomic(path, zarr_json(values))
+        return None if values is None else zarr_json(values)
+
+    def grow(self, array: str) -> None:
+        """Make zarr.json cover every committed shard. Only the driver may call this."""
+        if (data := self.array_json(array)) is not None:
+            _write_if_changed(self.paths.array_json(array), data)
+
+
+def _write_if_changed(path: Path, data: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomic(path, data)
 
 
 def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:

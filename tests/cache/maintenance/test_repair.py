@@ -121,7 +121,7 @@ def test_of_a_damaged_shard_the_intact_rows_stay(
     done, said = repair(root)
     assert images(root) == set(range(9)) - lost
     assert len(said) == done.steps
-    assert f"its {3 - len(lost)} good rows" in said[0] or len(lost) == 3
+    assert f"its {3 - len(lost)} intact rows" in said[0] or len(lost) == 3
     assert (done.kept["image"], done.lost["image"]) == (3 - len(lost), len(lost))
     assert others == {n: paths.shard("image", n).read_bytes() for n in others}
     reader = FeatureReader(paths)
@@ -138,7 +138,7 @@ def test_a_damaged_commit_takes_its_shard_with_it(root: CacheRoot) -> None:
     done, said = repair(root)
     assert images(root) == set(range(4, 9))
     assert done.spaces == {paths.name}
-    assert "nobody knows whose rows" in said[0]
+    assert "rows are unknown without it" in said[0]
     for path in (paths.commit("image", 0), paths.shard("image", 0)):
         assert (root.damaged_dir / path.relative_to(root.path)).exists()
 
@@ -436,7 +436,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
     why = "its bytes do not match its seal (sha256)"
     assert lines[0] == f"REPAIR: {root.samples('toy')}: {why}; set aside in {root.damaged_dir}"
     why = "1 of 3 rows fail their checksum (row 4 first)"
-    todo = "its 2 good rows go to a new shard"
+    todo = "its 2 intact rows are copied to a new shard"
     assert lines[1] == f"REPAIR: {paths.shard('image', 1)}: {why}; {todo}"
     assert lines[-3].startswith("repaired: 2 findings, 2 rows kept, 1 removed; ")
     assert lines[-2] == "run encode.run again for toy: the samples were lost"
