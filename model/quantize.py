@@ -1,12 +1,12 @@
-"""The row layouts in torch, on any device: twins of `cache.format.codec`, equal to it to the bit.
+"""The row codecs in torch, on any device. Every bit equals that of `cache.format.codec`.
 
-Features are packed where they were computed, before the copy to the host, and unpacked where they are
-used, after the copy from it: what travels is a quarter of float32, or an eighth.
+Features are packed on the encoder's device before the copy to the host, and unpacked on the trainer's device
+after the copy from it. So a copy moves a quarter of the bytes of float32 (int8), or an eighth (int4).
 
     rows = pack(features, "int8").rows                    # (B, M, V) -> (B, row_bytes) uint8
     features = unpack(rows, "int8", tokens=M, width=V)    # -> (B, M, V) float16
 
-B images, M tokens, V values a token.
+B images in a batch, R rows of a part of it, M tokens, V values a token, N blocks of 64 values.
 """
 
 from __future__ import annotations
@@ -33,41 +33,42 @@ from cache.format.codec import (
     row_parts,
 )
 
-__all__ = ["Packed", "pack", "unpack"]
-
 _LIMIT = float(FP16_MAX)
 CPU_BLOCKS = 8192
-"""Blocks of 64 values that a CPU packs or unpacks at a time, or one row: 2 MB as float32, so that a
-batch's intermediate values stay in its cache. Eight rows of 576 x 1024 unpack three times faster so."""
+"""Blocks of 64 values that a CPU packs or unpacks at a time, but at least one row.
+
+That is 2 MB as float32, so intermediate values stay in the CPU's cache. Eight rows of 576 x 1024 unpack three
+times as fast.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Rows of one batch, and what packing did to them."""
+    """Packed rows of one batch, with the errors of packing."""
 
     rows: torch.Tensor
     """(B, row_bytes) uint8, as stored."""
     error: torch.Tensor
     """(B,) float32: |unpacked - features| / |features|, 0 for a row of zeros."""
     finite: torch.Tensor
-    """(B,) bool. False: the features held NaN or Inf; the row is not to be stored."""
+    """(B,) bool; False for features with NaN or Inf, whose row must not be stored."""
     clipped: int
-    """Values beyond float16's range, over all finite rows."""
+    """Values that were clipped to float16's range, in all finite rows."""
 
 
 def pack(features: torch.Tensor, codec: str) -> Packed:
-    """Features (B, M, V) of any float type -> rows, on the same device.
+    """Pack features (B, M, V) of any float dtype into rows, on their device.
 
     Raises:
-        ValueError: as `cache.format.codec.row_bytes`.
+        ValueError: the codec is unknown, or V is not a multiple of its block.
     """
     batch, tokens, width = features.shape
     size = row_bytes(codec, tokens, width)
     x = features.detach()
     if x.device.type == "mps":
-        x = x.cpu()  # Metal divides approximately; memory is shared anyway
+        x = x.cpu()  # Metal's division is inexact; the copy is cheap, because memory is shared
     x = x.float()
-    largest = x.flatten(1).abs().amax(1)  # NaN and Inf come through
+    largest = x.flatten(1).abs().amax(1)  # (B,); NaN and Inf propagate
     finite = torch.isfinite(largest)
     if not finite.all():
         x = torch.where(finite[:, None, None], x, 0.0)
@@ -80,9 +81,9 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
     else:
         with _without_autocast(x.device):
             pieces = _pieces(batch, tokens * width // BLOCK, x.device)
-            # Rounded first, so that an fp16 row packs alike: cache.convert.
+            # Rounded first, so that cache.convert gets equal rows from stored fp16 rows.
             rows = torch.cat([_pack_rows(clean[part].half().float(), codec) for part in pieces])
-    # Beyond float16's range even squares may overflow float32.
+    # Squares of values beyond float16's range may overflow float32.
     precision = torch.float64 if clipped else torch.float32
     norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=precision)
     off = unpack(rows, codec, tokens, width, torch.float32).sub_(x).flatten(1)
@@ -98,12 +99,12 @@ def unpack(
     width: int,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """Rows (B, row_bytes) uint8 -> features (B, tokens, width), on the same device.
+    """Unpack rows (B, row_bytes) uint8 into features (B, tokens, width), on their device.
 
-    Every `dtype` holds the same values: those of float16, which is what the codec defines.
+    The values are those of float16 for every `dtype`, because the codec defines float16 values.
 
     Raises:
-        ValueError: the rows have another length than `row_bytes(codec, tokens, width)`.
+        ValueError: the rows are not (B, row_bytes) uint8, or as `pack`.
     """
     size = row_bytes(codec, tokens, width)
     if rows.ndim != 2 or rows.shape[1] != size or rows.dtype != torch.uint8:
@@ -122,27 +123,28 @@ def unpack(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A trainer calls this where matrix products are bfloat16, which would round sums that are exact."""
+    """Disable autocast: bfloat16 matrix products would round sums that are exact in float32."""
     return torch.autocast(device.type, enabled=False)
 
 
 def _pieces(rows: int, blocks: int, device: torch.device) -> Iterator[slice]:
-    """Rows (of so many blocks) worked on at a time: all on a GPU, what a cache holds on a CPU."""
+    """Yield slices of rows of `blocks` blocks: all rows on a GPU, `CPU_BLOCKS` blocks on a CPU."""
     step = max(1, CPU_BLOCKS // blocks if device.type == "cpu" else rows)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Tensor:
-    """Lossy rows (R, row_bytes) -> (R, M, V) float32, within float16's range.
+    """Unpack int8 or int4 rows: (R, row_bytes) -> (R, M, V) float32, within float16's range.
 
-    The first stage of the transform is done by hand, which halves the product: H = [[h, h], [h, -h]].
+    The first stage of the Hadamard transform is computed by sums and differences, which halves the matrix
+    product: H = [[h, h], [h, -h]].
     """
     constants = _constants(rows.device)
     codes_end, scales_end, size = row_parts(codec, tokens, width)
     blocks = len(rows) * tokens * width // BLOCK
-    stored = rows[:, :codes_end].reshape(blocks, -1)
+    stored = rows[:, :codes_end].reshape(blocks, -1)  # (N, 64), or (N, 32) for int4
     halves = torch.empty((blocks, 2, BLOCK // 2), device=rows.device)
-    if codec == "int4":  # the two halves of a byte are what this stage adds and subtracts
+    if codec == "int4":  # this stage adds and subtracts the two halves of a byte
         index = stored.flatten().int()
         halves[:, 0] = constants.sums.index_select(0, index).view(stored.shape)
         halves[:, 1] = constants.differences.index_select(0, index).view(stored.shape)
@@ -150,7 +152,8 @@ def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Te
         left, right = stored.view(torch.int8).float().chunk(2, dim=1)
         torch.add(left, right, out=halves[:, 0])
         torch.sub(left, right, out=halves[:, 1])
-    # Sums of integers up to 64 * 127: exact in float32 (and in TF32) in any order.
+    # Sums of integers up to 64 * 127 are exact in float32, and in TF32, in any order.
+    # (2 N, 32) @ (32, 32) -> (N, 64)
     x = (halves.view(-1, BLOCK // 2) @ constants.matrix).view(-1, BLOCK)
     x.mul_(_halves_of(rows, codes_end, scales_end).mul_(0.125).view(-1, 1)).mul_(constants.signs)
     x = x.view(len(rows), tokens, width)
@@ -160,12 +163,12 @@ def _values(rows: torch.Tensor, codec: str, tokens: int, width: int) -> torch.Te
 
 
 def _halves_of(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """The float16 values in these bytes of every row, as float32."""
+    """Return the float16 values in these bytes of every row, as float32."""
     return rows[:, start:stop].contiguous().view(torch.float16).float()
 
 
 def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
-    """(R, M, V) within float16's range -> lossy rows (R, row_bytes)."""
+    """Pack (R, M, V) within float16's range into int8 or int4 rows (R, row_bytes)."""
     rows, tokens, width = x.shape
     constants = _constants(x.device)
     _, scales_end, size = row_parts(codec, tokens, width)
@@ -174,7 +177,7 @@ def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
         mean = _mean_token(x).half()
         x = x - mean.float()[:, None]
         parts.append(mean)
-    # Values of a block stand below one another from here on: (64, N) keeps every stage contiguous.
+    # (R, M, V) -> (64, N): with the values of a block in a column, each stage of the transform is contiguous.
     blocks = _rotate((x.reshape(-1, BLOCK) * constants.signs).t().contiguous())
     codes, scales = (_int4_codes if codec == "int4" else _int8_codes)(blocks, constants)
     parts = [codes.t().contiguous(), scales, *parts]
@@ -182,7 +185,7 @@ def _pack_rows(x: torch.Tensor, codec: str) -> torch.Tensor:
 
 
 def _mean_token(x: torch.Tensor) -> torch.Tensor:
-    """(R, M, V) -> (R, V), added in the order of `cache.format.codec`."""
+    """Return the mean token, (R, M, V) -> (R, V), added in the order of `cache.format.codec`."""
     tokens = torch.full((1,), float(x.shape[1]), device=x.device)
     while (half := x.shape[1] // 2) > 0:
         last = x[:, 2 * half :]
@@ -192,16 +195,16 @@ def _mean_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def _int8_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated (64, blocks) -> codes (64, blocks) int8, scales (blocks,) float16."""
+    """Quantise rotated blocks: (64, N) -> codes (64, N) int8, scales (N,) float16."""
     scales = (blocks.abs().amax(0) / constants.int8_max).half()
     codes = _in_scales(blocks, scales).round_().clamp_(-INT8_MAX, INT8_MAX)
     return codes.to(torch.int8), scales
 
 
 def _int4_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated (64, blocks) -> two codes a byte (32, blocks) uint8, scales (blocks,) float16.
+    """Quantise rotated blocks: (64, N) -> two codes a byte (32, N) uint8, scales (N,) float16.
 
-    The search of `cache.format.codec`, in its order.
+    Searches the scales of `cache.format.codec` in its order.
     """
     high, low = blocks.amax(0), blocks.amin(0)
     largest = torch.maximum(high.abs(), low.abs())
@@ -222,26 +225,26 @@ def _int4_codes(blocks: torch.Tensor, constants: _Constants) -> tuple[torch.Tens
 
 
 def _cell(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Where `int4_cells` has the code of each value, flat, int32."""
+    """Return the index of each value's code in `int4_cells`, flat, int32."""
     cells = _in_scales(blocks, scales).mul_(2).ceil_().clamp_(-INT4_CELLS, INT4_CELLS)
     return cells.int().add_(INT4_CELLS).flatten()
 
 
 def _in_scales(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Values divided by the scale of their block; 0 where that is 0."""
+    """Divide values by the scale of their block; 0 for a scale of 0."""
     steps = scales.float()
     return torch.where(steps != 0, blocks / steps, 0.0)
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis (64): halves added to halves, as in the numpy codec. Overwrites `values`."""
+    """Sum over the first axis (64) by adding halves, as the numpy codec does. Overwrites `values`."""
     while (half := len(values) // 2) > 0:
         values = values[:half].add_(values[half:])
     return values[0]
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """(64, blocks) -> its orthonormal Hadamard transform, adding in the very order of `cache.format.codec`.
+    """Return the orthonormal Hadamard transform of (64, N), added in the order of `cache.format.codec`.
 
     Overwrites `x`.
     """
@@ -259,25 +262,25 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Constants:
-    """What both ways need, on one device."""
+    """Constants of packing and unpacking, on one device."""
 
     signs: torch.Tensor
-    """(64,) of +-1."""
+    """(64,) signs of the rotation, 1 or -1."""
     matrix: torch.Tensor
-    """(32, 32), the unnormalised Hadamard matrix of half a block."""
-    # As tensors: CUDA turns division by a Python number into multiplication by its reciprocal.
+    """(32, 32) unnormalised Hadamard matrix of half a block."""
+    # Divisors are tensors: CUDA replaces division by a Python number by multiplication with its reciprocal.
     int8_max: torch.Tensor
-    """(1,)"""
+    """(1,) largest int8 code."""
     int4_divisors: tuple[torch.Tensor, ...]
-    """Each (1,)."""
+    """Divisors of the scales that are tried, each (1,)."""
     codes_of: torch.Tensor
-    """(511,) uint8: `cache.format.codec.int4_cells`."""
+    """(511,) uint8, `cache.format.codec.int4_cells`."""
     levels_of: torch.Tensor
-    """(511,): the levels of those codes."""
+    """(511,) levels of those codes."""
     sums: torch.Tensor
-    """(256,): the levels in the two halves of a byte of int4, added."""
+    """(256,) sums of the levels in the two halves of each int4 byte."""
     differences: torch.Tensor
-    """(256,): the low half's level minus the high half's."""
+    """(256,) low half's level minus high half's, of each int4 byte."""
 
 
 @functools.cache

@@ -56,7 +56,7 @@ _UPRIGHT = {
 }
 """EXIF orientation -> the transpose that turns the image upright. 1 and undefined values need none."""
 
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG = 0x0112  # EXIF's number of the tag
 
 _HARMLESS = "Image appears to be a malformed MPO|Invalid APNG"
 """Warnings of PIL about files whose first image, the one used, is intact."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from model.media.images import BadMediaError
-from model.media.video_decoder import VideoDecoder
+from model.media.video_decoder import US_PER_S, VideoDecoder
 from model.media.video_index import VideoIndex, VideoInfo, probe
 from model.media.video_pixels import frame_to_image
 
@@ -49,8 +49,6 @@ VIDEO_SUFFIXES = frozenset((
 
 MAX_BAD_KEY_FRAMES = 3
 """Key frames that turn out unusable before a video is decoded without skipping."""
-
-_US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ def _frames(
             time_us, frame = finder.nearest(wanted)
             if shown is None or shown[0] != time_us:
                 shown = time_us, frame_to_image(frame, decoder.pixel_aspect)
-            yield Frame(wanted_us=wanted, time_s=time_us / _US, image=shown[1])
+            yield Frame(wanted_us=wanted, time_s=time_us / US_PER_S, image=shown[1])
 
 
 class _NearestFrames:

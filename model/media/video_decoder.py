@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-_US = 1_000_000
+US_PER_S = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Clock:
 
     def microseconds(self, timestamp: int) -> int:
         """Return the time of a timestamp, rounded to the nearest microsecond, upwards on a tie."""
-        scale = self.time_base * _US
+        scale = self.time_base * US_PER_S
         return (2 * (timestamp - self.first) * scale.numerator + scale.denominator) // (
             2 * scale.denominator
         )

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from model.media.images import BadMediaError
-from model.media.video_decoder import AccessPoints, Clock, VideoDecoder, decode_packet
+from model.media.video_decoder import US_PER_S, AccessPoints, Clock, VideoDecoder, decode_packet
 from model.media.video_open import OpenVideo, error_reason, open_video
 from model.media.video_pixels import HDR, frame_to_image
 
@@ -33,8 +33,6 @@ NO_TIME = -(2**63)
 
 _DECLARE_DURATION = frozenset({"matroska", "webm", "flv", "asf"})
 """Containers that store their length. For others FFmpeg estimates it from the bit rate or the packets."""
-
-_US = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +103,8 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         index = VideoIndex(clock=clock, access_points=_find_access_points(listed, clock))
         notes = [*_truncation_notes(video, listed), *_hdr_notes(listed.first_frame)]
     last_us, last_time, counted = _find_last(data, index, on_progress)
-    if last_us > MAX_DURATION_S * _US:
-        raise BadMediaError(f"timestamps span {last_us / _US / 86400:.0f} days")
+    if last_us > MAX_DURATION_S * US_PER_S:
+        raise BadMediaError(f"timestamps span {last_us / US_PER_S / 86400:.0f} days")
     if clock.counts_frames:
         frames = counted
     else:
@@ -117,7 +115,7 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         if missing := len(shown) - frames:
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
     return VideoInfo(
-        duration_s=last_us / _US,
+        duration_s=last_us / US_PER_S,
         width=listed.first_image.width,
         height=listed.first_image.height,
         frames=frames,
@@ -210,7 +208,7 @@ def _find_access_points(listed: _PacketList, clock: Clock) -> AccessPoints:
             continue
         latest = time
         time_us = clock.microseconds(time)
-        if number in keys and time_us <= MAX_DURATION_S * _US:
+        if number in keys and time_us <= MAX_DURATION_S * US_PER_S:
             packets.append(number)
             times.append(time_us)
     return AccessPoints(packets=np.array(packets, np.int64), times_us=np.array(times, np.int64))
@@ -250,8 +248,8 @@ def _truncation_notes(video: OpenVideo, listed: _PacketList) -> list[str]:
     if _is_truncated(video, kinds):
         return [f"ends early: the file is cut off after {listed.end_s:.1f} s"]
     if kinds & _DECLARE_DURATION and container.duration:
-        seen_s = listed.end_s - (container.start_time or 0) / _US
-        declared_s = container.duration / _US
+        seen_s = listed.end_s - (container.start_time or 0) / US_PER_S
+        declared_s = container.duration / US_PER_S
         if seen_s < declared_s - max(0.5, 0.02 * declared_s):
             return [f"ends early: {seen_s:.1f} s of {declared_s:.1f} s"]
     return []

@@ -85,7 +85,7 @@ class Options:
     """For the disk space: where the feature cache is or will be."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
     """For the disk space: how rows are stored."""
-    gpus: int = 4
+    gpus: int = 4  # configs/train.yaml counts its batches for 4
     """For the days: GPUs that train together."""
     mfu: float = 0.35
     """For the days: share of the GPUs' peak that becomes model arithmetic."""

@@ -76,7 +76,7 @@ class EncoderConfig:
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
     pool_image: int = 1
     """Images: side of the pooling window; n x n patches become one token, their mean."""
-    pool_frame: int = 3
+    pool_frame: int = 3  # as Molmo2 pools frames
     """Video frames: side of the pooling window."""
     batch_size: int = 8
     """Images in each batch; the last batch is padded. Part of the fingerprint: in bf16, features from batches

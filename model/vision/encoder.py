@@ -36,7 +36,9 @@ from model.vision.demo_tower import DemoTower
 log = logging.getLogger(__name__)
 
 RESIZE = "pillow:bicubic"
+"""Library and filter of the resize, for the spec."""
 HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the demo tower's colours, if its entry names none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""The row layouts in torch: equal to those in numpy to the bit, and honest about what they did to a row."""
+"""The row codecs in torch: every bit equals the numpy codec's, and the error of packing is reported.
+
+packed = quantize.pack(features, "int8")                            # .rows, .error, .finite, .clipped
+features = quantize.unpack(packed.rows, "int8", tokens=576, width=1024)
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ NEAR_FP16 = hnp.arrays(np.float32, (3, 2, 128), elements=st.floats(-66000, 66000
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """So that -0.0 and 0.0 differ."""
+    """Return the bytes, so that -0.0 and 0.0 differ."""
     return np.ascontiguousarray(x).view(np.uint8)
 
 
@@ -30,7 +34,7 @@ def bits(x: np.ndarray) -> np.ndarray:
 @example(x=np.full((3, 2, 128), 65520, np.float32))  # float16 would round it to infinity
 @example(x=np.full((3, 2, 128), 1e-8, np.float32))  # the scale underflows
 @example(x=np.full((3, 2, 128), 3.4e38, np.float32))
-def test_twins_agree_to_the_bit(name: str, x: np.ndarray) -> None:
+def test_both_codecs_give_equal_bits(name: str, x: np.ndarray) -> None:
     rows = codec.pack(x, name)
     packed = quantize.pack(torch.from_numpy(x), name)
     assert np.array_equal(packed.rows.numpy(), rows)
@@ -47,10 +51,10 @@ def test_twins_agree_to_the_bit(name: str, x: np.ndarray) -> None:
     exponent=st.integers(-9, 5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_twins_agree_at_every_width(
+def test_both_codecs_give_equal_bits_at_every_width(
     name: str, width: int, tokens: int, exponent: int, seed: int
 ) -> None:
-    """Also where scales are subnormal (1e-6), vanish (1e-9) or overflow (1e5)."""
+    """Scales may be subnormal (1e-6), underflow (1e-9) or overflow (1e5)."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, tokens, width)).astype(np.float32)
     x[..., :: width // 7] *= 50
@@ -66,7 +70,7 @@ def test_twins_agree_at_every_width(
 @pytest.mark.parametrize("name", codec.CODECS)
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
-    """The trainer unpacks where its matrix products are bfloat16."""
+    """The trainer unpacks under autocast to bfloat16."""
     x = 3 + torch.randn(2, tokens, 128, generator=torch.Generator().manual_seed(2))
     rows = quantize.pack(x, name).rows
     with torch.autocast("cpu", torch.bfloat16):
@@ -77,7 +81,7 @@ def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("name", codec.CODECS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_twins_agree_on_whole_images(name: str, threads: int) -> None:
+def test_both_codecs_give_equal_bits_on_whole_images(name: str, threads: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 576, 1024)).astype(np.float32)
     x[..., 7] *= 300
     before = torch.get_num_threads()
@@ -96,8 +100,8 @@ def test_twins_agree_on_whole_images(name: str, threads: int) -> None:
 @pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=50, deadline=None)
 @given(rows=st.data())
-def test_any_bytes_unpack_alike(name: str, rows: st.DataObject) -> None:
-    """Not only what we packed: other implementations may choose other codes, NaN scales included."""
+def test_any_bytes_unpack_to_equal_values(name: str, rows: st.DataObject) -> None:
+    """Rows packed by other implementations may have other codes, and damaged ones NaN scales."""
     tokens = rows.draw(st.sampled_from([1, 32]))
     size = codec.row_bytes(name, tokens, 64)
     stored = rows.draw(hnp.arrays(np.uint8, (2, size)))
@@ -107,7 +111,7 @@ def test_any_bytes_unpack_alike(name: str, rows: st.DataObject) -> None:
     assert np.array_equal(ours, theirs, equal_nan=True)
 
 
-def test_error_is_measured_against_the_features_themselves() -> None:
+def test_the_error_is_relative_to_the_features() -> None:
     x = torch.randn(4, 6, 128, generator=torch.Generator().manual_seed(0))
     x[3] = 0
     for name in codec.CODECS:
@@ -119,7 +123,7 @@ def test_error_is_measured_against_the_features_themselves() -> None:
         assert (packed.error[:3] < {"fp16": 4e-4, "int8": 7e-3, "int4": 0.095}[name]).all()
 
 
-def test_clipping_is_counted_and_shows_in_the_error() -> None:
+def test_clipping_is_counted_and_included_in_the_error() -> None:
     x = torch.full((2, 1, 64), 1.0)
     x[1, 0, :3] = torch.tensor([1e6, -7e4, 65504.0])
     packed = quantize.pack(x, "fp16")
@@ -130,7 +134,7 @@ def test_clipping_is_counted_and_shows_in_the_error() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", codec.CODECS)
-def test_rows_that_are_not_finite_are_told_and_spoil_no_other(name: str, bad: float) -> None:
+def test_rows_that_are_not_finite_are_reported_and_change_no_other(name: str, bad: float) -> None:
     x = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(1))
     clean = quantize.pack(x, name)
     x[1, 1, 5] = bad
@@ -141,13 +145,13 @@ def test_rows_that_are_not_finite_are_told_and_spoil_no_other(name: str, bad: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_precision_holds_the_values_of_float16(dtype: torch.dtype) -> None:
+def test_every_dtype_has_the_values_of_float16(dtype: torch.dtype) -> None:
     rows = quantize.pack(torch.randn(2, 40, 64), "int8").rows
     half = quantize.unpack(rows, "int8", 40, 64)
     assert torch.equal(quantize.unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
 
 
-def test_low_precision_features_are_packed_as_they_are() -> None:
+def test_bfloat16_features_pack_like_float32() -> None:
     x = torch.randn(2, 40, 64).bfloat16()
     assert torch.equal(quantize.pack(x, "int8").rows, quantize.pack(x.float(), "int8").rows)
 
@@ -163,7 +167,7 @@ def test_rows_of_another_shape_are_refused() -> None:
         quantize.pack(torch.randn(1, 2, 64), "int3")
 
 
-def test_packing_leaves_no_gradient_and_no_change_behind() -> None:
+def test_packing_keeps_no_gradient_and_does_not_change_its_input() -> None:
     x = torch.randn(1, 2, 64, requires_grad=True)
     before = x.detach().clone()
     packed = quantize.pack(x, "int8")
