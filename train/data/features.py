@@ -27,7 +27,7 @@ def feature_bytes(samples: SampleList, media: Sequence[int], spec: FeatureSpec) 
 def read_features(
     samples: SampleList, media: Sequence[int], reader: FeatureReader
 ) -> list[torch.Tensor | Video]:
-    """Return the features of some distinct media, in order; each row is read once.
+    """Return the features of some media items, in order; each row is read once.
 
     An image is a (tokens, width) float16 tensor; a video is a Video with (frames, tokens, width) features.
     """
@@ -56,6 +56,6 @@ def read_features(
     return result
 
 
-def _array(samples: SampleList, medium: int) -> str:
-    """Return the name of the array that has a medium's rows."""
-    return ARRAY_OF["video" if samples.is_video(medium) else "image"]
+def _array(samples: SampleList, item: int) -> str:
+    """Return the name of the array that has a media item's rows."""
+    return ARRAY_OF["video" if samples.is_video(item) else "image"]

@@ -86,14 +86,14 @@ class _Renderer:
             self._targets.setdefault(source, []).append((target, weight))
         self._rows = iter([row for m in tree.media for row in self._row_texts(m)])
 
-    def _row_texts(self, medium: int) -> list[tuple[str, int]]:
+    def _row_texts(self, item: int) -> list[tuple[str, int]]:
         """Return for each row of an image or video its text, and the number of tokens it stands for."""
         samples, placeholders = self.trees.samples, self.trees.placeholders
-        key = samples.key(medium)[:KEY_SHOWN]
-        if not samples.is_video(medium):
+        key = samples.key(item)[:KEY_SHOWN]
+        if not samples.is_video(item):
             size = placeholders.image_tokens
             return [(f"[image {key}.. x{size} tokens]", size)]
-        size, count = placeholders.frame_tokens, len(samples.rows_of(medium))
+        size, count = placeholders.frame_tokens, len(samples.rows_of(item))
         return [
             (f"[{i}/{count} of video {key}.. x{size} tokens]", size) for i in range(1, count + 1)
         ]

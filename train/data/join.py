@@ -1,11 +1,15 @@
-"""Samples -> media -> rows: which samples of the data sets asked for have all their features.
+"""Select the samples of a training: those whose media all have features, on one side of the held-out split.
 
-Nothing here is stored beside the features: editing captions or adding a data set never touches them.
-Held-out is decided here too, by the media's key, so that no image is on both sides, whichever data
-sets mention it.
+    samples = join(
+        root, reader, {"demo": 0.6, "more": 0.4}, split="train", held_out=0.05, min_coverage=0.95
+    )
 
-S samples, R media references of all samples together, K distinct media among them: a media is the bytes
-of a key, looked at as an image or as a video.
+Samples, media and rows are joined when a training starts, and nothing is stored beside the features. So
+captions can be edited and data sets added without touching a feature. The split is decided by the keys of the
+media, so no image is on both sides, whichever data sets have it.
+
+S samples, R media references of all samples together, K media items. A media item is the bytes of one key,
+used as an image or as a video.
 """
 
 from __future__ import annotations
@@ -50,13 +54,14 @@ from train.data.sample_list import (
 
 log = logging.getLogger(__name__)
 
-
 FAILURES_SHOWN = 5
+"""Failures of the ledger that an error about coverage quotes."""
 HASH_BITS = 32
+"""Bits of a key that are compared with the held-out threshold."""
 
 
 class EmptySplitError(UserError):
-    """No sample is on the side asked for: a few images may leave none to hold out."""
+    """The split has no sample; a few images may all be on the other side."""
 
 
 def join(
@@ -71,27 +76,27 @@ def join(
     limit: int | None = None,
     frozen: Path | None = None,
 ) -> SampleList:
-    """The samples of `datasets` on one side of the split that have all their features.
+    """Return the samples of `datasets` that have all their features and are on one side of the split.
 
     Args:
         root: the cache.
-        reader: of the space to take features from.
-        datasets: name -> share in the mix, or None for all of them: by size.
+        reader: a reader of the space that has the features.
+        datasets: name -> share of the mix; or None for all of them, then each counts by its size.
         split: `train` or `val`.
-        held_out: share of media that are `val`; a sample is held out if any of its media is, one
-            without media by its id.
-        min_coverage: refuse when fewer of the samples that could be there are there.
-        max_frames: of one video; which frames it needs follows from this and its length.
-        limit: at most this many samples of each data set, the first ones.
-        frozen: a list written by `SampleList.freeze`: exactly those samples, or an error.
+        held_out: share of media in `val`. A sample is in `val` if any of its media is; a sample without
+            media is split by its id.
+        min_coverage: least share of samples with features, not counting samples with failed media.
+        max_frames: most frames of one video; with its duration, it decides which frames are needed.
+        limit: most samples of each data set, from its beginning.
+        frozen: a list written by `SampleList.freeze`; the result has exactly its samples.
 
     Raises:
-        UserError: no data set is here, too few features, or not the frozen list any more.
-        EmptySplitError: everything is on the other side.
+        UserError: no data set is in the cache, features are missing, or the frozen list has changed.
+        EmptySplitError: the split has no sample.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out {held_out} is not in [0, 1)")
-    shares = _present(root, datasets)
+    shares = _find_datasets(root, datasets)
     names = tuple(shares)
     ledger = media_table(root)
     parts = [_read_part(root, name, ledger) for name in names]
@@ -125,8 +130,10 @@ def join(
     return result
 
 
-def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The data sets that are here, with their shares; those that are not are named and left out."""
+def _find_datasets(
+    root: CacheRoot, datasets: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """Return the data sets in the cache with their shares; log a warning that names the others."""
     here = set(dataset_names(root))
     given = [share for share in datasets.values() if share is not None]
     if given and len(given) < len(datasets):
@@ -151,21 +158,22 @@ def _present(root: CacheRoot, datasets: Mapping[str, float | None]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """One data set before anything is left out of it: everything but its texts."""
+    """One data set with all its samples, without their texts."""
 
     digest: str
     """Hash of its texts."""
     ids: pa.ChunkedArray
     """(S,) strings."""
     weight: npt.NDArray[np.float32]
-    """(S,)"""
+    """(S,) factors on the loss."""
     task: pa.ChunkedArray
-    """(S,) strings."""
+    """(S,) strings, question types."""
     references: References
-    """What its samples mention."""
+    """The media that its samples mention."""
 
 
 def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
+    """Read a data set; raise UserError if it has media that are neither images nor videos."""
     table = samples_table(root, name, ["id", "media", "weight", "task"])
     references = References.of(table["media"], ledger)
     if (references.kind == UNKNOWN_KIND).any():
@@ -235,11 +243,11 @@ def _assemble(
     found: MediaRows,
     counts: list[Coverage],
 ) -> SampleList:
-    """The chosen samples of all parts as one list, its media numbered by first appearance."""
+    """Return the kept samples of all parts as one list, with media numbered by first appearance."""
     lists = [part.references.counts for part in parts]
     media = np.concatenate([_gather(*one) for one in zip(numbers, lists, kept, strict=True)])
     lengths = np.concatenate([counts[k] for counts, k in zip(lists, kept, strict=True)])
-    first = np.full(len(known.keys), len(media))  # where each appears first; the end: nowhere
+    first = np.full(len(known.keys), len(media))  # position of first appearance; the end: none
     first[media[::-1]] = np.arange(len(media))[::-1]
     used = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(media))]
     rank = np.empty(len(known.keys), dtype=np.int32)
@@ -276,60 +284,64 @@ def _assemble(
 
 
 def _gather(values: Ints, lengths: Ints, chosen: Ints) -> Ints:
-    """The lists of the chosen samples, one after the other."""
+    """Return the lists of the chosen samples, one after the other."""
     return values[within(edges_of(lengths)[chosen], lengths[chosen])]
 
 
 def _normalise(
     names: tuple[str, ...], shares: Mapping[str, float | None]
 ) -> tuple[float, ...] | None:
+    """Return the shares with sum 1; None if the data sets have none."""
     given = [share for share in (shares[name] for name in names) if share is not None]
     return tuple(share / sum(given) for share in given) if given else None
 
 
 def _check_coverage(
-    joined: SampleList,
+    samples: SampleList,
     reader: Rows,
     min_coverage: float,
     ledger: pa.Table,
     partial: int,
     max_frames: int,
 ) -> None:
+    """Raise UserError if too many samples lack features, or if the list is empty.
+
+    `partial` videos have some of the frames that `max_frames` asks for, but not all.
+    """
+    encode = f"python -m encode.run --dataset {samples.names[0]}"
+    where = f"--features {samples.root.path}"
+    reason = (
+        f"({samples.missing:,} samples miss some; {samples.failed:,} more have failed "
+        f"media{_failures(ledger)}). Encode the rest: {encode} {where}"
+    )
     if partial:
-        frames = (
-            f"{partial:,} videos have some of their frames and not those for at most {max_frames}: "
-            f"encoded with another limit. Encode them again: python -m encode.run "
-            f"--dataset {joined.names[0]} --max-frames {max_frames} --features {joined.root.path}"
+        reason = (
+            f"{partial:,} videos have some of their frames and not those for at most {max_frames}: encoded "
+            f"with another limit. Encode them again: {encode} --max-frames {max_frames} {where}"
         )
-        if joined.coverage < min_coverage:
-            raise UserError(
-                f"{reader.path}: features for {joined.coverage:.1%} of the samples whose media could "
-                f"be had, less than min_coverage {min_coverage:.1%}: {frames}, or lower --min-coverage"
-            )
-        log.warning("%s: left out: %s", reader.path.name, frames)
-    if joined.coverage < min_coverage:
+    if samples.coverage < min_coverage:
         raise UserError(
-            f"{reader.path}: features for {joined.coverage:.1%} of the samples whose media could be "
-            f"had, less than min_coverage {min_coverage:.1%} ({joined.missing:,} samples miss some"
-            f"; {joined.failed:,} more have failed media{_failures(ledger)}). "
-            f"Encode the rest: python -m encode.run --dataset {joined.names[0]} "
-            f"--features {joined.root.path}, or lower --min-coverage"
+            f"{reader.path}: features for {samples.coverage:.1%} of the samples whose media could be had, "
+            f"less than min_coverage {min_coverage:.1%}{':' if partial else ''} {reason}, or lower "
+            "--min-coverage"
         )
-    if not sum(c.present for c in joined.counts):
+    if partial:
+        log.warning("%s: left out: %s", reader.path.name, reason)
+    if not sum(c.present for c in samples.counts):
         raise UserError(
-            f"{reader.path}: no sample of {', '.join(joined.names)} has all its features: "
-            f"{joined.failed:,} have failed media{_failures(ledger)}; "
-            f"see python -m cache.ls --failures --features {joined.root.path}"
+            f"{reader.path}: no sample of {', '.join(samples.names)} has all its features: "
+            f"{samples.failed:,} have failed media{_failures(ledger)}; "
+            f"see python -m cache.ls --failures {where}"
         )
-    if not joined.size:
+    if not samples.size:
         raise EmptySplitError(
-            f"{', '.join(joined.names)}: no sample is in the {joined.split} split; "
+            f"{', '.join(samples.names)}: no sample is in the {samples.split} split; "
             "change --held-out or encode more"
         )
 
 
 def _failures(ledger: pa.Table) -> str:
-    """The first failures, as they stand in the ledger."""
+    """Return the first failures of the ledger as text."""
     failed = ledger.filter(pc.equal(ledger["status"], "failed")).slice(0, FAILURES_SHOWN)
     texts = [f"{r['source']}: {r['stage']}: {r['error']}" for r in failed.to_pylist()]
     return f": {'; '.join(texts)}" if texts else ""

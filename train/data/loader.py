@@ -291,7 +291,7 @@ def feature_order(
 
     Args:
         samples: the sample list that has the media's rows.
-        media: (n,) distinct media, in the order of the sequence; the rows of a repeated medium are read once.
+        media: (n,) media items in the order of the sequence; the rows of a repeated one are read once.
         spec: the spec of the space.
 
     Returns:

@@ -1,16 +1,16 @@
 """Group samples into message trees: a shared prefix, and one branch for each sample.
 
-Samples of one data set whose media and whose tokens up to the last medium are equal share a tree. The prefix
-(those tokens) occurs once in a sequence; the rest of each sample is a branch. A branch attends to the prefix
-and to itself, not to other branches, so training on a tree equals training on its samples one by one. A tree
-never spans two data sets, because the mix counts each data set separately.
+Samples of one data set share a tree if they have equal media and equal tokens up to the last image or video.
+The prefix (those tokens) occurs once in a sequence; the rest of each sample is a branch. A branch attends to
+the prefix and to itself, not to other branches, so training on a tree equals training on its samples one by
+one. A tree never spans two data sets, because the mix counts each data set separately.
 
     trees = build_message_trees(
         samples, tokens, max_tokens=4096, max_branches=16, placeholders=placeholders
     )
     trees.slice(0).members     # positions in `samples` of the first tree's branches
 
-S samples, N of them with a supervised token, T trees, K distinct media. Token counts are those of the packed
+S samples, N of them with a supervised token, T trees, K media items. Token counts are those of the packed
 sequence: an image counts its feature tokens, a video its frames' feature tokens and timestamps, and the
 tokens after a sample's last prediction are not counted.
 """
@@ -27,7 +27,7 @@ from cache.format.checksums import GOLDEN, mix64
 from cache.store.references import VIDEO, edges_of, within
 from configs import UserError
 from train.data.placeholders import Placeholders
-from train.data.sample_list import Ints, SampleList, list_sums
+from train.data.sample_list import Ints, SampleList
 from train.data.tokens import TokenStore
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def build_message_trees(
         raise ValueError(f"max_branches {max_branches} is less than 1")
     media_tokens = placeholders.lengths(samples)
     # The token store counts one token for each image or video.
-    added = list_sums(media_tokens[samples.media] - 1, samples.offsets)
+    added = np.diff(edges_of(media_tokens[samples.media] - 1)[samples.offsets])
     length = tokens.lengths(samples.dataset, samples.index) + added
     loss_weight = tokens.loss_weights(samples.dataset, samples.index) * samples.weight
     use = _supervised(samples, loss_weight)

@@ -51,7 +51,7 @@ class TokenTree:
     branches: tuple[Branch, ...]
     """One for each sample, at least one."""
     media: tuple[int, ...]
-    """The images and videos in the order of their tokens, as indices of the list's distinct media."""
+    """The images and videos in the order of their tokens, as indices of the list's media items."""
     image_token_id: int
     """Id of the token at every position that receives a feature."""
 
@@ -70,7 +70,7 @@ class TreeLayout:
     branches: tuple[tuple[int, int, int], ...]
     """(first, end, position in the sample list) of each branch."""
     media: tuple[int, ...]
-    """The images and videos in order, as indices of the list's distinct media."""
+    """The images and videos in order, as indices of the list's media items."""
 
 
 def build_token_tree(
@@ -82,7 +82,7 @@ def build_token_tree(
     contents: Sequence[npt.NDArray[np.int32]],
     image_token_id: int,
 ) -> TokenTree:
-    """Build the tree of samples with equal media and equal tokens up to the last medium.
+    """Build the tree of samples with equal media and equal tokens up to the last media item.
 
     Args:
         samples: tokens and weights, with one image token for each image or video.
@@ -115,7 +115,7 @@ def build_token_tree(
 def _expand(
     sample: TokenizedSample, contents: Sequence[npt.NDArray[np.int32]], image_token_id: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
-    """Replace each image token by its medium's tokens; return ids, weights and the end of the last medium.
+    """Replace each image token by the tokens of its media item; return ids, weights and the last one's end.
 
     The tokens of media get weight 0, so the model does not learn to predict images or timestamps.
     """
@@ -134,7 +134,7 @@ def _branch(
     factor: float,
     sample: int,
 ) -> Branch:
-    """Return the branch of a sample after `prefix` tokens; its last medium ends at token `shared`."""
+    """Return the branch of a sample after `prefix` tokens; its last media item ends at token `shared`."""
     used = used_tokens(weights, shared)
     own = weights * np.float32(factor)
     # Token k of the sample is predicted by token k - 1; no token predicts the first one.

@@ -3,9 +3,9 @@
     placeholders = Placeholders.of(reader.spec, tokenizer)
     placeholders.image()               # (n,) one image token for each feature token
     placeholders.video([0.0, 0.5])     # for each frame: its time as text, then its image tokens
-    placeholders.lengths(samples)      # (K,) the number of tokens of each distinct medium
+    placeholders.lengths(samples)      # (K,) the number of tokens of each media item
 
-K distinct media of a sample list, W feature rows of all of them.
+K media items of a sample list, W feature rows of all of them.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class Placeholders:
         return video_token_ids(self.tokenizer, times_s, self.frame_tokens)
 
     def contents(self, samples: SampleList, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
-        """Return the tokens of each of some distinct media."""
+        """Return the tokens of each of some media items."""
         return [
             self.video(samples.times_of(m).tolist()) if samples.is_video(m) else self.image()
             for m in media
         ]
 
     def lengths(self, samples: SampleList) -> Ints:
-        """Return the (K,) numbers of tokens that `contents` makes of each distinct medium."""
+        """Return the (K,) numbers of tokens that `contents` makes of each media item."""
         result = np.full(len(samples.kinds), self.image_tokens, dtype=np.int64)
         videos = samples.kinds != IMAGE
         if not videos.any():

@@ -5,8 +5,8 @@
     samples.rows_of(samples.media_of(0)[0])   # the feature rows of its first image or video
     samples.freeze(path)                      # which samples these are, for a resumed run
 
-S samples, R media references of all samples together, K distinct media, W feature rows of all media. A
-distinct medium is the bytes of one key, used as an image or as a video.
+S samples, R media references of all samples together, K media items, W feature rows of all of them. A media
+item is the bytes of one key, used as an image or as a video.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Coverage:
     present: int
     """Samples whose media all have their features."""
     failed: int
-    """Samples with a medium that failed, according to the ledger; they do not count against coverage."""
+    """Samples with a media item that failed, according to the ledger; they do not count against coverage."""
     missing: int
     """Samples whose media should have features and do not."""
 
@@ -71,15 +71,15 @@ class SampleList:
     offsets: Ints
     """(S + 1,) sample i has media[offsets[i]:offsets[i + 1]]."""
     media: npt.NDArray[np.int32]
-    """(R,) index among the K distinct media."""
+    """(R,) index among the K media items."""
     keys: npt.NDArray[np.uint8]
-    """(K, 32) sha256 of the bytes of each medium."""
+    """(K, 32) sha256 of the bytes of each media item."""
     kinds: npt.NDArray[np.uint8]
     """(K,) index into MEDIA_KINDS."""
     starts: Ints
-    """(K + 1,) medium k has rows[starts[k]:starts[k + 1]]: one row for an image, one a frame for a video."""
+    """(K + 1,) media item k has rows[starts[k]:starts[k + 1]]: one for an image, one a frame for a video."""
     rows: Ints
-    """(W,) row numbers in the space's array for the kind of the medium."""
+    """(W,) row numbers in the space's array for the kind of the media item."""
     times: npt.NDArray[np.float64]
     """(W,) time of a frame, seconds after the video's first frame; NaN for images."""
     ids: tuple[Any, ...]
@@ -103,7 +103,7 @@ class SampleList:
 
     @property
     def failed(self) -> int:
-        """Number of samples left out because a medium failed, according to the ledger."""
+        """Number of samples left out because a media item failed, according to the ledger."""
         return sum(c.failed for c in self.counts)
 
     @property
@@ -121,21 +121,21 @@ class SampleList:
         """Return the media of one sample, (n,) indices of `keys`, `kinds` and `starts`."""
         return self.media[self.offsets[sample] : self.offsets[sample + 1]]
 
-    def is_video(self, medium: int) -> bool:
-        """Whether a distinct medium is a video."""
-        return int(self.kinds[medium]) == VIDEO
+    def is_video(self, item: int) -> bool:
+        """Whether a media item is a video."""
+        return int(self.kinds[item]) == VIDEO
 
-    def rows_of(self, medium: int) -> Ints:
-        """Return the rows of a distinct medium, in the array of its kind."""
-        return self.rows[self.starts[medium] : self.starts[medium + 1]]
+    def rows_of(self, item: int) -> Ints:
+        """Return the rows of a media item, in the array of its kind."""
+        return self.rows[self.starts[item] : self.starts[item + 1]]
 
-    def times_of(self, medium: int) -> npt.NDArray[np.float64]:
+    def times_of(self, item: int) -> npt.NDArray[np.float64]:
         """Return the times of a video's frames, seconds after its first frame; NaN for an image."""
-        return self.times[self.starts[medium] : self.starts[medium + 1]]
+        return self.times[self.starts[item] : self.starts[item + 1]]
 
-    def key(self, medium: int) -> str:
-        """Return the key of a distinct medium, 64 hex digits."""
-        return self.keys[medium].tobytes().hex()
+    def key(self, item: int) -> str:
+        """Return the key of a media item, 64 hex digits."""
+        return self.keys[item].tobytes().hex()
 
     def describe(self) -> str:
         """Return one line for each data set, for the log."""
@@ -169,7 +169,7 @@ class SampleList:
             order = of_kind[np.random.default_rng(seed).permutation(len(of_kind))]
             donor[order] = np.roll(order, 1)  # one cycle through all media, so none keeps its own
         count, given = np.diff(self.starts), np.diff(self.starts)[donor]
-        place = within(np.zeros_like(count), count)  # 0, 1, ... for the rows of each medium
+        place = within(np.zeros_like(count), count)  # 0, 1, ... for the rows of each media item
         last = np.repeat(np.maximum(count - 1, 1), count)
         # The nearest of the donor's frames, so that first maps to first and last to last.
         frame = (2 * place * np.repeat(given - 1, count) + last) // (2 * last)
@@ -228,9 +228,3 @@ def check_frozen(samples: SampleList, path: Path) -> None:
             "images changed or removed, or another --held-out); start a new run (--run NAME --from "
             "CHECKPOINT keeps what was learned)"
         )
-
-
-def list_sums(values: npt.NDArray[Any], edges: Ints) -> Ints:
-    """Return the sum of each list values[edges[i]:edges[i + 1]]; 0 for an empty list."""
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return np.asarray(total[edges[1:]] - total[edges[:-1]], dtype=np.int64)

@@ -47,7 +47,7 @@ SAMPLE = np.dtype(
             "<i8",
         ),  # end of its tokens in ids.bin; they start at the end of the previous sample
         ("loss_weight", "<f8"),  # sum of the weights of its tokens
-        ("prefix_hash", "<u8"),  # hash of its tokens up to and including the last medium
+        ("prefix_hash", "<u8"),  # hash of its tokens up to and including the last media item
         ("prefix", "<i4"),  # number of those tokens
         ("used", "<i4"),  # number of its tokens that a sequence needs, see `used_tokens`
         ("images", "<i4"),  # number of its images and videos
@@ -60,7 +60,7 @@ FILES = ("ids.bin", "weights.bin", "samples.bin")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefixes:
-    """The parts that samples of equal media may share: their tokens up to and including the last medium."""
+    """What samples of equal media may share: their tokens up to and including the last media item."""
 
     length: Ints
     """(n,) tokens of the prefix, an image or video counting as one; 0 without media."""
@@ -110,7 +110,7 @@ class TokenStore:
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
     def lengths(self, dataset: npt.NDArray[np.int16], index: Ints) -> Ints:
-        """Return the (n,) numbers of tokens that a sequence needs of each sample; a medium counts as one."""
+        """Return the (n,) numbers of tokens that a sequence needs of each sample; a media item is one."""
         return self._gather(dataset, index, "used").astype(np.int64)
 
     def loss_weights(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[np.float64]:

@@ -28,7 +28,7 @@ class Question:
     sample: Sample
     """The sample as stored."""
     media: tuple[int, ...]
-    """Its images and videos in order, as indices of the list's distinct media."""
+    """Its images and videos in order, as indices of the list's media items."""
 
     @property
     def prompt(self) -> list[tuple[str, str, float]]:
