@@ -22,7 +22,9 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-MAKE_ANEW = "python -m cache.verify --deep --repair drops it, then encode.run makes it anew"
+REPAIR_ADVICE = (
+    "python -m cache.verify --deep --repair removes it, then encode.run creates it again"
+)
 """What to do about any damaged file: its content can be computed again from the sources."""
 
 
@@ -61,7 +63,7 @@ class UnreachableError(CacheError):
 class CorruptError(CacheError):
     """A file does not have the bytes that were written."""
 
-    def __init__(self, path: Path, what: str, way_out: str = MAKE_ANEW):
+    def __init__(self, path: Path, what: str, way_out: str = REPAIR_ADVICE):
         super().__init__(f"{path}: {what}; {way_out}")
         self.path, self.what, self.way_out = path, what, way_out
 

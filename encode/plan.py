@@ -18,7 +18,7 @@ from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord
-from cache.store.references import Present
+from cache.store.references import Present, means_other_bytes
 from cache.store.samples import MediaRef, Sample
 from encode.download.urls import is_url
 from encode.worker.local_files import identify
@@ -150,9 +150,8 @@ def make_plan(
         unchanged = record is not None and (
             identity is None or (not rehash and identity.matches(record))
         )
-        if web and record is not None and mention.sha256 not in (None, record.key):
-            # The data set states other bytes than the URL returned: download them again, and verify.
-            # A failed download has no key, so its record stays valid.
+        if web and record is not None and means_other_bytes(mention.sha256, record.key):
+            # The URL returned other bytes than the data set states: download them again, and verify.
             unchanged, in_space = unchanged and record.status == "failed", False
         twin = by_key.get(mention.sha256) if web and not in_space else None
         if unchanged and in_space:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import MAKE_ANEW, CacheError, CorruptError
+from cache.errors import REPAIR_ADVICE, CacheError, CorruptError
 from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
@@ -114,7 +114,7 @@ def damage(
     error: CacheError, path: Path, *, array: str | None = None, shard: int | None = None
 ) -> Finding:
     """Return an error as a finding about `path`."""
-    what, way_out = str(error), MAKE_ANEW
+    what, way_out = str(error), REPAIR_ADVICE
     if isinstance(error, CorruptError):
         what, way_out = error.what, error.way_out
     return Finding(path=str(path), what=what, way_out=way_out, array=array, shard=shard)
@@ -174,7 +174,7 @@ def check_space(
     report = SpaceReport(name=paths.name)
     try:
         info = read_info(paths)
-    except CacheError as error:  # without its description, nothing else here can be understood
+    except CacheError as error:  # without space.json, no other file can be checked
         if paths.space_json.exists():
             report.findings.append(damage(error, paths.space_json))
         elif paths.has_commits:

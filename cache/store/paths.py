@@ -74,7 +74,7 @@ class CacheRoot:
         return root
 
     def samples(self, dataset: str) -> Path:
-        """The samples of one data set."""
+        """Return the file of samples of one data set."""
         if not _FOLDER_NAME.fullmatch(dataset):
             raise ValueError(f"data set name {dataset!r}: use letters, digits, '.', '_' and '-'")
         return self.path / "samples" / dataset / "part-00000.parquet"
@@ -105,7 +105,7 @@ class CacheRoot:
         return self.path / "garbage"
 
     def space(self, name: str) -> SpacePaths:
-        """The files of the space `name`, which need not exist."""
+        """Return the files of the space `name`, which need not exist."""
         return SpacePaths(self.spaces_dir / name)
 
     def space_folders(self) -> list[SpacePaths]:
@@ -139,23 +139,23 @@ class SpacePaths:
         return self.root / "features" / "zarr.json"
 
     def array(self, array: str) -> Path:
-        """Folder of one array; in a Zarr space, a Zarr array."""
+        """Return the folder of one array; in a Zarr space, it is a Zarr array."""
         return self.root / "features" / array
 
     def array_json(self, array: str) -> Path:
-        """Zarr's description of one array."""
+        """Return the zarr.json of one array."""
         return self.array(array) / "zarr.json"
 
     def shards_dir(self, array: str) -> Path:
-        """One folder for each shard, where Zarr expects it."""
+        """Return the folder with a folder for each shard, where Zarr expects it."""
         return self.array(array) / "c"
 
     def shard_dir(self, array: str, number: int) -> Path:
-        """Folder of one shard, in any container. The number is taken once this folder exists."""
+        """Return the folder of one shard, in any container. The number is taken once it exists."""
         return self.shards_dir(array) / str(number)
 
     def shard(self, array: str, number: int) -> Path:
-        """The file of one shard."""
+        """Return the file of one shard."""
         if self._container == "webdataset":
             return self.shard_dir(array, number) / f"{array}-{number:08d}.tar"
         return self.shard_dir(array, number) / "0" / "0"
@@ -178,7 +178,7 @@ class SpacePaths:
         return self.root / "commits"
 
     def commit(self, array: str, number: int) -> Path:
-        """The file that makes a shard exist: written last."""
+        """Return the commit file of a shard, which is written last and makes it exist."""
         return self.commits_dir / f"{array}-{number:08d}.parquet"
 
     def committed(self, array: str) -> list[int]:
@@ -206,7 +206,7 @@ class SpacePaths:
         return self.root / "index"
 
     def index(self, array: str) -> Path:
-        """The content of the commits of one array, as flat arrays."""
+        """Return the index file of one array: the content of its commits as flat arrays."""
         return self.index_dir / f"{array}.bin"
 
     @property
@@ -234,5 +234,5 @@ class SpacePaths:
         return self.locks_dir / "workers.lock"
 
     def worker_lock(self, worker_id: str) -> Path:
-        """Lock that one worker holds exclusively while it runs."""
+        """Return the lock that one worker holds exclusively while it runs."""
         return self.locks_dir / f"worker-{worker_id}.lock"

@@ -57,6 +57,14 @@ VIDEOS_AT_ONCE = 2048
 # ---- what samples mention
 
 
+def means_other_bytes(stated: str | None, key: str | None) -> bool:
+    """Return whether a sample that states a sha256 means other bytes than those with this key.
+
+    Where no hash is stated, or the bytes were never read, it does not.
+    """
+    return stated is not None and key is not None and stated != key
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References:
     """The media that the samples of one data set mention, joined with the media table."""
@@ -68,9 +76,9 @@ class References:
     kind: npt.NDArray[np.uint8]
     """(R,) number in MEDIA_KINDS, or UNKNOWN_KIND."""
     mismatch: Mask
-    """(R,) whether the sample states another sha256 than the bytes of its source have.
+    """(R,) whether the sample means other bytes than those its source gave (`means_other_bytes`).
 
-    The sample then means another image or video than the one that came: their rows must not be paired.
+    It then means another image or video, whose rows must not be paired with it.
     """
 
     @classmethod
@@ -94,7 +102,7 @@ class References:
             counts=np.asarray(pc.list_value_length(lists), np.int64),
             source=source,
             kind=np.asarray(kind.fill_null(UNKNOWN_KIND), np.uint8),
-            # Null where no hash is stated, or the bytes never came: neither is a mismatch.
+            # `means_other_bytes`; null where no hash is stated, or the bytes were never read.
             mismatch=np.asarray(mismatch.fill_null(False), bool),
         )
 

@@ -80,7 +80,7 @@ def test_a_missing_or_changed_json_file_is_named(tmp_path: Path) -> None:
         read_sealed_json(path)
     path.write_bytes(sealed_json({"n": 1}).replace(b'"n": 1', b'"n": 2'))
     with pytest.raises(
-        CorruptError, match=r"space\.json: .*seal.*; .* --repair drops it, then encode\.run"
+        CorruptError, match=r"space\.json: .*seal.*; .* --repair removes it, then encode\.run"
     ):
         read_sealed_json(path)
 
