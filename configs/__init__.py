@@ -1,8 +1,15 @@
-"""Values live in the YAML files beside this one; this module is the one parser every command uses.
+"""The parser of every command, and the YAML files with the presets.
 
-A concern is a frozen dataclass beside the code that uses it. Its values come, later ones winning, from
-its defaults, from a preset in `configs/*.yaml`, from the command line. Unknown keys and nonsense are
-refused in one line that names the nearest valid key. `import configs` costs nothing: no torch, no tyro.
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        features: Path = Path("cache")
+
+    options = parse(Options, prog="python -m cache.ls")
+
+The default of an option comes from the dataclass, or from a preset in `configs/*.yaml`.
+Each unknown key, unknown option or invalid value is reported in one line, with the nearest valid name.
+Importing this module imports neither torch nor tyro. `configs.console` has the text for people: sizes,
+durations, tables, progress.
 """
 
 from __future__ import annotations
@@ -12,7 +19,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import io
 import os
 import re
 import sys
@@ -20,19 +26,24 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
+
+if TYPE_CHECKING:
+    from tyro import _errors
 
 __all__ = ["UserError", "build", "command", "dump", "load", "nearest", "parse"]
 
 T = TypeVar("T")
 FOLDER = Path(__file__).parent
-USER_ERROR_EXIT = 2  # what argparse, and so every Unix user, expects of a wrong command line
+USER_ERROR_EXIT = (
+    2  # the exit code of argparse, and of most Unix commands, for a wrong command line
+)
 
 
 class UserError(Exception):
-    """Something the user can mend: what, where, and the way out, in one line. Commands exit with 2."""
+    """What the user has to change, where and how, in one line. Commands print it and exit with 2."""
 
 
 def one_line(error: object, longest: int = 160) -> str:
@@ -42,16 +53,16 @@ def one_line(error: object, longest: int = 160) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The suffix `; nearest: x` for an error about `name`, or '' when nothing comes near."""
+    """Return `; nearest: x`, the end of an error about `name`, or '' when no choice is similar."""
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"; nearest: {found[0]}" if found else ""
 
 
 def load(name: str) -> dict[str, Any]:
-    """The contents of `configs/<name>.yaml`.
+    """Return the contents of `configs/<name>.yaml`.
 
     Raises:
-        UserError: no such file, or it is not YAML with a mapping at the top.
+        UserError: there is no such file, it is not YAML, or its top level is not a mapping.
     """
     path = FOLDER / f"{name}.yaml"
     try:
@@ -67,10 +78,15 @@ def load(name: str) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make the dataclass `cls` from a mapping, nested ones too; `where` names the mapping in errors.
+    """Make the dataclass `cls`, and the dataclasses in its fields, from a mapping.
+
+    Args:
+        cls: the dataclass.
+        values: field -> value.
+        where: the name of the mapping in errors.
 
     Raises:
-        UserError: unknown or missing key, a value of the wrong type, or one `__post_init__` refuses.
+        UserError: a key is unknown or missing, a value has the wrong type, or `__post_init__` rejects it.
     """
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     hints = typing.get_type_hints(cls)
@@ -94,7 +110,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the type `kind`: YAML's lists become tuples, its integers floats; nothing is guessed."""
+    """Convert a value of a YAML file to `kind`: lists to tuples, integers to floats, text to paths."""
     if kind is Any:
         return value
     origin, args = get_origin(kind), get_args(kind)
@@ -121,14 +137,14 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, typing.cast(type, kind)):
             return value
     elif kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):  # PyYAML (YAML 1.1) reads 1e-4 as text
             return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif (
         isinstance(kind, type)
         and isinstance(value, kind)
-        and (kind is bool or not isinstance(value, bool))  # `true` is no integer
+        and (kind is bool or not isinstance(value, bool))  # `true` is not an integer
     ):
         return value
     raise UserError(f"{where}: expected {_name(kind)}, found {value!r}")
@@ -160,61 +176,71 @@ def parse(
     preset: Callable[[dict[str, str]], Mapping[str, Any]] | None = None,
     selectors: Sequence[str] = (),
 ) -> T:
-    """The command line as an instance of the dataclass `cls`; every field is an option.
+    """Parse the command line into the dataclass `cls`, each field of which is an option.
 
     Args:
-        cls: frozen dataclass; field docstrings are the help texts, tuples take one or more values.
-        argv: arguments after the program's name; `sys.argv[1:]` when None.
-        prog: how the command is called, for messages (`python -m train.run`).
+        cls: frozen dataclass. Field docstrings are the help texts; tuples take one or more values.
+        argv: the arguments after the program's name; `sys.argv[1:]` when None.
+        prog: the command as users type it, for messages: `python -m train.run`.
         description: text above the options in `--help`; the docstring of `cls` when None.
-        preset: given the selectors found on the command line, the values of other fields there.
-        selectors: options that choose presets, read before the others (`stage`, `hardware`).
+        preset: returns default values for fields, given the selectors on the command line.
+        selectors: options that choose the preset and are read before the others (`stage`, `hardware`).
 
     Raises:
-        UserError: an option that does not exist, or a value that cannot be.
+        UserError: an option does not exist or is missing, or a value is invalid.
     """
-    import tyro  # 0.1 s: only commands pay for it
+    import tyro  # takes 0.1 s to import, which only commands pay
+    from tyro import _errors
+
+    def refuse(event: _errors.ParseErrorEvent) -> None:
+        if message := _message(cls, event):
+            raise UserError(f"{prog}: {message}; see {prog} --help")
 
     argv = _join_repeated(cls, list(sys.argv[1:] if argv is None else argv))
     default: dict[str, Any] = {}
     if preset is not None:
         default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)
-    output = io.StringIO()
-    helping = bool({"-h", "--help"} & set(argv))
-    try:
-        # A wide page keeps the message on one line; the terminal's own width serves --help. And tyro draws
-        # the box that `_first_message` reads only where standard output is UTF-8.
-        with (
-            contextlib.redirect_stderr(output),
-            contextlib.nullcontext() if helping else contextlib.redirect_stdout(_utf8()),
-            _columns(None if helping else 4000),
-        ):
-            parsed: T = tyro.cli(
-                cls, prog=prog, description=_keep_lines(description), args=argv, **default
+    # tyro draws its errors as boxes of many lines. Its hook gives the cause before anything is drawn.
+    with _errors.on_parse_error(refuse):
+        parsed: T = tyro.cli(
+            cls, prog=prog, description=_keep_lines(description), args=argv, **default
+        )
+    return parsed
+
+
+def _message(cls: type, event: _errors.ParseErrorEvent) -> str | None:
+    """Return a line about a wrong command line; None for an error that tyro prints itself."""
+    from tyro import _errors
+
+    match event:
+        case _errors.UnrecognizedArgs(tokens=tokens):
+            word = next((token for token in tokens if token.startswith("--")), tokens[0])
+            options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+            return f"no option {word}{nearest(word, options)}"
+        case _errors.MissingArgs(missing_arguments=missing):
+            return f"{', '.join(one.arg.display_name() for one in missing)} must be given"
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            known = ", ".join(choices)
+            return (
+                f"{argument.display_name()}: {value!r} is none of {known}{nearest(value, choices)}"
             )
-            return parsed
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    except ValueError as error:  # from __post_init__
-        raise UserError(f"{prog}: {error}") from None
-    raise UserError(f"{prog}: {_first_message(cls, output.getvalue())}; see {prog} --help")
-
-
-def _utf8() -> io.TextIOWrapper:
-    """A page that nobody reads."""
-    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        case _errors.BadValue(argument=argument):
+            return f"{argument.display_name()}: too few values"
+        case _errors.InstantiationFailure(message=message, argument=argument):
+            where = f"{argument.display_name()}: " if argument is not None else ""
+            return where + message.partition("\n")[0]
+    return None
 
 
 def _keep_lines(description: str | None) -> str | None:
-    """tyro joins lines that begin with a letter; those that show a command must stay apart."""
+    """Prefix lines with a command by `$ `: tyro joins lines that begin with a letter."""
     return description and re.sub(
         r"^(?=python -m |torchrun )", "$ ", description, flags=re.MULTILINE
     )
 
 
 def _join_repeated(cls: type, argv: list[str]) -> list[str]:
-    """`--image a --image b` means what `--image a b` means, for fields that take several values."""
+    """Replace `--image a --image b` by `--image a b`, for fields that take several values."""
     several = {
         "--" + name.replace("_", "-")
         for name, kind in typing.get_type_hints(cls).items()
@@ -250,37 +276,8 @@ def _read_selectors(selectors: Sequence[str], argv: Sequence[str]) -> dict[str, 
     return {k: v for k, v in vars(found).items() if v is not None}
 
 
-@contextlib.contextmanager
-def _columns(width: int | None) -> typing.Iterator[None]:
-    before = os.environ.get("COLUMNS")
-    if width is not None:
-        os.environ["COLUMNS"] = str(width)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["COLUMNS"] = before
-        else:
-            os.environ.pop("COLUMNS", None)
-
-
-def _first_message(cls: type, box: str) -> str:
-    """The parser draws a box of several lines; the first line inside it is the message."""
-    lines = [line.strip("│ \n") for line in box.splitlines() if line.startswith("│")]
-    message = lines[0] if lines else "the command line could not be read"
-    options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
-    if message.startswith("Missing from"):
-        needed = [option for option in options if any(line.startswith(option) for line in lines)]
-        return f"{', '.join(needed)} must be given"
-    if message.startswith("Unrecognized options:"):
-        unknown = [w.strip() for w in message.removeprefix("Unrecognized options:").split(",")]
-        word = next((w for w in unknown if w.startswith("--")), unknown[0])
-        return f"no option {word}{nearest(word, options)}"
-    return message.removeprefix(f"Error parsing {cls.__name__}: ").rstrip(".")
-
-
 def dump(config: object) -> str:
-    """A dataclass (or mapping) as YAML text, as saved with every run and space."""
+    """Return a dataclass or a mapping as YAML text."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -297,11 +294,12 @@ def dump(config: object) -> str:
 def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> NoReturn:
     """Run `main` and exit with what it returns.
 
-    A UserError, or one of `errors`, is printed in one line without a traceback; the exit code is 2.
+    A UserError, or one of `errors`, is printed in one line without a traceback, and the exit code is 2. So is
+    an OSError about a file or folder that the user can correct: see `wrong_place`.
 
     Args:
-        main: the command; it returns its exit code, or None for 0.
-        errors: classes beside UserError that say what the user can do, such as `cache.errors.CacheError`.
+        main: the command. It returns its exit code, or None for 0.
+        errors: other classes whose message tells the user what to do, such as `cache.errors.CacheError`.
     """
     user_errors: tuple[type[Exception], ...] = (UserError, *errors)
     try:
@@ -313,7 +311,7 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `... | head` is no mistake
+    except BrokenPipeError:  # as of `... | head`, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
@@ -325,18 +323,18 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
 
 
 WRONG_PLACE = {
-    errno.EEXIST: "a file stands where a folder is needed",
-    errno.ENOTDIR: "a file stands where a folder is needed",
-    errno.EISDIR: "a folder stands where a file is needed",
-    errno.EACCES: "not allowed; choose another place, or mend its permissions",
-    errno.EPERM: "not allowed; choose another place, or mend its permissions",
+    errno.EEXIST: "there is a file where a folder is needed",
+    errno.ENOTDIR: "there is a file where a folder is needed",
+    errno.EISDIR: "there is a folder where a file is needed",
+    errno.EACCES: "permission denied; choose another place, or change its permissions",
+    errno.EPERM: "permission denied; choose another place, or change its permissions",
     errno.EROFS: "on a read-only file system; choose another place",
-    errno.ENOSPC: "the disk is full; make room and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
 }
 
 
 def wrong_place(error: OSError) -> str | None:
-    """What a user can mend about the place a file was to be read or written; None: it is our error."""
+    """Return what the user can do about an error at a path, in one line; None if it is not such an error."""
     what = WRONG_PLACE.get(error.errno or 0)
     return f"{error.filename}: {what}" if what and error.filename else None

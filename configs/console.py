@@ -1,4 +1,4 @@
-"""How the commands of the cache put figures and tables into text."""
+"""Text for people: sizes, durations, tables, and the progress of a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def bytes_text(nbytes: float) -> str:
-    """`1.18 MB`, `512 B`: three digits, powers of 1000."""
+    """Return a size as `1.18 MB` or `512 B`: three digits, powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if nbytes < 999.5 or unit == "TB":
             break
@@ -42,7 +42,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Columns of equal width; those whose title is in `right` (words) are flush right."""
+    """Return rows as lines with aligned columns; the columns named in `right` are flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     flush_right = [title in right.split() for title in header]
     lines = [
@@ -56,7 +56,7 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str 
 
 
 class Meter:
-    """Bytes done of all there are, on stderr: each second on a terminal, else each minute."""
+    """A progress line on stderr, written every second on a terminal and every minute elsewhere."""
 
     def __init__(self, what: str, total: int):
         self._what, self._total, self._done = what, total, 0
@@ -65,7 +65,7 @@ class Meter:
         self._start = self._last = time.monotonic()
 
     def add(self, nbytes: int) -> None:
-        """So many bytes more are done. Threads may call it."""
+        """Count `nbytes` more as done. Threads may call it."""
         with self._lock:
             self._done += nbytes
             now = time.monotonic()
@@ -80,12 +80,12 @@ class Meter:
                 print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
 
     def total_text(self) -> str:
-        """`read 12.3 GB in 4.1 s: 3 GB/s`, so far."""
+        """Return what is done so far, as `read 12.3 GB in 4.1 s: 3 GB/s`."""
         seconds = time.monotonic() - self._start
         rate = bytes_text(self._done / max(seconds, 1e-9))
         return f"{self._what} {bytes_text(self._done)} in {seconds:.1f} s: {rate}/s"
 
     def close(self) -> None:
-        """Leave the line empty."""
+        """Clear the line."""
         if self._terminal and self._last > self._start:
             print(" " * 78, end="\r", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""The one parser: presets, overrides, and refusals that say what was meant."""
+"""The parser of every command: presets, options, and one line for each mistake.
+
+options = parse(Options, prog="python -m some.run")
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def test_options_with_several_values_may_be_repeated(argv: tuple[str, ...]) -> N
     assert read(*argv).dataset == ("a", "b")
 
 
-def test_presets_stand_between_defaults_and_command_line() -> None:
+def test_a_preset_overrides_defaults_and_the_command_line_overrides_it() -> None:
     seen: list[dict[str, str]] = []
 
     def preset(selected: dict[str, str]) -> Mapping[str, Any]:
@@ -86,8 +89,11 @@ def test_presets_stand_between_defaults_and_command_line() -> None:
     ("argv", "message"),
     [
         (["--datset", "a"], "no option --datset; nearest: --dataset"),
-        (["--codec", "int9"], "invalid choice 'int9'"),
-        (["--stage", "one"], "--stage"),
+        (["--codec", "int9"], "--codec: 'int9' is none of fp16, int8; nearest: int8; see"),
+        (["--stage", "one"], "--stage: invalid literal for int() with base 10: 'one'"),
+        (["--stage"], "--stage: too few values"),
+        (["--limit", "x"], "--limit: no type matching {None}|INT"),
+        (["stray"], "no option stray"),
         (["--learning-rate", "-1"], "python -m some.run: learning_rate is negative; see"),
     ],
 )
@@ -125,7 +131,7 @@ def test_a_wrong_preset_is_refused(values: dict[str, Any], message: str) -> None
     assert message in str(refused.value)
 
 
-def test_build_converts_what_yaml_cannot_say() -> None:
+def test_build_converts_lists_integers_and_text() -> None:
     built = build(Options, {"betas": [1, 0.5], "features": "f", "inner": {"size": 2}}, "x")
     assert built == Options(betas=(1.0, 0.5), features=Path("f"), inner=Inner(size=2))
 
@@ -146,7 +152,7 @@ def test_every_shipped_file_loads_and_a_missing_one_lists_them() -> None:
         load("encoder")
 
 
-def test_the_nearest_option_is_named_whatever_standard_output_is() -> None:
+def test_the_nearest_option_is_named_in_an_ascii_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cache.ls", "--featuers", "x"],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -157,7 +163,7 @@ def test_the_nearest_option_is_named_whatever_standard_output_is() -> None:
     assert "nearest: --features" in done.stderr
 
 
-def test_commands_leave_with_two_and_one_line_after_a_mistake(
+def test_a_user_error_is_one_line_and_exit_code_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def main() -> None:
@@ -179,7 +185,7 @@ def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_a_file_where_a_folder_is_needed_is_one_line_and_leaves_with_two(
+def test_a_file_where_a_folder_is_needed_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "file"
@@ -188,16 +194,18 @@ def test_a_file_where_a_folder_is_needed_is_one_line_and_leaves_with_two(
         with pytest.raises(SystemExit) as leaving:
             command(lambda within=within: (within / "runs").mkdir(parents=True))
         assert leaving.value.code == 2
-        said = capsys.readouterr().err
-        assert re.fullmatch(rf"error: {place}\S*: a file stands where a folder is needed\n", said)
+        printed = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"error: {place}\S*: there is a file where a folder is needed\n", printed
+        )
 
 
-def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+def test_any_other_error_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         command(lambda: int((tmp_path / "gone").read_text()))
 
 
-def test_help_keeps_commands_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_prints_each_command_on_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     described = "What it does.\n\npython -m x --a    # one\npython -m x --b    # two\n\nMore."
     with pytest.raises(SystemExit) as stop:
         parse(Options, ["--help"], prog="python -m x", description=described)
