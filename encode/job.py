@@ -153,7 +153,7 @@ class Job:
             timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
 
         Raises:
-            UserError, CacheError: the job cannot go on; what is encoded is committed.
+            UserError, CacheError: the job cannot go on. All encoded rows are committed.
         """
         self._config = replace(
             self._config,

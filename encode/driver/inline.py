@@ -23,7 +23,7 @@ TASK_SOURCES = 32
 def run_inline(
     tracker: Tracker, worker: Worker, registrar: Registrar, stopping: Callable[[], bool]
 ) -> None:
-    """Encode until every source is settled or `stopping` returns True. What is encoded is always committed.
+    """Encode until every source is settled or `stopping` returns True. Commit all encoded rows.
 
     Raises:
         UserError: the job cannot go on.

@@ -191,10 +191,10 @@ class RayPool:
         self._slots = [self._new_slot() for _ in range(workers)]
 
     def run(self, stopping: Callable[[], bool], progress: Callable[[Timings], None]) -> None:
-        """Encode until every source is settled or `stopping` returns True. What is encoded is committed.
+        """Encode until every source is settled or `stopping` returns True. Commit all encoded rows.
 
         Raises:
-            UserError: the job cannot go on; what is encoded is committed.
+            UserError: the job cannot go on. All encoded rows are committed.
         """
         try:
             while not self._tracker.finished() and not stopping():

@@ -38,7 +38,7 @@ class FailureBudget:
         if settled >= self.probation and own > self.rate * settled:
             raise TooManyFailuresError(
                 f"stopped: {own} of {settled} images failed in our own code, the last one "
-                f"{last.source} at stage {last.stage}: {last.error}; what is encoded is kept: "
+                f"{last.source} at stage {last.stage}: {last.error}; encoded rows are kept: "
                 "fix the cause and run the same command again"
             )
 

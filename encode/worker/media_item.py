@@ -58,7 +58,7 @@ class MediaItem:
         self.release()
 
     def outcome(self) -> Outcome:
-        """Return what the driver is told about this item."""
+        """Return the outcome that is sent to the driver."""
         result: Result = "ok"
         if self.failure is not None:
             result = "failed"
