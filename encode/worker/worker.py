@@ -96,7 +96,7 @@ class Worker:
         self._batch_size = self.space.spec.batch_size
         # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy.
         self._ahead = max(2 * self._batch_size, 4 * config.threads)
-        # Downloads mostly wait for servers, so far more of them are started than decoded images fit in memory.
+        # Downloads mostly wait for servers, so more of them are started than decoded images fit in memory.
         self._web_ahead = self._ahead + 2 * config.download.connections
         self._present = Present.of(self.space, max_frames=config.max_frames)
         self._max_frames = config.max_frames
