@@ -2,7 +2,7 @@
 
 python -m cache.export --to webdataset --out tars                    # every row: <key>.<view>.npy and .json
 python -m cache.export --to webdataset --out tars --dataset demo     # one data set: its text and features
-python -m cache.export --to safetensors --out st --unpack          # a float16 tensor a row, and index.json
+python -m cache.export --to safetensors --out st --unpack            # a float16 tensor a row, and index.json
 
 Rows are exported as they are stored, bit for bit. With --unpack they are float16, for readers without our
 codec. Each row's checksum is verified before it is written. With --dataset, a tar holds one sample for each

@@ -86,7 +86,6 @@ SAMPLES = [
     say("none", "/8.png"),
     say("failed", "/1.png", "/x.png"),
 ]
-IMAGES = range(7)
 
 
 @pytest.fixture
