@@ -189,6 +189,7 @@ def empty_folder(folder: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"another export is writing to {folder}; wait until it ends") from None
         found = list(folder.iterdir())
+        # An export writes ABOUT first. Killed before that, it leaves only the temporary file of ABOUT.
         if any(not path.name.startswith(ABOUT) for path in found) and folder / ABOUT not in found:
             raise UserError(f"{folder} is not an unfinished export; move it away")
         for path in found:
