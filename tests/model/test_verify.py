@@ -43,6 +43,7 @@ from model.vlm import VLM, parameter_counts
 from tests.support.spaces import SPEC as TOY_SPEC
 
 T = 256  # tokens of the batch whose memory is counted
+IMAGE = 299  # token id at the places of features
 
 
 def small(layers: int) -> tuple[VLM, Sizes]:
@@ -56,17 +57,12 @@ def small(layers: int) -> tuple[VLM, Sizes]:
     return vlm, sizes_of(model.config, counts["language"][1], counts["connector"][1])
 
 
-def one_sample(tokens: int = T, supervised: int = 8) -> PackedBatch:
-    places = torch.arange(tokens)
-    return PackedBatch(
-        input_ids=places % 290,
-        position_ids=places,
-        image_slots=places[:4],
-        loss_positions=places[-1 - supervised : -1],
-        targets=places[-supervised:] % 290,
-        loss_weights=torch.ones(supervised),
-        units=torch.tensor([[0, tokens, 0, 0]]),
-    )
+def one_sample(supervised: int = 8) -> PackedBatch:
+    """Return one sample of T tokens: features in the first four, the last ones supervised."""
+    ids, weights = torch.arange(T) % 290, torch.zeros(T)
+    ids[:4] = IMAGE
+    weights[-supervised:] = 1
+    return PackedBatch.one_sample(ids, weights, IMAGE)
 
 
 def kept_bytes(layers: int, autocast: bool, learns: bool, checkpointing: bool) -> int:

@@ -14,33 +14,13 @@ from torch import Tensor
 
 from configs import UserError
 from model import loss
-from model.attention.batch import PackedBatch
 from model.connector import build_connector
 from model.vlm import VLM, build_vlm
-
-VISION = 24
+from tests.support.batches import VISION, one_sample, random_features
 
 
 def tiny(connector: str = "linear", seed: int = 0, **options: Any) -> VLM:
     return build_vlm(VISION, "random:qwen3-tiny", connector, seed, **options)[0]
-
-
-def batch(images: int = 1, tokens: int = 3) -> PackedBatch:
-    """Return one sample of 12 tokens: features from the second token on, the last four supervised."""
-    places = torch.arange(12)
-    return PackedBatch(
-        input_ids=places + 40,
-        position_ids=places,
-        image_slots=places[1 : 1 + images * tokens],
-        loss_positions=places[7:11],
-        targets=places[8:12] + 40,
-        loss_weights=torch.tensor([1.0, 0.5, 0.5, 2.0]),
-        units=torch.tensor([[0, 12, 0, 0]]),
-    )
-
-
-def images(count: int = 1, tokens: int = 3) -> Tensor:
-    return torch.randn(count, tokens, VISION, generator=torch.Generator().manual_seed(count))
 
 
 def test_only_supervised_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +32,7 @@ def test_only_supervised_positions_reach_the_head(monkeypatch: pytest.MonkeyPatc
         return inner(hidden, *rest)
 
     monkeypatch.setattr("model.vlm.weighted_cross_entropy", spy)
-    total, weight = vlm.loss(batch(), images())
+    total, weight = vlm.loss(one_sample(), random_features())
     assert seen == [(4, 64)]
     assert float(weight) == 4.0
     assert total.requires_grad
@@ -74,8 +54,8 @@ def test_frozen_means_no_gradient(train_connector: bool, train_llm: bool, count:
         "connector": (total["connector"] * train_connector, total["connector"]),
         "language": (total["language"] * train_llm, total["language"]),
     }
-    features = images(count) if count else None
-    vlm.loss(batch(images=count), features)[0].backward()
+    features = random_features(count) if count else None
+    vlm.loss(one_sample(images=count), features)[0].backward()
     for part, learns in (("connector", train_connector), ("language", train_llm)):
         for name, p in getattr(vlm, part).named_parameters():
             assert (p.grad is not None) == learns, name
@@ -84,12 +64,14 @@ def test_frozen_means_no_gradient(train_connector: bool, train_llm: bool, count:
 def test_a_batch_without_images_gives_the_connector_zero_gradients() -> None:
     """Its gradient is zero, not absent, and the loss does not change."""
     vlm = tiny("mlp")
-    total, _ = vlm.loss(batch(images=0), None)
+    total, _ = vlm.loss(one_sample(images=0), None)
     total.backward()
     grads = [p.grad for p in vlm.connector.parameters()]
     assert all(g is not None and not bool(g.any()) for g in grads)
-    words = vlm.language.get_input_embeddings()(batch().input_ids)
-    assert torch.equal(vlm.embed(batch().input_ids, torch.empty(0, dtype=torch.int64), None), words)
+    words = vlm.language.get_input_embeddings()(one_sample().input_ids)
+    assert torch.equal(
+        vlm.embed(one_sample().input_ids, torch.empty(0, dtype=torch.int64), None), words
+    )
 
 
 def test_connectors_have_their_published_sizes() -> None:
@@ -127,8 +109,8 @@ def test_a_model_on_meta_has_no_values() -> None:
 
 def test_features_replace_the_tokens_at_their_slots() -> None:
     vlm = tiny()
-    two = batch(images=2)
-    features = images(2)
+    two = one_sample(images=2)
+    features = random_features(2)
     embedded = vlm.embed(two.input_ids, two.image_slots, features.half())
     wanted = vlm.connector(features.half().float()).view(6, 64)
     torch.testing.assert_close(embedded[1:7], wanted)

@@ -117,17 +117,7 @@ def whole(world: World, sample: Sample) -> tuple[PackedBatch, Tensor | None]:
             add(text_ids(part), weight)
         add(text_ids("<|im_end|>"), weight)
         add(text_ids("\n"), 0.0)
-    row, of = torch.tensor(ids), torch.tensor(weights)
-    targets = of.nonzero().squeeze(1)
-    batch = PackedBatch(
-        input_ids=row,
-        position_ids=torch.arange(len(row)),
-        image_slots=(row == image).nonzero().squeeze(1),
-        loss_positions=targets - 1,
-        targets=row[targets],
-        loss_weights=of[targets],
-        units=torch.tensor([[0, len(row), 0, 0]]),
-    )
+    batch = PackedBatch.one_sample(torch.tensor(ids), torch.tensor(weights), image)
     return batch, torch.from_numpy(np.concatenate(seen)) if seen else None
 
 

@@ -16,30 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs import UserError
-from model.attention.batch import PackedBatch
 from model.io import saved_model
 from model.io.saved_model import find_run, load_final, read_meta, save_final, weights_of
-from model.vlm import build_vlm
+from model.vlm import VLM, build_vlm
+from tests.support.batches import VISION, one_sample, random_features
 
-VISION = 24
 META = {"connector": "linear", "llm": "random:qwen3-tiny", "space": {}, "stage": 1, "step": 5}
 
 
-def loss_of(vlm: Any) -> Tensor:
-    """Return the loss of one sample with three features."""
-    places = torch.arange(12)
-    batch = PackedBatch(
-        input_ids=places + 40,
-        position_ids=places,
-        image_slots=places[1:4],
-        loss_positions=places[7:11],
-        targets=places[8:12] + 40,
-        loss_weights=torch.ones(4),
-        units=torch.tensor([[0, 12, 0, 0]]),
-    )
-    features = torch.randn(3, VISION, generator=torch.Generator().manual_seed(1))
-    loss: Tensor = vlm.loss(batch, features)[0]
-    return loss
+def loss_of(vlm: VLM) -> Tensor:
+    return vlm.loss(one_sample(), random_features())[0]
 
 
 @pytest.mark.parametrize("connector", ["linear", "mlp"])
