@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,12 +18,7 @@ from cache.store.samples import read_samples
 from cache.store.space import find_space, read_info
 from cache.verify import verify
 from configs import UserError
-from encode.driver import resources
-from encode.driver.progress import Progress, closing_line, failure_line
-from encode.driver.resources import WorkerLayout, choose_layout
-from encode.driver.tracker import Tracker
 from encode.run import main
-from encode.worker.messages import SourceTask, Timings
 from tests.support import ROOT
 from tests.support.encode_jobs import TINY, draw
 
@@ -198,106 +192,3 @@ def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "encoded=3 " in done.stdout
-
-
-# ---- who works, and what is said meanwhile
-
-
-def layout(workers: Any, threads: int | None, seconds: float, device: str = "auto") -> WorkerLayout:
-    kind = "cpu" if resources.gpus(device) == 0 else "cuda"
-    kind = device.partition(":")[0] if device != "auto" else kind
-    return choose_layout(workers, threads, device=device, device_type=kind, seconds=seconds)
-
-
-def test_crews(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "cores", lambda: 16)
-    monkeypatch.setattr(resources, "torch_cores", lambda: 16)
-    monkeypatch.setattr(resources, "gpus", lambda device: 0)
-    small, large = layout("auto", None, 5.0), layout("auto", None, 5000.0)
-    assert (small.workers, small.torch_threads) == (0, 16)
-    assert (large.workers, large.gpus, large.torch_threads, large.threads) == (2, 0, 8, 8)
-    assert layout(5, 3, 1.0).threads == 3
-    assert layout(5, None, 1.0).torch_threads == 3
-    for one in ("cuda:1", "mps"):
-        assert (
-            layout("auto", None, 5000.0, one).workers,
-            layout("auto", None, 5000.0, one).gpus,
-        ) == (
-            1,
-            0,
-        )
-    monkeypatch.setattr(resources, "gpus", lambda device: 4)
-    four = layout("auto", None, 5000.0)
-    assert (four.workers, four.gpus, four.threads) == (4, 1, 4)
-    with pytest.raises(UserError, match="each worker needs a GPU, and there are 4"):
-        layout(5, None, 5000.0)
-
-
-class Screen:
-    """A place to print to that is, or is not, a terminal."""
-
-    def __init__(self, terminal: bool):
-        self.terminal = terminal
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_tells_rate_bound_and_time_left(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
-    tasks = [SourceTask(source=str(i)) for i in range(1000)]
-    screen = Screen(terminal)
-    progress = Progress(Tracker(tasks, present=(), on_record=print), out=screen)  # type: ignore[arg-type]
-    for second in range(61):
-        clock[0] = 100.0 + second
-        # Ten seconds of starting up, then 8 a second, most of the time waiting for decoded images.
-        worked = max(0, second - 10)
-        progress.update(
-            Timings(
-                media=8 * worked,
-                wait_s=0.7 * worked,
-                encode_s=0.2 * worked,
-                decode_s=1.5 * worked,
-                span_s=worked,
-            )
-        )
-    progress.clear()
-    if terminal:
-        lines = screen.text.split("\r\x1b[K")
-        assert len(lines) == 60 + 2
-        assert "\n" not in screen.text
-        assert lines[-1] == ""
-        lines.pop()
-    else:
-        lines = screen.text.splitlines()
-        assert len(lines) == 6
-    assert lines[0 if not terminal else 5] == "encode 0/1000  starting"
-    assert lines[-1] == "encode 400/1000  8/s  bound by decode  about 1 min 15 s left"
-
-
-def test_the_bound_is_where_the_time_goes() -> None:
-    assert Timings(wait_s=1, encode_s=5, write_s=2).bound() == "encode"
-    assert Timings(wait_s=1, encode_s=2, write_s=5).bound() == "write"
-    assert Timings(wait_s=9, encode_s=2, write_s=5, read_s=7, decode_s=3).bound() == "read"
-    assert Timings(wait_s=9, encode_s=2, write_s=5, read_s=3, decode_s=7).bound() == "decode"
-
-
-def test_the_closing_line() -> None:
-    timings = Timings(rows=30, encode_s=9.0, span_s=10.0)
-    line = closing_line(encoded=30, reused=2, failed=1, seconds=14.0, timings=timings)
-    assert line == "encoded=30 reused=2 failed=1 images/s=3.0 bound=encode seconds=14.0"
-    assert failure_line({"fetch": 2, "decode": 1}, "cache") == (
-        "failed   1 at decode, 2 at fetch; each with its reason: "
-        "python -m cache.ls --failures --features cache"
-    )

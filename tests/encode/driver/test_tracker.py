@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from configs import UserError
-from encode.driver.culprits import Culprits, rejection
 from encode.driver.tracker import (
     LEDGER_EVERY_RECORDS,
     FailureBudget,
@@ -21,8 +19,7 @@ from encode.driver.tracker import (
     Tracker,
 )
 from encode.errors import TooManyFailuresError
-from encode.worker.local_files import identify
-from encode.worker.messages import Outcome, Registrar, SourceTask, Timings
+from encode.worker.messages import Outcome, Registrar, SourceTask
 from model.media.images import Failure
 
 
@@ -188,55 +185,3 @@ def test_the_ledger_writes_parts_as_records_come(tmp_path: Path) -> None:
     ledger.flush()
     assert len(read_media(root)) == LEDGER_EVERY_RECORDS + 1
     assert len(list(root.media_dir.iterdir())) == 2
-
-
-def test_the_registrar_gives_each_number_and_each_media_once() -> None:
-    registrar = Registrar(["a"], {"image": 7})
-    assert registrar.reserve(1, ["a", "b", "b", "c"]) == [False, True, False, True]
-    assert registrar.reserve(2, ["b", "d"]) == [False, True]
-    assert [registrar.next_shard(w, "image") for w in (1, 2, 1)] == [7, 8, 9]
-    assert registrar.shards(1) == [("image", 7), ("image", 9)]
-    assert registrar.release(1, {"b"}) == ["c"]
-    assert registrar.reserve(2, ["b", "c"]) == [False, True]
-    assert registrar.report(2, Timings(media=3))
-    registrar.stop()
-    assert not registrar.report(1, Timings(media=4))
-    assert registrar.timings().media == 7
-
-
-# ---- who killed the worker
-
-
-def test_a_media_is_guilty_only_alone_and_by_death_only_twice() -> None:
-    a, b = SourceTask(source="/a"), SourceTask(source="/b")
-    culprits = Culprits()
-    assert culprits.sort([a, b], None, hung=False) == ([], [a, b])
-    assert culprits.sort([a, b], None, hung=True) == ([], [a, b]), "both were there"
-    assert culprits.sort([a], a, hung=False) == ([], [a])
-    assert culprits.sort([], a, hung=False) == ([], []), "it died of something else"
-    assert culprits.sort([a], a, hung=False) == ([a], [])
-    assert culprits.sort([b], b, hung=True) == ([b], [])
-
-
-def test_deaths_that_bring_nothing_stop_the_job() -> None:
-    culprits = Culprits()
-    for settled in (0, 0, 0, 0, 0, 7, 7, 7, 7, 7):
-        culprits.count(settled, "why")
-    with pytest.raises(UserError, match=r"6 workers in a row .* the last one: out of memory"):
-        culprits.count(7, "out of memory")
-
-
-def test_the_sentence_names_the_bytes_so_that_it_stands_until_they_change(tmp_path: Path) -> None:
-    path = tmp_path / "deadly.png"
-    path.write_bytes(b"boom")
-    record = rejection(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
-    assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
-    assert record.error == "crashed its worker, also when decoded alone"
-    identity = identify(str(path))
-    assert identity is not None
-    assert identity.matches(record)
-    path.unlink()
-    hung = rejection(SourceTask(source=str(path)), "", hung=True)
-    assert hung.failure == Failure("decode", "hung its worker, also when decoded alone")
-    linked = rejection(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
-    assert linked.record.key == "ab" * 32

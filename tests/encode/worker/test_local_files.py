@@ -11,14 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cache.store.paths import SpacePaths
 from encode.worker import local_files
-from encode.worker.decode_log import (
-    DecodeLog,
-    clear_decode_log,
-    decode_log_file,
-    read_entries,
-)
 from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError, decode_image
@@ -142,39 +135,3 @@ def test_the_size_in_the_header_is_that_of_the_decoded_image(orientation: int, k
 
 def test_a_header_that_says_nothing() -> None:
     assert size_in_header(b"no image") == (0, 0)
-
-
-# ---- decode_log
-
-
-def test_crumbs_say_what_each_thread_is_at_and_vanish_when_it_is_done(tmp_path: Path) -> None:
-    paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
-    entries = DecodeLog(decode_log_file(paths, 3), threads=2)
-    long = "/" + "ä" * 2000 + '"\\\n.png'
-    with entries.decoding(long, "ab"):
-        with entries.decoding("/short.png", "cd"):
-            found = read_entries(decode_log_file(paths, 3))
-            assert {c.source for c in found} == {long, "/short.png"}
-            assert all(0 <= c.age_s < 5 for c in found)
-        assert [c.source for c in read_entries(decode_log_file(paths, 3))] == [long]
-        with pytest.raises(ValueError, match="boom"), entries.decoding("/second.png", "ef"):
-            raise ValueError("boom")
-    assert read_entries(decode_log_file(paths, 3)) == []
-    entries.close()
-    assert not decode_log_file(paths, 3).exists()
-
-
-def test_crumbs_of_the_dead_are_found_by_the_next_job(tmp_path: Path) -> None:
-    paths = SpacePaths(tmp_path / "cache" / "spaces" / "s")
-    entries = DecodeLog(decode_log_file(paths, 3), threads=2)
-    with entries.decoding("/a.png", "ab"):
-        assert [c.source for c in clear_decode_log(paths)] == ["/a.png"]
-        assert clear_decode_log(paths) == []
-    entries.close()
-
-
-def test_a_torn_crumb_is_none(tmp_path: Path) -> None:
-    path = tmp_path / "w.decoding"
-    path.write_bytes(b'{"source": "/a.png", "key": "ab", "sin')
-    assert read_entries(path) == []
-    assert read_entries(tmp_path / "never") == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +18,10 @@ from cache.format.codec import pack
 from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.ledger import MediaRecord
 from cache.store.reader import FeatureReader
-from cache.store.space import Space
-from cache.store.writer import NewRow
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker import prefetch
-from encode.worker.media_item import MediaItem, Pixels
-from encode.worker.messages import Outcome, SourceTask
-from encode.worker.row_writer import RowWriter
+from encode.worker.media_item import Pixels
 from encode.worker.worker import Worker
 from model.media.images import BadMediaError
 from model.media.video import frames
@@ -43,7 +38,6 @@ from tests.support.encode_jobs import (
     start,
     wait_for_rows,
 )
-from tests.support.spaces import key, make_space, row
 
 LENGTHS = (2, 5, 16, 3, 8, 7)
 """Frames of the videos; two a second."""
@@ -234,75 +228,3 @@ def test_a_driver_killed_among_videos(
         assert reader.index["frame"].duplicates() == []
         assert reader.logical_hash() == whole.reader.logical_hash()
     assert in_the_middle
-
-
-# ---- the writer
-
-
-def writer_of(made: Space) -> tuple[RowWriter, list[Outcome]]:
-    """A writer of this space, and what it says is done."""
-    numbers = itertools.count()
-    done: list[Outcome] = []
-    writer = RowWriter(
-        made,
-        next_shard=lambda _: next(numbers),
-        fence=lambda: None,
-        done=done.append,
-        commit_every_s=60.0,
-    )
-    return writer, done
-
-
-def test_a_video_begins_a_new_shard_rather_than_lie_in_two(tmp_path: Path) -> None:
-    """One row is left beside the first video; a video larger than a shard goes on in the next."""
-    made = make_space(tmp_path)
-    slots = made.rows_per_shard("frame")
-    lengths = (slots - 1, slots - 1, slots + 2, 2)
-    writer, done = writer_of(made)
-    for video, length in enumerate(lengths):
-        task = SourceTask(source=f"/{video}", kind="video")
-        record = MediaRecord(source=task.source, kind="video", key=key(video))
-        rows = [
-            NewRow(key=key(video), view=f"t:{i}", time_s=float(i), payload=row(i, "frame"))
-            for i in range(length)
-        ]
-        writer.put(MediaItem(task=task, record=record, rows=rows))
-    writer.commit()
-    writer.close()
-    assert [outcome.task.source for outcome in done] == ["/0", "/1", "/2", "/3"]
-    assert all(outcome.result == "ok" for outcome in done)
-    table = made.commits("frame")
-    found = {
-        video: [
-            row
-            for row, of in zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True)
-            if of.hex() == key(video)
-        ]
-        for video in range(4)
-    }
-    starts = (0, slots, 2 * slots - 1, 3 * slots + 1)
-    assert found == {
-        video: list(range(first, first + length))
-        for video, (first, length) in enumerate(zip(starts, lengths, strict=True))
-    }
-
-
-def test_waiting_for_room_ends(tmp_path: Path) -> None:
-    """More rows than may wait at once pass through, and `put` never hangs."""
-    made = make_space(tmp_path)
-    writer, done = writer_of(made)
-
-    def put_all() -> None:
-        for number in range(200):
-            task = SourceTask(source=f"/{number}")
-            record = MediaRecord(source=task.source, key=key(number))
-            only = NewRow(key=key(number), view="full", payload=row(number))
-            writer.put(MediaItem(task=task, record=record, rows=[only]))
-
-    thread = threading.Thread(target=put_all)
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-    writer.commit()
-    writer.close()
-    assert len(done) == 200

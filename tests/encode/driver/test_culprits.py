@@ -1,0 +1,51 @@
+"""Finding the file that crashes or hangs its worker.
+
+rejected, retried = Culprits().sort(decoding, alone=None, hung=False)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs import UserError
+from encode.driver.culprits import Culprits, rejection
+from encode.worker.local_files import identify
+from encode.worker.messages import SourceTask
+from model.media.images import Failure
+
+
+def test_a_file_is_rejected_only_when_decoded_alone_and_after_two_crashes() -> None:
+    a, b = SourceTask(source="/a"), SourceTask(source="/b")
+    culprits = Culprits()
+    assert culprits.sort([a, b], None, hung=False) == ([], [a, b])
+    assert culprits.sort([a, b], None, hung=True) == ([], [a, b]), "either of them may hang"
+    assert culprits.sort([a], a, hung=False) == ([], [a])
+    assert culprits.sort([], a, hung=False) == ([], []), "it was not decoding the file"
+    assert culprits.sort([a], a, hung=False) == ([a], [])
+    assert culprits.sort([b], b, hung=True) == ([b], [])
+
+
+def test_crashes_without_progress_stop_the_job() -> None:
+    culprits = Culprits()
+    for settled in (0, 0, 0, 0, 0, 7, 7, 7, 7, 7):
+        culprits.count(settled, "why")
+    with pytest.raises(UserError, match=r"6 workers in a row .* the last one: out of memory"):
+        culprits.count(7, "out of memory")
+
+
+def test_a_rejection_is_valid_until_the_bytes_change(tmp_path: Path) -> None:
+    path = tmp_path / "deadly.png"
+    path.write_bytes(b"boom")
+    record = rejection(SourceTask(source=str(path), attempts=1), "", hung=False).failed_record()
+    assert (record.status, record.stage, record.attempts) == ("failed", "decode", 2)
+    assert record.error == "crashed its worker, also when decoded alone"
+    identity = identify(str(path))
+    assert identity is not None
+    assert identity.matches(record)
+    path.unlink()
+    hung = rejection(SourceTask(source=str(path)), "", hung=True)
+    assert hung.failure == Failure("decode", "hung its worker, also when decoded alone")
+    linked = rejection(SourceTask(source="https://host/a.jpg"), "ab" * 32, hung=True)
+    assert linked.record.key == "ab" * 32
