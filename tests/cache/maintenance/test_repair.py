@@ -1,4 +1,7 @@
-"""`cache.verify --repair`: what is damaged goes, what is not stays; the next encode does exactly the rest."""
+"""`cache.verify --repair` removes damage and keeps the rest; the next encode run recreates the difference.
+
+python -m cache.verify --deep --repair
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_damaged_index_is_made_anew_and_costs_no_row(
+def test_a_damaged_index_file_is_written_again_and_costs_no_row(
     root: CacheRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
@@ -90,7 +93,7 @@ def test_a_damaged_index_is_made_anew_and_costs_no_row(
         assert FeatureReader(space.paths).logical_hash() == hash_before
 
 
-def test_an_intact_cache_is_left_alone(root: CacheRoot) -> None:
+def test_an_intact_cache_is_not_changed(root: CacheRoot) -> None:
     before = contents(root.path)
     done, said = repair(root)
     assert (done.steps, said) == (0, [])
@@ -110,7 +113,7 @@ def test_an_intact_cache_is_left_alone(root: CacheRoot) -> None:
         (lambda path: path.unlink(), {4, 5, 6}),
     ],
 )
-def test_of_a_damaged_shard_the_intact_rows_stay(
+def test_the_intact_rows_of_a_damaged_shard_are_kept(
     root: CacheRoot, hurt: Any, lost: set[int]
 ) -> None:
     paths = only_space(root)
@@ -132,7 +135,7 @@ def test_of_a_damaged_shard_the_intact_rows_stay(
     assert not shard.exists()
 
 
-def test_a_damaged_commit_takes_its_shard_with_it(root: CacheRoot) -> None:
+def test_a_damaged_commit_is_set_aside_with_its_shard(root: CacheRoot) -> None:
     paths = only_space(root)
     garble(paths.commit("image", 0), 60)
     done, said = repair(root)
@@ -143,7 +146,7 @@ def test_a_damaged_commit_takes_its_shard_with_it(root: CacheRoot) -> None:
         assert (root.damaged_dir / path.relative_to(root.path)).exists()
 
 
-def test_a_description_gets_the_rows_per_shard_of_its_commits(root: CacheRoot) -> None:
+def test_space_json_gets_the_rows_per_shard_of_the_commits(root: CacheRoot) -> None:
     """With a wrong number, every commit would look damaged."""
     paths = only_space(root)
     data = paths.space_json.read_bytes()
@@ -155,7 +158,7 @@ def test_a_description_gets_the_rows_per_shard_of_its_commits(root: CacheRoot) -
     assert images(root) == set(range(9))
 
 
-def test_a_description_whose_spec_can_be_proven_is_written_anew(root: CacheRoot) -> None:
+def test_space_json_is_rebuilt_if_the_commits_prove_its_spec(root: CacheRoot) -> None:
     paths = only_space(root)
     data = paths.space_json.read_bytes()
     seal = data.rindex(b"sha256:")
@@ -179,7 +182,7 @@ def test_a_description_whose_spec_can_be_proven_is_written_anew(root: CacheRoot)
     repair(root)
 
 
-def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot) -> None:
+def test_a_new_space_json_fits_the_existing_shards(root: CacheRoot) -> None:
     paths = only_space(root)
     made = Space.open(paths)
     for keep in ("image-00000002", "image-00000000"):  # the number says, or the size
@@ -195,7 +198,7 @@ def test_a_description_made_anew_fits_the_shards_that_are_there(root: CacheRoot)
         Space.create(root, spec, made.load)
 
 
-def test_what_follows_from_the_rest_is_made_anew(root: CacheRoot) -> None:
+def test_zarr_json_files_are_written_again(root: CacheRoot) -> None:
     paths = only_space(root)
     before = contents(root.path)
     garble(paths.array_json("image"), 30)
@@ -205,7 +208,7 @@ def test_what_follows_from_the_rest_is_made_anew(root: CacheRoot) -> None:
     assert contents(root.path) == before
 
 
-def test_a_derived_index_that_is_odd_only_goes(root: CacheRoot) -> None:
+def test_an_unreadable_file_among_the_index_files_is_removed(root: CacheRoot) -> None:
     before = contents(root.path)
     folder = only_space(root).root / "index"
     folder.mkdir()
@@ -215,7 +218,7 @@ def test_a_derived_index_that_is_odd_only_goes(root: CacheRoot) -> None:
     assert contents(root.path) == before
 
 
-def test_tables_are_set_aside_and_named(root: CacheRoot) -> None:
+def test_damaged_tables_are_set_aside_and_named(root: CacheRoot) -> None:
     samples, (media,) = root.samples("toy"), root.media_dir.glob("*.parquet")
     for path in (samples, media):
         garble(path, 40)
@@ -233,7 +236,7 @@ def test_tables_are_set_aside_and_named(root: CacheRoot) -> None:
     )
 
 
-def test_rows_that_are_no_numbers_go(tmp_path: Path) -> None:
+def test_rows_with_nan_are_removed(tmp_path: Path) -> None:
     for codec_name, at in (("fp16", 2 * 70), ("int8", 256 + 2)):
         root = CacheRoot(tmp_path / codec_name)
         space = make_space(root.path, codec_name)
@@ -252,7 +255,7 @@ def test_rows_that_are_no_numbers_go(tmp_path: Path) -> None:
         assert images(root) == {0, 2}
 
 
-def test_numbers_at_the_edge_are_numbers(tmp_path: Path) -> None:
+def test_the_largest_finite_numbers_are_valid(tmp_path: Path) -> None:
     space = make_space(tmp_path, "fp16")
     writer = ShardWriter(space, "image", 0)
     extreme = np.full((4, 64), -1e6, np.float32)
@@ -264,7 +267,7 @@ def test_numbers_at_the_edge_are_numbers(tmp_path: Path) -> None:
     assert verify(CacheRoot(tmp_path), deep=True).all_findings == []
 
 
-def test_of_equal_rows_the_older_stays_unless_it_is_damaged(root: CacheRoot) -> None:
+def test_of_equal_rows_the_older_is_kept_unless_it_is_damaged(root: CacheRoot) -> None:
     space = Space.open(only_space(root))
     fill(space, [1, 4, 10])
     space.grow("image")
@@ -277,7 +280,7 @@ def test_of_equal_rows_the_older_stays_unless_it_is_damaged(root: CacheRoot) -> 
     assert index.duplicates() == []
 
 
-def test_a_shard_that_comes_back_is_checked_like_any_other(root: CacheRoot) -> None:
+def test_a_shard_that_exists_again_is_checked_like_any_other(root: CacheRoot) -> None:
     """The commit that replaced it is damaged, its files are still there: as after a gc that was killed."""
     space = Space.open(only_space(root))
     keep = np.array([True, False, True, True])
@@ -295,7 +298,7 @@ def test_a_shard_that_comes_back_is_checked_like_any_other(root: CacheRoot) -> N
     assert images(root) == set(range(9)) - {2}
 
 
-def test_numbers_are_not_used_again_after_a_repair(root: CacheRoot) -> None:
+def test_shard_numbers_are_not_used_again_after_a_repair(root: CacheRoot) -> None:
     space = Space.open(only_space(root))
     space.paths.shard("image", 2).unlink()
     garble(space.paths.shard("image", 2 - 1), 0, 3 * 268)
@@ -305,7 +308,7 @@ def test_numbers_are_not_used_again_after_a_repair(root: CacheRoot) -> None:
     assert (space.next_shard("image"), space.next_shard("frame")) == (3, 1)
 
 
-def test_only_what_is_asked_for_is_touched(root: CacheRoot) -> None:
+def test_only_the_requested_space_is_repaired(root: CacheRoot) -> None:
     other = make_space(root.path, "fp16")
     fill(other, [0])
     other.grow("image")
@@ -319,7 +322,7 @@ def test_only_what_is_asked_for_is_touched(root: CacheRoot) -> None:
     assert (contents(other.paths.root), contents(root.samples_dir)) == before
 
 
-def test_a_space_of_a_newer_version_is_not_touched(root: CacheRoot) -> None:
+def test_a_space_of_a_newer_version_is_not_changed(root: CacheRoot) -> None:
     paths = only_space(root)
     values = read_sealed_json(paths.space_json)
     del values["seal"]
@@ -332,7 +335,7 @@ def test_a_space_of_a_newer_version_is_not_touched(root: CacheRoot) -> None:
     assert contents(paths.root) == before
 
 
-def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
+def test_a_repair_is_refused_while_a_job_writes(root: CacheRoot) -> None:
     garble(only_space(root).shard("image", 0), 5)
     before = contents(root.path)
     with (
@@ -343,7 +346,7 @@ def test_refused_while_a_job_writes_naming_it(root: CacheRoot) -> None:
     assert contents(root.path) == before
 
 
-def test_what_a_codec_holds_far_worse_than_the_rest_is_a_note(tmp_path: Path) -> None:
+def test_a_row_with_a_far_larger_codec_error_is_a_note(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     for first in range(0, 40, 4):
         writer = ShardWriter(space, "image", space.next_shard("image"))
@@ -361,7 +364,7 @@ def test_what_a_codec_holds_far_worse_than_the_rest_is_a_note(tmp_path: Path) ->
     ]
 
 
-def test_outliers_are_few_and_scale_does_not_matter() -> None:
+def test_outliers_do_not_depend_on_the_scale() -> None:
     dice = np.random.default_rng(0)
     errors = np.exp(dice.normal(-5, 0.2, 100_000)).astype(np.float32)
     assert len(outliers(errors)) == 0
@@ -376,7 +379,7 @@ def test_outliers_are_few_and_scale_does_not_matter() -> None:
 # ---- with encode jobs
 
 
-def test_an_encode_job_restores_what_a_repair_took_out(tmp_path: Path) -> None:
+def test_an_encode_job_restores_what_a_repair_removed(tmp_path: Path) -> None:
     draw(tmp_path / "images", 12)
     media, config = (
         f"folder:{tmp_path / 'images'}",
@@ -421,7 +424,7 @@ def run(
     return code, *capsys.readouterr()
 
 
-def test_the_command_says_what_it_does_and_what_to_do_next(
+def test_the_command_prints_its_steps_and_the_next_command(
     root: CacheRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = only_space(root)
@@ -454,7 +457,7 @@ def test_the_command_says_what_it_does_and_what_to_do_next(
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("kind", ["image", "frame"])
-def test_a_row_as_packed_is_sound_whatever_its_codec(name: str, kind: str) -> None:
+def test_a_packed_row_is_finite_with_any_codec(name: str, kind: str) -> None:
     spec = dataclasses.replace(
         SPEC, codec=name, image_size=12, pool_frame=1
     )  # 36 tokens: a mean, too

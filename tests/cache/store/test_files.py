@@ -1,4 +1,8 @@
-"""Seals notice every flipped bit; a file is whole or not there."""
+"""Seals detect every flipped bit; a file appears whole or not at all.
+
+with new_file(path) as file:
+    file.write(data)
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def test_every_flipped_bit_of_every_sealed_file_breaks_its_seal(tmp_path: Path) 
 
 
 @given(st.binary(), st.binary().filter(lambda tail: b"sha256:" not in tail))
-def test_a_seal_may_stand_anywhere_but_only_the_last_counts(head: bytes, tail: bytes) -> None:
+def test_a_seal_may_be_anywhere_but_only_the_last_one_counts(head: bytes, tail: bytes) -> None:
     data = seal(head + UNSEALED.encode() + tail)
     assert len(data) == len(head) + len(UNSEALED) + len(tail)
     check_seal(data, HERE)
@@ -61,7 +65,7 @@ def test_a_seal_survives_quoted_seals_in_the_text() -> None:
     assert json.loads(data)["text"] == "sha256:" + "1" * 64
 
 
-def test_files_are_sealed_as_bytes_are(tmp_path: Path) -> None:
+def test_sealing_a_file_equals_sealing_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = b"a" * 100_000 + UNSEALED.encode() + b"z"
     with new_file(path) as file:
@@ -115,7 +119,7 @@ def test_new_files_obey_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_corrupt_crosses_processes() -> None:
+def test_a_corrupt_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(CorruptError(HERE, "what", "way out")))
     assert (error.path, error.what, error.way_out) == (HERE, "what", "way out")
     assert str(error) == "somewhere: what; way out"

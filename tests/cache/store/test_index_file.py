@@ -1,4 +1,8 @@
-"""The derived index says what the commits say, whatever became of them; and never anything else."""
+"""The index file says what the commits say, after any history of commits and any damage.
+
+save_index(paths, info)
+index = open_index(paths, info, "image")
+"""
 
 from __future__ import annotations
 
@@ -108,7 +112,7 @@ STEPS = st.sampled_from(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), steps=st.lists(STEPS, min_size=3, max_size=14))
-def test_after_any_history_it_says_what_a_rebuild_says(
+def test_after_any_history_it_equals_a_rebuilt_index(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, steps: list[str]
 ) -> None:
     space = make_space(tmp_path_factory.mktemp("history"))
@@ -164,9 +168,7 @@ def flip(path: Path, at: int) -> None:
 # ---- one by one
 
 
-def test_only_what_it_does_not_know_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_new_commits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = make_space(tmp_path)
     for n in range(5):
         fill(space, [2 * n, 2 * n + 1])
@@ -195,7 +197,7 @@ def test_only_what_it_does_not_know_is_read(
     assert read == []
 
 
-def test_what_was_replaced_when_it_was_saved_can_come_back(
+def test_a_shard_that_was_replaced_when_it_was_saved_can_exist_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = make_space(tmp_path)
@@ -211,7 +213,7 @@ def test_what_was_replaced_when_it_was_saved_can_come_back(
     assert len(opened(space)) == 3
 
 
-def test_a_commit_made_anew_under_its_old_name_is_noticed(tmp_path: Path) -> None:
+def test_a_commit_written_again_under_its_old_name_is_noticed(tmp_path: Path) -> None:
     """Same number, same size; its time may even be the same, when that was too young to be relied on."""
     space = make_space(tmp_path)
     fill(space, [1])
@@ -229,7 +231,7 @@ def test_a_commit_made_anew_under_its_old_name_is_noticed(tmp_path: Path) -> Non
     assert (seen.contains("image", key(1)), seen.contains("image", key(2))) == (False, True)
 
 
-def test_every_flipped_bit_is_found_and_none_is_believed(
+def test_every_flipped_bit_is_found_and_the_file_is_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     space = make_space(tmp_path)
@@ -258,7 +260,7 @@ def test_every_flipped_bit_is_found_and_none_is_believed(
     assert "reading all commits instead" in caplog.text
 
 
-def test_verify_names_a_damaged_one_and_the_next_job_makes_it_anew(tmp_path: Path) -> None:
+def test_verify_names_a_damaged_file_and_the_next_job_writes_it_again(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     space.grow("image")
@@ -274,7 +276,7 @@ def test_verify_names_a_damaged_one_and_the_next_job_makes_it_anew(tmp_path: Pat
     assert not verify(tmp_root(space), deep=True).all_findings
 
 
-def test_an_index_of_another_space_is_not_believed(tmp_path: Path) -> None:
+def test_an_index_of_another_space_is_ignored(tmp_path: Path) -> None:
     one, other = make_space(tmp_path / "one"), make_space(tmp_path / "other", "fp16")
     fill(one, [1])
     fill(other, [2])
@@ -286,7 +288,7 @@ def test_an_index_of_another_space_is_not_believed(tmp_path: Path) -> None:
     assert error is not None and "another space" in str(error)
 
 
-def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
+def test_an_intact_index_that_is_wrong_is_found(tmp_path: Path) -> None:
     """Intact, and wrong all the same: as if we had written it wrong."""
     space = make_space(tmp_path)
     fill(space, [1, 2])
@@ -301,7 +303,7 @@ def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
         FeatureReader(space.paths).read("image", key(1))
 
 
-def test_it_is_written_only_where_it_is_worth_it(
+def test_it_is_written_only_where_it_saves_enough_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derived, "WORTH_COMMITS", 3)
@@ -339,7 +341,7 @@ def test_a_reader_writes_nothing_and_needs_no_permission(tmp_path: Path) -> None
             path.chmod(0o700)
 
 
-def test_an_open_reader_outlives_a_new_index(tmp_path: Path) -> None:
+def test_an_open_reader_is_unaffected_by_a_new_index(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [1, 2])
     save_index(space.paths, space.info)
@@ -352,7 +354,7 @@ def test_an_open_reader_outlives_a_new_index(tmp_path: Path) -> None:
     )
 
 
-def test_identities_are_a_set_without_strings(tmp_path: Path) -> None:
+def test_identities_behave_like_a_set(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [1, 2])
     fill(space, [2], view="crop:0,0,1,1")

@@ -1,4 +1,9 @@
-"""One driver a space; its successor waits for orphans; who lost the space writes nothing."""
+"""A space has one driver at a time; the next one waits for the workers of a dead one, which write nothing.
+
+with DriverLock(paths, holder_text("encode.run")) as driver:
+    with WorkerLease(paths, driver.token, "w1") as lease:
+        lease.fence()
+"""
 
 from __future__ import annotations
 
@@ -57,7 +62,7 @@ def process(paths: SpacePaths, what: str) -> Iterator[subprocess.Popen[str]]:
             running.kill()
 
 
-def test_a_second_driver_is_told_who_the_first_is(paths: SpacePaths) -> None:
+def test_the_error_of_a_second_driver_names_the_first(paths: SpacePaths) -> None:
     assert driver_holder(paths) is None
     with process(paths, "driver") as first:
         assert driver_holder(paths) == "job 1"
@@ -71,7 +76,7 @@ def test_a_second_driver_is_told_who_the_first_is(paths: SpacePaths) -> None:
     assert driver_holder(paths) is None
 
 
-def test_a_look_at_the_holder_does_not_turn_a_driver_away(paths: SpacePaths) -> None:
+def test_asking_for_the_holder_does_not_block_a_driver(paths: SpacePaths) -> None:
     stop = threading.Event()
 
     def look() -> None:
@@ -98,7 +103,7 @@ def test_every_driver_has_its_own_token(paths: SpacePaths) -> None:
     assert len(tokens) == 3
 
 
-def test_a_new_driver_waits_for_the_last_orphan(
+def test_a_new_driver_waits_for_the_last_worker_of_a_dead_one(
     paths: SpacePaths, caplog: pytest.LogCaptureFixture
 ) -> None:
     with DriverLock(paths, "job 1") as first:
@@ -143,7 +148,7 @@ def test_a_stale_worker_can_neither_start_nor_commit(tmp_path: Path) -> None:
     assert space.next_shard("image") == 1
 
 
-def test_the_fence_falls_between_shard_and_commit_too(tmp_path: Path) -> None:
+def test_the_right_to_write_may_be_lost_between_shard_and_commit(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     calls = 0
 
@@ -164,7 +169,7 @@ def test_the_fence_falls_between_shard_and_commit_too(tmp_path: Path) -> None:
     assert not space.paths.shard("image", 0).parent.parent.exists()
 
 
-def test_a_killed_worker_is_seen_to_be_gone_and_stays_gone(paths: SpacePaths) -> None:
+def test_a_killed_worker_is_noticed_and_cannot_start_again(paths: SpacePaths) -> None:
     with DriverLock(paths, "job") as driver:
         with process(paths, driver.token) as worker:
             start = time.monotonic()
@@ -202,7 +207,7 @@ def test_a_file_system_without_locks_is_named(
         DriverLock(paths, "job").__enter__()
 
 
-def test_a_lease_that_was_refused_holds_nothing(paths: SpacePaths) -> None:
+def test_a_refused_lease_holds_no_lock(paths: SpacePaths) -> None:
     with pytest.raises(StaleJobError), WorkerLease(paths, "no such token", "w1"):
         pass
     with DriverLock(paths, "job"):  # would wait for ever

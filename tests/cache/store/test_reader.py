@@ -1,4 +1,8 @@
-"""The reader finds what was committed, returns its exact bytes from any thread or process, or raises."""
+"""The reader finds what was committed, and returns its exact bytes to any thread or process, or raises.
+
+reader = FeatureReader(find_space(root, None))
+reader.read_into("image", reader.lookup("image", keys), out)
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ ROWS = {3: 0, 1: 1, 2: 2, 0: 3, 6: 4, 4: 5, 5: 6, 8: 12, 7: 13, 9: 16}
 """Image -> its row number there."""
 
 
-def test_keys_are_found_and_strangers_are_not(filled: Space) -> None:
+def test_stored_keys_are_found_and_others_are_not(filled: Space) -> None:
     seen = FeatureReader(filled.paths)
     assert (seen.rows("image"), seen.rows("frame")) == (10, 3)
     rows = seen.lookup("image", [key(number) for number in range(12)])
@@ -63,7 +67,7 @@ def test_keys_are_found_and_strangers_are_not(filled: Space) -> None:
         seen.lookup("image", ["abc"])
 
 
-def test_features_come_back_as_the_codec_keeps_them(filled: Space) -> None:
+def test_features_are_read_as_the_codec_stored_them(filled: Space) -> None:
     seen = FeatureReader(filled.paths.root)
     expected = codec.unpack(row(5), SPEC.codec, SPEC.tokens("image"), SPEC.width)
     np.testing.assert_array_equal(seen.read("image", key(5)), expected)
@@ -125,9 +129,7 @@ def test_adjacent_rows_are_one_system_call(filled: Space, monkeypatch: pytest.Mo
     assert calls == [3, 3, 3, 1]
 
 
-def test_reads_that_come_up_short_are_continued(
-    filled: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_reads_are_continued(filled: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
     chunk = 0
 
@@ -146,7 +148,7 @@ def test_reads_that_come_up_short_are_continued(
         np.testing.assert_array_equal(out, [row(number) for number in (3, 1, 2, 0)])
 
 
-def test_what_is_not_in_memory_is_begun_together(
+def test_reads_that_wait_for_the_disk_are_begun_together(
     filled: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the page cache held shard 0 alone; then as if this file system could not tell."""
@@ -180,7 +182,7 @@ def test_what_is_not_in_memory_is_begun_together(
         seen.read_into("image", np.array([0, 4, 12, 400]), np.empty((4, out.shape[1]), np.uint8))
 
 
-def test_what_cannot_be_read_is_refused(filled: Space) -> None:
+def test_invalid_reads_are_refused(filled: Space) -> None:
     seen = FeatureReader(filled.paths)
     size = SPEC.row_bytes("image")
     for rows in ([-1], [7], [8], [17], [0, 400], [10**12]):
@@ -287,7 +289,7 @@ def test_a_description_with_other_shards_is_noticed(tmp_path: Path) -> None:
         FeatureReader(space.paths)
 
 
-def test_a_shard_that_is_gone_or_cut_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_or_shortened_shard_is_named_with_advice(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     path, commit = space.paths.shard("image", 0), space.paths.commit("image", 0)
@@ -318,7 +320,7 @@ def test_a_disk_that_fails_is_named(filled: Space, monkeypatch: pytest.MonkeyPat
         FeatureReader(filled.paths).read("image", key(0))
 
 
-def test_threads_share_one_reader_though_files_are_closed_meanwhile(
+def test_threads_share_one_reader_while_files_are_closed(
     filled: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_files, "open_files", lambda: 1)
@@ -339,7 +341,7 @@ def test_threads_share_one_reader_though_files_are_closed_meanwhile(
         assert sum(threads.map(work, range(6))) == 6
 
 
-def test_several_threads_are_over_when_the_call_is(
+def test_no_thread_outlives_a_call_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damage in one thread's part: it is raised, and nobody writes to the buffer afterwards."""
@@ -451,7 +453,7 @@ def test_equal_content_has_an_equal_logical_hash(tmp_path: Path, filled: Space) 
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_the_index_is_a_dictionary(data: st.DataObject) -> None:
+def test_the_index_behaves_like_a_dictionary(data: st.DataObject) -> None:
     """Against a dict, with keys, views and hashes that collide on purpose."""
     keys = [bytes([a]) * 8 + bytes([b]) * 24 for a in range(3) for b in range(3)]
     views = ["full", "t:0", "t:500000"]
@@ -493,7 +495,7 @@ def test_the_index_is_a_dictionary(data: st.DataObject) -> None:
     assert order == sorted(order)
 
 
-def test_the_space_is_found_by_its_name_or_alone(tmp_path: Path) -> None:
+def test_a_space_is_found_by_name_or_if_it_is_the_only_one(tmp_path: Path) -> None:
     root = CacheRoot(tmp_path)
     with pytest.raises(
         NotFoundError, match=r"no feature space under .*Make one: python -m encode\.run"

@@ -81,7 +81,7 @@ def sample(dataset: str, number: int, rng: np.random.Generator) -> Sample:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_join_is_that_of_dictionaries(tmp_path: Path, seed: int) -> None:
+def test_the_join_equals_one_with_dictionaries(tmp_path: Path, seed: int) -> None:
     root, space = filled_cache(tmp_path, seed)
     table, ledger, reader = media_table(root), read_media(root), FeatureReader(space.paths)
     names = ["one", "two"]

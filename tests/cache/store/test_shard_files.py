@@ -1,4 +1,8 @@
-"""Rows copied from mapped shards: only what is in memory, only where the kernel tells, and never a signal."""
+"""Rows are copied from mapped shards only if the kernel reports them in memory, never at the risk of SIGBUS.
+
+reader = FeatureReader(paths)  # maps a shard once it was read as often as it is long
+plain = FeatureReader(paths, mapped=False)
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ def read(reader: FeatureReader, numbers: list[int]) -> None:
         np.testing.assert_array_equal(found, row(number))
 
 
-def test_what_is_read_again_and_again_needs_no_call(space: Space, calls: list[int]) -> None:
+def test_rows_of_a_mapped_shard_need_no_system_call(space: Space, calls: list[int]) -> None:
     reader = FeatureReader(space.paths)
     read(reader, [0, 1, 2, 3])
     assert len(calls) == 1, "once through: by calls"
@@ -68,7 +72,7 @@ def test_what_is_read_again_and_again_needs_no_call(space: Space, calls: list[in
     assert calls == []
 
 
-def test_not_before_it_is_worth_it(space: Space, calls: list[int]) -> None:
+def test_a_shard_is_mapped_only_after_it_was_read_once_over(space: Space, calls: list[int]) -> None:
     plain = FeatureReader(space.paths, mapped=False)
     for _ in range(4):
         read(plain, [0, 1, 2, 3])
@@ -83,7 +87,7 @@ def test_not_before_it_is_worth_it(space: Space, calls: list[int]) -> None:
     assert len(calls) == 3, "one of this size is not"
 
 
-def test_what_is_not_in_memory_is_read(
+def test_rows_that_are_not_in_memory_are_read(
     space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = FeatureReader(space.paths)
@@ -104,7 +108,7 @@ def test_what_is_not_in_memory_is_read(
     assert calls == [slot, 0, 2 * slot, 3 * slot, 0]
 
 
-def test_the_kernel_is_asked(tmp_path: Path) -> None:
+def test_only_pages_in_memory_are_copied(tmp_path: Path) -> None:
     """Pages of a file that nobody has read are not in memory; what was read of it is."""
     path = tmp_path / "file"
     with path.open("wb") as file:
@@ -122,7 +126,7 @@ def test_the_kernel_is_asked(tmp_path: Path) -> None:
     assert seen.copy(200 * page - 10, [out], 5000), "the mapping stays"
 
 
-def test_nothing_is_copied_from_behind_the_end(tmp_path: Path) -> None:
+def test_nothing_is_copied_from_beyond_the_end(tmp_path: Path) -> None:
     """Where the file's last page, which is in memory, goes on."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * 5000)
@@ -142,7 +146,7 @@ def test_the_trainer_does_not_map(space: Space, tmp_path: Path, calls: list[int]
     assert len(calls) == 4
 
 
-def test_only_where_the_kernel_tells_the_truth(
+def test_files_of_other_users_are_not_mapped(
     space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of other people's files that we may not write, it says that all pages are in memory."""
@@ -171,7 +175,7 @@ def test_a_file_system_that_cannot_map_is_read(
     assert len(calls) == 4
 
 
-def test_damage_of_a_mapped_row_is_noticed(space: Space) -> None:
+def test_damage_to_a_mapped_row_is_noticed(space: Space) -> None:
     reader = FeatureReader(space.paths)
     for _ in range(3):
         read(reader, [0, 1, 2, 3])

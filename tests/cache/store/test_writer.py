@@ -1,4 +1,9 @@
-"""Shards appear whole or not at all, in the right order, under numbers never used before."""
+"""Shards appear whole or not at all, in the right order, under numbers that are never used again.
+
+shard = ShardWriter(space, "image", space.next_shard("image"))
+shard.append(key, "full", row)
+shard.commit()
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ from tests.support import ROOT
 from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row
 
 
-def test_rows_come_back_and_the_table_says_what_was_said(tmp_path: Path) -> None:
+def test_rows_and_their_facts_are_read_as_they_were_written(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     writer = ShardWriter(space, "image", space.next_shard("image"))
     writer.append(key(1), "full", row(1), error=0.25)
@@ -46,7 +51,7 @@ def test_rows_come_back_and_the_table_says_what_was_said(tmp_path: Path) -> None
     assert FeatureReader(space.paths).read("image", key(1)).shape == features(1).shape
 
 
-def test_a_shard_holds_what_its_geometry_says(tmp_path: Path) -> None:
+def test_a_shard_has_the_layout_of_its_geometry(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, range(SLOTS))
     fill(space, [SLOTS])
@@ -57,7 +62,7 @@ def test_a_shard_holds_what_its_geometry_says(tmp_path: Path) -> None:
         assert size == commit.nbytes == geometry.file_bytes(rows) == rows * 268 + 16 * SLOTS + 4
 
 
-def test_a_row_that_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_an_invalid_row_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     writer = ShardWriter(space, "image", 0)
     writer.append(key(0), "full", row(0))
@@ -78,9 +83,7 @@ def test_a_row_that_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> 
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
-def test_a_write_that_comes_up_short_is_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwritev
     monkeypatch.setattr(
         os, "pwritev", lambda fd, buffers, at: real(fd, [memoryview(buffers[0])[:100]], at)
@@ -90,9 +93,7 @@ def test_a_write_that_comes_up_short_is_continued(
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
-def test_a_write_that_fails_can_be_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = make_space(tmp_path)
     writer = ShardWriter(space, "image", 0)
 
@@ -114,7 +115,7 @@ def test_a_write_that_fails_can_be_tried_again(
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
-def test_rows_written_together_are_all_there_or_none(
+def test_rows_appended_together_are_all_written_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def new(number: int) -> NewRow:
@@ -154,7 +155,7 @@ def test_rows_written_together_are_all_there_or_none(
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
-def test_numbers_are_never_used_again(tmp_path: Path) -> None:
+def test_shard_numbers_are_never_used_again(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     assert fill(space, [0]) == 0
     ShardWriter(space, "image", 1)  # begun, and its process died
@@ -167,7 +168,7 @@ def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     assert space.next_shard("frame") == 0
 
 
-def test_a_shard_takes_the_place_of_others_at_once(tmp_path: Path) -> None:
+def test_a_shard_replaces_others_in_one_step(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
@@ -199,7 +200,7 @@ def test_an_aborted_or_empty_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
-def test_creating_is_idempotent_and_keeps_what_is_there(tmp_path: Path) -> None:
+def test_creating_a_space_again_changes_nothing(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [1])
     space.grow("image")
@@ -210,7 +211,7 @@ def test_creating_is_idempotent_and_keeps_what_is_there(tmp_path: Path) -> None:
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (inode, mtime_ns)
 
 
-def test_a_space_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_another_space_is_refused(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     values = read_sealed_json(space.paths.space_json)
     del values["seal"]
@@ -224,7 +225,7 @@ def test_a_space_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
         make_space(tmp_path)
 
 
-def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> None:
+def test_zarr_json_only_grows_and_is_written_again_when_damaged(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     path = space.paths.array_json("image")
 
@@ -250,14 +251,14 @@ def test_the_array_only_grows_and_is_made_anew_when_damaged(tmp_path: Path) -> N
     assert not verify(CacheRoot(tmp_path)).broken
 
 
-def test_shards_are_about_as_large_as_asked() -> None:
+def test_shards_have_about_the_requested_size() -> None:
     info = new_info(SPEC, {}, 1000)  # 264 bytes an image, 66 a frame
     assert info.slots == {"image": 4, "frame": 16}
     assert new_info(SPEC, {}, 1).slots == {"image": 1, "frame": 1}
     assert new_info(SPEC, {}, 1 << 40).slots == {"image": MAX_SLOTS, "frame": MAX_SLOTS}
 
 
-def test_nothing_is_named_before_it_is_durable(
+def test_nothing_gets_its_name_before_it_is_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rename comes after the fsync of what it names, and before the fsync of its folder."""
@@ -324,7 +325,7 @@ with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "0") a
 
 @pytest.mark.slow
 @pytest.mark.soak_counted
-def test_jobs_killed_at_random_lose_and_double_nothing(
+def test_jobs_killed_at_random_neither_lose_nor_duplicate_rows(
     tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
     draw = random.Random(0)

@@ -1,5 +1,7 @@
-"""A fault at any system call, of any kind: the space stays valid, nothing committed is lost, the next job
-completes it. Enumerated, not sampled: see `tests.support.faults`."""
+"""After a fault at any system call the space is valid and nothing committed is lost; the next job completes it.
+
+Every call is tried, with every kind of fault: see `tests.support.faults`.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,7 @@ def test_a_fault_at_any_call_of_a_write_leaves_a_valid_space(
 
 
 @pytest.mark.soak_counted
-def test_a_repair_that_is_cut_short_loses_no_intact_row(
+def test_an_interrupted_repair_loses_no_intact_row(
     folder: Path, soak: Callable[[int, int], int]
 ) -> None:
     space = make_space(folder / "cache")
@@ -116,7 +118,7 @@ def test_a_repair_that_is_cut_short_loses_no_intact_row(
 
 
 @pytest.mark.soak_counted
-def test_taking_rows_out_that_is_cut_short_loses_no_mentioned_row(
+def test_an_interrupted_removal_loses_no_mentioned_row(
     folder: Path, soak: Callable[[int, int], int]
 ) -> None:
     root = CacheRoot(folder / "cache")

@@ -1,4 +1,4 @@
-"""A disk that is really full: one clear line, nothing committed lost, the same command goes on from there."""
+"""A disk that is really full gives one clear line and loses nothing committed; the same command continues."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_an_encode_job_on_a_disk_that_fills_up(
     assert len(read_media(CacheRoot(cache))) == 24
 
 
-def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
+def test_removing_rows_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     root = CacheRoot(disk.folder / "cache")
     space = make_space(root.path)
     for first in range(0, 40, 4):
@@ -143,7 +143,7 @@ def test_taking_rows_out_on_a_full_disk_loses_nothing(disk: Disk) -> None:
     assert np.isfinite(FeatureReader(space.paths).read("image", key(0))).all()
 
 
-def test_a_second_job_is_told_who_the_first_is_and_changes_nothing(tmp_path: Path) -> None:
+def test_the_error_of_a_second_job_names_the_first_and_nothing_changes(tmp_path: Path) -> None:
     draw(tmp_path / "images", 2)
     first = encode(tmp_path / "cache", f"folder:{tmp_path / 'images'}")
     draw(tmp_path / "images", 4)

@@ -1,5 +1,8 @@
-"""Single-bit flips anywhere in a cache: each is found, none is ever returned as good, and after the repair an
-encode job brings back the same content, having redone what was lost and nothing else."""
+"""Any flipped bit is found and never returned as good; repair and encode restore the same content.
+
+python -m cache.verify --deep --repair
+python -m encode.run --dataset NAME
+"""
 
 from __future__ import annotations
 
