@@ -1,4 +1,4 @@
-"""After a fault at any system call the space is valid and nothing committed is lost; the next job completes it.
+"""After a fault at any system call the space is valid and nothing committed is lost; the next job goes on.
 
 Every call is tried, with every kind of fault: see `tests.support.faults`.
 """
