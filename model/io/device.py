@@ -30,8 +30,8 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cuda") or (index and not index.isdigit()):
         raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
-    usable, why = _cuda()
-    if usable:
+    problem = _cuda_problem()
+    if not problem:
         count = torch.cuda.device_count()
         if index and int(index) >= count:
             raise UserError(
@@ -39,9 +39,9 @@ def pick_device(name: str = "auto") -> torch.device:
             )
         return torch.device(name if kind == "cuda" else "cuda")
     if kind == "cuda":
-        raise UserError(f"--device {name}: {why or 'torch finds no GPU here'}; use --device cpu")
-    if why and _gpu_in_machine():
-        raise UserError(f"{why}; fix that, or use --device cpu")
+        raise UserError(f"--device {name}: {problem}; use --device cpu")
+    if _gpu_in_machine():
+        raise UserError(f"{problem}; fix that, or use --device cpu")
     return torch.device("cpu")
 
 
@@ -63,18 +63,18 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 
-def _cuda() -> tuple[bool, str]:
-    """Return whether CUDA can be used, and if not, torch's reason."""
+def _cuda_problem() -> str:
+    """Return why CUDA cannot be used, '' if it can."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    if usable:
-        return True, ""
+        if torch.cuda.is_available():
+            return ""
     if torch.version.cuda is None and torch.version.hip is None:
-        return False, "this torch is built for the CPU only (reinstall it with CUDA)"
+        return "this torch is built for the CPU only (reinstall it with CUDA)"
     reason = " ".join(str(caught[0].message).split()) if caught else "no reason given"
-    reason = reason.split(" (Triggered internally")[0]
-    return False, f"torch {torch.__version__} cannot use the GPU: {reason}"
+    return (
+        f"torch {torch.__version__} cannot use the GPU: {reason.split(' (Triggered internally')[0]}"
+    )
 
 
 def _gpu_in_machine() -> bool:

@@ -28,7 +28,7 @@ from PIL import Image
 import configs
 from cache.format.codec import CODECS
 from configs import UserError
-from configs.console import bytes_text, free_bytes
+from configs.console import bytes_text, free_bytes, table_text
 from model.attention.batch import PackedBatch
 from model.attention.kernels import cuda_kernel
 from model.generate import live_features
@@ -114,16 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"GPU: not usable: {problem}")
     encoder, vlm, passed = load_all(options, device)
     print("\n" + parameter_table(encoder, vlm))
-    sizes = sizes_of(
-        vlm.language.config,
-        language=parameter_counts(vlm)["language"][1],
-        connector=parameter_counts(vlm)["connector"][1],
-    )
+    counts = {part: total for part, (_, total) in parameter_counts(vlm).items()}
+    sizes = sizes_of(vlm.language.config, **counts)
     image_tokens = encoder.spec(options.codec).tokens("image")
-    for number, stage in configs.load("train")["stages"].items():
-        print("\n" + stage_report(int(number), stage, sizes, image_tokens, options))
+    print("\n" + memory_table(sizes, image_tokens, options))
     print(
-        "\nEstimates, not measurements (model/verify/memory.py): GiB at the worst moment of a step, on each\n"
+        "\nEstimates, not measurements (model/verify/memory.py): GiB at the peak of a step, on each\n"
         f"GPU; days on {options.gpus} GPUs at MFU {options.mfu:g}, if every sample is one image and "
         f"{options.text_tokens} tokens of text,\nand if every sample fills the window."
     )
@@ -192,7 +188,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
 
 
 def memory_verdicts(device: torch.device, sizes: Sizes) -> list[str]:
-    """Return one verdict for the GPU `device`, or one for each of `CARD_GIB` when it is no CUDA GPU."""
+    """Return one verdict for the GPU `device`, or one for each of `CARD_GIB` if it is not a CUDA GPU."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         gib = card.total_memory / GIB
@@ -214,17 +210,17 @@ def memory_verdict(card: str, usable_gib: float, preset: str, sizes: Sizes) -> s
     """Say in one line whether every stage fits a GPU, and which setting decides.
 
     Args:
-        card: what the line calls the GPU.
-        usable_gib: memory that a process gets on it, GiB.
-        preset: hardware preset (configs/train.yaml) whose settings the stages are run with.
-        sizes: those of language model and connector.
+        card: name of the GPU in the line.
+        usable_gib: memory that a process can use on it, GiB.
+        preset: hardware preset (configs/train.yaml) that the stages run with.
+        sizes: of language model and connector.
     """
     train = configs.load("train")
     settings = {n: {**stage, **train["hardware"][preset]} for n, stage in train["stages"].items()}
     bytes_of = {n: step_bytes(sizes, step_of(s, gpu=True)) for n, s in settings.items()}
     worst = max(bytes_of, key=lambda stage: bytes_of[stage]["total"])
-    parameters = ("weights", "gradients", "AdamW", "bf16 copies", "process")
-    if sum(bytes_of[worst][part] for part in parameters) > usable_gib * GIB:
+    fixed = ("weights", "gradients", "AdamW", "bf16 copies", "process")
+    if sum(bytes_of[worst][part] for part in fixed) > usable_gib * GIB:
         decides = "train_llm"  # no window, however short, would help
     else:
         decides = max(("max_tokens", "max_sequence_length"), key=settings[worst].__getitem__)
@@ -241,10 +237,10 @@ def disk_verdict(encoder: VisionEncoder, options: Options) -> str:
     """Say in one line whether the features of pixmo-cap's images fit the disk of `options.features`."""
     row_bytes = {}
     for codec in CODECS:
-        with contextlib.suppress(UserError):  # a width that is no multiple of 64 has fp16 alone
+        with contextlib.suppress(UserError):  # a width that is not a multiple of 64 has fp16 only
             row_bytes[codec] = encoder.spec(codec).row_bytes("image")
     sizes = {codec: PIXMO_CAP_IMAGES * nbytes for codec, nbytes in row_bytes.items()}
-    free = free_bytes(options.features)
+    free = free_bytes(options.features.expanduser())
     fits = "Fits" if sizes[options.codec] <= free else "Does NOT fit"
     texts = [f"{bytes_text(nbytes)} in {codec}" for codec, nbytes in sizes.items()]
     return (
@@ -274,11 +270,10 @@ def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:
     return "\n".join(lines)
 
 
-def stage_report(
-    number: int, stage: Mapping[str, Any], sizes: Sizes, image_tokens: int, options: Options
-) -> str:
-    """Return a table with one stage's memory on each hardware preset, whether it fits, and its days."""
-    columns = (
+def memory_table(sizes: Sizes, image_tokens: int, options: Options) -> str:
+    """Return a table of each stage on each hardware preset: GiB of each part, whether they fit, and days."""
+    train = configs.load("train")
+    parts = (
         "weights",
         "gradients",
         "AdamW",
@@ -288,22 +283,35 @@ def stage_report(
         "process",
         "total",
     )
-    lines = [
-        f"{f'stage {number}: GiB':20}"
-        + "".join(f"{c:>{len(c) + 2}}" for c in ("tokens", *columns))
-        + f"  {'fits':18}  days: an image, full window"
-    ]
-    for name, hardware in configs.load("train")["hardware"].items():
-        merged = {**stage, **hardware}
-        step = step_of(merged, gpu=name in GPUS)
-        parts = step_bytes(sizes, step)
-        cells = "".join(f"{parts[c] / GIB:{len(c) + 2}.1f}" for c in columns)
-        label = f"  {name}{' checkpointing' if step.checkpointing else ''}"
-        place, fits = _fits(name, parts["total"])
-        days = _days(name, merged, sizes, image_tokens, options) if fits and name in GPUS else ""
-        verdict = f"{'' if fits else 'NOT '}{place}"
-        lines.append(f"{label:20}{step.tokens:8,}{cells}  {verdict:18}  {days}".rstrip())
-    return "\n".join(lines)
+    rows = []
+    for number, stage in train["stages"].items():
+        for name, hardware in train["hardware"].items():
+            settings = {**stage, **hardware}
+            step = step_of(settings, gpu=name in GPUS)
+            needed = step_bytes(sizes, step)
+            card, fits = _fits(name, needed["total"])
+            days = (
+                _days(name, settings, sizes, image_tokens, options) if fits and name in GPUS else ""
+            )
+            rows.append(
+                [f"stage {number}", name, f"{step.tokens:,}", "yes" if step.checkpointing else "no"]
+                + [f"{needed[part] / GIB:.1f}" for part in parts]
+                + [card if fits else f"NOT {card}", days]
+            )
+    columns = [part.replace(" ", "-") for part in parts]
+    return table_text(
+        [
+            "GiB",
+            "hardware",
+            "tokens",
+            "checkpointing",
+            *columns,
+            "fits",
+            "days: an image, full window",
+        ],
+        rows,
+        right=" ".join(["tokens", *columns]),
+    )
 
 
 def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
