@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 import configs
@@ -177,15 +176,13 @@ def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, lis
 
     All media of a sample must be stored and in files of this disk.
     """
-    table = media_table(root)
-    web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
-    on_disk = ~np.asarray(web, bool)
+    table = loader.available(media_table(root))
 
     def usable(dataset: str) -> Iterator[tuple[Sample, list[LoadedMedia]]]:
         references = read_references(root, dataset, table)
         media, (items,) = number_media([references], table)
         rows = find_rows(loader.reader, media, loader.max_frames)
-        here = np.append(rows.counts > 0, False)[items] & references.look_up(on_disk, False)
+        here = np.append(rows.counts > 0, False)[items]
         complete = (references.count(~here) == 0) & (references.counts > 0)
         edges = edges_of(references.counts)
         for number, sample in enumerate(read_samples(root, dataset)):

@@ -16,6 +16,8 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL.Image import Image
 
@@ -110,10 +112,14 @@ class MediaLoader:
         if self._fetcher is not None:
             self._fetcher.close()
 
-    @property
-    def gets_urls(self) -> bool:
-        """Whether media from the web may be available."""
-        return self._store is not None or self._fetcher is not None
+    def available(self, table: pa.Table) -> pa.Table:
+        """Return a media table without the media from the web, unless they are kept or downloaded."""
+        if self._store is not None or self._fetcher is not None:
+            return table
+        web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
+        if left := pc.sum(web).as_py():
+            self.skipped[NOT_ON_DISK] += left
+        return table.filter(pc.invert(web))
 
     def _rows_of(self, records: Sequence[MediaRecord]) -> MediaRows:
         """Return the rows of media whose rows are all stored; the others have none."""

@@ -26,7 +26,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.references import read_references
 from cache.store.space import read_info
 from configs import UserError
-from encode.check.media import NOT_ON_DISK, CheckConfig, LoadedMedia, MediaLoader
+from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
 from encode.check.report import CheckReport, CodecLoss
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder
@@ -143,12 +143,7 @@ def _draw(root: CacheRoot, loader: MediaLoader, datasets: Sequence[str]) -> Iter
             references = read_references(root, name, table)
             mentioned[np.minimum(references.source[~references.mismatch], len(table))] = True
         wanted &= mentioned[:-1]
-    table = table.filter(pa.array(wanted))
-    if not loader.gets_urls:
-        web = pc.match_substring_regex(table["source"], "^https?://", ignore_case=True)
-        left = int(pc.sum(web).as_py() or 0)
-        loader.skipped.update({NOT_ON_DISK: left} if left else {})
-        table = table.filter(pc.invert(web))
+    table = loader.available(table.filter(pa.array(wanted)))
     for at in np.random.default_rng(SEED).permutation(len(table)).tolist():
         yield MediaRecord(**table.slice(at, 1).to_pylist()[0])
 
