@@ -1,13 +1,19 @@
-"""A cache with made-up images, videos and rows, for the tests of the trainer's data side.
+"""A cache with invented images, videos and rows, for the tests of train.data.
 
-An image is a name; its key, its source and its stored row all follow from it. A video is a name that begins
-with "video"; its frames are those of a video with 12.5 frames a second.
+    world = new_world(tmp_path)
+    world.write(d=[ask("1", ["a"]), ask("2", ["video b"])])
+    world.encode(["a"])
+    world.encode_videos({"video b": 2.2})
+    trees = world.trees(world.join("d"))
+
+An image is a name, from which its key, its source and its stored row are computed. A video is a name that
+starts with "video"; it has 12.5 frames a second.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,29 +43,30 @@ FRAME_RATE = 12.5
 
 
 def key_of(image: str) -> str:
+    """Return the key of an image or video."""
     return hashlib.sha256(image.encode()).hexdigest()
 
 
 def payload(image: str) -> bytes:
-    """The stored row of an image: bytes that nobody else has."""
+    """Return the stored row of an image: random bytes, different for each name."""
     rng = np.random.default_rng(int(key_of(image)[:8], 16))
     return rng.integers(0, 256, SPEC.row_bytes("image"), dtype=np.uint8).tobytes()
 
 
 def frame_time(microseconds: int) -> float:
-    """When the frame nearest to a time really is."""
+    """Return the time in seconds of the frame nearest to a time in microseconds."""
     return round(microseconds * FRAME_RATE / 1e6) / FRAME_RATE
 
 
 def ref(name: str) -> MediaRef:
-    """How samples mention an image or video."""
+    """Return how a sample refers to an image or video."""
     if name.startswith("video"):
         return MediaRef(source=f"/{name}.mp4", kind="video")
     return MediaRef(source=f"/{name}.png")
 
 
 def features(name: str, time_s: float | None = None) -> np.ndarray:
-    """(tokens, width) float16 that nobody else has: of an image, or of the frame at a time."""
+    """Return the (tokens, width) float16 features of an image, or of a video's frame at a time."""
     kind = "image" if time_s is None else "frame"
     rng = np.random.default_rng(int(key_of(f"{name}@{time_s}")[:8], 16))
     return rng.standard_normal((SPEC.tokens(kind), SPEC.width)).astype(np.float16)
@@ -68,6 +75,7 @@ def features(name: str, time_s: float | None = None) -> np.ndarray:
 def ask(
     name: str, images: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
 ) -> Sample:
+    """Return a sample of one question and its answer; `more` has other fields."""
     return Sample(
         id=name,
         dataset="",
@@ -82,29 +90,39 @@ def ask(
 
 @dataclass(frozen=True)
 class World:
-    """A cache with its tokenizer."""
+    """A cache, with the folder for tokenised text and a tokenizer."""
 
     root: CacheRoot
     folder: Path
     tokenizer: Any
 
     def write(self, **datasets: Sequence[Sample]) -> None:
+        """Write data sets, name=samples."""
         for name, samples in datasets.items():
             write_samples(self.root, name, [replace(s, dataset=name) for s in samples])
 
     def encode(self, images: Sequence[str]) -> None:
-        """Give images their rows, two shards a call."""
+        """Store rows of random bytes for images, four to a shard."""
+        self._encode(images, payload)
+
+    def encode_real(self, images: Sequence[str]) -> None:
+        """Store finite features for images, four to a shard."""
+        self._encode(
+            images, lambda p: codec.pack(features(p).astype(np.float32), SPEC.layout).tobytes()
+        )
+
+    def _encode(self, images: Sequence[str], row: Callable[[str], bytes]) -> None:
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         for at in range(0, len(images), 4):
             shard = ShardWriter(space, "image", space.next_shard("image"))
             for image in images[at : at + 4]:
-                shard.append(key_of(image), "full", payload(image))
+                shard.append(key_of(image), "full", row(image))
             shard.commit()
-        records = [MediaRecord(source=f"/{p}.png", key=key_of(p)) for p in images]
+        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]
         append_media(self.root, records, "test")
 
     def encode_videos(self, videos: Mapping[str, float], max_frames: int = 128) -> None:
-        """Give videos (name -> duration) their frames, each video's side by side."""
+        """Store the frames of videos, name -> duration in seconds."""
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         shard = ShardWriter(space, "frame", space.next_shard("frame"))
         records = []
@@ -123,18 +141,8 @@ class World:
         shard.commit()
         append_media(self.root, records, "test")
 
-    def encode_real(self, images: Sequence[str]) -> None:
-        """As `encode`, with features that are numbers."""
-        space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
-        shard = ShardWriter(space, "image", space.next_shard("image"))
-        for image in images:
-            row = codec.pack(features(image).astype(np.float32), SPEC.codec)
-            shard.append(key_of(image), "full", row)
-        shard.commit()
-        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]
-        append_media(self.root, records, "test")
-
     def fail(self, images: Sequence[str]) -> None:
+        """Record in the ledger that images failed."""
         records = [
             MediaRecord(source=f"/{p}.png", status="failed", stage="decode", error="truncated")
             for p in images
@@ -143,14 +151,17 @@ class World:
 
     @property
     def reader(self) -> FeatureReader:
+        """A reader of the only space."""
         return FeatureReader(find_space(self.root, None))
 
     def join(self, *names: str, **options: Any) -> SampleList:
+        """Select samples of data sets; by default all samples of `d` that have their features."""
         options = {"split": "train", "held_out": 0.0, "min_coverage": 0.0} | options
         datasets = options.pop("mix", dict.fromkeys(names or ("d",)))
         return join(self.root, self.reader, datasets, **options)
 
     def tokens(self, joined: SampleList) -> TokenStore:
+        """Tokenise the data sets of a list."""
         return TokenStore.open(
             self.root, joined.names, self.tokenizer, folder=self.folder / "tokens"
         )
@@ -158,6 +169,7 @@ class World:
     def trees(
         self, joined: SampleList, max_tokens: int = 512, max_branches: int = 4
     ) -> MessageTrees:
+        """Group the samples of a list into trees."""
         return build_message_trees(
             joined,
             self.tokens(joined),
@@ -168,11 +180,12 @@ class World:
 
 
 def names_of(joined: SampleList) -> list[str]:
+    """Return <data set>/<id> of every sample of a list."""
     return [joined.name_of(i) for i in range(joined.size)]
 
 
 def mixed_samples(count: int, seed: int) -> list[Sample]:
-    """Text, one image, several images; shared and not; weights of every kind."""
+    """Return samples with no, one and two images, which some of them share, and with different weights."""
     rng = np.random.default_rng(seed)
     samples = []
     for i in range(count):
@@ -196,10 +209,12 @@ IMAGES = [f"p{i}" for i in range(6)]
 
 
 def new_world(folder: Path) -> World:
+    """Return an empty cache below `folder`."""
     return World(CacheRoot(folder / "cache"), folder, load_tokenizer("random:qwen3-tiny"))
 
 
 def mixed_world(folder: Path) -> World:
+    """Return a cache with two data sets of mixed samples, `d` and `e`."""
     world = new_world(folder)
     world.write(d=mixed_samples(60, 0), e=mixed_samples(30, 1))
     world.encode(IMAGES)

@@ -1,7 +1,10 @@
-"""A cache small enough to train on in seconds, made without an encoder.
+"""A cache that a model can be trained on in seconds, made without an encoder.
 
-Each "image" is a PNG file of one colour on disk, and its features are that colour's code plus noise: a
-language model that looks can name it. Questions: colour (learnable), caption, and a text-only sample.
+    root = make(tmp_path)    # data set `colors`: 60 images, each with a question and a caption
+    root = film(tmp_path)    # data set `films`: 40 videos, each with a question
+
+An image is a PNG file of one colour, and its features are that colour's code plus noise, so a model can learn
+to name the colour.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ BASE = [
 
 
 def spec(**changes: object) -> FeatureSpec:
-    """Four tokens of 64 values an image, stored as float16."""
+    """Return a spec of 4 tokens of 64 values an image, stored as float16, with `changes`."""
     return dataclasses.replace(SPEC, **{"codec": "fp16", **changes})  # type: ignore[arg-type]
 
 
 def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
-    """A square of one colour; `number` in its last pixels makes every file another."""
+    """Return a PNG file of one colour, with `number` in its last pixel, so that files differ."""
     rows = bytearray()
     for y in range(side):
         row = bytearray(bytes(color) * side)
@@ -65,7 +68,7 @@ def png(color: tuple[int, int, int], number: int, side: int = 24) -> bytes:
 
 
 def features(color: str, number: int) -> np.ndarray:
-    """(4, 64) float32: the colour's code in every token, and noise of the image's own."""
+    """Return (4, 64) float32 features: the code of the colour in every token, plus noise by `number`."""
     noise = np.random.default_rng(number).normal(size=(4, 64)) * 0.3
     code = np.zeros(64)
     code[list(COLORS).index(color) * 8 : list(COLORS).index(color) * 8 + 8] = 3.0
@@ -82,14 +85,14 @@ def make(
     broken: int = -1,
     **changes: object,
 ) -> CacheRoot:
-    """A cache below `folder` whose images [first, images) are encoded.
+    """Make a cache below `folder`, or extend it, and encode images [first, images).
 
     Args:
-        folder: where; called again with a higher `first`, the cache grows.
-        images: how many there are then.
-        first: the first one to encode.
+        folder: where the cache is; if it exists, it is extended.
+        images: number of images, including those of earlier calls.
+        first: first image to encode.
         dataset: name of the data set.
-        answered: images that have samples, when more than `images`.
+        answered: number of images that have samples, if more than `images`.
         broken: the image whose features are NaN.
         changes: fields of the space's spec.
     """
@@ -118,9 +121,9 @@ def make(
 
 
 def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot:
-    """Videos of one colour beside the images of `make`: their frames' features alone, there are no files.
+    """Add videos of one colour to a cache below `folder`: only frame features, without files.
 
-    A video's frames are of its colour, but for the first, which is of none. Video n lasts n % 4 seconds.
+    The first frame of a video has features of 0, the others those of its colour. Videos last 1 to 3 seconds.
     """
     root = CacheRoot(folder / "cache")
     space = Space.create(root, spec(), {"library": "none"}, shard_bytes=1 << 16)
@@ -152,7 +155,7 @@ def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot
 
 
 def samples(files: Path, images: int, dataset: str) -> list[Sample]:
-    """A question about the colour and a caption for each image."""
+    """Return a question about the colour, and a caption, for each image."""
     result: list[Sample] = []
     for number in range(images):
         color = list(COLORS)[number % len(COLORS)]

@@ -1,4 +1,7 @@
-"""The join: which samples have all their features, on which side of the split."""
+"""Selecting samples: those that have all their features, on one side of the split.
+
+samples = join(root, reader, {"d": None}, split="train", held_out=0.05, min_coverage=0.95)
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def world(tmp_path: Path) -> World:
     return new_world(tmp_path)
 
 
-def test_a_sample_is_present_when_all_its_media_are(world: World) -> None:
+def test_a_sample_needs_the_features_of_all_its_media(world: World) -> None:
     world.write(
         d=[
             ask("both", ["a", "b"]),
@@ -45,8 +48,8 @@ def test_a_sample_is_present_when_all_its_media_are(world: World) -> None:
     assert "d: 2 train samples of 4 (1 with failed media, 1 not encoded)" in joined.describe()
 
 
-def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> None:
-    """The ledger serves all spaces: what overflowed in one may be fine in this one."""
+def test_a_failure_in_another_space_does_not_hide_a_row_of_this_one(world: World) -> None:
+    """All spaces share the ledger: an image may overflow in one space and not in another."""
     world.write(d=[ask("s", ["a"])])
     world.encode(["a"])
     append_media(
@@ -65,16 +68,16 @@ def test_a_failure_elsewhere_does_not_hide_a_row_that_is_here(world: World) -> N
     assert names_of(world.join()) == ["d/s"]
 
 
-def test_an_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> None:
-    """Two data sets may say different hashes for one URL; only one of them can be right."""
+def test_a_sample_is_not_paired_with_other_bytes_than_it_means(world: World) -> None:
+    """Two data sets may state different hashes for one URL; only one of them has the stored image."""
 
-    def says(name: str, sha256: str | None) -> Sample:
+    def stating(name: str, sha256: str | None) -> Sample:
         return replace(ask(name), media=(MediaRef(source="/a.png", sha256=sha256),))
 
     world.write(
-        right=[says("1", key_of("a"))],
-        silent=[says("1", None)],
-        wrong=[says("1", key_of("b")), ask("2", ["b"])],
+        right=[stating("1", key_of("a"))],
+        silent=[stating("1", None)],
+        wrong=[stating("1", key_of("b")), ask("2", ["b"])],
     )
     world.encode(["a", "b"])
     joined = world.join("right", "silent", "wrong")
@@ -82,21 +85,21 @@ def test_an_image_that_a_data_set_disowns_is_not_shown_for_it(world: World) -> N
     assert (joined.missing, joined.failed, joined.coverage) == (0, 1, 1)
 
 
-def test_too_little_coverage_is_refused_with_the_failures_and_the_command(world: World) -> None:
+def test_low_coverage_is_an_error_with_the_failures_and_the_command(world: World) -> None:
     world.write(d=[ask("1", ["a"]), ask("2", ["b"]), ask("3", ["bad"])])
     world.encode(["a"])
     world.fail(["bad"])
     with pytest.raises(UserError) as refused:
         world.join(min_coverage=0.95)
     message = str(refused.value)
-    assert "50.0%" in message  # of the two that could be had
+    assert "50.0%" in message  # of the two that have not failed
     assert "/bad.png: decode: truncated" in message
     assert "python -m encode.run --dataset d" in message
     assert "\n" not in message
     assert world.join(min_coverage=0.5).size == 1
 
 
-def test_absent_data_sets_leave_the_mix_by_name(
+def test_data_sets_that_are_not_in_the_cache_leave_the_mix(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.write(d=[ask("1")], e=[ask("1")])
@@ -111,7 +114,7 @@ def test_absent_data_sets_leave_the_mix_by_name(
         world.join(mix={"d": 0.5, "e": None})
 
 
-def test_no_image_is_on_both_sides(world: World) -> None:
+def test_no_image_is_in_both_splits(world: World) -> None:
     images = [f"p{i}" for i in range(60)]
     rng = np.random.default_rng(0)
     samples = [
@@ -130,7 +133,7 @@ def test_no_image_is_on_both_sides(world: World) -> None:
     held = {
         p
         for p in images
-        if int(key_of(p)[:8], 16) < int(0.3 * 2**32)  # by hand
+        if int(key_of(p)[:8], 16) < int(0.3 * 2**32)  # computed by hand
     }
     trained_on = {sides["train"].key(m) for m in sides["train"].media}
     assert not trained_on & {key_of(p) for p in held}
@@ -138,17 +141,19 @@ def test_no_image_is_on_both_sides(world: World) -> None:
         own = {sides["val"].key(m) for m in sides["val"].media_of(i)}
         assert not own or own & {key_of(p) for p in held}
     text_only = np.diff(sides["val"].offsets) == 0
-    assert 0 < text_only.sum() < 75  # they are split too, by their ids
+    assert 0 < text_only.sum() < 75  # samples without media are split by their ids
 
 
-def test_an_empty_side_says_so(world: World) -> None:
+def test_an_empty_split_is_an_error(world: World) -> None:
     world.write(d=[ask("1", ["a"])])
     world.encode(["a"])
     with pytest.raises(UserError, match="no sample is in the val split"):
         world.join(split="val")
 
 
-def test_the_digest_is_of_texts_and_images_not_of_row_numbers(world: World, tmp_path: Path) -> None:
+def test_the_digest_depends_on_texts_and_images_but_not_on_row_numbers(
+    world: World, tmp_path: Path
+) -> None:
     samples = [ask("1", ["a"]), ask("2", ["b"])]
     world.write(d=samples)
     world.encode(["a", "b"])
@@ -164,7 +169,9 @@ def test_the_digest_is_of_texts_and_images_not_of_row_numbers(world: World, tmp_
     assert other.join().digest != before
 
 
-def test_a_frozen_list_outlives_growth_and_notices_change(world: World, tmp_path: Path) -> None:
+def test_a_frozen_list_ignores_new_samples_and_detects_edited_ones(
+    world: World, tmp_path: Path
+) -> None:
     samples = [ask(f"{i}", [f"p{i}"]) for i in range(20)]
     world.write(d=samples, t=[ask("words")])
     world.encode([f"p{i}" for i in range(12)])
@@ -185,13 +192,13 @@ def test_a_frozen_list_outlives_growth_and_notices_change(world: World, tmp_path
         world.join("d", "t", frozen=path)
 
 
-def test_limit_takes_the_first_of_each_data_set(world: World) -> None:
+def test_limit_takes_the_first_samples_of_each_data_set(world: World) -> None:
     world.write(d=[ask(f"{i}") for i in range(5)], e=[ask("x", ["nowhere"]), ask("y"), ask("z")])
     world.encode(["a"])
     assert names_of(world.join("e", "d", limit=2)) == ["e/y", "e/z", "d/0", "d/1"]
 
 
-def test_blind_exchanges_every_image_for_another_of_the_split(world: World) -> None:
+def test_blind_exchanges_every_image_for_another_one(world: World) -> None:
     world.write(d=[ask(f"{i}", [f"p{i % 7}"]) for i in range(20)])
     world.encode([f"p{i}" for i in range(7)])
     joined = world.join()

@@ -1,4 +1,7 @@
-"""The join with videos: which frames they need, when those are stored, what replaces them when blind."""
+"""Selecting samples with videos: the frames they need, and the frames that replace them when blind.
+
+samples.times_of(item), samples.rows_of(item)    # seconds and rows of the frames of a video
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ def world(tmp_path: Path) -> World:
 
 
 def media_named(world: World, joined: object, name: str) -> int:
-    """Its number in a join."""
+    """Return the number of the media item with a name."""
     assert hasattr(joined, "keys")
     return next(m for m in range(len(joined.keys)) if joined.key(m) == key_of(name))
 
 
-def test_a_video_is_present_with_all_its_frames_and_knows_their_times(world: World) -> None:
+def test_a_video_needs_all_its_frames(world: World) -> None:
     world.write(
         d=[
             ask("video", ["video a"]),
@@ -54,8 +57,8 @@ def test_a_video_is_present_with_all_its_frames_and_knows_their_times(world: Wor
     assert np.isnan(joined.times_of(p)).all()
 
 
-def test_frames_of_equal_time_stand_once(world: World) -> None:
-    """Asked for at 12.0 and 12.02 s, the nearest frame is the same: 12.5 a second."""
+def test_two_views_of_one_frame_are_one_row(world: World) -> None:
+    """At 12.5 frames a second, the nearest frame to 12.0 s and to 12.02 s is the same."""
     world.write(d=[ask("1", ["video"])])
     world.encode_videos({"video": 12.02})
     assert len(frame_views(12.02, 128)) == 26
@@ -66,7 +69,7 @@ def test_frames_of_equal_time_stand_once(world: World) -> None:
     assert joined.rows_of(0)[-1] == first[0]
 
 
-def test_videos_encoded_with_another_limit_are_told_apart_from_missing_ones(
+def test_videos_encoded_with_another_limit_are_reported_separately(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.write(d=[ask("long", ["video long"]), ask("short", ["video short"]), ask("text")])
@@ -77,7 +80,7 @@ def test_videos_encoded_with_another_limit_are_told_apart_from_missing_ones(
     assert "1 videos have some of their frames and not those for at most 16" in message
     assert "python -m encode.run --dataset d --max-frames 16" in message
     assert "66.7%" in message and "\n" not in message
-    joined = world.join(max_frames=16)  # the short one needs nothing new
+    joined = world.join(max_frames=16)  # the short video needs no other frames
     assert names_of(joined) == ["d/short", "d/text"]
     assert "--max-frames 16" in caplog.text
     assert world.join(max_frames=8, min_coverage=1.0).size == 3
@@ -87,7 +90,7 @@ def test_videos_encoded_with_another_limit_are_told_apart_from_missing_ones(
     assert len(world.join(max_frames=8).rows_of(0)) == 8
 
 
-def test_without_a_length_nothing_is_known_of_its_frames(world: World) -> None:
+def test_a_video_of_unknown_duration_is_missing(world: World) -> None:
     world.write(d=[ask("1", ["video"]), ask("2")])
     world.encode_videos({"video": 1.0})
     record = MediaRecord(source=ref("video").source, key=key_of("video"), kind="video")
@@ -96,8 +99,8 @@ def test_without_a_length_nothing_is_known_of_its_frames(world: World) -> None:
     assert (names_of(joined), joined.missing) == (["d/2"], 1)
 
 
-def test_one_file_may_be_an_image_here_and_a_video_there(world: World) -> None:
-    """An animated image: the same bytes, two kinds of media, each with its own rows."""
+def test_one_file_may_be_an_image_and_a_video(world: World) -> None:
+    """The bytes of an animated image are two media items, each with its own rows."""
     as_image = replace(ask("image"), media=(MediaRef(source="/video.mp4"),))
     world.write(d=[ask("video", ["video"]), as_image])
     world.encode(["video"])
@@ -128,7 +131,7 @@ def test_a_failed_video_does_not_count_against_coverage(world: World) -> None:
     assert (joined.failed, joined.missing) == (1, 0)
 
 
-def test_other_kinds_are_refused_in_one_line(world: World) -> None:
+def test_other_kinds_of_media_are_an_error(world: World) -> None:
     sound = replace(ask("1"), media=(MediaRef(source="/a.wav", kind="sound"),))
     world.write(d=[sound])
     world.encode(["p"])
@@ -136,7 +139,7 @@ def test_other_kinds_are_refused_in_one_line(world: World) -> None:
         world.join()
 
 
-def test_the_digest_is_also_of_a_videos_frames(world: World, tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_frames_of_videos(world: World, tmp_path: Path) -> None:
     world.write(d=[ask("1", ["video"]), ask("2", ["p"])])
     world.encode(["p"])
     world.encode_videos({"video": 30.0}, max_frames=8)
@@ -176,7 +179,7 @@ def test_blind_exchanges_images_among_images_and_videos_among_videos(world: Worl
         donors.append(other)
         theirs = joined.rows_of(other).tolist()
         given = blind.rows_of(m).tolist()
-        assert set(given) <= set(theirs)  # rows of that medium alone
+        assert set(given) <= set(theirs)  # only rows of the donor
         assert given == sorted(given)  # in time order
         assert (given[0], given[-1]) == (theirs[0], theirs[-1] if len(given) > 1 else theirs[0])
         if len(given) >= len(theirs):
@@ -184,11 +187,11 @@ def test_blind_exchanges_images_among_images_and_videos_among_videos(world: Worl
         else:
             assert len(set(given)) == len(given)
     assert sorted(donors) == list(range(len(joined.kinds)))
-    # What is read is as long as before, so the window holds and losses are of the same tokens.
+    # Sequences keep their lengths, so the losses are over equal tokens.
     assert world.trees(blind).length.tolist() == world.trees(joined).length.tolist()
 
 
-def test_a_single_video_has_none_to_be_exchanged_for(world: World) -> None:
+def test_a_single_video_cannot_be_exchanged(world: World) -> None:
     world.write(d=[ask("1", ["video"]), ask("2", ["p"]), ask("3", ["q"])])
     world.encode(["p", "q"])
     world.encode_videos({"video": 1.0})
@@ -197,7 +200,7 @@ def test_a_single_video_has_none_to_be_exchanged_for(world: World) -> None:
 
 
 class CountingRows:
-    """Every view of every video, and how many were asked for at a time."""
+    """A reader that has every view of every video, and records the largest lookup."""
 
     path = Path()
 
@@ -216,7 +219,7 @@ class CountingRows:
         return rows / 10
 
 
-def test_many_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cache.store.references.VIDEOS_AT_ONCE", 3)
     kinds = np.array([VIDEO, IMAGE] * 5 + [VIDEO], np.uint8)
     media = MediaItems(

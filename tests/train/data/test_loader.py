@@ -1,4 +1,8 @@
-"""The loader: the plan's samples with their features, whatever the memory settings and threads."""
+"""The loader: the schedule's samples with their features, whatever the memory settings and threads.
+
+with FeatureLoader(schedule, tokens, reader, max_tokens=4096, stop=12) as loader:
+    for micro in loader: ...
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
-    """(position, target, weight) over everything a loader yields."""
+    """Count the (position, target, weight) triples of everything that a loader yields."""
     found: Counter[tuple[int, int, float]] = Counter()
     for micro in loader:
         b = micro.packed
@@ -60,12 +64,12 @@ def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
     return found
 
 
-def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -> None:
+def test_micro_batches_have_the_features_of_their_images_in_order(mixed: World) -> None:
     joined = mixed.join("d", "e")
-    plan = TrainingSchedule(mixed.trees(joined), 16, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     seen = 0
     with FeatureLoader(
-        plan, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
+        schedule, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
     ) as loader:
         for micro in loader:
             assert len(micro.codes["frame"]) == 0
@@ -78,7 +82,7 @@ def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -
             for row, number in zip(codes, media, strict=True):
                 image = next(p for p in IMAGES if key_of(p) == joined.key(number))
                 assert row.numpy().tobytes() == payload(image)
-            assert len(micro.codes["image"]) == len(set(media))  # each distinct row was read once
+            assert len(micro.codes["image"]) == len(set(media))  # each row is read once
             seen += len(media)
     assert seen > 100
 
@@ -90,23 +94,23 @@ def test_micro_batches_hold_the_features_of_the_images_they_name(mixed: World) -
     threads=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=12)
-def test_memory_settings_never_change_what_a_step_learns(
+def test_memory_settings_do_not_change_what_a_step_learns(
     mixed: World, seed: int, max_tokens: int, branches: int, threads: int
 ) -> None:
     joined = mixed.join("d", "e")
-    plan = TrainingSchedule(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
+    schedule = TrainingSchedule(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
     tokens, reader = mixed.tokens(joined), mixed.reader
     for step in range(3):
-        members = [int(m) for p in plan.step(step).slices for m in p.members]
+        members = [int(m) for p in schedule.step(step).slices for m in p.members]
         expected: Counter[tuple[int, int, float]] = Counter()
-        for m in members:  # each sample built alone
+        for m in members:  # each sample in a tree of its own
             media = joined.media_of(m).tolist()
             branch = build_token_tree(
                 [tokens.sample(int(joined.dataset[m]), int(joined.index[m]))],
                 sample_numbers=[m],
                 factors=[float(joined.weight[m])],
                 media=media,
-                contents=plan.trees.placeholders.contents(joined, media),
+                contents=schedule.trees.placeholders.contents(joined, media),
                 image_token_id=tokens.image_token_id,
             ).branches[0]
             expected.update(
@@ -118,7 +122,7 @@ def test_memory_settings_never_change_what_a_step_learns(
                 )
             )
         with FeatureLoader(
-            plan,
+            schedule,
             tokens,
             reader,
             max_tokens=max_tokens,
@@ -141,10 +145,10 @@ def test_memory_settings_never_change_what_a_step_learns(
         )
 
 
-def test_the_models_loss_does_not_depend_on_trees_or_packing(mixed: World) -> None:
+def test_the_loss_does_not_depend_on_trees_or_packing(mixed: World) -> None:
     joined = mixed.join("e")
     vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
-    rng = np.random.default_rng(0)  # the rows' bytes are noise, which fp16 reads as NaN too
+    rng = np.random.default_rng(0)  # not the stored rows: as fp16, random bytes may be NaN
     table = torch.from_numpy(rng.standard_normal((len(joined.rows), M, SPEC.width), np.float32))
     losses = []
     for branches, max_tokens in ((1, 64), (8, 64), (8, 4096)):
@@ -165,14 +169,16 @@ def test_the_models_loss_does_not_depend_on_trees_or_packing(mixed: World) -> No
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
+def test_loading_from_a_later_step_gives_equal_micro_batches(mixed: World) -> None:
     joined = mixed.join("d", "e")
     tokens = mixed.tokens(joined)
 
     def batches(start: int, stop: int) -> list[Any]:
-        plan = TrainingSchedule(mixed.trees(joined, 256), 16, seed=9)  # as a new process would
+        schedule = TrainingSchedule(
+            mixed.trees(joined, 256), 16, seed=9
+        )  # a new one, as after a resume
         with FeatureLoader(
-            plan, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
+            schedule, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
         ) as loader:
             return [
                 (m.step, m.index, m.packed.input_ids.tolist(), m.codes["image"].numpy().tobytes())
@@ -183,33 +189,33 @@ def test_resume_is_the_uninterrupted_run(mixed: World) -> None:
     assert [b for b in whole if b[0] >= 13] == batches(13, 20)
 
 
-def test_two_ranks_learn_what_one_does(mixed: World) -> None:
+def test_two_ranks_have_the_samples_of_one(mixed: World) -> None:
     joined = mixed.join("d", "e")
-    plan = TrainingSchedule(mixed.trees(joined), 16, seed=4)
+    schedule = TrainingSchedule(mixed.trees(joined), 16, seed=4)
     tokens, reader = mixed.tokens(joined), mixed.reader
 
     def loader(rank: int, world: int) -> FeatureLoader:
         return FeatureLoader(
-            plan, tokens, reader, max_tokens=4096, stop=6, rank=rank, world_size=world
+            schedule, tokens, reader, max_tokens=4096, stop=6, rank=rank, world_size=world
         )
 
     assert triples(loader(0, 2)) + triples(loader(1, 2)) == triples(loader(0, 1))
 
 
-def test_the_last_micro_batch_knows_its_step_is_whole(mixed: World) -> None:
+def test_the_last_micro_batch_of_a_step_is_marked(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = SinglePass(mixed.trees(joined), 10)
-    with FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=4096) as loader:
+    schedule = SinglePass(mixed.trees(joined), 10)
+    with FeatureLoader(schedule, mixed.tokens(joined), mixed.reader, max_tokens=4096) as loader:
         steps = [(m.step, m.last, m.wait_s >= 0) for m in loader]
-        assert steps == [(i, True, True) for i in range(len(plan))]
-        assert list(loader) == []  # and stays at its end
+        assert steps == [(i, True, True) for i in range(len(schedule))]
+        assert list(loader) == []  # the loader stays exhausted
 
 
 def feature_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("features")]
 
 
-def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> None:
+def test_a_damaged_row_is_an_error_that_names_the_shard(world: World) -> None:
     world.write(d=[ask(f"{i}", [f"p{i}"]) for i in range(8)])
     world.encode([f"p{i}" for i in range(8)])
     joined = world.join()
@@ -217,19 +223,19 @@ def test_a_damaged_row_stops_the_consumer_with_the_shards_name(world: World) -> 
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    plan = TrainingSchedule(world.trees(joined), 2, seed=0)
-    loader = FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=512, stop=4)
+    schedule = TrainingSchedule(world.trees(joined), 2, seed=0)
+    loader = FeatureLoader(schedule, world.tokens(joined), world.reader, max_tokens=512, stop=4)
     with pytest.raises(CorruptError, match=str(shard)):
         list(loader)
     assert feature_threads() == []
     assert list(loader) == []
 
 
-def test_closing_stops_the_threads_and_leaving_early_closes(mixed: World) -> None:
+def test_leaving_the_context_early_stops_the_threads(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     with FeatureLoader(
-        plan, mixed.tokens(joined), mixed.reader, max_tokens=512, threads=3, ahead=6
+        schedule, mixed.tokens(joined), mixed.reader, max_tokens=512, threads=3, ahead=6
     ) as loader:
         next(loader)
         assert feature_threads()
@@ -238,7 +244,7 @@ def test_closing_stops_the_threads_and_leaving_early_closes(mixed: World) -> Non
 
 
 class SlowReader:
-    """A reader whose disk takes a while, and which counts how much it was asked for."""
+    """A reader that pauses in every read, and counts the reads."""
 
     def __init__(self, reader: FeatureReader, pause_s: float) -> None:
         self.spec, self._reader, self._pause_s = reader.spec, reader, pause_s
@@ -250,14 +256,14 @@ class SlowReader:
         self._reader.read_into(kind, rows, out)
 
 
-def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
+def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
 
     def waits(work_s: float) -> list[float]:
         reader = SlowReader(mixed.reader, 0.05)
         with FeatureLoader(
-            plan, mixed.tokens(joined), reader, max_tokens=512, stop=12, threads=2, ahead=4
+            schedule, mixed.tokens(joined), reader, max_tokens=512, stop=12, threads=2, ahead=4
         ) as loader:
             measured = []
             for micro in loader:
@@ -266,17 +272,17 @@ def test_waiting_is_measured_and_reading_ahead_removes_it(mixed: World) -> None:
         return measured
 
     bare = waits(0.0)
-    assert bare[0] > 0.045  # the first read cannot be hidden
-    assert sum(bare) > 0.2  # 12 reads of 50 ms by two threads
+    assert bare[0] > 0.045  # nothing hides the first read
+    assert sum(bare) > 0.2  # 12 reads of 50 ms in two threads
     assert sum(waits(0.1)[1:]) < sum(bare) / 2  # a step longer than a read hides it
 
 
-def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:
+def test_no_more_is_read_ahead_than_requested(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     reader = SlowReader(mixed.reader, 0.0)
     with FeatureLoader(
-        plan, mixed.tokens(joined), reader, max_tokens=512, threads=2, ahead=3
+        schedule, mixed.tokens(joined), reader, max_tokens=512, threads=2, ahead=3
     ) as loader:
         for taken in range(1, 9):
             next(loader)
@@ -284,20 +290,20 @@ def test_no_more_is_read_ahead_than_asked(mixed: World) -> None:
             assert reader.calls <= taken + 3
 
 
-def test_codes_stay_untouched_until_the_next_batch_is_asked_for(mixed: World) -> None:
+def test_rows_are_not_overwritten_before_the_next_request(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = TrainingSchedule(mixed.trees(joined), 4, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     with FeatureLoader(
-        plan, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
+        schedule, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
     ) as loader:
         for micro in loader:
             before = micro.codes["image"].clone()
-            time.sleep(0.005)  # readers are busy with the next ones
+            time.sleep(0.005)  # threads read the next micro-batches
             assert (micro.codes["image"] == before).all()
 
 
-def test_the_loader_refuses_a_micro_batch_smaller_than_the_window(mixed: World) -> None:
+def test_max_tokens_below_the_window_is_an_error(mixed: World) -> None:
     joined = mixed.join("d")
-    plan = TrainingSchedule(mixed.trees(joined), 16, seed=0)
+    schedule = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     with pytest.raises(ValueError, match="less than the window of 512"):
-        FeatureLoader(plan, mixed.tokens(joined), mixed.reader, max_tokens=500)
+        FeatureLoader(schedule, mixed.tokens(joined), mixed.reader, max_tokens=500)

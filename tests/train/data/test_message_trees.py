@@ -1,4 +1,8 @@
-"""Message trees: what may share an image, and what may not."""
+"""Message trees: which samples share an image, and where trees are split.
+
+trees = build_message_trees(samples, tokens, max_tokens=512, max_branches=4, placeholders=placeholders)
+trees.slice(0).members    # the samples of the first tree
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ def family(trees: MessageTrees) -> list[list[str]]:
     ]
 
 
-def test_trees_join_same_images_and_same_beginning_only(world: World) -> None:
+def test_a_tree_has_samples_of_equal_images_and_equal_beginnings(world: World) -> None:
     world.write(
         d=[
             ask("1", ["a"], "<image> what?"),
@@ -63,12 +67,12 @@ def test_trees_join_same_images_and_same_beginning_only(world: World) -> None:
     ]
     assert trees.dataset.tolist() == [0] * 8 + [1]
     assert trees.first_row[6] == -1
-    # Shared: the marks <|im_start|>, "user" and "\n", then M features. They stand once.
+    # Shared: the tokens <|im_start|>, "user" and "\n", then M feature tokens.
     assert trees.prefix.tolist() == [3 + M, 0, 0, 2 * (3 + M) - 3 + len(" or "), 0, 0, 0, 0, 0]
     assert trees.slice(0).tokens == trees.length[0] + trees.length[2] - (3 + M)
 
 
-def test_trees_are_cut_at_max_branches_and_at_the_window(world: World) -> None:
+def test_trees_are_split_at_max_branches_and_at_the_window(world: World) -> None:
     world.write(d=[ask(f"{i}", ["a"], "<image> " + "x" * 20, "y" * i) for i in range(10)])
     world.encode(["a"])
     joined = world.join()
@@ -80,13 +84,13 @@ def test_trees_are_cut_at_max_branches_and_at_the_window(world: World) -> None:
         assert sorted(n for f in family(trees) for n in f) == sorted(names_of(joined))
         tokens = [trees.slice(t).tokens for t in range(len(trees))]
         assert max(tokens) <= window
-        # Cut as late as possible: the next branch would not have fitted.
+        # Split as late as possible: the next branch does not fit.
         for t, used in enumerate(tokens[:-1]):
             following = int(trees.members[trees.starts[t + 1]])
             assert used + trees.length[following] - trees.prefix.max() > window
 
 
-def test_a_sample_longer_than_the_window_is_refused_by_name(world: World) -> None:
+def test_a_sample_longer_than_the_window_is_an_error_that_names_it(world: World) -> None:
     world.write(
         d=[
             ask("short"),
@@ -105,7 +109,7 @@ def test_a_sample_longer_than_the_window_is_refused_by_name(world: World) -> Non
     assert len(world.trees(joined, max_tokens=length).members) == 3
 
 
-def test_samples_with_nothing_to_learn_are_left_out_by_name(
+def test_samples_without_supervised_tokens_are_left_out_and_named(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     silent = replace(ask("silent", ["a"]), messages=(Message(role="user", content="hm"),))

@@ -1,4 +1,7 @@
-"""Packing: what the model sees and learns is exactly what it would of every sample alone."""
+"""Packing: a packed batch has exactly the tokens, positions and targets of its samples unpacked.
+
+batch, layouts = assemble([build_token_tree(...), ...])
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ CONTENTS = [
         [IMAGE_ID],
     )
 ]
-"""What stands for each medium."""
+"""The tokens that stand for each media item."""
 WEIGHTS = [0.0, 0.2, 1.0]
 
 words = st.lists(st.integers(0, 8), max_size=6)
@@ -34,7 +37,7 @@ words = st.lists(st.integers(0, 8), max_size=6)
 
 @dataclass(frozen=True)
 class Family:
-    """Samples of the same images and the same beginning."""
+    """Samples with equal images and equal beginnings."""
 
     samples: list[TokenizedSample]
     factors: list[float]
@@ -71,7 +74,7 @@ def tree_of(family: Family, first_number: int = 0) -> TokenTree:
 
 
 def expanded(sample: TokenizedSample, media: list[int]) -> list[int]:
-    """All of a sample's tokens, with what stands for its media."""
+    """Return a sample's tokens, with the tokens of its media."""
     following = iter(media)
     return [
         token
@@ -81,7 +84,7 @@ def expanded(sample: TokenizedSample, media: list[int]) -> list[int]:
 
 
 def weights_of(sample: TokenizedSample, media: list[int]) -> list[float]:
-    """The weight of each of those tokens: what stands for media weighs nothing."""
+    """Return the weight of each of those tokens; the tokens of media have weight 0."""
     following = iter(media)
     return [
         weight
@@ -90,18 +93,18 @@ def weights_of(sample: TokenizedSample, media: list[int]) -> list[float]:
     ]
 
 
-def read(sample: TokenizedSample, media: list[int]) -> list[int]:
-    """Those of them that predict something, or stand before what does, or before a medium's end."""
+def kept(sample: TokenizedSample, media: list[int]) -> list[int]:
+    """Return those of them up to the last one that predicts a target, or to the end of the last media."""
     ids, weights = expanded(sample, media), weights_of(sample, media)
     predictors = [k - 1 for k in range(1, len(ids)) if weights[k] > 0]
     places = [k for k, i in enumerate(ids) if i == IMAGE_ID]
     return ids[: max(predictors + places) + 1] if predictors else ids
 
 
-def alone(
+def triples_of(
     sample: TokenizedSample, factor: float, media: list[int]
 ) -> Counter[tuple[int, int, float]]:
-    """(position, target, weight) of one sample by itself, spelt out."""
+    """Count the (position, target, weight) triples of one sample, worked out token by token."""
     triples: Counter[tuple[int, int, float]] = Counter()
     ids, weights = expanded(sample, media), weights_of(sample, media)
     for k in range(1, len(ids)):
@@ -125,7 +128,7 @@ def triples(batches: list[PackedBatch]) -> Counter[tuple[int, int, float]]:
 
 
 def visible(batch: PackedBatch) -> list[list[int]]:
-    """Per token: the places it may look at, in order, by the letter of `units`."""
+    """Return for each token the positions it attends to, in order, as `units` define them."""
     seen: list[list[int]] = [[] for _ in batch.input_ids]
     for q0, q1, p0, p1 in batch.units.tolist():
         for q in range(q0, q1):
@@ -135,40 +138,42 @@ def visible(batch: PackedBatch) -> list[list[int]]:
 
 @given(st.lists(families(), min_size=1, max_size=5))
 @settings(deadline=None)
-def test_every_sample_stands_in_the_batch_as_if_alone(many: list[Family]) -> None:
+def test_every_sample_has_its_own_tokens_positions_and_attention(many: list[Family]) -> None:
     numbers = np.cumsum([0, *(len(f.samples) for f in many)])
     trees = [tree_of(f, int(n)) for f, n in zip(many, numbers, strict=False)]
-    batch, placed = assemble(trees)
+    batch, layouts = assemble(trees)
     ids, positions = batch.input_ids.tolist(), batch.position_ids.tolist()
     seen = visible(batch)
-    samples = [read(s, f.media) for f in many for s in f.samples]
+    samples = [kept(s, f.media) for f in many for s in f.samples]
     found = []
-    for tree in placed:
+    for tree in layouts:
         for first, end, number in tree.branches:
             own = samples[number]
             places = [*range(*tree.prefix), *range(first, end)]
             assert [ids[p] for p in places] == own
             assert [positions[p] for p in places] == list(range(len(own)))
             for k, place in enumerate(places):
-                assert seen[place] == places[: k + 1]  # itself and its own past, nobody else's
+                assert seen[place] == places[: k + 1]  # itself and its own past only
             found.append(number)
     assert sorted(found) == list(range(len(samples)))
-    assert len(ids) == sum(t.tokens for t in trees)  # nothing else stands there
+    assert len(ids) == sum(t.tokens for t in trees)  # and no other token
 
 
 @given(st.lists(families(), min_size=1, max_size=5))
 @settings(deadline=None)
-def test_targets_and_weights_are_those_of_the_samples_alone(many: list[Family]) -> None:
+def test_targets_and_weights_are_those_of_the_samples(many: list[Family]) -> None:
     expected: Counter[tuple[int, int, float]] = Counter()
     for family in many:
         for sample, factor in zip(family.samples, family.factors, strict=True):
-            expected += alone(sample, factor, family.media)
+            expected += triples_of(sample, factor, family.media)
     assert triples([assemble([tree_of(f) for f in many])[0]]) == expected
 
 
 @given(families(), st.integers(24, 60))
 @settings(deadline=None)
-def test_a_tree_learns_what_its_samples_learn_apart(family: Family, capacity: int) -> None:
+def test_a_tree_has_the_triples_of_its_samples_in_separate_sequences(
+    family: Family, capacity: int
+) -> None:
     apart = [
         tree_of(Family([s], [f], family.media))
         for s, f in zip(family.samples, family.factors, strict=True)
@@ -181,7 +186,9 @@ def test_a_tree_learns_what_its_samples_learn_apart(family: Family, capacity: in
 
 @given(st.lists(families(), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_pack_keeps_every_token_within_the_window_and_repeats_itself(many: list[Family]) -> None:
+def test_packing_keeps_every_token_within_the_window_and_is_deterministic(
+    many: list[Family],
+) -> None:
     trees = [tree_of(f) for f in many]
     window = max(t.tokens for t in trees) + 5
     batches = pack(trees, window)
@@ -196,14 +203,14 @@ def test_pack_keeps_every_token_within_the_window_and_repeats_itself(many: list[
 
 @given(st.lists(families(), min_size=1, max_size=5))
 @settings(deadline=None)
-def test_image_slots_follow_the_images(many: list[Family]) -> None:
-    batch, placed = assemble([tree_of(f) for f in many])
-    images = [m for tree in placed for m in tree.media]
+def test_image_slots_are_in_the_order_of_the_images(many: list[Family]) -> None:
+    batch, layouts = assemble([tree_of(f) for f in many])
+    images = [m for tree in layouts for m in tree.media]
     assert images == [m for f in many for m in f.media]
     assert (batch.input_ids[batch.image_slots] == IMAGE_ID).all()
     slots = iter(batch.image_slots.tolist())
     ids = batch.input_ids.tolist()
-    for m in images:  # each stands as a whole, its own text between its frames
+    for m in images:  # in one piece, with the timestamps between frames
         first = None
         for offset, token in enumerate(CONTENTS[m].tolist()):
             if token == IMAGE_ID:
@@ -216,31 +223,31 @@ def test_image_slots_follow_the_images(many: list[Family]) -> None:
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 90))
 @settings(deadline=None)
-def test_first_fit_is_a_partition_that_leaves_no_two_half_empty_bins(
+def test_first_fit_is_a_partition_without_two_bins_that_fit_in_one(
     lengths: list[int], capacity: int
 ) -> None:
     bins = first_fit(lengths, capacity)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in b) for b in bins]
     assert all(load <= capacity for load in loads)
-    # Of any two bins, the later one's first piece did not fit into the earlier one.
+    # The first item of a later bin does not fit into an earlier bin.
     for early in range(len(bins)):
         for late in range(early + 1, len(bins)):
             assert loads[early] + lengths[bins[late][0]] > capacity
 
 
-def test_first_fit_puts_the_longest_first() -> None:
+def test_first_fit_places_the_longest_first() -> None:
     assert first_fit([2, 5, 3, 5], 8) == [[1, 2], [3, 0]]
 
 
-def test_a_supervised_token_right_after_the_shared_part_is_learned_by_every_branch() -> None:
-    """Its predictor, the last image token, stands once and predicts for all of them."""
+def test_a_target_right_after_the_prefix_is_predicted_once_for_each_branch() -> None:
+    """The last image token occurs once, and predicts the first token of every branch."""
     samples = [
         TokenizedSample(ids=np.array([1, IMAGE_ID, t], np.int32), weights=np.ones(3, np.float32))
         for t in (4, 5)
     ]
     batch, _ = assemble([tree_of(Family(samples, [1.0, 0.5], [0]))])
-    # Neither branch has anything to read: what they say is predicted by the image.
+    # No branch has tokens of its own: the image predicts their only targets.
     assert batch.input_ids.tolist() == [1, IMAGE_ID, IMAGE_ID, IMAGE_ID]
     assert batch.position_ids.tolist() == [0, 1, 2, 3]
     assert batch.loss_positions.tolist() == [3, 3]
@@ -249,7 +256,7 @@ def test_a_supervised_token_right_after_the_shared_part_is_learned_by_every_bran
     assert batch.units.tolist() == [[0, 4, 0, 0]]
 
 
-def test_branches_with_other_beginnings_are_refused() -> None:
+def test_branches_of_different_beginnings_are_an_error() -> None:
     samples = [
         TokenizedSample(ids=np.array([t, IMAGE_ID, 4], np.int32), weights=np.ones(3, np.float32))
         for t in (1, 2)

@@ -1,4 +1,7 @@
-"""What stands for a video: its frames' times as text, and how long that is."""
+"""Placeholders: the tokens of an image or a video, and their number.
+
+Placeholders.of(spec, tokenizer).video([0.0, 0.5])    # each frame: its time as text, then image tokens
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ from train.data.placeholders import Placeholders, tenths_of
         min_size=1,
     )
 )
-def test_tenths_are_what_the_text_says(times: list[float]) -> None:
+def test_tenths_are_rounded_as_in_the_text(times: list[float]) -> None:
     found = tenths_of(np.array(times))
     assert [f"{t // 10}.{t % 10} " for t in found.tolist()] == [timestamp_text(t) for t in times]
 
 
-def test_an_image_has_no_time() -> None:
+def test_tenths_of_nan_are_minus_one() -> None:
     assert tenths_of(np.array([np.nan, 0.25, 0.35, 99.95])).tolist() == [-1, 2, 3, 1000]
 
 
-def test_a_video_is_its_times_and_its_frames() -> None:
+def test_a_video_is_a_time_and_image_tokens_for_each_frame() -> None:
     tokenizer = load_tokenizer("random:qwen3-tiny")
     image = tokenizer.convert_tokens_to_ids("<image>")
     expected = []
@@ -54,7 +57,7 @@ def test_placeholders_are_filled_in_order() -> None:
         fill_placeholders(ids, 9, contents[:1])
 
 
-def test_lengths_are_those_of_the_contents(tmp_path: Path) -> None:
+def test_lengths_equal_those_of_the_contents(tmp_path: Path) -> None:
     world = new_world(tmp_path)
     videos = {f"video {i}": duration for i, duration in enumerate((0.0, 0.2, 3.3, 31.7, 120.0))}
     world.write(d=[ask("1", ["p", *videos, "q"], "<image>" * 7)])

@@ -1,4 +1,8 @@
-"""The plan of steps: every sample once an epoch, exact quotas, and nothing depends on what was before."""
+"""Schedules: every sample once an epoch, exact quotas, and steps that do not depend on earlier ones.
+
+schedule = TrainingSchedule(trees, samples_per_step=32, seed=0)
+schedule.step(1000).slices
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def some_trees(
     mix: tuple[float, ...] | None = None,
     names: Sequence[str] | None = None,
 ) -> MessageTrees:
-    """Data sets of trees of the given numbers of samples; sample i is i + 1 tokens long."""
+    """Return data sets of trees with the given numbers of samples; sample i has i + 1 tokens."""
     flat = np.array([n for data_set in sizes for n in data_set], dtype=np.int64)
     count = int(flat.sum())
     per_set = [sum(s) for s in sizes]
@@ -70,17 +74,17 @@ def some_trees(
     )
 
 
-def stream(plan: TrainingSchedule, steps: int, start: int = 0) -> list[int]:
+def stream(schedule: TrainingSchedule, steps: int, start: int = 0) -> list[int]:
     return [
         int(m)
         for number in range(start, start + steps)
-        for p in plan.step(number).slices
+        for p in schedule.step(number).slices
         for m in p.members
     ]
 
 
-def steps_of(plan: TrainingSchedule, epochs: int) -> int:
-    return -(-plan.samples_per_epoch * epochs // plan.samples_per_step)
+def steps_of(schedule: TrainingSchedule, epochs: int) -> int:
+    return -(-schedule.samples_per_epoch * epochs // schedule.samples_per_step)
 
 
 tree_sizes = st.lists(st.integers(1, 4), min_size=1, max_size=12)
@@ -89,14 +93,14 @@ orders = st.sampled_from(["random", "blocks"])
 
 @given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9), st.integers(0, 3), orders)
 @settings(deadline=None)
-def test_without_weights_every_sample_exactly_once_an_epoch(
+def test_without_a_mix_an_epoch_has_every_sample_once(
     sizes: list[list[int]], batch: int, seed: int, order: str
 ) -> None:
     trees = some_trees(sizes)
-    plan = TrainingSchedule(trees, batch, seed=seed, order=order)  # type: ignore[arg-type]
-    samples = stream(plan, steps_of(plan, 3))
+    schedule = TrainingSchedule(trees, batch, seed=seed, order=order)  # type: ignore[arg-type]
+    samples = stream(schedule, steps_of(schedule, 3))
     total = len(trees.members)
-    assert plan.samples_per_epoch == total
+    assert schedule.samples_per_epoch == total
     for epoch in range(3):
         assert sorted(samples[epoch * total : (epoch + 1) * total]) == list(range(total))
 
@@ -108,19 +112,19 @@ def test_without_weights_every_sample_exactly_once_an_epoch(
     orders,
 )
 @settings(deadline=None)
-def test_with_weights_every_epoch_holds_the_exact_quotas_and_streams_never_skip(
+def test_with_a_mix_every_epoch_has_the_exact_quotas(
     sizes: list[list[int]], weights: list[float], batch: int, order: str
 ) -> None:
     mix = tuple(w / sum(weights[: len(sizes)]) for w in weights[: len(sizes)])
     trees = some_trees(sizes, mix)
-    plan = TrainingSchedule(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
-    samples = np.array(stream(plan, steps_of(plan, 6)))
+    schedule = TrainingSchedule(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
+    samples = np.array(stream(schedule, steps_of(schedule, 6)))
     dataset = trees.samples.dataset
-    length = plan.samples_per_epoch
+    length = schedule.samples_per_epoch
     for epoch in range(6):
         there = np.bincount(dataset[samples[epoch * length :][:length]], minlength=len(sizes))
-        assert tuple(there) == plan.quotas
-    # Six quotas of a data set are the beginning of its endless stream: counts differ by one at most.
+        assert tuple(there) == schedule.quotas
+    # Six quotas are the beginning of a data set's endless stream, so counts differ by at most one.
     for number, _ in enumerate(sizes):
         own = samples[: 6 * length][dataset[samples[: 6 * length]] == number]
         times = np.bincount(own, minlength=len(dataset))[dataset == number]
@@ -129,7 +133,7 @@ def test_with_weights_every_epoch_holds_the_exact_quotas_and_streams_never_skip(
 
 @given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9), st.integers(0, 40))
 @settings(deadline=None)
-def test_a_step_is_the_same_for_whoever_starts_there(
+def test_a_step_does_not_depend_on_the_step_that_a_run_starts_at(
     sizes: list[list[int]], batch: int, start: int
 ) -> None:
     trees = some_trees(sizes)
@@ -141,84 +145,87 @@ def test_a_step_is_the_same_for_whoever_starts_there(
 
 @given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(4, 9))
 @settings(deadline=None)
-def test_every_step_has_samples_and_is_never_off_by_more_than_a_tree(
+def test_a_step_has_samples_per_step_give_or_take_a_tree(
     sizes: list[list[int]], batch: int
 ) -> None:
     trees = some_trees(sizes)
-    plan = TrainingSchedule(trees, batch, seed=0)
+    schedule = TrainingSchedule(trees, batch, seed=0)
     for number in range(25):
-        step = plan.step(number)
+        step = schedule.step(number)
         assert step.samples == sum(len(p.members) for p in step.slices) > 0
         assert abs(step.samples - batch) < trees.largest
-        assert step.weight == step.samples  # each weighs 1 here
+        assert step.weight == step.samples  # every weight is 1
 
 
-def test_a_tree_larger_than_a_step_is_refused_because_steps_would_be_empty() -> None:
+def test_a_tree_larger_than_a_step_is_an_error() -> None:
     with pytest.raises(ValueError, match="max_branches of at most 3"):
         TrainingSchedule(some_trees([[4, 1]]), 3, seed=0)
 
 
 @given(st.lists(tree_sizes, min_size=1, max_size=2), st.integers(4, 20), st.integers(2, 4))
 @settings(deadline=None)
-def test_ranks_share_out_exactly_what_one_rank_would_do(
+def test_ranks_split_the_slices_of_a_step_and_balance_tokens(
     sizes: list[list[int]], batch: int, world: int
 ) -> None:
-    plan = TrainingSchedule(some_trees(sizes), batch, seed=5)
+    schedule = TrainingSchedule(some_trees(sizes), batch, seed=5)
     for number in range(6):
-        pieces = plan.step(number).slices
-        hands = split_by_rank(pieces, world)
-        assert split_by_rank(pieces, 1) == [list(pieces)]
-        dealt = Counter(tuple(p.members) for hand in hands for p in hand)
-        assert dealt == Counter(tuple(p.members) for p in pieces)
-        loads = [sum(p.tokens for p in hand) for hand in hands]
-        assert max(loads) - min(loads) <= max(p.tokens for p in pieces)
+        slices = schedule.step(number).slices
+        ranks = split_by_rank(slices, world)
+        assert split_by_rank(slices, 1) == [list(slices)]
+        split = Counter(tuple(p.members) for rank in ranks for p in rank)
+        assert split == Counter(tuple(p.members) for p in slices)
+        loads = [sum(p.tokens for p in rank) for rank in ranks]
+        assert max(loads) - min(loads) <= max(p.tokens for p in slices)
 
 
-def test_dealing_balances_tokens_not_pieces() -> None:
-    pieces = [
+def test_the_split_balances_tokens_not_slices() -> None:
+    slices = [
         TreeSlice(members=np.array([i]), prefix=0, tokens=t) for i, t in enumerate((10, 1, 1, 8))
     ]
-    hands = split_by_rank(pieces, 2)
-    assert [[p.tokens for p in hand] for hand in hands] == [[10], [1, 1, 8]]
+    ranks = split_by_rank(slices, 2)
+    assert [[p.tokens for p in rank] for rank in ranks] == [[10], [1, 1, 8]]
 
 
-def test_order_follows_seed_epoch_and_data_set_name_and_nothing_else() -> None:
+def test_the_order_depends_on_seed_epoch_and_data_set_name_alone() -> None:
     sizes = [[1] * 50, [1] * 50]
     first = stream(TrainingSchedule(some_trees(sizes), 10, seed=0), 20)
     assert first == stream(TrainingSchedule(some_trees(sizes), 10, seed=0), 20)
     assert first != stream(TrainingSchedule(some_trees(sizes), 10, seed=1), 20)
     alone = stream(TrainingSchedule(some_trees([[1] * 50], names=["set0"]), 10, seed=0), 10)
-    assert alone[:50] != alone[50:]  # the second epoch has its own order
+    assert alone[:50] != alone[50:]  # the second epoch has another order
     other = stream(TrainingSchedule(some_trees([[1] * 50], names=["other"]), 10, seed=0), 10)
     assert alone != other
 
 
-def test_samples_per_step_do_not_change_the_stream() -> None:
+def test_samples_per_step_do_not_change_the_order() -> None:
     trees = some_trees([[1, 2, 3] * 10, [1] * 9])
     assert stream(TrainingSchedule(trees, 3, seed=2), 100) == stream(
         TrainingSchedule(trees, 12, seed=2), 25
     )
 
 
-def test_blocks_keep_neighbouring_rows_near_in_time() -> None:
-    """What a network disk wants: a window of the stream touches few blocks of 512 rows."""
+def test_order_blocks_keeps_neighbouring_rows_near_in_time() -> None:
+    """A step reads rows of few blocks of 512, for disks that seek slowly."""
     trees = some_trees([[1] * 40_000])
     touched = {}
     for order in ("random", "blocks"):
-        plan = TrainingSchedule(trees, 2000, seed=0, order=order)  # type: ignore[arg-type]
-        rows = trees.first_row[stream(plan, 1)]
+        schedule = TrainingSchedule(trees, 2000, seed=0, order=order)  # type: ignore[arg-type]
+        rows = trees.first_row[stream(schedule, 1)]
         touched[order] = len(np.unique(rows // 512))
-    assert touched["random"] == 79  # all of them
+    assert touched["random"] == 79  # all blocks
     assert touched["blocks"] <= 17
 
 
 @given(st.lists(tree_sizes, min_size=1, max_size=3), st.integers(1, 9))
 @settings(deadline=None)
-def test_one_pass_is_every_sample_once_in_order(sizes: list[list[int]], batch: int) -> None:
+def test_a_single_pass_has_every_sample_once_in_order(sizes: list[list[int]], batch: int) -> None:
     trees = some_trees(sizes)
-    one_pass = SinglePass(trees, batch)
+    single_pass = SinglePass(trees, batch)
     found = [
-        int(m) for s in range(len(one_pass)) for p in one_pass.step(s).slices for m in p.members
+        int(m)
+        for s in range(len(single_pass))
+        for p in single_pass.step(s).slices
+        for m in p.members
     ]
     assert found == list(range(len(trees.members)))
 
@@ -226,7 +233,7 @@ def test_one_pass_is_every_sample_once_in_order(sizes: list[list[int]], batch: i
 @given(
     st.lists(st.tuples(st.integers(1, 10**7), st.floats(0.01, 1)), min_size=1, max_size=6),
 )
-def test_quotas_are_the_shares_of_the_largest_epoch_nobody_repeats_in(
+def test_quotas_are_the_shares_of_the_largest_epoch_without_repeats(
     sets: list[tuple[int, float]],
 ) -> None:
     sizes, weights = [n for n, _ in sets], [w for _, w in sets]
@@ -237,26 +244,26 @@ def test_quotas_are_the_shares_of_the_largest_epoch_nobody_repeats_in(
         assert quota == 1 or abs(quota - weight / sum(weights) * total) <= 1
 
 
-def test_quotas_by_hand() -> None:
+def test_quotas_worked_out_by_hand() -> None:
     assert quotas([100, 1000], None) == (100, 1000)
     assert quotas([100, 1000], [0.5, 0.5]) == (100, 100)
     assert quotas([600, 300, 100], [0.6, 0.3, 0.1]) == (600, 300, 100)
-    assert quotas([10, 10**6], [0.999, 0.001]) == (10, 1)  # never nothing
+    assert quotas([10, 10**6], [0.999, 0.001]) == (10, 1)  # at least one
 
 
-def test_shuffled_is_a_permutation_that_never_changes() -> None:
+def test_shuffled_is_a_fixed_permutation() -> None:
     assert sorted(shuffled(1000, 0, "pass", "x", 1)) == list(range(1000))
-    # Pinned: a resumed run relies on it whatever numpy is installed.
+    # A resumed run needs this permutation with every version of numpy.
     assert shuffled(10, 0, "pass", "demo", 0).tolist() == [3, 8, 2, 0, 7, 1, 6, 9, 5, 4]
-    places = np.array([int(np.flatnonzero(shuffled(8, s) == 0)[0]) for s in range(4000)])
-    assert np.bincount(places).min() > 400  # 500 expected in each of 8 places
+    positions = np.array([int(np.flatnonzero(shuffled(8, s) == 0)[0]) for s in range(4000)])
+    assert np.bincount(positions).min() > 400  # 500 expected at each of 8 positions
 
 
 @pytest.mark.slow
-def test_ten_million_samples_are_planned_in_seconds() -> None:
+def test_ten_million_samples_are_scheduled_in_seconds() -> None:
     trees = some_trees([[1] * 10_000_000])
     started = time.process_time()
-    plan = TrainingSchedule(trees, 512, seed=0)
-    step = plan.step(1_000_000)  # some 50 epochs in: what comes before costs nothing
+    schedule = TrainingSchedule(trees, 512, seed=0)
+    step = schedule.step(1_000_000)  # about 50 epochs in; the steps before are not computed
     assert step.samples == 512
     assert time.process_time() - started < 10

@@ -1,4 +1,8 @@
-"""Tokenised text: once per (samples, tokenizer, template), whole or not at all."""
+"""The token store: made once for each (texts, tokenizer, template), complete or absent.
+
+tokens = TokenStore.open(root, ["d"], tokenizer, folder=Path("runs/.tokens"))
+tokens.sample(0, 17).ids
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,9 @@ def all_samples(store: TokenStore, count: int) -> list[tuple[list[int], list[flo
     ]
 
 
-def test_a_store_holds_what_the_template_says(tmp_path: Path, tokenizer: object) -> None:
+def test_a_store_has_the_tokens_and_weights_of_the_template(
+    tmp_path: Path, tokenizer: object
+) -> None:
     root = CacheRoot(tmp_path / "cache")
     samples = some_samples()
     write_samples(root, "d", samples)
@@ -61,7 +67,7 @@ def test_a_store_holds_what_the_template_says(tmp_path: Path, tokenizer: object)
         assert found.weights.tolist() == expected.weights.tolist()
     dataset, index = np.zeros(4, np.int16), np.arange(4)
     lengths = store.lengths(dataset, index)
-    # All but the end mark, which is only predicted, and the newline after it.
+    # All tokens but the end mark, which is only predicted, and the newline after it.
     assert lengths.tolist() == [len(store.sample(0, i).ids) - 2 for i in range(4)]
     sums = store.loss_weights(dataset, index)
     assert sums.tolist() == [
@@ -69,18 +75,18 @@ def test_a_store_holds_what_the_template_says(tmp_path: Path, tokenizer: object)
         1.0,
         4.0,
         4.0,
-    ]  # t, w, o and the end mark; .25 each in one of them
+    ]  # t, w, o and the end mark; 0.25 each in the second sample
     prefixes = store.prefixes(dataset, index)
     for i in range(4):
         ids = store.sample(0, i).ids
         places = np.flatnonzero(ids == store.image_token_id)
         assert prefixes.length[i] == (places[-1] + 1 if len(places) else 0)
-    assert prefixes.hash[1] == prefixes.hash[3]  # "user\n<image>" both
+    assert prefixes.hash[1] == prefixes.hash[3]  # both are "user\n<image>"
     assert len(set(prefixes.hash.tolist())) == 3
-    assert not list((tmp_path / "cache").rglob("*.bin"))  # nothing of this belongs in the cache
+    assert not list((tmp_path / "cache").rglob("*.bin"))  # the cache is only read
 
 
-def test_the_second_opening_tokenises_nothing(
+def test_opening_again_tokenises_nothing(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
@@ -90,7 +96,7 @@ def test_the_second_opening_tokenises_nothing(
     assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == first
 
 
-def test_other_text_tokenizer_or_template_is_another_store(
+def test_another_text_tokenizer_or_template_makes_another_store(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
@@ -112,7 +118,7 @@ def test_other_text_tokenizer_or_template_is_another_store(
     assert stores() == 4
 
 
-def test_an_interrupted_or_shortened_store_is_made_again(
+def test_an_interrupted_or_truncated_store_is_made_again(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
@@ -142,16 +148,16 @@ def test_an_interrupted_or_shortened_store_is_made_again(
     assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
 
 
-def test_the_first_token_is_predicted_from_nothing_so_its_weight_does_not_count() -> None:
+def test_the_weight_of_the_first_token_does_not_count() -> None:
     sample = TokenizedSample(
         ids=np.array([5, 9, 6], np.int32), weights=np.array([1.0, 0.0, 0.5], np.float32)
     )
     record = tokens._record(sample, 3, 9)[0]
     assert (record["loss_weight"], record["prefix"], record["images"]) == (0.5, 2, 1)
-    assert record["used"] == 2  # the third is predicted by the second and then not read
+    assert record["used"] == 2  # the second token predicts the third, which is left out
 
 
-def test_two_processes_may_make_the_same_store_at_once(
+def test_two_processes_may_make_one_store_at_the_same_time(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
@@ -160,7 +166,7 @@ def test_two_processes_may_make_the_same_store_at_once(
 
     def overtaken(*arguments: object) -> int:
         monkeypatch.setattr(tokens, "_tokenize", tokenize)
-        TokenStore.open(root, ["d"], tokenizer, folder=folder)  # the other one is faster
+        TokenStore.open(root, ["d"], tokenizer, folder=folder)  # the other process finishes first
         return tokenize(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tokens, "_tokenize", overtaken)
@@ -169,7 +175,9 @@ def test_two_processes_may_make_the_same_store_at_once(
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_sample_whose_images_and_marks_differ_is_named(tmp_path: Path, tokenizer: object) -> None:
+def test_a_sample_with_more_images_than_marks_is_an_error_that_names_it(
+    tmp_path: Path, tokenizer: object
+) -> None:
     root = CacheRoot(tmp_path / "cache")
     media = (MediaRef(source="/a"), MediaRef(source="/b"))
     messages = (
@@ -192,7 +200,7 @@ def test_several_data_sets_and_an_empty_one(tmp_path: Path, tokenizer: object) -
     assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
 
 
-def test_long_work_says_how_far_it_is(
+def test_progress_is_logged(
     tmp_path: Path,
     tokenizer: object,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,13 +217,13 @@ def test_long_work_says_how_far_it_is(
 @pytest.mark.parametrize(
     ("weights", "prefix", "used"),
     [
-        ([0, 0, 1, 1, 0, 0], 0, 3),  # the last supervised token is read by nobody
+        ([0, 0, 1, 1, 0, 0], 0, 3),  # up to the predictor of the last supervised token
         ([0, 0, 0, 0, 0, 1], 0, 5),
-        ([0, 1, 0, 0, 0, 0], 4, 4),  # what is shared stays
-        ([1, 0, 0, 0], 0, 4),  # nothing is predicted: the sample is left out as a whole
+        ([0, 1, 0, 0, 0, 0], 4, 4),  # the prefix is kept
+        ([1, 0, 0, 0], 0, 4),  # without a target the sample is kept whole
     ],
 )
-def test_tokens_are_used_up_to_the_last_that_predicts(
+def test_tokens_are_used_up_to_the_last_predictor(
     weights: list[float], prefix: int, used: int
 ) -> None:
     assert tokens.used_tokens(np.array(weights, np.float32), prefix) == used
