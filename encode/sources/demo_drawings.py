@@ -53,34 +53,12 @@ Grid = npt.NDArray[np.float64]
 # ---- shapes
 
 
-def _circle(x: Grid, y: Grid) -> Mask:
-    return np.asarray(x * x + y * y <= 1)
-
-
-def _square(x: Grid, y: Grid) -> Mask:
-    return np.asarray(np.maximum(abs(x), abs(y)) <= 0.86)
-
-
-def _triangle(x: Grid, y: Grid) -> Mask:
-    return np.asarray((y <= 0.85) & (y >= 2 * abs(x) * 0.925 - 1))
-
-
-def _cross(x: Grid, y: Grid) -> Mask:
-    arms = np.minimum(abs(x), abs(y))
-    return np.asarray((arms <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1))
-
-
-def _ring(x: Grid, y: Grid) -> Mask:
-    distance = x * x + y * y
-    return np.asarray((distance <= 1) & (distance >= 0.36))
-
-
 SHAPES: dict[str, Callable[[Grid, Grid], Mask]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
+    "circle": lambda x, y: x * x + y * y <= 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.86,
+    "triangle": lambda x, y: (y <= 0.85) & (y >= 2 * abs(x) * 0.925 - 1),
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1),
+    "ring": lambda x, y: (x * x + y * y <= 1) & (x * x + y * y >= 0.36),
 }
 """Name -> which points (x, y) it covers, x and y from -1 to 1, y downwards."""
 
