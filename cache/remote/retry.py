@@ -71,21 +71,21 @@ def with_retries(
         try:
             return attempt()
         except RequestError as error:
-            failure = error
-        if not failure.again:
-            raise UnreachableError(f"{what}: {failure.reason}", missing=failure.missing)
-        if failure.got >= PROGRESS_BYTES:
-            tries, since = 0, time.monotonic()
-        waited = time.monotonic() - since
-        if waited > policy.give_up_after_s:
-            raise UnreachableError(
-                f"{what}: {failure.reason} (tried {tries + 1} times in {waited:.0f} s); "
-                "once it is reachable again, the same command with --resume continues"
-            )
+            if not error.again:
+                raise UnreachableError(f"{what}: {error.reason}", missing=error.missing) from None
+            if error.got >= PROGRESS_BYTES:
+                tries, since = 0, time.monotonic()
+            waited = time.monotonic() - since
+            if waited > policy.give_up_after_s:
+                raise UnreachableError(
+                    f"{what}: {error.reason} (tried {tries + 1} times in {waited:.0f} s); "
+                    "once it is reachable again, the same command with --resume continues"
+                ) from None
+            retry_after_s = min(error.wait_s, policy.max_retry_after_s)
         pause_s = min(policy.backoff_s * 2.0**tries, policy.max_backoff_s)
         pause_s *= random.uniform(0.5, 1.5)  # noqa: S311 - spreads the requests of many readers
         tries += 1
-        if stop.wait(max(pause_s, min(failure.wait_s, policy.max_retry_after_s))):
+        if stop.wait(max(pause_s, retry_after_s)):
             raise UnreachableError(f"{what}: the read was cancelled")
 
 

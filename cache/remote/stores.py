@@ -105,7 +105,10 @@ def read_range(
     def attempt() -> None:
         nonlocal received
         try:
-            store.read(name, offset + received, target[received:], size)
+            # Released in any case: an error's traceback keeps the view, and a mapped file with views that
+            # are not released cannot be closed.
+            with target[received:] as rest:
+                store.read(name, offset + received, rest, size)
         except RequestError as error:
             received += error.got
             raise

@@ -152,7 +152,7 @@ def test_a_missing_damaged_or_outdated_listing_is_an_error_with_a_remedy(
 def test_only_the_wanted_tables_are_copied(
     server: WebServer, cache: CacheRoot, tmp_path: Path
 ) -> None:
-    server.failure_rate = 0.2
+    server.failure_rate = 0.5
     remote = here(server, tmp_path)
     root = remote.copy_tables(datasets=["again"])
     assert "samples/colors/part-00000.parquet" not in local_tables(root)
@@ -162,6 +162,14 @@ def test_only_the_wanted_tables_are_copied(
         assert (root.path / name).read_bytes() == (cache.path / name).read_bytes()
     assert samples_table(root, "colors") == samples_table(cache, "colors")
     assert next(read_samples(root, "again")).dataset == "again"
+
+
+def test_a_table_that_cannot_be_fetched_is_named(server: WebServer, tmp_path: Path) -> None:
+    server.acts["/media"] = lambda handler, path: handler.file(tmp_path, path) or True  # 404
+    with pytest.raises(UnreachableError, match=r"/media/part-.*: 404 Not Found"):
+        here(server, tmp_path).copy_tables()
+    del server.acts["/media"]
+    assert here(server, tmp_path).copy_tables().media_dir.is_dir()
 
 
 # ---- commands and URLs
