@@ -1,7 +1,7 @@
-"""Entry point for zarr-python: lets `zarr.open` read our int8 and int4 feature arrays, from any folder.
+"""The entry point for zarr-python: `zarr.open` reads int8 and int4 feature arrays from any working directory.
 
-The name `cache` is not ours alone: the folder a reader works in may hold its own. So this module has
-a name nobody else uses, and loads its two neighbours by their place on disk instead of by name.
+The working directory of a reader may contain another package named `cache`. So this module has a unique name,
+and loads two files of `cache/format` by their path instead of by name.
 """
 
 import sys
@@ -12,7 +12,7 @@ from types import ModuleType
 __all__ = ["RowCodec"]
 
 
-def _neighbour(name: str) -> ModuleType:
+def _load(name: str) -> ModuleType:
     spec = spec_from_file_location(
         f"nanomolmo2_codec.{name}", Path(__file__).parent / "cache" / "format" / f"{name}.py"
     )
@@ -22,4 +22,4 @@ def _neighbour(name: str) -> ModuleType:
     return module
 
 
-RowCodec = _neighbour("zarr_codec").make_codec(_neighbour("codec"))
+RowCodec = _load("zarr_codec").make_codec(_load("codec"))

@@ -1,1 +1,13 @@
-"""format."""
+"""What a feature is, and the bytes of a row, of a shard and of the files that describe them.
+
+    spec            FeatureSpec: everything that decides the values of a row, and its fingerprint
+    codec           features (tokens, width) <-> the bytes of one row: fp16, int8, int4
+    frame_sampling  the views of an image or a video, which name its rows
+    shard           what every shard format has in common; zarr_shard and tar_shard are the two
+    space_info      space.json: the spec, the shard format and the rows per shard of one space
+    checksums       crc32c, and the sha256 that each metadata file contains of itself
+    zarr_codec      the row codecs for zarr-python, found by an entry point
+
+In come features and facts about rows; out go bytes. No module here opens a cache, and none imports more than
+numpy, pyarrow and the checksum libraries, so `model` may use this room. Read spec.py first, then codec.py.
+"""

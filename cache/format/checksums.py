@@ -1,8 +1,7 @@
-"""crc32c, by the library that computes it fastest here.
+"""Checksums: crc32c of rows, the sha256 seal of metadata files, and a mixing function for hash tables.
 
-awscrt folds 64 bytes an instruction where the processor can (AVX-512 with VPCLMULQDQ): 32 GB/s from memory
-and 53 GB/s from the cache, where PyPI's `crc32c` does 17 and 27 (one core of an AMD EPYC, 2026-11-24). Both
-take memoryviews without a copy and let other threads run meanwhile.
+data = sealed_json({"format": 1})
+values = read_sealed_json(path)         # CorruptError if any byte has changed
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ from cache.errors import CorruptError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["crc32c"]
-
 
 class _Checksum(Protocol):
     def __call__(self, data: Buffer, value: int = 0, /) -> int:
-        """The crc32c of contiguous `data`, or of what had `value` and `data` behind it."""
+        """Return the crc32c of `data`, or, with the crc32c `value` of earlier bytes, of these and `data`."""
 
 
+# awscrt is the fastest library for crc32c. It folds 64 bytes an instruction on processors with AVX-512 and
+# VPCLMULQDQ: 32 GB/s from memory and 53 GB/s from the processor's cache, where PyPI's `crc32c` reaches 17 and
+# 27 (one core of an AMD EPYC, 2026-11-24). Both take memoryviews without a copy and release the GIL.
 crc32c = cast(_Checksum, checksums.crc32c)
 
 
@@ -60,18 +60,18 @@ quoted one does no harm."""
 
 
 UNSEALED = "sha256:" + "0" * 64
-"""What a writer puts where the seal will stand."""
+"""The text that a writer puts where the seal belongs."""
 
 
 def seal(data: bytes) -> bytes:
-    """`data`, whose last `UNSEALED` becomes its seal."""
+    """Return `data` with its last `UNSEALED` replaced by its seal."""
     at = _seal_position(data)
     assert data[at : at + 64] == b"0" * 64, "nothing to seal"
     return data[:at] + _digest(data, at) + data[at + 64 :]
 
 
 def seal_file(file: BinaryIO) -> None:
-    """The same for an open file of any size."""
+    """Replace the last `UNSEALED` of an open file of any size by the file's seal."""
     file.flush()
     with mmap.mmap(file.fileno(), 0) as data:
         at = _seal_position(data)
@@ -80,7 +80,11 @@ def seal_file(file: BinaryIO) -> None:
 
 
 def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
-    """The seal (32 bytes); raise CorruptError unless `data`, read from `path`, is exactly what was sealed."""
+    """Return the seal (32 bytes) of `data`, which was read from `path`.
+
+    Raises:
+        CorruptError: `data` has no seal, or is not exactly what was sealed.
+    """
     at = _seal_position(data)
     if at < 0:
         raise CorruptError(path, "its seal (sha256:...) is missing")
@@ -90,7 +94,12 @@ def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
 
 
 def check_seal_file(path: Path) -> None:
-    """The same for a file of any size."""
+    """Check the seal of a file of any size.
+
+    Raises:
+        CorruptError: the file is empty, has no seal, or is not exactly what was sealed.
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise CorruptError(path, "empty file")
@@ -113,14 +122,14 @@ def _digest(data: bytes | mmap.mmap, at: int) -> bytes:
 
 
 def sealed_json(values: Mapping[str, Any]) -> bytes:
-    """`values` as JSON text, the seal in its last key."""
+    """Return `values` as JSON text with the seal in its last key."""
     return seal(
         json.dumps({**values, "seal": UNSEALED}, indent=2, allow_nan=False).encode() + b"\n"
     )
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
-    """The values of a sealed JSON file.
+    """Return the values of a sealed JSON file, without checking what they are.
 
     Raises:
         CorruptError: the file is missing, or its bytes have changed.

@@ -1,9 +1,11 @@
-"""What a shard's file is made of, whichever of the two on-disk formats a space has.
+"""What the two shard formats have in common: `cache.format.zarr_shard` and `cache.format.tar_shard`.
 
-A shard is slots of one size, one row in each, then a tail. What stands around a row in its slot, and the
-tail, follow from the shard's commit: they are never read to find anything, and `cache.verify --deep` makes
-them anew and compares. `cache.format.zarr_shard` and `cache.format.tar_shard` are the two;
-`SpaceInfo.container` is the one of a space.
+    geometry = info.geometry("image")
+    offset = geometry.row_offset(slot)          # where the row in a slot starts in its file
+
+A shard consists of slots of one size with one row each, and then a tail. The bytes around a row in its slot,
+and the tail, follow from the shard's commit. Readers never need them; `cache.verify --deep` computes them
+again and compares.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from cache.format.spec import FeatureSpec
 
 
 class RowFacts(NamedTuple):
-    """What a commit says of one row."""
+    """What a commit records about one row."""
 
     key: str
-    """Its media's key, 64 hex digits."""
+    """The key of its media item, 64 hex digits."""
     view: str
-    """Which view of it."""
+    """The view of the media item."""
     time_s: float | None
-    """Where in its video, seconds; None for images."""
+    """Time of the frame in its video, seconds; None for images."""
     crc: int
     """crc32c of the stored row."""
     error: float
@@ -36,7 +38,7 @@ class RowFacts(NamedTuple):
 
 
 def row_facts(table: pa.Table) -> Iterator[RowFacts]:
-    """The rows of a commit's table, in slot order."""
+    """Yield the rows of a commit's table in slot order."""
     columns = (table[name].to_pylist() for name in ("key", "view", "time_s", "crc", "error"))
     for key, *rest in zip(*columns, strict=True):
         yield RowFacts(key.hex(), *rest)
@@ -44,12 +46,12 @@ def row_facts(table: pa.Table) -> Iterator[RowFacts]:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(ABC):
-    """Where things stand in the shards of one array, and what stands around its rows."""
+    """The positions of rows in the shards of one array, and the bytes around them."""
 
     row_bytes: int
-    """Bytes of one row as the codec packs it."""
+    """Bytes of one packed row."""
     slots: int
-    """Rows a full shard holds."""
+    """Rows of a full shard."""
 
     @property
     @abstractmethod
@@ -64,24 +66,23 @@ class Geometry(ABC):
     @property
     @abstractmethod
     def tail_bytes(self) -> int:
-        """Bytes behind the last slot that is used."""
+        """Bytes after the last used slot."""
 
     @abstractmethod
     def check_view(self, view: str) -> None:
-        """Raise ValueError when a row of this view has no place in such a shard."""
+        """Raise ValueError if a shard of this format cannot hold a row of this view."""
 
     @abstractmethod
     def around(self, facts: RowFacts) -> tuple[bytes, bytes]:
-        """What stands before and behind a row in its slot."""
+        """Return the bytes before a row in its slot, and those after it."""
 
     @abstractmethod
     def tail_with_crc(self, rows: int) -> tuple[bytes, int]:
-        """The last bytes of a shard of `rows` rows, and the crc32c that its commit has of them."""
+        """Return the tail of a shard with `rows` rows, and the crc32c that its commit records of the tail."""
 
     @abstractmethod
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:
-        """What the commits of such shards say of their rows beside `cache.store.commits.SCHEMA`, each
-        (rows,)."""
+        """Return the columns (rows,) that a commit has in addition to `cache.store.commits.SCHEMA`."""
 
     @property
     def gap_bytes(self) -> int:
@@ -89,27 +90,27 @@ class Geometry(ABC):
         return self.slot_bytes - self.row_bytes
 
     def row_offset(self, slot: int) -> int:
-        """Where the row of a slot starts in its file."""
+        """Return the byte at which the row of a slot starts in its file."""
         return slot * self.slot_bytes + self.lead_bytes
 
     def file_bytes(self, rows: int) -> int:
-        """Size of a shard that holds `rows` rows."""
+        """Return the bytes of a shard with `rows` rows."""
         return rows * self.slot_bytes + self.tail_bytes
 
 
 class Container(Protocol):
-    """One on-disk format."""
+    """A shard format. `SpaceInfo.container` is that of a space."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Of the shards of one array, `slots` rows each."""
+        """Return the geometry of the shards of one array, `slots` rows each."""
         ...
 
     def group_values(self) -> Mapping[str, Any] | None:
-        """What the file beside all arrays says to other tools; None: such spaces have none."""
+        """Return the content of the file that describes the space to other tools; None if there is none."""
         ...
 
     def array_values(
         self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any] | None:
-        """What the file beside one array says of `rows` row numbers; None: such spaces have none."""
+        """Return the content of the file that describes an array of `rows` rows; None if there is none."""
         ...

@@ -1,4 +1,8 @@
-"""space.json: what a space is, how its encoder is rebuilt, and how many rows its shards hold."""
+"""The content of space.json: the spec of a space, how to load its encoder, and the rows of a shard.
+
+info = new_info(spec, load={"encoder": {...}}, shard_bytes=SHARD_BYTES)
+path.write_bytes(info_bytes(info))
+"""
 
 from __future__ import annotations
 
@@ -17,26 +21,26 @@ from cache.format.zarr_shard import ZarrContainer
 _CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": TarContainer()}
 
 SHARD_BYTES = 256 << 20
-"""About the size of a shard."""
+"""Approximate bytes of a full shard."""
 
 MAX_SLOTS = 4096
-"""Rows in a shard at most: they are lost together when a job dies."""
+"""Rows of a shard at most. A job that dies loses the rows of its unfinished shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceInfo:
-    """The content of space.json."""
+    """What space.json says."""
 
     spec: FeatureSpec
-    """How pixels became rows."""
+    """How pixels become rows."""
     load: Mapping[str, Any]
-    """How to load the encoder again: JSON, not part of the fingerprint."""
+    """How to load the encoder again: JSON values, not part of the fingerprint."""
     slots: Mapping[str, int]
     """Array -> rows per shard."""
 
     @property
     def container(self) -> Container:
-        """The on-disk format of its shards."""
+        """The format of the shards."""
         return _CONTAINERS[self.spec.container]
 
     @functools.cached_property
@@ -45,17 +49,17 @@ class SpaceInfo:
         return {array: make(self.spec, array, slots) for array, slots in self.slots.items()}
 
     def geometry(self, array: str) -> Geometry:
-        """Where things stand in the shards of `array`."""
+        """Return the geometry of the shards of `array`."""
         return self._geometries[array]
 
 
 def slot_bytes(spec: FeatureSpec, array: str) -> int:
-    """Bytes a row of `array` takes in a shard, with what stands around it."""
+    """Return the bytes that a row of `array` takes in a shard, with the bytes around it."""
     return _CONTAINERS[spec.container].geometry(spec, array, 1).slot_bytes
 
 
 def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> SpaceInfo:
-    """The description of a new space: shards of about `shard_bytes`, a power of two of rows."""
+    """Describe a new space. A shard has about `shard_bytes`, and a power of two of rows."""
     slots = {}
     for array in ARRAYS:
         power = round(math.log2(max(1.0, shard_bytes / spec.row_bytes(array))))
@@ -64,7 +68,7 @@ def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> Sp
 
 
 def info_bytes(info: SpaceInfo) -> bytes:
-    """The file space.json."""
+    """Return the bytes of space.json."""
     return sealed_json(
         {
             "format": FORMAT,

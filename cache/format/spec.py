@@ -1,7 +1,13 @@
-"""What a feature is: everything that decides how one view's pixels become one row, and its fingerprint.
+"""FeatureSpec: everything that decides how the pixels of one view become one row, and its fingerprint.
 
-Two rows made under equal specs are interchangeable; anything that could change a value changes the
-fingerprint, and with it the space the row lives in. That is what makes a stale hit impossible.
+    spec = FeatureSpec(encoder="clip-vit-l14-336", codec="int8", ...)
+    spec.name                           # "clip-vit-l14-336-int8-1a2b3c4d", the folder of the space
+
+Rows made under equal specs are interchangeable. Whatever can change a value changes the fingerprint, and
+with it the space that holds the row. So a cache never returns a row that was made in another way.
+
+Encoders round features to float16 before they pool and pack them. So `cache.convert` makes the same rows
+from an fp16 space as encoding makes.
 """
 
 from __future__ import annotations
@@ -17,65 +23,67 @@ from typing import Any
 from cache.format.codec import CODECS, row_bytes
 
 FORMAT = 1
+"""Version of the on-disk format."""
 ARRAYS = ("image", "frame")
-"""Kinds of media view. Each has its own array in a space, under the same name."""
+"""The arrays of a space: rows of images, and rows of video frames."""
 
 ARRAY_OF = {"image": "image", "video": "frame"}
-"""Media kind -> the array its views' rows are in."""
+"""Media kind -> the array that has its rows."""
 
 FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
-_NOT_HASHED = frozenset(
-    {"encoder"}
-)  # a name for people; `weights` and `architecture` say what it is
+_NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
 _LATER = {"container": "zarr"}
-"""Fields younger than the first spaces: hashed only where they are not this."""
+"""Fields that are hashed only if they differ from this value."""
+# A new optional field belongs here, so that the fingerprints of existing spaces do not change.
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One way of encoding. Hashed in whole, but for the display name `encoder`."""
+    """One way of encoding. All fields but `encoder` are part of the fingerprint."""
 
     encoder: str
-    """Display name, first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
+    """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
     architecture: str
-    """Library and model, as `open_clip:ViT-L-14-336-quickgelu`."""
+    """Library and model: `open_clip:ViT-L-14-336-quickgelu`."""
     weights: str
-    """sha256 (hex) over the sorted (name, dtype, shape, bytes) of the tensors the features depend on."""
+    """sha256 (hex) of the sorted (name, dtype, shape, bytes) of the tensors that the features depend on."""
     activation: str
-    """The MLPs' activation as built: `quick_gelu`, `gelu`, `gelu_tanh`."""
+    """Activation of the MLPs as built: `quick_gelu`, `gelu`, `gelu_tanh`."""
     blocks: tuple[int, ...]
-    """Transformer blocks (0-based) whose outputs are concatenated, in this order."""
+    """Transformer blocks (0-based) whose outputs are concatenated in this order."""
     keep_cls: bool = False
-    """Whether the CLS token stands first in each row."""
+    """Whether each row starts with the CLS token."""
     image_size: int
-    """Side of the square encoder input, pixels."""
+    """Side of the square input of the encoder, pixels."""
     patch_size: int
     """Side of one patch, pixels."""
     width: int
-    """Values per token, all blocks together."""
+    """Values per token, over all blocks."""
     fit: str
     """How an image becomes square: `squash`, `pad` or `crop`."""
     resize: str
     """Resampling filter and the library that computes it."""
     mean: tuple[float, float, float]
-    """Subtracted from pixels in [0, 1], per channel."""
+    """Mean per channel, subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float]
-    """Divides what is left, per channel."""
+    """Standard deviation per channel, which divides the pixels after that."""
     pool_image: int = 1
-    """Images: n x n patches are averaged into one token."""
+    """Side n of the n x n patches of an image that are averaged into one token."""
     pool_frame: int = 3
-    """Video frames: the same."""
+    """Side n of the n x n patches of a video frame that are averaged into one token."""
     compute_dtype: str
-    """What the encoder computes in. bf16 is 1.2 % off fp32 at block 22, fp16 0.15 %."""
+    """Data type that the encoder computes in."""
+    # Relative error to float32 at block 22: 1.2 % in bfloat16, 0.15 % in float16.
     batch_size: int
-    """The one batch shape the encoder runs; in bf16, batch 1 and batch 8 differ by 1 %."""
+    """Images in each batch of the encoder; the last batch is padded to this size."""
+    # Part of the spec because in bfloat16 the features of batches of 1 and of 8 differ by 1 %.
     codec: str
     """How rows are stored: `fp16`, `int8` or `int4`."""
     format: int = FORMAT
     """Version of the on-disk format."""
     container: str = "zarr"
-    """What a shard is: `zarr` (a shard of a Zarr v3 array) or `webdataset` (a tar of standard members)."""
+    """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -95,34 +103,30 @@ class FeatureSpec:
                     f"the grid of {self.grid} x {self.grid} patches"
                 )
         if self.keep_cls and (self.pool_image > 1 or self.pool_frame > 1):
-            raise ValueError("keep_cls with pooling: a CLS token has no place on the patch grid")
+            raise ValueError("keep_cls with pooling: the CLS token is not on the grid of patches")
         if not self.blocks:
             raise ValueError("blocks is empty: name at least one transformer block")
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the encoder input."""
+        """Patches along one side of the encoder's input."""
         return self.image_size // self.patch_size
 
     def pool(self, array: str) -> int:
-        """Side of the pooling window for `array`, patches."""
+        """Return the side of the pooling window of `array`, patches."""
         return {"image": self.pool_image, "frame": self.pool_frame}[array]
 
     def tokens(self, array: str) -> int:
-        """Tokens in one row of `array`."""
+        """Return the tokens of one row of `array`."""
         return (self.grid // self.pool(array)) ** 2 + self.keep_cls
 
     def row_bytes(self, array: str) -> int:
-        """Stored bytes of one row of `array`, without its checksum."""
+        """Return the stored bytes of one row of `array`, without its checksum."""
         return row_bytes(self.codec, self.tokens(array), self.width)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the canonical JSON of every hashed field.
-
-        A field added in a later version enters only where it is not its default, so that older
-        spaces keep their name.
-        """
+        """sha256 (hex) of the canonical JSON of every hashed field."""
         hashed = {
             k: v
             for k, v in self.to_json().items()
@@ -137,17 +141,17 @@ class FeatureSpec:
         return f"{self.encoder}-{self.codec}-{self.fingerprint[:8]}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, in order."""
+        """Return the fields as JSON values, in order."""
         return {
             k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
         }
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> FeatureSpec:
-        """The inverse of `to_json`.
+        """Return the spec that has these fields; the inverse of `to_json`.
 
         Raises:
-            ValueError: a key is unknown (written by a newer version) or a value is impossible.
+            ValueError: a key is missing or unknown (a newer version wrote it), or a value is invalid.
         """
         known = {f.name for f in dataclasses.fields(FeatureSpec)}
         unknown = sorted(set(values) - known)

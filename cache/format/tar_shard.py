@@ -1,15 +1,15 @@
-"""The bytes of a WebDataset shard: a tar that the `webdataset` library streams, with slots of one size.
+"""The bytes of a WebDataset shard: a tar with slots of one size, which the `webdataset` library can stream.
 
-A row is two members of a POSIX ustar archive, one behind the other:
+A row is two members of a POSIX ustar archive, the second directly after the first:
 
     <key>.<view>.npy     fp16: float16 (tokens, width); other codecs: uint8 (row_bytes,), the packed row
     <key>.<view>.json    key, view, time_s, codec, tokens, width, crc32c, relative_error
 
-`webdataset` splits a name at its first dot, so the views of one media that lie side by side are one sample:
-`full.npy`, `full.json`; or `t:0.npy`, `t:0.json`, `t:500000.npy`, ... The length of every member but the
-second is the same in all slots, and the second fits one block; so slots have one size and a row's place
-follows from its number, as in a Zarr shard. Nothing depends on when or by whom a file was made: every byte
-that is not a row follows from the commit.
+`webdataset` splits a name at its first dot, so adjacent views of one media item are one sample: `full.npy`,
+`full.json`; or `t:0.npy`, `t:0.json`, `t:500000.npy`, ... The first member has the same length in all slots,
+and the second always fits in one block of a tar. So slots have one size, and the position of a row follows
+from its number, as in a Zarr shard. Every byte that is not a row follows from the commit; no member has an
+owner or a time.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from cache.format.shard import Geometry, RowFacts
 from cache.format.spec import FeatureSpec
 
 BLOCK = 512
-"""Everything in a tar starts at a multiple of this."""
+"""Bytes of a tar's block: each header and each content starts at a multiple."""
 
 END = bytes(2 * BLOCK)
-"""What a tar ends in."""
+"""The end of every tar."""
 
 _VIEW = re.compile(r"[a-z0-9][a-z0-9:,._+-]{0,29}")
-"""With 64 digits of the key and `.json`, at most the 100 bytes of a ustar name. Lower case: the library makes
-it so. No slash: it starts a folder."""
+"""Views that a member's name can hold. With the key's 64 digits and `.json`, the name has at most the 100
+bytes that ustar allows. `webdataset` lowers the case of names, and a slash would start a folder."""
 
 
 def padded(nbytes: int) -> int:
-    """Bytes of a member's content with the zeros behind it."""
+    """Return the bytes that a member's content takes, padded with zeros to whole blocks."""
     return -(-nbytes // BLOCK) * BLOCK
 
 
@@ -52,10 +52,9 @@ _FIXED_SUM = sum(_OWNER + _TIME + 8 * b" " + _KIND)
 
 
 def member_header(name: str, nbytes: int) -> bytes:
-    """The block before a member: of no owner, from no time, readable by all.
-
-    What `tarfile` makes in its ustar format, at a tenth of the time: `verify --deep` makes two a row.
-    """
+    """Return the header block of a member: without an owner or a time, and readable by all."""
+    # Equal to what `tarfile` makes in its ustar format, in a tenth of the time: `cache.verify --deep` makes
+    # two headers a row.
     encoded, size = name.encode("ascii"), b"%011o\0" % nbytes
     assert len(encoded) <= 100, f"{name} is too long for a ustar header"
     checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(size))
@@ -63,7 +62,7 @@ def member_header(name: str, nbytes: int) -> bytes:
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What `numpy.save` puts before the values of an array in C order."""
+    """Return what `numpy.save` writes before the values of an array in C order."""
     buffer = io.BytesIO()
     values = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, values)
@@ -72,12 +71,12 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class TarGeometry(Geometry):
-    """Tar header, npy header, row, zeros; tar header, JSON, zeros. The tail is the end of the archive."""
+    """A slot: tar header, npy header, row, zeros, tar header, JSON, zeros. The tail is the end of the tar."""
 
     codec: str
-    """How a row is laid out: see `cache.format.codec`."""
+    """Name of the row codec."""
     tokens: int
-    """Tokens in a row."""
+    """Tokens of a row."""
     width: int
     """Values per token."""
 
@@ -94,7 +93,7 @@ class TarGeometry(Geometry):
 
     @functools.cached_property
     def lead_bytes(self) -> int:
-        """Bytes of a slot before its row: the header of its member and that of npy."""
+        """Bytes of a slot before its row: the tar header and the npy header."""
         return BLOCK + len(self._npy)
 
     @functools.cached_property
@@ -104,11 +103,11 @@ class TarGeometry(Geometry):
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes behind the last member."""
+        """Bytes after the last member."""
         return len(END)
 
     def check_view(self, view: str) -> None:
-        """Raise ValueError when a member cannot have this view in its name."""
+        """Raise ValueError if the name of a member cannot hold this view."""
         if not _VIEW.fullmatch(view):
             raise ValueError(
                 f"view {view!r}: in a webdataset space, at most 30 of a-z, 0-9 and :,._+- "
@@ -116,7 +115,7 @@ class TarGeometry(Geometry):
             )
 
     def around(self, facts: RowFacts) -> tuple[bytes, bytes]:
-        """The headers before a row; the rest of its block and its JSON behind it."""
+        """Return the headers before a row; and after it, the padding of its block and its JSON."""
         name = f"{facts.key}.{facts.view}"
         text = self._json(facts)
         before = member_header(f"{name}.npy", len(self._npy) + self.row_bytes) + self._npy
@@ -124,7 +123,9 @@ class TarGeometry(Geometry):
         return before, self._zeros + header + text.ljust(BLOCK, b"\0")
 
     def _json(self, facts: RowFacts) -> bytes:
-        error = float(str(np.float32(facts.error)))  # the shortest text of a float32
+        error = float(
+            str(np.float32(facts.error))
+        )  # so that JSON has the shortest text of a float32
         time_s = facts.time_s
         values = {
             "key": facts.key,
@@ -137,23 +138,23 @@ class TarGeometry(Geometry):
             "relative_error": error if math.isfinite(error) else None,
         }
         text = json.dumps(values, allow_nan=False).encode() + b"\n"
-        assert len(text) <= BLOCK, "a row's JSON outgrew its block"
+        assert len(text) <= BLOCK, "the JSON of a row is larger than one block"
         return text
 
     def tail_with_crc(self, rows: int) -> tuple[bytes, int]:  # noqa: ARG002
-        """The end of the archive."""
+        """Return the end of the archive, and its crc32c."""
         return END, crc32c(END)
 
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:
-        """`offset`: where in the file each row starts, so that any program can read it there."""
+        """Return `offset`, the byte at which each row starts, so that any program can read it."""
         return {"offset": np.arange(rows, dtype=np.int64) * self.slot_bytes + self.lead_bytes}
 
 
 class TarContainer:
-    """Tars, and nothing beside them: see `cache.format.shard.Container`."""
+    """The webdataset format: tars, and no file that describes them."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Of the shards of one array."""
+        """Return the geometry of the shards of one array."""
         return TarGeometry(
             row_bytes=spec.row_bytes(array),
             slots=slots,
@@ -163,7 +164,7 @@ class TarContainer:
         )
 
     def group_values(self) -> None:
-        """None."""
+        """Return None: no file describes the tars."""
 
     def array_values(self, spec: FeatureSpec, array: str, slots: int, rows: int) -> None:
-        """None."""
+        """Return None: no file describes the tars."""

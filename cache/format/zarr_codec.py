@@ -1,8 +1,10 @@
-"""The lossy row layouts as a Zarr v3 array-to-bytes codec, so that `zarr.open(...)[i]` gives float16.
+"""The int8 and int4 row codecs as a Zarr v3 array-to-bytes codec.
 
-zarr-python finds it by the entry point `zarr.codecs` (see pyproject.toml), which names
-`nanomolmo2_codec`: a reader's own folder may well contain another `cache`. For the same reason this
-file is loaded by its place, and is handed the numpy codec rather than importing it by name.
+    zarr.open_array("cache/spaces/.../image")[i]        # (tokens, width) float16
+
+zarr-python finds the codec by the entry point `zarr.codecs` of pyproject.toml, which names
+`nanomolmo2_codec`. A reader's own folder may contain another package `cache`. So `nanomolmo2_codec` loads
+this file by its path, and passes the numpy codec to it; this file must not import it by name.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ NAME = "nanomolmo2.row"
 
 
 def make_codec(codec: ModuleType) -> type[ArrayBytesCodec]:
-    """The codec class over `codec`, which is the module `cache.format.codec`."""
+    """Return the codec class. `codec` is the module `cache.format.codec`."""
 
     @dataclass(frozen=True)
     class RowCodec(ArrayBytesCodec):
-        """One row (1, tokens, width) of float16 as the bytes `cache.format.codec.pack` makes."""
+        """Rows (rows, tokens, width) float16, stored as `cache.format.codec.pack` packs them."""
 
         codec: str = "int8"
         """Name of the row codec, as zarr.json states it: `int8` or `int4`."""

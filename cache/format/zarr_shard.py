@@ -1,8 +1,9 @@
-"""The bytes of a Zarr v3 shard, and the zarr.json around it, as zarr-python reads them.
+"""The bytes of a Zarr v3 shard, and of the zarr.json files that describe it to zarr-python.
 
-A shard is its rows, each followed by its crc32c, then an index of (offset, nbytes) for every slot, then
-the index's crc32c. Rows fill the slots from 0 up, without gaps; a shard may end early, its remaining
-slots marked missing. So a row's place follows from its number, and every byte is covered by a checksum.
+A shard consists of its rows, each followed by its crc32c, then of an index with (offset, nbytes) of every
+slot, then of the crc32c of the index. Rows fill the slots from 0 without gaps. In a shard that is not full, the
+index marks the other slots as missing. So the position of a row follows from its number, and a checksum covers
+every byte.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from cache.format.spec import FeatureSpec
 
 CRC_BYTES = 4
 MISSING = 2**64 - 1
-"""Offset and nbytes of a slot that holds no row."""
+"""Offset and nbytes of an empty slot, as Zarr defines them."""
 
 ROW_CODEC = "nanomolmo2.row"
-"""Zarr's name for our lossy row layouts; `cache.format.zarr_codec` has the class."""
+"""The name of the int8 and int4 row codecs in zarr.json. `cache.format.zarr_codec` has their class."""
 
 
 def crc_bytes(crc: int) -> bytes:
-    """A crc32c as it stands in a file: 4 bytes, little-endian."""
+    """Return a crc32c as it is stored: 4 bytes, little-endian."""
     return crc.to_bytes(CRC_BYTES, "little")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZarrGeometry(Geometry):
-    """A row starts its slot; its crc32c ends it. The tail is the index."""
+    """A slot is a row and its crc32c; the tail is the index."""
 
     lead_bytes = 0
 
@@ -45,18 +46,18 @@ class ZarrGeometry(Geometry):
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the index, with its crc."""
+        """Bytes of the index and its crc32c."""
         return 16 * self.slots + CRC_BYTES
 
     def check_view(self, view: str) -> None:
-        """Any will do: the shard does not name its rows."""
+        """Accept every view: the shard does not name its rows."""
 
     def around(self, facts: RowFacts) -> tuple[bytes, bytes]:
-        """Nothing, and the row's crc."""
+        """Return nothing before a row; and after it, its crc32c."""
         return b"", crc_bytes(facts.crc)
 
     def tail_with_crc(self, rows: int) -> tuple[bytes, int]:
-        """The index of a shard that holds `rows` rows, and the crc it ends in."""
+        """Return the index of a shard with `rows` rows, and the crc32c at its end."""
         entries = np.full((self.slots, 2), MISSING, "<u8")
         entries[:rows, 0] = np.arange(rows, dtype=np.uint64) * np.uint64(self.slot_bytes)
         entries[:rows, 1] = self.slot_bytes
@@ -64,12 +65,12 @@ class ZarrGeometry(Geometry):
         return entries.tobytes() + crc_bytes(crc), crc
 
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:  # noqa: ARG002
-        """None: a row's place follows from its number, and the index in the shard says it, too."""
+        """Return no column: the position of a row follows from its number, and the index has it too."""
         return {}
 
 
 def array_values(spec: FeatureSpec, array: str, slots: int, rows: int) -> dict[str, Any]:
-    """What zarr.json of one array says: `rows` row numbers, of which some may hold nothing (NaN)."""
+    """Return the content of zarr.json of an array with `rows` row numbers; rows that do not exist are NaN."""
     tokens, width = spec.tokens(array), spec.width
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     row = little
@@ -98,24 +99,24 @@ GROUP_VALUES = {"zarr_format": 3, "node_type": "group"}
 
 
 def zarr_json(values: Mapping[str, Any]) -> bytes:
-    """The file zarr.json, sealed in its attributes: elsewhere Zarr allows no keys of our own."""
+    """Return the bytes of zarr.json. The seal is among the attributes: Zarr allows other keys only there."""
     text = json.dumps({**values, "attributes": {"seal": UNSEALED}}, indent=2, allow_nan=False)
     return seal(text.encode() + b"\n")
 
 
 class ZarrContainer:
-    """Zarr v3 arrays: see `cache.format.shard.Container`."""
+    """The zarr format: Zarr v3 arrays in a group."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Of the shards of one array."""
+        """Return the geometry of the shards of one array."""
         return ZarrGeometry(row_bytes=spec.row_bytes(array), slots=slots)
 
     def group_values(self) -> Mapping[str, Any]:
-        """The arrays are a group."""
+        """Return the content of zarr.json of the group of arrays."""
         return GROUP_VALUES
 
     def array_values(
         self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any]:
-        """What zarr.json says."""
+        """Return the content of zarr.json of one array."""
         return array_values(spec, array, slots, rows)
