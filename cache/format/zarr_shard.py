@@ -1,9 +1,9 @@
 """The bytes of a Zarr v3 shard, and of the zarr.json files that describe it to zarr-python.
 
 A shard consists of its rows, each followed by its crc32c, then of an index with (offset, nbytes) of every
-slot, then of the crc32c of the index. Rows fill the slots from 0 without gaps. In a shard that is not full, the
-index marks the other slots as missing. So the position of a row follows from its number, and a checksum covers
-every byte.
+slot, then of the crc32c of the index. Rows fill the slots from 0 without gaps. In a shard that is not full,
+the index marks the other slots as missing. So the position of a row follows from its number, and a checksum
+covers every byte.
 """
 
 from __future__ import annotations
