@@ -1,9 +1,15 @@
-"""Whole encode jobs, inline: what is encoded, what is reused, what fails, and that nothing is lost."""
+"""Whole encode jobs in this process: what is encoded, reused and recorded as failed.
+
+result = encode(folder / "cache", "folder:photos")      # tests.support.encode_jobs
+result.reader.rows("image")                             # 14
+result.failures()                                       # {"cut.png": ("decode", "...")}
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import threading
@@ -49,7 +55,7 @@ def key_of(result: Result, name: str) -> str:
     return key
 
 
-def test_rows_are_what_the_encoder_makes_of_each_image_alone(photos: Path, tmp_path: Path) -> None:
+def test_a_row_equals_the_features_of_its_image_encoded_alone(photos: Path, tmp_path: Path) -> None:
     result = encode(tmp_path / "cache", f"folder:{photos}", codec="fp16")
     encoder = load_encoder(TINY, device="cpu")
     assert result.code == 0
@@ -63,7 +69,9 @@ def test_rows_are_what_the_encoder_makes_of_each_image_alone(photos: Path, tmp_p
         assert (record.width, record.height, record.bytes) == (24, 24, path.stat().st_size)
 
 
-def test_what_an_image_stood_beside_changes_nothing(photos: Path, tmp_path: Path) -> None:
+def test_a_row_does_not_depend_on_the_other_images_of_its_batch(
+    photos: Path, tmp_path: Path
+) -> None:
     together = encode(tmp_path / "a", f"folder:{photos}")
     for path in sorted(photos.iterdir(), reverse=True):
         (tmp_path / "one").mkdir(exist_ok=True)
@@ -81,7 +89,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_a_finished_job_again_touches_no_file_and_starts_no_worker(
+def test_repeating_a_finished_job_touches_no_file_and_starts_no_worker(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
@@ -113,10 +121,12 @@ def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_pat
     assert result.job._tracker.reused == 5
     keys = {result.ledger[f"copy-{i}.png"].key for i in range(5)}
     assert keys == {result.ledger["0003.png"].key}
-    assert result.ledger["copy-0.png"].width == 24, "size is known of every name"
+    assert result.ledger["copy-0.png"].width == 24, "duplicates have a size, too"
 
 
-def test_one_changed_pixel_is_another_image(photos: Path, tmp_path: Path) -> None:
+def test_an_image_with_one_changed_pixel_is_encoded_as_a_new_one(
+    photos: Path, tmp_path: Path
+) -> None:
     before = encode(tmp_path / "cache", f"folder:{photos}")
     with Image.open(photos / "0005.png") as image:
         image.load()
@@ -126,10 +136,10 @@ def test_one_changed_pixel_is_another_image(photos: Path, tmp_path: Path) -> Non
     after = encode(tmp_path / "cache", f"folder:{photos}")
     assert len(after.plan.todo) == 1
     assert key_of(after, "0005.png") != key_of(before, "0005.png")
-    assert after.reader.rows("image") == 15, "the old row stays: other samples may refer to it"
+    assert after.reader.rows("image") == 15, "other samples may refer to the old row"
 
 
-def test_a_file_changed_behind_its_old_time_stamp_is_noticed(photos: Path, tmp_path: Path) -> None:
+def test_a_changed_file_with_its_old_time_stamp_is_encoded(photos: Path, tmp_path: Path) -> None:
     before = encode(tmp_path / "cache", f"folder:{photos}")
     target = photos / "0005.png"
     status = target.stat()
@@ -176,7 +186,7 @@ def test_features_outlive_their_images(photos: Path, tmp_path: Path) -> None:
     assert (again.plan.reused, again.plan.missing) == (1, ())
 
 
-def test_bad_images_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
+def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
     whole = (photos / "0000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.jpg").write_bytes(b"")
@@ -196,21 +206,25 @@ def test_bad_images_go_to_the_ledger_and_the_job_succeeds(photos: Path, tmp_path
     }
     assert failures["page.jpg"][1] == "an HTML page, not an image"
     assert result.reader.rows("image") == 14
-    assert result.ledger["cut.png"].key is not None, "its bytes are known, so it is not tried again"
+    assert result.ledger["cut.png"].key is not None, (
+        "with its key, so that later jobs do not try it again"
+    )
 
 
-def test_a_mended_image_is_encoded(photos: Path, tmp_path: Path) -> None:
+def test_a_repaired_image_is_encoded(photos: Path, tmp_path: Path) -> None:
     whole = (photos / "0000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[:100])
     assert set(encode(tmp_path / "cache", f"folder:{photos}").failures()) == {"cut.png"}
     draw(tmp_path / "new", 1, first=50)
     shutil.copy(tmp_path / "new" / "0050.png", photos / "cut.png")
-    mended = encode(tmp_path / "cache", f"folder:{photos}")
-    assert mended.failures() == {}
-    assert mended.reader.rows("image") == 15
+    again = encode(tmp_path / "cache", f"folder:{photos}")
+    assert again.failures() == {}
+    assert again.reader.rows("image") == 15
 
 
-def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_path: Path) -> None:
+def test_another_encoder_gets_another_space_and_keeps_the_samples(
+    photos: Path, tmp_path: Path
+) -> None:
     first = encode(tmp_path / "cache", f"folder:{photos}")
     samples = first.root.samples("photos").stat().st_mtime_ns
     config = dataclasses.replace(TINY, seed=7)
@@ -219,12 +233,14 @@ def test_another_encoder_is_another_space_and_the_text_stays(photos: Path, tmp_p
     )
     assert second.paths != first.paths
     assert len(second.plan.todo) == 14
-    assert second.plan.unread == 0, "keys are known: rows can be counted exactly"
+    assert second.plan.unread == 0, "the keys are known, so the rows are exact"
     assert second.root.samples("photos").stat().st_mtime_ns == samples
     assert second.reader.logical_hash() != first.reader.logical_hash()
 
 
-def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_with_the_name_of_the_first(
+    photos: Path, tmp_path: Path
+) -> None:
     result = encode(tmp_path / "cache", f"folder:{photos}")
     with DriverLock(result.paths, "process 42 on elsewhere"), pytest.raises(InUseError) as refused:
         encode(tmp_path / "cache", f"folder:{photos}")
@@ -236,7 +252,7 @@ def test_a_second_driver_is_refused_and_told_by_whom(photos: Path, tmp_path: Pat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OddConfig(WorkerConfig):
-    """An encoder that gives NaN, or raises, for images with these first pixels."""
+    """An encoder that returns NaN for images whose pixels have these sums, or raises."""
 
     nan: tuple[int, ...] = ()
     raises: str = ""
@@ -263,7 +279,7 @@ def odd(**values: Any) -> OddConfig:
     return OddConfig(**{**fields, **values})
 
 
-def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> None:
+def test_nan_fails_only_the_image_that_has_it(photos: Path, tmp_path: Path) -> None:
     draw(photos, 30, first=14)
     encoder = load_encoder(TINY, device="cpu")
     prepared = encoder.prepare(decode_image((photos / "0006.png").read_bytes()))
@@ -274,12 +290,12 @@ def test_nan_is_a_failure_of_that_image_alone(photos: Path, tmp_path: Path) -> N
     assert stage == "encode"
     assert error == f"{result.paths.name}: the features hold NaN or Inf"
     assert result.reader.rows("image") == 43
-    # Ours, so later jobs try it again, up to three times in all; then it stays in the ledger.
+    # The failure is our own, so later jobs try it again, up to three times in all.
     for attempts in (2, 3):
         again = encode(tmp_path / "cache", f"folder:{photos}", config=config)
         assert again.ledger["0006.png"].attempts == attempts
     assert encode(tmp_path / "cache", f"folder:{photos}", config=config).plan.todo == ()
-    # Another encoder has nothing to do with it.
+    # It does not count for another encoder.
     other = dataclasses.replace(CONFIG, encoder=dataclasses.replace(TINY, seed=1))
     assert encode(tmp_path / "cache", f"folder:{photos}", config=other).failures() == {}
 
@@ -291,13 +307,13 @@ def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -
     message = str(stopped.value)
     assert "OutOfMemoryError: no memory left on this device" in message
     assert "\n" not in message
-    # Once the cause is mended, all of them are tried again.
+    # Once the cause is fixed, all of them are tried again.
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert result.failures() == {}
     assert result.reader.rows("image") == 114
 
 
-def test_an_encoder_that_cannot_run_is_noticed_before_anything_is_written(
+def test_an_encoder_that_cannot_run_stops_the_job_before_anything_is_written(
     photos: Path, tmp_path: Path
 ) -> None:
     draw(photos, 10, first=14)
@@ -317,25 +333,24 @@ def test_bad_images_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
 # ---- the disk
 
 
-def failing_extend(number: int, count: int) -> Callable[..., None]:
-    """ShardWriter.extend that fails with errno `number` after `count` calls, for good."""
-    original, rows = ShardWriter.extend, [0]
+def failing_extend(number: int, *calls: int) -> Callable[..., None]:
+    """Return a ShardWriter.extend that fails with errno `number` in these calls, counted from 1."""
+    original, count = ShardWriter.extend, itertools.count(1)
 
     def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
-        rows[0] += 1
-        if rows[0] > count:
+        if next(count) in calls:
             raise OSError(number, os.strerror(number))
         original(self, *args, **kwargs)
 
     return extend
 
 
-def test_a_full_disk_loses_nothing_committed_and_says_one_line(
+def test_a_full_disk_ends_the_job_and_keeps_committed_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, 9))
+        patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, *range(10, 100)))
         with pytest.raises(DiskError) as full:
             encode(tmp_path / "cache", f"folder:{photos}")
     assert str(full.value).startswith("disk full (")
@@ -345,19 +360,11 @@ def test_a_full_disk_loses_nothing_committed_and_says_one_line(
     assert result.reader.logical_hash() == whole
 
 
-def test_a_disk_error_costs_one_shard_and_is_ours(
+def test_a_disk_error_fails_the_items_of_one_shard(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, rows = ShardWriter.extend, [0]
-
-    def extend(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
-        rows[0] += 1
-        if rows[0] == 5:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        original(self, *args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWriter, "extend", extend)
+        patched.setattr(ShardWriter, "extend", failing_extend(errno.EIO, 5))
         result = encode(tmp_path / "cache", f"folder:{photos}")
     assert [stage for stage, _ in result.failures().values()] == ["write"]
     assert result.reader.rows("image") == 13
@@ -370,14 +377,14 @@ def test_a_disk_error_costs_one_shard_and_is_ours(
 
 
 class Steady(Worker):
-    """Slow enough to be stopped in the middle."""
+    """Slow enough to be interrupted while it works."""
 
     def decode(self, data: bytes) -> Image.Image:
         time.sleep(0.05)
         return super().decode(data)
 
 
-def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
+def test_an_interrupted_job_keeps_encoded_rows_and_can_be_continued(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw(photos, 120, first=14)
@@ -398,16 +405,14 @@ def test_an_interrupted_job_keeps_what_is_encoded_and_goes_on(
     assert 0 < kept < 134
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"interrupted: {kept} encoded and kept, ")
-    assert len(read_media(stopped.root)) == kept, "the ledger knows them, nothing is read twice"
+    assert len(read_media(stopped.root)) == kept, "they are recorded, so nothing is read twice"
     result = encode(tmp_path / "cache", f"folder:{photos}")
     assert result.plan.reused == kept
     assert result.reader.rows("image") == 134
     assert result.reader.index["image"].duplicates() == []
 
 
-def test_the_encoder_runs_in_one_thread_and_decoding_in_others(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_decoding_runs_in_threads_that_end_with_the_job(photos: Path, tmp_path: Path) -> None:
     threads: set[str] = set()
 
     class Watched(Worker):

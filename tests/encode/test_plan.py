@@ -1,4 +1,10 @@
-"""What a job will do and cost, before it starts: counts, refusals, and the words for them."""
+"""The plan of a job: which sources are encoded, reused, failed before or missing.
+
+counter = MediaCounter()
+write_samples(root, "pets", counter.count(samples))
+plan = make_plan(counter.media, read_media(root), Present.of(space), space="s")
+plan.todo, plan.reused, plan.known_failures, plan.missing
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def known(path: Path, **values: object) -> MediaRecord:
-    """The ledger's record of a file as it is now."""
+    """Return the ledger's record of a file as it is now."""
     identity = identify(str(path))
     assert identity is not None
     record = MediaRecord(source=str(path), key=KEY)
@@ -56,7 +62,7 @@ def sorted_as(plan: Plan) -> str:
     return name
 
 
-def test_each_media_has_one_fate(image: Path) -> None:
+def test_each_source_is_counted_once(image: Path) -> None:
     assert sorted_as(plan_of(image, None)) == "todo"
     assert sorted_as(plan_of(image, known(image), KEY)) == "reused"
     assert sorted_as(plan_of(image, known(image), OTHER)) == "todo"
@@ -64,13 +70,13 @@ def test_each_media_has_one_fate(image: Path) -> None:
 
 
 @pytest.mark.parametrize("stamp", ["size", "mtime_ns", "ctime_ns", "inode"])
-def test_any_stamp_that_differs_means_reading_again(image: Path, stamp: str) -> None:
+def test_a_file_is_read_again_if_any_part_of_its_identity_differs(image: Path, stamp: str) -> None:
     record = known(image)
     moved = replace(record, **{stamp: getattr(record, stamp) + 1})
     assert sorted_as(plan_of(image, moved, KEY)) == "todo"
 
 
-def test_a_failure_of_the_media_stands_until_the_file_changes(image: Path) -> None:
+def test_a_failure_is_final_until_the_file_changes(image: Path) -> None:
     broken = known(image, status="failed", stage="decode", error="truncated")
     assert sorted_as(plan_of(image, broken)) == "failed"
     assert sorted_as(plan_of(image, broken, rehash=True)) == "todo"
@@ -78,16 +84,16 @@ def test_a_failure_of_the_media_stands_until_the_file_changes(image: Path) -> No
     assert plan_of(image, changed).todo == (SourceTask(source=str(image)),)
 
 
-def test_a_failure_of_ours_is_tried_a_few_times_and_only_for_its_space(image: Path) -> None:
+def test_a_failure_of_our_own_is_tried_again_by_a_few_jobs_of_its_space(image: Path) -> None:
     ours = known(image, status="failed", stage="encode", error="s: NaN")
     assert plan_of(image, ours).todo == (SourceTask(source=str(image), attempts=1),)
     assert sorted_as(plan_of(image, replace(ours, attempts=OWN_ATTEMPTS))) == "failed"
     elsewhere = replace(ours, attempts=OWN_ATTEMPTS, error="another-space: NaN")
     assert sorted_as(plan_of(image, elsewhere)) == "todo"
-    assert sorted_as(plan_of(image, elsewhere, KEY)) == "reused", "a row that is here counts"
+    assert sorted_as(plan_of(image, elsewhere, KEY)) == "reused", "its row exists"
 
 
-def test_a_missing_file_is_news_once(tmp_path: Path) -> None:
+def test_a_missing_file_is_recorded_once(tmp_path: Path) -> None:
     gone = tmp_path / "gone.png"
     (record,) = plan_of(gone, None).missing
     assert (record.status, record.stage, record.error) == ("failed", "fetch", "no such file")
@@ -121,30 +127,30 @@ def web_plan(
 URL = "https://host.example/a.jpg"
 
 
-def test_what_a_url_once_gave_counts_as_what_it_gives() -> None:
+def test_a_url_is_assumed_to_return_the_bytes_it_returned_before() -> None:
     media = {URL: Mention("image")}
     assert sorted_as(web_plan(media)) == "todo"
     came = MediaRecord(source=URL, key=KEY)
     assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "reused"
     (task,) = web_plan(media, came, present=Present({OTHER})).todo
-    assert task.key == KEY, "kept bytes are found by it"
+    assert task.key == KEY, "the media store finds the bytes by it"
     gone = MediaRecord(source=URL, status="failed", stage="fetch", error="HTTP 404")
     assert sorted_as(web_plan(media, gone)) == "failed"
     (task,) = web_plan(media, gone, retry_failed=True).todo
     assert task.attempts == 1
 
 
-def test_an_image_known_by_its_hash_is_not_asked_for() -> None:
+def test_a_url_whose_stated_sha256_is_in_the_space_is_not_downloaded() -> None:
     other = MediaRecord(source="/same.jpg", key=KEY, width=640, height=480, bytes=9)
     media = {URL: Mention("image", KEY)}
     plan = web_plan(media, other, present=Present({KEY}))
     assert sorted_as(plan) == "reused"
     assert plan.recognised == (replace(other, source=URL),)
-    assert sorted_as(web_plan(media, other)) == "todo", "another space lacks it"
+    assert sorted_as(web_plan(media, other)) == "todo", "another space does not have it"
     assert sorted_as(web_plan({URL: Mention("image", OTHER)}, other)) == "todo"
 
 
-def test_a_url_that_gave_other_bytes_than_its_data_set_means_is_asked_again() -> None:
+def test_a_url_is_downloaded_again_if_the_data_set_states_another_sha256() -> None:
     media = {URL: Mention("image", OTHER)}
     came = MediaRecord(source=URL, key=KEY)
     assert sorted_as(web_plan(media, came, present=Present({KEY}))) == "todo"
@@ -152,10 +158,10 @@ def test_a_url_that_gave_other_bytes_than_its_data_set_means_is_asked_again() ->
         sorted_as(web_plan({URL: Mention("image", KEY)}, came, present=Present({KEY}))) == "reused"
     )
     refused = MediaRecord(source=URL, status="failed", stage="verify", error="other bytes")
-    assert sorted_as(web_plan(media, refused)) == "failed", "and not every time"
+    assert sorted_as(web_plan(media, refused)) == "failed", "but only once"
 
 
-def test_one_host_does_not_stand_in_a_row() -> None:
+def test_urls_of_one_host_are_spread_out() -> None:
     slow = {f"https://slow.example/{i}": Mention("image") for i in range(4)}
     quick = {f"https://quick.example/{i}": Mention("image") for i in range(2)}
     sources = [task.source for task in web_plan(slow | quick).todo]
@@ -164,7 +170,7 @@ def test_one_host_does_not_stand_in_a_row() -> None:
     assert [source[-1] for source in sources if "slow" in source] == list("0123")
 
 
-def test_the_first_hash_that_a_data_set_gives_is_believed() -> None:
+def test_the_first_stated_sha256_of_a_source_counts() -> None:
     counter = MediaCounter()
     for sha256 in (None, KEY, OTHER):
         counter.add(MediaRef(source=URL, sha256=sha256))
@@ -174,7 +180,7 @@ def test_the_first_hash_that_a_data_set_gives_is_believed() -> None:
 # ---- videos
 
 
-def test_a_video_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> None:
+def test_a_video_is_present_if_all_its_frames_are(tmp_path: Path) -> None:
     space = Space.create(CacheRoot(tmp_path), TOY, {})
     shard = ShardWriter(space, "frame", 0)
     for view in frame_views(1.5, 128)[:-1]:
@@ -189,14 +195,14 @@ def test_a_video_is_present_when_every_frame_asked_for_is(tmp_path: Path) -> Non
     assert fewer.missing(KEY, frame_views(1.5, 2)) == ["t:1500000"]
     one = Present.of(space, max_frames=1)
     assert one.has("video", KEY, 1.5)
-    assert not one.has("video", KEY, None), "of unknown length"
+    assert not one.has("video", KEY, None), "its duration is unknown"
     assert not one.has("video", OTHER, 1.5)
-    assert not one.has("image", KEY, None), "frames are no image"
+    assert not one.has("image", KEY, None), "frames are not images"
     unknown = web_plan(media, present=present)
     assert (dict(unknown.new_rows), unknown.unread) == ({"frame": 128}, 1)
 
 
-def test_samples_pass_through_and_their_media_are_counted_once() -> None:
+def test_counting_yields_the_samples_and_counts_each_source_once() -> None:
     samples = [
         Sample(
             id=str(i),

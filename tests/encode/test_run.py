@@ -1,4 +1,8 @@
-"""The command: what it prints, refuses, leaves alone; and that a small job needs no Ray."""
+"""The command encode.run: what it prints, what it refuses, and what it does not import.
+
+main(["--dataset", "folder:photos", "--encoder", "tiny", "--features", "cache"])
+# encoded=6 reused=0 failed=1 images/s=3.0 bound=encode seconds=2.0
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ CLOSING = re.compile(
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six images, and a configs folder in which `tiny` is an encoder."""
+    """Draw six images, and make a configs folder in which `tiny` is an encoder."""
     (tmp_path / "configs").mkdir()
     values = yaml.safe_load(configs.dump(TINY))
     values.pop("name")
@@ -48,7 +52,7 @@ def run(photos: Path, *more: str) -> int:
     return main([*words, "--features", str(photos.parent / "cache"), *more])
 
 
-def test_a_job_says_what_it_will_do_and_what_it_did(
+def test_a_job_prints_its_plan_and_its_result(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "bad.png").write_bytes(b"no image")
@@ -68,18 +72,18 @@ def test_a_job_says_what_it_will_do_and_what_it_did(
     assert found.groups() == ("0", "6", "1", "none")
 
 
-def test_a_job_leaves_an_index_where_it_is_worth_one(
+def test_a_job_saves_an_index_of_a_large_space(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(photos) == 0
     paths = find_space(CacheRoot(photos.parent / "cache"), None)
-    assert not paths.index_dir.exists(), "one shard is read as fast"
+    assert not paths.index_dir.exists(), "one commit is read as fast"
     monkeypatch.setattr(index_file, "WORTH_COMMITS", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_file, "new_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="full"):
             index_file.save_index(paths, read_info(paths))
-        assert run(photos) == 0, "an index is no reason to fail"
+        assert run(photos) == 0, "a job does not fail for lack of an index"
     assert run(photos) == 0
     assert [p.name for p in paths.index_dir.iterdir()] == ["image.bin"]
     assert FeatureReader(paths).rows("image") == 6
@@ -93,14 +97,14 @@ def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str
     assert words == ["space", "media", "rows", "disk", "time", "pays"]
 
 
-def test_a_plan_beside_a_running_job_needs_no_lock(photos: Path) -> None:
+def test_planning_takes_no_lock_and_changes_no_file(photos: Path) -> None:
     assert run(photos) == 0
     before = sorted(str(p) for p in (photos.parent / "cache").rglob("*"))
     assert run(photos, "--plan") == 0
     assert sorted(str(p) for p in (photos.parent / "cache").rglob("*")) == before
 
 
-def test_a_limit_is_the_first_samples(photos: Path) -> None:
+def test_a_limit_takes_the_first_samples(photos: Path) -> None:
     assert run(photos, "--limit", "2") == 0
     root = CacheRoot(photos.parent / "cache")
     assert [s.id for s in read_samples(root, "photos")] == ["0000.png", "0001.png"]
@@ -110,7 +114,7 @@ def test_a_limit_is_the_first_samples(photos: Path) -> None:
     assert FeatureReader(find_space(root, None)).rows("image") == 6
 
 
-def test_pooling_and_codec_make_other_spaces(photos: Path) -> None:
+def test_each_pooling_and_codec_has_its_own_space(photos: Path) -> None:
     for more in ((), ("--pool", "2"), ("--codec", "fp16"), ("--codec", "int4")):
         assert run(photos, *more) == 0
     root = CacheRoot(photos.parent / "cache")
@@ -160,7 +164,7 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
     ],
 )
 @pytest.mark.usefixtures("photos")
-def test_nonsense_is_refused_in_one_line(argv: list[str], says: str) -> None:
+def test_invalid_options_are_refused_in_one_line(argv: list[str], says: str) -> None:
     with pytest.raises(UserError) as refused:
         main([*argv])
     assert says in str(refused.value)
@@ -176,8 +180,8 @@ def test_the_list_names_data_sets_and_groups(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_what_is_quick_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
-    """--list and a wrong path answer at once; a small job has no use for Ray."""
+def test_small_commands_import_neither_torch_nor_ray(tmp_path: Path) -> None:
+    """--list and a wrong path need neither; a small job needs no Ray."""
     code = (
         "import sys; from encode.run import main; from configs import UserError\n"
         "main(['--list'])\n"

@@ -1,4 +1,4 @@
-"""Tiny images and a tiny encoder, and one function that runs a whole encode job over them.
+"""Run encode jobs in tests: tiny images, a tiny encoder, and one function for a whole job.
 
 python -m tests.support.encode_jobs FOLDER WORKERS     # a driver to be killed: FOLDER/images -> FOLDER/cache
 """
@@ -42,14 +42,14 @@ TINY = EncoderConfig(
     batch_size=4,
     tower=DemoTowerConfig(image_size=28, patch_size=14, width=64, depth=1, heads=2),
 )
-"""4 tokens of 64 values an image."""
+"""An encoder with 4 tokens of 64 values for an image."""
 
 CONFIG = WorkerConfig(encoder=TINY, device="cpu", commit_every_s=0.0)
-"""Every row is a shard of its own: as many commits to die between as there are images."""
+"""Commits after every image, so a kill can hit between any two."""
 
 
 def draw(folder: Path, count: int, *, first: int = 0, side: int = 24) -> list[Path]:
-    """`count` different images of noise."""
+    """Write `count` different images of noise; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(first, first + count):
@@ -61,7 +61,7 @@ def draw(folder: Path, count: int, *, first: int = 0, side: int = 24) -> list[Pa
 
 @dataclass(kw_only=True)
 class Result:
-    """What a job did, and what the cache holds afterwards."""
+    """What a job did, and the cache afterwards."""
 
     job: Job
     plan: Plan
@@ -69,14 +69,14 @@ class Result:
     paths: SpacePaths
     root: CacheRoot
     ledger: dict[str, MediaRecord]
-    """File name -> record, as it was after this job."""
+    """File name -> its record after this job."""
 
     @property
     def reader(self) -> FeatureReader:
         return FeatureReader(self.paths)
 
     def failures(self) -> dict[str, tuple[str | None, str | None]]:
-        """File name -> stage, error."""
+        """Return file name -> stage and error of each failed source."""
         return {n: (r.stage, r.error) for n, r in self.ledger.items() if r.status == "failed"}
 
 
@@ -93,7 +93,7 @@ def encode(
     threads: int = 2,
     interrupts: Interrupts | None = None,
 ) -> Result:
-    """One job, as `encode.run` does it, with an encoder that is in no YAML file."""
+    """Run one job as `encode.run` does, with an encoder that is in no YAML file."""
     cache = CacheRoot(root)
     counter = count(cache, specs)
     job = Job(
@@ -120,7 +120,7 @@ def count(cache: CacheRoot, specs: Sequence[str]) -> MediaCounter:
 
 
 class SlowWorker(Worker):
-    """Takes its time, so that a kill finds it at work; says where it lives."""
+    """Slow, so that a kill hits it while it works."""
 
     def decode(self, data: bytes) -> Image.Image:
         time.sleep(0.02)
@@ -132,7 +132,7 @@ class SlowWorker(Worker):
 
 
 def start(folder: Path, workers: int) -> subprocess.Popen[str]:
-    """Start a driver in a process group of its own, and wait until it is at work."""
+    """Start a driver in a process group of its own, and wait until it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.encode_jobs", str(folder), str(workers)],
         stdout=subprocess.PIPE,
@@ -167,7 +167,7 @@ def committed(folder: Path) -> int:
 
 
 def main(folder: Path, workers: int) -> None:
-    """The driver of the kill tests: says when work begins, and ends as a command would."""
+    """Print `ready`, run a slow job over FOLDER/images, and exit with its code."""
     print("ready", flush=True)
     config = replace(CONFIG, torch_threads=1)
     result = encode(

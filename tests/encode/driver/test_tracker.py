@@ -1,4 +1,9 @@
-"""The driver's accounts, simulated: whatever dies when, every source leaves the tracker exactly once."""
+"""The tracker in a simulated job: whenever workers die, every source gets exactly one record.
+
+tracker = Tracker(tasks, present=(), on_record=ledger.add)
+tasks = tracker.assign_next(worker, 32)
+tracker.settle(worker, outcomes)
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from model.media.images import Failure
 
 
 class World:
-    """Workers that reserve, finish, commit and die at random, over files whose bytes may repeat."""
+    """Workers that reserve, finish, commit and die at random. Several files may have equal bytes."""
 
     def __init__(self, seed: int, sources: int, contents: int, already: int):
         self.dice = random.Random(seed)
@@ -32,35 +37,34 @@ class World:
         self.broken = {k for k in set(self.bytes.values()) if self.dice.random() < 0.2}
         self.present = {f"{i:064x}" for i in range(already)} - self.broken
         self.rows: Counter[str] = Counter()
-        self.told: dict[str, list[MediaRecord]] = {source: [] for source in self.bytes}
+        self.recorded: dict[str, list[MediaRecord]] = {source: [] for source in self.bytes}
         self.registrar = Registrar(self.present, {"image": 0})
         self.tracker = Tracker(
             [SourceTask(source=source) for source in self.bytes],
             present=set(self.present),
-            on_record=lambda record: self.told[record.source].append(record),
+            on_record=lambda record: self.recorded[record.source].append(record),
             budget=FailureBudget(probation=10**9),
         )
         self.open: dict[int, list[SourceTask]] = {1: [], 2: []}
-        """Worker -> sources it took up and has not looked at."""
+        """Worker -> sources assigned to it that it has not read yet."""
         self.uncommitted: dict[int, list[Outcome]] = {1: [], 2: []}
-        self.unsaid: dict[int, list[Outcome]] = {1: [], 2: []}
-        """Worker -> outcomes that are final, but the driver has not heard of them."""
-        self.committed_by: Counter[int] = Counter()
+        self.unsent: dict[int, list[Outcome]] = {1: [], 2: []}
+        """Worker -> outcomes that it has not sent to the driver yet."""
         self.keys_of: dict[int, set[str]] = {}
         self.next_worker = 3
 
     def step(self, *, deaths: bool) -> None:
         worker = self.dice.choice(list(self.open))
-        action = self.dice.choice(["take", "work", "work", "commit", "say", "die"])
-        if action == "take":
+        action = self.dice.choice(["assign", "work", "work", "commit", "send", "die"])
+        if action == "assign":
             self.open[worker] += self.tracker.assign_next(worker, self.dice.randrange(1, 4))
         elif action == "work" and self.open[worker]:
             self.work(worker, self.open[worker].pop(0))
         elif action == "commit":
             self.commit(worker)
-        elif action == "say":
-            self.tracker.settle(worker, self.unsaid[worker])
-            self.unsaid[worker] = []
+        elif action == "send":
+            self.tracker.settle(worker, self.unsent[worker])
+            self.unsent[worker] = []
         elif action == "die" and deaths:
             self.die(worker)
 
@@ -69,11 +73,11 @@ class World:
         record = MediaRecord(source=task.source, key=key)
         (mine,) = self.registrar.reserve(worker, [key])
         if not mine:
-            self.unsaid[worker].append(Outcome(task=task, result="duplicate", record=record))
+            self.unsent[worker].append(Outcome(task=task, result="duplicate", record=record))
         elif key in self.broken:
             why = Failure("decode", "broken")
             bad = Outcome(task=task, result="failed", record=record, failure=why)
-            self.unsaid[worker].append(bad)
+            self.unsent[worker].append(bad)
         else:
             self.uncommitted[worker].append(Outcome(task=task, result="ok", record=record))
 
@@ -82,21 +86,21 @@ class World:
             assert outcome.record.key is not None
             self.rows[outcome.record.key] += 1
             self.keys_of.setdefault(worker, set()).add(outcome.record.key)
-        self.unsaid[worker] += self.uncommitted[worker]
+        self.unsent[worker] += self.uncommitted[worker]
         self.uncommitted[worker] = []
 
     def die(self, worker: int) -> None:
-        culprits = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
-        aside = self.tracker.withdraw(worker, culprits)
+        decoding = {task.source for task in self.open[worker][: self.dice.randrange(2)]}
+        withdrawn = self.tracker.withdraw(worker, decoding)
         committed = self.keys_of.get(worker, set())
         released = self.registrar.release(worker, committed)
-        waits = {self.bytes[task.source] for task in aside}
-        self.tracker.worker_died(worker, committed, set(released) - waits)
-        for table in (self.open, self.uncommitted, self.unsaid):
+        waiting = {self.bytes[task.source] for task in withdrawn}
+        self.tracker.worker_died(worker, committed, set(released) - waiting)
+        for table in (self.open, self.uncommitted, self.unsent):
             del table[worker]  # type: ignore[attr-defined]
         new, self.next_worker = self.next_worker, self.next_worker + 1
-        self.open[new], self.uncommitted[new], self.unsaid[new] = list(aside), [], []
-        self.tracker.assign(new, aside)
+        self.open[new], self.uncommitted[new], self.unsent[new] = list(withdrawn), [], []
+        self.tracker.assign(new, withdrawn)
 
 
 @settings(max_examples=150, deadline=None)
@@ -106,7 +110,7 @@ class World:
     contents=st.integers(1, 20),
     already=st.integers(0, 5),
 )
-def test_every_source_leaves_the_book_once_and_every_row_exists_once(
+def test_every_source_is_recorded_once_and_every_row_exists_once(
     seed: int, sources: int, contents: int, already: int
 ) -> None:
     world = World(seed, sources, contents, already)
@@ -118,11 +122,11 @@ def test_every_source_leaves_the_book_once_and_every_row_exists_once(
         world.step(deaths=False)
     tracker = world.tracker
     assert tracker.finished()
-    assert all(len(records) == 1 for records in world.told.values())
+    assert all(len(records) == 1 for records in world.recorded.values())
     wanted = set(world.bytes.values()) - world.broken
     assert set(world.rows) == wanted - world.present
     assert set(world.rows.values()) <= {1}
-    for source, (record,) in world.told.items():
+    for source, (record,) in world.recorded.items():
         assert (record.status == "failed") == (world.bytes[source] in world.broken)
     assert tracker.encoded == len(wanted - world.present)
     assert tracker.failed == sum(key in world.broken for key in world.bytes.values())
@@ -146,7 +150,7 @@ def settle(stages: list[str | None], budget: FailureBudget) -> Tracker:
     return tracker
 
 
-def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors() -> None:
+def test_the_failure_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors() -> None:
     budget = FailureBudget(probation=10, rate=0.2)
     assert settle(["decode"] * 50, budget).failed == 50
     assert settle(["encode"] * 9, budget).failed == 9
@@ -155,26 +159,26 @@ def test_the_budget_is_a_rate_after_a_probation_and_counts_only_our_own_errors()
         settle([None] * 7 + ["encode", "write", "write"], budget)
 
 
-def test_duplicates_of_a_failure_fail_alike() -> None:
-    told: list[MediaRecord] = []
+def test_duplicates_fail_with_the_source_they_duplicate() -> None:
+    records: list[MediaRecord] = []
     tracker = Tracker(
         [SourceTask(source="/1"), SourceTask(source="/2", attempts=4)],
         present=(),
-        on_record=told.append,
+        on_record=records.append,
     )
     tracker.assign_next(0, 2)
     record = MediaRecord(source="/2", key=f"{1:064x}")
     task = SourceTask(source="/2", attempts=4)
     tracker.settle(0, [Outcome(task=task, result="duplicate", record=record)])
-    assert (tracker.settled, told) == (0, []), "not before the other one is final"
+    assert (tracker.settled, records) == (0, []), "the other source is not settled yet"
     tracker.settle(0, [outcome("/1", "decode")])
-    assert [(r.source, r.stage, r.error, r.attempts) for r in told] == [
+    assert [(r.source, r.stage, r.error, r.attempts) for r in records] == [
         ("/1", "decode", "why", 1),
         ("/2", "decode", "why", 5),
     ]
 
 
-def test_the_ledger_writes_parts_as_records_come(tmp_path: Path) -> None:
+def test_the_ledger_writes_a_part_when_enough_records_wait(tmp_path: Path) -> None:
     root = CacheRoot(tmp_path)
     ledger = Ledger(root, "job")
     ledger.flush()

@@ -1,4 +1,8 @@
-"""Local files: when stamps can be trusted, what cannot be read, and entries that outlive their worker."""
+"""Reading local files: key, identity, when time stamps can be trusted, and what cannot be read.
+
+data, record = read_local(SourceTask(source="/photos/a.png"))
+identify("/photos/a.png").matches(record)       # True until the file changes
+"""
 
 from __future__ import annotations
 
@@ -33,8 +37,8 @@ def test_bytes_key_and_identity(tmp_path: Path) -> None:
     assert identity.matches(record)
 
 
-def test_two_writes_within_a_tick_of_the_clock_cannot_look_alike(tmp_path: Path) -> None:
-    """Read at once after a write, write again at once: the record must not match the second."""
+def test_a_write_within_one_clock_tick_of_reading_changes_the_identity(tmp_path: Path) -> None:
+    """Read immediately after a write, and write again immediately: the record must not match."""
     path = tmp_path / "a.bin"
     for i in range(40):
         path.write_bytes(b"first %02d" % i)
@@ -57,7 +61,7 @@ def test_stamps_of_whole_seconds_and_of_the_future_are_not_trusted() -> None:
     assert future.settle_s() < 0
 
 
-def test_a_file_stamped_in_the_future_is_read_and_never_taken_as_known(tmp_path: Path) -> None:
+def test_a_file_stamped_in_the_future_is_read_by_every_job(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"abc")
     later = time.time_ns() + 10**12
@@ -78,7 +82,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     original, left = local_files._regular, [changes]
 
     def look(status: os.stat_result, most: int) -> Identity:
-        """Somebody appends a byte each time after we looked."""
+        """Append a byte after each check of the file."""
         identity = original(status, most)
         if left[0]:
             left[0] -= 1
@@ -97,7 +101,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         assert bad.value.stage == "fetch"
 
 
-def test_what_is_no_file_is_a_failure_and_never_waits(
+def test_other_things_than_files_fail_without_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "pipe.png")
@@ -120,7 +124,7 @@ def test_what_is_no_file_is_a_failure_and_never_waits(
     record = unreadable(task(tmp_path / "big.png"))
     identity = identify(str(tmp_path / "big.png"))
     assert identity is not None
-    assert identity.matches(record), "so that it is tried again only once it has changed"
+    assert identity.matches(record), "so that it is tried again only after it has changed"
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -133,5 +137,5 @@ def test_the_size_in_the_header_is_that_of_the_decoded_image(orientation: int, k
     assert size_in_header(buffer.getvalue()) == decode_image(buffer.getvalue()).size
 
 
-def test_a_header_that_says_nothing() -> None:
+def test_a_file_without_an_image_header_has_no_size() -> None:
     assert size_in_header(b"no image") == (0, 0)

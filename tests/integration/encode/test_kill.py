@@ -1,4 +1,9 @@
-"""kill -9 of a driver at any moment, then the same command again: nothing lost, nothing twice."""
+"""Kill a driver at random moments, then run the same command: no row is lost, none exists twice.
+
+process = start(folder, workers=2)          # tests.support.encode_jobs
+process.kill()
+encode(folder / "cache", f"folder:{folder / 'images'}")
+"""
 
 from __future__ import annotations
 
@@ -39,25 +44,25 @@ def test_a_driver_killed_at_any_moment(
         folder.mkdir()
         (folder / "images").symlink_to(tmp_path / "images")
         process = start(folder, workers)
-        # By rows, not by the clock: however fast the machine, most kills hit a job at work.
+        # Waits for rows, not for seconds, so most kills hit a working job on any machine.
         wait_for_rows(folder, process, rows=dice.randrange(IMAGES // 2))
         time.sleep(dice.uniform(0.0, 0.05))
         process.kill()
         process.wait()
         process.communicate()
         in_the_middle += committed(folder) < IMAGES
-        # Two runs: the first goes on where the dead one was, whatever it left; the second has nothing to do.
+        # The first run continues the killed one; the second has nothing to do.
         result = encode(folder / "cache", f"folder:{folder / 'images'}")
         assert result.code == 0
         assert result.failures() == {}
         assert_whole(folder, whole)
         assert len(result.ledger) == IMAGES
         assert encode(folder / "cache", f"folder:{folder / 'images'}").plan.todo == ()
-    assert in_the_middle, "no kill hit a job at work: the test has lost its teeth"
+    assert in_the_middle, "no kill hit a working job, so nothing was tested"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_keeps_what_is_encoded_and_leaves_130(tmp_path: Path, workers: int) -> None:
+def test_ctrl_c_keeps_encoded_rows_and_exits_with_130(tmp_path: Path, workers: int) -> None:
     draw(tmp_path / "images", IMAGES)
     process = start(tmp_path, workers)
     wait_for_rows(tmp_path, process)

@@ -1,4 +1,8 @@
-"""Damaged files of every format through a whole job: each is encoded or in the ledger."""
+"""Encode damaged files of every format: each is encoded or recorded as failed.
+
+result = encode(folder / "cache", "folder:damaged", workers=2)
+result.failures()       # {"00007.png": ("decode", "...")}
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,11 @@ from tests.support.web_server import photo
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 LONGEST_S = 10.0
-"""One media may take so long to decode; the time-out that ends its worker."""
+"""Seconds after which a decode counts as hanging."""
 
 
 def images() -> dict[str, list[bytes]]:
-    """Real photographs, small, in every format: ending -> files."""
+    """Return small photographs in every format: file ending -> files."""
     made: dict[str, list[bytes]] = {}
     for form, ending in FORMATS.items():
         for number in range(6):
@@ -35,7 +39,7 @@ def images() -> dict[str, list[bytes]]:
 
 
 def videos(folder: Path) -> dict[str, list[bytes]]:
-    """Small videos in the containers people have."""
+    """Return small videos in common containers: file ending -> files."""
     folder.mkdir()
     kinds = [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx"), ("webm", "libvpx-vp9")]
     made: dict[str, list[bytes]] = {}
@@ -46,8 +50,8 @@ def videos(folder: Path) -> dict[str, list[bytes]]:
     return made
 
 
-def accounted(result: Result, record: MediaRecord) -> bool:
-    """Whether all rows of a media are there, or a reason why not."""
+def is_accounted_for(result: Result, record: MediaRecord) -> bool:
+    """Return whether all rows of a media item exist, or the reason why they do not is recorded."""
     if record.status == "failed":
         return record.stage == "decode" and bool(record.error)
     assert record.key is not None
@@ -79,16 +83,16 @@ def test_every_damaged_file_is_encoded_or_in_the_ledger(
     seconds = time.monotonic() - start
     assert result.code == 0
     assert len(result.ledger) == count
-    lost = [name for name, record in result.ledger.items() if not accounted(result, record)]
+    lost = [name for name, record in result.ledger.items() if not is_accounted_for(result, record)]
     assert lost == []
     failed = result.failures()
-    killed = {n: why for n, (_, why) in failed.items() if why and "its worker" in why}
+    crashed = {n: why for n, (_, why) in failed.items() if why and "its worker" in why}
     kinds = {e: sum(n.endswith(e) for n in failed) for e in endings}
     print(
         f"{count} damaged files in {seconds:.0f} s: {count - len(failed)} encoded, "
-        f"failed: {kinds}, killed or hung a worker: {len(killed)}"
+        f"failed: {kinds}, crashed or hung a worker: {len(crashed)}"
     )
-    assert killed == {}, "found by the watchdog, but a decoder should not do this"
+    assert crashed == {}, "the job handles this, but a decoder should not do it"
     assert 0 < len(failed) < count
     again = encode(tmp_path / "cache", f"folder:{folder}", config=config)
     assert again.plan.todo == ()

@@ -1,4 +1,8 @@
-"""Jobs over Ray: the same rows as inline, workers that die or hang, images that kill them."""
+"""Jobs with Ray workers: the same rows as inline, and workers that crash or hang.
+
+with ray_pool.session(cpus=3, gpus=0):
+    encode(folder / "cache", "folder:photos", workers=2)
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """One Ray for all tests of this file: starting it takes seconds."""
+    """Start one Ray for all tests of this file, since a start takes seconds."""
     with ray_pool.session(cpus=3, gpus=0):
         yield
 
@@ -44,7 +48,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def assert_whole(result: Result, like: Result) -> None:
-    """Every row exactly once, and each the one an uninterrupted job makes."""
+    """Check that every row exists once and equals that of an uninterrupted job."""
     assert result.reader.index["image"].duplicates() == []
     assert result.reader.rows("image") == like.reader.rows("image")
     assert result.reader.logical_hash() == like.reader.logical_hash()
@@ -55,7 +59,7 @@ def assert_whole(result: Result, like: Result) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_make_the_rows_that_inline_makes(
+def test_ray_workers_store_the_same_rows_as_inline(
     photos: Path, tmp_path: Path, workers: int
 ) -> None:
     (photos / "broken.png").write_bytes(b"no image")
@@ -67,11 +71,11 @@ def test_workers_make_the_rows_that_inline_makes(
     assert result.job._tracker.encoded == 60
     assert result.job._tracker.reused == 1
     assert set(result.failures()) == {"broken.png"}
-    assert len(result.paths.committed("image")) <= workers + 1, "shards are filled, not one a task"
+    assert len(result.paths.committed("image")) <= workers + 1, "a shard has the rows of many tasks"
 
 
 class Marked(Worker):
-    """Leaves its process id where a test finds it; slow enough to be found at work."""
+    """Writes its process id to a file, and is slow enough to be killed while it works."""
 
     def __init__(
         self, config: WorkerConfig, encoder: Encoder, coordinator: Coordinator, *, number: int
@@ -88,7 +92,7 @@ class Marked(Worker):
 
 
 class Killer(threading.Thread):
-    """Kills a worker of a job, some time after the first one is at work."""
+    """Kills a worker of a job, `wait_s` seconds after the first one has started."""
 
     def __init__(self, pids: Path, wait_s: float):
         super().__init__()
@@ -107,7 +111,7 @@ class Killer(threading.Thread):
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.soak_counted
-def test_a_worker_killed_at_any_moment_costs_no_row(
+def test_a_killed_worker_loses_no_row(
     photos: Path, tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
@@ -121,12 +125,12 @@ def test_a_worker_killed_at_any_moment_costs_no_row(
         hits += killer.hit
         assert result.code == 0
         assert_whole(result, inline)
-        assert result.failures() == {}, "no image is blamed for a bullet"
-    assert hits, "no kill hit a worker at work: the test has lost its teeth"
+        assert result.failures() == {}, "no image is rejected for it"
+    assert hits, "no kill hit a working worker, so nothing was tested"
 
 
 class Deadly(Worker):
-    """Images of one size kill the process that decodes them."""
+    """Images of one size crash the process that decodes them."""
 
     def decode(self, data: bytes) -> Image.Image:
         image = super().decode(data)
@@ -136,7 +140,7 @@ class Deadly(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_an_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
+def test_an_image_that_crashes_its_worker_is_recorded(photos: Path, tmp_path: Path) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     (deadly,) = draw(tmp_path / "deadly", 1, first=500, side=31)
     deadly.rename(photos / "0030-deadly.png")
@@ -150,11 +154,11 @@ def test_an_image_that_kills_its_worker_goes_to_the_ledger(photos: Path, tmp_pat
     assert result.failures()["0030-deadly.png"][1] == "crashed its worker, also when decoded alone"
     assert result.reader.logical_hash() == inline.reader.logical_hash()
     again = encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Deadly)
-    assert again.plan.todo == (), "it is not tried again"
+    assert again.plan.todo == (), "the failure is final"
 
 
 class Hanging(Worker):
-    """Frames of one size never become pixels; those of another take their time."""
+    """Preparing a frame of 31 pixels never ends; one of 25 pixels takes 0.4 s."""
 
     def prepare(self, image: Image.Image) -> Pixels:
         while image.size == (31, 31):
@@ -165,8 +169,8 @@ class Hanging(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path: Path) -> None:
-    # Takes 6.4 s, longer than the time-out, but gets on: it is not to be suspected.
+def test_a_video_that_hangs_its_worker_is_recorded(photos: Path, tmp_path: Path) -> None:
+    # It takes 6.4 s, longer than the time-out, but makes progress, so it does not count as hanging.
     (photos / "0029-long.y4m").write_bytes(
         draw_video(DemoWorld(images=9, side=25, video_frames=16), 1)
     )
@@ -182,7 +186,7 @@ def test_a_video_that_hangs_its_worker_goes_to_the_ledger(photos: Path, tmp_path
 
 
 class Doomed(Worker):
-    """Dies on its own account, whatever the picture."""
+    """Crashes whatever it is given."""
 
     def run(self, tasks: object) -> list[object]:  # type: ignore[override]
         os.kill(os.getpid(), signal.SIGKILL)
@@ -190,7 +194,7 @@ class Doomed(Worker):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_workers_that_only_die_stop_the_job(photos: Path, tmp_path: Path) -> None:
+def test_workers_that_always_crash_stop_the_job(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stopped: \d workers in a row ended"):
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Doomed)
     result = encode(tmp_path / "ray", f"folder:{photos}")
@@ -199,14 +203,14 @@ def test_workers_that_only_die_stop_the_job(photos: Path, tmp_path: Path) -> Non
 
 
 class Refusing(Worker):
-    """Cannot start."""
+    """Raises a UserError when it starts."""
 
     def __init__(self, *args: object, **kwargs: object):
         raise UserError("the weights are not on this machine; give them: --weights PATH")
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_what_a_worker_says_to_the_user_arrives_as_one_line(photos: Path, tmp_path: Path) -> None:
+def test_a_user_error_of_a_worker_is_raised_by_the_job(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Refusing)
     assert str(refused.value) == "the weights are not on this machine; give them: --weights PATH"

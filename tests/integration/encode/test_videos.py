@@ -1,4 +1,8 @@
-"""Videos through the encode job: rows, times, limits, neighbours on disk, failures, kills."""
+"""Encode jobs with videos: rows and their times, frame limits, order on disk, failures and kills.
+
+result = encode(folder / "cache", "folder:videos", config=replace(CONFIG, max_frames=8))
+result.reader.rows("frame")
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ LENGTHS = (2, 5, 16, 3, 8, 7)
 
 
 def shoot(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> list[Path]:
-    """Videos of these lengths."""
+    """Write videos with these numbers of frames."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, length in enumerate(lengths):
@@ -71,7 +75,7 @@ def rows_of(reader: FeatureReader, record: MediaRecord, max_frames: int = 128) -
     return reader.lookup_pairs("frame", [record.key] * len(views), views).tolist()
 
 
-def test_rows_are_what_the_encoder_makes_of_each_frame_alone(videos: Path, tmp_path: Path) -> None:
+def test_a_row_equals_the_features_of_its_frame_encoded_alone(videos: Path, tmp_path: Path) -> None:
     result = encode(tmp_path / "cache", f"folder:{videos}", codec="fp16")
     assert (result.code, result.failures()) == (0, {})
     assert result.reader.rows("frame") == sum(LENGTHS)
@@ -91,7 +95,7 @@ def test_rows_are_what_the_encoder_makes_of_each_frame_alone(videos: Path, tmp_p
             assert stored.tobytes() == pack(alone, "fp16").tobytes()
 
 
-def test_a_video_lies_in_one_piece_in_time_order(videos: Path, tmp_path: Path) -> None:
+def test_the_rows_of_a_video_are_adjacent_and_in_time_order(videos: Path, tmp_path: Path) -> None:
     draw(videos, 9)  # between the videos, in an array of their own
     result = encode(
         tmp_path / "cache", f"folder:{videos}", config=replace(CONFIG, commit_every_s=60.0)
@@ -112,7 +116,7 @@ def test_a_higher_limit_encodes_only_the_new_frames(videos: Path, tmp_path: Path
     wanted = [set(frame_views((n - 1) / 2, 4)) | set(frame_views((n - 1) / 2, 8)) for n in LENGTHS]
     assert more.reader.rows("frame") == sum(map(len, wanted))
     assert more.plan.rows == more.plan.new_rows["frame"] == sum(map(len, wanted)) - sum(counts)
-    assert more.plan.reused == sum(n <= 4 for n in LENGTHS), "short ones had all their frames"
+    assert more.plan.reused == sum(n <= 4 for n in LENGTHS), "the short ones have all their frames"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     assert more.reader.index["frame"].duplicates() == []
     for name, record in more.ledger.items():
@@ -131,7 +135,7 @@ def test_the_same_video_under_two_names_is_encoded_once(videos: Path, tmp_path: 
     assert copy.duration_s == 7.5
 
 
-def test_a_changed_video_is_another_video(videos: Path, tmp_path: Path) -> None:
+def test_a_changed_video_is_encoded_as_a_new_one(videos: Path, tmp_path: Path) -> None:
     encode(tmp_path / "cache", f"folder:{videos}")
     data = bytearray((videos / "video01.y4m").read_bytes())
     data[-1] ^= 1
@@ -142,7 +146,7 @@ def test_a_changed_video_is_another_video(videos: Path, tmp_path: Path) -> None:
 
 
 class FailsLate(Worker):
-    """The third frame it sees of any video cannot be prepared."""
+    """Cannot prepare the third frame of all."""
 
     def prepare(self, image: Image.Image) -> Pixels:
         self.seen = getattr(self, "seen", 0) + 1
@@ -161,7 +165,7 @@ def test_a_video_that_fails_half_way_leaves_no_row(tmp_path: Path) -> None:
     assert (again.plan.known_failures, again.plan.todo) == (1, ())
 
 
-def test_a_video_that_gives_too_few_frames_is_not_called_encoded(
+def test_a_video_with_fewer_frames_than_announced_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shoot(tmp_path / "videos", (5,))
@@ -172,7 +176,7 @@ def test_a_video_that_gives_too_few_frames_is_not_called_encoded(
     assert result.reader.rows("frame") == 0
 
 
-def test_damaged_videos_end_in_the_ledger_or_give_what_they_have(
+def test_damaged_videos_are_recorded_or_encoded_as_far_as_they_are_intact(
     videos: Path, tmp_path: Path
 ) -> None:
     (videos / "nonsense.mp4").write_bytes(b"no video at all" * 100)
@@ -185,12 +189,12 @@ def test_damaged_videos_end_in_the_ledger_or_give_what_they_have(
         "empty.mkv": "decode",
     }
     cut = record_of(result, "cut.y4m")
-    assert cut.duration_s == 3.0, "the seven frames that are whole"
+    assert cut.duration_s == 3.0, "the seven intact frames"
     assert min(rows_of(result.reader, cut)) >= 0
     assert result.reader.rows("frame") == sum(LENGTHS) + len(rows_of(result.reader, cut))
 
 
-def test_two_workers_make_the_same_store_as_one(videos: Path, tmp_path: Path) -> None:
+def test_two_workers_store_the_same_rows_as_one(videos: Path, tmp_path: Path) -> None:
     draw(videos, 12)
     one = encode(tmp_path / "one", f"folder:{videos}")
     two = encode(tmp_path / "two", f"folder:{videos}", workers=2)
@@ -201,7 +205,7 @@ def test_two_workers_make_the_same_store_as_one(videos: Path, tmp_path: Path) ->
 
 @pytest.mark.soak_counted
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_driver_killed_among_videos(
+def test_a_driver_killed_while_encoding_videos(
     tmp_path: Path, workers: int, soak: Callable[[int, int], int]
 ) -> None:
     images = tmp_path / "images"
