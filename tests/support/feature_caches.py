@@ -108,7 +108,7 @@ class World:
     def encode_real(self, images: Sequence[str]) -> None:
         """Store finite features for images, four to a shard."""
         self._encode(
-            images, lambda p: codec.pack(features(p).astype(np.float32), SPEC.layout).tobytes()
+            images, lambda p: codec.pack(features(p).astype(np.float32), SPEC.codec).tobytes()
         )
 
     def _encode(self, images: Sequence[str], row: Callable[[str], bytes]) -> None:
