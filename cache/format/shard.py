@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -98,19 +98,18 @@ class Geometry(ABC):
         return rows * self.slot_bytes + self.tail_bytes
 
 
-class Container(Protocol):
+class Container(ABC):
     """A shard format. `SpaceInfo.container` is that of a space."""
 
+    @abstractmethod
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
         """Return the geometry of the shards of one array, `slots` rows each."""
-        ...
 
     def group_values(self) -> Mapping[str, Any] | None:
         """Return the content of the file that describes the space to other tools; None if there is none."""
-        ...
+        return None
 
     def array_values(
         self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any] | None:
         """Return the content of the file that describes an array of `rows` rows; None if there is none."""
-        ...

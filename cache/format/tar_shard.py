@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import crc32c
-from cache.format.shard import Geometry, RowFacts
+from cache.format.shard import Container, Geometry, RowFacts
 from cache.format.spec import FeatureSpec
 
 BLOCK = 512
@@ -150,7 +150,7 @@ class TarGeometry(Geometry):
         return {"offset": np.arange(rows, dtype=np.int64) * self.slot_bytes + self.lead_bytes}
 
 
-class TarContainer:
+class TarContainer(Container):
     """The webdataset format: tars, and no file that describes them."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
@@ -162,9 +162,3 @@ class TarContainer:
             tokens=spec.tokens(array),
             width=spec.width,
         )
-
-    def group_values(self) -> None:
-        """Return None: no file describes the tars."""
-
-    def array_values(self, spec: FeatureSpec, array: str, slots: int, rows: int) -> None:
-        """Return None: no file describes the tars."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import UNSEALED, crc32c, seal
-from cache.format.shard import Geometry, RowFacts
+from cache.format.shard import Container, Geometry, RowFacts
 from cache.format.spec import FeatureSpec
 
 CRC_BYTES = 4
@@ -69,42 +69,13 @@ class ZarrGeometry(Geometry):
         return {}
 
 
-def array_values(spec: FeatureSpec, array: str, slots: int, rows: int) -> dict[str, Any]:
-    """Return the content of zarr.json of an array with `rows` row numbers; rows that do not exist are NaN."""
-    tokens, width = spec.tokens(array), spec.width
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    row = little
-    if spec.codec != "fp16":
-        row = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
-    sharding = {
-        "chunk_shape": [1, tokens, width],
-        "codecs": [row, {"name": "crc32c"}],
-        "index_codecs": [little, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [rows, tokens, width],
-        "data_type": "float16",
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [slots, tokens, width]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN",
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "dimension_names": ["row", "token", "channel"],
-    }
-
-
-GROUP_VALUES = {"zarr_format": 3, "node_type": "group"}
-
-
 def zarr_json(values: Mapping[str, Any]) -> bytes:
     """Return the bytes of zarr.json. The seal is among the attributes: Zarr allows other keys only there."""
     text = json.dumps({**values, "attributes": {"seal": UNSEALED}}, indent=2, allow_nan=False)
     return seal(text.encode() + b"\n")
 
 
-class ZarrContainer:
+class ZarrContainer(Container):
     """The zarr format: Zarr v3 arrays in a group."""
 
     def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
@@ -113,10 +84,34 @@ class ZarrContainer:
 
     def group_values(self) -> Mapping[str, Any]:
         """Return the content of zarr.json of the group of arrays."""
-        return GROUP_VALUES
+        return {"zarr_format": 3, "node_type": "group"}
 
     def array_values(
         self, spec: FeatureSpec, array: str, slots: int, rows: int
     ) -> Mapping[str, Any]:
-        """Return the content of zarr.json of one array."""
-        return array_values(spec, array, slots, rows)
+        """Return the content of zarr.json of an array with `rows` row numbers; absent rows are NaN."""
+        tokens, width = spec.tokens(array), spec.width
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        row = little
+        if spec.codec != "fp16":
+            row = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
+        sharding = {
+            "chunk_shape": [1, tokens, width],
+            "codecs": [row, {"name": "crc32c"}],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [rows, tokens, width],
+            "data_type": "float16",
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [slots, tokens, width]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": "NaN",
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": ["row", "token", "channel"],
+        }
