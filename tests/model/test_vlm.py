@@ -16,7 +16,7 @@ from configs import UserError
 from model import loss
 from model.connector import build_connector
 from model.vlm import VLM, build_vlm
-from tests.support.batches import VISION, one_sample, random_features
+from tests.support.trained_runs import VISION, one_sample, random_features
 
 
 def tiny(connector: str = "linear", seed: int = 0, **options: Any) -> VLM:

@@ -16,6 +16,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cache.format import codec
 from cache.format.frame_sampling import sample_times, time_view
@@ -25,6 +27,7 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
+from model.attention.batch import PackedBatch
 from tests.support.spaces import SPEC
 from train.metrics import read_metrics
 
@@ -176,3 +179,25 @@ def samples(files: Path, images: int, dataset: str) -> list[Sample]:
 def losses(folder: Path) -> list[float]:
     """Return the training loss of every step of a stage."""
     return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+# ---- one small batch
+
+VISION = 24
+"""Width of the features."""
+IMAGE = 39
+"""Token id at the places of features; any id that no other token has."""
+
+
+def one_sample(images: int = 1, tokens: int = 3) -> PackedBatch:
+    """Return one sample of 12 tokens: features from the second token on, the last four supervised."""
+    ids = torch.arange(40, 52)
+    ids[1 : 1 + images * tokens] = IMAGE
+    weights = torch.zeros(12)
+    weights[8:] = torch.tensor([1.0, 0.5, 0.5, 2.0])
+    return PackedBatch.one_sample(ids, weights, IMAGE)
+
+
+def random_features(count: int = 1, tokens: int = 3) -> Tensor:
+    """Return the random features of some images, (count, tokens, VISION)."""
+    return torch.randn(count, tokens, VISION, generator=torch.Generator().manual_seed(count))

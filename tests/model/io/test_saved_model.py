@@ -19,7 +19,7 @@ from configs import UserError
 from model.io import saved_model
 from model.io.saved_model import find_run, load_final, read_meta, save_final, weights_of
 from model.vlm import VLM, build_vlm
-from tests.support.batches import VISION, one_sample, random_features
+from tests.support.trained_runs import VISION, one_sample, random_features
 
 META = {"connector": "linear", "llm": "random:qwen3-tiny", "space": {}, "stage": 1, "step": 5}
 
