@@ -96,10 +96,10 @@ class CheckedSockets:
         Raises:
             RefusedAddressError: the address is not allowed.
         """
-        family, kind, protocol, _, address = addr_info
+        family, socket_type, protocol, _, address = addr_info
         if what := refusal_reason(address[0], self._allow_private):
             raise RefusedAddressError(what)
-        made = socket.socket(family, kind, protocol)
+        made = socket.socket(family, socket_type, protocol)
         made.setblocking(False)
         self._sockets.add(made)
         return made

@@ -32,7 +32,7 @@ from encode.sources.demo_drawings import (
 )
 
 LOSS_WEIGHTS = {"caption": 0.5}
-"""Type of question -> weight of its answers in the loss. Long answers would outweigh the short ones."""
+"""Task -> weight of its answers in the loss. Long answers would outweigh the short ones."""
 
 
 # ---- questions
@@ -71,7 +71,7 @@ def _unique(shapes: Sequence[DrawnShape], attribute: str) -> list[DrawnShape]:
 def choose(
     rng: random.Random, candidates: Sequence[QuestionAnswer], most: int
 ) -> list[QuestionAnswer]:
-    """Return at most `most` questions of each type, in random order."""
+    """Return at most `most` questions of each task, in random order."""
     taken: Counter[str] = Counter()
     result = []
     for candidate in rng.sample(candidates, len(candidates)):
@@ -130,7 +130,7 @@ class DemoDataset:
         ask = ASKED[self.name]
         for number in range(self.world.images):
             rng = random.Random(f"{self.world.seed} {self.name} {number}")  # noqa: S311
-            chosen = choose(rng, ask(shapes_in(self.world, number)), self.world.per_kind)
+            chosen = choose(rng, ask(shapes_in(self.world, number)), self.world.per_task)
             yield from self._samples_of(number, self.image(number), chosen)
 
     def _videos(self) -> Iterator[Sample]:
@@ -142,16 +142,16 @@ class DemoDataset:
     def _samples_of(
         self, number: int, media: MediaRef, asked: Sequence[QuestionAnswer]
     ) -> Iterator[Sample]:
-        for i, (kind, question, answer) in enumerate(asked):
+        for i, (task, question, answer) in enumerate(asked):
             yield Sample(
                 id=f"{number:05}-{i}",
                 dataset=self.name,
                 messages=(
                     Message(role="user", content=question),
-                    Message(role="assistant", content=answer, weight=LOSS_WEIGHTS.get(kind, 1.0)),
+                    Message(role="assistant", content=answer, weight=LOSS_WEIGHTS.get(task, 1.0)),
                 ),
                 media=(media,),
-                task=kind,
+                task=task,
             )
 
     def _dialogues(self) -> Iterator[Sample]:

@@ -44,7 +44,7 @@ POINT_STEP = 20
 """Coordinates in answers are multiples of this, from 0 to 1000."""
 
 QuestionAnswer = tuple[str, str, str]
-"""(type of question, question, answer)"""
+"""(task, question, answer)"""
 
 Mask = npt.NDArray[np.bool_]
 Grid = npt.NDArray[np.float64]
@@ -73,8 +73,8 @@ class DemoWorld:
     """Seed of all drawings, videos and questions."""
     side: int = 96
     """Side of a drawing or video in pixels."""
-    per_kind: int = 2
-    """Largest number of questions of each type about one drawing."""
+    per_task: int = 2
+    """Largest number of questions of each task about one drawing."""
     dialogues: int = 400
     """Number of conversations about several drawings."""
     dialogue_images: int = 4
@@ -85,7 +85,7 @@ class DemoWorld:
     """Number of frames of each video, two per second."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "per_kind", "dialogues", "videos"):
+        for name in ("images", "per_task", "dialogues", "videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 24 <= self.side <= 256:

@@ -51,32 +51,32 @@ NAMES = tuple(READERS)
 # ---- types of columns
 
 
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _is_text(type_: Any) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
-def _is_list(kind: Any, of: Callable[[Any], bool]) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind)) and of(kind.value_type)
+def _is_list(type_: Any, of: Callable[[Any], bool]) -> bool:
+    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_)) and of(type_.value_type)
 
 
-def _is_texts(kind: Any) -> bool:
-    return _is_list(kind, _is_text)
+def _is_texts(type_: Any) -> bool:
+    return _is_list(type_, _is_text)
 
 
-def _is_number(kind: Any) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+def _is_number(type_: Any) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
-def _is_xy(kind: Any, each: Callable[[Any], bool] = _is_number) -> bool:
-    if not pa.types.is_struct(kind):
+def _is_xy(type_: Any, each: Callable[[Any], bool] = _is_number) -> bool:
+    if not pa.types.is_struct(type_):
         return False
-    found = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    found = {type_.field(i).name: type_.field(i).type for i in range(type_.num_fields)}
     return {"x", "y"} <= found.keys() and each(found["x"]) and each(found["y"])
 
 
-def _is_points(kind: Any) -> bool:
+def _is_points(type_: Any) -> bool:
     """Accept a list of structs or a struct of lists: versions of `datasets` wrote the one or the other."""
-    return _is_list(kind, _is_xy) or _is_xy(kind, lambda inner: _is_list(inner, _is_number))
+    return _is_list(type_, _is_xy) or _is_xy(type_, lambda inner: _is_list(inner, _is_number))
 
 
 _TEXT, _TEXTS, _COUNT, _POINTS = "text", "lists of text", "whole numbers", "points (x, y)"

@@ -113,7 +113,7 @@ def test_only_missing_files_are_drawn(tmp_path: Path) -> None:
 def test_settings_that_change_drawings_change_their_folder() -> None:
     ids = {DemoWorld(images=9, **change).id8 for change in ({}, {"seed": 1}, {"side": 48})}
     assert len(ids) == 3
-    assert DemoWorld(images=9, per_kind=1).id8 == DemoWorld(images=7).id8
+    assert DemoWorld(images=9, per_task=1).id8 == DemoWorld(images=7).id8
 
 
 # ---- videos
