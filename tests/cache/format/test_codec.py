@@ -17,14 +17,14 @@ from hypothesis.extra import numpy as hnp
 from cache.format import codec
 
 ERROR = {"int8": 0.006, "int4": 0.09}
-"""Relative error of a row, as promised for a transformer's."""
+"""Largest relative error of a row, as documented."""
 REACH = {"int8": 0.5 / 127, "int4": 14 / 102.5}
-"""Farthest a value of a block can be from its level, over the block's largest."""
+"""Largest distance of a value to its level, divided by the largest magnitude of its block."""
 FINITE = st.floats(-65504, 65504, width=32, allow_subnormal=False)
 
 
 def outlier_features(rng: np.random.Generator, tokens: int, width: int) -> np.ndarray:
-    """Rows as transformers make them: a few channels a hundred times larger than the rest."""
+    """Return features like those of transformers: a few channels are a hundred times larger than the rest."""
     x = rng.standard_normal((tokens, width)).astype(np.float32)
     x[:, rng.choice(width, width // 100, replace=False)] *= 100
     return x
@@ -37,14 +37,14 @@ def error(x: np.ndarray, name: str) -> float:
 
 @pytest.mark.parametrize("name", ERROR)
 @pytest.mark.parametrize("width", [768, 1024, 1152, 2048])
-def test_rows_stay_within_their_promised_error_despite_outliers(name: str, width: int) -> None:
+def test_the_error_stays_below_the_limit_despite_outliers(name: str, width: int) -> None:
     rng = np.random.default_rng(0)
     assert error(outlier_features(rng, 37, width), name) <= ERROR[name]
     assert error(rng.standard_normal((37, width)).astype(np.float32), name) <= ERROR[name]
 
 
-def test_int4_beats_even_steps() -> None:
-    """Seven steps either way to the largest value is the obvious choice; it costs a quarter more error."""
+def test_int4_levels_are_better_than_even_steps() -> None:
+    """Seven equal steps up to the largest value have a quarter more error."""
     x = np.random.default_rng(5).standard_normal((31, 1024)).astype(np.float32)
     blocks = codec._rotate(x.reshape(-1, 64) * codec.rotation_signs())
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
@@ -52,7 +52,7 @@ def test_int4_beats_even_steps() -> None:
     assert error(x, "int4") < 0.8 * plain
 
 
-def test_int4_bytes_are_laid_out_as_the_format_says() -> None:
+def test_int4_unpacks_bytes_written_by_hand() -> None:
     """One block: codes of values j and j + 32 in the halves of byte j, then the scale."""
     codes = np.array([*range(16), *[11] * 16, *range(15, -1, -1), *[3] * 16], np.uint8)
     row = np.empty(34, np.uint8)
@@ -65,7 +65,7 @@ def test_int4_bytes_are_laid_out_as_the_format_says() -> None:
 
 
 @pytest.mark.parametrize(("name", "codes"), [("int8", 128), ("int4", 64)])
-def test_what_all_tokens_of_a_row_share_is_taken_off(name: str, codes: int) -> None:
+def test_the_mean_token_is_stored_once(name: str, codes: int) -> None:
     rng = np.random.default_rng(6)
     shared = 3 * rng.standard_normal(128).astype(np.float32)
     x = shared + rng.standard_normal((64, 128)).astype(np.float32)
@@ -115,14 +115,14 @@ def test_int4_takes_the_nearest_level(x: float) -> None:
     )
 
 
-def test_rotation_is_what_keeps_the_error_small() -> None:
-    """Without it the same bits lose several times more; if this fails the rotation does nothing."""
+def test_the_rotation_lowers_the_error() -> None:
+    """Without it, equal bits have several times the error. If this fails, the rotation does nothing."""
     x = outlier_features(np.random.default_rng(1), 8, 1024)
     y = codec.unpack(codec.pack(x, "int8"), "int8", 8, 1024).astype(np.float32)
     blocks = x.reshape(-1, codec.BLOCK)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
     plain = (np.rint(blocks / scale) * scale).reshape(x.shape)
-    small = np.abs(x) < 5  # what outliers drown
+    small = np.abs(x) < 5  # the values beside outliers
     assert np.linalg.norm((x - y)[small]) < np.linalg.norm((x - plain)[small])
 
 
@@ -135,20 +135,20 @@ def test_fp16_is_the_values_themselves() -> None:
 @pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=60, deadline=None)
 @given(x=hnp.arrays(np.float32, (2, 3, 128), elements=FINITE))
-def test_what_comes_back_is_finite_and_near(name: str, x: np.ndarray) -> None:
+def test_unpacked_values_are_finite_and_close(name: str, x: np.ndarray) -> None:
     rows = codec.pack(x, name)
     assert rows.shape == (2, codec.row_bytes(name, 3, 128))
     y = codec.unpack(rows, name, 3, 128).astype(np.float32)
     assert np.isfinite(y).all()
     norms = np.linalg.norm(x.reshape(2, 3, -1, 64), axis=-1)
     errors = np.linalg.norm((x - y).reshape(2, 3, -1, 64), axis=-1)
-    # As far off in each of 64 rotated values, and float16's own rounding.
+    # The largest distance in each of 64 rotated values, and the rounding of float16.
     farthest = 8 * REACH.get(name, 0)
     assert (errors <= norms * (farthest + 2e-3) + 1e-4).all()
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
-def test_nan_and_inf_are_refused_and_large_values_clipped(name: str) -> None:
+def test_nan_and_inf_are_refused_and_large_values_are_clipped(name: str) -> None:
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="NaN or Inf"):
             codec.pack(np.full((1, 64), bad, np.float32), name)
@@ -165,7 +165,7 @@ def test_the_rotation_is_orthonormal_and_part_of_the_format() -> None:
     assert np.packbits(codec.rotation_signs() > 0).tobytes().hex() == "7783de06c5ca1b3e"
 
 
-def test_rows_of_a_wrong_length_and_widths_without_blocks_are_refused() -> None:
+def test_wrong_row_lengths_widths_and_codecs_are_refused() -> None:
     with pytest.raises(ValueError, match="a row of 10 bytes"):
         codec.unpack(np.zeros(10, np.uint8), "int8", 1, 64)
     with pytest.raises(ValueError, match="multiple of 64"):

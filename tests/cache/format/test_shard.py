@@ -1,4 +1,9 @@
-"""One suite for both on-disk formats and every codec: a space keeps its promises however it is kept."""
+"""What holds for both shard formats and every codec.
+
+space = Space.create(CacheRoot(folder), replace(spec, container="webdataset"), {})
+for sample in webdataset.WebDataset(str(space.paths.shard("image", 0)), shardshuffle=False).decode():
+    sample["full.npy"], sample["full.json"]
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,6 @@ import numpy as np
 import pytest
 import tensorstore
 import webdataset
-import zarr
 
 from cache import gc
 from cache.errors import CorruptError
@@ -58,7 +62,7 @@ def space(tmp_path: Path, codec_name: str, container: str) -> Space:
 
 
 def full(folder: Path, codec_name: str, container: str) -> Space:
-    """A full shard of images, one with two rows, and a video of three frames."""
+    """Return a space with a full shard of images, a shard of two images, and a video of three frames."""
     space = make_space(folder, codec_name, container)
     fill(space, range(SLOTS))
     fill(space, [5, 4])
@@ -73,13 +77,13 @@ def full(folder: Path, codec_name: str, container: str) -> Space:
 
 
 IMAGES = {**{number: number for number in range(SLOTS)}, 5: SLOTS, 4: SLOTS + 1}
-"""Made-up image -> its row."""
+"""Number of an image -> its row."""
 
 
 # ---- written, read
 
 
-def test_rows_come_back_singly_and_in_runs(space: Space) -> None:
+def test_rows_are_read_one_by_one_and_in_runs(space: Space) -> None:
     reader = FeatureReader(space.paths)
     numbers = list(IMAGES)
     rows = reader.lookup("image", [key(number) for number in numbers])
@@ -97,7 +101,7 @@ def test_rows_come_back_singly_and_in_runs(space: Space) -> None:
     assert reader.times("frame", video).tolist() == [0.04, 0.54, 1.04]
 
 
-def test_equal_rows_have_one_logical_hash(tmp_path: Path, codec_name: str) -> None:
+def test_the_logical_hash_does_not_depend_on_the_format(tmp_path: Path, codec_name: str) -> None:
     made = [full(tmp_path / name, codec_name, name) for name in CONTAINERS]
     hashes = {FeatureReader(space.paths).logical_hash() for space in made}
     assert len(hashes) == 1
@@ -130,8 +134,8 @@ def test_sizes_are_those_of_the_geometry(space: Space) -> None:
         assert data[start:].startswith(row(number, spec=space.spec).tobytes())
 
 
-def test_the_same_rows_are_the_same_bytes(tmp_path: Path, codec_name: str, container: str) -> None:
-    """Nothing in a shard says when, where or by whom it was made."""
+def test_equal_rows_make_equal_files(tmp_path: Path, codec_name: str, container: str) -> None:
+    """A shard contains no time, host or user."""
     first, again = (full(tmp_path / name, codec_name, container) for name in "ab")
     shards = [path.relative_to(first.paths.root) for path in first.paths.root.rglob("c/**/*")]
     files = [path for path in shards if (first.paths.root / path).is_file()]
@@ -144,10 +148,10 @@ def test_the_same_rows_are_the_same_bytes(tmp_path: Path, codec_name: str, conta
 
 
 @pytest.mark.soak_counted
-def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
+def test_every_flipped_bit_of_a_shard_is_found_and_never_returned(
     space: Space, soak: Callable[[int, int], int]
 ) -> None:
-    """Headers, padding and the end of the archive too; every byte of them in `make soak`."""
+    """Including headers, padding and the end of the tar. Every 17th byte here, every byte in `make soak`."""
     clean = FeatureReader(space.paths).logical_hash()
     path = space.paths.shard("image", 1)
     commit, geometry = (
@@ -173,7 +177,7 @@ def test_any_flipped_bit_of_a_shard_is_found_and_none_returned(
     assert not verify(CacheRoot(space.paths.root.parents[1]), deep=True).broken
 
 
-def test_a_shard_of_another_length_is_never_read(space: Space) -> None:
+def test_a_shard_of_the_wrong_length_is_not_read(space: Space) -> None:
     path = space.paths.shard("image", 0)
     path.write_bytes(path.read_bytes()[:-1])
     reader = FeatureReader(space.paths)
@@ -184,7 +188,7 @@ def test_a_shard_of_another_length_is_never_read(space: Space) -> None:
         FeatureReader(space.paths).read("image", key(0))
 
 
-def test_a_stray_file_is_named(space: Space) -> None:
+def test_verify_names_a_file_that_no_commit_names(space: Space) -> None:
     beside = space.paths.array("image") / "notes.txt"
     beside.write_text("mine")
     (finding,) = verify(CacheRoot(space.paths.root.parents[1]), deep=True).all_findings
@@ -199,8 +203,8 @@ def test_a_stray_file_is_named(space: Space) -> None:
 
 
 @pytest.mark.slow
-def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
-    """Of tars; test_cache_writer does the same with Zarr."""
+def test_a_kill_at_any_system_call_leaves_a_valid_webdataset_space(tmp_path: Path) -> None:
+    """tests/integration/cache/test_crash.py does this for Zarr."""
     space = make_space(tmp_path / "cache", container="webdataset")
     fill(space, [1, 2])
     space.grow("image")
@@ -218,11 +222,11 @@ def test_death_at_any_call_leaves_a_valid_space(tmp_path: Path) -> None:
         report = verify(root, deep=True)
         assert not report.broken
         assert report.spaces[0].logical_hash == whole
-    assert seen == sorted(seen), "once visible, always visible"
-    assert set(seen) == {2, 6, 7}, "a shard is there or not"
+    assert seen == sorted(seen), "a visible row stays visible"
+    assert set(seen) == {2, 6, 7}, "all rows of a shard appear together"
 
 
-def test_gc_removes_what_was_never_committed_and_nothing_else(
+def test_gc_removes_only_uncommitted_shards(
     space: Space, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean = FeatureReader(space.paths).logical_hash()
@@ -241,7 +245,7 @@ def test_gc_removes_what_was_never_committed_and_nothing_else(
     } == ({"0", "1"})
 
 
-def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_name: str) -> None:
+def test_repair_keeps_the_intact_rows(tmp_path: Path, container: str, codec_name: str) -> None:
     space = make_space(tmp_path, codec_name, container=container)
     for numbers in ([0, 1, 2, 3], [4, 5], [6]):
         fill(space, numbers)
@@ -249,7 +253,7 @@ def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_nam
     shards = [space.paths.shard("image", number) for number in range(3)]
     geometry = space.info.geometry("image")
     garble(shards[0], geometry.row_offset(1) + 8)
-    garble(shards[0], geometry.row_offset(2) + geometry.row_bytes, 4)  # beside a row: it stays
+    garble(shards[0], geometry.row_offset(2) + geometry.row_bytes, 4)  # next to a row, which stays
     os.truncate(shards[1], geometry.row_offset(1) + 5)
     garble(space.paths.commit("image", 2), 100)
     root = CacheRoot(tmp_path)
@@ -270,7 +274,7 @@ def test_a_repair_keeps_what_is_intact(tmp_path: Path, container: str, codec_nam
 # ---- a whole job, and training on it
 
 
-def test_a_job_fills_either_container_with_the_same_rows(tmp_path: Path) -> None:
+def test_an_encode_job_makes_equal_rows_in_both_formats(tmp_path: Path) -> None:
     draw(tmp_path / "images", 5)
     spec = f"folder:{tmp_path / 'images'}"
     made = {name: encode(tmp_path / name, spec, container=name) for name in CONTAINERS}
@@ -284,11 +288,13 @@ def test_a_job_fills_either_container_with_the_same_rows(tmp_path: Path) -> None
         assert not again.plan.todo
         assert again.plan.reused == 5
     both = encode(tmp_path / "zarr", spec, container="webdataset")
-    assert len(both.root.space_names()) == 2, "another format is another space"
+    assert len(both.root.space_names()) == 2, "each format has its own space"
 
 
-def test_training_sees_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same losses to the bit; and what was trained on the one goes on with the other."""
+def test_training_does_not_depend_on_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are equal to the bit, and a run on one format continues on the other."""
     monkeypatch.chdir(tmp_path)
     fixed = ["--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"]
     fixed += ["--batch-size", "4", "--held-out", "0", "--max-steps", "3"]
@@ -307,15 +313,7 @@ def test_training_sees_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert losses("webdataset", "on", "--from", "zarr") == losses("zarr", "over", "--from", "zarr")
 
 
-# ---- other people's readers
-
-
-def test_zarr_reads_zarr_spaces(tmp_path: Path, codec_name: str) -> None:
-    space = full(tmp_path, codec_name, "zarr")
-    reader = FeatureReader(space.paths)
-    images: Any = zarr.open_group(space.paths.root / "features", mode="r")["image"]
-    for number, at in IMAGES.items():
-        np.testing.assert_array_equal(images[at], reader.read("image", key(number)))
+# ---- readers of other projects
 
 
 def test_tensorstore_reads_fp16_zarr_spaces(tmp_path: Path) -> None:
@@ -328,22 +326,22 @@ def test_tensorstore_reads_fp16_zarr_spaces(tmp_path: Path) -> None:
 
 
 def stream(*shards: Path) -> list[dict[str, Any]]:
-    """The samples, as the library makes them."""
+    """Return the samples that the webdataset library makes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files open
         samples = list(webdataset.WebDataset(list(map(str, shards)), shardshuffle=False).decode())
         garbage.collect(1)
     return samples
 
 
 def values(member: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """What the documentation says to do with a member."""
+    """Return the features of a member, as the documentation describes it."""
     if about["codec"] == "fp16":
         return member
     return codec.unpack(member, about["codec"], about["tokens"], about["width"])
 
 
-def test_webdataset_streams_webdataset_spaces(tmp_path: Path, codec_name: str) -> None:
+def test_the_webdataset_library_streams_a_space(tmp_path: Path, codec_name: str) -> None:
     space = full(tmp_path, codec_name, "webdataset")
     reader = FeatureReader(space.paths)
     samples = stream(*(space.paths.shard("image", number) for number in (0, 1)))
@@ -376,7 +374,7 @@ def test_the_views_of_a_video_are_one_sample(tmp_path: Path, codec_name: str) ->
 
 @pytest.mark.parametrize("view", ["full", "t:3600000000", "crop:10000,10000,20000,20000", "v" * 30])
 def test_every_view_has_a_member_name(tmp_path: Path, view: str) -> None:
-    """Commas, colons and the longest names come through the library, and through tar itself."""
+    """webdataset and tarfile read names with commas, colons and the maximum length."""
     space = make_space(tmp_path, container="webdataset")
     fill(space, [1], view=view)
     path = space.paths.shard("image", 0)
@@ -394,11 +392,11 @@ def test_every_view_has_a_member_name(tmp_path: Path, view: str) -> None:
         assert data is not None
         saved = io.BytesIO()
         np.save(saved, row(1))
-        assert data.read() == saved.getvalue(), "as numpy itself would have saved it"
+        assert data.read() == saved.getvalue(), "the bytes that numpy.save writes"
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 512, 1_179_776, 8**11 - 1])
-def test_headers_are_those_of_tarfile(nbytes: int) -> None:
+def test_headers_equal_those_of_tarfile(nbytes: int) -> None:
     for name in ("a.npy", f"{key(1)}.t:0.json", "n" * 100):
         info = tarfile.TarInfo(name)
         info.size, info.mode = nbytes, 0o644
@@ -407,7 +405,7 @@ def test_headers_are_those_of_tarfile(nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("view", ["v" * 31, "T:5", "a/b", "", ".full", "größe", "a b", "full\n"])
-def test_a_view_that_would_break_the_tar_is_refused(tmp_path: Path, view: str) -> None:
+def test_a_view_that_a_tar_cannot_name_is_refused(tmp_path: Path, view: str) -> None:
     space = make_space(tmp_path, container="webdataset")
     writer = ShardWriter(space, "image", 0)
     with pytest.raises(ValueError, match="view"):
@@ -415,8 +413,8 @@ def test_a_view_that_would_break_the_tar_is_refused(tmp_path: Path, view: str) -
     assert writer.rows == 0
 
 
-def test_random_access_needs_the_commit_alone(tmp_path: Path, codec_name: str) -> None:
-    """A program that knows Parquet and nothing of ours reads a row at its `offset`."""
+def test_a_parquet_reader_finds_rows_by_their_offset(tmp_path: Path, codec_name: str) -> None:
+    """Random access to a tar needs nothing but its commit file."""
     import pyarrow.parquet as pq
 
     space = full(tmp_path, codec_name, "webdataset")
@@ -431,7 +429,7 @@ def test_random_access_needs_the_commit_alone(tmp_path: Path, codec_name: str) -
     assert "offset" not in pq.read_schema(zarr_space.paths.commit("image", 0)).names
 
 
-def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
+def test_a_commit_with_wrong_offsets_is_refused(tmp_path: Path) -> None:
     space = full(tmp_path, "int8", "webdataset")
     info, path = space.info, space.paths.commit("image", 1)
     good = read_commit(space.paths, info, "image", 1)
@@ -462,7 +460,7 @@ def test_a_commit_that_says_other_offsets_is_refused(tmp_path: Path) -> None:
         read_commit(space.paths, info, "image", 1)
 
 
-def test_a_webdataset_space_holds_tars_and_nothing_of_zarr(tmp_path: Path) -> None:
+def test_a_webdataset_space_has_only_tars(tmp_path: Path) -> None:
     space = full(tmp_path, "int8", "webdataset")
     names = [path.name for path in (space.paths.root / "features").rglob("*") if path.is_file()]
     assert sorted(names) == ["frame-00000000.tar", "image-00000000.tar", "image-00000001.tar"]

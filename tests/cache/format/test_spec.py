@@ -1,4 +1,7 @@
-"""The fingerprint: everything that changes a value changes it, nothing else does."""
+"""The fingerprint changes with every field that can change a value, and with nothing else.
+
+dataclasses.replace(spec, codec="int4").fingerprint != spec.fingerprint
+"""
 
 from __future__ import annotations
 
@@ -63,12 +66,12 @@ def test_every_field_but_the_display_name_is_hashed() -> None:
 
 
 def test_the_fingerprint_is_part_of_the_format() -> None:
-    """Spaces on users' disks carry it: if this fails, every cache in the world went stale."""
+    """The names of spaces contain it. If this fails, no existing cache is found any more."""
     assert SPEC.fingerprint == "096dfc73ec5fdb7ddbd1a0cd3de1988a8ebbd3ff4b7b6d97121a1f4b4d6955f1"
     assert SPEC.name == "clip-int8-" + SPEC.fingerprint[:8]
 
 
-def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
+def test_a_spec_survives_json_and_unknown_keys_are_refused() -> None:
     values = SPEC.to_json()
     assert FeatureSpec.from_json(values) == SPEC
     with pytest.raises(ValueError, match="unknown keys shiny"):
@@ -78,7 +81,7 @@ def test_specs_survive_json_and_refuse_what_they_do_not_know() -> None:
         FeatureSpec.from_json(values)
 
 
-def test_sizes_are_those_the_design_promises() -> None:
+def test_row_sizes_are_the_documented_ones() -> None:
     assert SPEC.tokens("image") == 576
     assert SPEC.tokens("frame") == 64
     assert SPEC.row_bytes("image") == 610_304  # 0.61 MB
@@ -102,6 +105,6 @@ def test_sizes_are_those_the_design_promises() -> None:
         {"keep_cls": True},  # with frames pooled
     ],
 )
-def test_nonsense_dies_at_once(change: dict[str, Any]) -> None:
+def test_invalid_values_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         dataclasses.replace(SPEC, **change)

@@ -1,4 +1,7 @@
-"""What we write, zarr-python reads: the same values, here and in a folder with its own `cache`."""
+"""zarr-python reads our arrays, also where the working directory has another package `cache`.
+
+zarr.open_array(space.paths.array("image"), mode="r")[row]          # (tokens, width) float16
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.support.spaces import SLOTS, features, fill, key, make_space
 
 @pytest.fixture(params=CODECS)
 def space(request: pytest.FixtureRequest, tmp_path: Path) -> Space:
-    """A full shard, one never committed, one with two rows; frames."""
+    """Return a space with a full shard, an uncommitted one and one of two rows; and one frame."""
     space = make_space(tmp_path, request.param)
     fill(space, range(SLOTS))
     ShardWriter(space, "image", 1)
@@ -37,7 +40,7 @@ ERRORS = {"fp16": 5e-4, "int8": 8e-3, "int4": 0.1}
 ROWS = {0: 0, 1: 1, 2: 2, 3: 3, 5: 8, 4: 9}
 
 
-def test_zarr_reads_the_values_our_reader_reads(space: Space) -> None:
+def test_zarr_and_our_reader_read_equal_values(space: Space) -> None:
     reader = FeatureReader(space.paths)
     group = zarr.open_group(space.paths.root / "features", mode="r")
     images, frames = group["image"], group["frame"]
@@ -57,7 +60,7 @@ def test_zarr_reads_the_values_our_reader_reads(space: Space) -> None:
     assert np.isfinite(whole[sorted(ROWS.values())]).all()
 
 
-def test_zarr_notices_a_flipped_byte(space: Space) -> None:
+def test_zarr_detects_a_flipped_bit(space: Space) -> None:
     path = space.paths.shard("image", 0)
     data = bytearray(path.read_bytes())
     for at in (5, len(data) - 7):  # a row; the index
@@ -69,8 +72,8 @@ def test_zarr_notices_a_flipped_byte(space: Space) -> None:
             images[0]
 
 
-def test_zarr_writes_the_bytes_we_write(space: Space, tmp_path: Path) -> None:
-    """The same array, written by zarr-python: the same shard, byte for byte."""
+def test_zarr_writes_equal_bytes(space: Space, tmp_path: Path) -> None:
+    """zarr-python writes the array from our zarr.json."""
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "zarr.json").write_bytes(space.paths.array_json("image").read_bytes())
@@ -81,7 +84,7 @@ def test_zarr_writes_the_bytes_we_write(space: Space, tmp_path: Path) -> None:
     assert len(theirs) == len(ours)
     if space.spec.codec == "fp16":
         assert theirs == ours
-    else:  # the values went through float16 on the way to zarr: codes may differ by one step
+    else:  # zarr gets the values as float16, so codes may differ by one step
         index = space.info.geometry("image").tail_bytes
         assert theirs[-index:] == ours[-index:]
 
@@ -96,7 +99,7 @@ numpy.save("values.npy", numpy.asarray(array[:]))
 """
 
 
-def test_a_folder_with_a_cache_of_its_own_reads_them_too(space: Space, tmp_path: Path) -> None:
+def test_zarr_reads_them_beside_another_package_cache(space: Space, tmp_path: Path) -> None:
     folder = tmp_path / "stranger"
     (folder / "cache").mkdir(parents=True)
     (folder / "cache" / "__init__.py").write_text("MINE = True\n")
@@ -109,5 +112,5 @@ def test_a_folder_with_a_cache_of_its_own_reads_them_too(space: Space, tmp_path:
         np.testing.assert_array_equal(values[row], reader.read("image", key(number)))
 
 
-def test_the_codec_has_one_name() -> None:
+def test_the_codec_name_is_the_same_in_both_modules() -> None:
     assert zarr_shard.ROW_CODEC == zarr_codec.NAME
