@@ -23,7 +23,6 @@ import pytest
 from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
 from encode.download.request import Attempt
-from encode.download.urls import is_url
 from model.media.images import BadMediaError, decode_image
 from tests.support import ROOT
 from tests.support.web_server import (
@@ -356,11 +355,6 @@ def test_requests_have_no_cookies_referer_or_proxy(
     assert sent["Accept-Encoding"] == "identity"
     assert sent["Accept"] == "*/*"
     assert not {"Cookie", "Referer", "Authorization"} & set(sent)
-
-
-def test_is_url() -> None:
-    assert is_url("http://a.b/c") and is_url("https://a.b") and is_url("HTTPS://A.B")
-    assert not any(map(is_url, ("/http://a", "ftp://a", "https:/a", "", "a.jpg", "hf:x#1")))
 
 
 # ---- configuration

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from encode.download.client import Fetched, Fetcher
-from encode.download.urls import host_of, parse_url, redirect_url
+from encode.download.urls import host_of, is_url, parse_url, redirect_url
 from encode.errors import DownloadError
 from tests.support.web_server import Handler, TroubleServer, outcome, quick_config
 
@@ -41,6 +41,11 @@ SPELLINGS = {
 def server() -> Iterator[TroubleServer]:
     with TroubleServer(photos=1) as one:
         yield one
+
+
+def test_is_url() -> None:
+    assert is_url("http://a.b/c") and is_url("https://a.b") and is_url("HTTPS://A.B")
+    assert not any(map(is_url, ("/http://a", "ftp://a", "https:/a", "", "a.jpg", "hf:x#1")))
 
 
 def test_paths_and_queries_are_sent_as_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
