@@ -164,6 +164,7 @@ def split_at_images(messages: Sequence[Message], images: int) -> list[list[str]]
     if images and not marks:
         if not users:
             raise ValueError(f"{images} images but no user turn to hold them")
+        # Images directly precede the text, without a newline.
         texts[users[0]] = [""] * images + texts[users[0]]
         return texts
     if marks < images:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from model.media.images import BadMediaError
 from model.media.video_decoder import US_PER_S, AccessPoints, Clock, VideoDecoder, decode_packet
@@ -79,8 +78,8 @@ class _PacketList:
     """End of the last packet of any stream, seconds on the container's clock."""
     first_frame: VideoFrame | None = None
     """The first frame that decodes."""
-    first_image: Image.Image | None = None
-    """The first frame as upright RGB."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height of the first frame, upright, in square pixels."""
     error: str | None = None
     """The read error that ended the pass before the end of the file."""
 
@@ -97,7 +96,7 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
     """
     with open_video(data) as video:
         listed = _list_packets(video, on_progress)
-        if listed.first_frame is None or listed.first_image is None:
+        if listed.first_frame is None:
             raise BadMediaError("no frame of it can be decoded")
         clock = _clock(video, listed)
         index = VideoIndex(clock=clock, access_points=_find_access_points(listed, clock))
@@ -116,8 +115,8 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
     return VideoInfo(
         duration_s=last_us / US_PER_S,
-        width=listed.first_image.width,
-        height=listed.first_image.height,
+        width=listed.size[0],
+        height=listed.size[1],
         frames=frames,
         note="; ".join(notes) or None,
         index=index,
@@ -179,7 +178,7 @@ def _update_end(listed: _PacketList, packet: Packet[Any]) -> None:
 def _keep_first_frame(listed: _PacketList, video: OpenVideo, frames: list[VideoFrame]) -> None:
     if frames:
         listed.first_frame = frames[0]
-        listed.first_image = frame_to_image(frames[0], video.pixel_aspect)
+        listed.size = frame_to_image(frames[0], video.pixel_aspect).size
 
 
 def _clock(video: OpenVideo, listed: _PacketList) -> Clock:
