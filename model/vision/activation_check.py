@@ -1,8 +1,8 @@
 """Check that a CLIP tower runs with the activation and colours its weights were trained with.
 
 With another activation, or with colours normalised differently, a tower computes wrong features (0.7 % off on
-a tiny network) and raises no error. The tensors themselves do not show it. These sources are compared, and any
-contradiction is refused:
+a tiny network) and raises no error. The tensors themselves do not show it. These sources are compared, and
+any contradiction is refused:
 
 1. the encoder entry's `activation:`, which is required, with the model as open_clip builds it;
 2. open_clip's record of the tag (`pretrained: openai` was trained with QuickGELU);
