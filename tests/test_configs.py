@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pytest
 
 import configs
+from cache.errors import CacheError, NotFoundError
 from configs import UserError, build, command, load, parse
 from configs.console import duration_text
 
@@ -163,14 +164,15 @@ def test_the_nearest_option_is_named_in_an_ascii_terminal() -> None:
     assert "nearest: --features" in done.stderr
 
 
+@pytest.mark.parametrize("error", [UserError, NotFoundError])
 def test_a_user_error_is_one_line_and_exit_code_two(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], error: type[Exception]
 ) -> None:
     def main() -> None:
-        raise UserError("no such thing; make one: python -m x")
+        raise error("no such thing; make one: python -m x")
 
     with pytest.raises(SystemExit) as stop:
-        command(main)
+        command(main, errors=(CacheError,))
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: no such thing; make one: python -m x\n"
 

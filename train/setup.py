@@ -69,7 +69,7 @@ def open_space(options: Options) -> FeatureReader:
     """Return a reader of the space to train on.
 
     Raises:
-        UserError: there is no space, there are several and no `--space`, or it cannot be reached.
+        CacheError: there is no space, there are several and no `--space`, or it cannot be reached.
     """
     datasets = parse_mix(options.datasets)
     return open_reader(options.features, options.space, options, datasets=datasets)

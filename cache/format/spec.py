@@ -33,7 +33,7 @@ ARRAY_OF = {"image": "image", "video": "frame"}
 FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
 _NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
-_LATER = {"container": "zarr"}
+_HASHED_UNLESS = {"container": "zarr"}
 """Fields that are hashed only if they differ from this value."""
 # A new optional field belongs here, so that the fingerprints of existing spaces do not change.
 
@@ -130,7 +130,7 @@ class FeatureSpec:
         hashed = {
             k: v
             for k, v in self.to_json().items()
-            if k not in _NOT_HASHED and not (k in _LATER and v == _LATER[k])
+            if k not in _NOT_HASHED and not (k in _HASHED_UNLESS and v == _HASHED_UNLESS[k])
         }
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

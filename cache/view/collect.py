@@ -174,7 +174,7 @@ def gather(
         keep: folder of kept downloads.
 
     Raises:
-        UserError: the space has no rows yet, or one of its files is damaged.
+        UserError, CacheError: the space has no rows yet, or one of its files is damaged.
     """
     arrays = [array for array in ARRAYS if reader.rows(array)]
     if not arrays:

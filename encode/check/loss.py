@@ -115,8 +115,8 @@ def compare(options: Options) -> Comparison:
     """Compute the losses of a run's final model.
 
     Raises:
-        UserError: no such run or space; no sample has all its media stored and on this disk; a media item can
-            no longer be decoded; the encoder is not available or has changed.
+        UserError, CacheError: no such run or space; no sample has all its media stored and on this disk; a
+            media item can no longer be decoded; the encoder is not available or has changed.
     """
     vlm, tokenizer, meta = load_final(find_run(options.run))
     root = CacheRoot(options.features)
