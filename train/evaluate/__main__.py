@@ -133,7 +133,7 @@ def evaluate(options: Options) -> Evaluation:
     """Measure loss and answers; save them beside the model, as evaluation-<split>.json, and return them.
 
     Raises:
-        UserError, CacheError: there is no such run, space or data set, or the space is not the one trained on.
+        UserError, CacheError: there is no such run, space or data set, or the run used another space.
     """
     final = find_run(options.run, options.stage)
     device = pick_device(options.device)
