@@ -1,4 +1,7 @@
-"""The benchmarks run, small: every line is there, and a store that cannot be had is no crash."""
+"""Benchmarks in small: every requirement is measured, and a store that is not installed is skipped.
+
+python -m tests.benchmarks.store --rows 40 --rounds 3
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tests.benchmarks import scale, store, stores
 
 
 class Missing(stores.Store):
-    """A library that is not installed."""
+    """A store whose library is not installed."""
 
     name = "missing"
 
@@ -37,12 +40,12 @@ def test_the_store_benchmark_measures_every_column(
     assert all(math.isfinite(value) and value > 0 for _, value, _ in lines)
     text = store.tables(figures)
     assert text.count("| ours, checked |") == 4
-    assert text.count("–") == 4 * (5 + 5), "five readers do not write, and `ours` does nothing else"
+    assert text.count("–") == 4 * (5 + 5), "five readers do not write, and `ours` only writes"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_store_gives_the_bytes_back(tmp_path: Path) -> None:
-    """Those that come with the product; what a batch holds is what was written."""
+def test_every_store_returns_the_bytes_written(tmp_path: Path) -> None:
+    """The stores whose libraries the product installs."""
     shape = (16, 64)
     row = store.make_rows(shape)
     ours = stores.Ours(tmp_path / "ours", shape)
@@ -61,7 +64,7 @@ def test_every_store_gives_the_bytes_back(tmp_path: Path) -> None:
             assert all((reader.out[i] == row(n)).all() for i, n in enumerate(rows)), reader.name
 
 
-def test_the_scale_benchmark_finds_what_it_wrote(tmp_path: Path) -> None:
+def test_the_scale_benchmark_finds_its_keys(tmp_path: Path) -> None:
     root, rows = CacheRoot(tmp_path), 66 * scale.ROWS_A_SHARD
     scale.build(root, rows)
     rebuilt = scale.open_space(root, rows)
@@ -69,4 +72,4 @@ def test_the_scale_benchmark_finds_what_it_wrote(tmp_path: Path) -> None:
     assert scale.open_space(root, rows).keys() == rebuilt.keys()
     scale.add(root, rows)
     assert scale.open_space(root, rows)["seconds"] > 0
-    assert scale.plan(root, 1000)["random_seconds"] > 0
+    assert scale.schedule(root, 1000)["random_seconds"] > 0

@@ -1,0 +1,9 @@
+"""Measurements, each a command: `python -m tests.benchmarks.<name>`. docs/BENCHMARKS.md has their results.
+
+    store, stores, store_mds, containers, scale    reading and writing rows, formats, ten million rows
+    codecs, activations, paired                    the error of codecs, and its effect on a trained model
+    move, care, remote                             merge and convert, verify, remote caches
+    real_size                                      encoding and training with models of the real size
+
+A benchmark prints one line for each requirement (requirements.py).
+"""

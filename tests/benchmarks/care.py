@@ -1,10 +1,10 @@
-"""How fast `cache.verify` reads: against a plain read of the same files, and against sha256 alone.
+"""The speed of `cache.verify`, compared with reading the same files, with and without sha256.
 
 python -m tests.benchmarks.care                    # 1 GB in a temporary folder, half a minute
 python -m tests.benchmarks.care --dir /mnt/disk    # on another disk
 
-Every figure is the median of several rounds, in which all take turns. *Cold*: the files were dropped from the
-page cache before; *warm*: they are in it. Plain reading and verifying use as many threads.
+Every figure is the median of several rounds, in which all operations take turns. *Cold*: the files are not in
+the page cache; *warm*: they are. Plain reading uses as many threads as `cache.verify`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from cache.store.paths import CacheRoot
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import command, parse
+from tests.benchmarks.requirements import Requirements
 from tests.support.spaces import SPEC, key
 
 ROW = (576, 1024)
 """Tokens and width of a ViT-L/14@336 image."""
 
 PIECE = 2 << 20
+"""Bytes read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,15 @@ class Options:
     """What to measure."""
 
     dir: Path | None = None
-    """Folder to work in; a temporary one when not given."""
+    """Folder to work in; a temporary one by default."""
     shards: int = 4
-    """Shards of about 256 MB."""
+    """Number of shards, of about 256 MB each."""
     rounds: int = 5
-    """Rounds whose median counts."""
+    """Rounds; each figure is their median."""
 
 
 def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
-    """A space of int8 rows of random codes, and its shards."""
+    """Make a space of int8 rows of random codes; return its cache and its shards."""
     spec = dataclasses.replace(SPEC, image_size=336, patch_size=14, width=ROW[1], pool_frame=3)
     root = CacheRoot(folder)
     space = Space.create(root, spec, {})
@@ -70,7 +72,7 @@ def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
 
 
 def read_through(path: Path, use: Callable[[memoryview], object] | None = None) -> None:
-    """Read a file in pieces into one buffer."""
+    """Read a file in pieces into one buffer, and pass each piece to `use`."""
     buffer = memoryview(bytearray(PIECE))
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -84,7 +86,7 @@ def read_through(path: Path, use: Callable[[memoryview], object] | None = None) 
 
 
 def drop(paths: list[Path]) -> None:
-    """Out of the page cache with these files."""
+    """Remove files from the page cache."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
@@ -131,21 +133,14 @@ def main() -> None:
     )
     for task, spent in median.items():
         print(f"{task:<24}{spent:8.3f} s{nbytes / 1e6 / spent:10,.0f} MB/s")
-    ratios = [
-        (f"{what} / {beside}", median[beside] / median[what], 0.9)
-        for what, beside in (
-            ("... --no-hash, cold", "read, cold"),
-            ("... --no-hash, warm", "read and crc32c, warm"),
-            ("verify --deep, warm", "read and sha256, warm"),
-        )
-    ]
-    good = 0
-    for what, measured, required in ratios:
-        good += measured >= required
-        print(
-            f"{what:<46}{measured:6.2f}{required:6.2f}  {'ok' if measured >= required else 'short'}"
-        )
-    print(f"care: {good}/{len(ratios)} ok")
+    requirements = Requirements("care")
+    for what, beside in (
+        ("... --no-hash, cold", "read, cold"),
+        ("... --no-hash, warm", "read and crc32c, warm"),
+        ("verify --deep, warm", "read and sha256, warm"),
+    ):
+        requirements.at_least(f"{what} / {beside}", median[beside] / median[what], 0.9)
+    requirements.summary()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The two on-disk formats side by side: what a tar costs where Zarr does not, in bytes and in time.
+"""The two on-disk formats compared: what a tar costs more than Zarr, in bytes and in time.
 
 python -m tests.benchmarks.containers            # a minute, 1 GB of disk below the folder for temporary files
 
-Rows of noise in int8, page cache warm, formats in turn, medians. Prints a requirement a line (`name
-measured  required  ok|short`), a summary last, and exits 0 either way.
+Rows of int8 noise, in the page cache. The formats take turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -28,25 +27,26 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
+from tests.benchmarks.requirements import Requirements
 from tests.support.spaces import SPEC, key
 
 ROUNDS = 5
 LIBRARY = "the webdataset library, decoding"
 SLOW = ("write + fsync + commit", "verify --deep", LIBRARY)
-"""Once a round; the others three times."""
+"""Steps measured once a round; the others are measured three times."""
 
 ROWS = {"image": 256, "frame": 2048}
 RUN = 32
-"""Adjacent rows of one read."""
+"""Adjacent rows read at a time."""
 
 BASE = dataclasses.replace(
     SPEC, image_size=336, patch_size=14, width=1024, pool_frame=3, encoder="bench"
 )
-"""576 x 1024 an image, 64 x 1024 a frame."""
+"""Images of 576 x 1024 values, frames of 64 x 1024."""
 
 
 def write(folder: Path, spec: FeatureSpec, kind: str, rows: np.ndarray) -> Space:
-    """One shard of these rows, committed."""
+    """Write one shard of rows and commit it."""
     space = Space.create(CacheRoot(folder), spec, {}, shard_bytes=1 << 28)
     shard = ShardWriter(space, kind, space.next_shard(kind))
     for number, row in enumerate(rows):
@@ -56,14 +56,14 @@ def write(folder: Path, spec: FeatureSpec, kind: str, rows: np.ndarray) -> Space
 
 
 def read(reader: FeatureReader, kind: str, count: int, out: np.ndarray) -> None:
-    """Every row once, in a random order of stretches of `count`."""
+    """Read every row once, `count` adjacent rows at a time, in random order."""
     starts = np.arange(0, ROWS[kind], count)
     for start in np.random.default_rng(0).permutation(starts):
         reader.read_into(kind, start + np.arange(count), out[:count])
 
 
 def stream(space: Space, kind: str) -> None:
-    """All of it, by the library."""
+    """Read a shard with the webdataset library."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         path = str(space.paths.shard(kind, 0))
@@ -71,18 +71,18 @@ def stream(space: Space, kind: str) -> None:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return the seconds that one call takes."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
 Steps = dict[str, dict[str, Callable[[], object]]]
-"""Step -> container -> what to do."""
+"""Step -> container -> the function to measure."""
 
 
 def steps(folder: Path, kind: str) -> Steps:
-    """All that is measured of one array."""
+    """Return all measurements of one array."""
     noise = np.random.default_rng(0)
     rows = noise.integers(0, 256, (ROWS[kind], BASE.row_bytes(kind)), dtype=np.uint8)
     out = np.empty((RUN, BASE.row_bytes(kind)), np.uint8)
@@ -109,7 +109,10 @@ def steps(folder: Path, kind: str) -> Steps:
 
 
 def measure(all_steps: Steps) -> dict[str, dict[str, list[float]]]:
-    """Step -> container -> seconds, one a round; the formats by turns first, for a busy machine's sake."""
+    """Return step -> container -> seconds of each measurement.
+
+    The formats alternate in being first, so that a busy machine slows both.
+    """
     taken: dict[str, dict[str, list[float]]] = {}
     for number in range(ROUNDS):
         for step, by in all_steps.items():
@@ -122,19 +125,12 @@ def measure(all_steps: Steps) -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     """Measure and print."""
-    verdicts = []
-
-    def line(name: str, measured: float, required: float, at_most: bool = False) -> None:
-        ok = measured <= required if at_most else measured >= required
-        verdicts.append(ok)
-        said = f"{name:<44}{measured:>10.4f}  {'<=' if at_most else '>='} {required:<8}"
-        print(said + ("ok" if ok else "short"), flush=True)
-
+    requirements = Requirements("containers")
     for kind, most in (("image", 0.004), ("frame", 0.031)):
         sizes = [slot_bytes(dataclasses.replace(BASE, container=c), kind) for c in CONTAINERS]
         row = BASE.row_bytes(kind)
         print(f"{kind}: {row:,} B a row; {sizes[0]:,} B in a Zarr shard, {sizes[1]:,} B in a tar")
-        line(f"{kind}: tar, bytes beside the row / row", sizes[1] / row - 1, most, at_most=True)
+        requirements.at_most(f"{kind}: tar, bytes beside the row / row", sizes[1] / row - 1, most)
         with tempfile.TemporaryDirectory() as folder:
             taken = measure(steps(Path(folder), kind))
         total = ROWS[kind] * row / 1e9
@@ -144,8 +140,8 @@ def main() -> None:
             if step != LIBRARY:
                 pairs = zip(by["zarr"], by["webdataset"], strict=True)
                 ratio = statistics.median(zarr / tar for zarr, tar in pairs)
-                line(f"{kind}: {step}, tar / Zarr", ratio, 0.9)
-    print(f"containers: {sum(verdicts)}/{len(verdicts)} ok")
+                requirements.at_least(f"{kind}: {step}, tar / Zarr", ratio, 0.9)
+    requirements.summary()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Moving features: merging caches and converting spaces, against copying the same bytes.
+"""Merging caches and converting spaces, compared with copying the same bytes.
 
 python -m tests.benchmarks.move                  # some minutes, 2 GB of disk below --folder
 python -m tests.benchmarks.move --rows 100       # smaller
 
-Rows of CLIP ViT-L/14@336 (576 x 1024). Each figure is the median of several rounds in which the two that are
-compared take turns. Prints a requirement a line (`name  measured  required  ok|short`), figures without one
-between, a summary last; exits 0 either way.
+Rows of CLIP ViT-L/14@336 (576 x 1024). Each figure is the median of several rounds, in which the two
+operations that are compared take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
+from tests.benchmarks.requirements import Requirements
 from tests.support.spaces import SPEC, key
 
 CLIP: FeatureSpec = replace(
@@ -49,28 +49,13 @@ CLIP: FeatureSpec = replace(
 )
 
 
-@dataclass
-class Board:
-    """The lines, and how many of them are met."""
-
-    met: int = 0
-    total: int = 0
-
-    def line(self, name: str, measured: float, required: float) -> None:
-        """One requirement: at least so much."""
-        ok = measured >= required
-        self.met, self.total = self.met + ok, self.total + 1
-        print(
-            f"{name:<58}{measured:>8.2f}  {required:>6.2f}  {'ok' if ok else 'short'}", flush=True
-        )
-
-    def note(self, name: str, text: str) -> None:
-        """A figure without a requirement."""
-        print(f"{name:<58}{text:>8}", flush=True)
+def note(name: str, text: str) -> None:
+    """Print a figure without a requirement."""
+    print(f"{name:<60}{text:>12}", flush=True)
 
 
 def make_space(folder: Path, spec: FeatureSpec, rows: int, different: int = 16) -> Space:
-    """A space of so many rows, of a few different contents."""
+    """Make a space of `rows` rows with `different` different contents."""
     rng = np.random.default_rng(0)
     shape = (spec.tokens("image"), spec.width)
     contents = [
@@ -89,7 +74,7 @@ def make_space(folder: Path, spec: FeatureSpec, rows: int, different: int = 16) 
 
 
 def plain_copy(space: Space, target: Path) -> None:
-    """The shards' bytes, read and written a few MB at a time, each file fsynced."""
+    """Copy the shards a few MB at a time, and fsync each file."""
     target.mkdir()
     buffer = memoryview(bytearray(BATCH_BYTES))
     for number in space.paths.committed("image"):
@@ -101,7 +86,7 @@ def plain_copy(space: Space, target: Path) -> None:
 
 
 def quietly(work: Callable[[], object]) -> float:
-    """Seconds it takes."""
+    """Run `work` without its output; return the seconds it takes."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         start = time.perf_counter()
         work()
@@ -111,7 +96,7 @@ def quietly(work: Callable[[], object]) -> float:
 def compare(
     folder: Path, rounds: int, ours: Callable[[Path], object], other: Callable[[Path], object]
 ) -> tuple[float, float]:
-    """Median of the ratio other / ours in seconds, and of ours; they take turns, on fresh folders."""
+    """Run both in turns, on new folders; return the medians of other / ours and of our seconds."""
     ratios, seconds = [], []
     for _ in range(rounds):
         times = []
@@ -125,8 +110,8 @@ def compare(
     return statistics.median(ratios), statistics.median(seconds)
 
 
-def measure_merge(board: Board, folder: Path, rows: int, rounds: int) -> None:
-    """Into nothing."""
+def measure_merge(requirements: Requirements, folder: Path, rows: int, rounds: int) -> None:
+    """Merge into an empty cache."""
     for name in ("fp16", "int8"):
         count = rows if name == "fp16" else 2 * rows  # about as many bytes
         space = make_space(folder / f"source-{name}", replace(CLIP, codec=name), count)
@@ -137,31 +122,31 @@ def measure_merge(board: Board, folder: Path, rows: int, rounds: int) -> None:
             functools.partial(merge_into, folder / f"source-{name}"),
             functools.partial(plain_copy, space),
         )
-        board.line(f"merge / plain copy + fsync, {name}", ratio, 0.8)
-        board.note(f"merge, {name}", f"{nbytes / seconds / 1e6:.0f} MB/s")
+        requirements.at_least(f"merge / plain copy + fsync, {name}", ratio, 0.8)
+        note(f"merge, {name}", f"{nbytes / seconds / 1e6:.0f} MB/s")
 
 
-def measure_again(board: Board, folder: Path, rows: int) -> None:
-    """Into a cache that has half of it; and when there is nothing to do."""
+def measure_again(requirements: Requirements, folder: Path, rows: int) -> None:
+    """Merge into a cache that has half of the rows; then again, with nothing to do."""
     source, target = folder / "source-fp16", folder / "target"
     space = make_space(target, CLIP, rows // 2)
     first = quietly(lambda: merge_into(source, target))
     nbytes = (rows - rows // 2) * space.spec.row_bytes("image")
-    board.note("merge, half of it there already", f"{nbytes / first / 1e6:.0f} MB/s")
+    note("merge, half of the rows exist", f"{nbytes / first / 1e6:.0f} MB/s")
     second = quietly(lambda: merge_into(source, target))
-    board.line("seconds: merging that half / again, nothing to do", first / second, 5)
+    requirements.at_least("seconds: merging that half / again, nothing to do", first / second, 5)
     readers = [FeatureReader(CacheRoot(root).space(space.spec.name)) for root in (source, target)]
     assert readers[0].logical_hash() == readers[1].logical_hash(), "the merge lost something"
     shutil.rmtree(target)
 
 
 def merge_into(source: Path, target: Path) -> None:
-    """As the command does."""
+    """Merge as the command does."""
     merge(CacheRoot(target), CacheRoot(source), MergeOptions(source=(source,)))
 
 
-def measure_convert(board: Board, folder: Path, rows: int, rounds: int) -> None:
-    """Against copying the fp16 space, and against packing alone on as many threads."""
+def measure_convert(requirements: Requirements, folder: Path, rows: int, rounds: int) -> None:
+    """Convert, compared with copying the fp16 space."""
     root = CacheRoot(folder / "source-fp16")
     reader = find_source(root, None)
     space = Space.open(reader.paths)
@@ -177,12 +162,12 @@ def measure_convert(board: Board, folder: Path, rows: int, rounds: int) -> None:
 
         ratio, seconds = compare(folder, rounds, convert_into, lambda t: plain_copy(space, t))
         name = f"convert to {options.codec}" + (f" pool {options.pool}" if options.pool else "")
-        board.note(f"{name} / plain copy of the fp16 space", f"{ratio:.2f}")
-        board.note(name, f"{rows / seconds:.0f} rows/s")
+        note(f"{name} / plain copy of the fp16 space", f"{ratio:.2f}")
+        note(name, f"{rows / seconds:.0f} rows/s")
 
 
 def main() -> None:
-    """Everything."""
+    """Measure and print everything."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -190,13 +175,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
-    board = Board()
+    requirements = Requirements("move")
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         folder = Path(made)
-        measure_merge(board, folder, options.rows, options.rounds)
-        measure_again(board, folder, options.rows)
-        measure_convert(board, folder, options.rows, min(3, options.rounds))
-    print(f"move: {board.met}/{board.total} ok")
+        measure_merge(requirements, folder, options.rows, options.rounds)
+        measure_again(requirements, folder, options.rows)
+        measure_convert(requirements, folder, options.rows, min(3, options.rounds))
+    requirements.summary()
 
 
 if __name__ == "__main__":

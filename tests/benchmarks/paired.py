@@ -1,16 +1,15 @@
-"""What a codec costs a trained model: the demo learned on fp16, int8 and int4, paired.
+"""The effect of a codec on a trained model: the demo trained on fp16, int8 and int4 rows, in pairs.
 
 python -m tests.benchmarks.paired                            # 15 trainings, about half an hour on two cores
 python -m tests.benchmarks.paired --seeds 2 --steps 100      # a rehearsal
-python -m tests.benchmarks.paired --folder FOLDER            # keeps what it makes, and goes on from it
+python -m tests.benchmarks.paired --folder FOLDER            # keeps its files, and continues from them
 
-The same drawings are encoded once a codec, in one cache, without pooling: 36 tokens an image, so that int4
-holds a mean token as it does for real images. For every seed one model learns on each, from
-scratch: same first weights, same samples in the same order, only the codec differs. Then all answer the
+The same drawings are encoded with each codec, in one cache, without pooling: with 36 tokens an image, int4
+stores a mean token as it does for real images. For every seed one model is trained on each codec, from equal
+initial weights and on equal samples in equal order; only the codec differs. Then all models answer the
 held-out questions. A difference is codec minus fp16, so a negative difference of exact match is a loss. Its
-95 % interval is Student's over the seeds; for exact match a second one resamples the held-out drawings
-(10,000 times, with all their questions), which tells what other drawings would have shown. Last, lines
-`name  measured  required  ok|short`.
+95 % interval is Student's, over the seeds. For exact match a second interval resamples the held-out drawings
+(10,000 times, each with all its questions): it shows the effect of the choice of drawings.
 """
 
 from __future__ import annotations
@@ -34,42 +33,46 @@ from scipy import stats
 import configs
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
+from tests.benchmarks.requirements import Requirements
 
 CODECS = ("fp16", "int8", "int4")
 DATASETS = {"demo-points": 0.4, "demo-questions": 0.6}
 RESAMPLED = 10_000
+"""Times that the held-out drawings are resampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train on several codecs, paired."""
+    """Train models on several codecs and compare them in pairs."""
 
     folder: Path | None = None
-    """Where the cache and the runs are kept, and taken from when they are there."""
+    """Where the cache and the runs are kept; existing ones are used. A temporary folder by default."""
     seeds: int = 5
-    """Models a codec."""
+    """Models trained for each codec."""
     steps: int = 600
-    """Steps of 64 samples each of them learns."""
+    """Steps of each training, of 64 samples."""
     held_out: float = 0.15
-    """Share of the drawings that are asked about."""
+    """Share of the drawings that are held out."""
     jobs: int = 2
-    """Trainings at a time, of one thread each."""
+    """Trainings at the same time, of one thread each."""
 
 
 @dataclass(kw_only=True)
 class Result:
-    """One trained model, on the held-out questions."""
+    """The result of one trained model on the held-out questions."""
 
     loss: float
-    """Nats a supervised token."""
+    """Cross-entropy a supervised token, nats."""
     mean: float
     """Exact match, mean over the question types."""
     right: dict[str, bool]
-    """By sample."""
+    """Whether the answer is right, by sample."""
     task: dict[str, str] = field(repr=False)
+    """Question type, by sample."""
     image: dict[str, str] = field(repr=False)
+    """Source of the drawing, by sample."""
     digest: str
-    """Of the samples trained on, in their order."""
+    """Digest of the training samples, in order."""
 
     @property
     def accuracy(self) -> float:
@@ -96,7 +99,7 @@ def command(module: str, flags: dict[str, Any], log: Path) -> None:
 
 
 def encode_all(folder: Path) -> dict[str, str]:
-    """Space name of every codec."""
+    """Encode the drawings with every codec; return codec -> name of the space."""
     for codec in CODECS:
         flags = {
             "dataset": tuple(DATASETS),
@@ -112,7 +115,7 @@ def encode_all(folder: Path) -> dict[str, str]:
 
 
 def train_and_ask(options: Options, folder: Path, space: str, codec: str, seed: int) -> Result:
-    """One model; nothing when its answers are there already."""
+    """Train and evaluate one model, unless its answers exist; return its result."""
     run = folder / f"{codec}-{seed}-{options.steps}"
     answers = run / "stage1" / "evaluation-val.json"
     if not answers.exists():
@@ -143,7 +146,7 @@ def train_and_ask(options: Options, folder: Path, space: str, codec: str, seed: 
 
 
 def all_results(options: Options, folder: Path) -> dict[tuple[str, int], Result]:
-    """(codec, seed) -> result. Seeds in order, so that an interrupted run has whole pairs."""
+    """Return (codec, seed) -> result. Seeds are trained in order, so an interrupted run has whole pairs."""
     spaces = encode_all(folder)
     begun = time.monotonic()
     wanted = list(product(range(options.seeds), CODECS))
@@ -169,7 +172,7 @@ def all_results(options: Options, folder: Path) -> dict[tuple[str, int], Result]
 
 
 def over_seeds(differences: Sequence[float]) -> str:
-    """Mean, and half of its 95 % interval (Student's, paired)."""
+    """Return the mean of paired differences, and half of its 95 % interval (Student's), as text."""
     n, mean = len(differences), float(np.mean(differences))
     if n < 2:
         return f"{mean:+.4f} (one seed: no interval)"
@@ -178,7 +181,7 @@ def over_seeds(differences: Sequence[float]) -> str:
 
 
 def over_images(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, float]:
-    """95 % interval of the difference of accuracy, mean over seeds, when the drawings are drawn again."""
+    """Return the 95 % interval of the mean difference of accuracy when drawings are resampled."""
     samples = list(base[0].right)
     images, index = np.unique([base[0].image[s] for s in samples], return_inverse=True)
     difference = np.zeros(len(samples))
@@ -196,7 +199,7 @@ def over_images(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, 
 
 
 def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
-    """The tables, then the lines."""
+    """Print the tables, then the requirements."""
     of = {codec: [results[codec, seed] for seed in range(seeds)] for codec in CODECS}
     base = of["fp16"]
     questions = len(base[0].right)
@@ -229,14 +232,11 @@ def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
         and len({tuple(results[codec, seed].right) for codec in CODECS}) == 1
         for seed in range(seeds)
     )
-    lines = [
-        ("held-out questions", f"{questions:,}", ">= 2,000", questions >= 2000),
-        ("seeds", str(seeds), ">= 5", seeds >= 5),
-        ("same samples, same order", "yes" if paired else "no", "yes", paired),
-    ]
-    for name, measured, required, ok in lines:
-        print(f"{name:26}{measured:>10}{required:>10}  {'ok' if ok else 'short'}")
-    print(f"paired: {sum(line[3] for line in lines)}/{len(lines)} ok")
+    requirements = Requirements("paired")
+    requirements.add("held-out questions", f"{questions:,}", ">= 2,000", questions >= 2000)
+    requirements.add("seeds", str(seeds), ">= 5", seeds >= 5)
+    requirements.add("same samples, same order", "yes" if paired else "no", "yes", paired)
+    requirements.summary()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,8 @@
-"""The real sizes on this machine: ViT-L/14@336 encodes photographs, Qwen3-0.6B steps on them.
+"""Models of the real sizes on this machine: ViT-L/14@336 encodes photographs, Qwen3-0.6B trains on them.
 
 python -m tests.benchmarks.real_size             # a few minutes, 13 GB of memory, 10 MB of disk
 
-Random weights: times, memory and shapes are those of the real model, answers are not. Prints a
-requirement a line (`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+The weights are random: times, memory and shapes are those of the real models, answers are not.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from tests.benchmarks.requirements import Requirements
 from tests.support.photos import make_folder
 
 IMAGES = 16
@@ -25,7 +25,7 @@ TRAIN_STEPS = 3
 
 
 def run(*argv: str) -> tuple[str, float, float]:
-    """Output, seconds and peak resident memory (GiB) of a command and its children together."""
+    """Run a command; return its output, seconds, and peak resident memory with its children, GiB."""
     print("$ python -m " + " ".join(argv), flush=True)
     started = time.monotonic()
     process = subprocess.Popen(
@@ -41,7 +41,7 @@ def run(*argv: str) -> tuple[str, float, float]:
 
 
 class Peak:
-    """Samples the memory of a process tree: Ray's workers are not children a parent waits for."""
+    """Sample the memory of a process tree, because a parent does not wait for Ray's workers."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.largest, self.done = pid, 0, threading.Event()
@@ -53,20 +53,20 @@ class Peak:
             self.largest = max(self.largest, sum(map(resident_bytes, session_members(self.pid))))
 
     def stop(self) -> float:
-        """The largest sum seen, GiB."""
+        """Stop sampling; return the largest sum, GiB."""
         self.done.set()
         self.thread.join()
         return self.largest / 2**30
 
 
 def session_members(root: int) -> list[int]:
-    """`root` and every descendant."""
+    """Return the ids of a process and of all its descendants."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 stat = (entry / "stat").read_text()
-            except OSError:  # ended meanwhile
+            except OSError:  # the process has ended
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
     members, grown = {root}, True
@@ -78,7 +78,7 @@ def session_members(root: int) -> list[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Private and shared memory held now; 0 once the process is gone."""
+    """Return the private and shared memory of a process now; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -86,7 +86,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def main() -> None:
-    lines: list[tuple[str, str, str, bool]] = []
+    requirements = Requirements("real size")
     with tempfile.TemporaryDirectory() as folder:
         features = f"{folder}/features"
         photos = make_folder(Path(folder) / "photos")
@@ -98,13 +98,13 @@ def main() -> None:
         print(f"encode: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
         array = next(Path(features).glob("spaces/*/features/image/zarr.json"))
         shape = json.loads(array.read_text())["shape"]
-        lines.append(
-            ("row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024])
+        requirements.add(
+            "row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024]
         )
         listed, _, _ = run("cache.verify", "--features", features, "--deep")
         rows = re.search(r"(\d+) image rows", listed)
         count = rows[1] if rows else "?"
-        lines.append(("rows stored", count, str(IMAGES), count == str(IMAGES)))
+        requirements.add("rows stored", count, str(IMAGES), count == str(IMAGES))
 
         _, seconds, memory = run(
             "train.run", "--stage", "1", "--llm", "random:qwen3-0.6b", "--hardware", "cpu",
@@ -114,18 +114,16 @@ def main() -> None:
         metrics = (Path(folder) / "run" / "stage1" / "metrics.jsonl").read_text().splitlines()
         steps = [m["step"] for m in map(json.loads, metrics) if "loss" in m]
         reached = max(steps, default=0)
-        lines.append(("steps taken", str(reached), str(TRAIN_STEPS), reached == TRAIN_STEPS))
+        requirements.add("steps taken", str(reached), str(TRAIN_STEPS), reached == TRAIN_STEPS)
 
         table, _, _ = run("model.verify", "--random-weights", "--llm", "random:qwen3-0.6b")
         for figure in ("1,049,600", "596,049,920"):
             found = "printed" if figure in table else "absent"
-            lines.append((f"parameters {figure}", found, "printed", figure in table))
+            requirements.add(f"parameters {figure}", found, "printed", figure in table)
         vision = re.search(r"303[,.][5-9]\d*|304[,.][0-3]\d*", table)
         found = vision[0] if vision else "absent"
-        lines.append(("parameters of the encoder", found, "303.5-304.3 M", vision is not None))
-    for name, measured, required, ok in lines:
-        print(f"{name:28}{measured:>16}{required:>16}  {'ok' if ok else 'short'}")
-    print(f"real size: {sum(line[3] for line in lines)}/{len(lines)} ok")
+        requirements.add("parameters of the encoder", found, "303.5-304.3 M", vision is not None)
+    requirements.summary()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Training on a remote cache, beside training on the same folder.
+"""Training on a remote cache, compared with training on the same cache in a local folder.
 
 python -m tests.benchmarks.remote                # two minutes, 0.5 GB of disk below the temporary folder
 
-Rows of the real size (576 x 1024, int8), a tiny language model, servers on the loopback: a web server, and
-moto's S3. 10 % of the requests fail: 500, 429, a reset, a short body. Prints a requirement a line
-(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+Rows of the real size (576 x 1024, int8), a tiny language model, and two servers on the loopback interface: a
+web server, and moto's S3. In the runs with errors 10 % of the requests fail: status 500 or 429, a connection
+reset, or a short body.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space, find_space
 from cache.store.writer import ShardWriter
+from tests.benchmarks.requirements import Requirements
 from tests.support import remote_servers, trained_runs
 
 IMAGES = 192
@@ -42,11 +43,11 @@ LATENCY_S = 0.03
 BATCH_ROWS = 16
 RUNS = 3
 COMMAND = "import sys, train.run; print('ready'); sys.exit(train.run.main())"
-"""As `python -m train.run`, telling when everything is imported."""
+"""`python -m train.run` that prints a line when everything is imported."""
 
 
 def make_cache(folder: Path) -> CacheRoot:
-    """Images of the real size, a question each."""
+    """Make a cache of rows of the real size, with one question for each."""
     root = CacheRoot(folder)
     spec = trained_runs.spec(image_size=336, patch_size=14, width=1024, codec="int8")
     space = Space.create(root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("image"))
@@ -78,18 +79,18 @@ def make_cache(folder: Path) -> CacheRoot:
 
 @dataclass(frozen=True)
 class Trained:
-    """One run of `train.run`."""
+    """The figures of one run of `train.run`."""
 
     first_step_s: float
-    """Until the first step is done, from when everything is imported."""
+    """Seconds from the end of the imports to the end of the first step."""
     total_s: float
-    """From the same moment to the end."""
+    """Seconds from the end of the imports to the end of the run."""
     losses: list[float]
-    """Of every step."""
+    """Loss of every step."""
 
 
 def train(folder: Path, name: str, features: str, *more: str) -> Trained:
-    """A whole epoch in a process of its own."""
+    """Train one epoch in a process of its own."""
     words = [
         *("-c", COMMAND, "--features", features, "--run", name, "--log-every", "1"),
         *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu", "--held-out", "0"),
@@ -123,20 +124,8 @@ def train(folder: Path, name: str, features: str, *more: str) -> Trained:
     return Trained(first, total, [line["loss"] for line in found if "loss" in line])
 
 
-class Lines:
-    """The requirements, as they are printed."""
-
-    def __init__(self) -> None:
-        self.good = self.all = 0
-
-    def add(self, name: str, value: str, required: str, ok: bool) -> None:
-        self.all += 1
-        self.good += ok
-        print(f"{name:<44} {value:>12}  {required:>10}  {'ok' if ok else 'short'}", flush=True)
-
-
-def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
-    """Local, then over each kind of server, calm and bad."""
+def trainings(requirements: Requirements, folder: Path, root: CacheRoot) -> None:
+    """Train on the local folder, then over each server, without and with errors."""
     used = IMAGES * FeatureReader(find_space(root, None)).geometry["image"].row_bytes
     local = train(folder, "local", str(root.path))
     print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
@@ -155,16 +144,20 @@ def trainings(lines: Lines, folder: Path, root: CacheRoot) -> None:
                     found = train(folder, f"{kind}-{bad}", url)
                 name = f"{kind}, {bad:.0%} of requests fail"
                 first, ratio = found.first_step_s, server.row_bytes / used
-                lines.add(f"{name}: first step, s", f"{first:.1f}", "<= 10", first <= 10)
+                requirements.add(f"{name}: first step, s", f"{first:.1f}", "<= 10", first <= 10)
                 print(f"  {first - local.first_step_s:+.1f} s to the local one's")
-                lines.add(f"{name}: bytes / rows used", f"{ratio:.4f}", "<= 1.05", ratio <= 1.05)
+                requirements.add(
+                    f"{name}: bytes / rows used", f"{ratio:.4f}", "<= 1.05", ratio <= 1.05
+                )
                 same = found.losses == local.losses
-                lines.add(f"{name}: losses as local", "equal" if same else "not", "equal", same)
+                requirements.add(
+                    f"{name}: losses as local", "equal" if same else "not", "equal", same
+                )
                 print(f"  all {found.total_s:.1f} s ({found.total_s / local.total_s:.2f} of local)")
 
 
-def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
-    """Rows a second of one reader, by latency, and from what is kept."""
+def reading(requirements: Requirements, folder: Path, root: CacheRoot) -> None:
+    """Measure the rows per second of one reader for several latencies, fetched and from the local copy."""
     with remote_servers.WebServer(root.path) as server:
         for latency in (0.0, 0.03, 0.1):
             server.latency_s = latency
@@ -178,18 +171,18 @@ def reading(lines: Lines, folder: Path, root: CacheRoot) -> None:
             fetched, again = statistics.median(rates), statistics.median(kept)
             print(
                 f"latency {latency * 1000:.0f} ms: {fetched:,.0f} rows/s ({fetched * size / 1e6:,.0f} MB/s) "
-                f"fetched, {again:,.0f} rows/s ({again * size / 1e6:,.0f} MB/s) from what is kept"
+                f"fetched, {again:,.0f} rows/s ({again * size / 1e6:,.0f} MB/s) from the local copy"
             )
             if latency:
-                # One request after the other could do no more than this.
+                # The most rows per second with one request at a time.
                 most = 1 / latency
                 gain = fetched / most
                 name = f"rows/s at {latency * 1000:.0f} ms / one at a time"
-                lines.add(name, f"{gain:.1f}", ">= 4", gain >= 4)
+                requirements.add(name, f"{gain:.1f}", ">= 4", gain >= 4)
 
 
 def rate(reader: FeatureReader, seed: int) -> float:
-    """Rows a second, all of them once, in batches in random order."""
+    """Read all rows once, in batches in random order; return rows per second."""
     rows = np.random.default_rng(seed).permutation(IMAGES)
     out = np.empty((BATCH_ROWS, reader.geometry["image"].row_bytes), np.uint8)
     started = time.monotonic()
@@ -199,14 +192,14 @@ def rate(reader: FeatureReader, seed: int) -> float:
 
 
 def main() -> None:
-    """Everything."""
-    lines = Lines()
+    """Measure and print everything."""
+    requirements = Requirements("remote")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = make_cache(folder / "cache")
-        trainings(lines, folder, root)
-        reading(lines, folder, root)
-    print(f"remote: {lines.good}/{lines.all} ok")
+        trainings(requirements, folder, root)
+        reading(requirements, folder, root)
+    requirements.summary()
 
 
 if __name__ == "__main__":

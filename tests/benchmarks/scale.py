@@ -1,12 +1,11 @@
-"""Ten million rows in twenty thousand shards: opening a space, looking rows up, planning an epoch.
+"""Ten million rows in twenty thousand shards: open a space, look rows up, schedule an epoch.
 
 python -m tests.benchmarks.scale                          # 3-5 minutes, 1.5 GB of disk, 4 GB of memory
-python -m tests.benchmarks.scale --rows 100000            # seconds
+python -m tests.benchmarks.scale --rows 400000            # seconds; fewer rows get no index
 
-The commits are real files, sealed as a job seals them; the shards they speak of are not there, because
-nothing here reads a row. The same is done with a tenth of the rows, to show what grows with them. Every step
-runs in a process of its own, so that its memory is its own. Prints a requirement a line
-(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+The commits are real files, sealed as a job seals them. The shards they name do not exist, because nothing
+here reads a row. Everything is also done with a tenth of the rows, to show how it grows. Every step runs in
+a process of its own, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space
 from configs import command, parse
+from tests.benchmarks.requirements import Requirements
 
 SPEC = FeatureSpec(
     encoder="scale",
@@ -52,8 +52,9 @@ SPEC = FeatureSpec(
 )
 ROWS_A_SHARD = 500
 NEW_COMMITS = 40
-"""Committed after the index was saved: a reader adds them itself."""
+"""Shards committed after the index was saved; a reader adds them to the index in memory."""
 LOOKUPS = 1_000_000
+"""Keys looked up."""
 SAMPLES_A_STEP = 128
 
 
@@ -62,20 +63,20 @@ class Options:
     """What to measure."""
 
     rows: int = 10_000_000
-    """Rows of the large space; the small one has a tenth."""
+    """Rows of the large space; the small space has a tenth of them."""
     folder: Path | None = None
-    """Where to make them; a temporary folder by default, removed afterwards."""
+    """Where to make the spaces; a temporary folder by default. They are removed afterwards."""
     child: str | None = None
-    """Used by the command itself: one step, printed as JSON."""
+    """Used by the command itself: the step to run; its figures are printed as JSON."""
 
 
 def keys_of(shard: int) -> npt.NDArray[np.uint8]:
-    """(500, 32) made-up keys."""
+    """Return (500, 32) random keys."""
     return np.random.default_rng(shard).integers(0, 256, (ROWS_A_SHARD, 32), np.uint8)
 
 
 def write_commits(space: Space, shards: range) -> None:
-    """The commits of shards whose files are not there; not fsynced, for they are for a minute."""
+    """Write the commits of shards without their files, and without fsync."""
     slots = space.rows_per_shard("image")
     nbytes = space.info.geometry("image").file_bytes(ROWS_A_SHARD)
     errors = np.linspace(0.004, 0.006, ROWS_A_SHARD, dtype=np.float32)
@@ -107,7 +108,7 @@ def write_commits(space: Space, shards: range) -> None:
 
 
 def memory_mb(field: str = "VmRSS") -> float:
-    """Of this process: VmRSS now, VmHWM at most, RssAnon without what files lend it."""
+    """Return this process's memory in MB: VmRSS now, VmHWM its peak, RssAnon without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024 / 1e6
@@ -115,20 +116,20 @@ def memory_mb(field: str = "VmRSS") -> float:
 
 
 def build(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Write the commits."""
+    """Write the commits of a new space."""
     write_commits(Space.create(root, SPEC, {}), range(rows // ROWS_A_SHARD))
     return {}
 
 
 def add(root: CacheRoot, rows: int) -> dict[str, float]:
-    """A few commits more."""
+    """Write a few more commits."""
     first = rows // ROWS_A_SHARD
     write_commits(Space.open(find_space(root, None)), range(first, first + NEW_COMMITS))
     return {}
 
 
 def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Open it, whatever index there is; then look keys up."""
+    """Open the space with the index it has, then look keys up."""
     paths = find_space(root, None)
     before, started = memory_mb(), time.perf_counter()
     reader = FeatureReader(paths)
@@ -143,7 +144,7 @@ def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
     found["lookup_us"] = (time.perf_counter() - started) / len(wanted) * 1e6
     assert (rows_found >= 0).all(), "a key is not found"
     assert np.array_equal(index.keys[index.positions(rows_found)], wanted), "another key is found"
-    assert (index.lookup(wanted ^ 1, "full") == -1).all(), "a stranger is found"
+    assert (index.lookup(wanted ^ 1, "full") == -1).all(), "a key that is not stored is found"
     some = [key.tobytes() for key in wanted[:20_000]]
     started = time.perf_counter()
     assert all(index.contains(key, "full") for key in some)
@@ -152,7 +153,7 @@ def open_space(root: CacheRoot, rows: int) -> dict[str, float]:
 
 
 def save(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Write the derived index, from the commits alone."""
+    """Write the index file from the commits."""
     space, before, started = Space.open(find_space(root, None)), memory_mb(), time.perf_counter()
     save_index(space.paths, space.info)
     seconds = time.perf_counter() - started
@@ -161,15 +162,15 @@ def save(root: CacheRoot, rows: int) -> dict[str, float]:
 
 
 def touch(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Other times for all commits, as a copy would have."""
+    """Change the modification times of all commits, as copying does."""
     paths: SpacePaths = find_space(root, None)
     for number in paths.committed("image"):
         paths.commit("image", number).touch()
     return {}
 
 
-def plan(root: CacheRoot, rows: int) -> dict[str, float]:
-    """Lay out an epoch of as many samples, two data sets of trees of one or two samples each."""
+def schedule(root: CacheRoot, rows: int) -> dict[str, float]:
+    """Build an epoch of about `rows` samples: two data sets, trees of one or two samples."""
     from train.data.message_trees import MessageTrees
     from train.data.schedule import (
         TrainingSchedule,  # imports torch, which the other steps need no memory for
@@ -178,8 +179,8 @@ def plan(root: CacheRoot, rows: int) -> dict[str, float]:
     trees = max(2, rows * 2 // 3)
     starts = np.concatenate([[0], np.cumsum(1 + np.arange(trees) % 2)]).astype(np.int64)
     samples = int(starts[-1])
-    nothing: Any = None  # a plan looks at no text and no media
-    grown = MessageTrees(
+    nothing: Any = None  # a schedule needs no texts and no media
+    message_trees = MessageTrees(
         samples=nothing,
         names=("captions", "points"),
         mix=(0.6, 0.4),
@@ -196,7 +197,7 @@ def plan(root: CacheRoot, rows: int) -> dict[str, float]:
     found = {}
     for order in ("random", "blocks"):
         before, started = memory_mb(), time.perf_counter()
-        steps = TrainingSchedule(grown, SAMPLES_A_STEP, seed=1, order=order)  # type: ignore[arg-type]
+        steps = TrainingSchedule(message_trees, SAMPLES_A_STEP, seed=1, order=order)  # type: ignore[arg-type]
         steps.step(0)
         found[f"{order}_seconds"] = time.perf_counter() - started
         found[f"{order}_rss"] = memory_mb() - before
@@ -204,7 +205,7 @@ def plan(root: CacheRoot, rows: int) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[[CacheRoot, int], dict[str, float]]] = {
-    f.__name__: f for f in (build, add, open_space, save, touch, plan)
+    f.__name__: f for f in (build, add, open_space, save, touch, schedule)
 }
 
 
@@ -212,7 +213,7 @@ STEPS: dict[str, Callable[[CacheRoot, int], dict[str, float]]] = {
 
 
 def in_child(step: str, folder: Path, rows: int) -> dict[str, float]:
-    """One step in a process of its own."""
+    """Run one step in a process of its own; return its figures."""
     argv = ("--child", step, "--folder", str(folder), "--rows", str(rows))
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.scale", *argv],
@@ -225,7 +226,7 @@ def in_child(step: str, folder: Path, rows: int) -> dict[str, float]:
 
 
 def measure(folder: Path, rows: int) -> dict[str, dict[str, float]]:
-    """All steps, in an order in which each finds what it needs."""
+    """Run all steps, in the order in which they need each other's files; return their figures."""
     found: dict[str, dict[str, float]] = {}
     names = {"rebuild": "open_space", "extend": "open_space", "copied": "open_space"}
     for name in (
@@ -237,7 +238,7 @@ def measure(folder: Path, rows: int) -> dict[str, dict[str, float]]:
         "extend",
         "touch",
         "copied",
-        "plan",
+        "schedule",
     ):
         found[name] = in_child(names.get(name, name), folder, rows)
         figures = {k: round(v, 2) for k, v in found[name].items()}
@@ -254,25 +255,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         small = measure(Path(folder) / "small", options.rows // 10)
         large = measure(Path(folder) / "large", options.rows)
-    lines = [
-        ("open with its index, s", large["open_space"]["seconds"], 2.0),
-        ("memory of the index, MB", large["open_space"]["peak"], 1000.0),
-        ("plan an epoch, random, s", large["plan"]["random_seconds"], 10.0),
-        ("plan an epoch, blocks, s", large["plan"]["blocks_seconds"], 10.0),
-        ("look up a key among many, us", large["open_space"]["lookup_us"], 5.0),
-    ]
+    requirements = Requirements("scale")
+    for name, step, field, required in (
+        ("open with its index, s", "open_space", "seconds", 2.0),
+        ("memory of the index, MB", "open_space", "peak", 1000.0),
+        ("schedule an epoch, random, s", "schedule", "random_seconds", 10.0),
+        ("schedule an epoch, blocks, s", "schedule", "blocks_seconds", 10.0),
+        ("look up one of many keys, us", "open_space", "lookup_us", 5.0),
+    ):
+        requirements.at_most(name, large[step][field], required)
     for name, step, field in (
         ("open", "open_space", "seconds"),
         ("memory", "open_space", "peak"),
         ("rebuild", "rebuild", "seconds"),
     ):
-        lines.append((f"{name}: x for 10 x rows", large[step][field] / small[step][field], 13.0))
-    ok = 0
-    for name, value, required in lines:
-        ok += value < required
-        state = "ok" if value < required else "short"
-        print(f"{name:32}{value:>12.2f}{f'< {required:g}':>12}  {state}")
-    print(f"scale: {ok}/{len(lines)} ok")
+        ratio = large[step][field] / small[step][field]
+        requirements.at_most(f"{name}: x for 10 x rows", ratio, 13.0)
+    requirements.summary()
 
 
 if __name__ == "__main__":

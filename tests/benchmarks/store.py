@@ -1,13 +1,13 @@
-"""The store beside raw `preadv` and beside other stores: rows a second, reading and writing.
+"""The store compared with raw `preadv` and with other stores: rows per second, reading and writing.
 
-python -m tests.benchmarks.store                                   # about 5 minutes, 5 GB of disk
-python -m tests.benchmarks.store --rows 40 --rounds 3 --no-peers   # seconds
-python -m tests.benchmarks.store --markdown table.md               # the tables for docs/BENCHMARKS.md, too
+python -m tests.benchmarks.store                                  # about 5 minutes, 5 GB of disk
+python -m tests.benchmarks.store --rows 40 --rounds 3 --no-peers  # seconds
+python -m tests.benchmarks.store --markdown table.md              # also writes tables for docs/BENCHMARKS.md
 
-Everything is measured in one run, interleaved: a batch of each in turn. Ratios are those within a turn,
-medians over the turns. Peers come from the `[bench]` extra; MosaicML's MDS, which wants an old transformers,
-gets an environment of its own, once. One that cannot be had is a line `skipped`. Prints a requirement a line
-(`name  measured  required  ok|short`), a summary last, and exits 0 either way.
+Everything is measured in one run, in which the stores take turns batch by batch. A ratio is the median over
+turns of the ratio within a turn. The other libraries are in the `[bench]` extra. MosaicML's MDS needs an
+older transformers, so it gets an environment of its own, once. A library that is not available prints
+`skipped`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 
 from configs import command, parse
 from tests.benchmarks import stores
+from tests.benchmarks.requirements import Requirements
 from tests.benchmarks.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {
@@ -36,8 +37,8 @@ SHAPES = {
     "int4": (576, 272),
     "frames": (64, 1024),
 }
-"""Tokens and float16 values that make rows of 1.18, 0.61, 0.31 and 0.13 MB: the sizes of 576 x 1024 in each
-codec, about, and of a pooled fp16 frame. Reading looks at bytes only, so all are stored as fp16."""
+"""Tokens and float16 values of rows of 1.18, 0.61, 0.31 and 0.13 MB: about the sizes of 576 x 1024 values in
+each codec, and of a pooled fp16 frame. Reading does not look at values, so all are stored as fp16."""
 
 PEERS = (
     stores.ZarrPython,
@@ -52,7 +53,7 @@ PEERS = (
 COLUMNS = ("single", "batch", "sequential", "single, cold", "batch, cold", "write")
 WARM = COLUMNS[:3]
 READ_BYTES = 96 << 20
-"""About what one store reads in one round of one column."""
+"""About the bytes that one store reads in one round of one column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +61,21 @@ class Options:
     """What to measure."""
 
     rows: int = 384
-    """Rows of the largest size; the smaller ones take as much disk."""
+    """Rows of the largest size; there are more of the smaller ones, which take as much disk."""
     rounds: int = 15
-    """Of warm reads; two thirds as many of cold ones, a third of writing."""
+    """Rounds of warm reads; there are two thirds as many of cold reads, and a third of writing."""
     peers: bool = True
-    """Also the other stores."""
+    """Also measure the other stores."""
     folder: Path | None = None
-    """Where to make the stores; a temporary folder by default. Removed afterwards."""
+    """Where to make the stores; a temporary folder by default. They are removed afterwards."""
     environments: Path = Path("~/.cache/nanomolmo2/bench")
     """Where the environment of MDS is kept."""
     markdown: Path | None = None
-    """Write the tables there."""
+    """File for the tables."""
 
 
 class Figures:
-    """Seconds: (size, column) -> store -> one a turn, and how many rows each took."""
+    """Measured seconds: (size, column) -> store -> one for each turn; and the rows of a turn."""
 
     def __init__(self) -> None:
         self.seconds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(
@@ -82,40 +83,40 @@ class Figures:
         )
         self.rows: dict[tuple[str, str], int] = {}
         self.names: list[str] = []
-        """Of stores, as the tables list them."""
+        """Names of the stores, in the order of the tables."""
 
     def add(self, size: str, column: str, store: Store, seconds: float) -> None:
-        """One measurement."""
+        """Add one measurement."""
         self.seconds[size, column][store.name].append(seconds)
 
     def ratio(self, size: str, column: str, one: str, other: str) -> float:
-        """How many times faster `one` is than `other`: median of the turns."""
+        """Return how many times faster `one` is than `other`, median over turns."""
         found = self.seconds[size, column]
         return statistics.median(b / a for a, b in zip(found[one], found[other], strict=True))
 
     def rate(self, size: str, column: str, name: str) -> tuple[float, float]:
-        """(rows/s, MB/s)."""
+        """Return rows/s and MB/s of one store."""
         rows = self.rows[size, column] / statistics.median(self.seconds[size, column][name])
         tokens, width = SHAPES[size]
         return rows, rows * tokens * width * 2 / 1e6
 
 
 def seconds_of(work: Callable[..., object], *arguments: object) -> float:
-    """How long it takes, or says it took."""
+    """Return the seconds that `work` takes, or the seconds that it returns."""
     started = time.perf_counter()
-    told = work(*arguments)
-    return told if isinstance(told, float) else time.perf_counter() - started
+    result = work(*arguments)
+    return result if isinstance(result, float) else time.perf_counter() - started
 
 
 def make_rows(shape: tuple[int, int]) -> Callable[[int], np.ndarray]:
-    """Row number -> its bytes; float16 normals, which no store can shorten by much."""
+    """Return a function row number -> bytes: normal float16 values, which compress badly."""
     values = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float16)
     data = values.reshape(8, -1).view(np.uint8)
     return lambda number: data[number % 8]
 
 
 def fsync(files: Sequence[Path]) -> None:
-    """As durable as ours."""
+    """Make files as durable as ours."""
     for path in files:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
@@ -123,7 +124,7 @@ def fsync(files: Sequence[Path]) -> None:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Out of the page cache; they are clean, and nobody maps them."""
+    """Remove files from the page cache; they must be written out, and not mapped."""
     for path in files:
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -131,7 +132,7 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def our_readers(folder: Path, shape: tuple[int, int]) -> list[Store]:
-    """Raw, and ours in every way."""
+    """Return raw reading, and our reader in every configuration."""
     return [
         Raw(folder, shape),
         Ours(folder, shape, checked=False),
@@ -145,7 +146,7 @@ def our_readers(folder: Path, shape: tuple[int, int]) -> list[Store]:
 def written(
     folder: Path, shape: tuple[int, int], count: int, options: Options
 ) -> Iterator[Store | str]:
-    """The peers, each with its rows; or why there is none."""
+    """Yield the other stores with their rows written, or a line that says why one is skipped."""
     row = make_rows(shape)
     for kind in PEERS if options.peers else ():
         try:
@@ -163,7 +164,7 @@ def written(
                 store.singles(np.array([0, count - 1]))
             store.close()
         except Exception as error:
-            # Whatever a library made by others does, the rest is still measured.
+            # An error of one library must not stop the measurement of the others.
             yield f"{kind.name or kind.__name__}: skipped: {str(error).splitlines()[0][:160]}"
             continue
         yield store
@@ -172,8 +173,10 @@ def written(
 def read_warm(
     figures: Figures, size: str, readers: Sequence[Store], count: int, rounds: int
 ) -> None:
-    """Random rows, one by one and in batches, and all in order. The page cache holds all because it was
-    read: as a run finds it after another, not as who has just written it does."""
+    """Read random rows one by one and in batches, and all rows in order, from the page cache.
+
+    The files are dropped from the page cache and read once before, as a run finds them after an earlier run.
+    """
     tokens, width = SHAPES[size]
     batch = min(count, BATCH)
     some = max(1, min(count, READ_BYTES // (2 * tokens * width)) // batch) * batch
@@ -188,8 +191,8 @@ def read_warm(
     for number in range(rounds):
         draw = np.random.default_rng(number)
         orders = [draw.permutation(count)[:some] for _ in range(2)]
-        # A batch of each in turn: what else this machine does in these milliseconds hits all alike. The order
-        # is drawn, because a thread that has just waited for others is given the processor for longer.
+        # The stores take turns batch by batch, so other work of the machine slows all of them. Their order is
+        # random, because a thread that has just waited gets the processor for longer.
         for start in range(0, some, batch):
             one, together = (order[start : start + batch] for order in orders)
             for store in draw.permutation(np.array(readers, object)):
@@ -205,7 +208,7 @@ def read_warm(
 def read_cold(
     figures: Figures, size: str, readers: Sequence[Store], count: int, rounds: int
 ) -> None:
-    """Random rows that the page cache does not hold."""
+    """Read random rows that are not in the page cache."""
     tokens, width = SHAPES[size]
     some = max(2, min(count // 2, READ_BYTES // (2 * tokens * width)))
     for number in range(rounds):
@@ -229,7 +232,7 @@ def write_all(
     count: int,
     rounds: int,
 ) -> None:
-    """Writing as many rows, a shard of ours at most, and fsync."""
+    """Write rows with each store, and fsync."""
     shape, row = SHAPES[size], make_rows(SHAPES[size])
     figures.rows[size, "write"] = count
     for number in range(rounds):
@@ -249,7 +252,7 @@ def write_all(
 
 
 def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
-    """Everything, size after size; and the peers there were."""
+    """Measure everything, size by size; return the figures and the other stores."""
     figures, peers = Figures(), []
     largest = 2 * SHAPES["fp16"][0] * SHAPES["fp16"][1]
     for size, shape in SHAPES.items():
@@ -286,7 +289,7 @@ def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
 
 
 def requirements(figures: Figures, peers: Sequence[Store]) -> list[tuple[str, float, float]]:
-    """(name, measured, required) of every requirement."""
+    """Return (name, measured, required) of every requirement."""
     lines = []
     for size in SHAPES:
         for column in COLUMNS[:-1]:
@@ -299,8 +302,8 @@ def requirements(figures: Figures, peers: Sequence[Store]) -> list[tuple[str, fl
     for peer in peers:
         for column in COLUMNS:
             if peer.name in figures.seconds["fp16", column]:
-                # Like with like: who compares checksums, against ours comparing them. As many threads as it
-                # has use for, as peers take them.
+                # A store that compares checksums is compared with our reader comparing them. Others may use
+                # several threads, so ours is the faster of one and two threads.
                 name = "ours, checked" if peer.checks else "ours, unchecked"
                 names = ["ours"] if column == "write" else [name, f"{name}, 2 threads"]
                 ratio, name = max(
@@ -311,7 +314,7 @@ def requirements(figures: Figures, peers: Sequence[Store]) -> list[tuple[str, fl
 
 
 def tables(figures: Figures) -> str:
-    """What was measured, in Markdown."""
+    """Return the figures as Markdown tables."""
     cores = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
     lines = [f"{datetime.now(UTC):%Y-%m-%d}, {cores}, Python {platform.python_version()}.", ""]
     for size, (tokens, width) in SHAPES.items():
@@ -348,11 +351,10 @@ def main() -> None:
     print("\n" + text)
     if options.markdown is not None:
         options.markdown.write_text(text)
-    lines = requirements(figures, peers)
-    for name, value, required in lines:
-        state = "ok" if value >= required else "short"
-        print(f"{name:58}{value:>8.2f}{f'>= {required:g}':>10}  {state}")
-    print(f"store: {sum(value >= required for _, value, required in lines)}/{len(lines)} ok")
+    printed = Requirements("store")
+    for name, ratio, required in requirements(figures, peers):
+        printed.at_least(name, ratio, required)
+    printed.summary()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Writes and reads MosaicML's MDS, a JSON command a line: {"do": "write" | "open" | "read" | "close", ...}.
+"""Write and read MosaicML's MDS, as JSON commands on standard input tell.
 
-Started by `tests.benchmarks.store` in an environment of its own; prints {"seconds": ...} after each.
+`tests.benchmarks.stores` starts this script with the interpreter of another environment. A command is one
+line, {"do": "write" | "open" | "read" | "close", ...}; the answer is one line, {"seconds": ...}.
 """
 
 import json

@@ -33,15 +33,15 @@ BATCH = 32
 PEER_SHARD_BYTES = 256 << 20
 """Shard size of the other libraries: that of ours."""
 VIDEO_FRAMES, FRAME_BYTES = 64, 1 << 18
-"""Rows up to this size are written as the frames of videos of this length."""
+"""Rows of up to FRAME_BYTES are written as frames of videos of VIDEO_FRAMES frames."""
 
 
 class Store:
-    """One way of keeping rows: `write` makes it, `open` makes it ready to read."""
+    """One way to store rows. `write` makes the store, `open` prepares it for reading."""
 
     name = ""
     checks: ClassVar[bool] = False
-    """Whether reading compares a checksum."""
+    """Whether reading checks a checksum."""
     random = True
     """Whether it can read a row by its number."""
 
@@ -51,49 +51,49 @@ class Store:
         self.out = np.zeros((BATCH, self.row_bytes), np.uint8)
 
     def prepare(self) -> None:
-        """What is done once, not for every shard."""
+        """Prepare for writing, once and outside the measured time."""
 
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
-        """Write rows 0 to count - 1; durable only once its files are fsynced."""
+        """Write rows 0 to count - 1, without fsync."""
         raise NotImplementedError
 
     def open(self) -> None:
-        """Ready to read."""
+        """Prepare for reading."""
 
     def one(self, row: int) -> Any:
-        """A row: an array, or bytes."""
+        """Read a row as an array or bytes."""
         raise NotImplementedError
 
     def keep(self, i: int, row: Any) -> None:
-        """Copy the i-th row read to its place in the batch."""
+        """Copy the i-th row read into the batch."""
         self.out[i % BATCH] = np.frombuffer(row, np.uint8)
 
     def singles(self, rows: Rows) -> None:
-        """One after the other."""
+        """Read rows one by one."""
         for i, row in enumerate(rows.tolist()):
             self.keep(i, self.one(row))
 
     def batches(self, rows: Rows) -> None:
-        """In batches of 32; a store that has no such thing reads one after the other."""
+        """Read rows in batches of 32; a store without batches reads one by one."""
         self.singles(rows)
 
     def sequential(self, start: int, count: int) -> Any:
-        """Rows in order, a batch at a time, from row 0 on; the next call asks for what comes next."""
+        """Read `count` rows in order; calls start at row 0, and each continues after the previous one."""
         return self.batches(np.arange(start, start + count))
 
     def files(self) -> list[Path]:
-        """All of it, to fsync, or to drop from the page cache."""
+        """Return all files, to fsync or to remove from the page cache."""
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
     def close(self) -> None:
-        """Let go of files and mappings, so that the page cache can."""
+        """Close files and mappings, so that the page cache can drop them."""
 
     def end(self) -> None:
-        """Nothing more will be asked."""
+        """End processes; the store is not used any more."""
 
 
 def spec_of(shape: tuple[int, int]) -> FeatureSpec:
-    """Of rows of that many tokens and float16 values: only their bytes matter here."""
+    """Return a spec of rows of `shape`, tokens and float16 values."""
     side = round(shape[0] ** 0.5)
     assert side * side == shape[0]
     return FeatureSpec(
@@ -131,7 +131,7 @@ class Ours(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         space = self.space
         shard: ShardWriter | None = None
-        # As a job does: an image at a time, the frames of a video together.
+        # As an encode job writes: images one by one, the frames of a video together.
         together = VIDEO_FRAMES if self.row_bytes <= FRAME_BYTES else 1
         number = 0
         while number < count:
@@ -168,7 +168,7 @@ class Ours(Store):
 
 
 class Raw(Ours):
-    """`preadv` of the same bytes of the same files into the same kind of buffer, and nothing else."""
+    """Only `preadv`, of equal bytes from equal files into equal buffers: the upper limit."""
 
     def __init__(self, folder: Path, shape: tuple[int, int], threads: int = 1):
         super().__init__(folder, shape, checked=False)
@@ -195,7 +195,7 @@ class Raw(Ours):
         self.read_at(rows, 0)
 
     def read_at(self, rows: Rows, first: int) -> None:
-        """Rows to the places of the batch from `first` on."""
+        """Read rows into the batch, from position `first` on."""
         preadv, fds, targets = os.preadv, self.fds, self.targets
         for i, row in enumerate(rows.tolist(), first):
             shard, slot = divmod(row, self.per_shard)
@@ -221,7 +221,7 @@ class Raw(Ours):
 
 
 class ZarrPython(Ours):
-    """The same files."""
+    """zarr-python, reading our files."""
 
     checks = True
 
@@ -242,7 +242,7 @@ class ZarrPython(Ours):
             dtype="float16",
             compressors=Crc32cCodec(),
         )
-        for start in range(0, count, per_shard):  # a shard at a time: its fastest way by far
+        for start in range(0, count, per_shard):  # a shard at a time is by far its fastest way
             rows = [row(n) for n in range(start, min(start + per_shard, count))]
             array[start : start + len(rows)] = np.stack(rows).view("<f2").reshape(-1, *self.shape)
 
@@ -264,7 +264,7 @@ class ZarrPython(Ours):
     def singles(self, rows: Rows) -> None:
         Store.singles(self, rows)
 
-    def batches(self, rows: Rows) -> None:  # one by one: fancy indexing is ten times slower
+    def batches(self, rows: Rows) -> None:  # fancy indexing is ten times slower
         Store.singles(self, rows)
 
     def close(self) -> None:
@@ -272,7 +272,7 @@ class ZarrPython(Ours):
 
 
 class Zarrs(ZarrPython):
-    """zarr-python with the codec pipeline written in Rust, the same files."""
+    """zarr-python with the codec pipeline in Rust, reading our files."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
         super().__init__(folder, shape)
@@ -281,7 +281,7 @@ class Zarrs(ZarrPython):
     @contextlib.contextmanager
     def _pipeline(self) -> Iterator[None]:
         import zarr
-        import zarrs  # noqa: F401 - registers it
+        import zarrs  # noqa: F401  registers the pipeline
 
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             yield
@@ -296,7 +296,7 @@ class Zarrs(ZarrPython):
 
 
 class TensorStore(ZarrPython):
-    """The same files."""
+    """TensorStore, reading our files."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
         super().__init__(folder, shape)
@@ -351,7 +351,7 @@ class TensorStore(ZarrPython):
 
 
 class WebDataset(Store):
-    """Tars, read from their beginning."""
+    """WebDataset: a tar, read from its beginning."""
 
     name = "webdataset"
     random = False
@@ -375,7 +375,7 @@ class WebDataset(Store):
 
 
 class LitData(Store):
-    """Lightning's chunks."""
+    """LitData: chunks of Lightning."""
 
     name = "LitData"
 
@@ -402,7 +402,7 @@ class LitData(Store):
 
 
 class Lance(Store):
-    """A Lance data set of one binary column."""
+    """Lance: a data set of one binary column."""
 
     name = "Lance"
 
@@ -439,7 +439,7 @@ class Lance(Store):
 
 
 class SafeTensors(Store):
-    """A tensor a row, in one file, mapped into memory; each tensor is a copy."""
+    """safetensors: one tensor for each row, in one mapped file; reading copies a tensor."""
 
     name = "safetensors"
 
@@ -463,10 +463,11 @@ class SafeTensors(Store):
 
 
 class Mds(Store):
-    """MosaicML's shards, in a process of their own: the library wants an older transformers and numpy."""
+    """MosaicML MDS, in a process of its own, because it needs an older transformers and numpy."""
 
     name = "MosaicML MDS"
     python: ClassVar[Path]
+    """The interpreter of its environment."""
 
     def __init__(self, folder: Path, shape: tuple[int, int]):
         super().__init__(folder, shape)
@@ -479,14 +480,14 @@ class Mds(Store):
         )
 
     def ask(self, **command: Any) -> float:
-        """Seconds that a command took over there."""
+        """Send a command to the process; return the seconds it took there."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("{"):
                 return float(json.loads(line)["seconds"])
-        raise RuntimeError("its process ended")
+        raise RuntimeError("the process of MDS has ended")
 
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> Any:
         size = {"row_bytes": self.row_bytes, "shard_bytes": PEER_SHARD_BYTES}
@@ -511,12 +512,12 @@ class Mds(Store):
 
 
 def mds_python(folder: Path, timeout_s: float) -> Path:
-    """The interpreter of MDS's environment below `folder`; made if it is not there.
+    """Return the interpreter of the environment of MDS below `folder`; make it if it does not exist.
 
-    It sees what is installed here, and has of its own only what must be of another version.
+    The environment also has the packages installed here, except those it needs in another version.
 
     Raises:
-        RuntimeError: it cannot be installed.
+        RuntimeError: MDS cannot be installed.
     """
     python = folder / "bin" / "python"
     done = folder / "installed"
