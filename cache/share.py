@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.errors import CacheError, CorruptError
 from cache.format.spec import ARRAYS
 from cache.remote.listing import listing_bytes
 from cache.store.commits import read_commits
 from cache.store.files import write_atomic
 from cache.store.paths import LISTING, CacheRoot
-from cache.store.shard_files import corrupt_shard
 from cache.store.space import read_info
 from configs import UserError, command, parse
 from configs.console import bytes_text
@@ -73,7 +72,7 @@ def _shard_sizes(root: CacheRoot, name: str) -> list[int]:
             found = path.stat().st_size if path.exists() else 0
             if found != commit.nbytes:
                 what = f"{found} bytes, not {commit.nbytes}" if found else "missing"
-                raise corrupt_shard(paths, array, commit.shard, what)
+                raise CorruptError(paths.shard(array, commit.shard), what)
             sizes.append(commit.nbytes)
     return sizes
 

@@ -28,7 +28,6 @@ from cache.store.commits import Commit, read_commit
 from cache.store.files import disk_errors, fsync_folder, make_folder
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
-from cache.store.shard_files import corrupt_shard
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 
@@ -119,7 +118,7 @@ def _append(
             os.preadv(fd, [row.data], geometry.row_offset(slot))
             if crc32c(row.data) != crc:
                 what = f"row {commit.shard * geometry.slots + slot} fails its checksum"
-                raise corrupt_shard(space.paths, array, commit.shard, what)
+                raise CorruptError(space.paths.shard(array, commit.shard), what)
             writer.append(key, view, row.data, time_s=time_s, error=error)
     finally:
         os.close(fd)

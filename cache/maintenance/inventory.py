@@ -201,25 +201,29 @@ def open_spaces(
     summaries, readers = [], {}
     for name in root.space_names():
         paths = root.space(name)
-        summary = SpaceSummary(name=name, writer=driver_holder(paths))
-        summaries.append(summary)
+        writer = driver_holder(paths)
         try:
-            reader = FeatureReader(paths)
+            reader = readers[name] = FeatureReader(paths)
         except CacheError as error:  # damaged, or has another format
-            summary.damage = str(error)
+            summaries.append(SpaceSummary(name=name, writer=writer, damage=str(error)))
             continue
-        readers[name] = reader
-        summary.encoder, summary.codec = reader.spec.encoder, reader.spec.codec
-        summary.blocks = reader.spec.blocks
-        summary.pool = {array: reader.spec.pool(array) for array in ARRAYS}
-        summary.rows = {array: reader.rows(array) for array in ARRAYS}
-        summary.container = reader.spec.container
-        sizes = {array: index.nbytes for array, index in reader.index.items()}
-        summary.shards = {array: len(of) for array, of in sizes.items()}
-        summary.bytes_of = {array: sum(of.values()) for array, of in sizes.items()}
-        summary.nbytes = sum(summary.bytes_of.values())
-        if errors:
-            summary.error = codec_errors(reader)
+        spec, sizes = reader.spec, {a: index.nbytes.values() for a, index in reader.index.items()}
+        summaries.append(
+            SpaceSummary(
+                name=name,
+                encoder=spec.encoder,
+                codec=spec.codec,
+                blocks=spec.blocks,
+                pool={array: spec.pool(array) for array in ARRAYS},
+                rows={array: reader.rows(array) for array in ARRAYS},
+                container=spec.container,
+                shards={array: len(of) for array, of in sizes.items()},
+                bytes_of={array: sum(of) for array, of in sizes.items()},
+                nbytes=sum(map(sum, sizes.values())),
+                error=codec_errors(reader) if errors else {},
+                writer=writer,
+            )
+        )
     return summaries, readers
 
 

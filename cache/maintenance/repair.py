@@ -25,7 +25,6 @@ from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file
 from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
-from cache.format.zarr_shard import zarr_json
 from cache.maintenance.checks import (
     LOST,
     Finding,
@@ -52,10 +51,10 @@ from cache.store.files import disk_errors, write_atomic
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
-from cache.store.space import Space, read_info, rebuild_info
+from cache.store.space import Space, read_info, rebuild_info, write_if_changed
 
 Tell = Callable[[str], None]
-"""Called with one line before each step."""
+"""Called with one line for each step."""
 
 ASIDE = "set aside with its shard, whose rows are unknown without it"
 
@@ -198,12 +197,9 @@ class Repair:
     def _commits(self, space: Space, array: str) -> None:
         """Set aside damaged commits with their shards."""
         for finding in check_commits(space.paths, space.info, array, lambda _: None)[1]:
-            path = Path(finding.path)
-            self._tell(path, finding.what, ASIDE)
-            number = next(
-                n for n in space.paths.committed(array) if space.paths.commit(array, n) == path
-            )
-            remove_shards(space.paths, space.info, array, [number], self._aside)
+            assert finding.shard is not None, "a finding about a commit names its shard"
+            self._tell(Path(finding.path), finding.what, ASIDE)
+            remove_shards(space.paths, space.info, array, [finding.shard], self._aside)
             self.done.spaces.add(space.paths.name)
 
     def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
@@ -257,19 +253,11 @@ class Repair:
 
     def _arrays(self, space: Space, report: SpaceReport) -> None:
         """Write the descriptions for zarr again, if they differ from what the other files imply."""
-        files = {}
-        if (group := space.info.container.group_values()) is not None:
-            files[space.paths.group_json] = zarr_json(group)
-        for array in ARRAYS:
-            if (data := space.array_json(array)) is not None:
-                files[space.paths.array_json(array)] = data
         why = {finding.path: finding.what for finding in report.findings if finding.broken}
-        for path, data in files.items():
-            if path.is_file() and path.read_bytes() == data:
-                continue
-            if str(path) in why:  # else it only lacks the newest shards
+        files = {space.paths.array_json(array): space.array_json(array) for array in ARRAYS}
+        for path, data in {space.paths.group_json: space.group_json(), **files}.items():
+            if data is not None and write_if_changed(path, data) and str(path) in why:
                 self._tell(path, why[str(path)], "written again")
-            write_atomic(path, data)
 
 
 def _intact(path: Path) -> bool:

@@ -20,17 +20,6 @@ from cache.format.checksums import UNSEALED, check_seal, seal
 from cache.format.space_info import SpaceInfo
 from cache.store.paths import SpacePaths
 
-__all__ = [
-    "KEY_BYTES",
-    "SCHEMA",
-    "Commit",
-    "commit_bytes",
-    "current",
-    "key_bytes",
-    "read_commit",
-    "read_commits",
-]
-
 KEY_BYTES = 32
 """Bytes of a key: the sha256 of the bytes of one media item."""
 

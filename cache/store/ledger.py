@@ -99,7 +99,8 @@ def append_media(root: CacheRoot, records: Sequence[MediaRecord], job: str) -> N
         job: letters, digits and '-', different for each writer: two may write in the same nanosecond.
     """
     if records:
-        append_media_table(root, _media_rows(records), job)
+        columns = {n: [getattr(record, n) for record in records] for n in _MEDIA_SCHEMA.names}
+        append_media_table(root, pa.table(columns, _MEDIA_SCHEMA), job)
 
 
 def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
@@ -176,11 +177,6 @@ def read_media(root: CacheRoot) -> dict[str, MediaRecord]:
             record |= {n: sys.intern(record[n]) for n in ("kind", "status", "stage") if record[n]}
             records[record["source"]] = MediaRecord(**record)
     return records
-
-
-def _media_rows(records: Sequence[MediaRecord]) -> pa.Table:
-    columns = {n: [getattr(record, n) for record in records] for n in _MEDIA_SCHEMA.names}
-    return pa.table(columns, _MEDIA_SCHEMA)
 
 
 def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:

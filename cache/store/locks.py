@@ -21,7 +21,6 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from cache.errors import CacheError, InUseError, StaleJobError
@@ -77,31 +76,30 @@ class _Flock:
         os.close(self._fd)
 
 
-class DriverLock:
+class DriverLock(contextlib.ExitStack):
     """Hold the right to write to one space, as a context manager. `token` is for the workers of the job.
 
     Raises:
-        CacheError: another job has it; names that job.
+        InUseError: another job has it; the message names that job.
     """
 
     def __init__(self, paths: SpacePaths, holder: str):
+        super().__init__()
         self._paths, self._holder = paths, holder
         self.token = ""
 
     def __enter__(self) -> Self:
-        self._lock = _Flock(self._paths.driver_lock)
-        try:
-            if not self._lock.try_acquire(fcntl.LOCK_EX, LOCK_TIMEOUT_S):
+        with contextlib.ExitStack() as locks:
+            lock = locks.enter_context(contextlib.closing(_Flock(self._paths.driver_lock)))
+            if not lock.try_acquire(fcntl.LOCK_EX, LOCK_TIMEOUT_S):
                 raise InUseError(
-                    f"{self._paths.root} is being written by {_field(self._lock.read(), 'holder')}; "
+                    f"{self._paths.root} is being written by {_field(lock.read(), 'holder')}; "
                     "wait until that job ends, or stop it"
                 )
             self.token = secrets.token_hex(16)
-            self._lock.write(json.dumps({"holder": self._holder, "token": self.token}))
+            lock.write(json.dumps({"holder": self._holder, "token": self.token}))
             self._wait_for_orphans()
-        except BaseException:
-            self._lock.close()
-            raise
+            self.enter_context(locks.pop_all())  # released when this lock is
         return self
 
     def _wait_for_orphans(self) -> None:
@@ -109,21 +107,12 @@ class DriverLock:
             if not workers.try_acquire(fcntl.LOCK_EX, 0):
                 log.warning("waiting for workers of an earlier job on %s to end", self._paths.root)
                 workers.acquire(fcntl.LOCK_EX)
-            for path in self._paths.locks_dir.glob(
-                "worker-*.lock"
-            ):  # no worker is left that could hold one
+            # No worker is left that could hold one of these.
+            for path in self._paths.locks_dir.glob("worker-*.lock"):
                 path.unlink()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.close()
 
-
-class WorkerLease:
+class WorkerLease(contextlib.ExitStack):
     """Hold a worker's right to write for the job with `token`, as a context manager.
 
     Raises:
@@ -131,6 +120,7 @@ class WorkerLease:
     """
 
     def __init__(self, paths: SpacePaths, token: str, worker_id: str):
+        super().__init__()
         self._paths, self._token, self._worker_id = paths, token, worker_id
 
     def __enter__(self) -> Self:
@@ -143,21 +133,13 @@ class WorkerLease:
             )
             if not own.try_acquire(fcntl.LOCK_EX, 0) or own.read() == self._token:
                 raise StaleJobError(f"worker {self._worker_id} was replaced by its driver")
-            self._locks = locks.pop_all()
+            self.enter_context(locks.pop_all())  # released when this lease is
         return self
 
     def fence(self) -> None:
         """Raise StaleJobError unless the space still belongs to this worker's job."""
         if driver_token(self._paths) != self._token:
             raise StaleJobError(f"{self._paths.root} belongs to another job now")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._locks.close()
 
 
 def holder_text(command: str) -> str:

@@ -31,7 +31,7 @@ from cache.store.commits import key_bytes
 from cache.store.index_file import open_index
 from cache.store.paths import SpacePaths
 from cache.store.row_index import RowIndex
-from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles, corrupt_shard
+from cache.store.shard_files import AheadFiles, LocalFiles, ShardFiles
 from cache.store.space import read_info
 
 RUN_ROWS = 512
@@ -179,7 +179,7 @@ class FeatureReader:
 
     def _damaged(self, array: str, number: int) -> CorruptError:
         shard = number // self.geometry[array].slots
-        return corrupt_shard(self.paths, array, shard, f"row {number} fails its checksum")
+        return CorruptError(self.paths.shard(array, shard), f"row {number} fails its checksum")
 
     def _read_runs(
         self, array: str, numbers: Sequence[int], runs: Sequence[Sequence[int]], flat: memoryview

@@ -103,9 +103,9 @@ class LocalFiles:
             whole = file.read(targets, offset)
         except OSError as error:  # a dying disk
             why = error.strerror or str(error)
-            raise corrupt_shard(self._paths, array, shard, why) from error
+            raise CorruptError(self._paths.shard(array, shard), why) from error
         if not whole:
-            raise corrupt_shard(self._paths, array, shard, "it ends early")
+            raise CorruptError(self._paths.shard(array, shard), "it ends early")
 
     def read_now(self, array: str, shard: int, offset: int, targets: Sequence[memoryview]) -> bool:
         """Read as `AheadFiles.read_now` does: from the page cache, at no more cost than `read`."""
@@ -137,10 +137,10 @@ def _open(
     try:
         file = _ShardFile(os.fspath(paths.shard(array, shard)), mapped)
     except FileNotFoundError:
-        raise corrupt_shard(paths, array, shard, "missing") from None
+        raise CorruptError(paths.shard(array, shard), "missing") from None
     expected = sizes[array][shard]
     if file.nbytes != expected:
-        raise corrupt_shard(paths, array, shard, f"{file.nbytes} bytes, not {expected}")
+        raise CorruptError(paths.shard(array, shard), f"{file.nbytes} bytes, not {expected}")
     return file
 
 
@@ -206,11 +206,6 @@ def open_files() -> int:
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
-
-
-def corrupt_shard(paths: SpacePaths, array: str, shard: int, what: str) -> CorruptError:
-    """Return the error for damage to a shard."""
-    return CorruptError(paths.shard(array, shard), what)
 
 
 # ---- mapped files

@@ -24,9 +24,7 @@ from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_byte
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.zarr_shard import zarr_json
 from cache.store.commits import (
-    SCHEMA,
     read_commit,
-    read_commits,
 )
 from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
@@ -75,8 +73,8 @@ class Space:
         for array in ARRAYS:
             make_folder(paths.shards_dir(array))
             space.grow(array)
-        if (values := space.info.container.group_values()) is not None:
-            _write_if_changed(paths.group_json, zarr_json(values))
+        if (group := space.group_json()) is not None:
+            write_if_changed(paths.group_json, group)
         return space
 
     @staticmethod
@@ -87,11 +85,6 @@ class Space:
     def rows_per_shard(self, array: str) -> int:
         """Return the number of rows in a full shard of `array`."""
         return self.info.slots[array]
-
-    def commits(self, array: str) -> pa.Table:
-        """Return all committed rows in row order, with the columns of `commits.SCHEMA`."""
-        commits = read_commits(self.paths, self.info, array)
-        return pa.concat_tables([SCHEMA.empty_table(), *(c.table for c in commits)])
 
     def index(self, array: str) -> RowIndex:
         """Return the index of all committed rows."""
@@ -122,20 +115,28 @@ class Space:
         slots = self.rows_per_shard(array)
         rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
         # Where the file is damaged or describes something else, the commits alone count.
-        with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError):
+        with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError, ValueError):
             rows = max(rows, int(read_sealed_json(self.paths.array_json(array))["shape"][0]))
         values = self.info.container.array_values(self.spec, array, slots, rows)
+        return None if values is None else zarr_json(values)
+
+    def group_json(self) -> bytes | None:
+        """Return the zarr.json of the group of arrays; None if the container has none."""
+        values = self.info.container.group_values()
         return None if values is None else zarr_json(values)
 
     def grow(self, array: str) -> None:
         """Make zarr.json cover every committed shard. Only the driver may call this."""
         if (data := self.array_json(array)) is not None:
-            _write_if_changed(self.paths.array_json(array), data)
+            write_if_changed(self.paths.array_json(array), data)
 
 
-def _write_if_changed(path: Path, data: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != data:
+def write_if_changed(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` atomically, unless it is the content already. Return whether it was written."""
+    changed = not path.is_file() or path.read_bytes() != data
+    if changed:
         write_atomic(path, data)
+    return changed
 
 
 def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:

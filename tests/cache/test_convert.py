@@ -35,7 +35,7 @@ from model.vision.config import DemoTowerConfig
 from model.vision.encoder import _pool, rebuild_encoder
 from tests.support.encode_jobs import TINY, draw, encode
 from tests.support.faults import garble
-from tests.support.spaces import SPEC, fill, key, make_space
+from tests.support.spaces import SPEC, committed_rows, fill, key, make_space
 from tests.support.videos import make_video
 
 TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
@@ -95,7 +95,7 @@ def test_a_converted_space_equals_an_encoded_one(
     ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
     for array in ("image", "frame"):
         columns = [
-            {(r["key"], r["view"]): r for r in space.commits(array).to_pylist()}
+            {(r["key"], r["view"]): r for r in committed_rows(space, array).to_pylist()}
             for space in (ours, theirs)
         ]
         assert columns[0].keys() == columns[1].keys() and len(columns[0]) == 6

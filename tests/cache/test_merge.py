@@ -29,7 +29,7 @@ from configs import UserError
 from tests.support import encode_jobs, faults
 from tests.support.encode_jobs import draw, encode
 from tests.support.faults import garble, struck
-from tests.support.spaces import fill, key, make_space, row
+from tests.support.spaces import committed_rows, fill, key, make_space, row
 
 # ---- rows
 
@@ -73,7 +73,7 @@ def test_two_merged_halves_equal_one_encoding_of_the_whole(tmp_path: Path) -> No
 def columns(folder: Path, array: str) -> dict[tuple[str, str], tuple[Any, ...]]:
     """Return (key, view) -> the commit's values of the row, without its number."""
     root = CacheRoot(folder)
-    table = Space.open(find_space(root, None)).commits(array).to_pylist()
+    table = committed_rows(Space.open(find_space(root, None)), array).to_pylist()
     return {(r["key"].hex(), r["view"]): (r["time_s"], r["crc"], r["error"]) for r in table}
 
 

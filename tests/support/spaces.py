@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from cache.format import codec
 from cache.format.spec import FeatureSpec
+from cache.store.commits import SCHEMA, read_commits
 from cache.store.paths import CacheRoot
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
@@ -77,3 +79,9 @@ def fill(space: Space, numbers: Sequence[int], array: str = "image", view: str =
         writer.append(key(number), view, row(number, array, space.spec), error=0.005)
     writer.commit()
     return shard
+
+
+def committed_rows(space: Space, array: str) -> pa.Table:
+    """Return all committed rows in row order, with the columns of SCHEMA."""
+    commits = read_commits(space.paths, space.info, array)
+    return pa.concat_tables([SCHEMA.empty_table(), *(commit.table for commit in commits)])

@@ -30,7 +30,7 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
 from tests.support import ROOT
-from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row
+from tests.support.spaces import SLOTS, SPEC, committed_rows, features, fill, key, make_space, row
 
 
 def test_rows_and_their_facts_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_rows_and_their_facts_are_read_as_they_were_written(tmp_path: Path) -> N
     assert (writer.rows, writer.full) == (2, False)
     assert space.keys("image") == set()
     assert writer.commit() == 2
-    table = space.commits("image").to_pydict()
+    table = committed_rows(space, "image").to_pydict()
     assert table["key"] == [bytes.fromhex(key(1))] * 2
     assert (table["view"], table["time_s"]) == (["full", "crop:0,0,1,1"], [None, 1.5])
     assert (table["row"], table["error"]) == ([0, 1], [0.25, 0.0])
@@ -149,7 +149,7 @@ def test_rows_appended_together_are_all_written_or_none(
     assert writer.rows == 1
     writer.extend([new(3), new(2)])
     assert writer.commit() == 3
-    table = space.commits("image").to_pydict()
+    table = committed_rows(space, "image").to_pydict()
     assert table["key"] == [bytes.fromhex(key(n)) for n in (0, 3, 2)]
     assert (table["row"], table["error"][1]) == ([0, 1, 2], pytest.approx(0.03))
     assert not verify(CacheRoot(tmp_path), deep=True).broken

@@ -17,7 +17,7 @@ from cache.store.writer import NewRow
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import Outcome, SourceTask
 from encode.worker.row_writer import RowWriter
-from tests.support.spaces import key, make_space, row
+from tests.support.spaces import committed_rows, key, make_space, row
 
 
 def writer_of(made: Space) -> tuple[RowWriter, list[Outcome]]:
@@ -52,7 +52,7 @@ def test_a_video_that_does_not_fit_into_the_open_shard_starts_a_new_one(tmp_path
     writer.close()
     assert [outcome.task.source for outcome in done] == ["/0", "/1", "/2", "/3"]
     assert all(outcome.result == "ok" for outcome in done)
-    table = made.commits("frame")
+    table = committed_rows(made, "frame")
     found = {
         video: [
             row
