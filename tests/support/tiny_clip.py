@@ -1,4 +1,4 @@
-"""A CLIP tower small enough for tests: known to open_clip, and the same one as transformers builds it."""
+"""A CLIP tower small enough for tests, registered with open_clip, and its equal in transformers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
+import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from configs import UserError
 from model.vision.config import EncoderConfig
+from model.vision.encoder import load_encoder
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
 
 
 def register(folder: Path) -> None:
-    """Tell open_clip of `tiny-quickgelu`, and of `tiny`, which computes exact GELU."""
+    """Register `tiny-quickgelu` with open_clip, and `tiny`, which computes exact GELU."""
     for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
         config = {
             "embed_dim": 32,
@@ -42,7 +46,7 @@ def register(folder: Path) -> None:
 
 
 def entry(**overrides: Any) -> EncoderConfig:
-    """An encoder on the tiny tower, in float32."""
+    """Return an encoder entry with the tiny tower, in float32."""
     values: dict[str, Any] = {
         "name": "tiny-clip",
         "library": "open_clip",
@@ -59,7 +63,7 @@ def entry(**overrides: Any) -> EncoderConfig:
 
 
 def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) -> CLIPVisionModel:
-    """The same architecture by transformers, with random weights large enough to matter."""
+    """Return this architecture as transformers builds it, with random weights large enough to matter."""
     torch.manual_seed(seed)
     values: dict[str, Any] = {
         "hidden_size": WIDTH,
@@ -70,7 +74,7 @@ def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) ->
         "patch_size": PATCH,
         **sizes,
     }
-    with torch.device("meta"):  # transformers' own initialisation takes longer than all the rest
+    with torch.device("meta"):  # transformers' own initialisation is slow
         model = CLIPVisionModel(CLIPVisionConfig(hidden_act=activation, **values)).eval()
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -84,6 +88,19 @@ def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) ->
 
 
 def open_clip_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A whole model's checkpoint in open_clip's own words, text tower included."""
+    """Return a checkpoint of the whole model under open_clip's names, text tower included."""
     torch.manual_seed(seed)
     return dict(open_clip.create_model("tiny-quickgelu").state_dict())
+
+
+def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
+    """Return random pixels, (count, side, side, 3) uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def refusal(config: EncoderConfig, weights: Path | None = None) -> str:
+    """Return the one-line message with which an encoder is refused."""
+    with pytest.raises(UserError) as caught:
+        load_encoder(config, device="cpu", weights=str(weights) if weights else None)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -5,26 +5,13 @@ config = encoder_config("clip-vit-l14-336", pool_image=2)
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from configs import UserError, load
 from model.vision.config import DemoTowerConfig, EncoderConfig, encoder_config
 from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_is_known(tmp_path_factory: pytest.TempPathFactory) -> None:
-    tiny_clip.register(tmp_path_factory.mktemp("open_clip"))
-
-
-def refusal(config: EncoderConfig, weights: Path | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        load_encoder(config, device="cpu", weights=str(weights) if weights else None)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from tests.support.tiny_clip import refusal
 
 
 @pytest.mark.parametrize("name", load("encoders"))

@@ -23,15 +23,7 @@ from configs import UserError
 from model.vision.config import DemoTowerConfig, EncoderConfig, encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder, rebuild_encoder
 from tests.support import tiny_clip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_is_known(tmp_path_factory: pytest.TempPathFactory) -> None:
-    tiny_clip.register(tmp_path_factory.mktemp("open_clip"))
-
-
-def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+from tests.support.tiny_clip import noise
 
 
 def normalised(pixels: np.ndarray, encoder: VisionEncoder) -> torch.Tensor:
@@ -44,7 +36,7 @@ def demo(**overrides: object) -> VisionEncoder:
     return load_encoder(encoder_config("demo", **overrides), device="cpu")
 
 
-# ---- equal to other implementations----------------------------------------------------------------
+# ---- equal to other implementations --------------------------------------------------------------
 
 
 def hidden_states(model: CLIPVisionModel, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -199,7 +191,7 @@ def test_demo_tower_is_a_plain_pre_norm_transformer() -> None:
     assert torch.allclose(encoder.encode(pixels), x, atol=1e-5)
 
 
-# ---- properties of encode -------------------------------------------------------------------------
+# ---- properties of encode ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -263,7 +255,7 @@ def test_features_have_no_gradient_and_can_be_trained_on() -> None:
     assert probe.weight.grad is not None
 
 
-# ---- spec: each change makes another space --------------------------------------------------------
+# ---- spec: each change makes another space -------------------------------------------------------
 
 
 def test_each_relevant_change_changes_the_fingerprint() -> None:
@@ -307,7 +299,7 @@ def test_demo_features_of_a_block_do_not_depend_on_the_other_blocks() -> None:
     assert demo(blocks=(0,)).parameters == last.parameters >= demo(blocks=(0,)).parameters_used
 
 
-# ---- rebuilding -----------------------------------------------------------------------------------
+# ---- rebuilding ----------------------------------------------------------------------------------
 
 
 def test_an_encoder_is_rebuilt_from_the_record_of_its_space(tmp_path: Path) -> None:

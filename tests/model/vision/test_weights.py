@@ -9,24 +9,13 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs import UserError
-from model.vision.config import EncoderConfig
 from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_is_known(tmp_path_factory: pytest.TempPathFactory) -> None:
-    tiny_clip.register(tmp_path_factory.mktemp("open_clip"))
-
-
-def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+from tests.support.tiny_clip import noise, refusal
 
 
 def fingerprint_from(path: Path, **overrides: object) -> str:
@@ -77,13 +66,6 @@ def test_only_tensors_the_features_depend_on_are_hashed(tmp_path: Path) -> None:
         is_unused = name.startswith(unused) or not name.startswith("visual.")
         assert (fingerprint_from(tmp_path / "b.safetensors") == first) == is_unused, name
         assert tensor.numel()
-
-
-def refusal(config: EncoderConfig, weights: Path | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        load_encoder(config, device="cpu", weights=str(weights) if weights else None)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_an_entry_that_contradicts_the_built_model_is_refused() -> None:
