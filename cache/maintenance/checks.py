@@ -367,7 +367,7 @@ def _check_zarr_json(path: Path, expected: bytes | None) -> Iterator[Finding]:
         yield damage(error, path)
         return
     differing = {name for name in found | wanted if found.get(name) != wanted.get(name)}
-    differing -= {"attributes"}  # users may add their own
+    differing -= {"attributes"}  # they contain the seal
     if differing == {"shape"} and found["shape"][1:] == wanted["shape"][1:]:
         yield note(path, "does not cover the newest shards", "the next encode.run extends it")
     elif differing:

@@ -64,9 +64,7 @@ def intact_rows(
         return intact
     try:
         for slot, crc in enumerate(commit.table["crc"].to_pylist()):
-            with contextlib.suppress(
-                OSError
-            ):  # the disk cannot read the sector, so the row is lost
+            with contextlib.suppress(OSError):  # an unreadable sector: the row is lost
                 whole = os.preadv(fd, [row.data], geometry.row_offset(slot)) == len(row)
                 intact[slot] = whole and crc32c(row.data) == crc and finite(row)
     finally:

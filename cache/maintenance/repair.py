@@ -135,9 +135,8 @@ class Repair:
         report = check_space(paths, self._deep, self._progress)
         self._index(paths, report)
         if not report.broken:
-            self._arrays(
-                space, report
-            )  # after a repair that was killed, they lack the newest shards
+            # After a repair that was killed, zarr.json lacks the newest shards.
+            self._arrays(space, report)
             save_index(paths, space.info)
             return report
         newest = {array: space.next_shard(array) for array in ARRAYS}

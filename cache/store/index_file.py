@@ -86,9 +86,8 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
     for array in ARRAYS:
         snapshot, saved = _current(paths, info, array)
         path = paths.index(array)
-        useless = path.exists() and saved >= len(
-            snapshot.files
-        )  # damaged, or made from other commits
+        # A useless file is damaged, or made from other commits.
+        useless = path.exists() and saved >= len(snapshot.files)
         if saved >= WORTH_COMMITS or useless:
             _write(path, snapshot, info, array)
 

@@ -155,9 +155,8 @@ def _keep_known(latest: pa.Table, table: pa.Table) -> pa.Table:
     sources = latest["source"].filter(gone)
     known = table.filter(pc.and_(pc.is_valid(table["key"]), pc.is_in(table["source"], sources)))
     newest = known.take(pa.array(np.arange(len(known))[::-1]))
-    at = pc.index_in(
-        latest["source"], newest["source"].combine_chunks()
-    )  # the first match is the newest row
+    # The first match is the newest row.
+    at = pc.index_in(latest["source"], newest["source"].combine_chunks())
     same = pc.equal(newest["kind"].take(at), latest["kind"]).fill_null(False)
     take = pc.and_(gone, same)
     for name in KNOWN:

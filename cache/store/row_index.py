@@ -68,9 +68,7 @@ class RowIndex:
         if not len(self) or not len(more.shards) or more.shards[0] < self.shards[-1]:
             return RowIndex.of(both, self.slots)
         order, hashes = _sorted(_hashes(more.keys, more.views))
-        at = np.searchsorted(
-            self._hashes, hashes, side="right"
-        )  # behind equal hashes of older rows
+        at = np.searchsorted(self._hashes, hashes, side="right")  # after equal hashes of older rows
         order = np.insert(self._order, at, order + np.uint32(len(self)))
         return RowIndex.of(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
 

@@ -165,9 +165,8 @@ class _ShardFile:
         if self.mapped is not None:
             return self.mapped.copy(offset, targets, length)
         left = self._until_mapped
-        if (
-            left is not None
-        ):  # threads may count less than they read, or map it twice: both are harmless
+        if left is not None:
+            # Threads may count less than they read, or map it twice. Both are harmless.
             left -= length
             self._until_mapped = left if left > 0 else None
             if left <= 0:
