@@ -10,7 +10,8 @@
         COMMITTED               the sizes of the files above; written last
 
 A checkpoint is written to a temporary folder, each file is flushed to disk, and the folder is renamed. So a
-folder without `.partial` that has a COMMITTED file is complete. The newest two are kept. There is no pickle.
+folder without `.partial` that has a COMMITTED file is complete. The newest two are kept. There is no pickle,
+which torch.distributed.checkpoint would write as its `.metadata` file.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _check_sizes(path: Path) -> None:
 
 
 def _remedy(path: Path) -> str:
-    return f"remove {path}, and --resume goes on from the one before"
+    return f"remove {path}, and --resume continues from the one before"
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -206,7 +206,7 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
             return values
         machine = {k: v for k, v in _hardware(hardware, selected).items() if k in MACHINE_KEYS}
         return _fit_window(values | machine)
-    values = _shorten(configs.load("train")["stages"][stage], selected.get("max_steps", ""))
+    values = _scale_warmups(configs.load("train")["stages"][stage], selected.get("max_steps", ""))
     return _fit_window(
         values | _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
     )
@@ -235,7 +235,7 @@ def _hardware(name: str, selected: Mapping[str, str]) -> dict[str, Any]:
     return dict(presets[name])
 
 
-def _shorten(stage: dict[str, Any], max_steps: str) -> dict[str, Any]:
+def _scale_warmups(stage: dict[str, Any], max_steps: str) -> dict[str, Any]:
     """Shorten the warm-ups in proportion to `--max-steps`: 20 steps need no warm-up of 2,000."""
     if not max_steps.isdigit() or int(max_steps) >= stage["max_steps"]:
         return stage

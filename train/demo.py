@@ -228,7 +228,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"{'':<11}{'questions':>10}{'exact match':>13}{'blind':>9}",
             *(of(name) for name in TYPES),
             row("mean", "", right, blind),
-            "apart:",
+            "not in the mean:",
             *(of(name) for name in tasks if name not in TYPES),
         ]
     )

@@ -96,8 +96,8 @@ def process_group() -> Iterator[ProcessGroup]:
                 raise SystemExit(first_code) from None
             if isinstance(error, LostProcessError):
                 raise SystemExit(
-                    "error: a process of this training is gone (killed, or its machine is); "
-                    f"--resume goes on from the last checkpoint ({error})"
+                    "error: a process of this training is gone (killed, or its machine failed); "
+                    f"--resume continues from the last checkpoint ({error})"
                 ) from None
             raise
         if dist.is_initialized():

@@ -212,7 +212,9 @@ class Tensorboard:
     """TensorBoard: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 1 s, only when asked for
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # takes 1 s, so only with --log tensorboard
 
         # Steps after the checkpoint are recorded again, so their old points are removed.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)

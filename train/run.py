@@ -84,7 +84,7 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
     vlm = setup.build_model(options, origin, reader.spec, device)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
-    with run_folder.hold(folder) if group.is_main else contextlib.nullcontext():
+    with run_folder.lock(folder) if group.is_main else contextlib.nullcontext():
         facts = group.broadcast(lambda: run_folder.open_folder(folder, options, reader, data.train))
         describe(folder, options, reader, data, forward, group)
         step = train(folder, options, reader, data, forward, group, run_id=facts["id"])

@@ -56,15 +56,15 @@ def check_folder(options: Options) -> tuple[Path, Options]:
     if not options.resume:
         done = max((line["step"] for line in read_metrics(folder)), default=0)
         raise UserError(
-            f"{where} ({done} steps); go on with --resume, or choose another: --run NAME"
+            f"{where} ({done} steps); continue with --resume, or choose another name: --run NAME"
         )
     before = configs.build(Options, read_saved(saved), str(saved))
-    options = same_words(before, options)
-    check_same(before, options, folder)
+    options = with_saved_spelling(before, options)
+    check_unchanged(before, options, folder)
     return folder, options
 
 
-def same_words(before: Options, now: Options) -> Options:
+def with_saved_spelling(before: Options, now: Options) -> Options:
     """Return `now` with the saved spelling of options that mean the same as before.
 
     The command that began a run must also resume it, and the saved options are more exact than the typed
@@ -78,7 +78,7 @@ def same_words(before: Options, now: Options) -> Options:
     return now
 
 
-def check_same(before: Options, now: Options, folder: Path) -> None:
+def check_unchanged(before: Options, now: Options, folder: Path) -> None:
     """Raise UserError if an option that decides what is learned has changed."""
     changed = [
         f"{f.name} {getattr(before, f.name)!r} -> {getattr(now, f.name)!r}"
@@ -93,7 +93,7 @@ def check_same(before: Options, now: Options, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Hold the stage's lock, so that two trainers never share a stage.
 
     The kernel releases the lock when the process ends, even if it is killed.
@@ -122,7 +122,7 @@ def open_folder(
         "id": uuid.uuid4().hex[:12],
         "space": reader.path.name,
         "fingerprint": reader.spec.fingerprint,
-        "samples": present(train),
+        "samples": present_samples(train),
         "samples_digest": train.digest,
     }
     # Saved by name, because data sets and spaces may be added to the cache later.
@@ -144,6 +144,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def present(samples: SampleList) -> dict[str, int]:
+def present_samples(samples: SampleList) -> dict[str, int]:
     """Return how many samples of each data set have all their features, both splits together."""
     return {c.dataset: c.present for c in samples.counts}

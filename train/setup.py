@@ -291,7 +291,7 @@ def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> Sam
 
 def _log_growth(before: Mapping[str, int], now: SampleList) -> None:
     """Warn if the cache has more samples than when the run began; the run keeps its list."""
-    for name, count in run_folder.present(now).items():
+    for name, count in run_folder.present_samples(now).items():
         if (more := count - before.get(name, 0)) > 0:
             log.warning(
                 "the cache has grown by %s samples of %s since this run began; it keeps its list",

@@ -247,7 +247,7 @@ def refuse_non_finite(
         what = f"the norm of the gradient is {norm}"
     raise UserError(
         f"step {step + 1}: {what}; samples {_some_names(broken or reports)}. Nothing was updated. Lower "
-        "--learning-rate, or check the features (python -m cache.verify --deep); --resume goes on from "
+        "--learning-rate, or check the features (python -m cache.verify --deep); --resume continues from "
         "the last checkpoint"
     )
 

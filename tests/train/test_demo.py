@@ -57,7 +57,7 @@ def test_the_headline_is_the_mean_over_question_types() -> None:
     assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
     lines = demo.table({"tasks": tasks}).splitlines()
     assert lines[9].split() == ["mean", "0.750", "0.250"]
-    assert [line.split()[0] for line in lines[10:]] == ["apart:", "dialogue", "caption"]
+    assert [line.split()[0] for line in lines[10:]] == ["not", "dialogue", "caption"]
 
 
 def test_configs_demo_names_only_existing_options() -> None:

@@ -263,7 +263,7 @@ def scored(
 ) -> tuple[Answer, ...]:
     """Return every question with its answers and whether they are right.
 
-    `given` has the answers with the question's own media and, if asked for, with exchanged media.
+    `given` has the answers with the question's own media and, for blind figures, with exchanged media.
     """
     result = []
     for question, *answers in zip(questions(root, samples), *given, strict=True):

@@ -37,7 +37,7 @@ class Answer:
     correct: bool
     """Whether `given` is right."""
     blind: str | None = None
-    """The model's answer with exchanged images; None if that was not asked for."""
+    """The model's answer with exchanged images; None without blind figures."""
     blind_correct: bool | None = None
     """Whether `blind` is right."""
 
@@ -53,7 +53,7 @@ class Task:
     exact: float
     """Share of right answers."""
     blind: float | None
-    """Share of right answers with exchanged images; None if that was not asked for."""
+    """Share of right answers with exchanged images; None without blind figures."""
 
 
 def is_right(task: str, expected: str, given: str, grid: int) -> bool:

@@ -119,7 +119,7 @@ def place(
         ]
         scene_file = place / "scenes.json"
         scene_file.write_text(json.dumps([asdict(scene) for scene in scenes]))
-        with run_folder.hold(place / "runs" / "busy" / "stage1"):
+        with run_folder.lock(place / "runs" / "busy" / "stage1"):
             done = subprocess.run(
                 torchrun("tests.integration.train.distributed_child", str(scene_file)),
                 env=environment(),

@@ -203,7 +203,7 @@ def test_an_existing_run_is_an_error_without_resume(
 
 def test_two_trainers_cannot_share_a_stage(train: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "default" / "stage1"
-    with run_folder.hold(folder), pytest.raises(UserError, match="another trainer is at work"):
+    with run_folder.lock(folder), pytest.raises(UserError, match="another trainer is at work"):
         train("--max-steps", "1")
     train("--max-steps", "1")
 
@@ -397,7 +397,7 @@ def test_resume_continues_with_the_runs_own_options(
     whole = losses(train(*words, "--run", "whole"))
     folder = interrupted(train, monkeypatch, *words)
     with pytest.raises(
-        UserError, match=r"stage 1 of this run exists \(6 steps\); go on with --resume"
+        UserError, match=r"stage 1 of this run exists \(6 steps\); continue with --resume"
     ):
         train(*words)
     with pytest.raises(UserError, match=r"keeps its options, but learning_rate 0.003 -> 0.1"):
