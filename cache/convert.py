@@ -30,7 +30,6 @@ from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
     Change,
     Rows,
-    check_room,
     copy_rows,
     damage_text,
     missing,
@@ -42,7 +41,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, parse
-from configs.console import Meter, bytes_text
+from configs.console import Meter, bytes_text, check_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +199,7 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
     Raises:
         UserError: the options do not fit the source.
         InUseError: a job writes to the target.
-        DiskError: the disk is too small.
+        UserError: the disk is too small.
     """
     spec = target_spec(source, options)
     paths = root.space(spec.name)

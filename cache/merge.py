@@ -28,7 +28,6 @@ from cache.format.space_info import info_bytes
 from cache.format.spec import ARRAYS
 from cache.maintenance.copy_rows import (
     ROW_OVERHEAD,
-    check_room,
     copy_rows,
     damage_text,
     missing,
@@ -50,7 +49,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
 from configs import UserError, command, parse
-from configs.console import Meter, bytes_text
+from configs.console import Meter, bytes_text, check_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
 
     Raises:
         InUseError: a job writes to `root`.
-        DiskError: the disk is too small.
+        UserError: the disk is too small.
         CacheError: a space cannot be opened, or data sets differ and `options.samples` is not given.
     """
     names = other.space_names()

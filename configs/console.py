@@ -9,6 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs import UserError
+
+SPARE_BYTES = 64 << 20
+"""Bytes that a job leaves free on a disk."""
+
 
 def bytes_text(nbytes: float) -> str:
     """Return a size as `1.18 MB` or `512 B`: three digits, powers of 1000."""
@@ -39,6 +44,20 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def check_room(folder: Path, nbytes: int, what: str) -> None:
+    """Check that the disk of `folder` has room for the `nbytes` that `what` needs.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = free_bytes(folder)
+    if nbytes and nbytes + SPARE_BYTES > free:
+        raise UserError(
+            f"{what} needs {bytes_text(nbytes)} in {folder}, where {bytes_text(free)} are free; "
+            "free some space, or choose another disk"
+        )
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:

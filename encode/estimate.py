@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from cache.format.codec import CODECS
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from configs.console import bytes_text, duration_text, table_text
+from configs.console import SPARE_BYTES, bytes_text, duration_text, table_text
 from encode.plan import Plan
-
-SPARE_BYTES = 64 << 20
-"""Bytes that must stay free on the disk, for tables, logs and other programs."""
 
 POOLS = (1, 2, 3, 4)
 """Pooling factors offered to a job that does not fit."""

@@ -41,7 +41,6 @@ from cache.export.samples import (
     write_json_lines,
 )
 from cache.format.spec import ARRAYS
-from cache.maintenance.copy_rows import check_room
 from cache.store.files import (
     PARTIAL,
     disk_errors,
@@ -55,7 +54,7 @@ from cache.store.reader import FeatureReader
 from cache.store.samples import samples_digest
 from cache.store.space import find_space
 from configs import UserError, command, parse
-from configs.console import Meter, bytes_text
+from configs.console import Meter, bytes_text, check_room
 
 ABOUT = "export.json"
 """The file of each export that describes it."""
@@ -147,7 +146,8 @@ def run(export: Export) -> None:
 
     Raises:
         UserError: the folder is not empty, or another export writes there.
-        DiskError: the disk is too small, full, or fails.
+        DiskError: the disk is full or fails.
+        UserError: the disk is too small.
         CorruptError: a row fails its checksum.
     """
     out = export.options.out.expanduser().absolute()

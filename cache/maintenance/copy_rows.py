@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError, DiskError
+from cache.errors import CorruptError
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
@@ -33,9 +31,6 @@ BATCH_BYTES = 4 << 20
 
 ROW_OVERHEAD = 160
 """Bytes that a row needs in addition: its checksum and index entry, and its row in the commit."""
-
-SPARE_BYTES = 64 << 20
-"""Bytes that must stay free on the disk."""
 
 _LOOKUP = 65536
 """Rows looked up together. It bounds the memory of a lookup."""
@@ -64,22 +59,6 @@ def missing(
             first &= target.index[array].lookup_coded(*identities) < 0
         wanted.append(positions[first])
     return np.concatenate([np.empty(0, np.int64), *wanted])
-
-
-def check_room(folder: Path, nbytes: int, what: str) -> None:
-    """Check that the disk of `folder` has room for `nbytes`, which `what` needs.
-
-    Raises:
-        DiskError: it has not; the message gives both numbers.
-    """
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if nbytes and nbytes + SPARE_BYTES > free:
-        raise DiskError(
-            f"{what} needs {nbytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: make room"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

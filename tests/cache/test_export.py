@@ -31,7 +31,6 @@ from cache.export import samples as export_samples
 from cache.format import codec
 from cache.format.codec import CODECS
 from cache.format.spec import CONTAINERS
-from cache.maintenance.copy_rows import SPARE_BYTES
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -39,6 +38,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
+from configs.console import SPARE_BYTES
 from tests.support.faults import garble
 from tests.support.spaces import fill, key, make_space, row
 
@@ -427,7 +427,7 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(
     make(tmp_path / "cache")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SPARE_BYTES))
-    with pytest.raises(DiskError, match="the export needs"):
+    with pytest.raises(UserError, match="the export needs"):
         run("webdataset")
     assert list(tmp_path.glob("out*/*.tar")) == []
 

@@ -346,8 +346,8 @@ def test_impossible_merges_are_refused_in_one_line(
     with DriverLock(ours.paths, "job 7"), pytest.raises(InUseError, match="being written by job 7"):
         merge_b_into_a(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("cache.maintenance.copy_rows.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(DiskError, match=r"the merge needs .* where 0 MB are free"):
+    monkeypatch.setattr("configs.console.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
         merge_b_into_a(tmp_path)
     assert columns(tmp_path / "a", "image") == {}
 

@@ -14,9 +14,8 @@ import pytest
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from configs.console import free_bytes
+from configs.console import SPARE_BYTES, free_bytes
 from encode.estimate import (
-    SPARE_BYTES,
     Speed,
     break_even,
     check_fits,

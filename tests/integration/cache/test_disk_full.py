@@ -27,7 +27,7 @@ from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.spaces import fill, key, make_space
 
 SIZE = 80 << 20
-"""More than a job leaves free (`encode.estimate.SPARE_BYTES`), or it would be refused beforehand."""
+"""More than a job leaves free (`configs.console.SPARE_BYTES`), or it would be refused beforehand."""
 
 
 class Disk:
