@@ -197,9 +197,8 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
     """Create or complete the new space, and return one error for each damaged row of the source.
 
     Raises:
-        UserError: the options do not fit the source.
+        UserError: the options do not fit the source, or the disk is too small.
         InUseError: a job writes to the target.
-        UserError: the disk is too small.
     """
     spec = target_spec(source, options)
     paths = root.space(spec.name)

@@ -4,7 +4,7 @@
     ├── CacheError              the user can act on it: a command prints it in one line and exits with 2
     │   ├── NotFoundError       no such cache, space or data set
     │   ├── InUseError          another job is writing there
-    │   ├── DiskError           a disk is full, or fails
+    │   ├── DiskError           a disk is full, too small, or fails
     │   ├── UnreachableError    a remote cache does not answer, or sends something else
     │   └── CorruptError        a file does not have the bytes that were written
     ├── StaleJobError           a worker whose job is over tries to write
@@ -48,7 +48,7 @@ class InUseError(CacheError):
 
 
 class DiskError(CacheError):
-    """The disk is full, or fails. Committed rows are kept."""
+    """The disk is full, too small, or fails. Committed rows are kept."""
 
 
 class UnreachableError(CacheError):

@@ -145,9 +145,8 @@ def run(export: Export) -> None:
     """Write all files of an export.
 
     Raises:
-        UserError: the folder is not empty, or another export writes there.
+        UserError: the folder is not empty, another export writes there, or the disk is too small.
         DiskError: the disk is full or fails.
-        UserError: the disk is too small.
         CorruptError: a row fails its checksum.
     """
     out = export.options.out.expanduser().absolute()
