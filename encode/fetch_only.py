@@ -23,7 +23,7 @@ from encode.driver.progress import LOG_EVERY_S
 from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger
 from encode.estimate import about
-from encode.plan import Mention, spread
+from encode.plan import Mention, make_task, spread
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
@@ -108,16 +108,7 @@ def plan_downloads(
         elif record is not None and not failed_before and key is not None and store.has(key):
             kept += 1
         else:
-            attempts = record.attempts if record is not None and failed_before else 0
-            tasks.append(
-                SourceTask(
-                    source=source,
-                    kind=mention.kind,
-                    attempts=attempts,
-                    sha256=mention.sha256,
-                    key=key,
-                )
-            )
+            tasks.append(make_task(source, mention, record))
     return spread(tasks), kept, known_failures
 
 

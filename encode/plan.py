@@ -163,7 +163,7 @@ def make_plan(
             known_failures += 1
         else:
             known = record if unchanged else None
-            todo.append(_task(source, mention, known))
+            todo.append(make_task(source, mention, known))
             counter.add(mention, known)
     return Plan(
         todo=spread(todo),
@@ -200,7 +200,8 @@ class _RowCounter:
             self._keys.add(media_id(mention.kind, key))
 
 
-def _task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTask:
+def make_task(source: str, mention: Mention, known: MediaRecord | None) -> SourceTask:
+    """Return the task for a source; `known` is its ledger record, if that is still valid."""
     return SourceTask(
         source=source,
         kind=mention.kind,

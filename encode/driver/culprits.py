@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from configs import UserError
 from encode.download.urls import is_url
-from encode.worker.local_files import hash_local, unreadable
+from encode.worker.local_files import read_local, unreadable
 from encode.worker.messages import Outcome, SourceTask
 from model.media.images import BadMediaError, Failure
 
@@ -70,7 +70,7 @@ class Culprits:
 def rejection(task: SourceTask, key: str, *, hung: bool) -> Outcome:
     """Return the outcome of a rejected file. It is valid until the file changes, or a URL's `key` does."""
     try:
-        record = hash_local(task)
+        _, record = read_local(task)
     except BadMediaError:
         record = unreadable(task)
         if is_url(task.source):

@@ -341,25 +341,17 @@ class RayPool:
     def _stop(self) -> None:
         """Let every worker commit what it has encoded, and settle its outcomes."""
         self._ask(self._registrar.stop.remote())
-        flushes = {slot.actor.flush.remote(): slot for slot in self._slots}
         for slot in self._slots:
-            slot.calls += [call for call, owner in flushes.items() if owner is slot]
+            slot.calls.append(slot.actor.flush.remote())
         deadline = time.monotonic() + STOP_S
-        while any(slot.calls for slot in self._slots) and time.monotonic() < deadline:
-            for slot in self._slots:
-                self._collect_last(slot)
-
-    def _collect_last(self, slot: _Slot) -> None:
-        if not slot.calls:
-            return
-        ready, _ = ray.wait(slot.calls[:1], timeout=POLL_S)
-        if not ready:
-            return
-        call = slot.calls.pop(0)
-        try:
-            outcomes = ray.get(call)
-        except RayError:  # it died or failed: the next job finds its commits
-            slot.calls.clear()
-            return
-        with contextlib.suppress(TooManyFailuresError):  # raised after everything is recorded
-            self._tracker.settle(slot.number, outcomes or [])
+        for slot in self._slots:
+            # A worker that died, failed or is too slow: the next job finds its commits.
+            with contextlib.suppress(RayError):
+                while slot.calls:
+                    left_s = max(0.0, deadline - time.monotonic())
+                    outcomes = ray.get(slot.calls[0], timeout=left_s)
+                    del slot.calls[0]
+                    with contextlib.suppress(
+                        TooManyFailuresError
+                    ):  # raised after everything is recorded
+                        self._tracker.settle(slot.number, outcomes or [])

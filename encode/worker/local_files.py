@@ -12,7 +12,6 @@ import io
 import os
 import stat
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -91,38 +90,18 @@ def identify(source: str) -> Identity | None:
     return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
 
-def read_local(task: SourceTask) -> tuple[bytes, MediaRecord]:
-    """Return the bytes of a file, and its record with key, length and identity but no size in pixels.
+def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
+    """Read and hash a file that does not change meanwhile.
+
+    Returns:
+        the bytes of an image, or the path of a video, which may be larger than memory; and the record with
+        key, length and identity, but no size in pixels.
 
     Raises:
         BadMediaError: at stage fetch: the file is missing, cannot be read, or changes during each read.
     """
-    found: list[bytes] = []
-
-    def whole(file: FileIO) -> tuple[str, int]:
-        data = file.readall()
-        found[:] = [data]
-        return hashlib.sha256(data).hexdigest(), len(data)
-
-    record = _settled(task, MAX_BYTES, whole)
-    return found[0], record
-
-
-def hash_local(task: SourceTask) -> MediaRecord:
-    """Hash a file that may be larger than memory. Return its record with key, length and identity.
-
-    Raises:
-        BadMediaError: at stage fetch: the file is missing, cannot be read, or changes during each read.
-    """
-
-    def streamed(file: FileIO) -> tuple[str, int]:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-
-    return _settled(task, MAX_VIDEO_BYTES, streamed)
-
-
-def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, int]]) -> MediaRecord:
-    """Read a file that does not change meanwhile; `read` returns the sha256 and length of what it read."""
+    data: bytes | Path = Path(task.source)
+    most = MAX_VIDEO_BYTES if task.kind == "video" else MAX_BYTES
     try:
         for _ in range(TRIES):
             # O_NONBLOCK: opening a named pipe would wait for a writer forever.
@@ -133,12 +112,15 @@ def _settled(task: SourceTask, most: int, read: Callable[[FileIO], tuple[str, in
                 if wait_s > 0:
                     time.sleep(wait_s)
                     before = _regular(os.fstat(fd), most)
-                key, length = read(file)
+                if task.kind == "video":
+                    key, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+                else:
+                    data = file.readall()
+                    key, length = hashlib.sha256(data).hexdigest(), len(data)
                 if _regular(os.fstat(fd), most) == before and length == before.size:
                     trusted = before if wait_s >= 0 else replace(before, inode=0)
-                    return trusted.stamp(
-                        MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
-                    )
+                    record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
+                    return data, trusted.stamp(record)
     except FileNotFoundError:
         raise BadMediaError("no such file", "fetch") from None
     except (OSError, ValueError) as error:

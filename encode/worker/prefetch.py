@@ -28,7 +28,6 @@ from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import (
     check_unchanged,
-    hash_local,
     read_local,
     size_in_header,
     unreadable,
@@ -185,10 +184,7 @@ class Prefetcher:
         start = time.perf_counter()
         item = MediaItem(task=source, record=MediaRecord(source=source.source, kind=source.kind))
         try:
-            if source.kind == "image":
-                item.data, item.record = read_local(source)
-            else:
-                item.data, item.record = Path(source.source), hash_local(source)
+            item.data, item.record = read_local(source)
         except BadMediaError as error:
             item.record, item.failure = unreadable(source), error.failure
         item.read_s = time.perf_counter() - start
