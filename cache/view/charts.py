@@ -1,4 +1,4 @@
-"""Draw charts as inline SVG: histograms, cumulative shares, lines over training steps, channels.
+"""Draw charts as inline SVG: histograms, lines, channels.
 
 Each function computes positions and fills charts.html; colours come from style.css. `style` is one or more
 CSS classes: `a`, `b` or `band` for a colour; `thin`, `faint` or `dash` for a line.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ from cache.view.page import HERE, render
 WIDTH, WIDE, HEIGHT = 540, 1120, 270
 """SVG units of a chart, of one as wide as two and the gap between them, and of both."""
 
-MARKED_TOP = 56
-"""Upper edge of a plot with marks: three rows of labels are above it."""
+TOP, MARKED_TOP = 14, 56
+"""Upper edge of a plot, and of one with marks: three rows of labels are above it."""
 
 BINS = 48
 """Bins of a histogram, at most."""
@@ -28,15 +29,11 @@ BINS = 48
 MAX_POINTS = 480
 """Points of a line, at most: more cannot be seen, and a long run has 100,000 steps."""
 
-TAG_DISTANCE = 0.08
-"""Share of the width between the labels of two channels, at least: nearer ones would overlap."""
-
 Values = npt.NDArray[np.floating]
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
+class Series(NamedTuple):
     """One distribution of a histogram."""
 
     label: str
@@ -52,14 +49,13 @@ class Line:
     label: str
     """Text in the legend; empty for none."""
     points: Sequence[Point]
-    """(step, value) with rising steps; values that are not finite are not drawn."""
+    """(x, y) with rising x; points whose y is not finite are not drawn."""
     style: str
     dots: bool = False
     """Mark every point: for lines of few points."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mark:
+class Mark(NamedTuple):
     """A vertical line with a label at a value of the x axis."""
 
     value: float
@@ -75,7 +71,7 @@ class Axes:
     width: int = WIDTH
     log_x: bool = False
     log_y: bool = False
-    top: int = 14
+    top: int = TOP
     """Upper edge of the plot."""
 
     height, left, bottom = HEIGHT, 52, HEIGHT - 30
@@ -154,88 +150,63 @@ def bins(values: Values) -> Values:
     return np.array(nice_ticks(low, high, about=about))
 
 
-def cumulative(
-    shares: Sequence[float], *, title: str, axis: str, marks: Sequence[Mark], note: str
-) -> Markup:
-    """Draw the running sum (0 to 1) of shares over 1, 2, 3, ... on a logarithmic axis."""
-    if not len(shares):
-        return _draw(None, title=title)
-    total = np.cumsum(shares)
-    axes = Axes(x_range=(1, len(total)), y_range=(0, 1), log_x=True, top=MARKED_TOP)
-    counts = np.unique(np.geomspace(1, len(total), 160).round().astype(int)).tolist()
-    line = [(count, float(total[count - 1])) for count in counts]
-    powers = [f * 10**e for e in range(5) for f in (1, 2, 5)]
-    return _draw(
-        axes,
-        title=title,
-        axis=axis,
-        x_ticks=[(count, f"{count:,}") for count in powers if count <= len(total)],
-        y_ticks=[(tick, f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],
-        shapes=[
-            ("area a bare", axes.path([(1, 0), *line, (len(total), 0)]) + "Z"),
-            ("line a", axes.path(line)),
-        ],
-        dots=[("a", mark.value, float(total[int(mark.value) - 1])) for mark in marks],
-        marks=marks,
-        note=note,
-    )
-
-
 def line_chart(
-    lines: Sequence[Line], *, title: str, wide: bool = False, log: bool = False
+    lines: Sequence[Line],
+    *,
+    title: str,
+    axis: str = "step",
+    wide: bool = False,
+    log_x: bool = False,
+    log_y: bool = False,
+    marks: Sequence[Mark] = (),
+    note: str = "",
 ) -> Markup:
-    """Draw lines over training steps; `wide` over the whole page, `log` with a logarithmic y axis."""
-    shown = [(line, thinned(finite(line.points, positive=log))) for line in lines]
+    """Draw lines over an axis from 0, or from 1 if it is logarithmic; `wide` over the whole page."""
+    shown = [(line, thinned(finite(line.points, positive=log_y))) for line in lines]
     values = [y for _, points in shown for _, y in points]
     if not values:
         return _draw(None, title=title, wide=wide)
-    last = max(x for _, points in shown for x, _ in points)
-    y_ticks = (log_ticks if log else nice_ticks)(min(values), max(values))
+    first, last = int(log_x), max(x for _, points in shown for x, _ in points)
+    x_ticks = (log_ticks if log_x else nice_ticks)(first, last)
+    y_ticks = (log_ticks if log_y else nice_ticks)(min(values), max(values))
     axes = Axes(
-        x_range=(0, last),
+        x_range=(first, last),
         y_range=(min(*values, y_ticks[0]), max(*values, y_ticks[-1])),
         width=WIDE if wide else WIDTH,
-        log_y=log,
+        log_x=log_x,
+        log_y=log_y,
+        top=MARKED_TOP if marks else TOP,
     )
     return _draw(
         axes,
         title=title,
         wide=wide,
-        axis="step",
-        x_ticks=[(tick, number(tick)) for tick in nice_ticks(0, last) if tick <= last],
+        axis=axis,
+        x_ticks=[(tick, number(tick)) for tick in x_ticks if tick <= last],
         y_ticks=[(tick, number(tick)) for tick in y_ticks],
         shapes=[(f"line {line.style}", axes.path(points)) for line, points in shown if points],
         dots=[(line.style, x, y) for line, points in shown if line.dots for x, y in points],
+        marks=marks,
         legend=[(line.style, line.label) for line, _ in shown if line.label],
+        note=note,
     )
 
 
-def channel_chart(
-    mean: Values, std: Values, named: Sequence[int], *, title: str, note: str
-) -> Markup:
-    """Draw mean (C,) as spikes and mean ± std (C,) as a band over C channels; label those in `named`."""
-    y_ticks = nice_ticks(min(float((mean - std).min()), 0.0), max(float((mean + std).max()), 0.0))
+def channel_chart(mean: Values, std: Values, *, title: str, note: str) -> Markup:
+    """Draw mean (C,) as spikes and mean ± std (C,) as a band over C channels."""
+    low, high = mean - std, mean + std
+    y_ticks = nice_ticks(min(float(low.min()), 0.0), max(float(high.max()), 0.0))
     axes = Axes(x_range=(-0.5, len(mean) - 0.5), y_range=(y_ticks[0], y_ticks[-1]), width=WIDE)
-    tagged: list[int] = []
-    for at in named:
-        if all(abs(at - other) > TAG_DISTANCE * len(mean) for other in tagged):
-            tagged.append(at)
-    upper = list(enumerate((mean + std).tolist()))
-    lower = list(enumerate((mean - std).tolist()))
-    spikes = [
-        f"M{axes.x(at)} {axes.y(0)}V{axes.y(value)}" for at, value in enumerate(mean.tolist())
-    ]
+    band = [*enumerate(high.tolist()), *reversed(list(enumerate(low.tolist())))]
+    spikes = [axes.path([(at, 0), (at, value)]) for at, value in enumerate(mean.tolist())]
     return _draw(
         axes,
         title=title,
         wide=True,
         axis="channel",
-        x_ticks=[(at, str(at)) for at in tagged],
+        x_ticks=[(tick, number(tick)) for tick in nice_ticks(0, len(mean)) if tick < len(mean)],
         y_ticks=[(tick, number(tick)) for tick in y_ticks],
-        shapes=[
-            ("area band", axes.path([*upper, *reversed(lower)]) + "Z"),
-            ("line thin a", "".join(spikes)),
-        ],
+        shapes=[("area band", axes.path(band) + "Z"), ("line thin a", "".join(spikes))],
         legend=[("a", "mean"), ("band", "± standard deviation")],
         note=note,
     )

@@ -6,11 +6,9 @@ keeps one, is before them. T tokens, W values a token.
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.view import sampling, statistics
 from cache.view.media import MediaItem, look_up, thumbnail
-from cache.view.sampling import Chosen, Errors
+from cache.view.sampling import Chosen
 from cache.view.statistics import Basis, Channels, Floats
 from configs import UserError
 
@@ -61,35 +59,8 @@ class Norms:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tile:
-    """One row as small images."""
-
-    view: str
-    """`full`, or `t:<microseconds>` for a frame."""
-    time_s: float | None
-    """Seconds after the video's first frame; None for an image."""
-    error: float | None
-    """Relative error of the codec; None if it was not measured."""
-    colours: npt.NDArray[np.uint8]
-    """(g, g, 3) red, green, blue."""
-    norms: Floats
-    """(g, g)"""
-    outliers: npt.NDArray[np.bool_]
-    """(g, g)"""
-    cls_norm: float | None
-    """Length of the CLS token; None if the space keeps none."""
-    start: int
-    """Position of the first token in `TokenCodes.codes`."""
-
-    def rings(self) -> list[list[int]]:
-        """Return [row, column] of each outlier."""
-        cells: list[list[int]] = np.argwhere(self.outliers).tolist()
-        return cells
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Shown:
-    """One image or video on the page."""
+    """One image or video on the page, with n rows: one of an image, some frames of a video."""
 
     number: int
     """From 1, in the order of the page."""
@@ -100,11 +71,19 @@ class Shown:
     thumbnail: Image.Image | None
     """The image as the encoder saw it, small; None for a video, and if there is no file to show."""
     absent: str
-    """Why there is no thumbnail."""
+    """Why an image has no thumbnail."""
     aspect: float
     """Width over height of what the patch grid covers."""
-    tiles: tuple[Tile, ...]
-    """One a row, in time order."""
+    colours: npt.NDArray[np.uint8]
+    """(n, g, g, 3) red, green, blue of each token."""
+    norms: Floats
+    """(n, g, g)"""
+    outliers: npt.NDArray[np.bool_]
+    """(n, g, g)"""
+    cls_norms: Floats
+    """(n, 1) lengths of the CLS tokens; (n, 0) if the space keeps none."""
+    start: int
+    """Position of its first token in `Findings.token_codes`."""
     neighbour: tuple[int, float] | None
     """Position in `Findings.shown` of the most similar other one, and the cosine of their mean features."""
 
@@ -112,20 +91,6 @@ class Shown:
     def name(self) -> str:
         """`image 1`, `video 2`."""
         return f"{'video' if self.chosen.array == 'frame' else 'image'} {self.number}"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenCodes:
-    """Directions of all shown tokens, for the page's script to compare."""
-
-    codes: npt.NDArray[np.int8]
-    """(T, directions) unit vectors, times 127, tile after tile."""
-    variance: float
-    """Share of the variance in these directions, 0 to 1."""
-
-    def base64(self) -> str:
-        """Return the codes as text."""
-        return base64.b64encode(self.codes.tobytes()).decode()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +102,7 @@ class Findings:
     """Images and videos that were asked for."""
     seed: int
     """Seed of the draw."""
-    newest: datetime | None
+    newest: datetime
     """When the newest shard was committed."""
     writer: str | None
     """The job that writes to the space now; None if there is none."""
@@ -145,16 +110,15 @@ class Findings:
     """Images before videos."""
     basis: Basis
     """Principal directions of all shown tokens: what the colours mean."""
-    token_codes: TokenCodes | None
-    """None if the shown tokens are too many for `MAX_CODE_BYTES`."""
+    token_codes: npt.NDArray[np.int8] | None
+    """(T, directions) unit vectors of all shown tokens, times 127, for the page's script to compare. None if
+    the tokens are too many for `MAX_CODE_BYTES`."""
     norms: dict[str, Norms]
     """Array -> its token norms, for each array that has rows."""
     channels: Channels
     """Statistics of the channels of `channels_array`."""
     channels_array: str
     """The first array that has rows."""
-    errors: dict[str, Errors]
-    """Array -> its codec errors, for each array that has rows."""
     datasets: list[DatasetSummary]
     """Coverage of each data set of the cache."""
     failures: list[Failures]
@@ -187,11 +151,12 @@ def gather(
     shown, basis, token_codes = _show(
         root, reader, sampling.choose(reader, images, seed), norms, keep
     )
+    last = [reader.paths.commit(array, int(reader.index[array].shards[-1])) for array in arrays]
     return Findings(
         reader=reader,
         images=images,
         seed=seed,
-        newest=sampling.newest_commit(reader.paths, arrays),
+        newest=datetime.fromtimestamp(max(path.stat().st_mtime for path in last), UTC),
         writer=driver_holder(reader.paths),
         shown=shown,
         basis=basis,
@@ -199,7 +164,6 @@ def gather(
         norms=norms,
         channels=measured[arrays[0]][1],
         channels_array=arrays[0],
-        errors={array: sampling.sample_errors(reader, array, seed) for array in arrays},
         datasets=summarise_datasets(root, {reader.paths.name: reader}),
         failures=list_failures(root),
     )
@@ -207,9 +171,8 @@ def gather(
 
 def _measure(reader: FeatureReader, array: str, seed: int) -> tuple[Norms, Channels]:
     rows = sampling.sample_rows(reader, array, seed)
-    tokens = _patches(sampling.read_rows(reader, array, rows), reader).reshape(
-        -1, reader.spec.width
-    )
+    features = sampling.read_rows(reader, array, rows)
+    tokens = features[:, int(reader.spec.keep_cls) :].reshape(-1, reader.spec.width)
     values = statistics.norms(tokens)
     median = float(np.median(values))
     limit = statistics.OUTLIER * median
@@ -219,53 +182,31 @@ def _measure(reader: FeatureReader, array: str, seed: int) -> tuple[Norms, Chann
     return found, statistics.channels(tokens)
 
 
-def _patches(features: Floats, reader: FeatureReader) -> Floats:
-    """Return rows (n, tokens, W) without their CLS token."""
-    return features[:, int(reader.spec.keep_cls) :]
-
-
 def _show(
     root: CacheRoot,
     reader: FeatureReader,
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
     keep: Path | None,
-) -> tuple[tuple[Shown, ...], Basis, TokenCodes | None]:
+) -> tuple[tuple[Shown, ...], Basis, npt.NDArray[np.int8] | None]:
     """Read the chosen rows; the basis is fitted to the tokens of all of them."""
+    spec = reader.spec
     features = [sampling.read_rows(reader, one.array, one.rows) for one in chosen]
-    by_item = [_patches(rows, reader).reshape(-1, reader.spec.width) for rows in features]
-    limits = np.repeat([norms[one.array].limit for one in chosen], list(map(len, by_item)))
-    tokens = np.concatenate(by_item)
-    lengths = statistics.norms(tokens)
-    outliers = lengths > limits
-    basis = statistics.fit_basis(tokens, outliers)
-    colours = basis.colours(tokens)
-    alike = statistics.neighbours(np.stack([some.mean(axis=0) for some in by_item]))
+    grids = []  # (n, g, g, W) of each
+    for one, rows in zip(chosen, features, strict=True):
+        side = spec.grid // spec.pool(one.array)
+        grids.append(rows[:, int(spec.keep_cls) :].reshape(-1, side, side, spec.width))
+    lengths = [statistics.norms(grid) for grid in grids]
+    outliers = [some > norms[one.array].limit for one, some in zip(chosen, lengths, strict=True)]
+    tokens = np.concatenate([grid.reshape(-1, spec.width) for grid in grids])
+    basis = statistics.fit_basis(tokens, np.concatenate([some.ravel() for some in outliers]))
+    alike = statistics.neighbours(np.stack([grid.mean(axis=(0, 1, 2)) for grid in grids]))
     items = look_up(root, [one.key for one in chosen])
     shown, start = [], 0
-    for at, (one, rows) in enumerate(zip(chosen, features, strict=True)):
-        item = items[one.key]
-        image, absent = None, "videos are shown by their features"
+    for at, one in enumerate(chosen):
+        item, image, absent = items[one.key], None, ""
         if one.array == "image":
-            image, absent = thumbnail(item, one.key, reader.spec, keep)
-        errors = sampling.row_errors(reader, one.array, one.rows).tolist()
-        side = math.isqrt(len(by_item[at]) // len(rows))
-        tiles = []
-        for i, view in enumerate(one.views):
-            here = slice(start, start + side * side)
-            tiles.append(
-                Tile(
-                    view=view,
-                    time_s=_finite(one.times[i]),
-                    error=_finite(errors[i]),
-                    colours=colours[here].reshape(side, side, 3),
-                    norms=lengths[here].reshape(side, side),
-                    outliers=outliers[here].reshape(side, side),
-                    cls_norm=float(statistics.norms(rows[i, 0])) if reader.spec.keep_cls else None,
-                    start=start,
-                )
-            )
-            start = here.stop
+            image, absent = thumbnail(item, one.key, spec, keep)
         shown.append(
             Shown(
                 number=at + 1,
@@ -273,16 +214,17 @@ def _show(
                 item=item,
                 thumbnail=image,
                 absent=absent,
-                aspect=_aspect(item, reader.spec.fit),
-                tiles=tuple(tiles),
+                aspect=_aspect(item, spec.fit),
+                colours=basis.colours(grids[at]),
+                norms=lengths[at],
+                outliers=outliers[at],
+                cls_norms=statistics.norms(features[at][:, : int(spec.keep_cls)]),
+                start=start,
                 neighbour=alike[at] if alike else None,
             )
         )
+        start += lengths[at].size
     return tuple(shown), basis, _token_codes(tokens, basis)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _aspect(item: MediaItem, fit: str) -> float:
@@ -293,7 +235,7 @@ def _aspect(item: MediaItem, fit: str) -> float:
     return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 
-def _token_codes(tokens: Floats, basis: Basis) -> TokenCodes | None:
+def _token_codes(tokens: Floats, basis: Basis) -> npt.NDArray[np.int8] | None:
     count = min(MAX_DIRECTIONS, MAX_CODE_BYTES // len(tokens))
     if count < MIN_DIRECTIONS:
         return None
@@ -302,5 +244,4 @@ def _token_codes(tokens: Floats, basis: Basis) -> TokenCodes | None:
         return None
     vectors = basis.project(tokens, count)
     lengths = np.maximum(statistics.norms(vectors), 1e-12)[:, None]
-    codes = (vectors / lengths * 127).round().astype(np.int8)
-    return TokenCodes(codes=codes, variance=float(basis.shares[:count].sum()))
+    return (vectors / lengths * 127).round().astype(np.int8)

@@ -5,14 +5,15 @@ collect.gather -> Findings -> render -> HTML
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections import defaultdict
 
 import numpy as np
 from markupsafe import Markup
 
-from cache.store.ledger import STAGES
+from cache.maintenance.inventory import codec_errors
 from cache.view import page, thumbnails
-from cache.view.charts import Mark, Series, bar, channel_chart, cumulative, histogram, number
+from cache.view.charts import Line, Mark, Series, bar, channel_chart, histogram, line_chart, number
 from cache.view.collect import Findings, Shown
 from cache.view.statistics import OUTLIER
 from configs.console import bytes_text
@@ -24,25 +25,17 @@ STYLES = {"image": "a", "frame": "b"}
 REASONS_SHOWN = 12
 """Reasons of failures that are listed; `cache.ls --failures` lists all."""
 
-SOURCES_SHOWN = 3
-"""Paths and URLs of one image or video that are listed."""
-
 
 def render(found: Findings) -> str:
     """Return the HTML of the page."""
-    one = found.channels
-    stages = {
-        stage: {
-            source for group in found.failures if group.stage == stage for source in group.sources
-        }
-        for stage in STAGES
-    }
+    one, space = found.channels, found.reader.paths.name
+    stages: dict[str, set[str]] = defaultdict(set)
+    for group in found.failures:
+        stages[group.stage].update(group.sources)
     html = page.render(
         page.HERE / "view.html",
-        title=found.reader.paths.name,
+        title=space,
         found=found,
-        images=[shown for shown in found.shown if shown.chosen.array == "image"],
-        videos=[shown for shown in found.shown if shown.chosen.array == "frame"],
         summary=summary(found),
         facts=facts(found),
         pairs=neighbour_pairs(found),
@@ -55,19 +48,21 @@ def render(found: Findings) -> str:
         coverage=[
             (d.name, f"{d.samples:,}", f"{d.media:,}", f"{d.failed:,}", bar(share), percent(share))
             for d in found.datasets
-            for share in [d.coverage[found.reader.paths.name]]
+            for share in [d.coverage[space]]
         ],
-        stages=[(stage, f"{len(sources):,}") for stage, sources in stages.items() if sources],
+        stages=[(stage, f"{len(sources):,}") for stage, sources in stages.items()],
         reasons=[
             (group.stage, group.error, group.host, group.dataset, f"{len(group.sources):,}")
             for group in found.failures[:REASONS_SHOWN]
         ],
+        codes=""
+        if found.token_codes is None
+        else base64.b64encode(found.token_codes.tobytes()).decode(),
         # What the template calls.
         thumbnails=thumbnails,
         number=number,
         figures=figures,
-        sources=sources_of,
-        any_outlier=any_outlier,
+        zip=zip,
     )
     return str(html)
 
@@ -80,15 +75,18 @@ def percent(share: float) -> str:
 def summary(found: Findings) -> list[tuple[str, str, str]]:
     """Return the most important figures: (value, label, explanation)."""
     reader = found.reader
-    nbytes = sum(sum(index.nbytes.values()) for index in reader.index.values())
-    shown = [(f"{reader.rows(array):,}", PLURALS[array], "rows") for array in found.norms]
-    shown.append((bytes_text(nbytes), "on disk", f"as {reader.spec.codec}, checksums included"))
-    errors = np.concatenate([one.values for one in found.errors.values()])
-    if len(errors):
-        shown.append((f"{errors.mean():.2%}", "codec error", f"mean; {errors.max():.2%} at most"))
+    indexes = [reader.index[array] for array in found.norms]
+    nbytes = sum(sum(index.nbytes.values()) for index in indexes)
+    errors = np.concatenate([index.columns.errors for index in indexes])
+    mean = errors.mean(dtype=np.float64)
     long = np.concatenate([one.values > one.limit for one in found.norms.values()])
     share = f"{long.mean():.2%}" if long.any() else "none"
-    shown.append((share, "outlier tokens", f"longer than {OUTLIER:g} × the median"))
+    shown = [
+        *((f"{reader.rows(array):,}", PLURALS[array], "rows") for array in found.norms),
+        (bytes_text(nbytes), "on disk", f"as {reader.spec.codec}, checksums included"),
+        (f"{mean:.2%}", "codec error", f"mean; {errors.max():.2%} at most"),
+        (share, "outlier tokens", f"longer than {OUTLIER:g} × the median"),
+    ]
     if found.datasets:
         total = sum(one.samples for one in found.datasets)
         covered = sum(one.coverage[reader.paths.name] * one.samples for one in found.datasets)
@@ -107,7 +105,7 @@ def facts(found: Findings) -> list[tuple[str, str]]:
         ("input", f"{spec.image_size} × {spec.image_size} px, {spec.fit}"),
         ("computed in", f"{spec.compute_dtype}, batches of {spec.batch_size}"),
         ("stored as", f"{spec.codec} in {spec.container}, {' or '.join(sizes)} a row"),
-        ("newest shard", f"{found.newest:%Y-%m-%d %H:%M} UTC" if found.newest else "unknown"),
+        ("newest shard", f"{found.newest:%Y-%m-%d %H:%M} UTC"),
     ]
     return listed + ([("being written by", found.writer)] if found.writer else [])
 
@@ -117,35 +115,21 @@ def facts(found: Findings) -> list[tuple[str, str]]:
 
 def figures(one: Shown) -> list[tuple[str, str]]:
     """Return (name, value) of what is measured on an image or a video, and what the tables say of it."""
-    chosen, item, tiles = one.chosen, one.item, one.tiles
-    errors = [tile.error for tile in tiles if tile.error is not None]
-    norms = np.concatenate([tile.norms.ravel() for tile in tiles])
-    outliers = sum(int(tile.outliers.sum()) for tile in tiles)
+    chosen, item, norms = one.chosen, one.item, one.norms
+    outliers = int(one.outliers.sum())
     length = f", {item.duration_s:.1f} s" if item.duration_s is not None else ""
-    video = f"{len(tiles)} of {chosen.of} frames{length}"
+    video = f"{len(chosen.rows)} of {chosen.of} frames{length}"
     rows = {
         "view": video if chosen.array == "frame" else chosen.views[0],
         "size": item.width and f"{item.width:,} × {item.height:,} px, {bytes_text(item.nbytes)}",
-        "codec error": errors and f"{np.mean(errors):.3%}",
+        "codec error": f"{chosen.errors.mean():.3%}",
         "norm": f"{number(float(np.median(norms)))}, max {number(float(norms.max()))}",
         "outliers": outliers and f"{outliers:,} of {norms.size:,} tokens",
-        "CLS norm": ", ".join(number(tile.cls_norm) for tile in tiles if tile.cls_norm is not None),
+        "CLS norm": ", ".join(number(norm) for norm in one.cls_norms.ravel().tolist()),
         "data set": ", ".join(item.datasets),
         "note": item.note,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
-
-
-def sources_of(one: Shown) -> list[str]:
-    """Return the paths and URLs to list."""
-    found = one.item.sources or ("not in the media table",)
-    more = len(found) - SOURCES_SHOWN
-    return [*found[:SOURCES_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-
-
-def any_outlier(shown: Sequence[Shown]) -> bool:
-    """Return whether a token of these is an outlier."""
-    return any(tile.outliers.any() for one in shown for tile in one.tiles)
 
 
 def neighbour_pairs(found: Findings) -> list[tuple[tuple[Shown, Shown], float]]:
@@ -173,59 +157,55 @@ def _norms(found: Findings) -> Markup:
     ]
     first = found.norms[found.channels_array]
     return histogram(
-        [
-            Series(label=PLURALS[array], values=one.values, style=STYLES[array])
-            for array, one in found.norms.items()
-        ],
+        [Series(PLURALS[array], one.values, STYLES[array]) for array, one in found.norms.items()],
         title="Token norms",
         axis="norm",
         marks=[
-            Mark(value=first.median, label=f"median {number(first.median)}"),
-            Mark(value=first.limit, label=f"outliers beyond {number(first.limit)}"),
+            Mark(first.median, f"median {number(first.median)}"),
+            Mark(first.limit, f"outliers beyond {number(first.limit)}"),
         ],
         note=" ".join(notes),
     )
 
 
 def _errors(found: Findings) -> Markup:
-    series, notes = [], []
-    marks: list[Mark] = []
-    for array, one in found.errors.items():
-        if not len(one.values):
-            continue
-        values, name = 100 * one.values, PLURALS[array]
-        mean, p99 = float(values.mean()), float(np.percentile(values, 99))
-        series.append(Series(label=name, values=values, style=STYLES[array]))
-        notes.append(
-            f"{name.capitalize()}: mean {mean:.3f}%, p99 {p99:.3f}%, max {values.max():.3f}% "
-            f"({len(values):,} rows, {one.shards:,} of {one.of:,} shards)."
-        )
-        marks = marks or [
-            Mark(value=mean, label=f"mean {mean:.3f}%"),
-            Mark(value=p99, label=f"p99 {p99:.3f}%"),
-        ]
+    reader, errors = found.reader, codec_errors(found.reader)
+    notes = [
+        f"{PLURALS[array].capitalize()}: mean {one.mean:.3%}, p99 {one.p99:.3%}, "
+        f"max {one.largest:.3%} ({reader.rows(array):,} rows)."
+        for array, one in errors.items()
+    ]
+    first = errors[found.channels_array]
     return histogram(
-        series,
+        [
+            Series(PLURALS[array], 100 * reader.index[array].columns.errors, STYLES[array])
+            for array in errors
+        ],
         title="Codec error per row",
         axis="relative error, %",
-        marks=marks,
+        marks=[
+            Mark(100 * first.mean, f"mean {first.mean:.3%}"),
+            Mark(100 * first.p99, f"p99 {first.p99:.3%}"),
+        ],
         note=" ".join(notes),
     )
 
 
 def _directions(found: Findings) -> Markup:
-    total = np.cumsum(found.basis.shares)
-    marks = []
-    if len(total) >= 3:
-        marks.append(Mark(value=3, label=f"3, the colours: {total[2]:.0%}"))
-    for level in (0.9, 0.99):
+    total = 100 * np.cumsum(found.basis.shares)
+    marks = [Mark(3, f"3, the colours: {total[2]:.0f}%")] if len(total) >= 3 else []
+    for level in (90, 99):
         count = int(np.searchsorted(total, level)) + 1
         if 3 < count <= len(total):
-            marks.append(Mark(value=count, label=f"{count:,}: {level:.0%}"))
-    return cumulative(
-        found.basis.shares.tolist(),
-        title="Variance in the first directions",
+            marks.append(Mark(count, f"{count:,}: {level}%"))
+    # Points at even distances on the logarithmic axis.
+    counts = np.unique(np.geomspace(1, max(1, len(total)), 160).round().astype(int))[: len(total)]
+    points = list(zip(counts.tolist(), total[counts - 1].tolist(), strict=True))
+    return line_chart(
+        [Line(label="", points=points, style="a")],
+        title="Variance in the first directions, %",
         axis="principal directions",
+        log_x=True,
         marks=marks,
         note=f"Of {found.basis.tokens:,} tokens on this page, without outliers.",
     )
@@ -237,4 +217,4 @@ def _channels(found: Findings) -> Markup:
         f"{one.constant:.0%} of the energy is the mean vector, which is equal in every token "
         f"({one.tokens:,} tokens of {PLURALS[found.channels_array]})."
     )
-    return channel_chart(one.mean, one.std, one.largest, title="Channels", note=note)
+    return channel_chart(one.mean, one.std, title="Channels", note=note)

@@ -44,14 +44,14 @@ class Basis:
     """Tokens it was fitted to."""
 
     def project(self, tokens: Floats, count: int) -> Floats:
-        """Return coordinates (T, count) of tokens (T, W) in the first directions; 0 beyond the last one."""
-        out = np.zeros((len(tokens), count), np.float32)
+        """Return coordinates (..., count) of tokens (..., W) in the first directions; 0 beyond the last."""
+        out = np.zeros((*tokens.shape[:-1], count), np.float32)
         found = (tokens - self.mean) @ self.directions[:count].T
-        out[:, : found.shape[1]] = found
+        out[..., : found.shape[-1]] = found
         return out
 
     def colours(self, tokens: Floats) -> npt.NDArray[np.uint8]:
-        """Return red, green and blue (T, 3) of tokens (T, W): their first three coordinates."""
+        """Return red, green and blue (..., 3) of tokens (..., W): their first three coordinates."""
         width = np.maximum(self.high - self.low, np.finfo(np.float32).tiny)
         scaled = (self.project(tokens, 3) - self.low) / width
         return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)

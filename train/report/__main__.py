@@ -239,7 +239,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     ]
     rates = [line("lr", "language model", "a"), line("connector_lr", "connector", "b dash")]
     return [
-        line_chart([one for one in loss if one.points], title="Loss", wide=True, log=True),
+        line_chart([one for one in loss if one.points], title="Loss", wide=True, log_y=True),
         # A frozen part has the rate 0 throughout.
         line_chart([one for one in rates if any(y for _, y in one.points)], title="Learning rate"),
         line_chart(smooth("grad_norm", "smoothed"), title="Gradient norm"),

@@ -1,6 +1,6 @@
 """Charts as SVG.
 
-line_chart([Line(label="loss", points=[(1, 2.5), (2, 1.9)], style="a")], title="Loss", log=True)
+line_chart([Line(label="loss", points=[(1, 2.5), (2, 1.9)], style="a")], title="Loss", log_y=True)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_a_smoothed_line_is_an_exponential_mean_without_bias() -> None:
 
 def test_values_that_cannot_be_drawn_are_skipped() -> None:
     line = Line(label="x", points=[(1, float("nan")), (2, 0.0), (3, float("inf"))], style="a")
-    assert "Nothing recorded" in line_chart([line], title="T", log=True)
+    assert "Nothing recorded" in line_chart([line], title="T", log_y=True)
     drawn = line_chart([line], title="T")
     assert "nan" not in drawn and "inf" not in drawn
     flat = line_chart([Line(label="x", points=[(1, 2.0), (2, 2.0)], style="a")], title="T")
