@@ -93,7 +93,7 @@ def test_answers_about_videos_equal_the_full_forward(
         ]
 
     film: tuple[str | int, ...] = ("0.0 ", 2, "0.5 ", 2, "12.3 ", 2)
-    said = []
+    answers = []
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         frames = 9 * torch.randn(3, 2, VISION, generator=g)
@@ -110,8 +110,8 @@ def test_answers_about_videos_equal_the_full_forward(
         wanted = full_forward(vlm, tok, ids, features, 12)
         assert answer(vlm, tok, [(ask, media)], max_new_tokens=12) == [wanted]
         assert answer(vlm, tok, [*prompts(3), (ask, media)], max_new_tokens=12)[3] == wanted
-        said.append(wanted)
-    assert len(set(said)) > 2, "the answers depend on the features"
+        answers.append(wanted)
+    assert len(set(answers)) > 2, "the answers depend on the features"
 
 
 def test_batches_of_long_prompts_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

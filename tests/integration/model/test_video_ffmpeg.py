@@ -174,12 +174,12 @@ def test_wrong_key_frames_are_not_used() -> None:
         pts = [packet.pts for packet in container.demux(video=0) if packet.size]
     packets = [0, 30, 85, 100, 137, 150, 160, 200, 220, 242]  # three of them are key frames
     times = [info.index.clock.microseconds(pts[number] or 0) for number in packets]
-    lies = AccessPoints(packets=np.array(packets), times_us=np.array(times))
-    wrong = replace(info, index=replace(info.index, access_points=lies))
+    bad_points = AccessPoints(packets=np.array(packets), times_us=np.array(times))
+    changed = replace(info, index=replace(info.index, access_points=bad_points))
     for count in (2, 5, 25):
         wanted = sample_times(info.duration_s, count)
         true = [frame.image.tobytes() for frame in frames(BIKES, wanted, info)]
-        assert [frame.image.tobytes() for frame in frames(BIKES, wanted, wrong)] == true
+        assert [frame.image.tobytes() for frame in frames(BIKES, wanted, changed)] == true
 
 
 def test_wide_pixels_are_made_square_by_width() -> None:

@@ -1,4 +1,4 @@
-"""open_clip knows the tiny CLIP tower in every test of this folder."""
+"""Registers the tiny CLIP tower with open_clip for every test of this folder."""
 
 from __future__ import annotations
 
