@@ -19,44 +19,14 @@ Rooms, each above the ones it may import:
 This folder is also the default place of a cache. Its data are the folders samples, media, spaces, locks,
 damaged and garbage, and the file listing.json (see `cache.store.paths`); everything else is code.
 
-The names in `__all__` are public. Each is imported on first use, so importing `cache` itself is fast.
+The names in `_MODULE_OF` are public. Each is imported on first use, so importing `cache` itself is fast.
 Nothing in this package imports torch or Ray. Read cache/store/__init__.py first.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cache.errors import CacheError, CorruptError
-    from cache.format.spec import FeatureSpec
-    from cache.remote.open import RemoteOptions, open_reader
-    from cache.store.ledger import MediaRecord, append_media
-    from cache.store.paths import CacheRoot
-    from cache.store.reader import FeatureReader
-    from cache.store.samples import MediaRef, Message, Sample, write_samples
-    from cache.store.space import Space, find_space
-    from cache.store.writer import ShardWriter
-
-__all__ = [
-    "CacheError",
-    "CacheRoot",
-    "CorruptError",
-    "FeatureReader",
-    "FeatureSpec",
-    "MediaRecord",
-    "MediaRef",
-    "Message",
-    "RemoteOptions",
-    "Sample",
-    "ShardWriter",
-    "Space",
-    "append_media",
-    "find_space",
-    "open_reader",
-    "write_samples",
-]
+from typing import Any
 
 _MODULE_OF = {
     "CacheError": "cache.errors",
@@ -81,9 +51,8 @@ _MODULE_OF = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
-    return value
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*globals(), *_MODULE_OF]

@@ -17,29 +17,14 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from cache.errors import CacheError
-from cache.export.rows import (
-    OutputFile,
-    Positions,
-    Source,
-    safetensors_files,
-    tar_files,
-    unique_rows,
-    write_index,
-)
-from cache.export.samples import (
-    ExportedDataset,
-    exported_rows,
-    gather_dataset,
-    sample_files,
-    write_json_lines,
-)
+from cache.export.rows import OutputFile, Source, safetensors_files, tar_files, unique_rows
+from cache.export.samples import exported_rows, gather_dataset, json_lines, sample_files
 from cache.format.spec import ARRAYS
 from cache.store.files import (
     PARTIAL,
@@ -78,90 +63,73 @@ class Options:
     """Write float16 instead of packed rows; int8 rows then take twice the space."""
 
 
-@dataclass(kw_only=True)
-class Export:
-    """The plan of one export."""
-
-    options: Options
-    root: CacheRoot
-    source: Source
-    data: list[ExportedDataset]
-    """The requested data sets."""
-    rows: dict[str, Positions]
-    """Array -> positions of the rows to export."""
-
-    @staticmethod
-    def plan(options: Options) -> Export:
-        """Find the rows and samples to export.
-
-        Raises:
-            CacheError: no such space or data set.
-        """
-        root = CacheRoot.existing(options.features)
-        reader = FeatureReader(find_space(root, options.space))
-        source = Source(reader=reader, unpack=options.unpack)
-        data = [gather_dataset(root, name, reader) for name in dict.fromkeys(options.dataset)]
-        if data:
-            rows = {array: exported_rows(reader, array, data) for array in ARRAYS}
-        else:
-            rows = {array: unique_rows(reader, array) for array in ARRAYS}
-        return Export(options=options, root=root, source=source, data=data, rows=rows)
-
-    def files(self) -> Iterator[OutputFile]:
-        """Yield the files to write, in order."""
-        if self.options.to == "safetensors":
-            yield from safetensors_files(self.source, self.rows)
-            for data in self.data:
-                write = partial(write_json_lines, data=data)
-                yield OutputFile(f"{data.name}.jsonl", data.table.nbytes, write)
-            write = partial(write_index, source=self.source, rows=self.rows)
-            yield OutputFile("index.json", 1, write)
-        elif self.data:
-            for data in self.data:
-                yield from sample_files(self.source, data)
-        else:
-            yield from tar_files(self.source, self.rows)
-
-    def about(self, files: Sequence[OutputFile]) -> bytes:
-        """Return the file export.json: the source, the formats and the counts. Equal for equal exports."""
-        spec = self.source.reader.spec
-        values = {
-            "to": self.options.to,
-            "space": self.source.reader.paths.name,
-            "fingerprint": spec.fingerprint,
-            "codec": self.source.codec,
-            "stored_as": spec.codec,
-            "width": spec.width,
-            "tokens": {array: spec.tokens(array) for array in ARRAYS},
-            "rows": {array: len(rows) for array, rows in self.rows.items()},
-            "datasets": {data.name: samples_digest(self.root, data.name) for data in self.data},
-            "files": [file.name for file in files],
-            "spec": spec.to_json(),
-        }
-        return json.dumps(values, indent=2).encode() + b"\n"
-
-
-def run(export: Export) -> None:
-    """Write all files of an export.
+def run(options: Options) -> str:
+    """Write all files of an export, and return the lines that the command prints at its end.
 
     Raises:
         UserError: the folder is not empty, another export writes there, or the disk is too small.
+        CacheError: no such space or data set.
         DiskError: the disk is full or fails.
         CorruptError: a row fails its checksum.
     """
-    out = export.options.out.expanduser().absolute()
-    refuse_nonempty(out)
+    refuse_nonempty(options.out)
+    root = CacheRoot.existing(options.features)
+    reader = FeatureReader(find_space(root, options.space))
+    source = Source(reader=reader, unpack=options.unpack)
+    datasets = [gather_dataset(root, name, reader) for name in dict.fromkeys(options.dataset)]
+    rows = {
+        array: exported_rows(reader, array, datasets) if datasets else unique_rows(reader, array)
+        for array in ARRAYS
+    }
+    if options.to == "safetensors":
+        files = [OutputFile(f"{d.name}.jsonl", d.table.nbytes, json_lines(d)) for d in datasets]
+        files += safetensors_files(source, rows)
+    elif datasets:
+        files = [file for data in datasets for file in sample_files(source, data)]
+    else:
+        files = list(tar_files(source, rows))
+    about = {
+        "to": options.to,
+        "space": reader.paths.name,
+        "fingerprint": reader.spec.fingerprint,
+        "codec": source.codec,
+        "stored_as": reader.spec.codec,
+        "width": reader.spec.width,
+        "tokens": {array: reader.spec.tokens(array) for array in ARRAYS},
+        "rows": {array: len(positions) for array, positions in rows.items()},
+        "datasets": {data.name: samples_digest(root, data.name) for data in datasets},
+        "files": [file.name for file in files],
+        "spec": reader.spec.to_json(),
+    }
+    write(options.out.expanduser().absolute(), about, files)
+    counts = ", ".join(f"{len(positions):,} {array} rows" for array, positions in rows.items())
+    size = sum(path.stat().st_size for path in options.out.expanduser().iterdir())
+    lines = [f"{options.out}: {counts} as {source.codec}, {bytes_text(size)}"]
+    for data in datasets:
+        line = f"{data.name}: {sum(len(group.samples) for group in data.groups):,} samples"
+        if data.lacking:
+            line += f"; {data.lacking:,} left out, whose media have no features in this space"
+        if data.mismatched:
+            line += (
+                f"; {data.mismatched:,} left out, whose source has another sha256 than they state"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def write(out: Path, about: Mapping[str, object], files: Sequence[OutputFile]) -> None:
+    """Write the files and export.json to the folder `out`, which appears when all are complete."""
     folder = out.with_name(out.name + PARTIAL)
-    files = list(export.files())
     nbytes = sum(file.nbytes for file in files)
     with disk_errors(folder), empty_folder(folder):
         check_room(out.parent, nbytes, "the export")
         # The next run removes the folder's contents only where it finds this file: so it is the first.
-        write_atomic(folder / ABOUT, export.about(files))
+        write_atomic(folder / ABOUT, json.dumps(about, indent=2).encode() + b"\n")
         meter = Meter("written", nbytes)
         for output in files:
             with new_file(folder / output.name) as file:
-                output.write(file, meter.add)
+                for block in output.blocks:
+                    meter.add(file.write(block))
         meter.close()
         folder.rename(out)
         fsync_folder(out.parent)
@@ -198,31 +166,9 @@ def empty_folder(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def summary(export: Export, out: Path) -> str:
-    """Return the lines that the command prints at its end: rows, size, and samples left out."""
-    rows = ", ".join(f"{len(rows):,} {array} rows" for array, rows in export.rows.items())
-    size = sum(path.stat().st_size for path in out.iterdir())
-    lines = [f"{out}: {rows} as {export.source.codec}, {bytes_text(size)}"]
-    for data in export.data:
-        samples = sum(len(group.samples) for group in data.groups)
-        line = f"{data.name}: {samples:,} samples"
-        if data.lacking:
-            line += f"; {data.lacking:,} left out, whose media have no features in this space"
-        if data.mismatched:
-            line += (
-                f"; {data.mismatched:,} left out, whose source has another sha256 than they state"
-            )
-        lines.append(line)
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = parse(Options, argv, prog="python -m cache.export", description=__doc__)
-    refuse_nonempty(options.out)
-    export = Export.plan(options)
-    run(export)
-    print(summary(export, options.out))
+    print(run(parse(Options, argv, prog="python -m cache.export", description=__doc__)))
 
 
 if __name__ == "__main__":

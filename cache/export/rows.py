@@ -7,10 +7,10 @@ unpacked.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,6 @@ BATCH_BYTES = 16 << 20
 """Stored bytes read by one call."""
 
 Positions = npt.NDArray[np.int64]
-Progress = Callable[[int], None]
-"""A function that is called with the number of bytes just written."""
 
 
 class OutputFile(NamedTuple):
@@ -42,7 +40,8 @@ class OutputFile(NamedTuple):
     name: str
     nbytes: int
     """Its approximate size."""
-    write: Callable[[BinaryIO, Progress], None]
+    blocks: Iterator[bytes | memoryview]
+    """Its bytes in order, made while they are written."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,51 +147,40 @@ def split_into_files(
 
 def tar_files(source: Source, rows: Mapping[str, Positions]) -> Iterator[OutputFile]:
     """Yield tars of `<key>.<view>.npy` and `.json`, the layout of the shards of a webdataset space."""
-
-    def write(
-        file: BinaryIO, progress: Progress, *, array: str, some: Positions, geometry: TarGeometry
-    ) -> None:
-        for batch, stored in source.batches(array, some):
-            for position, row in zip(batch.tolist(), stored, strict=True):
-                facts = source.facts(array, position, row)
-                try:
-                    geometry.check_view(facts.view)
-                except ValueError as error:
-                    raise UserError(f"{source.reader.path}: {facts.key}: {error}") from None
-                before, behind = geometry.around(facts)
-                file.writelines((before, row.data, behind))
-            progress(len(batch) * geometry.slot_bytes)
-        file.write(END)
-
     for array, positions in rows.items():
         geometry = source.geometry(array)
-        for number, some in enumerate(
-            split_into_files(source, array, positions, geometry.slot_bytes)
-        ):
-            yield OutputFile(
-                f"{array}-{number:06d}.tar",
-                geometry.file_bytes(len(some)),
-                partial(write, array=array, some=some, geometry=geometry),
-            )
+        files = split_into_files(source, array, positions, geometry.slot_bytes)
+        for number, some in enumerate(files):
+            blocks = _tar_blocks(source, array, some, geometry)
+            yield OutputFile(f"{array}-{number:06d}.tar", geometry.file_bytes(len(some)), blocks)
+
+
+def _tar_blocks(
+    source: Source, array: str, some: Positions, geometry: TarGeometry
+) -> Iterator[bytes | memoryview]:
+    for batch, stored in source.batches(array, some):
+        for position, row in zip(batch.tolist(), stored, strict=True):
+            facts = source.facts(array, position, row)
+            try:
+                geometry.check_view(facts.view)
+            except ValueError as error:
+                raise UserError(f"{source.reader.path}: {facts.key}: {error}") from None
+            before, behind = geometry.around(facts)
+            yield from (before, row.data, behind)
+    yield END
 
 
 def safetensors_files(source: Source, rows: Mapping[str, Positions]) -> Iterator[OutputFile]:
-    """Yield safetensors files with one tensor for each row, named `<key>/<view>`.
+    """Yield safetensors files with one tensor for each row, named `<key>/<view>`, and their index.json.
 
     A file is the length of the header (8 bytes, little-endian), the header (JSON), and the rows.
     """
-
-    def write(file: BinaryIO, progress: Progress, *, array: str, some: Positions) -> None:
-        file.write(_safetensors_header(source, array, some))
-        for _, stored in source.batches(array, some):
-            file.write(stored.data)
-            progress(stored.nbytes)
-
     for array, positions in rows.items():
         size = source.row_bytes(array)
         for number, some in enumerate(split_into_files(source, array, positions, size)):
             name = safetensors_name(array, number)
-            yield OutputFile(name, len(some) * size, partial(write, array=array, some=some))
+            yield OutputFile(name, len(some) * size, _safetensors_blocks(source, array, some))
+    yield OutputFile("index.json", 1, _index_blocks(source, rows))
 
 
 def safetensors_name(array: str, number: int) -> str:
@@ -200,7 +188,9 @@ def safetensors_name(array: str, number: int) -> str:
     return f"{array}-{number:05d}.safetensors"
 
 
-def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
+def _safetensors_blocks(
+    source: Source, array: str, some: Positions
+) -> Iterator[bytes | memoryview]:
     size, shape = source.row_bytes(array), list(source.shape(array))
     spec, index = source.reader.spec, source.reader.index[array]
     header: dict[str, object] = {
@@ -220,32 +210,37 @@ def _safetensors_header(source: Source, array: str, some: Positions) -> bytes:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    yield len(text).to_bytes(8, "little") + text
+    for _, stored in source.batches(array, some):
+        yield stored.data.cast("B")
 
 
-def write_index(
-    file: BinaryIO, _progress: Progress, *, source: Source, rows: Mapping[str, Positions]
-) -> None:
-    """Write index.json of a safetensors export: the file of each tensor, and the time of each frame."""
+def _index_blocks(source: Source, rows: Mapping[str, Positions]) -> Iterator[bytes]:
+    """Yield index.json of a safetensors export: the file of each tensor, and the time of each frame."""
     spec = source.reader.spec
     metadata = {"space": source.reader.paths.name, "codec": source.codec, "spec": spec.to_json()}
-    file.write(b'{"metadata": ' + json.dumps(metadata).encode() + b',\n"weight_map": {')
-    separator = b"\n"
-    for array, positions in rows.items():
-        for number, some in enumerate(
-            split_into_files(source, array, positions, source.row_bytes(array))
-        ):
-            name = json.dumps(safetensors_name(array, number)).encode()
-            for position in some.tolist():
-                tensor = json.dumps("/".join(source.reader.index[array].identity(position)))
-                file.write(separator + tensor.encode() + b": " + name)
-                separator = b",\n"
-    file.write(b'},\n"time_s": {')
-    separator = b"\n"
-    for array, positions in rows.items():
-        index = source.reader.index[array]
-        for position in positions[~np.isnan(index.times[positions])].tolist():
-            tensor = json.dumps("/".join(index.identity(position)))
-            file.write(separator + f"{tensor}: {float(index.times[position])!r}".encode())
-            separator = b",\n"
-    file.write(b"}}\n")
+
+    def files() -> Iterator[tuple[str, int, object]]:
+        for array, positions in rows.items():
+            split = split_into_files(source, array, positions, source.row_bytes(array))
+            for number, some in enumerate(split):
+                name = safetensors_name(array, number)
+                yield from ((array, position, name) for position in some.tolist())
+
+    def times() -> Iterator[tuple[str, int, object]]:
+        for array, positions in rows.items():
+            known = source.reader.index[array].times[positions]
+            for position, time_s in zip(positions.tolist(), known.tolist(), strict=True):
+                if not math.isnan(time_s):
+                    yield array, position, time_s
+
+    yield f'{{"metadata": {json.dumps(metadata)}'.encode()
+    for title, entries in (("weight_map", files()), ("time_s", times())):
+        yield f',\n"{title}": {{'.encode()
+        separator = "\n"
+        for array, position, value in entries:
+            tensor = "/".join(source.reader.index[array].identity(position))
+            yield f"{separator}{json.dumps(tensor)}: {json.dumps(value)}".encode()
+            separator = ",\n"
+        yield b"}"
+    yield b"}\n"

@@ -16,12 +16,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from cache.export.rows import FILE_BYTES, FILE_ROWS, OutputFile, Positions, Progress, Source
+from cache.export.rows import FILE_BYTES, FILE_ROWS, OutputFile, Positions, Source
 from cache.format.spec import ARRAY_OF
 from cache.format.tar_shard import BLOCK, END, member_header, npy_header, padded
 from cache.store.ledger import media_table
@@ -124,12 +123,7 @@ def sample_files(source: Source, data: ExportedDataset) -> Iterator[OutputFile]:
         return total
 
     def tar(number: int, some: Sequence[Group], nbytes: int) -> OutputFile:
-        def write(file: BinaryIO, progress: Progress) -> None:
-            for group in some:
-                progress(_write_group(file, source, data, group))
-            file.write(END)
-
-        return OutputFile(f"{data.name}-{number:06d}.tar", nbytes, write)
+        return OutputFile(f"{data.name}-{number:06d}.tar", nbytes, _tar_blocks(source, data, some))
 
     number, nbytes = 0, 0
     some: list[Group] = []
@@ -144,10 +138,22 @@ def sample_files(source: Source, data: ExportedDataset) -> Iterator[OutputFile]:
         yield tar(number, some, nbytes)
 
 
-def _write_group(file: BinaryIO, source: Source, data: ExportedDataset, group: Group) -> int:
-    """Write one sample of a tar, and return its bytes."""
+def _tar_blocks(
+    source: Source, data: ExportedDataset, groups: Sequence[Group]
+) -> Iterator[bytes | memoryview]:
+    for group in groups:
+        for name, contents in _members(source, data, group):
+            nbytes = sum(map(len, contents))
+            yield from (member_header(name, nbytes), *contents, bytes(padded(nbytes) - nbytes))
+    yield END
+
+
+def _members(
+    source: Source, data: ExportedDataset, group: Group
+) -> list[tuple[str, tuple[bytes | memoryview, ...]]]:
+    """Return the name and the contents of each file of one sample."""
     name, about = _name(data, group), []
-    members: list[tuple[str, tuple[Any, ...]]] = []
+    members: list[tuple[str, tuple[bytes | memoryview, ...]]] = []
     mentions = data.table["media"][group.samples[0]].as_py()
     for number, (item, mention) in enumerate(zip(group.media, mentions, strict=True)):
         array = data.array(item)
@@ -181,15 +187,7 @@ def _write_group(file: BinaryIO, source: Source, data: ExportedDataset, group: G
         .to_pylist(),
     }
     text = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    members.insert(0, (f"{name}.json", (text,)))
-    return sum([_write_member(file, member, contents) for member, contents in members])
-
-
-def _write_member(file: BinaryIO, name: str, contents: tuple[Any, ...]) -> int:
-    """Write one file of a tar, and return the bytes that it takes."""
-    nbytes = sum(map(len, contents))
-    file.writelines((member_header(name, nbytes), *contents, bytes(padded(nbytes) - nbytes)))
-    return BLOCK + padded(nbytes)
+    return [(f"{name}.json", (text,)), *members]
 
 
 def _name(data: ExportedDataset, group: Group) -> str:
@@ -205,8 +203,8 @@ def _name(data: ExportedDataset, group: Group) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json_lines(file: BinaryIO, progress: Progress, *, data: ExportedDataset) -> None:
-    """Write one line of JSON for each exported sample, with the keys of its media."""
+def json_lines(data: ExportedDataset) -> Iterator[bytes]:
+    """Yield one line of JSON for each exported sample, with the keys of its media."""
     media = {number: group.media for group in data.groups for number in group.samples}
     numbers = sorted(media)
     columns = ["id", "messages", "media", "weight", "task"]
@@ -218,5 +216,4 @@ def write_json_lines(file: BinaryIO, progress: Progress, *, data: ExportedDatase
                 {"source": ref["source"], "kind": ref["kind"], "key": data.media.key(item)}
                 for ref, item in zip(sample["media"], media[number], strict=True)
             ]
-            line = json.dumps(sample, ensure_ascii=False, allow_nan=False)
-            progress(file.write(line.encode() + b"\n"))
+            yield json.dumps(sample, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -21,9 +21,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-from cache.errors import CacheError, RefusedAddressError, RequestError
+from cache.errors import CacheError, NotFoundError, RefusedAddressError, RequestError
+from cache.remote.listing import FileInfo
 from cache.remote.net import is_loopback, refusal_reason, tls_context
 from cache.remote.retry import RetryPolicy, retry_after
+from cache.store.paths import LISTING
 
 USER_AGENT = "nanoMolmo2/0.1 (reads ranges of a shared feature cache; honours Retry-After)"
 PASSING_STATUS = frozenset(
@@ -120,6 +122,13 @@ class HttpStore:
             if response.length:
                 raise RequestError("the body ends early", again=True)
             return bytes(data)
+
+    def list_files(self) -> dict[str, FileInfo]:
+        """Raise NotFoundError: a web server cannot list its files, so its cache needs a `listing.json`."""
+        raise NotFoundError(
+            f"{self.url}: no {LISTING}, and a web server cannot list its files; where the cache is, run "
+            "python -m cache.share --features cache, and serve that file with it"
+        )
 
     # ---- one request
 

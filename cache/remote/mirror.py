@@ -29,7 +29,7 @@ from cache.remote.listing import (
     read_listing,
 )
 from cache.remote.retry import RetryPolicy, with_retries
-from cache.remote.stores import ListableStore, Store, read_range
+from cache.remote.stores import Store, read_range
 from cache.store.files import new_file, write_atomic
 from cache.store.paths import LISTING, CacheRoot
 
@@ -73,11 +73,6 @@ class Mirror:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, listing)
             return read_listing(path, url)
-        if not isinstance(self._store, ListableStore):
-            raise NotFoundError(
-                f"{url}: no {LISTING}, and a web server cannot list its files; where the cache is, run "
-                "python -m cache.share --features cache, and serve that file with it"
-            )
         found = with_retries(self._policy, url, self._store.list_files)
         tables = {name: info for name, info in found.items() if is_table(name) and info.nbytes > 0}
         if not tables:

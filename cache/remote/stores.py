@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from cache.errors import CacheError, NotFoundError, RequestError
@@ -45,16 +46,12 @@ class Store(Protocol):
             RequestError: the attempt failed, or the file is larger.
         """
 
-
-@runtime_checkable
-class ListableStore(Store, Protocol):
-    """A store that can list its files. A web server cannot: its cache needs a `listing.json`."""
-
     def list_files(self) -> dict[str, FileInfo]:
         """Return every file below the root of the cache, by its name relative to the root.
 
         Raises:
             RequestError: the attempt failed.
+            NotFoundError: the store cannot list its files.
         """
 
 
@@ -67,14 +64,11 @@ def open_store(url: str, policy: RetryPolicy) -> Store:
         CacheError: the scheme is not supported, or a library is missing.
         NotFoundError: no such repository.
     """
+    stores = {"http": HttpStore, "https": HttpStore, "s3": ObjectStore, "hf": HubStore}
     scheme = url.partition("://")[0].lower()
-    if scheme in ("http", "https"):
-        return HttpStore(url, policy)
-    if scheme == "s3":
-        return ObjectStore(url, policy)
-    if scheme == "hf":
-        return hub_store(url, policy)
-    raise CacheError(f"{url}: features are read from https://, s3://, hf:// or a folder")
+    if scheme not in stores:
+        raise CacheError(f"{url}: features are read from https://, s3://, hf:// or a folder")
+    return stores[scheme](url, policy)
 
 
 def read_range(
@@ -163,23 +157,20 @@ class ObjectStore:
         )
 
     def list_files(self) -> dict[str, FileInfo]:
-        """Return every object below the prefix; see ListableStore."""
+        """Return every object below the prefix; see Store."""
         found = {}
-        try:
-            for page in self._obstore.list(
-                self._store, chunk_size=1000
-            ):  # the most that S3 returns
+        with self._request_errors():
+            # 1000 objects a page: the most that S3 returns.
+            for page in self._obstore.list(self._store, chunk_size=1000):
                 for meta in page:
                     tag = f"{meta['e_tag'] or ''} {meta['last_modified']}"
                     found[meta["path"]] = FileInfo(nbytes=meta["size"], tag=tag)
-        except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._request_error(error) from None
         return found
 
     def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
         """Fill `target` from an object; see Store."""
         wanted = (offset, offset + len(target))
-        try:
+        with self._request_errors():
             result = self._obstore.get(self._store, name, options={"range": wanted})
             if size is not None and result.meta["size"] != size:
                 what = f"{result.meta['size']:,} bytes, not the {size:,} of its commit"
@@ -188,30 +179,29 @@ class ObjectStore:
                 raise RequestError(f"bytes {result.range} instead of {wanted}", again=True)
             with memoryview(result.bytes()) as data:
                 target[:] = data
-        except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._request_error(error) from None
 
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """Return a whole object; see Store."""
-        try:
+        with self._request_errors():
             result = self._obstore.get(self._store, name)
             if result.meta["size"] > max_bytes:
                 raise RequestError(f"{name} has more than {max_bytes:,} bytes", again=False)
             return bytes(result.bytes())
-        except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
-            raise self._request_error(error) from None
 
-    def _request_error(self, error: Exception) -> RequestError:
-        """Translate an error of obstore, whose type tells the cause and whose text has many lines."""
+    @contextlib.contextmanager
+    def _request_errors(self) -> Iterator[None]:
+        """Translate errors of obstore, whose type tells the cause and whose text has many lines."""
         errors = self._obstore.exceptions
-        if isinstance(error, FileNotFoundError | errors.NotFoundError):
-            return RequestError("no such object", again=False, missing=True)
-        if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError):
+        try:
+            yield
+        except (FileNotFoundError, errors.NotFoundError):
+            raise RequestError("no such object", again=False, missing=True) from None
+        except (errors.PermissionDeniedError, errors.UnauthenticatedError):
             what = "not allowed with the credentials that were found (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
-            return RequestError(what, again=False)
-        return RequestError(
-            f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", again=True
-        )
+            raise RequestError(what, again=False) from None
+        except errors.BaseError as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise RequestError(what, again=True) from None
 
 
 def _credentials() -> tuple[dict[str, Any], Any]:
@@ -238,67 +228,54 @@ def _credentials() -> tuple[dict[str, Any], Any]:
 
 
 class HubStore(HttpStore):
-    """A repository of the Hugging Face hub at one commit: its API lists it, our http client reads it."""
-
-    def __init__(
-        self,
-        base: str,
-        policy: RetryPolicy,
-        url: str,
-        headers: Mapping[str, str],
-        list_files: Callable[[], dict[str, FileInfo]],
-    ) -> None:
-        """Take the URL of the files, and the function that lists them."""
-        super().__init__(base, policy, url=url, headers=headers)
-        self.list_files = list_files
-
-
-def hub_store(url: str, policy: RetryPolicy) -> HubStore:
-    """Return the store of hf://datasets/ORG/NAME[@REVISION][/FOLDER], or hf://ORG/NAME for a model.
+    """A repository of the Hugging Face hub at one commit: its API lists it, our http client reads it.
 
     huggingface_hub resolves the URL and finds the user's token (HF_TOKEN, `hf auth login`, HF_ENDPOINT). Our
     own client reads the files, because that library's file system makes one or two more requests for a range.
-
-    Raises:
-        CacheError: the URL names a bucket of the hub.
-        NotFoundError: no such repository or revision for this user, or the hub does not answer.
     """
-    from huggingface_hub import HfApi, HfFileSystem, RepoFile, constants
-    from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    api = HfApi()
-    try:
-        at = HfFileSystem().resolve_path(url)
-        if not isinstance(at, HfFileSystemResolvedRepositoryPath):
-            raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
-        info = api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision)
-    except (OSError, ValueError, NotImplementedError) as error:  # the hub's errors are OSErrors
-        why = " ".join(str(error).split())[:200]
-        raise NotFoundError(
-            f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
-            "needs HF_TOKEN or `hf auth login`"
-        ) from None
-    commit, folder = str(info.sha), at.path_in_repo.strip("/")
-    prefix = constants.REPO_TYPES_URL_PREFIXES.get(at.repo_type, "")
-    base = f"{api.endpoint}/{prefix}{at.repo_id}/resolve/{commit}/{quote(folder)}"
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
+        """Resolve hf://datasets/ORG/NAME[@REVISION][/FOLDER], or hf://ORG/NAME for a model.
 
-    def list_files() -> dict[str, FileInfo]:
-        options: dict[str, Any] = {
-            "repo_type": at.repo_type,
-            "revision": commit,
-            "recursive": True,
-        }
+        Raises:
+            CacheError: the URL names a bucket of the hub.
+            NotFoundError: no such repository or revision for this user, or the hub does not answer.
+        """
+        from huggingface_hub import HfApi, HfFileSystem, constants
+        from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        self._api = HfApi()
+        try:
+            at = HfFileSystem().resolve_path(url)
+            if not isinstance(at, HfFileSystemResolvedRepositoryPath):
+                raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
+            repo: dict[str, Any] = {"repo_id": at.repo_id, "repo_type": at.repo_type}
+            commit = self._api.repo_info(**repo, revision=at.revision).sha
+        except (OSError, ValueError, NotImplementedError) as error:  # the hub's errors are OSErrors
+            why = " ".join(str(error).split())[:200]
+            raise NotFoundError(
+                f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
+                "needs HF_TOKEN or `hf auth login`"
+            ) from None
+        self._tree = {**repo, "revision": commit, "recursive": True}
+        self._folder = at.path_in_repo.strip("/")
+        prefix = constants.REPO_TYPES_URL_PREFIXES.get(at.repo_type, "")
+        base = f"{self._api.endpoint}/{prefix}{at.repo_id}/resolve/{commit}/{quote(self._folder)}"
+        headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
+        super().__init__(base, policy, url=url.rstrip("/"), headers=headers)
+
+    def list_files(self) -> dict[str, FileInfo]:
+        """Return every file below the folder; see Store."""
+        from huggingface_hub import RepoFile
+
         found = {}
         try:
-            for item in api.list_repo_tree(at.repo_id, folder or None, **options):
+            for item in self._api.list_repo_tree(path_in_repo=self._folder or None, **self._tree):
                 if isinstance(item, RepoFile):
-                    name = item.path.removeprefix(folder).lstrip("/")
+                    name = item.path.removeprefix(self._folder).lstrip("/")
                     tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
                     found[name] = FileInfo(nbytes=item.size, tag=tag)
         except OSError as error:
             raise RequestError(" ".join(str(error).split())[:160], again=True) from None
         return found
-
-    headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
-    return HubStore(base, policy, url.rstrip("/"), headers, list_files)
