@@ -58,10 +58,11 @@ STOP_S = 120.0
 CLOSE_S = 5.0
 """Seconds that all workers together may take to end their threads, before they are killed."""
 
-OBJECT_STORE_BYTES = 96 << 20  # Ray requires 75 MiB; it holds only tasks and outcomes
-SOCKET_PATH_BYTES = (
-    40  # Ray adds about 60 bytes to its folder, and Linux allows 107 for a socket's path
-)
+OBJECT_STORE_BYTES = 96 << 20
+"""Ray requires 75 MiB. It holds only tasks and outcomes."""
+
+SOCKET_PATH_BYTES = 40
+"""Longest folder for Ray: it adds about 60 bytes, and Linux allows 107 for a socket's path."""
 
 
 class RemoteWorker:
@@ -132,10 +133,9 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # they would be sent over the network
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # else each start prints a warning
+    # Statistics would be sent over the network; without the second one, each start prints a warning.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     base = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="nm2-", dir=base if len(base) < SOCKET_PATH_BYTES else "/tmp")  # noqa: S108
     try:
