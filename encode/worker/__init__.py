@@ -1,15 +1,14 @@
 """One worker: sources in, committed rows out. It runs inline, or inside a Ray actor.
 
-    driver  --SourceTask-->  prefetch    read, download, decode     a MediaItem a source     prefetch.py
-                             worker      EncoderInputs -> batches   -> MediaItem.rows        worker.py
-                             row_writer  NewRows -> shards, commit  (RowFacts: what a commit  row_writer.py
-    driver  <--Outcome-----                                         records of a row)
-    ledger  <--MediaRecord
+    SourceTask        a source to encode, from the driver                                    messages.py
+      -> MediaItem    one source inside the worker; every step below fills in its part       media_item.py
+      -> EncoderInput one view of it: an image, or a frame of a video; read and decoded by   prefetch.py
+      -> NewRow       one view's features: batched, encoded and packed by                    worker.py
+      -> RowFacts     what a commit records of a row; written to a shard and committed by    row_writer.py
+    Outcome           the result of the source, back to the driver                           messages.py
+      -> MediaRecord  its line in the ledger
 
-A MediaItem stays one object from reading to commit; each step fills in its part. A `Failure(stage, reason)`
-raised at any step is set on the item, carried by the outcome, and written to the ledger. A failed source
-skips the remaining steps. A source is `ok` only once all its rows are committed.
-
-messages.py holds what driver and workers exchange, config.py how a worker is made. Read media_item.py first,
-then worker.py.
+Any step may set `MediaItem.failure`, a `Failure(stage, reason)`. The item then skips the other steps, its
+outcome carries the failure, and the driver writes it to the ledger. A source is `ok` only once all its rows
+are committed. Read media_item.py first, then worker.py.
 """
