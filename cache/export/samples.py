@@ -32,6 +32,7 @@ from cache.store.references import (
     MediaRows,
     References,
     all_rows,
+    edges_of,
     number_media,
 )
 from cache.store.samples import samples_table
@@ -83,10 +84,10 @@ def gather_dataset(root: CacheRoot, dataset: str, reader: FeatureReader) -> Expo
     rows = all_rows(reader, media)
     mismatched = references.count(references.mismatch) > 0
     lacking = references.count(~np.append(rows.counts > 0, False)[items]) > 0
-    ends = np.cumsum(references.counts)
+    edges = edges_of(references.counts)
     groups: dict[object, Group] = {}
     for sample in np.flatnonzero(~lacking).tolist():
-        of_sample = items[ends[sample] - references.counts[sample] : ends[sample]]
+        of_sample = items[edges[sample] : edges[sample + 1]]
         # Samples without media are not grouped: each gets a group of its own.
         group = groups.setdefault(of_sample.tobytes() or sample, Group(media=of_sample.tolist()))
         group.samples.append(sample)

@@ -389,10 +389,12 @@ class Present:
         *,
         max_frames: int = MAX_FRAMES,
     ):
-        """Args:
-        images: keys of the images that have their row.
-        frames: the rows of videos; None where there are none.
-        max_frames: most frames of one video. With its duration, it decides which views are needed.
+        """Use these rows; `of` takes those of a space.
+
+        Args:
+            images: keys of the images that have their row.
+            frames: the rows of videos; None where there are none.
+            max_frames: most frames of one video. With its duration, it decides which views are needed.
         """
         self.images = images
         self._frames, self._max_frames = frames, max_frames
