@@ -212,6 +212,8 @@ def _message(cls: type, event: _errors.ParseErrorEvent) -> str | None:
     """Return a line about a wrong command line; None for an error that tyro prints itself."""
     from tyro import _errors
 
+    argument = getattr(event, "argument", None)
+    where = f"{argument.display_name()}: " if argument is not None else ""
     match event:
         case _errors.UnrecognizedArgs(tokens=tokens):
             word = next((token for token in tokens if token.startswith("--")), tokens[0])
@@ -219,15 +221,11 @@ def _message(cls: type, event: _errors.ParseErrorEvent) -> str | None:
             return f"no option {word}{nearest(word, options)}"
         case _errors.MissingArgs(missing_arguments=missing):
             return f"{', '.join(one.arg.display_name() for one in missing)} must be given"
-        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            known = ", ".join(choices)
-            return (
-                f"{argument.display_name()}: {value!r} is none of {known}{nearest(value, choices)}"
-            )
-        case _errors.BadValue(argument=argument):
-            return f"{argument.display_name()}: too few values"
-        case _errors.InstantiationFailure(message=message, argument=argument):
-            where = f"{argument.display_name()}: " if argument is not None else ""
+        case _errors.InvalidChoice(value=value, choices=choices):
+            return f"{where}{value!r} is none of {', '.join(choices)}{nearest(value, choices)}"
+        case _errors.BadValue():
+            return f"{where}too few values"
+        case _errors.InstantiationFailure(message=message):
             return where + message.partition("\n")[0]
     return None
 
