@@ -26,6 +26,7 @@ from typing import Any
 import configs
 from cache.errors import CacheError
 from configs import UserError
+from configs.console import table_text
 
 PROG = "python -m train.demo"
 RUN, SECOND = Path("runs/demo"), Path("runs/demo-mlp")
@@ -213,25 +214,23 @@ def headline(result: Mapping[str, Any]) -> tuple[float, float]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return exact match and blind exact match of each question type; those not in TYPES come last."""
-    tasks = {task["name"]: task for task in result["tasks"]}
+    rows = {
+        task["name"]: (
+            task["name"],
+            f"{task['questions']:,}",
+            f"{task['exact']:.3f}",
+            f"{task['blind']:.3f}",
+        )
+        for task in result["tasks"]
+    }
     right, blind = headline(result)
-
-    def row(name: str, questions: str, right: float, blind: float) -> str:
-        return f"{name:<11}{questions:>10}{right:>13.3f}{blind:>9.3f}"
-
-    def of(name: str) -> str:
-        task = tasks[name]
-        return row(name, f"{task['questions']:,}", task["exact"], task["blind"])
-
-    return "\n".join(
-        [
-            f"{'':<11}{'questions':>10}{'exact match':>13}{'blind':>9}",
-            *(of(name) for name in TYPES),
-            row("mean", "", right, blind),
-            "not in the mean:",
-            *(of(name) for name in tasks if name not in TYPES),
-        ]
-    )
+    lines = [
+        *(rows[name] for name in TYPES),
+        ("mean", "", f"{right:.3f}", f"{blind:.3f}"),
+        ("not in the mean:", "", "", ""),
+        *(row for name, row in rows.items() if name not in TYPES),
+    ]
+    return table_text(("", "questions", "exact", "blind"), lines, right="questions exact blind")
 
 
 if __name__ == "__main__":

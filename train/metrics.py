@@ -33,31 +33,37 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One optimizer step, as metrics.jsonl has it. Counts and losses are those of all processes together."""
+class StepTotals:
+    """The totals of one optimizer step over all processes."""
+
+    loss: float
+    """Weighted cross-entropy a supervised token over all samples, nats; NaN if a part of it is not finite."""
+    samples: int
+    """Number of samples."""
+    tokens: int
+    """Number of tokens, image tokens included."""
+    wait_s: float
+    """Seconds of waiting for data of the process that waited longest: the others wait for it."""
+    memory_gib: float
+    """Peak memory so far of the process with the highest peak, of its GPU or, on a CPU, its own, GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(StepTotals):
+    """One optimizer step, as metrics.jsonl has it."""
 
     step: int
     """Steps done, this one included."""
     epoch: float
     """Epochs finished when this step started."""
-    loss: float
-    """Weighted cross-entropy a supervised token over all samples of the step, nats."""
     lr: float
     """Learning rate of the language model; 0 if it is frozen."""
     connector_lr: float
     """Learning rate of the connector; 0 if it is frozen."""
     grad_norm: float
     """Norm of all gradients together, before clipping."""
-    samples: int
-    """Samples in the step."""
-    tokens: int
-    """Tokens in the step, image tokens included."""
     step_s: float
     """Duration, seconds."""
-    wait_s: float
-    """Seconds of it spent waiting for data, by the process that waited longest."""
-    memory_gib: float
-    """Peak memory so far, of the GPU or, on a CPU, of the process, GiB; the largest of several processes."""
 
 
 class Tracker(Protocol):
@@ -90,7 +96,7 @@ class RunLog:
 
     def step(self, record: StepRecord) -> None:
         """Record one step."""
-        self._write(asdict(record))
+        self._write({"step": record.step} | asdict(record))  # the step first, for people
         self._window.append(record)
         if record.step % self._every == 0 or record.step == self._last or record.step == 1:
             print(screen_line(self._window, self._last), file=self._screen, flush=True)
@@ -202,8 +208,8 @@ def open_trackers(
     title = f"{folder.parent.name}-{folder.name}"
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: Tensorboard(folder / "tb", start),
-        "wandb": lambda: Wandb(title, folder, run_id, config),
-        "trackio": lambda: Trackio(title, config),
+        "wandb": lambda: _open_wandb(title, folder, run_id, config),
+        "trackio": lambda: _open_trackio(title, config),
     }
     return [openers[name]() for name in dict.fromkeys(names)]
 
@@ -212,9 +218,8 @@ class Tensorboard:
     """TensorBoard: `tensorboard --logdir runs`."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # takes 1 s, so only with --log tensorboard
+        # Imported here, because it takes 1 s.
+        from torch.utils.tensorboard import SummaryWriter
 
         # Steps after the checkpoint are recorded again, so their old points are removed.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
@@ -229,23 +234,11 @@ class Tensorboard:
         self._writer.close()
 
 
-class Wandb:
-    """Weights & Biases; a resumed run continues the same wandb run."""
+class HostedRun:
+    """A run of wandb or trackio, which have one interface."""
 
-    def __init__(self, title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-        wandb = _import_tracker("wandb")
-        try:
-            self._run = wandb.init(
-                project=PROJECT,
-                name=title,
-                dir=str(folder),
-                id=run_id,
-                resume="allow",
-                config=dict(config),
-            )
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add one point to each curve, at `step`."""
@@ -256,20 +249,30 @@ class Wandb:
         self._run.finish()
 
 
-class Trackio:
-    """Trackio, the local tracker by Hugging Face."""
+def _open_wandb(title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> HostedRun:
+    """Open a run of Weights & Biases; a resumed run continues the run with its id."""
+    wandb = _import_tracker("wandb")
+    try:
+        return HostedRun(
+            wandb.init(
+                project=PROJECT,
+                name=title,
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                config=dict(config),
+            )
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
 
-    def __init__(self, title: str, config: Mapping[str, Any]) -> None:
-        self._trackio = _import_tracker("trackio")
-        self._trackio.init(project=PROJECT, name=title, config=dict(config), resume="allow")
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve, at `step`."""
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Write what is buffered, and end."""
-        self._trackio.finish()
+def _open_trackio(title: str, config: Mapping[str, Any]) -> HostedRun:
+    """Open a run of Trackio, the local tracker by Hugging Face."""
+    trackio = _import_tracker("trackio")
+    trackio.init(project=PROJECT, name=title, config=dict(config), resume="allow")
+    return HostedRun(trackio)
 
 
 def _import_tracker(name: str) -> Any:

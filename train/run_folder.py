@@ -131,9 +131,8 @@ def open_folder(
     saved = dataclasses.replace(options, datasets=mix, space=reader.path.name)
     train.freeze(folder / SAMPLES)
     write_atomic(folder / CONFIG, configs.dump(saved).encode())
-    write_atomic(
-        folder / RUN, (json.dumps(facts, indent=1) + "\n").encode()
-    )  # last: the folder is complete
+    # Written last: its existence says that the other files are complete.
+    write_atomic(folder / RUN, (json.dumps(facts, indent=1) + "\n").encode())
     return facts
 
 

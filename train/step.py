@@ -30,7 +30,7 @@ from model.vlm import VLM
 from train.data.loader import MicroBatch
 from train.data.sample_list import SampleList
 from train.distributed import ProcessGroup
-from train.metrics import memory_gib
+from train.metrics import StepTotals, memory_gib
 from train.optim import broken_gradients
 
 SMALL_MODEL = 50_000_000
@@ -152,22 +152,6 @@ def by_step(
 
     for number in range(first, stop):
         yield number, of_step(number)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTotals:
-    """The totals of one step over all processes, as metrics.jsonl has them."""
-
-    loss: float
-    """Weighted cross-entropy a supervised token, nats; NaN if a part of it is not finite."""
-    samples: int
-    """Number of samples."""
-    tokens: int
-    """Number of tokens, image tokens included."""
-    wait_s: float
-    """Seconds of waiting for data of the process that waited longest: the others wait for it."""
-    memory_gib: float
-    """Peak memory so far of the process with the highest peak, GiB."""
 
 
 class LocalStep:

@@ -27,6 +27,7 @@ from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from configs import UserError
+from configs.console import table_text
 from model.inference import answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
@@ -296,26 +297,16 @@ def summary(result: Evaluation) -> dict[str, Any]:
 
 def table(result: Evaluation) -> str:
     """Return the result as a table."""
-    rows = [("", "questions", "exact match", "blind")]
-    rows += [(t.name, f"{t.questions:,}", _share(t.exact), _share(t.blind)) for t in result.tasks]
-    rows.append(("mean without captions", "", _share(result.mean), _share(result.blind_mean)))
-    rows.append(("loss", f"{result.samples:,}", _nats(result.loss), _nats(result.blind_loss)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  "
-        + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+
+    def row(name: str, count: str, digits: int, *figures: float | None) -> tuple[str, ...]:
+        return name, count, *("" if f is None else f"{f:.{digits}f}" for f in figures)
+
+    rows = [row(t.name, f"{t.questions:,}", 3, t.exact, t.blind) for t in result.tasks]
+    rows.append(row("mean without captions", "", 3, result.mean, result.blind_mean))
+    rows.append(row("loss", f"{result.samples:,}", 4, result.loss, result.blind_loss))
     head = f"{result.run} stage {result.stage} step {result.step}, {result.split} split, space {result.space}"
-    return "\n".join([head, *lines])
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    columns = ("", "questions", "exact", "blind")
+    return f"{head}\n{table_text(columns, rows, right='questions exact blind')}"
 
 
 def save(path: Path, result: Evaluation) -> None:

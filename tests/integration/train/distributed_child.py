@@ -22,7 +22,7 @@ import torch.distributed as dist
 import configs
 from cache.errors import CacheError
 from configs import UserError
-from train import run, setup, step
+from train import metrics, run, setup, step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
     refuse, build = run.refuse_non_finite, setup.build_model
 
     class Counted(step.LocalStep):
-        def reduce(self, *arguments: Any) -> step.StepTotals:
+        def reduce(self, *arguments: Any) -> metrics.StepTotals:
             parts.append(len(self.losses()))
             return super().reduce(*arguments)
 
