@@ -32,12 +32,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from cache.remote.net import tls_context
 from encode.download.config import DownloadConfig
 from encode.download.host_limits import HostLimits
 from encode.download.memory_budget import MemoryBudget, Reservation
 from encode.download.outage import Outage
 from encode.download.request import Attempt, Body
-from encode.download.session import CheckedSockets, DnsThreads, new_session
+from encode.download.session import CheckedSockets, new_session
 from encode.download.urls import host_of, parse_url
 from encode.errors import DownloadError, OverBudgetError
 from model.media.images import BadMediaError
@@ -60,26 +61,12 @@ class Fetched:
     call it, any number of times. It does not keep `data` alive."""
 
 
-class _Release:
-    """Give back the memory of a body once: when called, or when nothing refers to it any more.
-
-    A consumer that drops a body without releasing it must not block the other downloads forever.
-    """
-
-    def __init__(self, memory: Reservation) -> None:
-        self._finalize = weakref.finalize(self, memory.release_threadsafe)
-        self._finalize.atexit = False
-
-    def __call__(self) -> None:
-        self._finalize()  # only the first call has an effect
-
-
 class _BodyFuture(Future[Fetched]):
     """A future that reports when a thread starts to wait for it: see `memory_budget`."""
 
     def __init__(self, on_wait: Callable[[], None]) -> None:
         super().__init__()
-        self._on_wait: Callable[[], None] | None = on_wait
+        self._on_wait = on_wait
 
     def result(self, timeout: float | None = None) -> Fetched:
         self._report_wait()
@@ -90,9 +77,8 @@ class _BodyFuture(Future[Fetched]):
         return super().exception(timeout)
 
     def _report_wait(self) -> None:
-        if self._on_wait is not None and not self.done():
-            on_wait, self._on_wait = self._on_wait, None
-            on_wait()
+        if not self.done():
+            self._on_wait()
 
 
 class Fetcher:
@@ -106,14 +92,20 @@ class Fetcher:
     def __init__(self, config: DownloadConfig) -> None:
         """Start the thread."""
         self._config = config
+        self._tls = tls_context()  # here, so that the caller gets its errors
         self._lock = threading.Lock()
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._random = random.Random()  # noqa: S311 - jitter
-        self._ready: Future[None] = Future()
+        self._stop = asyncio.Event()
+        self._budget = MemoryBudget(config.budget_bytes)
+        self._hosts = HostLimits(config)
+        self._outage = Outage(config.outage_s)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._loop.set_exception_handler(_log_loop_error)
         self._thread = threading.Thread(target=self._main, name="fetch", daemon=True)
         self._thread.start()
-        self._ready.result()
         atexit.register(self.close)  # otherwise Python warns of open sockets when it ends
 
     def submit(self, url: str, *, sha256: str | None = None) -> Future[Fetched]:
@@ -149,30 +141,18 @@ class Fetcher:
             self._thread.join()
 
     def _main(self) -> None:
-        with asyncio.Runner() as runner:
-            runner.run(self._serve())
+        with self._runner:
+            self._runner.run(self._serve())
 
     async def _serve(self) -> None:
-        config = self._config
-        dns, sockets = DnsThreads(), CheckedSockets(config.allow_private)
-        try:
-            self._loop = asyncio.get_running_loop()
-            self._loop.set_exception_handler(_log_loop_error)
-            self._stop = asyncio.Event()
-            self._budget = MemoryBudget(config.budget_bytes)
-            self._hosts = HostLimits(config)
-            self._outage = Outage(config.outage_s)
-            self._session = new_session(config, dns, sockets)
-        except BaseException as error:
-            self._ready.set_exception(error)
-            return
-        self._ready.set_result(None)
+        sockets = CheckedSockets(self._config.allow_private)
+        # Set before the first task runs: the loop starts tasks in the order of their creation.
+        self._session = new_session(self._config, sockets, self._tls)
         async with self._session:
             await self._stop.wait()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        dns.close()
         await sockets.close()
 
     def _call_in_loop(self, call: Callable[[], object]) -> None:
@@ -218,13 +198,13 @@ class Fetcher:
             memory.release()
             future.set_exception(failure)
         else:
-            fetched = Fetched(
-                data=body.data,
-                final_url=str(body.url),
-                seconds=time.monotonic() - begun,
-                release=_Release(memory),
+            release = memory.release_threadsafe
+            # A consumer that drops a body without releasing it must not block the others forever.
+            weakref.finalize(release, memory.release_threadsafe).atexit = False
+            seconds = time.monotonic() - begun
+            future.set_result(
+                Fetched(data=body.data, final_url=str(body.url), seconds=seconds, release=release)
             )
-            future.set_result(fetched)
 
     async def _fetch(self, url: str, sha256: str | None, memory: Reservation) -> tuple[float, Body]:
         """Return the start time of the first attempt and the body.

@@ -61,32 +61,37 @@ class HostLimits:
             async with state.slots:
                 await self._wait_out_pause(state)
                 async with self._slots:
-                    self._note_use(host, state)
+                    state.recent = host in self._recent
+                    self._recent[host] = None
+                    self._recent.move_to_end(host)
+                    if len(self._recent) > RECENT_HOSTS:
+                        self._recent.popitem(last=False)
                     yield
         finally:
             state.requests -= 1
             self._forget_if_idle(host, state)
 
     def keeps_connection(self, host: str) -> bool:
-        """Return whether another request to `host` is likely, so that its connection should stay open."""
-        state = self._hosts.get(host)
-        return state is not None and (state.requests > 1 or state.recent)
+        """Return whether another request to `host` is likely, so that its connection should stay open.
+
+        Call it inside `slot`.
+        """
+        state = self._hosts[host]
+        return state.requests > 1 or state.recent
 
     def tries(self, host: str) -> int:
         """Return the number of attempts for a URL of this host."""
         return 1 if self._is_failing(self._hosts.get(host)) else self._config.tries
 
     def pause(self, host: str, wait_s: float) -> None:
-        """Start no request to `host` for a while.
+        """Start no request to `host` for a while. Call it inside `slot`.
 
         Args:
             host: the host that asked for a pause.
             wait_s: seconds it asked for. If this is 0 or above `retry_after_s`, only a host that keeps
                 failing is paused, for `retry_after_s`.
         """
-        state = self._hosts.get(host)
-        if state is None:
-            return
+        state = self._hosts[host]
         if not 0 < wait_s <= self._config.retry_after_s:
             wait_s = self._config.retry_after_s if self._is_failing(state) else 0.0
         state.resume_at = max(state.resume_at, asyncio.get_running_loop().time() + wait_s)
@@ -105,13 +110,6 @@ class HostLimits:
             if idle is None:
                 return
             del self._hosts[idle]
-
-    def _note_use(self, host: str, state: _Host) -> None:
-        state.recent = host in self._recent
-        self._recent[host] = None
-        self._recent.move_to_end(host)
-        if len(self._recent) > RECENT_HOSTS:
-            self._recent.popitem(last=False)
 
     async def _wait_out_pause(self, state: _Host) -> None:
         clock = asyncio.get_running_loop().time

@@ -44,8 +44,9 @@ class MediaStore:
             OSError: the file cannot be written. An existing file is unchanged.
         """
         path = self._path(key)
-        if self._holds(path, data):
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() == data:
+                return
         with new_file(path, durable=False) as file:
             file.write(data)
 
@@ -73,9 +74,3 @@ class MediaStore:
         if not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} is not a key: 64 hex digits in lower case")
         return self._folder / key[:2] / key
-
-    def _holds(self, path: Path, data: bytes) -> bool:
-        try:
-            return path.stat().st_size == len(data) and path.read_bytes() == data
-        except FileNotFoundError:
-            return False

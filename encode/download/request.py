@@ -81,7 +81,8 @@ class Attempt:
                 async with self.hosts.slot(host):
                     self.memory.check_room()
                     begun = clock()
-                    answer = await self._request(url, left_s, redirected=len(seen) > 1)
+                    prefix = "redirect to " if len(seen) > 1 else ""
+                    answer = await self._request(url, left_s, prefix)
                     left_s = max(0.001, left_s - (clock() - begun))
             except DownloadError as error:
                 error.host = host
@@ -90,11 +91,11 @@ class Attempt:
                 return answer
             url = redirect_url(url, answer)
 
-    async def _request(self, url: URL, left_s: float, *, redirected: bool) -> Body | str:
+    async def _request(self, url: URL, left_s: float, prefix: str) -> Body | str:
         """Return the body of `url`, or the Location of its redirect."""
         address = literal_address(url.host or "")  # a name is checked when it is resolved
         if address and (refused := refusal_reason(address, self.config.allow_private)):
-            raise _refused(refused, redirected)
+            raise DownloadError(f"{prefix}{refused}, which is not allowed")
         failure: DownloadError
         try:
             async with asyncio.timeout(left_s) as limit:
@@ -104,7 +105,7 @@ class Attempt:
                 reason = f"not finished within {self.config.total_s:g} s"
                 failure = DownloadError(reason, retryable=True)
             else:
-                failure = _as_download_error(error, self.config, redirected)
+                failure = _as_download_error(error, self.config, prefix)
         raise failure  # outside `except`: as its context, the error would keep the body in memory
 
     async def _send(self, url: URL) -> Body | str:
@@ -187,15 +188,11 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _refused(what: str, redirected: bool) -> DownloadError:
-    return DownloadError(f"{'redirect to ' if redirected else ''}{what}, which is not allowed")
-
-
-def _as_download_error(error: Exception, config: DownloadConfig, redirected: bool) -> DownloadError:
+def _as_download_error(error: Exception, config: DownloadConfig, prefix: str) -> DownloadError:
     """Describe an error of aiohttp or the system without quoting the URL, as their messages may."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, RefusedAddressError):
-        return _refused(cause.what, redirected)
+        return DownloadError(f"{prefix}{cause.what}, which is not allowed")
     if isinstance(cause, socket.gaierror):
         if cause.errno in (socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM):
             reason = "temporary failure of the name lookup"
@@ -227,7 +224,7 @@ def _as_download_error(error: Exception, config: DownloadConfig, redirected: boo
     if isinstance(error, aiohttp.ClientPayloadError):
         return DownloadError("incomplete body", retryable=True)
     if isinstance(error, aiohttp.InvalidURL):
-        return DownloadError(f"{'redirect to ' if redirected else ''}an invalid URL")
+        return DownloadError(f"{prefix}an invalid URL")
     if isinstance(error, aiohttp.ClientResponseError):
         return DownloadError("invalid HTTP response")
     if isinstance(error, OSError):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -23,7 +23,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from cache.errors import RefusedAddressError
-from cache.remote.net import refusal_reason, tls_context
+from cache.remote.net import refusal_reason
 from encode.download.config import DownloadConfig
 
 USER_AGENT = "nanoMolmo2/0.1 (fetches each image of a training set once; honours Retry-After)"
@@ -43,16 +43,16 @@ HEADER_BYTES = 32 << 10
 
 
 def new_session(
-    config: DownloadConfig, dns: DnsThreads, sockets: CheckedSockets
+    config: DownloadConfig, sockets: CheckedSockets, tls: ssl.SSLContext
 ) -> aiohttp.ClientSession:
     """Return a session without cookies, proxies, redirects, decompression or limits of its own."""
     connector = aiohttp.TCPConnector(
         limit=0,  # `HostLimits` limits the connections
-        resolver=CheckedResolver(dns, config.allow_private, config.connect_s),
+        resolver=CheckedResolver(config.allow_private, config.connect_s),
         socket_factory=sockets.make,
         ttl_dns_cache=DNS_CACHE_S,
         keepalive_timeout=KEEP_ALIVE_S,
-        ssl=tls_context(),
+        ssl=tls,
     )
     return aiohttp.ClientSession(
         connector=connector,
@@ -115,11 +115,20 @@ class CheckedSockets:
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolve names to their allowed addresses."""
+    """Resolve names to their allowed addresses, with `getaddrinfo` in daemon threads.
 
-    def __init__(self, dns: DnsThreads, allow_private: bool, timeout_s: float) -> None:
-        """Look names up in `dns`, for `timeout_s` seconds at most."""
-        self._dns, self._allow_private, self._timeout_s = dns, allow_private, timeout_s
+    The default executor of the event loop has few threads on a small machine, and a name server that does
+    not answer blocks each of them for many seconds. Python also waits for it when it ends, but not for daemon
+    threads.
+    """
+
+    THREADS = 64
+    """Largest number of threads: one for each of the default number of connections."""
+
+    def __init__(self, allow_private: bool, timeout_s: float) -> None:
+        """Look each name up for `timeout_s` seconds at most."""
+        self._allow_private, self._timeout_s = allow_private, timeout_s
+        self._free_threads = asyncio.Semaphore(self.THREADS)
 
     async def resolve(
         self,
@@ -135,16 +144,19 @@ class CheckedResolver(AbstractResolver):
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                found = await self._dns.lookup(host, port)
+                found = await self._lookup(host, port)
         except TimeoutError:
             raise socket.gaierror(socket.EAI_AGAIN, "the name server does not answer") from None
-        addresses = [info[4][0] for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
-        refused = {address: refusal_reason(address, self._allow_private) for address in addresses}
-        allowed = [address for address, reason in refused.items() if reason is None]
-        if not allowed and refused:
-            raise RefusedAddressError(str(next(iter(refused.values()))))
-        if not allowed:
+        reasons = {
+            info[4][0]: refusal_reason(info[4][0], self._allow_private)
+            for info in found
+            if info[0] in (socket.AF_INET, socket.AF_INET6)
+        }
+        if not reasons:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
+        allowed = [address for address, reason in reasons.items() if reason is None]
+        if not allowed:
+            raise RefusedAddressError(str(next(iter(reasons.values()))))
         return [
             ResolveResult(
                 hostname=host,
@@ -160,66 +172,31 @@ class CheckedResolver(AbstractResolver):
     async def close(self) -> None:
         """Do nothing: the resolver holds no resources."""
 
+    async def _lookup(self, host: str, port: int) -> list[Any]:
+        """Return what `getaddrinfo` returns, or raise its OSError."""
+        await (
+            self._free_threads.acquire()
+        )  # free again once the thread ends, even if we are cancelled
+        future: asyncio.Future[list[Any] | OSError] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=self._work, args=(future, host, port), daemon=True).start()
+        if isinstance(found := await future, OSError):
+            raise found
+        return found
 
-class DnsThreads:
-    """Call `getaddrinfo` in daemon threads.
-
-    The default executor of the event loop has few threads on a small machine, and a name server that does
-    not answer blocks each of them for many seconds. Python also waits for it when it ends, but not for these
-    threads.
-    """
-
-    THREADS = 64
-    """Largest number of threads: one for each of the default number of connections."""
-
-    def __init__(self) -> None:
-        """Start no thread before the first lookup."""
-        self._queue: queue.SimpleQueue[tuple[asyncio.Future[list[Any]], str, int] | None]
-        self._queue = queue.SimpleQueue()
-        self._threads = 0
-        self._unfinished = 0
-
-    async def lookup(self, host: str, port: int) -> list[Any]:
-        """Return what `getaddrinfo` returns.
-
-        Raises:
-            OSError: what it raises.
-        """
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._unfinished += 1  # until a thread has finished, even if the caller was cancelled
-        if self._unfinished > self._threads and self._threads < self.THREADS:
-            self._threads += 1
-            threading.Thread(target=self._work, name="lookup", daemon=True).start()
-        self._queue.put((future, host, port))
-        return await future
-
-    def close(self) -> None:
-        """Let each thread end after its lookup."""
-        for _ in range(self._threads):
-            self._queue.put(None)
-
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            future, host, port = job
-            found: list[Any] = []
-            error: OSError | None = None
-            try:
-                if not future.cancelled():
-                    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            except OSError as raised:
-                error = raised
-            except UnicodeError:  # labels that no name can have
-                error = socket.gaierror(socket.EAI_NONAME, "not a host name")
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                future.get_loop().call_soon_threadsafe(self._finish, future, found, error)
+    def _work(self, future: asyncio.Future[list[Any] | OSError], host: str, port: int) -> None:
+        found: list[Any] | OSError
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            found = error
+        except UnicodeError:  # labels that no name can have
+            found = socket.gaierror(socket.EAI_NONAME, "not a host name")
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            future.get_loop().call_soon_threadsafe(self._finish, future, found)
 
     def _finish(
-        self, future: asyncio.Future[list[Any]], found: list[Any], error: OSError | None
+        self, future: asyncio.Future[list[Any] | OSError], found: list[Any] | OSError
     ) -> None:
-        self._unfinished -= 1
-        if future.done():
-            return
-        if error is None:
+        self._free_threads.release()
+        if not future.done():  # cancelled by the time-out
             future.set_result(found)
-        else:
-            future.set_exception(error)
