@@ -88,8 +88,16 @@ SAMPLES = [
 ]
 
 
+Run = Callable[..., tuple[Path, str]]
+
+
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Path, str]]:
+def space(tmp_path: Path) -> Space:
+    return make(tmp_path / "cache")
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run_export(to: str, *arguments: str) -> tuple[Path, str]:
         at = ("--features", str(tmp_path / "cache"), "--out", str(tmp_path / "out"))
         export.main(["--to", to, *at, *arguments])
@@ -165,7 +173,7 @@ def hash_of_unique_rows(space: Space) -> str:
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("codec_name", CODECS)
 def test_exported_rows_equal_stored_rows_bit_for_bit(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, container: str, codec_name: str
+    tmp_path: Path, run: Run, to: str, container: str, codec_name: str
 ) -> None:
     space = make(tmp_path / "cache", codec_name, container)
     out, said = run(to)
@@ -179,7 +187,7 @@ def test_exported_rows_equal_stored_rows_bit_for_bit(
 @pytest.mark.parametrize("to", READ)
 @pytest.mark.parametrize("codec_name", CODECS)
 def test_unpacked_rows_equal_those_of_the_reader(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str, codec_name: str
+    tmp_path: Path, run: Run, to: str, codec_name: str
 ) -> None:
     space = make(tmp_path / "cache", codec_name)
     out, _ = run(to, "--unpack")
@@ -190,10 +198,7 @@ def test_unpacked_rows_equal_those_of_the_reader(
         np.testing.assert_array_equal(values, reader.read(array, media_key, view))
 
 
-def test_each_row_comes_with_its_facts(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    make(tmp_path / "cache")
+def test_each_row_comes_with_its_facts(space: Space, run: Run) -> None:
     out, _ = run("webdataset")
     (video,) = stream(out, "frame-*.tar")
     for view, time_s in TIMES.items():
@@ -216,7 +221,7 @@ def test_each_row_comes_with_its_facts(
 
 
 def test_a_video_stays_in_one_file(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = make_space(tmp_path / "cache")
     videos = ShardWriter(space, "frame", 0)
@@ -244,10 +249,7 @@ def unpacked(sample: dict[str, Any], number: int) -> Iterator[tuple[str, np.ndar
         yield view, codec.unpack(stored, sample["json"]["codec"], about["tokens"], 64)
 
 
-def test_a_data_set_is_exported_with_text_and_features(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    space = make(tmp_path / "cache")
+def test_a_data_set_is_exported_with_text_and_features(space: Space, run: Run) -> None:
     out, said = run("webdataset", "--dataset", "talk")
     assert "talk: 4 samples; 2 left out, whose media have no features" in said
     assert [path.name for path in sorted(out.iterdir())] == ["export.json", "talk-000000.tar"]
@@ -276,10 +278,9 @@ def test_a_data_set_is_exported_with_text_and_features(
 
 @pytest.mark.parametrize("to", ["webdataset", "safetensors"])
 def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], to: str
+    tmp_path: Path, space: Space, run: Run, to: str
 ) -> None:
     """`/2.png` gave image 2, which has features; one sample states the sha256 of image 5 for it."""
-    make(tmp_path / "cache")
     states_other = replace(
         say("other", "/2.png"), media=(MediaRef(source="/2.png", sha256=key(5)),)
     )
@@ -298,10 +299,7 @@ def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
     assert sorted(ids) == ["a.1", "b/2", "c", "same", "text"]
 
 
-def test_an_unpacked_data_set_needs_no_codec(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    space = make(tmp_path / "cache")
+def test_an_unpacked_data_set_needs_no_codec(space: Space, run: Run) -> None:
     out, _ = run("webdataset", "--dataset", "talk", "--unpack")
     reader = FeatureReader(space.paths)
     both = stream(out)[1]
@@ -311,10 +309,7 @@ def test_an_unpacked_data_set_needs_no_codec(
         np.testing.assert_array_equal(both["1.npy"][at], reader.read("frame", key(9), view))
 
 
-def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    make(tmp_path / "cache")
+def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(space: Space, run: Run) -> None:
     out, _ = run("safetensors", "--dataset", "talk")
     rows = safetensors_rows(out)
     assert {(array, media) for array, media, _ in rows} == {
@@ -348,12 +343,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     ids=["tars", "safetensors", "talk"],
 )
 def test_an_interrupted_export_is_done_again_from_the_start(
-    tmp_path: Path,
-    run: Callable[..., tuple[Path, str]],
+    space: Space,
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
 ) -> None:
-    make(tmp_path / "cache")
     out, _ = run(*arguments)
     whole = contents(out)
     assert len(whole) > 3
@@ -382,19 +376,15 @@ def test_an_interrupted_export_is_done_again_from_the_start(
 
 
 def test_an_export_killed_before_its_first_file_is_replaced(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
+    tmp_path: Path, space: Space, run: Run
 ) -> None:
-    make(tmp_path / "cache")
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "export.json.0a0b.partial").write_bytes(b"half")
     assert len(tar_rows(run("webdataset")[0])) == 10
 
 
-def test_two_exports_do_not_write_to_one_folder(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    make(tmp_path / "cache")
+def test_two_exports_do_not_write_to_one_folder(tmp_path: Path, space: Space, run: Run) -> None:
     with (
         export.empty_folder(tmp_path / "out.partial"),
         pytest.raises(UserError, match="another export is writing"),
@@ -402,8 +392,7 @@ def test_two_exports_do_not_write_to_one_folder(
         run("webdataset")
 
 
-def test_other_files_are_not_replaced(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
-    make(tmp_path / "cache")
+def test_other_files_are_not_replaced(tmp_path: Path, space: Space, run: Run) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
@@ -422,9 +411,8 @@ def test_other_files_are_not_replaced(tmp_path: Path, run: Callable[..., tuple[P
 
 
 def test_a_disk_that_is_too_small_is_reported_before_writing(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, space: Space, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path / "cache")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=SPARE_BYTES))
     with pytest.raises(UserError, match="the export needs"):
@@ -433,9 +421,8 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(
 
 
 def test_an_export_can_be_repeated_after_the_disk_was_full(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, space: Space, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = make(tmp_path / "cache")
     expected, real = hash_of_unique_rows(space), os.fsync
     for calls in range(100):
         done: list[int] = []
@@ -460,10 +447,7 @@ def test_an_export_can_be_repeated_after_the_disk_was_full(
     assert calls > 8, "the disk was full at every fsync"
 
 
-def test_a_damaged_row_is_not_exported(
-    tmp_path: Path, run: Callable[..., tuple[Path, str]]
-) -> None:
-    space = make(tmp_path / "cache")
+def test_a_damaged_row_is_not_exported(tmp_path: Path, space: Space, run: Run) -> None:
     garble(space.paths.shard("image", 1), space.info.geometry("image").row_offset(1))  # image 4
     for arguments in (("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")):
         with pytest.raises(CorruptError, match="checksum"):
@@ -471,7 +455,7 @@ def test_a_damaged_row_is_not_exported(
         assert not (tmp_path / "out").exists()
 
 
-def test_unknown_names_are_refused(tmp_path: Path, run: Callable[..., tuple[Path, str]]) -> None:
+def test_unknown_names_are_refused(tmp_path: Path, run: Run) -> None:
     with pytest.raises(NotFoundError, match="no cache at"):
         run("webdataset")
     make(tmp_path / "cache")

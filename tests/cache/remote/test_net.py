@@ -12,85 +12,40 @@ import ipaddress
 import ssl
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.remote.net import is_loopback, literal_address, refusal_reason, tls_context
 
+# kind of address -> examples
 NEVER = {
-    "169.254.169.254": "a link-local",
-    "169.254.0.1": "a link-local",
-    "0.0.0.0": "an unspecified",
-    "0.1.2.3": "a reserved",
-    "224.0.0.1": "a multicast",
-    "239.255.255.255": "a multicast",
-    "240.0.0.1": "a reserved",
-    "255.255.255.255": "a reserved",
-    "192.0.2.7": "a reserved",
-    "192.0.0.192": "a reserved",
-    "198.18.0.1": "a reserved",
-    "100.100.100.200": "a cloud metadata",
-    "168.63.129.16": "a cloud metadata",
-    "::": "an unspecified",
-    "fe80::1": "a link-local",
-    "fe80::1%lo": "a link-local",
-    "ff02::1": "a multicast",
-    "fd00:ec2::254": "a cloud metadata",
-    "::ffff:169.254.169.254": "a link-local",
-    "::ffff:0.0.0.0": "an unspecified",
-    "64:ff9b::169.254.169.254": "a link-local",
-    "64:ff9b:1::a00:1": "a reserved",
-    "2002:a9fe:a9fe::1": "a link-local",
-    "::169.254.169.254": "a reserved",
-    "2001::1": "a reserved",
-    "2001:db8::1": "a reserved",
-    "4000::1": "a reserved",
+    "a link-local": "169.254.169.254 169.254.0.1 fe80::1 fe80::1%lo ::ffff:169.254.169.254 "
+    "64:ff9b::169.254.169.254 2002:a9fe:a9fe::1",
+    "an unspecified": "0.0.0.0 :: ::ffff:0.0.0.0",
+    "a reserved": "0.1.2.3 240.0.0.1 255.255.255.255 192.0.2.7 192.0.0.192 198.18.0.1 64:ff9b:1::a00:1 "
+    "::169.254.169.254 2001::1 2001:db8::1 4000::1",
+    "a multicast": "224.0.0.1 239.255.255.255 ff02::1",
+    "a cloud metadata": "100.100.100.200 168.63.129.16 fd00:ec2::254",
 }
 ON_REQUEST = {
-    "127.0.0.1": "a loopback",
-    "127.255.255.254": "a loopback",
-    "10.0.0.1": "a private",
-    "172.16.0.1": "a private",
-    "172.31.255.255": "a private",
-    "192.168.1.1": "a private",
-    "100.64.0.1": "a private",
-    "::1": "a loopback",
-    "fc00::1": "a private",
-    "fdff::1": "a private",
-    "fec0::1": "a private",
-    "::ffff:127.0.0.1": "a loopback",
-    "::ffff:10.0.0.1": "a private",
-    "64:ff9b::10.0.0.1": "a private",
-    "2002:7f00:1::": "a loopback",
-    "2002:c0a8:101::1": "a private",
+    "a loopback": "127.0.0.1 127.255.255.254 ::1 ::ffff:127.0.0.1 2002:7f00:1::",
+    "a private": "10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 100.64.0.1 fc00::1 fdff::1 fec0::1 "
+    "::ffff:10.0.0.1 64:ff9b::10.0.0.1 2002:c0a8:101::1",
 }
 PUBLIC = (
-    "1.1.1.1",
-    "8.8.8.8",
-    "172.15.255.255",
-    "172.32.0.0",
-    "100.63.255.255",
-    "100.128.0.0",
-    "192.0.1.1",
-    "223.255.255.255",
-    "2606:4700::1111",
-    "2a00:1450::1",
-    "::ffff:8.8.8.8",
-    "64:ff9b::808:808",
-    "2002:808:808::1",
+    "1.1.1.1 8.8.8.8 172.15.255.255 172.32.0.0 100.63.255.255 100.128.0.0 192.0.1.1 "
+    "223.255.255.255 2606:4700::1111 2a00:1450::1 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1"
 )
 
 
 def test_each_address_has_its_kind() -> None:
-    for address, kind in NEVER.items():
-        assert refusal_reason(address, False) == f"{kind} address {address}"
-        assert refusal_reason(address, True) == f"{kind} address {address}"
-    for address, kind in ON_REQUEST.items():
-        assert refusal_reason(address, False) == f"{kind} address {address}"
-        assert refusal_reason(address, True) is None
-    for address in PUBLIC:
-        assert refusal_reason(address, False) is None
+    for kinds, permitted in ((NEVER, False), (ON_REQUEST, True)):
+        for kind, addresses in kinds.items():
+            for address in addresses.split():
+                reason = f"{kind} address {address}"
+                assert refusal_reason(address, False) == reason
+                assert refusal_reason(address, True) == (None if permitted else reason)
+    assert [a for a in PUBLIC.split() if refusal_reason(a, False)] == []
 
 
 @given(st.ip_addresses(), st.booleans())
@@ -116,14 +71,10 @@ def test_an_embedded_address_is_judged_as_itself(
     assert (refusal_reason(str(six_to_four), allow_private) is None) == (plain is None)
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "::1"])
-def test_loopback_hosts(host: str) -> None:
-    assert is_loopback(host)
-
-
-@pytest.mark.parametrize("host", ["localhost.example", "10.0.0.1", "1.1.1.1", "127.0.0.1.example"])
-def test_other_hosts_are_not_loopback(host: str) -> None:
-    assert not is_loopback(host)
+def test_loopback_hosts_are_known_without_a_look_up() -> None:
+    assert all(map(is_loopback, ["localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "::1"]))
+    others = ["localhost.example", "10.0.0.1", "1.1.1.1", "127.0.0.1.example"]
+    assert not any(map(is_loopback, others))
 
 
 def test_a_name_is_no_literal_address() -> None:
