@@ -98,23 +98,19 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
         UserError: the options are invalid for the source, or the rows would differ from encoded ones.
     """
     spec = source.spec
-    pools = {"image": options.pool, "frame": options.frame_pool}
-    new = {array: spec.pool(array) if given is None else given for array, given in pools.items()}
     try:
         target = replace(
             spec,
             codec=options.codec,
-            pool_image=new["image"],
-            pool_frame=new["frame"],
+            pool_image=spec.pool_image if options.pool is None else options.pool,
+            pool_frame=spec.pool_frame if options.frame_pool is None else options.frame_pool,
             container=options.format or spec.container,
         )
         target.row_bytes("image")  # raises for a width that the codec cannot divide into blocks
     except ValueError as error:
         raise UserError(f"{source.paths.name}: {error}") from None
     for array in ARRAYS:
-        if spec.pool(array) == 1 or not source.rows(array):
-            continue
-        if new[array] != spec.pool(array):
+        if spec.pool(array) not in (1, target.pool(array)) and source.rows(array):
             raise UserError(
                 f"{source.paths.name}: its {array} rows are pooled {spec.pool(array)} x {spec.pool(array)} "
                 "and rounded; pooling them again gives other values than encoding: convert a space with "
@@ -128,13 +124,13 @@ def target_spec(source: FeatureReader, options: Options) -> FeatureSpec:
     return target
 
 
-def target_load(load: Mapping[str, Any], spec: FeatureSpec, source: str) -> dict[str, Any]:
+def target_load(source: FeatureReader, spec: FeatureSpec) -> dict[str, Any]:
     """Return how to build the encoder of the new space: that of the source with another pooling."""
-    new = {**load, "converted_from": source}
-    if isinstance(load.get("encoder"), Mapping):
+    load = {**source.load, "converted_from": source.paths.name}
+    if isinstance(encoder := load.get("encoder"), Mapping):
         pools = {"pool_image": spec.pool_image, "pool_frame": spec.pool_frame}
-        new["encoder"] = {**load["encoder"], **pools}
-    return new
+        load["encoder"] = {**encoder, **pools}
+    return load
 
 
 def converter(source: FeatureSpec, target: FeatureSpec, array: str) -> Change:
@@ -214,11 +210,9 @@ def convert(root: CacheRoot, source: FeatureReader, options: Options) -> list[Co
         if options.plan:
             return []
         check_room(root.path, nbytes + rows * ROW_OVERHEAD, f"the space {spec.name}")
-        space = Space.create(root, spec, target_load(source.load, spec, source.paths.name))
-        read = {
-            array: len(found) * source.spec.row_bytes(array) for array, found in positions.items()
-        }
-        meter = Meter("convert", sum(read.values()))
+        space = Space.create(root, spec, target_load(source, spec))
+        to_read = (len(found) * source.spec.row_bytes(a) for a, found in positions.items())
+        meter = Meter("convert", sum(to_read))
         damaged = []
         for array, found in positions.items():
             change = converter(source.spec, spec, array)

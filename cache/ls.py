@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from cache.errors import CacheError
 from cache.maintenance.inventory import (
@@ -167,19 +166,16 @@ def encode_command(root: CacheRoot, reader: FeatureReader, dataset: str) -> str:
     entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
     words = ["python", "-m", "encode.run", "--dataset", _dataset_word(root, dataset)]
     words += ["--encoder", str(entry["name"]), "--codec", spec.codec]
-    words += _pool_words(spec.pool_image, spec.pool_frame, entry)
+    preset = load("encoders").get(entry["name"], {})  # its pooling needs no option
+    if preset.get("pool_image", 1) != spec.pool_image:
+        words += ["--pool", str(spec.pool_image)]
+    if preset.get("pool_frame", 3) != spec.pool_frame:
+        words += ["--frame-pool", str(spec.pool_frame)]
     if spec.container != "zarr":
         words += ["--format", spec.container]
     if reader.load.get("random_weights") and entry.get("library") == "open_clip":
         words.append("--random-weights")
     return shlex.join([*words, "--features", str(root.path)])
-
-
-def _pool_words(image: int, frame: int, entry: Mapping[str, Any]) -> list[str]:
-    """Return the pooling options, where they differ from those of encoders.yaml."""
-    preset = load("encoders").get(entry["name"], {})
-    words = ["--pool", str(image)] if preset.get("pool_image", 1) != image else []
-    return words + (["--frame-pool", str(frame)] if preset.get("pool_frame", 3) != frame else [])
 
 
 def _dataset_word(root: CacheRoot, dataset: str) -> str:

@@ -33,9 +33,7 @@ from cache.maintenance.copy_rows import (
     missing,
 )
 from cache.maintenance.merge_tables import (
-    MediaPlan,
     Samples,
-    SamplesPlan,
     append_planned_media,
     copy_samples,
     plan_media,
@@ -82,11 +80,6 @@ class SpacePlan:
     """Rows that both spaces have with different bytes, because different machines computed them."""
 
     @property
-    def total(self) -> int:
-        """All rows of the source."""
-        return sum(map(self.source.rows, ARRAYS))
-
-    @property
     def rows(self) -> int:
         """Rows to copy."""
         return sum(map(len, self.positions.values()))
@@ -96,6 +89,14 @@ class SpacePlan:
         """Stored bytes of the rows to copy."""
         size = {array: geometry.row_bytes for array, geometry in self.source.geometry.items()}
         return sum(len(rows) * size[array] for array, rows in self.positions.items())
+
+    def text(self) -> str:
+        """Return the line that is printed before anything is copied."""
+        total, size = sum(map(self.source.rows, ARRAYS)), bytes_text(self.nbytes)
+        line = f"{self.paths.name}: {self.rows:,} of {total:,} rows to copy ({size})"
+        if self.different:
+            line += f"; {self.different:,} are here with other bytes, which are kept"
+        return line
 
 
 def plan_space(source: SpacePaths, paths: SpacePaths) -> SpacePlan:
@@ -148,36 +149,6 @@ def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
     return damaged
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergePlan:
-    """What a merge copies from one other cache."""
-
-    spaces: list[SpacePlan]
-    """One for each space of the other cache."""
-    media: MediaPlan
-    """Records to add to the ledger."""
-    samples: list[SamplesPlan]
-    """One for each data set of the other cache."""
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of the rows to copy."""
-        return sum(space.nbytes for space in self.spaces)
-
-    def text(self) -> str:
-        """Return the lines that are printed before anything is copied."""
-        lines = []
-        for space in self.spaces:
-            size = bytes_text(space.nbytes)
-            line = f"space    {space.paths.name}: {space.rows:,} of {space.total:,} rows to copy ({size})"
-            if space.different:
-                line += f"; {space.different:,} are here with other bytes, which are kept"
-            lines.append(line)
-        lines.append(f"media    {self.media.text()}")
-        lines += [f"samples  {one.dataset}: {one.what}" for one in self.samples]
-        return "\n".join(lines)
-
-
 def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
     """Merge `other` into `root`; return how many of its rows were damaged.
 
@@ -194,27 +165,28 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         if not options.plan:
             for _, here in pairs:
                 locks.enter_context(DriverLock(here, holder_text("cache.merge")))
-        plan = MergePlan(
-            spaces=[plan_space(there, here) for there, here in pairs],
-            media=plan_media(root, other),
-            samples=plan_samples(root, other, options.samples),
-        )
-        print(plan.text(), flush=True)
+        spaces = [plan_space(there, here) for there, here in pairs]
+        media, samples = plan_media(root, other), plan_samples(root, other, options.samples)
+        lines = [f"space    {space.text()}" for space in spaces]
+        lines += [f"media    {media.text()}"]
+        lines += [f"samples  {one.dataset}: {one.what}" for one in samples]
+        print("\n".join(lines), flush=True)
         if options.plan:
             return 0
-        needed = plan.nbytes + ROW_OVERHEAD * sum(space.rows for space in plan.spaces)
-        check_room(root.path, needed + tables_bytes(plan.samples, plan.media, other), "the merge")
+        nbytes = sum(space.nbytes for space in spaces)
+        needed = nbytes + ROW_OVERHEAD * sum(space.rows for space in spaces)
+        check_room(root.path, needed + tables_bytes(samples, media, other), "the merge")
         # Rows first: what the ledger and the samples refer to exists when they are written.
-        meter = Meter("merge", plan.nbytes)
-        damaged = [error for space in plan.spaces for error in merge_space(space, meter)]
+        meter = Meter("merge", nbytes)
+        damaged = [error for space in spaces for error in merge_space(space, meter)]
         meter.close()
-        append_planned_media(root, plan.media)
-        copy_samples(root, other, plan.samples)
+        append_planned_media(root, media)
+        copy_samples(root, other, samples)
     if damaged:
         print(damage_text(damaged))
-    rows = sum(space.rows for space in plan.spaces) - len(damaged)
-    print(f"merged {other.path}: {rows:,} rows, {len(plan.media.table):,} media, ", end="")
-    print(f"{sum(one.copies for one in plan.samples)} data sets")
+    rows = sum(space.rows for space in spaces) - len(damaged)
+    print(f"merged {other.path}: {rows:,} rows, {len(media.table):,} media, ", end="")
+    print(f"{sum(one.copies for one in samples)} data sets")
     return len(damaged)
 
 

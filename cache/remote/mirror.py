@@ -68,11 +68,17 @@ class Mirror:
             CacheError: the listing is invalid, or the store cannot be reached.
         """
         url = self._store.url
-        if (listing := self._fetch_listing()) is not None:
-            path = self.folder / LISTING
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, listing)
-            return read_listing(path, url)
+        try:
+            listing = with_retries(
+                self._policy,
+                f"{url}/{LISTING}",
+                lambda: self._store.read_file(LISTING, MAX_LISTING_BYTES),
+            )
+            write_atomic(self.folder / LISTING, listing)
+            return read_listing(self.folder / LISTING, url)
+        except UnreachableError as error:
+            if not error.missing:
+                raise
         found = with_retries(self._policy, url, self._store.list_files)
         tables = {name: info for name, info in found.items() if is_table(name) and info.nbytes > 0}
         if not tables:
@@ -110,19 +116,6 @@ class Mirror:
             if now_copied != copied:
                 values = {name: [info.nbytes, info.tag] for name, info in now_copied.items()}
                 write_atomic(self.folder / "copied.json", json.dumps(values).encode())
-
-    def _fetch_listing(self) -> bytes | None:
-        """Return the store's `listing.json`, or None when it has none."""
-        try:
-            return with_retries(
-                self._policy,
-                f"{self._store.url}/{LISTING}",
-                lambda: self._store.read_file(LISTING, MAX_LISTING_BYTES),
-            )
-        except UnreachableError as error:
-            if not error.missing:
-                raise
-            return None
 
     # ---- local copies
 
@@ -188,33 +181,26 @@ class Mirror:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, name: str, info: FileInfo, threads: ThreadPoolExecutor | None) -> int:
-        """Copy one table, its pieces by several threads if given; return its bytes."""
-        # Not durable: a torn table fails its seal and is fetched again.
-        with new_file(self.root.path / name, durable=False) as file:
-            file.truncate(info.nbytes)
-            with mmap.mmap(file.fileno(), info.nbytes) as data, memoryview(data) as whole:
-                self._fill(name, info, whole, threads)
-        return info.nbytes
-
-    def _fill(
-        self, name: str, info: FileInfo, whole: memoryview, threads: ThreadPoolExecutor | None
-    ) -> None:
-        """Fetch one table into memory, again when it arrives damaged."""
+        """Copy one table, its pieces by several threads if given, again when it arrives damaged."""
 
         def fetch_piece(start: int) -> None:
             with whole[start : start + PIECE_BYTES] as target:
                 read_range(self._store, self._policy, name, start, target, info.nbytes)
 
-        for _ in range(self._policy.damage_tries):
-            starts = range(0, info.nbytes, PIECE_BYTES)
-            for _done in threads.map(fetch_piece, starts) if threads else map(fetch_piece, starts):
-                pass
-            if (damage := _damage(name, info, whole)) is None:
-                return
-        raise UnreachableError(
-            f"{self._store.url}/{name}: {damage}, {self._policy.damage_tries} times; it has changed since "
-            f"{LISTING} was written (there: python -m cache.share), or is damaged (python -m cache.verify)"
-        )
+        each = threads.map if threads else map
+        # Not durable: a torn table fails its seal and is fetched again.
+        with new_file(self.root.path / name, durable=False) as file:
+            file.truncate(info.nbytes)
+            with mmap.mmap(file.fileno(), info.nbytes) as data, memoryview(data) as whole:
+                for _ in range(self._policy.damage_tries):
+                    list(each(fetch_piece, range(0, info.nbytes, PIECE_BYTES)))
+                    if (damage := _damage(name, info, whole)) is None:
+                        return info.nbytes
+            raise UnreachableError(
+                f"{self._store.url}/{name}: {damage}, {self._policy.damage_tries} times; it has changed "
+                f"since {LISTING} was written (there: python -m cache.share), or is damaged "
+                "(python -m cache.verify)"
+            )
 
 
 def _damage(name: str, info: FileInfo, data: memoryview) -> str | None:

@@ -7,9 +7,8 @@ after `RetryPolicy.damage_tries` attempts an error names it.
 
 from __future__ import annotations
 
-import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +57,9 @@ class RemoteReader(FeatureReader):
             policy: limits.
             rows: the local row cache.
         """
-        super().__init__(paths, mapped=False)
+        super().__init__(paths, mapped=False, threads=policy.connections + 1)
         self._store, self._policy, self._rows = store, policy, rows
         self._stop = threading.Event()
-        self._fetch_threads: ThreadPoolExecutor | None = None
-        self._fetch_threads_pid = 0
         self._lock = threading.Lock()
         self.stats = ReadStats()
 
@@ -110,8 +107,8 @@ class RemoteReader(FeatureReader):
             for run in runs:
                 self._fetch(array, run, stop)
             return
-        pool = self._fetch_pool()
-        futures: list[Future[None]] = [pool.submit(self._fetch, array, run, stop) for run in runs]
+        pool = self._threads_here()
+        futures = [pool.submit(self._fetch, array, run, stop) for run in runs]
         try:
             for future in futures:
                 future.result()
@@ -130,10 +127,10 @@ class RemoteReader(FeatureReader):
                     self._rows.put(array, number, crc, row)
             if not bad:
                 return
-            number, place = next(iter(bad.items()))
-            for other in list(bad)[1:]:
+            number, *others = bad
+            for other in others:
                 self._fetch(array, {other: bad[other]}, stop)
-            run = {number: place}
+            run = {number: bad[number]}
         name = self._name(array, number // self.geometry[array].slots)
         raise UnreachableError(
             f"{self._store.url}/{name}: row {number} fails its checksum, {self._policy.damage_tries} times; "
@@ -167,11 +164,3 @@ class RemoteReader(FeatureReader):
     def _name(self, array: str, shard: int) -> str:
         """Return the name of a shard's file, relative to the root of the cache."""
         return self.paths.shard(array, shard).relative_to(self.path.parent.parent).as_posix()
-
-    def _fetch_pool(self) -> ThreadPoolExecutor:
-        """Return the threads that fetch runs; a forked child starts its own."""
-        with self._lock:
-            if self._fetch_threads is None or self._fetch_threads_pid != os.getpid():
-                self._fetch_threads = ThreadPoolExecutor(self._policy.connections, "remote")
-                self._fetch_threads_pid = os.getpid()
-            return self._fetch_threads
