@@ -162,7 +162,8 @@ def line_chart(
     note: str = "",
 ) -> Markup:
     """Draw lines over an axis from 0, or from 1 if it is logarithmic; `wide` over the whole page."""
-    shown = [(line, thinned(finite(line.points, positive=log_y))) for line in lines]
+    drawn = [(line, thinned(finite(line.points, positive=log_y))) for line in lines]
+    shown = [(line, points) for line, points in drawn if points]
     values = [y for _, points in shown for _, y in points]
     if not values:
         return _draw(None, title=title, wide=wide)
@@ -184,7 +185,7 @@ def line_chart(
         axis=axis,
         x_ticks=[(tick, number(tick)) for tick in x_ticks if tick <= last],
         y_ticks=[(tick, number(tick)) for tick in y_ticks],
-        shapes=[(f"line {line.style}", axes.path(points)) for line, points in shown if points],
+        shapes=[(f"line {line.style}", axes.path(points)) for line, points in shown],
         dots=[(line.style, x, y) for line, points in shown if line.dots for x, y in points],
         marks=marks,
         legend=[(line.style, line.label) for line, _ in shown if line.label],

@@ -7,7 +7,6 @@ may not import `model.media.video`, and a second decoder for files from stranger
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
 from cache.store.samples import dataset_names
-from cache.view.thumbnails import decode, read_file
+from cache.view.thumbnails import NotShownError, decode, read_file
 
 THUMBNAIL = 336
 """Longer side of an image on the page, pixels."""
@@ -72,13 +71,11 @@ def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, MediaItem]:
     rows = np.flatnonzero(wanted)
     for row, record in zip(rows.tolist(), table.take(pa.array(rows)).to_pylist(), strict=True):
         found[record["key"]].append((record, mentions.get(row, [])))
-    return {key: _item(some) for key, some in found.items()}
+    return {key: _item(some) if some else MediaItem() for key, some in found.items()}
 
 
 def _item(found: list[tuple[dict[str, Any], list[Mention]]]) -> MediaItem:
     """Join the media table's rows of one key, and what mentions each."""
-    if not found:
-        return MediaItem()
     records = [record for record, _ in found]
     mentions = [mention for _, some in found for mention in some]
     best = max(records, key=lambda record: (record["status"] == "ok", record["width"]))
@@ -105,15 +102,13 @@ def _mentions(
     for dataset in dataset_names(root):
         references = read_references(root, dataset, table)
         hits = np.flatnonzero(references.look_up(wanted, False) & ~references.mismatch)
-        alone = references.counts == 1
-        first: dict[int, int] = {}  # row -> its first sample, but rather one that shows it alone
-        samples = references.sample[hits].tolist()
-        for row, sample in zip(references.source[hits].tolist(), samples, strict=True):
-            if row not in first or (alone[sample] and not alone[first[row]]):
-                first[row] = sample
-        texts = _texts(root.samples(dataset), [n for n in first.values() if alone[n]])
-        for row, sample in first.items():
-            found.setdefault(row, []).append((dataset, texts.get(sample, {})))
+        sample = references.sample
+        alone = hits[references.counts[sample[hits]] == 1]
+        rows, at = np.unique(references.source[alone], return_index=True)
+        first = dict(zip(rows.tolist(), sample[alone[at]].tolist(), strict=True))
+        texts = _texts(root.samples(dataset), list(first.values()))
+        for row in np.unique(references.source[hits]).tolist():
+            found.setdefault(row, []).append((dataset, texts.get(first.get(row, -1), {})))
     return found
 
 
@@ -162,18 +157,12 @@ def thumbnail(
     candidates = [Path(source) for source in item.sources if source.startswith("/")]
     if keep is not None:
         candidates.append(keep / key[:2] / key)  # as encode.download.media_store names its files
-    reason = "not on this machine" if candidates else "came from the web and was not kept"
+    reason = "came from the web and was not kept"
     for path in candidates:
-        data = read_file(path)
-        if data is None:
-            continue
-        if hashlib.sha256(data).hexdigest() != key:
-            reason = "has changed since it was encoded"
-            continue
         try:
-            return _fitted(decode(data, 2 * THUMBNAIL), spec), ""
-        except Exception:  # PIL's decoders raise whatever the bytes lead them to
-            reason = "cannot be read"
+            return _fitted(decode(read_file(path, key), 2 * THUMBNAIL), spec), ""
+        except NotShownError as error:
+            reason = str(error)
     return None, reason
 
 

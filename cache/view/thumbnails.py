@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import io
-import stat
 import warnings
 from pathlib import Path
 
@@ -72,15 +73,29 @@ def data_uri(data: bytes, file_format: str) -> str:
 # ---- files
 
 
-def read_file(path: Path) -> bytes | None:
-    """Return the bytes of a file; None if it is no regular file, unreadable or too large for an image."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            return None
-        return path.read_bytes()
-    except (OSError, ValueError):  # ValueError: the path holds a NUL
-        return None
+class NotShownError(Exception):
+    """An image file cannot be shown. The message is the reason: it continues "The image ..."."""
+
+
+def read_file(path: Path, key: str | None) -> bytes:
+    """Return the bytes of an image file.
+
+    Args:
+        path: of the file.
+        key: sha256 (hex) that the file must have; None if it is not known.
+
+    Raises:
+        NotShownError: it is no regular file, unreadable, too large for an image, or has another sha256.
+    """
+    data = None
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+            data = path.read_bytes()
+    if data is None:
+        raise NotShownError("not on this machine")
+    if key is not None and hashlib.sha256(data).hexdigest() != key:
+        raise NotShownError("has changed since it was encoded")
+    return data
 
 
 def decode(data: bytes, side: int) -> Image.Image:
@@ -89,8 +104,15 @@ def decode(data: bytes, side: int) -> Image.Image:
     It may be smaller than the file's, but no side is below `side` pixels for that reason.
 
     Raises:
-        Exception: the bytes are no image of `FORMATS`; PIL's decoders raise many types.
+        NotShownError: the bytes are no image of `FORMATS`, or it is too large.
     """
+    try:
+        return _decode(data, side)
+    except Exception:  # PIL's decoders raise whatever the bytes lead them to
+        raise NotShownError("cannot be read") from None
+
+
+def _decode(data: bytes, side: int) -> Image.Image:
     Image.init()
     known = tuple(name for name in FORMATS if name in Image.OPEN)
     with (

@@ -24,7 +24,7 @@ from cache.remote.open import RemoteOptions, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.view import page
-from cache.view.charts import Line, Point, bar, finite, line_chart, smoothed
+from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs.console import bytes_text, duration_text
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
@@ -222,24 +222,22 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     steps = [line for line in lines if "loss" in line]
     half_life = max(2.0, len(steps) / 150)
 
-    def column(name: str) -> list[Point]:
-        return finite([(line["step"], line[name]) for line in steps])
-
     def line(name: str, label: str, style: str) -> Line:
-        return Line(label=label, points=column(name), style=style)
+        points = finite([(one["step"], one[name]) for one in steps])
+        return Line(label=label, points=points, style=style)
 
     def smooth(name: str, label: str) -> list[Line]:
-        points = smoothed(column(name), half_life)
-        return [line(name, "", "a thin faint"), Line(label=label, points=points, style="a")]
+        raw = line(name, "", "a thin faint")
+        return [raw, Line(label=label, points=smoothed(raw.points, half_life), style="a")]
 
-    held = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    held = [(one["step"], one["held_out_loss"]) for one in lines if "held_out_loss" in one]
     loss = [
         *smooth("loss", "training, smoothed"),
         Line(label="held out", points=held, style="b", dots=True),
     ]
     rates = [line("lr", "language model", "a"), line("connector_lr", "connector", "b dash")]
     return [
-        line_chart([one for one in loss if one.points], title="Loss", wide=True, log_y=True),
+        line_chart(loss, title="Loss", wide=True, log_y=True),
         # A frozen part has the rate 0 throughout.
         line_chart([one for one in rates if any(y for _, y in one.points)], title="Learning rate"),
         line_chart(smooth("grad_norm", "smoothed"), title="Gradient norm"),

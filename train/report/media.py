@@ -18,7 +18,7 @@ from PIL import Image
 from cache.format.frame_sampling import sample_times
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
-from cache.view.thumbnails import data_uri, decode, jpeg, read_file
+from cache.view.thumbnails import NotShownError, data_uri, decode, jpeg, read_file
 from model.media import video, video_index
 from model.media.images import BadMediaError
 
@@ -62,18 +62,14 @@ def picture(source: str, record: MediaRecord | None) -> Picture:
 
 
 def _image(path: Path, key: str | None) -> Picture:
-    data = read_file(path)
-    if data is None:
-        return Picture(absent="image not on this machine")
-    if key is not None and hashlib.sha256(data).hexdigest() != key:
-        return Picture(absent="image has changed since it was encoded")
-    file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
-    if file_format is not None and len(data) <= VERBATIM_BYTES:
-        return Picture(uris=(data_uri(data, file_format),))
     try:
+        data = read_file(path, key)
+        file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
+        if file_format is not None and len(data) <= VERBATIM_BYTES:
+            return Picture(uris=(data_uri(data, file_format),))
         return Picture(uris=(_small(decode(data, THUMBNAIL), THUMBNAIL),))
-    except Exception:  # PIL's decoders raise whatever the bytes lead them to
-        return Picture(absent="image cannot be read")
+    except NotShownError as error:
+        return Picture(absent=f"image {error}")
 
 
 def _video(path: Path, record: MediaRecord) -> Picture:
