@@ -17,6 +17,7 @@ from PIL import Image
 
 from cache.format.spec import ARRAYS
 from cache.maintenance.inventory import DatasetSummary, Failures, list_failures, summarise_datasets
+from cache.store.ledger import MediaRecord
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -206,7 +207,7 @@ def _show(
     for at, one in enumerate(chosen):
         item, image, absent = items[one.key], None, ""
         if one.array == "image":
-            image, absent = thumbnail(item, one.key, spec, keep)
+            image, absent = thumbnail(item.sources, one.key, spec, keep)
         shown.append(
             Shown(
                 number=at + 1,
@@ -214,7 +215,7 @@ def _show(
                 item=item,
                 thumbnail=image,
                 absent=absent,
-                aspect=_aspect(item, spec.fit),
+                aspect=_aspect(item.record, spec.fit),
                 colours=basis.colours(grids[at]),
                 norms=lengths[at],
                 outliers=outliers[at],
@@ -227,11 +228,11 @@ def _show(
     return tuple(shown), basis, _token_codes(tokens, basis)
 
 
-def _aspect(item: MediaItem, fit: str) -> float:
+def _aspect(record: MediaRecord | None, fit: str) -> float:
     """Return the image's own width over height if it was squashed into the square of the encoder."""
-    if fit != "squash" or not item.width or not item.height:
+    if fit != "squash" or record is None or not record.width or not record.height:
         return 1.0
-    aspect = item.width / item.height
+    aspect = record.width / record.height
     return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 

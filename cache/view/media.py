@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from cache.format.spec import FeatureSpec
-from cache.store.ledger import media_table
+from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
 from cache.store.samples import dataset_names
@@ -39,16 +39,8 @@ class MediaItem:
 
     sources: tuple[str, ...] = ()
     """Paths and URLs where it was found."""
-    width: int = 0
-    """Pixels; 0 if unknown."""
-    height: int = 0
-    """Pixels; 0 if unknown."""
-    nbytes: int = 0
-    """Size of the file."""
-    duration_s: float | None = None
-    """Length of a video, seconds."""
-    note: str | None = None
-    """What was unusual about the file."""
+    record: MediaRecord | None = None
+    """Its entry in the media table, of the source with the largest size; None if there is none."""
     datasets: tuple[str, ...] = ()
     """Data sets with samples that mention it."""
     question: str = ""
@@ -67,28 +59,20 @@ def look_up(root: CacheRoot, keys: Sequence[str]) -> dict[str, MediaItem]:
     value_set = pa.array(sorted(set(keys)), pa.string())
     wanted = np.asarray(pc.is_in(table["key"], value_set=value_set), bool)
     mentions = _mentions(root, table, wanted)
-    found: dict[str, list[tuple[dict[str, Any], list[Mention]]]] = {key: [] for key in keys}
     rows = np.flatnonzero(wanted)
-    for row, record in zip(rows.tolist(), table.take(pa.array(rows)).to_pylist(), strict=True):
-        found[record["key"]].append((record, mentions.get(row, [])))
-    return {key: _item(some) if some else MediaItem() for key, some in found.items()}
-
-
-def _item(found: list[tuple[dict[str, Any], list[Mention]]]) -> MediaItem:
-    """Join the media table's rows of one key, and what mentions each."""
-    records = [record for record, _ in found]
-    mentions = [mention for _, some in found for mention in some]
-    best = max(records, key=lambda record: (record["status"] == "ok", record["width"]))
-    return MediaItem(
-        sources=tuple(record["source"] for record in records),
-        width=best["width"],
-        height=best["height"],
-        nbytes=best["bytes"],
-        duration_s=best["duration_s"],
-        note=best["note"],
-        datasets=tuple(dict.fromkeys(dataset for dataset, _ in mentions)),
-        **next((texts for _, texts in mentions if texts), {}),
-    )
+    known = zip(rows.tolist(), table.take(pa.array(rows)).to_pylist(), strict=True)
+    records = {row: MediaRecord(**record) for row, record in known}
+    items = {}
+    for key in keys:
+        found = {row: record for row, record in records.items() if record.key == key}
+        said = [mention for row in found for mention in mentions.get(row, [])]
+        items[key] = MediaItem(
+            sources=tuple(record.source for record in found.values()),
+            record=max(found.values(), key=lambda r: (r.status == "ok", r.width), default=None),
+            datasets=tuple(dict.fromkeys(dataset for dataset, _ in said)),
+            **next((texts for _, texts in said if texts), {}),
+        )
+    return items
 
 
 def _mentions(
@@ -144,19 +128,19 @@ def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def thumbnail(
-    item: MediaItem, key: str, spec: FeatureSpec, keep: Path | None
+    sources: Sequence[str], key: str, spec: FeatureSpec, keep: Path | None
 ) -> tuple[Image.Image | None, str]:
     """Return an image as the encoder saw it, small, RGB; or None and the reason.
 
     Args:
-        item: names the paths to try.
+        sources: paths to try, and URLs, which are not.
         key: sha256 (hex) that the file must have.
         spec: says how the encoder fits an image into its square.
         keep: folder of kept downloads.
     """
-    candidates = [Path(source) for source in item.sources if source.startswith("/")]
-    if keep is not None:
-        candidates.append(keep / key[:2] / key)  # as encode.download.media_store names its files
+    # The first as encode.download.media_store names its files.
+    candidates = [keep / key[:2] / key] if keep is not None else []
+    candidates += [Path(source) for source in sources if source.startswith("/")]
     reason = "came from the web and was not kept"
     for path in candidates:
         try:

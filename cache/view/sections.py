@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cache.maintenance.inventory import codec_errors
+from cache.store.ledger import MediaRecord
 from cache.view import page, thumbnails
 from cache.view.charts import Line, Mark, Series, bar, channel_chart, histogram, line_chart, number
 from cache.view.collect import Findings, Shown
@@ -40,7 +41,13 @@ def render(found: Findings) -> str:
         facts=facts(found),
         pairs=neighbour_pairs(found),
         charts=[_norms(found), _errors(found), _directions(found)],
-        channels=_channels(found),
+        channels=channel_chart(
+            one.mean,
+            one.std,
+            title="Channels",
+            note=f"{one.constant:.0%} of the energy is the mean vector, which is equal in every token "
+            f"({one.tokens:,} tokens of {PLURALS[found.channels_array]}).",
+        ),
         top_channels=[
             (at, f"{one.mean[at]:.3g}", f"{one.std[at]:.3g}", f"{one.energy[at]:.2%}")
             for at in one.largest
@@ -115,19 +122,20 @@ def facts(found: Findings) -> list[tuple[str, str]]:
 
 def figures(one: Shown) -> list[tuple[str, str]]:
     """Return (name, value) of what is measured on an image or a video, and what the tables say of it."""
-    chosen, item, norms = one.chosen, one.item, one.norms
+    chosen, norms = one.chosen, one.norms
+    known = one.item.record or MediaRecord(source="")
     outliers = int(one.outliers.sum())
-    length = f", {item.duration_s:.1f} s" if item.duration_s is not None else ""
+    length = f", {known.duration_s:.1f} s" if known.duration_s is not None else ""
     video = f"{len(chosen.rows)} of {chosen.of} frames{length}"
     rows = {
         "view": video if chosen.array == "frame" else chosen.views[0],
-        "size": item.width and f"{item.width:,} × {item.height:,} px, {bytes_text(item.nbytes)}",
+        "size": known.width and f"{known.width:,} × {known.height:,} px, {bytes_text(known.bytes)}",
         "codec error": f"{chosen.errors.mean():.3%}",
         "norm": f"{number(float(np.median(norms)))}, max {number(float(norms.max()))}",
         "outliers": outliers and f"{outliers:,} of {norms.size:,} tokens",
         "CLS norm": ", ".join(number(norm) for norm in one.cls_norms.ravel().tolist()),
-        "data set": ", ".join(item.datasets),
-        "note": item.note,
+        "data set": ", ".join(one.item.datasets),
+        "note": known.note,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
 
@@ -209,12 +217,3 @@ def _directions(found: Findings) -> Markup:
         marks=marks,
         note=f"Of {found.basis.tokens:,} tokens on this page, without outliers.",
     )
-
-
-def _channels(found: Findings) -> Markup:
-    one = found.channels
-    note = (
-        f"{one.constant:.0%} of the energy is the mean vector, which is equal in every token "
-        f"({one.tokens:,} tokens of {PLURALS[found.channels_array]})."
-    )
-    return channel_chart(one.mean, one.std, title="Channels", note=note)

@@ -106,12 +106,8 @@ def evaluated(final: Path, options: Options) -> Evaluation:
 # ---- images and videos
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """The images and videos of one or more samples, and every question about them."""
-
-    media: tuple[Picture, ...]
-    answers: tuple[Answer, ...]
+Shown = tuple[list[Picture], list[Answer]]
+"""The images and videos of one or more samples, and every question about them."""
 
 
 def pick_media(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
@@ -130,10 +126,7 @@ def pick_media(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Sh
     chosen = [media for media in turns if media is not None][:most]
     found = find_media({source for media in chosen for source in media}, root)
     return [
-        Shown(
-            media=tuple(picture(source, found.get(source)) for source in media),
-            answers=tuple(groups[media]),
-        )
+        ([picture(source, found.get(source)) for source in media], groups[media])
         for media in chosen
     ]
 

@@ -95,6 +95,5 @@ def _video(path: Path, record: MediaRecord) -> Picture:
 
 def _small(image: Image.Image, side: int) -> str:
     """Return a JPEG whose longer side is at most `side` pixels, as a data URI."""
-    small = image.copy()
-    small.thumbnail((side, side))
-    return jpeg(small)
+    image.thumbnail((side, side))
+    return jpeg(image)

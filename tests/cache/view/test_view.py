@@ -40,7 +40,7 @@ from cache.store.writer import ShardWriter
 from cache.view import __main__ as view
 from cache.view import collect, sampling, statistics, thumbnails
 from cache.view.collect import Findings, gather
-from cache.view.media import MediaItem, thumbnail
+from cache.view.media import thumbnail
 from cache.view.sections import render
 from configs import UserError
 from model.media import images as model_images
@@ -414,10 +414,10 @@ def test_an_image_comes_from_its_path_or_from_kept_downloads(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
-    here, _ = thumbnail(MediaItem(sources=(str(path),)), name, SPEC, None)
+    here, _ = thumbnail([str(path)], name, SPEC, None)
     assert here is not None
     assert max(here.size) == 336
-    web = MediaItem(sources=("https://a.example/photo.png",))
+    web = ["https://a.example/photo.png"]
     assert thumbnail(web, name, SPEC, None) == (None, "came from the web and was not kept")
     keep = tmp_path / "kept"
     (keep / name[:2]).mkdir(parents=True)
@@ -434,17 +434,17 @@ def test_the_page_decodes_what_the_encoder_decodes() -> None:
 
 def test_a_missing_or_changed_image_is_not_shown(tmp_path: Path, photo: tuple[Path, str]) -> None:
     path, name = photo
-    item = MediaItem(sources=(str(path),))
+    sources = [str(path)]
     path.write_bytes(path.read_bytes() + b"x")
-    assert thumbnail(item, name, SPEC, None) == (None, "has changed since it was encoded")
+    assert thumbnail(sources, name, SPEC, None) == (None, "has changed since it was encoded")
     path.unlink()
-    assert thumbnail(item, name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail(sources, name, SPEC, None) == (None, "not on this machine")
     os.mkfifo(path)  # reading it would wait for ever
-    assert thumbnail(item, name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail(sources, name, SPEC, None) == (None, "not on this machine")
     odd = tmp_path / "odd"
     odd.write_bytes(b"<svg/>")
     digest = hashlib.sha256(b"<svg/>").hexdigest()
-    assert thumbnail(MediaItem(sources=("/\0", str(odd))), digest, SPEC, None) == (
+    assert thumbnail(["/\0", str(odd)], digest, SPEC, None) == (
         None,
         "cannot be read",
     )
@@ -470,7 +470,7 @@ def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, mode: 
     path.write_bytes(out.getvalue())
     spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
     name = hashlib.sha256(out.getvalue()).hexdigest()
-    shown, _ = thumbnail(MediaItem(sources=(str(path),)), name, spec, None)
+    shown, _ = thumbnail([str(path)], name, spec, None)
     assert shown is not None
     seen = fit_image(decode_image(out.getvalue()), 56, fit, spec.mean)
     small = np.asarray(shown.resize((56, 56), Image.Resampling.BICUBIC))

@@ -88,8 +88,7 @@ def test_one_sample_may_have_a_video_and_an_image(video: Path, tmp_path: Path) -
         given="no",
         correct=False,
     )
-    (shown,) = report.pick_media([asked], 5, root)
-    film, still = shown.media
+    (((film, still), _),) = report.pick_media([asked], 5, root)
     assert len(film.uris) == media.FRAMES
     assert still.uris[0].startswith("data:image/png")
     assert still.times_s == ()

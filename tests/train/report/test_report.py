@@ -125,7 +125,7 @@ def evaluation(*answers: Answer) -> Evaluation:
 def test_text_never_becomes_markup(tmp_path: Path) -> None:
     result = evaluation(answer())
     shown = report.pick_media(result.answers, 5, CacheRoot(tmp_path))
-    shown.append(report.Shown(media=(media.Picture(absent="video <b>"),), answers=()))
+    shown.append(([media.Picture(absent="video <b>")], []))
     page = Page(report.render(result, [], shown, config="a: <b>", meta=META))
     tags = {tag for tag, _ in page.tags}
     assert not {"script", "x", "een", "llm", "image"} & tags
@@ -171,8 +171,8 @@ def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
     answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
     shown = report.pick_media(answers, 4, CacheRoot(tmp_path))
-    assert [s.answers[0].sample for s in shown] == ["big/0", "small/0", "big/1", "small/1"]
-    assert [a.sample for a in shown[0].answers] == [
+    assert [about[0].sample for _, about in shown] == ["big/0", "small/0", "big/1", "small/1"]
+    assert [a.sample for a in shown[0][1]] == [
         "big/0",
         "big/again",
     ]  # all about one image together
