@@ -83,25 +83,23 @@ class Axes:
 
     def x(self, value: float) -> float:
         """Return where a value of the x axis is."""
-        share = _share(value, self.x_range, self.log_x)
-        return round(self.left + (self.right - self.left) * share, 1)
+        return _position(value, self.x_range, self.log_x, self.left, self.right)
 
     def y(self, value: float) -> float:
         """Return where a value of the y axis is."""
-        share = _share(value, self.y_range, self.log_y)
-        return round(self.bottom - (self.bottom - self.top) * share, 1)
+        return _position(value, self.y_range, self.log_y, self.bottom, self.top)
 
     def path(self, points: Iterable[Point]) -> str:
         """Return an SVG path through the points."""
         return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
 
 
-def _share(value: float, ends: tuple[float, float], log: bool) -> float:
-    """Return 0 at the lower end, 1 at the upper one."""
+def _position(value: float, ends: Point, log: bool, start: int, stop: int) -> float:
+    """Return `start` for a value at the lower end, `stop` at the upper one."""
     low, high = ends
     if log:
         value, low, high = math.log10(value), math.log10(low), math.log10(high)
-    return (value - low) / max(high - low, 1e-12)
+    return round(start + (stop - start) * (value - low) / max(high - low, 1e-12), 1)
 
 
 def histogram(

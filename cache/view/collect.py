@@ -111,9 +111,9 @@ class Findings:
     """Images before videos."""
     basis: Basis
     """Principal directions of all shown tokens: what the colours mean."""
-    token_codes: npt.NDArray[np.int8] | None
-    """(T, directions) unit vectors of all shown tokens, times 127, for the page's script to compare. None if
-    the tokens are too many for `MAX_CODE_BYTES`."""
+    token_codes: npt.NDArray[np.int8]
+    """(T, directions) unit vectors of all shown tokens, times 127, for the page's script to compare. There
+    are no directions if the tokens are too many for `MAX_CODE_BYTES`."""
     norms: dict[str, Norms]
     """Array -> its token norms, for each array that has rows."""
     channels: Channels
@@ -189,7 +189,7 @@ def _show(
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
     keep: Path | None,
-) -> tuple[tuple[Shown, ...], Basis, npt.NDArray[np.int8] | None]:
+) -> tuple[tuple[Shown, ...], Basis, npt.NDArray[np.int8]]:
     """Read the chosen rows; the basis is fitted to the tokens of all of them."""
     spec = reader.spec
     features = [sampling.read_rows(reader, one.array, one.rows) for one in chosen]
@@ -236,13 +236,10 @@ def _aspect(record: MediaRecord | None, fit: str) -> float:
     return aspect if 1 / WIDEST <= aspect <= WIDEST else 1.0
 
 
-def _token_codes(tokens: Floats, basis: Basis) -> npt.NDArray[np.int8] | None:
+def _token_codes(tokens: Floats, basis: Basis) -> npt.NDArray[np.int8]:
     count = min(MAX_DIRECTIONS, MAX_CODE_BYTES // len(tokens))
     if count < MIN_DIRECTIONS:
-        return None
-    count = min(count, len(basis.directions))
-    if not count:  # all tokens are equal
-        return None
-    vectors = basis.project(tokens, count)
+        count = 0
+    vectors = basis.project(tokens, min(count, len(basis.directions)))
     lengths = np.maximum(statistics.norms(vectors), 1e-12)[:, None]
     return (vectors / lengths * 127).round().astype(np.int8)

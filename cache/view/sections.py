@@ -62,9 +62,7 @@ def render(found: Findings) -> str:
             (group.stage, group.error, group.host, group.dataset, f"{len(group.sources):,}")
             for group in found.failures[:REASONS_SHOWN]
         ],
-        codes=""
-        if found.token_codes is None
-        else base64.b64encode(found.token_codes.tobytes()).decode(),
+        codes=base64.b64encode(found.token_codes.tobytes()).decode(),
         # What the template calls.
         thumbnails=thumbnails,
         number=number,

@@ -90,17 +90,9 @@ def evaluated(final: Path, options: Options) -> Evaluation:
         result = evaluation.read(saved)
         if result.step == read_meta(final)["step"]:
             return result
-    return evaluation.evaluate(
-        evaluation.Options(
-            run=str(final),
-            features=options.features,
-            split=options.split,
-            device=options.device,
-            mirror=options.mirror,
-            mirror_gb=options.mirror_gb,
-            allow_private=options.allow_private,
-        )
-    )
+    shared = ("features", "split", "device", "mirror", "mirror_gb", "allow_private")
+    values: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    return evaluation.evaluate(evaluation.Options(run=str(final), **values))
 
 
 # ---- images and videos
@@ -136,16 +128,16 @@ def marks(answers: Sequence[Answer], number: int) -> list[tuple[str, float, floa
 
     A `ring` is where an answer should point; a `right` or `wrong` dot is where it points.
     """
-    found = []
-    for one in answers:
-        verdict = "right" if one.correct else "wrong"
-        for style, text in (("ring", one.expected), (verdict, one.given)):
-            found += [
-                (style, min(x, 1000) / 10, min(y, 1000) / 10)
-                for image, x, y in points_in(text)
-                if image == number
-            ]
-    return found
+    return [
+        (style, min(x, 1000) / 10, min(y, 1000) / 10)
+        for one in answers
+        for style, text in (
+            ("ring", one.expected),
+            ("right" if one.correct else "wrong", one.given),
+        )
+        for image, x, y in points_in(text)
+        if image == number
+    ]
 
 
 # ---- the page
