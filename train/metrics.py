@@ -37,7 +37,7 @@ class StepTotals:
     """The totals of one optimizer step over all processes."""
 
     loss: float
-    """Weighted cross-entropy a supervised token over all samples, nats; NaN if a part of it is not finite."""
+    """Weighted cross-entropy per supervised token of all samples, nats; NaN if a part of it is not finite."""
     samples: int
     """Number of samples."""
     tokens: int

@@ -272,7 +272,7 @@ def describe(
     print(f"space     {reader.path.name}: {reader.rows('image'):,} images{frames}")
     for line in data.train.describe().splitlines():
         print(f"data      {line}")
-    print(f"schedule  {options.samples_per_step} samples a step; {data.schedule.describe()}")
+    print(f"schedule  {options.samples_per_step} samples per step; {data.schedule.describe()}")
     print(f"trees     {data.schedule.trees.describe()}")
     for name, (learns, total) in parameter_counts(forward.vlm).items():
         state = "trained" if learns else "frozen"

@@ -142,7 +142,7 @@ def tables(data: dict[str, Features], requirements: Requirements) -> None:
     for kind, x in data.items():
         train, test = x[::2], x[1::2]  # levels and means are fitted on other rows
         for bits, variants in (("8", EIGHT_BITS), ("4", FOUR_BITS)):
-            print(f"\n{kind}, {bits} bits a value{'bits':>40}{'mean':>9}{'largest':>9}")
+            print(f"\n{kind}, {bits} bits per value{'bits':>40}{'mean':>9}{'largest':>9}")
             means = {n: stored(n, v, test, train).mean() for n, v in variants.items()}
             (first, ours), *_ = means.items()
             most = variants[first].bits(*x.shape[1:])
@@ -156,7 +156,7 @@ def tables(data: dict[str, Features], requirements: Requirements) -> None:
         target = errors(test, through(test, "int4")).mean()
         bound = bound_bits(train, test, target)
         print(
-            f"\n{kind}: transform coding at int4's error needs at least {bound:.2f} bits a value "
+            f"\n{kind}: transform coding at int4's error needs at least {bound:.2f} bits per value "
             "(Gaussian bound, PCA basis of other rows)"
         )
 
@@ -353,7 +353,7 @@ def _hadamard(size: int) -> torch.Tensor:
 
 
 def bound_bits(train: Features, test: Features, error: float) -> float:
-    """Return the fewest bits a value for a relative error, if tokens are normally distributed.
+    """Return the fewest bits per value for a relative error, if tokens are normally distributed.
 
     It is reverse water-filling over the variances of `test` along the principal directions of `train`, after
     subtracting each row's mean token and scaling each token to rms 1, which are not counted.

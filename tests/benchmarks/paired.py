@@ -4,7 +4,7 @@ python -m tests.benchmarks.paired                            # 15 trainings, abo
 python -m tests.benchmarks.paired --seeds 2 --steps 100      # a rehearsal
 python -m tests.benchmarks.paired --folder FOLDER            # keeps its files, and continues from them
 
-The same drawings are encoded with each codec, in one cache, without pooling: with 36 tokens an image, int4
+The same drawings are encoded with each codec, in one cache, without pooling: with 36 tokens per image, int4
 stores a mean token as it does for real images. For every seed one model is trained on each codec, from equal
 initial weights and on equal samples in equal order; only the codec differs. Then all models answer the
 held-out questions. A difference is codec minus fp16, so a negative difference of exact match is a loss. Its
@@ -62,7 +62,7 @@ class Result:
     """The result of one trained model on the held-out questions."""
 
     loss: float
-    """Cross-entropy a supervised token, nats."""
+    """Cross-entropy per supervised token, nats."""
     mean: float
     """Exact match, mean over the question types."""
     right: dict[str, bool]

@@ -47,7 +47,7 @@ BASE = [
 
 
 def spec(**changes: object) -> FeatureSpec:
-    """Return a spec of 4 tokens of 64 values an image, stored as float16, with `changes`."""
+    """Return a spec of 4 tokens of 64 values per image, stored as float16, with `changes`."""
     return dataclasses.replace(SPEC, **{"codec": "fp16", **changes})  # type: ignore[arg-type]
 
 

@@ -99,7 +99,7 @@ class MessageTrees:
         unshared = int(self.length[self.members].sum(dtype=np.int64))
         saved = int((self.prefix * (np.diff(self.starts) - 1)).sum(dtype=np.int64))
         return (
-            f"{len(self.members):,} samples in {len(self):,} trees; {unshared - saved:,} tokens a pass "
+            f"{len(self.members):,} samples in {len(self):,} trees; {unshared - saved:,} tokens per pass "
             f"({unshared:,} if each sample stood alone); longest sample "
             f"{int(self.length[self.members].max()):,} of {self.max_tokens:,} tokens"
         )

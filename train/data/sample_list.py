@@ -77,7 +77,7 @@ class SampleList:
     kinds: npt.NDArray[np.uint8]
     """(K,) index into MEDIA_KINDS."""
     starts: Ints
-    """(K + 1,) media item k has rows[starts[k]:starts[k + 1]]: one for an image, one a frame for a video."""
+    """(K + 1,) media item k has rows[starts[k]:starts[k + 1]]: one for an image, one per frame of a video."""
     rows: Ints
     """(W,) row numbers in the space's array for the kind of the media item."""
     times: npt.NDArray[np.float64]
@@ -177,7 +177,7 @@ class SampleList:
         return replace(self, rows=rows, keys=self.keys[donor], digest="blind")
 
     def freeze(self, path: Path) -> None:
-        """Write which samples these are, one bit a sample, for `join(..., frozen=path)` on resume."""
+        """Write which samples these are, one bit per sample, for `join(..., frozen=path)` on resume."""
         arrays = {}
         for i, count in enumerate(self.counts):
             chosen = np.zeros(count.samples, dtype=bool)
@@ -199,7 +199,7 @@ def digest_of(samples: SampleList) -> str:
 
 
 def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.uint8]]:
-    """Return what `SampleList.freeze` wrote: for each data set one bit a sample.
+    """Return what `SampleList.freeze` wrote: for each data set one bit per sample.
 
     Raises:
         UserError: the file cannot be read, or is of other data sets than `names`.

@@ -10,7 +10,7 @@ quota from each stream (every sample once when the mix has no weights) and shuff
 Epochs follow each other without a gap: step s holds the trees whose first sample is at a position in
 [s * B, (s + 1) * B) of the sequence of epochs. No step depends on an earlier one, and none is cut short.
 
-B samples a step, all ranks together; N samples an epoch. A tree counts as the number of its samples.
+B samples per step, all ranks together; N samples per epoch. A tree counts as the number of its samples.
 """
 
 from __future__ import annotations

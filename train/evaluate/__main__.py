@@ -79,7 +79,7 @@ class Options(RemoteOptions):
     blind: bool = True
     """Also answer with images and videos exchanged within the split."""
     point_grid: int = 3
-    """A point is right if it is in the right cell of a grid with this many cells a side. 0: exact text."""
+    """A point is right if it is in the right cell of a grid with this many cells per side. 0: exact text."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     json: bool = False
@@ -108,7 +108,7 @@ class Evaluation:
     samples: int
     """Samples the loss was measured on."""
     loss: float
-    """Cross-entropy a supervised token, nats."""
+    """Cross-entropy per supervised token, nats."""
     blind_loss: float | None
     """Loss with exchanged images; None without blind figures, as all `blind` fields."""
     mean: float | None
@@ -210,7 +210,7 @@ def mean_loss(
     trained: TrainOptions,
     placeholders: Placeholders,
 ) -> float:
-    """Return the loss a supervised token over all samples of a list."""
+    """Return the loss per supervised token over all samples of a list."""
     trees = build_message_trees(
         samples,
         tokens,
