@@ -23,7 +23,7 @@ from encode.driver.progress import LOG_EVERY_S
 from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger
 from encode.estimate import about
-from encode.plan import Mention, make_task, spread
+from encode.plan import Mention, spread
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
@@ -100,15 +100,22 @@ def plan_downloads(
     for source, mention in media.items():
         if not is_url(source):
             continue
-        record = ledger.get(source)
-        key = (record.key if record is not None else None) or mention.sha256
-        failed_before = record is not None and record.status == "failed"
+        record = ledger.get(source) or MediaRecord(source=source)
+        failed_before = record.status == "failed"
         if failed_before and not retry_failed:
             known_failures += 1
-        elif record is not None and not failed_before and key is not None and store.has(key):
+        elif not failed_before and record.key is not None and store.has(record.key):
             kept += 1
         else:
-            tasks.append(make_task(source, mention, record))
+            tasks.append(
+                SourceTask(
+                    source=source,
+                    kind=mention.kind,
+                    attempts=record.attempts if failed_before else 0,
+                    sha256=mention.sha256,
+                    key=record.key or mention.sha256,
+                )
+            )
     return spread(tasks), kept, known_failures
 
 

@@ -185,27 +185,24 @@ class MediaLoader:
 
     def _bytes(self, records: Sequence[MediaRecord]) -> Iterator[tuple[MediaRecord, bytes | Path]]:
         """Yield the available media of `records` with their unchanged bytes, and count the others."""
-        downloads: dict[str, Future[Fetched]] = {}
-        kept = {r.source: self._kept(r) for r in records if is_url(r.source)}
-        if self._fetcher is not None:
-            for record in records:
-                if is_url(record.source) and kept[record.source] is None:
-                    downloads[record.source] = self._fetcher.submit(
-                        record.source, sha256=record.key
-                    )
-        for record in records:
-            data: bytes | Path | None
-            if not is_url(record.source):
-                data = self._file(record)
-            elif record.source in downloads:
-                data = self._downloaded(downloads[record.source])
-            elif (data := kept[record.source]) is None:
-                self.skipped[NOT_ON_DISK] += 1
+        # All downloads start before the first one is waited for.
+        found = [self._find(record) for record in records]
+        for record, data in zip(records, found, strict=True):
+            if isinstance(data, Future):
+                data = self._downloaded(data)
             if data is not None:
                 yield record, data
 
-    def _kept(self, record: MediaRecord) -> bytes | None:
-        return self._store.get(record.key or "") if self._store is not None else None
+    def _find(self, record: MediaRecord) -> bytes | Path | Future[Fetched] | None:
+        """Return the unchanged bytes, the path of a video file, or a started download; None: counted."""
+        if not is_url(record.source):
+            return self._file(record)
+        kept = self._store.get(record.key or "") if self._store is not None else None
+        if kept is None and self._fetcher is not None:
+            return self._fetcher.submit(record.source, sha256=record.key)
+        if kept is None:
+            self.skipped[NOT_ON_DISK] += 1
+        return kept
 
     def _downloaded(self, future: Future[Fetched]) -> bytes | None:
         try:

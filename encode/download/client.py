@@ -37,9 +37,9 @@ from encode.download.config import DownloadConfig
 from encode.download.host_limits import HostLimits
 from encode.download.memory_budget import MemoryBudget, Reservation
 from encode.download.outage import Outage
-from encode.download.request import Attempt, Body
+from encode.download.request import Attempt
 from encode.download.session import CheckedSockets, new_session
-from encode.download.urls import host_of, parse_url
+from encode.download.urls import parse_url
 from encode.errors import DownloadError, OverBudgetError
 from model.media.images import BadMediaError
 
@@ -52,8 +52,6 @@ class Fetched:
 
     data: bytes
     """The bytes."""
-    final_url: str
-    """URL after redirects. Its query may contain secrets, so it must not be logged."""
     seconds: float
     """Seconds from the start of the first attempt to the last byte, pauses between attempts included."""
     release: Callable[[], None] = lambda: None
@@ -179,7 +177,7 @@ class Fetcher:
         """Download `url` and resolve the future with a body, with BadMediaError, or as cancelled."""
         failure: BadMediaError | None = None
         try:
-            begun, body = await self._fetch(url, sha256, memory)
+            data, seconds = await self._fetch(url, sha256, memory)
         except asyncio.CancelledError:
             memory.release()
             future.cancel()
@@ -201,13 +199,12 @@ class Fetcher:
             release = memory.release_threadsafe
             # A consumer that drops a body without releasing it must not block the others forever.
             weakref.finalize(release, memory.release_threadsafe).atexit = False
-            seconds = time.monotonic() - begun
-            future.set_result(
-                Fetched(data=body.data, final_url=str(body.url), seconds=seconds, release=release)
-            )
+            future.set_result(Fetched(data=data, seconds=seconds, release=release))
 
-    async def _fetch(self, url: str, sha256: str | None, memory: Reservation) -> tuple[float, Body]:
-        """Return the start time of the first attempt and the body.
+    async def _fetch(
+        self, url: str, sha256: str | None, memory: Reservation
+    ) -> tuple[bytes, float]:
+        """Return the body, and the seconds since the first attempt started.
 
         Raises:
             DownloadError: the error of the last attempt that reached the host.
@@ -227,7 +224,7 @@ class Fetcher:
             await memory.acquire()
             begun = begun or time.monotonic()
             try:
-                body = await attempt.run(target)
+                data, host = await attempt.run(target)
             except OverBudgetError:
                 continue  # does not count as an attempt
             except DownloadError as error:
@@ -238,10 +235,10 @@ class Fetcher:
                     failure = error.with_traceback(None)  # the traceback keeps the body in memory
                 retryable = error.retryable
             else:
-                memory.shrink(len(body.data))
+                memory.shrink(len(data))
                 self._outage.note_answer()
-                self._hosts.succeeded(host_of(body.url))
-                return begun, body
+                self._hosts.succeeded(host)
+                return data, time.monotonic() - begun
             attempts += 1
             if not retryable or attempts >= self._hosts.tries(failure.host):
                 break

@@ -35,16 +35,6 @@ _HASH_IN_LOOP_BYTES = 1 << 20
 """Bodies below this size are hashed in the event loop; larger ones would delay other downloads."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Body:
-    """A complete body."""
-
-    data: bytes
-    """The bytes as sent, with the expected sha256."""
-    url: URL
-    """The URL that sent it, after all redirects."""
-
-
 @dataclass(kw_only=True, eq=False)
 class Attempt:
     """One attempt to download a URL."""
@@ -60,8 +50,8 @@ class Attempt:
     sha256: str | None
     """Expected sha256 of the body, hex; None: unknown."""
 
-    async def run(self, url: URL) -> Body:
-        """Download `url`.
+    async def run(self, url: URL) -> tuple[bytes, str]:
+        """Download `url`. Return its body, with the expected sha256, and the host that sent it.
 
         Raises:
             DownloadError: the attempt failed.
@@ -87,11 +77,11 @@ class Attempt:
             except DownloadError as error:
                 error.host = host
                 raise
-            if isinstance(answer, Body):
-                return answer
+            if isinstance(answer, bytes):
+                return answer, host
             url = redirect_url(url, answer)
 
-    async def _request(self, url: URL, left_s: float, prefix: str) -> Body | str:
+    async def _request(self, url: URL, left_s: float, prefix: str) -> bytes | str:
         """Return the body of `url`, or the Location of its redirect."""
         address = literal_address(url.host or "")  # a name is checked when it is resolved
         if address and (refused := refusal_reason(address, self.config.allow_private)):
@@ -108,7 +98,7 @@ class Attempt:
                 failure = _as_download_error(error, self.config, prefix)
         raise failure  # outside `except`: as its context, the error would keep the body in memory
 
-    async def _send(self, url: URL) -> Body | str:
+    async def _send(self, url: URL) -> bytes | str:
         host = host_of(url)
         close = {} if self.hosts.keeps_connection(host) else {"Connection": "close"}
         async with self.session.get(url, allow_redirects=False, headers=close) as response:
@@ -121,7 +111,7 @@ class Attempt:
                     transport.abort()  # otherwise TLS waits for the other side to close
                 raise
 
-    async def _read(self, response: aiohttp.ClientResponse, host: str) -> Body | str:
+    async def _read(self, response: aiohttp.ClientResponse, host: str) -> bytes | str:
         status = response.status
         if status in _REDIRECTS:
             location = response.headers.get("Location")
@@ -148,7 +138,7 @@ class Attempt:
             if found != self.sha256.strip().lower():
                 reason = f"sha256 is {found[:12]}..., not {self.sha256[:12]}... as recorded"
                 raise DownloadError(reason, stage="verify")
-        return Body(data=data, url=response.url)
+        return data
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
         limit = self.config.max_bytes

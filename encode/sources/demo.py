@@ -46,9 +46,8 @@ def captions(shapes: Sequence[DrawnShape]) -> list[QuestionAnswer]:
 
 def points(shapes: Sequence[DrawnShape]) -> list[QuestionAnswer]:
     """Return the number of shapes, and the coordinates of each."""
-    count = ("count", "How many shapes are there?", NUMBERS[len(shapes) - 1])
     return [
-        count,
+        ("count", "How many shapes are there?", NUMBERS[len(shapes) - 1]),
         *(("point", f"Point to the {s.name}.", s.points) for s in _unique(shapes, "name")),
     ]
 
@@ -79,6 +78,11 @@ def choose(
         if taken[candidate[0]] <= most:
             result.append(candidate)
     return result
+
+
+def _turns(question: str, answer: str, weight: float = 1.0) -> tuple[Message, Message]:
+    reply = Message(role="assistant", content=answer, weight=weight)
+    return Message(role="user", content=question), reply
 
 
 ASKED = {"demo-captions": captions, "demo-points": points, "demo-questions": questions}
@@ -146,10 +150,7 @@ class DemoDataset:
             yield Sample(
                 id=f"{number:05}-{i}",
                 dataset=self.name,
-                messages=(
-                    Message(role="user", content=question),
-                    Message(role="assistant", content=answer, weight=LOSS_WEIGHTS.get(task, 1.0)),
-                ),
+                messages=_turns(question, answer, LOSS_WEIGHTS.get(task, 1.0)),
                 media=(media,),
                 task=task,
             )
@@ -163,10 +164,7 @@ class DemoDataset:
                 shapes = shapes_in(self.world, shown[i])
                 _, question, answer = rng.choice(questions(shapes) or points(shapes))
                 question = f"In the {ORDINALS[i]} picture: {question[0].lower()}{question[1:]}"
-                turns += [
-                    Message(role="user", content=question),
-                    Message(role="assistant", content=answer),
-                ]
+                turns += _turns(question, answer)
             yield Sample(
                 id=f"{number:05}",
                 dataset=self.name,

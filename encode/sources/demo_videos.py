@@ -49,11 +49,6 @@ class Scene:
     since: int
     """First frame that shows the actor; 0 if it moves."""
 
-    @property
-    def shapes(self) -> int:
-        """Number of shapes in the last frame."""
-        return len(self.still) + 1
-
 
 def scene(world: DemoWorld, number: int) -> Scene:
     """Return what happens in video `number`."""
@@ -133,7 +128,7 @@ def questions(world: DemoWorld, number: int) -> list[QuestionAnswer]:
     moves = what.since == 0
     when, shape = ("start", what.actor) if moves and rng.random() < 0.5 else ("end", what.goal)
     return [
-        ("video-count", "How many shapes are there at the end?", NUMBERS[what.shapes - 1]),
+        ("video-count", "How many shapes are there at the end?", NUMBERS[len(what.still)]),
         ("video-what", f"What {'moves' if moves else 'appears'}?", what.actor.name),
         ("video-where", f"Where is the {what.actor.name} at the {when}?", shape.place),
     ]

@@ -47,9 +47,9 @@ SUFFIXES = frozenset(
 """Suffixes of images in a folder without metadata. A file that a line names is a video if it has one of
 VIDEO_SUFFIXES, and otherwise an image. Its real format is detected when it is decoded."""
 
-_KEYS = ("file", "files", "caption", "question", "answer", "messages", "weight")
-_TASKS = {"caption": "caption", "question": "question", "messages": "chat"}
-"""Key of a text -> task of its sample."""
+_TEXTS = ("caption", "question", "messages")
+"""Keys of texts."""
+_KEYS = ("file", "files", *_TEXTS, "answer", "weight")
 
 
 class _BadLineError(Exception):
@@ -189,7 +189,8 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
     if not isinstance(value, dict):
         raise _BadLineError(f"expected an object in braces, found {type(value).__name__}")
     files = _files(value)
-    texts = [key for key in _TASKS if key in value]
+    weight = _weight(value, "weight")
+    texts = [key for key in _TEXTS if key in value]
     if len(texts) > 1:
         raise _BadLineError(f"has {' and '.join(texts)}; use one of them per line")
     if ("question" in value) != ("answer" in value):
@@ -198,22 +199,17 @@ def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]
         _refuse_misspelt_text(value)
         if not files:
             raise _BadLineError("neither a file nor messages")
-        return files, (), _weight(value, "weight"), ""
-    (key,) = texts
-    if key == "messages":
-        messages = _conversation(value["messages"], len(files))
+        return files, (), weight, ""
+    if "messages" in value:
+        return files, _conversation(value["messages"], len(files)), weight, "chat"
+    if "question" in value:
+        asked, answer = _plain(value, "question"), _plain(value, "answer")
     else:
-        if key == "question":
-            asked, answer = _plain(value, "question"), _plain(value, "answer")
-        else:
-            is_image = media_ref(files[0] if files else "").kind == "image"
-            asked = CAPTION_PROMPT if is_image else VIDEO_PROMPT
-            answer = _plain(value, "caption")
-        messages = (
-            Message(role="user", content=IMAGE_TOKEN * len(files) + asked),
-            Message(role="assistant", content=answer),
-        )
-    return files, messages, _weight(value, "weight"), _TASKS[key]
+        is_image = media_ref(files[0] if files else "").kind == "image"
+        asked = CAPTION_PROMPT if is_image else VIDEO_PROMPT
+        answer = _plain(value, "caption")
+    user = Message(role="user", content=IMAGE_TOKEN * len(files) + asked)
+    return files, (user, Message(role="assistant", content=answer)), weight, texts[0]
 
 
 def _files(value: Mapping[str, Any]) -> list[str]:
@@ -234,9 +230,9 @@ def _files(value: Mapping[str, Any]) -> list[str]:
 def _refuse_misspelt_text(value: Mapping[str, Any]) -> None:
     """Refuse a key that is nearly one of ours: its text would be lost. Other keys are ignored."""
     for key in value:
-        likely = difflib.get_close_matches(key, (*_TASKS, "answer", "text"), n=1, cutoff=0.75)
+        likely = difflib.get_close_matches(key, (*_TEXTS, "answer", "text"), n=1, cutoff=0.75)
         if key not in _KEYS and likely:
-            raise _BadLineError(f"unknown key {key!r}; keys of texts are {', '.join(_TASKS)}")
+            raise _BadLineError(f"unknown key {key!r}; keys of texts are {', '.join(_TEXTS)}")
 
 
 def _plain(value: Mapping[str, Any], key: str) -> str:

@@ -59,10 +59,6 @@ def _is_list(type_: Any, of: Callable[[Any], bool]) -> bool:
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_)) and of(type_.value_type)
 
 
-def _is_texts(type_: Any) -> bool:
-    return _is_list(type_, _is_text)
-
-
 def _is_number(type_: Any) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
@@ -82,29 +78,22 @@ def _is_points(type_: Any) -> bool:
 _TEXT, _TEXTS, _COUNT, _POINTS = "text", "lists of text", "whole numbers", "points (x, y)"
 _TYPES: dict[str, Callable[[Any], bool]] = {
     _TEXT: _is_text,
-    _TEXTS: _is_texts,
+    _TEXTS: lambda type_: _is_list(type_, _is_text),
     _COUNT: pa.types.is_integer,
     _POINTS: _is_points,
 }
 """Name of a column type -> whether an Arrow type is accepted."""
 _BINARY = {_TEXT: pa.binary(), _TEXTS: pa.list_(pa.binary())}
 
-_POINTED = {
-    "image_url": _TEXT,
-    "image_sha256": _TEXT,
-    "points": _POINTS,
-    "count": _COUNT,
-    "label": _TEXT,
-}
-COLUMNS: dict[str, dict[str, str]] = {
-    "pixmo-cap": {"image_url": _TEXT, "caption": _TEXT, "transcripts": _TEXTS},
+_OF_COLUMN = {"transcripts": _TEXTS, "messages": _TEXTS, "points": _POINTS, "count": _COUNT}
+"""Column -> its type. Other columns are texts."""
+_POINTED = ("image_url", "image_sha256", "points", "count", "label")
+COLUMNS = {
+    "pixmo-cap": ("image_url", "caption", "transcripts"),
     "pixmo-points": _POINTED,
     "pixmo-count": _POINTED,
-    "pixmo-cap-qa": dict.fromkeys(("image_url", "question", "answer"), _TEXT)
-    | {"messages": _TEXTS},
-    "pixmo-ask-model-anything": dict.fromkeys(
-        ("image_url", "image_sha256", "question", "answer"), _TEXT
-    ),
+    "pixmo-cap-qa": ("image_url", "question", "answer", "messages"),
+    "pixmo-ask-model-anything": ("image_url", "image_sha256", "question", "answer"),
 }
 """Data set -> columns that are read. A file may have other columns."""
 OPTIONAL = frozenset({"messages"})
@@ -119,7 +108,8 @@ def _checked_columns(path: Path, name: str, schema: Any) -> list[str]:
     """
     found = {column.name: column.type for column in schema}
     columns = []
-    for column, wanted in COLUMNS[name].items():
+    for column in COLUMNS[name]:
+        wanted = _OF_COLUMN.get(column, _TEXT)
         if column not in found:
             if column in OPTIONAL:
                 continue
@@ -179,9 +169,8 @@ class PixmoDataset:
         used = False
         try:
             for path in self.files:
-                stem = path.stem
                 for number, row in enumerate(_rows(path, self.name)):
-                    for sample in self._of_row(row, f"{stem}#{number}", sizes, tally):
+                    for sample in self._of_row(row, f"{path.stem}#{number}", sizes, tally):
                         used = True
                         yield sample
             if not used:
@@ -252,9 +241,7 @@ def _rows(path: Path, name: str) -> Iterator[Row]:
 def _as_bytes(batch: Any) -> Any:
     """Return the batch with texts as bytes, so that invalid UTF-8 makes only its own row unusable."""
     fields = [
-        next(
-            (field.with_type(to) for name, to in _BINARY.items() if _TYPES[name](field.type)), field
-        )
+        field.with_type(_BINARY.get(_OF_COLUMN.get(field.name, _TEXT), field.type))
         for field in batch.schema
     ]
     return batch.cast(pa.schema(fields))

@@ -87,17 +87,14 @@ def image(row: Row) -> MediaRef:
 
 def captions(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
     """pixmo-cap: yield the caption and each transcript."""
-    try:
-        yield _question(CAPTION_PROMPT, _text(row, "caption"), task="caption")
-    except BadRowError as error:
-        yield Unusable(reason=f"left out: {error}")
-    for number, transcript in enumerate(row["transcripts"] or ()):
+    texts = [("caption", CAPTION_PROMPT, row["caption"], "")]
+    for number, text in enumerate(row["transcripts"] or ()):
+        texts.append(("transcript", TRANSCRIPT_PROMPT, text, f".t{number}"))
+    for task, prompt, text, suffix in texts:
         try:
-            text = _text({"transcript": transcript}, "transcript")
+            yield _conversation(prompt, _text({task: text}, task), task=task, suffix=suffix)
         except BadRowError as error:
             yield Unusable(reason=f"left out: {error}")
-            continue
-        yield _question(TRANSCRIPT_PROMPT, text, task="transcript", suffix=f".t{number}")
 
 
 def pointing(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
@@ -105,11 +102,10 @@ def pointing(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
     label, points = _label(row), _pairs(row["points"])
     question = f"Point to {label}."
     if points:
-        yield _question(
-            question, _html(label, points, (PERCENT, PERCENT)), task="point", weight=POINTS_WEIGHT
-        )
+        coords = _html(label, points, (PERCENT, PERCENT))
+        yield _conversation(question, coords, task="point", weight=POINTS_WEIGHT)
     elif row["count"] == 0:
-        yield _question(question, NONE, task="point")
+        yield _conversation(question, NONE, task="point")
     else:
         raise BadRowError("no points, though the count is not 0")
 
@@ -122,7 +118,7 @@ def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
     label, count = _label(row), row["count"]
     if count is None or count < 0:
         raise BadRowError("count is not a number of things")
-    alone = _question(f"How many {label} are there?", str(count), task="count")
+    alone = _conversation(f"How many {label} are there?", str(count), task="count")
     if size is None or count == 0:
         yield alone
         return
@@ -135,7 +131,7 @@ def counting(row: Row, size: Size | None) -> Iterator[Conversation | Unusable]:
         yield Unusable(reason=f"counted without its points: {error}")
         yield alone
         return
-    yield _question(
+    yield _conversation(
         f"Point to {label} and count them.",
         f"{coords} That makes {count}.",
         task="count",
@@ -151,12 +147,12 @@ def conversations(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]
         if not row.get("messages"):
             raise
         turns = _listed(row)
-    yield _chat(turns)
+    yield _conversation(*turns, task="question" if len(turns) == 2 else "chat")
 
 
 def questions(row: Row, _: Size | None) -> Iterator[Conversation | Unusable]:
     """pixmo-ask-model-anything: yield the question and its answer."""
-    yield _question(_text(row, "question"), _text(row, "answer"), task="question")
+    yield _conversation(_text(row, "question"), _text(row, "answer"), task="question")
 
 
 READERS: dict[str, Reader] = {
@@ -189,22 +185,16 @@ def _label(row: Row) -> str:
     return " ".join(_text(row, "label").split())
 
 
-def _question(
-    question: str, answer: str, *, task: str, suffix: str = "", weight: float = 1.0
+def _conversation(
+    first: str, *others: str, task: str, suffix: str = "", weight: float = 1.0
 ) -> Conversation:
-    """Return a conversation of one question and one answer."""
-    user = Message(role="user", content=IMAGE_TOKEN + question)
-    assistant = Message(role="assistant", content=answer, weight=weight)
-    return Conversation(messages=(user, assistant), task=task, suffix=suffix)
-
-
-def _chat(turns: Sequence[str]) -> Conversation:
-    """Return a conversation in which user and assistant alternate."""
+    """Return a conversation in which user and assistant alternate; `weight` is that of the answers."""
+    sides = cycle((("user", 1.0), ("assistant", weight)))
     messages = tuple(
-        Message(role=role, content=text)
-        for role, text in zip(cycle(("user", "assistant")), (IMAGE_TOKEN + turns[0], *turns[1:]))
+        Message(role=role, content=text, weight=of_role)
+        for (role, of_role), text in zip(sides, (IMAGE_TOKEN + first, *others), strict=False)
     )
-    return Conversation(messages=messages, task="question" if len(turns) == 2 else "chat")
+    return Conversation(messages=messages, task=task, suffix=suffix)
 
 
 def _tagged(question: str, answer: str) -> list[str]:

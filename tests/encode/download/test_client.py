@@ -188,7 +188,7 @@ def test_redirects_are_followed(
 ) -> None:
     got = outcome(fetcher().submit(quiet_server.url("redirect-thrice")))
     assert isinstance(got, Fetched)
-    assert got.final_url == quiet_server.url("photo-0")
+    assert got.data == quiet_server.image("photo-0")
     assert 0 < got.seconds < 10
 
 
