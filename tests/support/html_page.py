@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "img", "br", "path", "circle", "line"}
@@ -47,3 +48,16 @@ class Page(HTMLParser):
             self.scripts.append((attrs, text + data))
         elif inside != "style":
             self._text.append(data)
+
+
+def loads_nothing(html: str) -> Page:
+    """Return the page, after checking that it is one file: it refers to nothing but itself."""
+    page = Page(html)
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "video", "audio")
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert (attrs.get(name) or "#").startswith(("data:image/", "#"))
+    assert not re.search(r"url\(|@import|@font-face", html)
+    (policy,) = (attrs["content"] or "" for attrs in page.all("meta") if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    return page

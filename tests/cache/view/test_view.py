@@ -45,7 +45,7 @@ from cache.view.sections import render
 from configs import UserError
 from model.media import images as model_images
 from model.media.images import decode_image, fit_image
-from tests.support.html_page import Page
+from tests.support.html_page import Page, loads_nothing
 from tests.support.spaces import SPEC, features, key, make_space
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"
@@ -167,8 +167,7 @@ def test_the_nearest_neighbour_is_the_most_similar_other_one() -> None:
 
 
 def test_the_script_compares_tokens_by_their_cosine(tmp_path: Path) -> None:
-    space = make_space(tmp_path)
-    images(space, range(6))
+    images(make_space(tmp_path), range(6))
     found = find(tmp_path)
     codes = found.token_codes.astype(np.float64)
     rows = [sampling.read_rows(found.reader, "image", one.chosen.rows) for one in found.shown]
@@ -196,6 +195,18 @@ def test_a_ring_is_where_the_outlier_is(tmp_path: Path) -> None:
     page = Page(render(find(tmp_path)))
     ((circle, *_),) = [page.all("circle")]
     assert (circle["cx"], circle["cy"]) == ("0.5", "1.5")
+
+
+def test_the_script_has_as_many_directions_as_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(make_space(tmp_path), range(4))
+    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 9)
+    assert find(tmp_path).token_codes.shape == (16, 9)
+    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 7)
+    found = find(tmp_path)
+    assert found.token_codes.size == 0
+    assert len(Page(render(found)).scripts) == 1
 
 
 # ---- which rows
@@ -291,8 +302,7 @@ def test_pooled_grids_and_cls_tokens_are_shown_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("numbers", [[0], [0, 1]])
 def test_one_or_two_rows_give_a_page(tmp_path: Path, numbers: list[int]) -> None:
-    space = make_space(tmp_path)
-    images(space, numbers)
+    images(make_space(tmp_path), numbers)
     assert len(Page(render(find(tmp_path))).all("article")) == len(numbers)
 
 
@@ -310,13 +320,14 @@ def test_equal_tokens_give_a_page(tmp_path: Path) -> None:
 # ---- the page
 
 
-@pytest.fixture
-def hostile(tmp_path: Path) -> Path:
-    """Make a cache in which every text from outside is HOSTILE; return its folder."""
-    space = make_space(tmp_path)
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the page of a cache in which every text from outside is HOSTILE."""
+    folder = tmp_path_factory.mktemp("hostile")
+    space = make_space(folder)
     images(space, range(4))
     video(space, 9, 2)
-    root = CacheRoot(tmp_path)
+    root = CacheRoot(folder)
     sources = [f"/nowhere/{number}{HOSTILE}" for number in range(4)]
     append_media(
         root,
@@ -332,57 +343,37 @@ def hostile(tmp_path: Path) -> Path:
         ],
         "job",
     )
+    said = (
+        Message(role="user", content=f"<image>ask {HOSTILE}"),
+        Message(role="assistant", content=f"say {HOSTILE}"),
+    )
     samples = [
-        Sample(
-            id=str(n),
-            dataset="d",
-            messages=(
-                Message(role="user", content=f"<image>ask {HOSTILE}"),
-                Message(role="assistant", content=f"say {HOSTILE}"),
-            ),
-            media=(MediaRef(source=source),),
-        )
+        Sample(id=str(n), dataset="d", messages=said, media=(MediaRef(source=source),))
         for n, source in enumerate([*sources, "http://b.example/x"])
     ]
     write_samples(root, "d", samples)
-    return tmp_path
+    return render(find(folder))
 
 
-def test_text_never_becomes_markup(hostile: Path) -> None:
-    page = Page(render(find(hostile)))  # tags are balanced: nothing broke out
-    assert (
-        page.text.count(HOSTILE) >= 4 * 4 + 2
-    )  # asked, said, note, source; video's source, reason
-    assert {
-        tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)
-    } == set()
+def test_text_never_becomes_markup(hostile: str) -> None:
+    page = Page(hostile)  # tags are balanced: nothing broke out
+    # Question, answer, note and source of four images; source of a video; reason of a failure.
+    assert page.text.count(HOSTILE) >= 4 * 4 + 2
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert len(page.scripts) == 2
     assert "alert" not in "".join(text for _, text in page.scripts)
-    assert all(tag["src"].startswith("data:image/") for tag in page.all("img") if tag["src"])
 
 
-def test_the_page_loads_nothing_and_runs_one_script(hostile: Path) -> None:
-    html = render(find(hostile))
-    page = Page(html)
-    for tag, attrs in page.tags:
-        assert tag not in ("link", "iframe", "object", "embed", "base", "form", "video", "audio")
-        for name in ("src", "href", "srcset", "action", "data", "poster"):
-            value = attrs.get(name) or "#"
-            assert (
-                value.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#m"))
-                or value == "#"
-            )
-    assert not re.search(r"url\(|@import|@font-face", html)
-    (policy,) = (m["content"] or "" for m in page.all("meta") if m.get("http-equiv"))
-    assert policy.startswith("default-src 'none'; img-src data:;")
+def test_the_page_loads_nothing_and_runs_one_script(hostile: str) -> None:
+    page = loads_nothing(hostile)
     (script,) = (text for attrs, text in page.scripts if "type" not in attrs)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in policy
+    assert f"script-src &#39;sha256-{digest}&#39;" in hostile
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|https?:|innerHTML|eval\(", script)
 
 
-def test_images_have_alt_texts_and_tables_have_headers(hostile: Path) -> None:
-    page = Page(render(find(hostile)))
+def test_images_have_alt_texts_and_tables_have_headers(hostile: str) -> None:
+    page = Page(hostile)
     assert all("alt" in tag for tag in page.all("img"))
     assert all(tag.get("aria-label") for tag in page.all("svg"))
     assert all(tag.get("scope") for tag in page.all("th"))
@@ -391,10 +382,10 @@ def test_images_have_alt_texts_and_tables_have_headers(hostile: Path) -> None:
     assert {tag["href"][1:] for tag in page.all("a") if tag["href"]} <= set(names)
 
 
-def test_coverage_and_failures_are_shown(hostile: Path) -> None:
-    text = Page(render(find(hostile))).text
+def test_coverage_and_failures_are_shown(hostile: str) -> None:
+    text = Page(hostile).text
     assert "80.0%" in text  # 4 of 5 samples
-    assert re.search(r"fetch1", text)
+    assert "fetch1" in text
     assert "b.example" in text
 
 
@@ -570,16 +561,3 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptError, match="fails its checksum"):
         find(tmp_path)
-
-
-def test_the_script_has_as_many_directions_as_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images(make_space(tmp_path), range(4))
-    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 9)
-    codes = find(tmp_path).token_codes
-    assert codes.shape == (16, 9)
-    monkeypatch.setattr(collect, "MAX_CODE_BYTES", 16 * 7)
-    found = find(tmp_path)
-    assert found.token_codes.size == 0
-    assert len(Page(render(found)).scripts) == 1
