@@ -38,7 +38,7 @@ class Series(NamedTuple):
 
     label: str
     values: Values
-    """(n,) finite."""
+    """(n,) finite, n > 0."""
     style: str
 
 
@@ -106,9 +106,6 @@ def histogram(
     series: Sequence[Series], *, title: str, axis: str, marks: Sequence[Mark] = (), note: str = ""
 ) -> Markup:
     """Draw distributions over one axis, each as shares of its own values."""
-    series = [one for one in series if len(one.values)]
-    if not series:
-        return _draw(None, title=title)
     edges = bins(np.concatenate([one.values for one in series]))
     low, high = float(edges[0]), float(edges[-1])
     shares = [np.histogram(one.values, edges)[0] / len(one.values) for one in series]

@@ -33,7 +33,7 @@ def render(found: Findings) -> str:
     stages: dict[str, set[str]] = defaultdict(set)
     for group in found.failures:
         stages[group.stage].update(group.sources)
-    html = page.render(
+    return page.render(
         page.HERE / "view.html",
         title=space,
         found=found,
@@ -69,7 +69,6 @@ def render(found: Findings) -> str:
         figures=figures,
         zip=zip,
     )
-    return str(html)
 
 
 def percent(share: float) -> str:

@@ -162,7 +162,7 @@ def render(
     """
     steps = [line for line in lines if "loss" in line]  # the others report evaluations
     spent = f" in {duration_text(sum(line['step_s'] for line in steps))}" if steps else ""
-    html = page.render(
+    return page.render(
         Path(__file__).with_name("report.html"),
         title=f"{Path(result.run).name}, stage {result.stage}",
         summary=f"{meta['llm']} with a {meta['connector']} connector on {result.space} · "
@@ -187,7 +187,6 @@ def render(
         readable=readable,
         CAPTION=CAPTION,
     )
-    return str(html)
 
 
 def figures(result: Evaluation) -> list[tuple[str, str, str]]:
