@@ -130,10 +130,10 @@ def trainings(requirements: Requirements, folder: Path, root: CacheRoot) -> None
     local = train(folder, "local", str(root.path))
     print(f"local folder: first step {local.first_step_s:.1f} s, all {local.total_s:.1f} s")
     with remote_servers.WebServer(root.path) as web, remote_servers.FaultyS3() as s3:
-        aws = remote_servers.environment(s3.endpoint)
+        aws = remote_servers.environment(s3.url)
         with mock.patch.dict(os.environ, aws):
             remote_servers.upload(root.path, "s3://features/real")
-        places: dict[str, tuple[remote_servers.Counts, str]] = {
+        places: dict[str, tuple[remote_servers.LocalServer, str]] = {
             "https": (web, web.url),
             "s3": (s3, "s3://features/real"),
         }

@@ -6,8 +6,10 @@ python -m cache.convert --codec int8 --pool 2                   # in seconds, wi
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -140,16 +142,21 @@ def test_only_missing_rows_are_converted(
     assert hashes(folder).items() >= hashes(tmp_path / "encoded").items()
 
 
-def test_a_killed_conversion_continues(tmp_path: Path) -> None:
+def test_a_killed_conversion_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run keeps committed shards and ignores an uncommitted one."""
     space = make_space(tmp_path, "fp16")
     for start in range(0, 40, 4):
         fill(space, range(start, start + 4))
     root, small = CacheRoot(tmp_path), 4 * SPEC.row_bytes("image")
     Space.create(root, SPEC, {}, shard_bytes=small)
-    command = [sys.executable, "-c", DIE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    calls, real = itertools.count(1), os.pwritev
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", lambda *a: os._exit(9) if next(calls) == 13 else real(*a))
+        words = (tmp_path, "--codec", "int8")
+        process = multiprocessing.get_context("fork").Process(target=run, args=words)
+        process.start()
+        process.join()
+    assert process.exitcode == 9
     committed = FeatureReader(root.space(SPEC.name)).rows("image")
     assert committed in (4, 8)  # the second shard may have been committed meanwhile
     assert run(tmp_path, "--codec", "int8") == 0
@@ -157,22 +164,6 @@ def test_a_killed_conversion_continues(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "spaces" / SPEC.name)
     run(tmp_path, "--codec", "int8")
     assert hashes(tmp_path)[SPEC.name] == killed
-
-
-DIE = """
-import os, sys
-from cache import convert
-real, left = os.pwritev, 13
-def pwritev(*args):
-    global left
-    left -= 1
-    if not left:
-        os._exit(9)
-    return real(*args)
-os.pwritev = pwritev
-sys.argv = ["cache.convert", "--features", sys.argv[1], "--codec", "int8"]
-convert.main()
-"""
 
 
 def test_damaged_rows_are_reported_and_not_converted(

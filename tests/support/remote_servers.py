@@ -22,16 +22,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 FAILURES = ("500", "429", "reset", "short")
 
 
-class Counts:
-    """Counts of the requests to a server, and the rate at which they fail."""
+class LocalServer:
+    """A server in a thread, the rate at which its requests fail, and counts of them."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, server: Any, seed: int = 0) -> None:
         self.failure_rate = 0.0
         """Share of the requests that fail, from 0 to 1."""
         self.latency_s = 0.0
@@ -44,6 +44,21 @@ class Counts:
         """(path, Range header) of all requests."""
         self.lock = threading.Lock()
         self._random = random.Random(seed)
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
     def record(self, path: str, span: str | None) -> str | None:
         """Record a request; return how it is to fail, or None."""
@@ -88,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         world.headers.append(dict(self.headers))
         failure = world.record(path, self.headers.get("Range"))
         for prefix, act in world.acts.items():
-            if path.startswith(prefix) and act(self, path):
+            if path.startswith(prefix) and act(self, path) is not False:
                 return
         if failure == "reset":
             self.close_connection = True
@@ -145,35 +160,27 @@ class _Server(ThreadingHTTPServer):
         """Ignore that the client closed the connection."""
 
 
-Act = Callable[[Handler, str], bool]
+Act = Callable[[Handler, str], bool | None]
+"""Answers a request for a path, or returns False."""
 
 
-class WebServer(Counts):
+def first(count: int, act: Act) -> Act:
+    """Return an act that answers the first `count` requests only."""
+    left = iter(range(count))
+    return lambda handler, path: next(left, None) is not None and act(handler, path)
+
+
+class WebServer(LocalServer):
     """Serves the files of a folder, except where `acts` answers instead."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        super().__init__(seed)
+        super().__init__(_Server(("127.0.0.1", 0), Handler), seed)
+        self._server.world = self
         self.folder = folder
         self.acts: dict[str, Act] = {}
-        """Path prefix -> a function that may answer instead; it returns True when it has."""
+        """Path prefix -> what answers instead."""
         self.headers: list[dict[str, str]] = []
         """Headers of all requests."""
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._server.world = self  # type: ignore[attr-defined]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> WebServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 # ---- the hub
@@ -183,42 +190,29 @@ def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str =
     """Make a WebServer answer like the hub for one data set repository: its API, and redirects to files."""
     files = server.folder
 
-    def api(handler: Handler, path: str) -> bool:
-        rest = path.removeprefix(f"/api/datasets/{repo}").strip("/")
-        if not path.startswith(f"/api/datasets/{repo}"):
+    def api(handler: Handler, path: str) -> None:
+        start = f"/api/datasets/{repo}"
+        if not path.startswith(start):
             handler.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif rest.startswith("tree/"):
-            handler.answer(200, json.dumps(tree()).encode(), {"Content-Type": "application/json"})
-        else:
-            info = {"id": repo, "sha": commit, "siblings": [], "private": False, "tags": []}
-            handler.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        return True
+            return
+        values: Any = {"id": repo, "sha": commit, "siblings": [], "private": False, "tags": []}
+        if path.startswith(f"{start}/tree/"):
+            values = [entry(file) for file in sorted(files.rglob("*")) if file.is_file()]
+        handler.answer(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
 
-    def tree() -> list[dict[str, Any]]:
-        found = []
-        for file in sorted(files.rglob("*")):
-            if file.is_file():
-                data = file.read_bytes()
-                item: dict[str, Any] = {
-                    "type": "file",
-                    "path": file.relative_to(files).as_posix(),
-                    "size": len(data),
-                    "oid": hashlib.sha1(data).hexdigest(),
-                }
-                if file.suffix != ".json":
-                    digest = hashlib.sha256(data).hexdigest()
-                    item["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
-                found.append(item)
-        return found
+    def entry(file: Path) -> dict[str, Any]:
+        data, path = file.read_bytes(), file.relative_to(files).as_posix()
+        oid, size = hashlib.sha1(data).hexdigest(), len(data)
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 130}
+        more = {} if file.suffix == ".json" else {"lfs": lfs}
+        return {"type": "file", "path": path, "size": size, "oid": oid, **more}
 
-    def resolve(handler: Handler, path: str) -> bool:
+    def resolve(handler: Handler, path: str) -> None:
         name = path.removeprefix(f"/datasets/{repo}/resolve/{commit}/")
         handler.answer(302, b"", {"Location": f"{moved}/{name}?signature=s3cret"})
-        return True
 
-    def cdn(handler: Handler, path: str) -> bool:
+    def cdn(handler: Handler, path: str) -> None:
         handler.file(files / path.removeprefix(f"{moved}/"), path)
-        return True
 
     server.acts |= {"/api/": api, f"/datasets/{repo}/resolve/": resolve, moved: cdn}
 
@@ -226,11 +220,10 @@ def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str =
 # ---- S3
 
 
-class FaultyS3(Counts):
+class FaultyS3(LocalServer):
     """moto's S3 server with failures and counts."""
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -244,13 +237,9 @@ class FaultyS3(Counts):
                 return {**super().make_environ(), "test.socket": self.connection}
 
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Quiet)
-        self._server.daemon_threads = True  # type: ignore[attr-defined]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        server: Any = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Quiet)
+        server.daemon_threads = True
+        super().__init__(server, seed)
 
     def _app(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -271,15 +260,6 @@ class FaultyS3(Counts):
     def _broken(self, body: bytes, connection: socket.socket) -> Iterator[bytes]:
         yield body
         connection.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> FaultyS3:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def environment(endpoint: str) -> dict[str, str]:

@@ -6,12 +6,14 @@ reader.read("image", key)
 
 from __future__ import annotations
 
+import http.client
 import multiprocessing
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +31,8 @@ from cache.share import share
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
-from tests.support import remote_servers
 from tests.support.faults import garble
-from tests.support.remote_servers import WebServer
+from tests.support.remote_servers import Act, Handler, WebServer, first
 from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
 
 ROWS = 3 * SLOTS
@@ -121,9 +122,7 @@ def test_adjacent_rows_are_one_request_and_no_row_is_fetched_twice(
     assert (reader.stats.rows_fetched, reader.stats.rows_cached) == (7, 6)
 
 
-def test_only_needed_and_changed_tables_are_copied(
-    tmp_path: Path,
-) -> None:
+def test_only_needed_and_changed_tables_are_copied(tmp_path: Path) -> None:
     there = CacheRoot(tmp_path / "there")
     space = make_space(there.path)
     other = make_space(there.path, "fp16")
@@ -132,31 +131,31 @@ def test_only_needed_and_changed_tables_are_copied(
     share(there)
     names = {"int8": space.paths.name, "fp16": other.paths.name}
     with WebServer(there.path) as server:
-        remote = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
+
+        def open_space(name: str | None) -> RemoteReader:
+            options = RemoteOptions(mirror=tmp_path / "here")
+            return RemoteCache(server.url, options, POLICY).open_reader(name)
+
         with pytest.raises(CacheError, match=f"2 spaces under {server.url}/, say which: --space"):
-            remote.open_reader(None)
-        remote.open_reader(names["int8"])
+            open_space(None)
+        open_space(names["int8"])
         paths = [path for path, _ in server.requests]
         assert not any("commits" in path and names["fp16"] in path for path in paths)
 
         server.requests.clear()
-        RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY).open_reader(
-            names["int8"]
-        )
+        open_space(names["int8"])
         assert [path for path, _ in server.requests] == ["/listing.json"]
 
         fill(space, [3])
         share(there)
         server.requests.clear()
-        again = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
-        assert again.open_reader(names["int8"]).rows("image") == 3
+        assert open_space(names["int8"]).rows("image") == 3
         fetched = {path.split("/")[-1] for path, _ in server.requests}
         assert fetched == {"listing.json", "image-00000001.parquet"}
 
         space.paths.commit("image", 0).unlink()  # as cache.gc does with a replaced shard
         share(there)
-        last = RemoteCache(server.url, RemoteOptions(mirror=tmp_path / "here"), POLICY)
-        assert last.open_reader(names["int8"]).rows("image") == 1
+        assert open_space(names["int8"]).rows("image") == 1
 
 
 def test_a_damaged_local_copy_is_copied_again(server: WebServer, tmp_path: Path) -> None:
@@ -173,15 +172,10 @@ def test_a_damaged_local_copy_is_copied_again(server: WebServer, tmp_path: Path)
 def test_a_broken_body_is_continued_where_it_ended(
     server: WebServer, reader: RemoteReader, cache: CacheRoot
 ) -> None:
-    once = iter([True])
-
-    def half(handler: remote_servers.Handler, path: str) -> bool:
-        if not next(once, False):
-            return False
+    def half(handler: Handler, path: str) -> None:
         handler.file(cache.path / path.lstrip("/"), path, short=True)
-        return True
 
-    server.acts["/spaces"] = half
+    server.acts["/spaces"] = first(1, half)
     read(reader, [0])
     half_way = ROW_BYTES // 2
     assert spans(server) == [f"bytes=0-{ROW_BYTES - 1}", f"bytes={half_way}-{ROW_BYTES - 1}"]
@@ -189,24 +183,17 @@ def test_a_broken_body_is_continued_where_it_ended(
 
 
 def test_retry_after_is_obeyed_up_to_the_limit(server: WebServer, reader: RemoteReader) -> None:
-    times: list[float] = []
-
-    def busy(handler: remote_servers.Handler, _: str) -> bool:
-        times.append(time.monotonic())
-        if len(times) > 1:
-            return False
-        handler.answer(429, b"later", {"Retry-After": "31536000"})
-        return True
-
-    server.acts["/spaces"] = busy
+    wait = {"Retry-After": "31536000"}
+    server.acts["/spaces"] = first(1, lambda handler, _: handler.answer(429, b"later", wait))
+    started = time.monotonic()
     read(reader, [0])
-    assert times[1] - times[0] >= POLICY.max_retry_after_s
+    assert POLICY.max_retry_after_s <= time.monotonic() - started < 60
 
 
 def test_a_read_without_progress_ends_with_one_line(
     server: WebServer, reader: RemoteReader
 ) -> None:
-    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
+    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"")
     with pytest.raises(UnreachableError) as error:
         read(reader, [0, 5, 9])
     text = str(error.value)
@@ -214,9 +201,22 @@ def test_a_read_without_progress_ends_with_one_line(
     assert "--resume continues" in text and "\n" not in text
 
 
-def test_a_missing_file_is_not_requested_again(server: WebServer, reader: RemoteReader) -> None:
-    server.acts["/spaces"] = lambda handler, _: handler.answer(404, b"") or True
-    with pytest.raises(UnreachableError, match=r"/c/0/0/0: 404 Not Found from 127.0.0.1$"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, b""), r"/c/0/0/0: 404 Not Found from 127.0.0.1$"),
+        ((200, bytes(10_000)), "ignores Range requests"),
+        (
+            (206, bytes(ROW_BYTES), {"Content-Range": f"bytes 0-{ROW_BYTES - 1}/{10**9}"}),
+            "1,000,000,000 bytes, not the .* of its commit",
+        ),
+    ],
+)
+def test_an_answer_that_stays_wrong_is_reported_after_one_request(
+    server: WebServer, reader: RemoteReader, answer: Any, message: str
+) -> None:
+    server.acts["/spaces"] = lambda handler, _: handler.answer(*answer)
+    with pytest.raises(UnreachableError, match=message):
         read(reader, [0])
     assert len(spans(server)) == 1
 
@@ -224,58 +224,40 @@ def test_a_missing_file_is_not_requested_again(server: WebServer, reader: Remote
 def test_cancelled_reads_end_soon(server: WebServer, tmp_path: Path) -> None:
     policy = RetryPolicy(backoff_s=60, give_up_after_s=600)
     reader = RemoteCache(server.url, RemoteOptions(mirror=tmp_path), policy).open_reader(None)
-    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"") or True
-    errors: list[BaseException] = []
-
-    def wait_for_it() -> None:
-        try:
-            read(reader, [0, 5])
-        except UnreachableError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=wait_for_it)
-    thread.start()
-    while len(spans(server)) < 2:
-        time.sleep(0.005)
-    while thread.is_alive():  # both reads must be waiting first
-        reader.cancel_reads()
-        thread.join(0.02)
-    assert "was cancelled" in str(errors[0])
+    server.acts["/spaces"] = lambda handler, _: handler.answer(503, b"")
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read, reader, [0, 5])
+        while len(spans(server)) < 2:
+            time.sleep(0.005)
+        while not reading.done():  # both reads must be waiting first
+            reader.cancel_reads()
+            time.sleep(0.02)
+    with pytest.raises(UnreachableError, match="was cancelled"):
+        reading.result()
 
 
-def damaged(times: int) -> Callable[[remote_servers.Handler, str], bool]:
-    """Return an act that changes the first byte of this many answers, as a faulty proxy does."""
-    left = [times]
-    lock = threading.Lock()
-
-    def act(handler: remote_servers.Handler, path: str) -> bool:
-        with lock:
-            left[0] -= 1
-            if left[0] < 0:
-                return False
-        data = (handler.server.world.folder / path.lstrip("/")).read_bytes()
-        start, stop = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
-        body = bytes([data[start] ^ 1]) + data[start + 1 : stop + 1]
-        handler.answer(206, body, {"Content-Range": f"bytes {start}-{stop}/{len(data)}"}, path=path)
-        return True
-
-    return act
+def damaged(handler: Handler, path: str) -> None:
+    """Answer with the first byte changed, as a faulty proxy does."""
+    data = (handler.server.world.folder / path.lstrip("/")).read_bytes()
+    start, stop = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    body = bytes([data[start] ^ 1]) + data[start + 1 : stop + 1]
+    handler.answer(206, body, {"Content-Range": f"bytes {start}-{stop}/{len(data)}"}, path=path)
 
 
 def test_a_row_changed_on_the_way_is_fetched_again_alone(
     cache: CacheRoot, server: WebServer, reader: RemoteReader
 ) -> None:
-    server.acts["/spaces"] = damaged(2)
+    server.acts["/spaces"] = first(2, damaged)
     local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 2]) == read(local, [0, 1, 2])).all()
-    first = f"bytes=0-{ROW_BYTES - 1}"
-    assert spans(server) == [f"bytes=0-{2 * (ROW_BYTES + 4) + ROW_BYTES - 1}", first, first]
+    alone = f"bytes=0-{ROW_BYTES - 1}"
+    assert spans(server) == [f"bytes=0-{2 * (ROW_BYTES + 4) + ROW_BYTES - 1}", alone, alone]
 
 
 def test_a_row_damaged_at_its_source_is_named_and_not_kept(
     server: WebServer, reader: RemoteReader
 ) -> None:
-    server.acts["/spaces"] = damaged(1000)
+    server.acts["/spaces"] = damaged
     with pytest.raises(UnreachableError) as error:
         read(reader, [6])
     assert f"{reader.path.name}/features/image/c/1/0/0: row 6 fails its checksum" in str(
@@ -286,32 +268,11 @@ def test_a_row_damaged_at_its_source_is_named_and_not_kept(
     assert reader.stats.rows_cached == 0
 
 
-def test_a_server_without_ranges_is_reported(server: WebServer, reader: RemoteReader) -> None:
-    server.acts["/spaces"] = lambda handler, _: handler.answer(200, bytes(10_000)) or True
-    with pytest.raises(UnreachableError, match="ignores Range requests"):
-        read(reader, [0])
-
-
-def test_a_shard_of_another_size_is_refused(server: WebServer, reader: RemoteReader) -> None:
-    def longer(handler: remote_servers.Handler, _: str) -> bool:
-        span = {"Content-Range": f"bytes 0-{ROW_BYTES - 1}/{10**9}"}
-        handler.answer(206, bytes(ROW_BYTES), span)
-        return True
-
-    server.acts["/spaces"] = longer
-    with pytest.raises(UnreachableError, match=r"1,000,000,000 bytes, not the .* of its commit"):
-        read(reader, [0])
-
-
 # ---- redirects and addresses
 
 
-def redirect(to: str) -> Callable[[remote_servers.Handler, str], bool]:
-    def act(handler: remote_servers.Handler, path: str) -> bool:
-        handler.answer(302, b"", {"Location": to + path})
-        return True
-
-    return act
+def redirect(to: str) -> Act:
+    return lambda handler, path: handler.answer(302, b"", {"Location": to + path})
 
 
 def test_redirects_are_followed_and_the_last_one_is_remembered(
@@ -319,16 +280,14 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
 ) -> None:
     server.acts["/spaces"] = redirect("/moved")
 
-    def moved(handler: remote_servers.Handler, path: str) -> bool:
-        handler.file(server.folder / path.removeprefix("/moved/"), path)
-        return True
-
-    server.acts["/moved"] = moved
+    server.acts["/moved"] = lambda handler, path: handler.file(
+        server.folder / path.removeprefix("/moved/"), path
+    )
     read(reader, [0])
     read(reader, [2])
     assert [path.startswith("/moved") for path, _ in server.shard_requests()] == [0, 1, 1]
     # The signature expires: the first URL is requested again.
-    server.acts["/moved"] = lambda handler, _: handler.answer(403, b"") or True
+    server.acts["/moved"] = lambda handler, _: handler.answer(403, b"")
     server.acts["/spaces"] = lambda *_: False
     read(reader, [3])
 
@@ -359,10 +318,7 @@ def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) 
 
 def connect(server: WebServer) -> object:
     """Return an open connection, for stores that would refuse to connect to the loopback."""
-    import http.client
-
-    host, port = server.url.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port))
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
     connection.connect()
     return connection
 

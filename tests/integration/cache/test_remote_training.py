@@ -101,7 +101,7 @@ def test_losses_over_s3_are_the_local_ones(
     expected = used.nbytes
     with (
         remote_servers.FaultyS3() as server,
-        mock.patch.dict(os.environ, remote_servers.environment(server.endpoint)),
+        mock.patch.dict(os.environ, remote_servers.environment(server.url)),
     ):
         remote_servers.upload(cache.path, "s3://features/video")
         server.failure_rate = 0.1
