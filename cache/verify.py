@@ -52,36 +52,33 @@ def main() -> int:
     options = parse(Options, prog="python -m cache.verify", description=__doc__)
     root = CacheRoot.existing(options.features)
     meter = Meter("read", bytes_to_read(root, options.space, options.deep))
-    if options.repair:
-        return _repair(root, options, meter)
-    report = verify(
-        root, space=options.space, deep=options.deep, hashed=options.hash, progress=meter.add
-    )
-    meter.close()
-    print(_json(report) if options.json else _text(report))
-    print(meter.total_text(), file=sys.stderr)
-    return 1 if report.broken else 0
 
-
-def _repair(root: CacheRoot, options: Options, meter: Meter) -> int:
     def tell(line: str) -> None:
         meter.close()
         print(f"REPAIR: {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    repair = Repair(root, deep=options.deep, tell=tell, progress=meter.add)
-    space = find_space(root, options.space) if options.space is not None else None
-    report = repair.run(space)
+    done = None
+    if options.repair:
+        repair = Repair(root, deep=options.deep, tell=tell, progress=meter.add)
+        report = repair.run(None if options.space is None else find_space(root, options.space))
+        done = repair.done
+    else:
+        report = verify(
+            root, space=options.space, deep=options.deep, hashed=options.hash, progress=meter.add
+        )
     meter.close()
     if options.json:
-        done = {**asdict(repair.done), "datasets": sorted(repair.done.datasets)}
-        print(_json(report, repaired={**done, "spaces": sorted(repair.done.spaces)}))
+        values = {"broken": report.broken, **asdict(report)}
+        if done is not None:
+            values["repaired"] = asdict(done)
+        print(json.dumps(values, indent=2, default=sorted))  # sets become lists
     else:
-        print("\n".join([_text(report), *_after(repair.done, root)]))
+        print("\n".join([*_report_lines(report), *(_repair_lines(done, root) if done else [])]))
     print(meter.total_text(), file=sys.stderr)
     return 1 if report.broken else 0
 
 
-def _after(done: Repaired, root: CacheRoot) -> list[str]:
+def _repair_lines(done: Repaired, root: CacheRoot) -> list[str]:
     """Return the lines that sum up a repair, and name the next commands."""
     if not done.steps:
         return ["nothing to repair"]
@@ -104,11 +101,7 @@ def _after(done: Repaired, root: CacheRoot) -> list[str]:
     return lines
 
 
-def _json(report: Report, **more: object) -> str:
-    return json.dumps({"broken": report.broken, **asdict(report), **more}, indent=2)
-
-
-def _text(report: Report) -> str:
+def _report_lines(report: Report) -> list[str]:
     lines = [
         f"{'BROKEN' if finding.broken else 'note'}: {finding.path}: {finding.what}; {finding.way_out}"
         for finding in report.all_findings
@@ -122,7 +115,7 @@ def _text(report: Report) -> str:
             lines.append(f"logical hash: {space.logical_hash}")
     if not report.spaces:
         lines.append("no spaces")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

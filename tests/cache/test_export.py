@@ -47,10 +47,10 @@ TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
 
 
 def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
-    """Return a space of seven images (one stored twice) and a video of three frames, and a data set."""
+    """Return a space of seven images and a video of three frames, and a data set."""
     space = make_space(folder, codec_name, container)
     fill(space, [3, 0, 2, 1])
-    fill(space, [5, 4, 0, 6])
+    fill(space, [5, 4, 6])
     video = ShardWriter(space, "frame", 0)
     for number, (view, time_s) in enumerate(TIMES.items()):
         video.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
@@ -157,18 +157,6 @@ def logical_hash(rows: Rows) -> str:
     return whole.hexdigest()
 
 
-def hash_of_unique_rows(space: Space) -> str:
-    """Return the logical hash of a space with the rows of `make`, each stored once."""
-    clean = make_space(space.paths.root.parents[1].with_name("clean"), space.spec.codec)
-    fill(clean, range(4))
-    fill(clean, range(4, 7))
-    video = ShardWriter(clean, "frame", 0)
-    for number, view in enumerate(TIMES):
-        video.append(key(9), view, row(number, "frame", space.spec))
-    video.commit()
-    return FeatureReader(clean.paths).logical_hash()
-
-
 @pytest.mark.parametrize("to", READ)
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("codec_name", CODECS)
@@ -176,9 +164,11 @@ def test_exported_rows_equal_stored_rows_bit_for_bit(
     tmp_path: Path, run: Run, to: str, container: str, codec_name: str
 ) -> None:
     space = make(tmp_path / "cache", codec_name, container)
+    expected = FeatureReader(space.paths).logical_hash()
+    fill(space, [0])  # stored twice, exported once
     out, said = run(to)
     assert "7 image rows, 3 frame rows" in said
-    assert logical_hash(READ[to](out)) == hash_of_unique_rows(space)
+    assert logical_hash(READ[to](out)) == expected
     about = json.loads((out / "export.json").read_text())
     assert about["rows"] == {"image": 7, "frame": 3}
     assert {*about["files"], "export.json"} == {path.name for path in out.iterdir()}
@@ -246,11 +236,17 @@ def unpacked(sample: dict[str, Any], number: int) -> Iterator[tuple[str, np.ndar
     about, rows = sample["json"]["media"][number], sample[f"{number}.npy"]
     assert len(rows) == len(about["views"])
     for view, stored in zip(about["views"], rows, strict=True):
-        yield view, codec.unpack(stored, sample["json"]["codec"], about["tokens"], 64)
+        if sample["json"]["codec"] == "fp16":
+            yield view, stored  # needs no codec
+        else:
+            yield view, codec.unpack(stored, sample["json"]["codec"], about["tokens"], 64)
 
 
-def test_a_data_set_is_exported_with_text_and_features(space: Space, run: Run) -> None:
-    out, said = run("webdataset", "--dataset", "talk")
+@pytest.mark.parametrize("unpack", [(), ("--unpack",)])
+def test_a_data_set_is_exported_with_text_and_features(
+    space: Space, run: Run, unpack: tuple[str, ...]
+) -> None:
+    out, said = run("webdataset", "--dataset", "talk", *unpack)
     assert "talk: 4 samples; 2 left out, whose media have no features" in said
     assert [path.name for path in sorted(out.iterdir())] == ["export.json", "talk-000000.tar"]
     reader = FeatureReader(space.paths)
@@ -297,16 +293,6 @@ def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
         ids = [json.loads(line)["id"] for line in (out / "talk.jsonl").read_text().splitlines()]
         assert key(2) not in {name for _, name, _ in safetensors_rows(out)}
     assert sorted(ids) == ["a.1", "b/2", "c", "same", "text"]
-
-
-def test_an_unpacked_data_set_needs_no_codec(space: Space, run: Run) -> None:
-    out, _ = run("webdataset", "--dataset", "talk", "--unpack")
-    reader = FeatureReader(space.paths)
-    both = stream(out)[1]
-    assert both["0.npy"].shape == (1, 4, 64)
-    assert both["1.npy"].shape == (3, 1, 64)
-    for at, view in enumerate(TIMES):
-        np.testing.assert_array_equal(both["1.npy"][at], reader.read("frame", key(9), view))
 
 
 def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(space: Space, run: Run) -> None:
@@ -423,7 +409,7 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(
 def test_an_export_can_be_repeated_after_the_disk_was_full(
     tmp_path: Path, space: Space, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, real = hash_of_unique_rows(space), os.fsync
+    expected, real = FeatureReader(space.paths).logical_hash(), os.fsync
     for calls in range(100):
         done: list[int] = []
 

@@ -5,6 +5,7 @@ python -m cache.merge --source /mnt/other/cache --features cache
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -31,6 +32,14 @@ from tests.support.encode_jobs import draw, encode
 from tests.support.faults import garble, struck
 from tests.support.spaces import committed_rows, fill, key, make_space, row
 
+A, B = Path("a"), Path("b")
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 # ---- rows
 
 
@@ -39,8 +48,8 @@ def run(*argv: Any) -> int:
     return merge.main()
 
 
-def merge_b_into_a(tmp_path: Path, *argv: Any) -> int:
-    return run("--source", tmp_path / "b", "--features", tmp_path / "a", *argv)
+def merge_b_into_a(*argv: Any) -> int:
+    return run("--source", B, "--features", A, *argv)
 
 
 def hash_of(folder: Path) -> str:
@@ -51,22 +60,22 @@ def hash_of(folder: Path) -> str:
     return space.logical_hash
 
 
-def test_two_merged_halves_equal_one_encoding_of_the_whole(tmp_path: Path) -> None:
+def test_two_merged_halves_equal_one_encoding_of_the_whole() -> None:
     """With real images, a real encoder and an overlap, the logical hashes are equal."""
-    images = draw(tmp_path / "photos", 9)
+    one, whole = Path("one"), Path("all")
+    images = draw(Path("photos"), 9)
     for name, part in (("left", images[:6]), ("right", images[4:])):
-        (tmp_path / name).mkdir()
+        Path(name).mkdir()
         for path in part:
-            shutil.copy(path, tmp_path / name)
+            shutil.copy(path, name)
     few = replace(encode_jobs.CONFIG, commit_every_s=1e9)
-    encode(tmp_path / "all", f"folder:{tmp_path / 'photos'}", config=few)
-    encode(tmp_path / "a", f"folder:{tmp_path / 'left'}")
-    encode(tmp_path / "b", f"folder:{tmp_path / 'right'}", config=few)
-    assert run("--source", tmp_path / "a", tmp_path / "b", "--features", tmp_path / "one") == 0
-    assert hash_of(tmp_path / "one") == hash_of(tmp_path / "all")
-    root = CacheRoot(tmp_path / "one")
-    assert dataset_names(root) == ["left", "right"]
-    again = encode(tmp_path / "one", f"folder:{tmp_path / 'left'}", f"folder:{tmp_path / 'right'}")
+    encode(whole, "folder:photos", config=few)
+    encode(A, "folder:left")
+    encode(B, "folder:right", config=few)
+    assert run("--source", A, B, "--features", one) == 0
+    assert hash_of(one) == hash_of(whole)
+    assert dataset_names(CacheRoot(one)) == ["left", "right"]
+    again = encode(one, "folder:left", "folder:right")
     assert not again.plan.todo and again.plan.reused == 11
 
 
@@ -87,54 +96,54 @@ def add_video(space: Space, number: int, frames: int) -> None:
     shard.commit()
 
 
-def test_rows_keep_bytes_times_and_errors_and_are_stored_once(tmp_path: Path) -> None:
-    ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
+def test_rows_keep_bytes_times_and_errors_and_are_stored_once() -> None:
+    ours, theirs = make_space(A), make_space(B)
     fill(ours, [1, 2, 3])
     fill(theirs, [3, 4])
     fill(theirs, [5, 1, 6])
     add_video(ours, 20, 3)
     add_video(theirs, 21, 4)
     add_video(theirs, 20, 5)
-    expected = {array: columns(tmp_path / "b", array) for array in ("image", "frame")}
+    expected = {array: columns(B, array) for array in ("image", "frame")}
     for array, rows in expected.items():
-        rows.update(columns(tmp_path / "a", array))
-    assert merge_b_into_a(tmp_path) == 0
+        rows.update(columns(A, array))
+    assert merge_b_into_a() == 0
     for array, rows in expected.items():
-        assert columns(tmp_path / "a", array) == rows
-    hash_of(tmp_path / "a")  # reads every row, and reports rows that are stored twice
-    reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
+        assert columns(A, array) == rows
+    hash_of(A)  # reads every row, and reports rows that are stored twice
+    reader = FeatureReader(find_space(CacheRoot(A), None))
     assert reader.read("image", key(6)).shape == (4, 64)
     assert len(set(reader.index["frame"].shards.tolist())) <= 3
 
 
-def test_the_frames_of_a_video_stay_adjacent_in_one_shard(tmp_path: Path) -> None:
-    make_space(tmp_path / "a")
-    theirs = make_space(tmp_path / "b")
+def test_the_frames_of_a_video_stay_adjacent_in_one_shard() -> None:
+    make_space(A)
+    theirs = make_space(B)
     for number in (20, 21, 22):
         add_video(theirs, number, 10)
     assert theirs.rows_per_shard("frame") == 16
-    merge_b_into_a(tmp_path)
-    reader = FeatureReader(find_space(CacheRoot(tmp_path / "a"), None))
+    merge_b_into_a()
+    reader = FeatureReader(find_space(CacheRoot(A), None))
     views = [time_view(at * 500_000) for at in range(10)]
     for number in (20, 21, 22):
         rows = reader.lookup_pairs("frame", [key(number)] * 10, views)
         assert (rows == rows[0] + range(10)).all() and rows[0] // 16 == rows[-1] // 16
 
 
-def test_a_second_merge_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fill(make_space(tmp_path / "a"), [1])
-    fill(make_space(tmp_path / "b"), [2])
-    for root in (tmp_path / "a", tmp_path / "b"):
+def test_a_second_merge_copies_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    fill(make_space(A), [1])
+    fill(make_space(B), [2])
+    for root in (A, B):
         append_media(CacheRoot(root), [MediaRecord(source=root.name, key=key(1))], "job")
         gone = MediaRecord(source="x", status="failed", stage="fetch", error=root.name)
         append_media(CacheRoot(root), [gone], "job")
         write_samples(CacheRoot(root), "d", [Sample(id="1", dataset="d", messages=())])
-    merge_b_into_a(tmp_path)
-    files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
+    merge_b_into_a()
+    files = sorted(path for path in A.rglob("*") if "lock" not in str(path))
     before = {path: path.stat().st_mtime_ns for path in files if path.is_file()}
     capsys.readouterr()
-    assert merge_b_into_a(tmp_path) == 0
-    files = sorted(path for path in (tmp_path / "a").rglob("*") if "lock" not in str(path))
+    assert merge_b_into_a() == 0
+    files = sorted(path for path in A.rglob("*") if "lock" not in str(path))
     assert {path: path.stat().st_mtime_ns for path in files if path.is_file()} == before
     out = capsys.readouterr().out
     assert "0 of 1 rows to copy (0 B)" in out
@@ -142,55 +151,51 @@ def test_a_second_merge_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     assert out.endswith("0 rows, 0 media, 0 data sets\n")
 
 
-def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fill(make_space(tmp_path / "b"), [2])
-    assert merge_b_into_a(tmp_path, "--plan") == 0
+def test_a_plan_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    fill(make_space(B), [2])
+    assert merge_b_into_a("--plan") == 0
     assert "1 of 1 rows to copy (264 B)" in capsys.readouterr().out
-    assert not (tmp_path / "a").exists()
+    assert not A.exists()
 
 
 def test_the_shard_size_may_differ(tmp_path: Path) -> None:
-    fill(make_space(tmp_path / "a"), [1])
+    fill(make_space(A), [1])
     made = make_space(tmp_path / "x")
-    other = Space.create(
-        CacheRoot(tmp_path / "b"), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("image")
-    )
+    other = Space.create(CacheRoot(B), made.spec, {}, shard_bytes=16 * made.spec.row_bytes("image"))
     fill(other, range(10, 23))
-    merge_b_into_a(tmp_path)
-    assert len(columns(tmp_path / "a", "image")) == 14
-    hash_of(tmp_path / "a")
+    merge_b_into_a()
+    assert len(columns(A, "image")) == 14
+    hash_of(A)
 
 
-def test_damaged_rows_are_reported_and_not_copied(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fill(make_space(tmp_path / "a"), [1])
-    theirs = make_space(tmp_path / "b")
+def test_damaged_rows_are_reported_and_not_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    fill(make_space(A), [1])
+    theirs = make_space(B)
     fill(theirs, [2, 3, 4])
     damage = theirs.paths.shard("image", 0), theirs.info.geometry("image").row_offset(1)
     garble(*damage)
-    assert merge_b_into_a(tmp_path) == 1
+    assert merge_b_into_a() == 1
     out = capsys.readouterr().out
     assert "1 damaged rows were not copied" in out and "row 1 fails its checksum" in out
-    assert set(columns(tmp_path / "a", "image")) == {(key(n), "full") for n in (1, 2, 4)}
-    hash_of(tmp_path / "a")
+    assert set(columns(A, "image")) == {(key(n), "full") for n in (1, 2, 4)}
+    hash_of(A)
     garble(*damage)  # a second time restores the bytes
-    assert merge_b_into_a(tmp_path) == 0
-    assert (key(3), "full") in columns(tmp_path / "a", "image")
+    assert merge_b_into_a() == 0
+    assert (key(3), "full") in columns(A, "image")
 
 
 def test_rows_that_differ_between_machines_keep_the_local_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ours, theirs = make_space(tmp_path / "a"), make_space(tmp_path / "b")
+    ours, theirs = make_space(A), make_space(B)
     fill(ours, [1, 2])
     shard = ShardWriter(theirs, "image", 0)
     shard.append(key(1), "full", row(7))
     shard.commit()
-    before = columns(tmp_path / "a", "image")
-    merge_b_into_a(tmp_path)
+    before = columns(A, "image")
+    merge_b_into_a()
     assert "1 are here with other bytes, which are kept" in capsys.readouterr().out
-    assert columns(tmp_path / "a", "image") == before
+    assert columns(A, "image") == before
 
 
 # ---- interrupted
@@ -199,11 +204,11 @@ def test_rows_that_differ_between_machines_keep_the_local_bytes(
 @pytest.mark.slow
 def test_a_merge_killed_at_any_system_call_can_be_repeated(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "cache"), [1, 2])
-    theirs = make_space(tmp_path / "b")
+    theirs = make_space(B)
     fill(theirs, [2, 3, 4, 5])
     fill(theirs, [6])
-    append_media(CacheRoot(tmp_path / "b"), [MediaRecord(source="s", key=key(3))], "job")
-    write_samples(CacheRoot(tmp_path / "b"), "d", [Sample(id="1", dataset="d", messages=())])
+    append_media(CacheRoot(B), [MediaRecord(source="s", key=key(3))], "job")
+    write_samples(CacheRoot(B), "d", [Sample(id="1", dataset="d", messages=())])
     shutil.copytree(tmp_path / "cache", tmp_path / "whole")
     faults.merge_other(CacheRoot(tmp_path / "whole"), [])
     wanted = hash_of(tmp_path / "whole")
@@ -223,15 +228,13 @@ def test_a_merge_killed_at_any_system_call_can_be_repeated(tmp_path: Path) -> No
 # ---- media
 
 
-def merged_media(
-    tmp_path: Path, ours: list[MediaRecord], theirs: list[MediaRecord]
-) -> dict[str, MediaRecord]:
-    for name, records in (("a", ours), ("b", theirs)):
-        make_space(tmp_path / name)
+def merged_media(ours: list[MediaRecord], theirs: list[MediaRecord]) -> dict[str, MediaRecord]:
+    for folder, records in ((A, ours), (B, theirs)):
+        make_space(folder)
         for record in records:
-            append_media(CacheRoot(tmp_path / name), [record], "job")
-    merge_b_into_a(tmp_path)
-    return read_media(CacheRoot(tmp_path / "a"))
+            append_media(CacheRoot(folder), [record], "job")
+    merge_b_into_a()
+    return read_media(CacheRoot(A))
 
 
 def ok(source: str, number: int, **more: Any) -> MediaRecord:
@@ -242,49 +245,45 @@ def bad(source: str, error: str, **more: Any) -> MediaRecord:
     return MediaRecord(source=source, status="failed", stage="fetch", error=error, **more)
 
 
-def test_a_success_replaces_a_failure_and_never_the_reverse(tmp_path: Path) -> None:
+def test_a_success_replaces_a_failure_and_never_the_reverse() -> None:
     ours = [ok("both", 1, width=3), bad("revived", "404"), ok("kept", 2), bad("newer", "old")]
     theirs = [ok("both", 1, width=4), ok("revived", 5), bad("kept", "gone"), ok("new", 6)]
-    merged = merged_media(tmp_path, ours, [*theirs, bad("newer", "new")])
+    append_media(CacheRoot(B), [bad("older", "old")], "job")
+    merged = merged_media([*ours, bad("older", "new")], [*theirs, bad("newer", "new")])
     assert merged["both"].width == 3
     assert (merged["revived"].status, merged["revived"].key) == ("ok", key(5))
     assert (merged["kept"].status, merged["kept"].key) == ("ok", key(2))
     assert merged["new"] == ok("new", 6)
-    assert merged["newer"].error == "new"
+    assert merged["newer"].error == merged["older"].error == "new"
 
 
-def test_an_older_failure_does_not_replace_a_newer_one(tmp_path: Path) -> None:
-    append_media(CacheRoot(tmp_path / "b"), [bad("s", "old")], "job")
-    assert merged_media(tmp_path, [bad("s", "new")], [])["s"].error == "new"
-
-
-def test_merging_in_both_directions_repeatedly_adds_nothing(tmp_path: Path) -> None:
-    merged_media(tmp_path, [bad("s", "ours"), ok("t", 1)], [bad("s", "theirs"), bad("t", "404")])
-    for source, target in (("a", "b"), ("b", "a"), ("a", "b")):
-        run("--source", tmp_path / source, "--features", tmp_path / target)
-        parts = {name: len(list((tmp_path / name / "media").iterdir())) for name in "ab"}
-        assert parts == {"a": 3, "b": 3}
-    tables = [read_media(CacheRoot(tmp_path / name)) for name in "ab"]
+def test_merging_in_both_directions_repeatedly_adds_nothing() -> None:
+    merged_media([bad("s", "ours"), ok("t", 1)], [bad("s", "theirs"), bad("t", "404")])
+    for source, target in ((A, B), (B, A), (A, B)):
+        run("--source", source, "--features", target)
+        assert [len(list((folder / "media").iterdir())) for folder in (A, B)] == [3, 3]
+    tables = [read_media(CacheRoot(folder)) for folder in (A, B)]
     assert tables[0] == tables[1]
     assert (tables[0]["s"].error, tables[0]["t"].status) == ("theirs", "ok")
 
 
-def test_other_bytes_of_one_source_are_reported_and_the_local_record_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_source_with_other_bytes_is_reported_and_keeps_its_record(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     url = "https://a.example/1.jpg"
-    merged = merged_media(tmp_path, [ok(url, 1)], [ok(url, 2)])
+    merged = merged_media([ok(url, 1)], [ok(url, 2)])
     assert merged[url].key == key(1)
     out = capsys.readouterr().out
     assert "1 gave other bytes there: the records here are kept" in out
     assert f"{url}: {key(1)[:12]}... here, {key(2)[:12]}... there" in out
 
 
-def test_a_failed_source_keeps_its_key_when_the_other_has_other_bytes(tmp_path: Path) -> None:
-    merged = merged_media(tmp_path, [ok("s", 1), bad("s", "404")], [ok("s", 2)])
+def test_a_failed_source_keeps_its_key_when_the_other_has_other_bytes() -> None:
+    merged = merged_media([ok("s", 1), bad("s", "404")], [ok("s", 2)])
     assert (merged["s"].status, merged["s"].key) == ("failed", key(1))
-    (tmp_path / "again").mkdir()
-    merged = merged_media(tmp_path / "again", [ok("s", 1), bad("s", "404")], [ok("s", 1)])
+    for folder in (A, B):
+        shutil.rmtree(folder)
+    merged = merged_media([ok("s", 1), bad("s", "404")], [ok("s", 1)])
     assert (merged["s"].status, merged["s"].key) == ("ok", key(1))
 
 
@@ -296,39 +295,39 @@ def sample(name: str, *sources: str) -> Sample:
     return Sample(id=name, dataset="d", messages=(), media=media)
 
 
-def test_differing_samples_are_refused_without_the_option(tmp_path: Path) -> None:
+def test_differing_samples_are_refused_without_the_option() -> None:
     def make() -> CacheRoot:
-        shutil.rmtree(tmp_path / "a", ignore_errors=True)
-        fill(make_space(tmp_path / "a"), [1])
-        write_samples(CacheRoot(tmp_path / "a"), "d", [sample("1", "x"), sample("2", "ours")])
-        return CacheRoot(tmp_path / "a")
+        shutil.rmtree(A, ignore_errors=True)
+        fill(make_space(A), [1])
+        write_samples(CacheRoot(A), "d", [sample("1", "x"), sample("2", "ours")])
+        return CacheRoot(A)
 
-    fill(make_space(tmp_path / "b"), [2])
-    write_samples(CacheRoot(tmp_path / "b"), "d", [sample("2", "theirs"), sample("3", "y")])
+    fill(make_space(B), [2])
+    write_samples(CacheRoot(B), "d", [sample("2", "theirs"), sample("3", "y")])
     root = make()
     with pytest.raises(
         CacheError, match=r"d: the samples under .*--samples ours \| theirs \| both"
     ):
-        merge_b_into_a(tmp_path)
-    assert len(columns(tmp_path / "a", "image")) == 1  # refused before anything was written
+        merge_b_into_a()
+    assert len(columns(A, "image")) == 1  # refused before anything was written
     for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
         root = make()
         for _ in range(2):
-            assert merge_b_into_a(tmp_path, "--samples", choice) == 0
+            assert merge_b_into_a("--samples", choice) == 0
             found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]
             assert found == wanted.split()
-        assert len(columns(tmp_path / "a", "image")) == 2
+        assert len(columns(A, "image")) == 2
 
 
-def test_a_damaged_data_set_is_not_copied(tmp_path: Path) -> None:
-    make_space(tmp_path / "a")
-    make_space(tmp_path / "b")
-    root = CacheRoot(tmp_path / "b")
+def test_a_damaged_data_set_is_not_copied() -> None:
+    make_space(A)
+    make_space(B)
+    root = CacheRoot(B)
     write_samples(root, "d", [sample("1")])
     garble(root.samples("d"), 40)
     with pytest.raises(CorruptError, match="its bytes do not match its seal"):
-        merge_b_into_a(tmp_path)
-    assert dataset_names(CacheRoot(tmp_path / "a")) == []
+        merge_b_into_a()
+    assert dataset_names(CacheRoot(A)) == []
 
 
 # ---- refused
@@ -337,42 +336,42 @@ def test_a_damaged_data_set_is_not_copied(tmp_path: Path) -> None:
 def test_impossible_merges_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = make_space(tmp_path / "a")
-    fill(make_space(tmp_path / "b"), [1])
+    ours = make_space(A)
+    fill(make_space(B), [1])
     with pytest.raises(UserError, match="is the cache to merge into"):
-        run("--source", tmp_path / "a", "--features", tmp_path / "a")
+        run("--source", A, "--features", A)
     with pytest.raises(UserError, match=r"no cache at .*looked for spaces/ and samples/"):
-        run("--source", tmp_path / "none", "--features", tmp_path / "a")
+        run("--source", tmp_path / "none", "--features", A)
     with DriverLock(ours.paths, "job 7"), pytest.raises(InUseError, match="being written by job 7"):
-        merge_b_into_a(tmp_path)
+        merge_b_into_a()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("configs.console.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"the merge needs .* where 1 kB are free"):
-        merge_b_into_a(tmp_path)
-    assert columns(tmp_path / "a", "image") == {}
+        merge_b_into_a()
+    assert columns(A, "image") == {}
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fill(make_space(tmp_path / "a"), [1])
-    theirs = make_space(tmp_path / "b")
+    fill(make_space(A), [1])
+    theirs = make_space(B)
     fill(theirs, [2, 3, 4, 5])
     fill(theirs, [6, 7])
-    real, calls = os.pwritev, 0
+    real, calls = os.pwritev, itertools.count(1)
 
     def pwritev(*args: Any) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
+        if next(calls) == 6:
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(os, "pwritev", pwritev)
-    with pytest.raises(DiskError, match=r"disk full .*everything committed is kept"):
-        merge_b_into_a(tmp_path)
-    monkeypatch.undo()
-    assert len(columns(tmp_path / "a", "image")) in (1, 5)
-    merge_b_into_a(tmp_path)
-    assert len(columns(tmp_path / "a", "image")) == 7
-    hash_of(tmp_path / "a")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DiskError, match=r"disk full .*everything committed is kept"),
+    ):
+        patch.setattr(os, "pwritev", pwritev)
+        merge_b_into_a()
+    assert len(columns(A, "image")) in (1, 5)
+    merge_b_into_a()
+    assert len(columns(A, "image")) == 7
+    hash_of(A)
