@@ -36,10 +36,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from encode.download.client import Fetched
+from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
 from model.media.images import BadMediaError
 from tests.support.photos import make_folder
+
+MakeFetcher = Callable[..., Fetcher]
+"""Makes a fetcher with QUICK limits, some of them changed: the fixture `fetcher`."""
 
 QUICK: dict[str, Any] = {
     "connect_s": 2,
@@ -120,16 +123,10 @@ def _deep(number: int) -> bytes:
 
 def _bomb() -> bytes:
     """Return a PNG whose header states 60000 x 60000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    packed = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
-    )
+    png = bytearray(_save(Image.new("L", (1, 1)), "PNG"))
+    png[16:24] = struct.pack(">II", 60000, 60000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import logging
-import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +28,7 @@ from tests.support import ROOT
 from tests.support.web_server import (
     TROUBLES,
     Handler,
+    MakeFetcher,
     TroubleServer,
     at_first,
     outcome,
@@ -63,34 +64,15 @@ REASONS = {
     "cookie-wall": "redirect loop",
     "gzip": "unrequested Content-Encoding gzip",
 }
+Outcomes = tuple[TroubleServer, dict[str, Fetched | BadMediaError]]
 TRIED_AGAIN = ("500", "slow", "stall", "silent", "truncated", "truncated-chunks", "reset-in-body")
-
-
-@pytest.fixture
-def fetcher() -> Iterator[Callable[..., Fetcher]]:
-    """Return a function that makes fetchers, which are closed after the test."""
-    made: list[Fetcher] = []
-
-    def make(**changed: Any) -> Fetcher:
-        made.append(Fetcher(quick_config(**changed)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture(scope="module")
-def quiet_server() -> Iterator[TroubleServer]:
-    with TroubleServer() as server:
-        yield server
 
 
 # ---- every kind of failure
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaError]]]:
+def outcomes() -> Iterator[Outcomes]:
     """Download every kind of URL at the same time; return the server and the outcome of each kind."""
     with TroubleServer() as server:
         one = Fetcher(quick_config())
@@ -102,9 +84,7 @@ def outcomes() -> Iterator[tuple[TroubleServer, dict[str, Fetched | BadMediaErro
         one.close()
 
 
-def test_every_kind_fails_at_its_stage_or_succeeds(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
-) -> None:
+def test_every_kind_fails_at_its_stage_or_succeeds(outcomes: Outcomes) -> None:
     server, found = outcomes
     assert len(TROUBLES) >= 30
     for entry in server.entries():
@@ -112,42 +92,31 @@ def test_every_kind_fails_at_its_stage_or_succeeds(
         if entry.expected in ("fetch", "verify"):
             assert isinstance(got, BadMediaError), entry.kind
             assert got.stage == entry.expected, entry.kind
-        else:
-            assert isinstance(got, Fetched), f"{entry.kind}: {got}"
+            continue
+        assert isinstance(got, Fetched), f"{entry.kind}: {got}"
         if entry.expected == "ok":
-            assert isinstance(got, Fetched)
             assert got.data == server.image(entry.kind), entry.kind
             decode_image(got.data)
-        if entry.expected == "decode":
-            assert isinstance(got, Fetched)
+        else:
             with pytest.raises(BadMediaError):
                 decode_image(got.data)
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_each_failure_has_its_reason(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]], kind: str
-) -> None:
+def test_each_failure_has_its_reason(outcomes: Outcomes, kind: str) -> None:
     got = outcomes[1][kind]
     assert isinstance(got, BadMediaError)
     assert got.reason == REASONS[kind]
 
 
-def test_resets_wrong_bytes_and_dates_have_their_reasons(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
-) -> None:
-    _, found = outcomes
-    assert str(found["reset"]).startswith("connection ")
-    assert str(found["wrong-sha"]).endswith(" as recorded")
+def test_resets_wrong_bytes_and_dates_have_their_reasons(outcomes: Outcomes) -> None:
     digest = hashlib.sha256(b"other bytes").hexdigest()
-    assert digest[:12] in str(found["wrong-sha"])
-    date = str(found["503-until-a-date"])
-    assert date.startswith("HTTP 503, Retry-After 3153")
+    assert str(outcomes[1]["reset"]).startswith("connection ")
+    assert re.search(f"{digest[:12]}.* as recorded$", str(outcomes[1]["wrong-sha"]))
+    assert str(outcomes[1]["503-until-a-date"]).startswith("HTTP 503, Retry-After 3153")
 
 
-def test_only_temporary_failures_are_retried(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
-) -> None:
+def test_only_temporary_failures_are_retried(outcomes: Outcomes) -> None:
     server, _ = outcomes
     for kind in TRIED_AGAIN:
         # aiohttp repeats a request itself if a kept connection turns out to be closed.
@@ -159,9 +128,7 @@ def test_only_temporary_failures_are_retried(
             assert 1 <= server.counts[f"/{kind}"] <= 2, f"{kind}, {stage}"
 
 
-def test_reasons_contain_no_secrets_of_the_url(
-    outcomes: tuple[TroubleServer, dict[str, Fetched | BadMediaError]],
-) -> None:
+def test_reasons_contain_no_secrets_of_the_url(outcomes: Outcomes) -> None:
     for kind, got in outcomes[1].items():
         if isinstance(got, BadMediaError):
             assert "SECRET" not in got.reason and "token" not in got.reason, kind
@@ -170,7 +137,7 @@ def test_reasons_contain_no_secrets_of_the_url(
             assert got.__traceback__ is None or "SECRET" not in str(got)
 
 
-def test_a_healed_server_serves_every_url(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_healed_server_serves_every_url(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=2) as server:
         server.heal()
         one = fetcher()
@@ -178,36 +145,30 @@ def test_a_healed_server_serves_every_url(fetcher: Callable[..., Fetcher]) -> No
         for entry, future in started.items():
             got = outcome(future)
             assert isinstance(got, Fetched), f"{entry.kind}: {got}"
-            assert hashlib.sha256(got.data).digest() == (
-                hashlib.sha256(server.kinds[entry.path].image).digest()
-            )
+            assert got.data == server.image(entry.kind)
 
 
-def test_redirects_are_followed(
-    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
-) -> None:
-    got = outcome(fetcher().submit(quiet_server.url("redirect-thrice")))
+def test_redirects_are_followed(server: TroubleServer, fetcher: MakeFetcher) -> None:
+    got = outcome(fetcher().submit(server.url("redirect-thrice")))
     assert isinstance(got, Fetched)
-    assert got.data == quiet_server.image("photo-0")
+    assert got.data == server.image("photo-0")
     assert 0 < got.seconds < 10
 
 
-def test_the_number_of_redirects_is_limited(
-    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
-) -> None:
-    got = outcome(fetcher(redirects=2).submit(quiet_server.url("redirect-thrice")))
+def test_the_number_of_redirects_is_limited(server: TroubleServer, fetcher: MakeFetcher) -> None:
+    got = outcome(fetcher(redirects=2).submit(server.url("redirect-thrice")))
     assert str(got) == "more than 2 redirects"
-    got = outcome(fetcher(redirects=3).submit(quiet_server.url("redirect-thrice")))
+    got = outcome(fetcher(redirects=3).submit(server.url("redirect-thrice")))
     assert isinstance(got, Fetched)
-    got = outcome(fetcher(redirects=0).submit(quiet_server.url("redirect")))
+    got = outcome(fetcher(redirects=0).submit(server.url("redirect")))
     assert str(got) == "more than 0 redirects"
 
 
 def test_a_known_sha256_is_checked_in_upper_or_lower_case(
-    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher]
+    server: TroubleServer, fetcher: MakeFetcher
 ) -> None:
-    one, url = fetcher(), quiet_server.url("photo-1")
-    digest = hashlib.sha256(quiet_server.image("photo-1")).hexdigest()
+    one, url = fetcher(), server.url("photo-1")
+    digest = hashlib.sha256(server.image("photo-1")).hexdigest()
     assert isinstance(outcome(one.submit(url, sha256=digest)), Fetched)
     assert isinstance(outcome(one.submit(url, sha256=digest.upper())), Fetched)
     got = outcome(one.submit(url, sha256="0" * 64))
@@ -235,16 +196,12 @@ def gauge(hold_s: float) -> tuple[Callable[[Handler, bytes, int], None], list[in
     return act, now
 
 
-def test_simultaneous_requests_are_limited(
-    fetcher: Callable[..., Fetcher],
-) -> None:
+def test_simultaneous_requests_are_limited(fetcher: MakeFetcher) -> None:
     act, now = gauge(0.05)
     with TroubleServer(photos=1, extra={"gauge": act}) as server:
         one = fetcher(per_host=3)
-        done = [outcome(one.submit(server.url("gauge"))) for _ in range(1)]
-        started = [one.submit(server.url("gauge")) for _ in range(12)]
-        done += [outcome(future) for future in started]
-        assert all(isinstance(got, Fetched) for got in done)
+        started = [one.submit(server.url("gauge")) for _ in range(13)]
+        assert all(isinstance(outcome(future), Fetched) for future in started)
         assert now[1] == 3
         assert server.connections <= 4  # connections are reused
 
@@ -256,7 +213,7 @@ def test_simultaneous_requests_are_limited(
         assert now[1] == 5
 
 
-def test_a_slow_host_delays_only_its_own_downloads(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_slow_host_delays_only_its_own_downloads(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=1) as server:
         one = fetcher(per_host=2, connections=4, read_s=5, total_s=10)
         slow = server.url("silent").replace("127.0.0.1", "localhost")
@@ -269,7 +226,7 @@ def test_a_slow_host_delays_only_its_own_downloads(fetcher: Callable[..., Fetche
         assert not any(future.done() for future in stuck)
 
 
-def test_the_size_limit_is_exact(fetcher: Callable[..., Fetcher]) -> None:
+def test_the_size_limit_is_exact(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=1) as server:
         for kind in ("photo-0", "chunked", "until-closed"):
             size = len(server.image(kind))
@@ -279,7 +236,7 @@ def test_the_size_limit_is_exact(fetcher: Callable[..., Fetcher]) -> None:
             assert str(size - 1) in str(got) and isinstance(got, BadMediaError), kind
 
 
-def test_waiting_for_a_connection_does_not_time_out(fetcher: Callable[..., Fetcher]) -> None:
+def test_waiting_for_a_connection_does_not_time_out(fetcher: MakeFetcher) -> None:
     act, _ = gauge(0.5)
     with TroubleServer(photos=1, extra={"gauge": act}) as server:
         one = fetcher(per_host=1, read_s=1.5, total_s=1.5)
@@ -287,14 +244,14 @@ def test_waiting_for_a_connection_does_not_time_out(fetcher: Callable[..., Fetch
         assert all(isinstance(outcome(future), Fetched) for future in started)
 
 
-def test_retry_after_is_obeyed(fetcher: Callable[..., Fetcher]) -> None:
+def test_retry_after_is_obeyed(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=1) as server:
         got = outcome(fetcher().submit(server.url("429-then-fine")))
         assert isinstance(got, Fetched)
         assert got.seconds >= 1.0
 
 
-def test_a_pause_applies_to_all_requests_to_a_host(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_pause_applies_to_all_requests_to_a_host(fetcher: MakeFetcher) -> None:
     extra = {"busy": at_first(429, 1, Retry_After="1")}
     with TroubleServer(photos=3, extra=extra) as server:
         one = fetcher()
@@ -307,7 +264,7 @@ def test_a_pause_applies_to_all_requests_to_a_host(fetcher: Callable[..., Fetche
         assert isinstance(outcome(busy), Fetched)
 
 
-def test_a_failing_host_gets_one_attempt_per_url(fetcher: Callable[..., Fetcher]) -> None:
+def test_a_failing_host_gets_one_attempt_per_url(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=1) as server:
         one = fetcher(max_host_failures=3, per_host=1)
         for tries in (3, 3, 3, 1, 1):
@@ -319,9 +276,7 @@ def test_a_failing_host_gets_one_attempt_per_url(fetcher: Callable[..., Fetcher]
         assert server.counts["/500"] == 14
 
 
-def test_a_failing_host_that_asks_for_a_pause_gets_no_requests(
-    fetcher: Callable[..., Fetcher],
-) -> None:
+def test_a_failing_host_that_asks_for_a_pause_gets_no_requests(fetcher: MakeFetcher) -> None:
     extra = {"limited": status(429)}
     with TroubleServer(photos=1, extra=extra) as server:
         one = fetcher(max_host_failures=2, per_host=1, retry_after_s=30)
@@ -343,14 +298,14 @@ def test_a_failing_host_that_asks_for_a_pause_gets_no_requests(
 
 
 def test_requests_have_no_cookies_referer_or_proxy(
-    quiet_server: TroubleServer, fetcher: Callable[..., Fetcher], monkeypatch: pytest.MonkeyPatch
+    server: TroubleServer, fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     one = fetcher()
-    assert str(outcome(one.submit(quiet_server.url("cookie-wall")))) == "redirect loop"
-    assert isinstance(outcome(one.submit(quiet_server.url("photo-2"))), Fetched)
-    sent = quiet_server.headers["/photo-2"]
+    assert str(outcome(one.submit(server.url("cookie-wall")))) == "redirect loop"
+    assert isinstance(outcome(one.submit(server.url("photo-2"))), Fetched)
+    sent = server.headers["/photo-2"]
     assert sent["User-Agent"].startswith("nanoMolmo2/")
     assert sent["Accept-Encoding"] == "identity"
     assert sent["Accept"] == "*/*"
@@ -377,16 +332,12 @@ def test_invalid_limits_are_refused(wrong: dict[str, Any]) -> None:
         DownloadConfig(**wrong)
 
 
-def test_a_config_can_be_pickled() -> None:
-    assert pickle.loads(pickle.dumps(quick_config(tries=7))) == quick_config(tries=7)
-
-
 # ---- closing
 
 
-def test_closing_cancels_running_downloads(quiet_server: TroubleServer) -> None:
+def test_closing_cancels_running_downloads(server: TroubleServer) -> None:
     one = Fetcher(quick_config(read_s=20, total_s=60, per_host=4))
-    started = [one.submit(quiet_server.url(kind)) for kind in ("stall", "silent", "slow") * 5]
+    started = [one.submit(server.url(kind)) for kind in ("stall", "silent", "slow") * 5]
     time.sleep(0.2)
     start = time.monotonic()
     closers = [threading.Thread(target=one.close) for _ in range(3)]
@@ -401,21 +352,19 @@ def test_closing_cancels_running_downloads(quiet_server: TroubleServer) -> None:
         with pytest.raises(concurrent.futures.CancelledError):
             future.result(0)
     with pytest.raises(RuntimeError, match="closed"):
-        one.submit(quiet_server.url("photo-0"))
+        one.submit(server.url("photo-0"))
     assert not one._thread.is_alive()
 
 
-def test_a_callback_may_close_the_fetcher(quiet_server: TroubleServer) -> None:
+def test_a_callback_may_close_the_fetcher(server: TroubleServer) -> None:
     one = Fetcher(quick_config())
-    one.submit(quiet_server.url("photo-0")).add_done_callback(lambda _: one.close())
+    one.submit(server.url("photo-0")).add_done_callback(lambda _: one.close())
     one._thread.join(5)
     assert not one._thread.is_alive()
     one.close()
 
 
-def test_a_cancelled_download_frees_its_connection(
-    fetcher: Callable[..., Fetcher],
-) -> None:
+def test_a_cancelled_download_frees_its_connection(fetcher: MakeFetcher) -> None:
     with TroubleServer(photos=1) as server:
         one = fetcher(per_host=1, read_s=20, total_s=60)
         stuck = one.submit(server.url("stall"))
@@ -444,9 +393,9 @@ if sys.argv[1] == "exit":
 
 
 @pytest.mark.parametrize(("how", "code"), [("close", 0), ("leave", 0), ("exit", 3)])
-def test_python_ends_without_messages(how: str, code: int, quiet_server: TroubleServer) -> None:
+def test_python_ends_without_messages(how: str, code: int, server: TroubleServer) -> None:
     kinds = ("photo-0", "stall", "silent", "slow", "photo-1", "reset", "200-mb-unsaid", "500")
-    urls = [quiet_server.url(kind) for kind in kinds]
+    urls = [server.url(kind) for kind in kinds]
     urls.append("https://no-such-host.invalid/")
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", QUIET_END, how, *urls]
     start = time.monotonic()
@@ -458,19 +407,19 @@ def test_python_ends_without_messages(how: str, code: int, quiet_server: Trouble
 
 
 def test_an_unexpected_error_fails_one_download_and_is_logged(
-    quiet_server: TroubleServer,
-    fetcher: Callable[..., Fetcher],
+    server: TroubleServer,
+    fetcher: MakeFetcher,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     one = fetcher()
 
     async def broken(*_: object) -> None:
-        raise LookupError(f"something about {quiet_server.base}/?token=SECRET")
+        raise LookupError(f"something about {server.base}/?token=SECRET")
 
     monkeypatch.setattr(Attempt, "run", broken)
     with caplog.at_level(logging.WARNING):
-        got = outcome(one.submit(quiet_server.url("photo-0")))
+        got = outcome(one.submit(server.url("photo-0")))
     assert isinstance(got, BadMediaError)
     assert got.reason == "download failed (LookupError)"
     assert "LookupError" in caplog.text and "SECRET" not in caplog.text

@@ -12,25 +12,24 @@ import asyncio
 import concurrent.futures
 import gc
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encode.download.client import Fetched, Fetcher
+from encode.download.client import Fetched
 from encode.download.memory_budget import FIRST_SHARE, MemoryBudget, Reservation
 from encode.errors import OverBudgetError
 from tests.support.web_server import (
     Act,
     Handler,
+    MakeFetcher,
     TroubleServer,
     chunked,
+    instead,
     outcome,
-    quick_config,
     until_closed,
     wait_until,
 )
@@ -38,6 +37,7 @@ from tests.support.web_server import (
 KB = 1 << 10
 BODY = 200 * KB
 LIMIT = 256 * KB
+Futures = list[concurrent.futures.Future[Fetched]]
 
 
 # ---- reservations
@@ -204,33 +204,17 @@ def test_any_downloads_finish_within_the_budget(
 # ---- with a server
 
 
-def large(h: Handler, _: bytes, __: int) -> None:
-    h.send(bytes(BODY))
-
-
-def in_chunks(h: Handler, _: bytes, n: int) -> None:
-    chunked(h, bytes(BODY), n)
-
-
-def unsaid(h: Handler, _: bytes, n: int) -> None:
-    until_closed(h, bytes(BODY), n)
-
-
 def late(h: Handler, _: bytes, __: int) -> None:
     h.wait(0.3)
     h.send(bytes(BODY))
 
 
-def flaky(h: Handler, _: bytes, n: int) -> None:
-    h.send(b"", status=503) if n <= 2 else h.send(bytes(BODY))
-
-
 ARRAYS: dict[str, Act] = {
-    "large": large,
-    "in-chunks": in_chunks,
-    "unsaid": unsaid,
+    "large": instead(bytes(BODY)),
+    "in-chunks": lambda h, _, n: chunked(h, bytes(BODY), n),
+    "unsaid": lambda h, _, n: until_closed(h, bytes(BODY), n),
     "late": late,
-    "flaky": flaky,
+    "flaky": lambda h, _, n: h.send(b"", status=503) if n <= 2 else h.send(bytes(BODY)),
 }
 
 
@@ -240,9 +224,10 @@ def server() -> Iterator[TroubleServer]:
         yield one
 
 
-def small_fetcher(**changed: Any) -> Fetcher:
+@pytest.fixture
+def small_fetcher(fetcher: MakeFetcher) -> MakeFetcher:
     small = {"max_bytes": LIMIT, "budget_bytes": 3 * LIMIT, "read_s": 5, "total_s": 10}
-    return Fetcher(quick_config(**(small | changed)))
+    return lambda **changed: fetcher(**(small | changed))
 
 
 @pytest.fixture
@@ -259,25 +244,19 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return most
 
 
-def in_order(futures: list[concurrent.futures.Future[Fetched]]) -> int:
-    done = 0
+def in_order(futures: Futures) -> int:
     for future in futures:
         fetched = future.result(20)
         assert len(fetched.data) == BODY
         fetched.release()
-        done += 1
-    return done
+    return len(futures)
 
 
-def as_they_come(futures: list[concurrent.futures.Future[Fetched]]) -> int:
-    done = 0
-    for future in concurrent.futures.as_completed(futures, 20):
-        future.result().release()
-        done += 1
-    return done
+def as_they_come(futures: Futures) -> int:
+    return sum(in_order([future]) for future in concurrent.futures.as_completed(futures, 20))
 
 
-def in_threads(futures: list[concurrent.futures.Future[Fetched]]) -> int:
+def in_threads(futures: Futures) -> int:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         return sum(pool.map(lambda future: in_order([future]), futures))
 
@@ -286,7 +265,8 @@ def in_threads(futures: list[concurrent.futures.Future[Fetched]]) -> int:
 def test_more_bodies_than_fit_are_all_downloaded(
     server: TroubleServer,
     watch: list[int],
-    consume: Callable[[list[concurrent.futures.Future[Fetched]]], int],
+    small_fetcher: MakeFetcher,
+    consume: Callable[[Futures], int],
 ) -> None:
     one = small_fetcher()
     kinds = ["late", *(kind for _ in range(8) for kind in ARRAYS)]
@@ -296,10 +276,11 @@ def test_more_bodies_than_fit_are_all_downloaded(
     if consume is in_threads:  # each of six threads holds one
         beyond = 6 * LIMIT
     assert BODY < watch[0] <= 3 * LIMIT + beyond
-    one.close()
 
 
-def test_a_consumer_may_collect_more_bodies_than_fit(server: TroubleServer) -> None:
+def test_a_consumer_may_collect_more_bodies_than_fit(
+    server: TroubleServer, small_fetcher: MakeFetcher
+) -> None:
     """The consumer waits for each body while it keeps the others, so the budget is exceeded."""
     one = small_fetcher(budget_bytes=LIMIT)
     futures = [one.submit(server.url("large")) for _ in range(12)]
@@ -308,10 +289,11 @@ def test_a_consumer_may_collect_more_bodies_than_fit(server: TroubleServer) -> N
     for got in fetched:
         got.release()
     wait_until(lambda: one._budget.used == 0)
-    one.close()
 
 
-def test_nothing_is_downloaded_ahead_while_the_budget_is_used_up(server: TroubleServer) -> None:
+def test_nothing_is_downloaded_ahead_while_the_budget_is_used_up(
+    server: TroubleServer, small_fetcher: MakeFetcher
+) -> None:
     one = small_fetcher()
     futures = [one.submit(server.url("large")) for _ in range(20)]
     # No thread waits for a result: an awaited body may exceed the budget.
@@ -324,10 +306,9 @@ def test_nothing_is_downloaded_ahead_while_the_budget_is_used_up(server: Trouble
     assert server.counts["/large"] == before  # nor are requests repeated
     assert one._budget.used <= 3 * LIMIT
     assert in_order(futures) == 20
-    one.close()
 
 
-def test_a_dropped_body_is_released(server: TroubleServer) -> None:
+def test_a_dropped_body_is_released(server: TroubleServer, small_fetcher: MakeFetcher) -> None:
     one = small_fetcher()
     for _ in range(30):
         one.submit(server.url("large")).result(10)
@@ -343,7 +324,9 @@ def test_a_dropped_body_is_released(server: TroubleServer) -> None:
     kept.release()
 
 
-def test_failed_and_cancelled_downloads_release_their_memory(server: TroubleServer) -> None:
+def test_failed_and_cancelled_downloads_release_their_memory(
+    server: TroubleServer, small_fetcher: MakeFetcher
+) -> None:
     one = small_fetcher(read_s=0.3, total_s=0.5, tries=2)
     kinds = ("404", "500", "truncated", "200-mb", "200-mb-unsaid", "stall", "slow", "wrong-sha")
     futures = [one.submit(server.url(kind), sha256="0" * 64) for kind in kinds]
@@ -354,24 +337,12 @@ def test_failed_and_cancelled_downloads_release_their_memory(server: TroubleServ
     assert not any(isinstance(outcome(future), Fetched) for future in futures)
     wait_until(lambda: one._budget.used == 0)
     assert not one._budget._queue
-    one.close()
 
 
-def test_many_threads_may_wait_for_results(server: TroubleServer, watch: list[int]) -> None:
+def test_many_threads_may_submit_and_wait_for_results(
+    server: TroubleServer, small_fetcher: MakeFetcher
+) -> None:
     one = small_fetcher()
-    lock, got = threading.Lock(), [0]
-
-    def ask() -> None:
-        for _ in range(4):
-            fetched = one.submit(server.url("large")).result(20)
-            with lock:
-                got[0] += len(fetched.data)
-            fetched.release()
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert got[0] == 32 * BODY
-    one.close()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        done = pool.map(lambda _: in_order([one.submit(server.url("large"))]), range(32))
+        assert sum(done) == 32

@@ -11,16 +11,15 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import encode.download.outage
-from encode.download.client import Fetched, Fetcher
+from encode.download.client import Fetched
 from encode.download.outage import HOSTS, Outage
 from encode.errors import DownloadError
-from tests.support.web_server import TroubleServer, outcome, quick_config, wait_until
+from tests.support.web_server import MakeFetcher, TroubleServer, outcome, wait_until
 
 
 class Names:
@@ -48,20 +47,14 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     return made
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[TroubleServer]:
-    with TroubleServer(photos=1) as one:
-        yield one
-
-
 def url_at(server: TroubleServer, host: str) -> str:
     return server.url("photo-0").replace("127.0.0.1", host)
 
 
 def test_downloads_survive_an_outage(
-    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
+    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture, fetcher: MakeFetcher
 ) -> None:
-    one = Fetcher(quick_config(outage_s=30, tries=2))
+    one = fetcher(outage_s=30, tries=2)
     started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS * 2)]
     with caplog.at_level(logging.WARNING):
         wait_until(lambda: "network may be down" in caplog.text)
@@ -73,13 +66,12 @@ def test_downloads_survive_an_outage(
     assert failed == 0
     assert all(isinstance(one, Fetched) for one in got)
     assert caplog.text.count("network may be down") == 1
-    one.close()
 
 
 def test_an_endless_outage_is_waited_for_once(
-    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture
+    server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture, fetcher: MakeFetcher
 ) -> None:
-    one = Fetcher(quick_config(outage_s=0.5, tries=2))
+    one = fetcher(outage_s=0.5, tries=2)
     for _ in range(2):
         start = time.monotonic()
         started = [one.submit(url_at(server, f"h{i}.dead.test")) for i in range(HOSTS * 3)]
@@ -88,14 +80,13 @@ def test_an_endless_outage_is_waited_for_once(
         }
         assert time.monotonic() - start < 5
     assert caplog.text.count("network may be down") == 1
-    one.close()
 
 
 def test_a_host_that_answers_shows_that_the_network_is_up(
-    server: TroubleServer, names: Names
+    server: TroubleServer, names: Names, fetcher: MakeFetcher
 ) -> None:
     names.network_is_up.set()
-    one = Fetcher(quick_config(outage_s=30, tries=1, connections=2, per_host=2))
+    one = fetcher(outage_s=30, tries=1, connections=2, per_host=2)
     urls = [
         url_at(server, host) for i in range(HOSTS * 2) for host in (f"h{i}.dead.test", "here.test")
     ]
@@ -103,11 +94,12 @@ def test_a_host_that_answers_shows_that_the_network_is_up(
     got = [outcome(future) for future in [one.submit(url) for url in urls]]
     assert time.monotonic() - start < 5
     assert sum(isinstance(one, Fetched) for one in got) == HOSTS * 2
-    one.close()
 
 
-def test_closing_does_not_wait_for_the_network(server: TroubleServer, names: Names) -> None:
-    one = Fetcher(quick_config(outage_s=600))
+def test_closing_does_not_wait_for_the_network(
+    server: TroubleServer, names: Names, fetcher: MakeFetcher
+) -> None:
+    one = fetcher(outage_s=600)
     started = [one.submit(url_at(server, f"h{i}.test")) for i in range(HOSTS)]
     wait_until(lambda: names.lookups >= HOSTS)
     time.sleep(0.1)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from encode.download.client import Fetched, Fetcher
-from tests.support.web_server import Act, Handler, TroubleServer, outcome, quick_config
+from encode.download.client import Fetched
+from tests.support.web_server import Act, Handler, MakeFetcher, TroubleServer, outcome
 
 INVALID = "invalid HTTP response"
 
@@ -87,10 +87,10 @@ ODD: dict[str, tuple[Act, str | None]] = {
 }
 
 
-def test_odd_responses(caplog: pytest.LogCaptureFixture) -> None:
+def test_odd_responses(caplog: pytest.LogCaptureFixture, fetcher: MakeFetcher) -> None:
     extra = {kind: act for kind, (act, _) in ODD.items()}
     with TroubleServer(photos=1, extra=extra) as server, caplog.at_level(logging.INFO):
-        one = Fetcher(quick_config())
+        one = fetcher()
         started = {kind: one.submit(server.url(kind)) for kind in ODD}
         for kind, future in started.items():
             got, reason = outcome(future), ODD[kind][1]
@@ -100,13 +100,12 @@ def test_odd_responses(caplog: pytest.LogCaptureFixture) -> None:
                 assert isinstance(got, Fetched), f"{kind}: {got}"
                 expected = "photo-0" if kind == "latin-location" else kind
                 assert got.data == server.image(expected), kind
-        one.close()
     assert caplog.text == ""
 
 
 @pytest.mark.soak_counted
 def test_mutated_responses_give_a_body_or_a_reason(
-    soak: Callable[[int, int], int], caplog: pytest.LogCaptureFixture
+    soak: Callable[[int, int], int], caplog: pytest.LogCaptureFixture, fetcher: MakeFetcher
 ) -> None:
     """Bytes of valid responses are changed, removed and inserted; half of the responses are chunked."""
     sound = (
@@ -130,13 +129,11 @@ def test_mutated_responses_give_a_body_or_a_reason(
 
     count = soak(150, 5000)
     with TroubleServer(photos=1, extra={"mutated": mutated}) as server:
-        quick = quick_config(
+        one = fetcher(
             tries=1, retry_after_s=0, max_host_failures=10**9, per_host=16, read_s=2, total_s=4
         )
-        one = Fetcher(quick)
         started = [one.submit(server.url("mutated")) for _ in range(count)]
         got = [outcome(future) for future in started]
-        one.close()
     fetched = sum(isinstance(g, Fetched) for g in got)
     assert 0 < fetched < count
     reasons = {str(g) for g in got if not isinstance(g, Fetched)}

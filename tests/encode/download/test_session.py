@@ -20,7 +20,10 @@ import cache.remote.net
 from cache.errors import RefusedAddressError
 from encode.download.client import Fetched, Fetcher
 from encode.download.session import CheckedResolver, CheckedSockets
-from tests.support.web_server import TroubleServer, outcome, quick_config, redirect
+from tests.support.web_server import MakeFetcher, TroubleServer, outcome, redirect
+
+Names = dict[str, list[list[str]]]
+"""Name -> the addresses of each lookup in turn; the last ones repeat."""
 
 
 def test_no_socket_is_made_for_a_refused_address() -> None:
@@ -38,24 +41,24 @@ def test_no_socket_is_made_for_a_refused_address() -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[TroubleServer]:
-    with TroubleServer(
-        photos=2, extra={"to-private": redirect("http://10.0.0.1/x?k=SECRET")}
-    ) as one:
+    extra = {
+        "to-private": redirect("http://10.0.0.1/x?k=SECRET"),
+        "to-a-name": redirect("http://inside.test/"),
+    }
+    with TroubleServer(photos=2, extra=extra) as one:
         yield one
 
 
 @pytest.fixture
-def strict() -> Iterator[Fetcher]:
+def strict(fetcher: MakeFetcher) -> Fetcher:
     """Return a fetcher without --allow-private."""
-    one = Fetcher(quick_config(allow_private=False))
-    yield one
-    one.close()
+    return fetcher(allow_private=False)
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
-    """Return a table of names -> the addresses of each lookup in turn; the last ones repeat."""
-    table: dict[str, list[list[str]]] = {}
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """Return a table, empty at first, that lookups use."""
+    table: Names = {}
     real = socket.getaddrinfo
 
     def lookup(host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
@@ -111,7 +114,7 @@ def test_no_spelling_of_this_machine_is_contacted(
 
 
 def test_a_name_is_checked_by_its_addresses(
-    server: TroubleServer, strict: Fetcher, names: dict[str, list[list[str]]]
+    server: TroubleServer, strict: Fetcher, names: Names
 ) -> None:
     port = server.base.rpartition(":")[2]
     names["inside.test"] = [["127.0.0.1", "10.0.0.1"]]
@@ -130,42 +133,36 @@ def test_a_name_is_checked_by_its_addresses(
 
 
 def test_only_the_allowed_addresses_of_a_name_are_used(
-    server: TroubleServer,
-    strict: Fetcher,
-    names: dict[str, list[list[str]]],
-    loopback_is_public: None,
+    server: TroubleServer, strict: Fetcher, names: Names, loopback_is_public: None
 ) -> None:
     port = server.base.rpartition(":")[2]
     names["mixed.test"] = [["169.254.169.254", "10.0.0.1", "127.0.0.2", "127.0.0.1"]]
     assert isinstance(outcome(strict.submit(f"http://mixed.test:{port}/photo-0")), Fetched)
 
 
-@pytest.mark.parametrize("kind", ["to-private", "redirect-to-link-local"])
+@pytest.mark.parametrize(
+    ("kind", "address"),
+    [
+        ("to-private", "private address 10.0.0.1"),
+        ("to-a-name", "private address 10.0.0.2"),
+        ("redirect-to-link-local", "link-local address 169.254.169.254"),
+    ],
+)
 def test_redirects_are_checked(
-    kind: str, server: TroubleServer, strict: Fetcher, loopback_is_public: None
+    kind: str,
+    address: str,
+    server: TroubleServer,
+    strict: Fetcher,
+    names: Names,
+    loopback_is_public: None,
 ) -> None:
+    names["inside.test"] = [["10.0.0.2"]]
     got = outcome(strict.submit(server.url(kind)))
-    said = {
-        "to-private": "redirect to a private address 10.0.0.1, which is not allowed",
-        "redirect-to-link-local": "redirect to a link-local address 169.254.169.254, which is not allowed",
-    }
-    assert str(got) == said[kind]
-
-
-def test_a_redirect_to_a_name_is_checked(
-    strict: Fetcher, names: dict[str, list[list[str]]], loopback_is_public: None
-) -> None:
-    names["inside.test"] = [["10.0.0.1"]]
-    with TroubleServer(photos=1, extra={"hop": redirect("http://inside.test/")}) as server:
-        got = outcome(strict.submit(server.url("hop")))
-    assert str(got) == "redirect to a private address 10.0.0.1, which is not allowed"
+    assert str(got) == f"redirect to a {address}, which is not allowed"
 
 
 def test_dns_rebinding_is_refused(
-    server: TroubleServer,
-    strict: Fetcher,
-    names: dict[str, list[list[str]]],
-    monkeypatch: pytest.MonkeyPatch,
+    server: TroubleServer, strict: Fetcher, names: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resolver that returns a refused address cannot make a socket connect to it."""
     port = server.base.rpartition(":")[2]
@@ -189,7 +186,7 @@ def test_dns_rebinding_is_refused(
 
 
 def test_a_name_server_that_does_not_answer_delays_no_other_host(
-    server: TroubleServer, monkeypatch: pytest.MonkeyPatch
+    server: TroubleServer, monkeypatch: pytest.MonkeyPatch, fetcher: MakeFetcher
 ) -> None:
     real, answer = socket.getaddrinfo, threading.Event()
 
@@ -200,7 +197,7 @@ def test_a_name_server_that_does_not_answer_delays_no_other_host(
         return real(host, port, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    one = Fetcher(quick_config(connect_s=3, total_s=20, tries=1, outage_s=0))
+    one = fetcher(connect_s=3, total_s=20, tries=1, outage_s=0)
     stuck = [one.submit(f"http://{i}.slow.test/") for i in range(20)]
     time.sleep(0.1)
     start = time.monotonic()
@@ -209,7 +206,6 @@ def test_a_name_server_that_does_not_answer_delays_no_other_host(
     assert time.monotonic() - start < 2.5
     for future in stuck:
         assert str(outcome(future)) == "temporary failure of the name lookup"
-    one.close()
     answer.set()
 
 
@@ -244,25 +240,24 @@ def certificate(tmp_path: Path) -> Path:
     return path
 
 
-def test_certificates_are_verified(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificates_are_verified(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, fetcher: MakeFetcher
+) -> None:
     with TroubleServer(photos=1, tls=certificate) as server:
-        one = Fetcher(quick_config())
+        one = fetcher()
         got = outcome(one.submit(server.url("photo-0")))
         assert str(got) == "TLS certificate refused: self-signed certificate"
         assert server.counts["/photo-0"] == 0
-        one.close()
 
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        one = Fetcher(quick_config())
+        one = fetcher()
         for url in (server.url("photo-0"), server.url("photo-0").replace("127.0.0.1", "localhost")):
             assert isinstance(outcome(one.submit(url)), Fetched)
         for kind in ("stall", "hang-up", "reset-in-body", "404"):
             assert not isinstance(outcome(one.submit(server.url(kind))), Fetched)
-        one.close()
 
 
-def test_https_to_a_server_without_tls(server: TroubleServer) -> None:
-    one = Fetcher(quick_config())
+def test_https_to_a_server_without_tls(server: TroubleServer, fetcher: MakeFetcher) -> None:
+    one = fetcher()
     got = outcome(one.submit(server.url("photo-0").replace("http:", "https:")))
     assert str(got).startswith("TLS: ")
-    one.close()

@@ -6,17 +6,16 @@ parse_url("http://example.com/a b?sig=%2B")     # http://example.com/a%20b?sig=%
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
-from encode.download.client import Fetched, Fetcher
+from encode.download.client import Fetched
 from encode.download.urls import host_of, is_url, parse_url, redirect_url
 from encode.errors import DownloadError
-from tests.support.web_server import Handler, TroubleServer, outcome, quick_config
+from tests.support.web_server import Handler, MakeFetcher, TroubleServer, outcome
 
 SPELLINGS = {
     "/photo-0": "/photo-0",
@@ -37,18 +36,14 @@ SPELLINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[TroubleServer]:
-    with TroubleServer(photos=1) as one:
-        yield one
-
-
 def test_is_url() -> None:
     assert is_url("http://a.b/c") and is_url("https://a.b") and is_url("HTTPS://A.B")
     assert not any(map(is_url, ("/http://a", "ftp://a", "https:/a", "", "a.jpg", "hf:x#1")))
 
 
-def test_paths_and_queries_are_sent_as_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_queries_are_sent_as_spelt(
+    monkeypatch: pytest.MonkeyPatch, fetcher: MakeFetcher
+) -> None:
     seen: list[str] = []
 
     def note(h: Handler) -> None:
@@ -57,12 +52,11 @@ def test_paths_and_queries_are_sent_as_spelt(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Handler, "do_GET", note)
     with TroubleServer(photos=1) as server:
-        one = Fetcher(quick_config(per_host=1))
+        one = fetcher(per_host=1)
         for spelt, sent in SPELLINGS.items():
             got = outcome(one.submit(f" {server.base}{spelt} "))
             assert isinstance(got, Fetched), f"{spelt!r}: {got}"
             assert seen[-1] == sent
-        one.close()
 
 
 @pytest.mark.parametrize(
@@ -137,8 +131,10 @@ def test_hosts_have_a_normal_form() -> None:
     assert host_of(parse_url("http://bücher.de/")) == "xn--bcher-kva.de"
 
 
-def test_malformed_urls_do_not_break_the_fetcher(server: TroubleServer) -> None:
-    one = Fetcher(quick_config())
+def test_malformed_urls_do_not_break_the_fetcher(
+    server: TroubleServer, fetcher: MakeFetcher
+) -> None:
+    one = fetcher()
     wild = [
         "http://" + "x" * 300 + "/",
         "http://a..b/",
@@ -157,4 +153,3 @@ def test_malformed_urls_do_not_break_the_fetcher(server: TroubleServer) -> None:
         assert not isinstance(got, Fetched), url
         assert got.stage == "fetch" and "download failed" not in got.reason, (url, got.reason)
     assert isinstance(outcome(one.submit(server.url("photo-0"))), Fetched)
-    one.close()
