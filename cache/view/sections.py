@@ -207,7 +207,7 @@ def _directions(found: Findings) -> Markup:
     counts = np.unique(np.geomspace(1, max(1, len(total)), 160).round().astype(int))[: len(total)]
     points = list(zip(counts.tolist(), total[counts - 1].tolist(), strict=True))
     return line_chart(
-        [Line(label="", points=points, style="a")],
+        [Line(points=points, style="a")],
         title="Variance in the first directions, %",
         axis="principal directions",
         log_x=True,
