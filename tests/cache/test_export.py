@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -277,12 +278,12 @@ def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
     tmp_path: Path, space: Space, run: Run, to: str
 ) -> None:
     """`/2.png` gave image 2, which has features; one sample states the sha256 of image 5 for it."""
-    states_other = replace(
-        say("other", "/2.png"), media=(MediaRef(source="/2.png", sha256=key(5)),)
-    )
-    states_same = replace(say("same", "/3.png"), media=(MediaRef(source="/3.png", sha256=key(3)),))
-    samples = [*SAMPLES, states_other, states_same]
-    write_samples(CacheRoot(tmp_path / "cache"), "talk", samples)
+    stated = [("other", "/2.png", key(5)), ("same", "/3.png", key(3))]
+    more = [
+        replace(say(name, source), media=(MediaRef(source=source, sha256=sha256),))
+        for name, source, sha256 in stated
+    ]
+    write_samples(CacheRoot(tmp_path / "cache"), "talk", [*SAMPLES, *more])
     out, said = run(to, "--dataset", "talk")
     assert "talk: 5 samples; 2 left out, whose media have no features in this space" in said
     assert "; 1 left out, whose source has another sha256 than they state" in said
@@ -297,12 +298,8 @@ def test_a_sample_never_leaves_with_other_bytes_than_its_data_set_states(
 
 def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(space: Space, run: Run) -> None:
     out, _ = run("safetensors", "--dataset", "talk")
-    rows = safetensors_rows(out)
-    assert {(array, media) for array, media, _ in rows} == {
-        ("image", key(1)),
-        ("image", key(4)),
-        ("frame", key(9)),
-    }
+    found = {(array, media) for array, media, _ in safetensors_rows(out)}
+    assert found == {("image", key(1)), ("image", key(4)), ("frame", key(9))}
     lines = [json.loads(line) for line in (out / "talk.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["a.1", "b/2", "c", "text"]
     assert [m["key"] for m in lines[1]["media"]] == [key(1), key(9)]
@@ -311,41 +308,28 @@ def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(space: Space, run:
 # ---- complete, or not under its name
 
 
-@pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limit files to two rows, or one sample."""
-    monkeypatch.setattr(export_rows, "FILE_ROWS", 2)
-    monkeypatch.setattr(export_samples, "FILE_ROWS", 1)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.usefixtures("small_files")
-@pytest.mark.parametrize(
-    "arguments",
-    [("webdataset",), ("safetensors",), ("webdataset", "--dataset", "talk")],
-    ids=["tars", "safetensors", "talk"],
-)
+@pytest.mark.parametrize("words", ["webdataset", "safetensors", "webdataset --dataset talk"])
 def test_an_interrupted_export_is_done_again_from_the_start(
-    space: Space,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: tuple[str, ...],
+    space: Space, run: Run, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
+    monkeypatch.setattr(export_rows, "FILE_ROWS", 2)
+    monkeypatch.setattr(export_samples, "FILE_ROWS", 1)
+    arguments = words.split()
     out, _ = run(*arguments)
     whole = contents(out)
     assert len(whole) > 3
     shutil.rmtree(out)
     partial = out.with_name("out.partial")
-    real, written = export_rows.Source.rows, []
+    real, calls = export_rows.Source.rows, itertools.count(1)
 
-    def dying(self: Any, *args: Any) -> Any:
-        if len(written) == 2:
+    def dying(*args: Any) -> Any:
+        if next(calls) == 3:
             raise KeyboardInterrupt
-        written.append(args)
-        return real(self, *args)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(export_rows.Source, "rows", dying)
@@ -411,11 +395,10 @@ def test_an_export_can_be_repeated_after_the_disk_was_full(
 ) -> None:
     expected, real = FeatureReader(space.paths).logical_hash(), os.fsync
     for calls in range(100):
-        done: list[int] = []
+        left = iter(range(calls))
 
-        def full(fd: int, done: list[int] = done, calls: int = calls) -> None:
-            done.append(fd)
-            if len(done) > calls:
+        def full(fd: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
                 raise OSError(28, os.strerror(28))
             real(fd)
 

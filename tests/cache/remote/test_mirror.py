@@ -134,9 +134,7 @@ def test_a_missing_damaged_or_outdated_listing_is_an_error_with_a_remedy(
         with pytest.raises(CacheError, match=r"do not match its seal; .*python -m cache\.share"):
             here(server, tmp_path).copy_tables()
         listing.unlink()
-        with pytest.raises(
-            NotFoundError, match=r"no listing\.json, .*python -m cache\.share --feat"
-        ):
+        with pytest.raises(NotFoundError, match=r"no listing\.json, .*-m cache\.share --feat"):
             here(server, tmp_path).copy_tables()
         values = json.loads(data)
         name = "samples/colors/part-00000.parquet"

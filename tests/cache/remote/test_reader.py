@@ -61,6 +61,11 @@ def reader(server: WebServer, tmp_path: Path) -> RemoteReader:
     return open_remote(server, tmp_path)
 
 
+@pytest.fixture
+def local(cache: CacheRoot) -> FeatureReader:
+    return FeatureReader(find_space(cache, None))
+
+
 def open_remote(server: WebServer, folder: Path, mirror_gb: float = 1.0) -> RemoteReader:
     options = RemoteOptions(mirror=folder, mirror_gb=mirror_gb)
     return RemoteCache(server.url, options, POLICY).open_reader(None)
@@ -98,9 +103,8 @@ def test_every_format_and_codec_can_be_read(
 
 
 def test_rows_equal_those_of_a_local_reader_in_any_order(
-    cache: CacheRoot, reader: RemoteReader
+    local: FeatureReader, reader: RemoteReader
 ) -> None:
-    local = FeatureReader(find_space(cache, None))
     for rows in ([5], [11, 0, 7, 7, 0, 3, 4], list(range(ROWS)), []):
         assert (read(reader, rows) == read(local, rows)).all()
     assert reader.logical_hash() == local.logical_hash()
@@ -113,10 +117,8 @@ def test_adjacent_rows_are_one_request_and_no_row_is_fetched_twice(
 ) -> None:
     read(reader, [2, 0, 1, 1, 6, 4, 3])
     stride = ROW_BYTES + 4
-    first, second = f"bytes=0-{4 * stride - 5}", f"bytes=0-{ROW_BYTES - 1}"
-    assert sorted(map(str, spans(server))) == sorted(
-        [first, second, f"bytes={2 * stride}-{2 * stride + ROW_BYTES - 1}"]
-    )
+    ranges = ((0, 4 * stride - 5), (0, ROW_BYTES - 1), (2 * stride, 2 * stride + ROW_BYTES - 1))
+    assert set(spans(server)) == {f"bytes={start}-{stop}" for start, stop in ranges}
     read(reader, list(range(7)))  # only 5 is new
     assert len(spans(server)) == 4
     assert (reader.stats.rows_fetched, reader.stats.rows_cached) == (7, 6)
@@ -245,10 +247,9 @@ def damaged(handler: Handler, path: str) -> None:
 
 
 def test_a_row_changed_on_the_way_is_fetched_again_alone(
-    cache: CacheRoot, server: WebServer, reader: RemoteReader
+    local: FeatureReader, server: WebServer, reader: RemoteReader
 ) -> None:
     server.acts["/spaces"] = first(2, damaged)
-    local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 2]) == read(local, [0, 1, 2])).all()
     alone = f"bytes=0-{ROW_BYTES - 1}"
     assert spans(server) == [f"bytes=0-{2 * (ROW_BYTES + 4) + ROW_BYTES - 1}", alone, alone]
@@ -260,9 +261,8 @@ def test_a_row_damaged_at_its_source_is_named_and_not_kept(
     server.acts["/spaces"] = damaged
     with pytest.raises(UnreachableError) as error:
         read(reader, [6])
-    assert f"{reader.path.name}/features/image/c/1/0/0: row 6 fails its checksum" in str(
-        error.value
-    )
+    place = f"{reader.path.name}/features/image/c/1/0/0"
+    assert f"{place}: row 6 fails its checksum" in str(error.value)
     server.acts.clear()
     read(reader, [6])
     assert reader.stats.rows_cached == 0
@@ -414,13 +414,12 @@ def test_a_damaged_file_or_another_row_is_not_returned(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_when_none_can_be_kept(
-    server: WebServer, tmp_path: Path, cache: CacheRoot, caplog: pytest.LogCaptureFixture
+    server: WebServer, tmp_path: Path, local: FeatureReader, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = open_remote(server, tmp_path)
     reader._rows._folder.parent.mkdir(parents=True, exist_ok=True)
     reader._rows._folder.mkdir()
     (reader._rows._folder / "image").write_bytes(b"")  # blocks the folder of the array
-    local = FeatureReader(find_space(cache, None))
     assert (read(reader, [0, 1, 8]) == read(local, [0, 1, 8])).all()
     assert "no more rows are kept here" in caplog.text
 
