@@ -39,12 +39,19 @@ def samples(folder: Path, *lines: Any) -> list[Sample]:
     return list(dataset.samples())
 
 
+def sample(name: str, *messages: Message, **fields: Any) -> Sample:
+    return Sample(id=name, dataset="photos", messages=messages, **fields)
+
+
 def user(content: str) -> Message:
     return Message(role="user", content=content)
 
 
-def assistant(content: str) -> Message:
-    return Message(role="assistant", content=content)
+def assistant(content: str, weight: float = 1.0) -> Message:
+    return Message(role="assistant", content=content, weight=weight)
+
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 def test_captions_questions_and_conversations_become_messages(photos: Path) -> None:
@@ -59,52 +66,30 @@ def test_captions_questions_and_conversations_become_messages(photos: Path) -> N
         {"file": "a.jpg", "question": "Which animal?", "answer": "A cat.", "weight": 2},
         {"files": ["b.png", "sub/c.webp"], "messages": chat},
         {"file": "b.png"},
-        {
-            "messages": [
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": "Hello"},
-            ]
-        },
+        {"messages": HELLO},
     )
     a, b, c = (MediaRef(source=str(photos / n)) for n in ("a.jpg", "b.png", "sub/c.webp"))
+    question = (user("<image>Which animal?"), assistant("A cat."))
+    compare = (user("<image><image>Compare."), assistant("Both grey.", 0.5))
+    brief = Message(role="system", content="Be brief.")
     assert found == [
-        Sample(
-            id="a.jpg#0",
-            dataset="photos",
-            messages=(user(f"<image>{CAPTION_PROMPT}"), assistant("A cat.")),
+        sample(
+            "a.jpg#0",
+            user(f"<image>{CAPTION_PROMPT}"),
+            assistant("A cat."),
             media=(a,),
             task="caption",
         ),
-        Sample(
-            id="a.jpg#1",
-            dataset="photos",
-            messages=(user("<image>Which animal?"), assistant("A cat.")),
-            media=(a,),
-            weight=2.0,
-            task="question",
-        ),
-        Sample(
-            id="b.png#0",
-            dataset="photos",
-            messages=(
-                Message(role="system", content="Be brief."),
-                user("<image><image>Compare."),
-                Message(role="assistant", content="Both grey.", weight=0.5),
-            ),
-            media=(b, c),
-            task="chat",
-        ),
-        Sample(id="b.png#1", dataset="photos", messages=(), media=(b,)),
-        Sample(id="#0", dataset="photos", messages=(user("Hi"), assistant("Hello")), task="chat"),
+        sample("a.jpg#1", *question, media=(a,), weight=2.0, task="question"),
+        sample("b.png#0", brief, *compare, media=(b, c), task="chat"),
+        sample("b.png#1", media=(b,)),
+        sample("#0", user("Hi"), assistant("Hello"), task="chat"),
     ]
-    assert len({sample.id for sample in found}) == len(found)
+    assert len({one.id for one in found}) == len(found)
 
 
 def test_placeholders_keep_their_places(photos: Path) -> None:
-    turns = [
-        {"role": "user", "content": "First <image>, then <image>?"},
-        {"role": "assistant", "content": "Yes."},
-    ]
+    turns = [{"role": "user", "content": "First <image>, then <image>?"}, HELLO[1]]
     (found,) = samples(photos, {"files": ["a.jpg", "b.png"], "messages": turns})
     assert found.messages[0].content == "First <image>, then <image>?"
 
@@ -139,9 +124,6 @@ def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
     assert found.media == (MediaRef(source=str(photos / "gone.jpg")),)
 
 
-CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-
-
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -164,7 +146,7 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; keys of texts are caption"),
         ({"file": "a.jpg", "text": "x"}, "unknown key 'text'"),
         (
-            {"file": "a.jpg", "caption": "x", "messages": CHAT},
+            {"file": "a.jpg", "caption": "x", "messages": HELLO},
             "caption and messages; use one of them",
         ),
         ({"file": "a.jpg", "question": "?"}, "question and answer go together"),
@@ -178,21 +160,21 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
             {"file": "a.jpg", "messages": [{"role": "usr", "content": "?"}]},
             "turn 1: role 'usr' is none of system, user, assistant; nearest: user",
         ),
-        ({"file": "a.jpg", "messages": CHAT[:1]}, "no turn of the assistant"),
-        ({"file": "a.jpg", "messages": CHAT[1:]}, "no turn of the user"),
+        ({"file": "a.jpg", "messages": HELLO[:1]}, "no turn of the assistant"),
+        ({"file": "a.jpg", "messages": HELLO[1:]}, "no turn of the user"),
         (
             {
                 "files": ["a.jpg", "b.png"],
-                "messages": [{"role": "user", "content": "<image>?"}, CHAT[1]],
+                "messages": [{"role": "user", "content": "<image>?"}, HELLO[1]],
             },
             "1 <image> for 2 files",
         ),
         (
-            {"messages": [{"role": "user", "content": "<image>?"}, CHAT[1]]},
+            {"messages": [{"role": "user", "content": "<image>?"}, HELLO[1]]},
             "1 <image> for 0 files",
         ),
         (
-            {"file": "a.jpg", "messages": [CHAT[0], {"role": "assistant", "content": "<image>"}]},
+            {"file": "a.jpg", "messages": [HELLO[0], {"role": "assistant", "content": "<image>"}]},
             "turn 2: <image> in a message of the assistant",
         ),
         ({"file": "a.jpg", "caption": "x", "weight": "much"}, "weight: 'much' is not a factor"),

@@ -37,11 +37,14 @@ class World:
     lists: Path
     features: Path
 
-    def encode(self, *more: str) -> int:
+    def words(self, *more: str) -> list[str]:
         words = ["--dataset", "pixmo", "--source", str(self.lists), "--encoder", "demo"]
         words += ["--features", str(self.features), "--device", "cpu", "--workers", "0"]
         words += ["--allow-private", "--fetch-timeout-s", "0.7", "--fetch-tries", "3"]
-        return main([*words, *more])
+        return [*words, *more]
+
+    def encode(self, *more: str) -> int:
+        return main(self.words(*more))
 
     def ledger(self) -> dict[str, MediaRecord]:
         """Return the ledger by kind of URL."""
@@ -67,14 +70,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(server=server, lists=folder / "lists", features=folder / "cache")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def first_job(world: World) -> str:
     """Run the first job; return its output."""
     command = [sys.executable, "-c", "import sys; from encode.run import main; sys.exit(main())"]
-    words = ["--dataset", "pixmo", "--source", str(world.lists), "--encoder", "demo"]
-    words += ["--features", str(world.features), "--device", "cpu", "--workers", "0"]
-    words += ["--allow-private", "--fetch-timeout-s", "0.7", "--fetch-tries", "3"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *world.words()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -109,22 +109,17 @@ def test_every_url_is_in_the_space_or_in_the_ledger(world: World, first_job: str
     ]
 
 
-@pytest.mark.usefixtures("first_job")
 def test_points_in_pixels_are_used_once_sizes_are_known(world: World) -> None:
-    answers = {
-        sample.media[0].source: sample.messages[-1].content
-        for sample in read_samples(CacheRoot(world.features), "pixmo-count")
-    }
-    with_points = [text for text in answers.values() if "<points coords=" in text]
-    assert with_points
     # Three quarters of the images have points. Failed images have no size.
-    ledger = world.ledger()
-    for source, text in answers.items():
-        record = ledger[source.removeprefix(world.server.base + "/")]
-        assert record.status == "ok" or "<points" not in text
+    ledger = read_media(CacheRoot(world.features))
+    pointed = {
+        ledger[sample.media[0].source].status
+        for sample in read_samples(CacheRoot(world.features), "pixmo-count")
+        if "<points coords=" in sample.messages[-1].content
+    }
+    assert pointed == {"ok"}
 
 
-@pytest.mark.usefixtures("first_job")
 def test_failures_are_listed_with_reason_host_and_data_set(world: World) -> None:
     command = [sys.executable, "-m", "cache.ls", "--failures", "--features", str(world.features)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -137,7 +132,6 @@ def test_failures_are_listed_with_reason_host_and_data_set(world: World) -> None
     assert {source.removeprefix(world.server.base + "/") for source in sources} == expected
 
 
-@pytest.mark.usefixtures("first_job")
 def test_a_second_job_sends_no_request(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = world.counts()
     assert world.encode() == 0
@@ -148,7 +142,6 @@ def test_a_second_job_sends_no_request(world: World, capsys: pytest.CaptureFixtu
     assert last.startswith(f"encoded=0 reused={good} failed={failing} ")
 
 
-@pytest.mark.usefixtures("first_job")
 def test_a_stage_trains_on_the_encoded_images(world: World, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.run", "--stage", "1", "--llm", "random:qwen3-tiny"]
     command += ["--features", str(world.features), "--run", str(tmp_path / "run")]
@@ -159,7 +152,6 @@ def test_a_stage_trains_on_the_encoded_images(world: World, tmp_path: Path) -> N
     assert re.search(r"pixmo-points: \d+ train samples", done.stdout)
 
 
-@pytest.mark.usefixtures("first_job")
 def test_another_space_downloads_again_unless_the_bytes_were_kept(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +172,6 @@ def test_another_space_downloads_again_unless_the_bytes_were_kept(
     assert capsys.readouterr().out.splitlines()[-1].startswith("encoded=12 ")
 
 
-@pytest.mark.usefixtures("first_job")
 def test_private_addresses_are_refused_by_default(world: World, tmp_path: Path) -> None:
     before = world.counts()
     words = ["--dataset", "pixmo-cap", "--source", str(world.lists), "--encoder", "demo"]
@@ -191,7 +182,6 @@ def test_private_addresses_are_refused_by_default(world: World, tmp_path: Path) 
     assert all(r.status == "failed" and "127.0.0.1" in (r.error or "") for r in records)
 
 
-@pytest.mark.usefixtures("first_job")
 def test_retrying_downloads_only_what_failed(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
