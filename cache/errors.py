@@ -95,11 +95,6 @@ class RequestError(Exception):
 
 
 class RefusedAddressError(OSError):
-    """The rules forbid connecting to this address."""
+    """The rules forbid connecting to this address: `a private address 10.0.0.1`."""
 
     # An OSError, because aiohttp passes those through from a resolver.
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
-        """Kind and address: `a private address 10.0.0.1`."""

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import json
 import os
 import re
 import sys
@@ -31,15 +32,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_ar
 import yaml
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from tyro import _errors
-
-__all__ = ["UserError", "build", "command", "dump", "load", "nearest", "parse"]
 
 T = TypeVar("T")
 FOLDER = Path(__file__).parent
-USER_ERROR_EXIT = (
-    2  # the exit code of argparse, and of most Unix commands, for a wrong command line
-)
+USER_ERROR_EXIT = 2
+# The exit code of argparse, and of most Unix commands, for a wrong command line.
 
 
 class UserError(Exception):
@@ -96,9 +95,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     missing = [
         name
         for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{where}: missing key {', '.join(map(repr, missing))}")
@@ -115,56 +112,37 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return value
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _convert_union(value, args, where)
+        # None first, so that an error is about one of the other types.
+        *others, last = sorted(args, key=lambda each: each is not types.NoneType)
+        for each in others:
+            with contextlib.suppress(UserError):
+                return _convert(value, each, where)
+        return _convert(value, last, where)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, args))}")
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(v, args[0], where) for v in value)
+        if args[-1] is Ellipsis:
+            args = args[:1] * len(value)
         if len(args) != len(value):
             raise UserError(f"{where}: expected {len(args)} values, found {len(value)}")
         return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
-    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
-        if isinstance(value, Mapping):
-            return {
-                _convert(k, args[0], where): _convert(v, args[1], where) for k, v in value.items()
-            }
-    elif dataclasses.is_dataclass(kind):
-        if isinstance(value, Mapping):
-            return build(typing.cast(type, kind), value, where)
-        if isinstance(value, typing.cast(type, kind)):
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {_convert(k, args[0], where): _convert(v, args[1], where) for k, v in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return build(typing.cast(type, kind), value, where)
+    if isinstance(value, bool):  # which Python also takes for an integer
+        if kind is bool:
             return value
-    elif kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    elif kind is float and isinstance(value, (int, str)):
         with contextlib.suppress(ValueError):  # PyYAML (YAML 1.1) reads 1e-4 as text
             return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif (
-        isinstance(kind, type)
-        and isinstance(value, kind)
-        and (kind is bool or not isinstance(value, bool))  # `true` is not an integer
-    ):
+    elif not args and isinstance(value, kind):
         return value
-    raise UserError(f"{where}: expected {_name(kind)}, found {value!r}")
-
-
-def _convert_union(value: Any, kinds: Sequence[Any], where: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    error = UserError(f"{where}: {value!r} is not possible here")
-    for kind in kinds:
-        if kind is not type(None):
-            try:
-                return _convert(value, kind, where)
-            except UserError as refused:
-                error = refused
-    raise error
-
-
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    raise UserError(f"{where}: expected {kind if args else kind.__name__}, found {value!r}")
 
 
 def parse(
@@ -200,11 +178,11 @@ def parse(
     default: dict[str, Any] = {}
     if preset is not None:
         default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)
+    # tyro joins lines that begin with a letter. With `$ ` before it, a command keeps its line.
+    described = re.sub(r"^(?=python -m |torchrun )", "$ ", description or "", flags=re.MULTILINE)
     # tyro draws its errors as boxes of many lines. Its hook gives the cause before anything is drawn.
     with _errors.on_parse_error(refuse):
-        parsed: T = tyro.cli(
-            cls, prog=prog, description=_keep_lines(description), args=argv, **default
-        )
+        parsed: T = tyro.cli(cls, prog=prog, description=described or None, args=argv, **default)
     return parsed
 
 
@@ -230,13 +208,6 @@ def _message(cls: type, event: _errors.ParseErrorEvent) -> str | None:
     return None
 
 
-def _keep_lines(description: str | None) -> str | None:
-    """Prefix lines with a command by `$ `: tyro joins lines that begin with a letter."""
-    return description and re.sub(
-        r"^(?=python -m |torchrun )", "$ ", description, flags=re.MULTILINE
-    )
-
-
 def _join_repeated(cls: type, argv: list[str]) -> list[str]:
     """Replace `--image a --image b` by `--image a b`, for fields that take several values."""
     several = {
@@ -245,48 +216,35 @@ def _join_repeated(cls: type, argv: list[str]) -> list[str]:
         if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
     }
     gathered: dict[str, list[str]] = {}
-    rest: list[str] = []
-    current: str | None = None
+    current = rest = list[str]()
     for word in argv:
         flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-") if word.startswith("--") else flag
-        if flag in several:
-            current = flag
-            gathered.setdefault(flag, [])
-            if equals:
-                gathered[flag].append(value)
-        elif word.startswith("--") or current is None:
-            current = None
-            rest.append(word)
+        if not word.startswith("--"):
+            current.append(word)
+        elif (flag := flag.replace("_", "-")) in several:
+            current = gathered.setdefault(flag, [])
+            current += [value] if equals else []
         else:
-            gathered[current].append(word)
+            current = rest
+            current.append(word)
     return rest + [word for flag, words in gathered.items() for word in (flag, *words)]
 
 
 def _read_selectors(selectors: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in selectors:
-        reader.add_argument("--" + name.replace("_", "-"), dest=name)
+        reader.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS)
     try:
         found, _ = reader.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    return {k: v for k, v in vars(found).items() if v is not None}
+    return vars(found)
 
 
-def dump(config: object) -> str:
-    """Return a dataclass or a mapping as YAML text."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+def dump(config: DataclassInstance) -> str:
+    """Return a dataclass as YAML text."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> NoReturn:
@@ -299,23 +257,21 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
         main: the command. It returns its exit code, or None for 0.
         errors: other classes whose message tells the user what to do, such as `cache.errors.CacheError`.
     """
-    user_errors: tuple[type[Exception], ...] = (UserError, *errors)
+    reported: tuple[type[Exception], ...] = (UserError, OSError, *errors)
     try:
         code = main() or 0
         sys.stdout.flush()
-    except user_errors as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = USER_ERROR_EXIT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # as of `... | head`, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        if (mistake := wrong_place(error)) is None:
+    except reported as error:
+        message = wrong_place(error) if isinstance(error, OSError) else error
+        if message is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         code = USER_ERROR_EXIT
     sys.exit(code)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -70,13 +70,8 @@ class Source:
 
     def geometry(self, array: str) -> TarGeometry:
         """Return the places of such rows, and the headers around them, in a tar."""
-        return TarGeometry(
-            row_bytes=self.row_bytes(array),
-            slots=FILE_ROWS,
-            codec=self.codec,
-            tokens=self.reader.spec.tokens(array),
-            width=self.reader.spec.width,
-        )
+        spec = replace(self.reader.spec, codec=self.codec)
+        return TarGeometry(spec=spec, array=array, slots=FILE_ROWS)
 
     def rows(self, array: str, positions: Positions) -> npt.NDArray[np.uint8]:
         """Return the exported bytes (n, row_bytes) of rows at positions (n,), in that order.

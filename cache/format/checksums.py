@@ -10,9 +10,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +20,12 @@ from awscrt import checksums
 
 from cache.errors import CorruptError
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-
-class _Checksum(Protocol):
-    def __call__(self, data: Buffer, value: int = 0, /) -> int:
-        """Return the crc32c of `data`, or, with the crc32c `value` of earlier bytes, of these and `data`."""
-
-
 # awscrt is the fastest library for crc32c. It folds 64 bytes an instruction on processors with AVX-512 and
 # VPCLMULQDQ: 32 GB/s from memory and 53 GB/s from the processor's cache, where PyPI's `crc32c` reaches 17 and
 # 27 (one core of an AMD EPYC, 2026-11-24). Both take memoryviews without a copy and release the GIL.
-crc32c = cast(_Checksum, checksums.crc32c)
-
+crc32c: Callable[..., int] = checksums.crc32c
+"""`crc32c(data)` is the crc32c of a buffer; `crc32c(data, value)` that of earlier bytes, whose crc32c is
+`value`, and of `data`."""
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Increment of splitmix64: 2**64 divided by the golden ratio, made odd."""
@@ -65,18 +57,22 @@ UNSEALED = "sha256:" + "0" * 64
 
 def seal(data: bytes) -> bytes:
     """Return `data` with its last `UNSEALED` replaced by its seal."""
-    at = _seal_position(data)
-    assert data[at : at + 64] == b"0" * 64, "nothing to seal"
-    return data[:at] + _digest(data, at) + data[at + 64 :]
+    sealed = bytearray(data)
+    _seal_in_place(sealed)
+    return bytes(sealed)
 
 
 def seal_file(file: BinaryIO) -> None:
     """Replace the last `UNSEALED` of an open file of any size by the file's seal."""
     file.flush()
     with mmap.mmap(file.fileno(), 0) as data:
-        at = _seal_position(data)
-        assert data[at : at + 64] == b"0" * 64, "nothing to seal"
-        data[at : at + 64] = _digest(data, at)
+        _seal_in_place(data)
+
+
+def _seal_in_place(data: bytearray | mmap.mmap) -> None:
+    at = data.rfind(SEAL) + len(SEAL)
+    assert data[at : at + 64] == b"0" * 64, "nothing to seal"
+    data[at : at + 64] = _digest(data, at)
 
 
 def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
@@ -85,8 +81,8 @@ def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
     Raises:
         CorruptError: `data` has no seal, or is not exactly what was sealed.
     """
-    at = _seal_position(data)
-    if at < 0:
+    at = data.rfind(SEAL) + len(SEAL)
+    if at < len(SEAL):
         raise CorruptError(path, "its seal (sha256:...) is missing")
     if data[at : at + 64] != _digest(data, at):
         raise CorruptError(path, "its bytes do not match its seal (sha256)")
@@ -107,12 +103,7 @@ def check_seal_file(path: Path) -> None:
             check_seal(data, path)
 
 
-def _seal_position(data: bytes | mmap.mmap) -> int:
-    at = data.rfind(SEAL)
-    return at + len(SEAL) if at >= 0 else -1
-
-
-def _digest(data: bytes | mmap.mmap, at: int) -> bytes:
+def _digest(data: bytes | bytearray | mmap.mmap, at: int) -> bytes:
     digest = hashlib.sha256()
     with memoryview(data) as whole, whole[:at] as before, whole[at + 64 :] as after:
         digest.update(before)
@@ -123,9 +114,8 @@ def _digest(data: bytes | mmap.mmap, at: int) -> bytes:
 
 def sealed_json(values: Mapping[str, Any]) -> bytes:
     """Return `values` as JSON text with the seal in its last key."""
-    return seal(
-        json.dumps({**values, "seal": UNSEALED}, indent=2, allow_nan=False).encode() + b"\n"
-    )
+    text = json.dumps({**values, "seal": UNSEALED}, indent=2, allow_nan=False)
+    return seal(text.encode() + b"\n")
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ again and compares.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +49,17 @@ def row_facts(table: pa.Table) -> Iterator[RowFacts]:
 class Geometry(ABC):
     """The positions of rows in the shards of one array, and the bytes around them."""
 
-    row_bytes: int
-    """Bytes of one packed row."""
+    spec: FeatureSpec
+    """How the rows were made, and how they are packed."""
+    array: str
+    """The array: `image` or `frame`."""
     slots: int
     """Rows of a full shard."""
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one packed row."""
+        return self.spec.row_bytes(self.array)
 
     @property
     @abstractmethod
@@ -96,20 +104,3 @@ class Geometry(ABC):
     def file_bytes(self, rows: int) -> int:
         """Return the bytes of a shard with `rows` rows."""
         return rows * self.slot_bytes + self.tail_bytes
-
-
-class Container(ABC):
-    """A shard format. `SpaceInfo.container` is that of a space."""
-
-    @abstractmethod
-    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Return the geometry of the shards of one array, `slots` rows each."""
-
-    def group_values(self) -> Mapping[str, Any] | None:
-        """Return the content of the file that describes the space to other tools; None if there is none."""
-        return None
-
-    def array_values(  # noqa: B027 - a format that needs no such file keeps this
-        self, spec: FeatureSpec, array: str, slots: int, rows: int
-    ) -> Mapping[str, Any] | None:
-        """Return the content of the file that describes an array of `rows` rows; None if there is none."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.format.checksums import sealed_json
-from cache.format.shard import Container, Geometry
+from cache.format.shard import Geometry
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
-from cache.format.tar_shard import TarContainer
-from cache.format.zarr_shard import ZarrContainer
+from cache.format.tar_shard import TarGeometry
+from cache.format.zarr_shard import ZarrGeometry
 
-_CONTAINERS: Mapping[str, Container] = {"zarr": ZarrContainer(), "webdataset": TarContainer()}
+_GEOMETRIES: Mapping[str, type[Geometry]] = {"zarr": ZarrGeometry, "webdataset": TarGeometry}
 
 SHARD_BYTES = 256 << 20
 """Approximate bytes of a full shard."""
@@ -38,24 +38,22 @@ class SpaceInfo:
     slots: Mapping[str, int]
     """Array -> rows per shard."""
 
-    @property
-    def container(self) -> Container:
-        """The format of the shards."""
-        return _CONTAINERS[self.spec.container]
-
     @functools.cached_property
     def _geometries(self) -> Mapping[str, Geometry]:
-        make = self.container.geometry
-        return {array: make(self.spec, array, slots) for array, slots in self.slots.items()}
+        return {array: _geometry(self.spec, array, slots) for array, slots in self.slots.items()}
 
     def geometry(self, array: str) -> Geometry:
         """Return the geometry of the shards of `array`."""
         return self._geometries[array]
 
 
+def _geometry(spec: FeatureSpec, array: str, slots: int) -> Geometry:
+    return _GEOMETRIES[spec.container](spec=spec, array=array, slots=slots)
+
+
 def slot_bytes(spec: FeatureSpec, array: str) -> int:
     """Return the bytes that a row of `array` takes in a shard, with the bytes around it."""
-    return _CONTAINERS[spec.container].geometry(spec, array, 1).slot_bytes
+    return _geometry(spec, array, 1).slot_bytes
 
 
 def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> SpaceInfo:

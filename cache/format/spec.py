@@ -86,12 +86,9 @@ class FeatureSpec:
     """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise ValueError(f"codec {self.codec!r} is none of {', '.join(CODECS)}")
-        if self.fit not in FITS:
-            raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
-        if self.container not in CONTAINERS:
-            raise ValueError(f"container {self.container!r} is none of {', '.join(CONTAINERS)}")
+        for name, choices in (("codec", CODECS), ("fit", FITS), ("container", CONTAINERS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(choices)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -130,7 +127,7 @@ class FeatureSpec:
         hashed = {
             k: v
             for k, v in self.to_json().items()
-            if k not in _NOT_HASHED and not (k in _HASHED_UNLESS and v == _HASHED_UNLESS[k])
+            if k not in _NOT_HASHED and v != _HASHED_UNLESS.get(k)
         }
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

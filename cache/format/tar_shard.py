@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import crc32c
-from cache.format.shard import Container, Geometry, RowFacts
-from cache.format.spec import FeatureSpec
+from cache.format.shard import Geometry, RowFacts
 
 BLOCK = 512
 """Bytes of a tar's block: each header and each content starts at a multiple."""
@@ -73,17 +72,10 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 class TarGeometry(Geometry):
     """A slot: tar header, npy header, row, zeros, tar header, JSON, zeros. The tail is the end of the tar."""
 
-    codec: str
-    """Name of the row codec."""
-    tokens: int
-    """Tokens of a row."""
-    width: int
-    """Values per token."""
-
     @functools.cached_property
     def _npy(self) -> bytes:
-        if self.codec == "fp16":
-            return npy_header("<f2", (self.tokens, self.width))
+        if self.spec.codec == "fp16":
+            return npy_header("<f2", (self.spec.tokens(self.array), self.spec.width))
         return npy_header("|u1", (self.row_bytes,))
 
     @functools.cached_property
@@ -123,17 +115,15 @@ class TarGeometry(Geometry):
         return before, self._zeros + header + text.ljust(BLOCK, b"\0")
 
     def _json(self, facts: RowFacts) -> bytes:
-        error = float(
-            str(np.float32(facts.error))
-        )  # so that JSON has the shortest text of a float32
-        time_s = facts.time_s
+        # Through text, so that JSON has the shortest text of a float32.
+        error, time_s = float(str(np.float32(facts.error))), facts.time_s
         values = {
             "key": facts.key,
             "view": facts.view,
             "time_s": time_s if time_s is not None and math.isfinite(time_s) else None,
-            "codec": self.codec,
-            "tokens": self.tokens,
-            "width": self.width,
+            "codec": self.spec.codec,
+            "tokens": self.spec.tokens(self.array),
+            "width": self.spec.width,
             "crc32c": facts.crc,
             "relative_error": error if math.isfinite(error) else None,
         }
@@ -148,17 +138,3 @@ class TarGeometry(Geometry):
     def commit_columns(self, rows: int) -> Mapping[str, npt.NDArray[np.int64]]:
         """Return `offset`, the byte at which each row starts, so that any program can read it."""
         return {"offset": np.arange(rows, dtype=np.int64) * self.slot_bytes + self.lead_bytes}
-
-
-class TarContainer(Container):
-    """The webdataset format: tars, and no file that describes them."""
-
-    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Return the geometry of the shards of one array."""
-        return TarGeometry(
-            row_bytes=spec.row_bytes(array),
-            slots=slots,
-            codec=spec.codec,
-            tokens=spec.tokens(array),
-            width=spec.width,
-        )

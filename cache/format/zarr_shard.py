@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import UNSEALED, crc32c, seal
-from cache.format.shard import Container, Geometry, RowFacts
+from cache.format.shard import Geometry, RowFacts
 from cache.format.spec import FeatureSpec
 
 CRC_BYTES = 4
@@ -75,43 +75,33 @@ def zarr_json(values: Mapping[str, Any]) -> bytes:
     return seal(text.encode() + b"\n")
 
 
-class ZarrContainer(Container):
-    """The zarr format: Zarr v3 arrays in a group."""
+GROUP_JSON = zarr_json({"zarr_format": 3, "node_type": "group"})
+"""The bytes of zarr.json of the group of arrays."""
 
-    def geometry(self, spec: FeatureSpec, array: str, slots: int) -> Geometry:
-        """Return the geometry of the shards of one array."""
-        return ZarrGeometry(row_bytes=spec.row_bytes(array), slots=slots)
 
-    def group_values(self) -> Mapping[str, Any]:
-        """Return the content of zarr.json of the group of arrays."""
-        return {"zarr_format": 3, "node_type": "group"}
-
-    def array_values(
-        self, spec: FeatureSpec, array: str, slots: int, rows: int
-    ) -> Mapping[str, Any]:
-        """Return the content of zarr.json of an array with `rows` row numbers; absent rows are NaN."""
-        tokens, width = spec.tokens(array), spec.width
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        row = little
-        if spec.codec != "fp16":
-            row = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
-        sharding = {
-            "chunk_shape": [1, tokens, width],
-            "codecs": [row, {"name": "crc32c"}],
-            "index_codecs": [little, {"name": "crc32c"}],
-            "index_location": "end",
-        }
-        return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [rows, tokens, width],
-            "data_type": "float16",
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [slots, tokens, width]},
-            },
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": "NaN",
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "dimension_names": ["row", "token", "channel"],
-        }
+def array_json(spec: FeatureSpec, array: str, slots: int, rows: int) -> bytes:
+    """Return the bytes of zarr.json of an array with `rows` row numbers; absent rows are NaN."""
+    tokens, width = spec.tokens(array), spec.width
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    packed = {"name": ROW_CODEC, "configuration": {"codec": spec.codec}}
+    sharding = {
+        "chunk_shape": [1, tokens, width],
+        "codecs": [little if spec.codec == "fp16" else packed, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    values = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [rows, tokens, width],
+        "data_type": "float16",
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [slots, tokens, width]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN",
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": ["row", "token", "channel"],
+    }
+    return zarr_json(values)

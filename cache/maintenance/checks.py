@@ -377,7 +377,7 @@ def _check_zarr_json(path: Path, expected: bytes | None) -> Iterator[Finding]:
 def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
     """Find files that do not belong to the space."""
     known = {paths.space_json, *map(paths.index, ARRAYS)}
-    if info.container.group_values() is not None:
+    if info.spec.container == "zarr":
         known |= {paths.group_json, *map(paths.array_json, ARRAYS)}
     for array in ARRAYS:
         for number in paths.committed(array):

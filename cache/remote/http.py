@@ -372,7 +372,7 @@ class _ConnectionPool:
                 failure = error
         if isinstance(failure, RefusedAddressError):
             raise RequestError(
-                f"{origin.host} is {failure.what}; if you trust it: --allow-private", again=False
+                f"{origin.host} is {failure}; if you trust it: --allow-private", again=False
             )
         certificate = isinstance(failure, ssl.SSLCertVerificationError)
         raise RequestError(f"{origin.host}: {_reason(failure)}", again=not certificate)

@@ -22,7 +22,7 @@ from cache.errors import CacheError, CorruptError, NotFoundError, nearest
 from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
-from cache.format.zarr_shard import zarr_json
+from cache.format.zarr_shard import GROUP_JSON, array_json
 from cache.store.commits import (
     read_commit,
 )
@@ -112,18 +112,18 @@ class Space:
 
         It covers every committed shard, and never fewer rows than the existing file.
         """
+        if self.spec.container != "zarr":
+            return None
         slots = self.rows_per_shard(array)
         rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
         # Where the file is damaged or describes something else, the commits alone count.
         with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError, ValueError):
             rows = max(rows, int(read_sealed_json(self.paths.array_json(array))["shape"][0]))
-        values = self.info.container.array_values(self.spec, array, slots, rows)
-        return None if values is None else zarr_json(values)
+        return array_json(self.spec, array, slots, rows)
 
     def group_json(self) -> bytes | None:
         """Return the zarr.json of the group of arrays; None if the container has none."""
-        values = self.info.container.group_values()
-        return None if values is None else zarr_json(values)
+        return GROUP_JSON if self.spec.container == "zarr" else None
 
     def grow(self, array: str) -> None:
         """Make zarr.json cover every committed shard. Only the driver may call this."""

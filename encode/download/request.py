@@ -182,7 +182,7 @@ def _as_download_error(error: Exception, config: DownloadConfig, prefix: str) ->
     """Describe an error of aiohttp or the system without quoting the URL, as their messages may."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, RefusedAddressError):
-        return DownloadError(f"{prefix}{cause.what}, which is not allowed")
+        return DownloadError(f"{prefix}{cause}, which is not allowed")
     if isinstance(cause, socket.gaierror):
         if cause.errno in (socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM):
             reason = "temporary failure of the name lookup"
