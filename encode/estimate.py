@@ -25,12 +25,8 @@ DISK_BYTES_S = 500e6
 class Speed:
     """How fast this machine encodes."""
 
-    batch_s: float
-    """Seconds for one batch, on one GPU or on all cores."""
-    batch_size: int
-    """Images in one batch."""
-    devices: int
-    """GPUs that encode side by side; 1 on a CPU."""
+    encode_s: float
+    """Seconds to encode an image, all GPUs together."""
     cores: int
     """CPU cores that decode."""
     shared: bool
@@ -40,9 +36,8 @@ class Speed:
 
     def seconds(self, images: int) -> float:
         """Return the seconds to read, decode and encode this number of images."""
-        encode = self.batch_s / self.batch_size / self.devices
-        decode = DECODE_S / self.cores
-        return images * (encode + decode if self.shared else max(encode, decode))
+        decode_s = DECODE_S / self.cores
+        return images * (self.encode_s + decode_s if self.shared else max(self.encode_s, decode_s))
 
 
 def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: Speed | None) -> str:
@@ -59,28 +54,22 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
     todo = f"{len(plan.todo)} to do"
     if plan.downloads:
         todo += f" ({plan.downloads} to download)"
+    at_most = "at most " if plan.unread else ""
+    frames = plan.new_rows.get("frame", 0)
+    parts = (
+        f": {plan.rows - frames} images, {frames} frames of videos" if frames else ", one view each"
+    )
     lines = [
         f"space    {spec.name}: {stored}",
         f"media    {plan.media} in {samples} samples: {todo}, {plan.reused} reused, {before}",
-        f"rows     {_at_most(plan)}{_rows_text(plan)}",
-        f"disk     {_at_most(plan)}{bytes_text(needed)} needed, {bytes_text(free)} free",
+        f"rows     {at_most}{plan.rows}{parts}",
+        f"disk     {at_most}{bytes_text(needed)} needed, {bytes_text(free)} free",
     ]
     if speed is not None and plan.todo:
         total = speed.seconds(plan.rows)
         lines.append(f"time     {about(total)} ({speed.how})")
         lines.append(f"pays     {break_even(plan, spec, speed)}")
     return "\n".join(lines)
-
-
-def _rows_text(plan: Plan) -> str:
-    images, frames = (plan.new_rows.get(array, 0) for array in ("image", "frame"))
-    if not frames:
-        return f"{images}, one view each"
-    return f"{images + frames}: {images} images, {frames} frames of videos"
-
-
-def _at_most(plan: Plan) -> str:
-    return "at most " if plan.unread else ""
 
 
 def break_even(plan: Plan, spec: FeatureSpec, speed: Speed) -> str:

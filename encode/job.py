@@ -15,6 +15,7 @@ import gc
 import logging
 import secrets
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -118,7 +119,7 @@ class Job:
         """
         speed = None
         if plan.todo and (always_measure or plan.rows > MEASURE_BATCHES * self.spec.batch_size):
-            speed = measure_speed(self._encoder, self.spec, str(self._encoder.device))
+            speed = measure_speed(self._encoder, self.spec, self._encoder.device)
         free = free_bytes(self._root.path)
         print(describe(plan, self.spec, samples=self._counter.samples, free=free, speed=speed))
         try:
@@ -196,8 +197,7 @@ class Job:
                 self._tracker,
                 self._space,
                 self._config,
-                workers=layout.workers,
-                gpus=layout.gpus,
+                layout,
                 timeout_s=timeout_s,
                 worker_class=self._worker_class,
             )
@@ -227,9 +227,7 @@ class Job:
                 f"interrupted: {tracker.encoded} encoded and kept, {left} left; run the same command again"
             )
             return interrupts.exit_code
-        failures = dict(tracker.failures)
-        if plan.missing:
-            failures["fetch"] = failures.get("fetch", 0) + len(plan.missing)
+        failures = tracker.failures + Counter(fetch=len(plan.missing))
         if self._timings is not None:
             print(stage_line(self._timings))
         if failures:

@@ -145,7 +145,9 @@ def make_plan(
             elif record is not None and record.stage == "fetch":
                 known_failures += 1
             else:
-                missing.append(_missing(source, mention.kind, record))
+                attempts = make_task(source, mention, record).attempts
+                blank = MediaRecord(source=source, kind=mention.kind)
+                missing.append(failed(blank, attempts, Failure("fetch", "no such file")))
             continue
         unchanged = record is not None and (
             identity is None or (not rehash and identity.matches(record))
@@ -223,12 +225,6 @@ def spread(tasks: Sequence[SourceTask]) -> tuple[SourceTask, ...]:
         order.append((turns[host] if host else number, number))
         turns[host] += 1
     return tuple(tasks[number] for _, number in sorted(order))
-
-
-def _missing(source: str, kind: str, record: MediaRecord | None) -> MediaRecord:
-    attempts = record.attempts if record and record.status == "failed" else 0
-    blank = MediaRecord(source=source, kind=kind)
-    return failed(blank, attempts, Failure("fetch", "no such file"))
 
 
 def _is_final(record: MediaRecord, space: str) -> bool:

@@ -22,6 +22,9 @@ WINDOW_S = 60.0
 TERMINAL_EVERY_S = 1.0
 """Seconds between two updates of the progress line on a terminal."""
 
+ERASE_LINE = "\r\x1b[K"
+"""Moves a terminal's cursor to the start of its line, and erases the line."""
+
 LOG_EVERY_S = 10.0
 """Seconds between two progress lines elsewhere."""
 
@@ -35,7 +38,6 @@ class Progress:
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
         self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds of work, media items encoded
-        self._shown = False
 
     def update(self, timings: Timings) -> None:
         """Print a line if it is time for one; `timings` are those of all workers together."""
@@ -47,12 +49,8 @@ class Progress:
             return
         self._printed = now
         line = self.line(done, self._rate(), timings)
-        if self._terminal:
-            self._out.write(f"\r\x1b[K{line}")
-        else:
-            self._out.write(line + "\n")
+        self._out.write(f"{ERASE_LINE}{line}" if self._terminal else line + "\n")
         self._out.flush()
-        self._shown = True
 
     def line(self, done: int, rate: float, timings: Timings) -> str:
         """Return the text of one update."""
@@ -69,8 +67,8 @@ class Progress:
 
     def clear(self) -> None:
         """Erase the progress line on a terminal, so that another line can be printed."""
-        if self._terminal and self._shown:
-            self._out.write("\r\x1b[K")
+        if self._terminal:
+            self._out.write(ERASE_LINE)
             self._out.flush()
 
     def _mark(self, worked_s: float, done: int) -> None:

@@ -31,6 +31,7 @@ from cache.store.references import Present
 from cache.store.space import Space
 from configs import UserError
 from encode.driver.culprits import Culprits, rejection
+from encode.driver.resources import WorkerLayout
 from encode.driver.tracker import Tracker
 from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
@@ -164,9 +165,8 @@ class RayPool:
         tracker: Tracker,
         space: Space,
         config: WorkerConfig,
+        layout: WorkerLayout,
         *,
-        workers: int,
-        gpus: int,
         timeout_s: float,
         worker_class: type[Worker] = Worker,
     ):
@@ -176,19 +176,18 @@ class RayPool:
             tracker: the job's sources.
             space: the space to write to.
             config: how a worker is made.
-            workers: number of actors.
-            gpus: GPUs that each actor has to itself, 0 or 1.
+            layout: the number of actors, and of the GPUs that each has to itself.
             timeout_s: seconds without progress after which a file that is being decoded counts as hanging.
             worker_class: the class that runs in the actors.
         """
         self._tracker, self._space, self._config = tracker, space, config
-        self._gpus, self._timeout_s, self._worker_class = gpus, timeout_s, worker_class
+        self._gpus, self._timeout_s, self._worker_class = layout.gpus, timeout_s, worker_class
         self._numbers = itertools.count(1)
         self._culprits = Culprits()
-        self._task_sources = max(1, min(TASK_SOURCES, tracker.total // (8 * workers)))
+        self._task_sources = max(1, min(TASK_SOURCES, tracker.total // (8 * layout.workers)))
         self._checked_s = 0.0
         self._registrar = ray.remote(SpaceRegistrar).options(num_cpus=0).remote(space.paths)
-        self._slots = [self._new_slot() for _ in range(workers)]
+        self._slots = [self._new_slot() for _ in range(layout.workers)]
 
     def run(self, stopping: Callable[[], bool], progress: Callable[[Timings], None]) -> None:
         """Encode until every source is settled or `stopping` returns True. Commit all encoded rows.

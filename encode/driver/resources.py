@@ -13,7 +13,7 @@ import torch
 from cache.format.spec import FeatureSpec
 from configs import UserError
 from encode.estimate import DECODE_S, Speed
-from encode.worker.worker import Encoder
+from model.vision.encoder import VisionEncoder
 
 INLINE_S = 120.0
 """Shorter jobs run in the driver itself: starting Ray and loading the encoder again takes 10 s."""
@@ -45,11 +45,6 @@ class WorkerLayout:
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def torch_cores() -> int:
-    """Return torch's number of threads: the physical cores, or OMP_NUM_THREADS."""
-    return torch.get_num_threads()
 
 
 def gpus(device: str) -> int:
@@ -97,11 +92,12 @@ def choose_layout(
         workers=count,
         gpus=1 if available and count else 0,
         threads=threads or max(2, min(MAX_THREADS, share)),
-        torch_threads=max(1, torch_cores() // max(1, count)),
+        # torch has one thread for each physical core, or OMP_NUM_THREADS.
+        torch_threads=max(1, torch.get_num_threads() // max(1, count)),
     )
 
 
-def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
+def measure_speed(encoder: VisionEncoder, spec: FeatureSpec, device: torch.device) -> Speed:
     """Measure one batch of blank images: the second one, unless the first one takes over a second.
 
     Raises:
@@ -123,13 +119,10 @@ def measure_speed(encoder: Encoder, spec: FeatureSpec, device: str) -> Speed:
         seconds = time.perf_counter() - start
         if seconds > 1.0:
             break
-    on_cpu = torch.device(device).type == "cpu"
     return Speed(
-        batch_s=seconds,
-        batch_size=spec.batch_size,
-        devices=max(1, gpus(device)),
+        encode_s=seconds / spec.batch_size / max(1, gpus(str(device))),
         cores=cores(),
-        shared=on_cpu,
+        shared=device.type == "cpu",
         how=(
             f"measured: {seconds / spec.batch_size:.3g} s an image to encode; "
             f"assumed: {DECODE_S * 1000:.0f} ms of one core to read and decode it"

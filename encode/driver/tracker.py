@@ -94,12 +94,13 @@ class Tracker:
         self._failures: dict[str, Failure] = {}
         self._committed: set[str] = set()
         self._found: set[str] = set()  # videos whose rows turned out to be in the space
-        self._stages: Counter[str] = Counter()
         self._last_own_failure: MediaRecord | None = None
         self.total = len(self._waiting)
         """Sources of the job."""
         self.settled = 0
         """Sources with a final record."""
+        self.failures: Counter[str] = Counter()
+        """Stage -> number of sources that failed there."""
 
     @property
     def encoded(self) -> int:
@@ -109,17 +110,12 @@ class Tracker:
     @property
     def failed(self) -> int:
         """Sources recorded as failed."""
-        return self._stages.total()
+        return self.failures.total()
 
     @property
     def reused(self) -> int:
         """Settled sources whose bytes the space has from an earlier job or from another source."""
         return self.settled - self.failed - self.encoded
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Stage -> number of sources that failed there."""
-        return dict(self._stages)
 
     def finished(self) -> bool:
         """Return whether every source is settled."""
@@ -162,7 +158,7 @@ class Tracker:
             self._record(outcome.record)
         self._settle_duplicates()
         if self._last_own_failure is not None:
-            own = sum(self._stages[stage] for stage in OWN_STAGES)
+            own = sum(self.failures[stage] for stage in OWN_STAGES)
             self._budget.check(own, self.settled, self._last_own_failure)
 
     def fail(self, outcome: Outcome) -> None:
@@ -173,7 +169,7 @@ class Tracker:
             self._failures[_media_id(record)] = failure
         if failure.stage in OWN_STAGES:
             self._last_own_failure = record
-        self._stages[failure.stage] += 1
+        self.failures[failure.stage] += 1
         self._record(record)
 
     def worker_died(

@@ -12,9 +12,10 @@ import io
 import os
 import stat
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -41,8 +42,7 @@ _ORIENTATION_TAG = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
+class Identity(NamedTuple):
     """The fields of `stat` that change when a file's content changes."""
 
     size: int
@@ -57,21 +57,15 @@ class Identity:
     @staticmethod
     def of(status: os.stat_result) -> Identity:
         """Return the identity in a stat result."""
-        return Identity(
-            size=status.st_size,
-            mtime_ns=status.st_mtime_ns,
-            ctime_ns=status.st_ctime_ns,
-            inode=status.st_ino,
-        )
+        return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     def matches(self, record: MediaRecord) -> bool:
         """Return whether the file is still the one that `record` was made from."""
-        known = (record.size, record.mtime_ns, record.ctime_ns, record.inode)
-        return (self.size, self.mtime_ns, self.ctime_ns, self.inode) == known
+        return self == (record.size, record.mtime_ns, record.ctime_ns, record.inode)
 
     def stamp(self, record: MediaRecord) -> MediaRecord:
         """Return `record` with this identity."""
-        return replace(record, **vars(self))
+        return replace(record, **self._asdict())
 
     def settle_s(self) -> float:
         """Return the seconds until a write would get a newer stamp; -1 if the stamps are in the future."""
@@ -118,7 +112,7 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
                     data = file.readall()
                     key, length = hashlib.sha256(data).hexdigest(), len(data)
                 if _regular(os.fstat(fd), most) == before and length == before.size:
-                    trusted = before if wait_s >= 0 else replace(before, inode=0)
+                    trusted = before if wait_s >= 0 else before._replace(inode=0)
                     record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=length)
                     return data, trusted.stamp(record)
     except FileNotFoundError:

@@ -31,10 +31,8 @@ class MediaItem:
     """Returns the memory of `data` to the download budget."""
     failure: Failure | None = None
     """Why no row of it will be written."""
-    duplicate: bool = False
-    """Another source of the job, or the space, already has the same bytes."""
-    present: bool = False
-    """A video whose frames are all in the space."""
+    result: Result = "ok"
+    """What its outcome will be unless it fails."""
     decoded: bool = False
     """The worker has received its last encoder input."""
     pending: int = 0
@@ -59,13 +57,7 @@ class MediaItem:
 
     def outcome(self) -> Outcome:
         """Return the outcome that is sent to the driver."""
-        result: Result = "ok"
-        if self.failure is not None:
-            result = "failed"
-        elif self.duplicate:
-            result = "duplicate"
-        elif self.present:
-            result = "present"
+        result: Result = self.result if self.failure is None else "failed"
         return Outcome(task=self.task, record=self.record, result=result, failure=self.failure)
 
 

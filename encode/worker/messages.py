@@ -53,8 +53,8 @@ class Outcome:
     record: MediaRecord
     """The ledger's record for the case that its bytes are, or will be, in the space."""
     result: Result
-    """ok: its rows are committed. present: the space had all of them before. duplicate: another source has
-    the same bytes. failed: `failure` says why."""
+    """ok: its rows are committed. present: the space had all rows of the video before. duplicate: another
+    source, or the space, has the same bytes. failed: `failure` says why."""
     failure: Failure | None = None
     """Set exactly when `result` is `failed`."""
 
@@ -102,8 +102,7 @@ class Timings:
     """Seconds from the first report of any worker to the last one, so without the time to start."""
 
     def __add__(self, other: Timings) -> Timings:
-        names = [f.name for f in dataclasses.fields(self)]
-        return Timings(**{n: getattr(self, n) + getattr(other, n) for n in names})
+        return Timings(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
     def bound(self) -> str:
         """Return the stage that limits the speed: read, decode, encode or write."""

@@ -24,6 +24,7 @@ from PIL import Image
 from cache.format.frame_sampling import FULL, sample_times, time_view
 from cache.store.ledger import MediaRecord
 from encode.download.urls import is_url
+from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
 from encode.worker.local_files import (
@@ -82,29 +83,26 @@ class Prefetcher:
     def __init__(
         self,
         worker: PrefetchCallbacks,
-        *,
+        config: WorkerConfig,
         decode_log: DecodeLog,
-        downloads: Downloads,
-        threads: int,
+        *,
         ahead: int,
         batch_size: int,
-        max_frames: int,
     ):
         """Start the threads.
 
         Args:
-            worker: the worker that encodes.
+            worker: the worker that encodes. Its methods are called from the threads.
+            config: the number of threads, the limit of frames, and how URLs are downloaded.
             decode_log: records what each thread is decoding.
-            downloads: fetches URLs; closed with the prefetcher.
-            threads: threads for reading, and as many for decoding.
             ahead: sources decoded ahead of the encoder.
             batch_size: encoder inputs in one batch.
-            max_frames: frames of one video, at most.
         """
-        self._worker, self._decode_log, self._downloads = worker, decode_log, downloads
-        self._frames_ahead, self._max_frames = FRAME_BATCHES * batch_size, max_frames
-        self._readers = ThreadPoolExecutor(threads, "read")
-        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._worker, self._decode_log = worker, decode_log
+        self._downloads = Downloads(config.download, config.media_store)
+        self._frames_ahead, self._max_frames = FRAME_BATCHES * batch_size, config.max_frames
+        self._readers = ThreadPoolExecutor(config.threads, "read")
+        self._decoders = ThreadPoolExecutor(config.threads, "decode")
         self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
         self._ready: queue.Queue[_Inputs | BaseException] = queue.Queue(ahead)
         self._current: _Inputs | None = None
@@ -194,7 +192,7 @@ class Prefetcher:
         ids = [media_id(item.record.kind, item.key) for item in items]
         granted = self._worker.reserve(ids) if ids else []
         for item, ours in zip(items, granted, strict=True):
-            item.duplicate = not ours
+            item.result = "ok" if ours else "duplicate"
 
     def _submit(self, item: MediaItem) -> None:
         inputs = _Inputs(self._frames_ahead)
@@ -224,7 +222,7 @@ class Prefetcher:
 
     def _decode_image(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
         assert isinstance(item.data, bytes), "images are read whole"
-        if item.duplicate:
+        if item.result == "duplicate":
             size = size_in_header(item.data)
         else:
             image = self._worker.decode(item.data)
@@ -242,11 +240,11 @@ class Prefetcher:
             duration_s=info.duration_s,
             note=info.note,
         )
-        if not item.duplicate:
+        if item.result != "duplicate":
             wanted = {time_view(us): us for us in sample_times(info.duration_s, self._max_frames)}
             # A worker that died may have committed some frames after this one read the commits.
             missing = self._worker.missing(item.key, list(wanted), reread=item.task.reassigned)
-            item.present = not missing
+            item.result = "ok" if missing else "present"
             got = 0
             for frame in frames(
                 item.data, [wanted[v] for v in missing], info, on_progress=progress

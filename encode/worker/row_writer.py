@@ -101,18 +101,19 @@ class RowWriter:
         self._thread.join()
 
     def _loop(self) -> None:
+        commit_old = functools.partial(self._commit_old, self._commit_every_s)
         while True:
             try:
                 item = self._queue.get(timeout=POLL_S)
             except queue.Empty:
-                self._guard(self._commit_old)
+                self._guard(commit_old)
                 continue
             if item is None:
                 self._drop()
                 return
             start = time.perf_counter()
             if isinstance(item, threading.Event):
-                self._guard(self._commit_all)
+                self._guard(functools.partial(self._commit_old, 0.0))
                 item.set()
             else:
                 with self._room:
@@ -121,7 +122,7 @@ class RowWriter:
                 self._current = item
                 self._guard(functools.partial(self._append, item))
                 self._current = None
-                self._guard(self._commit_old)
+                self._guard(commit_old)
             self.seconds += time.perf_counter() - start
 
     def _guard(self, step: Callable[[], None]) -> None:
@@ -164,14 +165,10 @@ class RowWriter:
         self._open[array] = _Open(shard=shard, since=time.monotonic())
         return self._open[array]
 
-    def _commit_old(self) -> None:
+    def _commit_old(self, age_s: float) -> None:
         for array, here in list(self._open.items()):
-            if time.monotonic() - here.since > self._commit_every_s:
+            if time.monotonic() - here.since >= age_s:
                 self._commit(array)
-
-    def _commit_all(self) -> None:
-        for array in list(self._open):
-            self._commit(array)
 
     def _commit(self, array: str) -> None:
         here = self._open[array]

@@ -18,13 +18,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
-from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.format.spec import ARRAY_OF
 from cache.store.locks import WorkerLease
 from cache.store.paths import SpacePaths
 from cache.store.references import Present
@@ -34,32 +32,16 @@ from configs import UserError
 from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog, decode_log_file
-from encode.worker.downloads import Downloads
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
 from encode.worker.row_writer import RowWriter
 from model.media.images import Failure, decode_image
 from model.quantize import pack
+from model.vision.encoder import VisionEncoder
 
 REPORT_EVERY_S = 1.0
 """Seconds between two reports to the coordinator, and so the delay of a stop."""
-
-
-class Encoder(Protocol):
-    """The methods of `model.vision.encoder.VisionEncoder` that a worker uses."""
-
-    def spec(self, codec: str) -> FeatureSpec:
-        """Return how it makes features, stored by `codec`."""
-        ...
-
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Return the encoder input (S, S, 3) of an RGB image."""
-        ...
-
-    def encode(self, pixels: Pixels, array: str = "image", /) -> torch.Tensor:
-        """Encode (n, S, S, 3) to (n, tokens, width), for any n, in batches of one padded shape."""
-        ...
 
 
 class Worker:
@@ -68,7 +50,7 @@ class Worker:
     def __init__(
         self,
         config: WorkerConfig,
-        encoder: Encoder,
+        encoder: VisionEncoder,
         coordinator: Coordinator,
         *,
         number: int,
@@ -93,7 +75,7 @@ class Worker:
         self._lease = WorkerLease(paths, config.token, str(number))
         self._lease.__enter__()
         self._encoder, self._coordinator, self._number = encoder, coordinator, number
-        self._batch_size = self.space.spec.batch_size
+        self._batch_size = spec.batch_size
         # Decoded ahead: a second batch while one is encoded, and enough to keep all threads busy.
         self._ahead = max(2 * self._batch_size, 4 * config.threads)
         # Downloads mostly wait for servers, so more of them are started than decoded images fit in memory.
@@ -103,13 +85,7 @@ class Worker:
         self._decode_log = DecodeLog(decode_log_file(paths, number), config.threads)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
-            self,
-            decode_log=self._decode_log,
-            downloads=Downloads(config.download, config.media_store),
-            threads=config.threads,
-            ahead=self._ahead,
-            batch_size=self._batch_size,
-            max_frames=config.max_frames,
+            self, config, self._decode_log, ahead=self._ahead, batch_size=self._batch_size
         )
         self._writer = RowWriter(
             self.space,

@@ -94,26 +94,25 @@ def test_free_bytes_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     )
 
 
-def speed(batch_s: float, **values: object) -> Speed:
-    fields = {"batch_size": 8, "devices": 1, "cores": 2, "shared": True, "how": "made up"}
-    return Speed(batch_s=batch_s, **{**fields, **values})  # type: ignore[arg-type]
+def speed(encode_s: float, cores: int = 2, *, shared: bool = True) -> Speed:
+    return Speed(encode_s=encode_s, cores=cores, shared=shared, how="made up")
 
 
 def test_encoding_and_decoding_add_up_on_a_cpu_and_overlap_on_a_gpu() -> None:
-    assert speed(4.0).seconds(100) == pytest.approx(100 * (0.5 + 0.0075))
-    assert speed(0.08, shared=False, devices=4).seconds(100) == pytest.approx(0.75)
-    assert speed(0.8, shared=False, devices=4).seconds(100) == pytest.approx(2.5)
+    assert speed(0.5).seconds(100) == pytest.approx(100 * (0.5 + 0.0075))
+    assert speed(0.0025, shared=False).seconds(100) == pytest.approx(0.75)
+    assert speed(0.025, shared=False).seconds(100) == pytest.approx(2.5)
 
 
 def test_caching_pays_from_the_second_pass_unless_reading_is_as_slow() -> None:
-    assert break_even(images(1000), CLIP, speed(4.0)).startswith("from pass 2 on")
+    assert break_even(images(1000), CLIP, speed(0.5)).startswith("from pass 2 on")
     slow_to_read = speed(0.0, cores=15, shared=False)
     assert break_even(images(1000), CLIP, slow_to_read).startswith("not in time")
 
 
 def test_the_printed_plan() -> None:
     plan = replace(images(3), reused=5, known_failures=1)
-    text = describe(plan, CLIP, samples=20, free=10**12, speed=speed(4.0))
+    text = describe(plan, CLIP, samples=20, free=10**12, speed=speed(0.5))
     assert text.splitlines()[:4] == [
         f"space    {CLIP.name}: 576 tokens x 1024, 610 kB per image (int8, pool 1)",
         "media    9 in 20 samples: 3 to do, 5 reused, 1 failed before",

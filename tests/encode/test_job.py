@@ -261,10 +261,10 @@ class OddConfig(WorkerConfig):
         encoder = super().load()
         original = encoder.encode
 
-        def encode_oddly(pixels: npt.NDArray[np.uint8], kind: str = "image") -> torch.Tensor:
+        def encode_oddly(pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
             if self.raises == "always" or (self.raises and pixels.any()):
                 raise torch.OutOfMemoryError("no memory left\non this device")
-            features = original(pixels, kind)
+            features = original(pixels, array)
             for i, image in enumerate(pixels):
                 if int(image.sum()) in self.nan:
                     features[i, 0, 0] = float("nan")

@@ -38,13 +38,13 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derived, "RACY_NS", -(10**18))
 
 
-def rebuilt(space: Space, kind: str = "image") -> RowIndex:
+def rebuilt(space: Space, array: str = "image") -> RowIndex:
     """From the commits alone."""
-    return RowIndex(read_commits(space.paths, space.info, kind), space.rows_per_shard(kind))
+    return RowIndex(read_commits(space.paths, space.info, array), space.rows_per_shard(array))
 
 
-def opened(space: Space, kind: str = "image") -> RowIndex:
-    return open_index(space.paths, space.info, kind)
+def opened(space: Space, array: str = "image") -> RowIndex:
+    return open_index(space.paths, space.info, array)
 
 
 def assert_same(one: RowIndex, other: RowIndex) -> None:

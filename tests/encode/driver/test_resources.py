@@ -25,7 +25,7 @@ def test_workers_and_threads_follow_from_cores_gpus_and_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resources, "cores", lambda: 16)
-    monkeypatch.setattr(resources, "torch_cores", lambda: 16)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
     monkeypatch.setattr(resources, "gpus", lambda device: 0)
     small, large = layout("auto", None, 5.0), layout("auto", None, 5000.0)
     assert (small.workers, small.torch_threads) == (0, 16)

@@ -52,12 +52,12 @@ def test_a_write_within_one_clock_tick_of_reading_changes_the_identity(tmp_path:
 
 def test_stamps_of_whole_seconds_and_of_the_future_are_not_trusted() -> None:
     now = time.time_ns()
-    fine = Identity(size=1, mtime_ns=now - 10**9 + 1, ctime_ns=now - 10**9 + 1, inode=5)
+    fine = Identity(1, now - 10**9 + 1, now - 10**9 + 1, 5)
     assert fine.settle_s() == 0.0
     whole = (now // 10**9) * 10**9
-    coarse = Identity(size=1, mtime_ns=whole, ctime_ns=whole, inode=5)
+    coarse = Identity(1, whole, whole, 5)
     assert 0 < coarse.settle_s() <= local_files.COARSE_TICK_S
-    future = Identity(size=1, mtime_ns=now + 10**12, ctime_ns=now, inode=5)
+    future = Identity(1, now + 10**12, now, 5)
     assert future.settle_s() < 0
 
 

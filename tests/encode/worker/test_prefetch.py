@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode.download.config import DownloadConfig
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker.decode_log import DecodeLog
-from encode.worker.downloads import Downloads
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask
 from encode.worker.prefetch import Prefetcher
 from model.media.images import Failure, decode_image
-from tests.support.encode_jobs import draw
+from tests.support.encode_jobs import CONFIG, draw
 
 
 class FakeWorker:
@@ -63,15 +61,7 @@ def worker() -> FakeWorker:
 @pytest.fixture
 def prefetcher(worker: FakeWorker, tmp_path: Path) -> Iterator[Prefetcher]:
     log = DecodeLog(tmp_path / "worker.decoding", threads=2)
-    made = Prefetcher(
-        worker,
-        decode_log=log,
-        downloads=Downloads(DownloadConfig(), None),
-        threads=2,
-        ahead=8,
-        batch_size=2,
-        max_frames=128,
-    )
+    made = Prefetcher(worker, CONFIG, log, ahead=8, batch_size=2)
     yield made
     made.close()
     log.close()
@@ -124,8 +114,8 @@ def test_equal_bytes_are_decoded_once(
     for source in (path, copy):
         prefetcher.put(SourceTask(source=str(source)))
     _, item, repeat = (next_of(prefetcher) for _ in range(3))
-    assert isinstance(item, MediaItem) and not item.duplicate
-    assert isinstance(repeat, MediaItem) and repeat.duplicate
+    assert isinstance(item, MediaItem) and item.result == "ok"
+    assert isinstance(repeat, MediaItem) and repeat.result == "duplicate"
     assert (repeat.record.width, worker.decoded) == (24, 1)
 
 

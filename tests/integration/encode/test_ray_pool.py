@@ -28,7 +28,8 @@ from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
 from encode.worker.messages import Coordinator
-from encode.worker.worker import Encoder, Worker
+from encode.worker.worker import Worker
+from model.vision.encoder import VisionEncoder
 from tests.support.encode_jobs import CONFIG, Result, draw, encode
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -78,7 +79,7 @@ class Marked(Worker):
     """Writes its process id to a file, and is slow enough to be killed while it works."""
 
     def __init__(
-        self, config: WorkerConfig, encoder: Encoder, coordinator: Coordinator, *, number: int
+        self, config: WorkerConfig, encoder: VisionEncoder, coordinator: Coordinator, *, number: int
     ):
         super().__init__(config, encoder, coordinator, number=number)
         folder = config.space.parent.parent / "pids"
