@@ -74,10 +74,10 @@ def video(space: Space, number: int, frames: int, *, backwards: bool = False) ->
     shard(space, views[::-1] if backwards else views, "frame")
 
 
-def find(root: Path, count: int = 24, seed: int = 0, keep: Path | None = None) -> Findings:
+def find(root: Path, count: int = 24, seed: int = 0) -> Findings:
     (name,) = CacheRoot(root).space_names()
     reader = FeatureReader(CacheRoot(root).space(name))
-    return gather(CacheRoot(root), reader, images=count, seed=seed, keep=keep)
+    return gather(CacheRoot(root), reader, images=count, seed=seed, keep=None)
 
 
 # ---- figures

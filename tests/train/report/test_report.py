@@ -28,8 +28,8 @@ from train.report import media
 
 
 @pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, CacheRoot]:
-    """Return the report of a short run, its folder and its cache; one image is deleted and one is changed."""
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Return the report of a short run and its folder; one image is deleted and one is changed."""
     folder = tmp_path_factory.mktemp("reported")
     root = trained_runs.make(folder, 24)
     options = (
@@ -44,17 +44,17 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Cache
     Path(gone).unlink()
     Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
     report.main(where)
-    return (folder / "run" / "stage1" / "report.html").read_text(), folder, root
+    return (folder / "run" / "stage1" / "report.html").read_text(), folder
 
 
-def test_the_page_is_one_file_that_loads_nothing(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_the_page_is_one_file_that_loads_nothing(reported: tuple[str, Path]) -> None:
     page = loads_nothing(reported[0])
     assert not page.scripts
     assert "run, stage 1" in page.text and "blind" in page.text
 
 
-def test_small_images_are_in_the_page_unchanged(reported: tuple[str, Path, CacheRoot]) -> None:
-    text, folder, _ = reported
+def test_small_images_are_in_the_page_unchanged(reported: tuple[str, Path]) -> None:
+    text, folder = reported
     files = {p.read_bytes() for p in (folder / "images").iterdir()}
     sources = [str(a["src"]) for tag, a in Page(text).tags if tag == "img"]
     shown = [base64.b64decode(source.split(",", 1)[1]) for source in sources]
@@ -63,13 +63,13 @@ def test_small_images_are_in_the_page_unchanged(reported: tuple[str, Path, Cache
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_the_page_says_why_an_image_is_missing(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_the_page_says_why_an_image_is_missing(reported: tuple[str, Path]) -> None:
     text = reported[0]
     assert text.count("image not on this machine") == 1
     assert text.count("image has changed since it was encoded") == 1
 
 
-def test_charts_show_every_step_and_evaluation(reported: tuple[str, Path, CacheRoot]) -> None:
+def test_charts_show_every_step_and_evaluation(reported: tuple[str, Path]) -> None:
     page = Page(reported[0])
     labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
     assert labels == ["Loss", "Learning rate", "Gradient norm"]
