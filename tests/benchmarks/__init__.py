@@ -5,5 +5,5 @@
     move, care, remote                             merge and convert, verify, remote caches
     real_size                                      encoding and training with models of the real size
 
-A benchmark prints one line for each requirement (requirements.py).
+A benchmark prints one line for each requirement. bench.py has what they share.
 """

@@ -1,7 +1,7 @@
 """The speed of `cache.verify`, compared with reading the same files, with and without sha256.
 
 python -m tests.benchmarks.care                    # 1 GB in a temporary folder, half a minute
-python -m tests.benchmarks.care --dir /mnt/disk    # on another disk
+python -m tests.benchmarks.care --folder DISK      # on another disk
 
 Every figure is the median of several rounds, in which all operations take turns. *Cold*: the files are not in
 the page cache; *warm*: they are. Plain reading uses as many threads as `cache.verify`.
@@ -9,15 +9,13 @@ the page cache; *warm*: they are. Plain reading uses as many threads as `cache.v
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +25,18 @@ from cache.format.codec import row_parts
 from cache.maintenance.checks import THREADS, verify
 from cache.store.paths import CacheRoot
 from cache.store.space import Space
-from cache.store.writer import ShardWriter
-from configs import command, parse
-from tests.benchmarks.requirements import Requirements
-from tests.support.spaces import SPEC, key
-
-ROW = (576, 1024)
-"""Tokens and width of a ViT-L/14@336 image."""
+from tests.benchmarks import bench
+from tests.benchmarks.bench import CLIP, Requirements, forget, run, take_turns
+from tests.support.spaces import write_rows
 
 PIECE = 2 << 20
 """Bytes read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(bench.Options):
     """What to measure."""
 
-    dir: Path | None = None
-    """Folder to work in; a temporary one by default."""
     shards: int = 4
     """Number of shards, of about 256 MB each."""
     rounds: int = 5
@@ -53,22 +45,14 @@ class Options:
 
 def build(folder: Path, shards: int) -> tuple[CacheRoot, list[Path]]:
     """Make a space of int8 rows of random codes; return its cache and its shards."""
-    spec = dataclasses.replace(SPEC, image_size=336, patch_size=14, width=ROW[1], pool_frame=3)
     root = CacheRoot(folder)
-    space = Space.create(root, spec, {})
-    rows = np.random.default_rng(0).integers(0, 127, (8, spec.row_bytes("image")), np.uint8)
-    rows[:, row_parts(spec.codec, *ROW)[0] :] = 0x2C  # scales and mean token: small numbers
-    paths = []
-    for _ in range(shards):
-        writer = ShardWriter(space, "image", space.next_shard("image"))
-        shard = space.next_shard("image") - 1
-        while not writer.full:
-            number = shard * space.rows_per_shard("image") + writer.rows
-            writer.append(key(number), "full", rows[number % 8], error=0.005)
-        writer.commit()
-        paths.append(space.paths.shard("image", shard))
+    space = Space.create(root, CLIP, {})
+    rows = np.random.default_rng(0).integers(0, 127, (8, CLIP.row_bytes("image")), np.uint8)
+    codes_end = row_parts(CLIP.codec, CLIP.tokens("image"), CLIP.width)[0]
+    rows[:, codes_end:] = 0x2C  # scales and mean token: small numbers
+    write_rows(space, islice(cycle(rows), shards * space.rows_per_shard("image")))
     space.grow("image")
-    return root, paths
+    return root, [space.paths.shard("image", number) for number in range(shards)]
 
 
 def read_through(path: Path, use: Callable[[memoryview], object] | None = None) -> None:
@@ -85,63 +69,47 @@ def read_through(path: Path, use: Callable[[memoryview], object] | None = None) 
         os.close(fd)
 
 
-def drop(paths: list[Path]) -> None:
-    """Remove files from the page cache."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+def measure(options: Options, folder: Path, requirements: Requirements) -> None:
+    """Time reading and verifying, and compare them."""
+    root, paths = build(folder / "cache", options.shards)
+    nbytes = sum(path.stat().st_size for path in paths)
 
+    def in_threads(use: Callable[[memoryview], object] | None) -> None:
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(lambda path: read_through(path, use), paths))
 
-def main() -> None:
-    """Measure and print."""
-    options = parse(Options, prog="python -m tests.benchmarks.care", description=__doc__)
-    with tempfile.TemporaryDirectory(dir=options.dir) as name:
-        root, paths = build(Path(name) / "cache", options.shards)
-        nbytes = sum(path.stat().st_size for path in paths)
+    def check(hashed: bool) -> None:
+        assert not verify(root, deep=True, hashed=hashed).broken
 
-        def in_threads(use: Callable[[memoryview], object] | None) -> None:
-            with ThreadPoolExecutor(THREADS) as threads:
-                list(threads.map(lambda path: read_through(path, use), paths))
-
-        def check(hashed: bool) -> None:
-            assert not verify(root, deep=True, hashed=hashed).broken
-
-        tasks: dict[str, tuple[Callable[[], None], bool]] = {
-            "read, cold": (lambda: in_threads(None), True),
-            "verify --deep, cold": (lambda: check(True), True),
-            "... --no-hash, cold": (lambda: check(False), True),
-            "read, warm": (lambda: in_threads(None), False),
-            "read and sha256, warm": (lambda: in_threads(hashlib.sha256), False),
-            "read and crc32c, warm": (lambda: in_threads(crc32c), False),
-            "verify --deep, warm": (lambda: check(True), False),
-            "... --no-hash, warm": (lambda: check(False), False),
-            "verify (quick)": (lambda: verify(root) and None, False),
-        }
-        seconds: dict[str, list[float]] = {task: [] for task in tasks}
-        for _ in range(options.rounds):
-            for task, (run, cold) in tasks.items():
-                if cold:
-                    drop(paths)
-                start = time.perf_counter()
-                run()
-                seconds[task].append(time.perf_counter() - start)
-    median = {task: statistics.median(found) for task, found in seconds.items()}
+    cold = {
+        "read, cold": lambda: in_threads(None),
+        "verify --deep, cold": lambda: check(True),
+        "... --no-hash, cold": lambda: check(False),
+    }
+    warm = {
+        "read, warm": lambda: in_threads(None),
+        "read and sha256, warm": lambda: in_threads(hashlib.sha256),
+        "read and crc32c, warm": lambda: in_threads(crc32c),
+        "verify --deep, warm": lambda: check(True),
+        "... --no-hash, warm": lambda: check(False),
+        "verify (quick)": lambda: verify(root),
+    }
+    taken = take_turns(
+        cold | warm, options.rounds, lambda task: forget(paths if task in cold else ())
+    )
+    median = {task: statistics.median(found) for task, found in taken.items()}
     print(
         f"{nbytes / 1e9:.2f} GB in {len(paths)} shards, {THREADS} threads, {os.cpu_count()} cores"
     )
     for task, spent in median.items():
         print(f"{task:<24}{spent:8.3f} s{nbytes / 1e6 / spent:10,.0f} MB/s")
-    requirements = Requirements("care")
     for what, beside in (
         ("... --no-hash, cold", "read, cold"),
         ("... --no-hash, warm", "read and crc32c, warm"),
         ("verify --deep, warm", "read and sha256, warm"),
     ):
         requirements.at_least(f"{what} / {beside}", median[beside] / median[what], 0.9)
-    requirements.summary()
 
 
 if __name__ == "__main__":
-    command(main)
+    run("care", __doc__, measure, Options)

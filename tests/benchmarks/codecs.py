@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-import configs
 from cache.format import codec
 from cache.format.codec import INT4_DIVISORS, INT4_LEVELS, rotation_signs
 from model import quantize
-from tests.benchmarks import activations
+from tests.benchmarks import activations, bench
 from tests.benchmarks.activations import Features
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks.bench import Options, Requirements
 
 TOKENS, WIDTH = 576, 1024
 """Size of the row that is timed: ViT-L/14@336."""
@@ -61,12 +61,7 @@ def through(x: Features, name: str) -> Features:
 def seconds(work: Callable[[], object], clock: Callable[[], float], repeats: int = 9) -> float:
     """Return the median time of `repeats` calls, after one to warm up."""
     work()
-    taken = []
-    for _ in range(repeats):
-        begun = clock()
-        work()
-        taken.append(clock() - begun)
-    return statistics.median(taken)
+    return statistics.median(bench.seconds(work, clock) for _ in range(repeats))
 
 
 def gigabytes_per_second(name: str, threads: int, library: str) -> float:
@@ -136,9 +131,7 @@ def tables(data: dict[str, Features], requirements: Requirements) -> None:
             )
             if name in LIMITS:
                 for what, value in (("mean", lost.mean()), ("largest", lost.max())):
-                    label = f"{name} error, {kind}, {what}"
-                    ok = value <= LIMITS[name]
-                    requirements.add(label, f"{value:.4f}", f"<= {LIMITS[name]}", bool(ok))
+                    requirements.at_most(f"{name} error, {kind}, {what}", value, LIMITS[name])
     for kind, x in data.items():
         train, test = x[::2], x[1::2]  # levels and means are fitted on other rows
         for bits, variants in (("8", EIGHT_BITS), ("4", FOUR_BITS)):
@@ -150,9 +143,7 @@ def tables(data: dict[str, Features], requirements: Requirements) -> None:
             best = min(same, key=lambda n: same[n])
             print(f"  best at no more bits: {best}, {1 - same[best] / ours:.1%} below ours")
             if bits == "4":
-                label = f"int4 above the best tried, {kind}"
-                worse = ours / same[best] - 1
-                requirements.add(label, f"{worse:.1%}", "<= 5%", bool(worse <= 0.05))
+                requirements.at_most(f"int4 / the best tried, {kind}", ours / same[best], 1.05)
         target = errors(test, through(test, "int4")).mean()
         bound = bound_bits(train, test, target)
         print(
@@ -173,8 +164,7 @@ def speed(requirements: Requirements) -> None:
         speeds = f"{cells[0]:17.2f}{cells[1]:12.2f}{cells[2]:18.2f}{cells[3]:12.2f}"
         print(f"{name:8}{speeds}{packing:19.0f}")
         share = TOKENS * WIDTH * 2 / 1e9 / cells[0] / step
-        label = f"{name} unpack / step, one thread"
-        requirements.add(label, f"{share:.3%}", "<= 1%", share <= 0.01)
+        requirements.at_most(f"{name} unpack / step, one thread", share, 0.01)
     print(f"a step's 28 layers: {step:.1f} s of CPU, {TOKENS} + {TEXT_TOKENS} tokens")
 
 
@@ -375,8 +365,8 @@ def bound_bits(train: Features, test: Features, error: float) -> float:
     return float(np.maximum(0.0, 0.5 * np.log2(variances / water)).sum() / width)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    requirements = Requirements("codecs")
+def measure(_: Options, folder: Path, requirements: Requirements) -> None:
+    """Print the tables of errors and of speed."""
     torch.set_num_threads(1)
     data = {"vision": activations.vision(), "language": activations.language()}
     for kind, x in data.items():
@@ -385,9 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{kind}: {' x '.join(map(str, x.shape))}, rms {rms:.2f}, largest {largest:.1f}")
     tables(data, requirements)
     speed(requirements)
-    requirements.summary()
-    return 0
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    bench.run("codecs", __doc__, measure, Options)

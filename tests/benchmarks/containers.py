@@ -1,20 +1,18 @@
 """The two on-disk formats compared: what a tar costs more than Zarr, in bytes and in time.
 
-python -m tests.benchmarks.containers            # a minute, 1 GB of disk below the folder for temporary files
+python -m tests.benchmarks.containers            # a minute, 1 GB of disk below --folder
 
 Rows of int8 noise, in the page cache. The formats take turns; figures are medians.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import statistics
-import sys
-import tempfile
-import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,8 @@ from cache.maintenance.checks import verify
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
-from cache.store.writer import ShardWriter
-from tests.benchmarks.requirements import Requirements
-from tests.support.spaces import SPEC, key
+from tests.benchmarks.bench import CLIP, Options, Requirements, run, take_turns
+from tests.support.spaces import write_rows
 
 ROUNDS = 5
 LIBRARY = "the webdataset library, decoding"
@@ -39,19 +36,11 @@ ROWS = {"image": 256, "frame": 2048}
 RUN = 32
 """Adjacent rows read at a time."""
 
-BASE = dataclasses.replace(
-    SPEC, image_size=336, patch_size=14, width=1024, pool_frame=3, encoder="bench"
-)
-"""Images of 576 x 1024 values, frames of 64 x 1024."""
-
 
 def write(folder: Path, spec: FeatureSpec, kind: str, rows: np.ndarray) -> Space:
     """Write one shard of rows and commit it."""
     space = Space.create(CacheRoot(folder), spec, {}, shard_bytes=1 << 28)
-    shard = ShardWriter(space, kind, space.next_shard(kind))
-    for number, row in enumerate(rows):
-        shard.append(key(number), "full", row.data)
-    shard.commit()
+    write_rows(space, rows, kind)
     return space
 
 
@@ -70,13 +59,6 @@ def stream(space: Space, kind: str) -> None:
         assert sum(1 for _ in webdataset.WebDataset(path, shardshuffle=False).decode()) > 0
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Return the seconds that one call takes."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 Steps = dict[str, dict[str, Callable[[], object]]]
 """Step -> container -> the function to measure."""
 
@@ -84,11 +66,11 @@ Steps = dict[str, dict[str, Callable[[], object]]]
 def steps(folder: Path, kind: str) -> Steps:
     """Return all measurements of one array."""
     noise = np.random.default_rng(0)
-    rows = noise.integers(0, 256, (ROWS[kind], BASE.row_bytes(kind)), dtype=np.uint8)
-    out = np.empty((RUN, BASE.row_bytes(kind)), np.uint8)
-    found: Steps = {}
+    rows = noise.integers(0, 256, (ROWS[kind], CLIP.row_bytes(kind)), dtype=np.uint8)
+    out = np.empty((RUN, CLIP.row_bytes(kind)), np.uint8)
+    found: Steps = defaultdict(dict)
     for name in CONTAINERS:
-        spec = dataclasses.replace(BASE, container=name)
+        spec = replace(CLIP, container=name)
         space = write(folder / name, spec, kind, rows)
         plain, checked = (FeatureReader(space.paths, check) for check in (False, True))
         again = itertools.count()
@@ -104,45 +86,27 @@ def steps(folder: Path, kind: str) -> Steps:
             LIBRARY: lambda s=space: stream(s, kind),
         }.items():
             if step != LIBRARY or name == "webdataset":
-                found.setdefault(step, {})[name] = what
+                found[step][name] = what
     return found
 
 
-def measure(all_steps: Steps) -> dict[str, dict[str, list[float]]]:
-    """Return step -> container -> seconds of each measurement.
-
-    The formats alternate in being first, so that a busy machine slows both.
-    """
-    taken: dict[str, dict[str, list[float]]] = {}
-    for number in range(ROUNDS):
-        for step, by in all_steps.items():
-            for _ in range(1 if step in SLOW else 3):
-                for name in list(by)[:: 1 if number % 2 else -1]:
-                    times = taken.setdefault(step, {}).setdefault(name, [])
-                    times.append(seconds(by[name]))
-    return taken
-
-
-def main() -> None:
-    """Measure and print."""
-    requirements = Requirements("containers")
+def measure(_: Options, folder: Path, requirements: Requirements) -> None:
+    """Compare the formats, array by array."""
     for kind, most in (("image", 0.004), ("frame", 0.031)):
-        sizes = [slot_bytes(dataclasses.replace(BASE, container=c), kind) for c in CONTAINERS]
-        row = BASE.row_bytes(kind)
+        sizes = [slot_bytes(replace(CLIP, container=c), kind) for c in CONTAINERS]
+        row = CLIP.row_bytes(kind)
         print(f"{kind}: {row:,} B a row; {sizes[0]:,} B in a Zarr shard, {sizes[1]:,} B in a tar")
         requirements.at_most(f"{kind}: tar, bytes beside the row / row", sizes[1] / row - 1, most)
-        with tempfile.TemporaryDirectory() as folder:
-            taken = measure(steps(Path(folder), kind))
         total = ROWS[kind] * row / 1e9
-        for step, by in taken.items():
-            rates = (f"{name} {total / statistics.median(times):.2f}" for name, times in by.items())
+        for step, by in steps(folder / kind, kind).items():
+            taken = take_turns(by, ROUNDS * (1 if step in SLOW else 3))
+            rates = (f"{name} {total / statistics.median(t):.2f}" for name, t in taken.items())
             print(f"    {step}: {', '.join(rates)} GB/s")
             if step != LIBRARY:
-                pairs = zip(by["zarr"], by["webdataset"], strict=True)
+                pairs = zip(taken["zarr"], taken["webdataset"], strict=True)
                 ratio = statistics.median(zarr / tar for zarr, tar in pairs)
                 requirements.at_least(f"{kind}: {step}, tar / Zarr", ratio, 0.9)
-    requirements.summary()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("containers", __doc__, measure, Options)

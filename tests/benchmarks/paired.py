@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,8 @@ from scipy import stats
 import configs
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks import bench
+from tests.benchmarks.bench import Requirements
 
 CODECS = ("fp16", "int8", "int4")
 DATASETS = {"demo-points": 0.4, "demo-questions": 0.6}
@@ -42,11 +42,9 @@ RESAMPLED = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Train models on several codecs and compare them in pairs."""
+class Options(bench.Options):
+    """Train models on several codecs and compare them in pairs. Files in `folder` are kept and used."""
 
-    folder: Path | None = None
-    """Where the cache and the runs are kept; existing ones are used. A temporary folder by default."""
     seeds: int = 5
     """Models trained for each codec."""
     steps: int = 600
@@ -198,11 +196,10 @@ def over_images(ours: Sequence[Result], base: Sequence[Result]) -> tuple[float, 
     return float(low), float(high)
 
 
-def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
+def report(results: dict[tuple[str, int], Result], seeds: int, requirements: Requirements) -> None:
     """Print the tables, then the requirements."""
     of = {codec: [results[codec, seed] for seed in range(seeds)] for codec in CODECS}
     base = of["fp16"]
-    questions = len(base[0].right)
     print(f"\n{'':6}{'loss':>9}{'exact match':>13}{'mean of types':>15}")
     for codec, them in of.items():
         loss, right, mean = (
@@ -210,9 +207,9 @@ def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
             for name in ("loss", "accuracy", "mean")
         )
         print(f"{codec:6}{loss:9.4f}{right:13.4f}{mean:15.4f}")
-    spread = [float(np.std([one.accuracy for one in base], ddof=1))] if seeds > 1 else []
-    for value in spread:
-        print(f"from seed to seed, fp16: standard deviation of exact match {value:.4f}")
+    if seeds > 1:
+        spread = np.std([one.accuracy for one in base], ddof=1)
+        print(f"from seed to seed, fp16: standard deviation of exact match {spread:.4f}")
 
     print("\ndifference from fp16, and its 95 % interval")
     for codec in CODECS[1:]:
@@ -232,23 +229,16 @@ def report(results: dict[tuple[str, int], Result], seeds: int) -> None:
         and len({tuple(results[codec, seed].right) for codec in CODECS}) == 1
         for seed in range(seeds)
     )
-    requirements = Requirements("paired")
-    requirements.add("held-out questions", f"{questions:,}", ">= 2,000", questions >= 2000)
-    requirements.add("seeds", str(seeds), ">= 5", seeds >= 5)
-    requirements.add("same samples, same order", "yes" if paired else "no", "yes", paired)
-    requirements.summary()
+    requirements.at_least("held-out questions", len(base[0].right), 2000)
+    requirements.at_least("seeds", seeds, 5)
+    requirements.equal("same samples, same order", paired, True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = configs.parse(
-        Options, argv, prog="python -m tests.benchmarks.paired", description=__doc__
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        report(all_results(options, folder), options.seeds)
-    return 0
+def measure(options: Options, folder: Path, requirements: Requirements) -> None:
+    """Train and evaluate all models, and compare them."""
+    kept = (options.folder or folder).resolve()
+    report(all_results(options, kept), options.seeds, requirements)
 
 
 if __name__ == "__main__":
-    configs.command(main)
+    bench.run("paired", __doc__, measure, Options)

@@ -12,13 +12,14 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks import bench
+from tests.benchmarks.bench import Options, Requirements
 from tests.support.photos import make_folder
+from train.metrics import read_metrics
 
 IMAGES = 16
 TRAIN_STEPS = 3
@@ -85,46 +86,38 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def main() -> None:
-    requirements = Requirements("real size")
-    with tempfile.TemporaryDirectory() as folder:
-        features = f"{folder}/features"
-        photos = make_folder(Path(folder) / "photos")
-        encoder = ("--encoder", "clip-vit-l14-336", "--random-weights")
-        _, seconds, memory = run(
-            "encode.run", "--dataset", f"folder:{photos}", "--features", features, *encoder,
-            "--limit", str(IMAGES), "--codec", "fp16",
-        )  # fmt: skip
-        print(f"encode: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
-        array = next(Path(features).glob("spaces/*/features/image/zarr.json"))
-        shape = json.loads(array.read_text())["shape"]
-        requirements.add(
-            "row shape", f"{shape[1]} x {shape[2]}", "576 x 1024", shape[1:] == [576, 1024]
-        )
-        listed, _, _ = run("cache.verify", "--features", features, "--deep")
-        rows = re.search(r"(\d+) image rows", listed)
-        count = rows[1] if rows else "?"
-        requirements.add("rows stored", count, str(IMAGES), count == str(IMAGES))
+def measure(_: Options, folder: Path, requirements: Requirements) -> None:
+    """Encode, verify and train, then compare the numbers of parameters."""
+    features = str(folder / "features")
+    photos = make_folder(folder / "photos")
+    encoder = ("--encoder", "clip-vit-l14-336", "--random-weights")
+    _, seconds, memory = run(
+        "encode.run", "--dataset", f"folder:{photos}", "--features", features, *encoder,
+        "--limit", str(IMAGES), "--codec", "fp16",
+    )  # fmt: skip
+    print(f"encode: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
+    array = next(Path(features).glob("spaces/*/features/image/zarr.json"))
+    requirements.equal("row shape", json.loads(array.read_text())["shape"][1:], [576, 1024])
+    listed, _, _ = run("cache.verify", "--features", features, "--deep")
+    rows = re.search(r"(\d+) image rows", listed)
+    requirements.equal("rows stored", rows and int(rows[1]), IMAGES)
 
-        _, seconds, memory = run(
-            "train.run", "--stage", "1", "--llm", "random:qwen3-0.6b", "--hardware", "cpu",
-            "--max-steps", str(TRAIN_STEPS), "--features", features, "--run", f"{folder}/run",
-        )  # fmt: skip
-        print(f"train: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
-        metrics = (Path(folder) / "run" / "stage1" / "metrics.jsonl").read_text().splitlines()
-        steps = [m["step"] for m in map(json.loads, metrics) if "loss" in m]
-        reached = max(steps, default=0)
-        requirements.add("steps taken", str(reached), str(TRAIN_STEPS), reached == TRAIN_STEPS)
+    _, seconds, memory = run(
+        "train.run", "--stage", "1", "--llm", "random:qwen3-0.6b", "--hardware", "cpu",
+        "--max-steps", str(TRAIN_STEPS), "--features", features, "--run", f"{folder}/run",
+    )  # fmt: skip
+    print(f"train: {seconds:.0f} s in all, peak {memory:.1f} GiB\n")
+    metrics = read_metrics(folder / "run" / "stage1")
+    taken = max((line["step"] for line in metrics if "loss" in line), default=0)
+    requirements.equal("steps taken", taken, TRAIN_STEPS)
 
-        table, _, _ = run("model.verify", "--random-weights", "--llm", "random:qwen3-0.6b")
-        for figure in ("1,049,600", "596,049,920"):
-            found = "printed" if figure in table else "absent"
-            requirements.add(f"parameters {figure}", found, "printed", figure in table)
-        vision = re.search(r"303[,.][5-9]\d*|304[,.][0-3]\d*", table)
-        found = vision[0] if vision else "absent"
-        requirements.add("parameters of the encoder", found, "303.5-304.3 M", vision is not None)
-    requirements.summary()
+    table, _, _ = run("model.verify", "--random-weights", "--llm", "random:qwen3-0.6b")
+    for figure in ("1,049,600", "596,049,920"):
+        requirements.equal(f"parameters {figure} printed", figure in table, True)
+    vision = re.search(r"303[,.][5-9]\d*|304[,.][0-3]\d*", table)
+    print(f"parameters of the encoder: {vision[0] if vision else 'absent'}")
+    requirements.equal("parameters of the encoder are 303.5-304.3 M", vision is not None, True)
 
 
 if __name__ == "__main__":
-    main()
+    bench.run("real_size", __doc__, measure, Options)

@@ -1,6 +1,6 @@
 """Training on a remote cache, compared with training on the same cache in a local folder.
 
-python -m tests.benchmarks.remote                # two minutes, 0.5 GB of disk below the temporary folder
+python -m tests.benchmarks.remote                # two minutes, 0.5 GB of disk below --folder
 
 Rows of the real size (576 x 1024, int8), a tiny language model, and two servers on the loopback interface: a
 web server, and moto's S3. In the runs with errors 10 % of the requests fail: status 500 or 429, a connection
@@ -9,12 +9,10 @@ reset, or a short body.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,9 +29,10 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space, find_space
-from cache.store.writer import ShardWriter
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks.bench import Options, Requirements, run, seconds
 from tests.support import remote_servers, trained_runs
+from tests.support.spaces import key, write_rows
+from train.metrics import read_metrics
 
 IMAGES = 192
 BATCH = 8
@@ -52,25 +51,17 @@ def make_cache(folder: Path) -> CacheRoot:
     spec = trained_runs.spec(image_size=336, patch_size=14, width=1024, codec="int8")
     space = Space.create(root, spec, {"library": "none"}, shard_bytes=32 * spec.row_bytes("image"))
     rng = np.random.default_rng(0)
+    shape = (spec.tokens("image"), spec.width)
+    rows = (codec.pack(rng.standard_normal(shape, np.float32), spec.codec) for _ in range(IMAGES))
+    write_rows(space, rows)
     records, samples = [], []
-    shard: ShardWriter | None = None
     for number in range(IMAGES):
-        if shard is None or shard.full:
-            if shard is not None:
-                shard.commit()
-            shard = ShardWriter(space, "image", space.next_shard("image"))
-        key = f"{number:064x}"
-        features = rng.standard_normal((spec.tokens("image"), spec.width), np.float32)
-        shard.append(key, "full", codec.pack(features, spec.codec))
         source = f"/images/{number}.png"
-        records.append(MediaRecord(source=source, key=key, width=336, height=336))
+        records.append(MediaRecord(source=source, key=key(number), width=336, height=336))
         asked = Message(role="user", content="<image>Which?")
         answer = Message(role="assistant", content=str(number))
         media = (MediaRef(source=source),)
-        sample = Sample(id=str(number), dataset="d", messages=(asked, answer), media=media)
-        samples.append(sample)
-    assert shard is not None
-    shard.commit()
+        samples.append(Sample(id=str(number), dataset="d", messages=(asked, answer), media=media))
     append_media(root, records, "bench")
     write_samples(root, "d", samples)
     share(root)
@@ -119,8 +110,7 @@ def train(folder: Path, name: str, features: str, *more: str) -> Trained:
     if process.returncode:
         raise SystemExit("".join(lines[-20:]))
     total = time.monotonic() - started
-    with (folder / "runs" / name / "stage1" / "metrics.jsonl").open() as file:
-        found = [json.loads(line) for line in file]
+    found = read_metrics(folder / "runs" / name / "stage1")
     return Trained(first, total, [line["loss"] for line in found if "loss" in line])
 
 
@@ -143,16 +133,11 @@ def trainings(requirements: Requirements, folder: Path, root: CacheRoot) -> None
                 with mock.patch.dict(os.environ, aws) if kind == "s3" else nullcontext():
                     found = train(folder, f"{kind}-{bad}", url)
                 name = f"{kind}, {bad:.0%} of requests fail"
-                first, ratio = found.first_step_s, server.row_bytes / used
-                requirements.add(f"{name}: first step, s", f"{first:.1f}", "<= 10", first <= 10)
+                first = found.first_step_s
+                requirements.at_most(f"{name}: first step, s", first, 10)
                 print(f"  {first - local.first_step_s:+.1f} s to the local one's")
-                requirements.add(
-                    f"{name}: bytes / rows used", f"{ratio:.4f}", "<= 1.05", ratio <= 1.05
-                )
-                same = found.losses == local.losses
-                requirements.add(
-                    f"{name}: losses as local", "equal" if same else "not", "equal", same
-                )
+                requirements.at_most(f"{name}: bytes / rows used", server.row_bytes / used, 1.05)
+                requirements.equal(f"{name}: losses as local", found.losses == local.losses, True)
                 print(f"  all {found.total_s:.1f} s ({found.total_s / local.total_s:.2f} of local)")
 
 
@@ -174,33 +159,29 @@ def reading(requirements: Requirements, folder: Path, root: CacheRoot) -> None:
                 f"fetched, {again:,.0f} rows/s ({again * size / 1e6:,.0f} MB/s) from the local copy"
             )
             if latency:
-                # The most rows per second with one request at a time.
-                most = 1 / latency
-                gain = fetched / most
+                # One request at a time gets at most 1 / latency rows per second.
                 name = f"rows/s at {latency * 1000:.0f} ms / one at a time"
-                requirements.add(name, f"{gain:.1f}", ">= 4", gain >= 4)
+                requirements.at_least(name, fetched * latency, 4)
 
 
 def rate(reader: FeatureReader, seed: int) -> float:
     """Read all rows once, in batches in random order; return rows per second."""
     rows = np.random.default_rng(seed).permutation(IMAGES)
     out = np.empty((BATCH_ROWS, reader.geometry["image"].row_bytes), np.uint8)
-    started = time.monotonic()
-    for at in range(0, IMAGES, BATCH_ROWS):
-        reader.read_into("image", rows[at : at + BATCH_ROWS], out)
-    return IMAGES / (time.monotonic() - started)
+
+    def read() -> None:
+        for at in range(0, IMAGES, BATCH_ROWS):
+            reader.read_into("image", rows[at : at + BATCH_ROWS], out)
+
+    return IMAGES / seconds(read)
 
 
-def main() -> None:
-    """Measure and print everything."""
-    requirements = Requirements("remote")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        root = make_cache(folder / "cache")
-        trainings(requirements, folder, root)
-        reading(requirements, folder, root)
-    requirements.summary()
+def measure(_: Options, folder: Path, requirements: Requirements) -> None:
+    """Measure trainings, then reading alone."""
+    root = make_cache(folder / "cache")
+    trainings(requirements, folder, root)
+    reading(requirements, folder, root)
 
 
 if __name__ == "__main__":
-    main()
+    run("remote", __doc__, measure, Options)

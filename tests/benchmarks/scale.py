@@ -10,12 +10,10 @@ a process of its own, so that its memory can be measured.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,32 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.format.spec import FeatureSpec
 from cache.store.commits import SCHEMA, commit_bytes
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space
-from configs import command, parse
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks import bench
+from tests.benchmarks.bench import CLIP, Requirements, run
 
-SPEC = FeatureSpec(
-    encoder="scale",
-    architecture="none",
-    weights="0" * 64,
-    activation="gelu",
-    blocks=(0,),
-    image_size=336,
-    patch_size=14,
-    width=1024,
-    fit="squash",
-    resize="none",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    compute_dtype="float32",
-    batch_size=1,
-    codec="int8",
-)
 ROWS_A_SHARD = 500
 NEW_COMMITS = 40
 """Shards committed after the index was saved; a reader adds them to the index in memory."""
@@ -59,15 +39,11 @@ SAMPLES_A_STEP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(bench.Options):
     """What to measure."""
 
     rows: int = 10_000_000
     """Rows of the large space; the small space has a tenth of them."""
-    folder: Path | None = None
-    """Where to make the spaces; a temporary folder by default. They are removed afterwards."""
-    child: str | None = None
-    """Used by the command itself: the step to run; its figures are printed as JSON."""
 
 
 def keys_of(shard: int) -> npt.NDArray[np.uint8]:
@@ -117,7 +93,7 @@ def memory_mb(field: str = "VmRSS") -> float:
 
 def build(root: CacheRoot, rows: int) -> dict[str, float]:
     """Write the commits of a new space."""
-    write_commits(Space.create(root, SPEC, {}), range(rows // ROWS_A_SHARD))
+    write_commits(Space.create(root, CLIP, {}), range(rows // ROWS_A_SHARD))
     return {}
 
 
@@ -205,57 +181,37 @@ def schedule(root: CacheRoot, rows: int) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[[CacheRoot, int], dict[str, float]]] = {
-    f.__name__: f for f in (build, add, open_space, save, touch, schedule)
+    "build": build,
+    "rebuild": open_space,
+    "save": save,
+    "open_space": open_space,
+    "add": add,
+    "extend": open_space,
+    "touch": touch,
+    "copied": open_space,
+    "schedule": schedule,
 }
+"""The steps, in the order in which they need each other's files."""
 
 
 # ---- the table
 
 
-def in_child(step: str, folder: Path, rows: int) -> dict[str, float]:
-    """Run one step in a process of its own; return its figures."""
-    argv = ("--child", step, "--folder", str(folder), "--rows", str(rows))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.scale", *argv],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
-def measure(folder: Path, rows: int) -> dict[str, dict[str, float]]:
-    """Run all steps, in the order in which they need each other's files; return their figures."""
-    found: dict[str, dict[str, float]] = {}
-    names = {"rebuild": "open_space", "extend": "open_space", "copied": "open_space"}
-    for name in (
-        "build",
-        "rebuild",
-        "save",
-        "open_space",
-        "add",
-        "extend",
-        "touch",
-        "copied",
-        "schedule",
-    ):
-        found[name] = in_child(names.get(name, name), folder, rows)
+def all_steps(folder: Path, rows: int) -> dict[str, dict[str, float]]:
+    """Run each step in a process of its own; return their figures."""
+    found = {}
+    for name, step in STEPS.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            found[name] = process.submit(step, CacheRoot(folder), rows).result()
         figures = {k: round(v, 2) for k, v in found[name].items()}
         print(f"  {rows:>10,} rows  {name:12}{figures}", flush=True)
     return found
 
 
-def main() -> None:
-    options = parse(Options, prog="python -m tests.benchmarks.scale", description=__doc__)
-    if options.child:
-        assert options.folder is not None
-        print(json.dumps(STEPS[options.child](CacheRoot(options.folder), options.rows)))
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        small = measure(Path(folder) / "small", options.rows // 10)
-        large = measure(Path(folder) / "large", options.rows)
-    requirements = Requirements("scale")
+def measure(options: Options, folder: Path, requirements: Requirements) -> None:
+    """Measure a small and a large space, and compare them."""
+    small = all_steps(folder / "small", options.rows // 10)
+    large = all_steps(folder / "large", options.rows)
     for name, step, field, required in (
         ("open with its index, s", "open_space", "seconds", 2.0),
         ("memory of the index, MB", "open_space", "peak", 1000.0),
@@ -271,8 +227,7 @@ def main() -> None:
     ):
         ratio = large[step][field] / small[step][field]
         requirements.at_most(f"{name}: x for 10 x rows", ratio, 13.0)
-    requirements.summary()
 
 
 if __name__ == "__main__":
-    command(main)
+    run("scale", __doc__, measure, Options)

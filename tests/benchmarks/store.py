@@ -28,7 +28,7 @@ import numpy as np
 
 from configs import command, parse
 from tests.benchmarks import stores
-from tests.benchmarks.requirements import Requirements
+from tests.benchmarks.bench import Requirements
 from tests.benchmarks.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {

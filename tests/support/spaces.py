@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,19 @@ def fill(space: Space, numbers: Sequence[int], array: str = "image", view: str =
         writer.append(key(number), view, row(number, array, space.spec), error=0.005)
     writer.commit()
     return shard
+
+
+def write_rows(space: Space, rows: Iterable[npt.NDArray[np.uint8]], array: str = "image") -> None:
+    """Write and commit packed rows of image 0, 1, ..., in shards as full as they can be."""
+    writer: ShardWriter | None = None
+    for number, packed in enumerate(rows):
+        writer = writer or ShardWriter(space, array, space.next_shard(array))
+        writer.append(key(number), "full", packed, error=0.005)
+        if writer.full:
+            writer.commit()
+            writer = None
+    if writer is not None:
+        writer.commit()
 
 
 def committed_rows(space: Space, array: str) -> pa.Table:
