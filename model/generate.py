@@ -16,6 +16,7 @@ images are put first, then videos, then the text.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -86,17 +87,13 @@ class Options:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"max_frames {self.max_frames} is below 1")
-        images, videos = self.prompt.count(IMAGE_TOKEN), self.prompt.count(VIDEO_TOKEN)
-        if not self.video:  # without videos, <video> is plain text
-            if self.image and images not in (0, len(self.image)):
-                raise ValueError(
-                    f"{len(self.image)} --image but {images} {IMAGE_TOKEN} marks in the prompt; "
-                    "give one mark for each image, or none"
-                )
-        elif (images, videos) not in ((0, 0), (len(self.image), len(self.video))):
+        images, videos = len(self.image), len(self.video)
+        # Without videos, <video> is plain text.
+        marks = (self.prompt.count(IMAGE_TOKEN), self.prompt.count(VIDEO_TOKEN) if videos else 0)
+        if (images or videos) and marks not in ((0, 0), (images, videos)):
             raise ValueError(
-                f"{len(self.image)} --image and {len(self.video)} --video but {images} {IMAGE_TOKEN} and "
-                f"{videos} {VIDEO_TOKEN} marks in the prompt; give one mark for each, or none at all"
+                f"{images} --image and {videos} --video but {marks[0]} {IMAGE_TOKEN} and {marks[1]} "
+                f"{VIDEO_TOKEN} marks in the prompt; give one mark for each, or none at all"
             )
 
 
@@ -133,8 +130,13 @@ def generate(options: Options) -> str:
     meta = read_meta(folder)
     media: list[Tensor | Video] = []
     if options.image or options.video:
-        images = [_read_image(path) for path in options.image]
-        videos = [(path, _probe(path)) for path in options.video]
+        images, videos = [], []
+        for path in options.image:
+            with _user_errors(path, "JPEG, PNG, WebP, GIF, BMP or TIFF"):
+                images.append(decode_image(path.read_bytes()))
+        for path in options.video:
+            with _user_errors(path, "video file"):
+                videos.append((path, probe(path)))
         encoder = rebuild_encoder(
             meta["space"]["load"],
             FeatureSpec.from_json(meta["space"]["spec"]),
@@ -179,32 +181,18 @@ def order_media(
     return options.prompt.replace(VIDEO_TOKEN, IMAGE_TOKEN), ordered
 
 
-def _read_image(path: Path) -> Image:
+@contextlib.contextmanager
+def _user_errors(path: Path, wanted: str) -> Iterator[None]:
+    """Raise UserError with a way out for a file that cannot be read or decoded."""
     try:
-        return decode_image(path.read_bytes())
-    except BadMediaError as error:
-        raise UserError(
-            f"{path}: {error}; give an intact JPEG, PNG, WebP, GIF, BMP or TIFF"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --image takes image files") from None
-
-
-def _probe(path: Path) -> VideoInfo:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --video takes video files")
-    try:
-        return probe(path)
-    except BadMediaError as error:
-        raise UserError(f"{path}: {error}; give an intact video file") from None
+        yield
+    except (BadMediaError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: {reason}; give an intact {wanted}") from None
 
 
 def live_video(
-    encoder: VisionEncoder,
-    space: Mapping[str, Any],
-    path: Path,
-    info: VideoInfo,
-    max_frames: int,
+    encoder: VisionEncoder, space: Mapping[str, Any], path: Path, info: VideoInfo, max_frames: int
 ) -> Video:
     """Encode a video: the frames that encode.run would take, each once, with `live_features`.
 
@@ -244,19 +232,14 @@ def _encode(
         watch.lap(f"{len(images)} images, {features.shape[1]} tokens each")
         yield from features
     for path, info in videos:
-        try:
+        with _user_errors(path, "video file"):
             video = live_video(encoder, space, path, info, max_frames)
-        except BadMediaError as error:
-            raise UserError(f"{path}: {error}; give an intact video file") from None
         watch.lap(f"{path}: {len(video.times_s)} frames, {video.features.shape[1]} tokens each")
         yield video
 
 
 def live_features(
-    encoder: VisionEncoder,
-    space: Mapping[str, Any],
-    images: Iterable[Image],
-    array: str = "image",
+    encoder: VisionEncoder, space: Mapping[str, Any], images: Iterable[Image], array: str = "image"
 ) -> Tensor:
     """Encode n images and pass the features through the space's codec: (n, M, V) float16.
 

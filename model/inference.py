@@ -7,12 +7,14 @@ width, B prompts in a batch, L tokens of the longest of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.attention.kernels import ATTENTION
@@ -120,16 +122,13 @@ def _left_padded(
     rows: Sequence[tuple[Tensor, Tensor, Tensor | None]], vlm: VLM, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return (B, L, D) embeddings and a (B, L) mask. Padding is on the left: all answers start at L."""
-    longest = max(len(ids) for ids, _, _ in rows)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    padded = []
-    for i, (ids, slots, features) in enumerate(rows):
-        mask[i, longest - len(ids) :] = 1
-        given = None if features is None else features.to(device)
-        embedded = vlm.embed(ids.to(device), slots.to(device), given)
-        # (own length, D) -> (L, D)
-        padded.append(torch.nn.functional.pad(embedded, (0, 0, longest - len(ids), 0)))
-    return torch.stack(padded), mask.to(device)
+    embedded = [
+        vlm.embed(ids.to(device), slots.to(device), None if given is None else given.to(device))
+        for ids, slots, given in rows
+    ]
+    mask = [torch.ones(len(one), dtype=torch.int64, device=device) for one in embedded]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(embedded), pad(mask)
 
 
 def generation_config(

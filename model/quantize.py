@@ -93,11 +93,7 @@ def pack(features: torch.Tensor, codec: str) -> Packed:
 
 
 def unpack(
-    rows: torch.Tensor,
-    codec: str,
-    tokens: int,
-    width: int,
-    dtype: torch.dtype = torch.float16,
+    rows: torch.Tensor, codec: str, tokens: int, width: int, dtype: torch.dtype = torch.float16
 ) -> torch.Tensor:
     """Unpack rows (B, row_bytes) uint8 into features (B, tokens, width), on their device.
 
@@ -295,9 +291,7 @@ def _constants(device: torch.device) -> _Constants:
         signs=torch.from_numpy(rotation_signs()).to(device),
         matrix=torch.from_numpy(hadamard()[: BLOCK // 2, : BLOCK // 2].copy()).to(device),
         int8_max=torch.full((1,), float(INT8_MAX), device=device),
-        int4_divisors=tuple(
-            torch.full((1,), float(divisor), device=device) for divisor in INT4_DIVISORS
-        ),
+        int4_divisors=tuple(torch.full((1,), float(d), device=device) for d in INT4_DIVISORS),
         codes_of=codes_of.to(device),
         levels_of=levels[codes_of.int()].to(device),
         sums=(low + high).flatten().to(device),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from model.attention.plan import AttentionPlan, Group, LongTree, SdpaPlan, VarlenPlan
+from model.attention.plan import AttentionPlan, SdpaPart, SdpaPlan, VarlenPlan
 
 ATTENTION = "nano_packed"
 """Name of this attention in transformers."""
@@ -68,14 +68,9 @@ def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -
         gathered.append(x.split(plan.rows))
     outputs = []
     for part, *rows in zip(plan.parts, *gathered, strict=True):
-        count = part.trees if isinstance(part, Group) else 1
         # each (B * L, H * D) -> (B, H, L, D)
-        a, b, c = (x.view(count, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows)
-        out = (
-            _sdpa(a, b, c, part.mask, scale)
-            if isinstance(part, Group)
-            else _long(a, b, c, part, scale)
-        )
+        a, b, c = (x.view(part.trees, -1, x.shape[1] // width, width).transpose(1, 2) for x in rows)
+        out = _sdpa(a, b, c, part, scale)
         outputs.append(out.transpose(1, 2).reshape(-1, heads * width))  # -> (B * L, Hq * D)
     result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.inverse is not None:
@@ -83,26 +78,25 @@ def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -
     return result.view(-1, heads, width)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, part: SdpaPart, scale: float) -> Tensor:
+    queries, keys, values = (
+        x.split(part.sizes, dim=2) if len(part.sizes) > 1 else (x,) for x in (q, k, v)
     )
-
-
-def _long(q: Tensor, k: Tensor, v: Tensor, part: LongTree, scale: float) -> Tensor:
-    queries, keys, values = (x.split(part.sizes, dim=2) for x in (q, k, v))
-    outputs = [_sdpa(queries[0], keys[0], values[0], None, scale)]
-    for i, mask in enumerate(part.masks, start=1):
-        key = torch.cat((keys[0], keys[i]), dim=2)
-        value = torch.cat((values[0], values[i]), dim=2)
-        outputs.append(_sdpa(queries[i], key, value, mask, scale))
-    return torch.cat(outputs, dim=2)
+    outputs = []
+    for i, mask in enumerate(part.masks):
+        key, value = (torch.cat((x[0], x[i]), dim=2) if i else x[0] for x in (keys, values))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[i],
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def varlen_packed(
@@ -114,11 +108,13 @@ def varlen_packed(
     """
     if plan.keys is not None:
         k, v = k.index_select(0, plan.keys), v.index_select(0, plan.keys)
-    return kernel(q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, scale)
+    return kernel(
+        q, k, v, plan.cu_queries, plan.cu_keys, plan.max_queries, plan.max_keys, scale=scale
+    )
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
-"""(q, k, v, cumulative query lengths, cumulative key lengths, most queries, most keys, scale) -> output."""
+Kernel = Callable[..., Tensor]
+"""(q, k, v, cumulative query lengths, cumulative key lengths, most queries, most keys, scale=) -> output."""
 
 
 @functools.cache
@@ -132,8 +128,8 @@ def cuda_kernel() -> Kernel | None:
     except ImportError:
         pass
     else:
-        return lambda q, k, v, cu_q, cu_k, max_q, max_k, scale: flash_attn_varlen_func(
-            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True
+        return lambda *batch, scale: flash_attn_varlen_func(
+            *batch, softmax_scale=scale, causal=True
         )
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -142,20 +138,9 @@ def cuda_kernel() -> Kernel | None:
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # an older torch
         return None
 
-    def torch_kernel(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        scale: float,
-    ) -> Tensor:
+    def torch_kernel(q: Tensor, k: Tensor, *rest: Any, scale: float) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
-        out = varlen_attn(
-            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-        )
+        out = varlen_attn(q, k, *rest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
         assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
         return out
 

@@ -6,10 +6,9 @@
                     beginning they share, then one unit, a *branch*, for each annotation. The prefix of a
                     branch is inside the beginning, so branches do not see each other
     PackedLayout    the units of a batch, looked up by tree and by token
-    Group           trees padded to one length: one SDPA call
-    LongTree        a tree above `LONG_TREE` tokens: several SDPA calls
+    SdpaPart        trees padded to one length: one SDPA call; or a tree above `LONG_TREE` tokens: several
     AttentionPlan   both plans of a batch, each made when first used:
-      SdpaPlan        for CPU, MPS, and CUDA without a kernel: groups and long trees
+      SdpaPlan        for CPU, MPS, and CUDA without a kernel: parts
       VarlenPlan      for CUDA: one variable-length call over all units, keys gathered for each unit
 
 Units are in the order of their tokens and cover all of them; the units of a tree are adjacent.
@@ -98,20 +97,17 @@ def _visible(key: Tensor, query: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Trees padded to one length, computed in one call."""
+class SdpaPart:
+    """Trees padded to one length, in one piece, or a long tree: its beginning, then runs of branches.
+
+    The queries of a later piece see the keys of the first piece and of their own.
+    """
 
     trees: int  # B
-    length: int  # L
-    mask: Tensor | None  # (B, 1, L, L) additive; None: causal, without padding and branches
-
-
-@dataclass(frozen=True)
-class LongTree:
-    """A tree computed in pieces: the beginning causally, then runs of branches, each with a mask."""
-
-    sizes: tuple[int, ...]  # tokens of the beginning, then of each piece
-    masks: tuple[Tensor, ...]  # of each piece of n tokens: (1, 1, n, beginning + n) additive
+    sizes: tuple[int, ...]  # tokens of each piece; their sum is L
+    # Additive, of each piece: (B, 1, L, L) if single, (1, 1, n, first piece + n) of a later one.
+    # None: causal, without padding and branches.
+    masks: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class SdpaPlan:
 
     index: Tensor | None  # (R,) token of each row, token 0 for padding; None: rows are the tokens
     inverse: Tensor | None  # (T,) row of each token; None with `index`
-    parts: tuple[Group | LongTree, ...]
+    parts: tuple[SdpaPart, ...]
     rows: tuple[int, ...]  # rows of each part
 
 
@@ -170,7 +166,7 @@ def plan_sdpa(
     """Group the trees of a batch into few SDPA calls with at most `MAX_PADDING` padding."""
     layout = packed_layout(units, tokens)
     branched = (layout.first.diff() > 1).tolist()
-    parts: list[Group | LongTree] = []
+    parts: list[SdpaPart] = []
     rows, index = [], []
     inverse = torch.empty(tokens, dtype=torch.int64)
     first = 0  # first row of the part
@@ -184,11 +180,11 @@ def plan_sdpa(
         index.append(token.flatten())
         if len(place) > LONG_TREE:
             parts.append(_long_tree(layout, members[0], device, dtype))
-        elif bool(real.all()) and not any(branched[t] for t in members):
-            parts.append(Group(len(members), len(place), None))
         else:
-            mask = _additive(tree_mask(layout, trees).unsqueeze(1), device, dtype)
-            parts.append(Group(len(members), len(place), mask))
+            mask = None
+            if not real.all() or any(branched[t] for t in members):
+                mask = _additive(tree_mask(layout, trees).unsqueeze(1), device, dtype)
+            parts.append(SdpaPart(len(members), (len(place),), (mask,)))
         rows.append(token.numel())
         first += token.numel()
     index_all = torch.cat(index)
@@ -219,7 +215,7 @@ def _groups(sizes: Tensor) -> list[list[int]]:
 
 def _long_tree(
     layout: PackedLayout, tree: int, device: torch.device, dtype: torch.dtype
-) -> LongTree:
+) -> SdpaPart:
     start = layout.start[tree]
     units = layout.units[layout.first[tree] : layout.first[tree + 1]]
     beginning = int(units[0, 1] - start)
@@ -229,14 +225,14 @@ def _long_tree(
         if not pieces or width * (beginning + width) > MASK_ELEMENTS:
             pieces.append([q0, q1])
         pieces[-1][1] = q1
-    masks = []
+    masks: list[Tensor | None] = [None]
     for q0, q1 in pieces:
         key = torch.cat((torch.arange(beginning), torch.arange(q0, q1)))
         own = (layout.own[start + q0 : start + q1] - start).unsqueeze(1)
         prefix = layout.prefix[start + q0 : start + q1] - start
         mask = _visible(key, torch.arange(q0, q1).unsqueeze(1), own, prefix)
         masks.append(_additive(mask[None, None], device, dtype))
-    return LongTree((beginning, *(q1 - q0 for q0, q1 in pieces)), tuple(masks))
+    return SdpaPart(1, (beginning, *(q1 - q0 for q0, q1 in pieces)), tuple(masks))
 
 
 def _additive(mask: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -6,16 +6,16 @@ first.
 
 from __future__ import annotations
 
-import os
 import posixpath
 import socket
 import threading
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from configs import UserError, one_line
 
@@ -51,9 +51,7 @@ def fetch(hub_path: str, *, encoder: str) -> Path:
     for candidate in names:
         try:
             return Path(huggingface_hub.hf_hub_download(repo, candidate))
-        except LocalEntryNotFoundError as error:
-            raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
@@ -65,15 +63,7 @@ def unreachable() -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     target = urlsplit(constants.ENDPOINT)
-    proxy = next(
-        (
-            os.environ[v]
-            for v in (f"{target.scheme}_proxy", f"{target.scheme}_proxy".upper())
-            if os.environ.get(v)
-        ),
-        None,
-    )
-    if proxy:
+    if proxy := urllib.request.getproxies().get(target.scheme):
         target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
     result = [f"no answer from {host}"]

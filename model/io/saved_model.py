@@ -147,8 +147,8 @@ def load_final(
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
     vlm = VLM(language, connector, meta["vision_width"])
-    if set(weights_of(vlm)) != set(state):  # transformers fills missing weights with random values
-        differ = sorted(set(weights_of(vlm)) ^ set(state))
+    # transformers fills missing weights with random values.
+    if differ := sorted(weights_of(vlm).keys() ^ state.keys()):
         raise UserError(
             f"{folder / WEIGHTS}: not the weights of this model: {', '.join(differ[:3])}"
         )

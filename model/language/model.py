@@ -29,10 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import configs
-from model.language.tokenizer import (
-    byte_tokenizer,
-    prepare_tokenizer,
-)
+from model.language.tokenizer import byte_tokenizer, prepare_tokenizer
 
 RANDOM = "random:"
 """Prefix of an untrained model's name."""
@@ -128,9 +125,8 @@ def load_language(
         with no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
-    if (
-        len(tokenizer) > rows
-    ):  # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row
+    # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row.
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
     prepare_model(model, tokenizer)
     return model, tokenizer
@@ -142,14 +138,7 @@ def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     Raises:
         UserError: the model has a feature that our attention or loss lacks.
     """
-    _check_supported(model.config)
-    # A model's folder may contain sampling settings (Qwen3: temperature 0.6, top_k 20), which would apply
-    # wherever a call names none. `model.inference` alone decides on sampling.
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
-
-
-def _check_supported(config: Any) -> None:
-    """Raise UserError for what our attention or loss would leave out, without an error or within a step."""
+    config: Any = model.config
     changed = {
         name: getattr(config, name, None)
         for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -164,6 +153,9 @@ def _check_supported(config: Any) -> None:
             f"language model {config.model_type} with {found}: the packed attention and the loss do not "
             "support that; choose another --llm"
         )
+    # A model's folder may contain sampling settings (Qwen3: temperature 0.6, top_k 20), which would apply
+    # wherever a call names none. `model.inference` alone decides on sampling.
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
 
 
 @contextlib.contextmanager

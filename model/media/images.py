@@ -102,9 +102,9 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadMediaError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_size(image.size)
+            check_size(*image.size, MAX_PIXELS)
             image.load()
-            _check_size(image.size)
+            check_size(*image.size, MAX_PIXELS)
             # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _to_rgb(image)
@@ -167,12 +167,12 @@ def _make_pil_strict() -> None:
         warnings.filterwarnings("ignore", message=_HARMLESS, category=UserWarning)
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    width, height = size
+def check_size(width: int, height: int, most: int) -> None:
+    """Raise BadMediaError for an image or a frame without pixels or with more than `most`."""
     if width < 1 or height < 1:
         raise BadMediaError(f"{width} x {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise BadMediaError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+    if width * height > most:
+        raise BadMediaError(f"{width} x {height} pixels, more than {most}")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -188,10 +188,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_from_wide(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return on_white(image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def on_white(rgba: Image.Image) -> Image.Image:
+    """Draw an RGBA image on white and return it as RGB."""
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _grey_from_wide(image: Image.Image) -> Image.Image:

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from model.media.images import BadMediaError
-from model.media.video_decoder import US_PER_S, VideoDecoder
-from model.media.video_index import VideoIndex, VideoInfo, probe
+from model.media.video_decoder import US_PER_S, AccessPoints, VideoDecoder
+from model.media.video_index import VideoInfo
 from model.media.video_pixels import frame_to_image
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def frames(
     info: VideoInfo,
     on_progress: Callable[[], None] | None = None,
 ) -> Iterator[Frame]:
-    """Yield the frame nearest to each time, the earlier one on a tie.
+    """Yield the frame nearest to each time, the earlier one on a tie. Errors are raised while iterating.
 
     Args:
         data: the file's bytes, or its path.
@@ -79,23 +79,12 @@ def frames(
 
     Raises:
         ValueError: the times do not ascend.
-        BadMediaError: while iterating, if none of its frames decodes.
+        BadMediaError: none of its frames decodes.
     """
     if any(later < earlier for earlier, later in pairwise(wanted_us)):
         raise ValueError("times of frames must ascend")
-    index = info.index or probe(data, on_progress).index
-    assert index is not None
-    return _frames(data, wanted_us, index, on_progress)
-
-
-def _frames(
-    data: bytes | Path,
-    wanted_us: Sequence[int],
-    index: VideoIndex,
-    on_progress: Callable[[], None] | None,
-) -> Iterator[Frame]:
-    with VideoDecoder(data, index.clock, on_progress) as decoder:
-        finder = _NearestFrames(decoder, index)
+    with VideoDecoder(data, info.index.clock, on_progress) as decoder:
+        finder = _NearestFrames(decoder, info.index.access_points)
         shown: tuple[int, Image.Image] | None = None
         for wanted in wanted_us:
             time_us, frame = finder.nearest(wanted)
@@ -107,9 +96,9 @@ def _frames(
 class _NearestFrames:
     """Finds the frame nearest to each of ascending times and skips to key frames on the way."""
 
-    def __init__(self, decoder: VideoDecoder, index: VideoIndex) -> None:
+    def __init__(self, decoder: VideoDecoder, access_points: AccessPoints) -> None:
         self._decoder = decoder
-        self._access_points = index.access_points
+        self._access_points = access_points
         self._start = 0
         """Last access point that decoding started from and that proved usable."""
         self._bad_key_frames = 0

@@ -74,7 +74,7 @@ class VideoDecoder:
     ) -> None:
         self._data = data
         self._clock = clock
-        self._progress = on_progress or _ignore_progress
+        self._progress = on_progress or (lambda: None)
         self._open = ExitStack()
         self._reopen()
 
@@ -157,7 +157,3 @@ def decode_packet(context: VideoCodecContext, packet: Packet[Any] | None) -> lis
         return context.decode(packet)
     except av.FFmpegError:
         return []
-
-
-def _ignore_progress() -> None:
-    """Do nothing: the default for `on_progress`."""

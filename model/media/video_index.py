@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -32,6 +32,9 @@ NO_TIME = -(2**63)
 
 _DECLARE_DURATION = frozenset({"matroska", "webm", "flv", "asf"})
 """Containers that store their length. For others FFmpeg estimates it from the bit rate or the packets."""
+
+_DECODING_SIDE_DATA: Final = ("new_extradata", "param_change", "palette")
+"""Side data of packets that changes how later packets are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,8 @@ class VideoInfo:
     """Frames from the first to the last that decode, as the file lists them, damaged ones included."""
     note: str | None
     """What a report should mention: truncated, HDR. None for nothing."""
-    index: VideoIndex | None = field(default=None, repr=False, compare=False)
-    """Where the frames are in the file; without it `frames` scans the packets again."""
+    index: VideoIndex = field(repr=False, compare=False)
+    """Where the frames are in the file."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +103,9 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
             raise BadMediaError("no frame of it can be decoded")
         clock = _clock(video, listed)
         index = VideoIndex(clock=clock, access_points=_find_access_points(listed, clock))
-        notes = [*_truncation_notes(video, listed), *_hdr_notes(listed.first_frame)]
+        notes = _truncation_notes(video, listed)
+        if transfer := HDR.get(listed.first_frame.color_trc):
+            notes.append(f"HDR ({transfer}), shown without tone mapping")
     last_us, last_time, counted = _find_last(data, index, on_progress)
     if last_us > MAX_DURATION_S * US_PER_S:
         raise BadMediaError(f"timestamps span {last_us / US_PER_S / 86400:.0f} days")
@@ -130,12 +135,17 @@ def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _
     for number, packet in enumerate(_readable_packets(video, listed)):
         if on_progress and number % 1024 == 0:
             on_progress()
-        _update_end(listed, packet)
+        time = packet.pts if packet.pts is not None else packet.dts
+        if time is not None:
+            end = time + (packet.duration or 0)
+            stream = packet.stream_index
+            listed.ends[stream] = max(listed.ends.get(stream, end), end)
         if packet.stream_index != video.stream.index or not packet.size:
             continue
         if packet.is_keyframe and packet.pts is not None:
             listed.keys.append(len(listed.times))
-        listed.changes_decoding = listed.changes_decoding or _changes_decoding(packet)
+        if any(packet.has_sidedata(kind) for kind in _DECODING_SIDE_DATA):
+            listed.changes_decoding = True
         if packet.is_discard:
             listed.hidden.add(len(listed.times))
         listed.times.append(NO_TIME if packet.pts is None else packet.pts)
@@ -149,15 +159,6 @@ def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _
     return listed
 
 
-def _changes_decoding(packet: Packet[Any]) -> bool:
-    """Return whether this packet changes how later packets are decoded."""
-    return (
-        packet.has_sidedata("new_extradata")
-        or packet.has_sidedata("param_change")
-        or packet.has_sidedata("palette")
-    )
-
-
 def _readable_packets(video: OpenVideo, listed: _PacketList) -> Iterator[Packet[Any]]:
     import av
 
@@ -165,14 +166,6 @@ def _readable_packets(video: OpenVideo, listed: _PacketList) -> Iterator[Packet[
         yield from video.container.demux()
     except (av.FFmpegError, OSError) as error:
         listed.error = error_reason(error)
-
-
-def _update_end(listed: _PacketList, packet: Packet[Any]) -> None:
-    time = packet.pts if packet.pts is not None else packet.dts
-    if time is not None:
-        end = time + (packet.duration or 0)
-        stream = packet.stream_index
-        listed.ends[stream] = max(listed.ends.get(stream, end), end)
 
 
 def _keep_first_frame(listed: _PacketList, video: OpenVideo, frames: list[VideoFrame]) -> None:
@@ -187,7 +180,8 @@ def _clock(video: OpenVideo, listed: _PacketList) -> Clock:
     missing = listed.times.count(NO_TIME)
     first = listed.first_frame.pts
     if first is not None and 2 * missing < len(listed.times):
-        return Clock(time_base=video.time_base, first=first, counts_frames=False)
+        tick = Fraction(video.stream.time_base or 0)
+        return Clock(time_base=tick, first=first, counts_frames=False)
     # 25: FFmpeg's own default for raw streams.
     rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
     return Clock(time_base=1 / Fraction(rate), first=0, counts_frames=True)
@@ -263,8 +257,3 @@ def _is_truncated(video: OpenVideo, kinds: set[str]) -> bool:
     if "avi" in kinds:
         return 8 + int.from_bytes(video.head[4:8], "little") > video.size
     return False
-
-
-def _hdr_notes(frame: VideoFrame) -> list[str]:
-    name = HDR.get(frame.color_trc)
-    return [f"HDR ({name}), shown without tone mapping"] if name else []

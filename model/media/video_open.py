@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from configs import one_line
-from model.media.images import MAX_REASON, BadMediaError
+from model.media.images import MAX_REASON, BadMediaError, check_size
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -70,11 +70,6 @@ class OpenVideo:
     pixel_aspect: Fraction
     """Width of a pixel divided by its height, before any rotation."""
 
-    @property
-    def time_base(self) -> Fraction:
-        """Seconds in one unit of a timestamp of the video stream."""
-        return Fraction(self.stream.time_base or 0)
-
 
 class _Reader:
     """A file without a name, so that FFmpeg identifies it by its bytes only."""
@@ -109,9 +104,8 @@ def open_video(data: bytes | Path) -> Iterator[OpenVideo]:
             stream = _video_stream(container)
             context = stream.codec_context
             context.thread_type = "NONE"
-            context.thread_count = (
-                1  # equal pixels for damaged frames each time, and bounded memory
-            )
+            # Equal pixels for damaged frames each time, and bounded memory.
+            context.thread_count = 1
             context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield OpenVideo(
                 container=container,
@@ -155,7 +149,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     context = stream.codec_context
     if context is None or context.name not in CODECS:
         raise BadMediaError(f"codec {context.name if context else 'unknown'} is not supported")
-    check_size(context.width, context.height)
+    check_size(context.width, context.height, MAX_FRAME_PIXELS)
     if not stream.time_base:
         raise BadMediaError("timestamps without a unit")
     return stream
@@ -163,14 +157,6 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 def _is_image(stream: VideoStream) -> bool:
     return any(getattr(type(stream.disposition), n) in stream.disposition for n in _IMAGE_STREAMS)
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise BadMediaError for frames without pixels or with more than `MAX_FRAME_PIXELS`."""
-    if width < 1 or height < 1:
-        raise BadMediaError(f"frames of {width} x {height} pixels")
-    if width * height > MAX_FRAME_PIXELS:
-        raise BadMediaError(f"frames of {width} x {height} pixels, more than {MAX_FRAME_PIXELS}")
 
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
-from model.media.images import BadMediaError
-from model.media.video_open import MAX_FRAME_PIXELS, check_size, error_reason
+from model.media.images import BadMediaError, check_size, on_white
+from model.media.video_open import MAX_FRAME_PIXELS, error_reason
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -60,9 +60,9 @@ def frame_to_image(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
     """
     import av
 
-    check_size(frame.width, frame.height)
+    check_size(frame.width, frame.height, MAX_FRAME_PIXELS)
     width, height = _square_pixel_size(frame.width, frame.height, pixel_aspect)
-    name = "rgba" if _has_alpha(frame) else "rgb24"
+    mode, name = ("RGBA", "rgba") if _has_alpha(frame) else ("RGB", "rgb24")
     try:
         shown = frame.reformat(
             width,
@@ -76,11 +76,9 @@ def frame_to_image(frame: VideoFrame, pixel_aspect: Fraction) -> Image.Image:
         reason = f"pixel format {frame.format.name} cannot be converted: {error_reason(error)}"
         raise BadMediaError(reason) from None
     plane = shown.planes[0]
-    mode = "RGBA" if name == "rgba" else "RGB"
     image = Image.frombytes(mode, (width, height), bytes(plane), "raw", mode, plane.line_size, 1)
     if mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = on_white(image)
     turn = _TURNS.get(_orientation(frame))
     return image if turn is None else image.transpose(turn)
 

@@ -166,17 +166,11 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
         tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], images=1
     )
     image = token_id(tokenizer, IMAGE_TOKEN)
-    ids = torch.from_numpy(sample.ids).long()
-    repeats = torch.where(ids == image, features.shape[1], 1)
+    repeats = np.where(sample.ids == image, features.shape[1], 1)
+    ids, weights = (torch.from_numpy(x.repeat(repeats)) for x in (sample.ids, sample.weights))
     with torch.inference_mode():
-        total, weight = vlm.loss(
-            PackedBatch.one_sample(
-                ids.repeat_interleave(repeats),
-                torch.from_numpy(sample.weights).repeat_interleave(repeats),
-                image,
-            ),
-            features.cpu(),
-        )
+        batch = PackedBatch.one_sample(ids.long(), weights, image)
+        total, weight = vlm.loss(batch, features.cpu())
     mean = float(total / weight)
     rows = vlm.language.get_input_embeddings().weight.shape[0]
     print(
@@ -273,45 +267,25 @@ def parameter_table(encoder: VisionEncoder, vlm: VLM) -> str:
 def memory_table(sizes: Sizes, image_tokens: int, options: Options) -> str:
     """Return a table of each stage on each hardware preset: GiB of each part, whether they fit, and days."""
     train = configs.load("train")
-    parts = (
-        "weights",
-        "gradients",
-        "AdamW",
-        "bf16 copies",
-        "activations",
-        "loss",
-        "process",
-        "total",
-    )
-    rows = []
+    rows, columns = [], []
     for number, stage in train["stages"].items():
         for name, hardware in train["hardware"].items():
             settings = {**stage, **hardware}
             step = step_of(settings, gpu=name in GPUS)
             needed = step_bytes(sizes, step)
+            columns = [part.replace(" ", "-") for part in needed]
             card, fits = _fits(name, needed["total"])
-            days = (
-                _days(name, settings, sizes, image_tokens, options) if fits and name in GPUS else ""
-            )
+            days = ""
+            if fits and name in GPUS:
+                days = _days(name, settings, sizes, image_tokens, options)
             rows.append(
                 [f"stage {number}", name, f"{step.tokens:,}", "yes" if step.checkpointing else "no"]
-                + [f"{needed[part] / GIB:.1f}" for part in parts]
+                + [f"{nbytes / GIB:.1f}" for nbytes in needed.values()]
                 + [card if fits else f"NOT {card}", days]
             )
-    columns = [part.replace(" ", "-") for part in parts]
-    return table_text(
-        [
-            "GiB",
-            "hardware",
-            "tokens",
-            "checkpointing",
-            *columns,
-            "fits",
-            "days: an image, full window",
-        ],
-        rows,
-        right=" ".join(["tokens", *columns]),
-    )
+    header = ["GiB", "hardware", "tokens", "checkpointing", *columns, "fits"]
+    header.append("days: an image, full window")
+    return table_text(header, rows, right=" ".join(["tokens", *columns]))
 
 
 def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
@@ -322,7 +296,6 @@ def step_of(settings: Mapping[str, Any], gpu: bool) -> Step:
     return Step(
         tokens=max(settings["max_tokens"], settings["max_sequence_length"]),
         checkpointing=settings["use_gradient_checkpointing"],
-        autocast=gpu,
         gpu=gpu,
         train_connector=settings["train_connector"],
         train_llm=settings["train_llm"],

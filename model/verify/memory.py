@@ -98,10 +98,8 @@ class Step:
     """Tokens of one micro-batch, T."""
     checkpointing: bool
     """Whether only the input of each layer is kept."""
-    autocast: bool
-    """Whether matrix products are bfloat16; False: everything is float32."""
     gpu: bool
-    """Whether the process runs on CUDA; False: on the CPU."""
+    """Whether the process runs on CUDA, under bfloat16 autocast; False: on the CPU, all in float32."""
     train_connector: bool = True
     """Whether the connector trains."""
     train_llm: bool = True
@@ -131,22 +129,20 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
         `weights`, `gradients`, `AdamW`, `bf16 copies`, `activations`, `loss`, `process`, and their `total`.
     """
     trainable = sizes.language * step.train_llm + sizes.connector * step.train_connector
-    value = 2 if step.autocast else 4
-    one_layer = layer_bytes(sizes, step.autocast, step.train_llm)
+    value = 2 if step.gpu else 4
+    one_layer = layer_bytes(sizes, step.gpu, step.train_llm)
     # The backward pass of one layer: gradients of three MLP activations and of the residual stream.
     working = 3 * sizes.inner * value + 3 * sizes.width * 4
-    kept = (
-        sizes.layers * 4 * sizes.width + one_layer
-        if step.checkpointing
-        else sizes.layers * one_layer
-    )
+    kept = sizes.layers * one_layer
+    if step.checkpointing:
+        kept = sizes.layers * 4 * sizes.width + one_layer
     ends = 5 * 4 * sizes.width  # embeddings, embeddings with features, final norm (3)
     activations = int(step.tokens * (kept + working + ends) * (1 + WASTE))
     matrix = sizes.rows * sizes.width
     # A chunk has its logits and their exponentials in float32, and under autocast the bfloat16 logits. The
     # gradient of the head is float32; under autocast each chunk adds a bfloat16 matrix to it.
-    chunk = min(CHUNK_ELEMENTS, step.tokens * sizes.rows) * (8 + (2 if step.autocast else 0))
-    loss = chunk + ((6 if step.autocast else 4) * matrix if step.train_llm else 0)
+    chunk = min(CHUNK_ELEMENTS, step.tokens * sizes.rows) * (8 + (2 if step.gpu else 0))
+    loss = chunk + ((6 if step.gpu else 4) * matrix if step.train_llm else 0)
     if step.train_llm and sizes.tied:
         # When the backward pass reaches the embedding, activations are freed, but the gradients of head and
         # embedding and their sum exist together.
@@ -155,7 +151,7 @@ def step_bytes(sizes: Sizes, step: Step) -> dict[str, int]:
         "weights": 4 * (sizes.language + sizes.connector),
         "gradients": 4 * trainable,
         "AdamW": 8 * trainable,
-        "bf16 copies": 2 * (sizes.language - (not sizes.tied) * matrix) if step.autocast else 0,
+        "bf16 copies": 2 * (sizes.language - (not sizes.tied) * matrix) if step.gpu else 0,
         "activations": activations,
         "loss": loss,
         "process": GPU_CONTEXT_BYTES if step.gpu else CPU_PROCESS_BYTES,

@@ -26,7 +26,7 @@ from typing import Any
 import open_clip
 import torch
 
-from configs import UserError
+from configs import UserError, one_line
 from model.vision.clip_tower import ClipTower
 from model.vision.config import EncoderConfig
 
@@ -150,38 +150,34 @@ def _mismatch(whose: str, trained: str, tower: ClipTower, config: EncoderConfig)
 def _training_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Training:
     if tensors.keys() >= _OPENAI_TENSORS:
         return _Training(source="OpenAI's tensors in it", activation="quick_gelu")
-    beside = path.parent / "open_clip_config.json"
-    if beside.is_file():
-        values = _json(beside)
+    name = "open_clip_config.json"
+    if values := _json(path.parent / name):
         model, colours = _mapping(values, "model_cfg"), _mapping(values, "preprocess_cfg")
         is_timm = "timm_model_name" in _mapping(model, "vision_cfg")
-        return _Training(
-            source=beside.name,
-            activation=None if is_timm or not model else _trained_with(model),
-            mean=_colours_or_none(colours.get("mean")),
-            std=_colours_or_none(colours.get("std")),
-        )
-    beside = path.parent / "config.json"
-    if beside.is_file():
-        values = _json(beside)
+        activation = None if is_timm or not model else _trained_with(model)
+        mean, std = colours.get("mean"), colours.get("std")
+    else:
+        name = "config.json"
+        values, colours = _json(path.parent / name), _json(path.parent / "preprocessor_config.json")
         vision = _mapping(values, "vision_config") or values
-        colours = _json(path.parent / "preprocessor_config.json", missing_ok=True)
-        return _Training(
-            source=beside.name,
-            activation=_HF_ACTIVATIONS.get(vision.get("hidden_act", "")),
-            mean=_colours_or_none(colours.get("image_mean")),
-            std=_colours_or_none(colours.get("image_std")),
-        )
-    return _Training()
+        activation = _HF_ACTIVATIONS.get(vision.get("hidden_act", ""))
+        mean, std = colours.get("image_mean"), colours.get("image_std")
+    return _Training(
+        source=name,
+        activation=activation,
+        mean=_colours_or_none(mean),
+        std=_colours_or_none(std),
+    )
 
 
-def _json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    if missing_ok and not path.is_file():
-        return {}
+def _json(path: Path) -> dict[str, Any]:
+    """Return the values of a JSON file, {} if it is missing or holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not readable as JSON ({one_line(error)})") from None
     return values if isinstance(values, dict) else {}
 
 

@@ -60,6 +60,7 @@ class ClipTower(nn.Module):
         self.image_size, self.patch_size = _sizes(visual, vit, model)
         self.width = int(vit.embed_dim if self.is_timm else vit.conv1.out_channels)
         self.activation = _activation(vit, model)
+        self.architecture = f"open_clip:{model}"
 
     @property
     def prefix(self) -> str:

@@ -42,11 +42,6 @@ class DemoTowerConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
-    @property
-    def architecture(self) -> str:
-        """Text for the fingerprint: the architecture, of which the shapes do not show the number of heads."""
-        return f"demo:vit-{self.depth}x{self.width}-heads{self.heads}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:

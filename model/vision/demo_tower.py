@@ -30,6 +30,11 @@ class DemoTower(nn.Module):
                 f"0 to {config.depth - 1}"
             )
         self.take = tuple(blocks)
+        # For the fingerprint; the shapes of the weights do not show the number of heads.
+        self.architecture = f"demo:vit-{config.depth}x{config.width}-heads{config.heads}"
+        self.activation = "gelu"
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.width = config.width
         grid = config.image_size // config.patch_size
         self.patches = nn.Conv2d(
             3, config.width, config.patch_size, stride=config.patch_size, bias=False
@@ -86,7 +91,6 @@ class _Block(nn.Module):
             for part in (queries, keys, self.values(normed))
         )
         mixed = F.scaled_dot_product_attention(queries, keys, values)
-        x = x + self.attended(
-            mixed.transpose(1, 2).flatten(2)
-        )  # (B, heads, N, V / heads) -> (B, N, V)
+        # (B, heads, N, V / heads) -> (B, N, V)
+        x = x + self.attended(mixed.transpose(1, 2).flatten(2))
         return x + self.contract(F.gelu(self.expand(F.layer_norm(x, x.shape[-1:]))))

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ from model.media.images import fit_image
 from model.vision.config import EncoderConfig
 from model.vision.demo_tower import DemoTower
 
+if TYPE_CHECKING:
+    from model.vision.clip_tower import ClipTower
+
 log = logging.getLogger(__name__)
 
 RESIZE = "pillow:bicubic"
@@ -43,15 +46,9 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Built:
-    """A tower with its weights in float32 on the CPU, and its facts for the spec."""
+    """A tower with its weights in float32 on the CPU, and what the spec says about them."""
 
-    tower: torch.nn.Module
-    total_parameters: int
-    architecture: str
-    activation: str
-    image_size: int
-    patch_size: int
-    tower_width: int
+    tower: ClipTower | DemoTower
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     weights: str
@@ -94,7 +91,7 @@ class VisionEncoder:
     @property
     def parameters(self) -> int:
         """Parameters of the whole tower, as published."""
-        return self._built.total_parameters
+        return self._built.tower.total_parameters
 
     @property
     def parameters_used(self) -> int:
@@ -103,7 +100,7 @@ class VisionEncoder:
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Fit an RGB image to the tower's input, (S, S, 3) uint8."""
-        return fit_image(image, self._built.image_size, self.config.fit, self._built.mean)
+        return fit_image(image, self._built.tower.image_size, self.config.fit, self._built.mean)
 
     def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
         """Encode (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as for `array`.
@@ -153,9 +150,9 @@ def load_encoder(
         UserError: the device cannot be used, or the weights cannot be found, read or loaded.
     """
     chosen = pick_device(device)
-    if config.library == "demo":
-        return VisionEncoder(config, _build_demo(config), chosen)
-    return VisionEncoder(config, _build_clip(config, random_weights, weights), chosen)
+    is_demo = config.library == "demo"
+    built = _build_demo(config) if is_demo else _build_clip(config, random_weights, weights)
+    return VisionEncoder(config, built, chosen)
 
 
 def rebuild_encoder(
@@ -216,12 +213,6 @@ def _build_demo(config: EncoderConfig) -> _Built:
     tower = DemoTower(config.tower, config.blocks, seed=config.seed)
     return _Built(
         tower=tower,
-        total_parameters=tower.total_parameters,
-        architecture=config.tower.architecture,
-        activation="gelu",
-        image_size=config.tower.image_size,
-        patch_size=config.tower.patch_size,
-        tower_width=config.tower.width,
         mean=config.mean or HALF,
         std=config.std or HALF,
         weights=hash_tensors(tower.state_dict()),
@@ -239,41 +230,30 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
     tower = ClipTower(config.model, config.blocks)
     mean, std = check_entry(tower, config)
     built = _Built(
-        tower=tower,
-        total_parameters=tower.total_parameters,
-        architecture=f"open_clip:{config.model}",
-        activation=tower.activation,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        tower_width=tower.width,
-        mean=mean,
-        std=std,
-        weights="",
-        is_random=random_weights,
-        source=None,
+        tower=tower, mean=mean, std=std, weights="", is_random=random_weights, source=None
     )
-    _spec(
-        config, built, "float32", "fp16"
-    )  # refuses an invalid entry before a gigabyte is downloaded
+    # Refuses an invalid entry before a gigabyte is downloaded.
+    _spec(config, built, "float32", "fp16")
     if random_weights:
         tower.initialize(config.seed)
+        source = None
     else:
         source = str(fill(tower, config, weights, (mean, std)))
-        built = dataclasses.replace(built, source=source)
-    return dataclasses.replace(built, weights=hash_tensors(tower.tensors()))
+    return dataclasses.replace(built, weights=hash_tensors(tower.tensors()), source=source)
 
 
 def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
+    tower = built.tower
     try:
         spec = FeatureSpec(
             encoder=f"random-{config.name}" if built.is_random else config.name,
-            architecture=built.architecture,
+            architecture=tower.architecture,
             weights=built.weights,
-            activation=built.activation,
+            activation=tower.activation,
             blocks=config.blocks,
-            image_size=built.image_size,
-            patch_size=built.patch_size,
-            width=built.tower_width * len(config.blocks),
+            image_size=tower.image_size,
+            patch_size=tower.patch_size,
+            width=tower.width * len(config.blocks),
             fit=config.fit,
             resize=RESIZE,
             mean=built.mean,

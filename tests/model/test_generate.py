@@ -148,7 +148,10 @@ def test_verbose_does_not_change_the_answer(
     ("words", "message"),
     [
         (["--prompt", "what?", "--image", "nowhere.png"], r"nowhere\.png: No such file"),
-        (["--prompt", "<image> <image>", "--image", "a.png"], "1 --image but 2 <image> marks"),
+        (
+            ["--prompt", "<image> <image>", "--image", "a.png"],
+            "1 --image and 0 --video but 2 <image> and",
+        ),
         (["--prompt", " "], "no --prompt"),
         (["--prompt", "x", "--temperature", "-1"], r"temperature -1\.0 is below 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),

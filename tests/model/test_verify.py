@@ -1,6 +1,6 @@
 """`model.verify`: its estimates agree with a running model, and its report ends with verdicts.
 
-parts = step_bytes(sizes, Step(tokens=4096, checkpointing=True, autocast=True, gpu=True))
+parts = step_bytes(sizes, Step(tokens=4096, checkpointing=True, gpu=True))
 parts["total"] / GIB          # of a training step, estimated
 
 python -m model.verify --encoder demo --llm random:qwen3-demo
@@ -128,7 +128,7 @@ def qwen3() -> Sizes:
 
 def test_the_published_figures_of_qwen3() -> None:
     sizes = qwen3()
-    parts = step_bytes(sizes, Step(tokens=4096, checkpointing=True, autocast=True, gpu=True))
+    parts = step_bytes(sizes, Step(tokens=4096, checkpointing=True, gpu=True))
     state = parts["weights"] + parts["gradients"] + parts["AdamW"]
     assert state == 16 * (596_049_920 + 1_049_600)
     assert state / GIB == pytest.approx(8.9, abs=0.05)
@@ -139,7 +139,7 @@ def test_the_published_figures_of_qwen3() -> None:
 
 def test_the_estimate_is_near_a_measured_peak() -> None:
     """Measured: Qwen3-0.6B in train.run on a CPU, two images in 1,414 tokens, 15.14 GiB resident at most."""
-    step = Step(tokens=1414, checkpointing=False, autocast=False, gpu=False)
+    step = Step(tokens=1414, checkpointing=False, gpu=False)
     assert step_bytes(qwen3(), step)["total"] / GIB == pytest.approx(15.14, rel=0.05)
 
 
@@ -154,13 +154,13 @@ def test_every_preset_fits_its_card(stage: int, name: str) -> None:
     assert step.checkpointing
     total = step_bytes(qwen3(), step)["total"]
     assert verify._fits(name, total)[1]
-    without = Step(tokens=36_864, checkpointing=False, autocast=True, gpu=True)
+    without = Step(tokens=36_864, checkpointing=False, gpu=True)
     assert not verify._fits(name, step_bytes(qwen3(), without)["total"])[1]
 
 
 def test_frozen_parts_hold_less() -> None:
     sizes = qwen3()
-    base = {"tokens": 4096, "checkpointing": False, "autocast": True, "gpu": True}
+    base = {"tokens": 4096, "checkpointing": False, "gpu": True}
     all_of_it = step_bytes(sizes, Step(**base))
     frozen = step_bytes(sizes, Step(**base, train_llm=False))
     assert frozen["gradients"] == 4 * sizes.connector

@@ -181,7 +181,7 @@ def test_media_are_ordered_by_their_placeholders() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--video", "nowhere.mp4", "--prompt", "x"], r"nowhere\.mp4: no such file; --video takes"),
+        (["--video", "nowhere.mp4", "--prompt", "x"], r"nowhere\.mp4: cannot be read: No such"),
         (
             ["--video", "a.mp4", "--prompt", "<image>?"],
             "1 <image> and 0 <video> marks in the prompt",

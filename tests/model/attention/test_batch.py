@@ -180,10 +180,8 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_packed_shared_and_alone_have_equal_gradients(vlm: VLM, layout: str) -> None:
     cases = [make_case(seed, branches=1 + seed % 4) for seed in range(7)]
     parts = plan_sdpa(pack(cases, True).units, len(pack(cases, True).input_ids), CPU).parts
-    kinds = {type(part).__name__ for part in parts}
-    assert kinds == ({"LongTree"} if layout.startswith("long") else {"Group"})
-    if layout == "long in pieces":
-        assert max(len(part.sizes) for part in parts) == 1 + 4  # beginning, then each branch
+    pieces = max(len(part.sizes) for part in parts)  # in one, or the beginning, then each branch
+    assert pieces == {"long": 2, "long in pieces": 1 + 4}.get(layout, 1)
     alone = gradients(vlm, [[case] for case in cases], shared=False)
     assert_same(gradients(vlm, [cases], shared=True), alone)
     assert_same(gradients(vlm, [cases], shared=False), alone)
@@ -254,7 +252,8 @@ def test_autocast_computes_attention_in_two_bytes(
     seen = []
 
     def spy(q: Tensor, k: Tensor, v: Tensor, plan: SdpaPlan, scale: float) -> Tensor:
-        seen.append({x.dtype for x in (q, k, v, *(p.mask for p in plan.parts))})
+        masks = [mask for part in plan.parts for mask in part.masks]
+        seen.append({x.dtype for x in (q, k, v, *masks)})
         return sdpa_packed(q, k, v, plan, scale)
 
     monkeypatch.setattr(kernels, "sdpa_packed", spy)
@@ -381,14 +380,14 @@ def test_plain_samples_need_no_gathered_keys() -> None:
 def test_equal_plain_samples_are_one_causal_call_without_copies() -> None:
     plan = plan_sdpa(torch.tensor([[0, 4, 0, 0], [4, 8, 4, 4]]), 8, CPU)
     assert plan.index is None
-    assert [(p.trees, p.length, p.mask) for p in plan.parts] == [(2, 4, None)]
+    assert [(p.trees, p.sizes, p.masks) for p in plan.parts] == [(2, (4,), (None,))]
 
 
 def test_padding_is_bounded() -> None:
     edges = torch.tensor([0, 100, 190, 230, 330, 430, 440, 520]).tolist()
     units = torch.tensor([[a, b, a, a] for a, b in itertools.pairwise(edges)])
     plan = plan_sdpa(units, 520, CPU)
-    cells = sum(p.trees * p.length**2 for p in plan.parts)
+    cells = sum(p.trees * p.sizes[0] ** 2 for p in plan.parts)
     used = sum((b - a) ** 2 for a, b in itertools.pairwise(edges))
     assert used >= (1 - attention_plan.MAX_PADDING) * cells
     assert len(plan.parts) < len(units)

@@ -10,12 +10,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import open_clip
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import save_file
 
 from configs import UserError
@@ -25,6 +26,8 @@ from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
 
 PLACE = "org/tiny-clip/"
+GONE = SimpleNamespace(status_code=404, headers={}, request=None)
+NOT_FOUND = RemoteEntryNotFoundError("404", response=GONE)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +94,7 @@ def test_safetensors_are_downloaded_first(
     def download(repo: str, name: str) -> str:
         asked.append(f"{repo}/{name}")
         if name.endswith(".safetensors"):
-            raise EntryNotFoundError("404")
+            raise NOT_FOUND
         return str(tmp_path / name)
 
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
@@ -105,7 +108,7 @@ def test_safetensors_are_downloaded_first(
 
 @pytest.mark.parametrize(
     "error",
-    [OSError("disk full\nor so"), LocalEntryNotFoundError("gone"), EntryNotFoundError("404")],
+    [OSError("disk full\nor so"), LocalEntryNotFoundError("gone"), NOT_FOUND],
 )
 def test_a_failed_download_gives_one_line(
     error: Exception, listener: int, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ def test_the_reason_names_what_is_not_a_video(tmp_path: Path) -> None:
     assert reason(b"") == "empty file"
     assert reason(b"\n<!DOCTYPE html><html>gone</html>") == "an HTML page, not a video"
     for data in (b"\0", b"words " * 500, bytes(100_000), bytes(range(256)) * 400):
-        assert reason(data).startswith(("no readable video", "no video", "no frame", "frames of"))
+        assert reason(data).startswith(("no readable video", "no video", "no frame"))
     for suffix in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
         Image.new("RGB", (64, 64), "red").save(path := tmp_path / f"image.{suffix}")
         assert "no readable video" in reason(path)
@@ -138,7 +138,7 @@ def test_huge_frames_are_refused_from_their_header(tmp_path: Path) -> None:
     sized = struct.pack(">HH", 96, 64)
     assert data.count(sized) == 1
     headers = data.replace(sized, struct.pack(">HH", 60_000, 60_000))
-    assert reason(headers).startswith("frames of ")
+    assert "60000 pixels, more than" in reason(headers)
     source = make_video(tmp_path / "video.mov", frames=1, codec="png", pixels="rgb24")
     data = source.read_bytes()
     # A valid table, and a frame that is a huge PNG of equal length, so that offsets stay valid.
