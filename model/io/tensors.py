@@ -29,10 +29,8 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 (hex) over (name, dtype, shape, bytes) of the tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        values = tensors[name].detach().cpu().contiguous().numpy()
+        head = [name, values.dtype.name, list(values.shape)]
         digest.update(json.dumps(head, separators=(",", ":")).encode())
-        digest.update(
-            tensor.numpy().astype(tensor.numpy().dtype.newbyteorder("<"), copy=False).data
-        )
+        digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from configs import UserError
 
@@ -52,8 +53,7 @@ def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     Raises:
         UserError: GPT-2's rules cut a word into several pieces.
     """
-    alphabet = _byte_alphabet()
-    vocabulary = {alphabet[byte]: byte for byte in range(256)}
+    vocabulary = {character: byte for byte, character in sorted(bytes_to_unicode().items())}
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     for word in (*ROLES, *words):
         for text in (word, " " + word):
@@ -92,13 +92,6 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
 
 def _special(text: str) -> AddedToken:
     return AddedToken(text, special=True, normalized=False)
-
-
-def _byte_alphabet() -> list[str]:
-    """Return GPT-2's table, which all byte-level tokenizers use: a printable character for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:

@@ -83,8 +83,8 @@ def frames(
     """
     if any(later < earlier for earlier, later in pairwise(wanted_us)):
         raise ValueError("times of frames must ascend")
-    with VideoDecoder(data, info.index.clock, on_progress) as decoder:
-        finder = _NearestFrames(decoder, info.index.access_points)
+    with VideoDecoder(data, info.clock, on_progress) as decoder:
+        finder = _NearestFrames(decoder, info.access_points)
         shown: tuple[int, Image.Image] | None = None
         for wanted in wanted_us:
             time_us, frame = finder.nearest(wanted)

@@ -38,14 +38,6 @@ _DECODING_SIDE_DATA: Final = ("new_extradata", "param_change", "palette")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoIndex:
-    """The clock of a video and the key frames that decoding may start from."""
-
-    clock: Clock
-    access_points: AccessPoints
-
-
-@dataclass(frozen=True, kw_only=True)
 class VideoInfo:
     """Facts about one video."""
 
@@ -59,8 +51,8 @@ class VideoInfo:
     """Frames from the first to the last that decode, as the file lists them, damaged ones included."""
     note: str | None
     """What a report should mention: truncated, HDR. None for nothing."""
-    index: VideoIndex = field(repr=False, compare=False)
-    """Where the frames are in the file."""
+    clock: Clock = field(repr=False, compare=False)
+    access_points: AccessPoints = field(repr=False, compare=False)
 
 
 @dataclass(kw_only=True)
@@ -81,8 +73,6 @@ class _PacketList:
     """End of the last packet of any stream, seconds on the container's clock."""
     first_frame: VideoFrame | None = None
     """The first frame that decodes."""
-    size: tuple[int, int] = (0, 0)
-    """Width and height of the first frame, upright, in square pixels."""
     error: str | None = None
     """The read error that ended the pass before the end of the file."""
 
@@ -102,11 +92,12 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         if listed.first_frame is None:
             raise BadMediaError("no frame of it can be decoded")
         clock = _clock(video, listed)
-        index = VideoIndex(clock=clock, access_points=_find_access_points(listed, clock))
+        width, height = frame_to_image(listed.first_frame, video.pixel_aspect).size
+        access_points = _find_access_points(listed, clock)
         notes = _truncation_notes(video, listed)
         if transfer := HDR.get(listed.first_frame.color_trc):
             notes.append(f"HDR ({transfer}), shown without tone mapping")
-    last_us, last_time, counted = _find_last(data, index, on_progress)
+    last_us, last_time, counted = _find_last(data, clock, access_points, on_progress)
     if last_us > MAX_DURATION_S * US_PER_S:
         raise BadMediaError(f"timestamps span {last_us / US_PER_S / 86400:.0f} days")
     if clock.counts_frames:
@@ -120,11 +111,12 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
             notes.insert(0, f"ends early: its last {missing} frames cannot be decoded")
     return VideoInfo(
         duration_s=last_us / US_PER_S,
-        width=listed.size[0],
-        height=listed.size[1],
+        width=width,
+        height=height,
         frames=frames,
         note="; ".join(notes) or None,
-        index=index,
+        clock=clock,
+        access_points=access_points,
     )
 
 
@@ -150,9 +142,9 @@ def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _
             listed.hidden.add(len(listed.times))
         listed.times.append(NO_TIME if packet.pts is None else packet.pts)
         if listed.first_frame is None:
-            _keep_first_frame(listed, video, decode_packet(context, packet))
+            listed.first_frame = next(iter(decode_packet(context, packet)), None)
     if listed.first_frame is None:
-        _keep_first_frame(listed, video, decode_packet(context, None))
+        listed.first_frame = next(iter(decode_packet(context, None)), None)
     for number, end in listed.ends.items():
         tick = video.container.streams[number].time_base
         listed.end_s = max(listed.end_s, float(end * tick) if tick else 0.0)
@@ -166,12 +158,6 @@ def _readable_packets(video: OpenVideo, listed: _PacketList) -> Iterator[Packet[
         yield from video.container.demux()
     except (av.FFmpegError, OSError) as error:
         listed.error = error_reason(error)
-
-
-def _keep_first_frame(listed: _PacketList, video: OpenVideo, frames: list[VideoFrame]) -> None:
-    if frames:
-        listed.first_frame = frames[0]
-        listed.size = frame_to_image(frames[0], video.pixel_aspect).size
 
 
 def _clock(video: OpenVideo, listed: _PacketList) -> Clock:
@@ -208,15 +194,17 @@ def _find_access_points(listed: _PacketList, clock: Clock) -> AccessPoints:
 
 
 def _find_last(
-    data: bytes | Path, index: VideoIndex, on_progress: Callable[[], None] | None
+    data: bytes | Path,
+    clock: Clock,
+    access_points: AccessPoints,
+    on_progress: Callable[[], None] | None,
 ) -> tuple[int, int, int]:
     """Find the last frame that decodes: try the last access point, then earlier ones.
 
     Returns:
         Its time in microseconds, its timestamp, and the number of frames decoded from the access point on.
     """
-    access_points = index.access_points
-    with VideoDecoder(data, index.clock, on_progress) as decoder:
+    with VideoDecoder(data, clock, on_progress) as decoder:
         start, back = len(access_points.packets) - 1, 1
         while True:
             decoder.start_at(int(access_points.packets[start]), int(access_points.times_us[start]))

@@ -116,10 +116,8 @@ def _has_alpha(frame: VideoFrame) -> bool:
 
 def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
     """Return the signs of the display matrix, as the nearest quarter turn; `_UNTURNED` without one."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return _UNTURNED
-    raw = bytes(cast("bytes", data))  # a buffer, although it is not typed as one
+    # A buffer, although it is not typed as one.
+    raw = bytes(cast("bytes", frame.side_data.get("DISPLAYMATRIX") or b""))
     if len(raw) < 36:
         return _UNTURNED
     a, b, _, c, d = struct.unpack_from("<5i", raw)

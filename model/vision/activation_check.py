@@ -67,12 +67,8 @@ def check_entry(tower: ClipTower, config: EncoderConfig) -> tuple[Colours, Colou
         )
     record = tag_record(config)
     if record and not tower.is_timm and _trained_with(record) != tower.activation:
-        raise _mismatch(
-            f"encoder {config.name}: weights {config.pretrained}",
-            _trained_with(record),
-            tower,
-            config,
-        )
+        whose = f"encoder {config.name}: weights {config.pretrained}"
+        raise _mismatch(whose, _trained_with(record), tower, config)
     mean, std = config.mean or record.get("mean"), config.std or record.get("std")
     if mean is None or std is None:
         raise UserError(
@@ -116,12 +112,8 @@ def check_file(
         if not tower.is_timm and known and tower.activation not in known:
             whose = f"{path}: all published weights of {config.model}"
             raise _mismatch(whose, known[0], tower, config)
-        log.warning(
-            "%s does not name its activation; using %s, as encoder %s states",
-            path,
-            tower.activation,
-            config.name,
-        )
+        message = "%s does not name its activation; using %s, as encoder %s states"
+        log.warning(message, path, tower.activation, config.name)
     elif training.activation != tower.activation:
         whose = f"{path}: weights, according to {training.source},"
         raise _mismatch(whose, training.activation, tower, config)

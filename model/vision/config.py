@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cache.format.spec import FITS
 from configs import UserError, build, load, nearest
 
 
@@ -67,7 +66,7 @@ class EncoderConfig:
     """Mean colour in [0, 1]; None: that of the tag, .5 for the demo tower."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of the colours; None: that of the tag, .5 for the demo tower."""
-    fit: str = "squash"
+    fit: Literal["squash", "pad", "crop"] = "squash"
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
     pool_image: int = 1
     """Images: side of the pooling window; n x n patches become one token, their mean."""
@@ -90,10 +89,6 @@ class EncoderConfig:
             raise ValueError(f"blocks {list(self.blocks)}: count from 0, at the first block")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.fit not in FITS:
-            raise ValueError(
-                f"fit {self.fit!r} is none of {', '.join(FITS)}{nearest(self.fit, FITS)}"
-            )
         if self.library == "open_clip" and not self.model:
             raise ValueError("library open_clip needs a model")
         if (self.library == "demo") != (self.tower is not None):

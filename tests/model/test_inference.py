@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerFast
 
 from model import inference
 from model.attention.batch import PackedBatch
-from model.inference import Prompt, Video, answer, decode
-from model.language.chat_template import prompt_ids
+from model.inference import Prompt, Video, answer, decode, expand_prompt
 from model.language.tokenizer import eos_ids, token_id
 from model.vlm import VLM, build_vlm
 
@@ -40,20 +42,6 @@ def prompts(count: int) -> list[Prompt]:
     return result
 
 
-def greedy_by_full_forward(
-    vlm: VLM, tok: PreTrainedTokenizerFast, prompt: Prompt, longest: int
-) -> str:
-    """Return the greedy answer to a prompt with images, by the training forward."""
-    messages, features = prompt
-    assert features is None or isinstance(features, Tensor)
-    count = 0 if features is None else len(features)
-    image = token_id(tok, "<image>")
-    ids: list[int] = []
-    for one in prompt_ids(tok, messages, count):
-        ids += [one] * (TOKENS if one == image else 1)
-    return full_forward(vlm, tok, ids, features, longest)
-
-
 def full_forward(
     vlm: VLM, tok: PreTrainedTokenizerFast, ids: list[int], features: Tensor | None, longest: int
 ) -> str:
@@ -78,36 +66,20 @@ def test_answers_about_videos_equal_the_full_forward(
     """Frames follow their times as text; videos and images are in the order of their marks."""
     vlm, tok = model
     ask = [("user", "<image> or <image>?", 1.0)]
-    image_id = token_id(tok, "<image>")
-
-    def token_ids(*parts: str | int) -> list[int]:
-        """Tokenise texts; a number is that many image tokens."""
-        return [
-            i
-            for part in parts
-            for i in (
-                [image_id] * part
-                if isinstance(part, int)
-                else tok(part, add_special_tokens=False)["input_ids"]
-            )
-        ]
-
-    film: tuple[str | int, ...] = ("0.0 ", 2, "0.5 ", 2, "12.3 ", 2)
+    film = "".join(f"{time_s} <image><image>" for time_s in ("0.0", "0.5", "12.3"))
     answers = []
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         frames = 9 * torch.randn(3, 2, VISION, generator=g)
-        video = Video(times_s=(0.0, 0.5, 12.34), features=frames)
         image = 9 * torch.randn(TOKENS, VISION, generator=g)
-        if seed % 2:
-            media: list[Tensor | Video] = [video, image]
-            places = (*film, " or ", TOKENS)
-            features = torch.cat((frames.flatten(0, 1), image))
-        else:
-            media, places = [image, video], (TOKENS, " or ", *film)
-            features = torch.cat((image, frames.flatten(0, 1)))
-        ids = token_ids("<|im_start|>user\n", *places, "?<|im_end|>\n<|im_start|>assistant\n")
-        wanted = full_forward(vlm, tok, ids, features, 12)
+        given: list[tuple[str, Tensor | Video, Tensor]] = [
+            (film, Video(times_s=(0.0, 0.5, 12.34), features=frames), frames.flatten(0, 1)),
+            ("<image>" * TOKENS, image, image),
+        ]
+        texts, media, features = zip(*(given if seed % 2 else given[::-1]), strict=True)
+        text = f"<|im_start|>user\n{' or '.join(texts)}?<|im_end|>\n<|im_start|>assistant\n"
+        ids = tok(text, add_special_tokens=False)["input_ids"]
+        wanted = full_forward(vlm, tok, ids, torch.cat(features), 12)
         assert answer(vlm, tok, [(ask, media)], max_new_tokens=12) == [wanted]
         assert answer(vlm, tok, [*prompts(3), (ask, media)], max_new_tokens=12)[3] == wanted
         answers.append(wanted)
@@ -125,11 +97,19 @@ def test_batches_of_long_prompts_are_smaller(monkeypatch: pytest.MonkeyPatch) ->
 def test_greedy_answers_equal_the_full_forward(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
     vlm, tok = model
     given = prompts(6)
-    wanted = [greedy_by_full_forward(vlm, tok, p, 12) for p in given]
+    expanded = [expand_prompt(tok, prompt) for prompt in given]
+    wanted = [full_forward(vlm, tok, ids.tolist(), rows, 12) for ids, _, rows in expanded]
     assert len(set(wanted)) > 3, "the answers differ"
     assert [answer(vlm, tok, [p], max_new_tokens=12)[0] for p in given] == wanted
     assert answer(vlm, tok, given, max_new_tokens=12) == wanted
     assert answer(vlm, tok, given, max_new_tokens=12, batch_size=4) == wanted
+
+
+def favoured(vlm: VLM, ids: list[int]) -> RemovableHandle:
+    """Give these ids the largest logits, until the returned hook is removed."""
+    return vlm.language.lm_head.register_forward_hook(
+        lambda _m, _i, out: out.index_fill(-1, torch.tensor(ids), 1e4)
+    )
 
 
 def test_an_answer_ends_at_the_end_token(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
@@ -140,14 +120,8 @@ def test_an_answer_ends_at_the_end_token(model: tuple[VLM, PreTrainedTokenizerFa
     assert decode(tok, [word, pad, word]) == "a"
     assert decode(tok, [end]) == ""
     assert decode(tok, [word, token_id(tok, "<|im_start|>"), word]) == "aa"
-    head = vlm.language.lm_head
-    handle = head.register_forward_hook(
-        lambda _m, _i, out: out.index_fill(-1, torch.tensor([end]), 1e4)
-    )
-    try:
+    with favoured(vlm, [end]):
         assert answer(vlm, tok, prompts(3), max_new_tokens=5) == ["", "", ""]
-    finally:
-        handle.remove()
 
 
 def test_images_and_unused_rows_are_never_generated(
@@ -156,16 +130,10 @@ def test_images_and_unused_rows_are_never_generated(
     """The embedding has more rows than the tokenizer has ids. Those rows are never chosen, however likely."""
     vlm, tok = model
     rows = vlm.language.lm_head.weight.shape[0]
-    forbidden = torch.tensor([token_id(tok, "<image>"), len(tok), rows - 1])
     assert rows > len(tok)
     wanted = answer(vlm, tok, prompts(2), max_new_tokens=6)
-    handle = vlm.language.lm_head.register_forward_hook(
-        lambda _m, _i, out: out.index_fill(-1, forbidden, 1e4)
-    )
-    try:
+    with favoured(vlm, [token_id(tok, "<image>"), len(tok), rows - 1]):
         assert answer(vlm, tok, prompts(2), max_new_tokens=6) == wanted
-    finally:
-        handle.remove()
 
 
 def test_sampling_depends_on_its_seed_only(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:
@@ -181,35 +149,28 @@ def test_sampling_depends_on_its_seed_only(model: tuple[VLM, PreTrainedTokenizer
     assert cold == answer(vlm, tok, prompts(3), max_new_tokens=12)
 
 
+@pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_and_attention_are_restored(
-    model: tuple[VLM, PreTrainedTokenizerFast], training: bool
+    model: tuple[VLM, PreTrainedTokenizerFast],
+    training: bool,
+    fails: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vlm, tok = model
     vlm.train(training)
     vlm.gradient_checkpointing(training)
     modes = {name: m.training for name, m in vlm.named_modules()}
     before = [p.clone() for p in vlm.parameters()]
-    answer(vlm, tok, prompts(2), max_new_tokens=3)
+    if fails:
+        monkeypatch.setattr(vlm.language, "generate", None)
+    with pytest.raises(TypeError) if fails else contextlib.nullcontext():
+        answer(vlm, tok, prompts(2), max_new_tokens=3)
     assert {name: m.training for name, m in vlm.named_modules()} == modes
     assert vlm.language.config._attn_implementation == "nano_packed"
     assert all(torch.equal(a, b) for a, b in zip(before, vlm.parameters(), strict=True))
     vlm.gradient_checkpointing(False)
     vlm.eval()
-
-
-def test_mode_and_attention_are_restored_after_a_failure(
-    model: tuple[VLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vlm, tok = model
-
-    def broken(*_: object, **__: object) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(vlm.language, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        answer(vlm, tok, prompts(1), max_new_tokens=3)
-    assert vlm.language.config._attn_implementation == "nano_packed"
 
 
 def test_no_prompts_give_no_answers(model: tuple[VLM, PreTrainedTokenizerFast]) -> None:

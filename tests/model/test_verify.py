@@ -89,20 +89,15 @@ def kept_bytes(layers: int, autocast: bool, learns: bool, checkpointing: bool) -
     return sum(storage.nbytes() for storage in held.values())
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_activations_of_a_layer_equal_the_formula(autocast: bool, learns: bool) -> None:
-    """Two more layers hold exactly twice the bytes of `layer_bytes` more."""
+def test_activations_equal_the_formula(autocast: bool, learns: bool, checkpointing: bool) -> None:
+    """Two more layers hold exactly twice the bytes of `layer_bytes` more, or twice their inputs."""
     _, sizes = small(1)
-    two, four = (kept_bytes(n, autocast, learns, checkpointing=False) for n in (2, 4))
-    assert (four - two) / 2 / T == layer_bytes(sizes, autocast, learns)
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_checkpointing_keeps_only_the_input_of_a_layer(autocast: bool) -> None:
-    _, sizes = small(1)
-    two, four = (kept_bytes(n, autocast, True, checkpointing=True) for n in (2, 4))
-    assert (four - two) / 2 / T == 4 * sizes.width
+    two, four = (kept_bytes(n, autocast, learns, checkpointing) for n in (2, 4))
+    wanted = 4 * sizes.width if checkpointing else layer_bytes(sizes, autocast, learns)
+    assert (four - two) / 2 / T == wanted
 
 
 @pytest.mark.parametrize("learns", [True, False])

@@ -11,7 +11,9 @@ GIF, an image the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
 from __future__ import annotations
 
 import json
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,18 @@ CAPTIONS = {
     "flower.jpg": "An orange dahlia in front of dark leaves.",
 }
 SIDEWAYS = 6  # EXIF orientation: the camera was turned; shown upright it needs a quarter turn
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return one chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_file(width: int, height: int, data: bytes, *chunks: bytes) -> bytes:
+    """Return an RGB PNG whose header states a size, whatever its pixel `data` and its other chunks are."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(data))
+    return b"".join((b"\x89PNG\r\n\x1a\n", header, *chunks, pixels, png_chunk(b"IEND", b"")))
 
 
 def make_folder(folder: Path) -> Path:

@@ -21,6 +21,7 @@ WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
 
 def register(folder: Path) -> None:
     """Register `tiny-quickgelu` with open_clip, and `tiny`, which computes exact GELU."""
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
     for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
         config = {
             "embed_dim": 32,
@@ -32,13 +33,7 @@ def register(folder: Path) -> None:
                 "head_width": WIDTH // HEADS,
                 "patch_size": PATCH,
             },
-            "text_cfg": {
-                "context_length": 8,
-                "vocab_size": 50,
-                "width": 32,
-                "heads": 2,
-                "layers": 1,
-            },
+            "text_cfg": text,
         }
         path = folder / f"{name}.json"
         path.write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Decode damaged videos one after another and print each outcome. A child process, because FFmpeg may crash.
+"""Damage files; decode damaged videos one after another, in a child process because FFmpeg may crash.
 
 python -m tests.support.video_mutations FOLDER FIRST LAST
 """
@@ -9,7 +9,9 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +25,19 @@ TIMEOUT_S = 20
 """Longest decode of one video, seconds; a longer one ends the child."""
 
 
-def mutated(number: int, files: list[bytes]) -> bytes:
-    """Return damaged video `number`: bytes changed, inserted, deleted, from another video, or cut off."""
+class Outcome(NamedTuple):
+    """The outcome of one damaged video."""
+
+    number: int
+    reason: str
+    """`frames`, or the reason of BadMediaError."""
+    seconds: float
+    megabytes: int
+    """Peak memory of the process so far."""
+
+
+def mutated(number: int, files: Sequence[bytes]) -> bytes:
+    """Return damaged file `number`: bytes changed, inserted, deleted, from another file, or cut off."""
     rng = np.random.default_rng(number)
     changed = bytearray(files[number % len(files)])
     for _ in range(rng.integers(1, 8)):
@@ -70,17 +83,15 @@ def outcome(data: bytes) -> str:
 
 
 def main() -> None:
-    """Print, for each number, a line when it begins, and one with outcome, seconds and peak memory."""
+    """Print the Outcome of each number as a line of JSON."""
     folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     for number in range(first, last):
         signal.alarm(TIMEOUT_S)  # not handled: it ends this process even inside FFmpeg
-        print(json.dumps({"begins": number}), flush=True)
         started = time.monotonic()
-        result = outcome(mutated(number, files))
+        reason = outcome(mutated(number, files))
         seconds = time.monotonic() - started
-        line = {"ended": number, "outcome": result, "s": seconds, "mb": peak_megabytes()}
-        print(json.dumps(line), flush=True)
+        print(json.dumps(Outcome(number, reason, seconds, peak_megabytes())), flush=True)
 
 
 def peak_megabytes() -> int:

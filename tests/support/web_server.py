@@ -25,7 +25,6 @@ import struct
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from PIL import Image
 from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
 from model.media.images import BadMediaError
-from tests.support.photos import make_folder
+from tests.support.photos import make_folder, png_file
 
 MakeFetcher = Callable[..., Fetcher]
 """Makes a fetcher with QUICK limits, some of them changed: the fixture `fetcher`."""
@@ -123,10 +122,7 @@ def _deep(number: int) -> bytes:
 
 def _bomb() -> bytes:
     """Return a PNG whose header states 60000 x 60000 pixels."""
-    png = bytearray(_save(Image.new("L", (1, 1)), "PNG"))
-    png[16:24] = struct.pack(">II", 60000, 60000)
-    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    return bytes(png)
+    return png_file(60_000, 60_000, bytes(1000))
 
 
 class Handler(BaseHTTPRequestHandler):

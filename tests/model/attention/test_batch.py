@@ -53,16 +53,10 @@ class Case:
 
 @pytest.fixture(scope="module")
 def vlm() -> VLM:
-    return make_vlm()
-
-
-def make_vlm() -> VLM:
     model, tokenizer = build_vlm(VISION, "random:qwen3-tiny", "linear", seed=1)
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_ID
     generator = torch.Generator().manual_seed(7)
-    for (
-        value
-    ) in model.parameters():  # new norms are all ones, and new weights are too small to matter
+    for value in model.parameters():  # new norms are all ones; new weights are too small to matter
         scale = 0.2 if value.dim() == 1 else value.std().item()
         value.data += scale * torch.randn(value.shape, generator=generator)
     return model
@@ -87,9 +81,7 @@ def pack(cases: list[Case], shared: bool) -> PackedBatch:
     """
     ids: list[int] = []
     positions: list[int] = []
-    where: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
+    supervised: list[tuple[int, int, float]] = []
     units: list[list[int]] = []
 
     def add(tokens: tuple[int, ...], position: int) -> int:
@@ -111,17 +103,16 @@ def pack(cases: list[Case], shared: bool) -> PackedBatch:
             else:
                 units[-1][1] = at + len(branch)
             for i, target in enumerate(branch):
-                where.append(start + n - 1 if i == 0 else at + i - 1)
-                targets.append(target)
-                weights.append(1.0 + i % 3)
+                supervised.append((start + n - 1 if i == 0 else at + i - 1, target, 1.0 + i % 3))
+    where, targets, weights = map(torch.tensor, zip(*supervised, strict=True))
     input_ids = torch.tensor(ids)
     return PackedBatch(
         input_ids=input_ids,
         position_ids=torch.tensor(positions),
         image_slots=(input_ids == IMAGE_ID).nonzero().squeeze(1),
-        loss_positions=torch.tensor(where),
-        targets=torch.tensor(targets),
-        loss_weights=torch.tensor(weights),
+        loss_positions=where,
+        targets=targets,
+        loss_weights=weights,
         units=torch.tensor(units),
     )
 
@@ -214,14 +205,11 @@ def test_gradient_checkpointing_changes_nothing(vlm: VLM) -> None:
     plain = gradients(vlm, [cases], shared=True)
     calls = []
     norm = vlm.language.model.layers[0].input_layernorm
-    hook = norm.register_forward_hook(lambda *_: calls.append(1))
     vlm.gradient_checkpointing(True)
-    try:
+    with norm.register_forward_hook(lambda *_: calls.append(1)):
         assert_same(gradients(vlm, [cases], shared=True), plain, tolerance=0.0)
-        assert len(calls) == 2, "each layer runs again in the backward pass"
-    finally:
-        vlm.gradient_checkpointing(False)
-        hook.remove()
+    assert len(calls) == 2, "each layer runs again in the backward pass"
+    vlm.gradient_checkpointing(False)
     assert_same(gradients(vlm, [cases], shared=True), plain, tolerance=0.0)
 
 
@@ -315,18 +303,10 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, units: Tensor, scale: float
 
 
 def naive_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, scale: float
 ) -> Tensor:
     """Compute variable-length attention sequence by sequence, causal to the last key."""
-    assert max_q == int(cu_q.diff().max())
-    assert max_k == int(cu_k.diff().max())
+    assert longest == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert len(q) == cu_q[-1] and len(k) == len(v) == cu_k[-1]
     out = []
     group = q.shape[1] // k.shape[1]
@@ -424,15 +404,14 @@ def test_attention_without_a_plan_is_refused(vlm: VLM) -> None:
 def test_attention_refuses_unsupported_arguments() -> None:
     q = torch.randn(1, 2, 3, 4)
     plan = AttentionPlan(torch.tensor([[0, 3, 0, 0]]), 3, CPU)
-    module = torch.nn.Module()
-    with pytest.raises(ValueError, match="masks"):
-        packed_attention(module, q, q, q, torch.zeros(1, 1, 3, 3), packed=plan)
-    with pytest.raises(ValueError, match="dropout"):
-        packed_attention(module, q, q, q, None, dropout=0.1, packed=plan)
-    for name in ("sliding_window", "softcap", "s_aux"):
-        with pytest.raises(ValueError, match=name):
-            packed_attention(module, q, q, q, None, packed=plan, **{name: 2})
-    packed_attention(module, q, q, q, None, packed=plan, sliding_window=None)
+    for message, mask, options in (
+        ("masks", torch.zeros(1, 1, 3, 3), {}),
+        ("dropout", None, {"dropout": 0.1}),
+        *((name, None, {name: 2}) for name in ("sliding_window", "softcap", "s_aux")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_attention(torch.nn.Module(), q, q, q, mask, packed=plan, **options)
+    packed_attention(torch.nn.Module(), q, q, q, None, packed=plan, sliding_window=None)
 
 
 @pytest.mark.parametrize(

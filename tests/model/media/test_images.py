@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from model.media.images import FORMATS, MAX_PIXELS, BadMediaError, decode_image, fit_image
+from tests.support.photos import png_chunk, png_file
+from tests.support.video_mutations import mutated
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 # Every corner and edge differs, so a test notices each rotation and flip.
@@ -111,9 +113,10 @@ def test_lossless_formats_keep_every_pixel(kind: str, options: dict[str, object]
     assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), kind, **options)), GRADIENT)
 
 
-# EXIF orientation -> what a camera in that position stores; applying the tag undoes it.
+# EXIF orientation -> what a camera in that position stores; applying the tag undoes it. 0, 9 and 60000 are
+# undefined and ignored.
 STORED = {
-    1: lambda x: x,
+    **dict.fromkeys((0, 1, 9, 60000), lambda x: x),
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
     4: lambda x: x[::-1],
@@ -134,13 +137,6 @@ def test_images_are_turned_upright(kind: str, orientation: int) -> None:
     upright = pixels(saved(stored, kind, exif=exif, **options.get(kind, {})))
     assert upright.shape == GRADIENT.shape
     assert np.abs(upright.astype(int) - GRADIENT).max() <= (4 if kind == "JPEG" else 0)
-
-
-@pytest.mark.parametrize("orientation", [0, 9, 60000])
-def test_undefined_orientations_are_ignored(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(pixels(saved(Image.fromarray(GRADIENT), "PNG", exif=exif)), GRADIENT)
 
 
 def test_damaged_exif_does_not_fail_an_image() -> None:
@@ -232,10 +228,7 @@ def test_damage_behind_the_first_image_does_not_matter() -> None:
 
     whole = saved(noise, "PNG", save_all=True, append_images=[noise])
     control = whole.index(b"acTL")
-    zeroed = whole[control : control + 4] + b"\0" * 8
-    broken = (
-        whole[:control] + zeroed + struct.pack(">I", zlib.crc32(zeroed)) + whole[control + 16 :]
-    )
+    broken = whole[: control - 4] + png_chunk(b"acTL", bytes(8)) + whole[control + 16 :]
     with pytest.warns(UserWarning, match="Invalid APNG"):
         Image.open(io.BytesIO(broken)).close()
     assert np.array_equal(pixels(broken), np.asarray(noise))
@@ -254,25 +247,13 @@ def test_truncated_files_fail_even_if_another_library_allows_them(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    whole = {
-        "progressive": lambda: saved(noise, "JPEG", progressive=True),
-        "jpeg": lambda: saved(noise, "JPEG"),
-        "png": lambda: saved(noise, "PNG"),
-        "webp": lambda: saved(noise, "WEBP"),
-    }.get(kind, lambda: FILES[kind])()
+    whole = FILES[kind]
+    if kind in ("progressive", "jpeg", "png", "webp"):
+        name = "JPEG" if kind == "progressive" else kind.upper()
+        whole = saved(noise, name, progressive=kind == "progressive")
     first_only = {"mpo": 0.3, "apng": 0.4, "webp-moving": 0.3, "gif": 0.3}
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     reason(whole[: int(len(whole) * first_only.get(kind, 0.6))])
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_with(width: int, height: int, *chunks: bytes) -> bytes:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    image = png_chunk(b"IDAT", zlib.compress(b"\0" * 4)) + png_chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + image
 
 
 @pytest.mark.parametrize("limit", [None, Image.MAX_IMAGE_PIXELS], ids=["lifted", "pil's"])
@@ -283,7 +264,7 @@ def test_images_beyond_the_limit_are_refused_from_their_header(
     size: tuple[int, int], limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    bomb = png_with(*size)
+    bomb = png_file(*size, bytes(4))
     tracemalloc.start()
     try:
         assert str(MAX_PIXELS) in reason(bomb)
@@ -296,7 +277,7 @@ def test_images_beyond_the_limit_are_refused_from_their_header(
 def test_compressed_chunks_that_expand_too_far_are_refused(kind: bytes) -> None:
     packed = zlib.compress(b"\0" * 100_000_000, 1)
     head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
-    bomb = png_with(1, 1, png_chunk(kind, head + packed))
+    bomb = png_file(1, 1, bytes(4), png_chunk(kind, head + packed))
     tracemalloc.start()
     try:
         assert "too large" in reason(bomb)
@@ -313,51 +294,29 @@ def test_the_reason_names_what_is_not_an_image() -> None:
         assert reason(data).startswith("no readable image in a known format (JPEG")
 
 
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip bits, overwrite, insert and delete bytes at random; headers are changed most."""
-    changed = bytearray(data)
-    for _ in range(rng.integers(1, 6)):
-        where = int(len(changed) * rng.random() ** 2)
-        match rng.integers(5):
-            case 0:
-                changed[where] ^= 1 << int(rng.integers(8))
-            case 1:
-                changed[where : where + 4] = rng.bytes(4)
-            case 2:
-                changed[where:where] = rng.bytes(int(rng.integers(1, 20)))
-            case 3:
-                del changed[where : where + int(rng.integers(1, 20))]
-            case 4:
-                changed[where : where + 2] = rng.choice([b"\xff\xff", b"\0\0", b"\x7f\xff"])
-        changed = changed or bytearray(b"\0")
-    return bytes(changed)
-
-
 @pytest.mark.soak_counted
 def test_mutated_files_decode_or_raise_bad_media(soak: Callable[[int, int], int]) -> None:
-    rng = np.random.default_rng(7)
+    files = list(FILES.values())
     outcomes = {"image": 0, "bad": 0}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "default"
-        )  # as in production: only filters of model.media.images make errors
-        for _ in range(soak(60, 3000)):
-            for data in FILES.values():
-                try:
-                    image = decode_image(mutate(data, rng))
-                except BadMediaError as error:
-                    outcomes["bad"] += 1
-                    assert error.reason and "\n" not in error.reason
-                else:
-                    outcomes["image"] += 1
-                    assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-                    assert fit_image(image, 14, "pad", CLIP_MEAN).shape == (14, 14, 3)
+        # As in production: only filters of model.media.images make errors.
+        warnings.simplefilter("default")
+        for number in range(soak(60, 3000) * len(files)):
+            try:
+                image = decode_image(mutated(number, files))
+            except BadMediaError as error:
+                outcomes["bad"] += 1
+                assert error.reason and "\n" not in error.reason
+            else:
+                outcomes["image"] += 1
+                assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
+                assert fit_image(image, 14, "pad", CLIP_MEAN).shape == (14, 14, 3)
     assert min(outcomes.values()) > 100  # both outcomes occurred
 
 
 def test_threads_decode_equal_pixels() -> None:
-    rng = np.random.default_rng(3)
-    jobs = [*FILES.values(), *(mutate(d, rng) for d in FILES.values())] * 8
+    files = list(FILES.values())
+    jobs = [*files, *(mutated(number, files) for number in range(len(files)))] * 8
 
     def outcome(data: bytes) -> object:
         try:
@@ -378,12 +337,8 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(getattr(skimage.data, name)()) for name in names]
 
 
-PLAIN = {
-    "size": {"height": 336, "width": 336},
-    "do_center_crop": False,
-    "do_rescale": False,
-    "do_normalize": False,
-}
+SWITCHES = ("do_center_crop", "do_rescale", "do_normalize")
+PLAIN = {"size": {"height": 336, "width": 336}, **dict.fromkeys(SWITCHES, False)}
 
 
 @pytest.mark.parametrize(
@@ -420,8 +375,7 @@ def test_pad_fills_with_the_mean_colour_and_crop_takes_the_centre() -> None:
 @pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)])
 def test_extreme_strips_do_not_take_extreme_memory(fit: str, size: tuple[int, int]) -> None:
     strip = Image.new("RGB", size, (255, 0, 0))
-    square = fit_image(
-        strip, 336, fit, CLIP_MEAN
-    )  # a full padded square would be 40 billion pixels
+    # A full padded square would be 40 billion pixels.
+    square = fit_image(strip, 336, fit, CLIP_MEAN)
     assert square.shape == (336, 336, 3)
     assert (square[168, 168, 0] > square[168, 168, 1]).all()

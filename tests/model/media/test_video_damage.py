@@ -10,10 +10,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -24,7 +22,7 @@ from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
 from model.media.video import frames
 from model.media.video_index import probe
-from tests.support.video_mutations import TIMEOUT_S, mutated
+from tests.support.video_mutations import TIMEOUT_S, Outcome, mutated
 from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
 
 # ---- cut off ---------------------------------------------------------------------------------------
@@ -131,47 +129,25 @@ def test_frames_at_the_end_that_do_not_decode_are_not_counted(tmp_path: Path) ->
 # ---- mutations -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """Outcomes of damaged videos."""
+def decode_in_children(folder: Path, count: int) -> tuple[list[Outcome], list[tuple[int, int]]]:
+    """Decode damaged videos in a child process, and in a new one after each crash.
 
-    outcomes: Counter[str] = field(default_factory=Counter)
-    crashes: list[tuple[int, int]] = field(default_factory=list)
-    """Number of the video, and the signal that ended the child process."""
-    slowest: tuple[float, int] = (0.0, -1)
-    megabytes: int = 0
-
-    def watch(self, folder: Path, first: int, last: int) -> None:
-        """Decode the videos in a child process, and in a new one after each crash."""
-        while first < last:
-            command = [
-                sys.executable,
-                "-m",
-                "tests.support.video_mutations",
-                str(folder),
-                str(first),
-                str(last),
-            ]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-                assert child.stdout is not None and child.stderr is not None
-                for line in child.stdout:
-                    self._note(json.loads(line))
-                    first = self._at
-                errors = child.stderr.read().decode(errors="replace")
-            assert child.returncode <= 0, f"video {first}: {errors}"
-            assert child.returncode != -signal.SIGALRM, f"video {first} took {TIMEOUT_S} s"
-            if child.returncode < 0:
-                self.crashes.append((first, -child.returncode))
-            first += 1
-
-    def _note(self, line: dict[str, object]) -> None:
-        if "begins" in line:
-            self._at = int(str(line["begins"]))
-            return
-        outcome = str(line["outcome"])
-        self.outcomes["frames" if outcome == "frames" else "bad"] += 1
-        self.slowest = max(self.slowest, (float(str(line["s"])), self._at))
-        self.megabytes = max(self.megabytes, int(str(line["mb"])))
+    Returns:
+        The outcomes, and for each crash the number of the video and the signal that ended the child.
+    """
+    outcomes: list[Outcome] = []
+    crashes: list[tuple[int, int]] = []
+    command = [sys.executable, "-m", "tests.support.video_mutations", str(folder)]
+    while (first := len(outcomes) + len(crashes)) < count:
+        numbers = [str(first), str(count)]
+        done = subprocess.run([*command, *numbers], capture_output=True, text=True, check=False)
+        outcomes += [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+        number = len(outcomes) + len(crashes)
+        assert done.returncode <= 0, f"video {number}: {done.stderr}"
+        assert done.returncode != -signal.SIGALRM, f"video {number} took {TIMEOUT_S} s"
+        if done.returncode < 0:
+            crashes.append((number, -done.returncode))
+    return outcomes, crashes
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +156,7 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("victims")
     small = ["-t", 1.2, "-vf", "scale=96:40", "-an"]
     kinds = {
-        "h264.mp4": ["-c:v", "libx264", "-g", 12],
-        "h264.ts": ["-c:v", "libx264", "-g", 12],
-        "h264.flv": ["-c:v", "libx264", "-g", 12],
-        "h264.264": ["-c:v", "libx264", "-g", 12],
+        **{f"h264.{s}": ["-c:v", "libx264", "-g", 12] for s in ("mp4", "ts", "flv", "264")},
         "hevc.mkv": ["-c:v", "libx265", "-preset", "ultrafast", "-g", 12],
         "vp8.webm": ["-c:v", "libvpx", "-g", 12],
         "vp9.webm": ["-c:v", "libvpx-vp9", "-cpu-used", 8, "-deadline", "realtime", "-g", 12],
@@ -207,21 +180,20 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_damaged_videos_decode_or_raise_bad_media(
     victims: Path, soak: Callable[[int, int], int]
 ) -> None:
-    tally = Tally()
     count = soak(96, 4000)
-    tally.watch(victims, 0, count)
-    slowest = f"{tally.slowest[0]:.1f} s (video {tally.slowest[1]})"
+    outcomes, crashes = decode_in_children(victims, count)
+    slowest = max(outcomes, key=lambda outcome: outcome.seconds)
+    megabytes = max(outcome.megabytes for outcome in outcomes)
+    with_frames = sum(outcome.reason == "frames" for outcome in outcomes)
     print(
-        f"\n{count} damaged videos: {dict(tally.outcomes)}, crashes (video, signal): {tally.crashes}"
+        f"\n{count} damaged videos, {with_frames} with frames; crashes (video, signal): {crashes}"
     )
-    print(f"slowest {slowest}, peak {tally.megabytes} MB")
-    assert sum(tally.outcomes.values()) + len(tally.crashes) == count
-    assert (
-        min(tally.outcomes["frames"], tally.outcomes["bad"]) > count // 12
-    )  # both outcomes occurred
-    assert tally.slowest[0] < 10
-    assert tally.megabytes < 1500
-    assert len(tally.crashes) <= count // 500  # crashes inside FFmpeg; printed above
+    print(f"slowest {slowest}, peak {megabytes} MB")
+    # Both outcomes occurred.
+    assert min(with_frames, len(outcomes) - with_frames) > count // 12
+    assert slowest.seconds < 10
+    assert megabytes < 1500
+    assert len(crashes) <= count // 500  # crashes inside FFmpeg; printed above
 
 
 def test_damaged_videos_give_equal_results_in_any_thread(victims: Path) -> None:

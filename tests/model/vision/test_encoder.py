@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,10 @@ def normalised(pixels: np.ndarray, encoder: VisionEncoder) -> torch.Tensor:
 
 def demo(**overrides: object) -> VisionEncoder:
     return load_encoder(encoder_config("demo", **overrides), device="cpu")
+
+
+def tiny(**overrides: object) -> VisionEncoder:
+    return load_encoder(tiny_clip.entry(**overrides), device="cpu", random_weights=True)
 
 
 # ---- equal to other implementations --------------------------------------------------------------
@@ -84,18 +90,8 @@ def test_full_size_clip_equals_transformers(tmp_path: Path) -> None:
 
 def test_timm_tower_equals_transformers_siglip() -> None:
     """SigLIP2 has no CLS token and an exact GELU; blocks are in the order asked for."""
-    config = EncoderConfig(
-        name="siglip2-b16",
-        library="open_clip",
-        model="ViT-B-16-SigLIP2",
-        pretrained="webli",
-        activation="gelu",
-        blocks=(3, 1),
-        pool_frame=2,
-        batch_size=2,
-        compute_dtype="float32",
-    )
-    ours = load_encoder(config, device="cpu", random_weights=True)
+    entry = {"model": "ViT-B-16-SigLIP2", "pretrained": "webli", "activation": "gelu"}
+    ours = tiny(**entry, blocks=(3, 1), mean=None, std=None)
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=768,
@@ -144,20 +140,11 @@ def in_siglip_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def test_a_tower_with_computed_positions_runs() -> None:
     """timm's rotary tables are in no weights file, and on the meta device they would have no values."""
-    config = tiny_clip.entry(
-        model="PE-Core-T-16-384",
-        pretrained="meta",
-        activation="gelu",
-        blocks=(1,),
-        mean=None,
-        std=None,
-    )
-    encoder = load_encoder(config, device="cpu", random_weights=True)
-    features = encoder.encode(noise(2, 384))
+    entry = {"model": "PE-Core-T-16-384", "pretrained": "meta", "activation": "gelu"}
+    entry |= {"blocks": (1,), "mean": None, "std": None}
+    features = tiny(**entry).encode(noise(2, 384))
     assert features.shape == (2, 576, 192) and torch.isfinite(features).all()
-    assert torch.equal(
-        load_encoder(config, device="cpu", random_weights=True).encode(noise(2, 384)), features
-    )
+    assert torch.equal(tiny(**entry).encode(noise(2, 384)), features)
 
 
 def test_demo_tower_is_a_plain_pre_norm_transformer() -> None:
@@ -198,11 +185,7 @@ def test_demo_tower_is_a_plain_pre_norm_transformer() -> None:
 @pytest.mark.parametrize("tower", ["tiny", "demo"])
 def test_a_row_does_not_depend_on_the_batch(tower: str, dtype: str) -> None:
     """Its bits do not depend on its place in the batch, on the other images, or on their number."""
-    if tower == "demo":
-        encoder = demo(batch_size=4, compute_dtype=dtype)
-    else:
-        config = tiny_clip.entry(batch_size=4, compute_dtype=dtype)
-        encoder = load_encoder(config, device="cpu", random_weights=True)
+    encoder = (demo if tower == "demo" else tiny)(batch_size=4, compute_dtype=dtype)
     pixels = noise(7, encoder.spec("fp16").image_size)
     features = encoder.encode(pixels)
     order = np.random.default_rng(1).permutation(7)
@@ -213,12 +196,11 @@ def test_a_row_does_not_depend_on_the_batch(tower: str, dtype: str) -> None:
 
 
 def test_pooling_is_the_mean_of_neighbouring_patches() -> None:
-    single = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
-    double = load_encoder(tiny_clip.entry(pool_image=2), device="cpu", random_weights=True)
+    single = tiny()
+    double = tiny(pool_image=2)
     pixels = noise(2, tiny_clip.SIDE)
-    grid = (
-        single.encode(pixels).half().float().view(2, 4, 4, 64)
-    )  # pooling acts on values as stored
+    # Pooling acts on values as stored.
+    grid = single.encode(pixels).half().float().view(2, 4, 4, 64)
     corner = grid[:, :2, 2:].mean((1, 2))  # upper right window of 2 x 2
     for pooled in (double.encode(pixels), single.encode(pixels, "frame")):
         assert pooled.shape == (2, 4, 64)
@@ -260,8 +242,7 @@ def test_features_have_no_gradient_and_can_be_trained_on() -> None:
 
 def test_each_relevant_change_changes_the_fingerprint() -> None:
     def spec_of(codec: str = "fp16", **overrides: object) -> str:
-        config = tiny_clip.entry(**overrides)
-        return load_encoder(config, device="cpu", random_weights=True).spec(codec).fingerprint
+        return tiny(**overrides).spec(codec).fingerprint
 
     changes: list[dict[str, object]] = [
         {},
@@ -286,7 +267,7 @@ def test_each_relevant_change_changes_the_fingerprint() -> None:
 
 
 def test_names_of_random_towers_say_so() -> None:
-    encoder = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True)
+    encoder = tiny()
     assert encoder.spec("int8").name.startswith("random-tiny-clip-int8-")
     assert demo().spec("fp16").encoder == "random-demo"
 
@@ -305,7 +286,7 @@ def test_demo_features_of_a_block_do_not_depend_on_the_other_blocks() -> None:
 def test_an_encoder_is_rebuilt_from_the_record_of_its_space(tmp_path: Path) -> None:
     save_file(tiny_clip.open_clip_checkpoint(), tmp_path / "a.safetensors")
     encoder = load_encoder(tiny_clip.entry(), device="cpu", weights=str(tmp_path / "a.safetensors"))
-    random = load_encoder(tiny_clip.entry(seed=4), device="cpu", random_weights=True)
+    random = tiny(seed=4)
     for made in (encoder, random, demo()):
         recorded = json.loads(json.dumps(made.load_info()))
         again = rebuild_encoder(recorded, made.spec("int8"), device="cpu")
@@ -347,9 +328,6 @@ def test_rebuilding_names_differences_and_allows_another_precision(
 @pytest.mark.slow
 def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     """Importing it takes seconds in every worker."""
-    import subprocess
-    import sys
-
     code = (
         "import sys; from model.vision.config import encoder_config;"
         "from model.vision.encoder import load_encoder;"
