@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,12 +110,14 @@ class Report:
 
 
 def damage(
-    error: CacheError, path: Path, *, array: str | None = None, shard: int | None = None
+    reason: Exception | str, path: Path, *, array: str | None = None, shard: int | None = None
 ) -> Finding:
-    """Return an error as a finding about `path`."""
-    what, way_out = str(error), REPAIR_ADVICE
-    if isinstance(error, CorruptError):
-        what, way_out = error.what, error.way_out
+    """Return an error, or a reason in words, as a finding about `path`."""
+    what, way_out = str(reason), REPAIR_ADVICE
+    if isinstance(reason, CorruptError):
+        what, way_out = reason.what, reason.way_out
+    elif isinstance(reason, OSError):  # a dying disk
+        what = reason.strerror or what
     return Finding(path=str(path), what=what, way_out=way_out, array=array, shard=shard)
 
 
@@ -177,9 +179,8 @@ def check_space(
         if paths.space_json.exists():
             report.findings.append(damage(error, paths.space_json))
         elif paths.has_commits:
-            report.findings.append(
-                damage(CorruptError(paths.space_json, "missing", LOST), paths.space_json)
-            )
+            lost = CorruptError(paths.space_json, "missing", LOST)
+            report.findings.append(damage(lost, paths.space_json))
         return report
     space, index, digests = Space(paths, info), {}, {}
     for array in ARRAYS:
@@ -191,11 +192,11 @@ def check_space(
             ]
             for shard in shards:
                 findings += shard.result()[0]
-        index[array] = RowIndex(commits, info.slots[array])
+        index[array] = RowIndex.of(commits, info.slots[array])
         digests[array] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
         findings += _check_zarr_json(paths.array_json(array), space.array_json(array))
         findings += _check_duplicates(paths, array, index[array])
-        findings += _check_errors(paths, array, commits)
+        findings += _check_errors(paths, array, index[array])
         sound = None if any(f.broken for f in findings) else index[array]
         if derived := check_index(paths, info, array, deep=deep, rebuilt=sound):
             findings.append(damage(derived, derived.path))
@@ -228,34 +229,31 @@ def check_shard(
     """
     path, geometry = paths.shard(array, commit.shard), info.geometry(array)
     findings: list[Finding] = []
+    digests = _NO_DIGESTS
 
-    def broken(what: str) -> None:
-        error = CorruptError(paths.shard(array, commit.shard), what)
-        findings.append(damage(error, path, array=array, shard=commit.shard))
+    def broken(what: Exception | str) -> None:
+        findings.append(damage(what, path, array=array, shard=commit.shard))
 
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            fd, rows = file.fileno(), commit.table.num_rows
+            size = os.fstat(fd).st_size
             if size != commit.nbytes:
                 broken(f"{size} bytes, not {commit.nbytes}")
-                return findings, _NO_DIGESTS
-            rows = commit.table.num_rows
+                return findings, digests
             tail, tail_crc = geometry.tail_with_crc(rows)
-            found = os.pread(file.fileno(), len(tail), rows * geometry.slot_bytes)
+            found = os.pread(fd, len(tail), rows * geometry.slot_bytes)
             if found != tail or tail_crc != commit.index_crc:
                 broken("its last bytes are damaged: the index, or the end of the tar")
-            digests = _NO_DIGESTS
             if deep:
                 finite = Finite(info.spec, array)
-                fd = file.fileno()
                 bad, odd, digests = _check_rows(fd, geometry, commit, finite, progress, hashed)
                 if bad:
                     broken(f"{len(bad)} of {rows} rows fail their checksum (row {bad[0]} first)")
                 if odd:
                     broken(f"{len(odd)} of {rows} rows hold NaN or Inf (row {odd[0]} first)")
     except OSError as error:
-        broken(error.strerror or str(error))
-        return findings, _NO_DIGESTS
+        broken(error)
     return findings, digests
 
 
@@ -301,10 +299,8 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
             continue
         try:
             check_seal_file(path)
-        except CorruptError as error:
+        except (CorruptError, OSError) as error:
             yield damage(error, path)
-        except OSError as error:  # a dying disk
-            yield damage(CorruptError(path, error.strerror or str(error)), path)
         progress(path.stat().st_size)
 
 
@@ -317,44 +313,33 @@ def check_commits(
         path = paths.commit(array, number)
         try:
             commits.append(read_commit(paths, info, array, number))
-        except CorruptError as error:
+        except (CorruptError, OSError) as error:
             findings.append(damage(error, path, array=array, shard=number))
-        except OSError as error:
-            failed = CorruptError(path, error.strerror or str(error))
-            findings.append(damage(failed, path, array=array, shard=number))
         progress(path.stat().st_size)
     return current(commits), findings
 
 
-def _check_errors(paths: SpacePaths, array: str, commits: Sequence[Commit]) -> Iterator[Finding]:
+def _check_errors(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
     """Find rows with a far larger codec error than the others."""
-    errors = [commit.table["error"].to_numpy() for commit in commits]
-    together = np.concatenate([np.empty(0, np.float32), *errors])
-    found = outliers(together)
-    starts = np.cumsum([0, *map(len, errors)])
-    for position in found[:SHOWN].tolist():
-        which = int(np.searchsorted(starts, position, side="right")) - 1
-        commit, slot = commits[which], position - int(starts[which])
-        key, view = (commit.table[name][slot].as_py() for name in ("key", "view"))
-        error, median = float(together[position]), float(np.median(together))
-        more = f", {len(found) - SHOWN} more like it" if position == found[:SHOWN][-1] else ""
-        yield note(
-            paths.shard(array, commit.shard),
-            f"{key.hex()} {view}: its codec's error is {error:.3g}, the median {median:.3g}"
-            + (more if len(found) > SHOWN else ""),
-            "stored as it was written; look at the image",
-        )
+    errors = index.columns.errors
+    found = outliers(errors)
+    for number, position in enumerate(found[:SHOWN].tolist(), 1):
+        key, view = index.identity(position)
+        what = f"{key} {view}: its codec's error is {errors[position]:.3g}"
+        what += f", the median {np.median(errors):.3g}"
+        if number == SHOWN < len(found):
+            what += f", {len(found) - SHOWN} more like it"
+        row = int(index.rows(np.array([position]))[0])
+        shard = paths.shard(array, row // index.slots)
+        yield note(shard, what, "stored as it was written; look at the image")
 
 
 def _check_duplicates(paths: SpacePaths, array: str, index: RowIndex) -> Iterator[Finding]:
     for pair in index.duplicates():
         key, view = index.identity(pair[0])
         first, again = index.rows(np.array(pair)).tolist()
-        shard = again // index.slots
-        error = CorruptError(
-            paths.shard(array, shard), f"row {again} is {key} {view}, and so is row {first}"
-        )
-        yield damage(error, paths.shard(array, shard), array=array)
+        what = f"row {again} is {key} {view}, and so is row {first}"
+        yield damage(what, paths.shard(array, again // index.slots), array=array)
 
 
 def _check_zarr_json(path: Path, expected: bytes | None) -> Iterator[Finding]:
@@ -371,7 +356,7 @@ def _check_zarr_json(path: Path, expected: bytes | None) -> Iterator[Finding]:
     if differing == {"shape"} and found["shape"][1:] == wanted["shape"][1:]:
         yield note(path, "does not cover the newest shards", "the next encode.run extends it")
     elif differing:
-        yield damage(CorruptError(path, "it does not describe the data beside it"), path)
+        yield damage("it does not describe the data beside it", path)
 
 
 def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:

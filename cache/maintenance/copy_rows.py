@@ -24,7 +24,7 @@ import numpy.typing as npt
 from cache.errors import CorruptError
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
-from cache.store.writer import ShardWriter
+from cache.store.writer import NewRow, ShardWriter
 
 BATCH_BYTES = 4 << 20
 """Bytes that one thread reads and changes at a time."""
@@ -121,8 +121,14 @@ def copy_rows(
             ):
                 key, view = index.identity(positions[place])
                 time_s = float(index.times[positions[place]])
-                filler.make_room(int(room[place]))
-                filler.append(key, view, row, None if np.isnan(time_s) else time_s, error)
+                new = NewRow(
+                    key=key,
+                    view=view,
+                    payload=row.data,
+                    time_s=None if np.isnan(time_s) else time_s,
+                    error=error,
+                )
+                filler.append(new, int(room[place]))
             done(batch.nbytes)
         filler.finish()
     finally:
@@ -141,16 +147,14 @@ class _Filler:
         self._closing: tuple[ShardWriter, Future[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "commit")
 
-    def make_room(self, rows: int) -> None:
-        """Begin a new shard if fewer than `rows` rows fit into the current one."""
-        if self._shard is not None and self._shard.left < rows:
+    def append(self, row: NewRow, room: int) -> None:
+        """Append a row to a shard into which `room` rows still fit."""
+        if self._shard is not None and self._shard.left < room:
             self._commit()
-
-    def append(self, key: str, view: str, row: Rows, time_s: float | None, error: float) -> None:
         if self._shard is None:
             self._shard = ShardWriter(self._space, self._array, self._next)
             self._next += 1
-        self._shard.append(key, view, row.data, time_s=time_s, error=error)
+        self._shard.extend([row])
 
     def finish(self) -> None:
         """Commit everything."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.errors import CacheError
-from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import (
     KeptRows,
@@ -49,14 +49,8 @@ class Garbage:
     """Why it is garbage, in words."""
     nbytes: int
     """Its size on disk."""
-    space: SpacePaths | None = None
-    """Space of a shard; None for anything else."""
-    array: str = ""
-    """Array of a shard."""
-    shard: int = -1
-    """Number of a shard."""
-    info: SpaceInfo | None = None
-    """Description of the space, for a shard that was committed and then replaced."""
+    remove_shard: Callable[[], None] | None = None
+    """Removes a shard; None for anything else."""
 
 
 def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]:
@@ -84,7 +78,10 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
             )
         for number in orphans:
             if any(path.is_file() for path in paths.shard_dir(array, number).rglob("*")):
-                yield _shard(paths, array, number, "shard, never committed")
+                remove_files = partial(remove_shard_files, paths, array, number, delete)
+                yield _garbage(
+                    paths.shard_dir(array, number), "shard, never committed", remove_files
+                )
     if paths.space_json.exists() and paths.has_commits:
         yield from _replaced(paths)
     shards = tuple(map(paths.shards_dir, ARRAYS))
@@ -100,25 +97,20 @@ def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
         commits = [read_commit(paths, info, array, number) for number in paths.committed(array)]
         alive = {commit.shard for commit in current(commits)}
         for number in sorted({commit.shard for commit in commits} - alive):
-            yield _shard(paths, array, number, "shard, replaced by a newer one", info)
-
-
-def _shard(
-    paths: SpacePaths, array: str, number: int, what: str, info: SpaceInfo | None = None
-) -> Garbage:
-    folder = paths.shard_dir(array, number)
-    nbytes = _size(folder) + _size(paths.commit(array, number))
-    return Garbage(
-        path=folder, what=what, nbytes=nbytes, space=paths, array=array, shard=number, info=info
-    )
+            found = _garbage(
+                paths.shard_dir(array, number),
+                "shard, replaced by a newer one",
+                partial(remove_shards, paths, info, array, [number], delete),
+            )
+            yield replace(found, nbytes=found.nbytes + _size(paths.commit(array, number)))
 
 
 def _partial(folder: Path) -> list[Path]:
     return sorted(folder.rglob(f"*{PARTIAL}"))
 
 
-def _garbage(path: Path, what: str) -> Garbage:
-    return Garbage(path=path, what=what, nbytes=_size(path))
+def _garbage(path: Path, what: str, remove_shard: Callable[[], None] | None = None) -> Garbage:
+    return Garbage(path=path, what=what, nbytes=_size(path), remove_shard=remove_shard)
 
 
 def _size(path: Path) -> int:
@@ -128,10 +120,8 @@ def _size(path: Path) -> int:
 
 def remove(garbage: Garbage) -> None:
     """Remove one piece of garbage, durably."""
-    if garbage.space is not None and garbage.info is not None:
-        remove_shards(garbage.space, garbage.info, garbage.array, [garbage.shard], delete)
-    elif garbage.space is not None:
-        remove_shard_files(garbage.space, garbage.array, garbage.shard, delete)
+    if garbage.remove_shard is not None:
+        garbage.remove_shard()
     elif garbage.path.is_dir():
         shutil.rmtree(garbage.path)
         fsync_folder(garbage.path.parent)
@@ -212,7 +202,7 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
                 kept.append((commit, keep))
         if not kept:
             continue
-        if RowIndex(commits, slots).duplicates():
+        if RowIndex.of(commits, slots).duplicates():
             raise CacheError(
                 f"{paths.root} holds rows twice: python -m cache.verify --deep --repair"
             )

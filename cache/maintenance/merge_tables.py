@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -166,11 +167,12 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
     """
     for one in plan:
         if one.take == "both":
-            write_samples(root, one.dataset, _joined(root, other, one.dataset))
+            theirs = _others(root, other, one.dataset)
+            write_samples(root, one.dataset, chain(read_samples(root, one.dataset), theirs))
         elif one.take == "theirs":
             path = other.samples(one.dataset)
-            with path.open("rb") as theirs, new_file(root.samples(one.dataset)) as file:
-                shutil.copyfileobj(theirs, file)
+            with path.open("rb") as source, new_file(root.samples(one.dataset)) as file:
+                shutil.copyfileobj(source, file)
                 file.flush()
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     check_seal(data, path)
@@ -180,11 +182,6 @@ def tables_bytes(samples: Sequence[SamplesPlan], media: MediaPlan, other: CacheR
     """Return about how many bytes the copied tables need."""
     sizes = [other.samples(one.dataset).stat().st_size for one in samples if one.copies]
     return 2 * sum(sizes) + int(media.table.nbytes)
-
-
-def _joined(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]:
-    yield from read_samples(root, dataset)
-    yield from _others(root, other, dataset)
 
 
 def _others(root: CacheRoot, other: CacheRoot, dataset: str) -> Iterator[Sample]:

@@ -14,7 +14,7 @@ above, so one pass over the rows is enough.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,9 +141,7 @@ class Repair:
             return report
         newest = {array: space.next_shard(array) for array in ARRAYS}
         for array in ARRAYS:
-            self._shards(
-                space, array, [f for f in report.findings if f.broken and f.array == array]
-            )
+            self._shards(space, array, report.findings)
             self._duplicates(space, array)
         self._arrays(space, report)
         save_index(paths, space.info)
@@ -165,18 +163,11 @@ class Repair:
         except CacheError:  # none, or of another version, which is left alone
             return False
         if (info := rebuild_info(paths)) is not None:
-            self._tell(
-                paths.space_json,
-                damage,
-                "written again: its spec has the commits' fingerprint",
-            )
+            todo = "written again: its spec has the commits' fingerprint"
+            self._tell(paths.space_json, damage, todo)
             write_atomic(paths.space_json, info_bytes(info))
             return True
-        self._tell(
-            paths.space_json,
-            damage,
-            f"set aside; {LOST}",
-        )
+        self._tell(paths.space_json, damage, f"set aside; {LOST}")
         self._aside(paths.space_json)
         self.done.spaces.add(paths.name)
         return False
@@ -204,10 +195,10 @@ class Repair:
     def _shards(self, space: Space, array: str, findings: list[Finding]) -> None:
         """Copy the intact rows of damaged shards to new shards."""
         commits = {c.shard: c for c in read_commits(space.paths, space.info, array)}
-        why: dict[int, list[str]] = {}
+        why: dict[int, list[str]] = defaultdict(list)
         for finding in findings:
-            if finding.shard is not None:
-                why.setdefault(finding.shard, []).append(finding.what)
+            if finding.array == array and finding.shard is not None:
+                why[finding.shard].append(finding.what)
         for number, reasons in sorted(why.items()):
             commit = commits[number]
             keep = intact_rows(space.paths, space.info, array, commit)
@@ -216,7 +207,7 @@ class Repair:
     def _duplicates(self, space: Space, array: str) -> None:
         """Remove rows that an older shard has too."""
         commits = read_commits(space.paths, space.info, array)
-        index = RowIndex(commits, space.info.slots[array])
+        index = RowIndex.of(commits, space.info.slots[array])
         again = index.rows(np.array([second for _, second in index.duplicates()], np.int64))
         for commit in commits:
             keep = ~np.isin(commit.table["row"].to_numpy(), again)
@@ -229,11 +220,9 @@ class Repair:
     ) -> None:
         commit, keep = part
         kept = int(keep.sum())
-        todo = (
-            f"its {kept} intact rows are copied to a new shard"
-            if kept
-            else "set aside with its commit"
-        )
+        todo = f"its {kept} intact rows are copied to a new shard"
+        if not kept:
+            todo = "set aside with its commit"
         self._tell(space.paths.shard(array, commit.shard), what, todo)
         rewrite_shards(space, array, [part], self._aside)
         self.done.kept[array] += kept

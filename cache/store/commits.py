@@ -118,11 +118,8 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> 
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         meta = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
         table = file.read(use_threads=False)
-    if (meta["space"], meta["array"], meta["shard"]) != (
-        info.spec.fingerprint,
-        array,
-        str(number),
-    ):
+    expected = info.spec.fingerprint, array, str(number)
+    if (meta["space"], meta["array"], meta["shard"]) != expected:
         raise CorruptError(
             path, f"it is the commit of {meta['array']} shard {meta['shard']}, or of another space"
         )

@@ -143,7 +143,7 @@ def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, 
     commits = [fresh.get(n) or read_commit(paths, info, array, n) for n in missing]
     index = old.index
     if not kept.all():
-        index = RowIndex.of(index.columns.only(kept), info.slots[array])
+        index = RowIndex(index.columns.take(np.flatnonzero(kept)), info.slots[array])
     snapshot = Snapshot(
         index=index.with_rows(Columns.of(commits)) if commits else index,
         **_files(stats, old, same, fresh, now),
@@ -245,9 +245,8 @@ def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
         pass
     except (CorruptError, OSError) as error:
         log.warning("reading all commits instead: %s", error)
-    nothing = RowIndex([], info.slots[array])
     return Snapshot(
-        index=nothing,
+        index=RowIndex.of([], info.slots[array]),
         files=np.empty((0, 3), np.int64),
         seals=np.empty((0, 32), np.uint8),
         replaces=np.empty((0, 2), np.int64),
@@ -278,7 +277,7 @@ def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
         names=view_names(json.loads(arrays["names"].tobytes())),
     )
     return Snapshot(
-        index=RowIndex.of(columns, info.slots[array], (arrays["order"], arrays["hashes"])),
+        index=RowIndex(columns, info.slots[array], (arrays["order"], arrays["hashes"])),
         files=arrays["files"],
         seals=arrays["seals"],
         replaces=arrays["replaces"],

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -207,21 +206,6 @@ def _key_column(keys: pa.StringArray) -> npt.NDArray[np.uint8]:
 # ---- their rows
 
 
-class Rows(Protocol):
-    """The part of a FeatureReader that `find_rows` needs."""
-
-    path: Path
-
-    def lookup(self, array: str, keys: Any) -> Ints:
-        """Return the row numbers (n,) of keys (n, 32), -1 where there is no row."""
-
-    def lookup_pairs(self, array: str, keys: Any, views: Any) -> Ints:
-        """Return the row numbers (n,) of keys (n, 32) with n views, -1 where there is no row."""
-
-    def times(self, array: str, rows: Ints) -> Floats:
-        """Return where in their videos the rows (n,) are, in seconds."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MediaRows:
     """The rows of K media items."""
@@ -251,7 +235,7 @@ class MediaRows:
         return MediaRows(starts=edges_of(lengths), rows=self.rows[at], times=self.times[at])
 
 
-def find_rows(reader: Rows, media: MediaItems, max_frames: int) -> MediaRows:
+def find_rows(reader: FeatureReader, media: MediaItems, max_frames: int) -> MediaRows:
     """Look up the rows that a training needs of each media item: its image, or the frames of its video.
 
     A video without all of its frames has no rows here, and neither has one of unknown duration.
@@ -262,7 +246,7 @@ def find_rows(reader: Rows, media: MediaItems, max_frames: int) -> MediaRows:
         max_frames: most frames of one video. With its duration, it decides which views are needed.
     """
     images = np.flatnonzero(media.kinds == IMAGE)
-    found = np.asarray(reader.lookup(ARRAY_OF["image"], media.keys[images]), np.int64)
+    found = reader.lookup(ARRAY_OF["image"], media.keys[images])
     whole = images[found >= 0]
     items, rows, times = [whole], [found[found >= 0]], [np.full(len(whole), np.nan)]
     videos = np.flatnonzero((media.kinds == VIDEO) & (media.durations >= 0))
@@ -287,21 +271,20 @@ def find_rows(reader: Rows, media: MediaItems, max_frames: int) -> MediaRows:
 
 
 def _frames(
-    reader: Rows, keys: npt.NDArray[np.uint8], durations: Floats, max_frames: int
+    reader: FeatureReader, keys: npt.NDArray[np.uint8], durations: Floats, max_frames: int
 ) -> tuple[Ints, Ints, Floats, int]:
     """Return video, row and time of each frame of the complete videos; and how many are incomplete."""
     array = ARRAY_OF["video"]
     views = [frame_views(duration, max_frames) for duration in durations.tolist()]
     lengths = np.array([len(of_video) for of_video in views], np.int64)
     names = [view for of_video in views for view in of_video]
-    found = reader.lookup_pairs(array, np.repeat(keys, lengths, axis=0), names)
-    rows = np.asarray(found, np.int64)
+    rows = reader.lookup_pairs(array, np.repeat(keys, lengths, axis=0), names)
     video = np.repeat(np.arange(len(keys)), lengths)
     have = np.bincount(video[rows >= 0], minlength=len(keys))
     partial = int(((have > 0) & (have < lengths)).sum())
     use = (have == lengths)[video]
     video, rows = video[use], rows[use]
-    times = np.asarray(reader.times(array, rows), np.float64)
+    times = reader.times(array, rows)
     assert not np.isnan(times).any(), "a frame was stored without its time"
     # Two times that were asked for may have met in the same frame, which then counts once.
     first = np.ones(len(rows), bool)

@@ -12,14 +12,14 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cache.format.checksums import GOLDEN, mix64
-from cache.store.commits import KEY_BYTES, Commit
+from cache.store.commits import KEY_BYTES, SCHEMA, Commit
 
 LOOKUP_ROWS = 1 << 18
 """Keys that are looked up together. It bounds the memory of a lookup."""
@@ -31,30 +31,21 @@ ByHash = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]
 class RowIndex:
     """The rows of one array, found by a sorted 64-bit hash. The whole key confirms each hit."""
 
-    def __init__(self, commits: Sequence[Commit], slots: int):
+    @staticmethod
+    def of(commits: Sequence[Commit], slots: int) -> RowIndex:
         """Index the rows of commits in the order of their numbers, with `slots` rows in a full shard."""
-        self._set(Columns.of(commits), slots, None)
+        return RowIndex(Columns.of(commits), slots)
 
-    @classmethod
-    def of(cls, columns: Columns, slots: int, by_hash: ByHash | None = None) -> Self:
+    def __init__(self, columns: Columns, slots: int, by_hash: ByHash | None = None):
         """Index the rows of `columns`; `by_hash` is that of an earlier index of the same columns."""
-        index = cls.__new__(cls)
-        index._set(columns, slots, by_hash)
-        return index
-
-    def _set(self, columns: Columns, slots: int, by_hash: ByHash | None) -> None:
         self.columns, self.slots = columns, slots
         self.keys, self.crcs, self.times = columns.keys, columns.crcs, columns.times
         self.shards, self.counts = columns.shards, columns.counts
         self.starts = np.concatenate([[0], np.cumsum(columns.counts)])
-        self.nbytes = dict(zip(columns.shards.tolist(), columns.nbytes.tolist(), strict=True))
-        self.spans = dict(
-            zip(
-                columns.shards.tolist(),
-                zip(self.starts[:-1].tolist(), columns.counts.tolist(), strict=True),
-                strict=True,
-            )
-        )
+        shards = columns.shards.tolist()
+        self.nbytes = dict(zip(shards, columns.nbytes.tolist(), strict=True))
+        spans = zip(self.starts[:-1].tolist(), columns.counts.tolist(), strict=True)
+        self.spans = dict(zip(shards, spans, strict=True))
         """Shard -> (position of its first row, number of its rows)."""
         self.by_hash = by_hash or _sorted(_hashes(columns.keys, columns.views))
         self._order, self._hashes = self.by_hash
@@ -63,14 +54,16 @@ class RowIndex:
         self._bisected = self._hashes.data  # an element is a Python integer
 
     def with_rows(self, more: Columns) -> RowIndex:
-        """Return an index of these rows and of `more`, which has none of these shards."""
+        """Return an index of these rows and of `more`: at least one shard, and none of these."""
+        if not len(self):
+            return RowIndex(more, self.slots)
         both = self.columns.merged(more)
-        if not len(self) or not len(more.shards) or more.shards[0] < self.shards[-1]:
-            return RowIndex.of(both, self.slots)
+        if more.shards[0] < self.shards[-1]:
+            return RowIndex(both, self.slots)
         order, hashes = _sorted(_hashes(more.keys, more.views))
         at = np.searchsorted(self._hashes, hashes, side="right")  # after equal hashes of older rows
         order = np.insert(self._order, at, order + np.uint32(len(self)))
-        return RowIndex.of(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
+        return RowIndex(both, self.slots, (order, np.insert(self._hashes, at, hashes)))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -277,10 +270,7 @@ class Columns:
     @staticmethod
     def of(commits: Sequence[Commit]) -> Columns:
         """Return the columns of `commits`, in their order."""
-        names = ("key", "view", "crc", "time_s", "error")
-        table = pa.concat_tables([c.table.select(names) for c in commits]) if commits else None
-        if table is None:
-            return _NO_COLUMNS
+        table = pa.concat_tables([c.table for c in commits] or [SCHEMA.empty_table()])
         coded = table["view"].combine_chunks().dictionary_encode()
         views = coded.dictionary.to_pylist()
         codes = np.array([view_code(view) for view in views], np.int64)
@@ -296,50 +286,28 @@ class Columns:
             names=view_names(view for view in views if not _TIME.fullmatch(view)),
         )
 
-    def only(self, kept: npt.NDArray[np.bool_]) -> Columns:
-        """Return the columns of the shards that are flagged in `kept` (m,)."""
-        rows = np.repeat(kept, self.counts)
-        return self._each(lambda a: a[kept], lambda a: _compact(a[rows]))
+    def take(self, shards: npt.NDArray[np.int64]) -> Columns:
+        """Return the columns of the shards at these places (k,), in the order given."""
+        lengths = self.counts[shards]
+        skipped = (np.cumsum(self.counts) - self.counts)[shards] - (np.cumsum(lengths) - lengths)
+        rows = np.repeat(skipped, lengths)
+        rows += np.arange(len(rows))
+        taken = {name: getattr(self, name)[shards] for name in SHARD_COLUMNS}
+        taken |= {name: _compact(getattr(self, name)[rows]) for name in ROW_COLUMNS}
+        return replace(self, **taken)
 
     def merged(self, other: Columns) -> Columns:
-        """Return the columns of both, by shard number; no shard is in both."""
-        names = (*SHARD_COLUMNS, *ROW_COLUMNS)
-        parts: dict[str, Any] = {f: _joined(getattr(self, f), getattr(other, f)) for f in names}
+        """Return the columns of both, by shard number. Each has rows, and no shard is in both."""
+        parts: dict[str, Any] = {
+            name: _compact(np.concatenate([getattr(self, name), getattr(other, name)]))
+            for name in (*SHARD_COLUMNS, *ROW_COLUMNS)
+        }
         both = Columns(**parts, names={**self.names, **other.names})
-        if len(self.shards) and len(other.shards) and self.shards[-1] > other.shards[0]:
-            order = np.argsort(both.shards)
-            ends = np.cumsum(both.counts)
-            lengths = both.counts[order]
-            skip = np.repeat((ends - both.counts)[order] - (np.cumsum(lengths) - lengths), lengths)
-            rows = np.arange(len(skip)) + skip
-            both = both._each(lambda a: a[order], lambda a: _compact(a[rows]))
-        return both
-
-    def _each(self, of_shards: Any, of_rows: Any) -> Columns:
-        shards = {f: of_shards(getattr(self, f)) for f in SHARD_COLUMNS}
-        return replace(self, **shards, **{f: of_rows(getattr(self, f)) for f in ROW_COLUMNS})
+        return both.take(np.argsort(both.shards)) if self.shards[-1] > other.shards[0] else both
 
 
 SHARD_COLUMNS = ("shards", "counts", "nbytes")
-
-
 ROW_COLUMNS = ("keys", "views", "crcs", "times", "errors")
-
-
-_NO_COLUMNS = Columns(
-    **{name: np.empty(0, np.int64) for name in (*SHARD_COLUMNS, "views")},
-    keys=np.empty((0, KEY_BYTES), np.uint8),
-    crcs=np.empty(0, np.uint32),
-    times=np.empty(0, np.float64),
-    errors=np.empty(0, np.float32),
-    names={},
-)
-
-
-def _joined(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if not len(second):
-        return first
-    return _compact(np.concatenate([first, second])) if len(first) else second
 
 
 def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

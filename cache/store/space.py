@@ -23,9 +23,7 @@ from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.zarr_shard import GROUP_JSON, array_json
-from cache.store.commits import (
-    read_commit,
-)
+from cache.store.commits import read_commit
 from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
 from cache.store.paths import CacheRoot, SpacePaths

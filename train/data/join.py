@@ -28,13 +28,13 @@ import pyarrow.compute as pc
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from cache.store.references import (
     MEDIA_KINDS,
     UNKNOWN_KIND,
     MediaItems,
     MediaRows,
     References,
-    Rows,
     edges_of,
     find_rows,
     number_media,
@@ -66,7 +66,7 @@ class EmptySplitError(UserError):
 
 def join(
     root: CacheRoot,
-    reader: Rows,
+    reader: FeatureReader,
     datasets: Mapping[str, float | None],
     *,
     split: Split,
@@ -298,7 +298,7 @@ def _normalise(
 
 def _check_coverage(
     samples: SampleList,
-    reader: Rows,
+    reader: FeatureReader,
     min_coverage: float,
     ledger: pa.Table,
     partial: int,

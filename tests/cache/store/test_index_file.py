@@ -40,7 +40,7 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rebuilt(space: Space, array: str = "image") -> RowIndex:
     """From the commits alone."""
-    return RowIndex(read_commits(space.paths, space.info, array), space.rows_per_shard(array))
+    return RowIndex.of(read_commits(space.paths, space.info, array), space.rows_per_shard(array))
 
 
 def opened(space: Space, array: str = "image") -> RowIndex:
@@ -294,7 +294,7 @@ def test_an_intact_index_that_is_wrong_is_found(tmp_path: Path) -> None:
     fill(space, [1, 2])
     snapshot, _ = derived._current(space.paths, space.info, "image")
     columns = replace(snapshot.index.columns, crcs=snapshot.index.crcs ^ 1)
-    snapshot = replace(snapshot, index=RowIndex.of(columns, SLOTS))
+    snapshot = replace(snapshot, index=RowIndex(columns, SLOTS))
     derived._write(space.paths.index("image"), snapshot, space.info, "image")
     assert check_index(space.paths, space.info, "image", deep=False) is None
     error = check_index(space.paths, space.info, "image", deep=True, rebuilt=rebuilt(space))

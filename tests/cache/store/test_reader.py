@@ -480,7 +480,7 @@ def test_the_index_behaves_like_a_dictionary(data: st.DataObject) -> None:
         }
         table = commits.pa.table(columns, SCHEMA)
         made.append(Commit(shard=number, nbytes=0, index_crc=0, table=table))
-    index = RowIndex(made, SLOTS)
+    index = RowIndex.of(made, SLOTS)
     for view in [*views, "other"]:
         wanted = [model.get((name, view), -1) for name in keys]
         found_rows = index.lookup(key_bytes([name.hex() for name in keys]), view)
