@@ -136,20 +136,19 @@ def compare(options: Options) -> Comparison:
             samples += 1
             rows += sum(map(len, stored))
             same += sum(int((a == b).all(1).sum()) for a, b in zip(stored, packed, strict=True))
-            cached, live = (
+            unpacked = [
                 [
                     unpack(one, spec.codec, spec.tokens(item.array), spec.width)
                     for one, item in zip(of, media, strict=True)
                 ]
                 for of in (stored, packed)
-            )
+            ]
             batch = sample_batch(tokenizer, sample, media, spec)
-            with torch.inference_mode():
-                for i, features in enumerate((cached, live, [one.cpu() for one in computed])):
-                    total, weight = vlm.loss(
-                        batch, torch.cat([one.flatten(0, 1) for one in features])
-                    )
-                    sums[i] += float(total)
+            for i, features in enumerate((*unpacked, [one.cpu() for one in computed])):
+                values = torch.cat([one.flatten(0, 1) for one in features])
+                with torch.inference_mode():
+                    total, weight = vlm.loss(batch, values)
+                sums[i] += float(total)
             weights += float(weight)
     if loader.undecodable:
         raise UserError(loader.undecodable[0])
@@ -159,16 +158,8 @@ def compare(options: Options) -> Comparison:
             f"{loader.reader.path}: no sample has a text, all its features, and its media in files of this "
             f"machine{why}; python -m encode.run --dataset folder:PATH --features {options.features}"
         )
-    cached_loss, live_loss, unrounded = (sums / weights).tolist()
-    return Comparison(
-        samples=samples,
-        rows=rows,
-        same_rows=same,
-        skipped=loader.skipped,
-        cached=cached_loss,
-        live=live_loss,
-        unrounded=unrounded,
-    )
+    losses = dict(zip(("cached", "live", "unrounded"), (sums / weights).tolist(), strict=True))
+    return Comparison(samples=samples, rows=rows, same_rows=same, skipped=loader.skipped, **losses)
 
 
 def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, list[LoadedMedia]]]:

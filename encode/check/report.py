@@ -27,8 +27,8 @@ class CodecLoss:
     cosines: list[float] = field(default_factory=list)
     """Cosine of unpacked values and features."""
 
-    def add(self, features: torch.Tensor, values: torch.Tensor) -> None:
-        """Add R rows.
+    def add(self, features: torch.Tensor, values: torch.Tensor) -> list[float]:
+        """Add R rows and return their errors.
 
         Args:
             features: (R, M, V) float32.
@@ -36,10 +36,12 @@ class CodecLoss:
         """
         x, y = features.flatten(1).double(), values.flatten(1).double()
         norm = x.norm(dim=1)
-        error = torch.where(norm > 0, (y - x).norm(dim=1) / norm, y.norm(dim=1))
+        errors: list[float]
+        errors = torch.where(norm > 0, (y - x).norm(dim=1) / norm, y.norm(dim=1)).tolist()
         both = norm * y.norm(dim=1)
-        self.errors += error.tolist()
+        self.errors += errors
         self.cosines += torch.where(both > 0, (x * y).sum(1) / both, 1.0).tolist()
+        return errors
 
     def cells(self) -> tuple[str, str, str, str]:
         """Return mean and largest error, mean and smallest cosine, as text."""

@@ -174,12 +174,11 @@ def _compare(encoder: VisionEncoder, batch: Sequence[LoadedMedia], report: Check
         rows = pack(features, variant.codec).rows
         values = unpack(rows, variant.codec, tokens, spec.width, torch.float32)
         loss.add(features.cpu(), values.cpu())
-    before = len(report.stored.errors)
     values = unpack(stored, spec.codec, tokens, spec.width, torch.float32)
-    report.stored.add(features.cpu(), values)
+    errors = report.stored.add(features.cpu(), values)
     names = [
         f"{one.record.key} {view} ({one.record.source})" for one in batch for view in one.views
     ]
-    for error, name in zip(report.stored.errors[before:], names, strict=True):
+    for error, name in zip(errors, names, strict=True):
         if not error <= report.tolerance:  # also true for NaN
             report.differing.append((error, name))

@@ -31,8 +31,6 @@ _PLAIN_ENCODINGS = ("", "identity", "none", "binary", "utf-8")
 """Values of Content-Encoding that leave the bytes unchanged, including values outside the standard."""
 _PLAIN_TRANSFERS = ("", "identity", "chunked")
 _UNREACHABLE = (errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL)
-_HASH_IN_LOOP_BYTES = 1 << 20
-"""Bodies below this size are hashed in the event loop; larger ones would delay other downloads."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -130,11 +128,8 @@ class Attempt:
                 raise DownloadError(f"unrequested {header} {value}")
         data = await self._read_body(response)
         if self.sha256 is not None:
-            found = (
-                _sha256(data)
-                if len(data) < _HASH_IN_LOOP_BYTES
-                else await asyncio.to_thread(_sha256, data)
-            )
+            # In a thread: hashing a large body here would delay other downloads.
+            found = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
             if found != self.sha256.strip().lower():
                 reason = f"sha256 is {found[:12]}..., not {self.sha256[:12]}... as recorded"
                 raise DownloadError(reason, stage="verify")
@@ -172,10 +167,6 @@ class Attempt:
         if wait_s > self.config.retry_after_s:
             return DownloadError(f"{reason}, Retry-After {wait_s:.0f} s", wait_s=wait_s)
         return DownloadError(reason, retryable=True, wait_s=wait_s)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _as_download_error(error: Exception, config: DownloadConfig, prefix: str) -> DownloadError:

@@ -58,10 +58,9 @@ class Entry:
     """source pixmo: the repository on the Hugging Face hub."""
 
     def __post_init__(self) -> None:
-        if (self.source == "folder") != bool(self.path):
-            raise ValueError("path goes with source: folder, and only with it")
-        if (self.source == "pixmo") != bool(self.hub):
-            raise ValueError("hub goes with source: pixmo, and only with it")
+        for source, field in (("folder", "path"), ("pixmo", "hub")):
+            if (self.source == source) != bool(getattr(self, field)):
+                raise ValueError(f"{field} goes with source: {source}, and only with it")
 
 
 def read_catalogue() -> tuple[dict[str, Entry], dict[str, tuple[str, ...]]]:

@@ -85,18 +85,12 @@ class DemoWorld:
     """Number of frames of each video, two per second."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "per_task", "dialogues", "videos"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 24 <= self.side <= 256:
-            raise ValueError(f"side {self.side} is not between 24 and 256 pixels")
-        if not 2 <= self.video_frames <= 16:
-            raise ValueError(f"video_frames {self.video_frames} is not between 2 and 16")
-        if not 2 <= self.dialogue_images <= min(len(ORDINALS), self.images):
-            raise ValueError(
-                f"dialogue_images {self.dialogue_images} is not between 2 and {len(ORDINALS)}, "
-                "or more than there are"
-            )
+        ranges = dict.fromkeys(("images", "per_task", "dialogues", "videos"), (1, 1 << 30))
+        ranges |= {"side": (24, 256), "video_frames": (2, 16)}
+        ranges["dialogue_images"] = (2, min(len(ORDINALS), self.images))
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name)} is not between {least} and {most}")
 
     @staticmethod
     def load() -> DemoWorld:

@@ -22,7 +22,6 @@ encoding, its samples are therefore read again, with sizes and the same ids.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,10 +176,10 @@ class PixmoDataset:
                 why = tally.summary() or "there are none"
                 raise UserError(f"{self.name}: no row of {self.files[0].parent} is usable: {why}")
         finally:  # also if the caller stops early
-            line = f"{self.name}: {tally.summary()}"
+            line = tally.summary()
             if tally and line not in self._logged:
                 self._logged.add(line)
-                log.warning("%s", line)
+                log.warning("%s: %s", self.name, line)
 
     def _of_row(
         self, row: Row, where: str, sizes: Mapping[str, Size], tally: _Tally
@@ -202,26 +201,17 @@ class PixmoDataset:
             tally.add(f"left out: {error}", where)
 
 
-class _Tally:
-    """Counts of unusable rows by reason, with the first row of each."""
-
-    def __init__(self) -> None:
-        self._times: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._times)
+class _Tally(dict[str, tuple[int, str]]):
+    """Reason -> number of unusable rows, and the first of them."""
 
     def add(self, reason: str, where: str) -> None:
-        self._times[reason] += 1
-        self._first.setdefault(reason, where)
+        times, first = self.get(reason, (0, where))
+        self[reason] = times + 1, first
 
     def summary(self) -> str:
         """Return one line, most frequent reason first."""
-        return "; ".join(
-            f"{reason} ({times:,}, first {self._first[reason]})"
-            for reason, times in self._times.most_common()
-        )
+        ordered = sorted(self.items(), key=lambda item: -item[1][0])
+        return "; ".join(f"{why} ({times:,}, first {first})" for why, (times, first) in ordered)
 
 
 # ---- Parquet
