@@ -28,16 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from cache.store.files import fsync_folder
 from configs import UserError
 
 KEEP = 2
 """Checkpoints kept: if a file of the newest one is damaged, the run continues from the one before."""
-MODEL, OPTIMIZER, STATE, COMMITTED = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "COMMITTED",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+STATE, COMMITTED = "state.json", "COMMITTED"
 PARTIAL = ".partial"
 
 
@@ -55,7 +52,9 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
-    _remove_incomplete(folder)
+    for path in folder.glob("step-*"):  # what a killed run left half-written or half-removed
+        if path.suffix == PARTIAL or not (path / COMMITTED).is_file():
+            shutil.rmtree(path)
     partial.mkdir(parents=True)
     trainable = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     save_file(trainable, partial / MODEL)
@@ -68,11 +67,13 @@ def save(
         _flush(partial / name)
     (partial / COMMITTED).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
     _flush(partial / COMMITTED)
-    _flush(partial)
+    fsync_folder(partial)
     partial.rename(final)
-    _flush(folder)
+    fsync_folder(folder)
     for old in committed(folder)[:-KEEP]:
-        _remove(old)
+        # First, so that a half-removed checkpoint does not count as complete.
+        (old / COMMITTED).unlink()
+        shutil.rmtree(old)
     return final
 
 
@@ -158,22 +159,5 @@ def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_incomplete(folder: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
-    for path in folder.glob("step-*"):
-        if path.suffix == PARTIAL or not (path / COMMITTED).is_file():
-            shutil.rmtree(path)
-
-
-def _remove(path: Path) -> None:
-    (
-        path / COMMITTED
-    ).unlink()  # first, so that a half-removed checkpoint does not count as complete
-    shutil.rmtree(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

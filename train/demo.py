@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,23 +73,15 @@ class Demo:
     """Prompts, each for one held-out drawing."""
 
 
-class CommandFailedError(Exception):
-    """A command of the demo failed; `code` is its exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code of the first step that fails."""
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     demo = configs.build(Demo, configs.load("demo"), "configs/demo.yaml")
     try:
         show(demo, options.features)
-    except CommandFailedError as failed:
-        print(f"demo: the command above failed with exit code {failed.code}", file=sys.stderr)
-        return failed.code
+    except subprocess.CalledProcessError as failed:
+        print(f"demo: the command above failed with exit code {failed.returncode}", file=sys.stderr)
+        return failed.returncode
     return 0
 
 
@@ -108,8 +100,11 @@ def show(demo: Demo, features: Path) -> None:
     del where["space"]  # the model has the name of its space
     live = run("encode.check.loss", {"run": RUN.name, **where, "samples": demo.live_samples})
     run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
-    result = json.loads((last_stage(demo) / "evaluation-val.json").read_text(encoding="utf-8"))
-    for prompt, image in zip(demo.prompts, held_out_images(result), strict=False):
+    last_stage = RUN / f"stage{max(demo.stages)}"  # its model answered the questions
+    result = json.loads((last_stage / "evaluation-val.json").read_text(encoding="utf-8"))
+    shown = (answer["media"][0] for answer in result["answers"])
+    drawings = dict.fromkeys(path for path in shown if Path(path).suffix == ".png")  # each once
+    for prompt, image in zip(demo.prompts, drawings, strict=False):
         run("model.generate", {"run": RUN.name, "image": image, "prompt": prompt})
     run("train.report", {"run": RUN.name, **where, "output": RUN / "report.html"})
 
@@ -134,9 +129,11 @@ def run(module: str, flags: Flags) -> list[str]:
     """Run one of our commands, pass its output on, and return the lines of it.
 
     Raises:
-        CommandFailedError: the command failed, after printing its error.
+        CalledProcessError: the command failed, after printing its error.
     """
-    words = [module, *as_words(flags)]
+    words = [module]
+    for name, value in flags.items():  # {"max_steps": 5} -> --max-steps 5
+        words += ["--" + name.replace("_", "-"), str(value)]
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     lines: list[str] = []
     with subprocess.Popen(  # -u: unbuffered, so that each line is passed on when it is written
@@ -152,17 +149,8 @@ def run(module: str, flags: Flags) -> list[str]:
             print(line, end="", flush=True)
             lines.append(line.rstrip("\n"))
     if process.returncode:
-        raise CommandFailedError(process.returncode)
+        raise subprocess.CalledProcessError(process.returncode, words)
     return lines
-
-
-def as_words(flags: Flags) -> list[str]:
-    """Return options as words of a command line: {"max_steps": 5} -> ["--max-steps", "5"]."""
-    return [
-        word
-        for name, value in flags.items()
-        for word in ("--" + name.replace("_", "-"), str(value))
-    ]
 
 
 def found(pattern: str, lines: Sequence[str]) -> str:
@@ -192,17 +180,6 @@ def replace_run(folder: Path) -> None:
 
 
 # ---- results
-
-
-def last_stage(demo: Demo) -> Path:
-    """Return the folder of the last stage, whose model answers the questions."""
-    return RUN / f"stage{max(demo.stages)}"
-
-
-def held_out_images(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the files of held-out drawings, each once."""
-    shown = (answer["media"][0] for answer in result["answers"])
-    yield from dict.fromkeys(path for path in shown if Path(path).suffix == ".png")
 
 
 def headline(result: Mapping[str, Any]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ trainer waits. On resume, metrics.jsonl is cut at the checkpoint, so that it has
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import resource
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,14 +67,13 @@ class StepRecord(StepTotals):
     """Duration, seconds."""
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """A tool that draws curves."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve, at `step`."""
-
-    def close(self) -> None:
-        """Write what is buffered, and end."""
+    log: Callable[[Mapping[str, float], int], None]
+    """Add one point to each curve, at a step."""
+    close: Callable[[], None]
+    """Write what is buffered, and end."""
 
 
 class RunLog:
@@ -86,12 +86,11 @@ class RunLog:
         every: int,
         last_step: int,
         trackers: Sequence[Tracker] = (),
-        screen: TextIO | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._every, self._last = every, last_step
-        self._trackers, self._screen = trackers, screen or sys.stdout
+        self._trackers = trackers
         self._window: list[StepRecord] = []
 
     def step(self, record: StepRecord) -> None:
@@ -99,7 +98,7 @@ class RunLog:
         self._write({"step": record.step} | asdict(record))  # the step first, for people
         self._window.append(record)
         if record.step % self._every == 0 or record.step == self._last or record.step == 1:
-            print(screen_line(self._window, self._last), file=self._screen, flush=True)
+            print(screen_line(self._window, self._last), flush=True)
             self._track(window_values(self._window), record.step)
             self._window = []
 
@@ -108,7 +107,6 @@ class RunLog:
         self._write({"step": step, "held_out_loss": loss, "held_out_samples": samples})
         print(
             f"step {step:>{len(str(self._last))}}/{self._last}  held-out loss {loss:.4f} ({samples} samples)",
-            file=self._screen,
             flush=True,
         )
         self._track({"held_out_loss": loss}, step)
@@ -207,77 +205,46 @@ def open_trackers(
     """
     title = f"{folder.parent.name}-{folder.name}"
     openers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: Tensorboard(folder / "tb", start),
+        "tensorboard": lambda: _open_tensorboard(folder / "tb", start),
         "wandb": lambda: _open_wandb(title, folder, run_id, config),
-        "trackio": lambda: _open_trackio(title, config),
+        "trackio": lambda: _open_hosted("trackio", title, config),
     }
     return [openers[name]() for name in dict.fromkeys(names)]
 
 
-class Tensorboard:
-    """TensorBoard: `tensorboard --logdir runs`."""
+def _open_tensorboard(folder: Path, start: int) -> Tracker:
+    """Write curves for `tensorboard --logdir runs`."""
+    # Imported here, because it takes 1 s.
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, start: int) -> None:
-        # Imported here, because it takes 1 s.
-        from torch.utils.tensorboard import SummaryWriter
+    # Steps after the checkpoint are recorded again, so their old points are removed.
+    writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
-        # Steps after the checkpoint are recorded again, so their old points are removed.
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve, at `step`."""
+    def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Write what is buffered, and end."""
-        self._writer.close()
+    return Tracker(log, writer.close)
 
 
-class HostedRun:
-    """A run of wandb or trackio, which have one interface."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve, at `step`."""
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Write what is buffered, and end."""
-        self._run.finish()
-
-
-def _open_wandb(title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> HostedRun:
+def _open_wandb(title: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> Tracker:
     """Open a run of Weights & Biases; a resumed run continues the run with its id."""
     wandb = _import_tracker("wandb")
     try:
-        return HostedRun(
-            wandb.init(
-                project=PROJECT,
-                name=title,
-                dir=str(folder),
-                id=run_id,
-                resume="allow",
-                config=dict(config),
-            )
-        )
+        return _open_hosted("wandb", title, config, dir=str(folder), id=run_id)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--log wandb: {reason} (wandb login, or WANDB_MODE=offline)") from None
 
 
-def _open_trackio(title: str, config: Mapping[str, Any]) -> HostedRun:
-    """Open a run of Trackio, the local tracker by Hugging Face."""
-    trackio = _import_tracker("trackio")
-    trackio.init(project=PROJECT, name=title, config=dict(config), resume="allow")
-    return HostedRun(trackio)
+def _open_hosted(name: str, title: str, config: Mapping[str, Any], **more: str) -> Tracker:
+    """Open a run of wandb or trackio (the local tracker by Hugging Face), which have one interface."""
+    module = _import_tracker(name)
+    run = module.init(project=PROJECT, name=title, config=dict(config), resume="allow", **more)
+    return Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
 def _import_tracker(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

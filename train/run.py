@@ -35,7 +35,6 @@ from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
 from train.data.schedule import SinglePass, TrainingSchedule
-from train.data.tokens import TokenStore
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.step import Forward, LocalStep, by_step, choose_precision, refuse_non_finite
@@ -117,9 +116,7 @@ def train(
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     group.require_equal(lambda: starting_facts(options, data, forward, done))
     log = open_log(folder, options, group, run_id, done)
-    loader = load(
-        options, reader, data.schedule, data.tokens, device, done, options.max_steps, group
-    )
+    loader = load(options, reader, data.schedule, device, done, options.max_steps, group)
     vlm.train()
     started = time.perf_counter()
     try:
@@ -207,7 +204,6 @@ def load(
     options: Options,
     reader: FeatureReader,
     schedule: TrainingSchedule | SinglePass,
-    tokens: TokenStore,
     device: torch.device,
     start: int,
     stop: int,
@@ -219,7 +215,6 @@ def load(
         threads, ahead = max(threads, REMOTE_THREADS), max(ahead, REMOTE_AHEAD)
     return FeatureLoader(
         schedule,
-        tokens,
         reader,
         max_tokens=options.max_tokens,
         start=start,
@@ -240,9 +235,9 @@ def held_out_loss(
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, int]:
     """Return the loss on the held-out samples, computed by all processes, and the number of samples."""
-    schedule, tokens = data.val_schedule, data.val_tokens
-    assert schedule is not None and tokens is not None
-    with load(options, reader, schedule, tokens, forward.device, 0, len(schedule), group) as loader:
+    schedule = data.val_schedule
+    assert schedule is not None
+    with load(options, reader, schedule, forward.device, 0, len(schedule), group) as loader:
         sums = group.gather_numbers(forward.loss_sums(loader))
     totals, weights, samples = zip(*sums, strict=True)
     # A process counts the weight of the steps it takes part in; the first one takes part in all.
@@ -252,7 +247,7 @@ def held_out_loss(
 def inspect(options: Options, reader: FeatureReader, data: setup.Data, tokenizer: Any) -> None:
     """Print the first packed micro-batches as text."""
     device = torch.device("cpu")
-    with load(options, reader, data.schedule, data.tokens, device, 0, options.max_steps) as loader:
+    with load(options, reader, data.schedule, device, 0, options.max_steps) as loader:
         for micro in islice(loader, INSPECTED):
             print(inspect_text(micro, tokenizer, data.schedule.trees))
 

@@ -54,12 +54,8 @@ class Data:
     """The training split."""
     schedule: TrainingSchedule
     """Which of `train` each step takes."""
-    tokens: TokenStore
-    """The texts of `train`."""
     val_schedule: SinglePass | None
     """Held-out samples; None if no sample is held out or `eval_every` or `eval_samples` is 0."""
-    val_tokens: TokenStore | None
-    """The texts of the held-out samples."""
 
 
 # ---- space and model
@@ -255,18 +251,12 @@ def load_data(
         seed=options.seed,
         order=options.order,
     )
-    val_schedule = val_tokens = None
+    val_schedule = None
     if (val := _held_out(options, reader, train)) is not None:
         val_tokens = TokenStore.open(root, val.names, tokenizer, folder=token_folder)
         trees = build_message_trees(val, val_tokens, **limits)
         val_schedule = SinglePass(trees, options.samples_per_step)
-    return Data(
-        train=train,
-        schedule=schedule,
-        tokens=tokens,
-        val_schedule=val_schedule,
-        val_tokens=val_tokens,
-    )
+    return Data(train=train, schedule=schedule, val_schedule=val_schedule)
 
 
 def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> SampleList | None:

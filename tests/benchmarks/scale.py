@@ -158,6 +158,7 @@ def schedule(root: CacheRoot, rows: int) -> dict[str, float]:
     nothing: Any = None  # a schedule needs no texts and no media
     message_trees = MessageTrees(
         samples=nothing,
+        tokens=nothing,
         names=("captions", "points"),
         mix=(0.6, 0.4),
         members=np.arange(samples),

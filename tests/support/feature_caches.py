@@ -32,9 +32,11 @@ from cache.store.writer import ShardWriter
 from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
 from train.data.join import join
+from train.data.loader import FeatureLoader
 from train.data.message_trees import MessageTrees, build_message_trees
 from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
+from train.data.schedule import Schedule
 from train.data.tokens import TokenStore
 
 SPEC: FeatureSpec = small_spec()
@@ -177,6 +179,10 @@ class World:
             max_branches=max_branches,
             placeholders=Placeholders.of(SPEC, self.tokenizer),
         )
+
+    def load(self, schedule: Schedule, *, max_tokens: int = 512, **options: Any) -> FeatureLoader:
+        """Load the micro-batches of a schedule."""
+        return FeatureLoader(schedule, self.reader, max_tokens=max_tokens, **options)
 
 
 def names_of(joined: SampleList) -> list[str]:

@@ -18,7 +18,7 @@ rank's part into micro-batches, and lets threads fill them with rows:
         samples, tokens, max_tokens=4096, max_branches=16, placeholders=placeholders
     )
     schedule = TrainingSchedule(trees, samples_per_step=32, seed=0)
-    with FeatureLoader(schedule, tokens, reader, max_tokens=8192, start=0, stop=1000) as loader:
+    with FeatureLoader(schedule, reader, max_tokens=8192, start=0, stop=1000) as loader:
         for micro in loader:
             forward.loss(micro).backward()  # Forward: train/step.py
             if micro.last:

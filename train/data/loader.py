@@ -1,6 +1,6 @@
 """Load packed micro-batches with their feature rows, a few ahead of their use.
 
-    with FeatureLoader(schedule, tokens, reader, max_tokens=8192, start=0, stop=1000) as loader:
+    with FeatureLoader(schedule, reader, max_tokens=8192, start=0, stop=1000) as loader:
         for micro in loader:      # the order is that of the schedule, whatever the threads' timing
             ...
 
@@ -33,7 +33,6 @@ from train.data.message_trees import TreeSlice
 from train.data.packing import TokenTree, TreeLayout, assemble, build_token_tree, first_fit
 from train.data.sample_list import Ints, SampleList
 from train.data.schedule import Schedule, Step, split_by_rank
-from train.data.tokens import TokenStore
 
 
 class RowReader(Protocol):
@@ -125,14 +124,14 @@ class _Slot:
         return codes
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True)
 class _Job:
     """A micro-batch to make."""
 
     step: Step
     index: int
     last: bool
-    slices: tuple[TreeSlice, ...]
+    slices: list[TreeSlice]
 
 
 class FeatureLoader:
@@ -140,7 +139,6 @@ class FeatureLoader:
 
     Args:
         schedule: which samples each step takes.
-        tokens: the text of the samples.
         reader: a reader of the space that the sample list was made with.
         max_tokens: length limit of a micro-batch; changes memory and speed, not what a step learns.
         start: first step.
@@ -159,7 +157,6 @@ class FeatureLoader:
     def __init__(
         self,
         schedule: Schedule,
-        tokens: TokenStore,
         reader: RowReader,
         *,
         max_tokens: int,
@@ -175,7 +172,7 @@ class FeatureLoader:
             raise ValueError(
                 f"max_tokens {max_tokens} is less than the window of {schedule.trees.max_tokens} tokens"
             )
-        self._schedule, self._tokens, self._reader = schedule, tokens, reader
+        self._schedule, self._reader = schedule, reader
         self._samples = schedule.trees.samples
         self._max_tokens = max_tokens
         self._rank, self._world_size = rank, world_size
@@ -236,8 +233,7 @@ class FeatureLoader:
             own = split_by_rank(step.slices, self._world_size)[self._rank]
             bins = first_fit([part.tokens for part in own], self._max_tokens)
             for index, chosen in enumerate(bins):
-                slices = tuple(own[i] for i in chosen)
-                yield _Job(step=step, index=index, last=index == len(bins) - 1, slices=slices)
+                yield _Job(step, index, index == len(bins) - 1, [own[i] for i in chosen])
 
     def _make(self, job: _Job, slot: _Slot) -> MicroBatch:
         """Make one micro-batch, in a thread: pack its text, then read its rows."""
@@ -263,16 +259,16 @@ class FeatureLoader:
         )
 
     def _tree(self, part: TreeSlice) -> TokenTree:
-        samples = self._samples
+        samples, tokens = self._samples, self._schedule.trees.tokens
         members = part.members.tolist()
         media = samples.media_of(members[0]).tolist()
         tree = build_token_tree(
-            [self._tokens.sample(int(samples.dataset[m]), int(samples.index[m])) for m in members],
+            [tokens.sample(int(samples.dataset[m]), int(samples.index[m])) for m in members],
             sample_numbers=members,
             factors=samples.weight[members].tolist(),
             media=media,
             contents=self._schedule.trees.placeholders.contents(samples, media),
-            image_token_id=self._tokens.image_token_id,
+            image_token_id=tokens.image_token_id,
         )
         assert tree.tokens == part.tokens, "the schedule counted other tokens than the text has"
         return tree

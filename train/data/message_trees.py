@@ -51,6 +51,8 @@ class MessageTrees:
 
     samples: SampleList
     """The samples the trees are made of."""
+    tokens: TokenStore
+    """Their tokenised text."""
     names: tuple[str, ...]
     """Data sets that have trees."""
     mix: tuple[float, ...] | None
@@ -126,20 +128,19 @@ def build_message_trees(
         UserError: a sample is longer than `max_tokens` (samples are never cut, nor dropped for their
             length), or no sample has a supervised token.
     """
-    if max_branches < 1:
-        raise ValueError(f"max_branches {max_branches} is less than 1")
     media_tokens = placeholders.lengths(samples)
     # The token store counts one token for each image or video.
     added = np.diff(edges_of(media_tokens[samples.media] - 1)[samples.offsets])
-    length = tokens.lengths(samples.dataset, samples.index) + added
-    loss_weight = tokens.loss_weights(samples.dataset, samples.index) * samples.weight
+    length = tokens.field("used", samples.dataset, samples.index) + added
+    loss_weight = tokens.field("loss_weight", samples.dataset, samples.index) * samples.weight
     use = _supervised(samples, loss_weight)
     _check_window(samples, use, length, media_tokens, max_tokens)
 
     has_media = (np.diff(samples.offsets) > 0)[use]
-    shared = tokens.prefixes(samples.dataset, samples.index)
-    prefix = shared.length + added  # both are 0 for a sample without media
-    group = _group_hash(samples, shared.hash)[use]
+    # Both are 0 for a sample without media.
+    prefix = tokens.field("prefix", samples.dataset, samples.index) + added
+    prefix_hash = tokens.field("prefix_hash", samples.dataset, samples.index)
+    group = _group_hash(samples, prefix_hash)[use]
     order = np.lexsort((use, group, samples.dataset[use]))
     members = use[order]
     starts_group = np.ones(len(members), dtype=bool)
@@ -159,6 +160,7 @@ def build_message_trees(
     names, mix, dataset = _renumber(samples, first)
     return MessageTrees(
         samples=samples,
+        tokens=tokens,
         names=names,
         mix=mix,
         members=members,

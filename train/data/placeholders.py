@@ -1,9 +1,8 @@
 """The tokens that stand for an image or a video in a sequence, and their number.
 
     placeholders = Placeholders.of(reader.spec, tokenizer)
-    placeholders.image()               # (n,) one image token for each feature token
-    placeholders.video([0.0, 0.5])     # for each frame: its time as text, then its image tokens
-    placeholders.lengths(samples)      # (K,) the number of tokens of each media item
+    placeholders.contents(samples, [3, 0])    # the (n,) tokens of two media items
+    placeholders.lengths(samples)             # (K,) the number of tokens of each media item
 
 K media items of a sample list, W feature rows of all of them.
 """
@@ -48,23 +47,17 @@ class Placeholders:
             frame_tokens=spec.tokens(ARRAY_OF["video"]),
         )
 
-    @property
-    def image_token_id(self) -> int:
-        """Id of the token at every position that receives a feature."""
-        return token_id(self.tokenizer, IMAGE_TOKEN)
-
-    def image(self) -> npt.NDArray[np.int32]:
-        """Return the (n,) tokens of an image."""
-        return np.full(self.image_tokens, self.image_token_id, dtype=np.int32)
-
-    def video(self, times_s: Iterable[float]) -> npt.NDArray[np.int32]:
-        """Return the (n,) tokens of a video with frames at `times_s`."""
-        return video_token_ids(self.tokenizer, times_s, self.frame_tokens)
-
     def contents(self, samples: SampleList, media: Iterable[int]) -> list[npt.NDArray[np.int32]]:
-        """Return the tokens of each of some media items."""
+        """Return the (n,) tokens of each of some media items.
+
+        An image is one image token for each feature token; a video has for each frame its time as text,
+        then its image tokens.
+        """
+        image = np.full(self.image_tokens, token_id(self.tokenizer, IMAGE_TOKEN), dtype=np.int32)
         return [
-            self.video(samples.times_of(m).tolist()) if samples.is_video(m) else self.image()
+            video_token_ids(self.tokenizer, samples.times_of(m).tolist(), self.frame_tokens)
+            if samples.is_video(m)
+            else image
             for m in media
         ]
 

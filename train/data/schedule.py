@@ -71,7 +71,7 @@ class TrainingSchedule:
         order: `random`; or `blocks`, which keeps neighbouring rows near in time, for disks that seek slowly.
 
     Raises:
-        ValueError: `samples_per_step` is below 1 or smaller than a tree.
+        ValueError: `samples_per_step` is smaller than a tree.
     """
 
     def __init__(
@@ -82,8 +82,6 @@ class TrainingSchedule:
         seed: int,
         order: Literal["random", "blocks"] = "random",
     ) -> None:
-        if samples_per_step < 1:
-            raise ValueError(f"samples_per_step {samples_per_step} is less than 1")
         if trees.largest > samples_per_step:
             raise ValueError(
                 f"a tree holds {trees.largest} samples, more than the {samples_per_step} of a step: "

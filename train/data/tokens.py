@@ -42,13 +42,11 @@ STORE_VERSION = 2
 """Version of the file layout; part of the folder's id."""
 SAMPLE = np.dtype(
     [
-        (
-            "end",
-            "<i8",
-        ),  # end of its tokens in ids.bin; they start at the end of the previous sample
-        ("loss_weight", "<f8"),  # sum of the weights of its tokens
+        # End of its tokens in ids.bin; they start at the end of the previous sample.
+        ("end", "<i8"),
+        ("loss_weight", "<f8"),  # sum of the weights of its tokens, without the sample's weight
         ("prefix_hash", "<u8"),  # hash of its tokens up to and including the last media item
-        ("prefix", "<i4"),  # number of those tokens
+        ("prefix", "<i4"),  # number of those tokens; 0 without media
         ("used", "<i4"),  # number of its tokens that a sequence needs, see `used_tokens`
         ("images", "<i4"),  # number of its images and videos
     ]
@@ -56,16 +54,6 @@ SAMPLE = np.dtype(
 PROGRESS_S = 30.0
 """Seconds between progress lines while tokenising."""
 FILES = ("ids.bin", "weights.bin", "samples.bin")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefixes:
-    """What samples of equal media may share: their tokens up to and including the last media item."""
-
-    length: Ints
-    """(n,) tokens of the prefix, an image or video counting as one; 0 without media."""
-    hash: npt.NDArray[np.uint64]
-    """(n,) hashes of the tokens of the prefix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,24 +97,9 @@ class TokenStore:
         end = int(store.samples["end"][index])
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
-    def lengths(self, dataset: npt.NDArray[np.int16], index: Ints) -> Ints:
-        """Return the (n,) numbers of tokens that a sequence needs of each sample; a media item is one."""
-        return self._gather(dataset, index, "used").astype(np.int64)
-
-    def loss_weights(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[np.float64]:
-        """Return the (n,) sums of each sample's token loss weights, without the weight of the sample."""
-        return self._gather(dataset, index, "loss_weight")
-
-    def prefixes(self, dataset: npt.NDArray[np.int16], index: Ints) -> Prefixes:
-        """Return the lengths and hashes of the samples' prefixes."""
-        return Prefixes(
-            length=self._gather(dataset, index, "prefix").astype(np.int64),
-            hash=self._gather(dataset, index, "prefix_hash"),
-        )
-
-    def _gather(self, dataset: npt.NDArray[np.int16], index: Ints, field: str) -> Any:
-        """Return one field of the sample records, for samples of several data sets."""
-        parts = [store.samples[field] for store in self._stores]
+    def field(self, name: str, dataset: npt.NDArray[np.int16], index: Ints) -> Any:
+        """Return the (n,) values of one field of SAMPLE, for samples of several data sets."""
+        parts = [store.samples[name] for store in self._stores]
         result = np.empty(len(index), dtype=parts[0].dtype)
         for number, part in enumerate(parts):
             here = dataset == number

@@ -219,7 +219,7 @@ def mean_loss(
         placeholders=placeholders,
     )
     schedule = SinglePass(trees, LOSS_STEP)
-    with FeatureLoader(schedule, tokens, reader, max_tokens=trained.max_tokens) as loader:
+    with FeatureLoader(schedule, reader, max_tokens=trained.max_tokens) as loader:
         total, weight, _ = forward.loss_sums(loader)
     return total / weight
 

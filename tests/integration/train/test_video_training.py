@@ -31,10 +31,8 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-from train.data.inspect import inspect_text
-from train.data.loader import FeatureLoader, feature_order
-from train.data.sample_list import SampleList
-from train.data.schedule import SinglePass, TrainingSchedule
+from train.data.loader import feature_order
+from train.data.schedule import SinglePass
 from train.step import Forward
 
 VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
@@ -162,7 +160,7 @@ def test_packed_loss_and_gradients_equal_those_of_single_samples(
     trees = world.trees(joined, 120, max_branches=max_branches)
     plan = SinglePass(trees, 100)
     found, read = 0.0, 0
-    with FeatureLoader(plan, world.tokens(joined), world.reader, max_tokens=max_tokens) as loader:
+    with world.load(plan, max_tokens=max_tokens) as loader:
         for micro in loader:
             loss = forward_of(vlm).loss(micro)
             loss.backward()
@@ -207,9 +205,7 @@ def test_samples_with_one_video_share_a_tree(world: World) -> None:
 def test_a_micro_batch_has_rows_of_both_arrays(world: World) -> None:
     joined = world.join("d", "e")
     trees = world.trees(joined, 512)
-    with FeatureLoader(
-        SinglePass(trees, 100), world.tokens(joined), world.reader, max_tokens=4096
-    ) as loader:
+    with world.load(SinglePass(trees, 100), max_tokens=4096) as loader:
         (micro,) = loader
     rows = forward_of(build_vlm(SPEC.width, "random:qwen3-tiny", "linear", 0)[0]).features(micro)
     assert rows is not None
@@ -245,9 +241,7 @@ def test_the_frames_of_a_video_take_one_read(
         calls.append(len(buffers))
         return preadv(fd, buffers, offset)
 
-    with FeatureLoader(
-        SinglePass(world.trees(joined), 1), world.tokens(joined), world.reader, max_tokens=512
-    ) as loader:
+    with world.load(SinglePass(world.trees(joined), 1)) as loader:
         monkeypatch.setattr(os, "preadv", spy)
         next(loader)
     assert len(calls) == 1
@@ -271,36 +265,6 @@ def test_feature_order_with_rows_of_different_sizes(world: World, seed: int) -> 
         ]
     assert [tokens[i] for i in order] == expected
     assert all((np.diff(of) > 0).all() for of in rows.values())
-
-
-def test_memory_settings_threads_and_ranks_do_not_change_the_losses(world: World) -> None:
-    joined = world.join("d", "e")
-    plan = TrainingSchedule(world.trees(joined, 150), 4, seed=3)
-    vlm = random_model()
-
-    def losses(max_tokens: int, threads: int, world_size: int = 1) -> list[float]:
-        sums = [0.0] * 8
-        for rank in range(world_size):
-            with (
-                torch.no_grad(),
-                FeatureLoader(
-                    plan,
-                    world.tokens(joined),
-                    world.reader,
-                    max_tokens=max_tokens,
-                    stop=8,
-                    threads=threads,
-                    rank=rank,
-                    world_size=world_size,
-                ) as loader,
-            ):
-                for micro in loader:
-                    sums[micro.step] += float(forward_of(vlm).loss(micro))
-        return sums
-
-    first = losses(150, 1)
-    assert losses(1000, 3) == pytest.approx(first, rel=1e-5)
-    assert losses(300, 2, world_size=2) == pytest.approx(first, rel=1e-5)
 
 
 def test_a_video_longer_than_the_window_is_an_error_with_remedies(world: World) -> None:
@@ -329,47 +293,3 @@ def test_first_rows_order_images_before_frames(world: World) -> None:
             assert rows[int(trees.first_row[t])] == (array, int(joined.rows_of(m)[0]))
     ordered = [rows[number] for number in sorted(rows)]
     assert ordered == sorted(ordered, key=lambda one: (one[0] == "frame", one[1]))
-
-
-def test_inspect_shows_each_frame_with_its_time(tmp_path: Path) -> None:
-    world = new_world(tmp_path)
-    world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
-    world.encode(["p"])
-    world.encode_videos({"video b": 0.8})
-    joined: SampleList = world.join()
-    trees = world.trees(joined)
-    with FeatureLoader(
-        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
-    ) as loader:
-        text = inspect_text(next(loader), world.tokenizer, trees)
-    video, image = key_of("video b")[:12], key_of("p")[:12]
-    assert "1 image, 1 video, 1 sample" in text.splitlines()[0]
-    assert (
-        f"user\\n0.0 [1/3 of video {video}.. x1 tokens]0.5 [2/3 of video {video}.. x1 tokens]"
-        f"0.8 [3/3 of video {video}.. x1 tokens] or [image {image}.. x4 tokens]?<|im_end|>" in text
-    )
-    assert "«no»«<|im_end|>»" in text
-
-
-def test_inspect_shows_a_sample_without_tokens_of_its_own(
-    tmp_path: Path,
-) -> None:
-    world = new_world(tmp_path)
-    early = [
-        replace(ask(str(i), ["p"]), messages=turns("hm", "an answer", "<image> " + end))
-        for i, end in enumerate(("now?", "then?"))
-    ]
-    world.write(d=early)
-    world.encode(["p"])
-    joined = world.join()
-    trees = world.trees(joined)
-    with FeatureLoader(
-        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
-    ) as loader:
-        micro = next(loader)
-        text = inspect_text(micro, world.tokenizer, trees)
-    assert len(trees) == 1 and micro.tokens == int(trees.prefix[0])
-    assert "d/0: nothing of its own" in text and "d/1: nothing of its own" in text
-    assert len(micro.packed.targets) == 2 * (
-        len("an answer") + 1
-    )  # the shared answer, once for each

@@ -5,10 +5,12 @@ print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cache.store.samples import Message, Sample
 from tests.support.feature_caches import (
     World,
     ask,
@@ -16,13 +18,20 @@ from tests.support.feature_caches import (
     new_world,
 )
 from train.data.inspect import inspect_text
-from train.data.loader import FeatureLoader
 from train.data.schedule import SinglePass
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return new_world(tmp_path)
+
+
+def inspected(world: World) -> str:
+    """Return the only micro-batch of data set `d` as text."""
+    trees = world.trees(world.join())
+    with world.load(SinglePass(trees, 8)) as loader:
+        (micro,) = loader
+        return inspect_text(micro, world.tokenizer, trees)
 
 
 def test_the_text_shows_shared_images_branches_and_supervised_tokens(world: World) -> None:
@@ -34,12 +43,7 @@ def test_the_text_shows_shared_images_branches_and_supervised_tokens(world: Worl
         ]
     )
     world.encode(["a"])
-    joined = world.join()
-    trees = world.trees(joined)
-    with FeatureLoader(
-        SinglePass(trees, 8), world.tokens(joined), world.reader, max_tokens=512
-    ) as loader:
-        text = inspect_text(next(loader), world.tokenizer, trees)
+    text = inspected(world)
     key = key_of("a")[:12]
     start, end = "<|im_start|>", "<|im_end|>\\n"
     assert (
@@ -55,3 +59,33 @@ sequence 1: tokens 38-56, 0 images, 1 sample
 «...» is supervised, «0.2: ...» with that weight; samples see what is shared above them; \
 a sample's last word is only predicted, never read"""
     )
+
+
+def test_the_text_shows_each_frame_with_its_time(world: World) -> None:
+    world.write(d=[ask("1", ["video b", "p"], "<image> or <image>?", "no")])
+    world.encode(["p"])
+    world.encode_videos({"video b": 0.8})
+    text = inspected(world)
+    video, image = key_of("video b")[:12], key_of("p")[:12]
+    assert "1 image, 1 video, 1 sample" in text.splitlines()[0]
+    assert (
+        f"user\\n0.0 [1/3 of video {video}.. x1 tokens]0.5 [2/3 of video {video}.. x1 tokens]"
+        f"0.8 [3/3 of video {video}.. x1 tokens] or [image {image}.. x4 tokens]?<|im_end|>" in text
+    )
+    assert "«no»«<|im_end|>»" in text
+
+
+def test_samples_that_share_all_their_tokens_have_nothing_of_their_own(world: World) -> None:
+    def early(name: str, question: str) -> Sample:
+        contents = {"user": "hm", "assistant": "an answer"}
+        messages = [Message(role=role, content=text) for role, text in contents.items()]
+        last = Message(role="user", content=f"<image> {question}")
+        return replace(ask(name, ["p"]), messages=(*messages, last))
+
+    world.write(d=[early("0", "now?"), early("1", "then?")])
+    world.encode(["p"])
+    text = inspected(world)
+    assert "d/0: nothing of its own" in text and "d/1: nothing of its own" in text
+    supervised = 2 * (len("an answer") + 1)  # the shared answer, once for each
+    assert f"{supervised} supervised tokens" in text.splitlines()[0]
+    assert text.count("sequence ") == 1

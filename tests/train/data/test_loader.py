@@ -1,6 +1,6 @@
 """The loader: the schedule's samples with their features, whatever the memory settings and threads.
 
-with FeatureLoader(schedule, tokens, reader, max_tokens=4096, stop=12) as loader:
+with FeatureLoader(schedule, reader, max_tokens=4096, stop=12) as loader:
     for micro in loader: ...
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +21,8 @@ from hypothesis import strategies as st
 from cache.errors import CorruptError
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
-from model.vlm import build_vlm
 from tests.support.feature_caches import (
     IMAGES,
-    SPEC,
     M,
     World,
     ask,
@@ -33,7 +31,7 @@ from tests.support.feature_caches import (
     new_world,
     payload,
 )
-from train.data.loader import FeatureLoader
+from train.data.loader import FeatureLoader, MicroBatch
 from train.data.packing import build_token_tree
 from train.data.schedule import SinglePass, TrainingSchedule
 
@@ -48,19 +46,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> World:
     return mixed_world(tmp_path_factory.mktemp("mixed"))
 
 
-def triples(loader: FeatureLoader) -> Counter[tuple[int, int, float]]:
-    """Count the (position, target, weight) triples of everything that a loader yields."""
+def triples(micro_batches: Iterable[MicroBatch]) -> Counter[tuple[int, int, float]]:
+    """Count the (position, target, weight) triples of micro-batches."""
     found: Counter[tuple[int, int, float]] = Counter()
-    for micro in loader:
-        b = micro.packed
-        found.update(
-            zip(
-                b.position_ids[b.loss_positions].tolist(),
-                b.targets.tolist(),
-                b.loss_weights.tolist(),
-                strict=True,
-            )
-        )
+    for b in (micro.packed for micro in micro_batches):
+        positions = b.position_ids[b.loss_positions].tolist()
+        found.update(zip(positions, b.targets.tolist(), b.loss_weights.tolist(), strict=True))
     return found
 
 
@@ -68,9 +59,7 @@ def test_micro_batches_have_the_features_of_their_images_in_order(mixed: World) 
     joined = mixed.join("d", "e")
     schedule = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     seen = 0
-    with FeatureLoader(
-        schedule, mixed.tokens(joined), mixed.reader, max_tokens=4096, stop=12
-    ) as loader:
+    with mixed.load(schedule, max_tokens=4096, stop=12) as loader:
         for micro in loader:
             assert len(micro.codes["frame"]) == 0
             rows = micro.order[::M] // M
@@ -99,7 +88,7 @@ def test_memory_settings_do_not_change_what_a_step_learns(
 ) -> None:
     joined = mixed.join("d", "e")
     schedule = TrainingSchedule(mixed.trees(joined, 64, max_branches=branches), 8, seed=seed)
-    tokens, reader = mixed.tokens(joined), mixed.reader
+    tokens = schedule.trees.tokens
     for step in range(3):
         members = [int(m) for p in schedule.step(step).slices for m in p.members]
         expected: Counter[tuple[int, int, float]] = Counter()
@@ -121,65 +110,25 @@ def test_memory_settings_do_not_change_what_a_step_learns(
                     strict=True,
                 )
             )
-        with FeatureLoader(
-            schedule,
-            tokens,
-            reader,
-            max_tokens=max_tokens,
-            start=step,
-            stop=step + 1,
-            threads=threads,
-            ahead=3,
-        ) as loader:
+        options = {"max_tokens": max_tokens, "threads": threads, "ahead": 3}
+        with mixed.load(schedule, start=step, stop=step + 1, **options) as loader:
             batches = list(loader)
         assert sum(b.samples for b in batches) == len(members)
         assert [b.last for b in batches] == [False] * (len(batches) - 1) + [True]
         assert all(b.tokens <= max_tokens for b in batches)
-        found: Counter[tuple[int, int, float]] = Counter()
-        for b in (micro.packed for micro in batches):
-            positions = b.position_ids[b.loss_positions].tolist()
-            found.update(zip(positions, b.targets.tolist(), b.loss_weights.tolist(), strict=True))
-        assert found == expected
+        assert triples(batches) == expected
         assert batches[0].step_weight == pytest.approx(
             sum(w * n for (_, _, w), n in expected.items())
         )
 
 
-def test_the_loss_does_not_depend_on_trees_or_packing(mixed: World) -> None:
-    joined = mixed.join("e")
-    vlm, _ = build_vlm(SPEC.width, "random:qwen3-tiny", "linear", seed=0)
-    rng = np.random.default_rng(0)  # not the stored rows: as fp16, random bytes may be NaN
-    table = torch.from_numpy(rng.standard_normal((len(joined.rows), M, SPEC.width), np.float32))
-    losses = []
-    for branches, max_tokens in ((1, 64), (8, 64), (8, 4096)):
-        trees = mixed.trees(joined, 64, max_branches=branches)
-        total = weight = 0.0
-        with (
-            torch.no_grad(),
-            FeatureLoader(
-                SinglePass(trees, 1000), mixed.tokens(joined), mixed.reader, max_tokens=max_tokens
-            ) as loader,
-        ):
-            for micro in loader:
-                media = [m for tree in micro.layouts for m in tree.media]
-                part = vlm.loss(micro.packed, table[media] if media else None)
-                total, weight = total + float(part[0]), weight + float(part[1])
-        assert weight == pytest.approx(float(trees.loss_weight.sum()))
-        losses.append(total / weight)
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-
-
 def test_loading_from_a_later_step_gives_equal_micro_batches(mixed: World) -> None:
     joined = mixed.join("d", "e")
-    tokens = mixed.tokens(joined)
 
     def batches(start: int, stop: int) -> list[Any]:
-        schedule = TrainingSchedule(
-            mixed.trees(joined, 256), 16, seed=9
-        )  # a new one, as after a resume
-        with FeatureLoader(
-            schedule, tokens, mixed.reader, max_tokens=256, start=start, stop=stop, threads=3
-        ) as loader:
+        # A new schedule, as after a resume.
+        schedule = TrainingSchedule(mixed.trees(joined, 256), 16, seed=9)
+        with mixed.load(schedule, max_tokens=256, start=start, stop=stop, threads=3) as loader:
             return [
                 (m.step, m.index, m.packed.input_ids.tolist(), m.codes["image"].numpy().tobytes())
                 for m in loader
@@ -192,12 +141,9 @@ def test_loading_from_a_later_step_gives_equal_micro_batches(mixed: World) -> No
 def test_two_ranks_have_the_samples_of_one(mixed: World) -> None:
     joined = mixed.join("d", "e")
     schedule = TrainingSchedule(mixed.trees(joined), 16, seed=4)
-    tokens, reader = mixed.tokens(joined), mixed.reader
 
     def loader(rank: int, world: int) -> FeatureLoader:
-        return FeatureLoader(
-            schedule, tokens, reader, max_tokens=4096, stop=6, rank=rank, world_size=world
-        )
+        return mixed.load(schedule, max_tokens=4096, stop=6, rank=rank, world_size=world)
 
     assert triples(loader(0, 2)) + triples(loader(1, 2)) == triples(loader(0, 1))
 
@@ -205,7 +151,7 @@ def test_two_ranks_have_the_samples_of_one(mixed: World) -> None:
 def test_the_last_micro_batch_of_a_step_is_marked(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = SinglePass(mixed.trees(joined), 10)
-    with FeatureLoader(schedule, mixed.tokens(joined), mixed.reader, max_tokens=4096) as loader:
+    with mixed.load(schedule, max_tokens=4096) as loader:
         steps = [(m.step, m.last, m.wait_s >= 0) for m in loader]
         assert steps == [(i, True, True) for i in range(len(schedule))]
         assert list(loader) == []  # the loader stays exhausted
@@ -224,7 +170,7 @@ def test_a_damaged_row_is_an_error_that_names_the_shard(world: World) -> None:
     data[100] ^= 1
     shard.write_bytes(data)
     schedule = TrainingSchedule(world.trees(joined), 2, seed=0)
-    loader = FeatureLoader(schedule, world.tokens(joined), world.reader, max_tokens=512, stop=4)
+    loader = world.load(schedule, stop=4)
     with pytest.raises(CorruptError, match=str(shard)):
         list(loader)
     assert feature_threads() == []
@@ -234,9 +180,7 @@ def test_a_damaged_row_is_an_error_that_names_the_shard(world: World) -> None:
 def test_leaving_the_context_early_stops_the_threads(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
-    with FeatureLoader(
-        schedule, mixed.tokens(joined), mixed.reader, max_tokens=512, threads=3, ahead=6
-    ) as loader:
+    with mixed.load(schedule, threads=3, ahead=6) as loader:
         next(loader)
         assert feature_threads()
     assert feature_threads() == []
@@ -262,9 +206,7 @@ def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None
 
     def waits(work_s: float) -> list[float]:
         reader = SlowReader(mixed.reader, 0.05)
-        with FeatureLoader(
-            schedule, mixed.tokens(joined), reader, max_tokens=512, stop=12, threads=2, ahead=4
-        ) as loader:
+        with FeatureLoader(schedule, reader, max_tokens=512, stop=12, threads=2, ahead=4) as loader:
             measured = []
             for micro in loader:
                 measured.append(micro.wait_s)
@@ -281,9 +223,7 @@ def test_no_more_is_read_ahead_than_requested(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
     reader = SlowReader(mixed.reader, 0.0)
-    with FeatureLoader(
-        schedule, mixed.tokens(joined), reader, max_tokens=512, threads=2, ahead=3
-    ) as loader:
+    with FeatureLoader(schedule, reader, max_tokens=512, threads=2, ahead=3) as loader:
         for taken in range(1, 9):
             next(loader)
             time.sleep(0.02)
@@ -293,9 +233,7 @@ def test_no_more_is_read_ahead_than_requested(mixed: World) -> None:
 def test_rows_are_not_overwritten_before_the_next_request(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
-    with FeatureLoader(
-        schedule, mixed.tokens(joined), mixed.reader, max_tokens=512, stop=30, threads=3, ahead=2
-    ) as loader:
+    with mixed.load(schedule, stop=30, threads=3, ahead=2) as loader:
         for micro in loader:
             before = micro.codes["image"].clone()
             time.sleep(0.005)  # threads read the next micro-batches
@@ -306,4 +244,4 @@ def test_max_tokens_below_the_window_is_an_error(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = TrainingSchedule(mixed.trees(joined), 16, seed=0)
     with pytest.raises(ValueError, match="less than the window of 512"):
-        FeatureLoader(schedule, mixed.tokens(joined), mixed.reader, max_tokens=500)
+        mixed.load(schedule, max_tokens=500)

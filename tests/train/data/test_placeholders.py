@@ -1,6 +1,6 @@
 """Placeholders: the tokens of an image or a video, and their number.
 
-Placeholders.of(spec, tokenizer).video([0.0, 0.5])    # each frame: its time as text, then image tokens
+Placeholders.of(spec, tokenizer).contents(samples, [3, 0])    # the tokens of two media items
 """
 
 from __future__ import annotations

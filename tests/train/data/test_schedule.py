@@ -60,6 +60,7 @@ def some_trees(
     starts = np.concatenate([[0], np.cumsum(flat)])
     return MessageTrees(
         samples=samples,
+        tokens=None,  # type: ignore[arg-type]  # a schedule needs no texts
         names=names,
         mix=mix,
         members=everything,

@@ -66,23 +66,23 @@ def test_a_store_has_the_tokens_and_weights_of_the_template(
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.weights.tolist() == expected.weights.tolist()
     dataset, index = np.zeros(4, np.int16), np.arange(4)
-    lengths = store.lengths(dataset, index)
+    lengths = store.field("used", dataset, index)
     # All tokens but the end mark, which is only predicted, and the newline after it.
     assert lengths.tolist() == [len(store.sample(0, i).ids) - 2 for i in range(4)]
-    sums = store.loss_weights(dataset, index)
+    sums = store.field("loss_weight", dataset, index)
     assert sums.tolist() == [
         4.0,
         1.0,
         4.0,
         4.0,
     ]  # t, w, o and the end mark; 0.25 each in the second sample
-    prefixes = store.prefixes(dataset, index)
+    prefixes, hashes = (store.field(f, dataset, index) for f in ("prefix", "prefix_hash"))
     for i in range(4):
         ids = store.sample(0, i).ids
         places = np.flatnonzero(ids == store.image_token_id)
-        assert prefixes.length[i] == (places[-1] + 1 if len(places) else 0)
-    assert prefixes.hash[1] == prefixes.hash[3]  # both are "user\n<image>"
-    assert len(set(prefixes.hash.tolist())) == 3
+        assert prefixes[i] == (places[-1] + 1 if len(places) else 0)
+    assert hashes[1] == hashes[3]  # both are "user\n<image>"
+    assert len(set(hashes.tolist())) == 3
     assert not list((tmp_path / "cache").rglob("*.bin"))  # the cache is only read
 
 
@@ -196,7 +196,7 @@ def test_several_data_sets_and_an_empty_one(tmp_path: Path, tokenizer: object) -
     write_samples(root, "b", some_samples("a much longer answer"))
     write_samples(root, "none", [])
     store = TokenStore.open(root, ["b", "none", "a"], tokenizer, folder=tmp_path / "tokens")
-    lengths = store.lengths(np.array([2, 0], np.int16), np.array([0, 0]))
+    lengths = store.field("used", np.array([2, 0], np.int16), np.array([0, 0]))
     assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
 
 
