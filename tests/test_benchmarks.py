@@ -53,6 +53,7 @@ def test_every_store_returns_the_bytes_written(tmp_path: Path) -> None:
     ours.write(row, 40)
     ours.space.grow("image")
     safe = stores.SafeTensors(tmp_path / "safe", shape)
+    safe.prepare()
     safe.write(row, 40)
     readers = [stores.Raw(ours.folder, shape, threads=2), ours, safe]
     rows = store.np.random.default_rng(0).permutation(40)[:32]

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import command, parse
-from tests.benchmarks import stores
-from tests.benchmarks.bench import Requirements
+from tests.benchmarks import bench, stores
+from tests.benchmarks.bench import Requirements, forget, run
 from tests.benchmarks.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {
@@ -52,12 +50,14 @@ PEERS = (
 )
 COLUMNS = ("single", "batch", "sequential", "single, cold", "batch, cold", "write")
 WARM = COLUMNS[:3]
+HEAD = ("| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|")
+"""The first two lines of a table in Markdown."""
 READ_BYTES = 96 << 20
 """About the bytes that one store reads in one round of one column."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(bench.Options):
     """What to measure."""
 
     rows: int = 384
@@ -66,8 +66,6 @@ class Options:
     """Rounds of warm reads; there are two thirds as many of cold reads, and a third of writing."""
     peers: bool = True
     """Also measure the other stores."""
-    folder: Path | None = None
-    """Where to make the stores; a temporary folder by default. They are removed afterwards."""
     environments: Path = Path("~/.cache/nanomolmo2/bench")
     """Where the environment of MDS is kept."""
     markdown: Path | None = None
@@ -93,6 +91,10 @@ class Figures:
         """Return how many times faster `one` is than `other`, median over turns."""
         found = self.seconds[size, column]
         return statistics.median(b / a for a, b in zip(found[one], found[other], strict=True))
+
+    def to_raw(self, size: str, column: str, name: str) -> float:
+        """Return the ratio to `preadv`; when writing, checked and unchecked are the same."""
+        return self.ratio(size, column, "ours" if column == "write" else name, "raw preadv")
 
     def rate(self, size: str, column: str, name: str) -> tuple[float, float]:
         """Return rows/s and MB/s of one store."""
@@ -120,14 +122,6 @@ def fsync(files: Sequence[Path]) -> None:
     for path in files:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
-        os.close(fd)
-
-
-def forget(files: Sequence[Path]) -> None:
-    """Remove files from the page cache; they must be written out, and not mapped."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
 
 
@@ -242,7 +236,6 @@ def write_all(
             if kind is Ours:
                 store.name = "ours"
             store.prepare()
-
             seconds = seconds_of(store.write, row, count)
             if type(store) is not Ours:  # ours fsyncs what it commits
                 seconds += seconds_of(fsync, store.files())
@@ -273,8 +266,7 @@ def measure(options: Options, folder: Path) -> tuple[Figures, list[Store]]:
                 else:
                     peers.append(peer)
             readers += peers
-            writers += [type(peer) for peer in peers]
-        if size == "fp16":
+            writers += map(type, peers)
             figures.names = ["ours", *(reader.name for reader in readers)]
         read_warm(figures, size, readers, count, options.rounds)
         read_cold(figures, size, readers, count, 2 * few)
@@ -293,11 +285,10 @@ def requirements(figures: Figures, peers: Sequence[Store]) -> list[tuple[str, fl
     lines = []
     for size in SHAPES:
         for column in COLUMNS[:-1]:
-            for name, required in (("ours, unchecked", 0.9), ("ours, checked", 0.7)):
-                ratio = figures.ratio(size, column, name, "raw preadv")
-                what = f"{size}, {column}, {name.removeprefix('ours, ')} / raw"
-                lines.append((what, ratio, required))
-        ratio = figures.ratio(size, "write", "ours", "raw preadv")
+            for name, required in (("unchecked", 0.9), ("checked", 0.7)):
+                ratio = figures.to_raw(size, column, f"ours, {name}")
+                lines.append((f"{size}, {column}, {name} / raw", ratio, required))
+        ratio = figures.to_raw(size, "write", "ours")
         lines.append((f"{size}, write + fsync + commit / raw", ratio, 0.8))
     for peer in peers:
         for column in COLUMNS:
@@ -318,9 +309,7 @@ def tables(figures: Figures) -> str:
     cores = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
     lines = [f"{datetime.now(UTC):%Y-%m-%d}, {cores}, Python {platform.python_version()}.", ""]
     for size, (tokens, width) in SHAPES.items():
-        lines += [f"{size}: rows of {2 * tokens * width:,} bytes; rows/s (MB/s).", ""]
-        lines.append("| | " + " | ".join(COLUMNS) + " |")
-        lines.append("|---" * (len(COLUMNS) + 1) + "|")
+        lines += [f"{size}: rows of {2 * tokens * width:,} bytes; rows/s (MB/s).", "", *HEAD]
         measured = {name for column in COLUMNS for name in figures.seconds[size, column]}
         for name in filter(measured.__contains__, figures.names):
             cells = []
@@ -332,30 +321,24 @@ def tables(figures: Figures) -> str:
                     cells.append("–")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["Ratios to raw `preadv`, and to raw write + fsync.", ""]
-    lines.append("| | " + " | ".join(COLUMNS) + " |")
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    lines += ["Ratios to raw `preadv`, and to raw write + fsync.", "", *HEAD]
     for size in SHAPES:
-        for name in ("ours, unchecked", "ours, checked"):
-            cells = [f"{figures.ratio(size, c, name, 'raw preadv'):.2f}" for c in COLUMNS[:-1]]
-            cells.append(f"{figures.ratio(size, 'write', 'ours', 'raw preadv'):.2f}")
-            lines.append(f"| {size}, {name.removeprefix('ours, ')} | " + " | ".join(cells) + " |")
+        for name in ("unchecked", "checked"):
+            cells = [f"{figures.to_raw(size, c, f'ours, {name}'):.2f}" for c in COLUMNS]
+            lines.append(f"| {size}, {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
-    options = parse(Options, prog="python -m tests.benchmarks.store", description=__doc__)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures, peers = measure(options, Path(folder))
+def report(options: Options, folder: Path, printed: Requirements) -> None:
+    """Measure everything; print the tables and the requirements."""
+    figures, peers = measure(options, folder)
     text = tables(figures)
     print("\n" + text)
     if options.markdown is not None:
         options.markdown.write_text(text)
-    printed = Requirements("store")
     for name, ratio, required in requirements(figures, peers):
         printed.at_least(name, ratio, required)
-    printed.summary()
 
 
 if __name__ == "__main__":
-    command(main)
+    run("store", __doc__, report, Options)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space
 from cache.store.writer import NewRow, ShardWriter
+from tests.support.spaces import SPEC
 
 Rows = npt.NDArray[np.int64]
 BATCH = 32
@@ -49,9 +51,12 @@ class Store:
         self.folder, self.shape = folder, shape
         self.row_bytes = 2 * shape[0] * shape[1]
         self.out = np.zeros((BATCH, self.row_bytes), np.uint8)
+        self.opened: Any = None
+        """What `open` returns in the library."""
 
     def prepare(self) -> None:
         """Prepare for writing, once and outside the measured time."""
+        self.folder.mkdir(parents=True)
 
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         """Write rows 0 to count - 1, without fsync."""
@@ -87,6 +92,7 @@ class Store:
 
     def close(self) -> None:
         """Close files and mappings, so that the page cache can drop them."""
+        self.opened = None
 
     def end(self) -> None:
         """End processes; the store is not used any more."""
@@ -96,23 +102,8 @@ def spec_of(shape: tuple[int, int]) -> FeatureSpec:
     """Return a spec of rows of `shape`, tokens and float16 values."""
     side = round(shape[0] ** 0.5)
     assert side * side == shape[0]
-    return FeatureSpec(
-        encoder="bench",
-        architecture="none",
-        weights="0" * 64,
-        activation="gelu",
-        blocks=(0,),
-        image_size=2 * side,
-        patch_size=2,
-        width=shape[1],
-        fit="squash",
-        resize="none",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        pool_frame=1,
-        compute_dtype="float32",
-        batch_size=1,
-        codec="fp16",
+    return replace(
+        SPEC, image_size=2 * side, patch_size=2, width=shape[1], pool_frame=1, codec="fp16"
     )
 
 
@@ -181,7 +172,7 @@ class Raw(Ours):
                 file.write(row(number).data)
 
     def prepare(self) -> None:
-        self.folder.mkdir(parents=True)
+        Store.prepare(self)
 
     def open(self) -> None:
         super().open()
@@ -220,14 +211,11 @@ class Raw(Ours):
 # ---- other libraries
 
 
-class ZarrPython(Ours):
+class ZarrPython(Store):
     """zarr-python, reading our files."""
 
+    name = "zarr-python"
     checks = True
-
-    def __init__(self, folder: Path, shape: tuple[int, int]):
-        super().__init__(folder, shape)
-        self.name = "zarr-python"
 
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         import zarr
@@ -250,33 +238,19 @@ class ZarrPython(Ours):
         import zarr
 
         path = find_space(CacheRoot(self.folder), None).array("image")
-        self.array = zarr.open_array(str(path), mode="r")
-
-    def prepare(self) -> None:
-        pass
+        self.opened = zarr.open_array(str(path), mode="r")
 
     def one(self, row: int) -> Any:
-        return self.array[row]
+        return self.opened[row]  # fancy indexing, for a batch, is ten times slower
 
     def keep(self, i: int, row: Any) -> None:
         self.out[i % BATCH].view("<f2").reshape(self.shape)[:] = row
-
-    def singles(self, rows: Rows) -> None:
-        Store.singles(self, rows)
-
-    def batches(self, rows: Rows) -> None:  # fancy indexing is ten times slower
-        Store.singles(self, rows)
-
-    def close(self) -> None:
-        del self.array
 
 
 class Zarrs(ZarrPython):
     """zarr-python with the codec pipeline in Rust, reading our files."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int]):
-        super().__init__(folder, shape)
-        self.name = "zarrs"
+    name = "zarrs"
 
     @contextlib.contextmanager
     def _pipeline(self) -> Iterator[None]:
@@ -298,9 +272,7 @@ class Zarrs(ZarrPython):
 class TensorStore(ZarrPython):
     """TensorStore, reading our files."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int]):
-        super().__init__(folder, shape)
-        self.name = "tensorstore"
+    name = "tensorstore"
 
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         import tensorstore
@@ -338,14 +310,14 @@ class TensorStore(ZarrPython):
 
         path = find_space(CacheRoot(self.folder), None).array("image")
         kvstore = {"driver": "file", "path": str(path)}
-        self.array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+        self.opened = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
 
     def one(self, row: int) -> Any:
-        return self.array[row].read().result()
+        return self.opened[row].read().result()
 
     def batches(self, rows: Rows) -> None:
         for start in range(0, len(rows), BATCH):
-            asked = [self.array[row].read() for row in rows[start : start + BATCH].tolist()]
+            asked = [self.opened[row].read() for row in rows[start : start + BATCH].tolist()]
             for i, answer in enumerate(asked):
                 self.keep(i, answer.result())
 
@@ -359,7 +331,6 @@ class WebDataset(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         import webdataset
 
-        self.folder.mkdir(parents=True)
         with webdataset.TarWriter(str(self.folder / "rows.tar")) as tar:
             for number in range(count):
                 tar.write({"__key__": f"{number:08d}", "bin": row(number).tobytes()})
@@ -369,9 +340,9 @@ class WebDataset(Store):
 
         if start == 0:
             path = str(self.folder / "rows.tar")
-            self.rows = iter(webdataset.WebDataset(path, shardshuffle=False))
+            self.opened = iter(webdataset.WebDataset(path, shardshuffle=False))
         for i in range(count):
-            self.keep(i, next(self.rows)["bin"])
+            self.keep(i, next(self.opened)["bin"])
 
 
 class LitData(Store):
@@ -382,7 +353,6 @@ class LitData(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         from litdata.streaming.writer import BinaryWriter
 
-        self.folder.mkdir(parents=True)
         writer = BinaryWriter(str(self.folder), chunk_bytes=PEER_SHARD_BYTES)
         for number in range(count):
             writer[number] = row(number).tobytes()
@@ -392,13 +362,10 @@ class LitData(Store):
     def open(self) -> None:
         from litdata import StreamingDataset
 
-        self.rows = StreamingDataset(str(self.folder))
+        self.opened = StreamingDataset(str(self.folder))
 
     def one(self, row: int) -> Any:
-        return self.rows[row]
-
-    def close(self) -> None:
-        del self.rows
+        return self.opened[row]
 
 
 class Lance(Store):
@@ -423,19 +390,16 @@ class Lance(Store):
     def open(self) -> None:
         import lance
 
-        self.table = lance.dataset(str(self.folder))
+        self.opened = lance.dataset(str(self.folder))
 
     def one(self, row: int) -> Any:
-        return self.table.take([row])["row"][0].as_buffer()
+        return self.opened.take([row])["row"][0].as_buffer()
 
     def batches(self, rows: Rows) -> None:
         for start in range(0, len(rows), BATCH):
-            taken = self.table.take(rows[start : start + BATCH].tolist())["row"]
+            taken = self.opened.take(rows[start : start + BATCH].tolist())["row"]
             for i, row in enumerate(taken):
                 self.keep(i, row.as_buffer())
-
-    def close(self) -> None:
-        del self.table
 
 
 class SafeTensors(Store):
@@ -446,20 +410,16 @@ class SafeTensors(Store):
     def write(self, row: Callable[[int], npt.NDArray[np.uint8]], count: int) -> None:
         from safetensors.numpy import save_file
 
-        self.folder.mkdir(parents=True)
         rows = {str(n): row(n).copy() for n in range(count)}
         save_file(rows, self.folder / "rows.safetensors")
 
     def open(self) -> None:
         from safetensors import safe_open
 
-        self.file: Any = safe_open(str(self.folder / "rows.safetensors"), framework="np")
+        self.opened = safe_open(str(self.folder / "rows.safetensors"), framework="np")
 
     def one(self, row: int) -> Any:
-        return self.file.get_tensor(str(row))
-
-    def close(self) -> None:
-        del self.file
+        return self.opened.get_tensor(str(row))
 
 
 class Mds(Store):
