@@ -17,7 +17,7 @@ when rows were damaged.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Options:
     """Print what there is to do, and stop."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SpacePlan:
     """The rows to copy from one space of the other cache."""
 
@@ -74,9 +74,9 @@ class SpacePlan:
     """The space of the other cache."""
     paths: SpacePaths
     """The local space, which need not exist yet."""
-    positions: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    positions: dict[str, npt.NDArray[np.int64]]
     """Array -> positions (n,) in the source of the rows to copy."""
-    different: int = 0
+    different: int
     """Rows that both spaces have with different bytes, because different machines computed them."""
 
     @property
@@ -109,13 +109,14 @@ def plan_space(source: SpacePaths, paths: SpacePaths) -> SpacePlan:
     Raises:
         CacheError: one of them cannot be opened.
     """
-    plan = SpacePlan(source=FeatureReader(source), paths=paths)
+    there = FeatureReader(source)
     here = FeatureReader(paths) if paths.space_json.exists() else None
-    for array in ARRAYS:
-        plan.positions[array] = missing(plan.source, here, array)
-        if here is not None:
-            plan.different += _different(plan.source, here, array)
-    return plan
+    return SpacePlan(
+        source=there,
+        paths=paths,
+        positions={array: missing(there, here, array) for array in ARRAYS},
+        different=sum(_different(there, here, array) for array in ARRAYS if here is not None),
+    )
 
 
 def _same_space(root: CacheRoot, source: SpacePaths) -> SpacePaths:

@@ -75,7 +75,7 @@ def run(options: Options) -> str:
     refuse_nonempty(options.out)
     root = CacheRoot.existing(options.features)
     reader = FeatureReader(find_space(root, options.space))
-    source = Source(reader=reader, unpack=options.unpack)
+    source = Source(reader=reader, codec="fp16" if options.unpack else reader.spec.codec)
     datasets = [gather_dataset(root, name, reader) for name in dict.fromkeys(options.dataset)]
     rows = {
         array: exported_rows(reader, array, datasets) if datasets else unique_rows(reader, array)

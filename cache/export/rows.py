@@ -50,13 +50,8 @@ class Source:
 
     reader: FeatureReader
     """A reader of the space that verifies checksums."""
-    unpack: bool
-    """Whether rows are exported as float16."""
-
-    @property
-    def codec(self) -> str:
-        """The codec of an exported row: that of the space, or `fp16`."""
-        return "fp16" if self.unpack else self.reader.spec.codec
+    codec: str
+    """The codec of an exported row: that of the space, or `fp16`."""
 
     def shape(self, array: str) -> tuple[int, ...]:
         """Return the shape of one exported row: (tokens, width) float16, or (row_bytes,) uint8."""
@@ -92,7 +87,8 @@ class Source:
         index = self.reader.index[array]
         key, view = index.identity(position)
         time_s = float(index.times[position])
-        crc = crc32c(row.data) if self.unpack else int(index.crcs[position])
+        packed = self.codec == self.reader.spec.codec
+        crc = int(index.crcs[position]) if packed else crc32c(row.data)
         error = float(index.columns.errors[position])
         known = None if np.isnan(time_s) else time_s
         return RowFacts(key=key, view=view, time_s=known, crc=crc, error=error)

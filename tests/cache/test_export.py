@@ -57,11 +57,10 @@ def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Spa
         video.append(key(9), view, row(number, "frame", space.spec), time_s=time_s, error=0.004)
     video.commit()
     root = CacheRoot(folder)
-    records = [MediaRecord(source=f"/{n}.png", key=key(n)) for n in range(7)]
-    records.append(MediaRecord(source="/9.mp4", key=key(9), kind="video", duration_s=10.0))
-    records.append(MediaRecord(source="/8.png", key=key(8)))  # never encoded
-    records.append(MediaRecord(source="/x.png", status="failed", stage="decode", error="truncated"))
-    append_media(root, records, "job")
+    images = [MediaRecord(source=f"/{n}.png", key=key(n)) for n in range(9)]  # 7, 8: not encoded
+    nine = MediaRecord(source="/9.mp4", key=key(9), kind="video", duration_s=10.0)
+    bad = MediaRecord(source="/x.png", status="failed", stage="decode", error="truncated")
+    append_media(root, [*images, nine, bad], "job")
     write_samples(root, "talk", SAMPLES)
     return space
 

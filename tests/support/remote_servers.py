@@ -9,7 +9,6 @@ with WebServer(folder) as server:               # serves a folder over http, wit
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import random
@@ -277,12 +276,11 @@ def environment(endpoint: str) -> dict[str, str]:
 def upload(folder: Path, url: str) -> None:
     """Create a bucket and upload every file below a folder, to the server that the environment names."""
     import boto3
-    import obstore
-    from obstore.store import S3Store
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    store = S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True})
-    for file in sorted(folder.rglob("*")):
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket=bucket)
+    for file in folder.rglob("*"):
         if file.is_file():
-            obstore.put(store, file.relative_to(folder).as_posix(), io.BytesIO(file.read_bytes()))
+            name = (Path(prefix) / file.relative_to(folder)).as_posix()
+            s3.put_object(Bucket=bucket, Key=name, Body=file.read_bytes())
