@@ -25,10 +25,10 @@ MAX_LISTING_BYTES = 512 << 20
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ARRAY = "|".join(ARRAYS)
-_SAMPLES = re.compile(rf"samples/(?P<dataset>{_NAME})/part-\d{{5}}\.parquet")
-_MEDIA = re.compile(rf"media/part-\d{{20}}-{_NAME}\.parquet")
-_SPACE = re.compile(
-    rf"spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_ARRAY})/)?zarr\.json"
+_TABLE = re.compile(
+    rf"samples/(?P<dataset>{_NAME})/part-\d{{5}}\.parquet"
+    rf"|media/part-\d{{20}}-{_NAME}\.parquet"
+    rf"|spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_ARRAY})/)?zarr\.json"
     rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME})"
 )
 
@@ -45,9 +45,7 @@ class FileInfo:
 
 def is_table(name: str) -> bool:
     """Return whether a name, relative to the root, is that of a table. No other name is ever written."""
-    if ".." in name or name.endswith(".partial"):
-        return False
-    return any(pattern.fullmatch(name) for pattern in (_SAMPLES, _MEDIA, _SPACE))
+    return bool(_TABLE.fullmatch(name)) and ".." not in name and not name.endswith(".partial")
 
 
 def is_sealed(name: str) -> bool:
@@ -55,16 +53,10 @@ def is_sealed(name: str) -> bool:
     return "/index/" not in name
 
 
-def dataset_of(name: str) -> str | None:
-    """Return the data set of a samples table, or None for another file."""
-    found = _SAMPLES.fullmatch(name)
-    return found["dataset"] if found else None
-
-
-def space_of(name: str) -> str | None:
-    """Return the space that a table belongs to, or None for samples and media."""
-    found = _SPACE.fullmatch(name)
-    return found["space"] if found else None
+def owner_of(name: str) -> tuple[str | None, str | None]:
+    """Return the data set and the space that a table belongs to: one of them, or for media none."""
+    found = _TABLE.fullmatch(name)
+    return (found["dataset"], found["space"]) if found else (None, None)
 
 
 def local_tables(root: CacheRoot) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CacheError, NotFoundError
-from cache.remote.listing import dataset_of, space_of
+from cache.remote.listing import owner_of
 from cache.remote.mirror import Mirror
 from cache.remote.reader import RemoteReader
 from cache.remote.retry import RetryPolicy
@@ -79,7 +79,7 @@ class RemoteCache:
         """
 
         def wanted(name: str) -> bool:
-            dataset, of = dataset_of(name), space_of(name)
+            dataset, of = owner_of(name)
             if dataset is not None:
                 return not datasets or dataset in datasets
             if of is not None and not name.endswith("/space.json"):

@@ -126,22 +126,19 @@ def test_a_missing_damaged_or_outdated_listing_is_an_error_with_a_remedy(
 ) -> None:
     listing = cache.path / LISTING
     data = listing.read_bytes()
-    try:
-        listing.write_bytes(data.replace(b"samples/colors", b"samples/colour"))
-        with pytest.raises(CacheError, match=r"do not match its seal; .*python -m cache\.share"):
-            here(server, tmp_path).copy_tables()
-        listing.unlink()
-        with pytest.raises(NotFoundError, match=r"no listing\.json, .*-m cache\.share --feat"):
-            here(server, tmp_path).copy_tables()
-        values = json.loads(data)
-        name = "samples/colors/part-00000.parquet"
-        values["files"][name] = [values["files"][name][0], DIGEST]  # the table has changed since
-        listing.write_bytes(sealed_json({k: v for k, v in values.items() if k != "seal"}))
-        with pytest.raises(UnreachableError, match=rf"{name}: its sha256 differs .*cache\.share"):
-            here(server, tmp_path).copy_tables()
-        assert not (here(server, tmp_path)._mirror.root.path / name).exists()
-    finally:
-        listing.write_bytes(data)
+    listing.write_bytes(data.replace(b"samples/colors", b"samples/colour"))
+    with pytest.raises(CacheError, match=r"do not match its seal; .*python -m cache\.share"):
+        here(server, tmp_path).copy_tables()
+    listing.unlink()
+    with pytest.raises(NotFoundError, match=r"no listing\.json, .*-m cache\.share --feat"):
+        here(server, tmp_path).copy_tables()
+    values = json.loads(data)
+    name = "samples/colors/part-00000.parquet"
+    values["files"][name] = [values["files"][name][0], DIGEST]  # the table has changed since
+    listing.write_bytes(sealed_json({k: v for k, v in values.items() if k != "seal"}))
+    with pytest.raises(UnreachableError, match=rf"{name}: its sha256 differs .*cache\.share"):
+        here(server, tmp_path).copy_tables()
+    assert not (here(server, tmp_path)._mirror.root.path / name).exists()
 
 
 def test_only_the_wanted_tables_are_copied(

@@ -307,7 +307,10 @@ def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) 
     store = HttpStore(server.url, POLICY)
     store._pool._allow_private = False  # as for a server on the open web
     server.acts["/spaces"] = redirect(to)
-    store._pool._idle[store._origin] = [(connect(server), time.monotonic() + 60)] * 9
+    # An open connection, because this store would refuse to connect to the loopback.
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.connect()
+    store._pool._idle[store._origin] = [(connection, time.monotonic() + 60)] * 9
     target = memoryview(bytearray(4))
     with pytest.raises(RequestError) as failure:
         store.read("spaces/x", 0, target, None)
@@ -315,19 +318,12 @@ def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) 
     assert "secret" not in failure.value.reason
 
 
-def connect(server: WebServer) -> object:
-    """Return an open connection, for stores that would refuse to connect to the loopback."""
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    connection.connect()
-    return connection
-
-
 def test_an_authorization_is_sent_only_to_its_host(cache: CacheRoot, server: WebServer) -> None:
     store = HttpStore(server.url, POLICY, headers={"Authorization": "Bearer hf_secret"})
     with WebServer(cache.path) as other:
         server.acts["/spaces"] = redirect(other.url)
-        name = next(path for path in map(str, cache.path.rglob("space.json")))
-        store.read_file(os.path.relpath(name, cache.path), 10**6)
+        (path,) = cache.path.rglob("space.json")
+        store.read_file(path.relative_to(cache.path).as_posix(), 10**6)
         assert server.headers[-1]["Authorization"] == "Bearer hf_secret"
         assert "Authorization" not in other.headers[-1]
 
