@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,10 @@ class Entry:
     """The sha256 that the data set states; None if it states none."""
     expected: str
     """`ok`, or the stage at which it fails until the server is healed."""
+    image: bytes = field(repr=False)
+    """What it serves once the server is healed."""
+    act: Act | None
+    """How it answers before; None: with the image."""
 
 
 @functools.cache
@@ -255,10 +259,6 @@ def reset_in_body(h: Handler, image: bytes, _: int) -> None:
     h.hang_up(reset=True)
 
 
-def hang_up(h: Handler, _: bytes, __: int) -> None:
-    h.hang_up()
-
-
 def garbage(h: Handler, _: bytes, __: int) -> None:
     h.wfile.write(bytes(range(256)) * 4)
     h.hang_up()
@@ -327,7 +327,7 @@ TROUBLES: dict[str, tuple[str, Act]] = {
     "truncated-chunks": ("fetch", truncated_chunks),
     "reset": ("fetch", reset),
     "reset-in-body": ("fetch", reset_in_body),
-    "hang-up": ("fetch", hang_up),
+    "hang-up": ("fetch", lambda h, _, __: h.hang_up()),
     "garbage": ("fetch", garbage),
     "200-mb": ("fetch", huge),
     "200-mb-unsaid": ("fetch", endless),
@@ -371,13 +371,6 @@ PASSING: dict[str, Act] = {
 """Kinds that succeed, some of them after a retry."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Kind:
-    entry: Entry
-    image: bytes
-    act: Act | None
-
-
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
@@ -417,7 +410,7 @@ class TroubleServer:
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.sockets: list[socket.socket] = []
-        self.kinds: dict[str, _Kind] = {}
+        self.kinds: dict[str, Entry] = {}
         self._number = 0
         self._add_good(photos)
         for kind, act in (PASSING | (extra or {})).items():
@@ -454,7 +447,7 @@ class TroubleServer:
 
     def entries(self) -> list[Entry]:
         """Return all paths."""
-        return [kind.entry for kind in self.kinds.values()]
+        return list(self.kinds.values())
 
     def heal(self) -> None:
         """Let every path serve its image from now on."""
@@ -504,11 +497,14 @@ class TroubleServer:
             image = photo(self._number)
             self._number += 1
         sha256 = hashlib.sha256(image).hexdigest()
-        claimed = claimed or expected == "verify"
-        entry = Entry(
-            path=f"/{kind}", kind=kind, sha256=sha256 if claimed else None, expected=expected
+        self.kinds[f"/{kind}"] = Entry(
+            path=f"/{kind}",
+            kind=kind,
+            sha256=sha256 if claimed or expected == "verify" else None,
+            expected=expected,
+            image=image,
+            act=act,
         )
-        self.kinds[entry.path] = _Kind(entry=entry, image=image, act=act)
 
 
 # ---- downloads from it

@@ -51,6 +51,12 @@ def url_at(server: TroubleServer, host: str) -> str:
     return server.url("photo-0").replace("127.0.0.1", host)
 
 
+def failure(host: str, *, unreachable: bool) -> DownloadError:
+    error = DownloadError("no connection", unreachable=unreachable)
+    error.host = host
+    return error
+
+
 def test_downloads_survive_an_outage(
     server: TroubleServer, names: Names, caplog: pytest.LogCaptureFixture, fetcher: MakeFetcher
 ) -> None:
@@ -112,24 +118,17 @@ def test_closing_does_not_wait_for_the_network(
 def test_each_wait_in_vain_raises_the_number_of_hosts_for_an_alarm(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def unreachable(number: int) -> DownloadError:
-        error = DownloadError("no connection", retryable=True, unreachable=True)
-        error.host = f"host{number}"
-        return error
-
     async def scenario() -> list[int]:
         outage = Outage(0.0)
         alarms = []
         for _ in range(3):
             before = caplog.text.count("network may be down")
             for number in range(1000):
-                assert not await outage.wait_if_down(unreachable(number))
+                assert not await outage.wait_if_down(failure(f"host{number}", unreachable=True))
                 if caplog.text.count("network may be down") > before:
                     alarms.append(number + 1)
                     before += 1
-            answer = DownloadError("HTTP 404")
-            answer.host = "alive"
-            assert not await outage.wait_if_down(answer)
+            assert not await outage.wait_if_down(failure("alive", unreachable=False))
         return alarms
 
     assert asyncio.run(scenario()) == [HOSTS, 4 * HOSTS, 16 * HOSTS]
@@ -138,9 +137,7 @@ def test_each_wait_in_vain_raises_the_number_of_hosts_for_an_alarm(
 def test_one_unreachable_host_is_not_an_outage() -> None:
     async def scenario() -> None:
         outage = Outage(600)
-        error = DownloadError("no connection", retryable=True, unreachable=True)
-        error.host = "host"
         for _ in range(1000):
-            assert not await outage.wait_if_down(error)
+            assert not await outage.wait_if_down(failure("host", unreachable=True))
 
     asyncio.run(asyncio.wait_for(scenario(), 5))

@@ -29,6 +29,7 @@ def head(*lines: bytes, status: bytes = b"HTTP/1.1 200 OK") -> Act:
 
 
 LENGTH = b"Content-Length: LEN"
+FOUND = b"HTTP/1.1 302 Found"
 ODD: dict[str, tuple[Act, str | None]] = {
     "many-headers": (head(LENGTH, *(b"X-%d: y" % i for i in range(100))), None),
     "large-header": (head(LENGTH, b"X: " + b"y" * 20_000), None),
@@ -50,28 +51,16 @@ ODD: dict[str, tuple[Act, str | None]] = {
     "latin-1": (head(LENGTH, b"X: a\xe9b"), None),
     "999": (head(LENGTH, status=b"HTTP/1.1 999 No"), "HTTP 999"),
     "304": (raw(b"HTTP/1.1 304 Not Modified\r\n\r\n"), "HTTP 304"),
-    "part": (
-        head(LENGTH, b"Content-Range: bytes 0-5/10", status=b"HTTP/1.1 206 Part"),
-        "HTTP 206",
-    ),
+    "part": (head(LENGTH, b"Content-Range: bytes 0-5/10", status=b"HTTP/1.1 206 P"), "HTTP 206"),
     "bad-location": (
-        head(b"Location: http://[::1", LENGTH, status=b"HTTP/1.1 302 Found"),
+        head(b"Location: http://[::1", LENGTH, status=FOUND),
         "redirect to an invalid URL",
     ),
-    "empty-location": (
-        head(b"Location: ", LENGTH, status=b"HTTP/1.1 302 Found"),
-        "redirect loop",
-    ),
-    "latin-location": (
-        head(b"Location: /photo-0?x=\xe9\xff", LENGTH, status=b"HTTP/1.1 302 Found"),
-        None,
-    ),
+    "empty-location": (head(b"Location: ", LENGTH, status=FOUND), "redirect loop"),
+    "latin-location": (head(b"Location: /photo-0?x=\xe9\xff", LENGTH, status=FOUND), None),
     "cookies": (head(LENGTH, b'Set-Cookie: b\xe9[]=1; "; =3, ;;', b"Set-Cookie: @=:"), None),
     "coding-of-no-coding": (head(LENGTH, b"Content-Encoding: UTF-8"), None),
-    "brotli": (
-        head(LENGTH, b"Content-Encoding: br"),
-        "unrequested Content-Encoding br",
-    ),
+    "brotli": (head(LENGTH, b"Content-Encoding: br"), "unrequested Content-Encoding br"),
     "two-codings": (
         head(LENGTH, b"Content-Encoding: gzip", b"Content-Encoding: <br>"),
         "unrequested Content-Encoding gzip",

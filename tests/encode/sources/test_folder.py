@@ -51,6 +51,7 @@ def assistant(content: str, weight: float = 1.0) -> Message:
     return Message(role="assistant", content=content, weight=weight)
 
 
+ASKED = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -145,10 +146,7 @@ def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
         ('{"file": "a.jpg", "caption": "\\ud800"}', "half a surrogate pair"),
         ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; keys of texts are caption"),
         ({"file": "a.jpg", "text": "x"}, "unknown key 'text'"),
-        (
-            {"file": "a.jpg", "caption": "x", "messages": HELLO},
-            "caption and messages; use one of them",
-        ),
+        ({"file": "a.jpg", "caption": "x", "messages": HELLO}, "caption and messages; use one"),
         ({"file": "a.jpg", "question": "?"}, "question and answer go together"),
         ({"file": "a.jpg", "answer": "!"}, "question and answer go together"),
         ({"file": "a.jpg", "caption": "an <image> here"}, "caption contains <image>"),
@@ -162,17 +160,8 @@ def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
         ),
         ({"file": "a.jpg", "messages": HELLO[:1]}, "no turn of the assistant"),
         ({"file": "a.jpg", "messages": HELLO[1:]}, "no turn of the user"),
-        (
-            {
-                "files": ["a.jpg", "b.png"],
-                "messages": [{"role": "user", "content": "<image>?"}, HELLO[1]],
-            },
-            "1 <image> for 2 files",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "<image>?"}, HELLO[1]]},
-            "1 <image> for 0 files",
-        ),
+        ({"files": ["a.jpg", "b.png"], "messages": ASKED}, "1 <image> for 2 files"),
+        ({"messages": ASKED}, "1 <image> for 0 files"),
         (
             {"file": "a.jpg", "messages": [HELLO[0], {"role": "assistant", "content": "<image>"}]},
             "turn 2: <image> in a message of the assistant",

@@ -240,14 +240,7 @@ def test_an_invalid_count_is_refused(count: int | None) -> None:
         ("[USER]\nWhat?\n[ASSISTANT]\n", ["What?", "Yes."]),
         ("[USER] What?", ["What?", "Yes."]),
         ("What?", ["What?", "Yes."]),
-        (
-            "[USER] What? [ASSISTANT] A cat. [USER] Sure? [ASSISTANT]",
-            ["What?", "A cat.", "Sure?", "Yes."],
-        ),
-        (
-            "[USER]1[ASSISTANT]2[USER]3[ASSISTANT]4[USER]5[ASSISTANT]",
-            ["1", "2", "3", "4", "5", "Yes."],
-        ),
+        ("[USER]1[ASSISTANT]2[USER]3[ASSISTANT]4[USER]5[ASSISTANT]", [*"12345", "Yes."]),
     ],
 )
 def test_tags_become_turns(question: str, turns: list[str]) -> None:
@@ -404,13 +397,10 @@ def test_any_row_gives_complete_conversations_or_a_reason(
         assert str(error)
         return
     assert found or name == "pixmo-cap"
-    for one in found:
-        if isinstance(one, Unusable):
-            assert one.reason
-            continue
+    assert all(one.reason for one in found if isinstance(one, Unusable))
+    made = [one for one in found if isinstance(one, Conversation)]
+    assert len({one.suffix for one in made}) == len(made)
+    for one in made:
         assert [m.role for m in one.messages] == ["user", "assistant"] * (len(one.messages) // 2)
         assert one.messages[0].content.startswith("<image>")
         assert all(m.content.removeprefix("<image>").strip() for m in one.messages)
-        assert len({other.suffix for other in found if isinstance(other, Conversation)}) == sum(
-            isinstance(other, Conversation) for other in found
-        )

@@ -118,17 +118,14 @@ def test_answers_about_video_files_equal_those_from_the_cache(
     other = next(m for m in range(video + 1, len(joined.kinds)) if joined.is_video(m))
     image = next(m for m in range(len(joined.kinds)) if not joined.is_video(m))
     files = {m: str(world.source(joined, m)) for m in (video, other, image)}
+    both = ["--video", files[video], "--image", files[image]]
     said = set()
     for words, prompt, order in (
         (["--video", files[video]], "what?", [video]),
         (["--video", files[other]], "what?", [other]),
         (["--video", files[video], files[other]], "<video> or <video>?", [video, other]),
-        (
-            ["--video", files[video], "--image", files[image]],
-            "In <video> see <image>?",
-            [video, image],
-        ),
-        (["--video", files[video], "--image", files[image]], "see?", [image, video]),
+        (both, "In <video> see <image>?", [video, image]),
+        (both, "see?", [image, video]),
     ):
         capsys.readouterr()
         command = ["--run", str(world.model), "--max-new-tokens", "12", "--prompt", prompt]
@@ -182,26 +179,16 @@ def test_media_are_ordered_by_their_placeholders() -> None:
     ("words", "message"),
     [
         (["--video", "nowhere.mp4", "--prompt", "x"], r"nowhere\.mp4: cannot be read: No such"),
-        (
-            ["--video", "a.mp4", "--prompt", "<image>?"],
-            "1 <image> and 0 <video> marks in the prompt",
-        ),
+        (["--video", "a.mp4", "--prompt", "<image>?"], "1 <image> and 0 <video> marks in the"),
         (
             ["--video", "a", "b", "--prompt", "<video>?"],
-            "0 --image and 2 --video but 0 <image> and 1",
+            "0 --image and 2 --video but 0 <image> and",
         ),
         (["--video", "a", "--prompt", "x", "--max-frames", "0"], "max_frames 0 is below 1"),
+        (["--video", __file__, "--prompt", "x"], r"\.py: .*; give an intact video file"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(world: Live, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         generate.main(["--run", str(world.model), *words])
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_not_a_video_is_an_error(world: Live, tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_bytes(b"no video at all")
-    words = ["--run", str(world.model), "--prompt", "x", "--video", str(tmp_path / "text.mp4")]
-    with pytest.raises(UserError, match=r"text\.mp4: .*; give an intact video file") as caught:
-        generate.main(words)
     assert "\n" not in str(caught.value)
