@@ -5,10 +5,7 @@ options = parse(Options, prog="python -m some.run")
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,12 +49,9 @@ def read(*argv: str) -> Options:
 
 
 def test_command_line_overrides_defaults() -> None:
-    options = read("--learning-rate", "2e-3", "--limit", "5", "--save", "--betas", "0.8", "0.9")
+    """With underscores or equals signs, too."""
+    options = read("--learning_rate=2e-3", "--limit", "5", "--save", "--betas", "0.8", "0.9")
     assert options == Options(learning_rate=2e-3, limit=5, save=True, betas=(0.8, 0.9))
-
-
-def test_underscores_and_equals_signs_are_the_same_option() -> None:
-    assert read("--learning_rate=3e-4").learning_rate == 3e-4
 
 
 @pytest.mark.parametrize(
@@ -102,7 +96,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(argv: list[str], message: s
     with pytest.raises(UserError) as refused:
         read(*argv)
     assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and str(refused.value).isascii()
 
 
 def test_an_option_that_must_be_given_is_named() -> None:
@@ -153,17 +147,6 @@ def test_every_shipped_file_loads_and_a_missing_one_lists_them() -> None:
         load("encoder")
 
 
-def test_the_nearest_option_is_named_in_an_ascii_terminal() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cache.ls", "--featuers", "x"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "nearest: --features" in done.stderr
-
-
 @pytest.mark.parametrize("error", [UserError, NotFoundError])
 def test_a_user_error_is_one_line_and_exit_code_two(
     capsys: pytest.CaptureFixture[str], error: type[Exception]
@@ -177,29 +160,17 @@ def test_a_user_error_is_one_line_and_exit_code_two(
     assert capsys.readouterr().err == "error: no such thing; make one: python -m x\n"
 
 
-def test_reading_configs_and_the_cache_loads_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, configs, cache.store.reader, cache.store.writer, cache.store.samples;"
-        "configs.load('train');"
-        "print({'torch', 'ray', 'transformers', 'tyro'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 def test_a_file_where_a_folder_is_needed_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "file"
     place.touch()
+    message = rf"error: {place}\S*: there is a file where a folder is needed\n"
     for within in (place, place / "deeper"):
         with pytest.raises(SystemExit) as leaving:
             command(lambda within=within: (within / "runs").mkdir(parents=True))
         assert leaving.value.code == 2
-        printed = capsys.readouterr().err
-        assert re.fullmatch(
-            rf"error: {place}\S*: there is a file where a folder is needed\n", printed
-        )
+        assert re.fullmatch(message, capsys.readouterr().err)
 
 
 def test_any_other_error_keeps_its_traceback(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
 """View -> time of the video's frames; sorted by name, the last one would be the second."""
 
 
-def make(folder: Path, codec_name: str = "int8", container: str = "zarr") -> Space:
+def make(folder: Path, codec_name: str = "int8", container: str = "zarr", **changes: Any) -> Space:
     """Return a space of seven images and a video of three frames, and a data set."""
-    space = make_space(folder, codec_name, container)
+    space = make_space(folder, codec_name, container, **changes)
     fill(space, [3, 0, 2, 1])
     fill(space, [5, 4, 6])
     video = ShardWriter(space, "frame", 0)
@@ -163,7 +163,7 @@ def logical_hash(rows: Rows) -> str:
 def test_exported_rows_equal_stored_rows_bit_for_bit(
     tmp_path: Path, run: Run, to: str, container: str, codec_name: str
 ) -> None:
-    space = make(tmp_path / "cache", codec_name, container)
+    space = make(tmp_path / "cache", codec_name, container, image_size=12)  # with mean tokens
     expected = FeatureReader(space.paths).logical_hash()
     fill(space, [0])  # stored twice, exported once
     out, said = run(to)
@@ -171,6 +171,7 @@ def test_exported_rows_equal_stored_rows_bit_for_bit(
     assert logical_hash(READ[to](out)) == expected
     about = json.loads((out / "export.json").read_text())
     assert about["rows"] == {"image": 7, "frame": 3}
+    assert about["codec"] == about["stored_as"] == about["spec"]["codec"] == codec_name
     assert {*about["files"], "export.json"} == {path.name for path in out.iterdir()}
 
 
@@ -179,7 +180,7 @@ def test_exported_rows_equal_stored_rows_bit_for_bit(
 def test_unpacked_rows_equal_those_of_the_reader(
     tmp_path: Path, run: Run, to: str, codec_name: str
 ) -> None:
-    space = make(tmp_path / "cache", codec_name)
+    space = make(tmp_path / "cache", codec_name, image_size=12)  # with mean tokens
     out, _ = run(to, "--unpack")
     rows, reader = READ[to](out), FeatureReader(space.paths)
     assert len(rows) == 10
