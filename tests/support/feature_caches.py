@@ -13,7 +13,7 @@ starts with "video"; it has 12.5 frames a second.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.samples import MediaRef, Sample, write_samples
 from cache.store.space import Space, find_space
 from cache.store.writer import ShardWriter
 from model.language.model import load_tokenizer
 from tests.support.trained_runs import spec as small_spec
+from tests.support.trained_runs import turns
 from train.data.join import join
 from train.data.loader import FeatureLoader
 from train.data.message_trees import MessageTrees, build_message_trees
@@ -47,12 +48,6 @@ FRAME_RATE = 12.5
 def key_of(image: str) -> str:
     """Return the key of an image or video."""
     return hashlib.sha256(image.encode()).hexdigest()
-
-
-def payload(image: str) -> bytes:
-    """Return the stored row of an image: random bytes, different for each name."""
-    rng = np.random.default_rng(int(key_of(image)[:8], 16))
-    return rng.integers(0, 256, SPEC.row_bytes("image"), dtype=np.uint8).tobytes()
 
 
 def frame_time(microseconds: int) -> float:
@@ -74,6 +69,11 @@ def features(name: str, time_s: float | None = None) -> np.ndarray:
     return rng.standard_normal((SPEC.tokens(kind), SPEC.width)).astype(np.float16)
 
 
+def payload(name: str, time_s: float | None = None) -> bytes:
+    """Return the stored row of those features."""
+    return codec.pack(features(name, time_s).astype(np.float32), SPEC.codec).tobytes()
+
+
 def ask(
     name: str, images: Sequence[str] = (), question: str = "what?", answer: str = "a", **more: Any
 ) -> Sample:
@@ -81,10 +81,7 @@ def ask(
     return Sample(
         id=name,
         dataset="",
-        messages=(
-            Message(role="user", content=question),
-            Message(role="assistant", content=answer),
-        ),
+        messages=turns(question, answer),
         media=tuple(map(ref, images)),
         **more,
     )
@@ -104,52 +101,40 @@ class World:
             write_samples(self.root, name, [replace(s, dataset=name) for s in samples])
 
     def encode(self, images: Sequence[str]) -> None:
-        """Store rows of random bytes for images, four to a shard."""
-        self._encode(images, payload)
-
-    def encode_real(self, images: Sequence[str]) -> None:
-        """Store finite features for images, four to a shard."""
-        self._encode(
-            images, lambda p: codec.pack(features(p).astype(np.float32), SPEC.codec).tobytes()
-        )
-
-    def _encode(self, images: Sequence[str], row: Callable[[str], bytes]) -> None:
+        """Store the features of images, four to a shard."""
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         for at in range(0, len(images), 4):
             shard = ShardWriter(space, "image", space.next_shard("image"))
             for image in images[at : at + 4]:
-                shard.append(key_of(image), "full", row(image))
+                shard.append(key_of(image), "full", payload(image))
             shard.commit()
-        records = [MediaRecord(source=ref(p).source, key=key_of(p)) for p in images]
-        append_media(self.root, records, "test")
+            for image in images[at : at + 4]:
+                self.record(image, key=key_of(image))
 
     def encode_videos(self, videos: Mapping[str, float], max_frames: int = 128) -> None:
         """Store the frames of videos, name -> duration in seconds."""
         space = Space.create(self.root, SPEC, {}, shard_bytes=4 * SPEC.row_bytes("image"))
         shard = ShardWriter(space, "frame", space.next_shard("frame"))
-        records = []
         for name, duration in videos.items():
             for asked in sample_times(duration, max_frames):
                 if shard.full:
                     shard.commit()
                     shard = ShardWriter(space, "frame", space.next_shard("frame"))
                 time_s = frame_time(asked)
-                row = codec.pack(features(name, time_s).astype(np.float32), SPEC.codec)
-                shard.append(key_of(name), time_view(asked), row, time_s=time_s)
-            source = ref(name).source
-            records.append(
-                MediaRecord(source=source, key=key_of(name), kind="video", duration_s=duration)
-            )
+                shard.append(key_of(name), time_view(asked), payload(name, time_s), time_s=time_s)
         shard.commit()
-        append_media(self.root, records, "test")
+        for name, duration in videos.items():
+            self.record(name, key=key_of(name), duration_s=duration)
 
-    def fail(self, images: Sequence[str]) -> None:
-        """Record in the ledger that images failed."""
-        records = [
-            MediaRecord(source=f"/{p}.png", status="failed", stage="decode", error="truncated")
-            for p in images
-        ]
-        append_media(self.root, records, "test")
+    def record(self, name: str, **fields: Any) -> None:
+        """Add a line to the ledger for an image or video."""
+        media = ref(name)
+        record = MediaRecord(**{"source": media.source, "kind": media.kind} | fields)
+        append_media(self.root, [record], "test")
+
+    def fail(self, name: str) -> None:
+        """Record in the ledger that an image or video failed."""
+        self.record(name, status="failed", stage="decode", error="truncated")
 
     @property
     def reader(self) -> FeatureReader:
@@ -203,11 +188,8 @@ def mixed_samples(count: int, seed: int) -> list[Sample]:
             "a" * int(rng.integers(1, 9)),
             weight=float(rng.choice([0.5, 1.0, 2.0])),
         )
-        more = (
-            Message(role="user", content="and?"),
-            Message(role="assistant", content="ok", weight=0.2),
-        )
-        samples.append(replace(sample, messages=sample.messages + more) if i % 3 == 0 else sample)
+        talk = sample.messages + (turns("and?", "ok", weight=0.2) if i % 3 == 0 else ())
+        samples.append(replace(sample, messages=talk))
     return samples
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.format import codec
 from cache.format.frame_sampling import sample_times, time_view
@@ -28,6 +29,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from model.attention.batch import PackedBatch
+from tests.support import ROOT
 from tests.support.spaces import SPEC
 from train.metrics import read_metrics
 
@@ -44,6 +46,18 @@ BASE = [
     *("--batch-size", "8", "--learning-rate", "3e-3", "--held-out", "0.2", "--log-every", "1000"),
 ]
 """Options of a short run of train.run on a CPU."""
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+"""Environment of a command that runs in another folder."""
+
+
+def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
+    """Return a conversation: the user's turns and the assistant's, one after the other."""
+    return tuple(
+        Message(role=("user", "assistant")[i % 2], content=text, weight=weight)
+        for i, text in enumerate(contents)
+    )
 
 
 def spec(**changes: object) -> FeatureSpec:
@@ -143,13 +157,11 @@ def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot
             shard.append(key, time_view(microseconds), row, time_s=microseconds / 1e6)
         source = str(folder / "films" / f"{number}.mp4")
         records.append(MediaRecord(source=source, key=key, kind="video", duration_s=duration))
-        messages = (
-            Message(role="user", content="Which colour is it then?"),
-            Message(role="assistant", content=color),
-        )
         media = (MediaRef(source=source, kind="video"),)
-        one = Sample(id=str(number), dataset=dataset, messages=messages, media=media, task="film")
-        asked.append(one)
+        talk = turns("Which colour is it then?", color)
+        asked.append(
+            Sample(id=str(number), dataset=dataset, messages=talk, media=media, task="film")
+        )
     shard.commit()
     space.grow("frame")
     append_media(root, records, "films")
@@ -164,21 +176,35 @@ def samples(files: Path, images: int, dataset: str) -> list[Sample]:
         color = list(COLORS)[number % len(COLORS)]
         media = (MediaRef(source=str(files / f"{number}.png")),)
         asked = {"colour": ("Which colour?", color), "caption": ("Describe.", f"all {color}")}
-        for task, (question, answer) in asked.items():
-            messages = (
-                Message(role="user", content=question),
-                Message(role="assistant", content=answer),
+        result += [
+            Sample(
+                id=f"{number}-{task}",
+                dataset=dataset,
+                messages=turns(*talk),
+                media=media,
+                task=task,
             )
-            name = f"{number}-{task}"
-            result.append(
-                Sample(id=name, dataset=dataset, messages=messages, media=media, task=task)
-            )
+            for task, talk in asked.items()
+        ]
     return result
 
 
-def losses(folder: Path) -> list[float]:
-    """Return the training loss of every step of a stage."""
-    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    """Return the training loss, or another value, of every step of a stage that has it."""
+    return [line[name] for line in read_metrics(folder) if name in line]
+
+
+class Toy(nn.Module):
+    """A small model with the two parts that the optimizer groups."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.connector = nn.Linear(3, width)
+        self.language = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.language(self.connector(x))
 
 
 # ---- one small batch

@@ -6,15 +6,20 @@ state = checkpoint.load(checkpoint.newest(folder), model, optimizer)
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 from configs import UserError
+from tests.support.trained_runs import Toy
 from train import checkpoint
 from train.config import Options
 from train.optim import build_optimizer, rate_schedules, set_rates
@@ -22,22 +27,12 @@ from train.optim import build_optimizer, rate_schedules, set_rates
 OPTIONS = Options(max_steps=50, warmup_steps=3, connector_warmup_steps=3, learning_rate=1e-2)
 
 
-class Toy(nn.Module):
-    """A small model with the two parts that the optimizer groups."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.connector = nn.Linear(3, width)
-        self.language = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
-
-
 def train(model: Toy, optimizer: torch.optim.Optimizer, start: int, stop: int) -> list[float]:
     losses = []
     for step in range(start, stop):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        loss = model.language(model.connector(x)).pow(2).mean()
+        loss = model(x).pow(2).mean()
         loss.backward()
         set_rates(optimizer, rate_schedules(OPTIONS), step)
         optimizer.step()
@@ -68,13 +63,14 @@ def test_training_from_a_checkpoint_equals_uninterrupted_training(
         assert torch.equal(a, b), name
 
 
-def test_frozen_parameters_are_not_saved(tmp_path: Path) -> None:
+def test_frozen_parameters_are_not_saved_and_no_file_is_a_pickle(tmp_path: Path) -> None:
     model, optimizer = build(llm=False)
     train(model, optimizer, 0, 2)
     path = checkpoint.save(tmp_path, 2, model, optimizer, {})
-    from safetensors.torch import load_file
-
     assert sorted(load_file(path / checkpoint.MODEL)) == ["connector.bias", "connector.weight"]
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json", ""}
+    for file in path.iterdir():
+        assert not file.read_bytes().startswith((b"\x80", b"PK"))
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -84,15 +80,6 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, step, model, optimizer, {})
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000100"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
-
-
-def test_no_file_is_a_pickle(tmp_path: Path) -> None:
-    model, optimizer = build()
-    train(model, optimizer, 0, 1)
-    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json", ""}
-    for file in path.iterdir():
-        assert not file.read_bytes().startswith((b"\x80", b"PK"))
 
 
 def test_a_folder_without_the_marker_is_ignored_and_removed(tmp_path: Path) -> None:
@@ -115,32 +102,24 @@ def test_a_kill_at_any_step_of_writing_leaves_a_complete_checkpoint(
 
     model, optimizer = build()
     reference = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    calls = 0
-    real_fsync, real_rename = os.fsync, Path.rename
 
     def run(stop_at: int) -> bool:
-        nonlocal calls
-        calls = 0
+        calls = itertools.count(1)
 
-        def counted(real: object) -> object:
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: object) -> None:
-                nonlocal calls
-                calls += 1
-                if calls == stop_at:
+                if next(calls) == stop_at:
                     raise Killed
-                real(*args)  # type: ignore[operator]
+                real(*args)
 
             return call
 
-        monkeypatch.setattr(os, "fsync", counted(real_fsync))
-        monkeypatch.setattr(Path, "rename", counted(real_rename))
-        try:
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "fsync", counted(os.fsync))
+            patch.setattr(Path, "rename", counted(Path.rename))
             checkpoint.save(tmp_path, 2, model, optimizer, {})
-        except Killed:
-            return False
-        finally:
-            monkeypatch.undo()
-        return True
+            return True
+        return False
 
     stopped = 0
     while not run(stopped + 1):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.support.trained_runs import Toy
 from train.config import Options
 from train.optim import (
     RateSchedule,
@@ -24,19 +25,6 @@ from train.optim import (
     rate_schedules,
     set_rates,
 )
-
-
-class Toy(nn.Module):
-    """A connector, and a language model with a norm and a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.connector = nn.Linear(3, 4)
-        self.language = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.language(self.connector(x))
 
 
 def options(**values: object) -> Options:

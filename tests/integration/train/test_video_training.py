@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.store.samples import Message, Sample
+from cache.store.samples import Sample
 from configs import UserError
 from model.attention.batch import PackedBatch
 from model.language.chat_template import prompt_ids
@@ -31,19 +31,13 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
+from tests.support.trained_runs import turns
 from train.data.loader import feature_order
 from train.data.schedule import SinglePass
 from train.step import Forward
 
 VIDEOS = {"video a": 2.2, "video b": 0.0, "video c": 4.1}
 IMAGES = ["p", "q"]
-
-
-def turns(*contents: str, weight: float = 1.0) -> tuple[Message, ...]:
-    return tuple(
-        Message(role=("user", "assistant")[i % 2], content=c, weight=weight)
-        for i, c in enumerate(contents)
-    )
 
 
 def samples() -> list[Sample]:
@@ -67,7 +61,7 @@ def samples() -> list[Sample]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = new_world(tmp_path_factory.mktemp("videos"))
     world.write(d=samples(), e=[ask("other", ["video a", "q"], "<image> <image>", "x")])
-    world.encode_real(IMAGES)
+    world.encode(IMAGES)
     world.encode_videos(VIDEOS)
     return world
 

@@ -6,24 +6,15 @@ print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --i
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-from cache.store.samples import Message, Sample
 from tests.support.feature_caches import (
     World,
     ask,
     key_of,
-    new_world,
 )
+from tests.support.trained_runs import turns
 from train.data.inspect import inspect_text
 from train.data.schedule import SinglePass
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return new_world(tmp_path)
 
 
 def inspected(world: World) -> str:
@@ -76,13 +67,12 @@ def test_the_text_shows_each_frame_with_its_time(world: World) -> None:
 
 
 def test_samples_that_share_all_their_tokens_have_nothing_of_their_own(world: World) -> None:
-    def early(name: str, question: str) -> Sample:
-        contents = {"user": "hm", "assistant": "an answer"}
-        messages = [Message(role=role, content=text) for role, text in contents.items()]
-        last = Message(role="user", content=f"<image> {question}")
-        return replace(ask(name, ["p"]), messages=(*messages, last))
-
-    world.write(d=[early("0", "now?"), early("1", "then?")])
+    world.write(
+        d=[
+            replace(ask(str(i), ["p"]), messages=turns("hm", "an answer", f"<image> {end}"))
+            for i, end in enumerate(("now?", "then?"))
+        ]
+    )
     world.encode(["p"])
     text = inspected(world)
     assert "d/0: nothing of its own" in text and "d/1: nothing of its own" in text

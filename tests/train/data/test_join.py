@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.store.ledger import MediaRecord, append_media
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from tests.support.feature_caches import (
@@ -21,11 +20,6 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return new_world(tmp_path)
 
 
 def test_a_sample_needs_the_features_of_all_its_media(world: World) -> None:
@@ -38,7 +32,7 @@ def test_a_sample_needs_the_features_of_all_its_media(world: World) -> None:
         ]
     )
     world.encode(["a", "b"])
-    world.fail(["bad"])
+    world.fail("bad")
     joined = world.join()
     assert names_of(joined) == ["d/both", "d/text"]
     assert (joined.missing, joined.failed, joined.coverage) == (1, 1, 2 / 3)
@@ -52,19 +46,7 @@ def test_a_failure_in_another_space_does_not_hide_a_row_of_this_one(world: World
     """All spaces share the ledger: an image may overflow in one space and not in another."""
     world.write(d=[ask("s", ["a"])])
     world.encode(["a"])
-    append_media(
-        world.root,
-        [
-            MediaRecord(
-                source="/a.png",
-                key=key_of("a"),
-                status="failed",
-                stage="encode",
-                error="not finite",
-            )
-        ],
-        "other",
-    )
+    world.record("a", key=key_of("a"), status="failed", stage="encode", error="not finite")
     assert names_of(world.join()) == ["d/s"]
 
 
@@ -88,7 +70,7 @@ def test_a_sample_is_not_paired_with_other_bytes_than_it_means(world: World) -> 
 def test_low_coverage_is_an_error_with_the_failures_and_the_command(world: World) -> None:
     world.write(d=[ask("1", ["a"]), ask("2", ["b"]), ask("3", ["bad"])])
     world.encode(["a"])
-    world.fail(["bad"])
+    world.fail("bad")
     with pytest.raises(UserError) as refused:
         world.join(min_coverage=0.95)
     message = str(refused.value)

@@ -13,16 +13,10 @@ import pytest
 
 from cache.format.frame_sampling import frame_views, sample_times
 from cache.store.commits import key_bytes
-from cache.store.ledger import MediaRecord, append_media
 from cache.store.references import IMAGE, VIDEO, MediaItems, find_rows
 from cache.store.samples import MediaRef
 from configs import UserError
-from tests.support.feature_caches import World, ask, frame_time, key_of, names_of, new_world, ref
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return new_world(tmp_path)
+from tests.support.feature_caches import World, ask, frame_time, key_of, names_of
 
 
 def media_named(world: World, joined: object, name: str) -> int:
@@ -93,8 +87,7 @@ def test_videos_encoded_with_another_limit_are_reported_separately(
 def test_a_video_of_unknown_duration_is_missing(world: World) -> None:
     world.write(d=[ask("1", ["video"]), ask("2")])
     world.encode_videos({"video": 1.0})
-    record = MediaRecord(source=ref("video").source, key=key_of("video"), kind="video")
-    append_media(world.root, [record], "test")
+    world.record("video", key=key_of("video"))
     joined = world.join()
     assert (names_of(joined), joined.missing) == (["d/2"], 1)
 
@@ -105,15 +98,7 @@ def test_one_file_may_be_an_image_and_a_video(world: World) -> None:
     world.write(d=[ask("video", ["video"]), as_image])
     world.encode(["video"])
     world.encode_videos({"video": 1.0})
-    append_media(
-        world.root,
-        [
-            MediaRecord(
-                source="/video.mp4", key=key_of("video"), kind="video", duration_s=1.0, attempts=2
-            )
-        ],
-        "test",
-    )
+    world.record("video", key=key_of("video"), duration_s=1.0, attempts=2)
     joined = world.join()
     assert names_of(joined) == ["d/video", "d/image"]
     assert sorted(joined.kinds.tolist()) == [IMAGE, VIDEO]
@@ -123,10 +108,7 @@ def test_one_file_may_be_an_image_and_a_video(world: World) -> None:
 def test_a_failed_video_does_not_count_against_coverage(world: World) -> None:
     world.write(d=[ask("1", ["video good"]), ask("2", ["video bad"])])
     world.encode_videos({"video good": 1.0})
-    record = MediaRecord(
-        source=ref("video bad").source, kind="video", status="failed", stage="decode", error="x"
-    )
-    append_media(world.root, [record], "test")
+    world.fail("video bad")
     joined = world.join(min_coverage=1.0)
     assert (joined.failed, joined.missing) == (1, 0)
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,17 +27,11 @@ from tests.support.feature_caches import (
     ask,
     key_of,
     mixed_world,
-    new_world,
     payload,
 )
 from train.data.loader import FeatureLoader, MicroBatch
 from train.data.packing import build_token_tree
 from train.data.schedule import SinglePass, TrainingSchedule
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return new_world(tmp_path)
 
 
 @pytest.fixture(scope="module")

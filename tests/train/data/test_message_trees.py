@@ -7,7 +7,6 @@ trees.slice(0).members    # the samples of the first tree
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,14 +19,8 @@ from tests.support.feature_caches import (
     World,
     ask,
     names_of,
-    new_world,
 )
 from train.data.message_trees import MessageTrees
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return new_world(tmp_path)
 
 
 def family(trees: MessageTrees) -> list[list[str]]:

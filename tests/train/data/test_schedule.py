@@ -9,17 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.store.paths import CacheRoot
 from train.data.message_trees import MessageTrees, TreeSlice
-from train.data.placeholders import Placeholders
-from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule, quotas, shuffled, split_by_rank
 
 
@@ -31,46 +28,24 @@ def some_trees(
     """Return data sets of trees with the given numbers of samples; sample i has i + 1 tokens."""
     flat = np.array([n for data_set in sizes for n in data_set], dtype=np.int64)
     count = int(flat.sum())
-    per_set = [sum(s) for s in sizes]
     names = tuple(names or (f"set{i}" for i in range(len(sizes))))
     everything = np.arange(count)
-    dataset = np.repeat(np.arange(len(sizes)), per_set).astype(np.int16)
-    samples = SampleList(
-        root=CacheRoot(Path("nowhere")),
-        split="train",
-        names=names,
-        mix=mix,
-        dataset=dataset,
-        index=everything,
-        weight=np.ones(count, np.float32),
-        task=np.zeros(count, np.int32),
-        tasks=("",),
-        offsets=np.zeros(count + 1, np.int64),
-        media=np.zeros(0, np.int32),
-        keys=np.zeros((0, 32), np.uint8),
-        kinds=np.zeros(0, np.uint8),
-        starts=np.zeros(1, np.int64),
-        rows=np.zeros(0, np.int64),
-        times=np.zeros(0),
-        ids=(),
-        counts=(),
-        samples_digests=(),
-        digest="",
-    )
+    dataset = np.repeat(np.arange(len(sizes)), [len(s) for s in sizes]).astype(np.int16)
+    nothing: Any = None  # a schedule needs no texts and no media
     starts = np.concatenate([[0], np.cumsum(flat)])
     return MessageTrees(
-        samples=samples,
-        tokens=None,  # type: ignore[arg-type]  # a schedule needs no texts
+        samples=nothing,
+        tokens=nothing,
         names=names,
         mix=mix,
         members=everything,
         starts=starts,
-        dataset=dataset[starts[:-1]],
+        dataset=dataset,
         prefix=np.zeros(len(flat), np.int32),
         first_row=np.arange(len(flat))[::-1].copy(),
         length=(everything % 100 + 1).astype(np.int32),
         loss_weight=np.ones(count),
-        placeholders=Placeholders(tokenizer=None, image_tokens=1, frame_tokens=1),
+        placeholders=nothing,
         max_tokens=10**9,
     )
 
@@ -120,7 +95,7 @@ def test_with_a_mix_every_epoch_has_the_exact_quotas(
     trees = some_trees(sizes, mix)
     schedule = TrainingSchedule(trees, batch, seed=1, order=order)  # type: ignore[arg-type]
     samples = np.array(stream(schedule, steps_of(schedule, 6)))
-    dataset = trees.samples.dataset
+    dataset = np.repeat(trees.dataset, np.diff(trees.starts))
     length = schedule.samples_per_epoch
     for epoch in range(6):
         there = np.bincount(dataset[samples[epoch * length :][:length]], minlength=len(sizes))
