@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +37,19 @@ def soak(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """`soak(few, many)` is how often a proof repeats: `few` in `make test`, `many` in `make soak`."""
     full = request.config.getoption("--soak")
     return lambda few, many: many if full else few
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Any, str]]:
+    """`run_command(module, *words)` returns what a command's `main` returns, and what it prints."""
+
+    def run(module: ModuleType, *words: object) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        return module.main(), capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="session")

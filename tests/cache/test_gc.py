@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +34,8 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    def run_gc(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["cache.gc", "--features", str(tmp_path), *argv])
-        gc.main()
-        return capsys.readouterr().out
-
-    return run_gc
+def run(run_command: Callable[..., tuple[None, str]], tmp_path: Path) -> Run:
+    return lambda *words: run_command(gc, "--features", tmp_path, *words)[1]
 
 
 @pytest.fixture

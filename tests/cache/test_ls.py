@@ -6,7 +6,6 @@ python -m cache.ls
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,8 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    def run_ls(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["cache.ls", "--features", str(tmp_path), *argv])
-        ls.main()
-        return capsys.readouterr().out
-
-    return run_ls
+def run(run_command: Callable[..., tuple[None, str]], tmp_path: Path) -> Run:
+    return lambda *words: run_command(ls, "--features", tmp_path, *words)[1]
 
 
 def sample(dataset: str, name: str, *sources: str) -> Sample:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from cache import verify as cache_verify
 from cache.errors import CorruptError
 from cache.maintenance.checks import Report, verify
 from cache.store.ledger import MediaRecord, append_media
@@ -20,7 +21,6 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
 from cache.store.writer import ShardWriter
-from cache.verify import main
 from tests.support import faults
 from tests.support.spaces import fill, key, make_space, row
 
@@ -99,10 +99,8 @@ def test_an_intact_file_in_the_wrong_place_is_found(root: CacheRoot) -> None:
     paths = only_space(root)
     shutil.copy(paths.array_json("frame"), paths.array_json("image"))
     shutil.copy(paths.commit("frame", 0), paths.commit("image", 0))
-    assert broken(verify(root)) == [
-        str(paths.commit("image", 0)),
-        str(paths.array_json("image")),
-    ]
+    wrong = [paths.commit("image", 0), paths.array_json("image")]
+    assert broken(verify(root)) == list(map(str, wrong))
 
 
 def test_a_row_that_is_stored_twice_is_found(root: CacheRoot) -> None:
@@ -137,12 +135,9 @@ def test_files_left_by_a_crash_are_notes(root: CacheRoot) -> None:
 
 
 def test_the_command_prints_one_line_for_each_finding_and_exits_with_1(
-    root: CacheRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: CacheRoot, run_command: Callable[..., tuple[int, str]]
 ) -> None:
-    def run(*argv: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["cache.verify", "--features", str(root.path), *argv])
-        return main(), capsys.readouterr().out
-
+    run = partial(run_command, cache_verify, "--features", root.path)
     paths = only_space(root)
     intact = f"{paths.name}: 3 image rows, 1 frame rows, 1.27 kB: intact\n"
     expected = FeatureReader(paths).logical_hash()

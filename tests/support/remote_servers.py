@@ -80,7 +80,7 @@ class LocalServer:
 
 
 def is_shard(path: str) -> bool:
-    return "/c/" in path and path.endswith("/0/0")
+    return "/c/" in path and urlsplit(path).path.endswith("/0/0")
 
 
 def reset(connection: socket.socket) -> None:
@@ -110,31 +110,25 @@ class Handler(BaseHTTPRequestHandler):
         elif failure in ("500", "429"):
             self.answer(int(failure), b"not now", {"Retry-After": "0"})
         else:
-            self.file(world.folder / path.lstrip("/"), path, short=failure == "short")
+            self.file(world.folder / path.lstrip("/"), short=failure == "short")
 
-    def file(self, file: Path, path: str, short: bool = False) -> None:
+    def file(self, file: Path, short: bool = False) -> None:
         if not file.is_file():
             self.answer(404, b"nothing here")
             return
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not found:
-            self.answer(200, file.read_bytes(), path=path, short=short)
+            self.answer(200, file.read_bytes(), short=short)
             return
         size = file.stat().st_size
         start, stop = int(found[1]), min(int(found[2]) + 1, size)
         with file.open("rb") as shard:
             data = os.pread(shard.fileno(), stop - start, start)
         span = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
-        self.answer(206, data, span, path=path, short=short)
+        self.answer(206, data, span, short=short)
 
     def answer(
-        self,
-        status: int,
-        data: bytes,
-        headers: dict[str, str] | None = None,
-        *,
-        path: str = "",
-        short: bool = False,
+        self, status: int, data: bytes, headers: dict[str, str] | None = None, short: bool = False
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -142,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         body = data[: len(data) // 2] if short else data
-        self.server.world.sent(path, len(body))  # before sending: the receiver may check the count
+        if status in (200, 206):
+            self.server.world.sent(self.path, len(body))  # before: the receiver may check the count
         self.wfile.write(body)
         if short:
             self.close_connection = True
@@ -211,7 +206,7 @@ def as_hub(server: WebServer, repo: str, commit: str = "c" * 40, *, moved: str =
         handler.answer(302, b"", {"Location": f"{moved}/{name}?signature=s3cret"})
 
     def cdn(handler: Handler, path: str) -> None:
-        handler.file(files / path.removeprefix(f"{moved}/"), path)
+        handler.file(files / path.removeprefix(f"{moved}/"))
 
     server.acts |= {"/api/": api, f"/datasets/{repo}/resolve/": resolve, moved: cdn}
 

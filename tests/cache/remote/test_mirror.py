@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cache import ls as cache_ls
+from cache import ls
 from cache.errors import CacheError, CorruptError, NotFoundError, UnreachableError
 from cache.format.checksums import sealed_json
 from cache.remote.listing import is_table, local_tables
@@ -185,32 +184,19 @@ def test_urls_and_folders_are_distinguished(text: str | Path, url: str | None) -
 
 @pytest.mark.parametrize("module", ["encode.run", "cache.gc", "cache.verify", "cache.share"])
 def test_commands_that_write_need_a_local_folder(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    url = "https://h.example/features"
     words = ["--dataset", "demo"] if module == "encode.run" else []
-    words += ["--features", "https://h.example/features"]
-    monkeypatch.setattr(sys, "argv", [module, *words])
-    with pytest.raises(CacheError) as error:
-        importlib.import_module(module).main()
-    text = str(error.value)
-    assert text.startswith(
-        "https://h.example/features: this command needs a cache in a local folder"
-    )
+    with pytest.raises(CacheError, match=f"^{url}: this command needs a cache in a local folder"):
+        run_command(importlib.import_module(module), *words, "--features", url)
     assert not list(tmp_path.iterdir())
 
 
 def test_ls_lists_a_remote_cache_like_a_local_one(
-    server: WebServer,
-    cache: CacheRoot,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    server: WebServer, cache: CacheRoot, tmp_path: Path, run_command: Callable[..., tuple[Any, str]]
 ) -> None:
-    listed = []
-    for features in (server.url, str(cache.path)):
-        words = ("--features", features, "--mirror", str(tmp_path), "--json")
-        monkeypatch.setattr(sys, "argv", ["ls", *words])
-        cache_ls.main()
-        listed.append(json.loads(capsys.readouterr().out))
-    assert listed[0] == listed[1]
+    words = ("--mirror", tmp_path, "--json", "--features")
+    local, remote = (run_command(ls, *words, place)[1] for place in (cache.path, server.url))
+    assert json.loads(remote) == json.loads(local)

@@ -174,7 +174,7 @@ def test_a_broken_body_is_continued_where_it_ended(
     server: WebServer, reader: RemoteReader, cache: CacheRoot
 ) -> None:
     def half(handler: Handler, path: str) -> None:
-        handler.file(cache.path / path.lstrip("/"), path, short=True)
+        handler.file(cache.path / path.lstrip("/"), short=True)
 
     server.acts["/spaces"] = first(1, half)
     read(reader, [0])
@@ -242,7 +242,7 @@ def damaged(handler: Handler, path: str) -> None:
     data = (handler.server.world.folder / path.lstrip("/")).read_bytes()
     start, stop = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
     body = bytes([data[start] ^ 1]) + data[start + 1 : stop + 1]
-    handler.answer(206, body, {"Content-Range": f"bytes {start}-{stop}/{len(data)}"}, path=path)
+    handler.answer(206, body, {"Content-Range": f"bytes {start}-{stop}/{len(data)}"})
 
 
 def test_a_row_changed_on_the_way_is_fetched_again_alone(
@@ -280,7 +280,7 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
     server.acts["/spaces"] = redirect("/moved")
 
     server.acts["/moved"] = lambda handler, path: handler.file(
-        server.folder / path.removeprefix("/moved/"), path
+        server.folder / path.removeprefix("/moved/")
     )
     read(reader, [0])
     read(reader, [2])
