@@ -87,28 +87,26 @@ def test_a_converted_space_equals_an_encoded_one(
     shutil.copytree(whole, tmp_path / "cache")
     words = ("--codec", name, "--pool", image, "--frame-pool", frame)
     assert run(tmp_path / "cache", *words) == 0
-    encoded = encode(
-        tmp_path / "encoded", f"folder:{photos}", codec=name, config=config_with(image, frame)
-    )
+    source, config = f"folder:{photos}", config_with(image, frame)
+    encoded = encode(tmp_path / "encoded", source, codec=name, config=config)
     made = hashes(tmp_path / "cache")
     assert made.items() >= hashes(tmp_path / "encoded").items() and len(made) == 2
     # The commits agree, too. The encoder measures errors before rounding to float16, convert after it.
     theirs = Space.open(encoded.paths)
     ours = Space.open(CacheRoot(tmp_path / "cache").space(encoded.paths.name))
     for array in ("image", "frame"):
-        columns = [
-            {(r["key"], r["view"]): r for r in committed_rows(space, array).to_pylist()}
+        rows = [
+            sorted(committed_rows(space, array).to_pylist(), key=lambda r: (r["key"], r["view"]))
             for space in (ours, theirs)
         ]
-        assert columns[0].keys() == columns[1].keys() and len(columns[0]) == 6
-        for identity, row in columns[0].items():
-            assert row["time_s"] == columns[1][identity]["time_s"]
-            rounding = 1e-6 if theirs.spec.pool(array) > 1 else 4e-4
-            assert row["error"] == pytest.approx(columns[1][identity]["error"], abs=rounding)
+        rounding = 1e-6 if theirs.spec.pool(array) > 1 else 4e-4
+        assert len(rows[0]) == 6
+        for one, other in zip(*rows, strict=True):
+            for field in ("key", "view", "time_s"):
+                assert one[field] == other[field]
+            assert one["error"] == pytest.approx(other["error"], abs=rounding)
     # `encode.run` finds nothing left to do in the converted space, and can build its encoder.
-    again = encode(
-        tmp_path / "cache", f"folder:{photos}", codec=name, config=config_with(image, frame)
-    )
+    again = encode(tmp_path / "cache", source, codec=name, config=config)
     assert not again.plan.todo and again.paths.name == encoded.paths.name
     reader = FeatureReader(again.paths)
     assert rebuild_encoder(reader.load, reader.spec, device="cpu").config.pool_image == image

@@ -97,13 +97,10 @@ def space(tmp_path: Path) -> Space:
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_export(to: str, *arguments: str) -> tuple[Path, str]:
-        at = ("--features", str(tmp_path / "cache"), "--out", str(tmp_path / "out"))
-        export.main(["--to", to, *at, *arguments])
-        return tmp_path / "out", capsys.readouterr().out
-
-    return run_export
+def run(tmp_path: Path, run_command: Callable[..., tuple[None, str]]) -> Run:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    words = ("--features", cache, "--out", out, "--to")
+    return lambda *more: (out, run_command(export, *words, *more)[1])
 
 
 def stream(folder: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:

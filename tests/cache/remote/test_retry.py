@@ -49,12 +49,13 @@ def test_a_date_in_the_future_is_the_seconds_until_then() -> None:
 POLICY = RetryPolicy(backoff_s=0.001, max_backoff_s=0.002, give_up_after_s=0.05)
 
 
-def failing(*failures: RequestError) -> Callable[[], str]:
-    """Return an attempt that fails with each of these in turn, then succeeds."""
+def failing(*failures: RequestError, seconds: float = 0) -> Callable[[], str]:
+    """Return an attempt that fails with each of these in turn, after some seconds, then succeeds."""
     left = list(failures)
 
     def attempt() -> str:
         if left:
+            time.sleep(seconds)
             raise left.pop(0)
         return "done"
 
@@ -76,17 +77,9 @@ def test_a_permanent_failure_is_not_repeated() -> None:
 
 def test_the_time_limit_starts_again_with_each_progress() -> None:
     def slow(got: int) -> Callable[[], str]:
-        attempts = iter(range(10))
-
-        def attempt() -> str:
-            if next(attempts, None) is None:
-                return "done"
-            time.sleep(POLICY.give_up_after_s / 3)
-            error = RequestError("the body ends early", again=True)
-            error.got = got
-            raise error
-
-        return attempt
+        error = RequestError("the body ends early", again=True)
+        error.got = got
+        return failing(*[error] * 10, seconds=POLICY.give_up_after_s / 3)
 
     with pytest.raises(UnreachableError, match=r"tried \d+ times in .* s\); once it is reachable"):
         with_retries(POLICY, "https://host/x", slow(PROGRESS_BYTES - 1))
