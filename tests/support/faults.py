@@ -160,9 +160,6 @@ class Fault:
         self._open = io.open
         io.open = self._open_file
 
-    def tell(self) -> None:
-        self.report.write_text(json.dumps({"call": self.struck, "said": self.said}))
-
     def _guarded(self, call: str) -> Callable[..., Any]:
         real = self.real[call]
 
@@ -201,7 +198,7 @@ class Fault:
 
     def _leave(self, code: int) -> None:
         with self._open(self.report, "w") as file:
-            file.write(json.dumps({"call": self.struck, "said": self.said}))
+            json.dump({"call": self.struck, "said": self.said}, file)
         os._exit(code)
 
     def _open_file(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:

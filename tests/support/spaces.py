@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,23 @@ def make_space(
     return Space.create(CacheRoot(folder), spec, load, shard_bytes=SLOTS * spec.row_bytes("image"))
 
 
-def fill(space: Space, numbers: Sequence[int], array: str = "image", view: str = "full") -> int:
+def fill(
+    space: Space,
+    numbers: Sequence[int],
+    array: str = "image",
+    view: str = "full",
+    *,
+    replaces: Sequence[int] = (),
+    errors: Mapping[int, float] = MappingProxyType({}),
+) -> int:
     """One committed shard with these images; its number."""
     shard = space.next_shard(array)
     writer = ShardWriter(space, array, shard)
     for number in numbers:
-        writer.append(key(number), view, row(number, array, space.spec), error=0.005)
-    writer.commit()
+        writer.append(
+            key(number), view, row(number, array, space.spec), error=errors.get(number, 0.005)
+        )
+    writer.commit(replaces)
     return shard
 
 

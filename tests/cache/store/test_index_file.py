@@ -22,13 +22,10 @@ from cache.errors import CorruptError
 from cache.store import index_file as derived
 from cache.store.commits import read_commits
 from cache.store.index_file import check_index, open_index, save_index
-from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, RowIndex
 from cache.store.space import Space
-from cache.store.writer import ShardWriter
-from cache.verify import verify
-from tests.support.spaces import SLOTS, fill, key, make_space, row
+from tests.support.spaces import SLOTS, fill, key, make_space
 
 
 @pytest.fixture(autouse=True)
@@ -71,15 +68,6 @@ def commits_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(derived, "read_commit", noted)
     return numbers
-
-
-def commit_instead(space: Space, shards: list[int], numbers: list[int]) -> int:
-    number = space.next_shard("image")
-    writer = ShardWriter(space, "image", number)
-    for n in numbers:
-        writer.append(key(n), "full", row(n))
-    writer.commit(replaces=shards)
-    return number
 
 
 def age(space: Space) -> None:
@@ -129,7 +117,7 @@ def test_after_any_history_it_equals_a_rebuilt_index(
         elif step == "clip":
             fill(space, [new], view=data.draw(st.sampled_from(["t:0", "t:500000", "crop:0,0,1,1"])))
         elif step == "replace" and some is not None:
-            commit_instead(space, [some], [new])
+            fill(space, [new], replaces=[some])
         elif step == "remove" and some is not None:
             paths.commit("image", some).unlink()
         elif step == "save":
@@ -180,7 +168,7 @@ def test_only_new_commits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert opened(space).lookup(rebuilt(space).keys[-1:], "full").tolist() == [5 * SLOTS]
     assert read == [5], "a new commit"
     read.clear()
-    assert commit_instead(space, [1, 2], [51]) == 6
+    assert fill(space, [51], replaces=[1, 2]) == 6
     assert_same(opened(space), rebuilt(space))
     assert read == [5, 6], "what it replaces is left out, what is left is not read again"
     read.clear()
@@ -191,26 +179,14 @@ def test_only_new_commits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     age(space)
     assert_same(opened(space), rebuilt(space))
     assert read == [5], "the same seals: the same commits, copied"
+    fill(space, [52], replaces=[1])
     save_index(space.paths, space.info)
     read.clear()
     assert_same(opened(space), rebuilt(space))
     assert read == []
-
-
-def test_a_shard_that_was_replaced_when_it_was_saved_can_exist_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = make_space(tmp_path)
-    fill(space, [0, 1])
-    fill(space, [2])
-    commit_instead(space, [0], [0])
-    save_index(space.paths, space.info)
-    read = commits_read(monkeypatch)
-    assert len(opened(space)) == 2
-    assert read == []
-    space.paths.commit("image", 2).unlink()
+    space.paths.commit("image", 7).unlink()
     assert_same(opened(space), rebuilt(space))
-    assert len(opened(space)) == 3
+    assert read == [1], "it was replaced when the file was written, and exists again"
 
 
 def test_a_commit_written_again_under_its_old_name_is_noticed(tmp_path: Path) -> None:
@@ -258,22 +234,6 @@ def test_every_flipped_bit_is_found_and_the_file_is_ignored(
     )
     assert_same(opened(space), expected)
     assert "reading all commits instead" in caplog.text
-
-
-def test_verify_names_a_damaged_file_and_the_next_job_writes_it_again(tmp_path: Path) -> None:
-    space = make_space(tmp_path)
-    fill(space, [0, 1])
-    space.grow("image")
-    save_index(space.paths, space.info)
-    assert not verify(tmp_root(space), deep=True).all_findings
-    path = space.paths.index("image")
-    flip(path, path.stat().st_size - 70)
-    assert not verify(tmp_root(space)).all_findings, "a quick look does not read all of it"
-    (finding,) = verify(tmp_root(space), deep=True).all_findings
-    assert (finding.path, finding.broken) == (str(path), True)
-    assert "delete it" in finding.way_out
-    save_index(space.paths, space.info)
-    assert not verify(tmp_root(space), deep=True).all_findings
 
 
 def test_an_index_of_another_space_is_ignored(tmp_path: Path) -> None:
@@ -366,8 +326,3 @@ def test_identities_behave_like_a_set(tmp_path: Path) -> None:
     assert found - {(key(1), "full")} == expected - {(key(1), "full")}
     for stranger in (key(1), "crop:0,0,1,1"), ("video:" + key(1), "full"), (key(1)[:8], "full"):
         assert stranger not in found
-
-
-def tmp_root(space: Space) -> CacheRoot:
-
-    return CacheRoot(space.paths.root.parent.parent)

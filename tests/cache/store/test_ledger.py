@@ -14,6 +14,7 @@ import pytest
 from cache.errors import CorruptError
 from cache.store.ledger import MediaRecord, append_media, media_table, read_media
 from cache.store.paths import CacheRoot
+from tests.support.faults import flip
 from tests.support.spaces import key
 
 
@@ -47,9 +48,7 @@ def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
     root = CacheRoot(tmp_path)
     append_media(root, [MediaRecord(source="a", key=key(1))], "job")
     (path,) = root.media_dir.iterdir()
-    data = bytearray(path.read_bytes())
-    data[7] ^= 1
-    path.write_bytes(data)
+    flip(path, 56)
     with pytest.raises(CorruptError, match="part-"):
         read_media(root)
 

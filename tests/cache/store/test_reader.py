@@ -32,6 +32,7 @@ from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex
 from cache.store.space import Space, find_space
 from tests.support import ROOT
+from tests.support.faults import flip
 from tests.support.spaces import SLOTS, SPEC, features, fill, key, make_space, row
 
 
@@ -207,32 +208,15 @@ def test_an_empty_space_has_no_rows(tmp_path: Path) -> None:
     assert len(seen.logical_hash()) == 64
 
 
-def test_no_write_permission_is_needed(tmp_path: Path) -> None:
-    space = make_space(tmp_path)
-    fill(space, [1])
-    for path in [*tmp_path.rglob("*"), tmp_path]:
-        path.chmod(0o500 if path.is_dir() else 0o400)
-    before = sorted(tmp_path.rglob("*"))
-    try:
-        FeatureReader(space.paths).read("image", key(1))
-        assert sorted(tmp_path.rglob("*")) == before
-    finally:
-        for path in [tmp_path, *tmp_path.rglob("*")]:
-            path.chmod(0o700)
-
-
 def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
     """Every byte. What is no part of a row (crc, index) leaves the rows what they are."""
     space = make_space(tmp_path)
     fill(space, [0, 1])
     path = space.paths.shard("image", 0)
-    data = bytearray(path.read_bytes())
     size, slot_bytes = SPEC.row_bytes("image"), SPEC.row_bytes("image") + 4
     seen = FeatureReader(space.paths)
-    for at in range(len(data)):
-        data[at] ^= 1 << at % 8
-        path.write_bytes(data)
-        data[at] ^= 1 << at % 8
+    for at in range(path.stat().st_size):
+        flip(path, 8 * at + at % 8)
         hit, within = divmod(at, slot_bytes)
         for number in (0, 1):
             out = np.empty((1, size), np.uint8)
@@ -244,6 +228,7 @@ def test_a_flipped_byte_of_a_shard_is_never_returned(tmp_path: Path) -> None:
             else:
                 seen.read_into("image", np.array([number]), out)
                 np.testing.assert_array_equal(out[0], row(number))
+        flip(path, 8 * at + at % 8)
 
 
 @pytest.mark.parametrize("which", ["space.json", "commits/image-00000000.parquet"])
@@ -251,13 +236,11 @@ def test_a_flipped_byte_of_the_metadata_is_noticed_at_opening(tmp_path: Path, wh
     space = make_space(tmp_path)
     fill(space, [0, 1])
     path = space.paths.root / which
-    data = bytearray(path.read_bytes())
-    for at in range(0, len(data), 5):
-        data[at] ^= 1 << at % 8
-        path.write_bytes(data)
-        data[at] ^= 1 << at % 8
+    for at in range(0, path.stat().st_size, 5):
+        flip(path, 8 * at + at % 8)
         with pytest.raises(CorruptError, match=f"{which}: "):
             FeatureReader(space.paths)
+        flip(path, 8 * at + at % 8)
 
 
 def test_intact_bytes_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
@@ -349,10 +332,7 @@ def test_no_thread_outlives_a_call_that_fails(
     space = make_space(tmp_path)
     for n in range(4):
         fill(space, [n])
-    path = space.paths.shard("image", 0)
-    data = bytearray(path.read_bytes())
-    data[5] ^= 1
-    path.write_bytes(data)
+    flip(space.paths.shard("image", 0), 40)
     seen = FeatureReader(space.paths, threads=4)
     running, real = [], os.preadv
 

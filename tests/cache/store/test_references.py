@@ -140,13 +140,7 @@ def test_sources_that_the_table_lacks_are_numbered_behind_it(tmp_path: Path) -> 
     rows = {source: n for n, source in enumerate(table["source"].to_pylist())}
     assert found.source.tolist() == [2, rows["a"], 3, 2, rows["b"]]
     assert found.counts.tolist() == [2, 0, 3]
-    assert found.look_up(np.array([True, True]), False).tolist() == [
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
+    assert found.look_up(np.array([7, 7]), -1).tolist() == [-1, 7, -1, -1, 7]
     assert found.count(found.source >= 2).tolist() == [1, 0, 2]
 
 

@@ -26,6 +26,7 @@ from cache.store.samples import (
     samples_table,
     write_samples,
 )
+from tests.support.faults import flip
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 weight = st.floats(0, 10)
@@ -109,9 +110,7 @@ def test_an_error_while_samples_are_made_leaves_the_old_ones(tmp_path: Path) -> 
 def test_damaged_samples_are_refused_then_replaced(tmp_path: Path) -> None:
     root, path = CacheRoot(tmp_path), CacheRoot(tmp_path).samples("toy")
     write_samples(root, "toy", [question(1)])
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip(path, 4 * path.stat().st_size)
     for read in (samples_digest, samples_table, lambda *args: next(read_samples(*args))):
         with pytest.raises(CorruptError, match=r"part-00000\.parquet"):
             read(root, "toy")

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from tests.support import ROOT
+from tests.support.faults import flip
 from tests.support.spaces import SPEC, fill, key, make_space, row
 
 SIZE = SPEC.row_bytes("image")
@@ -73,11 +75,6 @@ def test_rows_of_a_mapped_shard_need_no_system_call(space: Space, calls: list[in
 
 
 def test_a_shard_is_mapped_only_after_it_was_read_once_over(space: Space, calls: list[int]) -> None:
-    plain = FeatureReader(space.paths, mapped=False)
-    for _ in range(4):
-        read(plain, [0, 1, 2, 3])
-    assert len(calls) == 4
-    calls.clear()
     shard_files.COPIED_BYTES = SIZE
     reader = FeatureReader(space.paths)
     for _ in range(3):
@@ -138,38 +135,21 @@ def test_nothing_is_copied_from_beyond_the_end(tmp_path: Path) -> None:
     assert not seen.copy(6000, [out], 100)
 
 
-def test_the_trainer_does_not_map(space: Space, tmp_path: Path, calls: list[int]) -> None:
-    """Its memory figure is what training takes."""
-    reader = open_reader(tmp_path, None, RemoteOptions())
-    for _ in range(4):
-        read(reader, [0, 1, 2, 3])
-    assert len(calls) == 4
-
-
-def test_files_of_other_users_are_not_mapped(
-    space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("why", ["trainer", "option", "other user", "file system"])
+def test_what_is_not_mapped_is_read(
+    space: Space, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    """Of other people's files that we may not write, it says that all pages are in memory."""
-    path = os.fspath(space.paths.shard("image", 0))
-    assert shard_files.can_map(path)
-    monkeypatch.setattr(os, "geteuid", lambda: 4242)
-    assert shard_files.can_map(path)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert not shard_files.can_map(path)
-    reader = FeatureReader(space.paths)
-    for _ in range(4):
-        read(reader, [0, 1, 2, 3])
-    assert len(calls) == 4
-
-
-def test_a_file_system_that_cannot_map_is_read(
-    space: Space, calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: object) -> None:
-        raise OSError(19, "No such device")
-
-    monkeypatch.setattr(mmap, "mmap", refused)
-    reader = FeatureReader(space.paths)
+    """The trainer does not map: its memory figure is what training takes."""
+    if why == "other user":  # the kernel says of such a file that all pages are in memory
+        path = os.fspath(space.paths.shard("image", 0))
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+        assert shard_files.can_map(path), "it can be written"
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    elif why == "file system":
+        monkeypatch.setattr(mmap, "mmap", mock.Mock(side_effect=OSError(19, "No such device")))
+    reader = FeatureReader(space.paths, mapped=why != "option")
+    if why == "trainer":
+        reader = open_reader(tmp_path, None, RemoteOptions())
     for _ in range(4):
         read(reader, [0, 1, 2, 3])
     assert len(calls) == 4
@@ -179,12 +159,7 @@ def test_damage_to_a_mapped_row_is_noticed(space: Space) -> None:
     reader = FeatureReader(space.paths)
     for _ in range(3):
         read(reader, [0, 1, 2, 3])
-    path = space.paths.shard("image", 0)
-    with path.open("r+b") as file:  # the file itself, as a disk would change it
-        file.seek(SIZE + 4 + 9)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 8]))
+    flip(space.paths.shard("image", 0), 8 * (SIZE + 4 + 9))  # the file itself, as a disk would
     read(reader, [0, 2, 3])
     with pytest.raises(CorruptError, match="row 1 fails its checksum"):
         read(reader, [1])

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +24,6 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
-from tests.support import ROOT
 from tests.support.spaces import SLOTS, SPEC, committed_rows, features, fill, key, make_space, row
 
 
@@ -80,16 +74,6 @@ def test_an_invalid_row_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="full"):
         writer.append(key(9), "full", row(9))
     assert writer.commit() == SLOTS
-    assert not verify(CacheRoot(tmp_path), deep=True).broken
-
-
-def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwritev
-    monkeypatch.setattr(
-        os, "pwritev", lambda fd, buffers, at: real(fd, [memoryview(buffers[0])[:100]], at)
-    )
-    space = make_space(tmp_path)
-    fill(space, [1, 2])
     assert not verify(CacheRoot(tmp_path), deep=True).broken
 
 
@@ -172,11 +156,8 @@ def test_a_shard_replaces_others_in_one_step(tmp_path: Path) -> None:
     space = make_space(tmp_path)
     fill(space, [0, 1])
     fill(space, [2])
-    writer = ShardWriter(space, "image", space.next_shard("image"))
-    for number in (1, 2):
-        writer.append(key(number), "full", row(number))
     assert len(space.keys("image")) == 3
-    writer.commit(replaces=(0, 1))
+    fill(space, [1, 2], replaces=(0, 1))
     assert space.keys("image") == {(key(1), "full"), (key(2), "full")}
     reader = FeatureReader(space.paths)
     assert reader.lookup("image", [key(0), key(1), key(2)]).tolist() == [-1, 8, 9]
@@ -294,61 +275,3 @@ def test_nothing_gets_its_name_before_it_is_durable(
     assert temporary.startswith(commits)
     assert renamed == ("rename", f"{temporary}>{space.paths.commit('image', 0)}")
     assert last == ("fsync", commits)
-
-
-WRITE_ON = """
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from cache.store.paths import CacheRoot
-from cache.store.locks import DriverLock, WorkerLease
-from cache.store.writer import NewRow, ShardWriter, Space
-from tests.support.spaces import SLOTS, SPEC, key, row
-root = CacheRoot(Path(sys.argv[1]))
-paths = root.space(SPEC.name)
-with DriverLock(paths, "job") as driver, WorkerLease(paths, driver.token, "0") as lease:
-    space = Space.create(root, SPEC, {}, shard_bytes=SLOTS * SPEC.row_bytes("image"))
-    space.grow("image")
-    number = len(space.keys("image"))
-    print(number, flush=True)
-    while True:
-        writer = ShardWriter(space, "image", space.next_shard("image"), lease.fence)
-        while not writer.full:
-            writer.append(key(number), "full", row(number))
-            number += 1
-        writer.commit()
-        print(number, flush=True)
-        space.grow("image")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.soak_counted
-def test_jobs_killed_at_random_neither_lose_nor_duplicate_rows(
-    tmp_path: Path, soak: Callable[[int, int], int]
-) -> None:
-    draw = random.Random(0)
-    committed = 0
-    for _ in range(soak(4, 60)):
-        with subprocess.Popen(
-            [sys.executable, "-c", WRITE_ON, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        ) as job:
-            assert job.stdout is not None
-            first = int(job.stdout.readline())
-            assert first >= committed, "what was committed before the last kill is still there"
-            # By shards, not by the clock: a slow machine is hit at work too.
-            seen = [job.stdout.readline() for _ in range(draw.randint(0, 3))]
-            time.sleep(draw.uniform(0, 0.02))
-            job.kill()
-            committed = int([str(first), *seen, *job.stdout.read().split()][-1])
-        report = verify(CacheRoot(tmp_path), deep=True)
-        assert not report.broken
-        rows = report.spaces[0].rows["image"]
-        assert committed <= rows <= committed + SLOTS
-        space = Space.open(CacheRoot(tmp_path).space(SPEC.name))
-        assert space.keys("image") == {(key(number), "full") for number in range(rows)}
-    assert committed > SLOTS, "the jobs were killed while they wrote"

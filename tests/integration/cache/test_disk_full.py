@@ -9,22 +9,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from cache.errors import DiskError, InUseError
-from cache.format.spec import ARRAYS
 from cache.maintenance.checks import verify
-from cache.maintenance.garbage import find_unreferenced, remove_unreferenced
 from cache.store.files import disk_full
 from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader
 from encode.worker.worker import Worker
 from tests.support.encode_jobs import CONFIG, draw, encode
-from tests.support.spaces import fill, key, make_space
 
 SIZE = 80 << 20
 """More than a job leaves free (`configs.console.SPARE_BYTES`), or it would be refused beforehand."""
@@ -115,32 +109,6 @@ def test_an_encode_job_on_a_disk_that_fills_up(
     assert 0 < kept < 24
     assert result.reader.logical_hash() == whole
     assert len(read_media(CacheRoot(cache))) == 24
-
-
-def test_removing_rows_on_a_full_disk_loses_nothing(disk: Disk) -> None:
-    root = CacheRoot(disk.folder / "cache")
-    space = make_space(root.path)
-    for first in range(0, 40, 4):
-        fill(space, range(first, first + 4))
-    for kind in ARRAYS:
-        space.grow(kind)
-    before = FeatureReader(space.paths).logical_hash()
-    wanted = pa.array([bytes.fromhex(key(n)) for n in range(0, 40, 2)], pa.binary(32))
-    (found,) = find_unreferenced(space.paths, wanted)
-    assert (found.rows, found.shards) == (20, 10)
-    disk.fill()
-    with pytest.raises(
-        DiskError, match=r"disk full .*everything committed is kept: free some space and run"
-    ):
-        remove_unreferenced(found)
-    assert FeatureReader(space.paths).logical_hash() == before
-    assert not verify(root, deep=True).broken
-    disk.free()
-    (found,) = find_unreferenced(space.paths, wanted)
-    remove_unreferenced(found)
-    assert space.keys("image") == {(key(n), "full") for n in range(0, 40, 2)}
-    assert len(space.paths.committed("image")) == 5
-    assert np.isfinite(FeatureReader(space.paths).read("image", key(0))).all()
 
 
 def test_the_error_of_a_second_job_names_the_first_and_nothing_changes(tmp_path: Path) -> None:
