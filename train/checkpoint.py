@@ -32,7 +32,7 @@ from cache.store.files import fsync_folder
 from configs import UserError
 
 KEEP = 2
-"""Checkpoints kept: if a file of the newest one is damaged, the run continues from the one before."""
+"""Checkpoints kept. If the newest is damaged, delete its folder: the run continues from the one before."""
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, COMMITTED = "state.json", "COMMITTED"
 PARTIAL = ".partial"

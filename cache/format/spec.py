@@ -1,4 +1,4 @@
-"""FeatureSpec: everything that decides how the pixels of one view become one row, and its fingerprint.
+"""FeatureSpec: everything that decides the bytes of a row and the files that hold it, and its fingerprint.
 
     spec = FeatureSpec(encoder="clip-vit-l14-336", codec="int8", ...)
     spec.name                           # "clip-vit-l14-336-int8-1a2b3c4d", the folder of the space
@@ -40,7 +40,7 @@ _HASHED_UNLESS = {"container": "zarr"}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """One way of encoding. All fields but `encoder` are part of the fingerprint."""
+    """One way of encoding. The fingerprint covers all but `encoder`, and `container` unless it is `zarr`."""
 
     encoder: str
     """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""

@@ -7,7 +7,7 @@
     stores.py       what a store must offer; S3 and the hub
     http.py         web servers: ranges, redirects, connections
     net.py          addresses that may be connected to, TLS (also used by encode.download)
-    retry.py        limits, pauses and repeated requests (also used by encode.download)
+    retry.py        limits, pauses and repeated requests (its Retry-After parser also serves encode.download)
     listing.py      which files are tables; listing.json
     mirror.py       local copies of the tables
     reader.py       rows by ranged requests, verified

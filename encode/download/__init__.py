@@ -10,7 +10,6 @@ In: URLs of a data set. Out: complete bodies in memory, or one line that says wh
     memory_budget   bytes of bodies in memory
     outage          waiting while the network is down
     media_store     bodies kept as files, named by their sha256
-    fetch_only      `encode.run --fetch-only`
 
 Read client first.
 """

@@ -1,4 +1,4 @@
-"""The frozen vision encoder: images to patch features. The trainer never imports this room.
+"""The frozen vision encoder: images to patch features. The trainer never imports this package.
 
     in     RGB images, an entry of configs/encoders.yaml, trained or random weights
     out    features (n, M, V) float32 and the FeatureSpec that names everything they depend on

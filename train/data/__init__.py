@@ -1,6 +1,6 @@
 """The data side of training: a feature cache in, packed micro-batches out.
 
-    1. select   samples of the data sets whose media all have features     join.py, sample_list.py
+    1. select   samples whose media all have features; held out or not     join.py, sample_list.py
     2. tokenise the text of each sample, once, into mapped files           tokens.py
     3. measure  the tokens that stand for each image and video             placeholders.py
     4. group    samples of equal media and equal beginning into trees      message_trees.py
