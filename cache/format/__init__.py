@@ -9,5 +9,5 @@
     zarr_codec      the row codecs for zarr-python, found by an entry point
 
 In come features and facts about rows; out go bytes. No module here opens a cache, and none imports more than
-numpy, pyarrow and the checksum libraries, so `model` may import this package. Read spec.py first, then codec.py.
+numpy, pyarrow and the checksum libraries, so `model` may import this package. Read spec.py first.
 """
