@@ -13,8 +13,8 @@ import itertools
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.errors import DiskError, InUseError
+from cache.errors import DiskError
 from cache.format.codec import pack
 from cache.store.ledger import read_media
-from cache.store.locks import DriverLock
 from cache.store.writer import ShardWriter
 from configs import UserError
 from encode.driver.signals import Interrupts
@@ -36,13 +35,21 @@ from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
-from tests.support.encode_jobs import CONFIG, TINY, Result, draw, encode
+from tests.support.encode_jobs import CONFIG, TINY, Result, SlowWorker, draw, encode
+
+Encode = Callable[..., Result]
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     draw(tmp_path / "photos", 14)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def job(photos: Path, tmp_path: Path) -> Encode:
+    """Return a function that encodes the photos into one cache."""
+    return partial(encode, tmp_path / "cache", f"folder:{photos}")
 
 
 def names(folder: Path) -> list[str]:
@@ -55,8 +62,8 @@ def key_of(result: Result, name: str) -> str:
     return key
 
 
-def test_a_row_equals_the_features_of_its_image_encoded_alone(photos: Path, tmp_path: Path) -> None:
-    result = encode(tmp_path / "cache", f"folder:{photos}", codec="fp16")
+def test_a_row_equals_the_features_of_its_image_encoded_alone(photos: Path, job: Encode) -> None:
+    result = job(codec="fp16")
     encoder = load_encoder(TINY, device="cpu")
     assert result.code == 0
     assert result.reader.rows("image") == 14
@@ -90,13 +97,13 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_repeating_a_finished_job_touches_no_file_and_starts_no_worker(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], job: Encode
 ) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
     (photos / "metadata.jsonl").write_text(
         "".join(f'{{"file": "{n}"}}\n' for n in (*names(photos), "gone.png"))
     )
-    first = encode(tmp_path / "cache", f"folder:{photos}")
+    first = job()
     assert len(first.failures()) == 2
     before = files_below(tmp_path / "cache")
 
@@ -105,17 +112,17 @@ def test_repeating_a_finished_job_touches_no_file_and_starts_no_worker(
             raise AssertionError("there is nothing to do")
 
     capsys.readouterr()
-    again = encode(tmp_path / "cache", f"folder:{photos}", worker_class=Forbidden)
+    again = job(worker_class=Forbidden)
     assert files_below(tmp_path / "cache") == before
     assert again.plan.todo == ()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("encoded=0 reused=14 failed=2 ")
 
 
-def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, job: Encode) -> None:
     for i in range(5):
         shutil.copy(photos / "0003.png", photos / f"copy-{i}.png")
-    result = encode(tmp_path / "cache", f"folder:{photos}")
+    result = job()
     assert result.reader.rows("image") == 14
     assert result.job._tracker.encoded == 14
     assert result.job._tracker.reused == 5
@@ -124,69 +131,37 @@ def test_the_same_bytes_under_other_names_are_encoded_once(photos: Path, tmp_pat
     assert result.ledger["copy-0.png"].width == 24, "duplicates have a size, too"
 
 
-def test_an_image_with_one_changed_pixel_is_encoded_as_a_new_one(
-    photos: Path, tmp_path: Path
+def test_a_changed_file_with_its_old_time_stamp_is_encoded(
+    photos: Path, tmp_path: Path, job: Encode
 ) -> None:
-    before = encode(tmp_path / "cache", f"folder:{photos}")
-    with Image.open(photos / "0005.png") as image:
-        image.load()
-    red, green, blue = image.getpixel((3, 3))  # type: ignore[misc]
-    image.putpixel((3, 3), (red ^ 1, green, blue))
-    image.save(photos / "0005.png")
-    after = encode(tmp_path / "cache", f"folder:{photos}")
-    assert len(after.plan.todo) == 1
-    assert key_of(after, "0005.png") != key_of(before, "0005.png")
-    assert after.reader.rows("image") == 15, "other samples may refer to the old row"
-
-
-def test_a_changed_file_with_its_old_time_stamp_is_encoded(photos: Path, tmp_path: Path) -> None:
-    before = encode(tmp_path / "cache", f"folder:{photos}")
+    before = job()
     target = photos / "0005.png"
     status = target.stat()
-    data = bytearray((photos / "0005.png").read_bytes())
-    draw(tmp_path / "other", 1, first=99)
-    other = (tmp_path / "other" / "0099.png").read_bytes()
-    data[:] = other[: len(data)].ljust(len(data), b"\0")
+    (other,) = draw(tmp_path / "other", 1, first=99)
+    data = other.read_bytes()[: status.st_size].ljust(status.st_size, b"\0")
     with target.open("r+b") as file:  # same inode, same size, and the old time put back
         file.write(data)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert target.stat().st_size == status.st_size
-    after = encode(tmp_path / "cache", f"folder:{photos}")
+    after = job()
     assert [Path(t.source).name for t in after.plan.todo] == ["0005.png"]
     assert key_of(after, "0005.png") != key_of(before, "0005.png")
+    assert after.reader.rows("image") == 15, "other samples may refer to the old row"
 
 
-def test_a_touched_or_moved_file_is_hashed_again_and_not_encoded(
-    photos: Path, tmp_path: Path
-) -> None:
-    encode(tmp_path / "cache", f"folder:{photos}")
+def test_a_touched_moved_or_rehashed_file_is_not_encoded_again(photos: Path, job: Encode) -> None:
+    job()
     os.utime(photos / "0001.png")
     (photos / "0002.png").rename(photos / "moved.png")
-    again = encode(tmp_path / "cache", f"folder:{photos}")
+    again = job()
     assert len(again.plan.todo) == 2
     assert (again.job._tracker.encoded, again.job._tracker.reused) == (0, 2)
-    assert encode(tmp_path / "cache", f"folder:{photos}").plan.todo == ()
+    assert job().plan.todo == ()
+    all_again = job(rehash=True)
+    assert (all_again.job._tracker.encoded, all_again.job._tracker.reused) == (0, 14)
 
 
-def test_rehash_reads_everything_and_encodes_nothing(photos: Path, tmp_path: Path) -> None:
-    encode(tmp_path / "cache", f"folder:{photos}")
-    again = encode(tmp_path / "cache", f"folder:{photos}", rehash=True)
-    assert (len(again.plan.todo), again.job._tracker.encoded, again.job._tracker.reused) == (
-        14,
-        0,
-        14,
-    )
-
-
-def test_features_outlive_their_images(photos: Path, tmp_path: Path) -> None:
-    (photos / "metadata.jsonl").write_text('{"file": "0000.png", "caption": "Noise."}\n')
-    encode(tmp_path / "cache", f"folder:{photos}")
-    (photos / "0000.png").unlink()
-    again = encode(tmp_path / "cache", f"folder:{photos}")
-    assert (again.plan.reused, again.plan.missing) == (1, ())
-
-
-def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, tmp_path: Path) -> None:
+def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, job: Encode) -> None:
     whole = (photos / "0000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.jpg").write_bytes(b"")
@@ -194,7 +169,7 @@ def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, tmp_path: Pa
     (photos / "pipe.png").mkdir()
     lines = [*names(photos), "never-there.png"]
     (photos / "metadata.jsonl").write_text("".join(f'{{"file": "{n}"}}\n' for n in lines))
-    result = encode(tmp_path / "cache", f"folder:{photos}")
+    result = job()
     failures = result.failures()
     assert result.code == 0
     assert {n: stage for n, (stage, _) in failures.items()} == {
@@ -211,40 +186,18 @@ def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, tmp_path: Pa
     )
 
 
-def test_a_repaired_image_is_encoded(photos: Path, tmp_path: Path) -> None:
-    whole = (photos / "0000.png").read_bytes()
-    (photos / "cut.png").write_bytes(whole[:100])
-    assert set(encode(tmp_path / "cache", f"folder:{photos}").failures()) == {"cut.png"}
-    draw(tmp_path / "new", 1, first=50)
-    shutil.copy(tmp_path / "new" / "0050.png", photos / "cut.png")
-    again = encode(tmp_path / "cache", f"folder:{photos}")
-    assert again.failures() == {}
-    assert again.reader.rows("image") == 15
-
-
 def test_another_encoder_gets_another_space_and_keeps_the_samples(
-    photos: Path, tmp_path: Path
+    photos: Path, job: Encode
 ) -> None:
-    first = encode(tmp_path / "cache", f"folder:{photos}")
+    first = job()
     samples = first.root.samples("photos").stat().st_mtime_ns
     config = dataclasses.replace(TINY, seed=7)
-    second = encode(
-        tmp_path / "cache", f"folder:{photos}", config=dataclasses.replace(CONFIG, encoder=config)
-    )
+    second = job(config=dataclasses.replace(CONFIG, encoder=config))
     assert second.paths != first.paths
     assert len(second.plan.todo) == 14
     assert second.plan.unread == 0, "the keys are known, so the rows are exact"
     assert second.root.samples("photos").stat().st_mtime_ns == samples
     assert second.reader.logical_hash() != first.reader.logical_hash()
-
-
-def test_a_second_driver_is_refused_with_the_name_of_the_first(
-    photos: Path, tmp_path: Path
-) -> None:
-    result = encode(tmp_path / "cache", f"folder:{photos}")
-    with DriverLock(result.paths, "process 42 on elsewhere"), pytest.raises(InUseError) as refused:
-        encode(tmp_path / "cache", f"folder:{photos}")
-    assert "process 42 on elsewhere" in str(refused.value)
 
 
 # ---- our own errors
@@ -279,12 +232,12 @@ def odd(**values: Any) -> OddConfig:
     return OddConfig(**{**fields, **values})
 
 
-def test_nan_fails_only_the_image_that_has_it(photos: Path, tmp_path: Path) -> None:
+def test_nan_fails_only_the_image_that_has_it(photos: Path, job: Encode) -> None:
     draw(photos, 30, first=14)
     encoder = load_encoder(TINY, device="cpu")
     prepared = encoder.prepare(decode_image((photos / "0006.png").read_bytes()))
     config = odd(nan=(int(prepared.sum()),))
-    result = encode(tmp_path / "cache", f"folder:{photos}", config=config)
+    result = job(config=config)
     assert set(result.failures()) == {"0006.png"}
     stage, error = result.failures()["0006.png"]
     assert stage == "encode"
@@ -292,42 +245,34 @@ def test_nan_fails_only_the_image_that_has_it(photos: Path, tmp_path: Path) -> N
     assert result.reader.rows("image") == 43
     # The failure is our own, so later jobs try it again, up to three times in all.
     for attempts in (2, 3):
-        again = encode(tmp_path / "cache", f"folder:{photos}", config=config)
+        again = job(config=config)
         assert again.ledger["0006.png"].attempts == attempts
-    assert encode(tmp_path / "cache", f"folder:{photos}", config=config).plan.todo == ()
+    assert job(config=config).plan.todo == ()
     # It does not count for another encoder.
     other = dataclasses.replace(CONFIG, encoder=dataclasses.replace(TINY, seed=1))
-    assert encode(tmp_path / "cache", f"folder:{photos}", config=other).failures() == {}
+    assert job(config=other).failures() == {}
 
 
-def test_too_many_errors_of_our_own_stop_the_job(photos: Path, tmp_path: Path) -> None:
+def test_too_many_errors_of_our_own_stop_the_job(photos: Path, job: Encode) -> None:
     draw(photos, 100, first=14)
     with pytest.raises(TooManyFailuresError) as stopped:
-        encode(tmp_path / "cache", f"folder:{photos}", config=odd(raises="images"))
+        job(config=odd(raises="images"))
     message = str(stopped.value)
     assert "OutOfMemoryError: no memory left on this device" in message
     assert "\n" not in message
     # Once the cause is fixed, all of them are tried again.
-    result = encode(tmp_path / "cache", f"folder:{photos}")
+    result = job()
     assert result.failures() == {}
     assert result.reader.rows("image") == 114
 
 
 def test_an_encoder_that_cannot_run_stops_the_job_before_anything_is_written(
-    photos: Path, tmp_path: Path
+    photos: Path, tmp_path: Path, job: Encode
 ) -> None:
     draw(photos, 10, first=14)
     with pytest.raises(UserError, match="a batch of 4 cannot be encoded on cpu: OutOfMemoryError"):
-        encode(tmp_path / "cache", f"folder:{photos}", config=odd(raises="always"))
+        job(config=odd(raises="always"))
     assert not (tmp_path / "cache" / "spaces").exists()
-
-
-def test_bad_images_never_stop_the_job(photos: Path, tmp_path: Path) -> None:
-    for i in range(60):
-        (photos / f"bad-{i}.png").write_bytes(b"no image %d" % i)
-    result = encode(tmp_path / "cache", f"folder:{photos}")
-    assert len(result.failures()) == 60
-    assert result.reader.rows("image") == 14
 
 
 # ---- the disk
@@ -346,29 +291,29 @@ def failing_extend(number: int, *calls: int) -> Callable[..., None]:
 
 
 def test_a_full_disk_ends_the_job_and_keeps_committed_rows(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Encode
 ) -> None:
     whole = encode(tmp_path / "whole", f"folder:{photos}").reader.logical_hash()
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "extend", failing_extend(errno.ENOSPC, *range(10, 100)))
         with pytest.raises(DiskError) as full:
-            encode(tmp_path / "cache", f"folder:{photos}")
+            job()
     assert str(full.value).startswith("disk full (")
     assert "run the same command again" in str(full.value)
-    result = encode(tmp_path / "cache", f"folder:{photos}")
+    result = job()
     assert (result.job._tracker.encoded, result.reader.rows("image")) == (5, 14)
     assert result.reader.logical_hash() == whole
 
 
 def test_a_disk_error_fails_the_items_of_one_shard(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, job: Encode
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "extend", failing_extend(errno.EIO, 5))
-        result = encode(tmp_path / "cache", f"folder:{photos}")
+        result = job()
     assert [stage for stage, _ in result.failures().values()] == ["write"]
     assert result.reader.rows("image") == 13
-    again = encode(tmp_path / "cache", f"folder:{photos}")
+    again = job()
     assert again.failures() == {}
     assert again.reader.rows("image") == 14
 
@@ -376,29 +321,15 @@ def test_a_disk_error_fails_the_items_of_one_shard(
 # ---- stopping
 
 
-class Steady(Worker):
-    """Slow enough to be interrupted while it works."""
-
-    def decode(self, data: bytes) -> Image.Image:
-        time.sleep(0.05)
-        return super().decode(data)
-
-
 def test_an_interrupted_job_keeps_encoded_rows_and_can_be_continued(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, capsys: pytest.CaptureFixture[str], job: Encode
 ) -> None:
     draw(photos, 120, first=14)
     interrupts = Interrupts()
     timer = threading.Timer(2.0, lambda: setattr(interrupts, "received", 2))
     timer.start()
     config = dataclasses.replace(CONFIG, commit_every_s=1000.0)
-    stopped = encode(
-        tmp_path / "cache",
-        f"folder:{photos}",
-        worker_class=Steady,
-        config=config,
-        interrupts=interrupts,
-    )
+    stopped = job(worker_class=SlowWorker, config=config, interrupts=interrupts)
     timer.join()
     kept = stopped.reader.rows("image")
     assert stopped.code == 130
@@ -406,13 +337,13 @@ def test_an_interrupted_job_keeps_encoded_rows_and_can_be_continued(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"interrupted: {kept} encoded and kept, ")
     assert len(read_media(stopped.root)) == kept, "they are recorded, so nothing is read twice"
-    result = encode(tmp_path / "cache", f"folder:{photos}")
+    result = job()
     assert result.plan.reused == kept
     assert result.reader.rows("image") == 134
     assert result.reader.index["image"].duplicates() == []
 
 
-def test_decoding_runs_in_threads_that_end_with_the_job(photos: Path, tmp_path: Path) -> None:
+def test_decoding_runs_in_threads_that_end_with_the_job(job: Encode) -> None:
     threads: set[str] = set()
 
     class Watched(Worker):
@@ -420,6 +351,6 @@ def test_decoding_runs_in_threads_that_end_with_the_job(photos: Path, tmp_path: 
             threads.add(threading.current_thread().name.rpartition("_")[0])
             return super().decode(data)
 
-    encode(tmp_path / "cache", f"folder:{photos}", worker_class=Watched)
+    job(worker_class=Watched)
     assert threads == {"decode"}
     assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "read", "write"))]

@@ -98,6 +98,8 @@ def test_a_missing_file_is_recorded_once(tmp_path: Path) -> None:
     (record,) = plan_of(gone, None).missing
     assert (record.status, record.stage, record.error) == ("failed", "fetch", "no such file")
     assert sorted_as(plan_of(gone, record)) == "failed"
+    encoded = MediaRecord(source=str(gone), key=KEY)
+    assert sorted_as(plan_of(gone, encoded, KEY)) == "reused", "features outlive their file"
     gone.write_bytes(b"here now")
     assert sorted_as(plan_of(gone, record)) == "todo"
 

@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 import configs
+from cache.errors import InUseError
 from cache.store import index_file
+from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import read_samples
@@ -97,11 +99,15 @@ def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str
     assert words == ["space", "media", "rows", "disk", "time", "pays"]
 
 
-def test_planning_takes_no_lock_and_changes_no_file(photos: Path) -> None:
+def test_beside_another_driver_a_job_is_refused_and_planned_without_a_change(photos: Path) -> None:
     assert run(photos) == 0
-    before = sorted(str(p) for p in (photos.parent / "cache").rglob("*"))
-    assert run(photos, "--plan") == 0
-    assert sorted(str(p) for p in (photos.parent / "cache").rglob("*")) == before
+    root = CacheRoot(photos.parent / "cache")
+    with DriverLock(find_space(root, None), "process 42 on elsewhere"):
+        before = sorted(root.path.rglob("*"))
+        assert run(photos, "--plan") == 0
+        assert sorted(root.path.rglob("*")) == before
+        with pytest.raises(InUseError, match="process 42 on elsewhere"):
+            run(photos)
 
 
 def test_a_limit_takes_the_first_samples(photos: Path) -> None:

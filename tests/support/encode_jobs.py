@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from encode.driver.signals import Interrupts
 from encode.job import Job
 from encode.plan import MediaCounter, Plan
 from encode.sources.catalogue import open_datasets
+from encode.sources.demo_drawings import DemoWorld
+from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
 from model.vision.config import DemoTowerConfig, EncoderConfig
@@ -57,6 +60,14 @@ def draw(folder: Path, count: int, *, first: int = 0, side: int = 24) -> list[Pa
         paths.append(folder / f"{number:04d}.png")
         Image.fromarray(noise).save(paths[-1])
     return paths
+
+
+def shoot(folder: Path, lengths: Sequence[int]) -> None:
+    """Write different videos with these numbers of frames, two a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, length in enumerate(lengths):
+        video = draw_video(DemoWorld(images=9, side=24, video_frames=length), number)
+        (folder / f"video{number:02}.y4m").write_bytes(video)
 
 
 @dataclass(kw_only=True)
@@ -123,7 +134,7 @@ class SlowWorker(Worker):
     """Slow, so that a kill hits it while it works."""
 
     def decode(self, data: bytes) -> Image.Image:
-        time.sleep(0.02)
+        time.sleep(0.05)
         return super().decode(data)
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -170,14 +181,8 @@ def main(folder: Path, workers: int) -> None:
     """Print `ready`, run a slow job over FOLDER/images, and exit with its code."""
     print("ready", flush=True)
     config = replace(CONFIG, torch_threads=1)
-    result = encode(
-        folder / "cache",
-        f"folder:{folder / 'images'}",
-        workers=workers,
-        config=config,
-        worker_class=SlowWorker,
-    )
-    sys.exit(result.code)
+    job = partial(encode, folder / "cache", f"folder:{folder / 'images'}", config=config)
+    sys.exit(job(workers=workers, worker_class=SlowWorker).code)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,13 @@ progress.update(timings)        # encode 400/1000  8/s  bound by decode  about 1
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from encode.driver.progress import Progress, closing_line, failure_line
 from encode.driver.tracker import Tracker
 from encode.worker.messages import SourceTask, Timings
-
-
-class Screen:
-    """A stream that is, or is not, a terminal."""
-
-    def __init__(self, terminal: bool):
-        self.terminal = terminal
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -37,30 +22,24 @@ def test_a_progress_line_has_rate_bound_and_time_left(
     clock = [100.0]
     monkeypatch.setattr("encode.driver.progress.time.monotonic", lambda: clock[0])
     tasks = [SourceTask(source=str(i)) for i in range(1000)]
-    screen = Screen(terminal)
-    progress = Progress(Tracker(tasks, present=(), on_record=print), out=screen)  # type: ignore[arg-type]
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    progress = Progress(Tracker(tasks, present=(), on_record=print), out=screen)
     for second in range(61):
         clock[0] = 100.0 + second
         # Ten seconds to start, then 8 images a second; the encoder mostly waits for decoded images.
         worked = max(0, second - 10)
-        progress.update(
-            Timings(
-                media=8 * worked,
-                wait_s=0.7 * worked,
-                encode_s=0.2 * worked,
-                decode_s=1.5 * worked,
-                span_s=worked,
-            )
-        )
+        seconds = {"wait_s": 0.7 * worked, "encode_s": 0.2 * worked, "decode_s": 1.5 * worked}
+        progress.update(Timings(media=8 * worked, span_s=worked, **seconds))
     progress.clear()
     if terminal:
-        lines = screen.text.split("\r\x1b[K")
+        lines = screen.getvalue().split("\r\x1b[K")
         assert len(lines) == 60 + 2
-        assert "\n" not in screen.text
+        assert "\n" not in screen.getvalue()
         assert lines[-1] == ""
         lines.pop()
     else:
-        lines = screen.text.splitlines()
+        lines = screen.getvalue().splitlines()
         assert len(lines) == 6
     assert lines[0 if not terminal else 5] == "encode 0/1000  starting"
     assert lines[-1] == "encode 400/1000  8/s  bound by decode  about 1 min 15 s left"

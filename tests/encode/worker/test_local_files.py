@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def test_bytes_key_and_identity(tmp_path: Path) -> None:
     identity = identify(str(path))
     assert identity is not None
     assert identity.matches(record)
+    video = read_local(SourceTask(source=str(path), kind="video"))
+    assert video == (path, replace(record, kind="video")), (
+        "a video is hashed, and not held in memory"
+    )
 
 
 def test_a_write_within_one_clock_tick_of_reading_changes_the_identity(tmp_path: Path) -> None:

@@ -19,25 +19,21 @@ from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker.decode_log import DecodeLog
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
-from encode.worker.messages import SourceTask
+from encode.worker.messages import Registrar, SourceTask
 from encode.worker.prefetch import Prefetcher
 from model.media.images import Failure, decode_image
 from tests.support.encode_jobs import CONFIG, draw
 
 
 class FakeWorker:
-    """Encodes everything it has not reserved before; counts what is decoded."""
+    """Counts what is decoded."""
 
     def __init__(self) -> None:
-        self.reserved: set[str] = set()
+        self.registrar = Registrar((), {})
         self.decoded = 0
 
     def reserve(self, ids: Sequence[str]) -> list[bool]:
-        granted = []
-        for name in ids:
-            granted.append(name not in self.reserved)
-            self.reserved.add(name)
-        return granted
+        return self.registrar.reserve(1, ids)
 
     def missing(self, key: str, views: Sequence[str], *, reread: bool) -> list[str]:
         return list(views)

@@ -18,15 +18,27 @@ import pytest
 
 from cache.store.locks import driver_holder
 from cache.store.reader import FeatureReader
-from tests.support.encode_jobs import Result, committed, draw, encode, space, start, wait_for_rows
+from tests.support.encode_jobs import (
+    Result,
+    committed,
+    draw,
+    encode,
+    shoot,
+    space,
+    start,
+    wait_for_rows,
+)
 
-IMAGES = 80
+IMAGES = 60
+VIDEOS = (2, 5, 16, 3, 8, 7) * 3
+"""Frames of each video."""
 
 
 def assert_whole(folder: Path, like: Result) -> None:
     reader = FeatureReader(space(folder))
     assert reader.rows("image") == IMAGES
-    assert reader.index["image"].duplicates() == []
+    assert reader.rows("frame") == sum(VIDEOS)
+    assert [index.duplicates() for index in reader.index.values()] == [[], []]
     assert reader.logical_hash() == like.reader.logical_hash()
 
 
@@ -36,7 +48,9 @@ def test_a_driver_killed_at_any_moment(
     tmp_path: Path, workers: int, soak: Callable[[int, int], int]
 ) -> None:
     draw(tmp_path / "images", IMAGES)
+    shoot(tmp_path / "images", VIDEOS)
     whole = encode(tmp_path / "whole", f"folder:{tmp_path / 'images'}")
+    total = len(whole.ledger)  # a commit for each source, at least
     dice = random.Random(workers)
     in_the_middle = 0
     for i in range(soak(2, 20)):
@@ -45,18 +59,18 @@ def test_a_driver_killed_at_any_moment(
         (folder / "images").symlink_to(tmp_path / "images")
         process = start(folder, workers)
         # Waits for rows, not for seconds, so most kills hit a working job on any machine.
-        wait_for_rows(folder, process, rows=dice.randrange(IMAGES // 2))
+        wait_for_rows(folder, process, rows=dice.randrange(total // 2))
         time.sleep(dice.uniform(0.0, 0.05))
         process.kill()
         process.wait()
         process.communicate()
-        in_the_middle += committed(folder) < IMAGES
+        in_the_middle += committed(folder) < total
         # The first run continues the killed one; the second has nothing to do.
         result = encode(folder / "cache", f"folder:{folder / 'images'}")
         assert result.code == 0
         assert result.failures() == {}
         assert_whole(folder, whole)
-        assert len(result.ledger) == IMAGES
+        assert len(result.ledger) == len(whole.ledger)
         assert encode(folder / "cache", f"folder:{folder / 'images'}").plan.todo == ()
     assert in_the_middle, "no kill hit a working job, so nothing was tested"
 

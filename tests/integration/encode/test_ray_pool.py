@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -27,15 +28,13 @@ from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
-from encode.worker.messages import Coordinator
 from encode.worker.worker import Worker
-from model.vision.encoder import VisionEncoder
-from tests.support.encode_jobs import CONFIG, Result, draw, encode
+from tests.support.encode_jobs import CONFIG, Result, SlowWorker, draw, encode, shoot
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
     """Start one Ray for all tests of this file, since a start takes seconds."""
     with ray_pool.session(cpus=3, gpus=0):
@@ -50,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
 
 def assert_whole(result: Result, like: Result) -> None:
     """Check that every row exists once and equals that of an uninterrupted job."""
-    assert result.reader.index["image"].duplicates() == []
+    assert all(index.duplicates() == [] for index in result.reader.index.values())
     assert result.reader.rows("image") == like.reader.rows("image")
     assert result.reader.logical_hash() == like.reader.logical_hash()
     assert {n: (r.key, r.width, r.status) for n, r in result.ledger.items()} == {
@@ -58,38 +57,32 @@ def assert_whole(result: Result, like: Result) -> None:
     }
 
 
-@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_workers_store_the_same_rows_as_inline(
     photos: Path, tmp_path: Path, workers: int
 ) -> None:
     (photos / "broken.png").write_bytes(b"no image")
     (photos / "twin.png").write_bytes((photos / "0007.png").read_bytes())
+    shoot(photos, (2, 5, 16, 3))
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     config = replace(CONFIG, commit_every_s=1000.0)
     result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, config=config)
     assert_whole(result, inline)
-    assert result.job._tracker.encoded == 60
+    assert result.job._tracker.encoded == 64
     assert result.job._tracker.reused == 1
     assert set(result.failures()) == {"broken.png"}
     assert len(result.paths.committed("image")) <= workers + 1, "a shard has the rows of many tasks"
 
 
-class Marked(Worker):
-    """Writes its process id to a file, and is slow enough to be killed while it works."""
+class Marked(SlowWorker):
+    """Writes its process id to a file."""
 
-    def __init__(
-        self, config: WorkerConfig, encoder: VisionEncoder, coordinator: Coordinator, *, number: int
-    ):
-        super().__init__(config, encoder, coordinator, number=number)
+    def __init__(self, config: WorkerConfig, *more: Any, number: int):
+        super().__init__(config, *more, number=number)
         folder = config.space.parent.parent / "pids"
         folder.mkdir(exist_ok=True)
         (folder / f".{number}").write_text(str(os.getpid()))
         (folder / f".{number}").rename(folder / str(number))
-
-    def decode(self, data: bytes) -> Image.Image:
-        time.sleep(0.05)
-        return super().decode(data)
 
 
 class Killer(threading.Thread):
@@ -110,7 +103,6 @@ class Killer(threading.Thread):
             self.hit = True
 
 
-@pytest.mark.usefixtures("ray_session")
 @pytest.mark.soak_counted
 def test_a_killed_worker_loses_no_row(
     photos: Path, tmp_path: Path, soak: Callable[[int, int], int]
@@ -140,7 +132,6 @@ class Deadly(Worker):
         return image
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_an_image_that_crashes_its_worker_is_recorded(photos: Path, tmp_path: Path) -> None:
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     (deadly,) = draw(tmp_path / "deadly", 1, first=500, side=31)
@@ -169,7 +160,6 @@ class Hanging(Worker):
         return super().prepare(image)
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_video_that_hangs_its_worker_is_recorded(photos: Path, tmp_path: Path) -> None:
     # It takes 6.4 s, longer than the time-out, but makes progress, so it does not count as hanging.
     (photos / "0029-long.y4m").write_bytes(
@@ -194,7 +184,6 @@ class Doomed(Worker):
         return []
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_workers_that_always_crash_stop_the_job(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stopped: \d workers in a row ended"):
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Doomed)
@@ -210,7 +199,6 @@ class Refusing(Worker):
         raise UserError("the weights are not on this machine; give them: --weights PATH")
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_user_error_of_a_worker_is_raised_by_the_job(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Refusing)
