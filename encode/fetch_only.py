@@ -12,11 +12,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from encode.driver.progress import LOG_EVERY_S
@@ -24,6 +22,7 @@ from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger
 from encode.estimate import about
 from encode.plan import Mention, spread
+from encode.worker.config import WorkerConfig
 from encode.worker.downloads import Downloads
 from encode.worker.media_item import MediaItem
 from encode.worker.messages import SourceTask
@@ -35,8 +34,7 @@ POLL_S = 0.5
 def fetch_only(
     root: CacheRoot,
     media: dict[str, Mention],
-    config: DownloadConfig,
-    folder: Path,
+    config: WorkerConfig,
     *,
     retry_failed: bool,
 ) -> int:
@@ -45,13 +43,14 @@ def fetch_only(
     Args:
         root: the cache, whose ledger records the results.
         media: source -> what samples say about it; files are ignored.
-        config: limits of the downloads.
-        folder: folder of kept media.
+        config: the limits of downloads, and the folder of kept media, which must be set.
         retry_failed: download again what failed before.
 
     Returns:
         the exit code.
     """
+    folder = config.media_store
+    assert folder is not None, "Options refuses --fetch-only without --keep-media"
     known = read_media(root)
     tasks, kept, known_failures = plan_downloads(known, media, MediaStore(folder), retry_failed)
     print(
@@ -61,10 +60,10 @@ def fetch_only(
     start = time.monotonic()
     done = failed = 0
     with Interrupts() as interrupts:
-        downloads = Downloads(config, folder)
+        downloads = Downloads(config.download, folder)
         try:
             logged = start
-            for item in _download(downloads, tasks, 2 * config.connections, interrupts):
+            for item in _download(downloads, tasks, 2 * config.download.connections, interrupts):
                 ledger.add(_record(item, known.get(item.task.source)))
                 done += 1
                 failed += item.failure is not None

@@ -39,8 +39,8 @@ from encode.fetch_only import fetch_only
 from encode.plan import MediaCounter
 from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.folder import FolderDataset
-from encode.worker.config import COMMIT_EVERY_S, WorkerConfig
-from model.vision.config import EncoderConfig, encoder_config
+from encode.worker.config import WorkerConfig
+from model.vision.config import encoder_config
 
 DEFAULT_ENCODER = "clip-vit-l14-336"
 COUNTS = ("max_frames", "connections", "connections_per_host", "fetch_tries")
@@ -111,7 +111,7 @@ class Options:
     timeout_s: float = 120.0
     """Seconds without progress after which decoding a file counts as hanging. Its worker is replaced, and the
     file is retried alone once."""
-    commit_every_s: float = COMMIT_EVERY_S
+    commit_every_s: float = WorkerConfig.commit_every_s
     """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
 
     def __post_init__(self) -> None:
@@ -149,14 +149,12 @@ def main(argv: list[str] | None = None) -> int:
 def encode(root: CacheRoot, options: Options, start: float) -> int:
     """Run the whole job, step by step; return the exit code."""
     datasets = open_datasets(options.dataset, root.path, options.source)
+    config = worker_config(options)
     if options.check is not None:
-        return check(root, options, [dataset.name for dataset in datasets])
+        return check(root, options, config, [dataset.name for dataset in datasets])
     counter = update_samples(root, datasets, options)
     if options.fetch_only:
-        store = media_store(options)
-        assert store is not None, "Options refuses --fetch-only without --keep-media"
-        config, retry_failed = download_config(options), options.retry_failed
-        return fetch_only(root, counter.media, config, store, retry_failed=retry_failed)
+        return fetch_only(root, counter.media, config, retry_failed=options.retry_failed)
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from encode.driver.resources import choose_layout
@@ -164,7 +162,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     from encode.job import Job
 
     codec, container = options.codec, options.format
-    job = Job(root, counter, codec=codec, container=container, config=worker_config(options))
+    job = Job(root, counter, codec=codec, container=container, config=config)
     repeat = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
         job.show(job.plan(**repeat), always_measure=True)
@@ -220,11 +218,21 @@ def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
 
 def worker_config(options: Options) -> WorkerConfig:
     """Return how workers are made, without what is known only once there is a space."""
+    pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
+    keep_media = options.keep_media
     return WorkerConfig(
-        encoder=encoder_of(options),
+        encoder=encoder_config(options.encoder, **pools),
         max_frames=options.max_frames,
-        download=download_config(options),
-        media_store=media_store(options),
+        download=DownloadConfig(
+            connections=options.connections,
+            per_host=options.connections_per_host,
+            connect_s=min(DownloadConfig.connect_s, options.fetch_timeout_s),
+            read_s=options.fetch_timeout_s,
+            total_s=3 * options.fetch_timeout_s,
+            tries=options.fetch_tries,
+            allow_private=options.allow_private,
+        ),
+        media_store=keep_media.expanduser().absolute() if keep_media else None,
         device=options.device,
         random_weights=options.random_weights,
         weights=options.weights,
@@ -232,18 +240,12 @@ def worker_config(options: Options) -> WorkerConfig:
     )
 
 
-def encoder_of(options: Options) -> EncoderConfig:
-    """Return the encoder's entry with the options of the command line applied."""
-    pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
-    return encoder_config(options.encoder, **pools)
-
-
-def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
+def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Sequence[str]) -> int:
     """Compare stored rows with rows encoded now; return the exit code."""
     from encode.check.media import CheckConfig
     from encode.check.stored import check_space, choose_space
 
-    encoder = encoder_of(options)
+    encoder = config.encoder
     wanted = {
         "container": (options.format,),
         "encoder": (encoder.name, f"random-{encoder.name}"),
@@ -252,35 +254,17 @@ def check(root: CacheRoot, options: Options, datasets: Sequence[str]) -> int:
         "pool_frame": (encoder.pool_frame,),
     }
     assert options.check is not None, "the caller checks it"
-    config = CheckConfig(
-        max_frames=options.max_frames,
-        keep_media=media_store(options),
-        download=download_config(options) if options.check_urls else None,
-        device=options.device,
-        weights=options.weights,
+    loading = CheckConfig(
+        max_frames=config.max_frames,
+        keep_media=config.media_store,
+        download=config.download if options.check_urls else None,
+        device=config.device,
+        weights=config.weights,
     )
     space = choose_space(root, wanted)
-    report = check_space(root, space, config, media=options.check, datasets=datasets)
+    report = check_space(root, space, loading, media=options.check, datasets=datasets)
     print(report.text())
     return 0 if report.ok else 1
-
-
-def media_store(options: Options) -> Path | None:
-    """Return the folder of --keep-media as an absolute path."""
-    return options.keep_media.expanduser().absolute() if options.keep_media else None
-
-
-def download_config(options: Options) -> DownloadConfig:
-    """Return the limits of downloads, all workers together."""
-    return DownloadConfig(
-        connections=options.connections,
-        per_host=options.connections_per_host,
-        connect_s=min(DownloadConfig.connect_s, options.fetch_timeout_s),
-        read_s=options.fetch_timeout_s,
-        total_s=3 * options.fetch_timeout_s,
-        tries=options.fetch_tries,
-        allow_private=options.allow_private,
-    )
 
 
 def listing() -> str:

@@ -44,11 +44,11 @@ class Progress:
         now = time.monotonic()
         # Media items count when they are encoded, long before their shard is committed.
         done = max(self._tracker.settled, min(timings.media, self._tracker.total))
-        self._mark(timings.span_s, done)
+        rate = self._rate(timings.span_s, done)
         if now - self._printed < (TERMINAL_EVERY_S if self._terminal else LOG_EVERY_S):
             return
         self._printed = now
-        line = self.line(done, self._rate(), timings)
+        line = self.line(done, rate, timings)
         self._out.write(f"{ERASE_LINE}{line}" if self._terminal else line + "\n")
         self._out.flush()
 
@@ -71,13 +71,12 @@ class Progress:
             self._out.write(ERASE_LINE)
             self._out.flush()
 
-    def _mark(self, worked_s: float, done: int) -> None:
+    def _rate(self, worked_s: float, done: int) -> float:
+        """Return the media items a second of the last `WINDOW_S` seconds of work."""
         if worked_s > self._marks[-1][0]:
             self._marks.append((worked_s, done))
         while len(self._marks) > 2 and self._marks[1][0] < worked_s - WINDOW_S:
             self._marks.pop(0)
-
-    def _rate(self) -> float:
         (then, before), (now, done) = self._marks[0], self._marks[-1]
         return (done - before) / (now - then) if now > then else 0.0
 

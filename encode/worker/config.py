@@ -13,8 +13,6 @@ from model.vision.config import EncoderConfig
 if TYPE_CHECKING:
     from model.vision.encoder import VisionEncoder
 
-COMMIT_EVERY_S = 300.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
@@ -38,7 +36,7 @@ class WorkerConfig:
     """Limits of this worker's downloads."""
     media_store: Path | None = None
     """Folder in which downloaded bytes are kept, and searched for before a download; None: not kept."""
-    commit_every_s: float = COMMIT_EVERY_S
+    commit_every_s: float = 300.0
     """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
     space: Path = Path()
     """Folder of the space. Set once the space exists."""
