@@ -53,7 +53,7 @@ class _Built:
     std: tuple[float, float, float]
     weights: str
     is_random: bool
-    source: str | None
+    source: str | None = None
 
 
 class VisionEncoder:
@@ -217,7 +217,6 @@ def _build_demo(config: EncoderConfig) -> _Built:
         std=config.std or HALF,
         weights=hash_tensors(tower.state_dict()),
         is_random=True,
-        source=None,
     )
 
 
@@ -229,9 +228,7 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
 
     tower = ClipTower(config.model, config.blocks)
     mean, std = check_entry(tower, config)
-    built = _Built(
-        tower=tower, mean=mean, std=std, weights="", is_random=random_weights, source=None
-    )
+    built = _Built(tower=tower, mean=mean, std=std, weights="", is_random=random_weights)
     # Refuses an invalid entry before a gigabyte is downloaded.
     _spec(config, built, "float32", "fp16")
     if random_weights:

@@ -6,8 +6,7 @@ total.backward()                                                   # once only
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,15 +18,14 @@ from model import loss
 from model.loss import weighted_cross_entropy
 
 
-@dataclasses.dataclass
-class Head:
-    """Inputs of the loss."""
+class Head(NamedTuple):
+    """Arguments of the loss."""
 
     hidden: Tensor
     head: Tensor
-    bias: Tensor | None
     targets: Tensor
     weights: Tensor
+    bias: Tensor | None
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -54,7 +52,7 @@ def test_loss_is_weighted_cross_entropy(
     h = random_head(31, 100, bias, torch.float32)
     plain = F.cross_entropy(F.linear(h.hidden, h.head, h.bias), h.targets, reduction="none")
     wanted = (plain * h.weights).sum()
-    found = weighted_cross_entropy(h.hidden, h.head, h.targets, h.weights, h.bias)
+    found = weighted_cross_entropy(*h)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     # A factor on the loss (1 / sum of weights in training, 1 / 3 here) scales every gradient.
     for a, b in zip(
@@ -77,7 +75,7 @@ def test_logits_whose_exponential_overflows() -> None:
 
 def test_loss_in_bfloat16_sums_in_float32() -> None:
     h = random_head(500, 100, False, torch.bfloat16)
-    found = weighted_cross_entropy(h.hidden, h.head, h.targets, h.weights)
+    found = weighted_cross_entropy(*h)
     assert found.dtype == torch.float32
     logits = (h.hidden @ h.head.T).float()
     wanted = (F.cross_entropy(logits, h.targets, reduction="none") * h.weights).sum()
@@ -89,7 +87,7 @@ def test_loss_in_bfloat16_sums_in_float32() -> None:
 
 def test_a_second_backward_pass_is_refused() -> None:
     h = random_head(3, 10, False, torch.float32)
-    found = weighted_cross_entropy(h.hidden, h.head, h.targets, h.weights)
+    found = weighted_cross_entropy(*h)
     found.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already"):
         found.backward()
@@ -116,5 +114,5 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * rows)
     h = random_head(positions, rows, False, torch.float32)
     with Largest() as seen:
-        weighted_cross_entropy(h.hidden, h.head, h.targets, h.weights).backward()
+        weighted_cross_entropy(*h).backward()
     assert seen.elements == max(h.head.numel(), 4 * rows) < positions * rows

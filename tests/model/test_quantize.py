@@ -27,6 +27,18 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint8)
 
 
+def assert_equal_bits(x: np.ndarray, name: str) -> None:
+    """Both codecs pack (B, M, V) features to equal rows, and unpack those to equal bits."""
+    batch, tokens, width = x.shape
+    rows = codec.pack(x, name)
+    assert rows.shape == (batch, codec.row_bytes(name, tokens, width))
+    packed = quantize.pack(torch.from_numpy(x), name)
+    assert np.array_equal(packed.rows.numpy(), rows)
+    assert torch.isfinite(packed.error).all()
+    ours = quantize.unpack(packed.rows, name, tokens, width).numpy()
+    assert np.array_equal(bits(ours), bits(codec.unpack(rows, name, tokens, width)))
+
+
 @pytest.mark.parametrize("name", codec.CODECS)
 @settings(max_examples=100, deadline=None)
 @given(x=WIDE | NEAR_FP16)
@@ -35,12 +47,7 @@ def bits(x: np.ndarray) -> np.ndarray:
 @example(x=np.full((3, 2, 128), 1e-8, np.float32))  # the scale underflows
 @example(x=np.full((3, 2, 128), 3.4e38, np.float32))
 def test_both_codecs_give_equal_bits(name: str, x: np.ndarray) -> None:
-    rows = codec.pack(x, name)
-    packed = quantize.pack(torch.from_numpy(x), name)
-    assert np.array_equal(packed.rows.numpy(), rows)
-    assert torch.isfinite(packed.error).all()
-    ours = quantize.unpack(packed.rows, name, tokens=2, width=128)
-    assert np.array_equal(bits(ours.numpy()), bits(codec.unpack(rows, name, 2, 128)))
+    assert_equal_bits(x, name)
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
@@ -60,11 +67,7 @@ def test_both_codecs_give_equal_bits_at_every_width(
     x[..., :: width // 7] *= 50
     x += rng.standard_normal(width).astype(np.float32)
     x *= np.float32(10.0**exponent)
-    rows = codec.pack(x, name)
-    assert rows.shape == (2, codec.row_bytes(name, tokens, width))
-    assert np.array_equal(quantize.pack(torch.from_numpy(x), name).rows.numpy(), rows)
-    ours = quantize.unpack(torch.from_numpy(rows), name, tokens, width).numpy()
-    assert np.array_equal(bits(ours), bits(codec.unpack(rows, name, tokens, width)))
+    assert_equal_bits(x, name)
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
@@ -87,14 +90,9 @@ def test_both_codecs_give_equal_bits_on_whole_images(name: str, threads: int) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        packed = quantize.pack(torch.from_numpy(x), name)
-        ours = quantize.unpack(packed.rows, name, 576, 1024)
+        assert_equal_bits(x, name)
     finally:
         torch.set_num_threads(before)
-    assert np.array_equal(packed.rows.numpy(), codec.pack(x, name))
-    assert np.array_equal(
-        bits(ours.numpy()), bits(codec.unpack(packed.rows.numpy(), name, 576, 1024))
-    )
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
@@ -144,16 +142,13 @@ def test_rows_that_are_not_finite_are_reported_and_change_no_other(name: str, ba
     assert torch.isfinite(packed.error).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_dtype_has_the_values_of_float16(dtype: torch.dtype) -> None:
-    rows = quantize.pack(torch.randn(2, 40, 64), "int8").rows
-    half = quantize.unpack(rows, "int8", 40, 64)
-    assert torch.equal(quantize.unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
-
-
-def test_bfloat16_features_pack_like_float32() -> None:
+def test_bfloat16_packs_like_float32_and_every_dtype_has_the_values_of_float16() -> None:
     x = torch.randn(2, 40, 64).bfloat16()
-    assert torch.equal(quantize.pack(x, "int8").rows, quantize.pack(x.float(), "int8").rows)
+    rows = quantize.pack(x, "int8").rows
+    assert torch.equal(rows, quantize.pack(x.float(), "int8").rows)
+    half = quantize.unpack(rows, "int8", 40, 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(quantize.unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
 
 
 def test_rows_of_another_shape_are_refused() -> None:

@@ -98,8 +98,10 @@ def test_a_new_model_depends_on_its_seed_only() -> None:
     state = torch.get_rng_state()
     one, two, other = tiny(seed=1), tiny(seed=1), tiny(seed=2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(one.connector.weight, two.connector.weight)
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
     assert not torch.equal(one.connector.weight, other.connector.weight)
+    up = [m.language.model.layers[0].mlp.up_proj.weight for m in (one, other)]
+    assert not torch.equal(*up)
 
 
 def test_a_model_on_meta_has_no_values() -> None:

@@ -21,20 +21,11 @@ WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
 
 def register(folder: Path) -> None:
     """Register `tiny-quickgelu` with open_clip, and `tiny`, which computes exact GELU."""
+    vision = {"image_size": SIDE, "layers": DEPTH, "width": WIDTH, "patch_size": PATCH}
+    vision["head_width"] = WIDTH // HEADS
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
     for name, quick in (("tiny-quickgelu", True), ("tiny", False)):
-        config = {
-            "embed_dim": 32,
-            "quick_gelu": quick,
-            "vision_cfg": {
-                "image_size": SIDE,
-                "layers": DEPTH,
-                "width": WIDTH,
-                "head_width": WIDTH // HEADS,
-                "patch_size": PATCH,
-            },
-            "text_cfg": text,
-        }
+        config = {"embed_dim": 32, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
         path = folder / f"{name}.json"
         path.write_text(json.dumps(config))
         open_clip.add_model_config(path)
@@ -60,17 +51,10 @@ def entry(**overrides: Any) -> EncoderConfig:
 def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) -> CLIPVisionModel:
     """Return this architecture as transformers builds it, with random weights large enough to matter."""
     torch.manual_seed(seed)
-    values: dict[str, Any] = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS,
-        "image_size": SIDE,
-        "patch_size": PATCH,
-        **sizes,
-    }
+    tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": DEPTH}
+    tower |= {"num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, **sizes}
     with torch.device("meta"):  # transformers' own initialisation is slow
-        model = CLIPVisionModel(CLIPVisionConfig(hidden_act=activation, **values)).eval()
+        model = CLIPVisionModel(CLIPVisionConfig(hidden_act=activation, **tower)).eval()
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

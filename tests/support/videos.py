@@ -1,14 +1,10 @@
-"""Make small videos whose frames show their own number, and read videos with the ffmpeg program.
-
-python -m tests.support.videos videos        # writes a folder of them, to look at
-"""
+"""Make small videos whose frames show their own number, and read videos with the ffmpeg program."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -60,8 +56,6 @@ def make_video(
     pixels: str = "yuv420p",
     gop: int = 12,
     times_ms: Sequence[int] | None = None,
-    images: Sequence[npt.NDArray[np.uint8]] | None = None,
-    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a video and return its path. The suffix decides the container.
 
@@ -74,19 +68,17 @@ def make_video(
         pixels: FFmpeg's name of the pixel format that is encoded.
         gop: most frames from one key frame to the next.
         times_ms: time of each frame instead of `fps`, ascending.
-        images: RGB frames instead of drawn numbers.
-        options: options of the encoder.
     """
-    shown = images or [drawing(number, size) for number in range(frames)]
     tick = Fraction(1, 1000) if times_ms is not None else 1 / Fraction(fps)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps), options=dict(options or {}))
-        stream.width, stream.height = shown[0].shape[1], shown[0].shape[0]
+        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream.width, stream.height = size
         stream.pix_fmt = pixels
         stream.codec_context.gop_size = gop
         stream.codec_context.time_base = tick
-        for number, image in enumerate(shown):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)
+        for number in range(frames):
+            image = av.VideoFrame.from_ndarray(drawing(number, size), format="rgb24")
+            frame = image.reformat(format=pixels)
             frame.pts = times_ms[number] if times_ms is not None else number
             frame.time_base = tick
             container.mux(stream.encode(frame))
@@ -133,11 +125,3 @@ def psnr(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
     """Return the peak signal-to-noise ratio in decibels; 99 for equal images."""
     error = np.mean((np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) ** 2)
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, encoder in (("mp4", "mpeg4"), ("mkv", "ffv1"), ("avi", "mjpeg")):
-        kind = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
-        print(make_video(folder / f"{encoder}.{suffix}", codec=encoder, pixels=kind))

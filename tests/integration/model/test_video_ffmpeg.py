@@ -6,7 +6,7 @@ frame = next(frames(path, [1_000_000], info))     # equals frame n of `ffmpeg -i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +27,17 @@ from tests.support.videos import times_by_ffmpeg as their_times
 SMALL = ("-vf", "scale=160:68", "-an")
 
 
-def made(*arguments: str | int | float, source: Path = BIKES, suffix: str = "mp4") -> Make:
+def made(
+    *arguments: str | int | float,
+    before: Sequence[str | int] = (),
+    source: Path = BIKES,
+    suffix: str = "mp4",
+) -> Make:
     """Return a function that makes a variant of a real video."""
 
     def make(folder: Path) -> Path:
         path = folder / f"variant.{suffix}"
-        ffmpeg("-i", source, *arguments, path)
+        ffmpeg(*before, "-i", source, *arguments, path)
         return path
 
     return make
@@ -43,12 +48,7 @@ Make = Callable[[Path], Path]
 
 def turned(*arguments: str | int) -> Make:
     """Return a function that changes only the display matrix of a real video."""
-
-    def make(folder: Path) -> Path:
-        ffmpeg(*arguments, "-i", BIKES, "-c", "copy", "-t", 2, path := folder / "turned.mp4")
-        return path
-
-    return make
+    return made("-c", "copy", "-t", 2, before=arguments)
 
 
 X264 = ("-c:v", "libx264", "-preset", "veryfast")
@@ -224,20 +224,16 @@ def test_palette_changes_are_applied(tmp_path: Path) -> None:
 
 def test_sound_and_cover_art_are_not_a_video(tmp_path: Path) -> None:
     ffmpeg("-i", BUNNY, "-vn", "-c", "copy", "-t", 1, sound := tmp_path / "sound.mp4")
-    with pytest.raises(BadMediaError, match="no video stream, only audio"):
-        probe(sound)
-    Image.new("RGB", (64, 64), "red").save(cover := tmp_path / "cover.png")
-    both = tmp_path / "song.mp4"
-    ffmpeg("-i", sound, "-i", cover, "-map", 0, "-map", 1, "-c", "copy",
-           "-disposition:v:0", "attached_pic", both)  # fmt: skip
-    with pytest.raises(BadMediaError, match="no video stream, only audio"):
-        probe(both)
-
-
-def test_cover_art_beside_a_video_is_ignored(tmp_path: Path) -> None:
     video = make_video(tmp_path / "video.mp4", frames=8)
     Image.new("RGB", (640, 640), "red").save(cover := tmp_path / "cover.png")
-    both = tmp_path / "both.mp4"
-    ffmpeg("-i", cover, "-i", video, "-map", 0, "-map", 1, "-c", "copy",
-           "-disposition:v:0", "attached_pic", both)  # fmt: skip
-    assert probe(both) == probe(video)
+
+    def with_cover(media: Path) -> Path:
+        path = tmp_path / f"{media.stem}-with-cover.mp4"
+        ffmpeg("-i", cover, "-i", media, "-map", 0, "-map", 1, "-c", "copy",
+               "-disposition:v:0", "attached_pic", path)  # fmt: skip
+        return path
+
+    for path in (sound, with_cover(sound)):
+        with pytest.raises(BadMediaError, match="no video stream, only audio"):
+            probe(path)
+    assert probe(with_cover(video)) == probe(video)

@@ -178,9 +178,8 @@ def test_packed_shared_and_alone_have_equal_gradients(vlm: VLM, layout: str) -> 
     assert_same(gradients(vlm, [cases], shared=False), alone)
 
 
-def test_one_sample_equals_transformers(vlm: VLM) -> None:
+def assert_equal_to_transformers(vlm: VLM, case: Case) -> None:
     """Hidden states, loss and gradients of one plain sample equal transformers' own forward and loss."""
-    case = make_case(5, branches=1, length=12)
     ours = gradients(vlm, [[case]], shared=True)
     batch, features = pack([case], shared=False), features_of([case], shared=False)
     hidden = vlm.hidden(batch, features)
@@ -198,6 +197,10 @@ def test_one_sample_equals_transformers(vlm: VLM) -> None:
     loss.backward()
     theirs = {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
     assert_same(ours, theirs | {"loss": loss.detach()})
+
+
+def test_one_sample_equals_transformers(vlm: VLM) -> None:
+    assert_equal_to_transformers(vlm, make_case(5, branches=1, length=12))
 
 
 def test_gradient_checkpointing_changes_nothing(vlm: VLM) -> None:
@@ -433,13 +436,7 @@ def test_other_language_models_pack_too(config: PreTrainedConfig) -> None:
     cases = [make_case(seed, branches=2) for seed in (2, 3, 6)]  # 276 is in the vocabulary
     shared = gradients(vlm, [cases], shared=True)
     assert_same(shared, gradients(vlm, [[case] for case in cases], shared=False))
-    batch, features = pack(cases[:1], shared=False), features_of(cases[:1], shared=False)
-    q0, q1 = batch.units[0, :2].tolist()
-    embeddings = vlm.embed(batch.input_ids, batch.image_slots, features)[None, q0:q1]
-    hidden = vlm.hidden(batch, features)[q0:q1]
-    vlm.language.set_attn_implementation("eager")
-    alone = vlm.language.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0]
-    torch.testing.assert_close(hidden, alone, atol=2e-6, rtol=1e-5)
+    assert_equal_to_transformers(vlm, make_case(2, branches=1))
 
 
 def test_the_number_of_features_must_match(vlm: VLM) -> None:

@@ -44,14 +44,21 @@ def test_a_loaded_model_equals_the_saved_one(tmp_path: Path, connector: str) -> 
     assert torch.equal(loss_of(again), loss_of(vlm.eval()))
 
 
-def test_each_weight_is_stored_once_by_part(tmp_path: Path) -> None:
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, VLM]:
+    """Save a model; return its folder and the model."""
     vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
     save_final(tmp_path / "final", vlm, tok, META)
-    stored = load_file(tmp_path / "final" / saved_model.WEIGHTS)
+    return tmp_path / "final", vlm
+
+
+def test_each_weight_is_stored_once_by_part(saved: tuple[Path, VLM]) -> None:
+    folder, vlm = saved
+    stored = load_file(folder / saved_model.WEIGHTS)
     assert "language.lm_head.weight" not in stored  # tied
     assert {name.split(".")[0] for name in stored} == {"connector", "language"}
     assert sum(x.numel() for x in stored.values()) == sum(p.numel() for p in vlm.parameters())
-    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "final").iterdir()}
+    modes = {p.stat().st_mode & 0o777 for p in folder.iterdir()}
     assert len(modes) == 1, "all files have one mode"
 
 
@@ -77,15 +84,14 @@ def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "final" / "half").exists()
 
 
-def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_missing_weights_is_refused(saved: tuple[Path, VLM]) -> None:
     """transformers would fill the gap with random values."""
-    vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
-    save_final(tmp_path / "final", vlm, tok, META)
+    folder, vlm = saved
     weights = weights_of(vlm)
     del weights["language.model.norm.weight"]
-    save_file(weights, tmp_path / "final" / saved_model.WEIGHTS)
+    save_file(weights, folder / saved_model.WEIGHTS)
     with pytest.raises(UserError, match=r"not the weights of this model: language\.model\.norm"):
-        load_final(tmp_path / "final")
+        load_final(folder)
 
 
 @pytest.mark.parametrize(
@@ -95,27 +101,22 @@ def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
         ({"template": "chatml-0"}, "chat template chatml-0"),
     ],
 )
-def test_other_versions_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
-    save_final(tmp_path / "final", vlm, tok, META)
-    path = tmp_path / "final" / saved_model.META
+def test_other_versions_are_refused(
+    saved: tuple[Path, VLM], change: dict[str, Any], message: str
+) -> None:
+    path = saved[0] / saved_model.META
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        load_final(tmp_path / "final")
+        load_final(saved[0])
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 0)
-    with pytest.raises(UserError, match=r"train one: python -m train\.run --stage 1"):
-        load_final(tmp_path / "final")
-    save_final(tmp_path / "final", vlm, tok, META)
-    weights = tmp_path / "final" / saved_model.WEIGHTS
+def test_damaged_and_missing_files_are_refused(saved: tuple[Path, VLM]) -> None:
+    weights = saved[0] / saved_model.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        load_final(tmp_path / "final")
-    (tmp_path / "final" / saved_model.META).write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_final(tmp_path / "final")
+        load_final(saved[0])
+    with pytest.raises(UserError, match=r"train one: python -m train\.run --stage 1"):
+        load_final(saved[0].parent)
 
 
 def test_the_last_finished_stage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

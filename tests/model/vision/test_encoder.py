@@ -92,18 +92,10 @@ def test_timm_tower_equals_transformers_siglip() -> None:
     """SigLIP2 has no CLS token and an exact GELU; blocks are in the order asked for."""
     entry = {"model": "ViT-B-16-SigLIP2", "pretrained": "webli", "activation": "gelu"}
     ours = tiny(**entry, blocks=(3, 1), mean=None, std=None)
-    theirs = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=4,
-            num_attention_heads=12,
-            image_size=224,
-            patch_size=16,
-            hidden_act="gelu",
-            vision_use_head=False,
-        )
-    ).eval()
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+    config = SiglipVisionConfig(**sizes, hidden_act="gelu", vision_use_head=False)
+    theirs = SiglipVisionModel(config).eval()
     state = theirs.state_dict()
     prefix = "vision_model." if any(k.startswith("vision_model.") for k in state) else ""
     theirs.load_state_dict(
