@@ -72,7 +72,8 @@ def run(options: Options) -> str:
         DiskError: the disk is full or fails.
         CorruptError: a row fails its checksum.
     """
-    refuse_nonempty(options.out)
+    out = options.out.expanduser().absolute()
+    refuse_nonempty(out)
     root = CacheRoot.existing(options.features)
     reader = FeatureReader(find_space(root, options.space))
     source = Source(reader=reader, codec="fp16" if options.unpack else reader.spec.codec)
@@ -101,9 +102,9 @@ def run(options: Options) -> str:
         "files": [file.name for file in files],
         "spec": reader.spec.to_json(),
     }
-    write(options.out.expanduser().absolute(), about, files)
+    write(out, about, files)
     counts = ", ".join(f"{len(positions):,} {array} rows" for array, positions in rows.items())
-    size = sum(path.stat().st_size for path in options.out.expanduser().iterdir())
+    size = sum(path.stat().st_size for path in out.iterdir())
     lines = [f"{options.out}: {counts} as {source.codec}, {bytes_text(size)}"]
     for data in datasets:
         line = f"{data.name}: {sum(len(group.samples) for group in data.groups):,} samples"

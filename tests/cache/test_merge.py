@@ -295,20 +295,21 @@ def sample(name: str, *sources: str) -> Sample:
 
 
 def test_differing_samples_are_refused_without_the_option() -> None:
-    def make() -> CacheRoot:
+    root = CacheRoot(A)
+
+    def make() -> None:
         shutil.rmtree(A, ignore_errors=True)
         fill(make_space(A), [1])
-        write_samples(CacheRoot(A), "d", [sample("1", "x"), sample("2", "ours")])
-        return CacheRoot(A)
+        write_samples(root, "d", [sample("1", "x"), sample("2", "ours")])
 
     fill(make_space(B), [2])
     write_samples(CacheRoot(B), "d", [sample("2", "theirs"), sample("3", "y")])
-    root = make()
+    make()
     with pytest.raises(CacheError, match=r"d: the samples .*--samples ours \| theirs \| both"):
         merge_b_into_a()
     assert len(columns(A, "image")) == 1  # refused before anything was written
     for choice, wanted in (("ours", "1x 2ours"), ("theirs", "2theirs 3y"), ("both", "1x 2ours 3y")):
-        root = make()
+        make()
         for _ in range(2):
             assert merge_b_into_a("--samples", choice) == 0
             found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]

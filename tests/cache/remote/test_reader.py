@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def local(cache: CacheRoot) -> FeatureReader:
     return FeatureReader(find_space(cache, None))
 
 
-def open_remote(server: WebServer, folder: Path, mirror_gb: float = 1.0) -> RemoteReader:
-    options = RemoteOptions(mirror=folder, mirror_gb=mirror_gb)
-    return RemoteCache(server.url, options, POLICY).open_reader(None)
+def open_remote(server: WebServer, folder: Path, name: str | None = None) -> RemoteReader:
+    return RemoteCache(server.url, RemoteOptions(mirror=folder), POLICY).open_reader(name)
 
 
 def read(reader: FeatureReader, rows: list[int]) -> np.ndarray:
@@ -133,13 +133,9 @@ def test_only_needed_and_changed_tables_are_copied(tmp_path: Path) -> None:
     share(there)
     int8 = space.paths.name
     with WebServer(there.path) as server:
-
-        def open_space(name: str | None) -> RemoteReader:
-            options = RemoteOptions(mirror=tmp_path / "here")
-            return RemoteCache(server.url, options, POLICY).open_reader(name)
-
+        open_space = partial(open_remote, server, tmp_path / "here")
         with pytest.raises(CacheError, match=f"2 spaces under {server.url}/, say which: --space"):
-            open_space(None)
+            open_space()
         open_space(int8)
         assert not [p for p, _ in server.requests if f"{other.paths.name}/commits" in p]
 
