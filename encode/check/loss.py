@@ -64,10 +64,9 @@ class Options:
     """Largest number of frames of one video; when not given, as in the model's training."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples {self.samples} is below 1")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise ValueError(f"max_frames {self.max_frames} is below 1")
+        for name in ("samples", "max_frames"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value} is below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,11 @@ from encode.errors import DownloadError
 _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPLETE = (200, 203)
 _TEMPORARY = (408, 425, 429)
-_PLAIN_ENCODINGS = ("", "identity", "none", "binary", "utf-8")
-"""Values of Content-Encoding that leave the bytes unchanged, including values outside the standard."""
-_PLAIN_TRANSFERS = ("", "identity", "chunked")
+_PLAIN = {
+    "Content-Encoding": ("", "identity", "none", "binary", "utf-8"),
+    "Transfer-Encoding": ("", "identity", "chunked"),
+}
+"""Header -> values that leave the bytes unchanged, including values outside the standard."""
 _UNREACHABLE = (errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL)
 
 
@@ -118,10 +120,7 @@ class Attempt:
             return location
         if status not in _COMPLETE:
             raise self._status_error(response, host)
-        for header, plain in (
-            ("Content-Encoding", _PLAIN_ENCODINGS),
-            ("Transfer-Encoding", _PLAIN_TRANSFERS),
-        ):
+        for header, plain in _PLAIN.items():
             value = response.headers.get(header, "").strip().lower()
             if value not in plain:
                 value = re.sub(r"[^a-z0-9, -]", "", value)[:20]

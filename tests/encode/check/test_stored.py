@@ -162,18 +162,14 @@ def test_mistakes_are_reported_in_one_line(photos: Path, run: Run, tmp_path: Pat
         UserError, match=r"none of 2 .* --codec int8 --format zarr --pool \d --frame-pool"
     ):
         run("--check", 1, "--pool", "7")
-    row = reader_of_codec(tmp_path, "int8")
-    data = bytearray(row.read_bytes())
+    root = CacheRoot(tmp_path / "cache")
+    (int8,) = (name for name in root.space_names() if "int8" in name)
+    shard = root.space(int8).shard("image", 0)
+    data = bytearray(shard.read_bytes())
     data[5] ^= 1
-    row.write_bytes(data)
+    shard.write_bytes(data)
     with pytest.raises(CorruptError, match="fails its checksum"):
         run("--check", 50)
-
-
-def reader_of_codec(tmp_path: Path, name: str) -> Path:
-    root = CacheRoot(tmp_path / "cache")
-    space = root.space(next(n for n in root.space_names() if name in n))
-    return space.shard("image", 0)
 
 
 def test_codec_loss_is_relative_and_zero_for_rows_of_zeros() -> None:

@@ -117,32 +117,12 @@ def test_one_awaited_body_at_a_time_may_exceed_the_budget() -> None:
         two.shrink(3 * FIRST_SHARE)
         await run_loop()
         assert [w.done() for w in waiting] == [False, True, True]
-        full.release()
-        two.release()
+        one.prioritize()
+        await run_loop()
+        assert not waiting[0].done()
         three.release()
         await run_loop()
         assert waiting[0].done()
-
-    asyncio.run(scenario())
-
-
-def test_releasing_an_awaited_body_admits_the_next_one() -> None:
-    async def scenario() -> None:
-        budget = MemoryBudget(4 * FIRST_SHARE)
-        full, one, two = reservations(budget, 3)
-        await full.acquire()
-        full.grow(4 * FIRST_SHARE, 4 * FIRST_SHARE)
-        one.prioritize()
-        first = asyncio.ensure_future(one.acquire())
-        await run_loop()
-        assert first.done()
-        two.prioritize()
-        second = asyncio.ensure_future(two.acquire())
-        await run_loop()
-        assert not second.done()
-        one.release()
-        await run_loop()
-        assert second.done()
 
     asyncio.run(scenario())
 

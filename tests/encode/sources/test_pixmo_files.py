@@ -126,7 +126,6 @@ class FakeHub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path}")
-        files = sorted(self.folder.rglob("*.parquet"))
         resolve = f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
         if path.startswith(f"/api/datasets/{REPOSITORY}/tree/"):
             listed = [
@@ -136,12 +135,11 @@ class FakeHub(BaseHTTPRequestHandler):
                     "size": f.stat().st_size,
                     "oid": self.etag(f),
                 }
-                for f in files
+                for f in sorted(self.folder.rglob("*.parquet"))
             ]
             self.reply(json.dumps(listed).encode(), "application/json")
         elif path.startswith(f"/api/datasets/{REPOSITORY}"):
-            siblings = [{"rfilename": self.name(f)} for f in files]
-            info = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "private": False}
+            info = {"id": REPOSITORY, "sha": COMMIT, "siblings": [], "private": False}
             self.reply(json.dumps(info).encode(), "application/json")
         elif path.startswith(resolve) and (self.folder / path.removeprefix(resolve)).is_file():
             file = self.folder / path.removeprefix(resolve)
