@@ -22,7 +22,7 @@ from cache.store.references import Present, means_other_bytes
 from cache.store.samples import MediaRef, Sample
 from encode.download.urls import is_url
 from encode.worker.local_files import identify
-from encode.worker.messages import OWN_STAGES, SourceTask, failed, media_id
+from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
 OWN_ATTEMPTS = 3
@@ -145,9 +145,11 @@ def make_plan(
             elif record is not None and record.stage == "fetch":
                 known_failures += 1
             else:
-                attempts = make_task(source, mention, record).attempts
+                task = make_task(source, mention, record)
                 blank = MediaRecord(source=source, kind=mention.kind)
-                missing.append(failed(blank, attempts, Failure("fetch", "no such file")))
+                why = Failure("fetch", "no such file")
+                gone = Outcome(task=task, record=blank, result="failed", failure=why)
+                missing.append(gone.failed_record())
             continue
         unchanged = record is not None and (
             identity is None or (not rehash and identity.matches(record))

@@ -161,8 +161,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     from encode.driver.signals import Interrupts
     from encode.job import Job
 
-    codec, container = options.codec, options.format
-    job = Job(root, counter, codec=codec, container=container, config=config)
+    job = Job(root, counter, codec=options.codec, container=options.format, config=config)
     repeat = {"rehash": options.rehash, "retry_failed": options.retry_failed}
     if options.plan:
         job.show(job.plan(**repeat), always_measure=True)

@@ -61,18 +61,13 @@ class Outcome:
     def failed_record(self) -> MediaRecord:
         """Return the ledger's record of the failure."""
         assert self.failure is not None, "it has not failed"
-        return failed(self.record, self.task.attempts, self.failure)
-
-
-def failed(record: MediaRecord, attempts: int, failure: Failure) -> MediaRecord:
-    """Return `record` as the ledger stores it after a failure; `attempts` counts the earlier failures."""
-    return dataclasses.replace(
-        record,
-        status="failed",
-        stage=failure.stage,
-        error=failure.reason,
-        attempts=attempts + 1,
-    )
+        return dataclasses.replace(
+            self.record,
+            status="failed",
+            stage=self.failure.stage,
+            error=self.failure.reason,
+            attempts=self.task.attempts + 1,
+        )
 
 
 @dataclass(kw_only=True)

@@ -27,12 +27,7 @@ from encode.download.urls import is_url
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import DecodeLog
 from encode.worker.downloads import Downloads
-from encode.worker.local_files import (
-    check_unchanged,
-    read_local,
-    size_in_header,
-    unreadable,
-)
+from encode.worker.local_files import check_unchanged, read_local, size_in_header, unreadable
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, media_id
 from model.media.images import BadMediaError, Failure

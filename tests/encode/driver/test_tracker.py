@@ -17,12 +17,7 @@ from hypothesis import strategies as st
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
-from encode.driver.tracker import (
-    LEDGER_EVERY_RECORDS,
-    FailureBudget,
-    Ledger,
-    Tracker,
-)
+from encode.driver.tracker import LEDGER_EVERY_RECORDS, FailureBudget, Ledger, Tracker
 from encode.errors import TooManyFailuresError
 from encode.worker.messages import Outcome, Registrar, SourceTask
 from model.media.images import Failure

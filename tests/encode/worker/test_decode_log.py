@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 
 from cache.store.paths import SpacePaths
-from encode.worker.decode_log import (
-    DecodeLog,
-    clear_decode_log,
-    decode_log_file,
-    read_entries,
-)
+from encode.worker.decode_log import DecodeLog, clear_decode_log, decode_log_file, read_entries
 
 
 def test_an_entry_exists_while_its_block_runs(tmp_path: Path) -> None:
