@@ -160,12 +160,8 @@ def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
     folders = [root.samples_dir, root.media_dir, root.spaces_dir]
     if space is not None:
         folders = [find_space(root, space).root]
-    total = 0
-    for folder in folders:
-        for path in _files(folder):
-            if deep or path.suffix == ".parquet":
-                total += path.stat().st_size
-    return total
+    paths = [path for folder in folders for path in _files(folder)]
+    return sum(path.stat().st_size for path in paths if deep or path.suffix == ".parquet")
 
 
 def check_space(

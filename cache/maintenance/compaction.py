@@ -58,17 +58,11 @@ def intact_rows(
     geometry, finite = info.geometry(array), Finite(info.spec, array)
     intact = np.zeros(commit.table.num_rows, bool)
     row = np.empty(geometry.row_bytes, np.uint8)
-    try:
-        fd = os.open(paths.shard(array, commit.shard), os.O_RDONLY)
-    except OSError:
-        return intact
-    try:
+    with contextlib.suppress(OSError), paths.shard(array, commit.shard).open("rb") as file:
         for slot, crc in enumerate(commit.table["crc"].to_pylist()):
             with contextlib.suppress(OSError):  # an unreadable sector: the row is lost
-                whole = os.preadv(fd, [row.data], geometry.row_offset(slot)) == len(row)
-                intact[slot] = whole and crc32c(row.data) == crc and finite(row)
-    finally:
-        os.close(fd)
+                got = os.preadv(file.fileno(), [row.data], geometry.row_offset(slot))
+                intact[slot] = got == len(row) and crc32c(row.data) == crc and finite(row)
     return intact
 
 
@@ -109,17 +103,15 @@ def _append(
 ) -> None:
     geometry, facts = space.info.geometry(array), list(row_facts(commit.table))
     row = np.empty(geometry.row_bytes, np.uint8)
-    fd = os.open(space.paths.shard(array, commit.shard), os.O_RDONLY)
-    try:
+    path = space.paths.shard(array, commit.shard)
+    with path.open("rb") as file:
         for slot in np.flatnonzero(keep).tolist():
             key, view, time_s, crc, error = facts[slot]
-            os.preadv(fd, [row.data], geometry.row_offset(slot))
+            os.preadv(file.fileno(), [row.data], geometry.row_offset(slot))
             if crc32c(row.data) != crc:
                 what = f"row {commit.shard * geometry.slots + slot} fails its checksum"
-                raise CorruptError(space.paths.shard(array, commit.shard), what)
+                raise CorruptError(path, what)
             writer.append(key, view, row.data, time_s=time_s, error=error)
-    finally:
-        os.close(fd)
 
 
 def remove_shards(

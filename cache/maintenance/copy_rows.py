@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -104,16 +105,12 @@ def copy_rows(
     room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
     # Unchanged rows are written while the processor's cache still holds them, so fewer are read at a time.
     step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[array].row_bytes)
-
-    def read(start: int) -> _Batch:
-        return _read(
-            source, array, positions, range(start, min(start + step, len(positions))), change
-        )
-
+    read = partial(_read, source, array, positions, change)
+    batches = np.split(np.arange(len(positions)), range(step, len(positions), step))
     damaged: list[CorruptError] = []
     filler = _Filler(target, array)
     try:
-        for batch in (_in_order if change else map)(read, range(0, len(positions), step)):
+        for batch in (_in_order if change else map)(read, batches):
             damaged += batch.damaged
             errors = batch.errors if stored is None else stored[batch.places]
             for place, row, error in zip(
@@ -200,11 +197,10 @@ def _read(
     source: FeatureReader,
     array: str,
     positions: npt.NDArray[np.int64],
-    part: range,
     change: Change | None,
+    places: npt.NDArray[np.int64],
 ) -> _Batch:
-    """Read the intact rows at positions[part], and change them."""
-    places = np.arange(part.start, part.stop)
+    """Read the intact rows at positions[places], and change them."""
     rows = source.index[array].rows(positions[places])
     out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
     nbytes = out.nbytes

@@ -153,17 +153,15 @@ class Unreferenced:
     @property
     def copied(self) -> int:
         """Bytes that would be written."""
-        return sum(map(self._new_bytes, self.groups))
+        geometry = self.space.info.geometry(self.array)
+        rows = (sum(int(keep.sum()) for _, keep in group) for group in self.groups)
+        return sum(geometry.file_bytes(n) for n in rows if n)
 
     @property
     def nbytes(self) -> int:
         """Bytes that would be freed."""
         old = sum(commit.nbytes for group in self.groups for commit, _ in group)
         return old - self.copied
-
-    def _new_bytes(self, group: Sequence[KeptRows]) -> int:
-        rows = sum(int(keep.sum()) for _, keep in group)
-        return self.space.info.geometry(self.array).file_bytes(rows) if rows else 0
 
 
 def wanted_keys(root: CacheRoot) -> pa.Array:

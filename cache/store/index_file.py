@@ -31,7 +31,7 @@ from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, crc32c, seal
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
-from cache.store.commits import Commit, read_commit
+from cache.store.commits import read_commit
 from cache.store.files import new_file
 from cache.store.paths import SpacePaths
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
@@ -144,30 +144,16 @@ def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, 
     index = old.index
     if not kept.all():
         index = RowIndex(index.columns.take(np.flatnonzero(kept)), info.slots[array])
+    # A recent time of change is not recorded: see RACY_NS.
+    files = [(n, size, ns if ns < now - RACY_NS else -1) for n, (size, ns) in sorted(stats.items())]
+    seals = [old.seals[same[n]].tobytes() if n in same else fresh[n].seal for n in sorted(stats)]
     snapshot = Snapshot(
         index=index.with_rows(Columns.of(commits)) if commits else index,
-        **_files(stats, old, same, fresh, now),
+        files=np.array(files, np.int64).reshape(-1, 3),
+        seals=np.frombuffer(b"".join(seals), np.uint8).reshape(-1, 32),
         replaces=np.array(replaces, np.int64).reshape(-1, 2),
     )
     return snapshot, len(fresh.keys() | set(missing)) + int((~kept).sum())
-
-
-def _files(
-    stats: Mapping[int, tuple[int, int]],
-    old: Snapshot,
-    same: Mapping[int, int],
-    fresh: Mapping[int, Commit],
-    now: int,
-) -> dict[str, npt.NDArray[Any]]:
-    """Return `files` and `seals` of a Snapshot of the commits that exist."""
-    files, seals = [], []
-    for number, (size, mtime_ns) in sorted(stats.items()):
-        files.append((number, size, mtime_ns if mtime_ns < now - RACY_NS else -1))
-        seals.append(old.seals[same[number]].tobytes() if number in same else fresh[number].seal)
-    return {
-        "files": np.array(files, np.int64).reshape(-1, 3),
-        "seals": np.frombuffer(b"".join(seals), np.uint8).reshape(-1, 32),
-    }
 
 
 def _unchanged(

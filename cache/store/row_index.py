@@ -320,11 +320,8 @@ def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _fixed_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     """Return a column of 32-byte values as (n, 32), without a Python object for each."""
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * KEY_BYTES :][
-            : len(chunk) * KEY_BYTES
-        ]
-        for chunk in column.chunks
-        if len(chunk)
-    ]
-    return np.concatenate([np.empty(0, np.uint8), *chunks]).reshape(-1, KEY_BYTES)
+    if not len(column):
+        return np.empty((0, KEY_BYTES), np.uint8)
+    values = column.combine_chunks()
+    first, nbytes = values.offset * KEY_BYTES, len(values) * KEY_BYTES
+    return np.frombuffer(values.buffers()[1], np.uint8, nbytes, first).reshape(-1, KEY_BYTES)

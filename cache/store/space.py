@@ -165,11 +165,9 @@ def _commits_fingerprint(paths: SpacePaths) -> str | None:
     for array in ARRAYS:
         for number in paths.committed(array):
             data = paths.commit(array, number).read_bytes()
-            try:
+            with contextlib.suppress(CorruptError):
                 check_seal(data, paths.commit(array, number))
-            except CorruptError:
-                continue
-            found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
+                found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
     return found.pop() if len(found) == 1 else None
 
 
@@ -181,20 +179,18 @@ def fitting_info(paths: SpacePaths, info: SpaceInfo) -> SpaceInfo:
     Raises:
         CorruptError: the commits belong to another space.
     """
-    slots = {}
     for array, usual in info.slots.items():
-        slots[array] = usual
-        if not (numbers := paths.committed(array)):
-            continue
+        newest = paths.committed(array)[-1:]
         for guess in (usual, *(1 << power for power in range(MAX_SLOTS.bit_length()))):
             guessed = replace(info, slots={**info.slots, array: guess})
             with contextlib.suppress(CorruptError):
-                read_commit(paths, guessed, array, numbers[-1])
-                slots[array] = guess
+                for number in newest:
+                    read_commit(paths, guessed, array, number)
+                info = guessed
                 break
         else:
-            read_commit(paths, info, array, numbers[-1])  # raises what is wrong with it
-    return replace(info, slots=slots)
+            read_commit(paths, info, array, newest[0])  # raises what is wrong with it
+    return info
 
 
 def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
