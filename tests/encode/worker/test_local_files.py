@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cache.store.ledger import MediaRecord
 from encode.worker import local_files
 from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
 from encode.worker.messages import SourceTask
@@ -26,6 +27,12 @@ def task(path: Path) -> SourceTask:
     return SourceTask(source=str(path))
 
 
+def is_unchanged(path: Path, record: MediaRecord) -> bool:
+    identity = identify(str(path))
+    assert identity is not None
+    return identity.matches(record)
+
+
 def test_bytes_key_and_identity(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"abc")
@@ -33,9 +40,7 @@ def test_bytes_key_and_identity(tmp_path: Path) -> None:
     assert data == b"abc"
     assert record.key == hashlib.sha256(b"abc").hexdigest()
     assert record.bytes == record.size == 3
-    identity = identify(str(path))
-    assert identity is not None
-    assert identity.matches(record)
+    assert is_unchanged(path, record)
     video = read_local(SourceTask(source=str(path), kind="video"))
     assert video == (path, replace(record, kind="video")), (
         "a video is hashed, and not held in memory"
@@ -50,9 +55,7 @@ def test_a_write_within_one_clock_tick_of_reading_changes_the_identity(tmp_path:
         _, record = read_local(task(path))
         with path.open("r+b") as file:
             file.write(b"other %02d" % i)
-        identity = identify(str(path))
-        assert identity is not None
-        assert not identity.matches(record)
+        assert not is_unchanged(path, record)
 
 
 def test_stamps_of_whole_seconds_and_of_the_future_are_not_trusted() -> None:
@@ -72,10 +75,8 @@ def test_a_file_stamped_in_the_future_is_read_by_every_job(tmp_path: Path) -> No
     later = time.time_ns() + 10**12
     os.utime(path, ns=(later, later))
     data, record = read_local(task(path))
-    identity = identify(str(path))
     assert data == b"abc"
-    assert identity is not None
-    assert not identity.matches(record)
+    assert not is_unchanged(path, record)
 
 
 @pytest.mark.parametrize(("changes", "readable"), [(2, True), (100, False)])
@@ -127,9 +128,9 @@ def test_other_things_than_files_fail_without_waiting(
         assert (bad.value.stage, bad.value.reason) == ("fetch", reason)
     assert identify(str(tmp_path / "pipe.png")) is None
     record = unreadable(task(tmp_path / "big.png"))
-    identity = identify(str(tmp_path / "big.png"))
-    assert identity is not None
-    assert identity.matches(record), "so that it is tried again only after it has changed"
+    assert is_unchanged(tmp_path / "big.png", record), (
+        "so that it is tried again only after it has changed"
+    )
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
