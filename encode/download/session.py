@@ -174,9 +174,8 @@ class CheckedResolver(AbstractResolver):
 
     async def _lookup(self, host: str, port: int) -> list[Any]:
         """Return what `getaddrinfo` returns, or raise its OSError."""
-        await (
-            self._free_threads.acquire()
-        )  # free again once the thread ends, even if we are cancelled
+        # Released when the thread ends: a time-out cancels this call, but not `getaddrinfo`.
+        await self._free_threads.acquire()
         future: asyncio.Future[list[Any] | OSError] = asyncio.get_running_loop().create_future()
         threading.Thread(target=self._work, args=(future, host, port), daemon=True).start()
         if isinstance(found := await future, OSError):
