@@ -31,7 +31,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 
-Dispose = Callable[[Path], None]
+Dispose = Callable[[Path], object]
 """Take one file out of the cache, durably."""
 
 KeptRows = tuple[Commit, npt.NDArray[np.bool_]]

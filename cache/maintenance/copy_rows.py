@@ -74,8 +74,6 @@ class _Batch:
     """(n,) relative error of the target's codec."""
     damaged: list[CorruptError]
     """One error for each damaged row."""
-    nbytes: int
-    """Bytes read, including those of damaged rows."""
 
 
 def copy_rows(
@@ -104,7 +102,8 @@ def copy_rows(
     stored = index.columns.errors[positions] if change is None else None
     room = _room_wanted(index.keys[positions], target.rows_per_shard(array))
     # Unchanged rows are written while the processor's cache still holds them, so fewer are read at a time.
-    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // source.geometry[array].row_bytes)
+    row_bytes = source.geometry[array].row_bytes
+    step = max(1, (BATCH_BYTES if change else RUN_BYTES) // row_bytes)
     read = partial(_read, source, array, positions, change)
     batches = np.split(np.arange(len(positions)), range(step, len(positions), step))
     damaged: list[CorruptError] = []
@@ -126,7 +125,7 @@ def copy_rows(
                     error=error,
                 )
                 filler.append(new, int(room[place]))
-            done(batch.nbytes)
+            done((len(batch.rows) + len(batch.damaged)) * row_bytes)
         filler.finish()
     finally:
         filler.close()
@@ -203,7 +202,6 @@ def _read(
     """Read the intact rows at positions[places], and change them."""
     rows = source.index[array].rows(positions[places])
     out = np.empty((len(rows), source.geometry[array].row_bytes), np.uint8)
-    nbytes = out.nbytes
     damaged: list[CorruptError] = []
     try:
         source.read_into(array, rows, out)
@@ -219,7 +217,7 @@ def _read(
     errors = np.zeros(len(out), np.float32)
     if change is not None and len(out):
         out, errors = change(out)
-    return _Batch(places=places, rows=out, errors=errors, damaged=damaged, nbytes=nbytes)
+    return _Batch(places=places, rows=out, errors=errors, damaged=damaged)
 
 
 def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

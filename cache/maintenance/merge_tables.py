@@ -57,10 +57,8 @@ class MediaPlan:
             return line
         said = "the records here are kept, and samples that mention these sources use them"
         lines = [f"{line}; {len(self.conflicts):,} gave other bytes there: {said}"]
-        lines += [
-            f"    {source}: {ours[:12]}... here, {theirs[:12]}... there"
-            for source, ours, theirs in self.conflicts[:SHOWN]
-        ]
+        for source, ours, theirs in self.conflicts[:SHOWN]:
+            lines.append(f"    {source}: {ours[:12]}... here, {theirs[:12]}... there")
         if len(self.conflicts) > SHOWN:
             lines.append(f"    and {len(self.conflicts) - SHOWN:,} more")
         return "\n".join(lines)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ class Repair:
     def __init__(self, root: CacheRoot, *, deep: bool, tell: Tell, progress: Progress):
         self._root, self._deep, self._progress = root, deep, progress
         self._tell_line = tell
+        self._aside = partial(set_aside, root)
         self.done = Repaired()
 
     def run(self, space: SpacePaths | None) -> Report:
@@ -105,16 +107,13 @@ class Repair:
         self.done.steps += 1
         self._tell_line(f"{path}: {what}; {todo}")
 
-    def _aside(self, path: Path) -> None:
-        set_aside(self._root, path)
-
     def _tables(self) -> None:
         for finding in list(check_tables(self._root, self._progress)):
             path = Path(finding.path)
             if not finding.broken:
                 continue
             self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
-            place = set_aside(self._root, path)
+            place = self._aside(path)
             if _intact(place) and not path.exists():  # a job replaced it a moment ago
                 place.rename(path)
             elif path.is_relative_to(self._root.media_dir):

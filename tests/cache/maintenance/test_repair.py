@@ -57,11 +57,15 @@ def only_space(root: CacheRoot) -> SpacePaths:
     return root.space(root.space_names()[0])
 
 
-def repair(root: CacheRoot, space: SpacePaths | None = None) -> tuple[Repaired, list[str]]:
+def new_repair(root: CacheRoot, said: list[str]) -> Repair:
+    return Repair(root, deep=True, tell=said.append, progress=lambda _: None)
+
+
+def repair(root: CacheRoot) -> tuple[Repaired, list[str]]:
     """Repair, and be sure that nothing is broken any more."""
     said: list[str] = []
-    job = Repair(root, deep=True, tell=said.append, progress=lambda _: None)
-    assert not job.run(space).broken
+    job = new_repair(root, said)
+    assert not job.run(None).broken
     assert verify(root, deep=True).all_findings == []
     return job.done, said
 
@@ -83,8 +87,7 @@ def test_a_damaged_index_file_is_written_again_and_costs_no_row(
     space = Space.open(only_space(root))
     index_file.save_index(space.paths, space.info)
     path, hash_before = space.paths.index("image"), FeatureReader(space.paths).logical_hash()
-    draw_bit = np.random.default_rng(0)
-    for bit in draw_bit.integers(0, 8 * path.stat().st_size, 12).tolist():
+    for bit in np.random.default_rng(0).integers(0, 8 * path.stat().st_size, 12).tolist():
         flip(path, bit)
         (finding,) = verify(root, deep=True).all_findings
         assert (finding.path, finding.broken) == (str(path), True)
@@ -171,7 +174,7 @@ def test_space_json_is_rebuilt_if_the_commits_prove_its_spec(root: CacheRoot) ->
     values["spec"]["patch_size"] = 1
     paths.space_json.write_bytes(sealed_json(values))
     garble(paths.space_json, 5, 4)  # neither text nor spec
-    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    job = new_repair(root, [])
     (left,) = job.run(None).all_findings
     assert (left.path, left.what) == (str(paths.space_json), "missing")
     assert "encode.run with the same encoder and codec" in left.way_out
@@ -231,9 +234,8 @@ def test_damaged_tables_are_set_aside_and_named(root: CacheRoot) -> None:
     write_samples(root, "toy", [])
     garble(samples, 40)
     repair(root)
-    assert (root.damaged_dir / "samples" / "toy" / f"{samples.name}.1").exists(), (
-        "none is overwritten"
-    )
+    again = root.damaged_dir / "samples" / "toy" / f"{samples.name}.1"
+    assert again.exists(), "none is overwritten"
 
 
 def test_rows_with_nan_are_removed(tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_only_the_requested_space_is_repaired(root: CacheRoot) -> None:
     here = root.space(next(name for name in root.space_names() if "int8" in name))
     garble(here.shard("image", 0), 5)
     before = contents(other.paths.root), contents(root.samples_dir)
-    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    job = new_repair(root, [])
     assert not job.run(here).broken
     assert (contents(other.paths.root), contents(root.samples_dir)) == before
 
@@ -316,7 +318,7 @@ def test_a_space_of_a_newer_version_is_not_changed(root: CacheRoot) -> None:
     del values["seal"]
     paths.space_json.write_bytes(sealed_json({**values, "format": 99}))
     before = contents(paths.root)
-    job = Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None)
+    job = new_repair(root, [])
     report = job.run(None)
     assert job.done.steps == 0
     assert "format 99" in report.all_findings[0].what
@@ -330,7 +332,7 @@ def test_a_repair_is_refused_while_a_job_writes(root: CacheRoot) -> None:
         DriverLock(only_space(root), "process 7 on node-3"),
         pytest.raises(InUseError, match="is being written by process 7 on node-3; wait"),
     ):
-        Repair(root, deep=True, tell=print, progress=lambda _: None).run(None)
+        new_repair(root, []).run(None)
     assert contents(root.path) == before
 
 
@@ -379,7 +381,7 @@ def test_an_encode_job_restores_what_a_repair_removed(tmp_path: Path) -> None:
     assert (again.job._tracker.encoded, again.reader.logical_hash()) == (1, whole)
     garble(paths.space_json, 0, 400)
     garble(paths.commit("image", 2), 60)  # of the one row encoded last
-    Repair(root, deep=True, tell=lambda _: None, progress=lambda _: None).run(None)
+    new_repair(root, []).run(None)
     assert root.space_names() == []
     again = encode(root.path, media, config=config)
     assert (again.job._tracker.encoded, again.plan.reused) == (1, 11), "the others are known"
@@ -439,9 +441,8 @@ def test_the_command_prints_its_steps_and_the_next_command(
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("kind", ["image", "frame"])
 def test_a_packed_row_is_finite_with_any_codec(name: str, kind: str) -> None:
-    spec = dataclasses.replace(
-        SPEC, codec=name, image_size=12, pool_frame=1
-    )  # 36 tokens: a mean, too
+    # 36 tokens: a mean, too.
+    spec = dataclasses.replace(SPEC, codec=name, image_size=12, pool_frame=1)
     finite, tokens = Finite(spec, kind), spec.tokens(kind)
     values = np.random.default_rng(1).normal(size=(20, tokens, spec.width)) * 10.0
     values[0] *= 1e5  # more than a float16 holds

@@ -79,20 +79,7 @@ def age(space: Space) -> None:
 # ---- histories
 
 STEPS = st.sampled_from(
-    [
-        "add",
-        "add",
-        "add",
-        "again",
-        "clip",
-        "replace",
-        "remove",
-        "save",
-        "save",
-        "age",
-        "damage",
-        "flip",
-    ]
+    ["add"] * 3 + ["save"] * 2 + ["again", "clip", "replace", "remove", "age", "damage", "flip"]
 )
 
 

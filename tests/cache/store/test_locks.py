@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CacheError, InUseError, StaleJobError
-from cache.store.locks import DriverLock, WorkerLease, driver_holder, driver_token, wait_for_exit
+from cache.store.locks import DriverLock, WorkerLease, driver_holder, wait_for_exit
 from cache.store.paths import SpacePaths
 from cache.store.writer import ShardWriter
 from tests.support.spaces import key, make_space, row
@@ -92,15 +92,6 @@ def test_asking_for_the_holder_does_not_block_a_driver(paths: SpacePaths) -> Non
     finally:
         stop.set()
         watcher.join()
-
-
-def test_every_driver_has_its_own_token(paths: SpacePaths) -> None:
-    tokens = set()
-    for _ in range(3):
-        with DriverLock(paths, "job") as driver:
-            assert driver_token(paths) == driver.token
-            tokens.add(driver.token)
-    assert len(tokens) == 3
 
 
 def test_a_new_driver_waits_for_the_last_worker_of_a_dead_one(
