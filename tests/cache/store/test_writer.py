@@ -19,7 +19,6 @@ from cache.errors import CorruptError
 from cache.format.checksums import read_sealed_json, sealed_json
 from cache.format.space_info import MAX_SLOTS, new_info
 from cache.maintenance.checks import verify
-from cache.store.commits import read_commit
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space
@@ -43,17 +42,6 @@ def test_rows_and_their_facts_are_read_as_they_were_written(tmp_path: Path) -> N
     assert space.shard_keys("image", 0) == space.keys("image")
     assert space.shard_keys("image", 1) == set()
     assert FeatureReader(space.paths).read("image", key(1)).shape == features(1).shape
-
-
-def test_a_shard_has_the_layout_of_its_geometry(tmp_path: Path) -> None:
-    space = make_space(tmp_path)
-    fill(space, range(SLOTS))
-    fill(space, [SLOTS])
-    geometry = space.info.geometry("image")
-    for number, rows in ((0, SLOTS), (1, 1)):
-        commit = read_commit(space.paths, space.info, "image", number)
-        size = space.paths.shard("image", number).stat().st_size
-        assert size == commit.nbytes == geometry.file_bytes(rows) == rows * 268 + 16 * SLOTS + 4
 
 
 def test_an_invalid_row_is_refused_and_changes_nothing(tmp_path: Path) -> None:
