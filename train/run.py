@@ -34,7 +34,7 @@ from train import checkpoint, metrics, run_folder, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
-from train.data.schedule import SinglePass, TrainingSchedule
+from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.step import Forward, LocalStep, by_step, choose_precision, refuse_non_finite
@@ -203,7 +203,7 @@ def open_log(
 def load(
     options: Options,
     reader: FeatureReader,
-    schedule: TrainingSchedule | SinglePass,
+    schedule: Schedule,
     device: torch.device,
     start: int,
     stop: int,

@@ -96,6 +96,9 @@ class FeatureReader:
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
 
+    def cancel_reads(self) -> None:
+        """Abort reads under way that may take minutes, as over a network; there are none on a local disk."""
+
     def rows(self, array: str) -> int:
         """Return the number of rows in `array`."""
         return len(self.index[array])

@@ -139,9 +139,8 @@ def test_each_process_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ProcessGroup(2, 3, 2, HashStore()).device("cuda")
     with pytest.raises(UserError, match="4 processes need a GPU each; give cuda"):
         ProcessGroup(0, 4, 0, HashStore()).device("cuda:1")
-    assert ProcessGroup().device("cuda:1") == torch.device(
-        "cuda"
-    )  # as given: no GPU of its own is chosen
+    # As given: no GPU of its own is chosen.
+    assert ProcessGroup().device("cuda:1") == torch.device("cuda")
     kind = "mps"
     with pytest.raises(UserError, match="one Metal GPU"):
         ProcessGroup(0, 2, 0, HashStore()).device("auto")
@@ -175,6 +174,5 @@ def test_a_single_process_keeps_its_gradients() -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
     parameters[0].grad = torch.full((2,), math.pi)
     ProcessGroup().sum_gradients(parameters)
-    assert (
-        parameters[0].grad.tolist() == pytest.approx([math.pi] * 2) and parameters[1].grad is None
-    )
+    assert parameters[0].grad.tolist() == pytest.approx([math.pi] * 2)
+    assert parameters[1].grad is None

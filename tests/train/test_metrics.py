@@ -12,19 +12,9 @@ from train.metrics import METRICS, StepRecord, cut_metrics, read_metrics, screen
 
 def test_the_line_on_the_screen_averages_the_steps_since_the_previous_one() -> None:
     def record(step: int, loss: float, step_s: float) -> StepRecord:
-        return StepRecord(
-            step=step,
-            epoch=0.0,
-            loss=loss,
-            lr=1e-4,
-            connector_lr=0.0,
-            grad_norm=2.0,
-            samples=8,
-            tokens=500,
-            step_s=step_s,
-            wait_s=0.1,
-            memory_gib=1.5,
-        )
+        rates = {"lr": 1e-4, "connector_lr": 0.0, "grad_norm": 2.0, "epoch": 0.0}
+        sizes = {"samples": 8, "tokens": 500, "wait_s": 0.1, "memory_gib": 1.5}
+        return StepRecord(step=step, loss=loss, step_s=step_s, **rates, **sizes)
 
     line = screen_line([record(9, 1.0, 0.5), record(10, 2.0, 1.5)], 3610)
     assert line == (

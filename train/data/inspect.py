@@ -54,7 +54,8 @@ def _tree_lines(number: int, tree: TreeLayout, render: _Renderer) -> list[str]:
             lines.append(f"  {name}: nothing of its own")
             continue
         text = render(at, stop, before=shared_end - 1) + render.last_target(stop)
-        lines.append(f"  {name} {at}-{stop - 1}{render.positions(at, stop)}: {text}")
+        places = render.positions[at:stop]
+        lines.append(f"  {name} {at}-{stop - 1} (positions {places[0]}-{places[-1]}): {text}")
     return lines
 
 
@@ -77,7 +78,7 @@ class _Renderer:
         packed = micro.packed
         self.trees = trees
         self._ids: list[int] = packed.input_ids.tolist()
-        self._positions: list[int] = packed.position_ids.tolist()
+        self.positions: list[int] = packed.position_ids.tolist()
         self._images = set(packed.image_slots.tolist())
         self._tokenizer = tokenizer
         self._targets: dict[int, list[tuple[int, float]]] = {}  # position -> (target, weight)
@@ -97,10 +98,6 @@ class _Renderer:
         return [
             (f"[{i}/{count} of video {key}.. x{size} tokens]", size) for i in range(1, count + 1)
         ]
-
-    def positions(self, first: int, end: int) -> str:
-        """Return the position ids of tokens [first, end)."""
-        return f" (positions {self._positions[first]}-{self._positions[end - 1]})"
 
     def __call__(self, first: int, end: int, before: int) -> str:
         """Return tokens [first, end) as text; the token at `before` predicts the first of them."""

@@ -245,7 +245,12 @@ def _assemble(
 ) -> SampleList:
     """Return the kept samples of all parts as one list, with media numbered by first appearance."""
     lists = [part.references.counts for part in parts]
-    media = np.concatenate([_gather(*one) for one in zip(numbers, lists, kept, strict=True)])
+    media = np.concatenate(
+        [
+            items[within(edges_of(counts)[k], counts[k])]
+            for items, counts, k in zip(numbers, lists, kept, strict=True)
+        ]
+    )
     lengths = np.concatenate([counts[k] for counts, k in zip(lists, kept, strict=True)])
     first = np.full(len(known.keys), len(media))  # position of first appearance; the end: none
     first[media[::-1]] = np.arange(len(media))[::-1]
@@ -257,12 +262,13 @@ def _assemble(
     tasks = pa.chunked_array(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
     )
+    given = [share for share in shares.values() if share is not None]
     coded = tasks.combine_chunks().dictionary_encode()
     result = SampleList(
         root=root,
         split=split,
         names=names,
-        mix=_normalise(names, shares),
+        mix=tuple(share / sum(given) for share in given) if given else None,
         dataset=dataset,
         index=np.concatenate(kept),
         weight=np.concatenate([p.weight[k] for p, k in zip(parts, kept, strict=True)]),
@@ -281,19 +287,6 @@ def _assemble(
         digest="",
     )
     return replace(result, digest=digest_of(result))
-
-
-def _gather(values: Ints, lengths: Ints, chosen: Ints) -> Ints:
-    """Return the lists of the chosen samples, one after the other."""
-    return values[within(edges_of(lengths)[chosen], lengths[chosen])]
-
-
-def _normalise(
-    names: tuple[str, ...], shares: Mapping[str, float | None]
-) -> tuple[float, ...] | None:
-    """Return the shares with sum 1; None if the data sets have none."""
-    given = [share for share in (shares[name] for name in names) if share is not None]
-    return tuple(share / sum(given) for share in given) if given else None
 
 
 def _check_coverage(

@@ -19,37 +19,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cache.format.spec import ARRAY_OF, FeatureSpec
+from cache.store.reader import FeatureReader
 from cache.store.references import MEDIA_KINDS, within
 from model.attention.batch import PackedBatch
 from train.data.message_trees import TreeSlice
 from train.data.packing import TokenTree, TreeLayout, assemble, build_token_tree, first_fit
 from train.data.sample_list import Ints, SampleList
-from train.data.schedule import Schedule, Step, split_by_rank
-
-
-class RowReader(Protocol):
-    """The part of a FeatureReader that a loader needs."""
-
-    spec: FeatureSpec
-
-    def read_into(self, kind: str, rows: Ints, out: npt.NDArray[np.uint8]) -> None:
-        """Write the stored bytes of (R,) rows of an array into `out`, (R, row_bytes), and check them."""
-
-
-@runtime_checkable
-class Interruptible(Protocol):
-    """A reader whose reads can take minutes, for example while a network is down."""
-
-    def cancel_reads(self) -> None:
-        """Abort the reads in progress: their results are not needed any more."""
+from train.data.schedule import Schedule, SinglePass, Step, split_by_rank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +98,7 @@ class _Slot:
         }
         self.copied: torch.cuda.Event | None = None
 
-    def read(self, reader: RowReader, array: str, rows: Ints) -> Tensor:
+    def read(self, reader: FeatureReader, array: str, rows: Ints) -> Tensor:
         """Read rows of one array in this order; return the part of the buffer that has them."""
         codes = self.codes[array][: len(rows)]
         if len(rows):
@@ -157,7 +139,7 @@ class FeatureLoader:
     def __init__(
         self,
         schedule: Schedule,
-        reader: RowReader,
+        reader: FeatureReader,
         *,
         max_tokens: int,
         start: int = 0,
@@ -215,7 +197,7 @@ class FeatureLoader:
     def close(self) -> None:
         """Stop the threads and discard what they have read ahead. Closing twice is allowed."""
         self._closed = True
-        if isinstance(self._reader, Interruptible) and any(not f.done() for f in self._queue):
+        if any(not f.done() for f in self._queue):
             self._reader.cancel_reads()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
@@ -227,7 +209,8 @@ class FeatureLoader:
             self._queue.append(self._pool.submit(self._make, job, self._free.pop(0)))
 
     def _all_jobs(self, start: int, stop: int | None) -> Iterator[_Job]:
-        stop = self._schedule.steps if stop is None else stop
+        if stop is None and isinstance(self._schedule, SinglePass):
+            stop = len(self._schedule)
         for number in itertools.count(start) if stop is None else range(start, stop):
             step = self._schedule.step(number)
             own = split_by_rank(step.slices, self._world_size)[self._rank]

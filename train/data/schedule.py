@@ -15,11 +15,11 @@ B samples per step, all ranks together; N samples per epoch. A tree counts as th
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -50,17 +50,6 @@ class Step:
     """Sum of the loss weights of every supervised token."""
 
 
-class Schedule(Protocol):
-    """What a FeatureLoader needs to know: the trees, and which of them each step takes."""
-
-    trees: MessageTrees
-    steps: int | None
-    """Number of steps; None: endless."""
-
-    def step(self, number: int) -> Step:
-        """Return the content of step `number`."""
-
-
 class TrainingSchedule:
     """Endless, shuffled training steps.
 
@@ -88,7 +77,6 @@ class TrainingSchedule:
                 f"build_message_trees with max_branches of at most {samples_per_step}"
             )
         self.trees = trees
-        self.steps: int | None = None
         self.samples_per_step = samples_per_step
         self.seed = seed
         self.order = order
@@ -96,7 +84,7 @@ class TrainingSchedule:
         self.sizes: tuple[int, ...] = tuple(np.diff(trees.starts[self._first_tree]).tolist())
         self.quotas = quotas(self.sizes, trees.mix)
         self.samples_per_epoch = sum(self.quotas)
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._epoch = functools.lru_cache(EPOCHS_KEPT)(self._build_epoch)
 
     def epoch(self, number: int) -> float:
         """Return the number of epochs finished when step `number` starts."""
@@ -127,14 +115,6 @@ class TrainingSchedule:
             f"an epoch is {self.samples_per_epoch:,} samples ({parts}), "
             f"{self.samples_per_epoch / self.samples_per_step:,.1f} steps"
         )
-
-    def _epoch(self, index: int) -> _Epoch:
-        if index not in self._epochs:
-            self._epochs[index] = self._build_epoch(index)
-            while len(self._epochs) > EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(index)
-        return self._epochs[index]
 
     def _build_epoch(self, index: int) -> _Epoch:
         """Return the trees of epoch `index` in order, each with the branches that belong to the epoch."""
@@ -207,7 +187,6 @@ class SinglePass:
         self.trees = trees
         group = trees.starts[:-1] // samples_per_step
         self._edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group))
-        self.steps: int | None = len(self)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -216,6 +195,10 @@ class SinglePass:
         """Return the content of step `number`, of `len(self)` steps."""
         trees = range(self._edges[number], self._edges[number + 1])
         return make_step(number, [self.trees.slice(tree) for tree in trees], self.trees)
+
+
+Schedule = TrainingSchedule | SinglePass
+"""Says which trees each step takes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ cache, which may be read-only or shared:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,15 +140,7 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        with (
-            (temporary / "ids.bin").open("wb") as ids,
-            (temporary / "weights.bin").open("wb") as weights,
-            (temporary / "samples.bin").open("wb") as records,
-        ):
-            count = _tokenize(name, samples, tokenizer, ids, weights, records)
-            for file in (ids, weights, records):
-                file.flush()
-                os.fsync(file.fileno())
+        count = _tokenize(temporary, name, samples, tokenizer)
         sizes = {n: (temporary / n).stat().st_size for n in FILES}
         meta = {"dataset": name, "samples": count, "template": TEMPLATE_VERSION, "bytes": sizes}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -162,29 +155,28 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenize(
-    name: str,
-    samples: Iterable[Sample],
-    tokenizer: Any,
-    ids: BinaryIO,
-    weights: BinaryIO,
-    records: BinaryIO,
-) -> int:
-    """Append the tokens of every sample to the files; return the number of samples."""
+def _tokenize(folder: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> int:
+    """Write the tokens of every sample to FILES in `folder`; return the number of samples."""
     image = token_id(tokenizer, IMAGE_TOKEN)
     started = reported = time.monotonic()
     end = count = 0
-    for sample in samples:
-        text = tokenize_sample(sample, tokenizer)
-        end += len(text.ids)
-        count += 1
-        ids.write(text.ids.astype("<i4", copy=False).data)
-        weights.write(text.weights.astype("<f4", copy=False).data)
-        records.write(_record(text, end, image).data)
-        if time.monotonic() - reported > PROGRESS_S:
-            reported = time.monotonic()
-            rate = count / (reported - started)
-            log.info("%s: %s samples tokenised (%s a second)", name, f"{count:,}", f"{rate:,.0f}")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((folder / file).open("wb")) for file in FILES]
+        ids, weights, records = files
+        for sample in samples:
+            text = tokenize_sample(sample, tokenizer)
+            end += len(text.ids)
+            count += 1
+            ids.write(text.ids.astype("<i4", copy=False).data)
+            weights.write(text.weights.astype("<f4", copy=False).data)
+            records.write(_record(text, end, image).data)
+            if time.monotonic() - reported > PROGRESS_S:
+                reported = time.monotonic()
+                rate = f"{count / (reported - started):,.0f}"
+                log.info("%s: %s samples tokenised (%s a second)", name, f"{count:,}", rate)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     log.info("%s: %s samples, %s tokens of text", name, f"{count:,}", f"{end:,}")
     return count
 

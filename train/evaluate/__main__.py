@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     result = evaluate(options)
-    print(json.dumps(summary(result)) if options.json else table(result))
+    summary = {k: v for k, v in asdict(result).items() if k != "answers"}
+    print(json.dumps(summary) if options.json else table(result))
     return 0
 
 
@@ -186,7 +187,8 @@ def evaluate(options: Options) -> Evaluation:
         tasks=tasks,
         answers=answers,
     )
-    save(final.parent / f"evaluation-{options.split}.json", result)
+    saved = json.dumps(asdict(result), indent=1) + "\n"
+    write_atomic(final.parent / f"evaluation-{options.split}.json", saved.encode())
     return result
 
 
@@ -290,11 +292,6 @@ def scored(
 # ---- output
 
 
-def summary(result: Evaluation) -> dict[str, Any]:
-    """Return the result without the single answers, for `--json`."""
-    return {k: v for k, v in asdict(result).items() if k != "answers"}
-
-
 def table(result: Evaluation) -> str:
     """Return the result as a table."""
 
@@ -309,13 +306,8 @@ def table(result: Evaluation) -> str:
     return f"{head}\n{table_text(columns, rows, right='questions exact blind')}"
 
 
-def save(path: Path, result: Evaluation) -> None:
-    """Write the result to a file as JSON, single answers included."""
-    write_atomic(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
-
-
 def read(path: Path) -> Evaluation:
-    """Read the result that `save` wrote to a file.
+    """Read the result that `evaluate` saved in a file.
 
     Raises:
         UserError: the file does not exist, or is of another version.

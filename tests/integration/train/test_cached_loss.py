@@ -15,7 +15,7 @@ import torch
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.samples import MediaRef, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from encode.sources.demo import questions
@@ -25,11 +25,11 @@ from model.media.images import decode_image
 from model.quantize import pack
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
+from tests.support.trained_runs import losses, turns
 from train import run_folder, setup
 from train.config import Options
 from train.data.loader import MicroBatch
 from train.data.sample_list import SampleList
-from train.metrics import read_metrics
 from train.run import train
 from train.step import Forward
 
@@ -73,13 +73,9 @@ def encode_all(
         shard.append(key, "full", pack(computed, codec).rows[0].numpy())
         append_media(root, [MediaRecord(source=str(path), key=key)], "test")
         for i, (task, question, answer) in enumerate(questions(shapes_in(WORLD, number))):
-            turns = (
-                Message(role="user", content=question),
-                Message(role="assistant", content=answer),
-            )
-            media = (MediaRef(source=str(path)),)
+            talk, media = turns(question, answer), (MediaRef(source=str(path)),)
             samples.append(
-                Sample(id=f"{number}-{i}", dataset="drawn", messages=turns, media=media, task=task)
+                Sample(id=f"{number}-{i}", dataset="drawn", messages=talk, media=media, task=task)
             )
     shard.commit()
     space.grow("image")
@@ -111,7 +107,7 @@ def test_cached_training_equals_live_training(
         use_gradient_checkpointing=False,
     )
     cpu = torch.device("cpu")
-    losses = {}
+    found = {}
     for name in ("cached", "live"):
         folder = run_folder.stage_folder(str(tmp_path / name), 1)
         vlm = setup.build_model(options, None, reader.spec, cpu)
@@ -122,6 +118,6 @@ def test_cached_training_equals_live_training(
                 **vars(forward), encoder=encoder, joined=data.train, files=files, rounded=rounded
             )
         assert train(folder, options, reader, data, forward, run_id="test") == STEPS
-        losses[name] = [line["loss"] for line in read_metrics(folder)]
-    assert len(losses["live"]) == STEPS and losses["live"][-1] < losses["live"][0] - 0.1
-    assert losses["cached"] == pytest.approx(losses["live"], rel=relative, abs=0)
+        found[name] = losses(folder)
+    assert len(found["live"]) == STEPS and found["live"][-1] < found["live"][0] - 0.1
+    assert found["cached"] == pytest.approx(found["live"], rel=relative, abs=0)

@@ -25,24 +25,15 @@ from safetensors.torch import load_file
 from cache.store.paths import CacheRoot
 from model.io.saved_model import META
 from tests.integration.train.distributed_child import Outcome, Scene
-from tests.support import ROOT, trained_runs
+from tests.support import trained_runs
+from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train import checkpoint, run_folder
-from train.metrics import read_metrics
 from train.run import main
 
 STEPS = 24
-BASE = [
-    *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu", "--held-out", "0.2"),
-    *(
-        "--learning-rate",
-        "1e-3",
-        "--max-steps",
-        str(STEPS),
-        "--save-every",
-        "8",
-        "--eval-every",
-        "8",
-    ),
+WORDS = [
+    *(*BASE, "--learning-rate", "1e-3", "--log-every", "10"),
+    *("--max-steps", str(STEPS), "--save-every", "8", "--eval-every", "8"),
 ]
 TWO = ["--batch-size", "5", "--max-tokens", "64", "--max-sequence-length", "64"]
 SCARCE = ["--batch-size", "3", "--processes", "1"]
@@ -53,14 +44,6 @@ TOLERANCE = 1e-6
 def torchrun(*words: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*command, "--nproc-per-node", "2", "-m", words[0], "--", *words[1:]]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def losses(folder: Path, name: str = "loss") -> list[float]:
-    return [line[name] for line in read_metrics(folder) if name in line]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +77,7 @@ def place(
 ) -> Iterator[Path]:
     """Run every scene; return the folder with runs/one-* of one process and runs/two-* of two processes."""
     place = tmp_path_factory.mktemp("processes")
-    words = [*BASE, "--features", str(cache.path)]
+    words = [*WORDS, "--features", str(cache.path)]
     chain = [*words, *TWO, "--run", "two-chain", "--resume"]
     with contextlib.chdir(place):
         assert main([*words, *TWO, "--batch-size", "10", "--run", "one-whole"]) == 0
@@ -115,14 +98,14 @@ def place(
             Scene(name="busy", words=[*words, "--run", "busy"]),
             Scene(name="drift", words=[*words, "--run", "drift"], drifting=True),
             Scene(name="inspect", words=[*words, "--run", "inspect", "--inspect"]),
-            Scene(name="damaged", words=[*BASE, "--features", str(damaged.path)], final=True),
+            Scene(name="damaged", words=[*WORDS, "--features", str(damaged.path)], final=True),
         ]
         scene_file = place / "scenes.json"
         scene_file.write_text(json.dumps([asdict(scene) for scene in scenes]))
         with run_folder.lock(place / "runs" / "busy" / "stage1"):
             done = subprocess.run(
                 torchrun("tests.integration.train.distributed_child", str(scene_file)),
-                env=environment(),
+                env=ENVIRONMENT,
                 capture_output=True,
                 text=True,
                 timeout=120,
@@ -248,7 +231,7 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
 ) -> None:
     """Press Ctrl-C, then kill either process at random steps: both end soon, and resuming loses nothing."""
     rng = random.Random(time.time_ns())
-    words = [*BASE, "--features", str(cache.path), "--save-every", "2"]
+    words = [*WORDS, "--features", str(cache.path), "--save-every", "2"]
     folder = run_of(tmp_path, "two")
     command = torchrun("train.run", *words, "--batch-size", "4", "--run", "two", "--resume")
     kills = soak(1, 20)
@@ -257,7 +240,7 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
         with subprocess.Popen(
             command,
             cwd=tmp_path,
-            env=environment(),
+            env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -298,6 +281,3 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
         return True
     return False
-
-
-# ---- options

@@ -62,6 +62,13 @@ class Live:
     def reader(self) -> FeatureReader:
         return FeatureReader(find_space(CacheRoot(self.features), None))
 
+    def features_of(self, path: Path, limit: int) -> generate.Video:
+        """Return the features of a video file, as `model.generate` computes them."""
+        reader = self.reader
+        encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
+        space = json.loads(reader.paths.space_json.read_text())
+        return live_video(encoder, space, path, probe(path), limit)
+
     def source(self, joined: SampleList, media: int) -> Path:
         ledger = read_media(CacheRoot(self.features)).values()
         return Path(next(r.source for r in ledger if r.key == joined.key(media)))
@@ -96,13 +103,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Live:
 def test_features_of_a_video_file_equal_those_in_the_cache(world: Live) -> None:
     """Frames, times and features are equal bit for bit."""
     joined, reader = world.joined, world.reader
-    encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
-    space = json.loads(reader.paths.space_json.read_text())
     videos = [m for m in range(len(joined.kinds)) if joined.is_video(m)]
     assert len(videos) >= 2
     for m in videos:
-        path = world.source(joined, m)
-        found = live_video(encoder, space, path, probe(path), LIMIT)
+        found = world.features_of(world.source(joined, m), LIMIT)
         (cached,) = read_features(joined, [m], reader)
         assert not isinstance(cached, torch.Tensor)
         assert list(found.times_s) == list(cached.times_s)
@@ -142,18 +146,13 @@ def test_answers_about_video_files_equal_those_from_the_cache(
 def test_frames_are_those_of_training(world: Live, tmp_path: Path) -> None:
     """A real container, with few and with many frames; each frame is used once."""
     path = make_video(tmp_path / "video.mp4", frames=30, fps=Fraction(10))
-    info = probe(path)
-    reader = world.reader
-    encoder = rebuild_encoder(reader.load, reader.spec, device="cpu")
-    space = json.loads(reader.paths.space_json.read_text())
-    few = live_video(encoder, space, path, info, 3)
+    few = world.features_of(path, 3)
     assert list(few.times_s) == pytest.approx([0.0, 1.4, 2.9], abs=0.051)
-    many = live_video(encoder, space, path, info, 128)
+    many = world.features_of(path, 128)
     assert list(many.times_s) == pytest.approx([us / 1e6 for us in sample_times(2.9, 128)])
     short = make_video(tmp_path / "short.mp4", frames=2, times_ms=[0, 980])
-    info = probe(short)
-    assert len(sample_times(info.duration_s, 128)) == 3  # 0, 0.5, 0.98
-    found = live_video(encoder, space, short, info, 128)
+    assert len(sample_times(probe(short).duration_s, 128)) == 3  # 0, 0.5, 0.98
+    found = world.features_of(short, 128)
     assert list(found.times_s) == [0.0, 0.98]
     assert len(found.features) == 2
     assert np.isfinite(found.features.numpy()).all()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from safetensors.torch import load_file
 
 from cache.errors import CacheError, NotFoundError
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names
 from configs import UserError
 from model.io.saved_model import load_final
-from tests.support import ROOT, trained_runs
-from tests.support.trained_runs import BASE, losses
+from tests.support import trained_runs
+from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train import checkpoint, run_folder, setup
 from train.config import Options
 from train.metrics import StepRecord, read_metrics
@@ -51,14 +50,22 @@ def train(
     def run(*arguments: str, features: Path = cache.path) -> Path:
         words = [*BASE, "--features", str(features), *arguments]
         assert main(words) == 0
-        name = words[words.index("--run") + 1] if "--run" in words else "default"
-        return tmp_path / "runs" / name / f"stage{_stage(words)}"
+        given = {"--run": "default", "--stage": "1"} | dict(pairwise(words))
+        return tmp_path / "runs" / given["--run"] / f"stage{given['--stage']}"
 
     yield run
 
 
-def _stage(words: list[str]) -> int:
-    return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
+def change_model(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]) -> None:
+    """Change the connector of every model that is built from here on."""
+    build = setup.build_model
+
+    def changed(*arguments: Any) -> Any:
+        vlm = build(*arguments)
+        change(vlm.connector)
+        return vlm
+
+    monkeypatch.setattr(setup, "build_model", changed)
 
 
 # ---- training
@@ -208,33 +215,9 @@ def test_two_trainers_cannot_share_a_stage(train: Callable[..., Path], tmp_path:
     train("--max-steps", "1")
 
 
-def test_an_error_is_one_line_and_exit_code_2(cache: CacheRoot, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "train.run", *BASE),
-            *("--features", str(cache.path), "--no-freeze-vision-encoder"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert "the frozen encoder made once" in done.stderr
-
-
-def test_missing_spaces_and_data_sets(
-    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path
-) -> None:
+def test_a_cache_without_a_space_is_an_error(train: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no feature space under .*python -m encode.run"):
         train(features=tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"none of the data sets cap is under .*encode.run"):
-        train("--datasets", "cap")
-    with pytest.raises(UserError, match="'much' is no number; write NAME=SHARE"):
-        train("--datasets", "colors=much")
-    assert dataset_names(cache) == ["colors"]
 
 
 def test_with_two_spaces_one_must_be_named(train: Callable[..., Path], tmp_path: Path) -> None:
@@ -259,22 +242,6 @@ def test_a_checkpoint_of_another_space_names_the_differences(
         train("--run", "two", "--from", "one", "--max-steps", "1", features=other.path)
 
 
-def test_too_few_features(train: Callable[..., Path], tmp_path: Path) -> None:
-    root = trained_runs.make(tmp_path / "half", 20)
-    files = tmp_path / "half" / "images"
-    trained_runs.write_samples(root, "colors", trained_runs.samples(files, 40, "colors"))
-    with pytest.raises(
-        UserError, match=r"features for 50.0% .* min_coverage 95.0%.*--min-coverage"
-    ):
-        train(features=root.path)
-    train("--min-coverage", "0.4", "--max-steps", "1", features=root.path)
-
-
-def test_a_sample_longer_than_the_window(train: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"sample colors/\d+-\w+ is \d+ tokens long"):
-        train("--max-sequence-length", "20")
-
-
 def test_a_window_beyond_the_language_model_is_refused(train: Callable[..., Path]) -> None:
     with pytest.raises(UserError) as refused:
         train("--max-sequence-length", "5000", "--max-tokens", "5000")
@@ -288,6 +255,7 @@ def test_a_window_beyond_the_language_model_is_refused(train: Callable[..., Path
 
 def test_invalid_options_are_errors_before_training(train: Callable[..., Path]) -> None:
     for words, message in (
+        (["--no-freeze-vision-encoder"], "the frozen encoder made once"),
         (["--no-train-llm", "--no-train-connector"], "nothing would learn"),
         (["--max-tokens", "100"], "give --max-tokens 2048"),
         (["--held-out", "1.0"], "leaves nothing to train on"),
@@ -298,6 +266,9 @@ def test_invalid_options_are_errors_before_training(train: Callable[..., Path]) 
         (["--hardware", "25gb"], "nearest: 24gb"),
         (["--stage", "4"], "there are stages 1, 2, 3"),
         (["--llm", "random:qwen3-tinny"], "nearest: qwen3-tiny"),
+        (["--datasets", "cap"], r"none of the data sets cap is under .*encode.run"),
+        (["--datasets", "colors=much"], "'much' is no number; write NAME=SHARE"),
+        (["--max-sequence-length", "20"], r"sample colors/\d+-\w+ is \d+ tokens long"),
         (["--learning-rat", "1"], "nearest: --learning-rate"),
     ):
         with pytest.raises(UserError, match=message):
@@ -330,13 +301,9 @@ def test_a_nan_stops_training_before_the_step(train: Callable[..., Path], tmp_pa
 def test_an_infinite_gradient_stops_training_before_the_step(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_hook(*arguments: Any) -> Any:
-        vlm = start_build(*arguments)
-        vlm.connector.weight.register_hook(lambda grad: grad * float("inf"))
-        return vlm
-
-    start_build = setup.build_model
-    monkeypatch.setattr(setup, "build_model", with_hook)
+    change_model(
+        monkeypatch, lambda part: part.weight.register_hook(lambda grad: grad * float("inf"))
+    )
     with pytest.raises(
         UserError, match=r"step 1: the gradient is not finite in 1 .*connector.weight"
     ):
@@ -403,9 +370,8 @@ def test_resume_continues_with_the_runs_own_options(
     with pytest.raises(UserError, match=r"keeps its options, but learning_rate 0.003 -> 0.1"):
         train(*words, "--resume", "--learning-rate", "0.1")
     capsys.readouterr()
-    assert (
-        main(["--resume", "--features", str(cache.path)]) == 0
-    )  # all other options are those of the run
+    # All other options are those of the run.
+    assert main(["--resume", "--features", str(cache.path)]) == 0
     assert "resuming after step 4" in capsys.readouterr().out
     assert losses(folder) == whole
     train(*words, "--resume")  # the command that began the run also resumes it
@@ -414,17 +380,12 @@ def test_resume_continues_with_the_runs_own_options(
 def test_dropout_is_equal_after_a_resume(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_dropout(*arguments: Any) -> Any:
-        vlm = start_build(*arguments)
-        vlm.connector.register_forward_hook(
-            lambda module, _, output: torch.nn.functional.dropout(output, 0.5, module.training)
-        )
-        return vlm
+    def drop(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, 0.5, module.training)
 
-    start_build = setup.build_model
     words = ["--max-steps", "6", "--save-every", "2"]
     without = losses(train(*words, "--run", "without"))
-    monkeypatch.setattr(setup, "build_model", with_dropout)
+    change_model(monkeypatch, lambda part: part.register_forward_hook(drop))
     whole = losses(train(*words, "--run", "whole"))
     assert whole != without
     folder = interrupted(train, monkeypatch, *words)
@@ -455,13 +416,12 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
         *(sys.executable, "-m", "train.run", *BASE, "--features", str(cache.path)),
         *("--max-steps", str(steps), "--save-every", "4", "--eval-every", "10", "--resume"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start_run(name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*command, "--run", name],
             cwd=tmp_path,
-            env=environment,
+            env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -475,9 +435,8 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     kills = soak(2, 20)
     for kill in range(kills):
         process = start_run("killed")
-        aim = rng.randrange(
-            steps * (kill + 1) // (kills + 1) + 1
-        )  # later each time, or before the first step
+        # Later each time, or before the first step.
+        aim = rng.randrange(steps * (kill + 1) // (kills + 1) + 1)
         while process.poll() is None and _steps_begun(folder) < aim:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.support.feature_caches import (
-    World,
-    ask,
-    key_of,
-)
+from tests.support.feature_caches import World, ask, key_of
 from tests.support.trained_runs import turns
 from train.data.inspect import inspect_text
 from train.data.schedule import SinglePass

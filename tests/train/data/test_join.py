@@ -13,13 +13,7 @@ import pytest
 
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
-from tests.support.feature_caches import (
-    World,
-    ask,
-    key_of,
-    names_of,
-    new_world,
-)
+from tests.support.feature_caches import World, ask, key_of, names_of, new_world
 
 
 def test_a_sample_needs_the_features_of_all_its_media(world: World) -> None:

@@ -5,6 +5,7 @@ samples.times_of(item), samples.rows_of(item)    # seconds and rows of the frame
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 from cache.format.frame_sampling import frame_views, sample_times
-from cache.store.commits import key_bytes
-from cache.store.references import IMAGE, VIDEO, MediaItems, find_rows
+from cache.store.reader import FeatureReader, Keys
+from cache.store.references import IMAGE, VIDEO
 from cache.store.samples import MediaRef
 from configs import UserError
 from tests.support.feature_caches import World, ask, frame_time, key_of, names_of
@@ -181,39 +182,20 @@ def test_a_single_video_cannot_be_exchanged(world: World) -> None:
         world.join().blind(0)
 
 
-class CountingRows:
-    """A reader that has every view of every video, and records the largest lookup."""
+def test_videos_are_looked_up_a_few_at_a_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = [f"video {i}" for i in range(7)]
+    world.write(d=[ask(video, [video]) for video in videos])
+    world.encode_videos(dict.fromkeys(videos, 1.0))
+    expected = world.join().rows.tolist()
+    lookup_pairs, sizes = FeatureReader.lookup_pairs, list[int]()
 
-    path = Path()
+    def spy(reader: FeatureReader, array: str, keys: Keys, views: Sequence[str]) -> np.ndarray:
+        sizes.append(len(views))
+        return lookup_pairs(reader, array, keys, views)
 
-    def __init__(self) -> None:
-        self.largest = 0
-
-    def lookup(self, kind: str, keys: list[str]) -> np.ndarray:
-        return np.arange(len(keys))
-
-    def lookup_pairs(self, kind: str, keys: list[str], views: list[str]) -> np.ndarray:
-        assert len(keys) == len(views)
-        self.largest = max(self.largest, len(keys))
-        return np.arange(len(keys)) + 7
-
-    def times(self, kind: str, rows: np.ndarray) -> np.ndarray:
-        return rows / 10
-
-
-def test_videos_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FeatureReader, "lookup_pairs", spy)
     monkeypatch.setattr("cache.store.references.VIDEOS_AT_ONCE", 3)
-    kinds = np.array([VIDEO, IMAGE] * 5 + [VIDEO], np.uint8)
-    media = MediaItems(
-        keys=key_bytes([key_of(str(i)) for i in range(11)]),
-        kinds=kinds,
-        durations=np.where(kinds == VIDEO, 1.0, np.nan),
-    )
-    reader = CountingRows()
-    found = find_rows(reader, media, 128)
-    assert found.counts.tolist() == [3, 1] * 5 + [3]
-    assert reader.largest == 9
-    assert found.rows[found.starts[2] : found.starts[3]].tolist() == [10, 11, 12]
-    taken = found.take(np.array([10, 1]))
-    assert taken.counts.tolist() == [3, 1]
-    assert taken.rows.tolist() == [*found.rows[-3:].tolist(), 0]
+    assert world.join().rows.tolist() == expected
+    assert sizes == [9, 9, 3]  # three frames of each video

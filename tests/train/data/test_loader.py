@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 from cache.errors import CorruptError
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
-from tests.support.feature_caches import (
-    IMAGES,
-    M,
-    World,
-    ask,
-    key_of,
-    mixed_world,
-    payload,
-)
+from tests.support.feature_caches import IMAGES, M, World, ask, key_of, mixed_world, payload
 from train.data.loader import FeatureLoader, MicroBatch
 from train.data.packing import build_token_tree
 from train.data.schedule import SinglePass, TrainingSchedule
@@ -180,17 +172,17 @@ def test_leaving_the_context_early_stops_the_threads(mixed: World) -> None:
     loader.close()
 
 
-class SlowReader:
+class SlowReader(FeatureReader):
     """A reader that pauses in every read, and counts the reads."""
 
-    def __init__(self, reader: FeatureReader, pause_s: float) -> None:
-        self.spec, self._reader, self._pause_s = reader.spec, reader, pause_s
-        self.calls = 0
+    def __init__(self, world: World, pause_s: float) -> None:
+        super().__init__(find_space(world.root, None))
+        self.pause_s, self.calls = pause_s, 0
 
-    def read_into(self, kind: str, rows: Any, out: Any) -> None:
+    def read_into(self, *arguments: Any) -> None:
         self.calls += 1
-        time.sleep(self._pause_s)
-        self._reader.read_into(kind, rows, out)
+        time.sleep(self.pause_s)
+        super().read_into(*arguments)
 
 
 def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None:
@@ -198,7 +190,7 @@ def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None
     schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
 
     def waits(work_s: float) -> list[float]:
-        reader = SlowReader(mixed.reader, 0.05)
+        reader = SlowReader(mixed, 0.05)
         with FeatureLoader(schedule, reader, max_tokens=512, stop=12, threads=2, ahead=4) as loader:
             measured = []
             for micro in loader:
@@ -215,7 +207,7 @@ def test_waiting_is_measured_and_reading_ahead_hides_reads(mixed: World) -> None
 def test_no_more_is_read_ahead_than_requested(mixed: World) -> None:
     joined = mixed.join("d")
     schedule = TrainingSchedule(mixed.trees(joined), 4, seed=0)
-    reader = SlowReader(mixed.reader, 0.0)
+    reader = SlowReader(mixed, 0.0)
     with FeatureLoader(schedule, reader, max_tokens=512, threads=2, ahead=3) as loader:
         for taken in range(1, 9):
             next(loader)

@@ -10,16 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from cache.store.samples import (
-    Message,
-)
+from cache.store.samples import Message
 from configs import UserError
-from tests.support.feature_caches import (
-    M,
-    World,
-    ask,
-    names_of,
-)
+from tests.support.feature_caches import M, World, ask, names_of
 from train.data.message_trees import MessageTrees
 
 

@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.message_trees import MessageTrees, TreeSlice
-from train.data.schedule import SinglePass, TrainingSchedule, quotas, shuffled, split_by_rank
+from train.data.schedule import (
+    Schedule,
+    SinglePass,
+    TrainingSchedule,
+    quotas,
+    shuffled,
+    split_by_rank,
+)
 
 
 def some_trees(
@@ -50,7 +57,7 @@ def some_trees(
     )
 
 
-def stream(schedule: TrainingSchedule, steps: int, start: int = 0) -> list[int]:
+def stream(schedule: Schedule, steps: int, start: int = 0) -> list[int]:
     return [
         int(m)
         for number in range(start, start + steps)
@@ -197,13 +204,7 @@ def test_order_blocks_keeps_neighbouring_rows_near_in_time() -> None:
 def test_a_single_pass_has_every_sample_once_in_order(sizes: list[list[int]], batch: int) -> None:
     trees = some_trees(sizes)
     single_pass = SinglePass(trees, batch)
-    found = [
-        int(m)
-        for s in range(len(single_pass))
-        for p in single_pass.step(s).slices
-        for m in p.members
-    ]
-    assert found == list(range(len(trees.members)))
+    assert stream(single_pass, len(single_pass)) == list(range(len(trees.members)))
 
 
 @given(

@@ -13,18 +13,33 @@ import numpy as np
 import pytest
 
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRef, Message, Sample, write_samples
+from cache.store.samples import MediaRef, Sample, write_samples
 from configs import UserError
 from model.language.chat_template import TokenizedSample, tokenize_messages
 from model.language.model import load_tokenizer
 from model.language.tokenizer import byte_tokenizer
+from tests.support.trained_runs import turns
 from train.data import tokens
 from train.data.tokens import TokenStore, messages_of
 
+TOKENIZER = load_tokenizer("random:qwen3-tiny")
 
-@pytest.fixture(scope="module")
-def tokenizer() -> object:
-    return load_tokenizer("random:qwen3-tiny")
+
+@pytest.fixture
+def root(tmp_path: Path) -> CacheRoot:
+    """Return a cache with the data set `d`."""
+    root = CacheRoot(tmp_path / "cache")
+    write_samples(root, "d", some_samples())
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "tokens"
+
+
+def opened(root: CacheRoot, folder: Path) -> TokenStore:
+    return TokenStore.open(root, ["d"], TOKENIZER, folder=folder)
 
 
 def some_samples(answer: str = "two") -> list[Sample]:
@@ -32,10 +47,7 @@ def some_samples(answer: str = "two") -> list[Sample]:
         return Sample(
             id=name,
             dataset="d",
-            messages=(
-                Message(role="user", content=user),
-                Message(role="assistant", content=answer, weight=weight),
-            ),
+            messages=turns(user, answer, weight=weight),
             media=tuple(MediaRef(source=f"/{name}/{i}") for i in range(images)),
         )
 
@@ -53,15 +65,10 @@ def all_samples(store: TokenStore, count: int) -> list[tuple[list[int], list[flo
     ]
 
 
-def test_a_store_has_the_tokens_and_weights_of_the_template(
-    tmp_path: Path, tokenizer: object
-) -> None:
-    root = CacheRoot(tmp_path / "cache")
-    samples = some_samples()
-    write_samples(root, "d", samples)
-    store = TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
-    for i, sample in enumerate(samples):
-        expected = tokenize_messages(tokenizer, messages_of(sample), len(sample.media))  # type: ignore[arg-type]
+def test_a_store_has_the_tokens_and_weights_of_the_template(root: CacheRoot, folder: Path) -> None:
+    store = opened(root, folder)
+    for i, sample in enumerate(some_samples()):
+        expected = tokenize_messages(TOKENIZER, messages_of(sample), len(sample.media))
         found = store.sample(0, i)
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.weights.tolist() == expected.weights.tolist()
@@ -70,12 +77,8 @@ def test_a_store_has_the_tokens_and_weights_of_the_template(
     # All tokens but the end mark, which is only predicted, and the newline after it.
     assert lengths.tolist() == [len(store.sample(0, i).ids) - 2 for i in range(4)]
     sums = store.field("loss_weight", dataset, index)
-    assert sums.tolist() == [
-        4.0,
-        1.0,
-        4.0,
-        4.0,
-    ]  # t, w, o and the end mark; 0.25 each in the second sample
+    # t, w, o and the end mark; 0.25 each in the second sample.
+    assert sums.tolist() == [4.0, 1.0, 4.0, 4.0]
     prefixes, hashes = (store.field(f, dataset, index) for f in ("prefix", "prefix_hash"))
     for i in range(4):
         ids = store.sample(0, i).ids
@@ -83,47 +86,40 @@ def test_a_store_has_the_tokens_and_weights_of_the_template(
         assert prefixes[i] == (places[-1] + 1 if len(places) else 0)
     assert hashes[1] == hashes[3]  # both are "user\n<image>"
     assert len(set(hashes.tolist())) == 3
-    assert not list((tmp_path / "cache").rglob("*.bin"))  # the cache is only read
+    assert not list(Path(root.path).rglob("*.bin"))  # the cache is only read
 
 
 def test_opening_again_tokenises_nothing(
-    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+    root: CacheRoot, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
-    write_samples(root, "d", some_samples())
-    first = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
+    first = all_samples(opened(root, folder), 4)
     monkeypatch.setattr(tokens, "tokenize_messages", None)  # calling it would fail
-    assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == first
+    assert all_samples(opened(root, folder), 4) == first
 
 
 def test_another_text_tokenizer_or_template_makes_another_store(
-    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+    root: CacheRoot, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
 
     def stores() -> int:
         return len(list(folder.iterdir()))
 
-    write_samples(root, "d", some_samples())
-    TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    opened(root, folder)
     assert stores() == 1
     write_samples(root, "d", some_samples("three"))
-    changed = TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    changed = opened(root, folder)
     assert stores() == 2
     words = TokenStore.open(root, ["d"], byte_tokenizer(["three"]), folder=folder)
     assert stores() == 3
     assert len(words.sample(0, 0).ids) < len(changed.sample(0, 0).ids)
     monkeypatch.setattr(tokens, "TEMPLATE_VERSION", "other")
-    TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    opened(root, folder)
     assert stores() == 4
 
 
 def test_an_interrupted_or_truncated_store_is_made_again(
-    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+    root: CacheRoot, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
-    write_samples(root, "d", some_samples())
-
     tokenize_sample = tokens.tokenize_sample
 
     def stop(sample: Sample, tok: object) -> object:
@@ -134,18 +130,18 @@ def test_an_interrupted_or_truncated_store_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "tokenize_sample", stop)
         with pytest.raises(KeyboardInterrupt):
-            TokenStore.open(root, ["d"], tokenizer, folder=folder)
+            opened(root, folder)
     assert list(folder.iterdir()) == []
-    whole = all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4)
+    whole = all_samples(opened(root, folder), 4)
     for name in tokens.FILES:
         (path,) = folder.glob(f"*/{name}")
         data = path.read_bytes()
         path.write_bytes(data[:-1])
-        assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
+        assert all_samples(opened(root, folder), 4) == whole
         assert path.read_bytes() == data
     (meta,) = folder.glob("*/meta.json")
     meta.write_text("{")
-    assert all_samples(TokenStore.open(root, ["d"], tokenizer, folder=folder), 4) == whole
+    assert all_samples(opened(root, folder), 4) == whole
 
 
 def test_the_weight_of_the_first_token_does_not_count() -> None:
@@ -158,59 +154,50 @@ def test_the_weight_of_the_first_token_does_not_count() -> None:
 
 
 def test_two_processes_may_make_one_store_at_the_same_time(
-    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+    root: CacheRoot, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, folder = CacheRoot(tmp_path / "cache"), tmp_path / "tokens"
-    write_samples(root, "d", some_samples())
     tokenize = tokens._tokenize
 
     def overtaken(*arguments: object) -> int:
         monkeypatch.setattr(tokens, "_tokenize", tokenize)
-        TokenStore.open(root, ["d"], tokenizer, folder=folder)  # the other process finishes first
+        opened(root, folder)  # the other process finishes first
         return tokenize(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tokens, "_tokenize", overtaken)
-    store = TokenStore.open(root, ["d"], tokenizer, folder=folder)
+    store = opened(root, folder)
     assert len(all_samples(store, 4)) == 4
     assert len(list(folder.iterdir())) == 1
 
 
 def test_a_sample_with_more_images_than_marks_is_an_error_that_names_it(
-    tmp_path: Path, tokenizer: object
+    root: CacheRoot, folder: Path
 ) -> None:
-    root = CacheRoot(tmp_path / "cache")
     media = (MediaRef(source="/a"), MediaRef(source="/b"))
-    messages = (
-        Message(role="user", content="<image> ?"),
-        Message(role="assistant", content="yes"),
-    )
+    messages = turns("<image> ?", "yes")
     write_samples(root, "d", [Sample(id="s7", dataset="d", messages=messages, media=media)])
     with pytest.raises(UserError, match=r"sample d/s7: 2 images but 1 <image> marks.*encode.run"):
-        TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
-    assert list((tmp_path / "tokens").iterdir()) == []
+        opened(root, folder)
+    assert list(folder.iterdir()) == []
 
 
-def test_several_data_sets_and_an_empty_one(tmp_path: Path, tokenizer: object) -> None:
-    root = CacheRoot(tmp_path / "cache")
+def test_several_data_sets_and_an_empty_one(root: CacheRoot, folder: Path) -> None:
     write_samples(root, "a", some_samples())
     write_samples(root, "b", some_samples("a much longer answer"))
     write_samples(root, "none", [])
-    store = TokenStore.open(root, ["b", "none", "a"], tokenizer, folder=tmp_path / "tokens")
+    store = TokenStore.open(root, ["b", "none", "a"], TOKENIZER, folder=folder)
     lengths = store.field("used", np.array([2, 0], np.int16), np.array([0, 0]))
     assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
 
 
 def test_progress_is_logged(
-    tmp_path: Path,
-    tokenizer: object,
+    root: CacheRoot,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    root = CacheRoot(tmp_path / "cache")
-    write_samples(root, "d", some_samples())
     monkeypatch.setattr(tokens, "PROGRESS_S", 0.0)
     with caplog.at_level(logging.INFO, "train.data.tokens"):
-        TokenStore.open(root, ["d"], tokenizer, folder=tmp_path / "tokens")
+        opened(root, folder)
     assert "d: 2 samples tokenised" in caplog.text
 
 

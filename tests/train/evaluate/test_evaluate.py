@@ -15,7 +15,7 @@ import pytest
 from cache.errors import NotFoundError
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
+from cache.store.samples import MediaRef, Sample, read_samples, write_samples
 from configs import UserError
 from tests.support import trained_runs
 from train import run
@@ -32,10 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
     folder = tmp_path_factory.mktemp("evaluated")
     root = trained_runs.make(folder)
     words = [
-        *("--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"),
-        *("--batch-size", "8"),
-        *("--learning-rate", "3e-3", "--held-out", "0.25", "--max-steps", "120"),
-        *("--features", str(root.path), "--run", str(folder / "run"), "--log-every", "1000"),
+        *(*trained_runs.BASE, "--held-out", "0.25", "--max-steps", "120"),
+        *("--features", str(root.path), "--run", str(folder / "run")),
     ]
     assert run.main(words) == 0
     return folder / "run", root
@@ -128,13 +126,7 @@ def test_conversations_and_texts_without_media_are_asked(
     """The model is asked for a sample's last answer; the earlier turns are in the prompt."""
     folder, root = trained
     media = next(read_samples(root, "colors")).media
-    turns = [
-        ("user", "Which colour?"),
-        ("assistant", "red"),
-        ("user", "Sure?"),
-        ("assistant", "yes"),
-    ]
-    chat = tuple(Message(role=role, content=content) for role, content in turns)
+    chat = trained_runs.turns("Which colour?", "red", "Sure?", "yes")
     samples = [
         Sample(id="chat", dataset="talk", messages=chat, media=media, task="chat"),
         Sample(id="text", dataset="talk", messages=chat[:2]),

@@ -26,16 +26,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
     folder = tmp_path_factory.mktemp("films")
     trained_runs.make(folder)
     root = trained_runs.film(folder)
-    words = ["--llm", "random:qwen3-tiny", "--hardware", "cpu", "--device", "cpu"]
-    words += ["--batch-size", "12", "--learning-rate", "3e-3", "--held-out", "0.25"]
-    words += ["--max-steps", "120", "--max-frames", "5", "--features", str(root.path)]
-    words += ["--run", str(folder / "run"), "--log-every", "1000"]
+    words = [*trained_runs.BASE, "--batch-size", "12", "--held-out", "0.25", "--max-steps", "120"]
+    words += ["--features", str(root.path), "--run", str(folder / "run"), "--max-frames"]
     with pytest.raises(UserError, match=r"videos have some of their frames.*--max-frames 5"):
-        run.main(words)
-    words[words.index("--max-frames") + 1] = (
-        "64"  # the same frames as with 128, because every video is shorter than 32 seconds
-    )
-    assert run.main(words) == 0
+        run.main([*words, "5"])
+    # The same frames as with 128, because every video is shorter than 32 seconds.
+    assert run.main([*words, "64"]) == 0
     return folder / "run", root
 
 
