@@ -65,6 +65,7 @@ PLANTED = [
 """File, an import planted in it, and the beginning of the contract that it breaks."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "planted", "contract"), PLANTED)
 def test_a_planted_import_turns_them_red(
     copy: Path, file: str, planted: str, contract: str

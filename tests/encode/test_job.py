@@ -37,6 +37,9 @@ from model.media.images import decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
 from tests.support.encode_jobs import CONFIG, TINY, Result, SlowWorker, draw, encode
 
+pytestmark = pytest.mark.slow
+
+
 Encode = Callable[..., Result]
 
 

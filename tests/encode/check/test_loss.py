@@ -40,6 +40,9 @@ from model.vision.encoder import VisionEncoder
 from model.vlm import build_vlm
 from tests.support import trained_runs
 
+pytestmark = pytest.mark.slow
+
+
 FRAMES = 4
 """Frames of each demo video, two a second; --max-frames 5 takes all."""
 

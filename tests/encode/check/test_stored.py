@@ -31,6 +31,9 @@ from tests.support.encode_jobs import draw
 from tests.support.videos import make_video
 from tests.support.web_server import TroubleServer
 
+pytestmark = pytest.mark.slow
+
+
 Run = Callable[..., tuple[int, str]]
 ENCODER = ("--encoder", "demo", "--max-frames", "5", "--workers", "0")
 

@@ -25,6 +25,9 @@ from model.media.video_index import probe
 from tests.support.video_mutations import TIMEOUT_S, Outcome, mutated
 from tests.support.videos import BIKES, BUNNY, ffmpeg, make_video, number_of, times_by_ffmpeg
 
+pytestmark = pytest.mark.slow
+
+
 # ---- cut off ---------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ from train.evaluate.__main__ import Evaluation, Options
 from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:

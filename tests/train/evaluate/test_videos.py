@@ -19,6 +19,8 @@ from train.data.join import join
 from train.evaluate import __main__ as evaluate
 from train.evaluate.__main__ import Evaluation, Options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CacheRoot]:
