@@ -40,6 +40,9 @@ from tests.support.faults import garble
 from tests.support.spaces import SPEC, committed_rows, fill, key, make_space
 from tests.support.videos import make_video
 
+pytestmark = pytest.mark.slow
+
+
 TOWER = DemoTowerConfig(image_size=112, patch_size=14, width=64, depth=1, heads=2)
 
 

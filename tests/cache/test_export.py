@@ -43,6 +43,9 @@ from configs.console import SPARE_BYTES
 from tests.support.faults import garble
 from tests.support.spaces import fill, key, make_space, row
 
+pytestmark = pytest.mark.slow
+
+
 TIMES = {"t:0": 0.0, "t:500000": 0.48, "t:10000000": 10.0}
 """View -> time of the video's frames; sorted by name, the last one would be the second."""
 

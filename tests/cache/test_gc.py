@@ -30,6 +30,9 @@ from configs import UserError
 from tests.support.faults import garble
 from tests.support.spaces import fill, key, make_space, row
 
+pytestmark = pytest.mark.slow
+
+
 Run = Callable[..., str]
 
 

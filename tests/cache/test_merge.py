@@ -32,6 +32,9 @@ from tests.support.encode_jobs import draw, encode
 from tests.support.faults import garble, struck
 from tests.support.spaces import SPEC, committed_rows, fill, key, make_space, row
 
+pytestmark = pytest.mark.slow
+
+
 A, B = Path("a"), Path("b")
 
 
@@ -200,7 +203,6 @@ def test_rows_that_differ_between_machines_keep_the_local_bytes(
 # ---- interrupted
 
 
-@pytest.mark.slow
 def test_a_merge_killed_at_any_system_call_can_be_repeated(tmp_path: Path) -> None:
     fill(make_space(tmp_path / "cache"), [1, 2])
     theirs = make_space(B)

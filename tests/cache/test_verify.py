@@ -24,6 +24,8 @@ from cache.store.writer import ShardWriter
 from tests.support import faults
 from tests.support.spaces import fill, key, make_space, row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:

@@ -26,6 +26,8 @@ from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import build_vlm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encoder() -> VisionEncoder:
@@ -175,7 +177,6 @@ def test_an_encoder_with_other_weights_is_refused(world: Path, tmp_path: Path) -
         main(["--run", str(tmp_path), "--prompt", "x", *images(world, "red")])
 
 
-@pytest.mark.slow
 def test_the_command_itself(world: Path) -> None:
     """Exit codes and output streams of the process."""
     command = [sys.executable, "-m", "model.generate", "--run", str(world / "run")]

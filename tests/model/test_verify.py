@@ -42,6 +42,9 @@ from model.vision.encoder import load_encoder
 from model.vlm import VLM, parameter_counts
 from tests.support.spaces import SPEC as TOY_SPEC
 
+pytestmark = pytest.mark.slow
+
+
 T = 256  # tokens of the batch whose memory is counted
 IMAGE = 299  # token id at the places of features
 

@@ -43,6 +43,9 @@ from tests.support.spaces import SLOTS, features, fill, key, make_space, row
 from train.metrics import read_metrics
 from train.run import main as train_main
 
+pytestmark = pytest.mark.slow
+
+
 FRAMES = {0: "t:0", 1: "t:500000", 2: "t:1000000"}
 
 
@@ -202,7 +205,6 @@ def test_verify_names_a_file_that_no_commit_names(space: Space) -> None:
 # ---- crashes
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_system_call_leaves_a_valid_webdataset_space(tmp_path: Path) -> None:
     """tests/integration/cache/test_crash.py does this for Zarr."""
     space = make_space(tmp_path / "cache", container="webdataset")

@@ -37,6 +37,8 @@ from tests.support.encode_jobs import CONFIG, draw, encode
 from tests.support.faults import flip, garble
 from tests.support.spaces import SPEC, fill, key, make_space, row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> CacheRoot:

@@ -36,6 +36,9 @@ from tests.support.faults import garble
 from tests.support.remote_servers import Act, Handler, WebServer, first
 from tests.support.spaces import SLOTS, SPEC, fill, key, make_space
 
+pytestmark = pytest.mark.slow
+
+
 ROWS = 3 * SLOTS
 ROW_BYTES = SPEC.row_bytes("image")
 POLICY = RetryPolicy(backoff_s=0.01, max_backoff_s=0.02, give_up_after_s=0.3, max_retry_after_s=0.2)

@@ -27,6 +27,9 @@ from cache.store.paths import SpacePaths
 from cache.store.writer import ShardWriter
 from tests.support.spaces import key, make_space, row
 
+pytestmark = pytest.mark.slow
+
+
 HOLD = """
 import sys
 from cache.store.paths import SpacePaths

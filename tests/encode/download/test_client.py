@@ -37,6 +37,9 @@ from tests.support.web_server import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
+
 REASONS = {
     "404": "HTTP 404",
     "403": "HTTP 403",

@@ -34,6 +34,9 @@ from tests.support.web_server import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
+
 KB = 1 << 10
 BODY = 200 * KB
 LIMIT = 256 * KB

@@ -21,6 +21,8 @@ from encode.download.outage import HOSTS, Outage
 from encode.errors import DownloadError
 from tests.support.web_server import MakeFetcher, TroubleServer, outcome, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 class Names:
     """A name server: *.test is the loopback address while the network is up, *.dead.test does not exist."""

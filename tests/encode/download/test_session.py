@@ -22,6 +22,9 @@ from encode.download.client import Fetched, Fetcher
 from encode.download.session import CheckedResolver, CheckedSockets
 from tests.support.web_server import MakeFetcher, TroubleServer, outcome, redirect
 
+pytestmark = pytest.mark.slow
+
+
 Names = dict[str, list[list[str]]]
 """Name -> the addresses of each lookup in turn; the last ones repeat."""
 

@@ -27,6 +27,8 @@ from model.vision.encoder import VisionEncoder, load_encoder, rebuild_encoder
 from tests.support import tiny_clip
 from tests.support.tiny_clip import noise
 
+pytestmark = pytest.mark.slow
+
 
 def normalised(pixels: np.ndarray, encoder: VisionEncoder) -> torch.Tensor:
     spec = encoder.spec("fp16")
@@ -71,7 +73,6 @@ def test_tiny_clip_equals_transformers(
     assert states[-2].std() > 0.5  # large enough that not everything agrees
 
 
-@pytest.mark.slow
 def test_full_size_clip_equals_transformers(tmp_path: Path) -> None:
     """CLIP ViT-L/14@336, block 22 = hidden_states[-2]."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
@@ -317,7 +318,6 @@ def test_rebuilding_names_differences_and_allows_another_precision(
     assert "was made in float16" in caplog.text
 
 
-@pytest.mark.slow
 def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     """Importing it takes seconds in every worker."""
     code = (
@@ -329,7 +329,6 @@ def test_open_clip_is_not_imported_for_the_demo_tower() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.slow
 def test_full_size_random_tower_has_the_published_size() -> None:
     encoder = load_encoder(encoder_config("clip-vit-l14-336"), device="cpu", random_weights=True)
     assert 303.5e6 <= encoder.parameters <= 304.3e6

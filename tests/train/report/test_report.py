@@ -26,6 +26,8 @@ from train.evaluate.scoring import Answer, by_task
 from train.report import __main__ as report
 from train.report import media
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
