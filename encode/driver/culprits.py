@@ -32,7 +32,7 @@ class Culprits:
         self._without_progress = 0
         self._settled = -1
 
-    def sort(
+    def judge(
         self, decoding: Sequence[SourceTask], alone: SourceTask | None, *, hung: bool
     ) -> tuple[list[SourceTask], list[SourceTask]]:
         """Return which files of a dead worker are rejected, and which are retried alone.
@@ -51,7 +51,7 @@ class Culprits:
             (rejected if was_alone and enough else retried).append(task)
         return rejected, retried
 
-    def count(self, settled: int, why: str) -> None:
+    def count_crash(self, settled: int, why: str) -> None:
         """Count one crash, at which `settled` sources of the job were finished.
 
         Raises:

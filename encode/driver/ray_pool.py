@@ -315,14 +315,14 @@ class RayPool:
         log.warning(
             "worker %d: %s; decoding: %s", slot.number, why, ", ".join(t.source for t in decoding)
         )
-        rejected, retried = self._culprits.sort(decoding, slot.alone, hung=hung)
+        rejected, retried = self._culprits.judge(decoding, slot.alone, hung=hung)
         keys = {entry.source: entry.key for entry in entries}
         for task in rejected:
             tracker.fail(rejection(task, keys[task.source], hung=hung))
         new = self._new_slot()
         new.to_retry.extend([*retried, *slot.to_retry])
         self._slots[self._slots.index(slot)] = new
-        self._culprits.count(tracker.settled, why)
+        self._culprits.count_crash(tracker.settled, why)
 
     def _committed_by(self, number: int) -> set[str]:
         shards = self._ask(self._registrar.shards.remote(number))

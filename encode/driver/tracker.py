@@ -37,7 +37,7 @@ class FailureBudget:
         """Raise TooManyFailuresError if the budget is exceeded; `last` is the newest failure of our own."""
         if settled >= self.probation and own > self.rate * settled:
             raise TooManyFailuresError(
-                f"stopped: {own} of {settled} images failed in our own code, the last one "
+                f"stopped: {own} of {settled} sources failed in our own code, the last one "
                 f"{last.source} at stage {last.stage}: {last.error}; encoded rows are kept: "
                 "fix the cause and run the same command again"
             )

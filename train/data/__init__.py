@@ -25,5 +25,5 @@ rank's part into micro-batches, and lets threads fill them with rows:
                 optimizer.step()
 
 Beside the pipeline: inspect.py prints a micro-batch as text, features.py reads the features of one sample.
-Read sample_list.py first.
+Read join.py first: it also decides what is held out.
 """

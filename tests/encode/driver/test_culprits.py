@@ -1,6 +1,6 @@
 """Finding the file that crashes or hangs its worker.
 
-rejected, retried = Culprits().sort(decoding, alone=None, hung=False)
+rejected, retried = Culprits().judge(decoding, alone=None, hung=False)
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from model.media.images import Failure
 def test_a_file_is_rejected_only_when_decoded_alone_and_after_two_crashes() -> None:
     a, b = SourceTask(source="/a"), SourceTask(source="/b")
     culprits = Culprits()
-    assert culprits.sort([a, b], None, hung=False) == ([], [a, b])
-    assert culprits.sort([a, b], None, hung=True) == ([], [a, b]), "either of them may hang"
-    assert culprits.sort([a], a, hung=False) == ([], [a])
-    assert culprits.sort([], a, hung=False) == ([], []), "it was not decoding the file"
-    assert culprits.sort([a], a, hung=False) == ([a], [])
-    assert culprits.sort([b], b, hung=True) == ([b], [])
+    assert culprits.judge([a, b], None, hung=False) == ([], [a, b])
+    assert culprits.judge([a, b], None, hung=True) == ([], [a, b]), "either of them may hang"
+    assert culprits.judge([a], a, hung=False) == ([], [a])
+    assert culprits.judge([], a, hung=False) == ([], []), "it was not decoding the file"
+    assert culprits.judge([a], a, hung=False) == ([a], [])
+    assert culprits.judge([b], b, hung=True) == ([b], [])
 
 
 def test_crashes_without_progress_stop_the_job() -> None:
     culprits = Culprits()
     for settled in (0, 0, 0, 0, 0, 7, 7, 7, 7, 7):
-        culprits.count(settled, "why")
+        culprits.count_crash(settled, "why")
     with pytest.raises(UserError, match=r"6 workers in a row .* the last one: out of memory"):
-        culprits.count(7, "out of memory")
+        culprits.count_crash(7, "out of memory")
 
 
 def test_a_rejection_is_valid_until_the_bytes_change(tmp_path: Path) -> None:
