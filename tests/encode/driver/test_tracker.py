@@ -150,7 +150,7 @@ def test_the_failure_budget_is_a_rate_after_a_probation_and_counts_only_our_own_
     assert settle(["decode"] * 50, budget).failed == 50
     assert settle(["encode"] * 9, budget).failed == 9
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
-    with pytest.raises(TooManyFailuresError, match=r"3 of 10 images .* /9 at stage write: why"):
+    with pytest.raises(TooManyFailuresError, match=r"3 of 10 sources .* /9 at stage write: why"):
         settle([None] * 7 + ["encode", "write", "write"], budget)
 
 
