@@ -240,8 +240,9 @@ def _open_wandb(title: str, folder: Path, run_id: str, config: Mapping[str, Any]
 def _open_hosted(name: str, title: str, config: Mapping[str, Any], **more: str) -> Tracker:
     """Open a run of wandb or trackio (the local tracker by Hugging Face), which have one interface."""
     module = _import_tracker(name)
-    run = module.init(project=PROJECT, name=title, config=dict(config), resume="allow", **more)
-    return Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
+    module.init(project=PROJECT, name=title, config=dict(config), resume="allow", **more)
+    # Through the module: both document this, while not every trackio returns its run.
+    return Tracker(lambda values, step: module.log(dict(values), step=step), module.finish)
 
 
 def _import_tracker(name: str) -> Any:
