@@ -183,7 +183,7 @@ def _members(
         "width": source.reader.spec.width,
         "media": about,
         # Without dataset and media, which are equal for all samples of the group.
-        "samples": data.table.select(["id", "messages", "weight", "task"])
+        "samples": data.table.select(["id", "messages", "weight", "task", "choice"])
         .take(pa.array(group.samples, pa.int64()))
         .to_pylist(),
     }
@@ -208,7 +208,7 @@ def json_lines(data: ExportedDataset) -> Iterator[bytes]:
     """Yield one line of JSON for each exported sample, with the keys of its media."""
     media = {number: group.media for group in data.groups for number in group.samples}
     numbers = sorted(media)
-    columns = ["id", "messages", "media", "weight", "task"]
+    columns = ["id", "messages", "media", "weight", "task", "choice"]
     for start in range(0, len(numbers), 4096):
         some = numbers[start : start + 4096]
         samples = data.table.select(columns).take(pa.array(some, pa.int64())).to_pylist()

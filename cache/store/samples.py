@@ -66,6 +66,9 @@ class Sample:
     """Factor on the loss of the whole sample."""
     task: str = ""
     """Type of question, by which evaluations are reported."""
+    choice: str = ""
+    """Samples of one data set with the same non-empty value are answers to one question; training draws
+    one of them an epoch."""
 
 
 _SAMPLE_SCHEMA = pa.schema(
@@ -80,6 +83,7 @@ _SAMPLE_SCHEMA = pa.schema(
         ),
         "weight": pa.float64(),
         "task": pa.string(),
+        "choice": pa.string(),
     }
 )
 
@@ -125,7 +129,7 @@ def samples_digest(root: CacheRoot, dataset: str) -> str:
 
 def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
     """Yield the samples of a data set in their order, with one row group in memory at a time."""
-    with pq.ParquetFile(_samples_file(root, dataset)) as file:
+    with _open_samples(root, dataset) as file:
         for batch in file.iter_batches(batch_size=ROW_GROUP):
             for row in batch.to_pylist():
                 messages = tuple(Message(**message) for message in row.pop("messages"))
@@ -139,13 +143,13 @@ def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None =
     Args:
         root: the cache.
         dataset: its name.
-        columns: some of id, dataset, messages, media, weight, task; None: all of them.
+        columns: some of id, dataset, messages, media, weight, task, choice; None: all of them.
 
     Raises:
         NotFoundError: there is no such data set.
         CorruptError: its file is damaged.
     """
-    with pq.ParquetFile(_samples_file(root, dataset)) as file:
+    with _open_samples(root, dataset) as file:
         return file.read(columns)
 
 
@@ -175,6 +179,19 @@ def _samples_file(root: CacheRoot, dataset: str) -> Path:
         )
     check_seal_file(path)
     return path
+
+
+def _open_samples(root: CacheRoot, dataset: str) -> pq.ParquetFile:
+    """Open the file of a data set, after checking its seal and its columns."""
+    file = pq.ParquetFile(_samples_file(root, dataset))
+    if file.schema_arrow.names != _SAMPLE_SCHEMA.names:
+        file.close()
+        raise CorruptError(
+            root.samples(dataset),
+            f"another version of this program wrote these samples ({', '.join(file.schema_arrow.names)})",
+            f"write them again: python -m encode.run --dataset {dataset} --features {root.path}",
+        )
+    return file
 
 
 def content_digest(table: pa.Table) -> str:

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import CorruptError, NotFoundError
+from cache.format.checksums import UNSEALED, seal_file
 from cache.store import samples
+from cache.store.files import new_file
 from cache.store.paths import CacheRoot
 from cache.store.samples import (
     MediaRef,
@@ -43,6 +45,7 @@ sample = st.builds(
     ).map(tuple),
     weight=weight,
     task=text,
+    choice=text,
 )
 
 
@@ -116,6 +119,18 @@ def test_damaged_samples_are_refused_then_replaced(tmp_path: Path) -> None:
             read(root, "toy")
     assert write_samples(root, "toy", [question(1)])
     assert next(read_samples(root, "toy")) == question(1)
+
+
+def test_samples_of_another_version_are_named_as_such(tmp_path: Path) -> None:
+    root, path = CacheRoot(tmp_path), CacheRoot(tmp_path).samples("toy")
+    write_samples(root, "toy", [question(1)])
+    table = samples_table(root, "toy").drop_columns(["choice"])
+    with new_file(path) as file:
+        pq.write_table(table.replace_schema_metadata({"content": "0" * 64, "seal": UNSEALED}), file)
+        seal_file(file)
+    for read in (samples_table, lambda *args: next(read_samples(*args))):
+        with pytest.raises(CorruptError, match=r"another version .*task\); .* --dataset toy "):
+            read(root, "toy")
 
 
 def test_the_error_for_a_missing_data_set_lists_the_existing_ones(tmp_path: Path) -> None:
