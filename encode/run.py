@@ -37,6 +37,7 @@ from configs import UserError
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
 from encode.plan import MediaCounter
+from encode.records.account import Account
 from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.folder import FolderDataset
 from encode.worker.config import WorkerConfig
@@ -191,7 +192,9 @@ def update_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Option
     counter = MediaCounter()
     sizes = media_sizes(root) if any(d.needs_sizes for d in datasets) else {}
     for dataset in datasets:
-        samples = counter.count(islice(dataset.samples(sizes), options.limit))
+        samples = counter.count(
+            islice(dataset.samples(sizes, Account(name=dataset.name)), options.limit)
+        )
         if options.plan:
             for _ in samples:
                 pass

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import configs
 from cache.store.samples import Sample
 from configs import UserError, nearest
+from encode.records.account import Account
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,13 @@ class Dataset(Protocol):
         """Whether `samples` gives more text once the sizes of images are known."""
         ...
 
-    def samples(self, sizes: Mapping[str, tuple[int, int]] = {}) -> Iterator[Sample]:
+    def samples(
+        self, sizes: Mapping[str, tuple[int, int]] = {}, account: Account | None = None
+    ) -> Iterator[Sample]:
         """Yield all samples, in the same order and with the same ids each time.
 
         Args:
+            account: counts what is used, ignored, left out and refused.
             sizes: source -> width and height in pixels, of the images whose size is known.
         """
         ...

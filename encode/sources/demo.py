@@ -20,6 +20,7 @@ from typing import ClassVar
 from cache.store.files import new_file
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
+from encode.records.account import Account
 from encode.sources import demo_videos
 from encode.sources.demo_drawings import (
     NUMBERS,
@@ -125,6 +126,7 @@ class DemoDataset:
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
+        account: Account | None = None,  # noqa: ARG002 - nothing is left out here
     ) -> Iterator[Sample]:
         """Yield all samples, drawing by drawing."""
         special = {DIALOGUES: self._dialogues, VIDEOS: self._videos}

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 from cache.store.samples import ROLES, MediaRef, Message, Sample
 from configs import UserError, nearest
+from encode.records.account import Account
 from model.media.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
@@ -87,6 +88,7 @@ class FolderDataset:
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
+        account: Account | None = None,  # noqa: ARG002 - nothing is left out here
     ) -> Iterator[Sample]:
         """Yield one sample per line of metadata.jsonl, or one per image or video, sorted by path.
 

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.errors import BadRowError
+from encode.records.account import Account
 from encode.sources.pixmo_files import hub_files, local_files
 from encode.sources.pixmo_rows import READERS, Row, Size, Unusable, image
 
@@ -155,7 +156,11 @@ class PixmoDataset:
         """True for pixmo-count, whose points are in pixels."""
         return self.name == "pixmo-count"
 
-    def samples(self, sizes: Mapping[str, Size] = {}) -> Iterator[Sample]:
+    def samples(
+        self,
+        sizes: Mapping[str, Size] = {},
+        account: Account | None = None,  # noqa: ARG002 - its own tally counts
+    ) -> Iterator[Sample]:
         """Yield all samples, file by file and row by row.
 
         Args:

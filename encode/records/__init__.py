@@ -1,0 +1,7 @@
+"""Other people's formats: in, one line or row as keys and values; out, conversations with their media.
+
+    record      the types: `Record`, `MediaName`; read it first
+    account     counts what a source used, ignored, left out and refused
+
+Every key of a record is used, counted in the account, or named in a fault.
+"""

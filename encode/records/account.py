@@ -1,0 +1,119 @@
+"""Account for everything that a source reads: each line, file and key is used, or counted here.
+
+    account = Account("photos")
+    account.lines["LLaVA"] += 1                   # a line that was read, by its format
+    account.left_out[".heic"] += 1                # a file or line that is not used, by its reason
+    account.ignored["data_source"] += 1           # a key that is harmless to ignore
+    account.fault("photos/metadata.jsonl:7", FaultError("unknown key", "unknown key 'captoin'"))
+    account.close()                               # raises UserError with the first faults, if there are any
+    account.text()                                # "photos: 12 lines (10 LLaVA, 2 captions), 11 images, ..."
+
+A fault is a line that would lose text or media. All lines are read before the data set is refused, so that
+one run shows every kind of fault. With `leave_out`, such lines are left out and counted instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from cache.store.samples import Sample
+from configs import UserError
+
+SHOWN = 20
+"""Faults that an error shows whole; all others are counted by kind."""
+
+
+class FaultError(Exception):
+    """What is wrong with one line or row. The caller knows where it is."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(message or kind)
+        self.kind = kind
+        """A few words, equal for all faults of this kind."""
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What one data set's reader used, ignored, left out and refused."""
+
+    name: str
+    """Name of the data set."""
+    leave_out: bool = False
+    """Whether lines with faults are left out and counted, instead of ending the job."""
+    lines: Counter[str] = field(default_factory=Counter)
+    """Format -> lines or rows read."""
+    media: Counter[str] = field(default_factory=Counter)
+    """Kind -> distinct media that the samples mention."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Reason -> files or lines that are not used."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Key -> times it was ignored, because it changes nothing."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """Kind of fault -> lines."""
+    samples: int = 0
+    """Samples that the data set has."""
+    first_faults: list[str] = field(default_factory=list)
+    """The first `SHOWN` faults, each with file and line."""
+
+    def fault(self, where: str, error: FaultError) -> None:
+        """Count one fault; `where` is the file and line."""
+        self.faults[error.kind] += 1
+        if len(self.first_faults) < SHOWN:
+            self.first_faults.append(f"{where}: {error}")
+
+    def watch(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Yield `samples`, count them and their distinct media, then close the account."""
+        seen: set[str] = set()
+        for sample in samples:
+            self.samples += 1
+            for ref in sample.media:
+                if ref.source not in seen:
+                    seen.add(ref.source)
+                    self.media[ref.kind] += 1
+            yield sample
+        self.close()
+
+    def close(self) -> None:
+        """Raise UserError with the first faults and the totals by kind, unless lines may be left out."""
+        if not self.faults or self.leave_out:
+            return
+        total = sum(self.faults.values())
+        kinds = ", ".join(f"{times:,} {kind}" for kind, times in self.faults.most_common())
+        more = f"\n... and {total - len(self.first_faults):,} more" if total > SHOWN else ""
+        raise UserError(
+            "\n".join(self.first_faults) + more + f"\n{self.name}: {total:,} lines cannot be used "
+            f"({kinds}); correct them, or go on without them: --bad-lines leave-out"
+        )
+
+    def text(self) -> str:
+        """Return what was understood, in one line."""
+        parts = []
+        if self.lines:
+            formats = ", ".join(f"{times:,} {name}" for name, times in self.lines.most_common())
+            parts.append(f"{sum(self.lines.values()):,} lines ({formats})")
+        parts += [
+            f"{times:,} {kind}{'s' * (times != 1)}" for kind, times in self.media.most_common()
+        ]
+        unused = self.left_out + self.faults
+        line = f"{self.name}: {', '.join(parts) or 'nothing'}"
+        if unused:
+            reasons = ", ".join(f"{times:,} {why}" for why, times in unused.most_common())
+            line += f"; left out: {reasons}"
+        if self.ignored:
+            keys = ", ".join(f"{key} ({times:,})" for key, times in self.ignored.most_common())
+            line += f"; keys ignored: {keys}"
+        return line
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts, as a samples table stores them."""
+        names = ("lines", "media", "left_out", "ignored", "faults")
+        return {"samples": self.samples, **{name: dict(getattr(self, name)) for name in names}}
+
+    @classmethod
+    def from_json(cls, name: str, values: dict[str, Any]) -> Self:
+        """Return the account of a stored data set."""
+        counts: dict[str, Any] = {k: Counter(v) for k, v in values.items() if k != "samples"}
+        return cls(name=name, samples=values["samples"], **counts)
