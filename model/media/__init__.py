@@ -1,5 +1,7 @@
 """Images and videos from strangers, decoded to RGB pixels. PIL, PyAV and numpy, no torch.
 
+    kinds           the first bytes of a file -> image, video, or what else it is
+    signatures      tables of first bytes, and what to do with formats that are not decoded
     images          bytes -> an upright RGB image -> the encoder's square input
     video           the frames of a video at given times
     video_open      which containers and codecs are opened, and how

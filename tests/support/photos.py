@@ -10,6 +10,7 @@ GIF, an image the camera held sideways, sizes from 14 x 25 to 1411 x 1411.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import sklearn.datasets
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 CAPTIONS = {
     "astronaut.png": "A smiling astronaut in an orange suit beside a flag and a model shuttle.",
@@ -47,6 +48,53 @@ CAPTIONS = {
     "flower.jpg": "An orange dahlia in front of dark leaves.",
 }
 SIDEWAYS = 6  # EXIF orientation: the camera was turned; shown upright it needs a quarter turn
+
+
+# Every corner and edge differs, so a test notices each rotation and flip.
+GRADIENT = np.stack(
+    [
+        np.tile(np.linspace(0, 255, 24), (16, 1)),
+        np.tile(np.linspace(0, 200, 16)[:, None], (1, 24)),
+        np.full((16, 24), 80.0),
+    ],
+    axis=-1,
+).astype(np.uint8)
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def image_files() -> dict[str, bytes]:
+    """Return one intact file of each kind that PIL decodes in its own way."""
+    rgb = Image.fromarray(GRADIENT)
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(128)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "words " * 40, zip=True)
+    grey16 = Image.fromarray(np.linspace(0, 65535, 384).astype(np.uint16).reshape(16, 24))
+    return {
+        "jpeg": saved(rgb, "JPEG", exif=exif),
+        "progressive": saved(rgb, "JPEG", progressive=True),
+        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
+        "mpo": saved(rgb, "MPO", save_all=True, append_images=[rgb]),
+        "png": saved(rgba, "PNG", exif=exif, pnginfo=text),
+        "palette": saved(rgb.quantize(8), "PNG", transparency=b"\x00\x80\xff"),
+        "grey16": saved(grey16, "PNG"),
+        "apng": saved(rgb, "PNG", save_all=True, append_images=[rgb.rotate(180)]),
+        "webp": saved(rgba, "WEBP", exif=exif),
+        "webp-moving": saved(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(180)]),
+        "gif": saved(rgb, "GIF", save_all=True, append_images=[rgb.rotate(180)]),
+        "bmp": saved(rgb, "BMP"),
+        "tiff": saved(rgb, "TIFF", compression="tiff_lzw", exif=exif),
+        "tiff-cmyk": saved(rgb.convert("CMYK"), "TIFF"),
+        "ppm": saved(rgb, "PPM"),
+        "avif": saved(rgb, "AVIF"),
+    }
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -30,6 +30,30 @@ COLUMNS, ROWS = 4, 3
 """Cells of a frame: 12 bits, the lowest at the upper left."""
 
 
+CONTAINERS = {
+    "mp4": ("mpeg4", "yuv420p"),
+    "mov": ("qtrle", "rgb24"),
+    "mkv": ("ffv1", "yuv420p"),
+    "webm": ("libvpx-vp9", "yuv420p"),
+    "avi": ("mpeg4", "yuv420p"),
+    "ts": ("mpeg2video", "yuv420p"),
+    "mpg": ("mpeg1video", "yuv420p"),
+    "flv": ("flv", "yuv420p"),
+    "wmv": ("wmv2", "yuv420p"),
+    "y4m": ("wrapped_avframe", "yuv420p"),
+    "mjpeg": ("mjpeg", "yuvj420p"),
+    "nut": ("mpeg4", "yuv420p"),
+    "ivf": ("libvpx", "yuv420p"),
+    "mxf": ("mpeg2video", "yuv420p"),
+    "m4v": ("mpeg4", "yuv420p"),
+    "m2v": ("mpeg2video", "yuv420p"),
+    "264": ("libx264", "yuv420p"),
+    "ogv": ("libtheora", "yuv420p"),
+    "3gp": ("mpeg4", "yuv420p"),
+}
+"""Suffix -> FFmpeg's names of a codec for that container, and of its pixel format."""
+
+
 def drawing(number: int, size: tuple[int, int] = (96, 64)) -> npt.NDArray[np.uint8]:
     """Draw a frame that shows its number in black and white cells, (height, width, 3) uint8."""
     bits = np.array([(number >> i) & 1 for i in range(COLUMNS * ROWS)], np.uint8)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile
 from transformers import (
     CLIPImageProcessor,
     CLIPImageProcessorPil,
@@ -26,25 +26,10 @@ from transformers import (
 )
 
 from model.media.images import FORMATS, MAX_PIXELS, BadMediaError, decode_image, fit_image
-from tests.support.photos import png_chunk, png_file
+from tests.support.photos import GRADIENT, image_files, png_chunk, png_file, saved
 from tests.support.video_mutations import mutated
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-# Every corner and edge differs, so a test notices each rotation and flip.
-GRADIENT = np.stack(
-    [
-        np.tile(np.linspace(0, 255, 24), (16, 1)),
-        np.tile(np.linspace(0, 200, 16)[:, None], (1, 24)),
-        np.full((16, 24), 80.0),
-    ],
-    axis=-1,
-).astype(np.uint8)
-
-
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -60,36 +45,6 @@ def reason(data: bytes) -> str:
     assert str(caught.value) == caught.value.reason
     assert "\n" not in caught.value.reason and len(caught.value.reason) <= 200
     return caught.value.reason
-
-
-def image_files() -> dict[str, bytes]:
-    """Return one intact file of each kind that PIL decodes in its own way."""
-    rgb = Image.fromarray(GRADIENT)
-    rgba = rgb.convert("RGBA")
-    rgba.putalpha(128)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "camera"
-    text = PngImagePlugin.PngInfo()
-    text.add_text("Comment", "words " * 40, zip=True)
-    grey16 = Image.fromarray(np.linspace(0, 65535, 384).astype(np.uint16).reshape(16, 24))
-    return {
-        "jpeg": saved(rgb, "JPEG", exif=exif),
-        "progressive": saved(rgb, "JPEG", progressive=True),
-        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
-        "mpo": saved(rgb, "MPO", save_all=True, append_images=[rgb]),
-        "png": saved(rgba, "PNG", exif=exif, pnginfo=text),
-        "palette": saved(rgb.quantize(8), "PNG", transparency=b"\x00\x80\xff"),
-        "grey16": saved(grey16, "PNG"),
-        "apng": saved(rgb, "PNG", save_all=True, append_images=[rgb.rotate(180)]),
-        "webp": saved(rgba, "WEBP", exif=exif),
-        "webp-moving": saved(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(180)]),
-        "gif": saved(rgb, "GIF", save_all=True, append_images=[rgb.rotate(180)]),
-        "bmp": saved(rgb, "BMP"),
-        "tiff": saved(rgb, "TIFF", compression="tiff_lzw", exif=exif),
-        "tiff-cmyk": saved(rgb.convert("CMYK"), "TIFF"),
-        "ppm": saved(rgb, "PPM"),
-        "avif": saved(rgb, "AVIF"),
-    }
 
 
 FILES = image_files()

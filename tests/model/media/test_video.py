@@ -21,7 +21,7 @@ from cache.format.frame_sampling import sample_times
 from model.media.images import BadMediaError
 from model.media.video import VIDEO_SUFFIXES, Frame, frames
 from model.media.video_index import probe
-from tests.support.videos import ffmpeg, make_video, number_of
+from tests.support.videos import CONTAINERS, ffmpeg, make_video, number_of
 
 
 def taken(data: bytes | Path, wanted: Sequence[int]) -> list[Frame]:
@@ -87,29 +87,6 @@ def test_any_times_give_the_frames_a_full_search_finds(
     assert (info.duration_s, info.frames) == (times[-1] / 1000, len(times))
     nearest = [int(np.argmin(np.abs(times * 1000 - us))) for us in wanted]  # the first of equals
     assert numbers(path, wanted) == nearest
-
-
-CONTAINERS = {
-    "mp4": ("mpeg4", "yuv420p"),
-    "mov": ("qtrle", "rgb24"),
-    "mkv": ("ffv1", "yuv420p"),
-    "webm": ("libvpx-vp9", "yuv420p"),
-    "avi": ("mpeg4", "yuv420p"),
-    "ts": ("mpeg2video", "yuv420p"),
-    "mpg": ("mpeg1video", "yuv420p"),
-    "flv": ("flv", "yuv420p"),
-    "wmv": ("wmv2", "yuv420p"),
-    "y4m": ("wrapped_avframe", "yuv420p"),
-    "mjpeg": ("mjpeg", "yuvj420p"),
-    "nut": ("mpeg4", "yuv420p"),
-    "ivf": ("libvpx", "yuv420p"),
-    "mxf": ("mpeg2video", "yuv420p"),
-    "m4v": ("mpeg4", "yuv420p"),
-    "m2v": ("mpeg2video", "yuv420p"),
-    "264": ("libx264", "yuv420p"),
-    "ogv": ("libtheora", "yuv420p"),
-    "3gp": ("mpeg4", "yuv420p"),
-}
 
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
