@@ -15,10 +15,10 @@ from itertools import islice
 
 from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
+from configs.signals import Interrupts
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
 from encode.driver.progress import LOG_EVERY_S
-from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger
 from encode.estimate import about
 from encode.plan import Mention, spread

@@ -29,11 +29,11 @@ from cache.store.references import Present
 from cache.store.space import Space, fitting_info
 from configs import UserError
 from configs.console import free_bytes
+from configs.signals import Interrupts
 from encode.download.config import DownloadConfig
 from encode.driver.inline import run_inline
 from encode.driver.progress import Progress, closing_line, failure_line, stage_line
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
-from encode.driver.signals import Interrupts
 from encode.driver.tracker import Ledger, Tracker
 from encode.estimate import check_fits, describe, table
 from encode.plan import MediaCounter, Plan, make_plan

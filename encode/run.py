@@ -158,8 +158,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         return fetch_only(root, counter.media, config, retry_failed=options.retry_failed)
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
+    from configs.signals import Interrupts
     from encode.driver.resources import choose_layout
-    from encode.driver.signals import Interrupts
     from encode.job import Job
 
     job = Job(root, counter, codec=options.codec, container=options.format, config=config)

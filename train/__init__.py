@@ -7,8 +7,7 @@ data/            from the cache to packed micro-batches
 step.py          the forward pass and the totals of a step
 optim.py         AdamW, learning rates, gradient clipping
 distributed.py   several processes that train one model
-run_folder.py    the folder of a stage
-checkpoint.py    what a resumed run continues from
+stage/           the folder of a stage, and its checkpoints
 metrics.py       metrics.jsonl, the lines on the screen, trackers
 evaluate/, report/, demo.py   the other commands
 """

@@ -30,13 +30,14 @@ from cache.store.reader import FeatureReader
 from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
-from train import checkpoint, metrics, run_folder, setup
+from train import metrics, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
+from train.stage import checkpoint, run_folder
 from train.step import Forward, LocalStep, by_step, choose_precision, refuse_non_finite
 
 PROG = "python -m train.run"

@@ -31,7 +31,6 @@ from configs import UserError
 from model.io.saved_model import find_run, load_final, read_meta
 from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
-from train import run_folder
 from train.config import Options, parse_mix, stage_folder
 from train.data.join import EmptySplitError, join
 from train.data.message_trees import build_message_trees
@@ -39,6 +38,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
+from train.stage import run_folder
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@
     culprits.py     decides which file crashed or hung a worker
     resources.py    chooses the number of workers, and measures the encoder
     progress.py     prints the progress and the last lines
-    signals.py      turns Ctrl-C into an orderly end
 
 Read tracker.py first, then inline.py. `encode.job` puts them together.
 """

@@ -29,7 +29,7 @@ from cache.format.codec import pack
 from cache.store.ledger import read_media
 from cache.store.writer import ShardWriter
 from configs import UserError
-from encode.driver.signals import Interrupts
+from configs.signals import Interrupts
 from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker

@@ -24,8 +24,8 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
 from cache.store.space import find_space
+from configs.signals import Interrupts
 from encode.driver.resources import WorkerLayout
-from encode.driver.signals import Interrupts
 from encode.job import Job
 from encode.plan import MediaCounter, Plan
 from encode.sources.catalogue import open_datasets

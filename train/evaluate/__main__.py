@@ -43,8 +43,8 @@ from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
 from train.evaluate.questions import Question, questions
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
-from train.run_folder import CONFIG
 from train.setup import check_space, mix_of
+from train.stage.run_folder import CONFIG
 from train.step import Forward, choose_precision
 
 log = logging.getLogger(__name__)

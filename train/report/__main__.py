@@ -32,7 +32,7 @@ from train.evaluate.__main__ import Evaluation
 from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
 from train.metrics import read_metrics
 from train.report.media import Picture, find_media, picture
-from train.run_folder import CONFIG
+from train.stage.run_folder import CONFIG
 
 PROG = "python -m train.report"
 

@@ -27,8 +27,8 @@ from model.io.saved_model import META
 from tests.integration.train.distributed_child import Outcome, Scene
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
-from train import checkpoint, run_folder
 from train.run import main
+from train.stage import checkpoint, run_folder
 
 STEPS = 24
 WORDS = [

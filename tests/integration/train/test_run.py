@@ -28,10 +28,11 @@ from configs import UserError
 from model.io.saved_model import load_final
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
-from train import checkpoint, run_folder, setup
+from train import setup
 from train.config import Options
 from train.metrics import StepRecord, read_metrics
 from train.run import main
+from train.stage import checkpoint, run_folder
 
 
 @pytest.fixture(scope="session")

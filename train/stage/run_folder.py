@@ -6,7 +6,7 @@ runs/<name>/stage<k>/
     samples.safetensors     which samples exactly
     metrics.jsonl           one line for each step
     tb/                     curves, with --log tensorboard
-    checkpoints/step-<n>/   see train/checkpoint.py
+    checkpoints/step-<n>/   see train/stage/checkpoint.py
     final/                  the finished model; it exists once the stage is finished
 """
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from configs import UserError
 from tests.support.trained_runs import Toy
-from train import checkpoint
 from train.config import Options
 from train.optim import build_optimizer, rate_schedules, set_rates
+from train.stage import checkpoint
 
 OPTIONS = Options(max_steps=50, warmup_steps=3, connector_warmup_steps=3, learning_rate=1e-2)
 

@@ -1,0 +1,8 @@
+"""One stage of a run on disk.
+
+    run_folder.py    the folder of a stage: created, locked, checked before it is resumed
+    checkpoint.py    what a resumed run continues from
+    origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
+
+Read run_folder.py first.
+"""
