@@ -10,15 +10,15 @@ The encoder is rebuilt from the record of the run's feature space, and its weigh
 record. Features pass through the space's codec, so the model gets what it would read from the cache.
 Frames of a video are sampled as for training. Only the answer is printed to standard output.
 
-`<image>` and `<video>` mark the places of images and videos in the prompt, in the order given. Without marks,
-images are put first, then videos, then the text.
+`<image>` marks the place of an image in the prompt and `<video>` that of a video, in the order given. If the
+marks of a kind are not as many as its files, either mark stands for the next file: images first, then videos.
+Without marks, images are put first, then videos, then the text.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,12 +32,12 @@ from torch import Tensor
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES, sample_times
+from cache.format.media_marks import MARK
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
 from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
-from model.language.tokenizer import IMAGE_TOKEN
 from model.media.images import BadMediaError, decode_image
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
@@ -45,8 +45,6 @@ from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 
 PROG = "python -m model.generate"
-VIDEO_TOKEN = "<video>"
-"""Mark of a video in a prompt. (Samples use `<image>` for both: they list their media in one order.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,9 @@ class Options:
     prompt: str = ""
     """Question; `<image>` and `<video>` mark the places of media, which are put first without marks."""
     image: tuple[Path, ...] = ()
-    """Image files, in the order of their `<image>` marks."""
+    """Image files, in the order of their marks."""
     video: tuple[Path, ...] = ()
-    """Video files, in the order of their `<video>` marks."""
+    """Video files, in the order of their marks."""
     max_frames: int | None = None
     """Most frames of one video; when not given, as in the model's training."""
     run: str = "default"
@@ -87,13 +85,12 @@ class Options:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"max_frames {self.max_frames} is below 1")
-        images, videos = len(self.image), len(self.video)
-        # Without videos, <video> is plain text.
-        marks = (self.prompt.count(IMAGE_TOKEN), self.prompt.count(VIDEO_TOKEN) if videos else 0)
-        if (images or videos) and marks not in ((0, 0), (images, videos)):
+        images, videos, marks = len(self.image), len(self.video), len(MARK.findall(self.prompt))
+        # Without files, marks are plain text.
+        if images + videos and marks not in (0, images + videos):
             raise ValueError(
-                f"{images} --image and {videos} --video but {marks[0]} {IMAGE_TOKEN} and {marks[1]} "
-                f"{VIDEO_TOKEN} marks in the prompt; give one mark for each, or none at all"
+                f"{images} --image and {videos} --video but {marks} marks (<image> or <video>) in the "
+                "prompt; give one mark for each, or none at all"
             )
 
 
@@ -148,14 +145,13 @@ def generate(options: Options) -> str:
         )
         max_frames = options.max_frames or meta.get("max_frames", MAX_FRAMES)
         media += _encode(encoder, meta["space"], images, videos, max_frames, watch)
-    prompt, media = order_media(options, media)
     device = pick_device(options.device)
     vlm, tokenizer, _ = load_final(folder, device)
     watch.lap(f"{folder}: {sum(p.numel() for p in vlm.parameters()):,} parameters on {device}")
     (text,) = answer(
         vlm,
         tokenizer,
-        [([("user", prompt, 1.0)], media)],
+        [([("user", options.prompt, 1.0)], order_media(options, media))],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
@@ -164,21 +160,21 @@ def generate(options: Options) -> str:
     return text
 
 
-def order_media(
-    options: Options, media: Sequence[Tensor | Video]
-) -> tuple[str, list[Tensor | Video]]:
-    """Return the prompt with `<video>` marks replaced by `<image>`, and the media in the order of the marks.
+def order_media(options: Options, media: Sequence[Tensor | Video]) -> list[Tensor | Video]:
+    """Return the media in the order of the prompt's marks.
+
+    If there are as many `<image>` marks as images and `<video>` marks as videos, each takes the next of its
+    kind. Otherwise the media keep their order.
 
     Args:
         options: images, videos, and the prompt with marks for them.
         media: all images, then all videos.
     """
-    if not options.video or VIDEO_TOKEN not in options.prompt:
-        return options.prompt, list(media)
+    marks = MARK.findall(options.prompt)
+    if (marks.count("<image>"), marks.count("<video>")) != (len(options.image), len(options.video)):
+        return list(media)
     images, videos = iter(media[: len(options.image)]), iter(media[len(options.image) :])
-    marks = re.findall(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", options.prompt)
-    ordered = [next(images if mark == IMAGE_TOKEN else videos) for mark in marks]
-    return options.prompt.replace(VIDEO_TOKEN, IMAGE_TOKEN), ordered
+    return [next(images if mark == "<image>" else videos) for mark in marks]
 
 
 @contextlib.contextmanager

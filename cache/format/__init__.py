@@ -3,6 +3,7 @@
     spec            FeatureSpec: everything that decides the values of a row, and its fingerprint
     codec           features (tokens, width) <-> the bytes of one row: fp16, int8, int4
     frame_sampling  the views of an image or a video, which name its rows
+    media_marks     <image> and <video> in the text of a sample: which of them stand for media
     shard           what every shard format has in common; zarr_shard and tar_shard are the two
     space_info      space.json: the spec, the shard format and the rows per shard of one space
     checksums       crc32c, and the sha256 that each metadata file contains of itself

@@ -33,7 +33,7 @@ class Message:
     role: str
     """`system`, `user` or `assistant`."""
     content: str
-    """Text; each `<image>` in it is a placeholder for the sample's next media item."""
+    """Text. `<image>` and `<video>` of a user stand for the sample's media: `cache.format.media_marks`."""
     weight: float = 1.0
     """Factor on the loss of this turn's tokens; it has no effect on turns that are not the assistant's."""
 
@@ -61,7 +61,7 @@ class Sample:
     messages: tuple[Message, ...]
     """The conversation, first turn first."""
     media: tuple[MediaRef, ...] = ()
-    """Media of the `<image>` placeholders, in order."""
+    """Media of the marks in user turns, in order."""
     weight: float = 1.0
     """Factor on the loss of the whole sample."""
     task: str = ""

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
@@ -112,10 +113,17 @@ def _texts(path: Path, samples: Sequence[int]) -> dict[int, dict[str, str]]:
 
 
 def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the first answer of a conversation as `answer`, and the message before it as `question`."""
+    """Return the first answer of a conversation as `answer`, and the message before it as `question`.
+
+    The sample has one media item; its mark is left out.
+    """
     found = {}
-    for message in messages:
-        text = " ".join(message["content"].replace("<image>", " ").split())
+    try:
+        turns = split_at_marks([(m["role"], m["content"]) for m in messages], 1)
+    except ValueError:  # no user turn
+        turns = [[m["content"]] for m in messages]
+    for message, texts in zip(messages, turns, strict=True):
+        text = " ".join(" ".join(texts).split())
         if len(text) > MAX_CHARACTERS:
             text = text[: MAX_CHARACTERS - 1] + "…"
         found["answer" if message["role"] == "assistant" else "question"] = text

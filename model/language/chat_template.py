@@ -6,12 +6,9 @@ ChatML, in training, generation, evaluation and export alike:
 
 Assistant content and its <|im_end|> are supervised, with the weight of the message. Nothing else is.
 
-Text of a user never becomes a control token (see `model.language.tokenizer`), except for placeholders:
-
-- A sample with k images takes the first k `<image>` marks in its user turns as their placeholders.
-- Further marks, and marks in other turns, are plain text.
-- Without a mark in the user turns, the images are put at the start of the first user turn.
-- Fewer marks than images, but at least one, is an error.
+Text of a user never becomes a control token (see `model.language.tokenizer`), except for the marks `<image>`
+and `<video>`, which become placeholders of media by the rules of `cache.format.media_marks`. A placeholder is
+one `<image>` token, for videos too.
 
 When a sample is packed, the placeholder of an image becomes one `<image>` token for each of its features.
 The placeholder of a video becomes, for each frame in time order, the text "{seconds:.1f} " and one `<image>`
@@ -31,9 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from cache.format.media_marks import split_at_marks
 from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES, encode_text, token_id
 
-TEMPLATE_VERSION = "chatml-1"
+TEMPLATE_VERSION = "chatml-2"
 """Version of the template. Change it whenever equal messages would give other ids or weights: tokenised text
 is stored under it."""
 
@@ -110,35 +108,43 @@ def fill_placeholders(
 
 
 def tokenize_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], media: int
 ) -> TokenizedSample:
-    """Return token ids and loss weights of a whole sample, by the rules of this module.
+    """Return token ids and loss weights of a whole sample that has `media` media.
 
     Raises:
-        ValueError: a role is unknown, or there are more images than `<image>` marks.
+        ValueError: a role is unknown, or the marks do not fit the media.
     """
-    ids, weights = _render(tokenizer, messages, images)
+    ids, weights = _render(tokenizer, messages, media)
     return TokenizedSample(
         ids=np.asarray(ids, dtype=np.int32), weights=np.asarray(weights, dtype=np.float32)
     )
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], media: int
 ) -> list[int]:
-    """Return the token ids of a conversation, up to the start of the assistant's next turn."""
-    ids, _ = _render(tokenizer, messages, images)
+    """Return the token ids of a conversation, up to the start of the assistant's next turn.
+
+    Raises:
+        ValueError: a role is unknown, or the marks do not fit the media.
+    """
+    ids, _ = _render(tokenizer, messages, media)
     pieces = _template_ids(tokenizer)
     return ids + pieces[IM_START] + pieces["assistant\n"]
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], images: int
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], media: int
 ) -> tuple[list[int], list[float]]:
+    for role, _, _ in messages:
+        if role not in ROLES:
+            raise ValueError(f"role {role!r} is none of {', '.join(ROLES)}")
     pieces = _template_ids(tokenizer)
     ids: list[int] = []
     weights: list[float] = []
-    for (role, _, weight), texts in zip(messages, split_at_images(messages, images), strict=True):
+    turns = split_at_marks([(role, content) for role, content, _ in messages], media)
+    for (role, _, weight), texts in zip(messages, turns, strict=True):
         content: list[int] = []
         for i, text in enumerate(texts):
             content += (pieces[IMAGE_TOKEN] if i else []) + encode_text(tokenizer, text)
@@ -147,30 +153,3 @@ def _render(
         supervised = weight if role == "assistant" else 0.0
         weights += [0.0] * len(head) + [supervised] * len(tail) + [0.0] * len(pieces["\n"])
     return ids, weights
-
-
-def split_at_images(messages: Sequence[Message], images: int) -> list[list[str]]:
-    """Split each message at its placeholders: k + 1 texts for k images in it.
-
-    Raises:
-        ValueError: a role is unknown, or there are more images than `<image>` marks.
-    """
-    for role, _, _ in messages:
-        if role not in ROLES:
-            raise ValueError(f"role {role!r} is none of {', '.join(ROLES)}")
-    users = [i for i, (role, _, _) in enumerate(messages) if role == "user"]
-    marks = sum(messages[i][1].count(IMAGE_TOKEN) for i in users)
-    texts = [[content] for _, content, _ in messages]
-    if images and not marks:
-        if not users:
-            raise ValueError(f"{images} images but no user turn to hold them")
-        # Images directly precede the text, without a newline.
-        texts[users[0]] = [""] * images + texts[users[0]]
-        return texts
-    if marks < images:
-        raise ValueError(f"{images} images but {marks} {IMAGE_TOKEN} marks in the user turns")
-    left = images
-    for i in users:
-        texts[i] = texts[i][0].split(IMAGE_TOKEN, left) if left else texts[i]
-        left -= len(texts[i]) - 1
-    return texts

@@ -100,6 +100,7 @@ def test_live_answers_equal_those_from_the_cache(
         (["red", "blue"], "<image> or <image>?"),
         (["blue", "red"], "<image> or <image>?"),
         (["red", "blue"], "or?"),
+        (["red", "blue"], "or <video> and <image>?"),
     ]:
         out, err = ask(world, capsys, *images(world, *names), "--prompt", prompt)
         features = from_cache(world, encoder, names)
@@ -144,8 +145,9 @@ def test_sampled_answers_depend_on_the_seed(
         (["--prompt", "what?", "--image", "nowhere.png"], r"nowhere\.png: No such file"),
         (
             ["--prompt", "<image> <image>", "--image", "a.png"],
-            "1 --image and 0 --video but 2 <image> and",
+            r"1 --image and 0 --video but 2 marks \(<image> or <video>\)",
         ),
+        (["--prompt", "<video>", "--image", "a.png", "b.png"], "2 --image .* but 1 marks"),
         (["--prompt", " "], "no --prompt"),
         (["--prompt", "x", "--temperature", "-1"], r"temperature -1\.0 is below 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cache.format.media_marks import split_at_marks
 from cache.store.samples import MediaRef
 from encode.errors import BadRowError
 from encode.sources.folder import CAPTION_PROMPT
@@ -28,7 +29,6 @@ from encode.sources.pixmo_rows import (
     image,
     thousandths,
 )
-from model.language.chat_template import split_at_images
 from train.evaluate.scoring import points_in
 
 SHA = "ab" * 32
@@ -353,7 +353,7 @@ def test_the_sha256_of_an_image_is_kept() -> None:
 )
 def test_a_placeholder_in_a_text_stays_text(name: str, row: dict[str, Any]) -> None:
     for found in read(name, **row):
-        texts = split_at_images(turns_of(found), images=1)
+        texts = split_at_marks([(role, text) for role, text, _ in turns_of(found)], 1)
         assert [len(cut) - 1 for cut in texts] == [1] + [0] * (len(texts) - 1)
         assert texts[0][0] == "", "the only placeholder is at the beginning"
         rest = "".join(piece for cut in texts for piece in cut)

@@ -165,23 +165,26 @@ def test_media_are_ordered_by_their_placeholders() -> None:
     ]
     files = {"image": (Path("a"), Path("b")), "video": (Path("c"), Path("d"))}
     options = Options(prompt="<video>x<image> <image><video>", **files)
-    prompt, media = order_media(options, [*images, *videos])
-    assert prompt == "<image>x<image> <image><image>"
-    assert media == [videos[0], *images, videos[1]]
-    prompt, media = order_media(Options(prompt="what?", **files), [*images, *videos])
-    assert (prompt, media) == ("what?", [*images, *videos])
-    word = Options(prompt="a <video> word", image=files["image"])
-    assert order_media(word, images) == ("a <video> word", images)
+    assert order_media(options, [*images, *videos]) == [videos[0], *images, videos[1]]
+    # Marks of other kinds than the files, or none: the order given.
+    for prompt in ("<video><video><video><image>", "<image>" * 4, "what?"):
+        assert order_media(Options(prompt=prompt, **files), [*images, *videos]) == [
+            *images,
+            *videos,
+        ]
+    either = Options(prompt="<video> or <image>", image=files["image"])
+    assert order_media(either, images) == images
+    assert order_media(Options(prompt="a <video> and <image> word"), []) == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--video", "nowhere.mp4", "--prompt", "x"], r"nowhere\.mp4: cannot be read: No such"),
-        (["--video", "a.mp4", "--prompt", "<image>?"], "1 <image> and 0 <video> marks in the"),
+        (["--video", "a.mp4", "--prompt", "<image><video>?"], "0 --image .* but 2 marks"),
         (
             ["--video", "a", "b", "--prompt", "<video>?"],
-            "0 --image and 2 --video but 0 <image> and",
+            "0 --image and 2 --video but 1 marks",
         ),
         (["--video", "a", "--prompt", "x", "--max-frames", "0"], "max_frames 0 is below 1"),
         (["--video", __file__, "--prompt", "x"], r"\.py: .*; give an intact video file"),

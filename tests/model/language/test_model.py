@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from configs import UserError
 from model.language import model as language
-from model.language.chat_template import Message, prompt_ids, split_at_images, tokenize_messages
+from model.language.chat_template import Message, prompt_ids, tokenize_messages
 from model.language.model import LanguagePreset, load_language, load_tokenizer, save_language
 from model.language.tokenizer import (
     ROLES,
@@ -87,22 +87,24 @@ def test_a_prompt_equals_the_beginning_of_the_training_sample(tok: PreTrainedTok
         assert tok.decode(spoken) == turns[end][1] + "<|im_end|>"
 
 
-def test_images_are_put_at_their_marks_or_in_front() -> None:
-    def texts(messages: list[tuple[str, str]], images: int) -> list[list[str]]:
-        return split_at_images([(role, text, 1.0) for role, text in messages], images)
+def test_either_mark_is_a_placeholder_and_an_unknown_role_is_an_error(
+    tok: PreTrainedTokenizerFast,
+) -> None:
+    def rendered(text: str, media: int) -> str:
+        ids = prompt_ids(tok, [("user", text, 1.0)], media)
+        placeholders = [i == token_id(tok, "<image>") for i in ids]
+        assert sum(placeholders) == media
+        return "".join(
+            "#" if p else tok.decode([i]) for i, p in zip(ids, placeholders, strict=True)
+        )
 
-    two = [("user", "a<image>b"), ("assistant", "<image>"), ("user", "<image>c")]
-    assert texts(two, 2) == [["a", "b"], ["<image>"], ["", "c"]]
-    assert texts(two, 1) == [["a", "b"], ["<image>"], ["<image>c"]]  # the second mark is text
-    assert texts(two, 0) == [["a<image>b"], ["<image>"], ["<image>c"]]
-    no_mark = [("system", "s <image>"), ("user", "c"), ("user", "d")]
-    assert texts(no_mark, 2) == [["s <image>"], ["", "", "c"], ["d"]]
-    with pytest.raises(ValueError, match="3 images but 2 <image> marks"):
-        texts(two, 3)
-    with pytest.raises(ValueError, match="no user turn"):
-        texts([("assistant", "a")], 1)
+    assert "user\n#a#b<|im_end|>" in rendered("<image>a<video>b", 2)
+    assert "user\n#a<video>b<|im_end|>" in rendered("<image>a<video>b", 1)
+    assert "user\n<image>a<video>b<|im_end|>" in rendered("<image>a<video>b", 0)
     with pytest.raises(ValueError, match="role 'human'"):
-        texts([("human", "a")], 0)
+        prompt_ids(tok, [("human", "a", 1.0)], 0)
+    with pytest.raises(ValueError, match="2 media but 1 mark "):
+        prompt_ids(tok, [("user", "a<video>", 1.0)], 2)
 
 
 # --------------------------------------------------------------------------- plain text stays text
