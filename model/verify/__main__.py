@@ -163,7 +163,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     drawing = Image.fromarray(np.stack([x * 2, y * 2, x + y], axis=2).astype(np.uint8))
     features = live_features(encoder, {"spec": spec.to_json()}, [drawing])
     sample = tokenize_messages(
-        tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], images=1
+        tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], media=1
     )
     image = token_id(tokenizer, IMAGE_TOKEN)
     repeats = np.where(sample.ids == image, features.shape[1], 1)
