@@ -4,6 +4,7 @@
     account.lines["LLaVA"] += 1                   # a line that was read, by its format
     account.left_out[".heic"] += 1                # a file or line that is not used, by its reason
     account.ignored["data_source"] += 1           # a key that is harmless to ignore
+    account.notes["no such file"] += 1            # a remark about a media item that is used all the same
     account.fault("photos/metadata.jsonl:7", FaultError("unknown key", "unknown key 'captoin'"))
     account.close()                               # raises UserError with the first faults, if there are any
     account.text()                                # "photos: 12 lines (10 LLaVA, 2 captions), 11 images, ..."
@@ -51,6 +52,8 @@ class Account:
     """Reason -> files or lines that are not used."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Key -> times it was ignored, because it changes nothing."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Remark -> media it is about. They are used, though what is written is odd, or the file is missing."""
     faults: Counter[str] = field(default_factory=Counter)
     """Kind of fault -> lines."""
     samples: int = 0
@@ -102,6 +105,9 @@ class Account:
         if unused:
             reasons = ", ".join(f"{times:,} {why}" for why, times in unused.most_common())
             line += f"; left out: {reasons}"
+        if self.notes:
+            notes = ", ".join(f"{times:,} {note}" for note, times in self.notes.most_common())
+            line += f"; noted: {notes}"
         if self.ignored:
             keys = ", ".join(f"{key} ({times:,})" for key, times in self.ignored.most_common())
             line += f"; keys ignored: {keys}"
@@ -109,7 +115,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, as a samples table stores them."""
-        names = ("lines", "media", "left_out", "ignored", "faults")
+        names = ("lines", "media", "left_out", "ignored", "notes", "faults")
         return {"samples": self.samples, **{name: dict(getattr(self, name)) for name in names}}
 
     @classmethod
