@@ -25,8 +25,13 @@ Nothing in this package imports torch or Ray. Read cache/store/__init__.py first
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
+
+# A command of ours imports `configs` first: see configs.signals. A reader of a cache never does.
+if sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "cache" for word in sys.orig_argv):
+    import_module("configs")
 
 _MODULE_OF = {
     "CacheError": "cache.errors",

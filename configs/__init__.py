@@ -14,6 +14,10 @@ durations, tables, progress.
 
 from __future__ import annotations
 
+# First: from here on, Ctrl-C during the imports of a command ends it without a traceback.
+from configs import signals
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -258,7 +262,9 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
         errors: other classes whose message tells the user what to do, such as `cache.errors.CacheError`.
     """
     reported: tuple[type[Exception], ...] = (UserError, OSError, *errors)
+    as_command = False
     try:
+        as_command = signals.restore()
         code = main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -273,6 +279,8 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
             raise
         print(f"error: {message}", file=sys.stderr)
         code = USER_ERROR_EXIT
+    if as_command:
+        signals.end_quietly()
     sys.exit(code)
 
 

@@ -1,22 +1,85 @@
-"""Ctrl-C once: the job commits what is encoded and ends. Twice: it ends immediately."""
+"""Ctrl-C and SIGTERM: during the imports of a command, and during a job that should end in order.
+
+    with Interrupts() as interrupts:
+        while not interrupts.stopping():
+            ...                                  # the first signal is recorded, the second ends the job
+
+A command imports for seconds before its `main` is called, and Python would answer Ctrl-C with a traceback of
+those imports. So each of our packages imports this module first, which calls `end_quietly`; `configs.command`
+calls `restore`.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+PACKAGES = ("cache", "encode", "model", "train")
+"""Packages whose modules are commands."""
+
+
+# ---- while a command imports
+
+
+def end_quietly() -> None:
+    """Until `restore`, end the process with exit code 130 on Ctrl-C, if it is `python -m` of our commands.
+
+    Nothing changes in a program that imports our packages, where Ctrl-C was ignored from the start (as by
+    nohup), or where a handler has been installed.
+    """
+    if started_as_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def restore() -> bool:
+    """Let Ctrl-C raise KeyboardInterrupt again. Return whether `end_quietly` had changed that."""
+    if signal.getsignal(signal.SIGINT) is not _end:
+        return False
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return True
+
+
+def started_as_command() -> bool:
+    """Whether Python is about to run `python -m PACKAGE...`, for one of ours."""
+    if sys.argv[:1] != [
+        "-m"
+    ]:  # what runpy sets until it has found the module and imported its package
+        return False
+    for word, following in zip(sys.orig_argv[1:], [*sys.orig_argv[2:], ""], strict=True):
+        if word.startswith("-m"):
+            return (word[2:] or following).partition(".")[0] in PACKAGES
+    return False
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    # Without cleaning up: an exception could surface anywhere in the imports, and be printed or swallowed.
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
+# ---- during a job
 
 
 class Interrupts:
-    """A context in which the first SIGINT or SIGTERM is recorded, and the second raises KeyboardInterrupt."""
+    """A context in which the first SIGINT or SIGTERM is recorded, and the second raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    Args:
+        same_press_s: seconds in which a signal counts as the first one again. torchrun passes on the Ctrl-C
+            that a terminal has already sent to every process.
+    """
+
+    def __init__(self, same_press_s: float = 0.0) -> None:
         self.received: int | None = None
         """The recorded signal, if any."""
         self._before: dict[int, Any] = {}
+        self._same_press_s = same_press_s
+        self._since = 0.0
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -39,10 +102,15 @@ class Interrupts:
         return 128 + (self.received or 0)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+        elif now - self._since >= self._same_press_s:
             raise KeyboardInterrupt
-        self.received = number
 
     def __exit__(self, *_error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+end_quietly()

@@ -9,3 +9,5 @@
 
 `run.py` is the command, `job.py` the steps of one job. Read run.py first, then job.py.
 """
+
+import configs  # noqa: F401  first of all imports: see configs.signals

@@ -13,3 +13,5 @@
 
 The trainer never imports `vision`. Read vlm.py first.
 """
+
+import configs  # noqa: F401  first of all imports: see configs.signals

@@ -5,7 +5,12 @@ options = parse(Options, prog="python -m some.run")
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +21,9 @@ import pytest
 import configs
 from cache.errors import CacheError, NotFoundError
 from configs import UserError, build, command, load, parse
+from configs.command_line import command_text, merge, only, with_options
 from configs.console import duration_text
+from tests.support import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +202,87 @@ def test_help_prints_each_command_on_its_own_line(capsys: pytest.CaptureFixture[
 )  # fmt: skip
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+# ---- command lines in messages
+
+
+def test_a_message_repeats_the_words_of_the_user_with_some_options_changed() -> None:
+    words = ["--features", "my cache", "--log", "a", "b", "--learning_rate=1e12", "--resume"]
+    changed = with_options(words, learning_rate=1e-4, resume=None, run="ран 2", from_="a'b")
+    assert shlex.split(command_text("python -m train.run", changed)) == [
+        *("python", "-m", "train.run", "--features", "my cache", "--log", "a", "b"),
+        *("--learning-rate", "0.0001", "--run", "ран 2", "--from", "a'b"),
+    ]
+    flags = with_options(["--no-train-llm", "--log", "a", "--log", "b"], train_llm=True)
+    assert flags == ["--log", "a", "--log", "b", "--train-llm"]
+    assert with_options(words, log=("c", "d"))[-3:] == ["--log", "c", "d"]
+    assert merge(["--a", "1", "--b", "2"], ["--b=3"]) == ["--a", "1", "--b=3"]
+    assert only(words, {"features", "resume"}) == ["--features", "my cache", "--resume"]
+
+
+# ---- Ctrl-C while a command imports
+
+
+COMMANDS = [
+    *("cache.ls", "cache.verify", "cache.gc", "cache.merge", "cache.convert", "cache.share"),
+    *("cache.view", "cache.export", "encode.run", "encode.check.loss", "model.generate"),
+    *("model.verify", "train.run", "train.evaluate", "train.report", "train.demo"),
+]
+
+
+def press_ctrl_c(folder: Path, importing: str, *words: str) -> tuple[int, str]:
+    """Start `python WORDS`, with Ctrl-C when it imports a module; return exit code and standard error."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Press:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {importing!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # A shell's background job ignores Ctrl-C, and so do the processes it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_ctrl_c_while_a_command_imports(module: str, tmp_path: Path) -> None:
+    assert press_ctrl_c(tmp_path, "yaml", "-m", module) == (130, "interrupted\n")
+
+
+def test_ctrl_c_later(tmp_path: Path) -> None:
+    """Imports of `main` itself, of a heavy library, and of a program that has our packages as a library."""
+    assert press_ctrl_c(tmp_path, "tyro", "-m", "cache.ls") == (130, "interrupted\n")
+    assert press_ctrl_c(tmp_path, "torch", "-m", "train.run") == (130, "interrupted\n")
+    for package in ("cache.store.reader", "train", "encode", "model", "configs"):
+        code, error = press_ctrl_c(tmp_path, "late", "-c", f"import {package}; import late")
+        assert code == -signal.SIGINT and "KeyboardInterrupt" in error
+    handler = (
+        "import signal; import train; print(signal.getsignal(2) is signal.default_int_handler)"
+    )
+    (tmp_path / "program.py").write_text(handler)
+    done = subprocess.run(
+        [sys.executable, "-m", "program", "-m", "train.run"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    code = "import signal; signal.signal(2, signal.SIG_IGN); import os; os.execvp({0!r}, {1!r})"
+    words = [sys.executable, "-m", "cache.ls", "--features", str(tmp_path / "none")]
+    status, error = press_ctrl_c(tmp_path, "yaml", "-c", code.format(sys.executable, words))
+    assert status == 2 and "no cache at" in error

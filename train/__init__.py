@@ -11,3 +11,5 @@ stage/           the folder of a stage, and its checkpoints
 metrics.py       metrics.jsonl, the lines on the screen, trackers
 evaluate/, report/, demo.py   the other commands
 """
+
+import configs  # noqa: F401  first of all imports: see configs.signals
