@@ -9,10 +9,11 @@
     │   └── CorruptError        a file does not have the bytes that were written
     ├── StaleJobError           a worker whose job is over tries to write
     ├── RequestError            one attempt to read from a remote cache failed
+    ├── EmbeddedMediaError      a media item inside a table, a tar or JSON cannot be read
     └── OSError
         └── RefusedAddressError an address that downloads must not connect to
 
-A CacheError that is none of the five is a request that cannot be met, with the reason. The three others never
+A CacheError that is none of the five is a request that cannot be met, with the reason. The four others never
 reach a user: the caller retries, stops, or reports another error.
 """
 
@@ -92,6 +93,10 @@ class RequestError(Exception):
         """The file does not exist there, or not for these credentials."""
         self.got = 0
         """Bytes received in order before the failure."""
+
+
+class EmbeddedMediaError(Exception):
+    """The bytes of a media item inside another file cannot be read. The message is the reason."""
 
 
 class RefusedAddressError(OSError):

@@ -7,6 +7,8 @@
     shard           what every shard format has in common; zarr_shard and tar_shard are the two
     space_info      space.json: the spec, the shard format and the rows per shard of one space
     checksums       crc32c, and the sha256 that each metadata file contains of itself
+    embedded        media inside a Parquet or Arrow file, a tar or JSON: their names, and their bytes
+    embedded_rows   the columns of Parquet and Arrow files that contain such bytes
     zarr_codec      the row codecs for zarr-python, found by an entry point
 
 In come features and facts about rows; out go bytes. No module here opens a cache, and none imports more than
