@@ -42,6 +42,7 @@ _MODULE_OF = {
     "MediaRecord": "cache.store.ledger",
     "MediaRef": "cache.store.samples",
     "Message": "cache.store.samples",
+    "Origin": "cache.store.samples",
     "RemoteOptions": "cache.remote.open",
     "Sample": "cache.store.samples",
     "ShardWriter": "cache.store.writer",

@@ -22,7 +22,14 @@ from cache.format.checksums import check_seal
 from cache.store.files import new_file
 from cache.store.ledger import append_media_table, media_table
 from cache.store.paths import CacheRoot
-from cache.store.samples import Sample, dataset_names, read_samples, samples_digest, write_samples
+from cache.store.samples import (
+    Sample,
+    dataset_names,
+    read_origin,
+    read_samples,
+    samples_digest,
+    write_samples,
+)
 
 SHOWN = 5
 """Number of conflicting sources that are printed."""
@@ -166,7 +173,9 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
     for one in plan:
         if one.take == "both":
             theirs = _others(root, other, one.dataset)
-            write_samples(root, one.dataset, chain(read_samples(root, one.dataset), theirs))
+            origin = read_origin(root, one.dataset)
+            samples = chain(read_samples(root, one.dataset), theirs)
+            write_samples(root, one.dataset, samples, lambda origin=origin: origin)
         elif one.take == "theirs":
             path = other.samples(one.dataset)
             with path.open("rb") as source, new_file(root.samples(one.dataset)) as file:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,9 @@ class Sample:
     one of them an epoch."""
 
 
+_ORIGIN = "origin"
+"""Key of the origin in the metadata of a file of samples."""
+
 _SAMPLE_SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -88,18 +91,40 @@ _SAMPLE_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the samples of a data set came from."""
+
+    words: tuple[str, ...]
+    """Words of the command line of `encode.run` that read them: `--dataset`, its value, and the options that
+    reading needs. Paths are absolute."""
+    account: Mapping[str, Any] = field(default_factory=dict)
+    """What reading them used, ignored and left out: `encode.records.account.Account.to_json()`."""
+
+
 class _UnchangedError(Exception):
     pass
 
 
-def write_samples(root: CacheRoot, dataset: str, samples: Iterable[Sample]) -> bool:
+def write_samples(
+    root: CacheRoot,
+    dataset: str,
+    samples: Iterable[Sample],
+    origin: Callable[[], Origin | None] = lambda: None,
+) -> bool:
     """Make `samples` the content of `dataset`.
 
     The samples are streamed; memory holds one row group. Contents are compared by a digest of the samples
     and not of the file, because another version of Parquet may write other bytes.
 
+    Args:
+        root: the cache.
+        dataset: its name.
+        samples: its content.
+        origin: called after the last sample. What it returns is not part of the content's digest.
+
     Returns:
-        False if `samples` are the content already; the file is then unchanged.
+        False if the file has these samples and this origin already; it is then unchanged.
     """
     path = root.samples(dataset)
     digest = hashlib.sha256()
@@ -113,13 +138,35 @@ def write_samples(root: CacheRoot, dataset: str, samples: Iterable[Sample]) -> b
                     for row in group:
                         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     writer.write_table(pa.Table.from_pylist(group, _SAMPLE_SCHEMA))
-                writer.add_key_value_metadata({"content": digest.hexdigest(), "seal": UNSEALED})
+                found = origin()
+                metadata = {"content": digest.hexdigest()}
+                if found is not None:
+                    # The seal is the last "sha256:" of the file; an origin must not contain another.
+                    metadata[_ORIGIN] = json.dumps(vars(found)).replace("sha256:", r"sha256\u003a")
+                writer.add_key_value_metadata({**metadata, "seal": UNSEALED})
             seal_file(file)
-            if _intact_digest(path) == digest.hexdigest():
+            if _intact_metadata(path) == metadata:
                 raise _UnchangedError
     except _UnchangedError:
         return False
     return True
+
+
+def read_origin(root: CacheRoot, dataset: str) -> Origin | None:
+    """Return where the samples of a data set came from; None if the file does not say so."""
+    return _origin(pq.read_metadata(_samples_file(root, dataset)).metadata)
+
+
+def _origin(metadata: Mapping[bytes, bytes]) -> Origin | None:
+    try:
+        match json.loads(metadata[_ORIGIN.encode()]):
+            case {"words": [*words], "account": {**account}} if all(
+                isinstance(word, str) for word in words
+            ):
+                return Origin(words=tuple(words), account=account)
+    except (KeyError, ValueError, RecursionError):
+        pass
+    return None
 
 
 def samples_digest(root: CacheRoot, dataset: str) -> str:
@@ -203,10 +250,15 @@ def _content(path: Path) -> str:
     return str(pq.read_metadata(path).metadata[b"content"], "ascii")
 
 
-def _intact_digest(path: Path) -> str | None:
-    """Return the content digest of the file at `path`; None if it is missing or damaged."""
+def _intact_metadata(path: Path) -> dict[str, str] | None:
+    """Return the content digest and the origin of the file at `path`; None if it is missing or damaged."""
     try:
         check_seal_file(path)
     except (FileNotFoundError, CorruptError):
         return None
-    return _content(path)
+    found = pq.read_metadata(path).metadata
+    return {
+        name: found[name.encode()].decode()
+        for name in ("content", _ORIGIN)
+        if name.encode() in found
+    }

@@ -6,6 +6,7 @@ samples = list(read_samples(root, "d"))
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,8 +22,10 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import (
     MediaRef,
     Message,
+    Origin,
     Sample,
     dataset_names,
+    read_origin,
     read_samples,
     samples_digest,
     samples_table,
@@ -95,6 +98,61 @@ def test_unchanged_samples_are_not_written_again(tmp_path: Path) -> None:
     assert write_samples(root, "toy", [question(2)])
     assert samples_digest(root, "toy") != digest
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.just(UNSEALED)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(texts, max_size=4).map(tuple), st.dictionaries(texts, texts | st.integers()))
+def test_where_samples_came_from_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, words: tuple[str, ...], account: dict[str, object]
+) -> None:
+    """Keys of other people's data are in the account. One that looks like a seal does no harm."""
+    root = CacheRoot(tmp_path_factory.mktemp("root"))
+    origin = Origin(words=words, account=account)
+    assert write_samples(root, "toy", [question(1)], lambda: origin)
+    assert read_origin(root, "toy") == origin
+    assert not write_samples(root, "toy", [question(1)], lambda: origin)
+
+
+def test_another_origin_replaces_the_file_and_not_the_digest(tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path)
+    write_samples(root, "toy", [question(1)])
+    assert read_origin(root, "toy") is None
+    digest = samples_digest(root, "toy")
+    seen: list[str] = []
+
+    def samples_seen() -> Iterator[Sample]:
+        yield question(1)
+        seen.append("all")
+
+    for words in (("--dataset", "toy"), ("--dataset", "toy", "--limit", "1")):
+        assert write_samples(
+            root,
+            "toy",
+            samples_seen(),
+            lambda w=words: Origin(words=w, account={"seen": list(seen)}),
+        )
+        origin = read_origin(root, "toy")
+        assert origin is not None
+        assert (origin.words, origin.account) == (words, {"seen": seen}), "made after the samples"
+        assert samples_digest(root, "toy") == digest
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{}", "[]", "[" * 50_000, '{"words": [1], "account": {}}', '{"words": 1}']
+)
+def test_an_origin_of_another_form_is_none(tmp_path: Path, value: str) -> None:
+    root, path = CacheRoot(tmp_path), CacheRoot(tmp_path).samples("toy")
+    write_samples(root, "toy", [question(1)])
+    table = samples_table(root, "toy")
+    metadata = {**table.schema.metadata, "origin": value, "seal": UNSEALED}
+    with new_file(path) as file:
+        pq.write_table(table.replace_schema_metadata(metadata), file)
+        seal_file(file)
+    assert read_origin(root, "toy") is None
+    assert list(read_samples(root, "toy")) == [question(1)]
 
 
 def test_an_error_while_samples_are_made_leaves_the_old_ones(tmp_path: Path) -> None:
