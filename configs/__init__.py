@@ -6,7 +6,8 @@
 
     options = parse(Options, prog="python -m cache.ls")
 
-The default of an option comes from the dataclass, or from a preset in `configs/*.yaml`.
+The default of an option comes from the dataclass, or from a preset in `configs/*.yaml`. The user's own file,
+`--config FILE` or `./nanomolmo2.yaml`, adds entries to these and replaces theirs. `parse` finds it.
 Each unknown key, unknown option or invalid value is reported in one line, with the nearest valid name.
 Importing this module imports neither torch nor tyro. `configs.console` has the text for people: sizes,
 durations, tables, progress.
@@ -62,19 +63,119 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return the contents of `configs/<name>.yaml`.
+    """Return the contents of `configs/<name>.yaml`, with what the user's file says over ours.
 
     Raises:
-        UserError: there is no such file, it is not YAML, or its top level is not a mapping.
+        UserError: there is no such file, one of the two is invalid, or the user's names an unknown section.
     """
     path = FOLDER / f"{name}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
-        raise UserError(f"{path}: no such file; there are: {', '.join(known)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: no such file; there are: {', '.join(known)}")
+    values = read_yaml(path)
+    for section, (of, path_there) in USER_SECTIONS.items():
+        if of == name:
+            ours = values.setdefault(path_there, {}) if path_there else values
+            for key, value in user_section(section).items():
+                changes = section == "stages" and isinstance(value, dict) and key in ours
+                ours[key] = ours[key] | value if changes else value
+    return values
+
+
+USER_FILE = "nanomolmo2.yaml"
+"""The user's own entries, in the folder where a command is started, unless `--config` names another file."""
+
+USER_SECTIONS = {
+    "datasets": ("datasets", "datasets"),
+    "groups": ("datasets", "groups"),
+    "encoders": ("encoders", ""),
+    "stages": ("train", "stages"),
+}
+"""Section of the user's file -> our file, and the key there (none: its top level). An entry replaces ours of
+that name; in `stages`, each key of an entry replaces ours."""
+
+_user_file: Path | None = None
+
+
+def use_file(path: str | Path | None) -> None:
+    """Use this file over ours; None: use USER_FILE if the current folder has it.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    global _user_file
+    found = Path(path or USER_FILE).expanduser().absolute()
+    _user_file = found if path or found.is_file() else None
+    if _user_file is not None:
+        _user_values()
+
+
+def user_file() -> Path | None:
+    """Return the absolute path of the user's file; None if none is used."""
+    return _user_file
+
+
+def user_section(section: str) -> dict[Any, Any]:
+    """Return what the user's file says in one of USER_SECTIONS.
+
+    Raises:
+        UserError: the file is invalid.
+    """
+    found = _user_values().get(section) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{_user_file}: {section}: expected names and their values")
+    return found
+
+
+def where_is(section: str, name: object) -> str:
+    """Return the file that has an entry of one of USER_SECTIONS, for error messages."""
+    if name in user_section(section):
+        return f"{_user_file}: {section}"
+    return f"configs/{USER_SECTIONS[section][0]}.yaml"
+
+
+def _user_values() -> dict[str, Any]:
+    if _user_file is None:
+        return {}
+    values = read_yaml(_user_file)
+    for section in values:
+        if section not in USER_SECTIONS:
+            raise UserError(
+                f"{_user_file}: unknown section {section!r}; there are {', '.join(USER_SECTIONS)}"
+                f"{nearest(str(section), USER_SECTIONS)}"
+            )
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice. PyYAML keeps the last value and loses the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict, set)):
+                continue  # the base class refuses these
+            if key in seen:
+                problem = f"key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, gives a key twice, or is not a mapping.
+    """
+    try:
+        values = yaml.load(path.read_bytes(), _StrictLoader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
     return values
@@ -179,6 +280,10 @@ def parse(
             raise UserError(f"{prog}: {message}; see {prog} --help")
 
     argv = _join_repeated(cls, list(sys.argv[1:] if argv is None else argv))
+    if any(f.name == "config" for f in dataclasses.fields(typing.cast(Any, cls))):
+        use_file(_read_selectors(["config"], argv).get("config"))
+    else:
+        use_file(None)
     default: dict[str, Any] = {}
     if preset is not None:
         default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)

@@ -18,9 +18,11 @@ from configs import UserError, nearest
 SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
 """Options that decide the defaults of other options."""
 
+STAGES = (1, 2, 3)
+
 MACHINE_KEYS = frozenset(
     {
-        *("run", "resume", "inspect", "hardware", "device", "features", "min_coverage"),
+        *("config", "run", "resume", "inspect", "hardware", "device", "features", "min_coverage"),
         *("mirror", "mirror_gb", "allow_private"),
         *("max_tokens", "use_gradient_checkpointing", "use_flash_attention"),
         *("log", "log_every", "save_every", "eval_every", "eval_samples"),
@@ -39,6 +41,8 @@ class Options(RemoteOptions):
     hardware: Literal["auto", "cpu", "24gb", "40gb", "80gb"] = "auto"
     """Preset for batch size, length and memory (configs/train.yaml); `auto`: by the memory of the GPU."""
 
+    config: Path | None = None
+    """Your own file of stages, over configs/train.yaml. Default: nanomolmo2.yaml in this folder, if any."""
     features: str = "cache"
     """The feature cache: a folder, or a URL: https://HOST/PATH, s3://BUCKET/PREFIX, hf://datasets/ORG/NAME."""
     space: str | None = None
@@ -206,10 +210,22 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
             return values
         machine = {k: v for k, v in _hardware(hardware, selected).items() if k in MACHINE_KEYS}
         return _fit_window(values | machine)
+    _check_user_stages()
     values = _scale_warmups(configs.load("train")["stages"][stage], selected.get("max_steps", ""))
     return _fit_window(
         values | _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
     )
+
+
+def _check_user_stages() -> None:
+    """Check the stages of the user's file; an error names that file."""
+    for stage, values in configs.user_section("stages").items():
+        where = f"{configs.where_is('stages', stage)}: {stage}"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}: expected options of train.run and their values")
+        if stage not in STAGES:
+            raise UserError(f"{where}: there are stages {', '.join(map(str, STAGES))}")
+        configs.build(Options, values, where)
 
 
 def _stage(text: str) -> int:

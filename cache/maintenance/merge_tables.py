@@ -173,9 +173,9 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
     for one in plan:
         if one.take == "both":
             theirs = _others(root, other, one.dataset)
-            origin = read_origin(root, one.dataset)
             samples = chain(read_samples(root, one.dataset), theirs)
-            write_samples(root, one.dataset, samples, lambda origin=origin: origin)
+            origin = read_origin(root, one.dataset)
+            write_samples(root, one.dataset, samples, origin)
         elif one.take == "theirs":
             path = other.samples(one.dataset)
             with path.open("rb") as source, new_file(root.samples(one.dataset)) as file:

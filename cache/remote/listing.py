@@ -17,7 +17,7 @@ from typing import Any
 from cache.errors import CacheError, CorruptError
 from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
 from cache.format.spec import ARRAYS
-from cache.store.paths import LISTING, CacheRoot
+from cache.store.paths import LISTING, CacheRoot, is_dataset_name
 
 FORMAT = 1
 MAX_LISTING_BYTES = 512 << 20
@@ -26,7 +26,7 @@ MAX_LISTING_BYTES = 512 << 20
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ARRAY = "|".join(ARRAYS)
 _TABLE = re.compile(
-    rf"samples/(?P<dataset>{_NAME})/part-\d{{5}}\.parquet"
+    rf"samples/(?P<dataset>[^/]+)/part-\d{{5}}\.parquet"
     rf"|media/part-\d{{20}}-{_NAME}\.parquet"
     rf"|spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_ARRAY})/)?zarr\.json"
     rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME})"
@@ -45,7 +45,10 @@ class FileInfo:
 
 def is_table(name: str) -> bool:
     """Return whether a name, relative to the root, is that of a table. No other name is ever written."""
-    return bool(_TABLE.fullmatch(name)) and ".." not in name and not name.endswith(".partial")
+    found = _TABLE.fullmatch(name)
+    if not found or ".." in name or name.endswith(".partial"):
+        return False
+    return found["dataset"] is None or is_dataset_name(found["dataset"])
 
 
 def is_sealed(name: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from cache.errors import CacheError, CorruptError, NotFoundError
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import ARRAYS
 
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MAX_NAME_BYTES = 200
+"""Longest name of a data set, in UTF-8: file systems allow 255 bytes."""
+DATASET_NAME = (
+    "a name has letters and digits of any script, '.', '_' and '-', begins with a letter or digit, and "
+    f"takes at most {MAX_NAME_BYTES} bytes"
+)
+"""Rule for the name of a data set, which becomes the name of a folder."""
 _COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
 
 
@@ -33,6 +40,24 @@ LISTING = "listing.json"
 
 SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def is_dataset_name(name: str) -> bool:
+    """Return whether `name` can be that of a data set."""
+    return bool(name) and as_dataset_name(name) == name
+
+
+def as_dataset_name(text: str) -> str:
+    """Return the name of a data set that is closest to `text`; '' if it has no letter or digit.
+
+    The name is in Unicode's form NFC, because one name in two forms would be two folders on Linux and one on
+    macOS.
+    """
+    text = unicodedata.normalize("NFC", text)
+    kept = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    name = re.sub(r"\.{2,}", ".", "-".join(kept.split()))
+    letters = (i for i, c in enumerate(name) if unicodedata.category(c)[0] in "LN")
+    return name[next(letters, len(name)) :].encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def is_url(features: str | Path) -> str | None:
@@ -74,9 +99,13 @@ class CacheRoot:
         return root
 
     def samples(self, dataset: str) -> Path:
-        """Return the file of samples of one data set."""
-        if not _FOLDER_NAME.fullmatch(dataset):
-            raise ValueError(f"data set name {dataset!r}: use letters, digits, '.', '_' and '-'")
+        """Return the file of samples of one data set.
+
+        Raises:
+            CacheError: the name cannot be that of a data set.
+        """
+        if not is_dataset_name(dataset):
+            raise CacheError(f"data set name {dataset!r}: {DATASET_NAME}")
         return self.path / "samples" / dataset / "part-00000.parquet"
 
     @property

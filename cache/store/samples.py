@@ -110,7 +110,7 @@ def write_samples(
     root: CacheRoot,
     dataset: str,
     samples: Iterable[Sample],
-    origin: Callable[[], Origin | None] = lambda: None,
+    origin: Origin | Callable[[], Origin] | None = None,
 ) -> bool:
     """Make `samples` the content of `dataset`.
 
@@ -121,7 +121,8 @@ def write_samples(
         root: the cache.
         dataset: its name.
         samples: its content.
-        origin: called after the last sample. What it returns is not part of the content's digest.
+        origin: where they came from, or a function that returns it, called after the last sample. It is not
+            part of the content's digest.
 
     Returns:
         False if the file has these samples and this origin already; it is then unchanged.
@@ -138,7 +139,7 @@ def write_samples(
                     for row in group:
                         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     writer.write_table(pa.Table.from_pylist(group, _SAMPLE_SCHEMA))
-                found = origin()
+                found = origin() if callable(origin) else origin
                 metadata = {"content": digest.hexdigest()}
                 if found is not None:
                     # The seal is the last "sha256:" of the file; an origin must not contain another.
@@ -159,14 +160,14 @@ def read_origin(root: CacheRoot, dataset: str) -> Origin | None:
 
 def _origin(metadata: Mapping[bytes, bytes]) -> Origin | None:
     try:
-        match json.loads(metadata[_ORIGIN.encode()]):
-            case {"words": [*words], "account": {**account}} if all(
-                isinstance(word, str) for word in words
-            ):
-                return Origin(words=tuple(words), account=account)
-    except (KeyError, ValueError, RecursionError):
-        pass
-    return None
+        values = json.loads(metadata[_ORIGIN.encode()])
+        words, account = values["words"], values["account"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    valid = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return (
+        Origin(words=tuple(words), account=account) if valid and isinstance(account, dict) else None
+    )
 
 
 def samples_digest(root: CacheRoot, dataset: str) -> str:

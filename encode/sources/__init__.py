@@ -7,7 +7,7 @@
 
 To add a kind of data set, write one file with a class like `folder.FolderDataset`: `name`, `needs_sizes`, and
 `samples()`, which yields `cache.store.samples.Sample`s with the same ids each time and counts in an
-`encode.records.account.Account` what it does not use. Then add the kind to
-`Entry.source` and `_open_entry` in catalogue.py, add an entry to configs/datasets.yaml, and write a test like
+`encode.records.account.Account` what it does not use. Then add the kind to `Source`, `_FIELDS` and
+`_OPENERS` in catalogue.py, add an entry to configs/datasets.yaml, and write a test like
 tests/encode/sources/test_folder.py.
 """

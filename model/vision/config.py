@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs import UserError, build, load, nearest
+from configs import UserError, build, load, nearest, where_is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +104,14 @@ def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
         UserError: there is no such entry, or a value is invalid.
     """
     entries = load("encoders")
+    where = where_is("encoders", name)
     if name not in entries:
         raise UserError(
-            f"encoder {name!r} is not in configs/encoders.yaml (there are: {', '.join(entries)})"
-            f"{nearest(name, entries)}"
+            f"encoder {name!r} is not in {where} (there are: {', '.join(map(str, entries))})"
+            f"{nearest(name, map(str, entries))}"
         )
     entry = entries[name]
     if not isinstance(entry, Mapping):
-        raise UserError(f"configs/encoders.yaml: {name}: expected keys and values")
+        raise UserError(f"{where}: {name}: expected keys and values")
     given = {key: value for key, value in overrides.items() if value is not None}
-    return build(EncoderConfig, {"name": name, **entry, **given}, f"configs/encoders.yaml: {name}")
+    return build(EncoderConfig, {"name": name, **entry, **given}, f"{where}: {name}")

@@ -11,10 +11,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cache.errors import DiskError
+from cache.errors import CacheError, DiskError
+from cache.remote.listing import is_table
 from cache.store.files import PARTIAL, disk_errors, new_file, write_atomic
-from cache.store.paths import CacheRoot
+from cache.store.paths import CacheRoot, as_dataset_name, is_dataset_name
 
 
 def test_a_file_that_could_not_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
@@ -71,7 +74,36 @@ def test_errors_of_the_disk_are_one_line_with_advice(tmp_path: Path) -> None:
         assert str(found.value).startswith(text)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "folder:/x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/b",
+        "",
+        ".hidden",
+        "folder:/x",
+        "my photos",
+        "a..b",
+        "-x",
+        "e\u0301",
+        "x\ud800",
+        "a" * 201,
+    ],
+)
 def test_a_data_set_name_is_a_folder_name(name: str) -> None:
-    with pytest.raises(ValueError, match="data set name"):
+    with pytest.raises(CacheError, match="data set name"):
         CacheRoot(Path()).samples(name)
+
+
+@pytest.mark.parametrize("name", ["photos", "фото-2024", "写真", "तस्वीरें", "éa", "a.b_c-"])
+def test_names_of_any_script_are_kept(name: str) -> None:
+    assert CacheRoot(Path("c")).samples(name) == Path("c/samples", name, "part-00000.parquet")
+    assert is_table(f"samples/{name}/part-00000.parquet")
+
+
+@given(st.text(max_size=30) | st.text("ab.-_ é\u0301/", max_size=300))
+def test_any_text_gives_a_name_or_none(text: str) -> None:
+    name = as_dataset_name(text)
+    assert name == as_dataset_name(name)
+    assert not name or is_dataset_name(name)
+    assert "/" not in name and ".." not in name and len(name.encode()) <= 200

@@ -255,5 +255,5 @@ def test_the_catalogue_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"group pets names 'cast'.*nearest: cats"):
         read_catalogue()
     yaml.write_text("datasets: {cats: {source: folder}}\n")
-    with pytest.raises(UserError, match="path goes with source: folder"):
+    with pytest.raises(UserError, match="cats: source: folder needs path"):
         read_catalogue()

@@ -224,7 +224,7 @@ def test_entries_of_the_catalogue_name_a_repository(
     assert groups["pixmo"] == NAMES
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     (tmp_path / "datasets.yaml").write_text("datasets: {pixmo-cap: {source: pixmo}}\n")
-    with pytest.raises(UserError, match="hub goes with source: pixmo"):
+    with pytest.raises(UserError, match="pixmo-cap: source: pixmo needs hub"):
         read_catalogue()
     yaml = "datasets: {pixmo-caps: {source: pixmo, hub: a/b}}\n"
     (tmp_path / "datasets.yaml").write_text(yaml)
