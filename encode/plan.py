@@ -21,7 +21,7 @@ from cache.store.ledger import MediaRecord
 from cache.store.references import Present, means_other_bytes
 from cache.store.samples import MediaRef, Sample
 from encode.download.urls import is_url
-from encode.worker.local_files import identify
+from encode.worker.local_files import Identifier
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
 from model.media.images import Failure
 
@@ -126,7 +126,7 @@ def make_plan(
         rehash: read every file again, even if its identity is unchanged.
         retry_failed: try known failures again.
     """
-    counter = _RowCounter(present, max_frames)
+    counter, identify = _RowCounter(present, max_frames), Identifier()
     by_key = {r.key: r for r in ledger.values() if r.status == "ok" and r.width}
     todo: list[SourceTask] = []
     missing: list[MediaRecord] = []

@@ -171,12 +171,18 @@ class _ParquetCursor(_Cursor):
 
 
 def readable(path: str) -> Any:
-    """Return what pyarrow opens: a path, or an open file if the path is not UTF-8."""
+    """Return what `ParquetFile` opens: a path, or the mapped file if the path is not UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
-        return Path(path).open("rb")
+        return _mapped(path)
     return path
+
+
+def _mapped(path: str) -> Any:
+    """Return a pyarrow.BufferReader of a file that is mapped into memory."""
+    with Path(path).open("rb") as file:
+        return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
 def _leaf(schema: Any, column: str) -> tuple[str, int]:
@@ -238,9 +244,7 @@ class ArrowBatches:
             pyarrow.ArrowException, OSError, ValueError: it is missing or damaged.
             EmbeddedMediaError: a column is dictionary-encoded in a stream.
         """
-        with Path(path).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        source = self._source = pa.BufferReader(pa.py_buffer(mapped))
+        source = self._source = _mapped(path)
         self._file, self._offsets = None, list[int]()
         rows = []
         if source.read(6) == b"ARROW1":

@@ -33,7 +33,7 @@ class MediaRecord:
     """The result for one source: the key of its bytes, or where and why it failed."""
 
     source: str
-    """URL, path or hf:ID#row, as the samples name it."""
+    """URL, path, or name of embedded media, as the samples name it."""
     key: str | None = None
     """sha256 (64 hex digits) of the bytes; None if they were never read."""
     kind: str = "image"

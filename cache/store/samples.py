@@ -43,7 +43,7 @@ class MediaRef:
     """A media item, as a sample names it."""
 
     source: str
-    """URL verbatim, absolute path, or hf:ID#row. The media table has its key."""
+    """URL verbatim, absolute path, or a name of `cache.format.embedded`. The media table has its key."""
     kind: str = "image"
     """image or video: a key of `cache.format.spec.ARRAY_OF`."""
     sha256: str | None = None

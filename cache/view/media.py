@@ -1,6 +1,6 @@
 """Look up what the tables say of images and videos: sources, sizes, captions; and make thumbnails of images.
 
-An image is read from a local path in the media table, or from the folder of kept downloads. Nothing is
+An image is read from a local file in the media table, or from the folder of kept downloads. Nothing is
 fetched, and a file is shown only if its sha256 is the one that was encoded. Videos are not decoded: the cache
 may not import `model.media.video`, and a second decoder for files from strangers is not worth a thumbnail.
 """
@@ -19,13 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from cache.format.embedded import is_embedded
 from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
 from cache.store.samples import dataset_names
-from cache.view.thumbnails import NotShownError, decode, read_file
+from cache.view.thumbnails import NotShownError, decode, read_media
 
 THUMBNAIL = 336
 """Longer side of an image on the page, pixels."""
@@ -147,12 +148,12 @@ def thumbnail(
         keep: folder of kept downloads.
     """
     # The first as encode.download.media_store names its files.
-    candidates = [keep / key[:2] / key] if keep is not None else []
-    candidates += [Path(source) for source in sources if source.startswith("/")]
+    candidates = [str(keep / key[:2] / key)] if keep is not None else []
+    candidates += [s for s in sources if s.startswith("/") or is_embedded(s)]
     reason = "came from the web and was not kept"
-    for path in candidates:
+    for source in candidates:
         try:
-            return _fitted(decode(read_file(path, key), 2 * THUMBNAIL), spec), ""
+            return _fitted(decode(read_media(source, key), 2 * THUMBNAIL), spec), ""
         except NotShownError as error:
             reason = str(error)
     return None, reason

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from cache.errors import EmbeddedMediaError
+from cache.format.embedded import is_embedded, read_embedded
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded: those of the encoder. PIL's rarer decoders are attack surface."""
 
@@ -77,19 +80,21 @@ class NotShownError(Exception):
     """An image file cannot be shown. The message is the reason: it continues "The image ..."."""
 
 
-def read_file(path: Path, key: str | None) -> bytes:
-    """Return the bytes of an image file.
+def read_media(source: str, key: str | None) -> bytes:
+    """Return the bytes of an image file, or of a media item inside a file.
 
     Args:
-        path: of the file.
-        key: sha256 (hex) that the file must have; None if it is not known.
+        source: path of the file, or the name of the embedded media item.
+        key: sha256 (hex) that the bytes must have; None if it is not known.
 
     Raises:
         NotShownError: it is no regular file, unreadable, too large for an image, or has another sha256.
     """
-    data = None
-    with contextlib.suppress(OSError):
-        if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+    data, path = None, Path(source)
+    with contextlib.suppress(OSError, EmbeddedMediaError):
+        if is_embedded(source):
+            data = read_embedded(source, MAX_FILE_BYTES)
+        elif path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
             data = path.read_bytes()
     if data is None:
         raise NotShownError("not on this machine")

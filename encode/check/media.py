@@ -21,6 +21,8 @@ import pyarrow.compute as pc
 import torch
 from PIL.Image import Image
 
+from cache.errors import EmbeddedMediaError
+from cache.format.embedded import is_embedded, read_embedded
 from cache.format.frame_sampling import FULL, time_view
 from cache.format.spec import ARRAY_OF
 from cache.store.commits import key_bytes
@@ -33,6 +35,7 @@ from encode.download.client import Fetched, Fetcher
 from encode.download.config import DownloadConfig
 from encode.download.media_store import MediaStore
 from encode.download.urls import is_url
+from encode.worker.local_files import MAX_BYTES
 from model.media import video, video_index
 from model.media.images import BadMediaError, decode_image
 from model.vision.encoder import rebuild_encoder
@@ -214,16 +217,22 @@ class MediaLoader:
         return fetched.data
 
     def _file(self, record: MediaRecord) -> bytes | Path | None:
-        """Return the bytes of an image file or the path of a video file, which may exceed the memory."""
+        """Return the bytes of an image or of embedded media, or the path of a video, which may be large."""
         path = Path(record.source)
+        data: bytes | Path = path
         try:
-            if record.kind == "video":
+            if is_embedded(record.source):
+                inside = read_embedded(record.source, MAX_BYTES)
+                data, key = inside, hashlib.sha256(inside).hexdigest()
+            elif record.kind == "video":
                 with path.open("rb") as file:
                     key = hashlib.file_digest(file, "sha256").hexdigest()
-                data: bytes | Path = path
             else:
-                data = path.read_bytes()
-                key = hashlib.sha256(data).hexdigest()
+                whole = path.read_bytes()
+                data, key = whole, hashlib.sha256(whole).hexdigest()
+        except EmbeddedMediaError as error:
+            self.skipped[f"cannot be read from its file: {error}"] += 1
+            return None
         except OSError as error:
             self.skipped[f"file cannot be read: {error.strerror}"] += 1
             return None

@@ -1,8 +1,8 @@
-"""Local files: their bytes, their key, and the identity that makes reading a file again unnecessary.
+"""Local files and media inside them: bytes, key, and the identity that makes reading again unnecessary.
 
 A file whose size, times and inode equal the recorded ones is assumed to hold the bytes that were hashed. Two
 writes within one tick of the file system's clock get the same time stamp, so a file is read only once its
-newest time stamp is at least one tick old.
+newest time stamp is at least one tick old. The identity of a media item inside a file is that of the file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from cache.errors import EmbeddedMediaError
+from cache.format.embedded import container_of, is_embedded, read_embedded
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 from model.media.images import FORMATS, BadMediaError
 
 MAX_BYTES = 1 << 30
-"""Larger files are refused: no image that `model.media` decodes needs 1 GiB, and each thread reads one."""
+"""Larger images, and larger media inside files, are refused.
+
+No image that `model.media` decodes needs 1 GiB, and each thread reads one.
+"""
 
 MAX_VIDEO_BYTES = 1 << 40
 """Larger videos are refused. A video is read twice, for its hash and by the decoder, and never held whole."""
@@ -76,24 +81,46 @@ class Identity(NamedTuple):
 
 
 def identify(source: str) -> Identity | None:
-    """Return the identity of a file; None if it does not exist or is not a regular file."""
+    """Return the identity of a file, or of the file that contains the media item `source`.
+
+    None if it does not exist or is not a regular file.
+    """
+    path = container_of(source) if is_embedded(source) else source
     try:
-        status = os.stat(source)  # noqa: PTH116 - called for every source; a Path would double the cost
+        status = os.stat(path)  # noqa: PTH116 - called for every source; a Path would double the cost
     except (OSError, ValueError):
         return None
     return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
 
+class Identifier:
+    """Identify many sources. It asks once about a file that contains many media."""
+
+    def __init__(self) -> None:
+        self._containers: dict[str, Identity | None] = {}
+
+    def __call__(self, source: str) -> Identity | None:
+        """Return what `identify` returns."""
+        if not is_embedded(source):
+            return identify(source)
+        container = container_of(source)
+        if container not in self._containers:
+            self._containers[container] = identify(container)
+        return self._containers[container]
+
+
 def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
-    """Read and hash a file that does not change meanwhile.
+    """Read and hash a file, or a media item inside a file, that does not change meanwhile.
 
     Returns:
-        the bytes of an image, or the path of a video, which may be larger than memory; and the record with
-        key, length and identity, but no size in pixels.
+        the bytes of an image or of embedded media, or the path of a video, which may be larger than memory;
+        and the record with key, length and identity, but no size in pixels.
 
     Raises:
         BadMediaError: at stage fetch: the file is missing, cannot be read, or changes during each read.
     """
+    if is_embedded(task.source):
+        return _read_inside(task)
     data: bytes | Path = Path(task.source)
     most = MAX_VIDEO_BYTES if task.kind == "video" else MAX_BYTES
     try:
@@ -119,6 +146,26 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
         raise BadMediaError("no such file", "fetch") from None
     except (OSError, ValueError) as error:
         raise BadMediaError(getattr(error, "strerror", None) or str(error), "fetch") from error
+    raise BadMediaError("the file changes while it is read", "fetch")
+
+
+def _read_inside(task: SourceTask) -> tuple[bytes, MediaRecord]:
+    """Read and hash a media item inside a file, as `read_local` does."""
+    for _ in range(TRIES):
+        before = identify(task.source)
+        wait_s = 0.0 if before is None else before.settle_s()
+        if wait_s > 0:
+            time.sleep(wait_s)
+            before = identify(task.source)
+        try:
+            data = read_embedded(task.source, MAX_BYTES)
+        except EmbeddedMediaError as error:
+            raise BadMediaError(str(error), "fetch") from None
+        if before is not None and identify(task.source) == before:
+            key = hashlib.sha256(data).hexdigest()
+            record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=len(data))
+            trusted = before if wait_s >= 0 else before._replace(inode=0)
+            return data, trusted.stamp(record)
     raise BadMediaError("the file changes while it is read", "fetch")
 
 

@@ -23,7 +23,7 @@ class SourceTask:
     """One source to bring into the space."""
 
     source: str
-    """Absolute path or URL."""
+    """Absolute path, URL, or name of embedded media."""
     kind: str = "image"
     """image or video."""
     attempts: int = 0

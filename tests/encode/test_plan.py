@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.format.embedded import row_source
 from cache.format.frame_sampling import frame_views
 from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
@@ -217,3 +218,20 @@ def test_counting_yields_the_samples_and_counts_each_source_once() -> None:
     counter = MediaCounter()
     assert list(counter.count(samples)) == samples
     assert (counter.samples, list(counter.media)) == (5, ["/0", "/x", "/1"])
+
+
+def test_media_inside_a_file_are_read_again_only_when_that_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"rows")
+    sources = [row_source("parquet", str(path), "image", row) for row in range(3)]
+    identity = identify(sources[0])
+    assert identity is not None
+    ledger = {s: identity.stamp(MediaRecord(source=s, key=KEY)) for s in sources[:2]}
+    media = dict.fromkeys(sources, Mention("image"))
+    plan = make_plan(media, ledger, Present({KEY}), space="s")
+    assert (plan.reused, [task.source for task in plan.todo]) == (2, sources[2:])
+    path.write_bytes(b"other rows")
+    assert len(make_plan(media, ledger, Present({KEY}), space="s").todo) == 3
+    path.unlink()  # features outlive their file
+    plan = make_plan(media, ledger, Present({KEY}), space="s")
+    assert (plan.reused, [one.source for one in plan.missing]) == (2, sources[2:])

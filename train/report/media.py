@@ -1,7 +1,7 @@
 """Read images and videos for the report: an image as it is or smaller, a video as some of its frames.
 
-Files are read from where the samples name them. If a file is not on this machine, or has changed since it was
-encoded, the report says so instead.
+Files, and media inside files, are read from where the samples name them. If one is not on this machine, or
+has changed since it was encoded, the report says so instead.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from cache.errors import EmbeddedMediaError
+from cache.format.embedded import is_embedded, read_embedded
 from cache.format.frame_sampling import sample_times
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
-from cache.view.thumbnails import NotShownError, data_uri, decode, jpeg, read_file
+from cache.view.thumbnails import NotShownError, data_uri, decode, jpeg, read_media
 from model.media import video, video_index
 from model.media.images import BadMediaError
 
@@ -30,6 +32,8 @@ FRAMES = 6
 """Frames of a video, evenly from the first to the last."""
 FRAME_SIDE = 200
 """Longer side of a frame, pixels."""
+MAX_EMBEDDED_BYTES = 1 << 30
+"""Bytes of the largest video inside a file that is read: it is held in memory."""
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 """First bytes of a file -> its format, of those that every browser shows."""
 
@@ -57,13 +61,13 @@ def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, MediaRecord
 def picture(source: str, record: MediaRecord | None) -> Picture:
     """Return an image or a video for the page; `record` is None for a source that the media table lacks."""
     if record is not None and record.kind == "video":
-        return _video(Path(source), record)
-    return _image(Path(source), None if record is None else record.key)
+        return _video(source, record)
+    return _image(source, None if record is None else record.key)
 
 
-def _image(path: Path, key: str | None) -> Picture:
+def _image(source: str, key: str | None) -> Picture:
     try:
-        data = read_file(path, key)
+        data = read_media(source, key)
         file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
         if file_format is not None and len(data) <= VERBATIM_BYTES:
             return Picture(uris=(data_uri(data, file_format),))
@@ -72,18 +76,24 @@ def _image(path: Path, key: str | None) -> Picture:
         return Picture(absent=f"image {error}")
 
 
-def _video(path: Path, record: MediaRecord) -> Picture:
+def _video(source: str, record: MediaRecord) -> Picture:
     what = "video" if record.duration_s is None else f"video of {record.duration_s:.1f} s"
-    if not path.is_file():  # opening a pipe would wait for ever
-        return Picture(absent=f"{what} not on this machine")
+    path = Path(source)
     try:
-        with path.open("rb") as file:
-            key = hashlib.file_digest(file, "sha256").hexdigest()
+        data: bytes | Path = path
+        if is_embedded(source):
+            data = read_embedded(source, MAX_EMBEDDED_BYTES)
+            key = hashlib.sha256(data).hexdigest()
+        elif not path.is_file():  # opening a pipe would wait for ever
+            return Picture(absent=f"{what} not on this machine")
+        else:
+            with path.open("rb") as file:
+                key = hashlib.file_digest(file, "sha256").hexdigest()
         if record.key not in (None, key):
             return Picture(absent=f"{what} has changed since it was encoded")
-        info = video_index.probe(path)
-        frames = list(video.frames(path, sample_times(info.duration_s, FRAMES), info))
-    except OSError:
+        info = video_index.probe(data)
+        frames = list(video.frames(data, sample_times(info.duration_s, FRAMES), info))
+    except (OSError, EmbeddedMediaError):
         return Picture(absent=f"{what} not on this machine")
     except BadMediaError as error:
         return Picture(absent=f"{what} cannot be read: {error}")

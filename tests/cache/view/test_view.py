@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import re
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from PIL import Image
 
 from cache.errors import CacheError, CorruptError
 from cache.format import codec
+from cache.format.embedded import member_source
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, append_media
@@ -415,6 +417,21 @@ def test_an_image_comes_from_its_path_or_from_kept_downloads(
     kept, _ = thumbnail(web, name, SPEC, keep)
     assert kept is not None
     assert (np.asarray(kept) == np.asarray(here)).all()
+
+
+def test_a_media_item_inside_a_file_has_a_thumbnail(
+    tmp_path: Path, photo: tuple[Path, str]
+) -> None:
+    path, name = photo
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(path, "photo.png")
+    size = path.stat().st_size
+    source = member_source(str(tmp_path / "a.tar"), tarfile.BLOCKSIZE, size, "photo.png")
+    shown, reason = thumbnail([source], name, SPEC, None)
+    assert shown is not None and not reason
+    assert thumbnail([source], key(1), SPEC, None)[1] == "has changed since it was encoded"
+    (tmp_path / "a.tar").unlink()
+    assert thumbnail([source], name, SPEC, None) == (None, "not on this machine")
 
 
 def test_the_page_decodes_what_the_encoder_decodes() -> None:

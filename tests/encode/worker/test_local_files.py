@@ -13,12 +13,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cache.format.embedded import member_source, row_source
 from cache.store.ledger import MediaRecord
 from encode.worker import local_files
-from encode.worker.local_files import Identity, identify, read_local, size_in_header, unreadable
+from encode.worker.local_files import (
+    Identifier,
+    Identity,
+    identify,
+    read_local,
+    size_in_header,
+    unreadable,
+)
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError, decode_image
 
@@ -45,6 +55,41 @@ def test_bytes_key_and_identity(tmp_path: Path) -> None:
     assert video == (path, replace(record, kind="video")), (
         "a video is hashed, and not held in memory"
     )
+
+
+def test_a_media_item_inside_a_file_has_its_own_key_and_the_identity_of_the_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [b"abc", None]}), path)
+    first, second = (row_source("parquet", str(path), "image", row) for row in (0, 1))
+    for kind in ("image", "video"):  # a video is held in memory, as a download is
+        data, record = read_local(SourceTask(source=first, kind=kind))
+        assert (data, record.key) == (b"abc", hashlib.sha256(b"abc").hexdigest())
+        assert (record.kind, record.bytes, record.size) == (kind, 3, path.stat().st_size)
+        assert is_unchanged(path, record)
+    with pytest.raises(BadMediaError, match="no bytes here") as found:
+        read_local(SourceTask(source=second))
+    assert found.value.stage == "fetch"
+    assert is_unchanged(path, unreadable(SourceTask(source=second)))
+    path.unlink()
+    for source in (first, member_source(str(tmp_path / "none.tar"), 512, 3, "a")):
+        assert identify(source) is None
+        with pytest.raises(BadMediaError, match="no such file"):
+            read_local(SourceTask(source=source))
+
+
+def test_a_container_is_looked_at_once_for_all_its_media(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"image": [b"abc"] * 9}), path := tmp_path / "a.parquet")
+    looked: list[str] = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path: looked.append(path) or stat(path))  # type: ignore[func-returns-value]
+    identifier = Identifier()
+    found = {identifier(row_source("parquet", str(path), "image", row)) for row in range(9)}
+    assert len(found) == 1 and None not in found
+    assert looked == [str(path)]
 
 
 def test_a_write_within_one_clock_tick_of_reading_changes_the_identity(tmp_path: Path) -> None:

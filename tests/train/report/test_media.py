@@ -11,9 +11,12 @@ import io
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cache.format.embedded import row_source
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from tests.support.videos import make_video, number_of
@@ -44,6 +47,20 @@ def test_a_video_is_shown_by_frames_with_their_times(video: Path) -> None:
             assert image.size == (200, 150)
             numbers.append(number_of(image))
     assert numbers == [0, 2, 4, 6, 8, 10]  # two frames a second
+
+
+def test_media_inside_a_file_are_shown(video: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(image := tmp_path / "image.png")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"media": [video.read_bytes(), image.read_bytes()]}), path)
+    film, still = (row_source("parquet", str(path), "media", row) for row in (0, 1))
+    assert picture(film, found(video, source=film)).times_s == (0, 1, 2, 3, 4, 5)
+    assert picture(still, None).uris[0].startswith("data:image/png")
+    gone = row_source("parquet", str(path), "media", 2)
+    assert picture(gone, None).absent == "image not on this machine"
+    assert picture(gone, found(video)).absent == "video of 5.0 s not on this machine"
+    other = found(video, key="0" * 64)
+    assert picture(film, other).absent == "video of 5.0 s has changed since it was encoded"
 
 
 def test_a_missing_video_is_named_with_its_length_and_the_reason(
