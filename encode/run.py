@@ -2,9 +2,11 @@
 
 python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
 python -m encode.run --dataset folder:photos                  # your images and videos, CLIP ViT-L/14@336
+python -m encode.run --dataset json:llava.json --media images # conversations that name their images
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # try again what failed
+python -m encode.run --dataset pixmo-cap --sample 1000        # 1,000 samples, spread over the data set
 python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
 python -m encode.run --dataset folder:photos demo --plan      # print what it would cost, and stop
 python -m encode.run --check 50                               # encode 50 media again, compare with the stored
@@ -21,7 +23,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -29,17 +30,12 @@ import configs
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.files import disk_full
-from cache.store.ledger import media_sizes
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, read_samples, write_samples
-from configs import UserError
+from encode.datasets import Reading, read_datasets
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
-from encode.plan import MediaCounter
-from encode.records.account import Account
-from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
-from encode.sources.folder import FolderDataset
+from encode.sources.catalogue import choose, open_datasets, read_catalogue
 from encode.worker.config import WorkerConfig
 from model.vision.config import encoder_config
 
@@ -52,7 +48,8 @@ class Options:
     """Encode data sets into the feature cache."""
 
     dataset: tuple[str, ...] = ()
-    """Data sets: a name or group (see --list), `folder:PATH`, or `NAME=folder:PATH`. May be repeated."""
+    """Data sets: a name or group (see --list), or folder:PATH, json:FILE, hf:ORG/NAME[:CONFIG],
+    webdataset:GLOB, each also as NAME=folder:PATH. May be repeated."""
     encoder: str = DEFAULT_ENCODER
     """Vision tower: an entry of configs/encoders.yaml."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
@@ -66,7 +63,11 @@ class Options:
     features: Path = Path("cache")
     """Folder of the feature cache."""
     source: Path | None = None
-    """Folder of downloaded lists, one folder a data set (PixMo), instead of the hub."""
+    """Folder of downloaded lists or data sets, one folder a data set (PixMo, hf:), instead of the hub."""
+    media: Path | None = None
+    """Folder of the media that a data set names (json:, hf:). Default: the folder of its file."""
+    config: Path | None = None
+    """Your own data sets and encoders, over ours. Default: nanomolmo2.yaml in this folder, if any."""
     max_frames: int = MAX_FRAMES
     """Frames of one video, at most: 2 a second, or this many evenly spaced if the video is longer."""
     keep_media: Path | None = None
@@ -87,6 +88,12 @@ class Options:
     """Attempts for a URL whose failure may be temporary."""
     limit: int | None = None
     """Take only the first N samples of each data set. Until it is encoded again, the cache has only these."""
+    sample: int | None = None
+    """Take only N samples of each data set, spread over it: the same ones each time. Reads it twice."""
+    seed: int = 0
+    """Which samples --sample takes."""
+    bad_lines: Literal["refuse", "leave-out"] = "refuse"
+    """Lines that would lose text or media: refuse the data set, or leave-out: go on without them."""
     rehash: bool = False
     """Read every file again, even if its size, times and inode are unchanged."""
     check: int | None = None
@@ -116,10 +123,14 @@ class Options:
     """Seconds after which a shard is committed although it is not full: the most work a crash can lose."""
 
     def __post_init__(self) -> None:
-        for name in (*COUNTS, "pool", "frame_pool", "limit", "threads", "check"):
+        for name in (*COUNTS, "pool", "frame_pool", "limit", "sample", "threads", "check"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
+        if self.limit is not None and self.sample is not None:
+            raise ValueError(
+                "--limit takes the first samples, --sample some of all: use one of them"
+            )
         if isinstance(self.workers, int) and self.workers < 0:
             raise ValueError(f"--workers {self.workers}: must be 0 or more, or auto")
         if min(self.timeout_s, self.fetch_timeout_s) <= 0 or self.commit_every_s < 0:
@@ -149,11 +160,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def encode(root: CacheRoot, options: Options, start: float) -> int:
     """Run the whole job, step by step; return the exit code."""
-    datasets = open_datasets(options.dataset, root.path, options.source)
+    datasets = open_datasets(options.dataset, root.path, options.source, options.media)
     config = worker_config(options)
     if options.check is not None:
         return check(root, options, config, [dataset.name for dataset in datasets])
-    counter = update_samples(root, datasets, options)
+    reading = how_to_read(options)
+    choices = {choice.name: choice for choice in choose(options.dataset)}
+    counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
     if options.fetch_only:
         return fetch_only(root, counter.media, config, retry_failed=options.retry_failed)
 
@@ -183,39 +196,21 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
             with interrupts:
                 job.run(layout, lock.token, interrupts, timeout_s=options.timeout_s)
         # Points in pixels can be written as text only now that the sizes of the images are known.
-        update_samples(root, [d for d in datasets if d.needs_sizes], options)
+        sized = [dataset for dataset in datasets if dataset.needs_sizes]
+        read_datasets(root, sized, choices, reading, quiet=True)
         return job.close(plan, time.monotonic() - start, interrupts)
 
 
-def update_samples(root: CacheRoot, datasets: Sequence[Dataset], options: Options) -> MediaCounter:
-    """Write the samples tables, except with --plan, and count the media that they mention."""
-    counter = MediaCounter()
-    sizes = media_sizes(root) if any(d.needs_sizes for d in datasets) else {}
-    for dataset in datasets:
-        samples = counter.count(
-            islice(dataset.samples(sizes, Account(name=dataset.name)), options.limit)
-        )
-        if options.plan:
-            for _ in samples:
-                pass
-        else:
-            refuse_other_folder(root, dataset)
-            write_samples(root, dataset.name, samples)
-    return counter
-
-
-def refuse_other_folder(root: CacheRoot, dataset: Dataset) -> None:
-    """Refuse a folder whose name another folder's samples have: they would be replaced."""
-    if not isinstance(dataset, FolderDataset) or dataset.name not in dataset_names(root):
-        return
-    folder = dataset.folder
-    for sample in islice(read_samples(root, dataset.name), 1):
-        if sample.media and not Path(sample.media[0].source).is_relative_to(folder):
-            raise UserError(
-                f"{root.samples(dataset.name).parent} has the samples of "
-                f"{Path(sample.media[0].source).parent}; give {folder} a name of its own: --dataset "
-                f"NAME=folder:{folder}, or remove that folder of samples if the images have moved"
-            )
+def how_to_read(options: Options) -> Reading:
+    """Return which samples of each data set are used."""
+    return Reading(
+        limit=options.limit,
+        sample=options.sample,
+        seed=options.seed,
+        leave_out=options.bad_lines == "leave-out",
+        source=options.source,
+        media=options.media,
+    )
 
 
 def worker_config(options: Options) -> WorkerConfig:

@@ -159,21 +159,24 @@ class PixmoDataset:
     def samples(
         self,
         sizes: Mapping[str, Size] = {},
-        account: Account | None = None,  # noqa: ARG002 - its own tally counts
+        account: Account | None = None,
     ) -> Iterator[Sample]:
         """Yield all samples, file by file and row by row.
 
         Args:
+            account: counts rows, and by its reason what is not used of them. Without, the reasons are logged.
             sizes: source -> width and height in pixels, of the images whose size is known.
 
         Raises:
             UserError: a file is damaged, a column is missing or has another type, or no row is usable.
         """
-        tally = _Tally()
+        tally = _Tally(account)
         used = False
         try:
             for path in self.files:
                 for number, row in enumerate(_rows(path, self.name)):
+                    if account is not None:
+                        account.lines["PixMo"] += 1
                     for sample in self._of_row(row, f"{path.stem}#{number}", sizes, tally):
                         used = True
                         yield sample
@@ -182,7 +185,7 @@ class PixmoDataset:
                 raise UserError(f"{self.name}: no row of {self.files[0].parent} is usable: {why}")
         finally:  # also if the caller stops early
             line = tally.summary()
-            if tally and line not in self._logged:
+            if tally and account is None and line not in self._logged:
                 self._logged.add(line)
                 log.warning("%s: %s", self.name, line)
 
@@ -209,7 +212,13 @@ class PixmoDataset:
 class _Tally(dict[str, tuple[int, str]]):
     """Reason -> number of unusable rows, and the first of them."""
 
+    def __init__(self, account: Account | None):
+        super().__init__()
+        self._account = account
+
     def add(self, reason: str, where: str) -> None:
+        if self._account is not None:
+            self._account.left_out[reason.removeprefix("left out: ")] += 1
         times, first = self.get(reason, (0, where))
         self[reason] = times + 1, first
 

@@ -7,6 +7,7 @@ main(["--dataset", "folder:photos", "--encoder", "tiny", "--features", "cache"])
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from cache.store import index_file
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import read_samples
+from cache.store.samples import dataset_names, read_origin, read_samples
 from cache.store.space import find_space, read_info
 from cache.verify import verify
 from configs import UserError
@@ -50,7 +51,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(photos: Path, *more: str) -> int:
-    words = ["--dataset", f"folder:{photos}", "--encoder", "tiny", "--device", "cpu"]
+    return run_only(photos, f"folder:{photos}", *more)
+
+
+def run_only(photos: Path, dataset: str, *more: str) -> int:
+    words = ["--dataset", dataset, "--encoder", "tiny", "--device", "cpu"]
     return main([*words, "--features", str(photos.parent / "cache"), *more])
 
 
@@ -60,8 +65,9 @@ def test_a_job_prints_its_plan_and_its_result(
     (photos / "bad.png").write_bytes(b"no image")
     assert run(photos) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["space", "media", "rows", "disk"]
-    assert lines[1] == "media    7 in 7 samples: 7 to do, 0 reused, 0 failed before"
+    assert lines[0] == "photos: 7 images"
+    assert [line.split()[0] for line in lines[1:5]] == ["space", "media", "rows", "disk"]
+    assert lines[2] == "media    7 in 7 samples: 7 to do, 0 reused, 0 failed before"
     assert lines[-2].startswith(
         "failed   1 at decode; each with its reason: python -m cache.ls --failures"
     )
@@ -96,7 +102,7 @@ def test_planning_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str
     assert run(photos, "--plan") == 0
     assert not (photos.parent / "cache").exists()
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert words == ["space", "media", "rows", "disk", "time", "pays"]
+    assert words == ["photos:", "space", "media", "rows", "disk", "time", "pays"]
 
 
 def test_beside_another_driver_a_job_is_refused_and_planned_without_a_change(photos: Path) -> None:
@@ -118,6 +124,49 @@ def test_a_limit_takes_the_first_samples(photos: Path) -> None:
     assert run(photos) == 0
     assert len(list(read_samples(root, "photos"))) == 6
     assert FeatureReader(find_space(root, None)).rows("image") == 6
+
+
+def test_a_sample_is_spread_and_the_same_each_time(photos: Path) -> None:
+    root = CacheRoot(photos.parent / "cache")
+    draw(photos, 40)
+    found = []
+    for more in ((), (), ("--seed", "1")):
+        assert run(photos, "--sample", "6", *more, "--plan") == 0
+        assert run(photos, "--sample", "6", *more) == 0
+        found.append([sample.id for sample in read_samples(root, "photos")])
+        origin = read_origin(root, "photos")
+        assert origin is not None
+        assert origin.words == ("--dataset", f"photos=folder:{photos}", "--sample", "6", *more)
+    assert found[0] == found[1] != found[2]
+    assert [len(ids) for ids in found] == [6, 6, 6]
+    assert found[0] == sorted(found[0]) != [f"{n:04}.png" for n in range(6)]
+
+
+def test_the_users_file_has_encoders_and_data_sets(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are found from another folder with the words that the samples remember."""
+    monkeypatch.chdir(photos.parent)
+    tiny = (photos.parent / "configs" / "encoders.yaml").read_text()
+    user = yaml.safe_load(tiny)["tiny"]
+    config = {
+        "datasets": {"holidays": {"source": "folder", "path": "photos", "about": "my own"}},
+        "encoders": {"mine": {**user, "pool_image": 2}},
+    }
+    (photos.parent / "nanomolmo2.yaml").write_text(yaml.safe_dump(config))
+    words = ["--encoder", "mine", "--device", "cpu", "--features", str(photos.parent / "cache")]
+    assert main(["--dataset", "holidays", *words]) == 0
+    assert main(["--list"]) == 0
+    assert "my own" in capsys.readouterr().out
+    origin = read_origin(CacheRoot(photos.parent / "cache"), "holidays")
+    assert origin is not None
+    file = str(photos.parent / "nanomolmo2.yaml")
+    assert origin.words == ("--dataset", "holidays", "--config", file)
+    monkeypatch.chdir("/")
+    assert main([*origin.words, *words]) == 0
+    assert "encoded=0 reused=6" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such data set"):
+        main(["--dataset", "holidays", *words])
 
 
 def test_each_pooling_and_codec_has_its_own_space(photos: Path) -> None:
@@ -145,8 +194,13 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
     assert run(photos) == 0
     twin = photos.parent / "elsewhere" / "photos"
     draw(twin, 1, first=70)
-    with pytest.raises(UserError, match=r"--dataset NAME=folder:"):
+    with pytest.raises(UserError, match=r"would both be the data set 'photos'"):
         run(photos, "--dataset", f"folder:{twin}")
+    with pytest.raises(UserError, match=r"has the samples of photos=folder:") as refused:
+        run_only(photos, f"folder:{twin}")
+    fixed = shlex.split(str(refused.value).partition("of its own: ")[2].partition(", or ")[0])
+    assert run_only(photos, *fixed[1:]) == 0
+    assert dataset_names(CacheRoot(photos.parent / "cache")) == ["photos", "photos-2"]
     (photos / "sub").mkdir()
     (photos / "0000.png").rename(photos / "sub" / "0000.png")
     assert run(photos) == 0, "the same folder may change"
@@ -159,6 +213,12 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
         ([], "name at least one data set"),
         (["--dataset", "folder:/x", "--pool", "0"], "--pool 0: must be at least 1"),
         (["--dataset", "folder:/x", "--limit", "-3"], "--limit -3"),
+        (["--dataset", "folder:/x", "--sample", "0"], "--sample 0: must be at least 1"),
+        (["--dataset", "folder:/x", "--sample", "1", "--limit", "1"], "use one of them"),
+        (["--dataset", "folder:/x", "--source", "/x"], "--source /x: no data set named by"),
+        (["--dataset", "folder:/x", "--media", "/x"], "--media /x: no data set named by"),
+        (["--dataset", "my photos=folder:/x"], "for example: --dataset my-photos=folder:/x"),
+        (["--dataset", "folder:/x", "--config", "/no.yaml"], "/no.yaml: cannot be read"),
         (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
         (["--dataset", "folder:/x", "--workers", "many"], "many"),
         (["--dataset", "folder:/x", "--codec", "int3"], "int3"),

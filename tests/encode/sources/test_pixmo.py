@@ -22,6 +22,7 @@ import configs
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, read_samples, write_samples
 from configs import UserError
+from encode.records.account import Account
 from encode.sources.catalogue import Dataset, open_datasets, read_catalogue
 from encode.sources.pixmo import NAMES
 from tests.support.pixmo_lists import HELD_OUT, write_pixmo, write_table
@@ -369,6 +370,19 @@ def test_unusable_rows_are_logged_once(tmp_path: Path, caplog: pytest.LogCapture
         "left out: no image_url (1, first train-00000-of-00001#1); "
         "left out: image_url is not an http(s) URL (1, first train-00000-of-00001#3)"
     )
+
+
+def test_an_account_counts_rows_and_why_they_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [a_question(0), a_question(1, image_url=None), a_question(2, answer=" ")]
+    write_table(tmp_path, ASK, rows)
+    account = Account(name=ASK)
+    assert len(list(account.watch(only(ASK, tmp_path).samples({}, account)))) == 1
+    assert account.text() == (
+        f"{ASK}: 3 lines (3 PixMo), 1 image; left out: 1 no image_url, 1 no answer"
+    )
+    assert not warnings(caplog), "the account is printed"
 
 
 def test_unusable_rows_are_logged_if_the_caller_stops_early(
