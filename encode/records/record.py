@@ -11,6 +11,13 @@ from typing import Literal
 
 from cache.store.samples import Message
 
+IMAGE_TOKEN = "<image>"
+"""Placeholder of an image or video in a message."""
+# The prompts never change, so that runs can be compared.
+CAPTION_PROMPT = "Describe this image."
+"""User message of a caption of an image."""
+VIDEO_PROMPT = "Describe this video."
+"""User message of a caption of a video."""
 MARKS = ("<image>", "<video>")
 """Either mark in a turn of the user stands for the next media item of the record, whatever its kind."""
 

@@ -30,16 +30,10 @@ from typing import Any, ClassVar
 from cache.store.samples import ROLES, MediaRef, Message, Sample
 from configs import UserError, nearest
 from encode.records.account import Account
+from encode.records.record import CAPTION_PROMPT, IMAGE_TOKEN, VIDEO_PROMPT
 from model.media.video import VIDEO_SUFFIXES
 
 METADATA = "metadata.jsonl"
-IMAGE_TOKEN = "<image>"
-"""Placeholder of an image or video in a message."""
-# The prompts never change, so that runs can be compared.
-CAPTION_PROMPT = "Describe this image."
-"""User message of a caption of an image."""
-VIDEO_PROMPT = "Describe this video."
-"""User message of a caption of a video."""
 
 SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}

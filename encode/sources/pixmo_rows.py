@@ -19,7 +19,7 @@ from typing import Any
 
 from cache.store.samples import MediaRef, Message
 from encode.errors import BadRowError
-from encode.sources.folder import CAPTION_PROMPT, IMAGE_TOKEN
+from encode.records.record import CAPTION_PROMPT, IMAGE_TOKEN
 
 TRANSCRIPT_PROMPT = "Describe this image as you would tell it to somebody."
 """User message of a transcript: what an annotator said, before it was turned into a caption."""

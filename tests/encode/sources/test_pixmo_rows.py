@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cache.format.media_marks import split_at_marks
 from cache.store.samples import MediaRef
 from encode.errors import BadRowError
-from encode.sources.folder import CAPTION_PROMPT
+from encode.records.record import CAPTION_PROMPT
 from encode.sources.pixmo_rows import (
     EDGE,
     NONE,

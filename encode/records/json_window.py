@@ -1,0 +1,193 @@
+"""The part of a JSON file that is in memory, and the objects in it, one after the other.
+
+    window = Window(file)
+    for piece in elements(window): ...        # behind `[`: the elements of a list
+    for piece in objects(window): ...         # objects that follow each other
+
+Memory holds one object and one block of the file. A broken object is a `Piece` with a fault. Reading goes on
+behind it if its end is certain; otherwise its fault is the last one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from encode.records.account import FaultError
+from encode.records.strict_json import MAX_BYTES, check_depth, find_end
+
+BLOCK = 1 << 20
+"""Bytes read at once, at least."""
+BOM = b"\xef\xbb\xbf"
+
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[^\s,\[\]{}":]++')
+_REST = "; the rest of the file is not read"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The bytes of one value, or what is wrong with them."""
+
+    data: bytes
+    offset: int
+    """Where it starts in the file, in bytes."""
+    line: int
+    """Number of the line in which it starts, from 1."""
+    fault: FaultError | None = None
+
+
+class Window:
+    """A block of a file, and a position in it."""
+
+    def __init__(self, file: BinaryIO, *, offset: int = 0, line: int = 1) -> None:
+        file.seek(offset)
+        self._file = file
+        self._base = offset  # of data[0] in the file
+        self._counted = 0  # line breaks before this position of data are in _line
+        self._line = line
+        self.data = b""
+        self.at = 0
+        """Position in `data`."""
+        self.last = False
+        """Whether `data` ends where the file ends."""
+        if offset == 0 and self.peek(len(BOM)) == BOM:
+            self.at = len(BOM)
+
+    @property
+    def offset(self) -> int:
+        """Position in the file, in bytes."""
+        return self._base + self.at
+
+    @property
+    def line(self) -> int:
+        """Number of the line at the position."""
+        self._line += self.data.count(b"\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def more(self) -> bool:
+        """Read on, and forget what is before the position; False at the end of the file."""
+        if self.last:
+            return False
+        _ = self.line
+        kept = self.data[self.at :]
+        # As much again, so that a long object is searched for its end a few times only.
+        block = self._file.read(max(BLOCK, len(kept)))
+        self._base += self.at
+        self.data, self.at, self._counted = kept + block, 0, 0
+        self.last = not block
+        return not self.last
+
+    def peek(self, size: int = 1) -> bytes:
+        """Return the next bytes: fewer at the end of the file."""
+        while len(self.data) - self.at < size and self.more():
+            pass
+        return self.data[self.at : self.at + size]
+
+    def skip_space(self) -> bytes:
+        """Move to the next byte that is not white space, and return it; empty at the end of the file."""
+        while True:
+            match = _SPACE.match(self.data, self.at)
+            assert match is not None
+            self.at = match.end()
+            if self.at < len(self.data) or not self.more():
+                return self.data[self.at : self.at + 1]
+
+    def piece(self) -> Piece:
+        """Return the value at the position, and move behind it.
+
+        Raises:
+            FaultError: its end is not certain. The position is then where the value starts.
+        """
+        line = self.line
+        while True:
+            if self.data[self.at : self.at + 1] in (b"[", b"{"):
+                found = find_end(self.data, self.at, last=self.last)
+                end, depth = found or (0, 0)
+            else:
+                match = _SCALAR.match(self.data, self.at)
+                end, depth = match.end() if match else 0, 0
+                if end == len(self.data) and not self.last:
+                    end = 0  # it may go on
+                elif not end and (self.data[self.at] != 0x22 or b"\n" in self.data[self.at :]):
+                    raise _fault(f"{self.data[self.at : self.at + 1]!r} instead of a value")
+            if end:
+                break
+            if len(self.data) - self.at > MAX_BYTES:
+                raise FaultError("too large", f"a value of more than {MAX_BYTES >> 20} MiB{_REST}")
+            if not self.more():
+                raise FaultError("not JSON", f"not JSON: a value without an end{_REST}")
+        start, offset = self.at, self.offset
+        self.at = end
+        try:
+            if end - start > MAX_BYTES:
+                raise FaultError("too large", f"a value of more than {MAX_BYTES >> 20} MiB")
+            check_depth(depth)
+        except FaultError as fault:
+            return Piece(b"", offset, line, fault)
+        return Piece(self.data[start:end], offset, line)
+
+    def broken(self, fault: FaultError) -> Piece:
+        """Return a piece for a fault at the position, and move to the end of the file."""
+        piece = Piece(b"", self.offset, self.line, fault)
+        self.finish()
+        return piece
+
+    def finish(self) -> None:
+        """Move to the end of the file."""
+        self.at = len(self.data)
+        self.last = True
+
+
+def elements(window: Window) -> Iterator[Piece]:
+    """Yield the elements of a list; the position is behind its `[`, and then behind its `]`."""
+    comma = True  # a value may follow
+    first = True
+    while True:
+        byte = window.skip_space()
+        if byte == b"]":
+            if comma and not first:
+                yield Piece(
+                    b"", window.offset, window.line, _fault("a comma before the end of a list")
+                )
+            window.at += 1
+            return
+        if not byte:
+            yield window.broken(_fault("a list without an end"))
+            return
+        if byte == b",":
+            if comma:
+                yield Piece(b"", window.offset, window.line, _fault("a comma without a value"))
+            comma = True
+            window.at += 1
+            continue
+        if not comma:
+            yield Piece(b"", window.offset, window.line, _fault("no comma between two values"))
+        try:
+            yield window.piece()
+        except FaultError as fault:
+            yield window.broken(_rest(fault))
+            return
+        comma = first = False
+
+
+def objects(window: Window) -> Iterator[Piece]:
+    """Yield the values that follow each other until the end of the file."""
+    while window.skip_space():
+        try:
+            yield window.piece()
+        except FaultError as fault:
+            yield window.broken(_rest(fault))
+            return
+
+
+def _fault(what: str) -> FaultError:
+    return FaultError("not JSON", f"not JSON: {what}")
+
+
+def _rest(fault: FaultError) -> FaultError:
+    message = str(fault)
+    return FaultError(fault.kind, message if message.endswith(_REST) else message + _REST)
