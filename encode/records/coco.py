@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from encode.records.account import Account, FaultError
 from encode.records.json_window import Piece, Window, elements
 from encode.records.keys import Fields
-from encode.records.line import Line
+from encode.records.record import Line
 from encode.records.strict_json import parse
 
 _SECTIONS = ("info", "licenses", "categories", "type", "images", "annotations")

@@ -2,12 +2,15 @@
 
 A record is one JSON object, one row of a CSV or Parquet file, or one group of files of a tar. Reading it
 gives one `Record` for each independent conversation in it.
+
+    bytes -> Line -> Record -> cache.store.samples.Sample
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cache.store.samples import Message
 
@@ -20,6 +23,20 @@ VIDEO_PROMPT = "Describe this video."
 """User message of a caption of a video."""
 MARKS = ("<image>", "<video>")
 """Either mark in a turn of the user stands for the next media item of the record, whatever its kind."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One object of a file, as `stream.read_lines` yields it."""
+
+    where: str
+    """File and number of the line in which the object starts, as in photos/metadata.jsonl:7."""
+    value: Mapping[str, Any]
+    """Its keys and values."""
+    offset: int = -1
+    """Where its bytes start in the file; -1 if it is a row of a Parquet file."""
+    length: int = 0
+    """Number of its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

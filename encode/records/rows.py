@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from encode.records.account import Account, FaultError
 from encode.records.keys import is_known
-from encode.records.line import Line
+from encode.records.record import Line
 from encode.records.strict_json import MAX_BYTES, parse
 
 BATCH = 1000

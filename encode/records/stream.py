@@ -18,7 +18,7 @@ from configs import UserError
 from encode.records.account import Account, FaultError
 from encode.records.coco import as_object, find_sections, read_coco
 from encode.records.json_window import BOM, Piece, Window, elements, objects
-from encode.records.line import Line
+from encode.records.record import Line
 from encode.records.rows import read_parquet, read_table
 from encode.records.strict_json import MAX_BYTES
 
