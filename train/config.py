@@ -91,6 +91,9 @@ class Options(RemoteOptions):
     no process. A resumed run keeps its number, whatever the number of processes that resume it."""
     max_sequence_length: int = 4096
     """Longest sequence, in tokens: one image (or several) with its annotations."""
+    over_long: Literal["refuse", "split", "leave-out"] = "refuse"
+    """What becomes of a sample longer than `max_sequence_length`: the training is refused; it is cut between
+    turns, with the media repeated in each part; or it is left out. Parts and samples left out are counted."""
     max_tokens: int = 8192
     """Longest micro-batch, in tokens. Changes memory and speed, not what is learned."""
     use_gradient_checkpointing: bool = True

@@ -114,6 +114,7 @@ def train(
     if (newest := checkpoint.newest(checkpoints)) is not None:
         done = checkpoint.load(newest, vlm, optimizer)["step"]
         print(f"resuming after step {done}: {newest}")
+    used = data.schedule.trees.samples
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     group.require_equal(lambda: starting_facts(options, data, forward, done))
     log = open_log(folder, options, group, run_id, done)
@@ -134,7 +135,7 @@ def train(
             totals = local.reduce(group, device)
             group.sum_gradients(trainable)
             norm = clip_gradients(trainable, options.max_grad_norm)
-            refuse_non_finite(step, local, totals, norm, vlm, data.train, group)
+            refuse_non_finite(step, local, totals, norm, vlm, used, group)
             lr = set_rates(optimizer, rates, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -38,6 +38,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
+from train.data.usable import NothingToLearnError
 from train.stage import run_folder
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Data:
     """The samples of a stage: those it trains on, and those held out."""
 
     train: SampleList
-    """The training split."""
+    """The training split, as it is frozen in the run. `schedule.trees.samples` are those it trains on."""
     schedule: TrainingSchedule
     """Which of `train` each step takes."""
     val_schedule: SinglePass | None
@@ -221,7 +222,8 @@ def load_data(
             others find it done.
 
     Raises:
-        UserError: features are missing, no data set is in the cache, or a sample is longer than the window.
+        UserError: features are missing, no data set is in the cache, no sample has text to learn, or a sample
+            is longer than the window and `over_long` is `refuse`.
     """
     root = cache_root(reader)
     facts = run_folder.read_facts(folder)
@@ -244,6 +246,7 @@ def load_data(
         "max_tokens": options.max_sequence_length,
         "max_branches": min(MAX_BRANCHES, options.samples_per_step),
         "placeholders": Placeholders.of(reader.spec, tokenizer),
+        "over_long": options.over_long,
     }
     schedule = TrainingSchedule(
         build_message_trees(train, tokens, **limits),
@@ -254,8 +257,9 @@ def load_data(
     val_schedule = None
     if (val := _held_out(options, reader, train)) is not None:
         val_tokens = TokenStore.open(root, val.names, tokenizer, folder=token_folder)
-        trees = build_message_trees(val, val_tokens, **limits)
-        val_schedule = SinglePass(trees, options.samples_per_step)
+        with contextlib.suppress(NothingToLearnError):  # a warning has counted the samples
+            trees = build_message_trees(val, val_tokens, **limits)
+            val_schedule = SinglePass(trees, options.samples_per_step)
     return Data(train=train, schedule=schedule, val_schedule=val_schedule)
 
 

@@ -153,3 +153,58 @@ def _render(
         supervised = weight if role == "assistant" else 0.0
         weights += [0.0] * len(head) + [supervised] * len(tail) + [0.0] * len(pieces["\n"])
     return ids, weights
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The place of one turn in the tokens of a sample."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    start: int
+    """Its first token."""
+    content: int
+    """The first token after its role."""
+    end: int
+    """The first token after it."""
+
+
+def find_turns(tokenizer: PreTrainedTokenizerFast, ids: NDArray[np.int32]) -> list[Turn]:
+    """Return the turns of a tokenised sample. Text never contains the token that begins a turn."""
+    pieces = _template_ids(tokenizer)
+    heads = {role: pieces[IM_START] + pieces[f"{role}\n"] for role in ROLES}
+    starts = np.flatnonzero(ids == pieces[IM_START][0]).tolist()
+    turns = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        role = next(
+            r for r, head in heads.items() if ids[start : start + len(head)].tolist() == head
+        )
+        turns.append(Turn(role, start, start + len(heads[role]), end))
+    return turns
+
+
+def cut_turns(
+    text: TokenizedSample, turns: Sequence[Turn], first: int, end: int, image: int
+) -> TokenizedSample:
+    """Return turns [first, end) of a sample as a sample of its own, with the context that they need.
+
+    The system turns before them are repeated, and the media before them are put at the start of the first
+    user turn. Nothing of the context is supervised.
+
+    Args:
+        text: the whole sample.
+        turns: its turns, see `find_turns`.
+        first: the first turn of the part.
+        end: the first turn after the part.
+        image: id of `<image>`.
+    """
+    begin, stop = turns[first].start, turns[end - 1].end
+    seen = int((text.ids[:begin] == image).sum())
+    user = next((turn for turn in turns[first:end] if turn.role == "user"), None)
+    assert user is not None or not seen, "no user turn for the media of earlier turns"
+    at = begin if user is None else user.content
+    system = [np.arange(turn.start, turn.end) for turn in turns[:first] if turn.role == "system"]
+    head = np.concatenate([*system, np.arange(begin, at)])
+    ids = [text.ids[head], np.full(seen, image, dtype=np.int32), text.ids[at:stop]]
+    weights = [text.weights[head], np.zeros(seen, dtype=np.float32), text.weights[at:stop]]
+    return TokenizedSample(ids=np.concatenate(ids), weights=np.concatenate(weights))

@@ -147,6 +147,7 @@ def touch(root: CacheRoot, rows: int) -> dict[str, float]:
 
 def schedule(root: CacheRoot, rows: int) -> dict[str, float]:
     """Build an epoch of about `rows` samples: two data sets, trees of one or two samples."""
+    from train.data.choices import Choices
     from train.data.message_trees import MessageTrees
     from train.data.schedule import (
         TrainingSchedule,  # imports torch, which the other steps need no memory for
@@ -162,6 +163,7 @@ def schedule(root: CacheRoot, rows: int) -> dict[str, float]:
         names=("captions", "points"),
         mix=(0.6, 0.4),
         members=np.arange(samples),
+        choices=Choices.none(),
         starts=starts,
         dataset=(np.arange(trees) > trees // 3).astype(np.int16),
         prefix=np.zeros(trees, np.int32),

@@ -39,6 +39,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import Schedule
 from train.data.tokens import TokenStore
+from train.data.usable import OverLong
 
 SPEC: FeatureSpec = small_spec()
 M = SPEC.tokens("image")
@@ -154,7 +155,11 @@ class World:
         )
 
     def trees(
-        self, joined: SampleList, max_tokens: int = 512, max_branches: int = 4
+        self,
+        joined: SampleList,
+        max_tokens: int = 512,
+        max_branches: int = 4,
+        over_long: OverLong = "refuse",
     ) -> MessageTrees:
         """Group the samples of a list into trees."""
         return build_message_trees(
@@ -163,6 +168,7 @@ class World:
             max_tokens=max_tokens,
             max_branches=max_branches,
             placeholders=Placeholders.of(SPEC, self.tokenizer),
+            over_long=over_long,
         )
 
     def load(self, schedule: Schedule, *, max_tokens: int = 512, **options: Any) -> FeatureLoader:

@@ -42,6 +42,7 @@ from cache.store.references import (
 )
 from cache.store.samples import content_digest, dataset_names, samples_table
 from configs import UserError
+from train.data.choices import first_answers
 from train.data.sample_list import (
     Coverage,
     Ints,
@@ -84,10 +85,10 @@ def join(
         datasets: name -> share of the mix; or None for all of them, then each counts by its size.
         split: `train` or `val`.
         held_out: share of media in `val`. A sample is in `val` if any of its media is; a sample without
-            media is split by its id.
+            media is split by its id, or by its question if it is one of several answers.
         min_coverage: least share of samples with features, not counting samples with failed media.
         max_frames: most frames of one video; with its duration, it decides which frames are needed.
-        limit: most samples of each data set, from its beginning.
+        limit: most samples of each data set, from its beginning; all answers to a question are one sample.
         frozen: a list written by `SampleList.freeze`; the result has exactly its samples.
 
     Raises:
@@ -122,7 +123,7 @@ def join(
         use = present & side
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
-        kept.append(np.flatnonzero(use)[:limit])
+        kept.append(_first_questions(np.flatnonzero(use), part.choice, limit))
     result = _assemble(root, split, names, shares, parts, numbers, kept, media, found, counts)
     _check_coverage(result, reader, min_coverage, ledger, found.partial, max_frames)
     if frozen is not None:
@@ -168,13 +169,19 @@ class _Part:
     """(S,) factors on the loss."""
     task: pa.ChunkedArray
     """(S,) strings, question types."""
+    choice: npt.NDArray[np.int32]
+    """(S,) number of the question that has several answers; -1: the sample is the only answer."""
+    choices: int
+    """Number of such questions."""
+    split_by: pa.Array
+    """(S,) strings by which a sample without media is held out: the question if it has one, or the id."""
     references: References
     """The media that its samples mention."""
 
 
 def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
     """Read a data set; raise UserError if it has media that are neither images nor videos."""
-    table = samples_table(root, name, ["id", "media", "weight", "task"])
+    table = samples_table(root, name, ["id", "media", "weight", "task", "choice"])
     references = References.of(table["media"], ledger)
     if (references.kind == UNKNOWN_KIND).any():
         kinds = pc.unique(pc.struct_field(pc.list_flatten(table["media"]), "kind")).to_pylist()
@@ -183,11 +190,18 @@ def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
             "only images and videos can be trained on: "
             f"python -m encode.run --dataset {name} writes it again"
         )
+    ids = table["id"].combine_chunks()
+    choice = table["choice"].combine_chunks()
+    several = pc.not_equal(choice, "")
+    coded = pc.if_else(several, choice, None).dictionary_encode()
     return _Part(
         digest=content_digest(table),
-        ids=table["id"].combine_chunks(),
+        ids=ids,
         weight=np.asarray(table["weight"], dtype=np.float32),
         task=table["task"].combine_chunks(),
+        choice=np.asarray(pc.fill_null(coded.indices, -1), dtype=np.int32),
+        choices=len(coded.dictionary),
+        split_by=pc.if_else(several, choice, ids),
         references=references,
     )
 
@@ -226,9 +240,20 @@ def _held_out(
     held_out = np.append(of_key < below, False)
     result = part.references.count(held_out[items]) > 0
     text_only = np.flatnonzero(part.references.counts == 0)
-    heads = [hashlib.sha256(i.encode()).digest() for i in part.ids.take(text_only).to_pylist()]
+    heads = [hashlib.sha256(i.encode()).digest() for i in part.split_by.take(text_only).to_pylist()]
     result[text_only] = [int.from_bytes(head[: HASH_BITS // 8]) < below for head in heads]
     return result
+
+
+def _first_questions(chosen: Ints, choice: npt.NDArray[np.int32], limit: int | None) -> Ints:
+    """Return those of the `chosen` samples that are among the first `limit` questions."""
+    if limit is None or len(chosen) <= limit:
+        return chosen
+    first = first_answers(choice[chosen])
+    number = (
+        np.cumsum(first == np.arange(len(chosen))) - 1
+    )  # of the questions, by their first answers
+    return chosen[number[first] < limit]
 
 
 def _assemble(
@@ -262,6 +287,11 @@ def _assemble(
     tasks = pa.chunked_array(
         [p.task.take(pa.array(k)) for p, k in zip(parts, kept, strict=True)], pa.string()
     )
+    choices: list[npt.NDArray[np.int32]] = []
+    before = 0  # questions of the data sets before this one
+    for p, k in zip(parts, kept, strict=True):
+        choices.append(np.where(p.choice[k] >= 0, p.choice[k] + np.int32(before), np.int32(-1)))
+        before += p.choices
     given = [share for share in shares.values() if share is not None]
     coded = tasks.combine_chunks().dictionary_encode()
     result = SampleList(
@@ -274,6 +304,9 @@ def _assemble(
         weight=np.concatenate([p.weight[k] for p, k in zip(parts, kept, strict=True)]),
         task=np.asarray(coded.indices, dtype=np.int32),
         tasks=tuple(coded.dictionary.to_pylist()),
+        choice=np.concatenate(choices),
+        first_turn=np.zeros(len(dataset), dtype=np.int32),
+        end_turn=np.zeros(len(dataset), dtype=np.int32),
         offsets=edges_of(lengths),
         media=rank[media],
         keys=known.keys[used],

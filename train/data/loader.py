@@ -246,7 +246,7 @@ class FeatureLoader:
         members = part.members.tolist()
         media = samples.media_of(members[0]).tolist()
         tree = build_token_tree(
-            [tokens.sample(int(samples.dataset[m]), int(samples.index[m])) for m in members],
+            [tokens.of(samples, m) for m in members],
             sample_numbers=members,
             factors=samples.weight[members].tolist(),
             media=media,

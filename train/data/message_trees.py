@@ -10,27 +10,42 @@ one. A tree never spans two data sets, because the mix counts each data set sepa
     )
     trees.slice(0).members     # positions in `samples` of the first tree's branches
 
-S samples, N of them with a supervised token, T trees, K media items. Token counts are those of the packed
-sequence: an image counts its feature tokens, a video its frames' feature tokens and timestamps, and the
-tokens after a sample's last prediction are not counted.
+Several answers to one question are one member of a tree: one of them is drawn when a step takes the tree.
+They have equal media and an equal beginning, and a tree has room for the longest.
+
+S samples that can be trained on, N questions (a sample that is the only answer is one), T trees. Token counts
+are those of the packed sequence: an image counts its feature tokens, a video its frames' feature tokens and
+timestamps, and the tokens after a sample's last prediction are not counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cache.format.checksums import GOLDEN, mix64
 from cache.store.references import VIDEO, edges_of, within
-from configs import UserError
+from train.data.choices import Choices, first_answers
 from train.data.placeholders import Placeholders
 from train.data.sample_list import Ints, SampleList
 from train.data.tokens import TokenStore
+from train.data.usable import OverLong, added_tokens, fit_window, learnable
 
 log = logging.getLogger(__name__)
+
+
+class Draw(NamedTuple):
+    """What decides which of several answers to a question is taken."""
+
+    seed: int
+    """Of the run."""
+    number: int
+    """Passes over the data set before this one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +65,7 @@ class MessageTrees:
     """All trees of a sample list as flat arrays, ordered by the first sample of each tree."""
 
     samples: SampleList
-    """The samples the trees are made of."""
+    """The samples the trees are made of: those of the list given that can be trained on, or parts of them."""
     tokens: TokenStore
     """Their tokenised text."""
     names: tuple[str, ...]
@@ -58,7 +73,9 @@ class MessageTrees:
     mix: tuple[float, ...] | None
     """Share of each of `names`, sum 1; None: each data set counts by its size."""
     members: Ints
-    """(N,) positions in the sample list, tree after tree."""
+    """(N,) positions in the sample list, tree after tree; of several answers to a question the first one."""
+    choices: Choices
+    """Which of the N have other answers."""
     starts: Ints
     """(T + 1,) tree t has members[starts[t]:starts[t + 1]]."""
     dataset: npt.NDArray[np.int16]
@@ -88,22 +105,35 @@ class MessageTrees:
         """Return the number of samples of each of `trees`."""
         return self.starts[trees + 1] - self.starts[trees]
 
-    def slice(self, tree: int, low: int = 0, high: int | None = None) -> TreeSlice:
-        """Return branches [low, high) of one tree; without limits, the whole tree."""
-        first, end = self.starts[tree], self.starts[tree + 1]
+    def slice(
+        self, tree: int, low: int = 0, high: int | None = None, draw: Draw | None = None
+    ) -> TreeSlice:
+        """Return branches [low, high) of one tree; without limits, the whole tree.
+
+        `draw` says which of several answers to a question it has; without it, it has the first.
+        """
+        first, end = int(self.starts[tree]), int(self.starts[tree + 1])
         members = self.members[first + low : end if high is None else first + high]
+        if draw is not None:
+            members = self.choices.draw(members, first + low, seed=draw.seed, number=draw.number)
         prefix = int(self.prefix[tree]) if len(members) > 1 else 0
         tokens = int(self.length[members].sum()) - prefix * (len(members) - 1)
         return TreeSlice(members=members, prefix=prefix, tokens=tokens)
 
     def describe(self) -> str:
         """Return the counts of samples, trees and tokens as one line for the log."""
+        several = len(self.choices.slots)
+        answers = (
+            f" ({len(self.choices.answers):,} answers to {several:,} of them, one an epoch)"
+            if several
+            else ""
+        )
         unshared = int(self.length[self.members].sum(dtype=np.int64))
         saved = int((self.prefix * (np.diff(self.starts) - 1)).sum(dtype=np.int64))
         return (
-            f"{len(self.members):,} samples in {len(self):,} trees; {unshared - saved:,} tokens per pass "
-            f"({unshared:,} if each sample stood alone); longest sample "
-            f"{int(self.length[self.members].max()):,} of {self.max_tokens:,} tokens"
+            f"{len(self.members):,} samples{answers} in {len(self):,} trees; {unshared - saved:,} tokens per "
+            f"pass ({unshared:,} if each sample stood alone); longest sample "
+            f"{int(self.length.max()):,} of {self.max_tokens:,} tokens"
         )
 
 
@@ -114,8 +144,9 @@ def build_message_trees(
     max_tokens: int,
     max_branches: int,
     placeholders: Placeholders,
+    over_long: OverLong = "refuse",
 ) -> MessageTrees:
-    """Group `samples` into trees.
+    """Group `samples` into trees, without those that have no text to learn.
 
     Args:
         samples: the samples to group.
@@ -123,33 +154,34 @@ def build_message_trees(
         max_tokens: length limit of a tree, in tokens. A longer group is split, each part with the prefix.
         max_branches: most samples of one tree; at most the number of samples of a step.
         placeholders: the tokens that stand for images and videos.
+        over_long: what becomes of samples longer than `max_tokens`.
 
     Raises:
-        UserError: a sample is longer than `max_tokens` (samples are never cut, nor dropped for their
-            length), or no sample has a supervised token.
+        NothingToLearnError: no sample has text to learn.
+        UserError: a sample is longer than `max_tokens` and `over_long` is `refuse`, or none is left.
     """
-    media_tokens = placeholders.lengths(samples)
-    # The token store counts one token for each image or video.
-    added = np.diff(edges_of(media_tokens[samples.media] - 1)[samples.offsets])
-    length = tokens.field("used", samples.dataset, samples.index) + added
-    loss_weight = tokens.field("loss_weight", samples.dataset, samples.index) * samples.weight
-    use = _supervised(samples, loss_weight)
-    _check_window(samples, use, length, media_tokens, max_tokens)
-
-    has_media = (np.diff(samples.offsets) > 0)[use]
+    samples = learnable(samples, tokens)
+    samples = fit_window(samples, tokens, placeholders, max_tokens=max_tokens, over_long=over_long)
+    added = added_tokens(samples, placeholders.lengths(samples))
+    records = tokens.measure(samples)
+    length = records["used"] + added
     # Both are 0 for a sample without media.
-    prefix = tokens.field("prefix", samples.dataset, samples.index) + added
-    prefix_hash = tokens.field("prefix_hash", samples.dataset, samples.index)
-    group = _group_hash(samples, prefix_hash)[use]
-    order = np.lexsort((use, group, samples.dataset[use]))
+    prefix = records["prefix"] + added
+    group = samples.media_hash() ^ records["prefix_hash"]
+
+    answers = first_answers(samples.choice, samples.first_turn, samples.dataset, group)
+    use = np.flatnonzero(answers == np.arange(samples.size))
+    longest = length.copy()  # of all answers to a question, because any of them may be drawn
+    np.maximum.at(longest, answers, length)
+    order = np.lexsort((use, group[use], samples.dataset[use]))
     members = use[order]
     starts_group = np.ones(len(members), dtype=bool)
     starts_group[1:] = (
-        (group[order][1:] != group[order][:-1])
+        (group[members][1:] != group[members][:-1])
         | (samples.dataset[members][1:] != samples.dataset[members][:-1])
-        | ~has_media[order][1:]
+        | (np.diff(samples.offsets)[members][1:] == 0)
     )
-    starts = _split(starts_group, length[members], prefix[members], max_tokens, max_branches)
+    starts = _split(starts_group, longest[members], prefix[members], max_tokens, max_branches)
     # Trees are ordered by their first samples, so a pass without shuffling follows the sample list.
     by_first = np.argsort(members[starts], kind="stable")
     sizes = np.diff(np.append(starts, len(members)))[by_first]
@@ -157,6 +189,7 @@ def build_message_trees(
     members = members[within(starts[by_first], sizes)]
     first = members[edges[:-1]]
     assert _same_media(samples, members, np.repeat(first, sizes)), "two media lists have one hash"
+    assert _same_media(samples, np.arange(samples.size), answers), "two media lists have one hash"
     names, mix, dataset = _renumber(samples, first)
     return MessageTrees(
         samples=samples,
@@ -164,73 +197,41 @@ def build_message_trees(
         names=names,
         mix=mix,
         members=members,
+        choices=_choices(samples, answers, members),
         starts=edges,
         dataset=dataset,
         prefix=np.where(sizes > 1, prefix[first], 0).astype(np.int32),
         first_row=_first_row(samples, first),
         length=length.astype(np.int32),
-        loss_weight=loss_weight,
+        loss_weight=records["loss_weight"] * samples.weight,
         placeholders=placeholders,
         max_tokens=max_tokens,
     )
 
 
-def _supervised(samples: SampleList, loss_weight: npt.NDArray[np.float64]) -> Ints:
-    """Return the samples that have a supervised token; log how many have none, and the first of those."""
-    use = np.flatnonzero(loss_weight > 0)
-    without = np.flatnonzero(loss_weight <= 0)
-    if len(without):
-        log.warning(
-            "%s samples have no assistant words with a weight above 0 and are left out, first %s",
-            f"{len(without):,}",
-            samples.name_of(int(without[0])),
-        )
-    if not len(use):
-        raise UserError(
-            f"{', '.join(samples.names)}: no sample has assistant words to learn from; "
-            "give them captions, answers or messages (folder:PATH takes a metadata.jsonl)"
-        )
-    return use
+def _choices(samples: SampleList, answers: Ints, members: Ints) -> Choices:
+    """Return which members have alternatives.
 
-
-def _check_window(
-    samples: SampleList, use: Ints, length: Ints, media_tokens: Ints, max_tokens: int
-) -> None:
-    """Raise UserError if a sample of `use` is longer than `max_tokens`."""
-    longest = int(use[np.argmax(length[use])])
-    if length[longest] <= max_tokens:
-        return
-    too_long = int((length[use] > max_tokens).sum())
-    media = samples.media_of(longest)
-    videos = media[samples.kinds[media] == VIDEO]
-    images = media[samples.kinds[media] != VIDEO]
-    parts, ways = [], ["encode with more pooling (encode.run --pool 2)"]
-    if len(images) or not len(media):
-        each = f" x {int(media_tokens[images[0]]):,}" if len(images) else ""
-        parts.append(f"{len(images)}{each} for images")
-    if len(videos):
-        frames = int(np.diff(samples.starts)[videos].sum())
-        parts.append(f"{int(media_tokens[videos].sum()):,} for {frames:,} frames of videos")
-        ways = ["take fewer frames (--max-frames, here and in encode.run)", *ways]
-    text = int(length[longest] - media_tokens[media].sum())
-    raise UserError(
-        f"sample {samples.name_of(longest)} is {length[longest]:,} tokens long ({', '.join(parts)}, "
-        f"{text:,} of text) and the window is {max_tokens:,}; "
-        f"{too_long:,} of {len(use):,} samples do not fit. Raise "
-        f"--max-sequence-length to {length[longest]:,}, {', '.join(ways)}, or leave those samples out "
-        "of the data set"
+    Args:
+        samples: the list.
+        answers: (S,) position of the first answer to each sample's question.
+        members: (N,) positions of the first answers, in their order in the trees.
+    """
+    count = np.bincount(answers, minlength=samples.size)
+    slots = np.flatnonzero(count[members] > 1)
+    first = members[slots]
+    by_question = np.argsort(answers, kind="stable")
+    digests = [hashlib.sha256(name.encode()).digest() for name in samples.names]
+    of_name = np.array([int.from_bytes(digest[:8]) for digest in digests], dtype=np.uint64)
+    place = samples.index.astype(np.uint64) + (
+        samples.first_turn.astype(np.uint64) << np.uint64(40)
     )
-
-
-def _group_hash(samples: SampleList, prefix_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """(S,) hashes, equal for samples with equal media in equal order and equal prefixes."""
-    count = np.diff(samples.offsets)
-    place = within(np.zeros_like(count), count).astype(np.uint64)
-    one = mix64(samples.media.astype(np.uint64) + (place << np.uint64(32)) + GOLDEN)
-    total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(one, dtype=np.uint64)])
-    # The sums and their differences wrap around at 2**64; equal lists still get equal hashes.
-    media = total[samples.offsets[1:]] - total[samples.offsets[:-1]]
-    return mix64(media + GOLDEN) ^ prefix_hash
+    return Choices(
+        slots=slots,
+        starts=edges_of(count[first]),
+        answers=by_question[within(edges_of(count)[first], count[first])],
+        keys=mix64(place[first] + GOLDEN) ^ of_name[samples.dataset[first]],
+    )
 
 
 def _split(

@@ -21,9 +21,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from cache.format.checksums import GOLDEN, mix64
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
-from cache.store.references import IMAGE, NOUNS, VIDEO, within
+from cache.store.references import IMAGE, NOUNS, VIDEO, edges_of, within
 from configs import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -68,6 +69,12 @@ class SampleList:
     """(S,) index into `tasks`."""
     tasks: tuple[str, ...]
     """Question types."""
+    choice: npt.NDArray[np.int32]
+    """(S,) equal for the answers to one question, of which an epoch takes one; -1: the only answer."""
+    first_turn: npt.NDArray[np.int32]
+    """(S,) the first turn of a part of a sample, see `train.data.usable`; 0 for a whole sample."""
+    end_turn: npt.NDArray[np.int32]
+    """(S,) the first turn after the part; 0 for a whole sample."""
     offsets: Ints
     """(S + 1,) sample i has media[offsets[i]:offsets[i + 1]]."""
     media: npt.NDArray[np.int32]
@@ -113,13 +120,57 @@ class SampleList:
         return present / (present + self.missing) if present + self.missing else 1.0
 
     def name_of(self, sample: int) -> str:
-        """Return `<data set>/<id>` of the sample at a position of this list."""
+        """Return `<data set>/<id>` of the sample at a position of this list, and the turns of a part."""
         dataset = int(self.dataset[sample])
-        return f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
+        name = f"{self.names[dataset]}/{self.ids[dataset][int(self.index[sample])].as_py()}"
+        if not (end := int(self.end_turn[sample])):
+            return name
+        return f"{name} turns {int(self.first_turn[sample]) + 1}-{end}"
 
     def media_of(self, sample: int) -> npt.NDArray[np.int32]:
         """Return the media of one sample, (n,) indices of `keys`, `kinds` and `starts`."""
         return self.media[self.offsets[sample] : self.offsets[sample + 1]]
+
+    def media_hash(self) -> npt.NDArray[np.uint64]:
+        """Return (S,) hashes, equal for samples with equal media in equal order."""
+        count = np.diff(self.offsets)
+        place = within(np.zeros_like(count), count).astype(np.uint64)
+        one = mix64(self.media.astype(np.uint64) + (place << np.uint64(32)) + GOLDEN)
+        total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(one, dtype=np.uint64)])
+        # The sums and their differences wrap around at 2**64; equal lists still get equal hashes.
+        media: npt.NDArray[np.uint64] = total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return mix64(media + GOLDEN)
+
+    def take(
+        self,
+        chosen: Ints,
+        turns: npt.NDArray[np.int32] | None = None,
+        media_counts: Ints | None = None,
+    ) -> SampleList:
+        """Return the list of some of the samples, or of parts of them. It keeps the digest of this list.
+
+        Args:
+            chosen: (n,) positions in this list, ascending; a position may occur once for each part.
+            turns: (n, 2) first turn of each part and the first after it, 0 and 0 for a whole sample. None:
+                as in this list.
+            media_counts: (n,) number of media of each part, the first ones of the sample. None: all.
+        """
+        if turns is None:
+            turns = np.stack([self.first_turn[chosen], self.end_turn[chosen]], axis=1)
+        if media_counts is None:
+            media_counts = np.diff(self.offsets)[chosen]
+        return replace(
+            self,
+            dataset=self.dataset[chosen],
+            index=self.index[chosen],
+            weight=self.weight[chosen],
+            task=self.task[chosen],
+            choice=self.choice[chosen],
+            first_turn=turns[:, 0].copy(),
+            end_turn=turns[:, 1].copy(),
+            offsets=edges_of(media_counts),
+            media=self.media[within(self.offsets[chosen], media_counts)],
+        )
 
     def is_video(self, item: int) -> bool:
         """Whether a media item is a video."""

@@ -5,7 +5,8 @@ A step is a pure function of (seed, step number), so a resumed run computes its 
     schedule = TrainingSchedule(trees, samples_per_step=32, seed=0)
     schedule.step(1000).slices     # the trees of step 1000, for all ranks together
 
-Each data set is an endless stream: permutation after permutation of its samples. An epoch takes an exact
+Each data set is an endless stream: permutation after permutation of its samples. Several answers to one
+question count as one sample, and each permutation takes another one of them. An epoch takes an exact
 quota from each stream (every sample once when the mix has no weights) and shuffles the quotas together.
 Epochs follow each other without a gap: step s holds the trees whose first sample is at a position in
 [s * B, (s + 1) * B) of the sequence of epochs. No step depends on an earlier one, and none is cut short.
@@ -16,22 +17,23 @@ B samples per step, all ranks together; N samples per epoch. A tree counts as th
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from cache.format.checksums import GOLDEN, mix64
 from cache.store.references import within
-from train.data.message_trees import MessageTrees, TreeSlice
+from train.data.choices import shuffled
+from train.data.message_trees import Draw, MessageTrees, TreeSlice
 from train.data.sample_list import Ints
 
 BLOCK_TREES = 512
 """Order `blocks`: this many trees whose rows are neighbours on disk stay together (about one shard)."""
 BLOCKS_MIXED = 16
 """Order `blocks`: the trees of this many blocks are shuffled together."""
+_Taken = tuple[Ints, Ints, Ints, npt.NDArray[np.int32]]
 EPOCHS_KEPT = 2
 """Epochs kept in memory: a step may extend over the end of an epoch."""
 
@@ -100,7 +102,12 @@ class TrainingSchedule:
             edges = np.array([low, high]) - index * length
             first, last = np.searchsorted(epoch.starts, edges)
             slices += (
-                self.trees.slice(int(epoch.tree[i]), int(epoch.low[i]), int(epoch.high[i]))
+                self.trees.slice(
+                    int(epoch.tree[i]),
+                    int(epoch.low[i]),
+                    int(epoch.high[i]),
+                    Draw(self.seed, int(epoch.number[i])),
+                )
                 for i in range(first, last)
             )
         return make_step(number, slices, self.trees)
@@ -123,19 +130,20 @@ class TrainingSchedule:
             for dataset, quota in enumerate(self.quotas)
             for part in self._take(dataset, index * quota, (index + 1) * quota)
         ]
-        tree, low, high = (np.concatenate(column) for column in zip(*parts, strict=True))
+        tree, low, high, number = (np.concatenate(column) for column in zip(*parts, strict=True))
         if len(self.quotas) > 1:
             mixed = self._mix(np.array([len(p[0]) for p in parts]), index)
-            tree, low, high = tree[mixed], low[mixed], high[mixed]
+            tree, low, high, number = tree[mixed], low[mixed], high[mixed], number[mixed]
         sizes = high - low
-        return _Epoch(tree=tree, low=low, high=high, starts=np.cumsum(sizes) - sizes)
+        starts = np.cumsum(sizes) - sizes
+        return _Epoch(tree=tree, low=low, high=high, number=number, starts=starts)
 
-    def _take(self, dataset: int, low: int, high: int) -> list[tuple[Ints, Ints, Ints]]:
-        """Return samples [low, high) of a data set's stream as (tree, first branch, last branch) arrays.
+    def _take(self, dataset: int, low: int, high: int) -> list[_Taken]:
+        """Return samples [low, high) of a data set's stream: tree, first and last branch, permutation.
 
         A tree that extends over an edge is cut there; its other branches belong to the next epoch.
         """
-        taken: list[tuple[Ints, Ints, Ints]] = []
+        taken: list[_Taken] = []
         size = self.sizes[dataset]
         for number in range(low // size, (high - 1) // size + 1) if high > low else ():
             trees = self._permutation(dataset, number)
@@ -150,6 +158,7 @@ class TrainingSchedule:
                     trees[first:last],
                     np.maximum(low - starts, 0),
                     np.minimum(high - starts, counts),
+                    np.full(len(counts), number, dtype=np.int32),
                 )
             )
         return taken
@@ -181,7 +190,10 @@ class TrainingSchedule:
 
 
 class SinglePass:
-    """Every sample exactly once, in the order of the sample list: for evaluation."""
+    """Every sample exactly once, in the order of the sample list: for evaluation.
+
+    Of several answers to a question it takes the first.
+    """
 
     def __init__(self, trees: MessageTrees, samples_per_step: int) -> None:
         self.trees = trees
@@ -208,6 +220,8 @@ class _Epoch:
     tree: Ints
     low: Ints
     high: Ints
+    number: npt.NDArray[np.int32]
+    """The permutation of the data set that each entry belongs to."""
     starts: Ints
     """Samples of the epoch before each entry."""
 
@@ -254,15 +268,3 @@ def split_by_rank(slices: Sequence[TreeSlice], world_size: int) -> list[list[Tre
         loads[rank] += slices[index].tokens
         assigned[rank].append(index)
     return [[slices[i] for i in sorted(indices)] for indices in assigned]
-
-
-def shuffled(count: int, *key: int | str) -> Ints:
-    """Return a permutation of range(count) that depends on `key` alone.
-
-    It sorts the outputs of splitmix64. They are all different, so every numpy version and every sorting
-    algorithm gives the same permutation; numpy's own random streams may change between versions.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    x = np.arange(count, dtype=np.uint64) * GOLDEN
-    x += np.frombuffer(digest[:8], dtype="<u8")
-    return np.argsort(mix64(x)).astype(np.int64, copy=False)

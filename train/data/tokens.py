@@ -2,6 +2,9 @@
 
     tokens = TokenStore.open(root, ["demo"], tokenizer, folder=Path("runs/.tokens"))
     tokens.sample(0, 17).ids     # the tokens of sample 17 of the first data set
+    tokens.of(samples, 3).ids    # those of the sample, or part of a sample, at a position of a list
+
+A sample without text to learn, or whose media do not fit its messages, has no tokens.
 
 The files are in one folder for each (texts, tokenizer, template version), beside the runs and never in the
 cache, which may be read-only or shared:
@@ -9,7 +12,7 @@ cache, which may be read-only or shared:
     runs/.tokens/<id>/ids.bin       int32    tokens of all samples; an image or video is one token
                       weights.bin   float32  loss weight of each token; 0: not supervised
                       samples.bin   SAMPLE   one record for each sample
-                      meta.json     written last, with the sizes of the other files
+                      meta.json     written last: the sizes of the other files, and what is wrong with samples
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +35,20 @@ import numpy.typing as npt
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
-from configs import UserError
-from model.language.chat_template import TEMPLATE_VERSION, TokenizedSample, tokenize_messages
+from model.language.chat_template import (
+    TEMPLATE_VERSION,
+    TokenizedSample,
+    Turn,
+    cut_turns,
+    find_turns,
+    tokenize_messages,
+)
 from model.language.tokenizer import IMAGE_TOKEN, token_id, tokenizer_digest
-from train.data.sample_list import Ints
+from train.data.sample_list import Ints, SampleList
 
 log = logging.getLogger(__name__)
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Version of the file layout; part of the folder's id."""
 SAMPLE = np.dtype(
     [
@@ -50,8 +59,11 @@ SAMPLE = np.dtype(
         ("prefix", "<i4"),  # number of those tokens; 0 without media
         ("used", "<i4"),  # number of its tokens that a sequence needs, see `used_tokens`
         ("images", "<i4"),  # number of its images and videos
+        ("fault", "<i4"),  # 1: its messages and media do not fit
     ]
 )
+FAULTS_KEPT = 1000
+"""Samples of a data set of which the reason of their fault is kept; the others are only counted."""
 PROGRESS_S = 30.0
 """Seconds between progress lines while tokenising."""
 FILES = ("ids.bin", "weights.bin", "samples.bin")
@@ -64,22 +76,21 @@ class _Store:
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     samples: npt.NDArray[Any]
+    faults: Mapping[str, str]
+    """Number of a sample -> what is wrong with it, for the first FAULTS_KEPT."""
 
 
 class TokenStore:
     """The tokenised text of several data sets. Make one by `TokenStore.open`."""
 
-    def __init__(self, stores: Sequence[_Store], image_token_id: int) -> None:
+    def __init__(self, stores: Sequence[_Store], tokenizer: Any) -> None:
         self._stores = list(stores)
-        self.image_token_id = image_token_id
+        self._tokenizer = tokenizer
+        self.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
 
     @staticmethod
     def open(root: CacheRoot, names: Sequence[str], tokenizer: Any, *, folder: Path) -> TokenStore:
-        """Map the text of the data sets `names`; tokenise first those that `folder` does not have.
-
-        Raises:
-            UserError: the messages and media of a sample do not match.
-        """
+        """Map the text of the data sets `names`; tokenise first those that `folder` does not have."""
         vocabulary = tokenizer_digest(tokenizer)
         stores = []
         for name in names:
@@ -89,7 +100,7 @@ class TokenStore:
             if not _is_whole(path):
                 _write(path, name, read_samples(root, name), tokenizer)
             stores.append(_map(path))
-        return TokenStore(stores, token_id(tokenizer, IMAGE_TOKEN))
+        return TokenStore(stores, tokenizer)
 
     def sample(self, dataset: int, index: int) -> TokenizedSample:
         """Return the tokens and loss weights of one sample, as views of the mapped files."""
@@ -98,14 +109,46 @@ class TokenStore:
         end = int(store.samples["end"][index])
         return TokenizedSample(ids=store.ids[first:end], weights=store.weights[first:end])
 
-    def field(self, name: str, dataset: npt.NDArray[np.int16], index: Ints) -> Any:
-        """Return the (n,) values of one field of SAMPLE, for samples of several data sets."""
-        parts = [store.samples[name] for store in self._stores]
-        result = np.empty(len(index), dtype=parts[0].dtype)
-        for number, part in enumerate(parts):
+    def records(self, dataset: npt.NDArray[np.int16], index: Ints) -> npt.NDArray[Any]:
+        """Return the (n,) records, of type SAMPLE, of samples of several data sets."""
+        result = np.zeros(len(index), dtype=SAMPLE)
+        for number, store in enumerate(self._stores):
             here = dataset == number
-            result[here] = part[index[here]]
+            result[here] = store.samples[index[here]]
         return result
+
+    def of(self, samples: SampleList, number: int) -> TokenizedSample:
+        """Return the tokens and loss weights of the sample, or part, at a position of a list."""
+        text = self.sample(int(samples.dataset[number]), int(samples.index[number]))
+        if not (end := int(samples.end_turn[number])):
+            return text
+        return self.cut(text, self.turns(text), int(samples.first_turn[number]), end)
+
+    def measure(self, samples: SampleList) -> npt.NDArray[Any]:
+        """Return the (S,) records, of type SAMPLE, of a list; those of parts say nothing of `end`."""
+        result = self.records(samples.dataset, samples.index)
+        for part in np.flatnonzero(samples.end_turn).tolist():
+            result[part] = self.record(self.of(samples, part))
+        return result
+
+    def turns(self, text: TokenizedSample) -> list[Turn]:
+        """Return the turns of a tokenised sample."""
+        return find_turns(self._tokenizer, text.ids)
+
+    def cut(
+        self, text: TokenizedSample, turns: Sequence[Turn], first: int, end: int
+    ) -> TokenizedSample:
+        """Return turns [first, end) of a sample with their context, see `cut_turns`."""
+        return cut_turns(text, turns, first, end, self.image_token_id)
+
+    def record(self, text: TokenizedSample) -> Any:
+        """Return the record of a sample or part, without `end`."""
+        return _record(text, 0, self.image_token_id)[0]
+
+    def fault(self, samples: SampleList, number: int) -> str:
+        """Return what is wrong with a sample whose messages and media do not fit."""
+        faults = self._stores[int(samples.dataset[number])].faults
+        return faults.get(str(int(samples.index[number])), "its messages and media do not fit")
 
 
 def messages_of(sample: Sample) -> list[tuple[str, str, float]]:
@@ -128,7 +171,9 @@ def _map(path: Path) -> _Store:
             return np.empty(0, dtype=dtype)
         return np.memmap(path / name, dtype=dtype, mode="r")
 
+    faults = json.loads((path / "meta.json").read_text())["faults"]
     return _Store(
+        faults=faults,
         ids=mapped("ids.bin", "<i4"),
         weights=mapped("weights.bin", "<f4"),
         samples=mapped("samples.bin", SAMPLE),
@@ -140,9 +185,10 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        count = _tokenize(temporary, name, samples, tokenizer)
+        count, faults = _tokenize(temporary, name, samples, tokenizer)
         sizes = {n: (temporary / n).stat().st_size for n in FILES}
         meta = {"dataset": name, "samples": count, "template": TEMPLATE_VERSION, "bytes": sizes}
+        meta["faults"] = faults
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         if path.exists() and not _is_whole(path):
             shutil.rmtree(path)
@@ -155,21 +201,33 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _tokenize(folder: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> int:
-    """Write the tokens of every sample to FILES in `folder`; return the number of samples."""
+def _tokenize(
+    folder: Path, name: str, samples: Iterable[Sample], tokenizer: Any
+) -> tuple[int, dict[str, str]]:
+    """Write the tokens of every sample to FILES in `folder`.
+
+    Returns:
+        The number of samples; and number -> what is wrong, for the first FAULTS_KEPT that have no tokens
+        because their messages and media do not fit.
+    """
     image = token_id(tokenizer, IMAGE_TOKEN)
     started = reported = time.monotonic()
     end = count = 0
+    faults: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / file).open("wb")) for file in FILES]
         ids, weights, records = files
         for sample in samples:
-            text = tokenize_sample(sample, tokenizer)
+            text, fault = tokenize_sample(sample, tokenizer)
+            if fault and len(faults) < FAULTS_KEPT:
+                faults[str(count)] = fault
             end += len(text.ids)
             count += 1
             ids.write(text.ids.astype("<i4", copy=False).data)
             weights.write(text.weights.astype("<f4", copy=False).data)
-            records.write(_record(text, end, image).data)
+            record = _record(text, end, image)
+            record["fault"] = bool(fault)
+            records.write(record.data)
             if time.monotonic() - reported > PROGRESS_S:
                 reported = time.monotonic()
                 rate = f"{count / (reported - started):,.0f}"
@@ -178,22 +236,23 @@ def _tokenize(folder: Path, name: str, samples: Iterable[Sample], tokenizer: Any
             file.flush()
             os.fsync(file.fileno())
     log.info("%s: %s samples, %s tokens of text", name, f"{count:,}", f"{end:,}")
-    return count
+    return count, faults
 
 
-def tokenize_sample(sample: Sample, tokenizer: Any) -> TokenizedSample:
-    """Return the tokens and loss weights of one sample.
+def tokenize_sample(sample: Sample, tokenizer: Any) -> tuple[TokenizedSample, str]:
+    """Return the tokens and loss weights of one sample, and what is wrong with it.
 
-    Raises:
-        UserError: the sample has more media than `<image>` marks, or an unknown role.
+    There are no tokens if something is wrong, or if there is no text to learn.
     """
+    nothing = TokenizedSample(ids=np.zeros(0, np.int32), weights=np.zeros(0, np.float32))
+    if not any(
+        m.role == "assistant" and m.weight > 0 and m.content.strip() for m in sample.messages
+    ):
+        return nothing, ""
     try:
-        return tokenize_messages(tokenizer, messages_of(sample), len(sample.media))
+        return tokenize_messages(tokenizer, messages_of(sample), len(sample.media)), ""
     except ValueError as error:
-        raise UserError(
-            f"sample {sample.dataset}/{sample.id}: {error}; correct its messages and encode again: "
-            f"python -m encode.run --dataset {sample.dataset}"
-        ) from None
+        return nothing, str(error)
 
 
 def used_tokens(weights: npt.NDArray[np.float32], prefix: int) -> int:
@@ -215,5 +274,5 @@ def _record(text: TokenizedSample, end: int, image: int) -> npt.NDArray[Any]:
     # No token predicts the first one, so its weight never counts.
     loss_weight = float(text.weights[1:].sum(dtype=np.float64))
     used = used_tokens(text.weights, prefix)
-    record = (end, loss_weight, int.from_bytes(head), prefix, used, len(media))
+    record = (end, loss_weight, int.from_bytes(head), prefix, used, len(media), 0)
     return np.array([record], dtype=SAMPLE)

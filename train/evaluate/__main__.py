@@ -41,6 +41,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
+from train.data.usable import learnable
 from train.evaluate.questions import Question, questions
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.setup import check_space, mix_of
@@ -166,6 +167,7 @@ def evaluate(options: Options) -> Evaluation:
         device=device,
         autocast=choose_precision(trained.precision, device, vlm),
     )
+    samples = learnable(samples, tokens)
     lists = [samples, samples.blind(trained.seed)] if options.blind else [samples]
     placeholders = Placeholders.of(reader.spec, tokenizer)
     losses = [mean_loss(s, tokens, reader, forward, trained, placeholders) for s in lists]
@@ -219,6 +221,8 @@ def mean_loss(
         max_tokens=trained.max_sequence_length,
         max_branches=LOSS_STEP,
         placeholders=placeholders,
+        # An evaluation has no such option: what cannot be split is left out and counted.
+        over_long="split" if trained.over_long == "split" else "leave-out",
     )
     schedule = SinglePass(trees, LOSS_STEP)
     with FeatureLoader(schedule, reader, max_tokens=trained.max_tokens) as loader:
@@ -272,7 +276,8 @@ def scored(
     for question, *answers in zip(questions(root, samples), *given, strict=True):
         sample, prompt, expected = question.sample, question.prompt, question.expected
         task = sample.task or sample.dataset
-        right = [is_right(task, expected, text, grid) for text in answers]
+        accepted = (expected, *question.others)
+        right = [any(is_right(task, one, text, grid) for one in accepted) for text in answers]
         result.append(
             Answer(
                 sample=f"{sample.dataset}/{sample.id}",
@@ -280,6 +285,7 @@ def scored(
                 media=tuple(ref.source for ref in sample.media),
                 question=prompt[-1][1] if prompt else "",
                 expected=expected,
+                others=question.others,
                 given=answers[0],
                 correct=right[0],
                 blind=answers[1] if len(answers) > 1 else None,

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
+from train.data.choices import first_answers
 from train.data.sample_list import SampleList
 from train.data.tokens import messages_of
 
@@ -29,6 +31,8 @@ class Question:
     """The sample as stored."""
     media: tuple[int, ...]
     """Its images and videos in order, as indices of the list's media items."""
+    others: tuple[str, ...] = ()
+    """Other answers to the question, which are right too."""
 
     @property
     def prompt(self) -> list[tuple[str, str, float]]:
@@ -42,11 +46,35 @@ class Question:
 
     @property
     def _last(self) -> int:
-        return max(i for i, m in enumerate(self.sample.messages) if m.role == "assistant")
+        last = _last_answer(self.sample)
+        assert last is not None, "a question without an answer"
+        return last
 
 
 def questions(root: CacheRoot, samples: SampleList) -> Iterator[Question]:
-    """Yield the samples of the list that have an answer, in the order of the list."""
+    """Yield the questions of the list's samples that have an answer, in the order of the list.
+
+    Several answers to one question are one question, at the place of the first.
+    """
+    first = first_answers(samples.choice, samples.media_hash())
+    others: dict[int, list[str]] = {}
+    if (first != np.arange(samples.size)).any():
+        for at, sample in _stored(root, samples):
+            if (of := int(first[at])) != at and (end := _last_answer(sample)) is not None:
+                others.setdefault(of, []).append(sample.messages[end].content)
+    for at, sample in _stored(root, samples):
+        if first[at] == at and _last_answer(sample) is not None:
+            media = tuple(samples.media_of(at).tolist())
+            yield Question(sample=sample, media=media, others=tuple(others.get(at, ())))
+
+
+def _last_answer(sample: Sample) -> int | None:
+    """Return the number of the last message of the assistant; None if there is none."""
+    return max((i for i, m in enumerate(sample.messages) if m.role == "assistant"), default=None)
+
+
+def _stored(root: CacheRoot, samples: SampleList) -> Iterator[tuple[int, Sample]]:
+    """Yield position and stored sample of every sample of the list, in the order of the list."""
     at = 0
     for number, name in enumerate(samples.names):
         chosen = samples.index[samples.dataset == number]
@@ -57,9 +85,7 @@ def questions(root: CacheRoot, samples: SampleList) -> Iterator[Question]:
                 for row in batch.take(here).to_pylist():
                     messages = tuple(Message(**m) for m in row.pop("messages"))
                     media = tuple(MediaRef(**m) for m in row.pop("media"))
-                    sample = Sample(messages=messages, media=media, **row)
-                    if any(m.role == "assistant" for m in messages):
-                        yield Question(sample=sample, media=tuple(samples.media_of(at).tolist()))
+                    yield at, Sample(messages=messages, media=media, **row)
                     at += 1
                 start += len(batch)
     assert at == samples.size, "the samples file is shorter than the list made from it"

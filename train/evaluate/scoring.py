@@ -36,6 +36,8 @@ class Answer:
     """The model's answer."""
     correct: bool
     """Whether `given` is right."""
+    others: tuple[str, ...] = ()
+    """Other answers to the question, which are right too."""
     blind: str | None = None
     """The model's answer with exchanged images; None without blind figures."""
     blind_correct: bool | None = None

@@ -191,3 +191,36 @@ def test_blind_exchanges_every_image_for_another_one(world: World) -> None:
     world.write(d=[ask("only", ["p0"])])
     with pytest.raises(UserError, match="one image"):
         world.join().blind(0)
+
+
+def test_answers_to_one_question_are_on_one_side_and_one_sample_of_a_limit(world: World) -> None:
+    world.write(
+        d=[ask(f"{q}-{i}", choice=f"q{q}") for q in range(60) for i in range(3)],
+        e=[ask(f"{i}") for i in range(4)],
+    )
+    world.encode(["a"])
+    sides = {split: world.join("d", split=split, held_out=0.4) for split in ("train", "val")}
+    asked = {
+        split: {name.split("-")[0] for name in names_of(joined)} for split, joined in sides.items()
+    }
+    assert asked["train"] | asked["val"] == {f"d/{q}" for q in range(60)}
+    assert not asked["train"] & asked["val"] and min(map(len, asked.values())) > 10
+    assert sum(joined.size for joined in sides.values()) == 180
+
+    limited = world.join("d", "e", limit=2)
+    assert names_of(limited) == ["d/0-0", "d/0-1", "d/0-2", "d/1-0", "d/1-1", "d/1-2", "e/0", "e/1"]
+    assert limited.choice.tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
+    both = world.join("e", "d")
+    assert both.choice[:4].tolist() == [-1] * 4 and len(set(both.choice[4:].tolist())) == 60
+
+
+def test_a_frozen_list_keeps_its_answers(world: World, tmp_path: Path) -> None:
+    world.write(d=[ask(f"{i}", ["a"], choice="q") for i in range(3)])
+    world.encode(["a"])
+    before = world.join()
+    before.freeze(tmp_path / "samples.safetensors")
+    after = world.join(frozen=tmp_path / "samples.safetensors")
+    assert (after.digest, after.choice.tolist()) == (before.digest, [0, 0, 0])
+    world.write(d=[ask(f"{i}", ["a"], choice=f"q{i}") for i in range(3)])
+    with pytest.raises(UserError, match="not the same any more"):
+        world.join(frozen=tmp_path / "samples.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.choices import Choices
 from train.data.message_trees import MessageTrees, TreeSlice
 from train.data.schedule import (
     Schedule,
     SinglePass,
     TrainingSchedule,
     quotas,
-    shuffled,
     split_by_rank,
 )
 
@@ -46,6 +47,7 @@ def some_trees(
         names=names,
         mix=mix,
         members=everything,
+        choices=Choices.none(),
         starts=starts,
         dataset=dataset,
         prefix=np.zeros(len(flat), np.int32),
@@ -140,6 +142,71 @@ def test_a_step_has_samples_per_step_give_or_take_a_tree(
         assert step.weight == step.samples  # every weight is 1
 
 
+def with_answers(trees: MessageTrees, answers: Sequence[int]) -> MessageTrees:
+    """Return trees in which member i has answers[i] answers: itself, and others after all members."""
+    count = len(trees.members)
+    slots = np.flatnonzero(np.array(answers) > 1)
+    more = iter(range(count, count + sum(answers)))
+    of = [[int(slot), *(next(more) for _ in range(answers[slot] - 1))] for slot in slots]
+    every = np.array([a for group in of for a in group], dtype=np.int64)
+    total = count + len(every)
+    return replace(
+        trees,
+        choices=Choices(
+            slots=slots,
+            starts=np.concatenate([[0], np.cumsum([len(group) for group in of])]).astype(np.int64),
+            answers=every,
+            keys=slots.astype(np.uint64),
+        ),
+        length=(np.arange(total) % 100 + 1).astype(np.int32),
+        loss_weight=np.arange(total) + 1.0,
+    )
+
+
+@given(
+    st.lists(tree_sizes, min_size=1, max_size=2),
+    st.lists(st.integers(1, 4), min_size=96),
+    st.integers(4, 9),
+    orders,
+    st.integers(0, 30),
+)
+@settings(deadline=None)
+def test_an_epoch_has_one_answer_to_each_question_and_all_of_them_in_turn(
+    sizes: list[list[int]], answers: list[int], batch: int, order: str, start: int
+) -> None:
+    plain = some_trees(sizes)
+    count = len(plain.members)
+    trees = with_answers(plain, answers[:count])
+    choices = trees.choices
+    question = np.arange(int(choices.answers.max(initial=count - 1)) + 1)
+    for c, slot in enumerate(choices.slots.tolist()):
+        question[choices.answers[choices.starts[c] : choices.starts[c + 1]]] = slot
+    schedule = TrainingSchedule(trees, batch, seed=2, order=order)  # type: ignore[arg-type]
+    passes = 12  # a multiple of 1, 2, 3 and 4
+    samples = np.array(stream(schedule, steps_of(schedule, passes)))[: passes * count]
+    for epoch in range(passes):  # one sample a question
+        assert sorted(question[samples[epoch * count :][:count]]) == list(range(count))
+    drawn = Counter(samples.tolist())
+    for slot, of in enumerate(answers[:count]):  # all answers equally often
+        assert {n for s, n in drawn.items() if question[s] == slot} == {passes // of}
+    # The same steps in a resumed run, and whatever answers are drawn, in the same order of questions.
+    resumed = TrainingSchedule(trees, batch, seed=2, order=order)  # type: ignore[arg-type]
+    assert stream(resumed, 3, start) == stream(schedule, 3, start)
+    without = TrainingSchedule(plain, batch, seed=2, order=order)  # type: ignore[arg-type]
+    assert question[stream(schedule, 3, start)].tolist() == stream(without, 3, start)
+    for number in range(3):
+        step = schedule.step(number)
+        members = [int(m) for p in step.slices for m in p.members]
+        assert step.weight == trees.loss_weight[members].sum()
+        assert sum(p.tokens for p in step.slices) == trees.length[members].sum()
+
+
+def test_a_single_pass_takes_the_first_answer() -> None:
+    trees = with_answers(some_trees([[2, 1], [3]]), [3, 1, 2, 1, 4, 2])
+    single_pass = SinglePass(trees, 2)
+    assert stream(single_pass, len(single_pass)) == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_tree_larger_than_a_step_is_an_error() -> None:
     with pytest.raises(ValueError, match="max_branches of at most 3"):
         TrainingSchedule(some_trees([[4, 1]]), 3, seed=0)
@@ -226,14 +293,6 @@ def test_quotas_worked_out_by_hand() -> None:
     assert quotas([100, 1000], [0.5, 0.5]) == (100, 100)
     assert quotas([600, 300, 100], [0.6, 0.3, 0.1]) == (600, 300, 100)
     assert quotas([10, 10**6], [0.999, 0.001]) == (10, 1)  # at least one
-
-
-def test_shuffled_is_a_fixed_permutation() -> None:
-    assert sorted(shuffled(1000, 0, "pass", "x", 1)) == list(range(1000))
-    # A resumed run needs this permutation with every version of numpy.
-    assert shuffled(10, 0, "pass", "demo", 0).tolist() == [3, 8, 2, 0, 7, 1, 6, 9, 5, 4]
-    positions = np.array([int(np.flatnonzero(shuffled(8, s) == 0)[0]) for s in range(4000)])
-    assert np.bincount(positions).min() > 400  # 500 expected at each of 8 positions
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ tokens.sample(0, 17).ids
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRef, Sample, write_samples
-from configs import UserError
+from cache.store.samples import MediaRef, Message, Sample, write_samples
 from model.language.chat_template import TokenizedSample, tokenize_messages
 from model.language.model import load_tokenizer
 from model.language.tokenizer import byte_tokenizer
@@ -73,13 +73,14 @@ def test_a_store_has_the_tokens_and_weights_of_the_template(root: CacheRoot, fol
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.weights.tolist() == expected.weights.tolist()
     dataset, index = np.zeros(4, np.int16), np.arange(4)
-    lengths = store.field("used", dataset, index)
+    records = store.records(dataset, index)
+    lengths = records["used"]
     # All tokens but the end mark, which is only predicted, and the newline after it.
     assert lengths.tolist() == [len(store.sample(0, i).ids) - 2 for i in range(4)]
-    sums = store.field("loss_weight", dataset, index)
+    sums = records["loss_weight"]
     # t, w, o and the end mark; 0.25 each in the second sample.
     assert sums.tolist() == [4.0, 1.0, 4.0, 4.0]
-    prefixes, hashes = (store.field(f, dataset, index) for f in ("prefix", "prefix_hash"))
+    prefixes, hashes = (records[f] for f in ("prefix", "prefix_hash"))
     for i in range(4):
         ids = store.sample(0, i).ids
         places = np.flatnonzero(ids == store.image_token_id)
@@ -169,15 +170,49 @@ def test_two_processes_may_make_one_store_at_the_same_time(
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_sample_with_more_images_than_marks_is_an_error_that_names_it(
+def test_samples_whose_media_do_not_fit_have_no_tokens_and_a_reason(
     root: CacheRoot, folder: Path
 ) -> None:
     media = (MediaRef(source="/a"), MediaRef(source="/b"))
-    messages = turns("<image> ?", "yes")
-    write_samples(root, "d", [Sample(id="s7", dataset="d", messages=messages, media=media)])
-    with pytest.raises(UserError, match=r"sample d/s7: 2 images but 1 <image> marks.*encode.run"):
-        opened(root, folder)
-    assert list(folder.iterdir()) == []
+    alone = (Message(role="assistant", content="A cat."),)
+    write_samples(
+        root,
+        "d",
+        [
+            Sample(id="s7", dataset="d", messages=turns("<image> ?", "yes"), media=media),
+            *some_samples(),
+            Sample(id="s8", dataset="d", messages=alone, media=media),
+        ],
+    )
+    for store in (opened(root, folder), opened(root, folder)):  # made, then mapped
+        assert [len(store.sample(0, i).ids) > 0 for i in range(6)] == [False, *[True] * 4, False]
+        records = store.records(np.zeros(6, np.int16), np.arange(6))
+        assert records["fault"].tolist() == [1, 0, 0, 0, 0, 1]
+        assert records["loss_weight"].tolist() == [0.0, 4.0, 1.0, 4.0, 4.0, 0.0]
+    (meta,) = folder.glob("*/meta.json")
+    faults = json.loads(meta.read_text())["faults"]
+    assert faults.keys() == {"0", "5"}
+    assert "2 media but 1 mark" in faults["0"] and "no user turn" in faults["5"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (),
+        turns("hm")[:1],
+        turns("hm", "yes", weight=0.0),
+        turns("hm", ""),
+        turns("hm", " \n"),
+        (Message(role="system", content="be brief"),),
+    ],
+)
+def test_a_sample_without_text_to_learn_has_no_tokens_and_no_fault(
+    messages: tuple[Message, ...],
+) -> None:
+    media = (MediaRef(source="/a"),)
+    sample = Sample(id="a", dataset="d", messages=messages, media=media)
+    text, fault = tokens.tokenize_sample(sample, TOKENIZER)
+    assert (len(text.ids), len(text.weights), fault) == (0, 0, "")
 
 
 def test_several_data_sets_and_an_empty_one(root: CacheRoot, folder: Path) -> None:
@@ -185,7 +220,7 @@ def test_several_data_sets_and_an_empty_one(root: CacheRoot, folder: Path) -> No
     write_samples(root, "b", some_samples("a much longer answer"))
     write_samples(root, "none", [])
     store = TokenStore.open(root, ["b", "none", "a"], TOKENIZER, folder=folder)
-    lengths = store.field("used", np.array([2, 0], np.int16), np.array([0, 0]))
+    lengths = store.records(np.array([2, 0], np.int16), np.array([0, 0]))["used"]
     assert lengths[1] - lengths[0] == len("a much longer answer") - len("two")
 
 

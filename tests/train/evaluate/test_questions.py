@@ -47,3 +47,25 @@ def test_a_sample_without_an_answer_is_no_question(tmp_path: Path) -> None:
     world.encode(["a"])
     (question,) = questions(world.root, world.join())
     assert question.sample.id == "asked"
+
+
+def test_a_question_with_several_answers_is_asked_once(tmp_path: Path) -> None:
+    world = new_world(tmp_path)
+    world.write(
+        d=[
+            ask("1", ["a"], answer="red", choice="q"),
+            ask("2", ["b"], answer="blue"),
+            ask("3", ["a"], answer="crimson", choice="q"),
+            ask("4", ["b"], answer="other image", choice="q"),
+            ask("5", ["a"], answer="red", choice="q"),
+        ],
+        e=[ask("1", ["a"], answer="green", choice="q")],
+    )
+    world.encode(["a", "b"])
+    found = list(questions(world.root, world.join("d", "e")))
+    assert [(q.sample.id, q.expected, q.others) for q in found] == [
+        ("1", "red", ("crimson", "red")),
+        ("2", "blue", ()),
+        ("4", "other image", ()),
+        ("1", "green", ()),
+    ]
