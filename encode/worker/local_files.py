@@ -8,7 +8,6 @@ newest time stamp is at least one tick old. The identity of a media item inside 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import time
@@ -17,13 +16,11 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from cache.errors import EmbeddedMediaError
 from cache.format.embedded import container_of, is_embedded, read_embedded
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
-from model.media.images import FORMATS, BadMediaError
+from model.media.images import BadMediaError, image_size
 
 MAX_BYTES = 1 << 30
 """Larger images, and larger media inside files, are refused.
@@ -42,9 +39,6 @@ COARSE_TICK_S = 2.0
 
 TRIES = 3
 """A file that changes during this many reads has failed."""
-
-_ORIENTATION_TAG = 0x0112
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class Identity(NamedTuple):
@@ -190,12 +184,11 @@ def unreadable(task: SourceTask) -> MediaRecord:
 def size_in_header(data: bytes) -> tuple[int, int]:
     """Return width and height of the upright image by its header; (0, 0) if they are not in it."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
-    except Exception:  # a duplicate: if its bytes are bad, the source that is decoded reports it
+        return image_size(data)
+    except (
+        BadMediaError
+    ):  # a duplicate: if its bytes are bad, the source that is decoded reports it
         return 0, 0
-    return (height, width) if turned else (width, height)
 
 
 def _regular(status: os.stat_result, most: int) -> Identity:

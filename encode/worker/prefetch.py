@@ -30,7 +30,7 @@ from encode.worker.downloads import Downloads
 from encode.worker.local_files import check_unchanged, read_local, size_in_header, unreadable
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import SourceTask, media_id
-from model.media.images import BadMediaError, Failure
+from model.media.images import BadMediaError, DecodedImage, Failure
 from model.media.video import frames
 from model.media.video_index import probe
 
@@ -55,7 +55,7 @@ class PrefetchCallbacks(Protocol):
         """Return which of a video's views are not in the space; `reread` reads its commits first."""
         ...
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> DecodedImage:
         """Decode an image. Raises BadMediaError."""
         ...
 
@@ -220,8 +220,9 @@ class Prefetcher:
         if item.result == "duplicate":
             size = size_in_header(item.data)
         else:
-            image = self._worker.decode(item.data)
-            size, pixels = image.size, self._worker.prepare(image)
+            decoded = self._worker.decode(item.data)
+            size, pixels = decoded.image.size, self._worker.prepare(decoded.image)
+            item.record = replace(item.record, note=decoded.note)
             only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
             item.decode_s -= self._put(inputs, only, progress)
         item.record = replace(item.record, width=size[0], height=size[1])

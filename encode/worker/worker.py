@@ -36,7 +36,7 @@ from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Coordinator, Outcome, SourceTask, Timings
 from encode.worker.prefetch import Prefetcher
 from encode.worker.row_writer import RowWriter
-from model.media.images import Failure, decode_image
+from model.media.images import DecodedImage, Failure, decode_noted
 from model.quantize import pack
 from model.vision.encoder import VisionEncoder
 
@@ -154,9 +154,9 @@ class Worker:
             self._present = Present.of(self.space, max_frames=self._max_frames)
         return self._present.missing(key, views)
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> DecodedImage:
         """Decode an image. Tests override it."""
-        return decode_image(data)
+        return decode_noted(data)
 
     def prepare(self, image: Image.Image) -> Pixels:
         """Return the encoder input (S, S, 3) of an image."""

@@ -2,6 +2,8 @@
 
     kinds           the first bytes of a file -> image, video, or what else it is
     signatures      tables of first bytes, and what to do with formats that are not decoded
+    png_chunks      the parts of a PNG file that change its pixels
+    cut_jpeg        a JPEG file that lacks its last bytes, and how much of it that is
     images          bytes -> an upright RGB image -> the encoder's square input
     video           the frames of a video at given times
     video_open      which containers and codecs are opened, and how

@@ -11,7 +11,10 @@ pixels and are made here only:
 - CMYK is read as browsers read it: Adobe's inverted polarity in JPEG, the plain one in TIFF.
 - Colour profiles are ignored, as the encoders' own preprocessing ignores them.
 - EXIF's orientation is applied. Unreadable EXIF does not make an image fail.
-- Of an animation or a multi-page file, the first image is used.
+- Of an animation or a multi-page file, the first image is used; of HEIC, the primary one.
+- Texts and profiles of PNG are not read, so damage in them does no harm.
+- A JPEG that lacks at most `MAX_MISSING` of its pixels is shown as browsers show it: the rest is grey. A note
+  says so.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +31,9 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from configs import one_line
+from model.media.cut_jpeg import find_cut, missing_share
+from model.media.kinds import recognise
+from model.media.png_chunks import SIGNATURE, pixel_chunks
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused from their header.
@@ -37,9 +44,16 @@ CMYK 0.72; 16-bit grey 1.1; 8- or 16-bit RGBA 1.8 (Pillow 13.0, PNG and JPEG, 20
 """
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""PIL's names of the formats that are read.
+"""PIL's names of the formats that are read. HEIC is read too if the package pillow-heif is installed.
 
 PIL's other decoders are rarely used and add attack surface; EPS would start Ghostscript.
+"""
+
+MAX_MISSING = 0.25
+"""Share of a JPEG's pixels that may be missing at its end.
+
+A quarter, because what is asked about an image is rarely below three quarters of its height; of a small image
+the last few bytes may hold as much. A larger hole would be learnt as a grey area.
 """
 
 MAX_REASON = 160
@@ -55,6 +69,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the transpose that turns the image upright. 1 and undefined values need none."""
+
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 
 _ORIENTATION_TAG = 0x0112  # EXIF's number of the tag
 
@@ -91,32 +108,118 @@ class BadMediaError(Exception):
         return Failure(self.stage, self.reason)
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image, and what a report should mention about it."""
+
+    image: Image.Image
+    """RGB, upright."""
+    note: str | None = None
+    """A defect that the image has nevertheless, in one line; None for nothing."""
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Decode a whole image to upright RGB.
 
     Raises:
-        BadMediaError: `data` is not an intact image of at most `MAX_PIXELS` pixels in one of `FORMATS`.
+        BadMediaError: `data` is not an image of at most `MAX_PIXELS` pixels in one of `FORMATS` or HEIC, or
+            it is damaged. It may lack its end as `MAX_MISSING` says.
     """
+    return decode_noted(data).image
+
+
+def decode_noted(data: bytes) -> DecodedImage:
+    """Decode an image as `decode_image` does, and return the note for the ledger with it.
+
+    Raises:
+        BadMediaError: as `decode_image` does.
+    """
+    with _as_bad_media(data):
+        found = recognise(data)
+        if found.format and found.kind != "image":
+            raise BadMediaError(found.instead_of("image"))
+        try:
+            return DecodedImage(_decode(data))
+        except OSError as error:  # PIL's error for files that end early, among others
+            if found.format != "JPEG":
+                raise
+            if (cut := find_cut(data)) is None:
+                if "truncated" in str(error):
+                    raise BadMediaError("the JPEG ends early: too much of it is missing") from None
+                raise
+        shown = np.asarray(_stored_pixels(cut.completed))
+        others = (np.asarray(_stored_pixels(probe)) for probe in cut.probes)
+        missing = missing_share(shown, others, cut.block)
+        if missing > MAX_MISSING:
+            raise BadMediaError(f"the JPEG ends early: {missing:.0%} of it is missing")
+        lost = f"its last {max(missing, 0.001):.1%} is missing and grey"
+        lost = lost if missing else "no pixel is missing"
+        return DecodedImage(_decode(cut.completed), f"the JPEG ends early: {lost}")
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of the upright image by its header.
+
+    Raises:
+        BadMediaError: the header cannot be read.
+    """
+    with _as_bad_media(data), _open(data) as image:
+        width, height = image.size
+        turned = _orientation(image) in _TURNED
+    return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _as_bad_media(data: bytes) -> Iterator[None]:
+    """Turn every error of a decoder into a BadMediaError."""
     _make_pil_strict()
-    if not data:
-        raise BadMediaError("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            check_size(*image.size, MAX_PIXELS)
-            image.load()
-            check_size(*image.size, MAX_PIXELS)
-            # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+        yield
     except BadMediaError:
         raise
     except UnidentifiedImageError:
         raise BadMediaError(_describe_unknown(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadMediaError(f"more than {MAX_PIXELS} pixels") from None
-    except Exception as error:  # PIL's decoders raise exceptions of many types for bad bytes
+    except Exception as error:  # decoders raise exceptions of many types for bad bytes
         raise BadMediaError(one_line(error, MAX_REASON)) from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    with _open(data) as image:
+        image.load()
+        check_size(*image.size, MAX_PIXELS)
+        # After load: PNG may store EXIF behind the pixels, and PIL turns a TIFF while it loads.
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _stored_pixels(data: bytes) -> Image.Image:
+    """Return an image as RGB as it is stored, not turned upright."""
+    with _open(data) as image:
+        return image.convert("RGB")
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image of an allowed size; its pixels are not decoded yet."""
+    if data.startswith(SIGNATURE):
+        data = pixel_chunks(data)
+    file = io.BytesIO(data)
+    if recognise(data).format in ("HEIC", "HEIF"):
+        # Opened directly: registering it with PIL would change PIL for the whole process.
+        from pillow_heif import HeifImageFile, options
+
+        options.DECODE_THREADS = 1  # several images are decoded at once already
+        image: Image.Image = HeifImageFile(file)
+    else:
+        image = Image.open(file, formats=_formats())
+    try:
+        check_size(*image.size, MAX_PIXELS)
+    except BadMediaError:
+        image.close()
+        raise
+    return image
 
 
 def fit_image(
@@ -227,10 +330,10 @@ def _pad(image: Image.Image, size: int, mean: Sequence[float]) -> Image.Image:
 
 
 def _describe_unknown(data: bytes) -> str:
-    """Say what the bytes are instead: a dead link often returns a web page."""
-    start = data[:512].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not an image"
-    if b"<svg" in start:
-        return "SVG, which is not supported"
+    """Say why nothing recognises the bytes as an image."""
+    found = recognise(data)
+    if found.kind == "image":
+        return f"{found.what} with a damaged header"
+    if found.format:
+        return found.instead_of("image")
     return f"no readable image in a known format ({', '.join(FORMATS)})"

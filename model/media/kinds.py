@@ -33,7 +33,7 @@ from model.media.signatures import (
 )
 
 HEAD_BYTES = 4096
-"""Bytes from the beginning of a file that suffice. More are allowed, and help with TIFF."""
+"""Bytes from the beginning of a file that suffice. More help to tell a camera's raw TIFF from an image."""
 
 Kind = Literal["image", "video", ""]
 
@@ -98,10 +98,10 @@ def recognise(head: bytes, name: str = "") -> Recognised:
         name: its name, for formats that the bytes alone do not tell apart; empty if there is none.
     """
     suffix = re.search(r"\.[^./\\]*\Z", name.lower())
-    return _recognise(head, suffix[0] if suffix else "")
+    return _recognise(head[:HEAD_BYTES], suffix[0] if suffix else "", head)
 
 
-def _recognise(head: bytes, suffix: str) -> Recognised:
+def _recognise(head: bytes, suffix: str, data: bytes) -> Recognised:
     if not head:
         return Recognised("", "empty")
     if head[4:8] == b"ftyp":
@@ -111,7 +111,7 @@ def _recognise(head: bytes, suffix: str) -> Recognised:
     if found := _by_signature(head, IMAGES):
         if found == "JPEG" and suffix in NAMED_VIDEOS:
             return Recognised("video", NAMED_VIDEOS[suffix])
-        if found == "TIFF" and (suffix in RAW_SUFFIXES or _is_raw_tiff(head)):
+        if found == "TIFF" and (suffix in RAW_SUFFIXES or _is_raw_tiff(data)):
             return _other("camera raw")
         if found != "BMP" or _is_bmp(head):
             return Recognised("image", found)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from model.media.images import BadMediaError
+from model.media.kinds import recognise
 from model.media.video_decoder import US_PER_S, AccessPoints, Clock, VideoDecoder, decode_packet
 from model.media.video_open import OpenVideo, error_reason, open_video
 from model.media.video_pixels import HDR, frame_to_image
@@ -32,6 +33,9 @@ NO_TIME = -(2**63)
 
 _DECLARE_DURATION = frozenset({"matroska", "webm", "flv", "asf"})
 """Containers that store their length. For others FFmpeg estimates it from the bit rate or the packets."""
+
+_ASF_FILE: Final = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""Identifier of the header in ASF that states the size of the file."""
 
 _DECODING_SIDE_DATA: Final = ("new_extradata", "param_change", "palette")
 """Side data of packets that changes how later packets are decoded."""
@@ -67,8 +71,12 @@ class _PacketList:
     """Numbers of the packets that an edit list hides. They are decoded and not shown."""
     changes_decoding: bool = False
     """Whether some packet changes how later ones are decoded, so that none may be skipped."""
+    starts: dict[int, int] = field(default_factory=dict)
+    """Stream number -> beginning of its first packet, in the stream's time base."""
     ends: dict[int, int] = field(default_factory=dict)
     """Stream number -> end of its last packet, in the stream's time base."""
+    start_s: float = 0.0
+    """Beginning of the first packet of any stream, seconds on the container's clock."""
     end_s: float = 0.0
     """End of the last packet of any stream, seconds on the container's clock."""
     first_frame: VideoFrame | None = None
@@ -91,6 +99,9 @@ def probe(data: bytes | Path, on_progress: Callable[[], None] | None = None) -> 
         listed = _list_packets(video, on_progress)
         if listed.first_frame is None:
             raise BadMediaError("no frame of it can be decoded")
+        found = recognise(video.head)
+        if found.kind == "image" and len(listed.times) == 1:
+            raise BadMediaError(found.instead_of("video"))  # one JPEG is not a stream of JPEGs
         clock = _clock(video, listed)
         width, height = frame_to_image(listed.first_frame, video.pixel_aspect).size
         access_points = _find_access_points(listed, clock)
@@ -131,6 +142,7 @@ def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _
         if time is not None:
             end = time + (packet.duration or 0)
             stream = packet.stream_index
+            listed.starts[stream] = min(listed.starts.get(stream, time), time)
             listed.ends[stream] = max(listed.ends.get(stream, end), end)
         if packet.stream_index != video.stream.index or not packet.size:
             continue
@@ -145,9 +157,9 @@ def _list_packets(video: OpenVideo, on_progress: Callable[[], None] | None) -> _
             listed.first_frame = next(iter(decode_packet(context, packet)), None)
     if listed.first_frame is None:
         listed.first_frame = next(iter(decode_packet(context, None)), None)
-    for number, end in listed.ends.items():
-        tick = video.container.streams[number].time_base
-        listed.end_s = max(listed.end_s, float(end * tick) if tick else 0.0)
+    ticks = {n: video.container.streams[n].time_base or Fraction(0) for n in listed.ends}
+    listed.start_s = min((float(t * ticks[n]) for n, t in listed.starts.items()), default=0.0)
+    listed.end_s = max((float(t * ticks[n]) for n, t in listed.ends.items()), default=0.0)
     return listed
 
 
@@ -224,13 +236,16 @@ def _truncation_notes(video: OpenVideo, listed: _PacketList) -> list[str]:
     """Return a note if the file is shorter than its container says, else nothing."""
     container = video.container
     kinds = set(container.format.name.split(","))
+    seen_s = listed.end_s - listed.start_s
     if listed.error:
-        return [f"ends early: unreadable after {listed.end_s:.1f} s ({listed.error})"]
+        return [f"ends early: unreadable after {seen_s:.1f} s ({listed.error})"]
     if _is_truncated(video, kinds):
-        return [f"ends early: the file is cut off after {listed.end_s:.1f} s"]
+        return [f"ends early: the file is cut off after {seen_s:.1f} s"]
     if kinds & _DECLARE_DURATION and container.duration:
-        seen_s = listed.end_s - (container.start_time or 0) / US_PER_S
         declared_s = container.duration / US_PER_S
+        # Of a video whose clock starts late, most programs declare the time of its end, others its length.
+        if declared_s > listed.start_s:
+            declared_s -= max(0.0, listed.start_s)
         if seen_s < declared_s - max(0.5, 0.02 * declared_s):
             return [f"ends early: {seen_s:.1f} s of {declared_s:.1f} s"]
     return []
@@ -244,4 +259,7 @@ def _is_truncated(video: OpenVideo, kinds: set[str]) -> bool:
         return any(entry.pos + entry.size > video.size for entry in last)
     if "avi" in kinds:
         return 8 + int.from_bytes(video.head[4:8], "little") > video.size
+    if "asf" in kinds and (at := video.head.find(_ASF_FILE)) >= 0:
+        is_live = video.head[at + 88 : at + 89] == b"\1"  # then the size is not stated
+        return not is_live and int.from_bytes(video.head[at + 40 : at + 48], "little") > video.size
     return False

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 
 from configs import one_line
 from model.media.images import MAX_REASON, BadMediaError, check_size
+from model.media.kinds import HEAD_BYTES, Recognised, recognise
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -66,7 +67,7 @@ class OpenVideo:
     size: int
     """Size of the file, bytes."""
     head: bytes
-    """The first 512 bytes of the file."""
+    """The first bytes of the file, `HEAD_BYTES` of a longer one."""
     pixel_aspect: Fraction
     """Width of a pixel divided by its height, before any rotation."""
 
@@ -80,7 +81,7 @@ class _Reader:
         self.tell: Callable[[], int] = file.tell
         self.size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        self.head = file.read(512)
+        self.head = file.read(HEAD_BYTES)
         file.seek(0)
 
 
@@ -100,7 +101,11 @@ def open_video(data: bytes | Path) -> Iterator[OpenVideo]:
         reader = _Reader(file)
         if not reader.size:
             raise BadMediaError("empty file")
-        with _open_container(reader) as container:
+        found = recognise(reader.head, data.name if isinstance(data, Path) else "")
+        # FFmpeg would open HEIC and AVIF. A JPEG may be the first frame of a stream: the packets tell.
+        if found.format != "JPEG" and (found.kind == "image" or found.format in ("HEIC", "HEIF")):
+            raise BadMediaError(found.instead_of("video"))
+        with _open_container(reader, found) as container:
             stream = _video_stream(container)
             context = stream.codec_context
             context.thread_type = "NONE"
@@ -116,7 +121,7 @@ def open_video(data: bytes | Path) -> Iterator[OpenVideo]:
             )
 
 
-def _open_container(reader: _Reader) -> InputContainer:
+def _open_container(reader: _Reader, found: Recognised) -> InputContainer:
     import av
 
     lists = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)}
@@ -131,7 +136,9 @@ def _open_container(reader: _Reader) -> InputContainer:
             buffer_size=BUFFER_BYTES,
         )
     except (av.FFmpegError, ValueError) as error:
-        raise BadMediaError(_describe_unknown(reader.head, error)) from None
+        if found.format and found.kind != "video":
+            raise BadMediaError(found.instead_of("video")) from None
+        raise BadMediaError(f"no readable video ({error_reason(error)})") from None
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -166,13 +173,6 @@ def _pixel_aspect(stream: VideoStream) -> Fraction:
     if not aspect or not Fraction(1, 4) <= aspect <= 4:
         return Fraction(1)
     return Fraction(aspect)
-
-
-def _describe_unknown(head: bytes, error: Exception) -> str:
-    """Say what the bytes are instead: a dead link often returns a web page."""
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not a video"
-    return f"no readable video ({error_reason(error)})"
 
 
 def error_reason(error: Exception) -> str:

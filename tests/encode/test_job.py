@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
 
 from cache.errors import DiskError
 from cache.format.codec import pack
@@ -33,7 +32,7 @@ from configs.signals import Interrupts
 from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
-from model.media.images import decode_image
+from model.media.images import DecodedImage, decode_image
 from model.vision.encoder import VisionEncoder, load_encoder
 from tests.support.encode_jobs import CONFIG, TINY, Result, SlowWorker, draw, encode
 
@@ -350,7 +349,7 @@ def test_decoding_runs_in_threads_that_end_with_the_job(job: Encode) -> None:
     threads: set[str] = set()
 
     class Watched(Worker):
-        def decode(self, data: bytes) -> Image.Image:
+        def decode(self, data: bytes) -> DecodedImage:
             threads.add(threading.current_thread().name.rpartition("_")[0])
             return super().decode(data)
 

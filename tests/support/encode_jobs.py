@@ -33,6 +33,7 @@ from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.worker import Worker
+from model.media.images import DecodedImage
 from model.vision.config import DemoTowerConfig, EncoderConfig
 from tests.support import ROOT
 
@@ -133,7 +134,7 @@ def count(cache: CacheRoot, specs: Sequence[str]) -> MediaCounter:
 class SlowWorker(Worker):
     """Slow, so that a kill hits it while it works."""
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> DecodedImage:
         time.sleep(0.05)
         return super().decode(data)
 

@@ -15,9 +15,11 @@ import json
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import skimage.data
 import sklearn.datasets
 from PIL import Image, PngImagePlugin
@@ -95,6 +97,15 @@ def image_files() -> dict[str, bytes]:
         "ppm": saved(rgb, "PPM"),
         "avif": saved(rgb, "AVIF"),
     }
+
+
+def heic_file(image: Image.Image, *, more: Sequence[Image.Image] = (), **options: object) -> bytes:
+    """Return `image`, and further images, as a HEIC file; the first is the primary one."""
+    several = pillow_heif.from_pillow(image)
+    for other in more:
+        several.add_from_pillow(other)
+    several.save(file := io.BytesIO(), primary_index=0, save_all=True, **options)
+    return file.getvalue()
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -21,7 +21,7 @@ from encode.worker.decode_log import DecodeLog
 from encode.worker.media_item import EncoderInput, MediaItem, Pixels
 from encode.worker.messages import Registrar, SourceTask
 from encode.worker.prefetch import Prefetcher
-from model.media.images import Failure, decode_image
+from model.media.images import DecodedImage, Failure, decode_noted
 from tests.support.encode_jobs import CONFIG, draw
 
 
@@ -38,9 +38,9 @@ class FakeWorker:
     def missing(self, key: str, views: Sequence[str], *, reread: bool) -> list[str]:
         return list(views)
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> DecodedImage:
         self.decoded += 1
-        return decode_image(data)
+        return decode_noted(data)
 
     def prepare(self, image: Image.Image) -> Pixels:
         return np.asarray(image)

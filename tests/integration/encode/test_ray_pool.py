@@ -29,6 +29,7 @@ from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
 from encode.worker.media_item import Pixels
 from encode.worker.worker import Worker
+from model.media.images import DecodedImage
 from tests.support.encode_jobs import CONFIG, Result, SlowWorker, draw, encode, shoot
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -125,11 +126,11 @@ def test_a_killed_worker_loses_no_row(
 class Deadly(Worker):
     """Images of one size crash the process that decodes them."""
 
-    def decode(self, data: bytes) -> Image.Image:
-        image = super().decode(data)
-        if image.size == (31, 31):
+    def decode(self, data: bytes) -> DecodedImage:
+        decoded = super().decode(data)
+        if decoded.image.size == (31, 31):
             os.kill(os.getpid(), signal.SIGKILL)
-        return image
+        return decoded
 
 
 def test_an_image_that_crashes_its_worker_is_recorded(photos: Path, tmp_path: Path) -> None:

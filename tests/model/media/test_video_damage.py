@@ -31,6 +31,9 @@ pytestmark = pytest.mark.slow
 # ---- cut off ---------------------------------------------------------------------------------------
 
 
+CUT = ("mkv", "flv", "ts", "avi", "wmv")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make real videos that stay readable when they are cut: their tables are at the front."""
@@ -40,11 +43,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.mkv")
     ffmpeg("-i", folder / "front.mp4", "-c", "copy", folder / "video.flv")
     ffmpeg("-i", folder / "front.mp4", "-c", "copy", "-an", folder / "video.ts")
+    ffmpeg("-i", folder / "front.mp4", "-an", "-c:v", "wmv2", "-g", 25, folder / "video.wmv")
     ffmpeg("-i", BUNNY, "-c:v", "mpeg4", "-bf", 2, "-vf", "scale=160:90", folder / "video.avi")
     return folder
 
 
-@pytest.mark.parametrize("name", ["front.mp4", "video.mkv", "video.flv", "video.ts", "video.avi"])
+@pytest.mark.parametrize("name", ["front.mp4", *(f"video.{suffix}" for suffix in CUT)])
 @pytest.mark.parametrize("part", [0.3, 0.8])
 def test_a_truncated_video_gives_the_frames_that_decode_and_a_note(
     whole: Path, tmp_path: Path, name: str, part: float
@@ -65,6 +69,23 @@ def test_a_truncated_video_gives_the_frames_that_decode_and_a_note(
     assert [frame.time_s for frame in ours] == [frame.time_s for frame in same]
     pairs = list(zip(ours, same, strict=True))[:-1]
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize("offset", [0, 3600])
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "flv", "wmv", "mp4", "ts", "ogv", "nut"])
+def test_a_clock_that_starts_late_is_no_missing_end(
+    tmp_path: Path, suffix: str, offset: int
+) -> None:
+    source = make_video(tmp_path / "source.nut", frames=40, fps=10, codec="ffv1")
+    path = tmp_path / f"video.{suffix}"
+    ffmpeg("-i", source, "-g", 5, "-output_ts_offset", offset, path)
+    info = probe(path)
+    assert (info.duration_s, info.note) == (3.9, None)
+    if suffix in ("mkv", "webm", "wmv"):  # they declare the time of the end
+        cut = path.read_bytes()
+        cut = probe(cut[: len(cut) * 6 // 10])
+        assert cut.note is not None and cut.note.startswith("ends early: ")
+        assert float(cut.note.split(" s")[0].split()[-1]) <= 4
 
 
 def test_an_mp4_without_its_table_is_refused() -> None:

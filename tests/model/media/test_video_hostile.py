@@ -7,6 +7,7 @@ with pytest.raises(BadMediaError, match="an HTML page, not a video"):
 from __future__ import annotations
 
 import io
+import re
 import struct
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import model.media.video_open
 from model.media.images import BadMediaError
 from model.media.video import frames
 from model.media.video_index import probe
-from tests.support.photos import png_file
+from tests.support.photos import heic_file, png_file
 from tests.support.videos import PHONE, ffmpeg, make_video, number_of
 
 
@@ -36,11 +37,17 @@ def test_the_reason_names_what_is_not_a_video(tmp_path: Path) -> None:
     assert reason(b"") == "empty file"
     assert reason(b"\n<!DOCTYPE html><html>gone</html>") == "an HTML page, not a video"
     for data in (b"\0", b"words " * 500, bytes(100_000), bytes(range(256)) * 400):
-        assert reason(data).startswith(("no readable video", "no video", "no frame"))
-    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
+        assert reason(data).startswith(("no readable video", "no video", "no frame", "a text"))
+    for suffix in ("png", "jpg", "gif", "webp", "bmp", "tiff", "avif"):
         Image.new("RGB", (64, 64), "red").save(path := tmp_path / f"image.{suffix}")
-        assert "no readable video" in reason(path)
-    assert reason(Path(__file__)).startswith("no readable video")
+        kind = {"jpg": "JPEG"}.get(suffix, suffix.upper())
+        listed = f"{kind} image, not a video; list it as an image in the data set"
+        assert reason(path).removeprefix("an ").removeprefix("a ") == listed
+    heic = heic_file(Image.new("RGB", (64, 64), "red"))
+    assert reason(heic) == "an HEIC image, not a video; list it as an image in the data set"
+    assert reason(Path(__file__)) == "a text, not a video"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    assert reason(pointer) == "a Git LFS pointer, not a video; fetch the file itself: git lfs pull"
 
 
 def test_the_reason_names_an_unsupported_codec(tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_lists_of_other_files_are_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = make_video(tmp_path / "secret.mp4")
-    assert "no readable video" in reason(playlists(secret)[kind])
+    assert re.search("no readable video|, not a video", reason(playlists(secret)[kind]))
     # Even with a longer list of formats there is no protocol to open the second file with.
     monkeypatch.setattr(model.media.video_open, "FORMATS", (*model.media.video_open.FORMATS, kind))
     with pytest.raises(BadMediaError):
