@@ -9,6 +9,7 @@
     checksums       crc32c, and the sha256 that each metadata file contains of itself
     embedded        media inside a Parquet or Arrow file, a tar or JSON: their names, and their bytes
     embedded_rows   the columns of Parquet and Arrow files that contain such bytes
+    embedded_scan   all other columns of such files, and which rows have media
     zarr_codec      the row codecs for zarr-python, found by an entry point
 
 In come features and facts about rows; out go bytes. No module here opens a cache, and none imports more than

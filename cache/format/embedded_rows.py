@@ -154,29 +154,33 @@ class _ParquetCursor(_Cursor):
     def __init__(self, key: tuple[str, str, str], stamp: _Stamp) -> None:
         super().__init__(key, stamp)
         _, path, column = key
-        # memory_map and pre_buffer would hold a whole row group.
-        self._file = pq.ParquetFile(readable(path), buffer_size=BUFFER_BYTES, pre_buffer=False)
-        self._leaf, self._number = _leaf(self._file.schema, column)
-        groups = self._file.metadata
-        rows = (groups.row_group(n).num_rows for n in range(groups.num_row_groups))
-        self._starts = [0, *accumulate(rows)]
+        self._file = open_parquet(path)
+        self._leaf, self._number = bytes_leaf(self._file, column)
+        self._starts = block_starts(self._file)
 
     def _read(self, block: int) -> Iterator[Array]:
         group = self._file.metadata.row_group(block)
-        rows = _batch_rows(group.column(self._number), group.num_rows)
+        rows = batch_rows(group.column(self._number), group.num_rows)
         for batch in self._file.iter_batches(
             rows, row_groups=[block], columns=[self._leaf], use_threads=False
         ):
             yield batch.column(0)
 
 
-def readable(path: str) -> Any:
-    """Return what `ParquetFile` opens: a path, or the mapped file if the path is not UTF-8."""
+def format_of(path: Path) -> str:
+    """Return parquet or arrow, by the first bytes of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return "parquet" if file.read(4) == b"PAR1" else "arrow"
+
+
+def open_parquet(path: str) -> Any:
+    """Open a file of which row groups are not read whole; return a pyarrow.parquet.ParquetFile."""
     try:
         path.encode()
-    except UnicodeEncodeError:
-        return _mapped(path)
-    return path
+        place: Any = path
+    except UnicodeEncodeError:  # pyarrow opens no path that is not UTF-8
+        place = _mapped(path)
+    return pq.ParquetFile(place, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def _mapped(path: str) -> Any:
@@ -185,21 +189,47 @@ def _mapped(path: str) -> Any:
         return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
-def _leaf(schema: Any, column: str) -> tuple[str, int]:
-    """Return path and number of the Parquet column that holds the bytes of a column of the table."""
-    paths = [schema.column(number).path for number in range(len(schema))]
-    own = {path: number for number, path in enumerate(paths) if path.split(".")[0] == column}
-    if column in paths:  # a name with dots
-        own = {column: paths.index(column)}
+def block_starts(file: Any) -> list[int]:
+    """Return the first row of each row group of a Parquet file, then the number of rows."""
+    groups = file.metadata
+    return [0, *accumulate(groups.row_group(n).num_rows for n in range(groups.num_row_groups))]
+
+
+def leaves(file: Any) -> list[tuple[str, str, int]]:
+    """Return column of the table, path and number of each column that a Parquet file stores."""
+    names = [field.name for field in file.schema_arrow for _ in range(_stored(field.type))]
+    return [(name, file.schema.column(n).path, n) for n, name in enumerate(names)]
+
+
+def _stored(type_: Any) -> int:
+    """Return how many Parquet columns a type takes."""
+    if isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.storage_type
+    if pa.types.is_map(type_):
+        return _stored(type_.key_type) + _stored(type_.item_type)
+    if pa.types.is_struct(type_):
+        return sum(_stored(field.type) for field in type_)
+    if (
+        pa.types.is_list(type_)
+        or pa.types.is_large_list(type_)
+        or pa.types.is_fixed_size_list(type_)
+    ):
+        return _stored(type_.value_type)
+    return 1
+
+
+def bytes_leaf(file: Any, column: str) -> tuple[str, int]:
+    """Return path and number of the Parquet column that has the bytes of a column of the table."""
+    own = {path: number for name, path, number in leaves(file) if name == column}
     if not own:
         raise EmbeddedMediaError(f"no column {column!r}")
-    leaves = [path for path in own if len(own) == 1 or path.endswith(".bytes")]
-    if len(leaves) != 1:
+    found = [path for path in own if len(own) == 1 or path.endswith(".bytes")]
+    if len(found) != 1:
         raise EmbeddedMediaError(f"column {column!r} has no bytes")
-    return leaves[0], own[leaves[0]]
+    return found[0], own[found[0]]
 
 
-def _batch_rows(chunk: Any, rows: int) -> int:
+def batch_rows(chunk: Any, rows: int) -> int:
     """Return how many rows to read at a time of one column of a row group."""
     total = max(1, chunk.total_uncompressed_size)
     wanted = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES * rows // total))
