@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from cache.errors import CacheError
 from cache.maintenance.inventory import (
@@ -29,8 +30,6 @@ from cache.maintenance.inventory import (
 from cache.remote.open import RemoteOptions, local_root
 from cache.store.ledger import STAGES
 from cache.store.paths import CacheRoot
-from cache.store.reader import FeatureReader
-from cache.store.samples import read_samples
 from configs import UserError, command, load, parse
 from configs.console import bytes_text, table_text
 
@@ -48,6 +47,8 @@ class Options(RemoteOptions):
 
     features: str = "cache"
     """The cache: a folder, or a URL (https://, s3://, hf://)."""
+    config: Path | None = None
+    """Your own file of encoders, over ours. Default: nanomolmo2.yaml in this folder, if there is one."""
     failures: bool = False
     """List the media that failed, by reason, host and data set, and nothing else."""
     json: bool = False
@@ -63,17 +64,17 @@ def main() -> None:
     if not root.path.is_dir():
         raise UserError(f"no cache at {options.features}/ (say where: --features DIR)")
     if options.failures:
-        failures = list_failures(root)
+        failures = list_failures(root, load("encoders"))
         values = {"failures": list(map(asdict, failures))}
         text = _failures_text(failures)
     else:
         spaces, readers = open_spaces(root, errors=True)
-        datasets = summarise_datasets(root, readers, partial(encode_command, root))
+        datasets = summarise_datasets(root, readers, load("encoders"))
         values = {"spaces": list(map(asdict, spaces)), "datasets": list(map(asdict, datasets))}
         tables = (
             _spaces_text(spaces, root),
             _errors_text(spaces),
-            _datasets_text(datasets),
+            _datasets_text(datasets, root),
             _needs_text(datasets),
         )
         text = "\n\n".join(filter(None, tables))
@@ -121,7 +122,7 @@ def _errors_text(spaces: list[SpaceSummary]) -> str:
     return table_text(header, rows, right="mean median 99% largest") if rows else ""
 
 
-def _datasets_text(datasets: list[DatasetSummary]) -> str:
+def _datasets_text(datasets: list[DatasetSummary], root: CacheRoot) -> str:
     if not datasets:
         return "no data sets"
     header = ("data set", "samples", "media", "failed")
@@ -133,9 +134,34 @@ def _datasets_text(datasets: list[DatasetSummary]) -> str:
                 f"\n{dataset.name}: samples whose source has another sha256 than they state: "
                 f"{dataset.mismatched:,}"
             )
+    text += "".join(
+        f"\n{dataset.name}: {line}" for dataset in datasets if (line := _unused(dataset.account))
+    )
     if any(dataset.failed for dataset in datasets):
-        text += "\nwhy media failed: python -m cache.ls --failures"
+        command = shlex.join(
+            ["python", "-m", "cache.ls", "--failures", "--features", str(root.path)]
+        )
+        text += f"\nwhy media failed: {command}"
     return text
+
+
+def _unused(account: Mapping[str, Any]) -> str:
+    """Return what of a data set is not used, as `encode.run` printed it; '' if all is."""
+    parts = []
+    for title, *names in (
+        ("left out", "left_out", "faults"),
+        ("noted", "notes"),
+        ("keys ignored", "ignored"),
+    ):
+        counts = Counter[str]()
+        for name in names:
+            found = account.get(name)
+            counts.update(found if isinstance(found, dict) else {})
+        if counts:
+            parts.append(
+                f"{title}: " + ", ".join(f"{n:,} {why}" for why, n in counts.most_common())
+            )
+    return "; ".join(parts)
 
 
 def _needs_text(datasets: list[DatasetSummary]) -> str:
@@ -160,36 +186,6 @@ def _needs_text(datasets: list[DatasetSummary]) -> str:
     return "\n".join([*lines, *(f"complete: {command}" for command in dict.fromkeys(commands))])
 
 
-def encode_command(root: CacheRoot, reader: FeatureReader, dataset: str) -> str:
-    """Return the command line that encodes a data set into this space."""
-    spec, entry = reader.spec, reader.load.get("encoder")
-    entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
-    words = ["python", "-m", "encode.run", "--dataset", _dataset_word(root, dataset)]
-    words += ["--encoder", str(entry["name"]), "--codec", spec.codec]
-    preset = load("encoders").get(entry["name"], {})  # its pooling needs no option
-    if preset.get("pool_image", 1) != spec.pool_image:
-        words += ["--pool", str(spec.pool_image)]
-    if preset.get("pool_frame", 3) != spec.pool_frame:
-        words += ["--frame-pool", str(spec.pool_frame)]
-    if spec.container != "zarr":
-        words += ["--format", spec.container]
-    if reader.load.get("random_weights") and entry.get("library") == "open_clip":
-        words.append("--random-weights")
-    return shlex.join([*words, "--features", str(root.path)])
-
-
-def _dataset_word(root: CacheRoot, dataset: str) -> str:
-    """Return what `--dataset` takes: a known name, or a name and the folder of its first file."""
-    if dataset in load("datasets").get("datasets", {}):
-        return dataset
-    for sample in islice(read_samples(root, dataset), 1):
-        for ref in sample.media[:1]:
-            for relative in (sample.id, sample.id.rpartition("#")[0]):
-                if relative and ref.source.endswith(f"/{relative}"):
-                    return f"{dataset}=folder:{ref.source[: -len(relative) - 1] or '/'}"
-    return f"{dataset}=folder:PATH"
-
-
 def _failures_text(failures: list[Failures]) -> str:
     if not failures:
         return "no failures"
@@ -204,7 +200,8 @@ def _failures_text(failures: list[Failures]) -> str:
         lines += [f"    {source}" for source in group.sources[:SHOWN]]
         if len(group.sources) > SHOWN:
             lines.append(f"    and {len(group.sources) - SHOWN:,} more (all: --json)")
-    lines += ["", "try them again: python -m encode.run --dataset NAME --retry-failed"]
+    commands = dict.fromkeys(group.command for group in failures if group.command)
+    lines += ["", *(f"try them again: {command}" for command in commands)]
     return "\n".join(lines)
 
 

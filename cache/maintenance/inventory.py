@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.spec import ARRAY_OF, ARRAYS
+from cache.maintenance.encode_command import encode_command
 from cache.store.ledger import media_table
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
@@ -32,7 +34,7 @@ from cache.store.references import (
     number_media,
     read_references,
 )
-from cache.store.samples import dataset_names
+from cache.store.samples import dataset_names, read_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,8 @@ class DatasetSummary:
     """Space -> share of the samples whose media all have features there."""
     needs: dict[str, Need]
     """Space -> what the data set needs of it."""
+    account: dict[str, Any]
+    """What reading it used, left out and ignored (`cache.store.samples.Origin`); empty: not known."""
 
 
 @dataclass(kw_only=True)
@@ -187,6 +191,8 @@ class Failures:
     """Data set that mentions them; empty if none does any more."""
     sources: list[str]
     """The sources."""
+    command: str
+    """Command line that tries them again; empty if no data set mentions them."""
 
 
 def open_spaces(
@@ -242,14 +248,14 @@ def codec_errors(reader: FeatureReader) -> dict[str, ErrorSummary]:
 def summarise_datasets(
     root: CacheRoot,
     readers: Mapping[str, FeatureReader],
-    encode_command: Callable[[FeatureReader, str], str] = lambda _reader, _dataset: "",
+    presets: Mapping[str, Any] = {},
 ) -> list[DatasetSummary]:
     """Return a summary of every data set, with its coverage by each space.
 
     Args:
         root: the cache.
         readers: space name -> its reader.
-        encode_command: returns the command line that encodes a data set into a space.
+        presets: configs/encoders.yaml, which shortens the command lines.
     """
     table = media_table(root)
     failed = np.asarray(pc.equal(table["status"], "failed"), bool)
@@ -266,9 +272,12 @@ def summarise_datasets(
             mismatched=int((of.count(of.mismatch) > 0).sum()),
             coverage={space: one.coverage(of, items) for space, one in spaces.items()},
             needs={
-                space: one.need(of, items, table, partial(encode_command, readers[space], name))
+                space: one.need(
+                    of, items, table, partial(encode_command, root, name, readers[space], presets)
+                )
                 for space, one in spaces.items()
             },
+            account=dict(origin.account) if (origin := read_origin(root, name)) else {},
         )
         for name, of, items in zip(names, references, numbers, strict=True)
     ]
@@ -279,8 +288,13 @@ def _known(references: References, media: pa.Table) -> Ints:
     return np.unique(references.source[references.source < len(media)])
 
 
-def list_failures(root: CacheRoot) -> list[Failures]:
-    """Return all failed media, the most frequent (stage, error, host, data set) first."""
+def list_failures(root: CacheRoot, presets: Mapping[str, Any] = {}) -> list[Failures]:
+    """Return all failed media, the most frequent (stage, error, host, data set) first.
+
+    Args:
+        root: the cache.
+        presets: configs/encoders.yaml, which shortens the command lines.
+    """
     media = media_table(root)
     failed = np.asarray(pc.equal(media["status"], "failed"), bool)
     mentioned: dict[int, list[str]] = defaultdict(list)
@@ -295,8 +309,20 @@ def list_failures(root: CacheRoot) -> list[Failures]:
         for dataset in mentioned.get(row, [""]):
             host = _host(record["source"])
             groups[record["stage"], record["error"], host, dataset].append(record["source"])
+    datasets = {dataset for _, _, _, dataset in groups}
+    commands = {
+        name: encode_command(root, name, None, presets, "--retry-failed") if name else ""
+        for name in datasets
+    }
     found = [
-        Failures(stage=stage, error=error, host=host, dataset=dataset, sources=sources)
+        Failures(
+            stage=stage,
+            error=error,
+            host=host,
+            dataset=dataset,
+            sources=sources,
+            command=commands[dataset],
+        )
         for (stage, error, host, dataset), sources in groups.items()
     ]
     return sorted(found, key=lambda f: (-len(f.sources), f.stage, f.error, f.host, f.dataset))

@@ -6,6 +6,7 @@ python -m cache.ls
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cache import ls
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRef, Sample, write_samples
+from cache.store.samples import MediaRef, Origin, Sample, read_samples, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from configs import UserError
@@ -85,7 +86,7 @@ def test_the_tables_show_the_same_counts(root: CacheRoot, run: Run) -> None:
     assert ["two", int8, "66.7%", "528", "B", "1", "264", "B"] in fields
     # The missing media of `one` have failed, so encoding adds nothing.
     assert ["one", int8, "50.0%", "264", "B", "0", "0", "B"] in fields
-    assert "why media failed: python -m cache.ls --failures" in lines
+    assert f"why media failed: python -m cache.ls --failures --features {root.path}" in lines
 
 
 def test_codec_errors_are_summarised_by_space_and_array(tmp_path: Path, run: Run) -> None:
@@ -129,7 +130,8 @@ def test_missing_rows_and_bytes_are_counted(tmp_path: Path, run: Run) -> None:
         kind = "video" if name.endswith("mp4") else "image"
         ref = MediaRef(source=f"/f/{name}", kind=kind)
         samples.append(Sample(id=f"{name}#0", dataset="f-1", messages=(), media=(ref,)))
-    write_samples(root, "f-1", samples)
+    words = ("--dataset", "f-1=folder:/my photos", "--limit", "9")
+    write_samples(root, "f-1", samples, Origin(words=words))
     values = json.loads(run("--json"))["datasets"][0]
     need = values["needs"][SPEC.name]
     image, frame = SPEC.row_bytes("image"), SPEC.row_bytes("frame")
@@ -138,8 +140,8 @@ def test_missing_rows_and_bytes_are_counted(tmp_path: Path, run: Run) -> None:
     assert (need["media"], need["rows"]) == (3, 1 + 2 + 128)
     assert need["nbytes"] == image + 130 * frame
     assert need["command"] == (
-        "python -m encode.run --dataset f-1=folder:/f --encoder demo --codec int8 --pool 1 "
-        f"--features {tmp_path}"
+        "python -m encode.run --dataset 'f-1=folder:/my photos' --limit 9 --encoder demo "
+        f"--codec int8 --pool 1 --features {tmp_path}"
     )
     assert f"complete: {need['command']}" in run().splitlines()
 
@@ -156,6 +158,13 @@ def test_a_sample_that_states_another_sha256_is_not_covered(root: CacheRoot, run
 
 
 def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) -> None:
+    write_samples(
+        root, "one", read_samples(root, "one"), Origin(words=("--dataset", "1=json:/a b.json"))
+    )
+    int8 = next(name for name in root.space_names() if "int8" in name)
+    os.utime(root.space(int8).commits_dir, ns=(1, 1))
+    space = "--encoder toy --codec fp16 --pool 1 --frame-pool 2"
+    end = f"{space} --features {root.path} --retry-failed"
     assert run("--failures").splitlines() == [
         "fetch            2 media",
         "decode           1 media",
@@ -172,11 +181,32 @@ def test_failures_are_grouped_by_reason_and_data_set(root: CacheRoot, run: Run) 
         "1 in one: fetch: 404",
         "    e",
         "",
-        "try them again: python -m encode.run --dataset NAME --retry-failed",
+        f"try them again: python -m encode.run --dataset '1=json:/a b.json' {end}",
+        f"try them again: python -m encode.run --dataset two {end}",
     ]
     groups = json.loads(run("--failures", "--json"))["failures"]
-    place = {"host": "", "dataset": "one", "sources": ["d"]}
+    command = f"python -m encode.run --dataset '1=json:/a b.json' {end}"
+    place = {"host": "", "dataset": "one", "sources": ["d"], "command": command}
     assert groups[0] == {"stage": "decode", "error": "cut short", **place}
+
+
+def test_what_was_not_used_of_a_data_set_is_remembered(root: CacheRoot, run: Run) -> None:
+    account = {
+        "samples": 2,
+        "lines": {"LLaVA": 2},
+        "left_out": {".heic": 4000, ".jp2": 1},
+        "faults": {"unknown key": 2},
+        "ignored": {"data_source": 12},
+        "notes": {},
+    }
+    origin = Origin(words=("--dataset", "one"), account=account)
+    write_samples(root, "one", read_samples(root, "one"), origin)
+    write_samples(root, "two", read_samples(root, "two"), Origin(words=("--dataset", "two")))
+    line = "one: left out: 4,000 .heic, 2 unknown key, 1 .jp2; keys ignored: 12 data_source"
+    assert line in run().splitlines()
+    assert sum(": left out" in line for line in run().splitlines()) == 1
+    values = {one["name"]: one["account"] for one in json.loads(run("--json"))["datasets"]}
+    assert values == {"none": {}, "one": account, "two": {}}
 
 
 def test_a_source_that_succeeded_later_is_no_failure(root: CacheRoot, run: Run) -> None:
