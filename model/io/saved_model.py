@@ -1,12 +1,17 @@
 """A trained model on disk: saved at the end of a stage, found by run, loaded without the encoder.
 
-A folder contains `model.safetensors` (names `connector.*` and `language.*`), the language model's config and
-tokenizer in Hugging Face's layout, and `nanomolmo2.json`, which records how the features were made.
+    final/
+        config.json, model.safetensors, tokenizer.json, ...    the language model, as transformers reads it
+        connector.safetensors                                   the connector
+        nanomolmo2.json                                         what both were trained on; seals the others
+
+`AutoModelForCausalLM.from_pretrained(final)` and `--llm final` load the language model alone, exactly. A file
+that was changed or cut since it was saved is refused by `load_final`.
 """
 
 from __future__ import annotations
 
-import json
+import mmap
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,31 +21,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from configs import UserError, nearest
+from cache.format.checksums import crc32c, read_sealed_json, sealed_json
+from configs import UserError, nearest, one_line
 from model.connector import build_connector
 from model.language.chat_template import TEMPLATE_VERSION
-from model.language.model import load_tokenizer, no_progress_bar, prepare_model, save_language
+from model.language.files import check_file
+from model.language.model import load_folder, prepare_model, save_language, unique_tensors
 from model.vlm import VLM
 
-WEIGHTS = "model.safetensors"
+CONNECTOR = "connector.safetensors"
 META = "nanomolmo2.json"
 RUNS = Path("runs")
-FORMAT = 1
-"""Version of `nanomolmo2.json`."""
-
-
-def weights_of(vlm: VLM) -> dict[str, Tensor]:
-    """Return name -> tensor, each once: a tied output layer is left out, its embedding is kept."""
-    seen: set[int] = set()
-    state = {}
-    for name, value in vlm.state_dict().items():
-        if value.data_ptr() not in seen:
-            state[name] = value.detach().contiguous()
-        seen.add(value.data_ptr())
-    return state
+FORMAT = 2
+"""Version of the folder and of `nanomolmo2.json`."""
+KEYS = ("connector", "llm", "space", "stage", "step")
+"""What `nanomolmo2.json` always records, besides the files and their checksums."""
 
 
 def save_final(
@@ -55,22 +52,24 @@ def save_final(
         meta: JSON values: `connector` (linear | mlp), `llm` (its source), `space` (content of space.json),
             `stage`, `step`, and any others.
     """
-    missing = [key for key in ("connector", "llm", "space", "stage", "step") if key not in meta]
+    missing = [key for key in KEYS if key not in meta]
     assert not missing, f"meta lacks {missing}"
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(weights_of(vlm), partial / WEIGHTS)
     save_language(partial, vlm.language, tokenizer)
+    save_file(unique_tensors(vlm.connector), partial / CONNECTOR)
     content = {
         "format": FORMAT,
         "template": TEMPLATE_VERSION,
         "vision_width": vlm.vision_width,
         **meta,
+        "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
     }
-    (partial / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    # safetensors makes its file readable for the owner only; give it the mode of the other files.
-    (partial / WEIGHTS).chmod((partial / META).stat().st_mode)
+    (partial / META).write_bytes(sealed_json(content))
+    # safetensors makes its files readable for the owner only; give them the mode of the others.
+    for path in partial.glob("*.safetensors"):
+        path.chmod((partial / META).stat().st_mode)
     for path in (*partial.iterdir(), partial):
         _sync(path)
     old = folder.with_name(folder.name + ".old")
@@ -80,6 +79,15 @@ def save_final(
     partial.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """Return the size and the crc32c of a file."""
+    size = path.stat().st_size
+    if not size:
+        return {"bytes": 0, "crc32c": 0}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return {"bytes": size, "crc32c": crc32c(data)}
 
 
 def _sync(path: Path) -> None:
@@ -97,14 +105,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged, or of another version.
     """
     path = folder / META
-    try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (path.exists() or path.is_symlink()):
         raise UserError(
             f"{folder}: not a trained model (looked for {META}); train one: python -m train.run --stage 1"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; train the stage again") from None
+        )
+    check_file(path)
+    try:
+        meta = read_sealed_json(path)
+    except (
+        Exception
+    ) as error:  # CorruptError of the cache, of which this package imports the format alone
+        what = one_line(getattr(error, "what", error))
+        raise UserError(f"{path}: {what}; {_again(folder)}") from None
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
     if meta["template"] != TEMPLATE_VERSION:
@@ -113,6 +125,30 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{TEMPLATE_VERSION}; use the version that trained it"
         )
     return meta
+
+
+def _again(folder: Path) -> str:
+    return f"copy {folder} again, or train the stage again"
+
+
+def check_files(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Raise UserError unless every file of a saved model has the bytes that were written.
+
+    Reading 2.4 GB and their crc32c take a second from memory.
+    """
+    for name, written in meta["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; {_again(folder)}")
+        size = check_file(path)
+        if size != written["bytes"]:
+            raise UserError(
+                f"{path}: {size:,} bytes, should be {written['bytes']:,}; {_again(folder)}"
+            )
+        if _fingerprint(path) != written:
+            raise UserError(
+                f"{path}: was changed after training (its crc32c differs); {_again(folder)}"
+            )
 
 
 def load_final(
@@ -127,32 +163,16 @@ def load_final(
         UserError: a file is missing, damaged, or of another version or model.
     """
     meta = read_meta(folder)
-    tokenizer = load_tokenizer(str(folder))
-    config = AutoConfig.from_pretrained(folder)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder / WEIGHTS}: cannot be read: {error}; train the stage again"
-        ) from None
-    parts = {
-        part: {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
-        for part in ("language.", "connector.")
-    }
-    with no_progress_bar():
-        language = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=dict(parts["language."]), dtype=dtype
-        )
+    check_files(folder, meta)
+    language, tokenizer = load_folder(folder, dtype)
     prepare_model(language, tokenizer)
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
+    try:
+        connector.load_state_dict(load_file(folder / CONNECTOR))
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes
+        raise UserError(f"{folder / CONNECTOR}: {one_line(error)}; {_again(folder)}") from None
     vlm = VLM(language, connector, meta["vision_width"])
-    # transformers fills missing weights with random values.
-    if differ := sorted(weights_of(vlm).keys() ^ state.keys()):
-        raise UserError(
-            f"{folder / WEIGHTS}: not the weights of this model: {', '.join(differ[:3])}"
-        )
-    connector.load_state_dict(parts["connector."])
     return vlm.to(device).eval(), tokenizer, meta
 
 

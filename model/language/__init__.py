@@ -3,9 +3,12 @@
     in     `random:<preset>`, a folder in Hugging Face's layout, or a Hugging Face id; conversations
     out    a transformers model with its tokenizer; token ids and loss weights
 
-    tokenizer        text to ids, so that plain text never becomes a control token
-    chat_template    messages to ids and loss weights; where images and videos go
-    model            load, check and save a language model
+    tokenizer          text to ids, so that plain text never becomes a control token
+    chat_template      messages to ids and loss weights; where images and videos go
+    model              load, check and save a language model
+    sources            a hub id becomes a folder
+    checkpoint         what a folder contains, before transformers reads it (files: JSON, safetensors)
+    loading            every tensor into the model (tokenizer_files: its tokenizer)
 
-Read chat_template.py first.
+Read chat_template.py first. Other people's folders are refused with one line unless they are whole.
 """

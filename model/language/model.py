@@ -6,35 +6,33 @@ no network.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-from transformers.utils import logging as transformers_logging
 
 import configs
-from model.language.tokenizer import byte_tokenizer, prepare_tokenizer
+from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
+from model.language.files import AGAIN
+from model.language.loading import empty_model, fit, load_weights
+from model.language.sources import hub_hint, local_folder
+from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
+from model.language.tokenizer_files import read_tokenizer
 
 RANDOM = "random:"
 """Prefix of an untrained model's name."""
-HUB_TIMEOUT_S = 5.0
-"""Seconds without an answer before the hub counts as unreachable."""
 ROW_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple of this when they are created or resized."""
 
@@ -113,23 +111,65 @@ def load_language(
         device: `cpu`, or `meta` for shapes without values.
 
     Raises:
-        UserError: the source does not exist, or the model has a feature that our attention or loss lacks.
+        UserError: the source does not exist or is damaged, or the model has a feature that our attention or
+            loss lacks.
     """
-    tokenizer = load_tokenizer(source)
-    config = _config(source, tokenizer)
-    if source.startswith(RANDOM) or device == "meta":
+    if source.startswith(RANDOM):
+        tokenizer = load_tokenizer(source)
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(_preset_config(source, tokenizer), dtype=dtype)
     else:
-        with no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with hub_hint(source):
+            folder = local_folder(source, weights=device != "meta")
+            model, tokenizer = load_folder(folder, dtype) if device != "meta" else _shapes(folder)
     rows = model.get_input_embeddings().weight.shape[0]
     # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row.
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # new rows are drawn around the mean of the old ones
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
     prepare_model(model, tokenizer)
     return model, tokenizer
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a language model and its tokenizer from a folder, exactly as stored.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing or left over, or the tokenizer is not
+            that of the model.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = _folder_config(folder)
+    shapes = empty_model(config)
+    names = fit(checkpoint, shapes)
+    tokenizer = prepare_tokenizer(read_tokenizer(folder, _rows(shapes)))
+    return load_weights(checkpoint, config, names, dtype), tokenizer
+
+
+def check_folder(folder: Path) -> None:
+    """Check a language model's folder as far as possible without reading values: seconds for any size.
+
+    Raises:
+        UserError: see `load_folder` and `prepare_model`.
+    """
+    checkpoint = open_checkpoint(folder)
+    shapes, tokenizer = _shapes(folder)
+    fit(checkpoint, shapes)
+    prepare_model(shapes, tokenizer)
+
+
+def _shapes(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Return the model of a folder's config on `meta`, and its tokenizer."""
+    model = empty_model(_folder_config(folder))
+    return model, prepare_tokenizer(read_tokenizer(folder, _rows(model)))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -158,75 +198,76 @@ def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
 
 
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Switch off transformers' progress bar for loading weights."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _preset_config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
+        return preset(source.removeprefix(RANDOM)).config(len(tokenizer))
+    except ValueError as error:
+        raise configs.UserError(f"configs/model.yaml: {source}: {error}") from None
 
 
-def _config(source: str, tokenizer: PreTrainedTokenizerFast) -> Any:
-    if source.startswith(RANDOM):
-        try:
-            return preset(source.removeprefix(RANDOM)).config(len(tokenizer))
-        except ValueError as error:
-            raise configs.UserError(f"configs/model.yaml: {source}: {error}") from None
-    return AutoConfig.from_pretrained(source)
+def _folder_config(folder: Path) -> Any:
+    """Return config.json as transformers reads it. Python code beside it is never run."""
+    read_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a value of the wrong type may cause
+        raise configs.UserError(
+            f"{folder / CONFIG}: not a config of a model ({configs.one_line(error)}); {AGAIN}"
+        ) from None
 
 
 def max_positions(source: str) -> int | None:
-    """Return the longest sequence in a language model's config, tokens; None if there is none."""
-    if not source.startswith(RANDOM):
-        check_source(source)
-    found = getattr(_config(source, load_tokenizer(source)), "max_position_embeddings", None)
+    """Return the longest sequence in a language model's config, tokens; None if there is none.
+
+    The rest of a folder is checked, too, so that nothing is computed for a model that cannot be loaded.
+
+    Raises:
+        UserError: the source does not exist or is damaged, see `check_folder`.
+    """
+    if source.startswith(RANDOM):
+        config = _preset_config(source, load_tokenizer(source))
+    else:
+        with hub_hint(source):
+            folder = local_folder(source, weights=False)
+            if Path(source).expanduser().is_dir():
+                check_folder(folder)
+            config = _folder_config(folder)
+    found = getattr(config, "max_position_embeddings", None)
     return int(found) if found else None
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a language model, with `<image>` and the chat marks as special tokens."""
+    """Return the tokenizer of a language model, with `<image>` and the chat marks as special tokens.
+
+    Raises:
+        UserError: there is no such model, or its tokenizer is missing, damaged, or does not give texts back.
+    """
     if source.startswith(RANDOM):
         return byte_tokenizer(preset(source.removeprefix(RANDOM)).words)
-    check_source(source)
-    return prepare_tokenizer(AutoTokenizer.from_pretrained(source))
-
-
-def check_source(source: str) -> None:
-    """Raise UserError within seconds if there is no such folder, no such id, or no connection to the hub.
-
-    transformers itself retries for most of a minute before it fails.
-    """
-    way_out = (
-        "give a local folder (--llm PATH with config.json, tokenizer.json, model.safetensors), "
-        "or an untrained one (--llm random:qwen3-0.6b)"
-    )
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise configs.UserError(f"{source}: no config.json, so no language model; {way_out}")
-        return
-    if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise configs.UserError(f"{source}: no such folder; {way_out}")
-    if isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
-        return
-    reason = "HF_HUB_OFFLINE is set"
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        try:
-            url = f"{huggingface_hub.constants.ENDPOINT}/api/models/{source}"
-            with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S):  # noqa: S310  the hub's own https
-                return
-        except urllib.error.HTTPError as error:
-            reason = f"huggingface.co returns {error.code}"
-        except OSError as error:
-            reason = f"huggingface.co cannot be reached: {getattr(error, 'reason', error)}"
-    raise configs.UserError(f"{source}: no such folder, not downloaded before, {reason}; {way_out}")
+    with hub_hint(source):
+        folder = local_folder(source, weights=False)
+        read_config(folder)
+        return prepare_tokenizer(read_tokenizer(folder, rows=None))
 
 
 def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write config and tokenizer files into `folder`, as `load_tokenizer` and `AutoConfig` read them."""
+    """Write a language model into `folder` as transformers reads it: config, tokenizer and weights."""
     config = copy.deepcopy(model.config)  # save_pretrained changes the config it saves
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    ends = list(eos_ids(tokenizer))
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    save_file(unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return name -> tensor, each once: a tied output layer is left out, its embedding is kept."""
+    seen: set[int] = set()
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in seen:
+            state[name] = value.detach().contiguous()
+        seen.add(value.data_ptr())
+    return state

@@ -1,12 +1,14 @@
-"""Trained models on disk: saved whole, loaded equal, found by run and stage.
+"""Trained models on disk: saved whole, loaded equal by us and by transformers, found by run and stage.
 
 save_final(folder, vlm, tokenizer, meta)
 vlm, tokenizer, meta = load_final(find_run("demo"))
+AutoModelForCausalLM.from_pretrained(find_run("demo"))      # its language model
 """
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cache.format.checksums import sealed_json
 from configs import UserError
 from model.io import saved_model
-from model.io.saved_model import find_run, load_final, read_meta, save_final, weights_of
+from model.io.saved_model import find_run, load_final, read_meta, save_final
+from model.language.model import load_language
+from model.language.tokenizer import encode_text, eos_ids
 from model.vlm import VLM, build_vlm
 from tests.support.trained_runs import VISION, one_sample, random_features
 
@@ -52,14 +58,51 @@ def saved(tmp_path: Path) -> tuple[Path, VLM]:
     return tmp_path / "final", vlm
 
 
-def test_each_weight_is_stored_once_by_part(saved: tuple[Path, VLM]) -> None:
+def test_each_weight_is_stored_once(saved: tuple[Path, VLM]) -> None:
     folder, vlm = saved
-    stored = load_file(folder / saved_model.WEIGHTS)
-    assert "language.lm_head.weight" not in stored  # tied
-    assert {name.split(".")[0] for name in stored} == {"connector", "language"}
-    assert sum(x.numel() for x in stored.values()) == sum(p.numel() for p in vlm.parameters())
+    language, connector = (
+        load_file(folder / n) for n in ("model.safetensors", "connector.safetensors")
+    )
+    assert "lm_head.weight" not in language  # tied
+    assert connector.keys() == vlm.connector.state_dict().keys()
+    stored = [*language.values(), *connector.values()]
+    assert sum(x.numel() for x in stored) == sum(p.numel() for p in vlm.parameters())
     modes = {p.stat().st_mode & 0o777 for p in folder.iterdir()}
     assert len(modes) == 1, "all files have one mode"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_the_language_model_exactly(tmp_path: Path, tied: bool) -> None:
+    """It loaded random weights once, with a warning."""
+    vlm, tok = build_vlm(VISION, "random:qwen3-tiny", "linear", 7)
+    if not tied:
+        vlm.language.config.tie_word_embeddings = False
+        vlm.language.lm_head.weight = torch.nn.Parameter(vlm.language.lm_head.weight + 0.1)
+    save_final(tmp_path / "final", vlm, tok, META)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "final", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    text = "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nred é 12"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.tolist() == tok(text, return_tensors="pt").input_ids.tolist()
+    assert theirs.dtype == torch.float32
+    ours, _, _ = load_final(tmp_path / "final")
+    ours.language.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        expected = ours.language(ids).logits
+        assert torch.equal(theirs.eval()(ids).logits, expected)
+    assert set(theirs.generation_config.eos_token_id) == set(eos_ids(tok))
+
+
+def test_a_new_stage_1_starts_from_the_language_model_of_a_run(saved: tuple[Path, VLM]) -> None:
+    folder, vlm = saved
+    (folder / "connector.safetensors").unlink()  # it is not needed
+    language, tok = load_language(str(folder))
+    trained = vlm.language.state_dict()
+    assert all(torch.equal(trained[k], v) for k, v in language.state_dict().items())
+    assert encode_text(tok, "red é")
 
 
 def test_an_untied_head_is_stored(tmp_path: Path) -> None:
@@ -84,39 +127,68 @@ def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "final" / "half").exists()
 
 
-def test_a_model_with_missing_weights_is_refused(saved: tuple[Path, VLM]) -> None:
-    """transformers would fill the gap with random values."""
-    folder, vlm = saved
-    weights = weights_of(vlm)
-    del weights["language.model.norm.weight"]
-    save_file(weights, folder / saved_model.WEIGHTS)
-    with pytest.raises(UserError, match=r"not the weights of this model: language\.model\.norm"):
-        load_final(folder)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99, this version reads 1"),
+        ({"format": 1}, "format 1, this version reads 2"),
         ({"template": "chatml-0"}, "chat template chatml-0"),
     ],
 )
 def test_other_versions_are_refused(
     saved: tuple[Path, VLM], change: dict[str, Any], message: str
 ) -> None:
-    path = saved[0] / saved_model.META
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    meta = read_meta(saved[0]) | change
+    del meta["seal"]
+    (saved[0] / saved_model.META).write_bytes(sealed_json(meta))
     with pytest.raises(UserError, match=message):
         load_final(saved[0])
 
 
-def test_damaged_and_missing_files_are_refused(saved: tuple[Path, VLM]) -> None:
-    weights = saved[0] / saved_model.WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def drop_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[max(tensors)]
+    save_file(tensors, path)
+
+
+FILES = ("model.safetensors", "connector.safetensors", "config.json", "tokenizer.json", "META")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, Path.touch, drop_a_tensor])
+def test_damage_is_one_line(
+    saved: tuple[Path, VLM], name: str, damage: Callable[[Path], None]
+) -> None:
+    """transformers would fill gaps with random values."""
+    path = saved[0] / (saved_model.META if name == "META" else name)
+    if damage is Path.touch:
+        path.write_bytes(b"")
+    elif damage is drop_a_tensor and path.suffix != ".safetensors":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n")
+    else:
+        damage(path)
+    with pytest.raises(UserError) as caught:
         load_final(saved[0])
+    assert "\n" not in str(caught.value)
+    assert (str(path) if path.exists() or name != "META" else "train one:") in str(caught.value)
+
+
+def test_a_folder_that_is_no_model_is_refused(saved: tuple[Path, VLM]) -> None:
     with pytest.raises(UserError, match=r"train one: python -m train\.run --stage 1"):
         load_final(saved[0].parent)
+    shutil.copy(
+        saved[0] / "config.json", saved[0] / "README.md"
+    )  # files beside are not its business
+    load_final(saved[0])
 
 
 def test_the_last_finished_stage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,208 @@
+"""Read files that others made: JSON objects, and the headers of safetensors files.
+
+    values = read_object(folder / "config.json")
+    tensors = read_header(folder / "model.safetensors")     # name -> StoredTensor, without reading values
+
+Every fault is a `UserError` of one line that starts with the file's path. Sizes are checked before memory is
+allocated, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs import UserError, one_line
+
+AGAIN = "download it again"
+"""End of an error about a file that was not copied whole."""
+LONGEST_JSON = 256 << 20
+"""Bytes of the longest JSON file that is read. Gemma 3's tokenizer.json, the largest seen, has 33 MB."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of the longest header that safetensors accepts."""
+LFS = b"version https://git-lfs.github.com/spec"
+"""Start of a Git LFS pointer: what a clone without git-lfs has in the place of a large file."""
+OTHER_FORMATS = {
+    b"<": "a web page: was the download refused?",
+    b"GGUF": "a GGUF file (of llama.cpp)",
+    b"PK\x03\x04": "a file of torch.save, under another name",
+    b"\x80": "a pickle, under another name",
+    b"\x89HDF": "an HDF5 file (of Keras), under another name",
+    b"\x1f\x8b": "a gzip file: unpack it",
+}
+"""First bytes of a file -> what it is."""
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "C64": 64,
+    "BOOL": 8,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""safetensors' name of a dtype -> bits of a value."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are not quantised."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, without its values."""
+
+    path: Path
+    """The file."""
+    dtype: str
+    """One of `BITS`."""
+    shape: tuple[int, ...]
+    """Its dimensions."""
+
+
+def check_file(path: Path) -> int:
+    """Return the size in bytes of a file that can be read and is not the stand-in for another.
+
+    Raises:
+        UserError: the file is missing, empty, a Git LFS pointer or a link to nothing, or cannot be read.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path}: a link to a file that does not exist ({path.readlink()}); {AGAIN}"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; {AGAIN}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS))
+            size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not start:
+        raise UserError(f"{path}: is empty (0 bytes); {AGAIN}")
+    if start == LFS:
+        raise UserError(
+            f"{path}: a Git LFS pointer, not the file itself; not downloaded? git lfs pull there: "
+            f"cd {shlex.quote(str(path.parent))} && git lfs pull"
+        )
+    return size
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. JSON is strict: no key twice, no NaN.
+
+    Raises:
+        UserError: see `check_file`; or the file is not one JSON object in UTF-8.
+    """
+    size = check_file(path)
+    if size > LONGEST_JSON:
+        raise UserError(f"{path}: {size:,} bytes, too long for JSON (at most {LONGEST_JSON:,})")
+    data = path.read_bytes()
+    try:
+        values = _strict(data)
+    except (ValueError, RecursionError) as error:
+        what = _other_format(data) or f"not valid JSON ({one_line(error)})"
+        raise UserError(f"{path}: {what}; {AGAIN}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a JSON {type(values).__name__}, not an object; {AGAIN}")
+    return values
+
+
+def _strict(data: bytes) -> Any:
+    return json.loads(
+        data.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_constant
+    )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {one_line(twice, 40)!r} twice")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _other_format(data: bytes) -> str:
+    return next((what for magic, what in OTHER_FORMATS.items() if data.startswith(magic)), "")
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors that a safetensors file describes, name -> dtype and shape.
+
+    Raises:
+        UserError: see `check_file`; or the file is truncated, longer than its header says, or no safetensors
+            file.
+    """
+    size = check_file(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if size < 8:
+            raise UserError(f"{path}: is truncated: {size} bytes; {AGAIN}")
+        if not 2 <= length <= LONGEST_HEADER:
+            what = _other_format(start) or f"its header would have {length:,} bytes"
+            raise UserError(f"{path}: not a safetensors file ({what}); {AGAIN}")
+        if 8 + length > size:
+            raise UserError(
+                f"{path}: is truncated: {size:,} bytes, its header alone has {length:,}; {AGAIN}"
+            )
+        header = file.read(length)
+    try:
+        values = _strict(header)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")  # noqa: TRY004 - the file is wrong, not a caller
+        values.pop("__metadata__", None)
+        spans = {name: _span(name, entry) for name, entry in values.items()}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its header is damaged: {one_line(error)}; {AGAIN}") from None
+    ordered = sorted(spans.values())
+    if any(before[1] != after[0] for before, after in itertools.pairwise([(0, 0), *ordered])):
+        raise UserError(f"{path}: its header is damaged: tensors overlap or leave a gap; {AGAIN}")
+    whole = 8 + length + max((end for _, end in ordered), default=0)
+    if size < whole:
+        raise UserError(f"{path}: is truncated: {size:,} of {whole:,} bytes; {AGAIN}")
+    if size > whole:
+        raise UserError(f"{path}: {size:,} bytes, but its header describes {whole:,}; {AGAIN}")
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]))
+        for name, entry in values.items()
+    }
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Return where the bytes of a tensor start and end; raise ValueError if its entry is not consistent."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"tensor {one_line(name)}: no dtype, shape and data_offsets")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"tensor {one_line(name)}: dtype {one_line(dtype, 20)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"tensor {one_line(name)}: {one_line(numbers, 40)}")
+    if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
+        raise ValueError(
+            f"tensor {one_line(name)}: shape {shape} in {dtype} does not fill bytes {offsets}"
+        )
+    return offsets[0], offsets[1]

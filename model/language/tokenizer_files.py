@@ -1,0 +1,168 @@
+"""Load a model's own tokenizer from its folder, and try it.
+
+    tokenizer = read_tokenizer(folder, rows=151_936)
+
+transformers makes an empty tokenizer where the files are missing, and every text becomes nothing. Here the
+files are read first, and the tokenizer has to give some texts back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from configs import UserError, one_line
+from model.language.files import AGAIN, read_object
+from model.language.tokenizer import encode_text
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer.json"
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.json",
+)
+"""JSON files that transformers reads beside tokenizer.json, if they exist."""
+SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken")
+"""Tokenizers in their makers' own formats, which other packages convert."""
+PROBES = (
+    "Hello world, it's 12345 and 3.14!",
+    " a leading space and a trailing one ",
+    "two  spaces, three   spaces",
+    "lines\nand\n\nempty lines\ttabs\n",
+    "def f(x):\n    return {'a': [x ** 2]}  # <b> & \"c\" \\ ~ ^ | @ $ % `",
+    "É é ü ñ ß ø Ł ç; 1 2 3",
+    "Привет, мир; 中文字符; 日本語; العربية; हिन्दी; 한국어",
+    "emoji 🙂 and signs € → ≤ ∑",
+)
+"""Texts that a tokenizer has to give back, all in Unicode's composed form (NFC)."""
+FAR_FEWER = 8192
+"""A tokenizer with less than half as many ids as the embedding has rows, and this many fewer, is of another
+model. Padding of embeddings adds a few hundred rows."""
+
+
+def read_tokenizer(folder: Path, rows: int | None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in a folder.
+
+    Args:
+        folder: of the model.
+        rows: rows of the model's embedding; None: not compared.
+
+    Raises:
+        UserError: the tokenizer is missing, damaged, of another model, or does not give texts back.
+    """
+    for name in BESIDE:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            read_object(folder / name)
+    file = folder / TOKENIZER
+    if file.exists() or file.is_symlink():
+        read_object(file)
+        tokenizer = _from_file(file)
+    else:
+        tokenizer = _converted(folder)
+    _check_ids(folder, tokenizer, rows)
+    _check_round_trip(folder, tokenizer)
+    return tokenizer
+
+
+def _from_file(file: Path) -> PreTrainedTokenizerFast:
+    """Load tokenizer.json itself: transformers' class for a model may build another one from its parts."""
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise UserError(f"{file}: not a tokenizer ({one_line(error)}); {AGAIN}") from None
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(file.parent)
+    except Exception as error:  # whatever tokenizer_config.json may cause
+        raise UserError(
+            f"{file.parent}: the tokenizer cannot be loaded ({one_line(error)}); {AGAIN}"
+        ) from None
+
+
+def _converted(folder: Path) -> PreTrainedTokenizerFast:
+    """Let transformers convert a tokenizer in an older format."""
+    slow = next((name for name in SLOW if (folder / name).exists()), "")
+    pair = (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
+    if not slow and not pair:
+        raise UserError(
+            f"{folder}: no {TOKENIZER}, so no tokenizer; copy it from where the model comes from"
+        )
+    if slow and not pair and importlib.util.find_spec("sentencepiece") is None:
+        code = f"from transformers import AutoTokenizer as T; T.from_pretrained({json.dumps(str(folder))})"
+        code += f".save_pretrained({json.dumps(str(folder))})"
+        raise UserError(
+            f"{folder}: {slow} without {TOKENIZER}; convert it (first pip install sentencepiece tiktoken "
+            f"protobuf): python -c {shlex.quote(code)}"
+        )
+    if pair:
+        read_object(folder / "vocab.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the conversion of any format may raise
+        raise UserError(
+            f"{folder}: no {TOKENIZER}, and {slow or 'vocab.json'} cannot be converted ({one_line(error)}); "
+            f"copy {TOKENIZER} from where the model comes from"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{folder}: a tokenizer in Python ({type(tokenizer).__name__}) without {TOKENIZER}, which "
+            "is needed"
+        )
+    return tokenizer
+
+
+def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int | None) -> None:
+    """Raise UserError if there are no ids, or if they are not those of an embedding of `rows` rows."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added = set(tokenizer.added_tokens_decoder)
+    words = {text: number for text, number in vocabulary.items() if number not in added}
+    if not words:
+        raise UserError(f"{folder}: the tokenizer is empty; {AGAIN}")
+    if rows is None:
+        return
+    last = max(words, key=lambda text: words[text])
+    if words[last] >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer is of another model: token {one_line(repr(last), 40)} has id "
+            f"{words[last]:,}, and the embedding has {rows:,} rows; copy it from where the weights come from"
+        )
+    count = max(vocabulary.values()) + 1
+    if count * 2 < rows and count + FAR_FEWER < rows:
+        raise UserError(
+            f"{folder}: the tokenizer is of another model: {count:,} ids, and the embedding has {rows:,} "
+            "rows; copy it from where the weights come from"
+        )
+    if count > rows:
+        log.info("%s: %d added tokens get new embedding rows", folder, count - rows)
+
+
+def _check_round_trip(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError unless each of `PROBES` becomes ids that become the text again.
+
+    One space at the start may differ: SentencePiece adds one, and removes it when it decodes.
+    """
+    for text in PROBES:
+        again = _there_and_back(folder, tokenizer, text)
+        if again.removeprefix(" ") != text.removeprefix(" "):
+            raise UserError(
+                f"{folder}: the tokenizer does not give text back: {one_line(repr(text), 60)} became "
+                f"{one_line(repr(again), 60)}; copy it again from where the weights come from"
+            )
+
+
+def _there_and_back(folder: Path, tokenizer: Any, text: str) -> str:
+    try:
+        return str(
+            tokenizer.decode(encode_text(tokenizer, text), clean_up_tokenization_spaces=False)
+        )
+    except Exception as error:  # the Rust library raises plain Exception
+        raise UserError(
+            f"{folder}: the tokenizer fails on {text!r} ({one_line(error)}); {AGAIN}"
+        ) from None
