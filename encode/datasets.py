@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,9 +29,18 @@ from cache.store.samples import (
     write_samples,
 )
 from configs import UserError
+from configs.console import bytes_text, table_text
 from encode.plan import MediaCounter
 from encode.records.account import Account
-from encode.sources.catalogue import FROM_SOURCE, WITH_MEDIA, Choice, Dataset
+from encode.sources.catalogue import (
+    FROM_SOURCE,
+    SPEC_KINDS,
+    WITH_MEDIA,
+    Choice,
+    Dataset,
+    Entry,
+    read_catalogue,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +181,70 @@ def _refuse_others(root: CacheRoot, choice: Choice) -> None:
         f"{shlex.quote(f'{choice.name}-2={spec}')}, or remove that folder if the files have moved: "
         f"rm -r {shlex.quote(str(folder))}"
     )
+
+
+# ---- --list
+
+A100_IMAGES_S = 300.0
+"""Assumed: images a second of CLIP ViT-L/14@336 on one A100, 382 GFLOP each at 37 % of 312 TFLOP/s."""
+CORES_IMAGES_S = 0.33
+"""Measured: images a second of the same on 2 CPU cores (docs/BENCHMARKS.md)."""
+
+KINDS = {
+    "folder": "images and videos in a folder, with captions, questions or conversations beside them",
+    "json": "conversations in a file: LLaVA, ShareGPT, messages, questions, COCO; JSON, JSONL, CSV, Parquet",
+    "hf": "a data set of the Hugging Face hub, with its images in the files",
+    "webdataset": "tars of images and texts, as img2dataset writes them",
+}
+
+LEGEND = f"""\
+rows, images, bytes: as published, rounded; ?: not known, +: and what is not known
+A100, 2cores: hours of encoding with CLIP ViT-L/14@336, at {A100_IMAGES_S:.0f} images/s on one A100 (assumed)
+and {CORES_IMAGES_S} on 2 CPU cores (measured). Images from the web arrive as fast as their hosts answer.
+An image that several data sets have is encoded once. What a job needs: --plan.
+Molmo2's video sets name YouTube videos: fetch them yourself, then --dataset folder:PATH"""
+
+
+def listing() -> str:
+    """Return the data sets and groups by name, with rows, bytes and hours, one on a line."""
+    entries, groups = read_catalogue()
+    table = [_row(name, [entry], entry.about or entry.spec) for name, entry in entries.items()]
+    table += [
+        _row(name, [entries[member] for member in members], f"group: {', '.join(members)}")
+        for name, members in groups.items()
+    ]
+    header = ("data set", "rows", "images", "text", "media", "A100", "2cores", "about")
+    lines = [table_text(header, table, right="rows images text media A100 2cores"), LEGEND]
+    width = max(map(len, SPEC_KINDS.values()))
+    lines += [f"{SPEC_KINDS[kind]:<{width}}  {about}" for kind, about in KINDS.items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, entries: Sequence[Entry], about: str) -> tuple[str, ...]:
+    images = _total([entry.images for entry in entries])
+    return (
+        name,
+        _figure(_total([entry.rows for entry in entries]), "{:,.0f}".format),
+        _figure(images, "{:,.0f}".format),
+        _figure(_total([entry.text_bytes for entry in entries]), bytes_text),
+        _figure(_total([entry.media_bytes for entry in entries]), bytes_text),
+        _figure(images, lambda number: _hours(number / A100_IMAGES_S)),
+        _figure(images, lambda number: _hours(number / CORES_IMAGES_S)),
+        about,
+    )
+
+
+def _total(values: Sequence[float | None]) -> tuple[float | None, bool]:
+    """Return the sum of the known values, None if there are none, and whether all are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None, len(known) == len(values)
+
+
+def _figure(total: tuple[float | None, bool], text: Callable[[float], str]) -> str:
+    value, complete = total
+    return "?" if value is None else text(value) + ("" if complete else "+")
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return "<0.1" if 0 < hours < 0.1 else f"{hours:,.1f}" if 0 < hours < 10 else f"{hours:,.0f}"

@@ -10,7 +10,7 @@ python -m encode.run --dataset pixmo-cap --sample 1000        # 1,000 samples, s
 python -m encode.run --dataset folder:photos --format webdataset    # shards are tars
 python -m encode.run --dataset folder:photos demo --plan      # print what it would cost, and stop
 python -m encode.run --check 50                               # encode 50 media again, compare with the stored
-python -m encode.run --list                                   # data sets by name
+python -m encode.run --list                                   # data sets by name, with their sizes
 
 A job may be killed at any moment. The same command continues it, and does nothing once all is done.
 Exit 0: every image is in the space or, with its reason, in the ledger (python -m cache.ls --failures).
@@ -32,10 +32,10 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
-from encode.datasets import Reading, read_datasets
+from encode.datasets import Reading, listing, read_datasets
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
-from encode.sources.catalogue import choose, open_datasets, read_catalogue
+from encode.sources.catalogue import choose, open_datasets
 from encode.worker.config import WorkerConfig
 from model.vision.config import encoder_config
 
@@ -104,7 +104,7 @@ class Options:
     plan: bool = False
     """Print what the job would do and cost, and stop. Writes nothing."""
     list: bool = False
-    """Print the data sets by name, and stop."""
+    """Print the data sets by name, with their sizes, and stop."""
     random_weights: bool = False
     """Use untrained weights: to try commands without a download, never for features to train on."""
     weights: str | None = None
@@ -262,21 +262,6 @@ def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Seq
     report = check_space(root, space, loading, media=options.check, datasets=datasets)
     print(report.text())
     return 0 if report.ok else 1
-
-
-def listing() -> str:
-    """Return the data sets and groups by name, one on a line."""
-    entries, groups = read_catalogue()
-    rows = [(name, entry.about or entry.path) for name, entry in entries.items()]
-    rows += [(name, f"group: {', '.join(members)}") for name, members in groups.items()]
-    rows.append(
-        (
-            "folder:PATH",
-            "a folder of images and videos, with metadata.jsonl for captions or questions",
-        )
-    )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {about}" for name, about in rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ one of that kind is opened: `_OPENERS` has a function for each.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Literal, Protocol
 import configs
 from cache.store.paths import DATASET_NAME, as_dataset_name, is_dataset_name
 from cache.store.samples import Sample
-from configs import UserError, nearest
+from configs import UserError, nearest, one_line
 from encode.records.account import Account
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Entry:
     media_bytes: float | None = None
     """Bytes of its media, for `--list`."""
     images: int | None = None
-    """Distinct images, for `--list`; by default one a row."""
+    """Distinct images, or about as many, for `--list`."""
 
     def __post_init__(self) -> None:
         allowed = _FIELDS[self.source]
@@ -297,9 +298,10 @@ def _choose_spec(
 
 def _unknown(spec: str, found: re.Match[str] | None, known: Sequence[str]) -> str:
     """Return why `spec` is not understood, and what would be."""
-    if spec and Path(spec).expanduser().is_dir():
+    path = os.path.expanduser(spec)  # noqa: PTH111 - these two never raise
+    if os.path.isdir(path):  # noqa: PTH112
         return f"for a folder of images: --dataset {shlex.quote(f'folder:{spec}')}"
-    if Path(spec).expanduser().is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         kind = "webdataset" if spec.endswith(".tar") else "json"
         return f"for a file: --dataset {shlex.quote(f'{kind}:{spec}')}"
     if found:
@@ -312,13 +314,14 @@ def _entry_of(kind: str, place: str, spec: str) -> Entry:
     """Return the entry that `KIND:PLACE` stands for."""
     if not place.strip():
         raise UserError(f"--dataset {shlex.quote(spec)}: write it as {SPEC_KINDS[kind]}")
-    if kind != "hf":
-        path = Path(place).expanduser()
-        # A folder under two names, one of them a link, is one data set.
-        path = path.resolve() if kind == "folder" else path.absolute()
+    if kind != "hf" or place.startswith(("/", ".", "~")):
+        try:
+            path = Path(place).expanduser()
+            # A folder under two names, one of them a link, is one data set.
+            path = path.resolve() if kind == "folder" else path.absolute()
+        except (OSError, RuntimeError, ValueError) as error:  # ~nobody, links in a circle
+            raise UserError(f"--dataset {shlex.quote(spec)}: {one_line(error)}") from None
         return Entry(source=kind, path=str(path))  # type: ignore[arg-type]
-    if place.startswith(("/", ".", "~")):
-        return Entry(source="hf", path=str(Path(place).expanduser().absolute()))
     hub = _HUB.fullmatch(place.removeprefix("https://huggingface.co/datasets/").rstrip("/"))
     if not hub:
         raise UserError(

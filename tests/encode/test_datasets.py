@@ -15,9 +15,10 @@ import pytest
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Sample, dataset_names, read_origin, read_samples
 from configs import UserError
-from encode.datasets import Reading, read_datasets
+from encode.datasets import Reading, listing, read_datasets
 from encode.records.account import Account, FaultError
-from encode.sources.catalogue import Choice, Entry
+from encode.sources.catalogue import Choice, Entry, read_catalogue
+from encode.sources.demo_drawings import DemoWorld
 
 
 @dataclass(frozen=True)
@@ -143,3 +144,39 @@ def test_the_options_of_a_source_are_remembered(
     assert words("folder", path="/x") == "--dataset x --limit 3"
     assert words("pixmo", hub="a/b") == f"--dataset x --source {tmp_path}/lists --limit 3"
     assert words("json", path="/x") == f"--dataset x --media {tmp_path}/pictures --limit 3"
+
+
+# ---- --list
+
+
+def test_the_list_has_sizes_hours_and_totals(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {
+        "a": Entry(
+            source="folder", path="/a", rows=10, images=600_000, text_bytes=1e6, media_bytes=2e9
+        ),
+        "b": Entry(source="folder", path="/b", rows=5, images=60_000, about="bees"),
+        "c": Entry(source="folder", path="/c", rows=7, images=0, text_bytes=5e5),
+    }
+    groups = {"ab": ("a", "b"), "ac": ("a", "c"), "b2": ("b",)}
+    monkeypatch.setattr("encode.datasets.read_catalogue", lambda: (entries, groups))
+    lines = listing().splitlines()
+    assert [line.split("  about")[0].split() for line in lines[:1]] == [
+        ["data", "set", "rows", "images", "text", "media", "A100", "2cores"]
+    ]
+    assert [line.split() for line in lines[1:7]] == [
+        ["a", "10", "600,000", "1", "MB", "2", "GB", "0.6", "505", "folder:/a"],
+        ["b", "5", "60,000", "?", "?", "<0.1", "51", "bees"],
+        ["c", "7", "0", "500", "kB", "?", "0", "0", "folder:/c"],
+        ["ab", "15", "660,000", "1", "MB+", "2", "GB+", "0.6", "556", "group:", "a,", "b"],
+        ["ac", "17", "600,000", "1.5", "MB", "2", "GB+", "0.6", "505", "group:", "a,", "c"],
+        ["b2", "5", "60,000", "?", "?", "<0.1", "51", "group:", "b"],
+    ]
+
+
+def test_the_stages_of_training_are_groups() -> None:
+    entries, groups = read_catalogue()
+    for stage in ("pretraining", "sft", "long-context"):
+        assert {"hf", "pixmo"} == {entries[name].source for name in groups[stage]}
+    world = DemoWorld.load()
+    drawn = [e for n, e in entries.items() if e.source == "demo" and n != "demo-videos"]
+    assert {entry.images for entry in drawn} == {world.images}

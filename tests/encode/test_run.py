@@ -26,6 +26,7 @@ from cache.store.space import find_space, read_info
 from cache.verify import verify
 from configs import UserError
 from encode.run import main
+from encode.sources.catalogue import SPEC_KINDS
 from tests.support import ROOT
 from tests.support.encode_jobs import TINY, draw
 
@@ -241,8 +242,11 @@ def test_invalid_options_are_refused_in_one_line(argv: list[str], says: str) -> 
 def test_the_list_names_data_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == ["pets", "all", "folder:PATH"]
-    assert "cats and dogs" in out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["data", "pets", "all"]
+    assert lines[1].split()[1:] == ["?"] * 6 + ["cats", "and", "dogs"]
+    for kind in SPEC_KINDS:
+        assert any(line.startswith(f"{kind}:") for line in lines)
 
 
 @pytest.mark.slow

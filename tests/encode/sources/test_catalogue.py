@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configs
@@ -105,6 +105,11 @@ def test_a_wrong_word_is_answered_in_one_line(spec: str, says: str) -> None:
 
 @given(st.text(max_size=30) | st.text("ab=:folder/ .'\"$", max_size=40))
 @example("folder:/a=folder:/b")
+@example("~nobody-of-this-name")
+@example("json:~nobody-of-this-name/a.json")
+@example("x" * 5000)
+@example("folder:/" + "x" * 5000)
+@settings(deadline=None)
 def test_any_word_is_accepted_with_a_word_for_it_or_refused(spec: str) -> None:
     try:
         found = choose([spec])
