@@ -38,7 +38,7 @@ from train.data.placeholders import Placeholders
 from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
-from train.data.usable import NothingToLearnError
+from train.data.usable import NothingToLearnError, learnable
 from train.stage import run_folder
 
 log = logging.getLogger(__name__)
@@ -257,14 +257,17 @@ def load_data(
     val_schedule = None
     if (val := _held_out(options, reader, train)) is not None:
         val_tokens = TokenStore.open(root, val.names, tokenizer, folder=token_folder)
-        with contextlib.suppress(NothingToLearnError):  # a warning has counted the samples
+        try:
+            val = learnable(val, val_tokens).head(-(-options.eval_samples // len(train.names)))
             trees = build_message_trees(val, val_tokens, **limits)
             val_schedule = SinglePass(trees, options.samples_per_step)
+        except NothingToLearnError:  # a warning has counted the samples
+            log.warning("no held-out sample has text, so no held-out loss is measured")
     return Data(train=train, schedule=schedule, val_schedule=val_schedule)
 
 
 def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> SampleList | None:
-    """Return the held-out samples whose loss is measured during training; None if there are none."""
+    """Return the held-out samples; None if there are none, or if no held-out loss is to be measured."""
     if not (options.eval_every and options.eval_samples):
         return None
     try:
@@ -276,7 +279,6 @@ def _held_out(options: Options, reader: FeatureReader, train: SampleList) -> Sam
             held_out=options.held_out,
             min_coverage=0.0,
             max_frames=options.max_frames,
-            limit=-(-options.eval_samples // len(train.names)),
         )
     except EmptySplitError:
         log.warning("nothing is held out (--held-out %s of a few images)", options.held_out)

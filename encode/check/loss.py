@@ -22,6 +22,7 @@ import torch
 import configs
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
@@ -35,6 +36,7 @@ from model.io.saved_model import find_run, load_final
 from model.language.chat_template import (
     Message,
     fill_placeholders,
+    has_answer,
     tokenize_messages,
     video_token_ids,
 )
@@ -176,9 +178,7 @@ def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, lis
         complete = (references.count(~here) == 0) & (references.counts > 0)
         edges = edges_of(references.counts)
         for number, sample in enumerate(read_samples(root, dataset)):
-            if not complete[number] or not any(
-                message.role == "assistant" and message.weight > 0 for message in sample.messages
-            ):
+            if not complete[number] or not _can_be_learned(sample):
                 continue
             records = table.take(pa.array(references.source[edges[number] : edges[number + 1]]))
             loaded = list(loader.load(MediaRecord(**record) for record in records.to_pylist()))
@@ -187,6 +187,15 @@ def _samples(root: CacheRoot, loader: MediaLoader) -> Iterator[tuple[Sample, lis
 
     for found in zip_longest(*map(usable, dataset_names(root))):
         yield from filter(None, found)
+
+
+def _can_be_learned(sample: Sample) -> bool:
+    """Whether a sample has a text to predict, and marks that fit its media. The trainer leaves out others."""
+    try:
+        split_at_marks([(m.role, m.content) for m in sample.messages], len(sample.media))
+    except ValueError:
+        return False
+    return has_answer([(m.role, m.content, m.weight) for m in sample.messages])
 
 
 def sample_batch(

@@ -121,6 +121,13 @@ def tokenize_messages(
     )
 
 
+def has_answer(messages: Sequence[Message]) -> bool:
+    """Whether a sample has text to learn: an assistant turn that says something, with a weight above 0."""
+    return any(
+        role == "assistant" and weight > 0 and text.strip() for role, text, weight in messages
+    )
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], media: int
 ) -> list[int]:

@@ -68,23 +68,25 @@ def make(folder: Path, codec_name: str = "int8", container: str = "zarr", **chan
     return space
 
 
-def say(name: str, *sources: str) -> Sample:
+def say(name: str, *sources: str, choice: str = "") -> Sample:
+    marks = "".join("<video>" if "mp4" in source else "<image>" for source in sources)
     return Sample(
         id=name,
         dataset="talk",
         messages=(
-            Message(role="user", content="<image>" * len(sources) + f"what, {name}?"),
+            Message(role="user", content=f"{marks}what, {name}?"),
             Message(role="assistant", content=f"größe of {name}", weight=0.5),
         ),
         media=tuple(MediaRef(source=s, kind="video" if "mp4" in s else "image") for s in sources),
         task="ask",
+        choice=choice,
     )
 
 
 SAMPLES = [
-    say("a.1", "/4.png"),
+    say("a.1", "/4.png", choice="one question"),
     say("b/2", "/1.png", "/9.mp4"),
-    say("c", "/4.png"),
+    say("c", "/4.png", choice="one question"),
     say("text"),
     say("none", "/8.png"),
     say("failed", "/1.png", "/x.png"),
@@ -254,6 +256,8 @@ def test_a_data_set_is_exported_with_text_and_features(
     twice, both, text = stream(out)
     assert twice["__key__"] == key(4)
     assert [s["id"] for s in twice["json"]["samples"]] == ["a.1", "c"], "the image is stored once"
+    assert [s["choice"] for s in twice["json"]["samples"]] == ["one question"] * 2, "both answers"
+    assert both["json"]["samples"][0]["messages"][0]["content"] == "<image><video>what, b/2?"
     assert twice["json"]["samples"][1]["messages"] == [
         {"role": "user", "content": "<image>what, c?", "weight": 1.0},
         {"role": "assistant", "content": "größe of c", "weight": 0.5},
@@ -303,6 +307,7 @@ def test_safetensors_of_a_data_set_hold_its_rows_and_its_text(space: Space, run:
     lines = [json.loads(line) for line in (out / "talk.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["a.1", "b/2", "c", "text"]
     assert [m["key"] for m in lines[1]["media"]] == [key(1), key(9)]
+    assert [line["choice"] for line in lines] == ["one question", "", "one question", ""]
 
 
 # ---- complete, or not under its name

@@ -42,7 +42,6 @@ from cache.store.references import (
 )
 from cache.store.samples import content_digest, dataset_names, samples_table
 from configs import UserError
-from train.data.choices import first_answers
 from train.data.sample_list import (
     Coverage,
     Ints,
@@ -74,7 +73,6 @@ def join(
     held_out: float,
     min_coverage: float,
     max_frames: int = MAX_FRAMES,
-    limit: int | None = None,
     frozen: Path | None = None,
 ) -> SampleList:
     """Return the samples of `datasets` that have all their features and are on one side of the split.
@@ -88,7 +86,6 @@ def join(
             media is split by its id, or by its question if it is one of several answers.
         min_coverage: least share of samples with features, not counting samples with failed media.
         max_frames: most frames of one video; with its duration, it decides which frames are needed.
-        limit: most samples of each data set, from its beginning; all answers to a question are one sample.
         frozen: a list written by `SampleList.freeze`; the result has exactly its samples.
 
     Raises:
@@ -123,7 +120,7 @@ def join(
         use = present & side
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
-        kept.append(_first_questions(np.flatnonzero(use), part.choice, limit))
+        kept.append(np.flatnonzero(use))
     result = _assemble(root, split, names, shares, parts, numbers, kept, media, found, counts)
     _check_coverage(result, reader, min_coverage, ledger, found.partial, max_frames)
     if frozen is not None:
@@ -243,17 +240,6 @@ def _held_out(
     heads = [hashlib.sha256(i.encode()).digest() for i in part.split_by.take(text_only).to_pylist()]
     result[text_only] = [int.from_bytes(head[: HASH_BITS // 8]) < below for head in heads]
     return result
-
-
-def _first_questions(chosen: Ints, choice: npt.NDArray[np.int32], limit: int | None) -> Ints:
-    """Return those of the `chosen` samples that are among the first `limit` questions."""
-    if limit is None or len(chosen) <= limit:
-        return chosen
-    first = first_answers(choice[chosen])
-    number = (
-        np.cumsum(first == np.arange(len(chosen))) - 1
-    )  # of the questions, by their first answers
-    return chosen[number[first] < limit]
 
 
 def _assemble(

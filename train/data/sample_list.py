@@ -26,6 +26,7 @@ from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.references import IMAGE, NOUNS, VIDEO, edges_of, within
 from configs import UserError
+from train.data.choices import first_answers
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
@@ -171,6 +172,14 @@ class SampleList:
             offsets=edges_of(media_counts),
             media=self.media[within(self.offsets[chosen], media_counts)],
         )
+
+    def head(self, limit: int) -> SampleList:
+        """Return the first `limit` questions of each data set, each with all its answers."""
+        first = first_answers(self.choice)
+        new = first == np.arange(self.size)
+        number = np.cumsum(new) - 1  # of the questions, by their first answers
+        before = np.searchsorted(self.dataset[new], np.arange(len(self.names)))
+        return self.take(np.flatnonzero(number[first] - before[self.dataset] < limit))
 
     def is_video(self, item: int) -> bool:
         """Whether a media item is a video."""

@@ -41,6 +41,7 @@ from model.language.chat_template import (
     Turn,
     cut_turns,
     find_turns,
+    has_answer,
     tokenize_messages,
 )
 from model.language.tokenizer import IMAGE_TOKEN, token_id, tokenizer_digest
@@ -245,12 +246,11 @@ def tokenize_sample(sample: Sample, tokenizer: Any) -> tuple[TokenizedSample, st
     There are no tokens if something is wrong, or if there is no text to learn.
     """
     nothing = TokenizedSample(ids=np.zeros(0, np.int32), weights=np.zeros(0, np.float32))
-    if not any(
-        m.role == "assistant" and m.weight > 0 and m.content.strip() for m in sample.messages
-    ):
+    messages = messages_of(sample)
+    if not has_answer(messages):
         return nothing, ""
     try:
-        return tokenize_messages(tokenizer, messages_of(sample), len(sample.media)), ""
+        return tokenize_messages(tokenizer, messages, len(sample.media)), ""
     except ValueError as error:
         return nothing, str(error)
 

@@ -74,7 +74,7 @@ class Options(RemoteOptions):
     split: Literal["val", "train"] = "val"
     """`val`: held-out samples. `train`: samples the model was trained on."""
     limit: int = 2000
-    """Most samples of each data set."""
+    """Most questions of each data set."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     blind: bool = True
@@ -156,7 +156,6 @@ def evaluate(options: Options) -> Evaluation:
         held_out=trained.held_out,
         min_coverage=0.0,
         max_frames=trained.max_frames,
-        limit=options.limit,
     )
     tokens = TokenStore.open(
         root, samples.names, tokenizer, folder=final.parent.parent.parent / ".tokens"
@@ -167,7 +166,7 @@ def evaluate(options: Options) -> Evaluation:
         device=device,
         autocast=choose_precision(trained.precision, device, vlm),
     )
-    samples = learnable(samples, tokens)
+    samples = learnable(samples, tokens).head(options.limit)
     lists = [samples, samples.blind(trained.seed)] if options.blind else [samples]
     placeholders = Placeholders.of(reader.spec, tokenizer)
     losses = [mean_loss(s, tokens, reader, forward, trained, placeholders) for s in lists]

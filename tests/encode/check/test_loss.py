@@ -138,10 +138,16 @@ def test_a_file_that_cannot_be_decoded_any_more_is_an_error(
 def test_without_any_usable_sample_the_error_says_what_to_do(trained: Trained) -> None:
     root = CacheRoot(trained.features)
     stored = {name: list(read_samples(root, name)) for name in dataset_names(root)}
-    for name, samples in stored.items():
-        write_samples(root, name, [replace(sample, messages=()) for sample in samples])
-    with pytest.raises(UserError, match=r"no sample has a text.*encode\.run --dataset folder"):
-        trained.compare()
+    answer = Message(role="assistant", content="A cat.")  # no user turn for the image
+    for messages in (
+        (),
+        (answer,),
+        (Message(role="user", content="hm"), replace(answer, content="")),
+    ):
+        for name, samples in stored.items():
+            write_samples(root, name, [replace(sample, messages=messages) for sample in samples])
+        with pytest.raises(UserError, match=r"no sample has a text.*encode\.run --dataset folder"):
+            trained.compare()
     for name, samples in stored.items():
         write_samples(root, name, samples)
 

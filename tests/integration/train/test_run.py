@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,16 @@ from safetensors.torch import load_file
 
 from cache.errors import CacheError, NotFoundError
 from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.samples import Sample, read_samples, write_samples
+from cache.store.space import find_space
 from configs import UserError
 from model.io.saved_model import load_final
 from tests.support import trained_runs
 from tests.support.trained_runs import BASE, ENVIRONMENT, losses
 from train import setup
 from train.config import Options
+from train.data.join import join
 from train.metrics import StepRecord, read_metrics
 from train.run import main
 from train.stage import checkpoint, run_folder
@@ -465,3 +471,121 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
 def _steps_begun(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0
+
+
+# ---- samples that cannot be trained on
+
+
+def with_samples(root: CacheRoot, folder: Path, samples: list[Sample]) -> Path:
+    """Return a copy of a cache in which data set `colors` is other samples."""
+    shutil.copytree(root.path, folder / "copy")
+    write_samples(CacheRoot(folder / "copy"), "colors", samples)
+    return folder / "copy"
+
+
+def conversations(cache: CacheRoot) -> list[Sample]:
+    """Return every second sample as a conversation of several exchanges, and the others as they are."""
+    return [
+        replace(
+            sample, messages=sample.messages * (2 + number % 3) if number % 2 else sample.messages
+        )
+        for number, sample in enumerate(read_samples(cache, "colors"))
+    ]
+
+
+def test_images_without_text_stop_no_training(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, caplog: Any
+) -> None:
+    samples = [
+        replace(sample, messages=()) if number % 5 else sample
+        for number, sample in enumerate(read_samples(cache, "colors"))
+    ]
+    features = with_samples(cache, tmp_path, samples)
+    folder = train("--max-steps", "2", "--eval-every", "2", features=features)
+    assert len(losses(folder)) == 2
+    assert (
+        "left out, because there is no answer to learn from; first colors/0-caption" in caplog.text
+    )
+    assert [line for line in read_metrics(folder) if "held_out_loss" in line]
+
+
+def test_held_out_images_without_text_are_no_reason_to_stop(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, caplog: Any
+) -> None:
+    reader = FeatureReader(find_space(cache, None))
+    val = join(cache, reader, {"colors": None}, split="val", held_out=0.25, min_coverage=0.9)
+    held_out = {val.name_of(i) for i in range(val.size)}
+    samples = [
+        replace(sample, messages=()) if f"colors/{sample.id}" in held_out else sample
+        for sample in read_samples(cache, "colors")
+    ]
+    features = with_samples(cache, tmp_path, samples)
+    folder = train("--max-steps", "2", "--eval-every", "2", "--held-out", "0.25", features=features)
+    assert len(losses(folder)) == 2
+    assert "no held-out sample has text, so no held-out loss is measured" in caplog.text
+
+
+def test_nothing_to_learn_is_one_line_and_leaves_no_run(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path
+) -> None:
+    silent = [replace(sample, messages=()) for sample in read_samples(cache, "colors")]
+    features = with_samples(cache, tmp_path, silent)
+    with pytest.raises(UserError, match="colors: no sample has text to learn from") as refused:
+        train("--max-steps", "2", features=features)
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "runs").glob("*/stage1"))
+
+
+def test_long_conversations_are_refused_then_split_and_resumed(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, caplog: Any
+) -> None:
+    features = with_samples(cache, tmp_path, conversations(cache))
+    window = ["--max-sequence-length", "64", "--max-tokens", "128", "--save-every", "4"]
+    with pytest.raises(
+        UserError, match=r"do not fit\. Raise .*--over-long split.*--over-long leave-out"
+    ):
+        train(*window, "--max-steps", "8", features=features)
+    window += ["--over-long", "split"]
+    whole = losses(train(*window, "--max-steps", "8", "--run", "whole", features=features))
+    assert "cut between turns into" in caplog.text
+    first = train(*window, "--max-steps", "8", "--run", "cut", features=features)
+    for step in (first / "checkpoints").glob("step-*8"):
+        shutil.rmtree(step)
+    shutil.rmtree(first / "final")
+    cut = train("--run", "cut", *window, "--max-steps", "8", "--resume", features=features)
+    assert losses(cut) == whole
+    shutil.rmtree(first / "final")
+    with pytest.raises(UserError, match="over_long 'split' -> 'leave-out'"):
+        train("--run", "cut", *window, "--over-long", "leave-out", "--resume", features=features)
+    caplog.clear()
+    folder = train(
+        *window, "--over-long", "leave-out", "--max-steps", "2", "--run", "less", features=features
+    )
+    assert "left out (--over-long leave-out), first colors/" in caplog.text
+    assert len(losses(folder)) == 2
+
+
+def test_several_answers_are_drawn_alike_by_a_resumed_run(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, capsys: Any
+) -> None:
+    samples = [
+        replace(
+            sample,
+            id=f"{sample.id}-{k}",
+            choice=sample.id,
+            messages=(sample.messages[0], replace(sample.messages[1], content="xyz"[k] * 3)),
+        )
+        for sample in read_samples(cache, "colors")
+        for k in range(3)
+    ]
+    features = with_samples(cache, tmp_path, samples)
+    whole = losses(train("--max-steps", "9", "--save-every", "5", "--run", "a", features=features))
+    assert "answers to" in capsys.readouterr().out
+    folder = train("--max-steps", "9", "--save-every", "5", "--run", "b", features=features)
+    for step in (folder / "checkpoints").glob("step-*9"):
+        shutil.rmtree(step)
+    shutil.rmtree(folder / "final")
+    again = train(
+        "--max-steps", "9", "--save-every", "5", "--run", "b", "--resume", features=features
+    )
+    assert losses(again) == whole

@@ -168,10 +168,10 @@ def test_a_frozen_list_ignores_new_samples_and_detects_edited_ones(
         world.join("d", "t", frozen=path)
 
 
-def test_limit_takes_the_first_samples_of_each_data_set(world: World) -> None:
+def test_a_head_has_the_first_samples_of_each_data_set(world: World) -> None:
     world.write(d=[ask(f"{i}") for i in range(5)], e=[ask("x", ["nowhere"]), ask("y"), ask("z")])
     world.encode(["a"])
-    assert names_of(world.join("e", "d", limit=2)) == ["e/y", "e/z", "d/0", "d/1"]
+    assert names_of(world.join("e", "d").head(2)) == ["e/y", "e/z", "d/0", "d/1"]
 
 
 def test_blind_exchanges_every_image_for_another_one(world: World) -> None:
@@ -193,7 +193,7 @@ def test_blind_exchanges_every_image_for_another_one(world: World) -> None:
         world.join().blind(0)
 
 
-def test_answers_to_one_question_are_on_one_side_and_one_sample_of_a_limit(world: World) -> None:
+def test_answers_to_one_question_are_on_one_side_and_one_sample_of_a_head(world: World) -> None:
     world.write(
         d=[ask(f"{q}-{i}", choice=f"q{q}") for q in range(60) for i in range(3)],
         e=[ask(f"{i}") for i in range(4)],
@@ -207,7 +207,7 @@ def test_answers_to_one_question_are_on_one_side_and_one_sample_of_a_limit(world
     assert not asked["train"] & asked["val"] and min(map(len, asked.values())) > 10
     assert sum(joined.size for joined in sides.values()) == 180
 
-    limited = world.join("d", "e", limit=2)
+    limited = world.join("d", "e").head(2)
     assert names_of(limited) == ["d/0-0", "d/0-1", "d/0-2", "d/1-0", "d/1-1", "d/1-2", "e/0", "e/1"]
     assert limited.choice.tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
     both = world.join("e", "d")

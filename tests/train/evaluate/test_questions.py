@@ -17,6 +17,7 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
+from train.evaluate.__main__ import scored
 from train.evaluate.questions import questions
 
 
@@ -69,3 +70,20 @@ def test_a_question_with_several_answers_is_asked_once(tmp_path: Path) -> None:
         ("4", "other image", ()),
         ("1", "green", ()),
     ]
+
+
+def test_an_answer_is_right_if_it_equals_any_of_them(tmp_path: Path) -> None:
+    world = new_world(tmp_path)
+    answers = ("Red", "crimson", "red and blue")
+    world.write(d=[ask(str(i), ["a"], answer=a, choice="q") for i, a in enumerate(answers)])
+    world.encode(["a"])
+    joined = world.join()
+    for given, right in (
+        ("red.", True),
+        ("Crimson", True),
+        ("red and blue", True),
+        ("blue", False),
+    ):
+        (found,) = scored(joined, world.root, [[given], ["crimson"]], 3)
+        assert (found.correct, found.blind_correct) == (right, True)
+        assert (found.expected, found.others) == ("Red", ("crimson", "red and blue"))
