@@ -2,6 +2,7 @@
 
 python -m cache.ls                           # spaces and their codec errors; data sets and what they lack
 python -m cache.ls --failures                # media that failed, by reason, host and data set
+python -m cache.ls --notes                   # media that are used although they are cut short, HDR, ...
 python -m cache.ls --json                    # as JSON, for a script
 
 A space covers a sample when it has features of all the sample's media. It covers every sample without media.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +22,10 @@ from cache.errors import CacheError
 from cache.maintenance.inventory import (
     DatasetSummary,
     Failures,
+    Notes,
     SpaceSummary,
     list_failures,
+    list_notes,
     open_spaces,
     summarise_datasets,
 )
@@ -31,7 +33,8 @@ from cache.remote.open import RemoteOptions, local_root
 from cache.store.ledger import STAGES
 from cache.store.paths import CacheRoot
 from configs import UserError, command, load, parse
-from configs.console import bytes_text, table_text
+from configs.command_line import command_text
+from configs.console import bytes_text, counts_text, table_text
 
 LEGEND = (
     "pass: bytes of features that one pass over the data set reads\n"
@@ -51,8 +54,14 @@ class Options(RemoteOptions):
     """Your own file of encoders, over ours. Default: nanomolmo2.yaml in this folder, if there is one."""
     failures: bool = False
     """List the media that failed, by reason, host and data set, and nothing else."""
+    notes: bool = False
+    """List the media that are used and have a note, such as `ends early`, and nothing else."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.failures and self.notes:
+            raise ValueError("--failures and --notes are two lists: use one of them")
 
 
 def main() -> None:
@@ -67,6 +76,10 @@ def main() -> None:
         failures = list_failures(root, load("encoders"))
         values = {"failures": list(map(asdict, failures))}
         text = _failures_text(failures)
+    elif options.notes:
+        notes = list_notes(root)
+        values = {"notes": list(map(asdict, notes))}
+        text = _notes_text(notes)
     else:
         spaces, readers = open_spaces(root, errors=True)
         datasets = summarise_datasets(root, readers, load("encoders"))
@@ -74,7 +87,7 @@ def main() -> None:
         tables = (
             _spaces_text(spaces, root),
             _errors_text(spaces),
-            _datasets_text(datasets, root),
+            _datasets_text(datasets, options.features),
             _needs_text(datasets),
         )
         text = "\n\n".join(filter(None, tables))
@@ -122,7 +135,7 @@ def _errors_text(spaces: list[SpaceSummary]) -> str:
     return table_text(header, rows, right="mean median 99% largest") if rows else ""
 
 
-def _datasets_text(datasets: list[DatasetSummary], root: CacheRoot) -> str:
+def _datasets_text(datasets: list[DatasetSummary], features: str) -> str:
     if not datasets:
         return "no data sets"
     header = ("data set", "samples", "media", "failed")
@@ -137,12 +150,19 @@ def _datasets_text(datasets: list[DatasetSummary], root: CacheRoot) -> str:
     text += "".join(
         f"\n{dataset.name}: {line}" for dataset in datasets if (line := _unused(dataset.account))
     )
+    for dataset in datasets:
+        if dataset.notes:
+            text += f"\n{dataset.name}: used with a note: {counts_text(dataset.notes)}"
     if any(dataset.failed for dataset in datasets):
-        command = shlex.join(
-            ["python", "-m", "cache.ls", "--failures", "--features", str(root.path)]
-        )
-        text += f"\nwhy media failed: {command}"
+        text += f"\nwhy media failed: {_list_command('--failures', features)}"
+    if any(dataset.notes for dataset in datasets):
+        text += f"\nwhich media have notes: {_list_command('--notes', features)}"
     return text
+
+
+def _list_command(option: str, features: str) -> str:
+    """Return the command line that lists failures or notes."""
+    return command_text("python -m cache.ls", [option, "--features", features])
 
 
 def _unused(account: Mapping[str, Any]) -> str:
@@ -197,12 +217,31 @@ def _failures_text(failures: list[Failures]) -> str:
         dataset = group.dataset or "no data set"
         where = f" ({group.host})" if group.host else ""
         lines += ["", f"{len(group.sources):,} in {dataset}{where}: {group.stage}: {group.error}"]
-        lines += [f"    {source}" for source in group.sources[:SHOWN]]
-        if len(group.sources) > SHOWN:
-            lines.append(f"    and {len(group.sources) - SHOWN:,} more (all: --json)")
+        lines += _source_lines(group.sources)
     commands = dict.fromkeys(group.command for group in failures if group.command)
     lines += ["", *(f"try them again: {command}" for command in commands)]
     return "\n".join(lines)
+
+
+def _notes_text(notes: list[Notes]) -> str:
+    if not notes:
+        return "no notes"
+    lines = []
+    for group in notes:
+        dataset = group.dataset or "no data set"
+        lines += [f"{len(group.sources):,} in {dataset}: {group.note}"]
+        lines += [*_source_lines(group.sources), ""]
+    return "\n".join(lines[:-1])
+
+
+def _source_lines(sources: list[str]) -> list[str]:
+    """Return the first sources, one a line, and the number of the others."""
+    # A name may hold a line break, or not be UTF-8.
+    shown = [source if source.isprintable() else repr(source) for source in sources[:SHOWN]]
+    lines = [f"    {source}" for source in shown]
+    if len(sources) > SHOWN:
+        lines.append(f"    and {len(sources) - SHOWN:,} more (all: --json)")
+    return lines
 
 
 if __name__ == "__main__":

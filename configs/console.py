@@ -6,13 +6,16 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs import UserError
 
 SPARE_BYTES = 64 << 20
 """Bytes that a job leaves free on a disk."""
+
+SPARE_TEXT = f"{SPARE_BYTES >> 20} MiB to spare"
+"""How messages say it."""
 
 
 def bytes_text(nbytes: float) -> str:
@@ -55,7 +58,8 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
     free = free_bytes(folder)
     if nbytes and nbytes + SPARE_BYTES > free:
         raise UserError(
-            f"{what} needs {bytes_text(nbytes)} in {folder}, where {bytes_text(free)} are free; "
+            f"{what} needs {bytes_text(nbytes)} and {SPARE_TEXT} in {folder}, where {bytes_text(free)} are "
+            "free; "
             "free some space, or choose another disk"
         )
 
@@ -108,3 +112,8 @@ class Meter:
         """Clear the line."""
         if self._terminal and self._last > self._start:
             print(" " * 78, end="\r", file=sys.stderr)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Return counts with their names in one line: `3 ends early, 1 HDR`."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())

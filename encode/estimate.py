@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cache.format.codec import CODECS
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from configs.console import SPARE_BYTES, bytes_text, duration_text, table_text
+from configs.console import SPARE_BYTES, SPARE_TEXT, bytes_text, duration_text, table_text
 from encode.plan import Plan
 
 POOLS = (1, 2, 3, 4)
@@ -63,7 +63,7 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
         f"space    {spec.name}: {stored}",
         f"media    {plan.media} in {samples} samples: {todo}, {plan.reused} reused, {before}",
         f"rows     {at_most}{plan.rows}{parts}",
-        f"disk     {at_most}{bytes_text(needed)} needed, {bytes_text(free)} free",
+        f"disk     {at_most}{bytes_text(needed)} needed and {SPARE_TEXT}, {bytes_text(free)} free",
     ]
     if speed is not None and plan.todo:
         total = speed.seconds(plan.rows)
@@ -102,15 +102,18 @@ def check_fits(plan: Plan, spec: FeatureSpec, free: int) -> None:
     choices = ", ".join(
         f"--codec {v.codec} --pool {v.pool_image} ({bytes_text(size)})" for size, v in fitting
     )
+    needs = f"the job needs {bytes_text(plan.bytes_needed(spec))} and {SPARE_TEXT}"
+    elsewhere = "put the cache elsewhere with --features DIR"
+    if free <= SPARE_BYTES:  # then no choice and no limit helps
+        raise UserError(f"{needs}, {bytes_text(free)} free; free some space, or {elsewhere}")
     way_out = f"what would fit: {choices}" if choices else "no codec and pooling would fit"
     raise UserError(
-        f"the job needs {bytes_text(plan.bytes_needed(spec))}, {bytes_text(free)} free; {way_out}; or put "
-        "the cache elsewhere with --features DIR, or take fewer samples with --limit N"
+        f"{needs}, {bytes_text(free)} free; {way_out}; or {elsewhere}, or take fewer samples with --limit N"
     )
 
 
 def table(plan: Plan, spec: FeatureSpec, free: int) -> str:
-    """Return a table of the bytes by codec and pooling, with a mark where they fit."""
+    """Return a table of the bytes by codec and pooling, with a mark where they and the spare bytes fit."""
     header = ["codec", *(f"pool={v.pool_image}" for v in variants(spec) if v.codec == CODECS[0])]
     rows = []
     for codec in CODECS:

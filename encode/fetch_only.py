@@ -37,6 +37,7 @@ def fetch_only(
     config: WorkerConfig,
     *,
     retry_failed: bool,
+    again: str = "encode.run --fetch-only",
 ) -> int:
     """Download the media that are not kept yet.
 
@@ -45,6 +46,7 @@ def fetch_only(
         media: source -> what samples say about it; files are ignored.
         config: the limits of downloads, and the folder of kept media, which must be set.
         retry_failed: download again what failed before.
+        again: the command line that goes on after an interruption.
 
     Returns:
         the exit code.
@@ -78,7 +80,9 @@ def fetch_only(
             downloads.close()
             ledger.flush()
         if interrupts.stopping():
-            print(f"interrupted: {done} kept or in the ledger, {len(tasks) - done} left")
+            print(
+                f"interrupted: {done} kept or in the ledger, {len(tasks) - done} left; go on: {again}"
+            )
             return interrupts.exit_code
     seconds = time.monotonic() - start
     print(

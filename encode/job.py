@@ -28,11 +28,17 @@ from cache.store.paths import CacheRoot
 from cache.store.references import Present
 from cache.store.space import Space, fitting_info
 from configs import UserError
-from configs.console import free_bytes
+from configs.console import SPARE_BYTES, free_bytes
 from configs.signals import Interrupts
 from encode.download.config import DownloadConfig
 from encode.driver.inline import run_inline
-from encode.driver.progress import Progress, closing_line, failure_line, stage_line
+from encode.driver.progress import (
+    Progress,
+    closing_line,
+    failure_line,
+    note_line,
+    stage_line,
+)
 from encode.driver.resources import MEASURE_BATCHES, WorkerLayout, measure_speed
 from encode.driver.tracker import Ledger, Tracker
 from encode.estimate import check_fits, describe, table
@@ -125,7 +131,8 @@ class Job:
         try:
             check_fits(plan, self.spec, free)
         except UserError:
-            print(table(plan, self.spec, free), flush=True)
+            if free > SPARE_BYTES:  # else nothing fits
+                print(table(plan, self.spec, free), flush=True)
             raise
         sys.stdout.flush()
         return speed.seconds(plan.rows) if speed else 0.0
@@ -212,8 +219,17 @@ class Job:
         for array in ARRAYS:
             self._space.grow(array)
 
-    def close(self, plan: Plan, seconds: float, interrupts: Interrupts) -> int:
-        """Save the index, print the result; return the exit code."""
+    def close(
+        self, plan: Plan, seconds: float, interrupts: Interrupts, *, again: str = "encode.run"
+    ) -> int:
+        """Save the index, print the result; return the exit code.
+
+        Args:
+            plan: what was to do.
+            seconds: since the command started.
+            interrupts: whether the job was told to stop.
+            again: the command line that goes on after an interruption.
+        """
         try:
             save_index(self.paths, self._space.info)
         except OSError as error:
@@ -223,15 +239,15 @@ class Job:
         tracker = self._tracker
         if interrupts.stopping():
             left = tracker.total - tracker.settled
-            print(
-                f"interrupted: {tracker.encoded} encoded and kept, {left} left; run the same command again"
-            )
+            print(f"interrupted: {tracker.encoded} encoded and kept, {left} left; go on: {again}")
             return interrupts.exit_code
         failures = tracker.failures + Counter(fetch=len(plan.missing))
         if self._timings is not None:
             print(stage_line(self._timings))
         if failures:
             print(failure_line(failures, str(self._root.path)))
+        if notes := tracker.notes + Counter(plan.notes):
+            print(note_line(notes, str(self._root.path)))
         print(
             closing_line(
                 encoded=tracker.encoded,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
-from cache.store.ledger import MediaRecord
+from cache.store.ledger import MediaRecord, note_subjects
 from cache.store.references import Present, means_other_bytes
 from cache.store.samples import MediaRef, Sample
 from encode.download.urls import is_url
@@ -78,6 +78,8 @@ class Plan:
     duration is unknown."""
     reused: int = 0
     """Sources that are in the space already."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Subject of a note -> number of the reused sources that have it."""
     known_failures: int = 0
     """Sources that the ledger records as failed, and that have not changed since."""
     missing: tuple[MediaRecord, ...] = field(default=(), repr=False)
@@ -132,6 +134,13 @@ def make_plan(
     missing: list[MediaRecord] = []
     recognised: list[MediaRecord] = []
     reused = known_failures = 0
+    notes: Counter[str] = Counter()
+
+    def reuse(record: MediaRecord) -> None:
+        nonlocal reused
+        reused += 1
+        notes.update(note_subjects(record.note) if record.note else ())
+
     for source, mention in media.items():
         record = ledger.get(source)
         web = is_url(source)
@@ -140,8 +149,8 @@ def make_plan(
             record = None  # a record of an image says nothing about a video
         in_space = record is not None and present.has(record.kind, record.key, record.duration_s)
         if identity is None and not web:
-            if in_space:
-                reused += 1  # features outlive their file
+            if in_space and record is not None:
+                reuse(record)  # features outlive their file
             elif record is not None and record.stage == "fetch":
                 known_failures += 1
             else:
@@ -158,11 +167,11 @@ def make_plan(
             # The URL returned other bytes than the data set states: download them again, and verify.
             unchanged, in_space = unchanged and record.status == "failed", False
         twin = by_key.get(mention.sha256) if web and not in_space else None
-        if unchanged and in_space:
-            reused += 1
+        if unchanged and in_space and record is not None:
+            reuse(record)
         elif twin is not None and present.has(mention.kind, twin.key, twin.duration_s):
             recognised.append(replace(twin, source=source, attempts=1))
-            reused += 1
+            reuse(twin)
         elif unchanged and record is not None and _is_final(record, space) and not retry_failed:
             known_failures += 1
         else:
@@ -174,6 +183,7 @@ def make_plan(
         new_rows=counter.rows,
         unread=counter.unread,
         reused=reused,
+        notes=notes,
         known_failures=known_failures,
         missing=tuple(missing),
         recognised=tuple(recognised),

@@ -20,6 +20,7 @@ encoded is kept.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
+from configs.command_line import command_text
 from encode.datasets import Reading, listing, read_datasets
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
@@ -153,13 +155,22 @@ def main(argv: list[str] | None = None) -> int:
         print(listing())
         return 0
     try:
-        return encode(CacheRoot(options.features.expanduser().absolute()), options, start)
+        root = CacheRoot(options.features.expanduser().absolute())
+        return encode(root, options, start, sys.argv[1:] if argv is None else argv)
     except OSError as error:
         raise disk_full(error, options.features) or error from None
 
 
-def encode(root: CacheRoot, options: Options, start: float) -> int:
-    """Run the whole job, step by step; return the exit code."""
+def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]) -> int:
+    """Run the whole job, step by step; return the exit code.
+
+    Args:
+        root: the cache.
+        options: of the command.
+        start: time of the start, `time.monotonic()`.
+        words: the command line, after the program's name.
+    """
+    again = command_text("python -m encode.run", words)
     datasets = open_datasets(options.dataset, root.path, options.source, options.media)
     config = worker_config(options)
     if options.check is not None:
@@ -168,7 +179,8 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
     choices = {choice.name: choice for choice in choose(options.dataset)}
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
     if options.fetch_only:
-        return fetch_only(root, counter.media, config, retry_failed=options.retry_failed)
+        retry = options.retry_failed
+        return fetch_only(root, counter.media, config, retry_failed=retry, again=again)
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
@@ -198,7 +210,7 @@ def encode(root: CacheRoot, options: Options, start: float) -> int:
         # Points in pixels can be written as text only now that the sizes of the images are known.
         sized = [dataset for dataset in datasets if dataset.needs_sizes]
         read_datasets(root, sized, choices, reading, quiet=True)
-        return job.close(plan, time.monotonic() - start, interrupts)
+        return job.close(plan, time.monotonic() - start, interrupts, again=again)
 
 
 def how_to_read(options: Options) -> Reading:
@@ -216,9 +228,11 @@ def how_to_read(options: Options) -> Reading:
 def worker_config(options: Options) -> WorkerConfig:
     """Return how workers are made, without what is known only once there is a space."""
     pools = {"pool_image": options.pool, "pool_frame": options.frame_pool}
+    encoder = encoder_config(options.encoder, **pools)
+    encoder.check_weights(options.weights, options.random_weights)
     keep_media = options.keep_media
     return WorkerConfig(
-        encoder=encoder_config(options.encoder, **pools),
+        encoder=encoder,
         max_frames=options.max_frames,
         download=DownloadConfig(
             connections=options.connections,

@@ -5,8 +5,8 @@ S samples of a data set, R mentions of media by all of them, M rows of the media
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.maintenance.encode_command import encode_command
-from cache.store.ledger import media_table
+from cache.store.ledger import media_table, note_subjects
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -167,6 +167,8 @@ class DatasetSummary:
     """Number of distinct sources that it mentions."""
     failed: int
     """Number of these sources that failed."""
+    notes: dict[str, int]
+    """Subject of a note -> number of these sources that have it and are used, the most frequent first."""
     mismatched: int
     """Number of samples that state another sha256 than the bytes of one of their sources have."""
     coverage: dict[str, float]
@@ -193,6 +195,18 @@ class Failures:
     """The sources."""
     command: str
     """Command line that tries them again; empty if no data set mentions them."""
+
+
+@dataclass(kw_only=True)
+class Notes:
+    """Sources in one data set that are used and have the same note."""
+
+    note: str
+    """The note, in one line."""
+    dataset: str
+    """Data set that mentions them; empty if none does any more."""
+    sources: list[str]
+    """The sources."""
 
 
 def open_spaces(
@@ -269,6 +283,7 @@ def summarise_datasets(
             samples=len(of.counts),
             media=len(np.unique(of.source)),
             failed=int(failed[_known(of, table)].sum()),
+            notes=_count_notes(table.take(pa.array(_known(of, table)))),
             mismatched=int((of.count(of.mismatch) > 0).sum()),
             coverage={space: one.coverage(of, items) for space, one in spaces.items()},
             needs={
@@ -288,6 +303,52 @@ def _known(references: References, media: pa.Table) -> Ints:
     return np.unique(references.source[references.source < len(media)])
 
 
+def _used_with_notes(media: pa.Table) -> pa.ChunkedArray:
+    """Return the mask of the rows whose media are used and have a note."""
+    return pc.and_(pc.equal(media["status"], "ok"), pc.is_valid(media["note"]))
+
+
+def _count_notes(media: pa.Table) -> dict[str, int]:
+    """Return subject of a note -> number of media that have it and are used, the most frequent first."""
+    counts: Counter[str] = Counter()
+    noted = media["note"].filter(_used_with_notes(media))
+    for group in pc.value_counts(noted).to_pylist():
+        for subject in note_subjects(group["values"]):
+            counts[subject] += group["counts"]
+    return dict(counts.most_common())
+
+
+def _with_datasets(
+    root: CacheRoot, media: pa.Table, chosen: pa.ChunkedArray, columns: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the chosen rows of the media table, each with every data set that mentions it, or ''."""
+    mask = np.asarray(chosen, bool)
+    mentioned: dict[int, list[str]] = defaultdict(list)
+    for name in dataset_names(root):
+        known = _known(read_references(root, name, media), media)
+        for row in known[mask[known]].tolist():
+            mentioned[row].append(name)
+    rows = np.flatnonzero(mask)
+    records = media.select(columns).take(pa.array(rows)).to_pylist()
+    for row, record in zip(rows.tolist(), records, strict=True):
+        for dataset in mentioned.get(row, [""]):
+            yield record, dataset
+
+
+def list_notes(root: CacheRoot) -> list[Notes]:
+    """Return the media that are used and have a note, the most frequent (note, data set) first."""
+    media = media_table(root)
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    columns = ("source", "note")
+    for record, dataset in _with_datasets(root, media, _used_with_notes(media), columns):
+        groups[record["note"], dataset].append(record["source"])
+    found = [
+        Notes(note=note, dataset=dataset, sources=sources)
+        for (note, dataset), sources in groups.items()
+    ]
+    return sorted(found, key=lambda n: (-len(n.sources), n.note, n.dataset))
+
+
 def list_failures(root: CacheRoot, presets: Mapping[str, Any] = {}) -> list[Failures]:
     """Return all failed media, the most frequent (stage, error, host, data set) first.
 
@@ -296,19 +357,11 @@ def list_failures(root: CacheRoot, presets: Mapping[str, Any] = {}) -> list[Fail
         presets: configs/encoders.yaml, which shortens the command lines.
     """
     media = media_table(root)
-    failed = np.asarray(pc.equal(media["status"], "failed"), bool)
-    mentioned: dict[int, list[str]] = defaultdict(list)
-    for name in dataset_names(root):
-        known = _known(read_references(root, name, media), media)
-        for row in known[failed[known]].tolist():
-            mentioned[row].append(name)
     groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-    rows = np.flatnonzero(failed)
-    records = media.select(["source", "stage", "error"]).take(pa.array(rows)).to_pylist()
-    for row, record in zip(rows.tolist(), records, strict=True):
-        for dataset in mentioned.get(row, [""]):
-            host = _host(record["source"])
-            groups[record["stage"], record["error"], host, dataset].append(record["source"])
+    failed, columns = pc.equal(media["status"], "failed"), ("source", "stage", "error")
+    for record, dataset in _with_datasets(root, media, failed, columns):
+        host = _host(record["source"])
+        groups[record["stage"], record["error"], host, dataset].append(record["source"])
     datasets = {dataset for _, _, _, dataset in groups}
     commands = {
         name: encode_command(root, name, None, presets, "--retry-failed") if name else ""

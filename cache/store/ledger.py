@@ -9,6 +9,7 @@ several rows with the same source the latest counts.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -73,6 +74,11 @@ class MediaRecord:
             raise ValueError(
                 "a failed record names its stage and error, and only a failed one does"
             )
+
+
+def note_subjects(note: str) -> list[str]:
+    """Return what a note is about, without its figures: `ends early: 0.3 s of 2.0 s` gives `ends early`."""
+    return [re.split(r" ?[:(]", part, maxsplit=1)[0] for part in note.split("; ")]
 
 
 KNOWN = ("key", "bytes", "width", "height", "duration_s", "note")

@@ -1,6 +1,8 @@
 """The lines that a job prints: its progress, and at the end a line that a script can read.
 
     encode 1200/5000  24.1/s  bound by decode  3 failed  about 3 min left
+    failed   3 at decode; each with its reason: python -m cache.ls --failures --features cache
+    notes    2 ends early; which media: python -m cache.ls --notes --features cache
     encoded=4997 reused=0 failed=3 images/s=24.3 bound=decode seconds=206.1
 
 The progress counts sources. `images/s` counts rows: images and frames of videos.
@@ -10,8 +12,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
+from configs.command_line import command_text
+from configs.console import counts_text
 from encode.driver.tracker import Tracker
 from encode.estimate import about
 from encode.worker.messages import Timings
@@ -105,4 +110,13 @@ def stage_line(timings: Timings) -> str:
 def failure_line(failures: dict[str, int], features: str) -> str:
     """Return the line with the failures of each stage, and the command that lists their reasons."""
     stages = ", ".join(f"{count} at {stage}" for stage, count in sorted(failures.items()))
-    return f"failed   {stages}; each with its reason: python -m cache.ls --failures --features {features}"
+    words = ["--failures", "--features", features]
+    return f"failed   {stages}; each with its reason: {command_text('python -m cache.ls', words)}"
+
+
+def note_line(notes: Mapping[str, int], features: str) -> str:
+    """Return the line with the subjects of notes on media that are used, and the command that lists them."""
+    words = ["--notes", "--features", features]
+    return (
+        f"notes    {counts_text(notes)}; which media: {command_text('python -m cache.ls', words)}"
+    )

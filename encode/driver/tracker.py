@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from cache.store.ledger import MediaRecord, append_media
+from cache.store.ledger import MediaRecord, append_media, note_subjects
 from cache.store.paths import CacheRoot
 from encode.errors import TooManyFailuresError
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id
@@ -101,6 +101,8 @@ class Tracker:
         """Sources with a final record."""
         self.failures: Counter[str] = Counter()
         """Stage -> number of sources that failed there."""
+        self.notes: Counter[str] = Counter()
+        """Subject of a note -> number of sources that have it and are used."""
 
     @property
     def encoded(self) -> int:
@@ -211,6 +213,8 @@ class Tracker:
 
     def _record(self, record: MediaRecord) -> None:
         self.settled += 1
+        if record.status == "ok" and record.note:
+            self.notes.update(note_subjects(record.note))
         self._on_record(record)
 
 

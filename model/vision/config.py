@@ -96,6 +96,28 @@ class EncoderConfig:
         if self.tower is not None and self.activation != "gelu":
             raise ValueError(f"the demo tower computes gelu, not {self.activation}")
 
+    def check_weights(self, weights: str | None, random_weights: bool) -> None:
+        """Refuse weights that would not be loaded.
+
+        Args:
+            weights: file or folder that a user named, if any.
+            random_weights: whether the user asked for untrained weights.
+
+        Raises:
+            UserError: `weights` is given, and so is `random_weights`, or the encoder has no others.
+        """
+        if weights is None:
+            return
+        if self.library == "demo":
+            raise UserError(
+                f"--weights {weights}: encoder {self.name} has random weights and loads none; leave out "
+                "--weights, or name the encoder of these weights with --encoder NAME"
+            )
+        if random_weights:
+            raise UserError(
+                f"--weights {weights}: --random-weights loads none; leave out one of the two"
+            )
+
 
 def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
     """Return the entry `name` of configs/encoders.yaml. Overrides that are not None replace its values.

@@ -147,8 +147,10 @@ def load_encoder(
         weights: file or folder with the weights; None for the hub.
 
     Raises:
-        UserError: the device cannot be used, or the weights cannot be found, read or loaded.
+        UserError: the device cannot be used, or the weights cannot be found, read or loaded, or are given to
+            an encoder that loads none.
     """
+    config.check_weights(weights, random_weights)
     chosen = pick_device(device)
     is_demo = config.library == "demo"
     built = _build_demo(config) if is_demo else _build_clip(config, random_weights, weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,58 @@ def test_what_was_not_used_of_a_data_set_is_remembered(root: CacheRoot, run: Run
     assert sum(": left out" in line for line in run().splitlines()) == 1
     values = {one["name"]: one["account"] for one in json.loads(run("--json"))["datasets"]}
     assert values == {"none": {}, "one": account, "two": {}}
+
+
+def test_notes_of_media_that_are_used_are_counted_and_listed(root: CacheRoot, run: Run) -> None:
+    assert "with a note" not in run() and run("--notes") == "no notes\n"
+    early, hdr = "ends early: 0.3 s of 2.0 s", "HDR (PQ), shown without tone mapping"
+    noted = [
+        MediaRecord(source="a", key=key(0), note=early),
+        MediaRecord(source="b", key=key(1), note=f"{early}; {hdr}"),
+        MediaRecord(source="f", key=key(5), note=hdr),
+        MediaRecord(source="unused", key=key(6), note=hdr),
+        MediaRecord(source="d", key=key(3), status="failed", stage="decode", error="x", note=early),
+    ]
+    append_media(root, noted, "job")
+    lines = run().splitlines()
+    assert "two: used with a note: 2 ends early, 2 HDR" in lines
+    assert "one: used with a note: 1 ends early, 1 HDR" in lines
+    assert f"which media have notes: python -m cache.ls --notes --features {root.path}" in lines
+    assert run("--notes").split("\n\n") == [
+        f"1 in no data set: {hdr}\n    unused",
+        f"1 in two: {hdr}\n    f",
+        f"1 in two: {early}\n    a",
+        f"1 in one: {early}; {hdr}\n    b",
+        f"1 in two: {early}; {hdr}\n    b\n",
+    ]
+    values = json.loads(run("--notes", "--json"))["notes"]
+    assert values[1] == {"note": hdr, "dataset": "two", "sources": ["f"]}
+    none, _, two = json.loads(run("--json"))["datasets"]
+    assert (none["notes"], two["notes"]) == ({}, {"ends early": 2, "HDR": 2})
+    with pytest.raises(UserError, match="--failures and --notes are two lists"):
+        run("--notes", "--failures")
+
+
+def test_names_of_any_kind_are_one_line_and_hints_quote_them(
+    run_command: Callable[..., tuple[None, str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "my cache's ‘größte’"
+    root = CacheRoot(folder)
+    names = ["/p/a b.jpg", '/p/it\'s "q".jpg', "/p/one\ntwo.jpg", "/p/猫.jpg"]
+    bad = [MediaRecord(source=n, status="failed", stage="decode", error="cut") for n in names]
+    append_media(root, bad, "job")
+    write_samples(root, "p", [sample("p", str(n), name) for n, name in enumerate(names)])
+    lines = run_command(ls, "--features", folder)[1].splitlines()
+    (hint,) = [line for line in lines if line.startswith("why media failed: ")]
+    words = shlex.split(hint.removeprefix("why media failed: "))
+    assert words == ["python", "-m", "cache.ls", "--failures", "--features", str(folder)]
+    lines = run_command(ls, *words[3:])[1].splitlines()
+    assert [line for line in lines if line.startswith("    ")] == [
+        "    /p/a b.jpg",
+        '    /p/it\'s "q".jpg',
+        "    '/p/one\\ntwo.jpg'",
+        "    /p/猫.jpg",
+    ]
 
 
 def test_a_source_that_succeeded_later_is_no_failure(root: CacheRoot, run: Run) -> None:

@@ -40,7 +40,7 @@ def test_a_job_that_does_not_fit_is_refused_with_codecs_that_would() -> None:
     with pytest.raises(UserError) as refused:
         check_fits(plan, CLIP, free)
     message = str(refused.value)
-    assert "the job needs 438 GB, 120 GB free" in message
+    assert "the job needs 438 GB and 64 MiB to spare, 120 GB free" in message
     assert "what would fit: --codec int8 --pool 2 (111 GB), --codec fp16 --pool 3 " in message
     assert "--pool 1" not in message
     assert "\n" not in message
@@ -60,6 +60,18 @@ def test_some_bytes_of_the_disk_stay_free() -> None:
     check_fits(Plan(reused=10), CLIP, 0)
     with pytest.raises(UserError, match="no codec and pooling would fit"):
         check_fits(images(10**9), CLIP, 10**9)
+
+
+@pytest.mark.parametrize("free", [0, 602_112, SPARE_BYTES])
+def test_a_disk_without_the_spare_bytes_is_said_to_lack_them(free: int) -> None:
+    """A job of a few kB on a disk with more than that free: the message must not contradict itself."""
+    plan = images(1)
+    with pytest.raises(UserError) as refused:
+        check_fits(plan, CLIP, free)
+    message = str(refused.value)
+    assert "the job needs 610 kB and 64 MiB to spare, " in message
+    assert message.endswith("free; free some space, or put the cache elsewhere with --features DIR")
+    assert "fits" not in table(plan, CLIP, free)
 
 
 def test_free_bytes_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
@@ -92,6 +104,6 @@ def test_the_printed_plan() -> None:
         f"space    {CLIP.name}: 576 tokens x 1024, 610 kB per image (int8, pool 1)",
         "media    9 in 20 samples: 3 to do, 5 reused, 1 failed before",
         "rows     at most 3, one view each",
-        "disk     at most 1.83 MB needed, 1 TB free",
+        "disk     at most 1.83 MB needed and 64 MiB to spare, 1 TB free",
     ]
     assert text.splitlines()[4] == "time     about 2 s (made up)"

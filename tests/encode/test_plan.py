@@ -70,6 +70,14 @@ def test_each_source_is_counted_once(image: Path) -> None:
     assert sorted_as(plan_of(image, known(image), KEY, rehash=True)) == "todo"
 
 
+def test_notes_of_reused_media_are_counted(image: Path) -> None:
+    noted = known(image, note="ends early: 1.0 s of 2.0 s; HDR (PQ), shown")
+    assert plan_of(image, noted, KEY).notes == {"ends early": 1, "HDR": 1}
+    assert plan_of(image, noted, OTHER).notes == {}, "it is encoded again, so it is counted then"
+    image.unlink()
+    assert plan_of(image, noted, KEY).notes == {"ends early": 1, "HDR": 1}
+
+
 @pytest.mark.parametrize("stamp", ["size", "mtime_ns", "ctime_ns", "inode"])
 def test_a_file_is_read_again_if_any_part_of_its_identity_differs(image: Path, stamp: str) -> None:
     record = known(image)

@@ -12,12 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import configs
 from cache.errors import InUseError
 from cache.store import index_file
+from cache.store.ledger import read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -25,10 +28,12 @@ from cache.store.samples import dataset_names, read_origin, read_samples
 from cache.store.space import find_space, read_info
 from cache.verify import verify
 from configs import UserError
+from configs.console import SPARE_BYTES
 from encode.run import main
 from encode.sources.catalogue import SPEC_KINDS
 from tests.support import ROOT
 from tests.support.encode_jobs import TINY, draw
+from tests.support.videos import ffmpeg, make_video
 
 CLOSING = re.compile(
     r"encoded=(\d+) reused=(\d+) failed=(\d+) images/s=[\d.]+ bound=(read|decode|encode|write|none) "
@@ -79,6 +84,69 @@ def test_a_job_prints_its_plan_and_its_result(
     found = CLOSING.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert found is not None
     assert found.groups() == ("0", "6", "1", "none")
+
+
+def test_notes_of_media_that_are_used_are_counted_in_every_job(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A JPEG without its end, a clip without its end, and a whole clip whose clock starts late."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(photos / "cut.jpg", quality=90)
+    whole = (photos / "cut.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(whole[:-60])
+    clip = make_video(photos / "cut.mkv", frames=20, fps=10)
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    ffmpeg("-i", make_video(photos / "late.mkv", frames=20, fps=10), "-c", "copy",
+           "-output_ts_offset", 3600, photos / "later.mkv")  # fmt: skip
+    features = photos.parent / "cache"
+    command = f"python -m cache.ls --notes --features {features}"
+    for _ in range(2):  # the second job reuses them
+        assert run(photos) == 0
+        lines = capsys.readouterr().out.splitlines()
+        notes = [line for line in lines if line.startswith("notes ")]
+        assert sorted(notes[0].split(";")[0].split("    ")[1].split(", ")) == [
+            "1 ends early",
+            "1 the JPEG ends early",
+        ]
+        assert notes == [lines[-2]] and lines[-2].endswith(f"; which media: {command}")
+        assert not any(line.startswith("failed ") for line in lines)
+    found = {Path(s).name: r.note for s, r in read_media(CacheRoot(features)).items() if r.note}
+    assert found.keys() == {"cut.jpg", "cut.mkv"}
+    assert found["cut.mkv"].endswith(" of 2.0 s")
+
+
+def test_folders_and_files_of_any_name_work(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = photos.parent / "my ‘größte’ 写真 it's"
+    photos.rename(named)
+    for n, name in enumerate(('a "q" b.png', "-.png", "猫\n.png", "$HOME.png", "#1?.png")):
+        (named / f"000{n}.png").rename(named / name)
+    (named / "bad one.png").write_bytes(b"no image")
+    words = ["--dataset", f"folder:{named}", "--encoder", "tiny", "--device", "cpu"]
+    features = photos.parent / "a cache's"
+    assert main([*words, "--features", str(features)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "encoded=6 reused=0 failed=1 " in lines[-1]
+    command = shlex.split(lines[-2].split("reason: ")[1])
+    assert command == ["python", "-m", "cache.ls", "--failures", "--features", str(features)]
+
+
+def test_an_interrupted_job_prints_the_command_that_goes_on(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = photos.rename(photos.parent / "it's mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("configs.signals.Interrupts.stopping", lambda _: True)
+        patch.setattr("configs.signals.Interrupts.exit_code", 130)
+        assert run(named, "--codec", "fp16", "--workers", "0") == 130
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("interrupted: 0 encoded and kept, 6 left; go on: python -m encode.run ")
+    words = shlex.split(last.partition("go on: ")[2])
+    assert words[:5] == ["python", "-m", "encode.run", "--dataset", f"folder:{named}"]
+    assert main(words[3:]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "fp16" in lines[1] and lines[-1].startswith("encoded=6 reused=0 failed=0 ")
 
 
 def test_a_job_saves_an_index_of_a_large_space(
@@ -184,10 +252,15 @@ def test_each_pooling_and_codec_has_its_own_space(photos: Path) -> None:
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("encode.job.free_bytes", lambda folder: 1000)
-    with pytest.raises(UserError, match=r"the job needs 2\.54 kB, 1 kB free; no codec"):
+    monkeypatch.setattr("encode.job.free_bytes", lambda folder: 602_112)
+    needs = r"the job needs 2\.54 kB and 64 MiB to spare, "
+    with pytest.raises(UserError, match=needs + r"602 kB free; free some space, or put the cache"):
         run(photos)
-    assert "codec" in capsys.readouterr().out
+    assert "fits" not in capsys.readouterr().out
+    monkeypatch.setattr("encode.job.free_bytes", lambda folder: SPARE_BYTES + 2000)
+    with pytest.raises(UserError, match=needs + r".* what would fit: --codec int4 --pool 1"):
+        run(photos)
+    assert "1.78 kB fits" in capsys.readouterr().out
     assert not (photos.parent / "cache" / "spaces").exists()
 
 
@@ -220,6 +293,7 @@ def test_another_folder_of_the_same_name_does_not_replace_the_first(photos: Path
         (["--dataset", "folder:/x", "--media", "/x"], "--media /x: no data set named by"),
         (["--dataset", "my photos=folder:/x"], "for example: --dataset my-photos=folder:/x"),
         (["--dataset", "folder:/x", "--config", "/no.yaml"], "/no.yaml: cannot be read"),
+        (["--dataset", "folder:.", "--encoder", "tiny", "--weights", "/x"], "has random weights"),
         (["--dataset", "folder:/x", "--workers", "-1"], "--workers -1"),
         (["--dataset", "folder:/x", "--workers", "many"], "many"),
         (["--dataset", "folder:/x", "--codec", "int3"], "int3"),

@@ -10,7 +10,7 @@ import io
 
 import pytest
 
-from encode.driver.progress import Progress, closing_line, failure_line
+from encode.driver.progress import Progress, closing_line, failure_line, note_line
 from encode.driver.tracker import Tracker
 from encode.worker.messages import SourceTask, Timings
 
@@ -53,3 +53,10 @@ def test_the_closing_line() -> None:
         "failed   1 at decode, 2 at fetch; each with its reason: "
         "python -m cache.ls --failures --features cache"
     )
+    assert failure_line({"fetch": 2}, "/my cache").endswith(" --features '/my cache'")
+
+
+def test_the_line_of_notes() -> None:
+    line = note_line({"ends early": 1200, "HDR": 1}, "/my cache")
+    command = "python -m cache.ls --notes --features '/my cache'"
+    assert line == f"notes    1,200 ends early, 1 HDR; which media: {command}"

@@ -19,7 +19,7 @@ from cache.store.ledger import MediaRecord, read_media
 from cache.store.paths import CacheRoot
 from encode.driver.tracker import LEDGER_EVERY_RECORDS, FailureBudget, Ledger, Tracker
 from encode.errors import TooManyFailuresError
-from encode.worker.messages import Outcome, Registrar, SourceTask
+from encode.worker.messages import Outcome, Registrar, Result, SourceTask
 from model.media.images import Failure
 
 
@@ -152,6 +152,22 @@ def test_the_failure_budget_is_a_rate_after_a_probation_and_counts_only_our_own_
     assert settle([None] * 8 + ["encode", "write"] + [None] * 5, budget).encoded == 13
     with pytest.raises(TooManyFailuresError, match=r"3 of 10 sources .* /9 at stage write: why"):
         settle([None] * 7 + ["encode", "write", "write"], budget)
+
+
+def test_notes_are_counted_of_media_that_are_used() -> None:
+    tracker = Tracker(
+        [SourceTask(source=f"/{n}") for n in range(3)], present=(), on_record=lambda _: None
+    )
+    tracker.assign_next(0, 3)
+    tracker.settle(0, [noted("/0", "ok"), noted("/1", "present"), noted("/2", "failed")])
+    assert tracker.notes == {"ends early": 2, "HDR": 2}
+
+
+def noted(source: str, result: Result) -> Outcome:
+    note = "ends early: 1.0 s of 2.0 s; HDR (PQ), shown without tone mapping"
+    record = MediaRecord(source=source, key=f"{int(source[1:]):064x}", note=note)
+    why = Failure("decode", "why") if result == "failed" else None
+    return Outcome(task=SourceTask(source=source), record=record, result=result, failure=why)
 
 
 def test_duplicates_fail_with_the_source_they_duplicate() -> None:

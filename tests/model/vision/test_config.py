@@ -82,3 +82,16 @@ def test_unknown_encoders_are_named_with_the_nearest() -> None:
     with pytest.raises(UserError, match="nearest: clip-vit-l14-336"):
         encoder_config("clip-vit-l14-366")
     assert encoder_config("demo", fit=None, seed=None) == encoder_config("demo")
+
+
+def test_weights_that_would_not_be_loaded_are_refused() -> None:
+    demo, clip = encoder_config("demo"), encoder_config("clip-vit-b32")
+    with pytest.raises(UserError, match="--weights /x: encoder demo has random weights and loads"):
+        demo.check_weights("/x", random_weights=False)
+    with pytest.raises(UserError, match="--weights /x: --random-weights loads none"):
+        clip.check_weights("/x", random_weights=True)
+    clip.check_weights("/x", random_weights=False)
+    for encoder in (demo, clip):
+        encoder.check_weights(None, random_weights=True)
+    with pytest.raises(UserError, match="encoder demo has random weights"):
+        load_encoder(demo, device="cpu", weights="/x")
