@@ -1,6 +1,6 @@
 """Load the weights of a checkpoint into a model, so that every tensor is used and none is missing.
 
-    names = fit(checkpoint, empty_model(config))          # stored name -> name in the model, from the headers
+    names = fit(checkpoint, empty_model(config, folder))  # stored name -> name in the model, from the headers
     model = load_weights(checkpoint, config, names, dtype)
 
 transformers draws missing tensors at random and skips unknown ones, with a warning. Both are errors here.
@@ -12,6 +12,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ EXPERTS = re.compile(r"\.experts\.\d+\.")
 """In the names of tensors that transformers stacks when it loads a mixture of experts."""
 
 
-def empty_model(config: Any) -> PreTrainedModel:
-    """Return the model of a config on `meta`: shapes without values.
+def empty_model(config: Any, folder: Path) -> PreTrainedModel:
+    """Return the model of a folder's config on `meta`: shapes without values.
 
     Raises:
         UserError: the config has no causal language model, or its sizes do not make one.
@@ -51,7 +52,8 @@ def empty_model(config: Any) -> PreTrainedModel:
         with quiet(), torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except Exception as error:  # whatever a config of any model may raise
-        raise UserError(f"{CONFIG}: not a config of a model ({one_line(error)}); {AGAIN}") from None
+        what = f"not a config of a model ({one_line(error)})"
+        raise UserError(f"{folder / CONFIG}: {what}; {AGAIN}") from None
 
 
 def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
@@ -238,7 +240,7 @@ def _read(
 
 def _check_tied(checkpoint: Checkpoint, config: Any, state: Mapping[str, Tensor]) -> None:
     """Raise UserError if a model with a tied output layer has another one in its file."""
-    model = empty_model(config)
+    model = empty_model(config, checkpoint.folder)
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in state and source in state and not torch.equal(state[name], state[source]):
             raise UserError(

@@ -144,7 +144,7 @@ def load_folder(
     """
     checkpoint = open_checkpoint(folder)
     config = _folder_config(folder)
-    shapes = empty_model(config)
+    shapes = empty_model(config, folder)
     names = fit(checkpoint, shapes)
     tokenizer = prepare_tokenizer(read_tokenizer(folder, _rows(shapes)))
     return load_weights(checkpoint, config, names, dtype), tokenizer
@@ -164,7 +164,7 @@ def check_folder(folder: Path) -> None:
 
 def _shapes(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the model of a folder's config on `meta`, and its tokenizer."""
-    model = empty_model(_folder_config(folder))
+    model = empty_model(_folder_config(folder), folder)
     return model, prepare_tokenizer(read_tokenizer(folder, _rows(model)))
 
 
