@@ -87,6 +87,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = END_OF_TEXT if END_OF_TEXT in known else IM_END
     tokenizer.padding_side = "left"
+    tokenizer.clean_up_tokenization_spaces = (
+        False  # answers keep the model's spaces before punctuation
+    )
     return tokenizer
 
 
