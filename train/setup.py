@@ -28,7 +28,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
 from configs import UserError
-from model.io.saved_model import find_run, load_final, read_meta
+from model.io.saved_model import check_files, find_run, load_final, read_meta
 from model.language.model import max_positions
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
@@ -107,6 +107,7 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
         check_window(options, llm)
         return dataclasses.replace(options, llm=llm, connector=connector)
     meta = read_meta(origin)
+    check_files(origin, meta, contents=False)
     check_space(meta, spec, origin)
     for name in ("llm", "connector"):
         wanted = getattr(options, name)

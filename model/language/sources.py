@@ -6,6 +6,7 @@ folder = local_folder("Qwen/Qwen3-0.6B", weights=True)
 from __future__ import annotations
 
 import contextlib
+import http.client
 import shlex
 import urllib.error
 import urllib.request
@@ -41,7 +42,7 @@ def local_folder(source: str, *, weights: bool) -> Path:
         UserError: there is no such folder or id, or the hub cannot be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
     cached = _cached(source)
     if cached is not None and _is_complete(cached, weights):
@@ -122,5 +123,5 @@ def _hub_problem(source: str) -> str:
     except urllib.error.HTTPError as error:
         login = " (no such model, or it needs a login: hf auth login)"
         return f"huggingface.co returns {error.code}{login if error.code in (401, 403) else ''}"
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return f"huggingface.co cannot be reached: {getattr(error, 'reason', error)}"

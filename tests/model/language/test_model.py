@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -258,19 +257,6 @@ def test_sampling_settings_of_a_folder_are_ignored(tmp_path: Path) -> None:
 def test_a_source_without_a_model_is_refused(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_language(source)
-
-
-@pytest.mark.parametrize(
-    ("offline", "message"),
-    [(True, "HF_HUB_OFFLINE is set"), (False, "cannot be reached: .*refused")],
-)
-def test_a_hub_id_is_refused_without_the_hub(
-    offline: bool, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=f"nobody/nothing.*{message}; give a local folder"):
-        load_language("nobody/nothing")
 
 
 @pytest.mark.parametrize(
