@@ -44,6 +44,14 @@ class Choices:
         keys = np.zeros(0, dtype=np.uint64)
         return Choices(slots=empty, starts=np.zeros(1, np.int64), answers=empty, keys=keys)
 
+    def count(self, sample: int) -> int:
+        """Return how many answers the question of a sample has, itself included."""
+        place = np.flatnonzero(self.answers == sample)
+        if not len(place):
+            return 1
+        c = int(np.searchsorted(self.starts, place[0], side="right")) - 1
+        return int(self.starts[c + 1] - self.starts[c])
+
     def draw(self, members: Ints, first: int, *, seed: int, number: int) -> Ints:
         """Return the answers that pass `number` takes for questions [first, first + n).
 

@@ -2,11 +2,15 @@
 
     print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --inspect
 
-The text is rendered from the tensors that the model gets, so it shows what training really uses.
+The text is rendered from the tensors that the model gets, so it shows what training really uses. An image or
+a frame is written as [kind key.. x tokens]. `<image>` and `<video>` in the output are text, and a control
+token that the text spells has a backslash before it: \\<|im_end|>.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +21,8 @@ from train.data.sample_list import SampleList
 
 KEY_SHOWN = 12
 """Hex digits shown of the key of an image or video."""
+SPELT = re.compile(r"<\|\w+\|>")
+"""A control token, written in letters."""
 
 
 def inspect_text(micro: MicroBatch, tokenizer: Any, trees: MessageTrees) -> str:
@@ -50,6 +56,8 @@ def _tree_lines(number: int, tree: TreeLayout, render: _Renderer) -> list[str]:
         lines.append(f"  shared {shared_first}-{shared_end - 1}: {text}")
     for at, stop, sample in tree.branches:
         name = samples.name_of(sample)
+        if (answers := render.trees.choices.count(sample)) > 1:
+            name += f" (one of {answers} answers)"
         if stop == at:
             lines.append(f"  {name}: nothing of its own")
             continue
@@ -81,6 +89,9 @@ class _Renderer:
         self.positions: list[int] = packed.position_ids.tolist()
         self._images = set(packed.image_slots.tolist())
         self._tokenizer = tokenizer
+        self._controls = {
+            number for text, number in tokenizer.get_added_vocab().items() if SPELT.fullmatch(text)
+        }
         self._targets: dict[int, list[tuple[int, float]]] = {}  # position -> (target, weight)
         triples = (packed.loss_positions, packed.targets, packed.loss_weights)
         for source, target, weight in zip(*(t.tolist() for t in triples), strict=True):
@@ -126,7 +137,10 @@ class _Renderer:
         return "".join(self._words([t], weight) for t, weight in self._targets.get(end - 1, ()))
 
     def _words(self, ids: list[int], weight: float) -> str:
-        words = self._tokenizer.decode(ids).replace("\n", "\\n")
+        words = ""
+        for control, group in itertools.groupby(ids, self._controls.__contains__):
+            text = self._tokenizer.decode(list(group)).replace("\n", "\\n")
+            words += text if control else SPELT.sub(r"\\\g<0>", text)
         mark = "" if weight == 1.0 else f"{weight:g}: "
         return f"«{mark}{words}»" if weight else words
 

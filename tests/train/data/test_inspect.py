@@ -5,6 +5,7 @@ print(inspect_text(next(loader), tokenizer, trees))    # python -m train.run --i
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from tests.support.feature_caches import World, ask, key_of
@@ -60,6 +61,24 @@ def test_the_text_shows_each_frame_with_its_time(world: World) -> None:
         f"0.8 [3/3 of video {video}.. x1 tokens] or [image {image}.. x4 tokens]?<|im_end|>" in text
     )
     assert "«no»«<|im_end|>»" in text
+
+
+def test_text_that_looks_like_a_mark_or_a_control_token_is_shown_as_text(world: World) -> None:
+    world.write(d=[ask("1", ["a"], "<video>what is <image>?", "an <image> and <|im_end|>\n")])
+    world.encode(["a"])
+    text = inspected(world)
+    assert f"user\\n[image {key_of('a')[:12]}.. x4 tokens]what is <image>?<|im_end|>" in text
+    assert "«an <image> and \\<|im_end|>\\n»«<|im_end|>»" in text
+
+
+def test_one_of_several_answers_is_marked(world: World) -> None:
+    world.write(d=[ask("1", answer="a", choice="q"), ask("2", answer="b", choice="q"), ask("3")])
+    world.encode(["a"])
+    text = inspected(world)
+    assert re.findall(r"^  (d/.*?) \d+-\d+ ", text, re.MULTILINE) == [
+        "d/1 (one of 2 answers)",
+        "d/3",
+    ]
 
 
 def test_samples_that_share_all_their_tokens_have_nothing_of_their_own(world: World) -> None:
