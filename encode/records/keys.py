@@ -31,6 +31,8 @@ NAME_KEYS = ("file_name", "file_names", "filename", "image_name", "video_name")
 URL_KEYS = ("image_url", "image_urls", "video_url", "video_urls", "url")
 """Keys that name media, or where the media came from if another key names them."""
 MEDIA_KEYS = (*IMAGE_KEYS, *VIDEO_KEYS, *FILE_KEYS, *NAME_KEYS, *URL_KEYS)
+NAME_ENDS = ("_file_name", "_file_names")
+"""Ends of keys that name media in Hugging Face's image folders."""
 
 TURN_KEYS = ("conversations", "conversation", "messages")
 LIST_KEYS = ("questions", "qa_pairs")
@@ -40,13 +42,30 @@ ANSWER_KEYS = (
 )
 CAPTION_KEYS = ("caption", "captions", "description", "text", "txt")
 TEXT_KEYS = (*TURN_KEYS, "texts", *LIST_KEYS, *PROMPT_KEYS, *ANSWER_KEYS, *CAPTION_KEYS)
-KNOWN_KEYS = frozenset((*MEDIA_KEYS, *TEXT_KEYS, "system", "history", "weight", "image_sha256"))
+POINT_KEYS = ("answer_points", "names")
+KNOWN_KEYS = frozenset(
+    (*MEDIA_KEYS, *TEXT_KEYS, *POINT_KEYS, "system", "history", "weight", "image_sha256")
+)
+LISTS = frozenset(
+    {key for key in MEDIA_KEYS if key.endswith("s")}
+    | {*TURN_KEYS, *LIST_KEYS, "texts", "answers", "responses", "captions", "history"}
+)
+"""Keys of lists. In a table of text, a cell of such a column may be a list as JSON."""
 
 CHANGES = frozenset(
-    {"chosen", "function_call", "functions", "logprobs", "loss", "loss_mask", "loss_weight", "mask"}
-    | {"reasoning", "reasoning_content", "rejected", "rejected_images", "rejected_messages"}
+    {
+        "chosen",
+        "function_call",
+        "functions",
+        "loss",
+        "loss_mask",
+        "loss_weight",
+        "mask",
+        "reasoning",
+    }
+    | {"reasoning_content", "rejected", "rejected_images", "rejected_messages", "rejected_response"}
     | {
-        "rejected_response",
+        "rejected_videos",
         "sample_weight",
         "thinking",
         "tool_call_id",
@@ -65,33 +84,35 @@ CARRIES = frozenset(
         "audio",
         "audio_path",
         "audios",
-        "bbox_caption",
+        "body",
         "choices",
         "code",
         "content",
+        "context",
     }
     | {
-        "context",
         "cot",
         "dialog",
         "dialogue",
         "document",
         "explanation",
+        "headline",
         "hint",
         "lecture",
         "objects",
     }
-    | {"options", "paragraph", "passage", "qa", "rationale", "report", "sentence", "sentences"}
     | {
+        "options",
+        "paragraph",
+        "passage",
+        "qa",
+        "rationale",
+        "report",
+        "sentence",
+        "sentences",
         "summary",
-        "target",
-        "transcript",
-        "transcripts",
-        "turns",
-        "utterance",
-        "utterances",
-        "value",
     }
+    | {"target", "title", "transcript", "transcripts", "turns", "utterance", "utterances", "value"}
     | {"A", "B", "C", "D", "E", "option_a", "option_b", "option_c", "option_d"}
 )
 """Keys whose values are text or media in formats that are not read."""
@@ -118,19 +139,8 @@ HARMLESS = frozenset(
         "difficulty",
         "domain",
     }
+    | {"error_message", "exif", "format", "generator", "hash", "height", "id", "ids", "idx"}
     | {
-        "download_time",
-        "error_message",
-        "exif",
-        "format",
-        "generator",
-        "hash",
-        "height",
-        "id",
-        "ids",
-    }
-    | {
-        "idx",
         "image_classes",
         "index",
         "info",
@@ -140,20 +150,19 @@ HARMLESS = frozenset(
         "labels",
         "lang",
         "language",
-    }
-    | {
         "length",
-        "license",
-        "licenses",
-        "md5",
-        "meta",
-        "metadata",
-        "model",
-        "multiple_choice_answer",
     }
-    | {"name", "ocr_tokens", "origin", "original_height", "original_width", "page", "phash"}
+    | {"license", "licenses", "md5", "meta", "metadata", "model", "multiple_choice_answer", "name"}
     | {
+        "ocr_tokens",
+        "origin",
+        "original_height",
+        "original_width",
+        "page",
+        "phash",
         "question_tokens",
+    }
+    | {
         "question_type",
         "rating",
         "ratings",
@@ -161,34 +170,60 @@ HARMLESS = frozenset(
         "score",
         "scores",
         "sha1",
+        "sha256",
+        "sha512",
     }
-    | {"sha256", "sha512", "similarity", "size", "source", "sources", "split", "status", "subject"}
-    | {"subset", "tag", "tags", "task", "task_type", "timestamp", "topic", "topics", "type", "uid"}
-    | {"user_id", "uuid", "version", "width"}
+    | {
+        "similarity",
+        "size",
+        "source",
+        "sources",
+        "split",
+        "status",
+        "subject",
+        "subset",
+        "tag",
+        "tags",
+    }
+    | {
+        "task",
+        "task_type",
+        "timestamp",
+        "topic",
+        "topics",
+        "type",
+        "uid",
+        "uuid",
+        "version",
+        "width",
+    }
 )
 """Keys that are counted and not used, whatever their value is, unless it is media."""
+
 _HARMLESS_END = re.compile(
-    r".*_(?:id|ids|idx|index|url|urls|hash|sha256|md5|size|width|height|score|scores|rating|ratings|count"
-    r"|type|confidence|date|time|timestamp|license|language|split|source|min|max|tokens|length|num)"
+    r".*_(?:id|idx|index|url|hash|sha256|md5|size|width|height|score|rating|count|type|confidence|date|time"
+    r"|timestamp|license|language|split|source|min|max|token|length|num)s?"
     r"|(?:num|is|has|n)_.*"
 )
 # `image_2` or `short_caption`: media or text under a name of somebody's own.
 _MEANS = re.compile(
-    r"(?:.*_)?(?:image|images|img|video|videos|caption|captions|question|questions|answer|answers|text"
-    r"|texts|conversation|conversations|message|messages|prompt|response|description|instruction"
-    r"|history|query|weight)(?:_?\d+)?(?:_.*)?"
+    r"(?:.*_)?(?:image|img|video|caption|question|answer|text|conversation|message|prompt|response"
+    r"|description|instruction|history|query|weight)s?(?:_?\d+)?(?:_.*)?"
 )
 _MEDIA_NAME = re.compile(
-    r"data:|.+\.(?:apng|avif|avi|bmp|gif|heic|heif|jfif|jpe|jpeg|jpg|jxl|m4v|mkv|mov|mp3|mp4|mpeg|mpg|png"
-    r"|svg|tif|tiff|wav|webm|webp)(?:[?#].*)?$",
+    r"data:.*|.+\.(?:apng|avif|avi|bmp|gif|heic|heif|jfif|jpe|jpeg|jpg|jxl|m4v|mkv|mov|mp3|mp4|mpeg|mpg|png"
+    r"|svg|tif|tiff|wav|webm|webp)(?:[?#].*)?",
     re.IGNORECASE | re.DOTALL,
 )
-# Scripts without spaces between words: a character counts as half a word.
+# Scripts without spaces between words, and Korean, whose words are long.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 )
+_LETTER = re.compile(r"[^\W\d_]")
 WORDS = 4
 """A value of more words under an unknown key is text."""
+KEY = 80
+"""Characters of a key in a message, at most."""
 
 
 class Fields:
@@ -223,7 +258,10 @@ class Fields:
 
     def path(self, key: str) -> str:
         """Return the path of a key: conversations.from."""
-        key = key if len(key) <= 80 else key[:80] + "..."
+        if len(key) > KEY:
+            key = key[:KEY] + "..."
+        if not key.isprintable():
+            key = repr(key)
         return f"{self.where}.{key}" if self.where else key
 
     def __contains__(self, key: str) -> bool:
@@ -255,54 +293,56 @@ class Fields:
             )
         return Fields(value, self.path(key), self.ignored, self.ignore_keys)
 
-    def close(self) -> None:
-        """Count all keys that were not taken, or raise FaultError for one that would be lost."""
+    def close(self, words: int = WORDS) -> None:
+        """Count all keys that were not taken, or raise FaultError for one that would be lost.
+
+        Args:
+            words: a value of more words is text.
+        """
         for key in list(self._left):
-            self._judge(key, self._left[key])
+            self.refuse(key, words)
             self.ignore(key)
 
-    def refuse(self, key: str) -> None:
-        """Raise FaultError if a key that is not used would be lost."""
-        self._judge(key, self._left[key])
-
-    def unknown(self) -> list[str]:
-        """Return, for each key that is nearly a known one, what to say of it."""
+    def near_misses(self) -> str:
+        """Return, for the keys that are nearly known ones, what to say of them."""
         kinds = {key: _kind(key) for key in self.left()}
-        return [
-            f"; did you mean {kind[5:]!r} by {self.path(key)!r}?"
+        return "".join(
+            f"; did you mean {kind.removeprefix('near ')!r} by {self.path(key)!r}?"
             for key, kind in kinds.items()
             if kind.startswith("near ")
-        ]
+        )
 
-    def _judge(self, key: str, value: Any) -> None:
+    def refuse(self, key: str, words: int = WORDS) -> None:
+        """Raise FaultError if a key that is not used would be lost."""
+        value = self._left[key]
         if is_empty(value):
             return
-        kind = _kind(key)
-        shown = repr(self.path(key))
+        kind, shown = _kind(key), repr(self.path(key))
         if kind == "changes":
             raise FaultError(
                 "field that changes the meaning",
-                f"{shown} changes what is learned, and is not supported",
+                f"{shown} changes what is learned, in a way that is not supported",
             )
         if kind == "harmless":
-            if not _has_media(value):
-                return
-        elif kind == "carries":
-            pass
-        elif kind.startswith("near"):
+            lost = _has_media(value)
+        elif kind == "unknown":
+            lost = carries(value, words)
+        else:
+            lost = "weight" in key.lower() or _says(value)
+        if not lost:
+            return
+        if kind.startswith("near "):
             near = kind.removeprefix("near ")
-            if near == "weight" or not isinstance(value, bool | int | float):
-                raise FaultError("unknown key", f"unknown key {shown}; did you mean {near!r}?")
-            return
-        elif not carries(value):
-            return
+            raise FaultError("unknown key", f"unknown key {shown}; did you mean {near!r}?")
+        if kind == "known":
+            message = f"{shown} is not used beside the other keys; {show(value)} would be lost"
+            raise FaultError("key without use", message)
         raise FaultError("unknown key", f"unknown key {shown}: {show(value)} would be lost")
 
 
-def is_known(key: str, *, lists: bool = False) -> bool:
-    """Return whether a column is read: one whose value may be a list, if `lists`."""
-    known = key in KNOWN_KEYS or key.endswith(("_file_name", "_file_names"))
-    return known and not (lists and key in ("weight", "system", "text", "txt", "description"))
+def is_known(key: str) -> bool:
+    """Return whether a column is read."""
+    return key in KNOWN_KEYS or key.endswith(NAME_ENDS)
 
 
 def is_empty(value: Any) -> bool:
@@ -320,50 +360,61 @@ def show(value: Any) -> str:
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
     return f"{value!r:.60}"
 
 
 @lru_cache(maxsize=10_000)
 def _kind(key: str) -> str:
-    """Return changes, carries, harmless, near KEY, or unknown."""
+    """Return changes, carries, harmless, known, near KEY, or unknown."""
     if key in CHANGES:
         return "changes"
     if key in CARRIES:
         return "carries"
     if key in HARMLESS:
         return "harmless"
-    if key in KNOWN_KEYS:
-        return "carries"
+    if is_known(key):
+        return "known"
     lower = key.lower()
     if lower in KNOWN_KEYS:
         return f"near {lower}"
-    if _HARMLESS_END.fullmatch(lower) and not lower.endswith(("_text", "_caption")):
+    if _HARMLESS_END.fullmatch(lower):
         return "harmless"
-    if near := difflib.get_close_matches(lower[:80], sorted(KNOWN_KEYS), n=1, cutoff=0.8):
+    if near := difflib.get_close_matches(lower[:KEY], sorted(KNOWN_KEYS), n=1, cutoff=0.8):
         return f"near {near[0]}"
     return "carries" if _MEANS.fullmatch(lower) else "unknown"
 
 
-def carries(value: Any) -> bool:
+def carries(value: Any, words: int = WORDS) -> bool:
     """Return whether a value under an unknown key is text or media."""
-    if isinstance(value, MediaName | bytes):
-        return True
     if isinstance(value, str):
-        if _MEDIA_NAME.match(value):
+        if _MEDIA_NAME.fullmatch(value):
             return True
-        return len(value.split()) + len(_UNSPACED.findall(value)) / 2 > WORDS
+        found = sum(1 for word in value.split() if _LETTER.search(word))
+        return found + len(_UNSPACED.findall(value)) / 2 > words
     if isinstance(value, Mapping):
-        return any(map(carries, value.values()))
+        return any(carries(item, words) for item in value.values())
     if isinstance(value, list | tuple):
-        return any(isinstance(item, str) or carries(item) for item in value)
-    return False
+        return any(isinstance(item, str) or carries(item, words) for item in value)
+    return isinstance(value, MediaName | bytes)
+
+
+def _says(value: Any) -> bool:
+    """Return whether a value contains any text or media."""
+    if isinstance(value, Mapping):
+        return any(map(_says, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_says, value))
+    return isinstance(value, MediaName | bytes) or (isinstance(value, str) and bool(value.strip()))
 
 
 def _has_media(value: Any) -> bool:
-    if isinstance(value, MediaName | bytes):
-        return True
+    """Return whether a value contains the bytes of media."""
     if isinstance(value, Mapping):
         return any(map(_has_media, value.values()))
     if isinstance(value, list | tuple):
         return any(map(_has_media, value))
-    return isinstance(value, str) and value.startswith("data:")
+    return isinstance(value, MediaName | bytes) or (
+        isinstance(value, str) and value.startswith("data:")
+    )

@@ -12,6 +12,7 @@ from encode.records.account import FaultError
 from encode.records.keys import (
     FILE_KEYS,
     IMAGE_KEYS,
+    NAME_ENDS,
     NAME_KEYS,
     URL_KEYS,
     VIDEO_KEYS,
@@ -49,29 +50,37 @@ def take_media(fields: Fields) -> Named:
     Raises:
         FaultError: a name is not usable, or two keys name different media.
     """
-    of_files = [key for key in fields.left() if key.endswith(("_file_name", "_file_names"))]
-    images = _first(fields, IMAGE_KEYS, "image")
-    videos = _first(fields, VIDEO_KEYS, "video")
-    files = _first(fields, (*FILE_KEYS, *of_files), "")
-    if files and (images or videos):
-        _refuse_others(files, images + videos)
-    if not (images or videos):
-        images = files
-    for keys, weak in ((NAME_KEYS, "name"), (URL_KEYS, "url")):
-        for key in keys:
-            if key not in fields:
-                continue
-            if not (images or videos):
-                kind: Kind = "image" if "image" in key else "video" if "video" in key else ""
-                named = _first(fields, keys, kind)
-                images, videos = ((), named) if kind == "video" else (named, ())
-            elif weak == "url" or _names_the_same(fields.peek(key), images + videos):
-                fields.ignore(key)
-            else:
-                raise FaultError(
-                    "two keys of media", f"{key} names other media than {_of(images + videos)}"
-                )
+    named = take_named(fields)
+    images, videos = named.images, named.videos
+    of_files = [key for key in fields.left() if key.endswith(NAME_ENDS) and key not in NAME_KEYS]
+    for key in (*FILE_KEYS, *of_files):
+        if key not in fields:
+            continue
+        files = media_names(fields.peek(key), "", key, fields)
+        if not (images or videos):
+            fields.take(key)
+            images = files
+        elif _texts(files) == _texts(images + videos):
+            fields.ignore(key)
+        else:
+            raise _two_keys(key, images + videos)
+    for key in NAME_KEYS + URL_KEYS:
+        if key not in fields:
+            continue
+        if not (images or videos):
+            kind: Kind = "image" if "image" in key else "video" if "video" in key else ""
+            found = media_names(fields.take(key), kind, key, fields)
+            images, videos = ((), found) if kind == "video" else (found, ())
+        elif key in URL_KEYS or _names_the_same(fields.peek(key), images + videos):
+            fields.ignore(key)
+        else:
+            raise _two_keys(key, images + videos)
     return Named(_with_sha256(fields, images), videos)
+
+
+def take_named(fields: Fields) -> Named:
+    """Take the keys that say that they name images or videos."""
+    return Named(_first(fields, IMAGE_KEYS, "image"), _first(fields, VIDEO_KEYS, "video"))
 
 
 def media_names(value: Any, kind: Kind, path: str, fields: Fields) -> tuple[MediaName, ...]:
@@ -112,31 +121,31 @@ def media_names(value: Any, kind: Kind, path: str, fields: Fields) -> tuple[Medi
 
 
 def _first(fields: Fields, keys: tuple[str, ...], kind: Kind) -> tuple[MediaName, ...]:
-    """Return the media of the keys that are given; they must name equal media."""
+    """Take the media of the keys that are given; all must name equal media."""
     found: tuple[MediaName, ...] = ()
-    by = ""
     for key in keys:
         if key not in fields:
             continue
         names = media_names(fields.peek(key), kind, key, fields)
         if not names or not found:
             fields.take(key)
-            found, by = (names, key) if names else (found, by)
+            found = found or names
         elif names == found:
             fields.ignore(key)
         else:
-            raise FaultError(
-                "two keys of media", f"{by} and {key} name different media; use one of them"
-            )
+            raise _two_keys(key, found)
     return found
 
 
-def _refuse_others(files: tuple[MediaName, ...], named: tuple[MediaName, ...]) -> None:
-    if [name.text for name in files] != [name.text for name in named]:
-        raise FaultError(
-            "two keys of media",
-            f"{_of(files)} and {_of(named)} are named by two keys; use one of them",
-        )
+def _two_keys(key: str, named: tuple[MediaName, ...]) -> FaultError:
+    names = ", ".join(show(name.text) for name in named[:3])
+    return FaultError(
+        "two keys of media", f"{key} names other media than {names}; use one key, with a list"
+    )
+
+
+def _texts(names: tuple[MediaName, ...]) -> list[str]:
+    return [name.text for name in names]
 
 
 def _names_the_same(value: Any, named: tuple[MediaName, ...]) -> bool:
@@ -173,7 +182,3 @@ def _checked(name: str, path: str) -> str:
     if len(name) > MAX_NAME and not name.startswith("data:"):
         raise FaultError("not a file name", f"{path}: a name of {len(name):,} characters")
     return name
-
-
-def _of(names: tuple[MediaName, ...]) -> str:
-    return ", ".join(name.text[:60] for name in names[:3])

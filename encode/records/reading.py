@@ -26,6 +26,7 @@ from encode.records.keys import (
     show,
 )
 from encode.records.naming import take_media
+from encode.records.points import PERCENT, POINTS_WEIGHT, html, pairs
 from encode.records.record import CAPTION_PROMPT, Record
 from encode.records.turns import Talk, place, read_text, read_turns, read_weight
 
@@ -76,6 +77,8 @@ def _read(fields: Fields) -> tuple[Record, ...]:
     if reader is None:
         if not named.all:
             _refuse_unknown(fields)
+        # Without any text, two words under an unknown key may be the text.
+        fields.close(words=1)
         return (Record(format=ALONE, media=named.all, weight=weight),)
     records = []
     system = fields.take("system")
@@ -136,6 +139,9 @@ def _texts(fields: Fields, key: str) -> Iterator[Conversation]:
 
 def _questions(fields: Fields, key: str) -> Iterator[Conversation]:
     """Questions of one image, which are independent: a list of objects, or lists of equal length."""
+    if "answer_points" in fields:
+        yield from _points(fields, key)
+        return
     value = fields.peek(key)
     if isinstance(value, Mapping):  # a struct of lists, as Hugging Face stores a list of objects
         value = _transposed(value, key)
@@ -150,6 +156,23 @@ def _questions(fields: Fields, key: str) -> Iterator[Conversation]:
         talk, answers = _asked(pair, f"{key} {number + 1}: ")
         pair.close()
         yield Conversation("questions", "question", talk, answers, f".q{number}")
+
+
+def _points(fields: Fields, key: str) -> Iterator[Conversation]:
+    """CoSyn-point: `questions`, their `answer_points` in percent, and the `names` of what is pointed at."""
+    questions = fields.take(key)
+    columns = {"question": questions, "points": fields.take("answer_points")}
+    columns["name"] = fields.take("names") or questions
+    for number, row in enumerate(_transposed(columns, f"{key}, answer_points and names")):
+        where = f"{key} {number + 1}"
+        talk = Talk()
+        talk.say("user", read_text(row["question"], where))
+        label = " ".join(read_text(row["name"], f"{where}: name").split())
+        points = pairs(row["points"])
+        if not points:
+            raise FaultError("no points", f"{where}: no points")
+        talk.say("assistant", html(label, points, (PERCENT, PERCENT)), POINTS_WEIGHT)
+        yield Conversation("points", "point", talk, (), f".q{number}")
 
 
 def _pair(fields: Fields, _: str) -> Iterator[Conversation]:
@@ -185,7 +208,7 @@ def _asked(fields: Fields, where: str) -> tuple[Talk, tuple[str, ...]]:
     if not prompts or not answers:
         found = (prompts or answers or ["neither"])[0]
         lacks = "an answer" if prompts else "a question"
-        near = "".join(sorted(fields.unknown()))
+        near = fields.near_misses()
         raise FaultError(
             "half a pair", f"{where}{found} without {lacks}: question and answer go together{near}"
         )

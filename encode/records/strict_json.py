@@ -29,13 +29,13 @@ _CLOSES = {0x5D: 0x5B, 0x7D: 0x7B}
 _QUOTE = 0x22
 
 
-class Decimal(float):
+class Written(float):
     """A number with a point or exponent, which remembers how it was written."""
 
     written: str
 
     @classmethod
-    def of(cls, written: str) -> Decimal:
+    def of(cls, written: str) -> Written:
         """Return the number, or raise FaultError if it is too large or too long."""
         number = cls(_short(written))
         if not math.isfinite(number):
@@ -152,6 +152,6 @@ def _constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_int=lambda written: int(_short(written)),
-    parse_float=Decimal.of,
+    parse_float=Written.of,
     parse_constant=_constant,
 )

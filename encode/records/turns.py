@@ -7,21 +7,23 @@ The marks `<image>` and `<video>` in the turns of the user place media. With m m
     n = 0    the marks are text
     else     a fault
 
-Marks in other turns are text. An image part of a turn (OpenAI's style) counts as a mark.
+Marks in other turns are text. An image part of a turn (OpenAI's style) is a mark. Media that a turn names by
+a key of its own come first in that turn, unless it has marks for them.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cache.format.media_marks import MARK
 from cache.store.samples import Message
 from configs import nearest
 from encode.records.account import FaultError
 from encode.records.keys import Fields, show
-from encode.records.naming import Named, media_names
+from encode.records.naming import Kind, Named, media_names, take_named
 from encode.records.record import IMAGE_TOKEN, MARKS, MediaName
+from encode.records.strict_json import parse
 
 ROLES = {
     "user": "user",
@@ -40,7 +42,6 @@ TOOL_ROLES = frozenset(
 )
 MAX_WEIGHT = 1e6
 
-_MARK = re.compile("|".join(MARKS))
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _VIDEO_PARTS = ("video", "video_url")
@@ -64,6 +65,8 @@ class Talk:
 def read_turns(fields: Fields, key: str) -> Talk:
     """Take the list of turns at `key`."""
     turns = fields.take(key)
+    if isinstance(turns, str) and turns[:1] == "[":  # a list that was stored as JSON
+        turns = parse(turns.encode())
     if not isinstance(turns, list | tuple) or not turns:
         raise FaultError("wrong type", f"{key}: expected a list of turns, found {show(turns)}")
     talk = Talk()
@@ -71,7 +74,11 @@ def read_turns(fields: Fields, key: str) -> Talk:
         turn = fields.within(key, value, "turns of role and content")
         where = f"{key}: turn {number}"
         role = _role(turn, where)
+        named = take_named(turn).all
+        talk.media.extend(named)
         content = _content(turn, where, role, talk)
+        if named:
+            content = _with_media(content, len(named), where, role, talk)
         talk.say(role, content, read_weight(turn, where))
         turn.close()
     return talk
@@ -98,16 +105,12 @@ def place(talk: Talk, named: Named) -> tuple[tuple[Message, ...], tuple[MediaNam
         mark
         for message in talk.messages
         if message.role == "user"
-        for mark in _MARK.findall(message.content)
+        for mark in MARK.findall(message.content)
     ]
     if not marks:
         return _media_first(talk.messages, len(media)), media
     if len(marks) != len(media):
-        raise FaultError(
-            "number of marks",
-            f"{len(marks)} marks ({' or '.join(MARKS)}) in the turns of the user for {len(media)} media; "
-            "use one for each, or none",
-        )
+        raise _wrong_number(len(marks), len(media), "the turns of the user")
     return tuple(talk.messages), _by_kind(marks, named) or media
 
 
@@ -179,6 +182,17 @@ def _content(turn: Fields, where: str, role: str, talk: Talk) -> str:
     return read_text(content, f"{where}: {key}")
 
 
+def _with_media(content: str, media: int, where: str, role: str, talk: Talk) -> str:
+    """Return the text of a turn that names media by a key, with their marks."""
+    if role != "user":
+        raise FaultError("media of another role", f"{where}: media in a turn of the {role}")
+    talk.parts += media
+    marks = len(MARK.findall(content))
+    if marks not in (0, media):
+        raise _wrong_number(marks, media, where)
+    return content if marks else IMAGE_TOKEN * media + content
+
+
 def _part(part: Fields, where: str, role: str, talk: Talk) -> str:
     """Return the text of one part, or its mark."""
     kind = part.take("type")
@@ -206,10 +220,17 @@ def _part(part: Fields, where: str, role: str, talk: Talk) -> str:
         value = part.take(given[0])
         if isinstance(value, list | tuple):
             raise FaultError("wrong type", f"{where}: a list of media in one part")
-        talk.media.extend(
-            media_names(value, "image" if is_image else "video", part.path(given[0]), part)
-        )
+        kind_of: Kind = "image" if is_image else "video"
+        talk.media.extend(media_names(value, kind_of, part.path(given[0]), part))
     return MARKS[0] if is_image else MARKS[1]
+
+
+def _wrong_number(marks: int, media: int, where: str) -> FaultError:
+    plural = "mark" if marks == 1 else "marks"
+    return FaultError(
+        "number of marks",
+        f"{where}: {marks} {plural} ({' or '.join(MARKS)}) for {media} media; give one for each, or none",
+    )
 
 
 def _media_first(messages: list[Message], media: int) -> tuple[Message, ...]:

@@ -4,42 +4,30 @@ A row maps columns to values, with texts as the bytes in the Parquet file. An un
 `BadRowError`, and an unusable part of a row gives an `Unusable`. Their reasons can be counted.
 
 The placeholder of the image comes first, so an `<image>` in a text of the data set stays text (see
-`model.language.chat_template`). Points have Molmo2's format html-v2, with coordinates from 0 to 1000 and at
-least three digits: `<points coords="1 1 042 400 2 911 800">label</points>` is the number of the image, then
-number, x and y of each point. Points are sorted from left to right, so that there is one right answer.
+`model.language.chat_template`). `encode.records.points` writes points as text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 from cache.store.samples import MediaRef, Message
 from encode.errors import BadRowError
+from encode.records.account import FaultError
+from encode.records.points import PERCENT, POINTS_WEIGHT, Points, html, pairs
 from encode.records.record import CAPTION_PROMPT, IMAGE_TOKEN
 
 TRANSCRIPT_PROMPT = "Describe this image as you would tell it to somebody."
 """User message of a transcript: what an annotator said, before it was turned into a caption."""
 NONE = "There are none."
 """Answer to a pointing question about something that the image does not show."""
-POINTS_WEIGHT = 0.2
-"""Weight of answers made of coordinates, whose many tokens would outweigh other answers."""
-# Molmo2's value.
-
-SCALE = 1000
-"""Largest coordinate of an answer."""
-PERCENT = 100.0
-"""Largest coordinate in pixmo-points."""
-EDGE = 0.05
-"""Points up to this far outside the image, in widths or heights, are moved to its edge."""
-
 Row = Mapping[str, Any]
 Size = tuple[int, int]
 """Width and height in pixels."""
-Points = Sequence[tuple[Any, Any]]
 
 _TAG = re.compile(r"\[(USER|ASSISTANT)\]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -222,34 +210,16 @@ def _listed(row: Row) -> list[str]:
 # ---- points
 
 
-def thousandths(value: float | None, full: float) -> int:
-    """Return `value` / `full` in thousandths, as an integer from 0 to 1000.
-
-    Raises:
-        BadRowError: `value` is not a number, or outside the image by more than EDGE.
-    """
-    share = float("nan") if value is None else value / full
-    if not -EDGE <= share <= 1 + EDGE:  # also true for NaN
-        raise BadRowError("a point outside the image")
-    return min(SCALE, max(0, round(SCALE * share)))
-
-
 def _pairs(points: Any) -> Points:
-    """Return (x, y) of each point of a list of structs or a struct of lists."""
-    if points is None:
-        return ()
-    if isinstance(points, Mapping):
-        across, down = points["x"] or (), points["y"] or ()
-        if len(across) != len(down):
-            raise BadRowError("points lack an x or a y")
-        return tuple(zip(across, down, strict=True))
-    if None in points:
-        raise BadRowError("points lack an x or a y")
-    return [(point["x"], point["y"]) for point in points]
+    try:
+        return pairs(points)
+    except FaultError as fault:
+        raise BadRowError(fault.kind) from None
 
 
 def _html(label: str, points: Points, full: tuple[float, float]) -> str:
     """Return points as an answer; `full` is the width and height of the image in the unit of the points."""
-    places = sorted((thousandths(x, full[0]), thousandths(y, full[1])) for x, y in points)
-    coords = " ".join(f"{n} {x:03} {y:03}" for n, (x, y) in enumerate(places, 1))
-    return f'<points coords="1 {coords}">{label}</points>'
+    try:
+        return html(label, points, full)
+    except FaultError as fault:
+        raise BadRowError(fault.kind) from None

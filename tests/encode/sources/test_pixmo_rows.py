@@ -11,23 +11,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.format.media_marks import split_at_marks
 from cache.store.samples import MediaRef
 from encode.errors import BadRowError
+from encode.records.points import POINTS_WEIGHT
 from encode.records.record import CAPTION_PROMPT
 from encode.sources.pixmo_rows import (
-    EDGE,
     NONE,
-    POINTS_WEIGHT,
     READERS,
     TRANSCRIPT_PROMPT,
     Conversation,
     Unusable,
     image,
-    thousandths,
 )
 from train.evaluate.scoring import points_in
 
@@ -141,20 +139,6 @@ def test_an_unusable_row_of_points_has_its_reason(row: dict[str, Any], expected:
 def test_a_point_just_outside_is_moved_to_the_edge() -> None:
     found = conversation("pixmo-points", points=[{"x": -0.4, "y": 104.9}], count=1, label="x")
     assert points_in(turns_of(found)[1][1]) == [(1, 0, 1000)]
-
-
-@given(share=st.floats() | st.floats(-EDGE, 1 + EDGE), full=st.floats(1, 1e6) | st.just(100.0))
-@example(share=0.0, full=100.0)
-@example(share=1.0, full=100.0)
-def test_coordinates_in_any_unit_become_integers_from_0_to_1000(share: float, full: float) -> None:
-    value = share * full
-    if -EDGE <= value / full <= 1 + EDGE:
-        got = thousandths(value, full)
-        assert isinstance(got, int) and 0 <= got <= 1000
-        assert abs(got - 1000 * min(1.0, max(0.0, share))) <= 0.5 + 1e-6
-    else:
-        with pytest.raises(BadRowError, match="outside the image"):
-            thousandths(value, full)
 
 
 @given(
