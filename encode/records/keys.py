@@ -46,6 +46,8 @@ POINT_KEYS = ("answer_points", "names")
 KNOWN_KEYS = frozenset(
     (*MEDIA_KEYS, *TEXT_KEYS, *POINT_KEYS, "system", "history", "weight", "image_sha256")
 )
+NESTED_KEYS = ("role", "from", "content", "value", "user", "assistant")
+"""Keys of turns."""
 LISTS = frozenset(
     {key for key in MEDIA_KEYS if key.endswith("s")}
     | {*TURN_KEYS, *LIST_KEYS, "texts", "answers", "responses", "captions", "history"}
@@ -305,7 +307,7 @@ class Fields:
 
     def near_misses(self) -> str:
         """Return, for the keys that are nearly known ones, what to say of them."""
-        kinds = {key: _kind(key) for key in self.left()}
+        kinds = {key: _kind(key, bool(self.where)) for key in self.left()}
         return "".join(
             f"; did you mean {kind.removeprefix('near ')!r} by {self.path(key)!r}?"
             for key, kind in kinds.items()
@@ -317,7 +319,7 @@ class Fields:
         value = self._left[key]
         if is_empty(value):
             return
-        kind, shown = _kind(key), repr(self.path(key))
+        kind, shown = _kind(key, bool(self.where)), repr(self.path(key))
         if kind == "changes":
             raise FaultError(
                 "field that changes the meaning",
@@ -328,7 +330,7 @@ class Fields:
         elif kind == "unknown":
             lost = carries(value, words)
         else:
-            lost = "weight" in key.lower() or _says(value)
+            lost = "weight" in f"{kind} {key}".lower() or _says(value)
         if not lost:
             return
         if kind.startswith("near "):
@@ -366,8 +368,8 @@ def show(value: Any) -> str:
 
 
 @lru_cache(maxsize=10_000)
-def _kind(key: str) -> str:
-    """Return changes, carries, harmless, known, near KEY, or unknown."""
+def _kind(key: str, nested: bool) -> str:
+    """Return changes, carries, harmless, known, near KEY, or unknown; `nested` inside of turns and parts."""
     if key in CHANGES:
         return "changes"
     if key in CARRIES:
@@ -381,7 +383,8 @@ def _kind(key: str) -> str:
         return f"near {lower}"
     if _HARMLESS_END.fullmatch(lower):
         return "harmless"
-    if near := difflib.get_close_matches(lower[:KEY], sorted(KNOWN_KEYS), n=1, cutoff=0.8):
+    known = sorted(KNOWN_KEYS) + [*NESTED_KEYS] * nested
+    if near := difflib.get_close_matches(lower[:KEY], known, n=1, cutoff=0.8):
         return f"near {near[0]}"
     return "carries" if _MEANS.fullmatch(lower) else "unknown"
 
