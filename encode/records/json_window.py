@@ -2,7 +2,7 @@
 
     window = Window(file)
     for piece in elements(window): ...        # behind `[`: the elements of a list
-    for piece in objects(window): ...         # objects that follow each other
+    piece = window.piece()                    # the value at the position
 
 Memory holds one object and one block of the file. A broken object is a `Piece` with a fault. Reading goes on
 behind it if its end is certain; otherwise its fault is the last one.
@@ -103,23 +103,13 @@ class Window:
             FaultError: its end is not certain. The position is then where the value starts.
         """
         line = self.line
-        while True:
-            if self.data[self.at : self.at + 1] in (b"[", b"{"):
-                found = find_end(self.data, self.at, last=self.last)
-                end, depth = found or (0, 0)
-            else:
-                match = _SCALAR.match(self.data, self.at)
-                end, depth = match.end() if match else 0, 0
-                if end == len(self.data) and not self.last:
-                    end = 0  # it may go on
-                elif not end and (self.data[self.at] != 0x22 or b"\n" in self.data[self.at :]):
-                    raise _fault(f"{self.data[self.at : self.at + 1]!r} instead of a value")
-            if end:
-                break
+        while not (found := self._end()):
             if len(self.data) - self.at > MAX_BYTES:
                 raise FaultError("too large", f"a value of more than {MAX_BYTES >> 20} MiB{_REST}")
-            if not self.more():
-                raise FaultError("not JSON", f"not JSON: a value without an end{_REST}")
+            if self.last:
+                raise _fault("a value without an end")
+            self.more()
+        end, depth = found
         start, offset = self.at, self.offset
         self.at = end
         try:
@@ -129,6 +119,22 @@ class Window:
         except FaultError as fault:
             return Piece(b"", offset, line, fault)
         return Piece(self.data[start:end], offset, line)
+
+    def _end(self) -> tuple[int, int] | None:
+        """Return the end of the value at the position, and its depth; None if it is not in memory.
+
+        Raises:
+            FaultError: there is no value, or its end is not certain.
+        """
+        first = self.data[self.at : self.at + 1]
+        if first in (b"[", b"{"):
+            return find_end(self.data, self.at, last=self.last)
+        match = _SCALAR.match(self.data, self.at)
+        if match and (match.end() < len(self.data) or self.last):
+            return match.end(), 0
+        if match or not first or (first == b'"' and self.data.find(b"\n", self.at) < 0):
+            return None
+        raise _fault(f"{first.decode('latin-1')!r} instead of a value")
 
     def broken(self, fault: FaultError) -> Piece:
         """Return a piece for a fault at the position, and move to the end of the file."""
@@ -172,16 +178,6 @@ def elements(window: Window) -> Iterator[Piece]:
             yield window.broken(_rest(fault))
             return
         comma = first = False
-
-
-def objects(window: Window) -> Iterator[Piece]:
-    """Yield the values that follow each other until the end of the file."""
-    while window.skip_space():
-        try:
-            yield window.piece()
-        except FaultError as fault:
-            yield window.broken(_rest(fault))
-            return
 
 
 def _fault(what: str) -> FaultError:

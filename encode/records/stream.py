@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 from configs import UserError
 from encode.records.account import Account, FaultError
 from encode.records.coco import as_object, find_sections, read_coco
-from encode.records.json_window import BOM, Piece, Window, elements, objects
+from encode.records.json_window import BOM, Piece, Window, elements
 from encode.records.keys import LISTS, is_known
 from encode.records.record import Line
-from encode.records.strict_json import MAX_BYTES, parse
+from encode.records.strict_json import MAX_BYTES, find_end, parse
 
 SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 """Suffixes of the files that `read_lines` reads."""
+_SPACE = b" \t\r\n"
 BATCH = 1000
 """Rows of a Parquet file in memory."""
 
@@ -78,33 +79,18 @@ def _pieces(file: BinaryIO) -> Iterator[Piece]:
         yield from elements(window)
         if window.skip_space():
             yield window.broken(FaultError("not JSON", "not JSON: text behind the list"))
-    elif _spans_lines(file):
-        yield from objects(Window(file))
     else:
         yield from _json_lines(file)
 
 
-def _spans_lines(file: BinaryIO) -> bool:
-    """Return whether the first object of a file goes on in its second line."""
-    window = Window(file)
-    if window.skip_space() != b"{":
-        return False
-    start = window.offset
-    try:
-        several = b"\n" in window.piece().data
-    except FaultError:
-        several = True
-    if not several:
-        return False
-    file.seek(start)
-    file.readline(MAX_BYTES)
-    # In an object that spans lines, the second line has a key, which a brace cannot start.
-    return file.readline(MAX_BYTES)[:1] != b"{"
-
-
 def _json_lines(file: BinaryIO) -> Iterator[Piece]:
+    """Yield one piece for each line, or for an object that goes on in the lines after it.
+
+    After a broken object of several lines, reading goes on at the next line that starts with a brace.
+    """
     file.seek(0)
     offset, number = 0, 0
+    skip = False
     while line := file.readline(MAX_BYTES + 1):
         number += 1
         start, size = offset, len(line)
@@ -118,11 +104,48 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
         offset += size
         if number == 1 and line.startswith(BOM):
             line, start = line[len(BOM) :], len(BOM)
-        data = line.lstrip(b" \t\r\n")
+        data = line.lstrip(_SPACE)
         start += len(line) - len(data)
-        data = data.rstrip(b" \t\r\n")
-        if data or fault:
+        data = data.rstrip(_SPACE)
+        if skip and not line.startswith(b"{"):
+            continue
+        skip = False
+        if data[:1] == b"{" and not fault and _goes_on(data, file):
+            window = Window(file, offset=start, line=number)
+            try:
+                piece = window.piece()
+            except FaultError as error:
+                piece = Piece(b"", start, number, error)
+                skip = True
+                file.seek(offset)
+            else:
+                offset, number = window.offset, window.line
+                file.seek(offset)
+                rest_of_line = file.readline(MAX_BYTES + 1)
+                if rest_of_line.strip(_SPACE):
+                    number -= 1  # the next line of this loop is the rest of this one
+                    file.seek(offset)
+                else:
+                    offset += len(rest_of_line)
+            yield piece
+        elif data or fault:
             yield Piece(data, start, number, fault)
+
+
+def _goes_on(data: bytes, file: BinaryIO) -> bool:
+    """Return whether the object that starts in a line ends in a later one. `file` is behind the line."""
+    if data.endswith(b"}") and data.count(b"{") == data.count(b"}"):
+        return False
+    try:
+        if find_end(data, 0) is not None:
+            return False
+    except FaultError:
+        return False
+    place = file.tell()
+    following = file.readline(2)
+    file.seek(place)
+    # Within an object a key comes next, which a brace cannot start: that is the next object.
+    return following[:1] not in (b"{", b"")
 
 
 # ---- CSV, TSV, Parquet
@@ -227,12 +250,14 @@ def _number(cell: str) -> Any:
 def _parquet(path: Path, account: Account) -> Iterator[Line]:
     """Yield the rows of a Parquet file that has no bytes of media."""
     number = 0
-    try:
-        with pq.ParquetFile(path) as file:
+    with path.open("rb") as opened:
+        try:
+            file = pq.ParquetFile(opened)
             for batch in file.iter_batches(batch_size=BATCH):
                 for value in batch.to_pylist():
                     number += 1
                     yield Line(where=f"{path}:{number}", value=value)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        account.fault(f"{path}:{number + 1}", FaultError("not Parquet", f"not Parquet: {reason}"))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            fault = FaultError("not Parquet", f"not Parquet: {reason}")
+            account.fault(f"{path}:{number + 1}", fault)

@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from encode.records.account import FaultError
+from encode.records.keys import show
 
 MAX_BYTES = 64 << 20
 """Bytes of one object, at most. A `data:` URI of a large photograph takes about 20 MB."""
@@ -39,7 +40,7 @@ class Written(float):
         """Return the number, or raise FaultError if it is too large or too long."""
         number = cls(_short(written))
         if not math.isfinite(number):
-            raise FaultError("number out of range", f"{written} is too large for a number")
+            raise FaultError("number out of range", f"{written:.40} is too large for a number")
         number.written = written
         return number
 
@@ -60,7 +61,7 @@ def parse(data: bytes, first_line: int = 1) -> Any:
     except UnicodeDecodeError as error:
         raise FaultError("not UTF-8", f"not UTF-8 (byte {error.start + 1:,})") from None
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
-        check_depth(_depth(data))
+        _check_nesting(data)
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -115,17 +116,16 @@ def check_depth(depth: int) -> None:
         raise FaultError("nested too deeply", f"nested more than {MAX_DEPTH} levels deep")
 
 
-def _depth(data: bytes) -> int:
-    """Return how deep the brackets of a text are nested, matching or not."""
-    depth = deepest = 0
+def _check_nesting(data: bytes) -> None:
+    """Raise FaultError if the brackets of a text, matching or not, are nested too deeply."""
+    depth = 0
     for token in _TOKEN.finditer(data):
         byte = data[token.start()]
         if byte in _CLOSES:
             depth -= 1
         elif byte != _QUOTE:
             depth += 1
-            deepest = max(deepest, depth)
-    return deepest
+            check_depth(depth)
 
 
 def _short(written: str) -> str:
@@ -140,7 +140,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise FaultError("duplicate key", f"the key {key!r} is given twice")
+                raise FaultError("duplicate key", f"the key {show(key)} is given twice")
             seen.add(key)
     return value
 
