@@ -281,12 +281,12 @@ def parse(
 
     argv = _join_repeated(cls, list(sys.argv[1:] if argv is None else argv))
     if any(f.name == "config" for f in dataclasses.fields(typing.cast(Any, cls))):
-        use_file(_read_selectors(["config"], argv).get("config"))
+        use_file(_read_selectors(cls, ["config"], argv).get("config"))
     else:
         use_file(None)
     default: dict[str, Any] = {}
     if preset is not None:
-        default["default"] = build(cls, preset(_read_selectors(selectors, argv)), prog)
+        default["default"] = build(cls, preset(_read_selectors(cls, selectors, argv)), prog)
     # tyro joins lines that begin with a letter. With `$ ` before it, a command keeps its line.
     described = re.sub(r"^(?=python -m |torchrun )", "$ ", description or "", flags=re.MULTILINE)
     # tyro draws its errors as boxes of many lines. Its hook gives the cause before anything is drawn.
@@ -339,10 +339,15 @@ def _join_repeated(cls: type, argv: list[str]) -> list[str]:
     return rest + [word for flag, words in gathered.items() for word in (flag, *words)]
 
 
-def _read_selectors(selectors: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
+def _read_selectors(cls: type, selectors: Sequence[str], argv: Sequence[str]) -> dict[str, str]:
+    """Return the values of the selectors on a command line; a flag that is given is `true`."""
+    kinds = typing.get_type_hints(cls)
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in selectors:
-        reader.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS)
+        flag: dict[str, Any] = {}
+        if kinds[name] is bool:
+            flag = {"action": "store_const", "const": "true"}
+        reader.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **flag)
     try:
         found, _ = reader.parse_known_args(list(argv))
     except argparse.ArgumentError as error:

@@ -12,6 +12,26 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The command that a user gave."""
+
+    program: str
+    """As users type it: `python -m train.run`."""
+    words: tuple[str, ...]
+    """The arguments after it."""
+
+    def text(self, **changes: object) -> str:
+        """Return the command with some options changed, as `with_options` changes them."""
+        return command_text(self.program, with_options(self.words, **changes))
+
+    def only(self, *names: str, **changes: object) -> str:
+        """Return the command with no other options than `names`, and with `changes`."""
+        kept = with_options(only(self.words, names), **changes)
+        return command_text(self.program, kept)
 
 
 def with_options(words: Sequence[str], **changes: object) -> list[str]:

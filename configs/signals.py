@@ -11,11 +11,13 @@ calls `restore`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -63,6 +65,23 @@ def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(128 + signal.SIGINT)
 
 
+@contextlib.contextmanager
+def orderly_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit(143), so that unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ---- during a job
 
 
@@ -70,15 +89,16 @@ class Interrupts:
     """A context in which the first SIGINT or SIGTERM is recorded, and the second raises KeyboardInterrupt.
 
     Args:
+        note: text for standard error when the first signal is received.
         same_press_s: seconds in which a signal counts as the first one again. torchrun passes on the Ctrl-C
             that a terminal has already sent to every process.
     """
 
-    def __init__(self, same_press_s: float = 0.0) -> None:
+    def __init__(self, note: str = "", same_press_s: float = 0.0) -> None:
         self.received: int | None = None
         """The recorded signal, if any."""
         self._before: dict[int, Any] = {}
-        self._same_press_s = same_press_s
+        self._note_text, self._same_press_s = note, same_press_s
         self._since = 0.0
 
     def __enter__(self) -> Self:
@@ -105,6 +125,7 @@ class Interrupts:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = number, now
+            os.write(2, self._note_text.encode())  # print() may not be called within a print()
         elif now - self._since >= self._same_press_s:
             raise KeyboardInterrupt
 

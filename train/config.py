@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
 from configs import UserError, nearest
 
-SELECTORS = ("stage", "hardware", "device", "run", "max_steps")
+SELECTORS = ("stage", "hardware", "device", "run", "max_steps", "resume", "inspect")
 """Options that decide the defaults of other options."""
 
 STAGES = (1, 2, 3)
@@ -63,7 +64,8 @@ class Options(RemoteOptions):
     resume: bool = False
     """Continue from the newest checkpoint of this run, or start it if there is none."""
     from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN")] = None
-    """The model to start from: a finished run (NAME or PATH), or the `final` folder of one of its stages."""
+    """The model to start from: a run (NAME or PATH), a stage, a checkpoint or a `final` folder. Of an
+    unfinished stage, the newest checkpoint is taken. The optimizer starts afresh."""
     inspect: bool = False
     """Print the first packed micro-batches as text, then stop."""
     seed: int = 0
@@ -199,15 +201,28 @@ def stage_folder(run: str, stage: int) -> Path:
     return folder / f"stage{stage}"
 
 
+def free_name(run: str) -> str:
+    """Return the name of a run that does not exist, for a run that goes on from `run`: r-2, r-3, ..."""
+    named = run.rstrip("/")
+    before, dash, number = named.rpartition("-")
+    if dash and number.isdecimal() and stage_folder(before, 1).parent.exists():
+        named = before
+    numbers = itertools.count(2)
+    return next(
+        name for n in numbers if not stage_folder(name := f"{named}-{n}", 1).parent.exists()
+    )
+
+
 def preset(selected: Mapping[str, str]) -> dict[str, Any]:
     """Return values for `Options`, by the SELECTORS found on the command line.
 
-    A stage that exists is its own preset, so that `--run NAME --resume` continues with its options.
+    With `--resume` (or `--inspect`), a stage that exists is its own preset: `--run NAME --resume` has its
+    options.
     """
     stage = _stage(selected.get("stage", "1"))
     hardware = selected.get("hardware", "auto")
     saved = stage_folder(selected.get("run", "default"), stage) / "config.yaml"
-    if saved.exists():
+    if selected.keys() & {"resume", "inspect"} and saved.exists():
         values = {k: v for k, v in read_saved(saved).items() if k not in ("resume", "inspect")}
         if "hardware" not in selected:
             return values

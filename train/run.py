@@ -16,9 +16,11 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,23 +29,35 @@ import configs
 from cache.errors import CacheError
 from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
+from configs import UserError
+from configs.command_line import CommandLine, merge
+from configs.signals import Interrupts, orderly_sigterm
 from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
-from train import metrics, setup
+from train import ending, metrics, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader
+from train.data.sample_list import ChangedSamplesError
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.stage import checkpoint, run_folder
-from train.step import Forward, LocalStep, by_step, choose_precision, refuse_non_finite
+from train.step import (
+    Forward,
+    NonFiniteError,
+    by_step,
+    choose_precision,
+    forward_backward,
+    refuse_non_finite,
+)
 
 PROG = "python -m train.run"
 REMOTE_THREADS, REMOTE_AHEAD = 8, 16
 """Threads, and micro-batches read ahead, at least, when features are read over a network: with several
 seconds of steps ready, an interruption of seconds does not stop training."""
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
 INSPECTED = 2
 """Micro-batches that `--inspect` prints."""
 SINGLE_PROCESS = ProcessGroup()
@@ -51,7 +65,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in one process, or in each of several that torchrun started."""
-    with process_group() as group:
+    with orderly_sigterm(), process_group() as group:
         level = logging.INFO if group.is_main else logging.ERROR
         logging.basicConfig(format="%(message)s", level=level)
         return run(argv, group)
@@ -66,17 +80,36 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
         Options, words, prog=PROG, description=__doc__, preset=preset, selectors=SELECTORS
     )
     options = dataclasses.replace(options, processes=options.processes or group.world_size)
-    folder, options = run_folder.check_folder(options)
+    command = ending.command_line(PROG, words, group)
+    folder, options = run_folder.check_folder(options, command)
     if group.broadcast(lambda: run_folder.is_finished(folder)) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
+    began_with = run_folder.read_facts(folder).get("command", ())
+    command = dataclasses.replace(command, words=tuple(merge(began_with, words)))
     device = group.device(options.device)
     group.connect(device)
+    with ending.one_line(folder, command, options):
+        return train_stage(folder, options, device, command, group)
+
+
+def train_stage(
+    folder: Path,
+    options: Options,
+    device: torch.device,
+    command: CommandLine,
+    group: ProcessGroup,
+) -> int:
+    """Prepare a stage, train it and save its model; return the exit code."""
     reader = setup.open_space(options)
-    origin = setup.starting_point(options)
+    origin = setup.starting_point(options, folder, command)
     options = setup.resolve(options, origin, reader.spec)
-    tokenizer = load_tokenizer(str(origin or options.llm))
-    data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)
+    tokenizer = load_tokenizer(origin.language if origin else str(options.llm))
+    try:
+        data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)
+    except ChangedSamplesError as error:
+        another = ending.another_run(folder, options, command)
+        raise UserError(f"{error}; what was learned starts another run: {another}") from None
     if options.inspect:
         if group.is_main:
             inspect(options, reader, data, tokenizer)
@@ -84,14 +117,44 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
     vlm = setup.build_model(options, origin, reader.spec, device)
     precision = choose_precision(options.precision, device, vlm)
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=precision)
+    setup.check_room(folder, options, vlm, origin, command)
     with run_folder.lock(folder) if group.is_main else contextlib.nullcontext():
-        facts = group.broadcast(lambda: run_folder.open_folder(folder, options, reader, data.train))
+
+        def open_folder() -> dict[str, Any]:
+            facts = run_folder.open_folder(folder, options, reader, data.train, command)
+            return setup.keep_origin(folder, facts, origin, vlm, tokenizer)
+
+        facts = group.broadcast(open_folder)
         describe(folder, options, reader, data, forward, group)
-        step = train(folder, options, reader, data, forward, group, run_id=facts["id"])
-        with group.main_process_first():
-            if group.is_main:
-                meta = setup.final_meta(options, reader, step)
-                save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
+        # torchrun passes on the Ctrl-C that a terminal has already sent to every process.
+        with Interrupts(STOPPING if group.is_main else "", float(group.world_size > 1)) as stop:
+            try:
+                meta = setup.checkpoint_meta(options, reader, facts)
+                step = train(
+                    folder,
+                    options,
+                    reader,
+                    data,
+                    forward,
+                    group,
+                    run_id=facts["id"],
+                    meta=meta,
+                    stop=stop,
+                )
+            except NonFiniteError as error:
+                again = partial(step_again, error.step, options, reader, data, forward, group)
+                cause = ending.after_non_finite(
+                    error, vlm, again, folder, options, data.train, reader, origin, command, group
+                )
+                raise UserError(f"{error}. {cause}") from None
+            if step < options.max_steps:
+                if group.is_main:
+                    print(ending.stopped(folder, step, options, stop, command), file=sys.stderr)
+                return stop.exit_code
+            with group.main_process_first():
+                if group.is_main:
+                    meta = setup.model_meta(options, reader) | {"step": step}
+                    save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
     print(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")
     return 0
 
@@ -105,8 +168,29 @@ def train(
     group: ProcessGroup = SINGLE_PROCESS,
     *,
     run_id: str,
+    meta: Mapping[str, Any] = MappingProxyType({}),
+    stop: Interrupts | None = None,
 ) -> int:
-    """Train from the newest checkpoint to the last step of the stage; return the number of steps done."""
+    """Train from the newest checkpoint to the last step of the stage, or until a signal.
+
+    Args:
+        folder: the folder of the stage.
+        options: the resolved options.
+        reader: a reader of the space.
+        data: samples and steps.
+        forward: the model.
+        group: the processes that train together.
+        run_id: identifies the run in trackers.
+        meta: what every checkpoint records beside its step.
+        stop: the signals that end the training after a step, with a checkpoint; None: none do.
+
+    Returns:
+        the number of steps done.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite.
+    """
+    stop = stop or Interrupts()
     vlm, device = forward.vlm, forward.device
     optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
     checkpoints = folder / run_folder.CHECKPOINTS
@@ -123,16 +207,10 @@ def train(
     started = time.perf_counter()
     try:
         for step, micro_batches in by_step(loader, done, options.max_steps):
-            # Seeded for each step, so that a language model's dropout is the same after a resume.
-            torch.manual_seed((options.seed << 32) + step * group.world_size + group.rank)
-            local = LocalStep()
-            for micro in micro_batches:
-                loss = forward.loss(micro)
-                loss.backward()
-                local.add(micro, loss)
+            local = forward_backward(step, micro_batches, options.seed, forward, group)
 
             # From here on every process takes part in every step, even one without micro-batches.
-            totals = local.reduce(group, device)
+            totals = local.reduce(group, device, stop.received)
             group.sum_gradients(trainable)
             norm = clip_gradients(trainable, options.max_grad_norm)
             refuse_non_finite(step, local, totals, norm, vlm, used, group)
@@ -153,20 +231,42 @@ def train(
                     **dataclasses.asdict(totals),
                 )
             )
-            last = done == options.max_steps
-            if data.val_schedule is not None and (last or done % options.eval_every == 0):
+            stop.received = local.signal or None  # of any process, so that all end after this step
+            last = done == options.max_steps or stop.stopping()
+            if data.val_schedule is not None and (
+                done == options.max_steps or done % options.eval_every == 0
+            ):
                 log.held_out(done, *held_out_loss(options, reader, data, forward, group))
             if last or done % options.save_every == 0:
                 # Equal gradients keep the models equal, unless a process computes wrongly.
                 group.require_equal(lambda: {"model": fingerprint(trainable)})
                 if group.is_main:
-                    state = {"samples_digest": data.train.digest}
-                    checkpoint.save(checkpoints, done, vlm, optimizer, state)
+                    checkpoint.save(checkpoints, done, vlm, optimizer, meta)
+            if last:
+                break
             started = time.perf_counter()
     finally:
         loader.close()
         log.close()
     return done
+
+
+def step_again(
+    step: int,
+    options: Options,
+    reader: FeatureReader,
+    data: setup.Data,
+    forward: Forward,
+    group: ProcessGroup,
+) -> tuple[float, float]:
+    """Compute a step with the present weights and change nothing; return its loss and gradient norm."""
+    trainable = [p for p in forward.vlm.parameters() if p.requires_grad]
+    forward.vlm.zero_grad(set_to_none=True)
+    with load(options, reader, data.schedule, forward.device, step, step + 1, group) as loader:
+        local = forward_backward(step, loader, options.seed, forward, group)
+    totals = local.reduce(group, forward.device)
+    group.sum_gradients(trainable)
+    return totals.loss, clip_gradients(trainable, options.max_grad_norm)
 
 
 def starting_facts(

@@ -1,7 +1,7 @@
 """Prepare a stage: open its space, build its model, load its data. Whatever cannot work is refused here.
 
 reader = open_space(options)
-origin = starting_point(options)                       # None for a stage 1 that starts afresh
+origin = starting_point(options, folder, command)      # None for a stage 1 that starts afresh
 options = resolve(options, origin, reader.spec)
 data = load_data(options, reader, tokenizer, folder)
 vlm = build_model(options, origin, reader.spec, device)
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import configs
 from cache.format.checksums import read_sealed_json
@@ -28,8 +29,11 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
 from configs import UserError
-from model.io.saved_model import check_files, find_run, load_final, read_meta
-from model.language.model import max_positions
+from configs.command_line import CommandLine
+from configs.console import bytes_text, free_bytes
+from model.io.saved_model import check_files, read_meta, save_final
+from model.language.chat_template import TEMPLATE_VERSION
+from model.language.model import max_positions, unique_tensors
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
 from train.data.join import EmptySplitError, join
@@ -39,12 +43,26 @@ from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
 from train.data.usable import NothingToLearnError, learnable
-from train.stage import run_folder
+from train.stage import checkpoint, run_folder
+from train.stage.origin import Origin, find_origin, recorded
 
 log = logging.getLogger(__name__)
 
 MAX_BRANCHES = 64
 """Most annotations of one image that share a sequence; the rest are in other sequences, with the image."""
+WORD_BYTES, SMALL_FILES_BYTES = 100, 128 << 10
+"""Disk space of a word in the files of a tokenizer, and of the metrics and the sample list of a small run."""
+FIRST_STAGE_WORDS = (
+    "run",
+    "features",
+    "space",
+    "llm",
+    "hardware",
+    "device",
+    "mirror",
+    "allow_private",
+)
+"""Options that the command for an earlier stage takes over from that for a later one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,29 +90,36 @@ def open_space(options: Options) -> FeatureReader:
     return open_reader(options.features, options.space, options, datasets=datasets)
 
 
-def starting_point(options: Options) -> Path | None:
-    """Return the `final` folder whose weights the stage starts from; None for a stage 1 that starts afresh.
+def starting_point(options: Options, folder: Path, command: CommandLine) -> Origin | None:
+    """Return the model whose weights the stage starts from; None for a stage 1 that starts afresh.
+
+    Args:
+        options: the options.
+        folder: the folder of the stage. A stage that has begun keeps its starting point.
+        command: the command line, for messages.
 
     Raises:
-        UserError: the previous stage is not finished, or `--from` names no run.
+        UserError: the previous stage is not finished, or `--from` names no model.
     """
+    if facts := run_folder.read_facts(folder):
+        return recorded(facts["origin"], folder)
     if options.from_ is not None:
-        return find_run(options.from_)
+        return find_origin(options.from_)
     if options.stage == 1:
         return None
     before = stage_folder(options.run, options.stage - 1)
     if not run_folder.is_finished(before):
-        begun = (before / run_folder.CONFIG).exists()
+        begun = run_folder.has_begun(before)
+        first = command.only(*FIRST_STAGE_WORDS, stage=options.stage - 1, resume=begun)
         raise UserError(
             f"stage {options.stage} starts from stage {options.stage - 1} of the same run, and {before} "
-            f"{'is not finished' if begun else 'does not exist'}: python -m train.run --run {options.run} "
-            f"--stage {options.stage - 1}{' --resume' if begun else ''}, or start from another model: "
-            "--from RUN"
+            f"{'is not finished' if begun else 'does not exist'}; start from another model (--from RUN), "
+            f"or train that stage: {first}"
         )
-    return before / run_folder.FINAL
+    return find_origin(str(before / run_folder.FINAL))
 
 
-def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options:
+def resolve(options: Options, origin: Origin | None, spec: FeatureSpec) -> Options:
     """Return the options with `llm` and `connector` filled in, from `origin` or from configs/model.yaml.
 
     Raises:
@@ -106,9 +131,10 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
         check_window(options, llm)
         return dataclasses.replace(options, llm=llm, connector=connector)
-    meta = read_meta(origin)
-    check_files(origin, meta, contents=False)
-    check_space(meta, spec, origin)
+    meta = origin.meta
+    if origin.kind == "final":
+        check_files(origin.path, meta, contents=False)
+    check_space(meta, spec, origin.path)
     for name in ("llm", "connector"):
         wanted = getattr(options, name)
         if wanted not in (None, meta[name]):
@@ -116,7 +142,7 @@ def resolve(options: Options, origin: Path | None, spec: FeatureSpec) -> Options
                 f"{origin}: its {name} is {meta[name]}, not {wanted}; leave --{name} out, "
                 "or start afresh: --stage 1 --run NEW"
             )
-    check_window(options, str(origin))
+    check_window(options, origin.language)
     log.info("starting from %s (stage %s, step %s)", origin, meta["stage"], meta["step"])
     return dataclasses.replace(options, llm=meta["llm"], connector=meta["connector"])
 
@@ -135,14 +161,14 @@ def check_window(options: Options, llm: str) -> None:
 
 
 def build_model(
-    options: Options, origin: Path | None, spec: FeatureSpec, device: torch.device
+    options: Options, origin: Origin | None, spec: FeatureSpec, device: torch.device
 ) -> VLM:
     """Return the model with its initial weights, on the device, frozen as the options say."""
     if origin is None:
         assert options.llm is not None and options.connector is not None, "not resolved"
         vlm, _ = build_vlm(spec.width, options.llm, options.connector, options.seed)
     else:
-        vlm, _, _ = load_final(origin)
+        vlm = origin.load()
     vlm.to(device)
     vlm.flash = options.use_flash_attention
     if options.use_gradient_checkpointing:
@@ -175,16 +201,79 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:8]}…"
 
 
-def final_meta(options: Options, reader: FeatureReader, step: int) -> dict[str, Any]:
-    """Return the metadata saved with a finished model: enough to use it without the run."""
+def model_meta(options: Options, reader: FeatureReader) -> dict[str, Any]:
+    """Return the metadata saved with a model: with its step, enough to use it without the run."""
     return {
         "llm": options.llm,
         "connector": options.connector,
         "space": read_sealed_json(reader.paths.space_json),
         "stage": options.stage,
-        "step": step,
         "max_frames": options.max_frames,
     }
+
+
+def checkpoint_meta(
+    options: Options, reader: FeatureReader, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the metadata saved with a checkpoint: with its step, enough to start another run from it."""
+    return {
+        **model_meta(options, reader),
+        "samples_digest": facts["samples_digest"],
+        "template": TEMPLATE_VERSION,
+        "vision_width": reader.spec.width,
+        "seed": options.seed,
+        "origin": facts["origin"],
+    }
+
+
+def keep_origin(
+    folder: Path,
+    facts: dict[str, Any],
+    origin: Origin | None,
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Any]:
+    """Record in run.json where the model of a new stage comes from; return run.json.
+
+    A checkpoint is copied as a finished model, because its own run may remove it before this one ends.
+    """
+    if origin is None or facts["origin"] is not None:
+        return facts
+    if origin.kind == "checkpoint":
+        start = folder / run_folder.START
+        kept = ("llm", "connector", "space", "stage", "step", "max_frames")
+        save_final(start, vlm, tokenizer, {key: origin.meta[key] for key in kept})
+        origin = Origin(path=start, kind="final", meta=read_meta(start))
+    facts = {**facts, "origin": origin.record(folder)}
+    run_folder.write_facts(folder, facts)
+    return facts
+
+
+def check_room(
+    folder: Path, options: Options, vlm: VLM, origin: Origin | None, command: CommandLine
+) -> None:
+    """Check that the disk of a run has room for what the stage will save.
+
+    Raises:
+        UserError: it has not. The message says what is needed and what is free.
+    """
+    begun = checkpoint.committed(folder / run_folder.CHECKPOINTS)
+    done = int(begun[-1].name.removeprefix("step-")) if begun else 0
+    one = checkpoint.nbytes(vlm)
+    words = vlm.language.get_input_embeddings().num_embeddings
+    model = sum(w.nbytes for w in unique_tensors(vlm).values()) + words * WORD_BYTES
+    to_save = -(-options.max_steps // options.save_every) - done // options.save_every
+    # The newest two are kept while the next is written, and the final model is written beside them.
+    most = min(len(begun) + to_save, checkpoint.KEEP + 1) * one
+    last = min(len(begun) + to_save, checkpoint.KEEP) * one + model
+    copied = model if origin is not None and origin.kind == "checkpoint" else 0
+    needed = max(most, last) - len(begun) * one + copied + SMALL_FILES_BYTES
+    if needed > (free := free_bytes(folder)):
+        raise UserError(
+            f"{folder}: needs {bytes_text(needed)} of disk (up to {checkpoint.KEEP + 1} checkpoints of "
+            f"{bytes_text(one)}, the model {bytes_text(model)}), and {bytes_text(free)} are free; "
+            f"make room (or choose another disk: --run PATH), then: {command.text()}"
+        )
 
 
 # ---- data

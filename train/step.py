@@ -2,11 +2,7 @@
 
     forward = Forward(vlm=vlm, spec=reader.spec, device=device, autocast=None)
     for step, micro_batches in by_step(loader, first=0, stop=1000):
-        local = LocalStep()
-        for micro in micro_batches:
-            loss = forward.loss(micro)
-            loss.backward()
-            local.add(micro, loss)
+        local = forward_backward(step, micro_batches, seed, forward, group)
         totals = local.reduce(group, device)    # the same on every process
 
 N feature tokens of a micro-batch, V vision width.
@@ -37,6 +33,17 @@ SMALL_MODEL = 50_000_000
 """Parameters below which casting to bfloat16 costs more time than bfloat16 saves."""
 SAMPLES_NAMED = 5
 """Samples that an error names at most."""
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is NaN or infinite. Nothing was updated."""
+
+    def __init__(self, message: str, step: int, samples: list[int]) -> None:
+        super().__init__(message)
+        self.step = step
+        """The step, counted from 0."""
+        self.samples = samples
+        """Numbers of the samples of this process that may have caused it."""
 
 
 # ---- forward pass
@@ -162,6 +169,8 @@ class LocalStep:
         self._sample_numbers: list[tuple[int, ...]] = []
         self._samples = self._tokens = 0
         self._wait_s = 0.0
+        self.signal = 0
+        """After `reduce`: the signal that some process received, by which all of them end; 0: none."""
 
     def add(self, micro: MicroBatch, loss: Tensor) -> None:
         """Add a micro-batch and its loss."""
@@ -175,14 +184,20 @@ class LocalStep:
         """Return each micro-batch's part of the step's loss."""
         return torch.stack(self._losses).tolist() if self._losses else []
 
-    def reduce(self, group: ProcessGroup, device: torch.device) -> StepTotals:
-        """Return the totals over all processes. Every process must call it."""
+    def reduce(
+        self, group: ProcessGroup, device: torch.device, signal: int | None = None
+    ) -> StepTotals:
+        """Return the totals over all processes. Every process must call it.
+
+        `signal` is the signal that this process has received, if any.
+        """
         losses = self.losses()
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        mine = [loss, self._samples, self._tokens, self._wait_s, memory_gib(device)]
-        losses, samples, tokens, waits, memories = map(
+        mine = [loss, self._samples, self._tokens, self._wait_s, memory_gib(device), signal or 0]
+        losses, samples, tokens, waits, memories, signals = map(
             list, zip(*group.gather_numbers(mine), strict=True)
         )
+        self.signal = round(max(signals))
         return StepTotals(
             loss=math.fsum(losses),
             samples=round(sum(samples)),
@@ -202,6 +217,24 @@ class LocalStep:
         return (losses[broken[0]] if broken else None), causes
 
 
+def forward_backward(
+    step: int,
+    micro_batches: Iterable[MicroBatch],
+    seed: int,
+    forward: Forward,
+    group: ProcessGroup,
+) -> LocalStep:
+    """Add the gradients of this process's micro-batches of a step; return their losses and counts."""
+    # Seeded for each step, so that a language model's dropout is the same after a resume.
+    torch.manual_seed((seed << 32) + step * group.world_size + group.rank)
+    local = LocalStep()
+    for micro in micro_batches:
+        loss = forward.loss(micro)
+        loss.backward()
+        local.add(micro, loss)
+    return local
+
+
 def refuse_non_finite(
     step: int,
     local: LocalStep,
@@ -216,7 +249,7 @@ def refuse_non_finite(
     Every process has equal totals and an equal norm of the summed gradients, so either all stop or none.
 
     Raises:
-        UserError: a loss or a gradient is NaN or infinite.
+        NonFiniteError: a loss or a gradient is NaN or infinite. `train.ending` finds a way out.
     """
     if math.isfinite(norm) and math.isfinite(totals.loss):
         return
@@ -229,11 +262,10 @@ def refuse_non_finite(
         what = f"the gradient is not finite in {len(where)} parameters, first {where[0]}"
     else:
         what = f"the norm of the gradient is {norm}"
-    raise UserError(
-        f"step {step + 1}: {what}; samples {_some_names(broken or reports)}. Nothing was updated. Lower "
-        "--learning-rate, or check the features (python -m cache.verify --deep); --resume continues from "
-        "the last checkpoint"
+    message = (
+        f"step {step + 1}: {what}; samples {_some_names(broken or reports)}. Nothing was updated"
     )
+    raise NonFiniteError(message, step, causes)
 
 
 def _some_names(reports: Sequence[tuple[object, list[str], int]]) -> str:

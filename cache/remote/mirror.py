@@ -28,7 +28,7 @@ from cache.remote.listing import (
     is_table,
     read_listing,
 )
-from cache.remote.retry import RetryPolicy, with_retries
+from cache.remote.retry import RetryPolicy, first_contact, with_retries
 from cache.remote.stores import Store, read_range
 from cache.store.files import new_file, write_atomic
 from cache.store.paths import LISTING, CacheRoot
@@ -69,11 +69,12 @@ class Mirror:
         """
         url = self._store.url
         try:
-            listing = with_retries(
-                self._policy,
-                f"{url}/{LISTING}",
-                lambda: self._store.read_file(LISTING, MAX_LISTING_BYTES),
-            )
+            with first_contact(self._policy, url):
+                listing = with_retries(
+                    self._policy,
+                    f"{url}/{LISTING}",
+                    lambda: self._store.read_file(LISTING, MAX_LISTING_BYTES),
+                )
             write_atomic(self.folder / LISTING, listing)
             return read_listing(self.folder / LISTING, url)
         except UnreachableError as error:

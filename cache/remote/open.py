@@ -18,7 +18,7 @@ from cache.errors import CacheError, NotFoundError
 from cache.remote.listing import owner_of
 from cache.remote.mirror import Mirror
 from cache.remote.reader import RemoteReader
-from cache.remote.retry import RetryPolicy
+from cache.remote.retry import RetryPolicy, first_contact
 from cache.remote.row_cache import RowCache
 from cache.remote.stores import open_store
 from cache.store.paths import CacheRoot, is_url
@@ -61,7 +61,8 @@ class RemoteCache:
         self.url = str(is_url(url)).rstrip("/")
         self._options = options
         self._policy = policy or RetryPolicy(allow_private=options.allow_private)
-        self._store = open_store(self.url, self._policy)
+        with first_contact(self._policy, self.url):
+            self._store = open_store(self.url, self._policy)
         self._mirror = Mirror(self._store, self._policy, options.mirror.expanduser().absolute())
 
     def copy_tables(self, datasets: Collection[str] = (), space: str | None = None) -> CacheRoot:

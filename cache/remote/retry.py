@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import email.utils
+import logging
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cache.errors import RequestError, UnreachableError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -48,6 +52,46 @@ class RetryPolicy:
     """Permit plain http and addresses of private networks. Link-local and multicast are never permitted."""
 
 
+NOTICE_AFTER_S = 1.0
+"""Seconds of repeating a request after which that is said. A hiccup is over by then."""
+SILENCE_S = 3.0
+"""Seconds without an answer to the first request of a store, after which that is said."""
+NOTICE_EVERY_S = 30.0
+"""Seconds between two lines about requests that are being repeated: many threads may repeat theirs."""
+
+
+class _Notices:
+    """Says that requests fail and are repeated, in a line now and then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = -NOTICE_EVERY_S
+
+    def say(self, policy: RetryPolicy, what: str, reason: str) -> None:
+        """Log a line, unless another was logged just now."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last < NOTICE_EVERY_S:
+                return
+            self._last = now
+        log.warning("%s: %s; trying for %.0f s", what, reason, policy.give_up_after_s)
+
+
+_notices = _Notices()
+
+
+@contextlib.contextmanager
+def first_contact(policy: RetryPolicy, what: str) -> Iterator[None]:
+    """Log a line if the block, which makes the first request of a store, has no answer for SILENCE_S."""
+    timer = threading.Timer(SILENCE_S, _notices.say, (policy, what, "no answer yet"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def with_retries(
     policy: RetryPolicy,
     what: str,
@@ -81,6 +125,8 @@ def with_retries(
                     f"{what}: {error.reason} (tried {tries + 1} times in {waited:.0f} s); "
                     "once it is reachable again, the same command with --resume continues"
                 ) from None
+            if waited >= NOTICE_AFTER_S:
+                _notices.say(policy, what, error.reason)
             retry_after_s = min(error.wait_s, policy.max_retry_after_s)
         pause_s = min(policy.backoff_s * 2.0**tries, policy.max_backoff_s)
         pause_s *= random.uniform(0.5, 1.5)  # noqa: S311 - spreads the requests of many readers

@@ -120,15 +120,13 @@ class ObjectStore:
         """Connect to nothing yet. Credentials, region and endpoint come from the AWS environment.
 
         Raises:
-            CacheError: obstore is not installed, the URL names no bucket, or the endpoint is plain http.
+            CacheError: obstore is not installed, or the endpoint is plain http.
         """
         try:
             import obstore
         except ImportError:
             raise CacheError(f"{url}: needs obstore: pip install 'nanomolmo2[s3]'") from None
         parts = urlsplit(url)
-        if not parts.netloc:
-            raise CacheError(f"{url}: no bucket; write s3://bucket/prefix")
         self.url = url.rstrip("/")
         self._obstore = obstore
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")

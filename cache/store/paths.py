@@ -40,6 +40,9 @@ LISTING = "listing.json"
 
 SCHEMES = ("https", "http", "s3", "hf", "gs", "gcs", "az", "abfs", "ftp", "sftp", "file")
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(.*)", re.IGNORECASE | re.DOTALL)
+_MISSPELT = re.compile(rf"[a-z][a-z0-9+.-]+:/|({'|'.join(SCHEMES)})(:|//)", re.IGNORECASE)
+"""The beginning of what nobody calls a folder: `s3:/x`, `http:///x`, `htps://x`, `hf:x`, `https//x`."""
+_BAD_HOST = re.compile(r"[\s\\<>\"^`{|}]|^\.|\.\.|^:|^$")
 
 
 def is_dataset_name(name: str) -> bool:
@@ -61,9 +64,24 @@ def as_dataset_name(text: str) -> str:
 
 
 def is_url(features: str | Path) -> str | None:
-    """Return the URL that `--features` names, even if a Path has shortened it to `https:/x`; or None."""
-    found = _URL.fullmatch(str(features))
-    return f"{found[1].lower()}://{found[2]}" if found else None
+    """Return the URL that `--features` names, or None. A Path may have shortened it to `https:/x`.
+
+    Raises:
+        CacheError: it is neither a valid URL nor a folder that exists.
+    """
+    text = str(features)
+    found = _URL.fullmatch(text)
+    if found and (isinstance(features, Path) or text[len(found[1]) :].startswith("://")):
+        host, _, rest = found[2].partition("/")
+        # A repository of the hub is ORG/NAME, or datasets/ORG/NAME.
+        if not _BAD_HOST.search(host) and (found[1].lower() != "hf" or rest.strip("/")):
+            return f"{found[1].lower()}://{found[2]}"
+    elif not _MISSPELT.match(text) or Path(text).exists():
+        return None
+    raise CacheError(
+        f"{text}: no valid URL, and no folder of that name; features are in a folder, or at "
+        "https://HOST/PATH, s3://BUCKET/PREFIX or hf://datasets/ORG/NAME"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,9 +97,9 @@ class CacheRoot:
     def __post_init__(self) -> None:
         parts = Path(self.path).parts
         for at, part in enumerate(parts):
-            if part.lower().removesuffix(":") in SCHEMES and part.endswith(":"):
+            if part.endswith(":") and part.lower().removesuffix(":") in SCHEMES:
                 raise CacheError(
-                    f"{is_url('/'.join(parts[at:]))}: this command needs a cache in a local folder "
+                    f"{part}//{'/'.join(parts[at + 1 :])}: this command needs a cache in a local folder "
                     "(--features DIR): it writes there, or reads all of it. URLs are read by "
                     "train.run, train.evaluate and cache.ls"
                 )

@@ -58,4 +58,4 @@ def test_a_step_has_the_batches_of_all_processes_and_a_resumed_run_keeps_their_n
     saved = tmp_path / "runs" / "default" / "stage1" / "config.yaml"
     saved.parent.mkdir(parents=True)
     saved.write_text(dump(Options(processes=4)))
-    assert preset({})["processes"] == 4  # whatever number of processes resumes it
+    assert preset({"resume": "true"})["processes"] == 4  # whatever number of processes resumes it

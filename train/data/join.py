@@ -89,7 +89,8 @@ def join(
         frozen: a list written by `SampleList.freeze`; the result has exactly its samples.
 
     Raises:
-        UserError: no data set is in the cache, features are missing, or the frozen list has changed.
+        UserError: no data set is in the cache, or features are missing.
+        ChangedSamplesError: the frozen list has changed.
         EmptySplitError: the split has no sample.
     """
     if not 0 <= held_out < 1:
@@ -125,6 +126,10 @@ def join(
     _check_coverage(result, reader, min_coverage, ledger, found.partial, max_frames)
     if frozen is not None:
         check_frozen(result, frozen)
+    elif not result.size:
+        raise EmptySplitError(
+            f"{', '.join(names)}: no sample is in the {split} split; change --held-out or encode more"
+        )
     return result
 
 
@@ -344,11 +349,6 @@ def _check_coverage(
             f"{reader.path}: no sample of {', '.join(samples.names)} has all its features: "
             f"{samples.failed:,} have failed media{_failures(ledger)}; "
             f"see python -m cache.ls --failures {where}"
-        )
-    if not samples.size:
-        raise EmptySplitError(
-            f"{', '.join(samples.names)}: no sample is in the {samples.split} split; "
-            "change --held-out or encode more"
         )
 
 

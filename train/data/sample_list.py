@@ -32,6 +32,10 @@ Ints = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
 
 
+class ChangedSamplesError(UserError):
+    """The samples that a run was started on are not those in the cache any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
     """How many samples of one data set have all their features, both splits together."""
@@ -262,29 +266,28 @@ def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.
     """Return what `SampleList.freeze` wrote: for each data set one bit per sample.
 
     Raises:
-        UserError: the file cannot be read, or is of other data sets than `names`.
+        ChangedSamplesError: the file cannot be read, or is of other data sets than `names`.
     """
     try:
         chosen = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: the run's sample list cannot be read ({error}); start a new run (--run NAME)"
+        raise ChangedSamplesError(
+            f"{path}: the run's sample list cannot be read ({error})"
         ) from None
     if sorted(chosen) != sorted(names):
-        raise UserError(
+        raise ChangedSamplesError(
             f"{path}: this run was started on {', '.join(sorted(chosen))}, now there are "
-            f"{', '.join(sorted(names))}; resume with the same data sets or start a new run"
+            f"{', '.join(sorted(names))}"
         )
     return chosen
 
 
 def check_frozen(samples: SampleList, path: Path) -> None:
-    """Raise UserError if `samples` is not the list that `SampleList.freeze` wrote to `path`."""
+    """Raise ChangedSamplesError if `samples` is not the list that `SampleList.freeze` wrote to `path`."""
     with safe_open(path, framework="numpy") as file:
         before = file.metadata()["digest"]
     if before != samples.digest:
-        raise UserError(
-            f"{path}: the samples this run was started on are not the same any more (texts edited, "
-            "images changed or removed, or another --held-out); start a new run (--run NAME --from "
-            "CHECKPOINT keeps what was learned)"
+        raise ChangedSamplesError(
+            f"{path}: the samples this run was started on are not the same any more (samples added, texts "
+            "edited, images changed or removed, or another --held-out)"
         )

@@ -32,7 +32,7 @@ from model.inference import answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
 from train.config import Options as TrainOptions
-from train.config import parse_mix, read_saved
+from train.config import parse_mix
 from train.data.features import feature_bytes, read_features
 from train.data.join import join
 from train.data.loader import FeatureLoader
@@ -43,12 +43,10 @@ from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
 from train.data.usable import learnable
 from train.evaluate.questions import Question, questions
+from train.evaluate.run_options import trained_with, with_features
 from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
 from train.setup import check_space, mix_of
-from train.stage.run_folder import CONFIG
 from train.step import Forward, choose_precision
-
-log = logging.getLogger(__name__)
 
 PROG = "python -m train.evaluate"
 LOSS_STEP = 64
@@ -67,8 +65,8 @@ class Options(RemoteOptions):
     """Name of the run, below runs/, or a path."""
     stage: int | None = None
     """The stage to evaluate. Default: the newest finished one."""
-    features: str = "cache"
-    """The feature cache: a folder, or a URL as for train.run."""
+    features: str | None = None
+    """The feature cache: a folder, or a URL as for train.run. Default: that of the run."""
     datasets: str = ""
     """Data sets, separated by commas. Empty: those the run was trained on."""
     split: Literal["val", "train"] = "val"
@@ -140,6 +138,8 @@ def evaluate(options: Options) -> Evaluation:
     """
     final = find_run(options.run, options.stage)
     device = pick_device(options.device)
+    options = with_features(options, final)
+    assert options.features is not None
     vlm, tokenizer, meta = load_final(final, device)
     trained = trained_with(final)
     chosen = parse_mix(options.datasets or trained.datasets)
@@ -191,15 +191,6 @@ def evaluate(options: Options) -> Evaluation:
     saved = json.dumps(asdict(result), indent=1) + "\n"
     write_atomic(final.parent / f"evaluation-{options.split}.json", saved.encode())
     return result
-
-
-def trained_with(final: Path) -> TrainOptions:
-    """Return the options of the stage that made a model; the defaults if its config.yaml is missing."""
-    path = final.parent / CONFIG
-    if not path.exists():
-        log.warning("%s does not exist, so the split is made with default options", path)
-        return TrainOptions()
-    return configs.build(TrainOptions, read_saved(path), str(path))
 
 
 # ---- loss and answers

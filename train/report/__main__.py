@@ -29,6 +29,7 @@ from configs.console import bytes_text, duration_text
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.__main__ import Evaluation
+from train.evaluate.run_options import with_features
 from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
 from train.metrics import read_metrics
 from train.report.media import Picture, find_media, picture
@@ -45,8 +46,8 @@ class Options(RemoteOptions):
     """Name of the run in runs/, or a path."""
     stage: int | None = None
     """Stage of the run; by default the newest finished one."""
-    features: str = "cache"
-    """The feature cache: a folder, or a URL as train.run takes it."""
+    features: str | None = None
+    """The feature cache: a folder, or a URL as train.run takes it. Default: that of the run."""
     split: Literal["val", "train"] = "val"
     """The samples to show: held-out ones, or those of training."""
     images: int = 36
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = configs.parse(Options, argv, prog=PROG, description=__doc__)
     final = find_run(options.run, options.stage)
     folder = final.parent
+    options = with_features(options, final)
+    assert options.features is not None
     result = evaluated(final, options)
     html = render(
         result,

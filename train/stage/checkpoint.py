@@ -6,7 +6,7 @@
     checkpoints/step-00000500/
         model.safetensors       the parameters that are trained; frozen ones come from where the run started
         optimizer.safetensors   AdamW's two moments and step count, as <parameter>/<name>
-        state.json              the number of steps done, and what the caller adds
+        state.json              the number of steps done, and what the caller adds (see origin.py)
         COMMITTED               the sizes of the files above; written last
 
 A checkpoint is written to a temporary folder, each file is flushed to disk, and the folder is renamed. So a
@@ -19,12 +19,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -36,6 +36,10 @@ KEEP = 2
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, COMMITTED = "state.json", "COMMITTED"
 PARTIAL = ".partial"
+DIVERGED = "diverged-"
+"""Begins the name of a checkpoint whose weights have diverged."""
+TENSOR_BYTES, STATE_BYTES = 600, 16 << 10
+"""Bytes beside the values: of each parameter (its name, three times, and AdamW's step), and of the JSON."""
 
 
 def save(
@@ -56,19 +60,14 @@ def save(
         if path.suffix == PARTIAL or not (path / COMMITTED).is_file():
             shutil.rmtree(path)
     partial.mkdir(parents=True)
-    trainable = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(trainable, partial / MODEL)
-    save_file(_moments(model, optimizer), partial / OPTIMIZER)
-    (partial / STATE).write_text(
-        json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8"
-    )
-    sizes = {name: (partial / name).stat().st_size for name in (MODEL, OPTIMIZER, STATE)}
-    for name in sizes:
-        _flush(partial / name)
-    (partial / COMMITTED).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-    _flush(partial / COMMITTED)
-    fsync_folder(partial)
-    partial.rename(final)
+    try:
+        _write(partial, model, optimizer, {**state, "step": step})
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # on a full disk, room for what the user does next
+        raise
     fsync_folder(folder)
     for old in committed(folder)[:-KEEP]:
         # First, so that a half-removed checkpoint does not count as complete.
@@ -77,10 +76,47 @@ def save(
     return final
 
 
+def _write(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Write and flush the files of a checkpoint."""
+    save_file(
+        {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad},
+        folder / MODEL,
+    )
+    save_file(_moments(model, optimizer), folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    sizes = {name: (folder / name).stat().st_size for name in (MODEL, OPTIMIZER, STATE)}
+    for name in sizes:
+        _flush(folder / name)
+    (folder / COMMITTED).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+    _flush(folder / COMMITTED)
+    fsync_folder(folder)
+
+
+def nbytes(model: nn.Module) -> int:
+    """Return about how many bytes a checkpoint takes: the trained parameters and AdamW's two moments."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(3 * p.nbytes + TENSOR_BYTES for p in trained) + STATE_BYTES
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint whose weights cannot be trained on, so that no run continues from it."""
+    new = path.with_name(f"{DIVERGED}{path.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    path.rename(new)
+    fsync_folder(path.parent)
+    return new
+
+
 def committed(folder: Path) -> list[Path]:
     """Return the complete checkpoints below `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.suffix != PARTIAL and (p / COMMITTED).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    found = {
+        int(p.name.removeprefix("step-")): p
+        for p in folder.glob("step-*")
+        if p.name.removeprefix("step-").isdecimal() and (p / COMMITTED).is_file()
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def newest(folder: Path) -> Path | None:
@@ -95,21 +131,41 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         UserError: a file is missing, truncated, or of another model.
     """
     _check_sizes(path)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    with safe_open(path / MODEL, framework="pt") as stored, torch.no_grad():
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118  safe_open is no mapping
-        expected = {name: tuple(p.shape) for name, p in parameters.items()}
-        if shapes != expected:
-            differ = sorted(dict(shapes.items() ^ expected.items()))
-            raise UserError(
-                f"{path}: was written by another model: {len(differ)} parameters differ, such as "
-                f"{differ[0]}; resume with the options the run was started with"
-            )
-        for name, parameter in parameters.items():
-            parameter.copy_(stored.get_tensor(name))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    _copy_weights(path, model, trained)
     _load_moments(path / OPTIMIZER, model, optimizer)
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the parameters that a checkpoint has into a model; the others stay as they are.
+
+    Raises:
+        UserError: a file is missing, truncated, or of another model.
+    """
+    _check_sizes(path)
+    _copy_weights(path, model, None)
+
+
+def _copy_weights(path: Path, model: nn.Module, names: Set[str] | None) -> None:
+    """Copy the stored parameters, which must be those of `names`; None: any of the model's."""
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path / MODEL, framework="pt") as stored, torch.no_grad():
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118  safe_open is no mapping
+            wanted = shapes.keys() & parameters.keys() if names is None else names
+            expected = {name: tuple(parameters[name].shape) for name in wanted}
+            if shapes != expected:
+                differ = sorted(dict(shapes.items() ^ expected.items()))
+                raise UserError(
+                    f"{path}: was written by another model: {len(differ)} parameters differ, such as "
+                    f"{differ[0]}; resume with the options the run was started with"
+                )
+            for name in shapes:
+                parameters[name].copy_(stored.get_tensor(name))
+    except SafetensorError as error:
+        raise UserError(f"{path / MODEL}: {error}; {_remedy(path)}") from None
 
 
 def _check_sizes(path: Path) -> None:

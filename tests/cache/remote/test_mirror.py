@@ -182,6 +182,50 @@ def test_urls_and_folders_are_distinguished(text: str | Path, url: str | None) -
     assert is_url(text) == url
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "s3:/x",
+            "http:/x",
+            "https//h",
+            "hf:x",
+            "http://",
+            "http:///x",
+            "s3://",
+            "hf://",
+            "hf://x",
+        ),
+        *(
+            "htps://h/x",
+            "https://a b/c",
+            "http://..a/",
+            "http://.a",
+            "s3:",
+            "hf://datasets",
+            "https:",
+        ),
+        *("S3:/b", "https:\\\\h\\x", "http://:80/x", "s3:b", "Hf:o/n"),
+    ],
+)
+def test_a_url_that_is_none_is_refused_at_once(
+    text: str, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    with pytest.raises(
+        CacheError, match=r": no valid URL, and no folder of that name; .*s3://BUCKET"
+    ):
+        is_url(text)
+    with pytest.raises(CacheError):
+        run_command(importlib.import_module("cache.ls"), "--features", text, "--mirror", tmp_path)
+
+
+def test_a_folder_may_be_named_like_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hf:x").mkdir()
+    assert is_url("hf:x") is None
+    assert is_url("C:/x") is None and is_url("a:b/c") is None
+
+
 @pytest.mark.parametrize("module", ["encode.run", "cache.gc", "cache.verify", "cache.share"])
 def test_commands_that_write_need_a_local_folder(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]

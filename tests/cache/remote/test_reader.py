@@ -334,7 +334,7 @@ def test_an_authorization_is_sent_only_to_its_host(cache: CacheRoot, server: Web
         ("http://10.0.0.1/features", "plain http"),
         ("https://user:secret@host.example/features", "a password"),
         ("https://host.example/features?token=secret", "a query"),
-        ("s3:///prefix", "no bucket"),
+        ("s3:///prefix", "no valid URL"),
         ("gs://bucket/prefix", "read from https://, s3://, hf:// or a folder"),
     ],
 )

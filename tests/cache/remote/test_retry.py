@@ -7,13 +7,25 @@ retry_after("Wed, 21 Oct 2015 07:28:00 GMT")        # 0.0: in the past
 from __future__ import annotations
 
 import email.utils
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from cache.errors import RequestError, UnreachableError
-from cache.remote.retry import PROGRESS_BYTES, RetryPolicy, retry_after, with_retries
+from cache.remote import retry
+from cache.remote.retry import (
+    PROGRESS_BYTES,
+    RetryPolicy,
+    first_contact,
+    retry_after,
+    with_retries,
+)
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize(
@@ -84,3 +96,54 @@ def test_the_time_limit_starts_again_with_each_progress() -> None:
     with pytest.raises(UnreachableError, match=r"tried \d+ times in .* s\); once it is reachable"):
         with_retries(POLICY, "https://host/x", slow(PROGRESS_BYTES - 1))
     assert with_retries(POLICY, "https://host/x", slow(PROGRESS_BYTES)) == "done"
+
+
+# ---- what is said meanwhile
+
+
+def test_a_failing_request_is_reported_while_it_is_repeated(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_notices", retry._Notices())
+    monkeypatch.setattr(retry, "NOTICE_AFTER_S", 0.01)
+    refused = [RequestError("h: Connection refused", again=True) for _ in range(40)]
+    for _ in range(2):  # many reads fail together, which is one line
+        with pytest.raises(UnreachableError, match="tried"):
+            with_retries(POLICY, "http://h/x", failing(*refused, seconds=0.002))
+    assert caplog.messages == ["http://h/x: h: Connection refused; trying for 0 s"]
+
+
+def test_a_hiccup_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    assert with_retries(POLICY, "http://h/x", failing(RequestError("x", again=True))) == "done"
+    assert not caplog.messages
+
+
+def test_a_server_that_does_not_answer_is_reported_within_five_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert retry.SILENCE_S < 5 and retry.NOTICE_AFTER_S < 5
+    monkeypatch.setattr(retry, "_notices", retry._Notices())
+    monkeypatch.setattr(retry, "SILENCE_S", 0.02)
+    with first_contact(RetryPolicy(), "http://h/x"):
+        time.sleep(0.2)
+    assert caplog.messages == ["http://h/x: no answer yet; trying for 300 s"]
+    with first_contact(RetryPolicy(), "http://h/y"):
+        pass
+    time.sleep(0.1)
+    assert len(caplog.messages) == 1
+
+
+def test_a_closed_port_is_reported_within_five_seconds(tmp_path: Path) -> None:
+    """As a user sees it: a line on standard error, while the command goes on trying."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/cache"
+        words = ["-m", "cache.ls", "--features", url, "--mirror", str(tmp_path)]
+        with subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert process.poll() is None
+            process.kill()
+    assert line == f"{url}/listing.json: 127.0.0.1: Connection refused; trying for 300 s\n"

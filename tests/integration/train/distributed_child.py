@@ -99,7 +99,7 @@ def changed(scene: Scene, rank: int, parts: list[int]) -> Iterator[None]:
     environment = {"WORLD_SIZE": "1"} if scene.alone else {}
     with (
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(run, "LocalStep", Counted),
+        mock.patch.object(step, "LocalStep", Counted),
         mock.patch.object(run, "refuse_non_finite", stop),
         mock.patch.object(setup, "build_model", drift),
     ):

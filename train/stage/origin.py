@@ -1,0 +1,211 @@
+"""Find and load the model that `--from` names. A folder is recognised by its content, not by its name.
+
+    origin = find_origin("first")               # a run below runs/, or the path of one: its newest model
+    origin = find_origin("backup/best")         # a finished model or a checkpoint, under any name
+    vlm = origin.load()
+
+A checkpoint contains the parameters that were trained. The others, the tokenizer and the sizes of the model
+come from what its run started from, which its state.json names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from configs import UserError, nearest
+from model.io.saved_model import META, RUNS, load_final, read_meta
+from model.language.chat_template import TEMPLATE_VERSION
+from model.vlm import VLM, build_vlm
+from train.stage import checkpoint
+from train.stage.run_folder import CHECKPOINTS, FINAL, RUN
+
+log = logging.getLogger(__name__)
+
+NEEDED = (
+    "llm",
+    "connector",
+    "space",
+    "stage",
+    "step",
+    "template",
+    "vision_width",
+    "seed",
+    "origin",
+)
+"""What the state.json of a checkpoint needs to be a starting point."""
+SHOWN = 6
+"""Names of files that an error lists at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A model that a stage starts from."""
+
+    path: Path
+    """A `final` folder, or the folder of a checkpoint."""
+    kind: Literal["final", "checkpoint"]
+    """How the folder is read."""
+    meta: dict[str, Any]
+    """nanomolmo2.json or state.json: `llm`, `connector`, `space`, `stage`, `step` and others."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def base(self) -> Origin | None:
+        """What the run of a checkpoint started from; None for a language model, or a finished model."""
+        return (
+            None if self.kind == "final" else recorded(self.meta["origin"], self.path.parent.parent)
+        )
+
+    @property
+    def language(self) -> str:
+        """The folder or id with the language model's config and tokenizer."""
+        if self.kind == "final":
+            return str(self.path)
+        return base.language if (base := self.base) else str(self.meta["llm"])
+
+    def load(self) -> VLM:
+        """Return the model with its weights.
+
+        Raises:
+            UserError: a file is missing, damaged, or of another version or model.
+        """
+        if self.kind == "final":
+            return load_final(self.path)[0]
+        if base := self.base:
+            vlm = base.load()
+        else:
+            meta = self.meta
+            vlm, _ = build_vlm(meta["vision_width"], meta["llm"], meta["connector"], meta["seed"])
+        checkpoint.load_weights(self.path, vlm)
+        return vlm
+
+    def record(self, folder: Path) -> list[str]:
+        """Return where the model is, for files of a stage's `folder`: the absolute and the relative path."""
+        return [str(self.path.absolute()), os.path.relpath(self.path, folder)]
+
+
+def recorded(record: list[str] | None, folder: Path) -> Origin | None:
+    """Return the model that `Origin.record` named, for the same stage's `folder`; None for None.
+
+    Raises:
+        UserError: the model has been removed.
+    """
+    if record is None:
+        return None
+    # The absolute path first: a copied checkpoint belongs to the model that its run started from. The
+    # relative one finds it when all runs have been moved together.
+    for place in (Path(record[0]), folder / record[1]):
+        if origin := recognise(place):
+            return origin
+    raise UserError(
+        f"{folder}: the model that this run started from is not at {record[0]} any more; put it back there "
+        "(its tokenizer and frozen parameters are needed)"
+    )
+
+
+def find_origin(text: str) -> Origin:
+    """Return the model that `--from` names: of a run its last stage, of an unfinished stage its newest
+    checkpoint.
+
+    Args:
+        text: the name of a run below runs/, or the path of a run, a stage, a checkpoint or a `final` folder.
+
+    Raises:
+        UserError: there is no such folder, or no model in it. The message says what is there.
+    """
+    places = [Path(text)]
+    if len(places[0].parts) == 1:
+        places.append(RUNS / text)
+    for place in places:
+        if origin := recognise(place):
+            if origin.path != place:
+                what = "the newest checkpoint, of step" if origin.kind == "checkpoint" else "step"
+                log.info(
+                    "--from %s: stage %s, %s %s",
+                    text,
+                    origin.meta["stage"],
+                    what,
+                    origin.meta["step"],
+                )
+            return origin
+    present = [place for place in places if place.exists()]
+    if not present:
+        names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))
+        beside = [p.name for p in checkpoint.committed(places[0].parent)]
+        there = f"; there are the runs {', '.join(names)}" if names else ""
+        there = f"; there are {', '.join(beside)}" if beside else there
+        raise UserError(
+            f"--from {text}: no run {text} (looked in {' and '.join(map(str, places))})"
+            f"{nearest(text, names)}{there}"
+        )
+    raise UserError(
+        f"--from {present[0]}: {describe(present[0])}. Give a run, the folder of a stage, a checkpoint "
+        f"(.../{CHECKPOINTS}/step-00001000) or a `{FINAL}` folder"
+    )
+
+
+def recognise(folder: Path) -> Origin | None:
+    """Return the newest model in the folder of a run, a stage, a checkpoint or a finished model, if any."""
+    if (folder / META).is_file():
+        return Origin(path=folder, kind="final", meta=read_meta(folder))
+    if (folder / checkpoint.COMMITTED).is_file():
+        return Origin(path=folder, kind="checkpoint", meta=_read_state(folder))
+    if (folder / FINAL / META).is_file():
+        return recognise(folder / FINAL)
+    for parent in (folder, folder / CHECKPOINTS):
+        if newest := checkpoint.newest(parent):
+            return recognise(newest)
+    for stage in sorted(folder.glob("stage[0-9]"), reverse=True):
+        if found := recognise(stage):
+            return found
+    return None
+
+
+def describe(place: Path) -> str:
+    """Return what is at a place that has no model of ours to start from."""
+    if place.is_file():
+        parent = place.parent
+        inside = f"; the model is its folder, {parent}" if recognise(parent) else ""
+        return f"a file, not a folder{inside}"
+    names = sorted(p.name for p in place.iterdir())
+    if "config.json" in names and any(n.endswith(".safetensors") for n in names):
+        return f"a language model, not a run of ours (give it as --llm {place})"
+    if "spaces" in names:
+        return f"a feature cache, not a run (give it as --features {place})"
+    if checkpoint.MODEL in names or checkpoint.STATE in names:
+        return "a checkpoint or a model that was not written to its end"
+    if any((p / RUN).is_file() for p in (place, *place.glob("stage[0-9]"))):
+        return "a run without a whole checkpoint, so nothing that it learned was saved"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"no model in it (there: {', '.join(names[:SHOWN]) or 'nothing'}{more})"
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    path = folder / checkpoint.STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint") from None
+    missing = [k for k in NEEDED if k not in state] if isinstance(state, dict) else list(NEEDED)
+    if missing:
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}; another version of this package wrote it"
+        )
+    if state["template"] != TEMPLATE_VERSION:
+        raise UserError(
+            f"{path}: trained with chat template {state['template']}, this version uses "
+            f"{TEMPLATE_VERSION}; use the version that trained it"
+        )
+    return dict(state)
