@@ -2,7 +2,7 @@
 
     files = MediaFiles([Path("/photos")], account)
     files.resolve(MediaName(text="a.jpg"), Path("/photos"))   # MediaRef("/photos/a.jpg", kind="image")
-    files.refuse_if_all_are_missing("metadata.jsonl", advice) # UserError with the first path that was tried
+    files.refuse_if_all_are_missing("a.jsonl", advice)   # UserError with the first path that was tried
 
 A path is relative to the folder of its record, or absolute, and never leaves the named folders: not by `..`,
 not by a link. Whether a file is an image or a video is decided by its first bytes. A file that is missing is
@@ -128,19 +128,19 @@ class MediaFiles:
             self.found[path] = kind
         return MediaRef(source=path, kind=kind, sha256=sha256)
 
-    def refuse_if_all_are_missing(self, where: str, advice: str) -> None:
+    def refuse_if_all_are_missing(self, where: str, advice: Callable[[str], str]) -> None:
         """Raise UserError if files were named and none of them exists: their folder is wrong.
 
         Args:
             where: the file that names them.
-            advice: how to name the right folder.
+            advice: returns what to do, for the first path that was tried.
         """
         if self._missing and len(self._missing) == len(self.found) and not self._others:
             first = next(iter(self._missing))
             count = len(self._missing)
             what = "the file" if count == 1 else f"none of the {count:,} files"
             does = "does not exist" if count == 1 else "exists"
-            raise UserError(f"{where}: {what} it names {does} (first: {first}); {advice}")
+            raise UserError(f"{where}: {what} it names {does} (first: {first}); {advice(first)}")
 
     def _in_record(self, name: MediaName, data_uri: Callable[[str], str] | None) -> MediaRef:
         if data_uri is None:

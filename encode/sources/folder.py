@@ -1,54 +1,63 @@
-"""A folder of images and videos as a data set, with captions, questions or conversations.
+"""A folder of images and videos as a data set, with the texts in it.
 
 python -m encode.run --dataset folder:photos
 
-Each line of a `metadata.jsonl` at the top of the folder is one sample. Paths are relative to the folder:
+Texts are in a `metadata.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, at the top or in subfolders. Its paths
+are relative to its own folder (`encode.records` has the formats):
 
-    {"file": "a.jpg", "caption": "A cat asleep."}                  user: <image>CAPTION_PROMPT
-    {"file": "a.jpg", "question": "Which animal?", "answer": "A cat."}
-    {"files": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "Compare."}, ...]}
-    {"file": "a.mp4", "caption": "A cat wakes up."}                a video, by its suffix
-    {"file": "a.jpg"}                                              only the image
+    {"file": "a.jpg", "caption": "A cat asleep."}
+    {"file_name": "a.jpg", "text": "A cat asleep."}
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhich animal?"}, ...]}
 
-Without `metadata.jsonl`, every image and video below the folder is a sample without text: it is encoded, and
-there is nothing in it to train on. Hidden files and linked folders are ignored. A sample keeps a file that is
-missing; the encode job records it in the ledger.
+or beside an image or video of the same name: `a.txt` or `a.caption` with its caption, `a.json` with a record.
+An image or video without a text is a sample without text, in a folder without metadata only: it is encoded,
+and there is nothing in it to train on. What a file is, its first bytes decide, not its name.
+
+Each file is used, or counted in the account by the reason why it is not.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from cache.store.samples import ROLES, MediaRef, Message, Sample
-from configs import UserError, nearest
-from encode.records.account import Account
-from encode.records.record import CAPTION_PROMPT, IMAGE_TOKEN, VIDEO_PROMPT
-from model.media.video import VIDEO_SUFFIXES
-
-METADATA = "metadata.jsonl"
-
-SUFFIXES = frozenset(
-    {".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
-    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+from cache.store.samples import Sample
+from configs import UserError
+from encode.records.account import Account, FaultError
+from encode.records.keys import FILE_KEYS, IMAGE_KEYS, NAME_KEYS, TEXT_KEYS, VIDEO_KEYS
+from encode.records.media_files import (
+    Kind,
+    MediaFiles,
+    is_unicode,
+    kind_by_suffix,
+    look,
+    suffix_of,
 )
-"""Suffixes of images in a folder without metadata. A file that a line names is a video if it has one of
-VIDEO_SUFFIXES, and otherwise an image. Its real format is detected when it is decoded."""
+from encode.records.record import MediaName
+from encode.records.stream import SUFFIXES
+from encode.records.strict_json import MAX_BYTES, parse
+from encode.sources.folder_files import UNREADABLE, FolderFile, walk, why_unused
+from encode.sources.json_file import RecordFiles
+from model.media.kinds import Recognised
 
-_TEXTS = ("caption", "question", "messages")
-"""Keys of texts."""
-_KEYS = ("file", "files", *_TEXTS, "answer", "weight")
+RECORD_SUFFIX = ".json"
+"""Suffix of a record beside an image or video."""
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Suffixes of a caption beside an image or video."""
+MAX_CAPTION_BYTES = 1 << 20
+"""Larger files are no captions."""
+_MEDIA_KEYS = (*IMAGE_KEYS, *VIDEO_KEYS, *FILE_KEYS, *NAME_KEYS)
+_TEXTS = ("", "empty", "text", "JSON text")
+"""Formats of a text beside media. Unknown bytes are refused as text."""
+_OF_RECORDS = ("text", "JSON text", "Parquet table")
+"""Formats of files of records, as `model.media.kinds` names them."""
 
-
-class _BadLineError(Exception):
-    """What is wrong with one line. The caller adds the file and the line number."""
+UNNAMED = "media without a line of metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,241 +75,289 @@ class FolderDataset:
     """No text here depends on the size of an image."""
 
     @staticmethod
-    def open(path: str, *, name: str | None, leave_out: Path) -> FolderDataset:
+    def open(path: str, *, name: str, leave_out: Path) -> FolderDataset:
         """Return the data set of the folder at `path`.
+
+        Args:
+            path: the folder.
+            name: of the data set.
+            leave_out: folder that is not searched.
 
         Raises:
             UserError: no such folder.
         """
         folder = Path(path).expanduser()
         if not path or not folder.is_dir():
-            raise UserError(f"folder:{path}: no such folder; --dataset folder:PATH takes one")
-        folder = folder.resolve()
-        name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "folder"
-        return FolderDataset(name=name, folder=folder, leave_out=leave_out.resolve())
+            hint = ""
+            if path and folder.is_file():
+                hint = f"; it is a file: --dataset json:{shlex.quote(path)}"
+            raise UserError(f"folder:{path}: no such folder; --dataset folder:PATH takes one{hint}")
+        return FolderDataset(name=name, folder=folder.resolve(), leave_out=leave_out.resolve())
 
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
-        account: Account | None = None,  # noqa: ARG002 - nothing is left out here
+        account: Account | None = None,
     ) -> Iterator[Sample]:
-        """Yield one sample per line of metadata.jsonl, or one per image or video, sorted by path.
+        """Yield the samples of the metadata in the order of its lines, then those of other files by path.
+
+        Args:
+            sizes: not used.
+            account: counts what is used, left out and refused; None: a fault raises UserError at the end.
 
         Raises:
-            UserError: a line is invalid (named as file:line), a path is outside the folder, or there is
-                nothing to encode.
+            UserError: there is nothing to encode, a folder has two files of metadata, or none of the files
+                that its metadata names exists.
         """
-        metadata = self.folder / METADATA
+        if account is None:
+            account = Account(name=self.name)
+            yield from account.watch(_Reading(self, account).samples())
+        else:
+            yield from _Reading(self, account).samples()
+
+
+class _Reading:
+    """One pass over a folder."""
+
+    def __init__(self, dataset: FolderDataset, account: Account) -> None:
+        self._name = dataset.name
+        self._folder = dataset.folder
+        self._account = account
+        self._files = list(walk(dataset.folder, dataset.leave_out))
+        self._metadata = _metadata(dataset.folder, self._files)
+        self._media = MediaFiles([dataset.folder], account, outside="copy it into the folder")
+        self._records = RecordFiles(dataset.name, self._media, account)
+        self._texts = {
+            path: ""
+            for path, problem in self._files
+            if not problem and suffix_of(path) in (*CAPTION_SUFFIXES, RECORD_SUFFIX)
+        }
+        """File that may be a text beside a media file -> why it is none, as far as that is known."""
+        self._settled = set(self._metadata)
+        """Files whose text is used or is a fault."""
+        self._named: set[str] = set()
+        """Sources of the samples' media."""
+        self._first_of_suffix: dict[str, str] = {}
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples of metadata, then those of the other files; count what is not used."""
         found = False
-        for sample in self._listed(metadata) if metadata.exists() else self._unlisted():
+        for sample in chain(self._of_metadata(), self._of_other_files()):
             found = True
+            self._named.update(ref.source for ref in sample.media)
             yield sample
-        if not found:
-            what = f"{metadata}: no lines" if metadata.exists() else f"{self.folder}: no media"
-            known = ", ".join(sorted(SUFFIXES | VIDEO_SUFFIXES))
-            raise UserError(f"{what} (known by name: {known})")
+        if not found and not self._account.faults:
+            what = f"{self._folder}: no images, videos or records"
+            if self._metadata:
+                what = f"{self._folder / self._metadata[0]}: no lines"
+            raise UserError(f"{what} ({self._account.text()})")
 
-    def _unlisted(self) -> Iterator[Sample]:
-        for path in _walk(self.folder, self.leave_out):
-            relative = path.relative_to(self.folder).as_posix()
-            if not _is_unicode(relative):
-                raise UserError(f"{str(path)!r}: the name is not UTF-8; rename the file")
-            if path.is_symlink():
-                try:
-                    _absolute(self.folder, relative)
-                except _BadLineError as error:
-                    raise UserError(f"{path}: {error}") from None
-            media = (media_ref(str(path)),)
-            yield Sample(id=relative, dataset=self.name, messages=(), media=media)
+    def _of_metadata(self) -> Iterator[Sample]:
+        for path in self._metadata:
+            parent = path.rpartition("/")[0]
+            prefix = f"{parent}/" if parent else ""
+            yield from self._records.samples(self._folder / path, self._folder / parent, prefix)
+        if self._metadata and not self._account.faults:
+            self._media.refuse_if_all_are_missing(
+                str(self._folder / self._metadata[0]),
+                lambda _: "paths are relative to the folder of that file",
+            )
 
-    def _listed(self, metadata: Path) -> Iterator[Sample]:
-        times_named: Counter[str] = Counter()
-        with metadata.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
+    def _of_other_files(self) -> Iterator[Sample]:
+        unused: list[tuple[str, str | Recognised | None]] = []
+        for path, problem in self._files:
+            source = self._source(path)
+            if source in self._named:
+                for text in self._beside(path):  # not read
+                    self._texts[text] = "beside media that metadata names"
+            elif problem:
+                unused.append((path, problem))
+            elif path not in self._settled:
+                found = look(source)
+                if not (kind := _kind(found, path)):
+                    unused.append((path, found))
                     continue
+                self._media.found[source] = kind
                 try:
-                    files, messages, weight, task = _read_line(line)
-                    sources = [_absolute(self.folder, file) for file in files]
-                except _BadLineError as error:
-                    raise UserError(f"{metadata}:{number}: {error}") from None
-                first = files[0] if files else ""
-                yield Sample(
-                    id=f"{first}#{times_named[first]}",
-                    dataset=self.name,
-                    messages=messages,
-                    media=tuple(map(media_ref, sources)),
-                    weight=weight,
-                    task=task,
-                )
-                times_named[first] += 1
+                    yield from self._of_media(path, kind)
+                except FaultError as fault:
+                    self._account.fault(printable(source), fault)
+                else:
+                    if source not in self._named:
+                        unused.append((path, UNNAMED))
+        for path, why in unused:
+            if path not in self._settled and self._source(path) not in self._named:
+                self._count(path, why)
+
+    def _of_media(self, path: str, kind: Kind) -> list[Sample]:
+        """Return the samples of an image or video that no metadata names.
+
+        Raises:
+            FaultError: they cannot be used.
+        """
+        if not is_unicode(path):
+            raise FaultError("name that is not UTF-8", "the name is not UTF-8; rename the file")
+        if self._metadata and not self._beside(path):
+            return []
+        # `./`: a file may be called `data:` or `https:`.
+        ref = self._media.resolve(MediaName(text=f"./{path}", kind=kind), self._folder)
+        samples = self._with_text(path, kind)
+        if samples is not None or self._metadata:
+            return samples or []
+        return [Sample(id=path, dataset=self._name, messages=(), media=(ref,))]
+
+    # ---- texts beside a media file
+
+    def _with_text(self, path: str, kind: Kind) -> list[Sample] | None:
+        """Return the samples of a media file and the texts beside it; None if there is no text."""
+        parent, _, name = path.rpartition("/")
+        value: dict[str, Any] = {}
+        used = []
+        for text in self._beside(path):
+            is_record = suffix_of(text) == RECORD_SUFFIX
+            content = look(self._source(text))
+            if (content and content.format not in _TEXTS) or (not is_record and "txt" in value):
+                continue
+            try:
+                found = self._record(text, name) if is_record else self._caption(text)
+            except FaultError as fault:
+                self._account.fault(printable(self._source(text)), fault)
+                self._settled.add(text)
+                del self._texts[text]  # other media of this name find no text then
+                continue
+            if found:
+                value = {**found, **value}
+                used.append(text)
+        if not value:
+            return None
+        if not any(value.get(key) for key in _MEDIA_KEYS):
+            value = {kind: f"./{name}", **value}  # a file may be called `data:` or `https:`
+        self._settled.update(used)
+        try:
+            return self._records.of_value(value, self._folder / parent, path)
+        except FaultError as fault:
+            self._account.fault(printable(self._source(used[0])), fault)
+            return []
+
+    def _beside(self, path: str) -> list[str]:
+        """Return the texts beside a media file: `a.json`, `a.txt`, `a.jpg.json`, ... for `a.jpg`."""
+        suffix = suffix_of(path)
+        stem = path[: -len(suffix)] if suffix else path
+        starts = dict.fromkeys((stem, path))
+        names = (start + s for s in (RECORD_SUFFIX, *CAPTION_SUFFIXES) for start in starts)
+        return [name for name in names if name in self._texts and name != path]
+
+    def _caption(self, path: str) -> dict[str, Any]:
+        """Return the caption in a file as a record, which is empty if the file is.
+
+        Raises:
+            FaultError: it is too large, or not UTF-8.
+        """
+        data = self._read(path, MAX_CAPTION_BYTES)
+        if data is None:
+            raise FaultError("too large", f"a caption of more than {MAX_CAPTION_BYTES >> 20} MiB")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise FaultError("not UTF-8") from None
+        if text.strip():
+            return {"txt": text.strip()}
+        self._texts[path] = "empty"
+        return {}
+
+    def _record(self, path: str, media_name: str) -> dict[str, Any]:
+        """Return the record in a file, without its name of the file beside it; empty if it is no record.
+
+        Raises:
+            FaultError: it is meant as a record, and cannot be read as JSON.
+        """
+        data = self._read(path, MAX_BYTES)
+        if data is None or not data.strip():
+            self._texts[path] = "empty" if data is not None else "too large for a record"
+            return {}
+        value = parse(data.removeprefix(b"\xef\xbb\xbf"))
+        if not isinstance(value, dict) or not _says_text(value):
+            return {}
+        return {
+            key: item
+            for key, item in value.items()
+            if not (key in _MEDIA_KEYS and _is_called(item, media_name))
+        }
+
+    def _read(self, path: str, most: int) -> bytes | None:
+        """Return the content of a file, or None if it is larger than `most` bytes."""
+        try:
+            with Path(self._source(path)).open("rb") as file:
+                data = file.read(most + 1)
+        except OSError as error:
+            raise FaultError("cannot be read", f"cannot be read ({error.strerror})") from None
+        return data if len(data) <= most else None
+
+    # ---- files that are not used
+
+    def _count(self, path: str, why: str | Recognised | None) -> None:
+        """Count a file that is not used; `why` is the reason, or what the file is."""
+        suffix = suffix_of(path)
+        if why == UNREADABLE:
+            fault = FaultError(UNREADABLE, "the folder cannot be read")
+            self._account.fault(printable(self._source(path)), fault)
+            return
+        if not isinstance(why, str):
+            found = why
+            if why := self._texts.get(path, ""):
+                why = f"{suffix} ({why})"
+            elif suffix in SUFFIXES and found and found.format in _OF_RECORDS:
+                first = self._first_of_suffix.setdefault(suffix, shlex.quote(self._source(path)))
+                why = f"{suffix} (records? --dataset json:{first})"
+            else:
+                why = why_unused(found, path)
+        self._account.left_out[why] += 1
+
+    def _source(self, path: str) -> str:
+        return f"{self._folder}/{path}"
 
 
-def media_ref(source: str) -> MediaRef:
-    """Return the reference to a file: a video or an image, by its suffix."""
-    video = Path(source).suffix.lower() in VIDEO_SUFFIXES
-    return MediaRef(source=source, kind="video" if video else "image")
-
-
-def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
-    """Yield the images and videos below `folder`, folder by folder, sorted."""
-    known = SUFFIXES | VIDEO_SUFFIXES
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(f for f in folders if f[0] != "." and Path(here, f) != leave_out)
-        for file in sorted(files):
-            if file[0] != "." and Path(file).suffix.lower() in known:
-                yield Path(here, file)
-
-
-def _absolute(folder: Path, file: str) -> str:
-    """Return the absolute path of `file` in `folder`.
+def _metadata(folder: Path, files: Sequence[FolderFile]) -> list[str]:
+    """Return the files of records, one a folder at most.
 
     Raises:
-        _BadLineError: the path, or the target of a link, is outside the folder.
+        UserError: a folder has several.
     """
-    path = os.path.normpath(folder / file)
-    real = os.path.realpath(path)
-    if Path(file).is_absolute() or not all(
-        Path(p).is_relative_to(folder) and Path(p) != folder for p in (path, real)
-    ):
-        raise _BadLineError(f"{file!r} is outside {folder}; copy the image into the folder")
-    return path
+    of_folder: dict[str, str] = {}
+    for path, problem in files:
+        parent, _, name = path.rpartition("/")
+        if problem or not name.lower().startswith("metadata."):
+            continue
+        if name.lower().removeprefix("metadata") in SUFFIXES:
+            other = of_folder.setdefault(parent, path)
+            if other != path:
+                raise UserError(
+                    f"{folder / parent}: {other.rpartition('/')[2]} and {name} are both metadata; keep one "
+                    "of them, since they may say the same"
+                )
+    return list(of_folder.values())
 
 
-# ---- one line
+def _kind(found: Recognised | None, name: str) -> Kind | Literal[""]:
+    """Return what a file is used as. If its beginning is damaged, that is what its name says.
 
-
-def _read_line(line: bytes) -> tuple[list[str], tuple[Message, ...], float, str]:
-    """Return files, messages, weight and task of one line."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise _BadLineError("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _BadLineError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise _BadLineError(f"expected an object in braces, found {type(value).__name__}")
-    files = _files(value)
-    weight = _weight(value, "weight")
-    texts = [key for key in _TEXTS if key in value]
-    if len(texts) > 1:
-        raise _BadLineError(f"has {' and '.join(texts)}; use one of them per line")
-    if ("question" in value) != ("answer" in value):
-        raise _BadLineError("question and answer go together")
-    if not texts:
-        _refuse_misspelt_text(value)
-        if not files:
-            raise _BadLineError("neither a file nor messages")
-        return files, (), weight, ""
-    if "messages" in value:
-        return files, _conversation(value["messages"], len(files)), weight, "chat"
-    if "question" in value:
-        asked, answer = _plain(value, "question"), _plain(value, "answer")
-    else:
-        is_image = media_ref(files[0] if files else "").kind == "image"
-        asked = CAPTION_PROMPT if is_image else VIDEO_PROMPT
-        answer = _plain(value, "caption")
-    user = Message(role="user", content=IMAGE_TOKEN * len(files) + asked)
-    return files, (user, Message(role="assistant", content=answer)), weight, texts[0]
-
-
-def _files(value: Mapping[str, Any]) -> list[str]:
-    if "file" in value and "files" in value:
-        raise _BadLineError("has file and files; use one of them per line")
-    if "file" not in value and "files" not in value and "messages" not in value:
-        hint = "; file_name is called file here" if "file_name" in value else ""
-        raise _BadLineError(f'no "file"{hint}')
-    files = value.get("files", [value["file"]] if "file" in value else [])
-    if not isinstance(files, list):
-        raise _BadLineError(f"files: expected a list, found {files!r}")
-    for file in files:
-        if not isinstance(file, str) or not file or "\0" in file or not _is_unicode(file):
-            raise _BadLineError(f"{file!r} is not a file name")
-    return files
-
-
-def _refuse_misspelt_text(value: Mapping[str, Any]) -> None:
-    """Refuse a key that is nearly one of ours: its text would be lost. Other keys are ignored."""
-    for key in value:
-        likely = difflib.get_close_matches(key, (*_TEXTS, "answer", "text"), n=1, cutoff=0.75)
-        if key not in _KEYS and likely:
-            raise _BadLineError(f"unknown key {key!r}; keys of texts are {', '.join(_TEXTS)}")
-
-
-def _plain(value: Mapping[str, Any], key: str) -> str:
-    """Return a text that must not contain a placeholder."""
-    text = _text(value[key], key)
-    if IMAGE_TOKEN in text:
-        raise _BadLineError(
-            f"{key} contains {IMAGE_TOKEN}, which stands for an image; to place images use messages"
-        )
-    return text
-
-
-def _text(text: Any, key: str) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise _BadLineError(f"{key}: expected text, found {text!r}")
-    if not _is_unicode(text):
-        raise _BadLineError(f"{key}: half a surrogate pair is not text")
-    return text
-
-
-def _conversation(turns: Any, images: int) -> tuple[Message, ...]:
-    """Return the messages of a list of turns.
-
-    They keep their placeholders, or get one per image before the first turn of the user.
+    The ledger then names it with the reason why it cannot be decoded.
     """
-    if not isinstance(turns, list) or not turns:
-        raise _BadLineError("messages: expected a list of turns")
-    messages = [_turn(turn, number) for number, turn in enumerate(turns, 1)]
-    roles = [m.role for m in messages]
-    if "assistant" not in roles:
-        raise _BadLineError("messages: no turn of the assistant, so nothing to learn")
-    placed = sum(m.content.count(IMAGE_TOKEN) for m in messages)
-    if placed == 0 and images:
-        if "user" not in roles:
-            raise _BadLineError("messages: no turn of the user to put the image into")
-        at = roles.index("user")
-        content = IMAGE_TOKEN * images + messages[at].content
-        messages[at] = Message(role="user", content=content, weight=messages[at].weight)
-    elif placed != images:
-        raise _BadLineError(
-            f"messages: {placed} {IMAGE_TOKEN} for {images} files; use one per file, or none"
-        )
-    return tuple(messages)
+    if found is None or (not found.kind and found.format in ("", "empty")):
+        return kind_by_suffix(name)
+    return found.kind
 
 
-def _turn(turn: Any, number: int) -> Message:
-    where = f"messages: turn {number}"
-    if not isinstance(turn, dict):
-        raise _BadLineError(f"{where}: expected role and content, found {turn!r}")
-    role = turn.get("role")
-    if role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise _BadLineError(f"{where}: role {role!r} is none of {', '.join(ROLES)}{hint}")
-    content = _text(turn.get("content"), f"{where}: content")
-    if role != "user" and IMAGE_TOKEN in content:
-        raise _BadLineError(
-            f"{where}: {IMAGE_TOKEN} in a message of the {role}; images belong to the user"
-        )
-    return Message(role=role, content=content, weight=_weight(turn, f"{where}: weight"))
+def _says_text(value: Mapping[str, Any]) -> bool:
+    """Return whether an object has a key of text, or a misspelt one: then it is meant as a record."""
+    return any(difflib.get_close_matches(key.lower()[:40], TEXT_KEYS, 1, 0.8) for key in value)
 
 
-def _weight(value: Mapping[str, Any], where: str) -> float:
-    weight = value.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6:
-        raise _BadLineError(f"{where}: {weight!r} is not a factor of the loss (0 to 1e6)")
-    return float(weight)
+def _is_called(item: Any, name: str) -> bool:
+    """Return whether a value is a path that ends in `name`."""
+    return isinstance(item, str) and item.replace("\\", "/").rpartition("/")[2] == name
 
 
-def _is_unicode(text: str) -> bool:
-    """Return False for lone surrogates: file names that are not UTF-8, and broken JSON escapes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def printable(path: str) -> str:
+    """Return a path for a message: in quotes and with escapes, if its name is not UTF-8."""
+    return path if is_unicode(path) and path.isprintable() else repr(path)

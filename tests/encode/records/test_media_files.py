@@ -32,6 +32,10 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def ADVICE(first: str) -> str:
+    return f"give the folder of {Path(first).name}"
+
+
 class Found:
     """What names mean in a folder, and the remarks about them."""
 
@@ -182,16 +186,16 @@ def test_a_data_uri_is_recognised_by_its_bytes(photos: Path) -> None:
 
 def test_files_that_are_all_missing_mean_a_wrong_folder(photos: Path) -> None:
     found = Found(photos)
-    found.files.refuse_if_all_are_missing("data.json", "give the folder")
+    found.files.refuse_if_all_are_missing("data.json", ADVICE)
     for text in ("x/1.jpg", "x/2.jpg", "x/1.jpg"):
         found(text)
     with pytest.raises(UserError) as refused:
-        found.files.refuse_if_all_are_missing("data.json", "give the folder")
+        found.files.refuse_if_all_are_missing("data.json", ADVICE)
     assert str(refused.value) == (
-        f"data.json: none of the 2 files it names exists (first: {photos}/x/1.jpg); give the folder"
+        f"data.json: none of the 2 files it names exists (first: {photos}/x/1.jpg); give the folder of 1.jpg"
     )
     found("a.jpg")
-    found.files.refuse_if_all_are_missing("data.json", "give the folder")
+    found.files.refuse_if_all_are_missing("data.json", ADVICE)
     assert found.account.notes == {"no such file": 2}
 
 

@@ -1,4 +1,4 @@
-"""A folder as a data set: exact samples, and an error with file and line for every bad line.
+"""A folder as a data set: exact samples, each file used or counted, an error with file and line for faults.
 
 (dataset,) = open_datasets(["folder:photos"], Path("cache"))
 samples = list(dataset.samples())
@@ -7,27 +7,58 @@ samples = list(dataset.samples())
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import configs
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError
+from encode.records.account import Account
+from encode.records.record import CAPTION_PROMPT, VIDEO_PROMPT
 from encode.sources.catalogue import open_datasets, read_catalogue
-from encode.sources.folder import CAPTION_PROMPT
 
-PNG = b"never decoded here"
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(20)
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
+WEBP = b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20)
+MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(20)
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20)
+JP2 = b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(20)
+HTML = b"<!DOCTYPE html><title>404</title>"
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
-    for name in ("a.jpg", "b.png", "sub/c.webp"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(PNG)
+    put(folder, {"a.jpg": JPEG, "b.png": PNG, "sub/c.webp": WEBP})
     return folder
+
+
+def put(folder: Path, files: dict[str, Any]) -> None:
+    """Write files: bytes, text, or values as JSON."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, bytes | str):
+            content = json.dumps(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read(folder: Path, *, leave_out: bool = False) -> tuple[list[Sample], Account]:
+    """Return the samples of a folder, and what became of its lines and files."""
+    (dataset,) = open_datasets([f"folder:{folder}"], folder.parent / "cache")
+    account = Account(name=dataset.name, leave_out=leave_out)
+    return list(account.watch(dataset.samples(account=account))), account
 
 
 def samples(folder: Path, *lines: Any) -> list[Sample]:
@@ -35,8 +66,7 @@ def samples(folder: Path, *lines: Any) -> list[Sample]:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     if lines:
         (folder / "metadata.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    (dataset,) = open_datasets([f"folder:{folder}"], folder.parent / "cache")
-    return list(dataset.samples())
+    return read(folder)[0]
 
 
 def sample(name: str, *messages: Message, **fields: Any) -> Sample:
@@ -51,8 +81,18 @@ def assistant(content: str, weight: float = 1.0) -> Message:
     return Message(role="assistant", content=content, weight=weight)
 
 
-ASKED = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]
+def ids(found: list[Sample]) -> list[str]:
+    return [one.id for one in found]
+
+
+def answers(found: list[Sample]) -> list[str]:
+    return [one.messages[-1].content for one in found if one.messages]
+
+
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+# ---- metadata
 
 
 def test_captions_questions_and_conversations_become_messages(photos: Path) -> None:
@@ -89,40 +129,105 @@ def test_captions_questions_and_conversations_become_messages(photos: Path) -> N
     assert len({one.id for one in found}) == len(found)
 
 
-def test_placeholders_keep_their_places(photos: Path) -> None:
-    turns = [{"role": "user", "content": "First <image>, then <image>?"}, HELLO[1]]
-    (found,) = samples(photos, {"files": ["a.jpg", "b.png"], "messages": turns})
-    assert found.messages[0].content == "First <image>, then <image>?"
+def test_formats_of_others_are_read(photos: Path) -> None:
+    put(photos, {"a.mp4": MP4})
+    llava = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    found = samples(
+        photos,
+        {"images": ["a.jpg"], "messages": HELLO},
+        {"file": "b.png", "conversations": [{**llava[0], "value": "<image>\nWhat?"}, llava[1]]},
+        {"videos": ["a.mp4"], "conversations": llava},
+        {"file_name": "https://example.org/0.jpg", "text": "A sea."},
+        {"messages": [HELLO[0], {"role": "assistant", "content": "The <image> element."}]},
+        {"image": "a.mp4", "caption": "A cat wakes up."},
+    )
+    assert [[ref.kind for ref in one.media] for one in found] == [
+        ["image"],
+        ["image"],
+        ["video"],
+        ["image"],
+        [],
+        ["video"],
+    ]
+    marks = [len(re.findall("<image>|<video>", one.messages[0].content)) for one in found]
+    assert marks == [1, 1, 1, 1, 0, 1]
+    assert found[3].media[0].source == "https://example.org/0.jpg"
+    assert answers(found)[4] == "The <image> element."
+    assert found[5].messages[0].content == f"<image>{VIDEO_PROMPT}"
 
 
-def test_a_folder_without_metadata_gives_its_images_in_order(photos: Path) -> None:
-    for name in ("Z.JPEG", ".hidden.png", "notes.txt", ".git/x.png", "sub/d.gif"):
-        (photos / name).parent.mkdir(exist_ok=True)
-        (photos / name).write_bytes(PNG)
-    (photos / "loop").symlink_to(photos, target_is_directory=True)
-    found = samples(photos)
-    assert [s.id for s in found] == ["Z.JPEG", "a.jpg", "b.png", "sub/c.webp", "sub/d.gif"]
-    assert all(s.messages == () and s.dataset == "photos" for s in found)
-    assert [s.media[0].source for s in found] == [str(photos / s.id) for s in found]
-    assert samples(photos) == found, "the same each time"
+METADATA = {
+    "metadata.json": json.dumps([{"file_name": "a.jpg", "text": "A cat."}], indent=2).encode(),
+    "metadata.jsonl": b'{"file_name": "a.jpg", "text": "A cat."}\n',
+    "metadata.csv": b"file_name,text\na.jpg,A cat.\n",
+    "metadata.tsv": b"file_name\ttext\na.jpg\tA cat.\n",
+    "METADATA.CSV": b"\xef\xbb\xbffile_name,text\r\na.jpg,A cat.\r\n",
+}
 
 
-def test_the_cache_inside_a_folder_is_ignored(photos: Path) -> None:
-    (photos / "cache" / "demo").mkdir(parents=True)
-    (photos / "cache" / "demo" / "drawing.png").write_bytes(PNG)
-    (dataset,) = open_datasets([f"folder:{photos}"], photos / "cache")
-    assert [s.id for s in dataset.samples()] == ["a.jpg", "b.png", "sub/c.webp"]
+@pytest.mark.parametrize("name", [*METADATA, "metadata.parquet"])
+def test_each_kind_of_metadata_file(photos: Path, name: str) -> None:
+    if name.endswith(".parquet"):
+        rows = pa.table({"file_name": ["a.jpg"], "text": ["A cat."]})
+        pq.write_table(rows, photos / name)
+    else:
+        put(photos, {name: METADATA[name]})
+    found, account = read(photos)
+    assert (ids(found), answers(found)) == (["a.jpg#0"], ["A cat."])
+    assert account.left_out == {"media without a line of metadata": 2}
+    assert account.lines == {"captions": 1}
 
 
-def test_blank_lines_a_byte_order_mark_and_unknown_keys_are_accepted(photos: Path) -> None:
+def test_two_files_of_metadata_in_one_folder_are_refused(photos: Path) -> None:
+    put(photos, {name: METADATA[name] for name in ("metadata.csv", "metadata.jsonl")})
+    with pytest.raises(UserError, match=r"metadata\.csv and metadata\.jsonl are both metadata"):
+        read(photos)
+
+
+def test_metadata_in_subfolders_is_relative_to_them(photos: Path) -> None:
+    line = {"file_name": "c.webp", "text": "One."}
+    put(
+        photos,
+        {"sub/metadata.jsonl": line, "other/metadata.csv": "file_name,text\n../b.png,Two.\n"},
+    )
+    put(photos, {"metadata.jsonl": {"file_name": "sub/c.webp", "text": "Three."}})
+    found, account = read(photos)
+    assert answers(found) == ["Three.", "Two.", "One."]
+    assert ids(found) == ["sub/c.webp#0", "other/../b.png#0", "sub/c.webp#1"]
+    assert [one.media[0].source for one in found] == [
+        str(photos / name) for name in ("sub/c.webp", "b.png", "sub/c.webp")
+    ]
+    assert account.left_out == {"media without a line of metadata": 1}
+
+
+def test_lines_that_are_appended_change_no_id(photos: Path) -> None:
+    lines = [{"file": name, "caption": "x"} for name in ("a.jpg", "b.png", "a.jpg")]
+    before = samples(photos, *lines)
+    assert samples(photos, *lines, lines[0], {"messages": HELLO})[:3] == before
+
+
+def test_blank_lines_a_byte_order_mark_and_harmless_keys_are_accepted(photos: Path) -> None:
     line = '\ufeff{"file": "a.jpg", "caption": "Ä 猫.", "width": 3, "height": 4, "license": "x"}'
-    (found,) = samples(photos, line, "", "   ")
-    assert found.messages[1].content == "Ä 猫."
+    found = samples(photos, line, "", "   ")
+    assert answers(found) == ["Ä 猫."]
+    assert read(photos)[1].ignored == {"width": 1, "height": 1, "license": 1}
 
 
-def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
-    (found,) = samples(photos, {"file": "gone.jpg", "caption": "It was here."})
-    assert found.media == (MediaRef(source=str(photos / "gone.jpg")),)
+def test_a_sample_keeps_a_missing_image_and_the_account_says_so(photos: Path) -> None:
+    lines = [{"file": name, "caption": "It was here."} for name in ("a.jpg", "gone.jpg", "x/y.mp4")]
+    found = samples(photos, *lines)
+    assert found[1].media == (MediaRef(source=str(photos / "gone.jpg")),)
+    assert found[2].media[0].kind == "video"
+    assert read(photos)[1].notes == {"no such file": 2}
+
+
+def test_images_that_are_all_missing_mean_wrong_paths(photos: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        samples(photos, *({"file": f"train/{n}.jpg", "caption": "x"} for n in range(3)))
+    assert str(refused.value) == (
+        f"{photos}/metadata.jsonl: none of the 3 files it names exists (first: {photos}/train/0.jpg); "
+        "paths are relative to the folder of that file"
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,46 +235,20 @@ def test_a_sample_keeps_a_missing_image(photos: Path) -> None:
     [
         ('{"file": "a.jpg", "caption": ', "not JSON"),
         ('["a.jpg"]', "expected an object"),
-        ({"caption": "A cat."}, 'no "file"'),
-        ({"file_name": "a.jpg", "caption": "A cat."}, "file_name is called file here"),
-        ({"file": "a.jpg", "files": ["b.png"], "caption": "x"}, "has file and files"),
-        ({"files": "a.jpg", "caption": "x"}, "files: expected a list"),
-        ({"file": 3, "caption": "x"}, "3 is not a file name"),
-        ({"file": "a\0.jpg", "caption": "x"}, "is not a file name"),
+        ({"caption": "A cat."}, "a caption of no image or video"),
+        ({"file": 3, "caption": "x"}, "file: expected the name of a file"),
         ({"file": "../other.jpg", "caption": "x"}, "'../other.jpg' is outside"),
         ({"file": "/etc/passwd", "caption": "x"}, "is outside"),
-        ({"file": "sub/../../x.jpg", "caption": "x"}, "is outside"),
-        ({"file": ".", "caption": "x"}, "is outside"),
         ({"file": "link.jpg", "caption": "x"}, "is outside"),
-        ({"file": "a.jpg", "caption": ""}, "caption: expected text"),
-        ({"file": "a.jpg", "caption": ["x"]}, "caption: expected text"),
-        ('{"file": "a.jpg", "caption": "\\ud800"}', "half a surrogate pair"),
-        ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'; keys of texts are caption"),
-        ({"file": "a.jpg", "text": "x"}, "unknown key 'text'"),
-        ({"file": "a.jpg", "caption": "x", "messages": HELLO}, "caption and messages; use one"),
+        ({"file": "A.jpg", "caption": "x"}, "'A.jpg': no such file; there is 'a.jpg'"),
+        ({"file": "sub", "caption": "x"}, "'sub' is a folder"),
+        ({"file": "s3://b/a.jpg", "caption": "x"}, "only http and https are downloaded"),
+        ({"file": "data:image/png;base64,%%%", "caption": "x"}, "damaged base64"),
+        ({"file": "a.jpg", "caption": ""}, "caption"),
+        ({"file": "a.jpg", "captoin": "x"}, "unknown key 'captoin'"),
         ({"file": "a.jpg", "question": "?"}, "question and answer go together"),
-        ({"file": "a.jpg", "answer": "!"}, "question and answer go together"),
-        ({"file": "a.jpg", "caption": "an <image> here"}, "caption contains <image>"),
-        ({"file": "a.jpg", "question": "<image>?", "answer": "!"}, "question contains <image>"),
-        ({"file": "a.jpg", "question": "?", "answer": "<image>"}, "answer contains <image>"),
-        ({"file": "a.jpg", "messages": []}, "messages: expected a list of turns"),
-        ({"file": "a.jpg", "messages": ["hi"]}, "messages: turn 1: expected role and content"),
-        (
-            {"file": "a.jpg", "messages": [{"role": "usr", "content": "?"}]},
-            "turn 1: role 'usr' is none of system, user, assistant; nearest: user",
-        ),
-        ({"file": "a.jpg", "messages": HELLO[:1]}, "no turn of the assistant"),
-        ({"file": "a.jpg", "messages": HELLO[1:]}, "no turn of the user"),
-        ({"files": ["a.jpg", "b.png"], "messages": ASKED}, "1 <image> for 2 files"),
-        ({"messages": ASKED}, "1 <image> for 0 files"),
-        (
-            {"file": "a.jpg", "messages": [HELLO[0], {"role": "assistant", "content": "<image>"}]},
-            "turn 2: <image> in a message of the assistant",
-        ),
-        ({"file": "a.jpg", "caption": "x", "weight": "much"}, "weight: 'much' is not a factor"),
-        ({"file": "a.jpg", "caption": "x", "weight": -1}, "weight: -1 is not a factor"),
-        ({}, 'no "file"'),
-        ({"files": []}, "neither a file nor messages"),
+        ({"files": ["a.jpg", "b.png"], "question": "<image>?", "answer": "!"}, "1"),
+        ({}, "names no file"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(photos: Path, line: Any, expected: str) -> None:
@@ -177,35 +256,363 @@ def test_a_bad_line_is_named_by_file_and_line(photos: Path, line: Any, expected:
     good = {"file": "a.jpg", "caption": "A cat."}
     with pytest.raises(UserError) as refused:
         samples(photos, good, "", line, good)
-    message = str(refused.value)
-    assert message.startswith(f"{photos / 'metadata.jsonl'}:3: ")
-    assert expected in message
-    assert "\n" not in message
+    first, total = str(refused.value).split("\n")
+    assert first.startswith(f"{photos / 'metadata.jsonl'}:3: ")
+    assert expected in first
+    assert total.endswith("--bad-lines leave-out")
+    found, account = read(photos, leave_out=True)
+    assert (ids(found), account.faults.total()) == (["a.jpg#0", "a.jpg#1"], 1)
 
 
-def test_a_line_that_is_not_utf8_is_named(photos: Path) -> None:
-    (photos / "metadata.jsonl").write_bytes(b'{"file": "a.jpg"}\n{"file": "\xff.jpg"}\n')
-    with pytest.raises(UserError, match=r"metadata\.jsonl:2: not UTF-8"):
-        samples(photos)
+def test_the_first_faults_are_shown_and_all_are_counted(photos: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        samples(photos, *({"file": "a.jpg", "captoin": str(n)} for n in range(50)))
+    lines = str(refused.value).split("\n")
+    assert [line.split(":")[1] for line in lines[:20]] == [str(n + 1) for n in range(20)]
+    assert lines[20] == "... and 30 more"
+    assert "50 lines cannot be used (50 unknown key)" in lines[21]
 
 
-def test_a_link_to_a_file_outside_is_refused(photos: Path) -> None:
+def test_a_data_uri_is_media_at_its_place_in_the_file(photos: Path) -> None:
+    uri = "data:image/png;base64,iVBORw0KGgoAAAAA"
+    found = samples(photos, {"messages": HELLO}, {"images": ["a.jpg", uri], "caption": "x"})
+    offset = len(json.dumps({"messages": HELLO})) + 1
+    file = photos / "metadata.jsonl"
+    length = file.stat().st_size - offset - 1
+    assert found[1].media[1] == MediaRef(source=f"json:{file}#{offset}+{length}:0")
+    assert found[1].id == "a.jpg#0"
+
+
+# ---- files without metadata
+
+
+def test_a_folder_without_metadata_gives_its_images_in_order(photos: Path) -> None:
+    put(photos, {"Z.JPEG": JPEG, "sub/d.gif": b"GIF89a" + bytes(20)})
+    found, account = read(photos)
+    assert ids(found) == ["Z.JPEG", "a.jpg", "b.png", "sub/c.webp", "sub/d.gif"]
+    assert all(s.messages == () and s.dataset == "photos" for s in found)
+    assert [s.media[0].source for s in found] == [str(photos / s.id) for s in found]
+    assert samples(photos) == found, "the same each time"
+    assert account.text() == "photos: 5 images"
+
+
+def test_content_decides_and_not_the_name(photos: Path) -> None:
+    put(photos, {"clip.jpg": MP4, "photo.mp4": JPEG, "no-suffix": PNG, "notes.txt": WEBP})
+    put(photos, {"page.jpg": HTML, "text.png": b"Not found", "movie.mp4": b"%PDF-1.7"})
+    found, account = read(photos)
+    kinds = {one.id: one.media[0].kind for one in found}
+    assert kinds == {
+        "a.jpg": "image",
+        "b.png": "image",
+        "sub/c.webp": "image",
+        "clip.jpg": "video",
+        "photo.mp4": "image",
+        "no-suffix": "image",
+        "notes.txt": "image",
+    }
+    assert account.left_out == {
+        ".jpg (HTML page)": 1,
+        ".png (text)": 1,
+        ".mp4 (PDF document; convert it to PNG or JPEG)": 1,
+    }
+
+
+def test_damaged_media_are_kept_for_the_ledger(photos: Path) -> None:
+    put(photos, {"cut.jpg": b"", "noise.mp4": bytes(range(128, 200)), "noise.bin": b"\0\1\2"})
+    found, account = read(photos)
+    kinds = {one.id: one.media[0].kind for one in found}
+    assert (kinds["cut.jpg"], kinds["noise.mp4"]) == ("image", "video")
+    assert account.left_out == {".bin": 1}
+
+
+def test_files_that_are_not_used_are_counted_by_their_reason(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.media.kinds.can_decode_heic", lambda: False)
+    put(photos, {f"IMG_{n}.HEIC": HEIC for n in range(4)} | {"scan.jp2": JP2, "notes.txt": "x"})
+    put(photos, {".DS_Store": b"x", ".git/x.png": PNG, "__MACOSX/._a.jpg": JPEG, "LICENSE": "x"})
+    (photos / "loop").symlink_to(photos, target_is_directory=True)
+    (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
+    os.mkfifo(photos / "pipe.jpg")
+    found, account = read(photos)
+    assert len(found) == 3
+    assert account.left_out == {
+        ".heic (HEIC; install its reader: pip install 'nanomolmo2[heic]')": 4,
+        ".jp2 (JPEG 2000; convert it to PNG or JPEG)": 1,
+        ".txt": 1,
+        "without a suffix": 1,
+        "hidden": 3,
+        "linked folder": 1,
+        "broken link": 1,
+        "not a regular file": 1,
+    }
+    assert account.text().startswith(
+        "photos: 3 images; left out: 4 .heic (HEIC; install its reader"
+    )
+
+
+def test_records_under_another_name_are_pointed_out(photos: Path) -> None:
+    put(
+        photos,
+        {"train.json": [{"image": "a.jpg"}], "x.jsonl": "{}", "y.jsonl": "{}", "z.csv": "a,b"},
+    )
+    assert read(photos)[1].left_out == {
+        f".json (records? --dataset json:{photos}/train.json)": 1,
+        f".jsonl (records? --dataset json:{photos}/x.jsonl)": 2,
+        f".csv (records? --dataset json:{photos}/z.csv)": 1,
+    }
+
+
+def test_media_that_metadata_does_not_name_are_counted(photos: Path) -> None:
+    put(photos, {".thumbs/t.png": PNG, "clip.mp4": MP4, "notes.md": "x"})
+    found = samples(photos, {"files": ["a.jpg", ".thumbs/t.png"], "caption": "x"})
+    assert len(found) == 1
+    assert read(photos)[1].left_out == {"media without a line of metadata": 3, ".md": 1}
+
+
+def test_the_cache_inside_a_folder_is_ignored(photos: Path) -> None:
+    put(photos, {"cache/demo/drawing.png": PNG})
+    (dataset,) = open_datasets([f"folder:{photos}"], photos / "cache")
+    account = Account(name="photos")
+    assert ids(list(dataset.samples(account=account))) == ["a.jpg", "b.png", "sub/c.webp"]
+    assert not account.left_out
+
+
+def test_a_link_to_a_file_outside_is_a_fault(photos: Path) -> None:
     (photos / "again.jpg").symlink_to(photos / "a.jpg")
-    assert "again.jpg" in {s.id for s in samples(photos)}
-    (photos / "out.jpg").symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match=r"out\.jpg: .*is outside"):
-        samples(photos)
+    assert "again.jpg" in ids(read(photos)[0])
+    (photos.parent / "secret.jpg").write_bytes(JPEG)
+    (photos / "out.jpg").symlink_to(photos.parent / "secret.jpg")
+    with pytest.raises(UserError, match=r"photos/out\.jpg: .*is outside"):
+        read(photos)
+    assert "out.jpg" not in ids(read(photos, leave_out=True)[0])
+
+
+def test_a_name_that_is_not_utf8_is_a_fault(photos: Path) -> None:
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.jpg")).write_bytes(JPEG)
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.txt")).write_bytes(b"x")
+    with pytest.raises(UserError) as refused:
+        read(photos)
+    assert "caf\\udce9.jpg': the name is not UTF-8; rename the file" in str(refused.value)
+    found, account = read(photos, leave_out=True)
+    assert (len(found), account.faults, account.left_out) == (
+        3,
+        {"name that is not UTF-8": 1},
+        {".txt": 1},
+    )
+
+
+def test_names_that_look_like_urls_are_files(photos: Path) -> None:
+    put(photos, {"data:x,y.jpg": JPEG, "https:/example.org/a.jpg": JPEG, "100%41.png": PNG})
+    put(photos, {"data:x,y.txt": "A comma.", " a .jpg": JPEG})
+    found = {one.id: one for one in read(photos)[0]}
+    for name in ("data:x,y.jpg", "https:/example.org/a.jpg", "100%41.png", " a .jpg"):
+        assert found[name].media[0].source == f"{photos}/{name}"
+    assert found["data:x,y.jpg"].messages[1].content == "A comma."
 
 
 def test_a_folder_with_nothing_to_encode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_datasets([f"folder:{tmp_path / 'nowhere'}"], tmp_path / "cache")
+    put(tmp_path, {"file.jsonl": "{}"})
+    with pytest.raises(UserError, match=r"it is a file: --dataset json:.*file\.jsonl"):
+        open_datasets([f"folder:{tmp_path / 'file.jsonl'}"], tmp_path / "cache")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no media"):
-        samples(tmp_path / "empty")
-    (tmp_path / "empty" / "metadata.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no images, videos or records"):
+        read(tmp_path / "empty")
+    put(tmp_path, {"empty/a.jpg": HTML, "empty/b.jpg": HTML})
+    with pytest.raises(UserError, match=r"left out: 2 \.jpg \(HTML page\)"):
+        read(tmp_path / "empty")
+    put(tmp_path, {"empty/metadata.jsonl": "\n"})
     with pytest.raises(UserError, match="no lines"):
-        samples(tmp_path / "empty")
+        read(tmp_path / "empty")
+
+
+# ---- texts beside a media file
+
+
+def test_texts_beside_media_are_their_captions(photos: Path) -> None:
+    put(
+        photos,
+        {
+            "a.txt": "\ufeffA cat.\n",
+            "sub/c.caption": "A sea.",
+            "clip.mp4": MP4,
+            "clip.txt": "It runs.",
+        },
+    )
+    put(photos, {"notes.txt": "not a caption", "b.txt": " \n"})
+    found, account = read(photos)
+    assert {one.id: answers([one]) for one in found} == {
+        "a.jpg": ["A cat."],
+        "b.png": [],
+        "clip.mp4": ["It runs."],
+        "sub/c.webp": ["A sea."],
+    }
+    assert found[2].messages[0].content == f"<image>{VIDEO_PROMPT}"
+    assert account.lines == {"captions": 3}
+    assert account.left_out == {".txt": 1, ".txt (empty)": 1}
+
+
+def test_records_beside_media_are_read(photos: Path) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
+    put(
+        photos,
+        {"a.jpg.json": {"caption": "A cat.", "width": 3, "url": "https://example.org/a.jpg"}},
+    )
+    put(photos, {"b.json": {"image": "images/b.png", "conversations": turns}})
+    put(photos, {"sub/c.json": {"boxes": [1, 2], "imagePath": "c.webp"}})
+    found, account = read(photos)
+    assert {one.id: answers([one]) for one in found} == {
+        "a.jpg": ["A cat."],
+        "b.png": ["A dog."],
+        "sub/c.webp": [],
+    }
+    assert [one.media[0].source for one in found] == [str(photos / one.id) for one in found]
+    assert account.left_out == {f".json (records? --dataset json:{photos}/sub/c.json)": 1}
+
+
+def test_a_caption_and_a_record_of_img2dataset_are_one_text(photos: Path) -> None:
+    record = {
+        "url": "https://example.org/a.jpg",
+        "caption": "A cat.",
+        "key": "000000001",
+        "exif": "{}",
+    }
+    record |= {
+        "status": "success",
+        "error_message": None,
+        "width": 3,
+        "height": 4,
+        "sha256": "0" * 64,
+    }
+    put(photos, {"a.txt": "A cat.", "a.json": record})
+    found, account = read(photos)
+    assert answers(found) == ["A cat."]
+    assert not account.left_out
+    put(photos, {"a.txt": "A dog."})
+    with pytest.raises(UserError, match=r"a\.json: .*use one of them"):
+        read(photos)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", {"captoin": "A cat."}, r"a\.json: unknown key 'captoin'"),
+        ("a.json", '{"caption": "A', r"a\.json: not JSON"),
+        ("a.json", '{"caption": "A", "caption": "B"}', r"a\.json: .*given twice"),
+        ("a.txt", b"caf\xe9", r"a\.txt: not UTF-8"),
+        ("a.txt", "x" * (1 << 21), r"a\.txt: a caption of more than 1 MiB"),
+    ],
+)
+def test_a_text_beside_media_that_cannot_be_read_is_a_fault(
+    photos: Path, name: str, content: Any, expected: str
+) -> None:
+    put(photos, {name: content})
+    with pytest.raises(UserError, match=expected):
+        read(photos)
+    found, account = read(photos, leave_out=True)
+    assert answers(found) == []
+    assert account.faults.total() == 1
+
+
+def test_texts_beside_media_with_metadata(photos: Path) -> None:
+    put(
+        photos,
+        {"a.txt": "Beside.", "b.txt": "Beside.", "metadata.csv": "file_name,text\na.jpg,Named.\n"},
+    )
+    found, account = read(photos)
+    assert {one.id: answers([one]) for one in found} == {
+        "a.jpg#0": ["Named."],
+        "b.png": ["Beside."],
+    }
+    assert account.left_out == {
+        ".txt (beside media that metadata names)": 1,
+        "media without a line of metadata": 1,
+    }
+
+
+# ---- every file
+
+
+BAD = b'{"files": ["a.jpg", "../x"], "caption": "<number>"}\n{"file": "b.jpg", "caption": "x"}\n'
+CONTENTS = {
+    "jpeg": JPEG,
+    "png": PNG,
+    "mp4": MP4,
+    "jp2": JP2,
+    "html": HTML + b"<number>",
+    "empty": b"",
+    "noise": bytes(range(128, 220)),
+    "text": b"<number>",
+    "record": b'{"caption": "<number>"}',
+    "object": b'{"boxes": ["<number>"]}',
+    "lines": b'{"file": "a.jpg", "caption": "<number>"}\n{"file": "b/a.png", "caption": "x"}\n',
+    "a bad line": BAD,
+}
+SUFFIXES = st.sampled_from(["", ".jpg", ".png", ".mp4", ".txt", ".json", ".jsonl", ".HEIC"])
+NAMES = st.builds(
+    "{}{}".format, st.sampled_from(["a", "b", "metadata", ".h", "ü", "c d"]), SUFFIXES
+)
+FOLDERS = st.sampled_from(["", "sub/", "sub/x/", ".git/", "cache/"])
+TREES = st.dictionaries(
+    st.builds("{}{}".format, FOLDERS, NAMES), st.sampled_from(sorted(CONTENTS)), max_size=12
+)
+LINKS = st.dictionaries(
+    NAMES, st.sampled_from(["real/x.png", "real", "nowhere", "../outside.jpg"]), max_size=2
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(TREES, LINKS)
+def test_every_file_is_used_or_counted(tree: dict[str, str], links: dict[str, str]) -> None:
+    top = Path(tempfile.mkdtemp())
+    try:
+        folder = top / "photos"
+        put(top, {"outside.jpg": JPEG, "photos/real/x.png": PNG})
+        for number, (name, content) in enumerate(tree.items()):
+            put(folder, {name: CONTENTS[content].replace(b"<number>", b"<%d>" % number)})
+        for name, target in links.items():
+            if name not in tree:
+                (folder / name).symlink_to(target)
+        (dataset,) = open_datasets([f"folder:{folder}"], folder / "cache")
+        account = Account(name="photos", leave_out=True)
+        try:
+            found = list(account.watch(dataset.samples(account=account)))
+        except UserError as error:
+            # Refused as a whole: two files of metadata, wrong paths in it, or nothing to use.
+            refused = "are both metadata|it names (exists|does)|: no (lines|images)"
+            assert re.search(refused, str(error))
+            return
+        files = {name for name in tree if not name.startswith("cache/")}
+        files |= {name for name in links if name not in tree} | {"real/x.png"}
+        media = {os.path.relpath(ref.source, folder) for one in found for ref in one.media} & files
+        said = " ".join(message.content for one in found for message in one.messages)
+        texts = {name for number, name in enumerate(tree) if f"<{number}>" in said} & files - media
+        metadata = {
+            name
+            for name in files
+            if Path(name).name in ("metadata.json", "metadata.jsonl") and name[:4] != ".git"
+        }
+        metadata = {name for name in metadata if (folder / name).is_file()}
+        in_metadata = [f for f in account.first_faults if "/metadata.json" in f]
+        faults_of_files = account.faults.total() - len(in_metadata)
+        used = len(media | texts | metadata)
+        assert used + account.left_out.total() + faults_of_files == len(files), account
+        assert "outside.jpg" not in " ".join(ref.source for one in found for ref in one.media)
+    finally:
+        shutil.rmtree(top)
+
+
+def test_many_files_are_read_quickly(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    for part in range(20):
+        (folder / str(part)).mkdir(parents=True)
+        for number in range(500):
+            (folder / str(part) / f"{number}.jpg").write_bytes(JPEG)
+    start = time.process_time()
+    assert len(read(folder)[0]) == 10_000
+    assert time.process_time() - start < 4, "0.35 s of one core, 2026-11-26"
 
 
 # ---- names
