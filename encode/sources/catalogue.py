@@ -154,6 +154,13 @@ def _open_folder(name: str, entry: Entry, places: Places) -> Dataset:
     return FolderDataset.open(entry.path, name=name, leave_out=places.features)
 
 
+def _open_json(name: str, entry: Entry, places: Places) -> Dataset:
+    from encode.sources.json_file import JsonDataset
+
+    media = places.media or (Path(entry.media) if entry.media else None)
+    return JsonDataset.open(entry.path, name=name, media=media)
+
+
 def _open_pixmo(name: str, entry: Entry, places: Places) -> Dataset | None:
     from encode.sources.pixmo import PixmoDataset
 
@@ -163,6 +170,7 @@ def _open_pixmo(name: str, entry: Entry, places: Places) -> Dataset | None:
 _OPENERS: dict[str, Callable[[str, Entry, Places], Dataset | None]] = {
     "demo": _open_demo,
     "folder": _open_folder,
+    "json": _open_json,
     "pixmo": _open_pixmo,
 }
 """Source -> opens an entry under a name; None if it is missing in `Places.source`."""

@@ -343,7 +343,7 @@ def _kind(found: Recognised | None, name: str) -> Kind | Literal[""]:
 
     The ledger then names it with the reason why it cannot be decoded.
     """
-    if found is None or (not found.kind and found.format in ("", "empty")):
+    if found is None or (not found.kind and found.format in ("", "empty", "text")):
         return kind_by_suffix(name)
     return found.kind
 

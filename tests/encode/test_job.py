@@ -168,7 +168,7 @@ def test_bad_images_are_recorded_and_the_job_succeeds(photos: Path, job: Encode)
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "page.jpg").write_bytes(b"<html>404</html>")
-    (photos / "pipe.png").mkdir()
+    os.mkfifo(photos / "pipe.png")
     lines = [*names(photos), "never-there.png"]
     (photos / "metadata.jsonl").write_text("".join(f'{{"file": "{n}"}}\n' for n in lines))
     result = job()
