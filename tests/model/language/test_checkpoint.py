@@ -329,7 +329,7 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
     "tokenizer pointer": ("tied", text(TOKENIZER, POINTER), r"tokenizer\.json: a Git LFS pointer"),
     "empty tokenizer file": ("tied", text(TOKENIZER, ""), r"tokenizer\.json: is empty"),
     "half a tokenizer": ("tied", bytes_of(TOKENIZER, lambda d: d[:900]), "not valid JSON"),
-    "another object": ("tied", text(TOKENIZER, '{"a": 1}'), "not a tokenizer"),
+    "another object": ("tied", text(TOKENIZER, '{"a": 1}'), "its tokenizer cannot be loaded"),
     "broken tokenizer_config": ("tied", text("tokenizer_config.json", "{"), "not valid JSON"),
     "SentencePiece alone": (
         "tied",
