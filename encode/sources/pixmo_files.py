@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +23,9 @@ PATTERN = "data/*.parquet"
 TRAIN = "train"
 """Beginning of the names of training files."""
 OTHER_SPLITS = ("validation", "valid", "val", "test", "dev")
+
+MAX_SHARDS = 1_000_000
+"""Files that a name states, at most. More are not looked for."""
 
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 
@@ -51,53 +55,81 @@ def hub_files(name: str, repository: str) -> tuple[Path, ...]:
     Raises:
         UserError: they cannot be downloaded; the message says how to do without the hub.
     """
-    way_out = f"download it where that works ({_command(repository, f'DIR/{name}')}) and give --source DIR"
+    ignore = [f"data/{split}-*" for split in OTHER_SPLITS]
+    folder = download(name, repository, [PATTERN], ignore)
+    files = _training_files(folder)
+    if not files:
+        way_out = without_hub(name, repository)
+        raise UserError(f"data set {name}: {repository} on the hub has no {PATTERN}; {way_out}")
+    return files
+
+
+def download(
+    name: str, repository: str, patterns: Sequence[str], ignore: Sequence[str] = ()
+) -> Path:
+    """Return the folder of a hub repository's files on this machine, after downloading missing ones.
+
+    Args:
+        name: the data set, for messages.
+        repository: ORG/NAME.
+        patterns: of the files to download.
+        ignore: patterns of files among them that are not downloaded.
+
+    Raises:
+        UserError: they cannot be downloaded; the message says how to do without the hub.
+    """
     why = unreachable()
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository,
-            repo_type="dataset",
-            allow_patterns=[PATTERN],
-            ignore_patterns=[f"data/{split}-*" for split in OTHER_SPLITS],
-            local_files_only=bool(why),
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                repo_type="dataset",
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignore),
+                local_files_only=bool(why),
+            )
         )
     # The client raises its own errors, those of its HTTP library and those of its Rust library.
     except Exception as error:
         reason = f"it is not on this machine, and {why}" if why else one_line(error)
         raise UserError(
-            f"data set {name} ({repository} on the hub): {reason}; {way_out}"
+            f"data set {name} ({repository} on the hub): {reason}; {without_hub(name, repository)}"
         ) from error
-    files = _training_files(Path(folder))
-    if not files:
-        raise UserError(f"data set {name}: {repository} on the hub has no {PATTERN}; {way_out}")
-    return files
+
+
+def without_hub(name: str, repository: str) -> str:
+    """Return how to read a data set of the hub without a connection to it, the end of an error."""
+    command = _command(repository, f"DIR/{name}")
+    return f"download it where that works ({command}) and give --source DIR"
 
 
 def _training_files(folder: Path) -> tuple[Path, ...]:
-    """Return the training files of `folder`, sorted, and log missing ones.
-
-    Without the log, half a download would look like a small data set.
-    """
+    """Return the training files of `folder`, sorted, and log missing ones."""
     found = sorted(folder.glob(PATTERN))
     files = [path for path in found if path.name.startswith(TRAIN)] or [
         path for path in found if not path.name.startswith(OTHER_SPLITS)
     ]
-    here = {path.stem for path in files}
+    log_missing(folder, files)
+    return tuple(path.absolute() for path in files)
+
+
+def log_missing(folder: Path, files: Sequence[Path]) -> None:
+    """Log which of numbered files are missing. Half a download would look like a small data set."""
+    here = {str(path.with_suffix("")) for path in files}
     wanted = {
         f"{shard[1]}-{number:0{len(shard[2])}}-of-{shard[3]}"
         for shard in map(_SHARD.fullmatch, sorted(here))
         if shard
-        for number in range(int(shard[3]))
+        for number in range(min(int(shard[3]), MAX_SHARDS))
     }
     if missing := sorted(wanted - here):
         log.warning(
-            "%s: %d of %d files are missing (first %s.parquet); using the others",
+            "%s: %d of %d files are missing (first %s); using the others",
             folder,
             len(missing),
             len(wanted),
-            missing[0],
+            Path(missing[0]).name + files[0].suffix,
         )
-    return tuple(path.absolute() for path in files)
 
 
 def _command(repository: str, folder: str) -> str:
