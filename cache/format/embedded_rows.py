@@ -169,7 +169,10 @@ class _ParquetCursor(_Cursor):
 
 def format_of(path: Path) -> str:
     """Return parquet or arrow, by the first bytes of a file. Raises OSError."""
-    with path.open("rb") as file:
+    # O_NONBLOCK: opening a named pipe would wait for a writer forever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
         return "parquet" if file.read(4) == b"PAR1" else "arrow"
 
 
@@ -180,7 +183,9 @@ def open_parquet(path: str) -> Any:
         place: Any = path
     except UnicodeEncodeError:  # pyarrow opens no path that is not UTF-8
         place = _mapped(path)
-    return pq.ParquetFile(place, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    return pq.ParquetFile(
+        place, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
 
 
 def _mapped(path: str) -> Any:

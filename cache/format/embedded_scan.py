@@ -70,6 +70,10 @@ class Part:
     media: dict[str, list[Item | list[Item] | None]]
     """Column of media -> what each row has; None for a null."""
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self.rows.num_rows)
+
 
 def media_columns(schema: Any) -> list[MediaColumn]:
     """Return the columns of a pyarrow.Schema that can contain media: binary ones and those of `Image`."""

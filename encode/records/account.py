@@ -50,6 +50,8 @@ class Account:
     """Kind -> distinct media that the samples mention."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> files or lines that are not used."""
+    columns: Counter[str] = field(default_factory=Counter)
+    """Column of media, with what it is used as -> files."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Key -> times it was ignored, because it changes nothing."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -102,6 +104,8 @@ class Account:
         ]
         unused = self.left_out + self.faults
         line = f"{self.name}: {', '.join(parts) or 'nothing'}"
+        if self.columns:
+            line += f"; columns of media: {', '.join(self.columns)}"
         if unused:
             reasons = ", ".join(f"{times:,} {why}" for why, times in unused.most_common())
             line += f"; left out: {reasons}"
@@ -115,7 +119,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, as a samples table stores them."""
-        names = ("lines", "media", "left_out", "ignored", "notes", "faults")
+        names = ("lines", "media", "columns", "left_out", "ignored", "notes", "faults")
         return {"samples": self.samples, **{name: dict(getattr(self, name)) for name in names}}
 
     @classmethod

@@ -1,8 +1,10 @@
-"""Data sets: in, files or a hub repository; out, samples that name their media by URL or absolute path.
+"""Data sets: in, files or a hub repository; out, samples that name their media.
 
     catalogue   names of --dataset -> data sets
     folder      a folder of images and videos, with optional texts
-    pixmo       Ai2's PixMo sets; pixmo_files finds their files, pixmo_rows reads one row
+    tables      Parquet and Arrow files with media inside; table_columns says what a column is for
+    hub_files   the files of a data set of the Hugging Face hub, or of its local copy
+    pixmo       Ai2's PixMo sets, whose images are on the web; pixmo_rows reads one row
     demo        drawings made here; demo_drawings and demo_videos draw them
 
 To add a kind of data set, write one file with a class like `folder.FolderDataset`: `name`, `needs_sizes`, and

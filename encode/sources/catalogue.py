@@ -99,8 +99,9 @@ class Entry:
     @property
     def spec(self) -> str:
         """The `KIND:PLACE` that opens it without an entry; '' for kinds that need one."""
-        place = f"{self.hub}:{self.config}" if self.config else self.hub
-        return f"{self.source}:{self.path or place}" if self.source in SPEC_KINDS else ""
+        place = self.path or self.hub
+        place = f"{place}:{self.config}" if self.config else place
+        return f"{self.source}:{place}" if self.source in SPEC_KINDS else ""
 
 
 _FIELDS: Mapping[Source, tuple[str, ...]] = {
@@ -161,6 +162,28 @@ def _open_json(name: str, entry: Entry, places: Places) -> Dataset:
     return JsonDataset.open(entry.path, name=name, media=media)
 
 
+def _open_hf(name: str, entry: Entry, places: Places) -> Dataset | None:
+    from encode.sources.hub_files import open_hub, open_local
+    from encode.sources.tables import TableDataset
+
+    if entry.path:
+        found = open_local(Path(entry.path), entry.config)
+    else:
+        copy = open_hub(name, entry.hub, entry.config, places.source)
+        if copy is None:
+            return None
+        found = copy
+    return TableDataset(
+        name=name,
+        folder=found.folder,
+        files=found.files,
+        columns=entry.columns,
+        where=entry.where,
+        media=places.media or (Path(entry.media) if entry.media else None),
+        left_out=found.left_out,
+    )
+
+
 def _open_pixmo(name: str, entry: Entry, places: Places) -> Dataset | None:
     from encode.sources.pixmo import PixmoDataset
 
@@ -170,6 +193,7 @@ def _open_pixmo(name: str, entry: Entry, places: Places) -> Dataset | None:
 _OPENERS: dict[str, Callable[[str, Entry, Places], Dataset | None]] = {
     "demo": _open_demo,
     "folder": _open_folder,
+    "hf": _open_hf,
     "json": _open_json,
     "pixmo": _open_pixmo,
 }
@@ -324,12 +348,15 @@ def _entry_of(kind: str, place: str, spec: str) -> Entry:
         raise UserError(f"--dataset {shlex.quote(spec)}: write it as {SPEC_KINDS[kind]}")
     if kind != "hf" or place.startswith(("/", ".", "~")):
         try:
-            path = Path(place).expanduser()
+            path, config = Path(place).expanduser(), ""
+            if kind == "hf" and ":" in path.name and not path.exists():
+                before, _, config = str(path).rpartition(":")
+                path = Path(before)
             # A folder under two names, one of them a link, is one data set.
             path = path.resolve() if kind == "folder" else path.absolute()
         except (OSError, RuntimeError, ValueError) as error:  # ~nobody, links in a circle
             raise UserError(f"--dataset {shlex.quote(spec)}: {one_line(error)}") from None
-        return Entry(source=kind, path=str(path))  # type: ignore[arg-type]
+        return Entry(source=kind, path=str(path), config=config)  # type: ignore[arg-type]
     hub = _HUB.fullmatch(place.removeprefix("https://huggingface.co/datasets/").rstrip("/"))
     if not hub:
         raise UserError(
@@ -387,9 +414,10 @@ def open_datasets(
     if source is not None and missing:
         there = {dataset.name for dataset in opened}
         if not any(one.name in there and one.entry.source in FROM_SOURCE for one in choices):
-            from encode.sources.pixmo_files import missing_from
+            from encode.sources.hub_files import missing_from
 
-            raise missing_from(source, missing)
+            hubs = {one.name: one.entry.hub for one in choices if one.name in missing}
+            raise missing_from(source, hubs)
         for name in missing:
             log.warning("data set %s is not below --source %s: left out", name, source)
     return opened

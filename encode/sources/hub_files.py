@@ -11,6 +11,7 @@ training files are used: others measure results on the validation and test split
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from collections import Counter
@@ -23,9 +24,12 @@ import huggingface_hub
 import yaml
 
 from configs import UserError, nearest, one_line
-from encode.sources.pixmo_files import OTHER_SPLITS, download, log_missing, without_hub
 from model.io.hub import unreachable
 
+log = logging.getLogger(__name__)
+
+OTHER_SPLITS = ("validation", "valid", "val", "test", "dev")
+"""Beginnings of the names of splits that are not for training."""
 TABLES = (".parquet", ".arrow")
 """Suffixes of the files that are read."""
 CARD = "README.md"
@@ -33,6 +37,10 @@ MAX_CARD_BYTES = 8 << 20
 SHOWN = 30
 """Names of configs that an error lists."""
 
+MAX_SHARDS = 1_000_000
+"""Files that a name states, at most. More are not looked for."""
+
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)", re.DOTALL)
 _BESIDE = re.compile(
     r"README.*|LICEN[CS]E.*|.*\.(?:md|lock|metadata|gitattributes)|dataset_infos?\.json"
     r"|dataset_dict\.json|state\.json|\..*|cache-.*\.arrow",
@@ -78,7 +86,7 @@ def open_local(path: Path, config: str = "") -> Found:
     if not path.is_dir():
         raise UserError(f"hf:{path}: no such folder or file")
     found = _choose(path, config, f"hf:{path}")
-    log_missing(path, found.files)
+    _log_missing(path, found.files)
     return found
 
 
@@ -102,17 +110,22 @@ def open_hub(name: str, repository: str, config: str, source: Path | None) -> Fo
         if copy is None:
             return None
         found = _choose(copy, config, f"hf:{repository}")
-        log_missing(copy, found.files)
+        _log_missing(copy, found.files)
         return found
     spec = f"hf:{repository}"
-    folder = download(name, repository, [CARD])
+    folder = _download(name, repository, config, [CARD])
     configs = _declared(folder)
     if not configs:
-        configs = _by_folder(_listing(name, repository, folder))
-    patterns = [pattern for _, pattern in configs[_config(configs, config, spec)]]
-    folder = download(name, repository, [CARD, *patterns, *(f"{p}/**" for p in patterns)])
+        configs = _by_folder(_listing(name, repository, config, folder))
+    chosen = [(s or _split_of(Path(p)), p) for s, p in configs[_config(configs, config, spec)]]
+    training = _training_splits(split for split, _ in chosen)
+    patterns = [pattern for split, pattern in chosen if split in training]
+    if not patterns:
+        splits = ", ".join(dict.fromkeys(split for split, _ in chosen))
+        raise UserError(f"{spec} has no training files, only {splits}")
+    folder = _download(name, repository, config, [CARD, *patterns, *(f"{p}/**" for p in patterns)])
     found = _choose(folder, config, spec, configs)
-    log_missing(folder, found.files)
+    _log_missing(folder, found.files)
     return found
 
 
@@ -125,13 +138,11 @@ def missing_from(source: Path, repositories: Mapping[str, str]) -> UserError:
     """
     if not source.is_dir():
         return UserError(f"--source {source}: no such folder")
-    name, repository = next(iter(repositories.items()))
-    short = repository.rpartition("/")[2]
-    looked = ", ".join(dict.fromkeys(r.rpartition("/")[2] for r in repositories.values()))
-    target = shlex.quote(str(source / short))
+    names = list(dict.fromkeys(one.rpartition("/")[2] for one in repositories.values()))
+    first = next(iter(repositories.values()))
     return UserError(
-        f"--source {source} has none of the data sets asked for (looked for the folders {looked}). "
-        f"Get {name}: hf download {repository} --repo-type dataset --local-dir {target}"
+        f"--source {source} has none of the data sets asked for (looked for the folders "
+        f"{', '.join(names)}). Get one: {_command(first, str(source))}"
     )
 
 
@@ -145,6 +156,51 @@ def _local_copy(source: Path, repository: str) -> Path | None:
     if source.name in (name, f"{org}__{name}"):
         places.append(source)
     return next((place.absolute() for place in places if place.is_dir()), None)
+
+
+# ---- the hub
+
+
+def _download(name: str, repository: str, config: str, patterns: Sequence[str]) -> Path:
+    """Return the folder of a hub repository's files on this machine, after downloading missing ones.
+
+    Args:
+        name: the data set, for messages.
+        repository: ORG/NAME.
+        config: for messages.
+        patterns: of the files to download.
+
+    Raises:
+        UserError: they cannot be downloaded; the message says how to do without the hub.
+    """
+    why = unreachable()
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                repo_type="dataset",
+                allow_patterns=list(patterns),
+                local_files_only=bool(why),
+            )
+        )
+    # The client raises its own errors, those of its HTTP library and those of its Rust library.
+    except Exception as error:
+        reason = f"it is not on this machine, and {why}" if why else one_line(error)
+        raise UserError(
+            f"data set {name} ({repository} on the hub): {reason}; {_without_hub(repository, config)}"
+        ) from error
+
+
+def _without_hub(repository: str, config: str) -> str:
+    """Return how to read a data set of the hub without a connection to it, the end of an error."""
+    return f"download it where that works ({_command(repository, 'DIR', config)}) and give --source DIR"
+
+
+def _command(repository: str, folder: str, config: str = "") -> str:
+    """Return the command that makes a local copy in `folder`, for --source."""
+    target = shlex.quote(f"{folder}/{repository.rpartition('/')[2]}")
+    part = f" --include {CARD} --include {shlex.quote(f'{config}/*')}" if config else ""
+    return f"hf download {repository} --repo-type dataset{part} --local-dir {target}"
 
 
 # ---- configs
@@ -261,7 +317,7 @@ def _literal(path: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
-def _listing(name: str, repository: str, folder: Path) -> list[str]:
+def _listing(name: str, repository: str, config: str, folder: Path) -> list[str]:
     """Return the paths of a repository's files, on the hub or, without network, on this machine."""
     if unreachable():
         return _walk(folder)
@@ -270,7 +326,7 @@ def _listing(name: str, repository: str, folder: Path) -> list[str]:
     except Exception as error:  # as in `download`
         raise UserError(
             f"data set {name} ({repository} on the hub): {one_line(error)}; "
-            f"{without_hub(name, repository)}"
+            f"{_without_hub(repository, config)}"
         ) from error
     if not any(path.endswith(TABLES) for path in found):
         raise UserError(
@@ -283,16 +339,20 @@ def _listing(name: str, repository: str, folder: Path) -> list[str]:
 
 def _walk(folder: Path) -> list[str]:
     """Return the paths of the files below `folder`, relative to it, without hidden ones."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    # Not `is_file`: a link whose target is gone is a file that is missing.
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     return sorted(
         path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)
     )
 
 
 def _matches(folder: Path, pattern: str) -> Iterator[Path]:
-    for path in sorted(folder.glob(pattern)):
+    literal = folder / pattern
+    # `glob` does not find a link whose target is gone.
+    found = [literal] if literal.is_symlink() else sorted(folder.glob(pattern))
+    for path in found:
         for one in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if one.is_file() and not _BESIDE.fullmatch(one.name):
+            if not one.is_dir() and not _BESIDE.fullmatch(one.name):
                 yield one
 
 
@@ -304,9 +364,7 @@ def _training(
 ) -> Found:
     """Return the training files among `files`, which maps each file to its split."""
     splits = Counter(files.values())
-    training = [s for s in splits if s.startswith("train")] or [
-        s for s in splits if not s.startswith(OTHER_SPLITS)
-    ]
+    training = _training_splits(splits)
     if not training:
         first = next(iter(files))
         raise UserError(
@@ -317,6 +375,14 @@ def _training(
     left_out.update({f"file of split {s}": n for s, n in splits.items() if s not in training})
     chosen = sorted(path.absolute() for path, split in files.items() if split in training)
     return Found(folder=folder, files=tuple(chosen), left_out=left_out)
+
+
+def _training_splits(splits: Iterable[str]) -> list[str]:
+    """Return the splits to train on: those named so, or else all but those for validation and test."""
+    names = list(dict.fromkeys(splits))
+    return [name for name in names if name.startswith("train")] or [
+        name for name in names if not name.startswith(OTHER_SPLITS)
+    ]
 
 
 def _split_of(path: Path) -> str:
@@ -354,6 +420,25 @@ def _not_tables(files: Iterable[Path]) -> Counter[str]:
     )
 
 
+def _log_missing(folder: Path, files: Sequence[Path]) -> None:
+    """Log which of numbered files are missing. Half a download would look like a small data set."""
+    here = {str(path.with_suffix("")) for path in files}
+    wanted = {
+        f"{shard[1]}-{number:0{len(shard[2])}}-of-{shard[3]}"
+        for shard in map(_SHARD.fullmatch, sorted(here))
+        if shard
+        for number in range(min(int(shard[3]), MAX_SHARDS))
+    }
+    if missing := sorted(wanted - here):
+        log.warning(
+            "%s: %d of %d files are missing (first %s); using the others",
+            folder,
+            len(missing),
+            len(wanted),
+            Path(missing[0]).name + files[0].suffix,
+        )
+
+
 def _is_table(path: Path) -> bool:
     return path.suffix.lower() in TABLES
 
@@ -362,11 +447,13 @@ def _no_tables(folder: Path, spec: str) -> UserError:
     """Return the error for a folder without tables, with what it has instead."""
     files = [folder / name for name in _walk(folder)]
     kinds = _not_tables(files)
-    there = ", ".join(f"{times:,} {kind}" for kind, times in kinds.most_common(8)) or "none"
+    there = [f"{times:,} {kind.removesuffix(' file')}" for kind, times in kinds.most_common(8)]
     hint = ""
     for path in files:
         kind = {".tar": "webdataset", ".json": "json", ".jsonl": "json", ".csv": "json"}
         if path.suffix in kind:
             hint = f"; for {path.name}: --dataset {shlex.quote(f'{kind[path.suffix]}:{path}')}"
             break
-    return UserError(f"{spec}: no Parquet or Arrow files in {folder} (there are {there}){hint}")
+    return UserError(
+        f"{spec}: no Parquet or Arrow files in {folder} (there are {', '.join(there) or 'none'}){hint}"
+    )

@@ -34,7 +34,7 @@ from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.errors import BadRowError
 from encode.records.account import Account
-from encode.sources.pixmo_files import hub_files, local_files
+from encode.sources.hub_files import open_hub
 from encode.sources.pixmo_rows import READERS, Row, Size, Unusable, image
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class PixmoDataset:
             raise UserError(
                 f"configs/datasets.yaml: {name} is none of {', '.join(NAMES)}{nearest(name, NAMES)}"
             )
-        files = hub_files(name, repository) if source is None else local_files(source, name)
-        return PixmoDataset(name=name, files=files) if files else None
+        found = open_hub(name, repository, "", source)
+        return PixmoDataset(name=name, files=found.files) if found else None
 
     @property
     def needs_sizes(self) -> bool:

@@ -1,4 +1,4 @@
-"""Data sets in Parquet or Arrow files, with the bytes of their images inside, as the Hugging Face hub has them.
+"""Data sets in Parquet or Arrow files that contain the bytes of their images, as on the Hugging Face hub.
 
 python -m encode.run --dataset hf:HuggingFaceM4/the_cauldron:ai2d                # from the hub
 python -m encode.run --dataset hf:HuggingFaceM4/the_cauldron:ai2d --source copies    # copies/the_cauldron
@@ -17,43 +17,41 @@ row.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cache.errors import EmbeddedMediaError
 from cache.format.embedded import row_source
-from cache.format.embedded_scan import (
-    Item,
-    MediaColumn,
-    Part,
-    TableFile,
-    declared_types,
-    media_columns,
-)
+from cache.format.embedded_scan import Item, Part, TableFile
 from cache.store.samples import MediaRef, Sample
-from configs import UserError, nearest
+from configs import UserError
 from encode.records.account import Account, FaultError
-from encode.records.keys import IMAGE_KEYS, KNOWN_KEYS, VIDEO_KEYS
+from encode.records.keys import IMAGE_KEYS, VIDEO_KEYS
 from encode.records.media_files import MediaFiles
 from encode.records.reading import read_records
 from encode.records.record import MediaName, Record
 from encode.records.samples import to_samples
-from encode.sources.pixmo_rows import pointed_records
-from model.media.kinds import HEAD_BYTES, recognise
+from encode.sources.table_columns import (
+    Condition,
+    Layout,
+    drop_turns,
+    find_layout,
+    parse_condition,
+)
 
 PROBATION = 1000
 """Rows after which a data set is refused if none of them can be used, instead of at its end."""
 LFS_POINTER = b"version https://git-lfs"
 
-_BASE64 = re.compile(r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{4}ZnR5c", re.IGNORECASE)
+_BASE64 = re.compile(
+    r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{4}ZnR5c", re.IGNORECASE
+)
 """Beginnings of JPEG, PNG, GIF, WebP and MP4 in base64."""
 
 
@@ -120,82 +118,6 @@ def _resolve(name: MediaName, files: MediaFiles, base: Path) -> MediaRef:
     return files.resolve(name, base)
 
 
-# ---- what a column is
-
-
-class Layout(NamedTuple):
-    """What the columns of one file are for."""
-
-    media: dict[str, tuple[MediaColumn, str]]
-    """Column that contains media -> its form, and image, video or '' if that is not known."""
-    unread: tuple[MediaColumn, ...]
-    """Binary columns without media."""
-    keys: dict[str, str]
-    """Column -> key of the record. Other columns are not used."""
-    pointing: bool
-    """Whether answers are points: CoSyn-point."""
-
-
-def find_layout(table: TableFile, columns: Mapping[str, str], where: str) -> Layout:
-    """Return what the columns of a file are for.
-
-    Args:
-        table: the file.
-        columns: key of a record -> column, as the user says it.
-        where: names the file in errors.
-
-    Raises:
-        UserError: `columns` names an unknown key or column, or it is not clear which columns have media.
-    """
-    names = table.schema.names
-    for key, column in columns.items():
-        if key not in KNOWN_KEYS:
-            known = ", ".join(sorted(KNOWN_KEYS))
-            raise UserError(f"columns: {key!r} is no key of a record{nearest(key, KNOWN_KEYS)} ({known})")
-        if column not in names:
-            raise UserError(
-                f"{where}: no column {column!r}; there are {', '.join(names)}{nearest(column, names)}"
-            )
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{where}: two columns are named {twice[0]!r}")
-    keys = {column: key for key, column in columns.items()} or {name: name for name in names}
-    declared = declared_types(table.schema)
-    media: dict[str, tuple[MediaColumn, str]] = {}
-    unread = []
-    for column in media_columns(table.schema):
-        kind = _kind_of(table, column, declared.get(column.name, ""), keys.get(column.name, ""))
-        if kind is None or column.name not in keys:
-            unread.append(column)
-        else:
-            media[column.name] = (column, kind)
-    odd = [name for name in media if keys[name] not in (*IMAGE_KEYS, *VIDEO_KEYS)]
-    if len(odd) == len(media) == 1 and keys[odd[0]] not in KNOWN_KEYS:
-        kind = media[odd[0]][1]
-        if kind and not {"image", "images", "video", "videos"} & set(names):
-            keys[odd[0]] = kind
-    elif len(odd) > 1:
-        raise UserError(
-            f"{where}: the columns {', '.join(odd)} have media; say which one to use in an entry of "
-            f"configs/datasets.yaml: columns: {{image: {odd[0]}, ...}}"
-        )
-    pointing = {"questions", "answer_points"} <= set(keys.values()) | set(names)
-    return Layout(media, tuple(unread), keys, pointing and not columns)
-
-
-def _kind_of(table: TableFile, column: MediaColumn, declared: str, key: str) -> str | None:
-    """Return image, video, '' for other media or unknown ones, or None for bytes that are no media."""
-    if declared in ("Image", "Video"):
-        return declared.lower()
-    found = recognise(table.first_bytes(column, HEAD_BYTES))
-    if found.kind:
-        return found.kind
-    if key in VIDEO_KEYS:
-        return "video"
-    if key in IMAGE_KEYS or (column.is_struct and column.has_path):
-        return "image" if key in IMAGE_KEYS else ""
-    return "" if found.format not in ("", "empty", "text") or declared else None
-
-
 # ---- rows
 
 
@@ -234,17 +156,24 @@ class _Reader:
                 except (pa.ArrowException, OSError, ValueError, EmbeddedMediaError) as error:
                     first, end = table.starts[block : block + 2]
                     where = f"{path}: rows {first:,} to {end - 1:,} (row group {block})"
-                    account.fault(where, FaultError("damaged row group", _why_unreadable(path, error)))
+                    account.fault(
+                        where, FaultError("damaged row group", _why_unreadable(path, error))
+                    )
 
     def _of_part(
-        self, part: Part, table_format: str, layout: Layout, resolve: Callable[[MediaName], MediaRef]
+        self,
+        part: Part,
+        table_format: str,
+        layout: Layout,
+        resolve: Callable[[MediaName], MediaRef],
     ) -> Iterator[Sample]:
         account = self._account
         kept = np.arange(len(part))
         for condition in self._conditions:
             if condition.column in part.rows.schema.names:
                 kept = kept[condition.fits(part.rows.column(condition.column))[kept]]
-        account.left_out["row that `where` excludes"] += len(part) - len(kept)
+        if excluded := len(part) - len(kept):
+            account.left_out["row that `where` excludes"] += excluded
         values = _plain_rows(part.rows, kept)
         for row, value in zip(kept.tolist(), values, strict=True):
             number = part.first + row
@@ -281,16 +210,16 @@ class _Reader:
             mask = condition.turns(value.pop(condition.column, None))
             if mask is None:
                 continue
-            dropped = _drop_turns(value, mask)
-            account.left_out["turn that `where` excludes"] += dropped
+            if dropped := drop_turns(value, mask):
+                account.left_out["turn that `where` excludes"] += dropped
             if not any(mask):
                 account.left_out["row without a turn that `where` keeps"] += 1
                 return ()
-        if layout.pointing:
-            return pointed_records(value, account)
         record: dict[str, Any] = {}
         for column, item in value.items():
             key = layout.keys.get(column)
+            if item is None:
+                continue
             if key is None:
                 account.ignored[column] += 1
             else:
@@ -305,9 +234,9 @@ class _Reader:
 
 def _note_columns(layout: Layout, account: Account) -> None:
     """Count the file under what its columns are for."""
-    for column, (_, kind) in layout.media.items():
+    for column in layout.media:
         key = layout.keys[column]
-        account.columns[f"{column} ({kind or 'media'})" if key in (column, kind) else f"{column} as {key}"] += 1
+        account.columns[column if key == column else f"{column} as {key}"] += 1
 
 
 class _Source(NamedTuple):
@@ -322,21 +251,19 @@ class _Source(NamedTuple):
         return InsideName(text=row_source(*self, index), kind=kind)  # type: ignore[arg-type]
 
 
-def _names(cell: Item | list[Item] | None, source: _Source, kind: str) -> Any:
+def _names(
+    cell: Item | list[Item] | None, source: _Source, kind: str, index: int | None = None
+) -> Any:
     """Return the media of one cell as `read_records` takes them."""
     if cell is None:
         return None
     if isinstance(cell, list):
-        return [_name(item, source, index, kind) for index, item in enumerate(cell)]
-    return _name(cell, source, None, kind)
-
-
-def _name(item: Item, source: _Source, index: int | None, kind: str) -> MediaName:
-    if item.has_bytes:
+        return [_names(item, source, kind, at) for at, item in enumerate(cell)]
+    if cell.has_bytes:
         return source.name(index, kind)
-    if not item.path:
+    if not cell.path:
         raise FaultError("media without bytes", f"{source.column}: neither bytes nor a path")
-    return MediaName(text=item.path, kind=kind)  # type: ignore[arg-type]
+    return MediaName(text=cell.path, kind=kind)  # type: ignore[arg-type]
 
 
 def _of_base64(value: Any, source: _Source) -> Any:
@@ -377,120 +304,3 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if pointer:
         return "a Git LFS pointer, not the data: fetch it with git lfs pull"
     return f"damaged: {' '.join(str(error).split())[:160]}; download it again"
-
-
-# ---- conditions
-
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-    "=": operator.eq,
-}
-_ARROW = {
-    "==": pc.equal,
-    "!=": pc.not_equal,
-    "<=": pc.less_equal,
-    ">=": pc.greater_equal,
-    "<": pc.less,
-    ">": pc.greater,
-    "=": pc.equal,
-}
-_CONDITION = re.compile(r"\s*(\S.*?)\s*(==|!=|<=|>=|<|>|=)\s*(\S.*?)\s*", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
-
-
-class Condition(NamedTuple):
-    """A column, an operator and a value. Null fulfils no condition."""
-
-    column: str
-    operator: str
-    value: bool | int | float | str
-
-    def check(self, schema: Any, where: str) -> None:
-        """Raise UserError if a file has no such column, or of another type."""
-        if self.column not in schema.names:
-            raise UserError(
-                f"{where}: no column {self.column!r} for the condition {self.text!r}; there are "
-                f"{', '.join(schema.names)}{nearest(self.column, schema.names)}"
-            )
-        type_ = schema.field(self.column).type
-        inner = type_.value_type if _is_list(type_) else type_
-        text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
-        number = pa.types.is_integer(inner) or pa.types.is_floating(inner)
-        given = self.value
-        if isinstance(given, bool):
-            fits = pa.types.is_boolean(inner)
-        else:
-            fits = text if isinstance(given, str) else number
-        if not fits:
-            raise UserError(f"{where}: {self.column!r} is {type_}, so {self.text!r} cannot be decided")
-
-    @property
-    def text(self) -> str:
-        """The condition as it is written."""
-        return f"{self.column} {self.operator} {self.value}"
-
-    def fits(self, column: Any) -> Any:
-        """Return (R,) whether each row fulfils it; of lists, whether the row stays: its turns are judged."""
-        if _is_list(column.type):
-            return np.ones(len(column), bool)
-        found = _ARROW[self.operator](column, pa.scalar(self.value))
-        return np.asarray(found.fill_null(False), bool)
-
-    def turns(self, value: Any) -> list[bool] | None:
-        """Return which items of a list fulfil it; None for another value."""
-        if not isinstance(value, list):
-            return None
-        compare = _OPERATORS[self.operator]
-        return [item is not None and bool(compare(item, self.value)) for item in value]
-
-
-def parse_condition(text: str) -> Condition:
-    """Return the condition that a text states.
-
-    Raises:
-        UserError: it states none.
-    """
-    found = _CONDITION.fullmatch(text)
-    if not found:
-        raise UserError(
-            f"where: {text!r} is no condition; write a column, one of {', '.join(_ARROW)}, and a value"
-        )
-    column, sign, value = found.groups()
-    if value[0] in "\"'" and value[-1] == value[0] and len(value) > 1:
-        return Condition(column, sign, value[1:-1])
-    if value in ("true", "false", "True", "False"):
-        return Condition(column, sign, value.lower() == "true")
-    if _NUMBER.fullmatch(value):
-        is_whole = value.lstrip("+-").isdigit() and len(value) < 19
-        return Condition(column, sign, int(value) if is_whole else float(value))
-    return Condition(column, sign, value)
-
-
-def _drop_turns(value: dict[str, Any], mask: Sequence[bool]) -> int:
-    """Remove the turns that a list of ratings excludes; return how many.
-
-    Raises:
-        FaultError: no list of turns has that length.
-    """
-    dropped = mask.count(False)  # type: ignore[attr-defined]
-    if not dropped:
-        return 0
-    fitting = [
-        (key, len(value[key]) // len(mask))
-        for key in ("texts", "questions", "qa_pairs", "answers", "conversations", "messages")
-        if isinstance(value.get(key), list) and len(value[key]) in (len(mask), 2 * len(mask))
-    ]
-    if not fitting:
-        raise FaultError("ratings without turns", f"{len(mask)} ratings, and no list of as many turns")
-    for key, each in fitting:
-        value[key] = [item for at, item in enumerate(value[key]) if mask[at // each]]
-    return dropped
-
-
-def _is_list(type_: Any) -> bool:
-    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_))

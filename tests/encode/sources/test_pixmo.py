@@ -184,7 +184,6 @@ def test_a_missing_data_set_is_logged_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_table(tmp_path, ASK, [a_question()])
-    write_table(tmp_path, "pixmo-count", [], stem="test-00000-of-00001")
     opened = open_datasets(["pixmo", "demo-points", "pixmo-cap"], tmp_path, tmp_path)
     assert [d.name for d in opened] == [ASK, "demo-points"]
     assert [m.partition(" is not below")[0] for m in caplog.messages] == [
@@ -196,13 +195,24 @@ def test_a_source_without_any_data_set_is_refused(tmp_path: Path, source: Path) 
     (tmp_path / "empty").mkdir()
     for path, expected in (
         (tmp_path / "nowhere", "nowhere: no such folder"),
-        (tmp_path / "empty", "looked for pixmo-cap/data/*.parquet, pixmo-points/data/*.parquet"),
+        (tmp_path / "empty", "looked for the folders pixmo-cap, pixmo-points"),
         (tmp_path / "empty", "hf download allenai/pixmo-cap --repo-type dataset --local-dir"),
-        (source / "pixmo-cap", f"seems to be pixmo-cap itself: --source {source}"),
     ):
         with pytest.raises(UserError) as refused:
             open_datasets(["pixmo-cap", "pixmo"], tmp_path, path)
         assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_source_may_be_the_data_set_itself(source: Path, tmp_path: Path) -> None:
+    assert open_datasets(["pixmo-cap"], tmp_path, source / "pixmo-cap") == open_datasets(
+        ["pixmo-cap"], tmp_path, source
+    )
+
+
+def test_held_out_files_alone_are_refused(tmp_path: Path) -> None:
+    write_table(tmp_path, "pixmo-count", [], stem="test-00000-of-00001")
+    with pytest.raises(UserError, match="pixmo-count has no training files, only test; to use one"):
+        open_datasets(["pixmo-count"], tmp_path, tmp_path)
 
 
 def test_an_unused_source_is_refused(source: Path) -> None:

@@ -1,6 +1,7 @@
-"""PixMo's text from the hub: training files are downloaded once, and a failure gives one line.
+"""Files of a data set: of the right config and split, here or on the hub; a failure gives one line.
 
-hub_files("pixmo-count", "allenai/pixmo-count")     # paths of its Parquet files
+open_hub("pixmo-count", "allenai/pixmo-count", "", None).files      # downloaded once
+open_local(Path("copies/the_cauldron"), "ai2d").files
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from configs import UserError
-from encode.sources import pixmo_files
-from encode.sources.catalogue import open_datasets
+from encode.sources import hub_files
+from encode.sources.catalogue import choose, open_datasets
+from encode.sources.hub_files import open_hub, open_local
 from tests.support import ROOT
 from tests.support.pixmo_lists import HELD_OUT, write_pixmo
 
@@ -60,7 +62,7 @@ def test_an_unreachable_hub_is_an_error_within_seconds(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     if not offline:
-        monkeypatch.setattr(pixmo_files, "unreachable", lambda: "huggingface.co does not answer")
+        monkeypatch.setattr(hub_files, "unreachable", lambda: "huggingface.co does not answer")
     message = refusal(tmp_path, seconds=2)
     why = "HF_HUB_OFFLINE is set" if offline else "huggingface.co does not answer"
     assert f"it is not on this machine, and {why}; " in message
@@ -82,7 +84,7 @@ def test_any_error_of_the_client_gives_one_line(
     def download(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr(pixmo_files, "unreachable", lambda: "")
+    monkeypatch.setattr(hub_files, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     message = refusal(tmp_path, seconds=2)
     assert " ".join(str(error).split()) in message
@@ -91,9 +93,10 @@ def test_any_error_of_the_client_gives_one_line(
 def test_a_repository_without_parquet_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixmo_files, "unreachable", lambda: "")
+    monkeypatch.setattr(hub_files, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(UserError, match=r"allenai/pixmo-count on the hub has no data/\*.parquet"):
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["a.jsonl"])
+    with pytest.raises(UserError, match=r"allenai/pixmo-count on the hub has no Parquet files"):
         open_datasets([NAME], tmp_path)
 
 
@@ -109,6 +112,163 @@ def test_downloaded_files_need_no_hub(
     (made / NAME).rename(folder / "snapshots" / COMMIT)
     (dataset,) = open_datasets([NAME], tmp_path)
     assert len(list(dataset.samples())) == len(URLS)
+
+
+# ---- configs and splits
+
+CARD = """---
+license: odc-by
+configs:
+- config_name: one
+  data_files:
+  - split: train
+    path: one/a-*
+  - split: test
+    path: one/b-*
+- config_name: two
+  data_files: "two/*.parquet"
+- config_name: three
+  data_files: {train: ["three/x.parquet", "three/y.parquet"], validation: three/z.parquet}
+- config_name: four
+  data_dir: four
+- config_name: evil
+  data_files: ["../../secret/*", "/etc/*", "one/a-0.parquet"]
+- not a config
+---
+# A card
+configs: none of these
+"""
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def names_of(folder: Path, config: str = "") -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in open_local(folder, config).files]
+
+
+def test_the_card_says_which_files_a_config_has(tmp_path: Path) -> None:
+    make(tmp_path / "secret", "x.parquet")
+    folder = make(
+        tmp_path / "sets" / "copy",
+        *("one/a-0.parquet", "one/a-1.parquet", "one/b-0.parquet", "one/c-0.parquet"),
+        *("two/train-0.parquet", "two/test-0.parquet", "two/notes.txt"),
+        *("three/x.parquet", "three/y.parquet", "three/z.parquet"),
+        *("four/deep/0.parquet", "four/0.json"),
+    )
+    (folder / "README.md").write_text(CARD)
+    assert names_of(folder, "one") == ["one/a-0.parquet", "one/a-1.parquet"]
+    assert open_local(folder, "one").left_out == {"file of split test": 1}
+    assert names_of(folder, "two") == ["two/train-0.parquet"]
+    assert names_of(folder, "three") == ["three/x.parquet", "three/y.parquet"]
+    assert names_of(folder, "four") == ["four/deep/0.parquet"]
+    assert open_local(folder, "four").left_out == {".json file": 1}
+    assert names_of(folder, "evil") == ["one/a-0.parquet"]
+    with pytest.raises(
+        UserError, match=r"has 5 data sets: one, two, three, four, evil; name one: --dataset"
+    ):
+        open_local(folder)
+    with pytest.raises(UserError, match=r"has no 'tow'; there are one, .*; nearest: two"):
+        open_local(folder, "tow")
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "---\n- [\n---\n", "---\nconfigs: 3\n---\n", "---\n" + "[" * 5000 + "\n---\n", "\0"],
+)
+def test_without_a_card_each_folder_is_a_config(tmp_path: Path, card: str) -> None:
+    make(
+        tmp_path,
+        *("charts/train-00000-of-00002.parquet", "charts/train-00001-of-00002.parquet"),
+        *("charts/validation-00000-of-00001.parquet", "charts/test-00000-of-00001.parquet"),
+        *("tables/partial-train/0000.parquet", "tables/test/0000.parquet"),
+        *(".cache/x.parquet", "LICENSE"),
+    )
+    (tmp_path / "README.md").write_text(card)
+    assert names_of(tmp_path, "charts") == [
+        f"charts/train-0000{n}-of-00002.parquet" for n in range(2)
+    ]
+    assert names_of(tmp_path, "tables") == ["tables/partial-train/0000.parquet"]
+    with pytest.raises(UserError, match="has 2 data sets: charts, tables"):
+        open_local(tmp_path)
+
+
+def test_one_config_needs_no_name(tmp_path: Path) -> None:
+    make(tmp_path / "a", "data/train-0.parquet", "data/dev-0.parquet", "data/more.jsonl")
+    assert names_of(tmp_path / "a") == ["data/train-0.parquet"]
+    assert open_local(tmp_path / "a").left_out == {".jsonl file": 1, "file of split dev": 1}
+    make(tmp_path / "b", "latest.parquet", "contest-1.parquet")  # no split is named here
+    assert names_of(tmp_path / "b") == ["contest-1.parquet", "latest.parquet"]
+    assert names_of(make(tmp_path / "c", "mine/0.parquet")) == ["mine/0.parquet"]
+    (found,) = open_local(tmp_path / "a" / "data" / "dev-0.parquet").files
+    assert found.name == "dev-0.parquet"  # a file that is named is used
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    make(
+        tmp_path / "a",
+        "state.json",
+        "dataset_info.json",
+        "data-00000-of-00001.arrow",
+        "cache-1.arrow",
+    )
+    assert names_of(tmp_path / "a") == ["data-00000-of-00001.arrow"]
+    make(tmp_path / "b", "dataset_dict.json")
+    for split in ("train", "test"):
+        make(tmp_path / "b" / split, "state.json", "data-00000-of-00001.arrow")
+    assert names_of(tmp_path / "b") == ["train/data-00000-of-00001.arrow"]
+    assert open_local(tmp_path / "b").left_out == {"file of split test": 1}
+
+
+def test_a_folder_without_tables_says_what_it_has(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "b.jsonl", "c.txt")
+    with pytest.raises(
+        UserError, match=r"\(there are 2 \.jsonl, 1 \.txt\); for a\.jsonl: --dataset json:"
+    ):
+        open_local(tmp_path)
+    with pytest.raises(UserError, match="no such folder or file"):
+        open_local(tmp_path / "none")
+    make(tmp_path / "d", "test-0.parquet")
+    with pytest.raises(
+        UserError, match=r"no training files, only test; to use one: --dataset hf:/"
+    ):
+        open_local(tmp_path / "d")
+
+
+@pytest.mark.parametrize("place", ["x", "org/x", "org__x", "datasets--org--x/snapshots/c0ffee"])
+def test_a_local_copy_is_found_below_the_source(tmp_path: Path, place: str) -> None:
+    folder = make(tmp_path / place, "data/train-0.parquet")
+    found = open_hub("set", "org/x", "", tmp_path)
+    assert found is not None and found.files == (folder / "data" / "train-0.parquet",)
+    assert open_hub("set", "org/y", "", tmp_path) is None
+    if place == "x":
+        again = open_hub("set", "org/x", "", folder)
+        assert again == found
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "config"),
+    [
+        ("hf:org/x", "", ""),
+        ("hf:org/x:part", "", "part"),
+        ("hf:{here}/copy", "copy", ""),
+        ("hf:{here}/copy:part", "copy", "part"),
+        ("mine=hf:{here}/copy:part", "copy", "part"),
+    ],
+)
+def test_a_data_set_is_named_by_repository_or_folder_and_config(
+    tmp_path: Path, word: str, path: str, config: str
+) -> None:
+    make(tmp_path / "copy", "part/train-0.parquet")
+    (choice,) = choose([word.format(here=tmp_path)])
+    assert choice.entry.source == "hf" and choice.entry.config == config
+    assert choice.entry.path == (str(tmp_path / path) if path else "")
+    assert choose([choice.word]) == [choice]
 
 
 # ---- a hub that answers
@@ -186,7 +346,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from configs import UserError
-from encode.sources import pixmo_files
+from encode.sources import hub_files
 from encode.sources.catalogue import open_datasets
 for name in sys.argv[1:]:
     try:
