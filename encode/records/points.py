@@ -41,7 +41,7 @@ def thousandths(value: Any, full: float) -> int:
 
 
 def pairs(points: Any) -> Points:
-    """Return (x, y) of each point of a list of structs or a struct of lists.
+    """Return (x, y) of each point of a struct, a list of structs, or a struct of lists.
 
     Raises:
         FaultError: a point lacks one of them.
@@ -49,10 +49,15 @@ def pairs(points: Any) -> Points:
     if points is None:
         return ()
     if isinstance(points, Mapping):
-        across, down = points.get("x") or (), points.get("y") or ()
-        if len(across) != len(down):
+        across, down = points.get("x"), points.get("y")
+        if isinstance(across, int | float) and isinstance(down, int | float):
+            return ((across, down),)
+        lists = [one or () for one in (across, down)]
+        if not all(isinstance(one, Sequence) for one in lists) or len(lists[0]) != len(lists[1]):
             raise FaultError("points lack an x or a y")
-        return tuple(zip(across, down, strict=True))
+        return tuple(zip(*lists, strict=True))
+    if isinstance(points, str) or not isinstance(points, Sequence):
+        raise FaultError("points lack an x or a y")
     if not all(isinstance(point, Mapping) and {"x", "y"} <= point.keys() for point in points):
         raise FaultError("points lack an x or a y")
     return [(point["x"], point["y"]) for point in points]

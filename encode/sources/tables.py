@@ -95,7 +95,7 @@ class TableDataset:
         account.left_out.update(self.left_out)
         conditions = tuple(map(parse_condition, self.where))
         base = (self.media or self.folder).resolve()
-        files = MediaFiles([base], account, outside="--media DIR names another folder")
+        files = MediaFiles([base], account, outside="name their folder: --media DIR")
         stems = [path.stem for path in self.files]
         found = False
         for path in self.files:
@@ -109,7 +109,9 @@ class TableDataset:
         account.close()
         if not found:
             raise UserError(f"{self.name}: no row of {self.folder} is usable ({account.text()})")
-        files.refuse_if_all_are_missing(str(self.files[0]), "--media DIR names their folder")
+        files.refuse_if_all_are_missing(
+            str(self.files[0]), lambda _: "name their folder: --media DIR"
+        )
 
 
 def _resolve(name: MediaName, files: MediaFiles, base: Path) -> MediaRef:
@@ -186,14 +188,7 @@ class _Reader:
                 for column in layout.unread:
                     value[column.name] = None if part.media[column.name][row] is None else 0
                 records = self._records(value, layout, number, table_format)
-                samples = list(
-                    to_samples(
-                        records,
-                        id=f"{self._name}#{number}",
-                        dataset=self._dataset.name,
-                        resolve=resolve,
-                    )
-                )
+                samples = self._samples(records, number, resolve)
             except FaultError as error:
                 account.fault(f"{self._path}: row {number:,}", error)
                 seen = sum(account.lines.values())
@@ -201,6 +196,16 @@ class _Reader:
                     account.close()
             else:
                 yield from samples
+
+    def _samples(
+        self, records: tuple[Record, ...], number: int, resolve: Callable[[MediaName], MediaRef]
+    ) -> list[Sample]:
+        name = f"{self._name}#{number}"
+        try:
+            return list(to_samples(records, id=name, dataset=self._dataset.name, resolve=resolve))
+        except FaultError:
+            self._account.lines[records[0].format] -= 1  # a fault, and no row that was read
+            raise
 
     def _records(
         self, value: dict[str, Any], layout: Layout, number: int, table_format: str
