@@ -198,7 +198,7 @@ def main() -> int:
     damaged = 0
     for folder in options.source:
         other = CacheRoot(folder.expanduser().absolute())
-        if not (other.spaces_dir.is_dir() or other.samples_dir.is_dir()):
+        if not other.has_files():
             raise UserError(f"no cache at {folder}/ (looked for spaces/ and samples/)")
         if root.path.is_dir() and other.path.samefile(root.path):
             raise UserError(

@@ -40,7 +40,7 @@ def test_the_contracts_list_no_packages_modules() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     lists = [v for c in contracts["contracts"] for v in c.values() if isinstance(v, list)]
     names = [name for each in lists for line in each for name in line.split(" | ")]
-    assert len(names) <= 46, names
+    assert len(names) <= 47, names
 
 
 def test_the_contracts_hold(copy: Path) -> None:
@@ -85,13 +85,16 @@ def test_every_contract_has_a_planted_violation() -> None:
 
 
 def test_no_folder_has_more_than_thirteen_rooms() -> None:
-    """A room is a .py file or a folder of code; more than thirteen nobody keeps in mind."""
+    """A room is a .py file or a folder of code; more than thirteen nobody keeps in mind.
+
+    `__init__.py` and `__main__.py` say what the others are, so they are none.
+    """
     rooms: dict[Path, set[str]] = {}
     for package in (*PACKAGES, "tests"):
         for path in (ROOT / package).rglob("*.py"):
             inside = path.relative_to(ROOT).parts
             for depth in range(1, len(inside)):
-                if inside[depth] != "__init__.py":
+                if inside[depth] not in ("__init__.py", "__main__.py"):
                     rooms.setdefault(Path(*inside[:depth]), set()).add(inside[depth])
     assert {folder: found for folder, found in rooms.items() if len(found) > 13} == {}
     assert max(len(folder.parts) for folder in rooms) <= 3  # tests/ mirrors folders of two levels

@@ -22,6 +22,7 @@ import configs
 from cache.errors import CacheError, NotFoundError
 from configs import UserError, build, command, load, parse
 from configs.command_line import command_text, merge, only, with_options
+from configs.commands import GUARD, find_commands, list_commands
 from configs.console import duration_text
 from tests.support import ROOT
 
@@ -286,3 +287,41 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "cache.ls", "--features", str(tmp_path / "none")]
     status, error = press_ctrl_c(tmp_path, "yaml", "-c", code.format(sys.executable, words))
     assert status == 2 and "no cache at" in error
+
+
+# ---- the commands of a package
+
+
+@pytest.mark.parametrize("package", ["cache", "encode", "model", "train"])
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_a_package_lists_its_commands_without_importing_them(
+    package: str, words: list[str]
+) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['x', *sys.argv[1:]]\n"
+        f"try: runpy.run_module('{package}', run_name='__main__', alter_sys=False)\n"
+        "finally: print({'torch', 'pyarrow', 'numpy', 'ray'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+    lines = done.stdout.partition("\n\n")[0].splitlines()
+    listed = {line.split()[2]: line.split("   ", 1)[1].strip() for line in lines}
+    for name, about in listed.items():
+        assert about.endswith(".") and about == find_commands(ROOT / package)[name]
+        help_text = f"python -m {name} "
+        assert any(help_text in page.read_text() for page in (ROOT / package).rglob("*.py"))
+    run = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for path in (ROOT / package).rglob("*.py")
+        if GUARD in path.read_text().splitlines()
+    }
+    assert listed.keys() == run - {package}
+
+
+def test_words_behind_a_package_name_the_command_that_is_meant() -> None:
+    with pytest.raises(UserError, match=r"takes no 'ls'; write python -m cache\.ls"):
+        list_commands(ROOT / "cache", ["ls"])
+    with pytest.raises(UserError, match=r"takes no 'vrify'; nearest: cache\.verify"):
+        list_commands(ROOT / "cache", ["vrify"])

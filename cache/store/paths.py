@@ -35,6 +35,12 @@ DATA_FOLDERS = ("samples", "media", "spaces", "locks", "damaged", "garbage")
 """The folders of a cache. The default root is also the folder `cache/` of the code, where `.gitignore` names
 these and no module has such a name."""
 
+_FILES_OF_A_CACHE = (
+    *("spaces/*", "samples/*/part-*.parquet", "media/part-*.parquet"),
+    *("locks/*", "damaged/*", "garbage/*"),
+)
+"""Patterns of files that only a cache has: a folder of photos may be named `media` too."""
+
 LISTING = "listing.json"
 """The one file at the root of a cache, written by `cache.share`."""
 
@@ -106,15 +112,23 @@ class CacheRoot:
 
     @staticmethod
     def existing(folder: Path) -> CacheRoot:
-        """Return the cache in a folder that exists.
+        """Return the cache in a folder that has one.
 
         Raises:
-            CacheError: there is no such folder, or `folder` is a URL.
+            CacheError: there is no such folder, it holds no file of a cache, or `folder` is a URL.
         """
         root = CacheRoot(folder)
         if not folder.is_dir():
             raise NotFoundError(f"no cache at {folder}/ (say where: --features DIR)")
+        if not root.has_files():
+            raise NotFoundError(
+                f"no cache in {folder}/: it has no spaces, samples or media table (say where: --features DIR)"
+            )
         return root
+
+    def has_files(self) -> bool:
+        """Return whether the folder has any file that only a cache has."""
+        return any(next(self.path.glob(pattern), None) for pattern in _FILES_OF_A_CACHE)
 
     def samples(self, dataset: str) -> Path:
         """Return the file of samples of one data set.
