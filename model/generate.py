@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL.Image import Image
@@ -85,6 +88,9 @@ class Options:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise ValueError(f"max_frames {self.max_frames} is below 1")
+        for option, paths in (("--image", self.image), ("--video", self.video)):
+            for path in paths:
+                _refuse_url(option, str(path))
         images, videos, marks = len(self.image), len(self.video), len(MARK.findall(self.prompt))
         # Without files, marks are plain text.
         if images + videos and marks not in (0, images + videos):
@@ -92,6 +98,17 @@ class Options:
                 f"{images} --image and {videos} --video but {marks} marks (<image> or <video>) in the "
                 "prompt; give one mark for each, or none at all"
             )
+
+
+def _refuse_url(option: str, path: str) -> None:
+    """Raise ValueError with the command that downloads it, if `path` is a URL."""
+    # A Path writes one slash for two.
+    url = re.sub(r"^(https?):/+", r"\1://", path, flags=re.IGNORECASE)
+    if re.match(r"https?://", url, re.IGNORECASE):
+        name = shlex.quote(urlsplit(url).path.rstrip("/").rpartition("/")[2] or "downloaded")
+        raise ValueError(
+            f"{option} takes files, not URLs; download it first: curl -fL -o {name} {shlex.quote(url)}"
+        )
 
 
 class Stopwatch:

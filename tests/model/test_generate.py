@@ -153,6 +153,14 @@ def test_sampled_answers_depend_on_the_seed(
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0 is below 1"),
         (["--promt", "x"], "no option --promt; nearest: --prompt"),
         (["--prompt", "x", "--stage", "2"], "stage 2 is not finished"),
+        (
+            ["--prompt", "x", "--image", "https://example.org/a b/cat.png"],
+            "not URLs; download it first: curl -fL -o cat.png 'https://example.org/a b/cat.png'",
+        ),
+        (
+            ["--prompt", "x", "--video", "HTTP://example.org"],
+            "download it first: curl -fL -o downloaded HTTP://example.org",
+        ),
     ],
 )
 def test_mistakes_are_one_line(world: Path, words: list[str], message: str) -> None:
