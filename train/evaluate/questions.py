@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
+from cache.format.media_marks import split_at_marks
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
 from train.data.choices import first_answers
@@ -30,7 +31,7 @@ class Question:
     sample: Sample
     """The sample as stored."""
     media: tuple[int, ...]
-    """Its images and videos in order, as indices of the list's media items."""
+    """The images and videos of its prompt in order, as indices of the list's media items."""
     others: tuple[str, ...] = ()
     """Other answers to the question, which are right too."""
 
@@ -52,7 +53,7 @@ class Question:
 
 
 def questions(root: CacheRoot, samples: SampleList) -> Iterator[Question]:
-    """Yield the questions of the list's samples that have an answer, in the order of the list.
+    """Yield the questions of samples that can be trained on and have an answer, in the order of the list.
 
     Several answers to one question are one question, at the place of the first.
     """
@@ -64,13 +65,20 @@ def questions(root: CacheRoot, samples: SampleList) -> Iterator[Question]:
                 others.setdefault(of, []).append(sample.messages[end].content)
     for at, sample in _stored(root, samples):
         if first[at] == at and _last_answer(sample) is not None:
-            media = tuple(samples.media_of(at).tolist())
-            yield Question(sample=sample, media=media, others=tuple(others.get(at, ())))
+            media = samples.media_of(at)[: _media_before(sample)].tolist()
+            yield Question(sample=sample, media=tuple(media), others=tuple(others.get(at, ())))
 
 
 def _last_answer(sample: Sample) -> int | None:
     """Return the number of the last message of the assistant; None if there is none."""
     return max((i for i, m in enumerate(sample.messages) if m.role == "assistant"), default=None)
+
+
+def _media_before(sample: Sample) -> int:
+    """Return the number of media in the turns before the last answer; later ones are not in the prompt."""
+    turns = [(m.role, m.content) for m in sample.messages]
+    texts = split_at_marks(turns, len(sample.media))[: _last_answer(sample)]
+    return sum(len(text) - 1 for text in texts)
 
 
 def _stored(root: CacheRoot, samples: SampleList) -> Iterator[tuple[int, Sample]]:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.store.samples import Message
+from model.language.chat_template import prompt_ids
+from model.language.tokenizer import token_id
 from tests.support.feature_caches import (
     ask,
     key_of,
@@ -17,6 +19,7 @@ from tests.support.feature_caches import (
     names_of,
     new_world,
 )
+from tests.support.trained_runs import turns
 from train.evaluate.__main__ import scored
 from train.evaluate.questions import questions
 
@@ -87,3 +90,30 @@ def test_an_answer_is_right_if_it_equals_any_of_them(tmp_path: Path) -> None:
         (found,) = scored(joined, world.root, [[given], ["crimson"]], 3)
         assert (found.correct, found.blind_correct) == (right, True)
         assert (found.expected, found.others) == ("Red", ("crimson", "red and blue"))
+
+
+def test_media_after_the_last_answer_are_not_in_the_prompt(tmp_path: Path) -> None:
+    world = new_world(tmp_path)
+    talk = turns("<image>one?", "red", "and <video>?")
+    first = turns("one?", "red", "<image> is text", "blue", "end")
+    world.write(
+        d=[
+            replace(ask("1", ["a", "b"]), messages=talk),
+            replace(ask("2", ["a", "b"]), messages=turns("<video>one <image>?", "red")),
+            replace(ask("3", ["a"]), messages=first),
+            replace(ask("4", ["b"]), messages=turns("one?", "<image>red")),
+        ]
+    )
+    world.encode(["a", "b"])
+    joined = world.join()
+    found = list(questions(world.root, joined))
+    keys = [[joined.key(m) for m in q.media] for q in found]
+    assert keys == [
+        [key_of("a")],
+        [key_of("a"), key_of("b")],
+        [key_of("a")],  # at its mark, which is before the last answer
+        [key_of("b")],
+    ]
+    for question in found:  # as `model.inference` splits it
+        ids = prompt_ids(world.tokenizer, question.prompt, len(question.media))
+        assert ids.count(token_id(world.tokenizer, "<image>")) == len(question.media)
