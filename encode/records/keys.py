@@ -13,12 +13,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from encode.records.account import FaultError
 from encode.records.record import MediaName
+
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
 
 IMAGE_KEYS = (
     *("image", "images", "image_path", "image_paths", "image_file", "image_files"),
@@ -54,156 +59,46 @@ LISTS = frozenset(
 )
 """Keys of lists. In a table of text, a cell of such a column may be a list as JSON."""
 
-CHANGES = frozenset(
-    {
-        "chosen",
-        "function_call",
-        "functions",
-        "loss",
-        "loss_mask",
-        "loss_weight",
-        "mask",
-        "reasoning",
-    }
-    | {"reasoning_content", "rejected", "rejected_images", "rejected_messages", "rejected_response"}
-    | {
-        "rejected_videos",
-        "sample_weight",
-        "thinking",
-        "tool_call_id",
-        "tool_calls",
-        "tools",
-        "train",
-    }
-    | {"train_on_input", "train_on_turn", "trainable", "video_end", "video_start"}
+CHANGES = _words(
+    """
+    chosen function_call functions loss loss_mask loss_weight mask reasoning reasoning_content rejected
+    rejected_images rejected_messages rejected_response rejected_videos sample_weight thinking
+    tool_call_id tool_calls tools train train_on_input train_on_turn trainable video_end video_start
+    """
 )
 """Keys that change what is learned from the others, in ways that this trainer does not have."""
 
-CARRIES = frozenset(
-    {
-        "alt",
-        "alt_text",
-        "audio",
-        "audio_path",
-        "audios",
-        "body",
-        "choices",
-        "code",
-        "content",
-        "context",
-    }
-    | {
-        "cot",
-        "dialog",
-        "dialogue",
-        "document",
-        "explanation",
-        "headline",
-        "hint",
-        "lecture",
-        "objects",
-    }
-    | {
-        "options",
-        "paragraph",
-        "passage",
-        "qa",
-        "rationale",
-        "report",
-        "sentence",
-        "sentences",
-        "summary",
-    }
-    | {"target", "title", "transcript", "transcripts", "turns", "utterance", "utterances", "value"}
-    | {"A", "B", "C", "D", "E", "option_a", "option_b", "option_c", "option_d"}
+CARRIES = _words(
+    """
+    A B C D E alt alt_text audio audio_path audios body choices code content context cot dialog dialogue
+    document explanation ground_truth gt headline hint lecture objects option_a option_b option_c
+    option_d options paragraph passage qa rationale report sentence sentences summary target title
+    transcript transcripts turns utterance utterances value
+    """
 )
 """Keys whose values are text or media in formats that are not read."""
 
-HARMLESS = frozenset(
-    {
-        "__key__",
-        "__url__",
-        "answer_type",
-        "author",
-        "bbox",
-        "categories",
-        "category",
-        "class",
-        "created",
-    }
-    | {
-        "data_source",
-        "dataset",
-        "dataset_name",
-        "date",
-        "date_captured",
-        "detail",
-        "difficulty",
-        "domain",
-    }
-    | {"error_message", "exif", "format", "generator", "hash", "height", "id", "ids", "idx"}
-    | {
-        "image_classes",
-        "index",
-        "info",
-        "key",
-        "keywords",
-        "label",
-        "labels",
-        "lang",
-        "language",
-        "length",
-    }
-    | {"license", "licenses", "md5", "meta", "metadata", "model", "multiple_choice_answer", "name"}
-    | {
-        "ocr_tokens",
-        "origin",
-        "original_height",
-        "original_width",
-        "page",
-        "phash",
-        "question_tokens",
-    }
-    | {
-        "question_type",
-        "rating",
-        "ratings",
-        "resolution",
-        "score",
-        "scores",
-        "sha1",
-        "sha256",
-        "sha512",
-    }
-    | {
-        "similarity",
-        "size",
-        "source",
-        "sources",
-        "split",
-        "status",
-        "subject",
-        "subset",
-        "tag",
-        "tags",
-    }
-    | {
-        "task",
-        "task_type",
-        "timestamp",
-        "topic",
-        "topics",
-        "type",
-        "uid",
-        "uuid",
-        "version",
-        "width",
-    }
+HARMLESS = _words(
+    """
+    __key__ __url__ answer_type bbox created data_source dataset dataset_name date date_captured detail
+    difficulty domain error_message exif format generator hash height id ids idx image_classes index
+    info key lang language length license licenses md5 meta metadata model multiple_choice_answer
+    ocr_tokens origin original_height original_width phash question_tokens question_type rating ratings
+    resolution score scores sha1 sha256 sha512 similarity size source sources split status subset task
+    task_type timestamp type uid uuid version width
+    """
 )
 """Keys that are counted and not used, whatever their value is, unless it is media."""
+LABELS = _words(
+    """
+    author categories category class classes keyword keywords label labels name page species subject
+    tag tags topic topics
+    """
+)
+"""Keys that are counted and not used if their values are words, and refused if they are sentences."""
 
-_HARMLESS_END = re.compile(
-    r".*_(?:id|idx|index|url|hash|sha256|md5|size|width|height|score|rating|count|type|confidence|date|time"
+_LABEL = re.compile(
+    r".*_(?:id|idx|index|hash|sha256|md5|size|width|height|score|rating|count|type|confidence|date|time"
     r"|timestamp|license|language|split|source|min|max|token|length|num)s?"
     r"|(?:num|is|has|n)_.*"
 )
@@ -270,6 +165,14 @@ class Fields:
         """Return whether the key is given and not null."""
         return self._left.get(key) is not None
 
+    def among(self, keys: tuple[str, ...]) -> list[str]:
+        """Return those of `keys` that are given, not null and not taken, in the order of `keys`."""
+        # Called dozens of times for each record, mostly for keys that it lacks.
+        if self._left.keys().isdisjoint(_as_set(keys)):
+            return []
+        get = self._left.get
+        return [key for key in keys if get(key) is not None]
+
     def left(self) -> list[str]:
         """Return the keys that are given, not null and not taken, in their order."""
         return [key for key, item in self._left.items() if item is not None]
@@ -327,6 +230,8 @@ class Fields:
             )
         if kind == "harmless":
             lost = _has_media(value)
+        elif kind == "label":
+            lost = _has_media(value) or any(_is_text(text, WORDS) for text in _strings(value))
         elif kind == "unknown":
             lost = carries(value, words)
         else:
@@ -367,22 +272,29 @@ def show(value: Any) -> str:
     return f"{value!r:.60}"
 
 
+@lru_cache
+def _as_set(keys: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(keys)
+
+
 @lru_cache(maxsize=10_000)
 def _kind(key: str, nested: bool) -> str:
-    """Return changes, carries, harmless, known, near KEY, or unknown; `nested` inside of turns and parts."""
+    """Return changes, carries, harmless, label, known, near KEY, or unknown; `nested`: in turns and parts."""
     if key in CHANGES:
         return "changes"
     if key in CARRIES:
         return "carries"
     if key in HARMLESS:
         return "harmless"
+    if key in LABELS:
+        return "label"
     if is_known(key):
         return "known"
     lower = key.lower()
     if lower in KNOWN_KEYS:
         return f"near {lower}"
-    if _HARMLESS_END.fullmatch(lower):
-        return "harmless"
+    if _LABEL.fullmatch(lower):
+        return "label"
     known = sorted(KNOWN_KEYS) + [*NESTED_KEYS] * nested
     if near := difflib.get_close_matches(lower[:KEY], known, n=1, cutoff=0.8):
         return f"near {near[0]}"
@@ -392,10 +304,7 @@ def _kind(key: str, nested: bool) -> str:
 def carries(value: Any, words: int = WORDS) -> bool:
     """Return whether a value under an unknown key is text or media."""
     if isinstance(value, str):
-        if _MEDIA_NAME.fullmatch(value):
-            return True
-        found = sum(1 for word in value.split() if _LETTER.search(word))
-        return found + len(_UNSPACED.findall(value)) / 2 > words
+        return _is_text(value, words) or bool(_MEDIA_NAME.fullmatch(value))
     if isinstance(value, Mapping):
         return any(carries(item, words) for item in value.values())
     if isinstance(value, list | tuple):
@@ -403,21 +312,33 @@ def carries(value: Any, words: int = WORDS) -> bool:
     return isinstance(value, MediaName | bytes)
 
 
-def _says(value: Any) -> bool:
-    """Return whether a value contains any text or media."""
+def _is_text(value: str, words: int) -> bool:
+    found = sum(1 for word in value.split() if _LETTER.search(word))
+    return found + len(_UNSPACED.findall(value)) / 2 > words
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values in lists and objects."""
     if isinstance(value, Mapping):
-        return any(map(_says, value.values()))
+        value = list(value.values())
     if isinstance(value, list | tuple):
-        return any(map(_says, value))
-    return isinstance(value, MediaName | bytes) or (isinstance(value, str) and bool(value.strip()))
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, str))
 
 
 def _has_media(value: Any) -> bool:
     """Return whether a value contains the bytes of media."""
-    if isinstance(value, Mapping):
-        return any(map(_has_media, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_media, value))
-    return isinstance(value, MediaName | bytes) or (
-        isinstance(value, str) and value.startswith("data:")
+    return any(text[:5] == "data:" for text in _strings(value)) or any(
+        isinstance(leaf, MediaName | bytes) for leaf in _leaves(value)
     )
+
+
+def _says(value: Any) -> bool:
+    """Return whether a value contains any text or media."""
+    return _has_media(value) or any(text.strip() for text in _strings(value))

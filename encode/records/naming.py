@@ -53,9 +53,7 @@ def take_media(fields: Fields) -> Named:
     named = take_named(fields)
     images, videos = named.images, named.videos
     of_files = [key for key in fields.left() if key.endswith(NAME_ENDS) and key not in NAME_KEYS]
-    for key in (*FILE_KEYS, *of_files):
-        if key not in fields:
-            continue
+    for key in (*fields.among(FILE_KEYS), *of_files):
         files = media_names(fields.peek(key), "", key, fields)
         if not (images or videos):
             fields.take(key)
@@ -64,9 +62,7 @@ def take_media(fields: Fields) -> Named:
             fields.ignore(key)
         else:
             raise _two_keys(key, images + videos)
-    for key in NAME_KEYS + URL_KEYS:
-        if key not in fields:
-            continue
+    for key in fields.among(NAME_KEYS + URL_KEYS):
         if not (images or videos):
             kind: Kind = "image" if "image" in key else "video" if "video" in key else ""
             found = media_names(fields.take(key), kind, key, fields)
@@ -75,6 +71,10 @@ def take_media(fields: Fields) -> Named:
             fields.ignore(key)
         else:
             raise _two_keys(key, images + videos)
+    if images or videos:  # other addresses say where they came from
+        for key in fields.left():
+            if key.endswith(("_url", "_urls")) and isinstance(fields.peek(key), str):
+                fields.ignore(key)
     return Named(_with_sha256(fields, images), videos)
 
 
@@ -123,9 +123,7 @@ def media_names(value: Any, kind: Kind, path: str, fields: Fields) -> tuple[Medi
 def _first(fields: Fields, keys: tuple[str, ...], kind: Kind) -> tuple[MediaName, ...]:
     """Take the media of the keys that are given; all must name equal media."""
     found: tuple[MediaName, ...] = ()
-    for key in keys:
-        if key not in fields:
-            continue
+    for key in fields.among(keys):
         names = media_names(fields.peek(key), kind, key, fields)
         if not names or not found:
             fields.take(key)

@@ -110,7 +110,7 @@ Reader = Callable[[Fields, str], Iterator[Conversation]]
 
 def _reader(fields: Fields) -> tuple[Reader | None, str]:
     """Return the reader of a record's text, and the key that it starts with."""
-    given = [key for key in TEXT_KEYS if key in fields]
+    given = fields.among(TEXT_KEYS)
     given = [key for key in given if not is_empty(fields.peek(key))] or given
     for keys, reader in _READERS:
         for key in keys:
@@ -202,8 +202,8 @@ _READERS: tuple[tuple[tuple[str, ...], Reader], ...] = (
 
 def _asked(fields: Fields, where: str) -> tuple[Talk, tuple[str, ...]]:
     """Take a question with its answers. Return the conversation, and the answers after the first."""
-    prompts = [k for k in PROMPT_KEYS if k in fields and not is_empty(fields.peek(k))]
-    answers = [k for k in ANSWER_KEYS if k in fields]
+    prompts = [k for k in fields.among(PROMPT_KEYS) if not is_empty(fields.peek(k))]
+    answers = fields.among(ANSWER_KEYS)
     answers = [k for k in answers if not is_empty(fields.peek(k))] or answers
     if not prompts or not answers:
         found = (prompts or answers or ["neither"])[0]

@@ -142,7 +142,7 @@ def read_weight(fields: Fields, where: str) -> float:
 
 
 def _role(turn: Fields, where: str) -> str:
-    given = [key for key in ("role", "from") if key in turn]
+    given = turn.among(("role", "from"))
     if len(given) != 1:
         what = "role and from" if given else "no role"
         raise FaultError("wrong role", f"{where}: {what}; a turn has one role")
@@ -160,7 +160,7 @@ def _role(turn: Fields, where: str) -> str:
 
 
 def _content(turn: Fields, where: str, role: str, talk: Talk) -> str:
-    given = [key for key in ("content", "value", "text") if key in turn]
+    given = turn.among(("content", "value", "text"))
     if len(given) > 1:
         raise FaultError("two texts", f"{where}: {' and '.join(given)}; use one of them")
     if not given:

@@ -439,6 +439,13 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"image": "a.jpg", "caption": "A", "choices": ["x"]}, "'choices': a list would be lost"),
     ({"image": "a.jpg", "caption": "A", "x": {"y": ["z"]}}, "'x': an object would be lost"),
     ({"image": "a.jpg", "question": "?", "answer": "B", "A": "cat"}, "unknown key 'A'"),
+    ({"photo_url": "https://x.org/a.jpg", "question": "?", "answer": "x"}, "'photo_url'"),
+    (
+        {"image": "a.jpg", "caption": "A", "label": "a b c d e"},
+        "'label': 'a b c d e' would be lost",
+    ),
+    ({"image": "a.jpg", "caption": "A", "num_shots": "a b c d e"}, "'num_shots'"),
+    ({"image": "a.jpg", "caption": "A", "tags": ["data:image/png;base64,AA"]}, "'tags'"),
     ({"image": "a.jpg", "audio": "a.wav", "caption": "A"}, "'audio'"),
     ({"image": "a.jpg", "video_file_name": "b.mp4"}, "video_file_name names other media"),
     ({"image": "a.jpg", "img": "b.jpg"}, "img names other media than 'a.jpg'"),
@@ -533,6 +540,31 @@ def test_fields_that_change_the_meaning_are_refused_unless_they_are_empty(key: s
         account = Account(name="photos")
         read_records({"messages": [PLAIN[0], PLAIN[1] | {key: empty}], key: empty}, account)
         assert account.ignored == {key: 1, f"messages.{key}": 1}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"label": "golden retriever", "tags": ["cat", "pet"], "species": "Felis catus"},
+        {"coco_url": "https://x.org/a.jpg", "thumbnail_url": "https://x.org/b.jpg", "url": "x.org"},
+        {
+            "width": 3,
+            "height": 4,
+            "score": 0.5,
+            "is_safe": True,
+            "ratings": [1, 2],
+            "bbox": [0, 1, 2, 3],
+        },
+        {"objects": {"bbox": [[0, 1, 2, 3]], "categories": [0]}, "metadata": {"a": "b c d e f g"}},
+        {"source": "a b c d e f g h", "split": "train", "caption_id": "x", "blurb": "two words"},
+        {"context": None, "tools": [], "images": [], "system": "", "history": []},
+    ],
+)
+def test_harmless_keys_are_counted(more: dict[str, Any]) -> None:
+    account = Account(name="photos")
+    read_records({"image": "a.jpg", "caption": "A cat."} | more, account)
+    taken = {"images", "system"}  # empty lists of media and an empty system are what they say
+    assert account.ignored == dict.fromkeys(more.keys() - taken, 1)
 
 
 def test_a_key_can_be_left_out_by_name() -> None:
