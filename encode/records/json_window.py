@@ -5,7 +5,8 @@
     piece = window.piece()                    # the value at the position
 
 Memory holds one object and one block of the file. A broken object is a `Piece` with a fault. Reading goes on
-behind it if its end is certain; otherwise its fault is the last one.
+behind it if its end is certain, or else at the next line that starts as its line did. If there is none, the
+fault says that the rest of the file is not read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ BOM = b"\xef\xbb\xbf"
 
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[^\s,\[\]{}":]++')
-_REST = "; the rest of the file is not read"
+REST = "rest of a file"
+"""Kind of a fault behind which a file is not read."""
+_INDENT = 256
+"""Spaces before an object in its line, at most, to find others like it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Window:
         self.data = b""
         self.at = 0
         """Position in `data`."""
+        self.indent: bytes | None = None
+        """White space before the position in its line; None if there is something else before it."""
         self.last = False
         """Whether `data` ends where the file ends."""
         if offset == 0 and self.peek(len(BOM)) == BOM:
@@ -89,12 +95,34 @@ class Window:
 
     def skip_space(self) -> bytes:
         """Move to the next byte that is not white space, and return it; empty at the end of the file."""
+        space = b""
         while True:
             match = _SPACE.match(self.data, self.at)
             assert match is not None
+            space = (space + match.group())[-_INDENT:]
             self.at = match.end()
             if self.at < len(self.data) or not self.more():
+                _, line_break, indent = space.rpartition(b"\n")
+                self.indent = indent if line_break else None
                 return self.data[self.at : self.at + 1]
+
+    def skip_object(self) -> bool:
+        """Move to the next line that starts as the line of the position does, with an object.
+
+        Returns:
+            False if there is none; the position is then at the end of the file.
+        """
+        start = b"" if self.indent is None else b"\n" + self.indent + b"{"
+        while start:
+            found = self.data.find(start, self.at + 1)
+            if found >= 0:
+                self.at = found + len(start) - 1
+                return True
+            self.at = max(self.at, len(self.data) - len(start))
+            if not self.more():
+                break
+        self.finish()
+        return False
 
     def piece(self) -> Piece:
         """Return the value at the position, and move behind it.
@@ -105,7 +133,7 @@ class Window:
         line = self.line
         while not (found := self._end()):
             if len(self.data) - self.at > MAX_BYTES:
-                raise FaultError("too large", f"a value of more than {MAX_BYTES >> 20} MiB{_REST}")
+                raise FaultError("too large", f"a value of more than {MAX_BYTES >> 20} MiB")
             if self.last:
                 raise _fault("a value without an end")
             self.more()
@@ -137,10 +165,18 @@ class Window:
         raise _fault(f"{first.decode('latin-1')!r} instead of a value")
 
     def broken(self, fault: FaultError) -> Piece:
-        """Return a piece for a fault at the position, and move to the end of the file."""
-        piece = Piece(b"", self.offset, self.line, fault)
-        self.finish()
-        return piece
+        """Return a piece for a fault at the position, and move to the next object that is certain."""
+        offset, line = self.offset, self.line
+        if self.skip_object():
+            fault = FaultError(fault.kind, f"{fault}; reading goes on at line {self.line:,}")
+        else:
+            fault = FaultError(REST, f"{fault}; the rest of the file is not read")
+        return Piece(b"", offset, line, fault)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the position is at the end of the file."""
+        return self.last and self.at == len(self.data)
 
     def finish(self) -> None:
         """Move to the end of the file."""
@@ -162,7 +198,7 @@ def elements(window: Window) -> Iterator[Piece]:
             window.at += 1
             return
         if not byte:
-            yield window.broken(_fault("a list without an end"))
+            yield Piece(b"", window.offset, window.line, _fault("a list without an end"))
             return
         if byte == b",":
             if comma:
@@ -175,15 +211,13 @@ def elements(window: Window) -> Iterator[Piece]:
         try:
             yield window.piece()
         except FaultError as fault:
-            yield window.broken(_rest(fault))
-            return
+            yield window.broken(fault)
+            comma, first = True, False
+            if window.finished:
+                return
+            continue
         comma = first = False
 
 
 def _fault(what: str) -> FaultError:
     return FaultError("not JSON", f"not JSON: {what}")
-
-
-def _rest(fault: FaultError) -> FaultError:
-    message = str(fault)
-    return FaultError(fault.kind, message if message.endswith(_REST) else message + _REST)

@@ -11,6 +11,7 @@ captions too). An object that cannot be read is a fault, and reading goes on beh
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from configs import UserError
 from encode.records.account import Account, FaultError
 from encode.records.coco import as_object, find_sections, read_coco
-from encode.records.json_window import BOM, Piece, Window, elements
+from encode.records.json_window import BOM, REST, Piece, Window, elements
 from encode.records.keys import LISTS, is_known
 from encode.records.record import Line
 from encode.records.strict_json import MAX_BYTES, find_end, parse
@@ -72,13 +73,16 @@ def _read(pieces: Iterator[Piece], path: Path, account: Account) -> Iterator[Lin
 def _pieces(file: BinaryIO) -> Iterator[Piece]:
     window = Window(file)
     if window.peek(2) in (b"\xff\xfe", b"\xfe\xff"):
-        fault = FaultError("not UTF-8", "not UTF-8 but UTF-16; save the file as UTF-8")
-        yield window.broken(fault)
+        fault = FaultError(REST, "not UTF-8 but UTF-16; save the file as UTF-8")
+        yield Piece(b"", 0, 1, fault)
     elif window.skip_space() == b"[":
         window.at += 1
         yield from elements(window)
         if window.skip_space():
-            yield window.broken(FaultError("not JSON", "not JSON: text behind the list"))
+            fault = FaultError(
+                REST, "not JSON: text behind the list; the rest of the file is not read"
+            )
+            yield Piece(b"", window.offset, window.line, fault)
     else:
         yield from _json_lines(file)
 
@@ -96,11 +100,9 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
         start, size = offset, len(line)
         fault = None
         if size > MAX_BYTES and not line.endswith(b"\n"):
-            fault = FaultError("too large", f"a line of more than {MAX_BYTES >> 20} MiB")
+            fault = _too_long()
             line = b""
-            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                size += len(rest)
-            size += len(rest)
+            size += _skip_line(file)
         offset += size
         if number == 1 and line.startswith(BOM):
             line, start = line[len(BOM) :], len(BOM)
@@ -132,6 +134,20 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
             yield Piece(data, start, number, fault)
 
 
+def _too_long() -> FaultError:
+    return FaultError("too large", f"a line of more than {MAX_BYTES >> 20} MiB")
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of the line; return the number of bytes."""
+    size = 0
+    while rest := file.readline(1 << 20):
+        size += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return size
+
+
 def _goes_on(data: bytes, file: BinaryIO) -> bool:
     """Return whether the object that starts in a line ends in a later one. `file` is behind the line."""
     if data.endswith(b"}") and data.count(b"{") == data.count(b"}"):
@@ -152,23 +168,29 @@ def _goes_on(data: bytes, file: BinaryIO) -> bool:
 
 
 class _Lines:
-    """The lines of a file as text, with the number of bytes and lines read."""
+    """The lines of a file as text, with the number of bytes and lines read, and what is wrong with them."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.offset = 0
         self.count = 0
+        self.fault: FaultError | None = None
 
     def __iter__(self) -> Iterator[str]:
         while line := self._file.readline(MAX_BYTES + 1):
-            if len(line) > MAX_BYTES:
-                raise FaultError("too large", f"a line of more than {MAX_BYTES >> 20} MiB")
-            self.offset += len(line)
             self.count += 1
+            self.offset += len(line)
+            if len(line) > MAX_BYTES and not line.endswith(b"\n"):
+                self.fault = _too_long()
+                self.offset += _skip_line(self._file)
+                line = b"\n"
+            if self.count == 1:
+                line = line.removeprefix(BOM)
             try:
-                yield line.decode("utf-8-sig" if self.count == 1 else "utf-8")
+                yield line.decode()
             except UnicodeDecodeError as error:
-                raise FaultError("not UTF-8", f"not UTF-8 (byte {error.start + 1:,})") from None
+                self.fault = FaultError("not UTF-8", f"not UTF-8 (byte {error.start + 1:,})")
+                yield line.decode(errors="replace")
 
 
 def _table(file: BinaryIO, path: Path, account: Account) -> Iterator[Line]:
@@ -189,8 +211,11 @@ def _table(file: BinaryIO, path: Path, account: Account) -> Iterator[Line]:
     while True:
         offset, number = lines.offset, lines.count + 1
         where = f"{path}:{number}"
+        lines.fault = None
         try:
             row = next(rows)
+            if lines.fault:
+                raise lines.fault
             if columns is None:
                 if any(row):
                     columns = _header(row)
@@ -201,14 +226,15 @@ def _table(file: BinaryIO, path: Path, account: Account) -> Iterator[Line]:
         except StopIteration:
             return
         except csv.Error as error:
-            # The reader cannot say where the next row starts.
-            message = f"not CSV: {error}; the rest of the file is not read"
-            account.fault(where, FaultError("not CSV", message))
-            return
+            # Reading goes on at the next line, unless a quote without an end took all of them.
+            at_end = lines.offset == os.fstat(file.fileno()).st_size and lines.count > number
+            kind = REST if at_end else "not CSV"
+            account.fault(where, FaultError(kind, f"not CSV: {error}"))
         except FaultError as fault:
-            account.fault(where, fault)
-            if columns is None or fault.kind in ("not UTF-8", "too large"):
+            if columns is None:  # then no row can be read
+                account.fault(where, FaultError(REST, f"{fault}; the file is not read"))
                 return
+            account.fault(where, fault)
 
 
 def _header(row: list[str]) -> list[str]:
@@ -259,5 +285,5 @@ def _parquet(path: Path, account: Account) -> Iterator[Line]:
                     yield Line(where=f"{path}:{number}", value=value)
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            fault = FaultError("not Parquet", f"not Parquet: {reason}")
+            fault = FaultError(REST, f"not Parquet: {reason}; the rest of the file is not read")
             account.fault(f"{path}:{number + 1}", fault)

@@ -292,6 +292,7 @@ def test_lists_and_weights_in_cells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ('image,caption\na.jpg,"A" cat\nb.jpg,B', "2: not CSV: ',' expected"),
         ("image,caption\na.jpg\nb.jpg,B", "2: 1 cells for 2 columns"),
         ("image,caption\na.jpg,A,cat\nb.jpg,B", "2: 3 cells for 2 columns"),
         ("image,caption,caption\na.jpg,A,B", "1: two columns named 'caption'"),
@@ -304,6 +305,28 @@ def test_rows_that_do_not_fit_are_faults(tmp_path: Path, text: str, expected: st
     assert len(faults) == 1 and faults[0].startswith(expected), faults
     if "b.jpg,B" in text and not expected.startswith("1"):
         assert [line.value for line in lines] == [{"image": "b.jpg", "caption": "B"}]
+
+
+def test_bytes_of_a_row_that_are_not_utf_8(tmp_path: Path) -> None:
+    lines, faults = read(tmp_path / "a.csv", b"image,caption\na.jpg,\xff\nb.jpg,B\n")
+    assert faults == ["2: not UTF-8 (byte 7)"]
+    assert [line.value for line in lines] == [{"image": "b.jpg", "caption": "B"}]
+
+
+def test_what_hides_the_rest_of_a_file_is_counted_as_such(tmp_path: Path) -> None:
+    texts = {
+        "a.csv": 'image,caption\na.jpg,"A cat\nb.jpg,B\nc.jpg,C\n',
+        "b.csv": "a.jpg,A cat\nb.jpg,B\n",
+        "a.json": '[{"a": [1}, {"b": 2}]',
+        "b.json": '[{"a": 1}] {"b": 2}',
+        "c.json": '[\n {"a": 1},\n {"a": [\n {"b": 2}]\n',
+    }
+    for name, text in texts.items():
+        account = Account(name="photos")
+        (tmp_path / name).write_text(text)
+        list(read_lines(tmp_path / name, account))
+        expected = {"not JSON": 1} if name == "c.json" else {"rest of a file": 1}
+        assert account.faults == expected, name
 
 
 def test_a_cell_may_be_a_data_uri(tmp_path: Path) -> None:
