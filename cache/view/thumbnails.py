@@ -19,6 +19,9 @@ from cache.format.embedded import is_embedded, read_embedded
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded: those of the encoder. PIL's rarer decoders are attack surface."""
 
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+"""Brands of HEIC files, at their beginning."""
+
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded: the encoder refuses larger ones."""
 
@@ -117,13 +120,22 @@ def decode(data: bytes, side: int) -> Image.Image:
         raise NotShownError("cannot be read") from None
 
 
-def _decode(data: bytes, side: int) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
+    if data[4:8] == b"ftyp" and any(brand in data[8:40] for brand in HEIC_BRANDS):
+        from pillow_heif import (
+            HeifImageFile,  # of the extra `heic`; without it, the image is not shown
+        )
+
+        return HeifImageFile(io.BytesIO(data))
+    if data.startswith(b"\xff\xd8"):
+        data += b"\xff\xd9"  # the end of a JPEG, which the file may lack
     Image.init()
     known = tuple(name for name in FORMATS if name in Image.OPEN)
-    with (
-        warnings.catch_warnings(action="ignore"),
-        Image.open(io.BytesIO(data), formats=known) as image,
-    ):
+    return Image.open(io.BytesIO(data), formats=known)
+
+
+def _decode(data: bytes, side: int) -> Image.Image:
+    with warnings.catch_warnings(action="ignore"), _open(data) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("too many pixels")
         image.draft(

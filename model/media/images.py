@@ -211,7 +211,11 @@ def _open(data: bytes) -> Image.Image:
         from pillow_heif import HeifImageFile, options
 
         options.DECODE_THREADS = 1  # several images are decoded at once already
-        image: Image.Image = HeifImageFile(file)
+        image: Image.Image
+        try:
+            image = HeifImageFile(file)
+        except SyntaxError as error:  # its class for all damage
+            raise BadMediaError(f"damaged HEIC: {one_line(error, MAX_REASON)}") from None
     else:
         image = Image.open(file, formats=_formats())
     try:

@@ -48,6 +48,7 @@ from configs import UserError
 from model.media import images as model_images
 from model.media.images import decode_image, fit_image
 from tests.support.html_page import Page, loads_nothing
+from tests.support.photos import heic_file
 from tests.support.spaces import SPEC, features, key, make_space
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<b>"
@@ -458,7 +459,7 @@ def test_a_missing_or_changed_image_is_not_shown(tmp_path: Path, photo: tuple[Pa
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "turned", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "turned", "CMYK", "HEIC", "cut"])
 def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, mode: str) -> None:
     y, x = np.mgrid[0:300, 0:200]
     soft = np.stack([x * 255 / 200, y * 255 / 300, 255 - x * 255 / 200], axis=-1).astype(np.uint8)
@@ -472,7 +473,12 @@ def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, mode: 
     elif mode == "turned":
         options = {"exif": Image.Exif()}
         options["exif"][0x0112] = 6
-    image.save(out, "JPEG" if mode in ("CMYK", "turned") else "PNG", **options)
+    if mode == "HEIC":
+        out = io.BytesIO(heic_file(image, quality=90))
+    else:
+        image.save(out, "JPEG" if mode in ("CMYK", "turned", "cut") else "PNG", **options)
+    if mode == "cut":
+        out = io.BytesIO(out.getvalue()[:-100])
     path = tmp_path / "image"
     path.write_bytes(out.getvalue())
     spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
