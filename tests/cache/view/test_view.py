@@ -424,7 +424,8 @@ def test_a_media_item_inside_a_file_has_a_thumbnail(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+    # GNU: one header a member. The default writes another one for a time that is no whole second.
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         tar.add(path, "photo.png")
     size = path.stat().st_size
     source = member_source(str(tmp_path / "a.tar"), tarfile.BLOCKSIZE, size, "photo.png")
