@@ -55,6 +55,8 @@ class Reading:
     """Which ones `sample` chooses."""
     leave_out: bool = False
     """Whether lines that cannot be used are left out, instead of refusing the data set."""
+    ignore_keys: frozenset[str] = frozenset()
+    """Keys of records that are counted and not used."""
     source: Path | None = None
     """`--source`, for the words."""
     media: Path | None = None
@@ -68,6 +70,7 @@ class Reading:
         if choice.entry.source in WITH_MEDIA:
             options["--media"] = self.media and self.media.expanduser().absolute()
         options["--bad-lines"] = "leave-out" if self.leave_out else None
+        options["--ignore-keys"] = ",".join(sorted(self.ignore_keys)) or None
         options |= {"--limit": self.limit, "--sample": self.sample}
         options["--seed"] = self.seed if self.sample and self.seed else None
         given = ((name, str(value)) for name, value in options.items() if value is not None)
@@ -100,7 +103,9 @@ def read_datasets(
     sizes = media_sizes(root) if any(d.needs_sizes for d in datasets) else {}
     for dataset in datasets:
         choice = choices[dataset.name]
-        account = Account(name=dataset.name, leave_out=reading.leave_out)
+        account = Account(
+            name=dataset.name, leave_out=reading.leave_out, ignore_keys=reading.ignore_keys
+        )
         samples = counter.count(_chosen(dataset, sizes, account, reading))
         if write:
             _refuse_others(root, choice)
@@ -142,7 +147,8 @@ def _sampled(
         wanted, (_hash(sample, seed) for sample in dataset.samples(sizes, account))
     )
     account.close()
-    again = Account(name=dataset.name, leave_out=True)  # the first pass has counted
+    # The first pass has counted.
+    again = Account(name=dataset.name, leave_out=True, ignore_keys=account.ignore_keys)
     for sample in dataset.samples(sizes, again):
         if smallest and _hash(sample, seed) <= smallest[-1]:
             yield sample

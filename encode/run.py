@@ -96,6 +96,9 @@ class Options:
     """Which samples --sample takes."""
     bad_lines: Literal["refuse", "leave-out"] = "refuse"
     """Lines that would lose text or media: refuse the data set, or leave-out: go on without them."""
+    ignore_keys: str = ""
+    """Keys of lines that are counted and not used, separated by commas. A key inside another is named by its
+    path: hint,messages.reasoning_content."""
     rehash: bool = False
     """Read every file again, even if its size, times and inode are unchanged."""
     check: int | None = None
@@ -220,6 +223,7 @@ def how_to_read(options: Options) -> Reading:
         sample=options.sample,
         seed=options.seed,
         leave_out=options.bad_lines == "leave-out",
+        ignore_keys=frozenset(filter(None, options.ignore_keys.split(","))),
         source=options.source,
         media=options.media,
     )

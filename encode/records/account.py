@@ -15,6 +15,7 @@ one run shows every kind of fault. With `leave_out`, such lines are left out and
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,10 +31,12 @@ SHOWN = 20
 class FaultError(Exception):
     """What is wrong with one line or row. The caller knows where it is."""
 
-    def __init__(self, kind: str, message: str = "") -> None:
+    def __init__(self, kind: str, message: str = "", *, key: str = "") -> None:
         super().__init__(message or kind)
         self.kind = kind
         """A few words, equal for all faults of this kind."""
+        self.key = key
+        """Path of the key without which the line could be read; empty if there is none."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,8 @@ class Account:
     """Name of the data set."""
     leave_out: bool = False
     """Whether lines with faults are left out and counted, instead of ending the job."""
+    ignore_keys: frozenset[str] = frozenset()
+    """Keys, or paths of keys, that the user leaves out: they are counted and not used."""
     lines: Counter[str] = field(default_factory=Counter)
     """Format -> lines or rows read."""
     media: Counter[str] = field(default_factory=Counter)
@@ -63,9 +68,15 @@ class Account:
     first_faults: list[str] = field(default_factory=list)
     """The first `SHOWN` faults, each with file and line."""
 
+    refused_keys: dict[str, None] = field(default_factory=dict)
+    """Keys without which lines with faults could be read, the first `SHOWN`, in the order they were found."""
+
     def fault(self, where: str, error: FaultError) -> None:
         """Count one fault; `where` is the file and line."""
         self.faults[error.kind] += 1
+        # A comma in a key would make two of it in the option.
+        if error.key and "," not in error.key and len(self.refused_keys) < SHOWN:
+            self.refused_keys[error.key] = None
         if len(self.first_faults) < SHOWN:
             self.first_faults.append(f"{where}: {error}")
 
@@ -88,9 +99,14 @@ class Account:
         total = sum(self.faults.values())
         kinds = ", ".join(f"{times:,} {kind}" for kind, times in self.faults.most_common())
         more = f"\n... and {total - len(self.first_faults):,} more" if total > SHOWN else ""
+        lines = "line" if total == 1 else "lines"
+        keys = shlex.quote(",".join(self.refused_keys))
+        without = f", or without these keys: --ignore-keys {keys}" if self.refused_keys else ""
         raise UserError(
-            "\n".join(self.first_faults) + more + f"\n{self.name}: {total:,} lines cannot be used "
-            f"({kinds}); correct them, or go on without them: --bad-lines leave-out"
+            "\n".join(self.first_faults)
+            + more
+            + f"\n{self.name}: {total:,} {lines} cannot be used "
+            f"({kinds}); correct them, or go on without them: --bad-lines leave-out{without}"
         )
 
     def text(self) -> str:

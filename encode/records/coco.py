@@ -145,7 +145,7 @@ def as_object(piece: Piece) -> dict[str, Any]:
 def _annotation(value: dict[str, Any], account: Account) -> tuple[Any, str]:
     ignored = account.ignored.copy()
     ignored.clear()
-    fields = Fields(value, "annotations", ignored)
+    fields = Fields(value, "annotations", ignored, account.ignore_keys)
     image = _image_id(fields.take("image_id"), "image_id")
     text = fields.take("caption")
     if not isinstance(text, str) or not text.strip():

@@ -227,6 +227,7 @@ class Fields:
             raise FaultError(
                 "field that changes the meaning",
                 f"{shown} changes what is learned, in a way that is not supported",
+                key=self.path(key),
             )
         if kind == "harmless":
             lost = _has_media(value)
@@ -241,10 +242,13 @@ class Fields:
         if kind.startswith("near "):
             near = kind.removeprefix("near ")
             raise FaultError("unknown key", f"unknown key {shown}; did you mean {near!r}?")
+        path = self.path(key)
         if kind == "known":
             message = f"{shown} is not used beside the other keys; {show(value)} would be lost"
-            raise FaultError("key without use", message)
-        raise FaultError("unknown key", f"unknown key {shown}: {show(value)} would be lost")
+            raise FaultError("key without use", message, key=path)
+        raise FaultError(
+            "unknown key", f"unknown key {shown}: {show(value)} would be lost", key=path
+        )
 
 
 def is_known(key: str) -> bool:

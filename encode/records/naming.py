@@ -138,7 +138,9 @@ def _first(fields: Fields, keys: tuple[str, ...], kind: Kind) -> tuple[MediaName
 def _two_keys(key: str, named: tuple[MediaName, ...]) -> FaultError:
     names = ", ".join(show(name.text) for name in named[:3])
     return FaultError(
-        "two keys of media", f"{key} names other media than {names}; use one key, with a list"
+        "two keys of media",
+        f"{key} names other media than {names}; use one key, with a list",
+        key=key,
     )
 
 

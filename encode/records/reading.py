@@ -46,23 +46,19 @@ class Conversation:
     suffix: str = ""
 
 
-def read_records(
-    value: Mapping[str, Any], account: Account, ignore_keys: frozenset[str] = frozenset()
-) -> tuple[Record, ...]:
+def read_records(value: Mapping[str, Any], account: Account) -> tuple[Record, ...]:
     """Return the conversations of one record.
 
     Args:
         value: its keys and values. The bytes of embedded media are replaced by a `MediaName`.
         account: counts the record by its format, and the keys that were ignored.
-        ignore_keys: keys that are counted and not used, whatever they mean. A key inside of a turn is named
-            by its path, as in conversations.hint.
 
     Raises:
         FaultError: text, media or weight would be lost, or the record is not of a known format. Then
             `account` is unchanged.
     """
     ignored: Counter[str] = Counter()
-    fields = Fields(value, "", ignored, ignore_keys)
+    fields = Fields(value, "", ignored, account.ignore_keys)
     records = _read(fields)
     fields.close()
     account.ignored.update(ignored)
@@ -298,7 +294,7 @@ def _settle_other_texts(fields: Fields, key: str, records: list[Record]) -> None
         if other not in TEXT_KEYS or is_empty(value):
             continue
         if not isinstance(value, str) or value.strip() not in said:
-            raise FaultError("two texts", f"has {key} and {other}; use one of them")
+            raise FaultError("two texts", f"has {key} and {other}; use one of them", key=other)
         fields.ignore(other)
 
 

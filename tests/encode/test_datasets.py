@@ -110,6 +110,14 @@ def test_bad_lines_are_left_out_and_counted(
     assert origin.account["faults"] == {"unknown key": 2}
 
 
+def test_keys_that_are_left_out_are_part_of_the_words(tmp_path: Path) -> None:
+    root = CacheRoot(tmp_path)
+    read(root, Reading(ignore_keys=frozenset({"messages.hint", "a"})), Lines("b", 1))
+    origin = read_origin(root, "b")
+    assert origin is not None
+    assert origin.words == ("--dataset", "b=folder:/b", "--ignore-keys", "a,messages.hint")
+
+
 @pytest.mark.parametrize("wanted", [1, 7, 500, 2000])
 def test_a_sample_has_that_many_from_everywhere(tmp_path: Path, wanted: int) -> None:
     root = CacheRoot(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import UserError
 from encode.records.account import Account, FaultError
 from encode.records.keys import CHANGES, KNOWN_KEYS
 from encode.records.reading import read_records
@@ -22,8 +23,8 @@ HUMAN = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 PLAIN = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
 
 
-def read(value: Mapping[str, Any], **more: Any) -> tuple[Record, ...]:
-    return read_records(value, Account(name="photos"), **more)
+def read(value: Mapping[str, Any]) -> tuple[Record, ...]:
+    return read_records(value, Account(name="photos"))
 
 
 def spoken(record: Record) -> list[str]:
@@ -567,15 +568,23 @@ def test_harmless_keys_are_counted(more: dict[str, Any]) -> None:
     assert account.ignored == dict.fromkeys(more.keys() - taken, 1)
 
 
-def test_a_key_can_be_left_out_by_name() -> None:
+def test_a_key_can_be_left_out_by_name_and_the_error_says_how() -> None:
     turns = [PLAIN[0], PLAIN[1] | {"reasoning_content": "Hm."}]
-    account = Account(name="photos")
-    names = frozenset({"blurb", "messages.reasoning_content", "image"})
-    (record,) = read_records(
-        {"image": "a", "blurb": "A b c d e f", "messages": turns}, account, names
-    )
+    value = {"image": "a", "my blurb": "A b c d e f", "messages": turns}
+    names: list[str] = []
+    while len(names) < 2:
+        account = Account(name="photos", ignore_keys=frozenset(names))
+        with pytest.raises(FaultError) as caught:
+            read_records(value, account)
+        account.fault("a.jsonl:1", caught.value)
+        names.append(caught.value.key)
+        with pytest.raises(UserError, match=f"without these keys: --ignore-keys '?{names[-1]}'?$"):
+            account.close()
+    assert names == ["messages.reasoning_content", "my blurb"]
+    account = Account(name="photos", ignore_keys=frozenset([*names, "image"]))
+    (record,) = read_records(value, account)
     assert spoken(record) == ["user: What?", "assistant: A cat."] and record.media == ()
-    assert account.ignored == {"blurb": 1, "image": 1, "messages.reasoning_content": 1}
+    assert account.ignored == {"my blurb": 1, "image": 1, "messages.reasoning_content": 1}
 
 
 def test_a_text_that_repeats_a_turn_is_no_second_text() -> None:
