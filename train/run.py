@@ -347,9 +347,10 @@ def held_out_loss(
 
 
 def inspect(options: Options, reader: FeatureReader, data: setup.Data, tokenizer: Any) -> None:
-    """Print the first packed micro-batches as text."""
-    device = torch.device("cpu")
-    with load(options, reader, data.schedule, device, 0, options.max_steps) as loader:
+    """Print the first packed micro-batches as text, at most those of one epoch."""
+    device, schedule = torch.device("cpu"), data.schedule
+    epoch = -(-schedule.samples_per_epoch // schedule.samples_per_step)
+    with load(options, reader, schedule, device, 0, min(epoch, options.max_steps)) as loader:
         for micro in islice(loader, INSPECTED):
             print(inspect_text(micro, tokenizer, data.schedule.trees))
 

@@ -7,7 +7,8 @@ python -m train.evaluate --run default --split train         # samples it was tr
 Answers are computed from cached features, by the code that `model.generate` uses. The *blind* figures are
 those of the same model with every image exchanged for another image of the split, and every video for another
 video: they show what can be answered without looking. The headline is exact match, averaged over question
-types. Captions are reported separately, because a caption has no single right answer.
+types. Captions are reported separately, because a caption has no single right answer. A question with several
+answers is asked once, and any of them is right.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -328,6 +329,12 @@ def test_inspect_prints_micro_batches_and_creates_no_run(
     train("--inspect")
     shown = capsys.readouterr().out
     assert "<|im_start|>assistant" in shown and "x4 tokens]" in shown
+    assert re.findall("^step .*?:", shown, re.MULTILINE) == [
+        f"step {n}, micro-batch 0:" for n in (0, 1)
+    ]
+    train("--inspect", "--batch-size", "200", "--max-tokens", "20000")  # no second epoch
+    heads = re.findall("^step .*?:", capsys.readouterr().out, re.MULTILINE)
+    assert heads == ["step 0, micro-batch 0:"]
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [".tokens"]
 
 
