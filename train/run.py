@@ -231,8 +231,8 @@ def train(
                     **dataclasses.asdict(totals),
                 )
             )
-            stop.received = local.signal or None  # of any process, so that all end after this step
-            last = done == options.max_steps or stop.stopping()
+            # Of any process, so that all end after the same step. A later signal counts in the next step.
+            last = done == options.max_steps or local.signal > 0
             if data.val_schedule is not None and (
                 done == options.max_steps or done % options.eval_every == 0
             ):
@@ -243,6 +243,7 @@ def train(
                 if group.is_main:
                     checkpoint.save(checkpoints, done, vlm, optimizer, meta)
             if last:
+                stop.received = local.signal or None
                 break
             started = time.perf_counter()
     finally:

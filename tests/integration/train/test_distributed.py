@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -249,7 +250,11 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
             while parent.poll() is None and len(losses(folder)) < aim:
                 time.sleep(0.005)
             if kill == 0:
-                parent.send_signal(signal.SIGINT)
+                for pid in (
+                    *ranks,
+                    parent.pid,
+                ):  # as a terminal does; torchrun passes it on as well
+                    os.kill(pid, signal.SIGINT)
             else:
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
                     os.kill(rng.choice(ranks), signal.SIGKILL)
@@ -258,7 +263,17 @@ def test_interrupted_killed_and_resumed_training_equals_uninterrupted_training(
         assert said.count("Traceback (most recent call last)") <= 1, said  # torchrun's
         if kill == 0:
             assert parent.returncode != 0
-            assert sum(line == "interrupted" for line in said.splitlines()) == 1, said
+            ends = re.findall(
+                r"^interrupted after step (\d+) of .*: (torchrun .*)$", said, re.MULTILINE
+            )
+            assert len(ends) == 1, said
+            shown = shlex.split(ends[0][1])
+            assert shown == [
+                *["torchrun", "--nproc-per-node", "2", "-m", "train.run"],
+                *command[8:],
+            ]
+            newest = checkpoint.newest(folder / "checkpoints")
+            assert newest is not None and newest.name == f"step-{int(ends[0][0]):08d}"
             assert not (folder / "final" / META).exists()
     with contextlib.chdir(tmp_path):
         assert main(["--run", "two", "--resume", "--features", str(cache.path)]) == 0
