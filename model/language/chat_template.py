@@ -35,6 +35,14 @@ TEMPLATE_VERSION = "chatml-2"
 """Version of the template. Change it whenever equal messages would give other ids or weights: tokenised text
 is stored under it."""
 
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+"""The template for transformers' tokenizers (Jinja), of messages whose content is text."""
+
 Message = tuple[str, str, float]
 """(role, content, weight). Only the weights of assistant turns are used."""
 

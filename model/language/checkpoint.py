@@ -54,6 +54,11 @@ LORA = re.compile(
     r"\.lora_|lora_embedding|lora_magnitude|\.base_layer\.|modules_to_save|\.ia3_l|\.oft_[rs]\b"
 )
 """In the names of tensors of an adapter that is not merged."""
+VISION = re.compile(
+    r"(?:^|\.)(?:vision_tower|vision_model|vision_encoder|visual|multi_modal_projector|mm_projector"
+    r"|image_newline|audio_tower)(?:\.|$)"
+)
+"""In the names of tensors of a vision-language model."""
 QUANTISED = re.compile(
     r"\.(?:qweight|qzeros|scales|g_idx|weight_packed|weight_scale(?:_inv)?|weight_zero_point|biases"
     r"|weight\.(?:absmax|quant_map|nested_absmax|quant_state.*)|SCB|weight_format)$"
@@ -114,6 +119,8 @@ def _instead(folder: Path) -> str:
             return f" (there is one in {found[-1].parent})"
     if any(folder.glob("*.gguf")):
         return " (GGUF files are llama.cpp's: take the model that they were made from)"
+    if any(folder.glob("adapter_model.*")):
+        return " (adapter_model without adapter_config.json: merge the adapter into its model)"
     if (folder / "params.json").exists():
         return " (params.json: weights in their maker's own format; take those in Hugging Face's)"
     return ""
@@ -322,6 +329,11 @@ def _check_kind_of_tensors(
         raise UserError(
             f"{tensors[lora[0]].path}: {len(lora)} tensors of an adapter (LoRA) that is not merged, such as "
             f"{_some(lora)}; save the merged model: model.merge_and_unload().save_pretrained(PATH)"
+        )
+    if sees := [name for name in tensors if VISION.search(name)]:
+        raise UserError(
+            f"{tensors[sees[0]].path}: a whole vision-language model ({_some(sees, 1)}), not a language "
+            "model alone; give the language model that it was built on: --llm PATH"
         )
     coded = [name for name in tensors if QUANTISED.search(name)]
     coded += [n for n, t in tensors.items() if n.endswith("weight") and t.dtype not in FLOATS]

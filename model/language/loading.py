@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ INNER_WRAPPERS = (
 """Parts that torch.compile, FSDP, activation checkpointing and Lightning put into names, at any depth."""
 OUTER_WRAPPERS = ("module.", "base_model.model.")
 """What DistributedDataParallel and PEFT put before names."""
+OUTPUT_LAYER = "lm_head.weight"
 HARMLESS = re.compile(r"(?:rotary_emb\.inv_freq|\.masked_bias|(?:^|\.)position_ids)$")
 """Buffers that older versions of transformers stored: they are computed, not learned."""
-EXPERTS = re.compile(r"\.experts\.\d+\.")
+EXPERTS = re.compile(r"\.experts\.(\d{1,6})\.")
 """In the names of tensors that transformers stacks when it loads a mixture of experts."""
 
 
@@ -60,7 +61,7 @@ def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
     """Return stored name -> name in the model, without the prefixes of wrappers.
 
     Harmless buffers, and an output layer that is tied, are left out. A mixture of experts has other names in
-    its file than in the model, so its tensors are judged when they are loaded.
+    its file than in the model, so the shapes of experts are compared when they are loaded.
 
     Raises:
         UserError: tensors are missing, left over, or of another shape.
@@ -77,17 +78,17 @@ def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
         raise UserError(
             f"{folder}: two tensors have one name without the prefixes of wrappers; {AGAIN}"
         )
-    if any(EXPERTS.search(name) for name in names.values()):
-        return {k: v for k, v in names.items() if not HARMLESS.search(v)}
+    experts = any(EXPERTS.search(name) for name in names.values())
+    if experts:
+        missing = [name for name in missing if ".experts." not in name]
+        missing += _missing_experts(names.values())
+        left = [name for name in left if ".experts." not in names[name]]
     if missing or left:
-        found = [
-            f"{len(group)} tensors {what}: {_few(group)}"
-            for what, group in (("of the model are missing", missing), ("are left over", left))
-            if group
-        ]
-        raise UserError(
-            f"{folder}: not the weights of the model in its {CONFIG}: {'; '.join(found)}; {AGAIN}"
-        )
+        way_out = AGAIN
+        if missing == [OUTPUT_LAYER] and not left:
+            way_out = f'is it tied? Then write "tie_word_embeddings": true into {folder / CONFIG}'
+        groups = {f"missing (of {len(shapes)})": missing, "left over": left}
+        raise UserError(_message(folder, groups, way_out))
     for name, new in names.items():
         have = checkpoint.tensors[name]
         if new in shapes and have.shape != shapes[new]:
@@ -95,13 +96,30 @@ def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
                 f"{have.path}: tensor {name} is {have.shape}, by {CONFIG} it is {shapes[new]}: "
                 "files of two models?"
             )
-    used = {name: new for name, new in names.items() if new in shapes}
+    used = {
+        k: new for k, new in names.items() if new in shapes or (experts and EXPERTS.search(new))
+    }
     # A name that became longer has only the base model's prefix, as transformers adds it.
     if cut := next((pair for pair in used.items() if not pair[1].endswith(pair[0])), None):
         log.info("%s: names without the prefixes of wrappers: %s -> %s", folder, *cut)
     if skipped := len(names) - len(used):
         log.info("%s: %d tensors are not parameters of the model (buffers)", folder, skipped)
     return used
+
+
+def _missing_experts(names: Iterable[str]) -> list[str]:
+    """Return the names of tensors that some experts of a layer have and others do not."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if match := EXPERTS.search(name):
+            around = (name[: match.start()], name[match.end() :])
+            found.setdefault(around, set()).add(int(match[1]))
+    every = set().union(*found.values())
+    return [
+        f"{before}.experts.{number}.{after}"
+        for (before, after), numbers in found.items()
+        for number in sorted(every - numbers)
+    ]
 
 
 def _candidates(stored: list[str], base: str, expected: set[str]) -> Iterator[dict[str, str]]:
@@ -166,6 +184,14 @@ def _is_buffer(name: str, shape: tuple[int, ...], model: PreTrainedModel) -> boo
     return any(re.search(p, name) for p in patterns if "visual" not in p and "vision" not in p)
 
 
+def _message(folder: Path, groups: Mapping[str, Collection[str]], way_out: str = AGAIN) -> str:
+    """Return an error about tensors: what is wrong with them -> their names."""
+    found = "; ".join(
+        f"{len(names)} {what}: {_few(names)}" for what, names in groups.items() if names
+    )
+    return f"{folder}: its tensors are not those of the model in its {CONFIG}: {found}; {way_out}"
+
+
 def _few(names: Iterable[str], most: int = 3) -> str:
     listed = sorted(names)
     more = f", ... ({len(listed):,} in all)" if len(listed) > most else ""
@@ -203,19 +229,14 @@ def load_weights(
         raise UserError(
             f"{checkpoint.folder}: cannot be loaded ({one_line(error)}); {AGAIN}"
         ) from None
-    wrong = {
+    groups = {
         "missing": report["missing_keys"],
         "left over": report["unexpected_keys"],
         "of another shape": [key[0] for key in report["mismatched_keys"]],
         "in error": report["error_msgs"],
     }
-    found = [
-        f"{len(group)} tensors {what}: {_few(group)}" for what, group in wrong.items() if group
-    ]
-    if found:
-        raise UserError(
-            f"{checkpoint.folder}: not the weights of the model in its {CONFIG}: {'; '.join(found)}; {AGAIN}"
-        )
+    if any(groups.values()):
+        raise UserError(_message(checkpoint.folder, groups))
     return model
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import configs
+from model.language.chat_template import CHAT_TEMPLATE
 from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
 from model.language.files import AGAIN
 from model.language.loading import empty_model, fit, load_weights
@@ -146,7 +147,7 @@ def load_folder(
     config = _folder_config(folder)
     shapes = empty_model(config, folder)
     names = fit(checkpoint, shapes)
-    tokenizer = prepare_tokenizer(read_tokenizer(folder, _rows(shapes)))
+    tokenizer = _own_tokenizer(folder, shapes)
     return load_weights(checkpoint, config, names, dtype), tokenizer
 
 
@@ -165,11 +166,15 @@ def check_folder(folder: Path) -> None:
 def _shapes(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the model of a folder's config on `meta`, and its tokenizer."""
     model = empty_model(_folder_config(folder), folder)
-    return model, prepare_tokenizer(read_tokenizer(folder, _rows(model)))
+    return model, _own_tokenizer(folder, model)
 
 
-def _rows(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+def _own_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in a model's folder, after a comparison with the model."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    ends = getattr(model.config, "eos_token_id", None)
+    named = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
+    return prepare_tokenizer(read_tokenizer(folder, rows, named))
 
 
 def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -256,6 +261,7 @@ def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.save_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     ends = list(eos_ids(tokenizer))
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

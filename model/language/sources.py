@@ -69,6 +69,8 @@ def _cached(source: str) -> Path | None:
     """
     path = Path(source).expanduser()
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise UserError(f"{source}: a GGUF file (of llama.cpp), mostly quantised; {WAY_OUT}")
         raise UserError(f"{source}: a file; give its folder: --llm {shlex.quote(str(path.parent))}")
     if not source or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{source or 'empty --llm'}: no such folder; {WAY_OUT}")

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,15 @@ FAR_FEWER = 8192
 model. Padding of embeddings adds a few hundred rows."""
 
 
-def read_tokenizer(folder: Path, rows: int | None) -> PreTrainedTokenizerFast:
+def read_tokenizer(
+    folder: Path, rows: int | None, ends: Iterable[int] = ()
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer in a folder.
 
     Args:
         folder: of the model.
         rows: rows of the model's embedding; None: not compared.
+        ends: ids that the model's config names as ends of a text.
 
     Raises:
         UserError: the tokenizer is missing, damaged, of another model, or does not give texts back.
@@ -66,7 +70,7 @@ def read_tokenizer(folder: Path, rows: int | None) -> PreTrainedTokenizerFast:
         tokenizer = _from_file(file)
     else:
         tokenizer = _converted(folder)
-    _check_ids(folder, tokenizer, rows)
+    _check_ids(folder, tokenizer, rows, ends)
     _check_round_trip(folder, tokenizer)
     return tokenizer
 
@@ -118,8 +122,10 @@ def _converted(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int | None) -> None:
-    """Raise UserError if there are no ids, or if they are not those of an embedding of `rows` rows."""
+def _check_ids(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int | None, ends: Iterable[int]
+) -> None:
+    """Raise UserError if there are no ids, or if they are not those of the model."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = set(tokenizer.added_tokens_decoder)
     words = {text: number for text, number in vocabulary.items() if number not in added}
@@ -138,6 +144,12 @@ def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: int | Non
         raise UserError(
             f"{folder}: the tokenizer is of another model: {count:,} ids, and the embedding has {rows:,} "
             "rows; copy it from where the weights come from"
+        )
+    # An id beyond the embedding is a default that somebody forgot, and is never used.
+    if absent := [end for end in ends if end < rows and end not in vocabulary.values()]:
+        raise UserError(
+            f"{folder}: the tokenizer is of another model: config.json ends a text with id "
+            f"{absent[0]:,}, which it does not have; copy it from where the weights come from"
         )
     if count > rows:
         log.info("%s: %d added tokens get new embedding rows", folder, count - rows)

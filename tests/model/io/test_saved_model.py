@@ -22,6 +22,7 @@ from cache.format.checksums import sealed_json
 from configs import UserError
 from model.io import saved_model
 from model.io.saved_model import find_run, load_final, read_meta, save_final
+from model.language.chat_template import prompt_ids
 from model.language.model import load_language
 from model.language.tokenizer import encode_text, eos_ids
 from model.vlm import VLM, build_vlm
@@ -94,6 +95,9 @@ def test_transformers_loads_the_language_model_exactly(tmp_path: Path, tied: boo
         expected = ours.language(ids).logits
         assert torch.equal(theirs.eval()(ids).logits, expected)
     assert set(theirs.generation_config.eos_token_id) == set(eos_ids(tok))
+    talk = [{"role": "user", "content": "What is it?"}]
+    asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    assert asked == prompt_ids(tok, [("user", "What is it?", 1.0)], media=0)
 
 
 def test_a_new_stage_1_starts_from_the_language_model_of_a_run(saved: tuple[Path, VLM]) -> None:

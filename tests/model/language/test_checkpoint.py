@@ -7,6 +7,7 @@ with pytest.raises(UserError, match="is truncated"):
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import struct
 import subprocess
@@ -189,9 +190,17 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
         both(drop(WEIGHTS), text("zero_to_fp32.py", "")),
         r"DeepSpeed.*python \S*zero_to_fp32\.py",
     ),
-    "a layer is missing": ("tied", without("layers.1."), "11 tensors of the model are missing"),
-    "a norm is missing": ("tied", without("model.norm"), r"missing: model\.norm\.weight"),
-    "the output layer is missing": ("untied", without("lm_head"), r"missing: lm_head\.weight"),
+    "a layer is missing": ("tied", without("layers.1."), r"11 missing \(of 25\): model\.layers\.1"),
+    "a norm is missing": (
+        "tied",
+        without("model.norm"),
+        r"1 missing \(of 25\): model\.norm\.weight",
+    ),
+    "the output layer is missing": (
+        "untied",
+        without("lm_head"),
+        r"lm_head\.weight; is it tied\? Then write",
+    ),
     "another output layer": (
         "tied",
         tensors(lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"] + 1}),
@@ -200,7 +209,7 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
     "left over": (
         "tied",
         plus(value_head__weight=torch.ones(3)),
-        r"1 tensors are left over: value_head\.weight",
+        r"1 left over: value_head\.weight",
     ),
     "an unknown prefix of some": (
         "tied",
@@ -212,7 +221,7 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
         tensors(lambda s: s | {"module.model.norm.weight": s["model.norm.weight"]}),
         "two tensors have one name|left over",
     ),
-    "layers of more": ("tied", config(num_hidden_layers=3, layer_types=None), "are missing"),
+    "layers of more": ("tied", config(num_hidden_layers=3, layer_types=None), "11 missing"),
     "layers of fewer": ("tied", config(num_hidden_layers=1, layer_types=None), "left over"),
     "a billion layers": (
         "tied",
@@ -234,6 +243,11 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
             )
         ),
         "1 tensors of an adapter.*lora_A.*merge_and_unload",
+    ),
+    "a vision tower beside": (
+        "tied",
+        plus(model__visual__patch_embed__weight=torch.ones(3)),
+        "a whole vision-language model",
     ),
     "GPTQ": ("tied", plus(**{f"{Q.replace('.', '__')}__qweight": torch.ones(2, 2)}), "quantised"),
     "bytes as weights": (
@@ -298,7 +312,11 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
         config(model_type="bert", architectures=["BertForMaskedLM"]),
         "not a causal language model",
     ),
-    "no output layer": ("tied", config(architectures=["Qwen3Model"]), "would be Qwen3ForCausalLM"),
+    "a class without output layer": (
+        "tied",
+        config(architectures=["Qwen3Model"]),
+        "would be Qwen3ForCausalLM",
+    ),
     "a classifier": (
         "tied",
         config(architectures=["Qwen3ForSequenceClassification"]),
@@ -331,6 +349,16 @@ KINDS: dict[str, tuple[str, Damage, str]] = {
     "half a tokenizer": ("tied", bytes_of(TOKENIZER, lambda d: d[:900]), "not valid JSON"),
     "another object": ("tied", text(TOKENIZER, '{"a": 1}'), "its tokenizer cannot be loaded"),
     "broken tokenizer_config": ("tied", text("tokenizer_config.json", "{"), "not valid JSON"),
+    "a tokenizer of another model": (
+        "tied",
+        config(eos_token_id=310),
+        "ends a text with id 310, which it does not have",
+    ),
+    "another tokenizer of more words": (
+        "tied",
+        bytes_of(TOKENIZER, lambda d: re.sub(rb'"assistant": ?\d+', b'"assistant": 999', d)),
+        "of another model: token 'assistant' has id 999, and the embedding has 320 rows",
+    ),
     "SentencePiece alone": (
         "tied",
         both(drop(TOKENIZER), text("tokenizer.model", "\n\x0b")),
@@ -373,3 +401,6 @@ def test_a_file_is_no_folder(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("tied")
     with pytest.raises(UserError, match=f"a file; give its folder: --llm {folder}"):
         load_language(str(folder / WEIGHTS))
+    (folder / "model.gguf").write_text("GGUF")
+    with pytest.raises(UserError, match=r"a GGUF file .*give a local folder"):
+        load_language(str(folder / "model.gguf"))

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from configs import UserError
 from model.language.model import check_folder, load_language, max_positions
 from model.language.tokenizer import byte_tokenizer
 from model.vlm import build_vlm
@@ -187,6 +188,15 @@ def test_class_names_of_wrappers_are_no_other_model(copy_of: Any) -> None:
     for name in ("FSDPQwen3ForCausalLM", "PeftModelForCausalLM"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
         check_folder(folder)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SIZES, **experts)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda s: {k: v for k, v in s.items() if "layers.1.mlp.experts.2" not in k})
+    with pytest.raises(UserError, match=r"3 missing .*layers\.1\.mlp\.experts\.2\.down_proj"):
+        check_folder(tmp_path)
 
 
 def test_a_later_change_of_the_file_does_not_change_the_model(copy_of: Any) -> None:

@@ -42,6 +42,12 @@ def byte_level(*, prefix: bool = False, nfc: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def with_added_spaces(tokenizer: Tokenizer) -> Tokenizer:
+    """Add words of several spaces, as CodeGen's and Phi's tokenizers have them."""
+    tokenizer.add_tokens([AddedToken(" " * n, normalized=False) for n in range(2, 6)])
+    return tokenizer
+
+
 def sentence_piece(style: str) -> Tokenizer:
     """Return a tokenizer as converted from SentencePiece: Llama 1 and 2 (two styles), or Gemma."""
     every_byte = [f"<0x{i:02X}>" for i in range(256)]
@@ -105,6 +111,7 @@ SOUND: dict[str, Callable[[], Tokenizer]] = {
     "GPT-2": byte_level,
     "with a space before": lambda: byte_level(prefix=True),
     "Qwen": lambda: byte_level(nfc=True),
+    "Phi": lambda: with_added_spaces(byte_level()),
     "Llama": lambda: sentence_piece("llama"),
     "Llama, new": lambda: sentence_piece("llama-new"),
     "Gemma": lambda: sentence_piece("gemma"),
