@@ -3,6 +3,7 @@
     catalogue   names of --dataset -> data sets
     folder      a folder of images and videos, with optional texts
     tables      Parquet and Arrow files with media inside; table_columns says what a column is for
+    webdataset  tars of images and texts
     hub_files   the files of a data set of the Hugging Face hub, or of its local copy
     pixmo       Ai2's PixMo sets, whose images are on the web; pixmo_rows reads one row
     demo        drawings made here; demo_drawings and demo_videos draw them

@@ -190,12 +190,19 @@ def _open_pixmo(name: str, entry: Entry, places: Places) -> Dataset | None:
     return PixmoDataset.open(name, entry.hub, places.source)
 
 
+def _open_webdataset(name: str, entry: Entry, places: Places) -> Dataset:  # noqa: ARG001
+    from encode.sources.webdataset import WebDataset
+
+    return WebDataset.open(entry.path, name=name)
+
+
 _OPENERS: dict[str, Callable[[str, Entry, Places], Dataset | None]] = {
     "demo": _open_demo,
     "folder": _open_folder,
     "hf": _open_hf,
     "json": _open_json,
     "pixmo": _open_pixmo,
+    "webdataset": _open_webdataset,
 }
 """Source -> opens an entry under a name; None if it is missing in `Places.source`."""
 
