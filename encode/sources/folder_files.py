@@ -82,7 +82,7 @@ def why_unused(found: Recognised | None, name: str) -> str:
     label = "without a suffix" if suffix[1:].isdigit() or not suffix else suffix
     if found is None:
         return f"{label} (cannot be read)"
-    # Texts and formats that nobody knows are what their suffix says.
+    # Of texts and unknown formats the suffix says more.
     is_media = bool(kind_by_suffix(name))
     if not is_media and (not found.format or found.format.endswith("text")):
         return label

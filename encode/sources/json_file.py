@@ -190,11 +190,13 @@ class JsonDataset:
 
     def _where_else(self, path: str) -> str:
         """Return advice about a file that is not where the lines say, once all are missing."""
-        inside = Path(path).relative_to(self.media) if self.media in Path(path).parents else None
-        for folder in _nearby(self.file.parent) if inside else ():
-            if (folder / inside).is_file():  # type: ignore[operator]
-                return f"there is {folder / inside}: --media {shlex.quote(str(folder))}"  # type: ignore[operator]
-        return f"name {'the' if not self.media_is_named else 'another'} folder of the media: --media DIR"
+        if self.media in Path(path).parents:
+            inside = Path(path).relative_to(self.media)
+            for folder in _nearby(self.file.parent):
+                if (folder / inside).is_file():
+                    return f"there is {folder / inside}: --media {shlex.quote(str(folder))}"
+        which = "another" if self.media_is_named else "the"
+        return f"name {which} folder of the media: --media DIR"
 
 
 def _check_file(file: Path, path: str) -> None:
