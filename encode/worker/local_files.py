@@ -21,6 +21,7 @@ from cache.format.embedded import container_of, is_embedded, read_embedded
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError, image_size
+from model.media.kinds import HEAD_BYTES, recognise
 
 MAX_BYTES = 1 << 30
 """Larger images, and larger media inside files, are refused.
@@ -122,6 +123,8 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
             # O_NONBLOCK: opening a named pipe would wait for a writer forever.
             fd = os.open(task.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with FileIO(fd, "rb") as file:
+                if task.kind == "image" and os.fstat(fd).st_size > most:
+                    _refuse_video(file)
                 before = _regular(os.fstat(fd), most)
                 wait_s = before.settle_s()
                 if wait_s > 0:
@@ -185,10 +188,15 @@ def size_in_header(data: bytes) -> tuple[int, int]:
     """Return width and height of the upright image by its header; (0, 0) if they are not in it."""
     try:
         return image_size(data)
-    except (
-        BadMediaError
-    ):  # a duplicate: if its bytes are bad, the source that is decoded reports it
-        return 0, 0
+    except BadMediaError:
+        return 0, 0  # a duplicate: if its bytes are bad, the source that is decoded reports it
+
+
+def _refuse_video(file: FileIO) -> None:
+    """Raise BadMediaError if a file that is too large for an image is a video."""
+    found = recognise(file.read(HEAD_BYTES))
+    if found.kind == "video":
+        raise BadMediaError(found.instead_of("image"))
 
 
 def _regular(status: os.stat_result, most: int) -> Identity:

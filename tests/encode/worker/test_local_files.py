@@ -158,19 +158,22 @@ def test_other_things_than_files_fail_without_waiting(
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "big.png").write_bytes(b"12345")
+    (tmp_path / "film.png").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp41")
     monkeypatch.setattr(local_files, "MAX_BYTES", 4)
     expected = {
         "pipe.png": "not a regular file",
         "folder.png": "Is a directory",
         "gone.png": "no such file",
         "big.png": "5 bytes, more than 4",
+        "film.png": "an MP4 video, not an image; list it as a video in the data set",
         "gone.png/below": "no such file",
         "big.png/below": "Not a directory",
     }
     for name, reason in expected.items():
         with pytest.raises(BadMediaError) as bad:
             read_local(task(tmp_path / name))
-        assert (bad.value.stage, bad.value.reason) == ("fetch", reason)
+        stage = "decode" if "video" in reason else "fetch"
+        assert (bad.value.stage, bad.value.reason) == (stage, reason)
     assert identify(str(tmp_path / "pipe.png")) is None
     record = unreadable(task(tmp_path / "big.png"))
     assert is_unchanged(tmp_path / "big.png", record), (

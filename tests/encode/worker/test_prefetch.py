@@ -23,6 +23,7 @@ from encode.worker.messages import Registrar, SourceTask
 from encode.worker.prefetch import Prefetcher
 from model.media.images import DecodedImage, Failure, decode_noted
 from tests.support.encode_jobs import CONFIG, draw
+from tests.support.videos import make_video
 
 
 class FakeWorker:
@@ -125,3 +126,35 @@ def test_a_source_that_failed_needs_no_decoder(prefetcher: Prefetcher, tmp_path:
     assert failures[sources[0]] == Failure("fetch", "no such file")
     refused = failures[sources[1]]
     assert refused is not None and refused.stage == "fetch"
+
+
+def test_the_other_kind_than_the_data_set_says_fails_with_what_to_do(
+    prefetcher: Prefetcher, tmp_path: Path
+) -> None:
+    (path,) = draw(tmp_path / "photos", 1)
+    clip = make_video(tmp_path / "clip.jpg.mp4")
+    for task in (
+        SourceTask(source=str(path), kind="video"),
+        SourceTask(source=str(clip), kind="image"),
+    ):
+        prefetcher.put(task)
+    items = [next_of(prefetcher) for _ in range(2)]
+    reasons = [
+        item.failure and item.failure.reason for item in items if isinstance(item, MediaItem)
+    ]
+    assert reasons == [
+        "a PNG image, not a video; list it as an image in the data set",
+        "an MP4 video, not an image; list it as a video in the data set",
+    ]
+
+
+def test_the_note_of_a_jpeg_without_its_end_is_in_its_record(
+    prefetcher: Prefetcher, tmp_path: Path
+) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    prefetcher.put(SourceTask(source=str(path)))
+    only, item = next_of(prefetcher), next_of(prefetcher)
+    assert isinstance(only, EncoderInput) and isinstance(item, MediaItem)
+    assert item.outcome().record.note == "the JPEG ends early: no pixel is missing"
