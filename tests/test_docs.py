@@ -18,6 +18,7 @@ from configs import build, parse
 from encode.sources.catalogue import Entry
 from model.vision.config import EncoderConfig
 from tests.support import ROOT
+from tests.support.spaces import make_space
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -117,7 +118,7 @@ def test_messages_quoted_in_the_documents_are_in_the_code(page: str, piece: str)
         return  # what a user sees, not what we print
     code = " ".join(
         re.sub(r'"\s*f?"', "", path.read_text())  # adjacent literals are one text
-        for package in ("cache", "encode", "model", "train")
+        for package in ("cache", "configs", "encode", "model", "train")
         for path in (ROOT / package).rglob("*.py")
     )
     code = code.replace("{LISTING}", "listing.json")
@@ -168,8 +169,9 @@ def test_the_command_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFix
         "CacheRoot": CacheRoot,
     }
     exec(block("Add a command", "python"), names)
+    make_space(tmp_path)
     names["main"](["--features", str(tmp_path)])  # type: ignore[operator]
-    assert capsys.readouterr().out == "0 spaces\n"
+    assert capsys.readouterr().out == "1 spaces\n"
 
 
 @pytest.mark.parametrize("heading", re.findall(r"^## (Add .*)$", CONTRIBUTING, re.MULTILINE))
