@@ -34,13 +34,14 @@ from cache.maintenance.copy_rows import (
     damage_text,
     missing,
 )
+from cache.maintenance.encode_command import encode_command
 from cache.store.files import disk_errors
 from cache.store.index_file import save_index
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.space import Space, find_space, read_info
-from configs import UserError, command, parse
+from configs import UserError, command, load, parse
 from configs.console import Meter, bytes_text, check_room
 
 
@@ -71,9 +72,8 @@ def find_source(root: CacheRoot, name: str | None) -> FeatureReader:
         UserError: there is no fp16 space, there are several and no name, or the named one is not fp16.
         CacheError: the cache has no space of that name.
     """
-    way_out = (
-        f"create one to convert from: python -m encode.run --codec fp16 --features {root.path}"
-    )
+    command = encode_command(root, None, None, load("encoders"), codec="fp16")
+    way_out = f"create one to convert from: {command}"
     if name is None and (all_names := root.space_names()):
         names = [n for n in all_names if read_info(root.space(n)).spec.codec == "fp16"]
         if not names:

@@ -20,13 +20,37 @@ reach a user: the caller retries, stops, or reports another error.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-REPAIR_ADVICE = (
-    "python -m cache.verify --deep --repair removes it, then encode.run creates it again"
-)
-"""What to do about any damaged file: its content can be computed again from the sources."""
+DATA_FOLDERS = ("samples", "media", "spaces", "locks", "damaged", "garbage")
+"""The folders of a cache. The default root is also the folder `cache/` of the code, where `.gitignore` names
+these and no module has such a name."""
+
+
+def command_line(module: str, *words: object) -> str:
+    """Return a command of ours with its words, as a shell runs it."""
+    return shlex.join(["python", "-m", module, *map(str, words)])
+
+
+def features_words(path: Path) -> tuple[str, ...]:
+    """Return `--features` and the cache that a file is in, for a command line; nothing for other files."""
+    for folder in path.parents:
+        if folder.name in DATA_FOLDERS and folder.parent.name not in DATA_FOLDERS:
+            return ("--features", str(folder.parent))
+    return ()
+
+
+def repair_advice(path: Path) -> str:
+    """Return what to do about a damaged file of a cache: its content can be computed again."""
+    command = command_line("cache.verify", "--deep", "--repair", *features_words(path))
+    return f"{command} removes it, then encode.run creates it again"
+
+
+def removal_advice(path: Path) -> str:
+    """Return what to do about a file that a crash left behind."""
+    return f"{command_line('cache.gc', '--delete', *features_words(path))} removes it"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -64,7 +88,8 @@ class UnreachableError(CacheError):
 class CorruptError(CacheError):
     """A file does not have the bytes that were written."""
 
-    def __init__(self, path: Path, what: str, way_out: str = REPAIR_ADVICE):
+    def __init__(self, path: Path, what: str, way_out: str = ""):
+        way_out = way_out or repair_advice(path)
         super().__init__(f"{path}: {what}; {way_out}")
         self.path, self.what, self.way_out = path, what, way_out
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CacheError, CorruptError
+from cache.errors import CacheError, CorruptError, command_line
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import lock_spaces
 from cache.maintenance.garbage import (
@@ -150,7 +150,8 @@ def _refuse_without_samples(root: CacheRoot) -> None:
         if aside.is_dir():
             raise UserError(
                 f"{aside} contains damaged tables, so rows in use may look unreferenced; run encode.run "
-                "for them, then remove the damaged tables: python -m cache.gc --damaged --delete"
+                "for them, then remove the damaged tables: "
+                + command_line("cache.gc", "--damaged", "--delete", "--features", root.path)
             )
 
 

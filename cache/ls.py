@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError
+from cache.maintenance.encode_command import encode_command
 from cache.maintenance.inventory import (
     DatasetSummary,
     Failures,
@@ -96,7 +97,7 @@ def main() -> None:
 
 def _spaces_text(spaces: list[SpaceSummary], root: CacheRoot) -> str:
     if not spaces:
-        return f"no spaces; create one: python -m encode.run --dataset demo --features {root.path}"
+        return f"no spaces; create one: {encode_command(root)}"
     header = ("space", "encoder", "codec", "blocks", "pool", "format", "images", "frames", "size")
     rows = [
         (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cache.errors import CacheError, CorruptError
 from cache.format.spec import ARRAYS
+from cache.maintenance.encode_command import encode_command
 from cache.remote.listing import listing_bytes
 from cache.store.commits import read_commits
 from cache.store.files import write_atomic
@@ -46,8 +47,7 @@ def share(root: CacheRoot) -> str:
     """
     if not root.space_names():
         raise UserError(
-            f"no feature space under {root.path}/ to share; create one: "
-            f"python -m encode.run --dataset pixmo --features {root.path}"
+            f"no feature space under {root.path}/ to share; create one: {encode_command(root)}"
         )
     shards = nbytes = 0
     for name in root.space_names():

@@ -15,17 +15,21 @@ while a job writes to it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.errors import CacheError, command_line
 from cache.maintenance.checks import Report, bytes_to_read, verify
+from cache.maintenance.encode_command import encode_command
 from cache.maintenance.repair import Repair, Repaired
 from cache.store.paths import CacheRoot
-from cache.store.space import find_space
-from configs import command, parse
+from cache.store.samples import dataset_names
+from cache.store.space import find_space, read_info
+from configs import command, load, parse
 from configs.console import Meter, bytes_text
 
 
@@ -85,20 +89,28 @@ def _repair_lines(done: Repaired, root: CacheRoot) -> list[str]:
     kept, lost = sum(done.kept.values()), sum(done.lost.values())
     lines = [f"repaired: {done.steps} findings, {kept:,} rows kept, {lost:,} removed"]
     if root.damaged_dir.is_dir():
-        lines[0] += (
-            f"; damaged files are in {root.damaged_dir} (remove them: python -m cache.gc --damaged)"
+        remove = command_line("cache.gc", "--damaged", "--delete", "--features", root.path)
+        lines[0] += f"; damaged files are in {root.damaged_dir} (remove them: {remove})"
+    again = dataset_names(root) if done.media else sorted(done.datasets)
+    if again:
+        what = (
+            "part of the media table was" if done.media else f"samples of {', '.join(again)} were"
         )
-    if done.media:
-        lines.append("run encode.run again for every data set: part of the media table was lost")
-    elif done.datasets:
-        lines.append(
-            f"run encode.run again for {', '.join(sorted(done.datasets))}: the samples were lost"
-        )
-    lines += [
-        f"run encode.run again for {name}: it creates the missing rows"
-        for name in sorted(done.spaces)
-    ]
+        lines.append(f"{what} lost; to read them again, run")
+        lines += _encode_lines(root, again)
+    for name in sorted(done.spaces):
+        lines.append(f"{name} lacks rows now; to create them again, run")
+        lines += _encode_lines(root, dataset_names(root), name)
     return lines
+
+
+def _encode_lines(root: CacheRoot, datasets: Sequence[str], space: str = "") -> list[str]:
+    """Return the command lines that encode data sets again, into one space or the last one."""
+    info = None
+    if space:
+        with contextlib.suppress(CacheError):
+            info = read_info(root.space(space))
+    return [f"    {encode_command(root, name, info, load('encoders'))}" for name in datasets]
 
 
 def _report_lines(report: Report) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.store.paths import DATA_FOLDERS, LISTING, CacheRoot
+from cache.errors import DATA_FOLDERS
+from cache.store.paths import LISTING, CacheRoot
 from tests.support import ROOT
 
 PACKAGES = ("cache", "configs", "encode", "model", "train")

@@ -1,20 +1,22 @@
-"""What the documents promise exists: commands parse, files and messages are there, examples run."""
+"""What documents and messages promise exists: commands parse, files and messages are there, examples run."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
-from configs import build, parse
+from configs import UserError, build, parse
 from encode.sources.catalogue import Entry
 from model.vision.config import EncoderConfig
 from tests.support import ROOT
@@ -123,6 +125,136 @@ def test_messages_quoted_in_the_documents_are_in_the_code(page: str, piece: str)
     )
     code = code.replace("{LISTING}", "listing.json")
     assert piece in code, f"{page} quotes {piece!r}"
+
+
+# ---- messages: the commands that they suggest
+
+BUILDERS = ("command_line", "command_text")
+"""Functions that make a command line of words."""
+
+UNKNOWN = {"DIR", "NAME", "PATH", "RUN", "N", "FILE"}
+"""What stands in a message for a value that cannot be known there."""
+
+NO_FEATURES = {
+    "model/io/saved_model.py": "a model's folder does not know the cache",
+    "train/setup.py": "the user gave --features in the command that failed",
+    "train/distributed.py": "only the start of the command",
+}
+"""Files whose suggestions may lack --features, and why."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A command in the source, with `?` for each value that is filled in when it is printed."""
+
+    file: str
+    line: int
+    module: str
+    words: tuple[str, ...]
+
+
+def strings_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the string literals that are not docstrings; values in braces become `?`."""
+    inside: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            inside.add(node.value)  # docstrings, of fields too
+        if isinstance(node, ast.JoinedStr):
+            inside.update(ast.walk(node))
+            yield node.lineno, "".join(_text(part) for part in node.values)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inside:
+            yield node.lineno, node.value
+
+
+def _text(part: ast.expr) -> str:
+    if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.IfExp):
+        part = part.value.body  # {' --resume' if begun else ''}
+    return str(part.value) if isinstance(part, ast.Constant) else "?"
+
+
+def built_of(tree: ast.Module) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """Yield module and words of each call of a builder; words that are computed become `?`.
+
+    A call with a list that is computed elsewhere is left out: the tests of that module have it.
+    """
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in BUILDERS:
+            continue
+        program, *rest = node.args
+        if len(rest) == 1 and isinstance(rest[0], ast.List):
+            rest = rest[0].elts
+        elif len(rest) == 1 and isinstance(rest[0], ast.Name):
+            continue
+        if not isinstance(program, ast.Constant):
+            continue
+        words: list[str] = []
+        for word in rest:
+            if isinstance(word, ast.Starred):  # options of its own
+                name = "features" if "features_words" in ast.unparse(word) else "dataset"
+                words += [f"--{name}", "?"]
+            elif not isinstance(word, ast.Name) or (words[-1:] and words[-1].startswith("--")):
+                words.append(_text(word))
+        yield node.lineno, str(program.value).removeprefix("python -m "), tuple(words)
+
+
+def suggestions() -> list[Suggestion]:
+    """Every command of ours in the source of a message."""
+    found = []
+    for package in ("cache", "configs", "encode", "model", "train"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            file, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text())
+            for line, text in strings_of(tree):
+                for module, words in commands_in(text):
+                    found.append(Suggestion(file, line, module, words))
+            found += [Suggestion(file, *each) for each in built_of(tree)]
+    return found
+
+
+def commands_in(text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield module and words of each command in a message, which ends at a sign or at a word of prose."""
+    for module, rest in re.findall(r"python -m ([\w.]+\w)([^;,()\n]*)", text):
+        words: list[str] = []
+        for word in rest.replace(". ", " . ").split():
+            is_value = bool(words) and words[-1].startswith("--")
+            if not (word.startswith("--") or word == "?" or is_value):
+                break
+            words.append(word)
+        is_name = text == f"python -m {module}"  # of a program, or in a file of ours
+        if not is_name and not text.startswith("{"):
+            yield module, tuple(words)
+
+
+def parsed(module: str, words: list[str]) -> Any:
+    command = importlib.import_module(module)
+    if hasattr(command, "__path__"):
+        command = importlib.import_module(f"{module}.__main__")
+    return parse(command.Options, words, prog=f"python -m {module}")
+
+
+@pytest.mark.parametrize("one", suggestions(), ids=lambda s: f"{s.file}:{s.line}:{s.module}")
+def test_every_suggested_command_parses(one: Suggestion) -> None:
+    errors = []
+    for value in ("x", "1"):  # some options take numbers
+        words = [word.replace("?", value) for word in one.words]
+        words = ["1" if word == "N" else word for word in words]
+        try:
+            options = parsed(one.module, words)
+            break
+        except UserError as error:
+            errors.append(str(error))
+    else:
+        pytest.fail(errors[0])
+    if hasattr(options, "features") and one.file not in NO_FEATURES:
+        assert "--features" in one.words, "the user's own cache may be elsewhere"
+    assert all(
+        not word.isupper() or word in UNKNOWN for word in one.words if not word.startswith("-")
+    )
+
+
+def test_there_are_suggestions_of_every_kind() -> None:
+    found = suggestions()
+    assert {"cache.verify", "cache.gc", "cache.ls", "cache.share"} <= {one.module for one in found}
+    assert len(found) > 15
 
 
 # ---- CONTRIBUTING: the examples work as they are printed

@@ -103,7 +103,7 @@ def train_stage(
     """Prepare a stage, train it and save its model; return the exit code."""
     reader = setup.open_space(options)
     origin = setup.starting_point(options, folder, command)
-    options = setup.resolve(options, origin, reader.spec)
+    options = setup.resolve(options, origin, reader)
     tokenizer = load_tokenizer(origin.language if origin else str(options.llm))
     try:
         data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)

@@ -2,7 +2,7 @@
 
 reader = open_space(options)
 origin = starting_point(options, folder, command)      # None for a stage 1 that starts afresh
-options = resolve(options, origin, reader.spec)
+options = resolve(options, origin, reader)
 data = load_data(options, reader, tokenizer, folder)
 vlm = build_model(options, origin, reader.spec, device)
 """
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 import configs
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import FeatureSpec
+from cache.maintenance.encode_command import WantedSpace, encode_command
 from cache.remote.open import cache_root, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -119,7 +120,7 @@ def starting_point(options: Options, folder: Path, command: CommandLine) -> Orig
     return find_origin(str(before / run_folder.FINAL))
 
 
-def resolve(options: Options, origin: Origin | None, spec: FeatureSpec) -> Options:
+def resolve(options: Options, origin: Origin | None, reader: FeatureReader) -> Options:
     """Return the options with `llm` and `connector` filled in, from `origin` or from configs/model.yaml.
 
     Raises:
@@ -134,7 +135,7 @@ def resolve(options: Options, origin: Origin | None, spec: FeatureSpec) -> Optio
     meta = origin.meta
     if origin.kind == "final":
         check_files(origin.path, meta, contents=False)
-    check_space(meta, spec, origin.path)
+    check_space(meta, reader, origin.path)
     for name in ("llm", "connector"):
         wanted = getattr(options, name)
         if wanted not in (None, meta[name]):
@@ -177,8 +178,9 @@ def build_model(
     return vlm
 
 
-def check_space(meta: Mapping[str, Any], spec: FeatureSpec, origin: Path) -> None:
+def check_space(meta: Mapping[str, Any], reader: FeatureReader, origin: Path) -> None:
     """Raise UserError, naming the differences, if a model was trained on features encoded differently."""
+    spec, root = reader.spec, cache_root(reader)
     trained_on = FeatureSpec.from_json(meta["space"]["spec"])
     # The container is only the on-disk format: it does not change the features.
     trained_on = dataclasses.replace(trained_on, container=spec.container)
@@ -190,9 +192,14 @@ def check_space(meta: Mapping[str, Any], spec: FeatureSpec, origin: Path) -> Non
         for key in before
         if before[key] != now[key] and key != "encoder"
     ]
+    if trained_on.name in root.space_names():
+        way_out = f"choose that one: --space {trained_on.name}"
+    else:
+        command = encode_command(root, None, WantedSpace(trained_on), configs.load("encoders"))
+        way_out = f"encode with the same settings: {command}"
     raise UserError(
         f"{origin}: was trained on the space {trained_on.name}, not on {spec.name} ({'; '.join(differ)}); "
-        f"choose that one: --space {trained_on.name}, or encode with the same settings: python -m encode.run"
+        f"{way_out}"
     )
 
 
@@ -287,10 +294,7 @@ def mix_of(options: Options, root: CacheRoot) -> dict[str, float | None]:
     """
     mix = parse_mix(options.datasets) or dict.fromkeys(dataset_names(root))
     if not mix:
-        raise UserError(
-            f"no data set under {root.path}/samples; make one: "
-            f"python -m encode.run --dataset demo --encoder demo --features {root.path}"
-        )
+        raise UserError(f"no data set under {root.path}/samples; make one: {encode_command(root)}")
     return mix
 
 

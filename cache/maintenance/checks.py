@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import REPAIR_ADVICE, CacheError, CorruptError
+from cache.errors import CacheError, CorruptError, removal_advice, repair_advice
 from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
@@ -44,10 +44,6 @@ SHOWN = 10
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just read. Threads may call it."""
-
-
-GC = "python -m cache.gc --delete removes it"
-"""Advice for files that a crash left behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,7 @@ def damage(
     reason: Exception | str, path: Path, *, array: str | None = None, shard: int | None = None
 ) -> Finding:
     """Return an error, or a reason in words, as a finding about `path`."""
-    what, way_out = str(reason), REPAIR_ADVICE
+    what, way_out = str(reason), repair_advice(path)
     if isinstance(reason, CorruptError):
         what, way_out = reason.what, reason.way_out
     elif isinstance(reason, OSError):  # a dying disk
@@ -291,7 +287,7 @@ def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
     """Check the seals of samples and media, and find files that a crash left behind."""
     for path in [*_files(root.samples_dir), *_files(root.media_dir)]:
         if path.name.endswith(PARTIAL):
-            yield note(path, "was never finished", GC)
+            yield note(path, "was never finished", removal_advice(path))
             continue
         try:
             check_seal_file(path)
@@ -365,9 +361,9 @@ def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
             known |= {paths.commit(array, number), paths.shard(array, number)}
     for path in _files(paths.root):
         if path.name.endswith(PARTIAL):
-            yield note(path, "was never finished", GC)
+            yield note(path, "was never finished", removal_advice(path))
         elif path not in known and path.is_relative_to(paths.root / "features"):
-            yield note(path, "no commit names it", GC)
+            yield note(path, "no commit names it", removal_advice(path))
         elif path not in known:
             yield note(path, "is no file of ours", "no command reads it: move it away")
 

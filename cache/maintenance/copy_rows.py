@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, command_line, features_words
 from cache.store.reader import RUN_BYTES, FeatureReader
 from cache.store.space import Space
 from cache.store.writer import NewRow, ShardWriter
@@ -242,5 +242,6 @@ def damage_text(damaged: Sequence[CorruptError]) -> str:
     first = damaged[0]
     return (
         f"{len(damaged):,} damaged rows were not copied, the first: {first.path}: {first.what}; "
-        "find all: python -m cache.verify --deep; once they are repaired, run the same command again"
+        f"find all: {command_line('cache.verify', '--deep', *features_words(first.path))}; once they are "
+        "repaired, run the same command again"
     )

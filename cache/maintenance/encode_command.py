@@ -8,15 +8,18 @@ encode_command(root, "photos", reader, load("encoders"), "--retry-failed")
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cache.errors import CacheError
+from cache.errors import CacheError, command_line
 from cache.format.spec import FeatureSpec
 from cache.store.paths import CacheRoot
-from cache.store.samples import dataset_names, read_origin
+from cache.store.samples import DEMO_WORDS, dataset_words
 from cache.store.space import read_info
+
+HUB_FOLDER = "/models--"
+"""Part of the path of a file that the hub's client downloaded: such weights need no `--weights`."""
 
 
 class Encoded(Protocol):
@@ -33,12 +36,21 @@ class Encoded(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class WantedSpace:
+    """A space that does not exist here."""
+
+    spec: FeatureSpec
+    load: Mapping[str, Any] = field(default_factory=dict)
+
+
 def encode_command(
     root: CacheRoot,
     dataset: str | None = None,
     space: Encoded | None = None,
     presets: Mapping[str, Any] = {},
     *more: str,
+    codec: str = "",
 ) -> str:
     """Return the command line that encodes a data set into a space of this cache.
 
@@ -48,36 +60,26 @@ def encode_command(
         space: the space; None: the one that was written to last, or without any the default encoder.
         presets: configs/encoders.yaml. Poolings that an encoder has there are not repeated.
         more: further words.
+        codec: another codec than the space's.
     """
-    words = ["python", "-m", "encode.run", *dataset_words(root, dataset)]
+    words = [*dataset_words(root, dataset)]
     if space is None:
         space = _latest_space(root)
     if space is not None:
-        words += encoder_words(space, presets)
-    return shlex.join([*words, "--features", str(root.path), *more])
+        words += encoder_words(space, presets, codec)
+    else:
+        words += ["--encoder", "demo"] if words == [*DEMO_WORDS] else []
+        words += ["--codec", codec] if codec else []
+    return command_line("encode.run", *words, "--features", root.path, *more)
 
 
-def dataset_words(root: CacheRoot, dataset: str | None) -> tuple[str, ...]:
-    """Return the options of `encode.run` that read a data set again, from any folder."""
-    names = dataset_names(root)
-    if dataset is None:
-        dataset = names[0] if names else "demo"
-    if dataset in names:
-        try:
-            origin = read_origin(root, dataset)
-        except CacheError:
-            origin = None
-        if origin is not None:
-            return origin.words
-    return ("--dataset", dataset)
-
-
-def encoder_words(space: Encoded, presets: Mapping[str, Any]) -> list[str]:
+def encoder_words(space: Encoded, presets: Mapping[str, Any], codec: str = "") -> list[str]:
     """Return the options of `encode.run` that choose this space."""
     spec, entry = space.spec, space.load.get("encoder")
-    entry = entry if isinstance(entry, Mapping) else {"name": spec.encoder}
-    words = ["--encoder", str(entry.get("name", spec.encoder)), "--codec", spec.codec]
-    preset = presets.get(words[1])
+    entry = entry if isinstance(entry, Mapping) else {}
+    name = str(entry.get("name", spec.encoder.removeprefix("random-")))
+    words = ["--encoder", name, "--codec", codec or spec.codec]
+    preset = presets.get(name)
     preset = preset if isinstance(preset, Mapping) else {"pool_image": None, "pool_frame": None}
     if preset.get("pool_image", 1) != spec.pool_image:
         words += ["--pool", str(spec.pool_image)]
@@ -85,8 +87,11 @@ def encoder_words(space: Encoded, presets: Mapping[str, Any]) -> list[str]:
         words += ["--frame-pool", str(spec.pool_frame)]
     if spec.container != "zarr":
         words += ["--format", spec.container]
-    if space.load.get("random_weights") and entry.get("library") == "open_clip":
+    if spec.encoder.startswith("random-") and entry.get("library") != "demo":
         words.append("--random-weights")
+    weights = space.load.get("weights")
+    if isinstance(weights, str) and HUB_FOLDER not in weights:
+        words += ["--weights", weights]
     return words
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.errors import CacheError
+from cache.errors import CacheError, command_line, features_words
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import (
     KeptRows,
@@ -201,9 +201,10 @@ def find_unreferenced(paths: SpacePaths, wanted: pa.Array) -> list[Unreferenced]
         if not kept:
             continue
         if RowIndex.of(commits, slots).duplicates():
-            raise CacheError(
-                f"{paths.root} holds rows twice: python -m cache.verify --deep --repair"
+            repair = command_line(
+                "cache.verify", "--deep", "--repair", *features_words(paths.space_json)
             )
+            raise CacheError(f"{paths.root} holds rows twice: {repair}")
         rows = sum(int((~keep).sum()) for _, keep in kept)
         groups = _groups(kept, slots)
         found.append(Unreferenced(space=space, array=array, rows=rows, groups=groups))

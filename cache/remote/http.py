@@ -127,7 +127,7 @@ class HttpStore:
         """Raise NotFoundError: a web server cannot list its files, so its cache needs a `listing.json`."""
         raise NotFoundError(
             f"{self.url}: no {LISTING}, and a web server cannot list its files; where the cache is, run "
-            "python -m cache.share --features cache, and serve that file with it"
+            "python -m cache.share --features DIR, and serve that file with it"
         )
 
     # ---- one request

@@ -109,7 +109,7 @@ def read_listing(path: Path, url: str) -> dict[str, FileInfo]:
     except (CorruptError, ValueError):
         raise CacheError(
             f"{url}/{LISTING}: its bytes do not match its seal; write it again where the cache is: "
-            "python -m cache.share"
+            "python -m cache.share --features DIR"
         ) from None
     if values.get("format") != FORMAT or not isinstance(values.get("files"), Mapping):
         raise CacheError(

@@ -199,8 +199,8 @@ class Mirror:
                         return info.nbytes
             raise UnreachableError(
                 f"{self._store.url}/{name}: {damage}, {self._policy.damage_tries} times; it has changed "
-                f"since {LISTING} was written (there: python -m cache.share), or is damaged "
-                "(python -m cache.verify)"
+                f"since {LISTING} was written (there: python -m cache.share --features DIR), or is damaged "
+                "(python -m cache.verify --features DIR)"
             )
 
 

@@ -134,7 +134,8 @@ class RemoteReader(FeatureReader):
         name = self._name(array, number // self.geometry[array].slots)
         raise UnreachableError(
             f"{self._store.url}/{name}: row {number} fails its checksum, {self._policy.damage_tries} times; "
-            "it is damaged there (python -m cache.verify --deep), or something on the way changes it"
+            "it is damaged there (python -m cache.verify --deep --features DIR), or something on the way "
+            "changes it"
         )
 
     def _request(self, array: str, run: _Run, stop: threading.Event) -> None:

@@ -31,10 +31,6 @@ DATASET_NAME = (
 _COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
 
 
-DATA_FOLDERS = ("samples", "media", "spaces", "locks", "damaged", "garbage")
-"""The folders of a cache. The default root is also the folder `cache/` of the code, where `.gitignore` names
-these and no module has such a name."""
-
 _FILES_OF_A_CACHE = (
     *("spaces/*", "samples/*/part-*.parquet", "media/part-*.parquet"),
     *("locks/*", "damaged/*", "garbage/*"),

@@ -7,6 +7,7 @@ has the key of each source.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CorruptError, NotFoundError, nearest
+from cache.errors import CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import UNSEALED, check_seal_file, seal_file
 from cache.store.files import ROW_GROUP, new_file
-from cache.store.paths import CacheRoot
+from cache.store.paths import CacheRoot, is_dataset_name
 
 ROLES = ("system", "user", "assistant")
 
@@ -170,6 +171,32 @@ def _origin(metadata: Mapping[bytes, bytes]) -> Origin | None:
     )
 
 
+DEMO_WORDS = ("--dataset", "demo")
+"""What to encode where there is nothing yet."""
+
+
+def dataset_words(root: CacheRoot, dataset: str | None) -> tuple[str, ...]:
+    """Return the options of `encode.run` that read a data set again, from any folder.
+
+    Args:
+        root: the cache.
+        dataset: a data set of the cache, or a name that `--dataset` accepts; None: the first of the cache, or
+            without any the demo.
+    """
+    names = dataset_names(root)
+    if dataset is None:
+        if not names:
+            return DEMO_WORDS
+        dataset = names[0]
+    # Also of a damaged file: these words are only printed.
+    aside = root.damaged_dir / "samples" / dataset / "part-00000.parquet"
+    for path in (root.samples(dataset), aside) if is_dataset_name(dataset) else ():
+        with contextlib.suppress(OSError, pa.ArrowException):
+            if origin := _origin(pq.read_metadata(path).metadata or {}):
+                return origin.words
+    return ("--dataset", dataset)
+
+
 def samples_digest(root: CacheRoot, dataset: str) -> str:
     """Return the sha256 (hex) of the samples of a data set in their order, after checking the file."""
     return _content(_samples_file(root, dataset))
@@ -222,8 +249,9 @@ def _samples_file(root: CacheRoot, dataset: str) -> Path:
         names = dataset_names(root)
         raise NotFoundError(
             f"no data set {dataset!r} under {root.path}/samples (there: {', '.join(names) or 'none'})"
-            f"{nearest(dataset, names)}. Make it: python -m encode.run --dataset {dataset} "
-            f"--features {root.path}"
+            f"{nearest(dataset, names)}. Make it: "
+            f"{command_line('encode.run', '--dataset', dataset, '--features', root.path)}, "
+            f"or, of your own files, --dataset {dataset}=folder:PATH"
         )
     check_seal_file(path)
     return path
@@ -237,7 +265,8 @@ def _open_samples(root: CacheRoot, dataset: str) -> pq.ParquetFile:
         raise CorruptError(
             root.samples(dataset),
             f"another version of this program wrote these samples ({', '.join(file.schema_arrow.names)})",
-            f"write them again: python -m encode.run --dataset {dataset} --features {root.path}",
+            "write them again: "
+            + command_line("encode.run", *dataset_words(root, dataset), "--features", root.path),
         )
     return file
 

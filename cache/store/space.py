@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CacheError, CorruptError, NotFoundError, nearest
+from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
@@ -28,6 +28,7 @@ from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import Identities, RowIndex
+from cache.store.samples import DEMO_WORDS, dataset_words
 
 
 class Space:
@@ -205,9 +206,11 @@ def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
     """
     names = root.space_names()
     if not names:
+        words = dataset_words(root, None)
+        words += ("--encoder", "demo") if words == DEMO_WORDS else ()
         raise NotFoundError(
             f"no feature space under {root.path}/ (looked for spaces/*/space.json). "
-            f"Make one: python -m encode.run --dataset pixmo --features {root.path}"
+            "Make one: " + command_line("encode.run", *words, "--features", root.path)
         )
     matches = [n for n in names if n == name] or [n for n in names if n.startswith(name or "")]
     if not matches:

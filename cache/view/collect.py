@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cache.format.spec import ARRAYS
+from cache.maintenance.encode_command import encode_command
 from cache.maintenance.inventory import DatasetSummary, Failures, list_failures, summarise_datasets
 from cache.store.ledger import MediaRecord
 from cache.store.locks import driver_holder
@@ -25,7 +26,7 @@ from cache.view import sampling, statistics
 from cache.view.media import MediaItem, look_up, thumbnail
 from cache.view.sampling import Chosen
 from cache.view.statistics import Basis, Channels, Floats
-from configs import UserError
+from configs import UserError, load
 
 MAX_CODE_BYTES = 1 << 20
 """Bytes of token directions in the page, at most. The script compares tokens by them."""
@@ -145,7 +146,7 @@ def gather(
     if not arrays:
         raise UserError(
             f"{reader.path} has no rows yet: nothing to show. Encode something: "
-            f"python -m encode.run --dataset NAME --features {root.path}"
+            + encode_command(root, None, reader, load("encoders"))
         )
     measured = {array: _measure(reader, array, seed) for array in arrays}
     norms = {array: found for array, (found, _) in measured.items()}

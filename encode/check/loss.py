@@ -24,6 +24,7 @@ from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
+from cache.maintenance.encode_command import encode_command
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import edges_of, find_rows, number_media, read_references
@@ -157,7 +158,8 @@ def compare(options: Options) -> Comparison:
         why = "".join(f"; {n:,} media: {reason}" for reason, n in loader.skipped.items())
         raise UserError(
             f"{loader.reader.path}: no sample has a text, all its features, and its media in files of this "
-            f"machine{why}; python -m encode.run --dataset folder:PATH --features {options.features}"
+            f"machine{why}; encode some: "
+            + encode_command(root, None, loader.reader, configs.load("encoders"))
         )
     losses = dict(zip(("cached", "live", "unrounded"), (sums / weights).tolist(), strict=True))
     return Comparison(samples=samples, rows=rows, same_rows=same, skipped=loader.skipped, **losses)

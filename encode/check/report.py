@@ -60,6 +60,8 @@ class CheckReport:
 
     spec: FeatureSpec
     """Spec of the space."""
+    verify: str
+    """Command line that checks its bytes."""
     trained: bool
     """Whether the encoder has trained weights."""
     precision: str
@@ -109,7 +111,7 @@ class CheckReport:
             "ok: stored rows are what encoding gives"
             if self.ok
             else f"{len(self.differing):,} of {self.rows:,} rows differ by more than {self.spec.codec} "
-            "loses; python -m cache.verify --deep checks whether their bytes are intact"
+            f"loses; {self.verify} checks whether their bytes are intact"
         )
         return "\n".join([*lines, "", self._table()] if self.rows else lines)
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from cache.errors import command_line
 from cache.format.codec import CODECS
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
@@ -99,6 +100,9 @@ def check_space(
         precision = str(encoder.dtype).removeprefix("torch.")
         report = CheckReport(
             spec=spec,
+            verify=command_line(
+                "cache.verify", "--deep", "--space", spec.name, "--features", root.path
+            ),
             trained=not load.get("random_weights") and not spec.encoder.startswith("random-"),
             precision=precision,
             tolerance=TOLERANCE[spec.codec]

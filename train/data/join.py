@@ -25,7 +25,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import command_line
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.maintenance.encode_command import encode_command
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -41,7 +43,7 @@ from cache.store.references import (
     within,
 )
 from cache.store.samples import content_digest, dataset_names, samples_table
-from configs import UserError
+from configs import UserError, load
 from train.data.sample_list import (
     Coverage,
     Ints,
@@ -151,8 +153,8 @@ def _find_datasets(
         raise UserError(
             f"none of the data sets {', '.join(datasets)} is under {root.path}/samples "
             f"(there: {', '.join(sorted(here)) or 'none'}). "
-            f"Make them: python -m encode.run --dataset {next(iter(datasets), 'demo')} "
-            f"--features {root.path}"
+            f"Make them: {encode_command(root, next(iter(datasets), 'demo'), None, load('encoders'))}, or, "
+            "of your own files, with --dataset NAME=folder:PATH"
         )
     if absent:
         log.warning("not in %s, so not in the mix: %s", root.path, ", ".join(absent))
@@ -190,7 +192,7 @@ def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
         raise UserError(
             f"data set {name}: holds {', '.join(sorted({*map(str, kinds)} - {*MEDIA_KINDS}))} media; "
             "only images and videos can be trained on: "
-            f"python -m encode.run --dataset {name} writes it again"
+            f"{encode_command(root, name, None, load('encoders'))} writes it again"
         )
     ids = table["id"].combine_chunks()
     choice = table["choice"].combine_chunks()
@@ -325,16 +327,16 @@ def _check_coverage(
 
     `partial` videos have some of the frames that `max_frames` asks for, but not all.
     """
-    encode = f"python -m encode.run --dataset {samples.names[0]}"
-    where = f"--features {samples.root.path}"
+    root, presets = samples.root, load("encoders")
+    encode = encode_command(root, samples.names[0], reader, presets)
     reason = (
         f"({samples.missing:,} samples miss some; {samples.failed:,} more have failed "
-        f"media{_failures(ledger)}). Encode the rest: {encode} {where}"
+        f"media{_failures(ledger)}). Encode the rest: {encode}"
     )
     if partial:
         reason = (
             f"{partial:,} videos have some of their frames and not those for at most {max_frames}: encoded "
-            f"with another limit. Encode them again: {encode} --max-frames {max_frames} {where}"
+            f"with another limit. Encode them again: {encode} --max-frames {max_frames}"
         )
     if samples.coverage < min_coverage:
         raise UserError(
@@ -348,7 +350,7 @@ def _check_coverage(
         raise UserError(
             f"{reader.path}: no sample of {', '.join(samples.names)} has all its features: "
             f"{samples.failed:,} have failed media{_failures(ledger)}; "
-            f"see python -m cache.ls --failures {where}"
+            f"see {command_line('cache.ls', '--failures', '--features', root.path)}"
         )
 
 

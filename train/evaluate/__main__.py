@@ -145,7 +145,7 @@ def evaluate(options: Options) -> Evaluation:
     trained = trained_with(final)
     chosen = parse_mix(options.datasets or trained.datasets)
     reader = open_reader(options.features, meta["space"]["name"], options, datasets=chosen)
-    check_space(meta, reader.spec, final)
+    check_space(meta, reader, final)
     root = cache_root(reader)
     asked_for = replace(trained, datasets=options.datasets or trained.datasets)
     mix = dict.fromkeys(mix_of(asked_for, root))

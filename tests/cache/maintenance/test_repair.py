@@ -29,7 +29,7 @@ from cache.store.ledger import MediaRecord, append_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import FeatureReader
-from cache.store.samples import write_samples
+from cache.store.samples import Origin, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from cache.verify import main
@@ -415,6 +415,8 @@ def test_the_command_prints_its_steps_and_the_next_command(
     paths = only_space(root)
     at = ("--features", str(root.path), "--deep")
     garble(paths.shard("image", 1), 5)
+    origin = Origin(words=("--dataset", "toy=folder:/my photos"))
+    write_samples(root, "toy", [Sample(id="1", dataset="toy", messages=())], origin)
     garble(root.samples("toy"), 40)
     code, out, _ = run(monkeypatch, capsys, *at)
     assert (code, out.count("cache.verify --deep --repair")) == (1, 2)
@@ -426,9 +428,13 @@ def test_the_command_prints_its_steps_and_the_next_command(
     why = "1 of 3 rows fail their checksum (row 4 first)"
     todo = "its 2 intact rows are copied to a new shard"
     assert lines[1] == f"REPAIR: {paths.shard('image', 1)}: {why}; {todo}"
-    assert lines[-3].startswith("repaired: 2 findings, 2 rows kept, 1 removed; ")
-    assert lines[-2] == "run encode.run again for toy: the samples were lost"
-    assert lines[-1].startswith(f"run encode.run again for {paths.name}: ")
+    line = next(line for line in lines if line.startswith("repaired: "))
+    assert line.startswith("repaired: 2 findings, 2 rows kept, 1 removed; ")
+    assert f"python -m cache.gc --damaged --delete --features {root.path}" in line
+    encode = "    python -m encode.run --dataset 'toy=folder:/my photos' --encoder "
+    lost = lines.index("samples of toy were lost; to read them again, run")
+    assert lines[lost + 1].startswith(encode)
+    assert lines[-1] == f"{paths.name} lacks rows now; to create them again, run"
     assert err.startswith("read ")
     assert err.rstrip().endswith("/s")
     code, out, _ = run(monkeypatch, capsys, *at, "--repair")

@@ -146,7 +146,9 @@ def test_without_any_usable_sample_the_error_says_what_to_do(trained: Trained) -
     ):
         for name, samples in stored.items():
             write_samples(root, name, [replace(sample, messages=messages) for sample in samples])
-        with pytest.raises(UserError, match=r"no sample has a text.*encode\.run --dataset folder"):
+        with pytest.raises(
+            UserError, match=r"no sample has a text.*encode\.run --dataset demo-captions"
+        ):
             trained.compare()
     for name, samples in stored.items():
         write_samples(root, name, samples)

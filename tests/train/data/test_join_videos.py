@@ -73,7 +73,8 @@ def test_videos_encoded_with_another_limit_are_reported_separately(
         world.join(min_coverage=0.9, max_frames=16)
     message = str(refused.value)
     assert "1 videos have some of their frames and not those for at most 16" in message
-    assert "python -m encode.run --dataset d --max-frames 16" in message
+    assert "python -m encode.run --dataset d --encoder toy --codec fp16 " in message
+    assert f"--features {world.root.path} --max-frames 16, or lower" in message
     assert "66.7%" in message and "\n" not in message
     joined = world.join(max_frames=16)  # the short video needs no other frames
     assert names_of(joined) == ["d/short", "d/text"]
