@@ -190,7 +190,8 @@ def built_of(tree: ast.Module) -> Iterator[tuple[int, str, tuple[str, ...]]]:
         words: list[str] = []
         for word in rest:
             if isinstance(word, ast.Starred):  # options of its own
-                name = "features" if "features_words" in ast.unparse(word) else "dataset"
+                is_encode = str(program.value).endswith("encode.run")
+                name = "dataset" if is_encode and "--dataset" not in words else "features"
                 words += [f"--{name}", "?"]
             elif not isinstance(word, ast.Name) or (words[-1:] and words[-1].startswith("--")):
                 words.append(_text(word))
