@@ -1,7 +1,8 @@
 """Data sets: in, files or a hub repository; out, samples that name their media.
 
     catalogue   names of --dataset -> data sets
-    folder      a folder of images and videos, with optional texts
+    folder      a folder of images and videos, with optional texts; folder_files walks it
+    json_file   a file of records, and how lines of records become samples
     tables      Parquet and Arrow files with media inside; table_columns says what a column is for
     webdataset  tars of images and texts
     hub_files   the files of a data set of the Hugging Face hub, or of its local copy

@@ -54,8 +54,14 @@ MAX_CAPTION_BYTES = 1 << 20
 _MEDIA_KEYS = (*IMAGE_KEYS, *VIDEO_KEYS, *FILE_KEYS, *NAME_KEYS)
 _TEXTS = ("", "empty", "text", "JSON text")
 """Formats of a text beside media. Unknown bytes are refused as text."""
-_OF_RECORDS = ("text", "JSON text", "Parquet table")
-"""Formats of files of records, as `model.media.kinds` names them."""
+_ELSEWHERE = {
+    "text": "json",
+    "JSON text": "json",
+    "Parquet table": "hf",
+    "Arrow table": "hf",
+    "tar archive": "webdataset",
+}
+"""Format of a file that another kind of data set reads -> that kind."""
 
 UNNAMED = "media without a line of metadata"
 
@@ -306,9 +312,9 @@ class _Reading:
             found = why
             if why := self._texts.get(path, ""):
                 why = f"{suffix} ({why})"
-            elif suffix in SUFFIXES and found and found.format in _OF_RECORDS:
-                first = self._first_of_suffix.setdefault(suffix, shlex.quote(self._source(path)))
-                why = f"{suffix} (records? --dataset json:{first})"
+            elif kind := _kind_of_data_set(found, suffix):
+                first = self._first_of_suffix.setdefault(suffix, self._source(path))
+                why = f"{suffix} (records? --dataset {shlex.quote(f'{kind}:{first}')})"
             else:
                 why = why_unused(found, path)
         self._account.left_out[why] += 1
@@ -346,6 +352,12 @@ def _kind(found: Recognised | None, name: str) -> Kind | Literal[""]:
     if found is None or (not found.kind and found.format in ("", "empty", "text")):
         return kind_by_suffix(name)
     return found.kind
+
+
+def _kind_of_data_set(found: Recognised | None, suffix: str) -> str:
+    """Return the kind of data set that reads a file which may contain records; empty for other files."""
+    kind = _ELSEWHERE.get(found.format, "") if found else ""
+    return "" if kind == "json" and suffix not in SUFFIXES else kind
 
 
 def _says_text(value: Mapping[str, Any]) -> bool:

@@ -21,9 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from cache.format.embedded import data_uri_source, data_uris
 from cache.store.samples import Sample
-from configs import UserError
+from configs import UserError, one_line
 from encode.records.account import Account, FaultError
 from encode.records.media_files import MediaFiles, look
 from encode.records.reading import read_records
@@ -218,6 +221,22 @@ def _check_file(file: Path, path: str) -> None:
     if not of_records or (found.format == "Parquet table") != (file.suffix.lower() == ".parquet"):
         advice = f"; {found.advice}" if found.advice else ""
         raise UserError(f"json:{path}: {found.what}, not a file of records{advice}")
+    if found.format == "Parquet table":
+        _refuse_bytes(file, path)
+
+
+def _refuse_bytes(file: Path, path: str) -> None:
+    """Raise UserError for a Parquet file that is damaged, or has bytes of media in it."""
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"json:{path}: not Parquet: {one_line(error)}") from None
+    for column in schema:
+        if "binary" in str(column.type):
+            word = shlex.quote(f"hf:{file.resolve()}")
+            raise UserError(
+                f"json:{path}: the column {column.name!r} has bytes of media; --dataset {word} reads them"
+            )
 
 
 def _nearby(folder: Path) -> Iterator[Path]:

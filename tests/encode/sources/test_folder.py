@@ -368,6 +368,11 @@ def test_records_under_another_name_are_pointed_out(photos: Path) -> None:
         f".jsonl (records? --dataset json:{photos}/x.jsonl)": 2,
         f".csv (records? --dataset json:{photos}/z.csv)": 1,
     }
+    put(photos, {"x y.parquet": b"PAR1", "0.tar": b"0" * 257 + b"ustar", "notes.yaml": "a: 1"})
+    reasons = read(photos)[1].left_out
+    assert reasons[f".parquet (records? --dataset 'hf:{photos}/x y.parquet')"] == 1
+    assert reasons[f".tar (records? --dataset webdataset:{photos}/0.tar)"] == 1
+    assert reasons[".yaml"] == 1
 
 
 def test_media_that_metadata_does_not_name_are_counted(photos: Path) -> None:

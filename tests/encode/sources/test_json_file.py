@@ -202,6 +202,19 @@ def test_what_is_no_file_of_records_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_a_table_with_bytes_is_answered_with_the_kind_that_reads_them(data: Path) -> None:
+    image = pa.array([{"bytes": PNG, "path": "a.png"}])
+    pq.write_table(pa.table({"image": image, "caption": ["A cat."]}), data / "x.parquet")
+    with pytest.raises(
+        UserError, match=f"'image' has bytes of media; --dataset hf:{data}/x.parquet"
+    ):
+        read(data / "x.parquet")
+    whole = (data / "x.parquet").read_bytes()
+    (data / "x.parquet").write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"x\.parquet: not Parquet"):
+        read(data / "x.parquet")
+
+
 def test_a_folder_is_answered_with_its_word(data: Path) -> None:
     with pytest.raises(UserError, match=f"--dataset folder:{data}"):
         read(data)
