@@ -221,21 +221,27 @@ def _refusal(
     media = samples.media_of(longest)
     videos = media[samples.kinds[media] == VIDEO]
     images = media[samples.kinds[media] != VIDEO]
-    parts, ways = [], ["encode with more pooling (encode.run --pool 2)"]
+    parts = []
+    ways = [
+        f"Raise --max-sequence-length to {int(length[longest])}",
+        "cut them between turns (--over-long split)",
+        "leave them out (--over-long leave-out)",
+    ]
     if len(images) or not len(media):
         each = f" x {int(media_tokens[images[0]]):,}" if len(images) else ""
         parts.append(f"{len(images)}{each} for images")
     if len(videos):
         frames = int(np.diff(samples.starts)[videos].sum())
         parts.append(f"{int(media_tokens[videos].sum()):,} for {frames:,} frames of videos")
-        ways = ["take fewer frames (--max-frames, here and in encode.run)", *ways]
+        ways.append("take fewer frames (--max-frames, here and in encode.run)")
+    if len(media):
+        ways.append("encode with more pooling (encode.run --pool 2)")
     text = int(length[longest] - media_tokens[media].sum())
     return (
         f"sample {samples.name_of(longest)} is {int(length[longest]):,} tokens long ({', '.join(parts)}, "
         f"{text:,} of text) and the window is {max_tokens:,}; "
-        f"{int((length > max_tokens).sum()):,} of {samples.size:,} samples do not fit. Raise "
-        f"--max-sequence-length to {int(length[longest])}, cut them between turns (--over-long split), leave "
-        f"them out (--over-long leave-out), {', or '.join(ways)}"
+        f"{int((length > max_tokens).sum()):,} of {samples.size:,} samples do not fit. "
+        f"{', '.join(ways[:-1])}, or {ways[-1]}"
     )
 
 
