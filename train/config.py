@@ -16,7 +16,10 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
 from configs import UserError, nearest
 
-SELECTORS = ("stage", "hardware", "device", "run", "max_steps", "resume", "inspect")
+SELECTORS = (
+    *("stage", "hardware", "device", "run", "max_steps", "max_sequence_length"),
+    *("resume", "inspect"),
+)
 """Options that decide the defaults of other options."""
 
 STAGES = (1, 2, 3)
@@ -230,9 +233,10 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
         return _fit_window(values | machine)
     _check_user_stages()
     values = _scale_warmups(configs.load("train")["stages"][stage], selected.get("max_steps", ""))
-    return _fit_window(
-        values | _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
-    )
+    values |= _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
+    if (window := selected.get("max_sequence_length", "")).isdecimal():
+        values["max_sequence_length"] = int(window)
+    return _fit_window(values)
 
 
 def _check_user_stages() -> None:

@@ -31,6 +31,12 @@ def test_presets_depend_on_stage_and_hardware() -> None:
     short = preset({"stage": "1", "hardware": "cpu", "max_steps": "1000"})
     # In proportion to max_steps.
     assert (short["warmup_steps"], short["connector_warmup_steps"]) == (20, 2)
+    longer = preset({"stage": "1", "hardware": "cpu", "max_sequence_length": "3037"})
+    assert (
+        longer["max_sequence_length"] == longer["max_tokens"] == 3037
+    )  # a refusal names one option
+    less = preset({"stage": "1", "hardware": "cpu", "max_sequence_length": "many"})
+    assert less["max_tokens"] == 2048  # refused later, with the option's name
 
 
 def test_torchrun_accepts_the_commands_in_the_documentation() -> None:

@@ -555,6 +555,9 @@ def test_long_conversations_are_refused_then_split_and_resumed(
         UserError, match=r"do not fit\. Raise .*--over-long split.*--over-long leave-out"
     ):
         train(*window, "--max-steps", "8", features=features)
+    assert losses(
+        train("--max-sequence-length", "200", "--max-steps", "1", "--run", "a", features=features)
+    )
     window += ["--over-long", "split"]
     whole = losses(train(*window, "--max-steps", "8", "--run", "whole", features=features))
     assert "cut between turns into" in caplog.text
