@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+import configs
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, build, parse
-from encode.sources.catalogue import Entry
-from model.vision.config import EncoderConfig
+from encode.sources.catalogue import Entry, read_catalogue
+from model.vision.config import EncoderConfig, encoder_config
 from tests.support import ROOT
 from tests.support.spaces import make_space
+from train import config as train_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -125,6 +127,27 @@ def test_messages_quoted_in_the_documents_are_in_the_code(page: str, piece: str)
     )
     code = code.replace("{LISTING}", "listing.json")
     assert piece in code, f"{page} quotes {piece!r}"
+
+
+def test_the_users_file_of_the_guide_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (ROOT / "docs" / "FEATURE_CACHE.md").read_text()
+    found = re.search(r"```yaml\n(datasets:.*?)```", guide, re.DOTALL)
+    assert found is not None
+    (tmp_path / "mine.yaml").write_text(found[1])
+    monkeypatch.setattr(configs, "_user_file", None)
+    configs.use_file(tmp_path / "mine.yaml")
+    entries, groups = read_catalogue()
+    assert {entries[name].source for name in groups["mine"]} == {
+        "folder",
+        "hf",
+        "json",
+        "webdataset",
+    }
+    assert entries["web"].media == str(tmp_path / "pictures")
+    assert encoder_config("clip-b16").blocks == (10,)
+    assert train_config.preset({"stage": "2", "hardware": "cpu"})["max_steps"] == 4000
 
 
 # ---- messages: the commands that they suggest

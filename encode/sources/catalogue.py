@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import configs
-from cache.store.paths import DATASET_NAME, as_dataset_name, is_dataset_name
-from cache.store.samples import Sample
+from cache.store.paths import DATASET_NAME, CacheRoot, as_dataset_name, is_dataset_name
+from cache.store.samples import Sample, dataset_names, dataset_words
 from configs import UserError, nearest, one_line
 from encode.records.account import Account
 
@@ -281,8 +281,12 @@ class Choice:
     """What `--dataset` accepts for it, from any folder."""
 
 
-def choose(specs: Sequence[str]) -> list[Choice]:
+def choose(specs: Sequence[str], features: Path | None = None) -> list[Choice]:
     """Return the data sets that `--dataset` arguments name, each once.
+
+    Args:
+        specs: see the beginning of this file.
+        features: the feature cache. An unknown name that is there is answered with the words that made it.
 
     Raises:
         UserError: no such data set, a name is invalid, or two different data sets have one name.
@@ -296,7 +300,7 @@ def choose(specs: Sequence[str]) -> list[Choice]:
                 for name in groups.get(spec, (spec,))
             ]
         else:
-            found = [_choose_spec(spec, entries, groups)]
+            found = [_choose_spec(spec, entries, groups, features)]
         for one in found:
             other = chosen.setdefault(one.name, one)
             if other.entry != one.entry:
@@ -308,14 +312,16 @@ def choose(specs: Sequence[str]) -> list[Choice]:
 
 
 def _choose_spec(
-    spec: str, entries: Mapping[str, Entry], groups: Mapping[str, tuple[str, ...]]
+    spec: str,
+    entries: Mapping[str, Entry],
+    groups: Mapping[str, tuple[str, ...]],
+    features: Path | None,
 ) -> Choice:
     """Return the data set of one `[NAME=]KIND:PLACE`."""
     found = _SPEC.fullmatch(spec)
-    if not found or found["kind"] not in SPEC_KINDS or found["kind"] not in _OPENERS:
-        raise UserError(
-            f"--dataset {shlex.quote(spec)}: {_unknown(spec, found, [*entries, *groups])}"
-        )
+    if not found or found["kind"] not in SPEC_KINDS:
+        why = _stored(spec, features) or _unknown(spec, found, [*entries, *groups])
+        raise UserError(f"--dataset {shlex.quote(spec)}: {why}")
     name, kind, place = found["name"], found["kind"], found["place"]
     entry = _entry_of(kind, place, spec)
     given = "" if name is None else f"{name}="
@@ -335,6 +341,15 @@ def _choose_spec(
     return Choice(name=suggested, entry=entry, word=f"{suggested}={entry.spec}")
 
 
+def _stored(spec: str, features: Path | None) -> str:
+    """Return the words that made a data set of the cache, for an error about its name alone; or ''."""
+    root = CacheRoot(features) if features is not None and is_dataset_name(spec) else None
+    if root is None or spec not in dataset_names(root):
+        return ""
+    words = dataset_words(root, spec)
+    return "" if words[1:2] == (spec,) else f"it was made by other words: {shlex.join(words)}"
+
+
 def _unknown(spec: str, found: re.Match[str] | None, known: Sequence[str]) -> str:
     """Return why `spec` is not understood, and what would be."""
     path = os.path.expanduser(spec)  # noqa: PTH111 - these two never raise
@@ -350,10 +365,10 @@ def _unknown(spec: str, found: re.Match[str] | None, known: Sequence[str]) -> st
 
 
 def _entry_of(kind: str, place: str, spec: str) -> Entry:
-    """Return the entry that `KIND:PLACE` stands for."""
+    """Return the entry of `KIND:PLACE`."""
     if not place.strip():
         raise UserError(f"--dataset {shlex.quote(spec)}: write it as {SPEC_KINDS[kind]}")
-    if kind != "hf" or place.startswith(("/", ".", "~")):
+    if kind != "hf" or place.startswith(("/", ".", "~")) or _is_here(place):
         try:
             path, config = Path(place).expanduser(), ""
             if kind == "hf" and ":" in path.name and not path.exists():
@@ -371,6 +386,11 @@ def _entry_of(kind: str, place: str, spec: str) -> Entry:
             "hf:HuggingFaceM4/the_cauldron:ai2d"
         )
     return Entry(source="hf", hub=hub[1], config=hub[2] or "")
+
+
+def _is_here(place: str) -> bool:
+    """Return whether `PATH` or `PATH:CONFIG` is a file or folder; the hub is not asked for such a name."""
+    return any(os.path.exists(path) for path in (place, place.rpartition(":")[0]) if path)  # noqa: PTH110
 
 
 def _default_name(entry: Entry) -> str:
@@ -402,7 +422,7 @@ def open_datasets(
         UserError: no such data set, folder or file, `source` or `media` is not used, or two different data
             sets have one name.
     """
-    choices = choose(specs)
+    choices = choose(specs, features)
     source, media = (path and path.expanduser().absolute() for path in (source, media))
     if source is not None and not any(one.entry.source in FROM_SOURCE for one in choices):
         raise UserError(f"--source {source}: no data set named by --dataset is read from there")

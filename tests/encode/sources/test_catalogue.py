@@ -14,9 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configs
+from cache.store.paths import CacheRoot
+from cache.store.samples import Origin, write_samples
 from configs import UserError
 from encode.sources import catalogue
-from encode.sources.catalogue import choose, open_datasets, read_catalogue
+from encode.sources.catalogue import Entry, choose, open_datasets, read_catalogue
 
 
 @pytest.fixture
@@ -119,6 +121,29 @@ def test_any_word_is_accepted_with_a_word_for_it_or_refused(spec: str) -> None:
         assert choose([choice.word]) == [choice]
 
 
+def test_a_local_copy_of_a_hub_data_set_is_found_by_its_path(here: Path) -> None:
+    (here / "copies" / "mine").mkdir(parents=True)
+    local = Entry(source="hf", path=str(here / "copies" / "mine"), config="part")
+    assert choose(["hf:copies/mine:part"])[0].entry == local
+    assert choose(["hf:./copies/mine:part"])[0].word == f"mine-part=hf:{local.path}:part"
+    (hub,) = choose(["hf:copies/other:part"])
+    assert (hub.name, hub.entry.hub, hub.entry.config) == ("other-part", "copies/other", "part")
+
+
+def test_the_name_of_a_stored_data_set_is_answered_with_the_words_that_made_it(here: Path) -> None:
+    root = CacheRoot(here / "cache")
+    words = ("--dataset", "photos=folder:/my photos", "--limit", "3")
+    write_samples(root, "photos", [], Origin(words=words))
+    with pytest.raises(
+        UserError, match=r"--dataset photos: it was made by other words: "
+    ) as refused:
+        choose(["photos"], root.path)
+    assert shlex.split(str(refused.value).partition("words: ")[2]) == [*words]
+    write_samples(root, "old", [])
+    with pytest.raises(UserError, match="no such data set"):
+        choose(["old"], root.path)
+
+
 def test_a_path_with_an_equals_sign_is_a_path(here: Path) -> None:
     (here / "a=folder:b").mkdir(parents=True)
     (choice,) = choose(["folder:a=folder:b"])
@@ -191,4 +216,4 @@ def test_every_source_has_an_opener_and_fields() -> None:
     from typing import get_args
 
     sources = set(get_args(catalogue.Source))
-    assert set(catalogue._FIELDS) == sources
+    assert set(catalogue._FIELDS) == set(catalogue._OPENERS) == sources
