@@ -78,7 +78,7 @@ def read_coco(
     file: BinaryIO, name: str, sections: Mapping[str, Place], account: Account
 ) -> Iterator[Line]:
     """Yield one line for each image. Captions without their image are faults."""
-    for section in sections.keys() - {"images", "annotations"}:
+    for section in sorted(sections.keys() - {"images", "annotations"}):
         account.ignored[section] += 1
     captions: dict[Any, _Captions] = {}
     size = 0

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,16 @@ RED = f"data:image/png;base64,{base64.b64encode(MEDIA['red.png']).decode()}"
 def sheet(rows: dict[str, list[Any]]) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table(rows), file)
+    return file.getvalue()
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
     return file.getvalue()
 
 
@@ -190,6 +201,35 @@ FILES: dict[str, tuple[str, Any]] = {
 """Name -> suffix and content of a file of records; its media are in another folder."""
 
 
+TABLES: dict[str, dict[str, list[Any]]] = {
+    "cauldron": {
+        "images": [[{"bytes": MEDIA["red.png"], "path": None}]],
+        "texts": [[{"user": "What?", "assistant": "Red.", "source": "vqa"}] * 2],
+    },
+    "onevision": {
+        "id": ["7"],
+        "image": [{"bytes": MEDIA["green.png"], "path": "7.png"}],
+        "conversations": [ASKED],
+        "data_source": ["mine"],
+    },
+    "tulu": {"id": ["t1"], "messages": [CHAT], "source": ["ai2"]},
+}
+"""Name -> columns of a data set as the Hugging Face hub has it, with the bytes of its images."""
+
+TARS = {
+    "img2dataset": {
+        "000000000.png": MEDIA["red.png"],
+        "000000000.txt": b"A red field.",
+        "000000000.json": json.dumps(
+            {"url": "https://example.org/0.png", "caption": "A red field.", "status": "success"}
+        ).encode(),
+        "000000001.y4m": MEDIA["clip.y4m"],
+        "000000001.txt": b"Shapes move.",
+    },
+}
+"""Name -> members of a tar."""
+
+
 def put(path: Path, content: Any, port: int = 0, indent: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, bytes):
@@ -224,6 +264,12 @@ def rendered(top: Path) -> str:
     for path, content in MEDIA.items():
         put(top / "media" / path, content)
     words = [f"folder:{top / name}" for name in FOLDERS]
+    for name, columns in TABLES.items():
+        put(top / name / "data" / "train-00000-of-00001.parquet", sheet(columns))
+        words.append(f"hf:{top / name}")
+    for name, members in TARS.items():
+        put(top / name / "00000.tar", tar(members))
+        words.append(f"webdataset:{top / name}/*.tar")
     with served(top / "media") as port:
         for name, (suffix, content) in FILES.items():
             put(top / f"{name}{suffix}", content, port, 2 if name == "llava-pretty" else None)
@@ -242,7 +288,8 @@ def rendered(top: Path) -> str:
                 *("--run", str(top / "run")),
             ],
         )
-    accounts = [line for line in encoded.splitlines() if line.split(":")[0] in (*FOLDERS, *FILES)]
+    names = (*FOLDERS, *FILES, *TABLES, *TARS)
+    accounts = [line for line in encoded.splitlines() if line.split(":")[0] in names]
     text = "\n".join([*accounts, "", *sorted(set(sample_texts(trained)))]) + "\n"
     for name, data in MEDIA.items():
         key = hashlib.sha256(data).hexdigest()[:12]
