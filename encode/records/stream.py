@@ -116,6 +116,9 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
             window = Window(file, offset=start, line=number)
             try:
                 piece = window.piece()
+                if piece.fault:
+                    raise piece.fault
+                parse(piece.data, number)  # if it is broken, it may have taken others in
             except FaultError as error:
                 piece = Piece(b"", start, number, error)
                 skip = True

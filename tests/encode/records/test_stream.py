@@ -112,6 +112,25 @@ def test_any_bytes_are_objects_or_faults(tmp_path: Path, suffix: str, data: byte
         assert lines or faults, "nothing disappears"
 
 
+@given(
+    rows=st.lists(
+        st.integers(0, 9).map(lambda n: json.dumps({"n": n, "t": ["x"]}))
+        | st.text('x{["} ,]', min_size=1, max_size=6).filter(str.strip),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_broken_line_takes_a_sound_one_with_it(tmp_path: Path, rows: list[str]) -> None:
+    lines, faults = read(tmp_path / "a.jsonl", "\n".join(["{}", *rows]))
+    sound = [number for number, row in enumerate(rows, 2) if row.startswith('{"n"')]
+    found = [
+        number for number, line in zip(numbers(lines), lines, strict=True) if "n" in line.value
+    ]
+    assert found == sound
+    assert len(faults) >= (len(rows) > len(sound) + sum(row.strip() == "{}" for row in rows))
+
+
 @given(values=st.lists(st.integers(0, 99), min_size=1, max_size=6), data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_one_damaged_byte_loses_no_other_line(
@@ -159,6 +178,7 @@ def test_one_damaged_byte_loses_no_other_line(
             '{\n"a": 1}\n{\n"c": [},\n"d": 4}\n{\n"b": 2}\n',
             "3: not JSON: brackets that do not match",
         ),
+        ('{"a": 1}\n{"c": [\nx\n]}\n{"b": 2}', "2: not JSON: Expecting value (line 3, column 1)"),
         ('{"a": 1}\n{\n"c": "x\n"}\n{"b": 2}\n', "2: not JSON: a string without an end"),
         ('{\n"a": 1}{"b": 2}\n3', "3: expected an object in braces, found int"),
     ],
