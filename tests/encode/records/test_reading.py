@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
@@ -713,6 +713,7 @@ def outcome(records: tuple[Record, ...]) -> str:
     return json.dumps([said, more])
 
 
+@settings(deadline=None)
 @given(value=OBJECTS | USUAL | USUAL)
 def test_every_leaf_of_an_object_is_used_counted_or_refused(value: dict[str, Any]) -> None:
     account = Account(name="photos")

@@ -80,7 +80,7 @@ def test_objects_that_span_lines(tmp_path: Path) -> None:
     block=st.integers(1, 90),
     bom=st.booleans(),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_layout_gives_each_object_with_its_place(
     tmp_path: Path, values: list[Any], layout: str, block: int, bom: bool
 ) -> None:
@@ -105,7 +105,7 @@ def test_every_layout_gives_each_object_with_its_place(
 
 @given(data=st.binary(max_size=60) | st.text('[]{}",:\\\n 1aé', max_size=40).map(str.encode))
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".parquet"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_objects_or_faults(tmp_path: Path, suffix: str, data: bytes) -> None:
     lines, faults = read(tmp_path / f"a{suffix}", data)
     if suffix == ".json" and data.strip(b" \t\r\n\xef\xbb\xbf[]"):
@@ -120,7 +120,7 @@ def test_any_bytes_are_objects_or_faults(tmp_path: Path, suffix: str, data: byte
         max_size=8,
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_broken_line_takes_a_sound_one_with_it(tmp_path: Path, rows: list[str]) -> None:
     lines, faults = read(tmp_path / "a.jsonl", "\n".join(["{}", *rows]))
     sound = [number for number, row in enumerate(rows, 2) if row.startswith('{"n"')]
@@ -132,7 +132,7 @@ def test_no_broken_line_takes_a_sound_one_with_it(tmp_path: Path, rows: list[str
 
 
 @given(values=st.lists(st.integers(0, 99), min_size=1, max_size=6), data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_one_damaged_byte_loses_no_other_line(
     tmp_path: Path, values: list[int], data: st.DataObject
 ) -> None:
@@ -363,7 +363,7 @@ def test_a_cell_may_be_a_data_uri(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_csv_writes_is_read(tmp_path: Path, rows: list[list[str]]) -> None:
     file = io.StringIO(newline="")
     writer = csv.writer(file, quoting=csv.QUOTE_ALL)

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encode.records import strict_json
@@ -27,6 +27,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(value=JSON, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans())
 def test_what_json_writes_is_read(value: Any, indent: int | None, ascii_only: bool) -> None:
     if not ascii_only and "\\ud" in json.dumps(value):
@@ -101,6 +102,7 @@ def test_the_line_of_a_fault_is_that_of_the_file() -> None:
         parse(b'{\n "a": 1,\n "b": x}', first_line=7)
 
 
+@settings(deadline=None)
 @given(value=st.lists(JSON) | st.dictionaries(st.text(), JSON), after=st.binary(max_size=20))
 def test_the_end_of_a_value_is_found_whatever_follows(value: Any, after: bytes) -> None:
     data = json.dumps(value).encode()
