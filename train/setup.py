@@ -356,7 +356,7 @@ def load_data(
             trees = build_message_trees(val, val_tokens, **limits)
             val_schedule = SinglePass(trees, options.samples_per_step)
         except NothingToLearnError:  # a warning has counted the samples
-            log.warning("no held-out sample has text, so no held-out loss is measured")
+            log.warning("no held-out sample can be used, so no held-out loss is measured")
     return Data(train=train, schedule=schedule, val_schedule=val_schedule)
 
 

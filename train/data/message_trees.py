@@ -157,8 +157,8 @@ def build_message_trees(
         over_long: what becomes of samples longer than `max_tokens`.
 
     Raises:
-        NothingToLearnError: no sample has text to learn.
-        UserError: a sample is longer than `max_tokens` and `over_long` is `refuse`, or none is left.
+        NothingToLearnError: no sample has text to learn, or none is left that fits.
+        UserError: a sample is longer than `max_tokens` and `over_long` is `refuse`.
     """
     samples = learnable(samples, tokens)
     samples = fit_window(samples, tokens, placeholders, max_tokens=max_tokens, over_long=over_long)

@@ -35,7 +35,7 @@ OverLong = Literal["refuse", "split", "leave-out"]
 
 
 class NothingToLearnError(UserError):
-    """No sample of a list has text to learn."""
+    """No sample of a list has text to learn, or none of those fits the window."""
 
 
 def learnable(samples: SampleList, tokens: TokenStore) -> SampleList:
@@ -93,7 +93,8 @@ def fit_window(
         over_long: what to do with a longer sample.
 
     Raises:
-        UserError: a sample is longer and `over_long` is `refuse`, or no sample is left.
+        UserError: a sample is longer and `over_long` is `refuse`.
+        NothingToLearnError: no sample is left.
     """
     media_tokens = placeholders.lengths(samples)
     length = tokens.measure(samples)["used"] + added_tokens(samples, media_tokens)
@@ -118,7 +119,7 @@ def fit_window(
             left_out = f"; {alone} too long alone: left out, first {lost[0]}"
         log.warning("%s: cut between turns into %s%s", too_long, _count(parts, "part"), left_out)
     if not result.size:
-        raise UserError(
+        raise NothingToLearnError(
             f"{', '.join(samples.names)}: {too_long}, and nothing is left to train on; raise "
             f"--max-sequence-length (the longest has {int(length.max()):,} tokens)"
         )

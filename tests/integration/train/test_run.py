@@ -33,7 +33,7 @@ from cache.store.space import find_space
 from configs import UserError
 from model.io.saved_model import load_final
 from tests.support import trained_runs
-from tests.support.trained_runs import BASE, ENVIRONMENT, losses
+from tests.support.trained_runs import BASE, ENVIRONMENT, losses, turns
 from train import setup
 from train.config import Options
 from train.data.join import join
@@ -519,20 +519,23 @@ def test_images_without_text_stop_no_training(
     assert [line for line in read_metrics(folder) if "held_out_loss" in line]
 
 
-def test_held_out_images_without_text_are_no_reason_to_stop(
-    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, caplog: Any
+@pytest.mark.parametrize("held_out_are", ["without text", "too long"])
+def test_held_out_samples_that_cannot_be_used_stop_no_training(
+    train: Callable[..., Path], cache: CacheRoot, tmp_path: Path, caplog: Any, held_out_are: str
 ) -> None:
     reader = FeatureReader(find_space(cache, None))
     val = join(cache, reader, {"colors": None}, split="val", held_out=0.25, min_coverage=0.9)
     held_out = {val.name_of(i) for i in range(val.size)}
+    unusable = turns("?", "x" * 500) if held_out_are == "too long" else ()
     samples = [
-        replace(sample, messages=()) if f"colors/{sample.id}" in held_out else sample
+        replace(sample, messages=unusable) if f"colors/{sample.id}" in held_out else sample
         for sample in read_samples(cache, "colors")
     ]
     features = with_samples(cache, tmp_path, samples)
-    folder = train("--max-steps", "2", "--eval-every", "2", "--held-out", "0.25", features=features)
+    words = ["--max-sequence-length", "100", "--over-long", "split", "--held-out", "0.25"]
+    folder = train("--max-steps", "2", "--eval-every", "2", *words, features=features)
     assert len(losses(folder)) == 2
-    assert "no held-out sample has text, so no held-out loss is measured" in caplog.text
+    assert "no held-out sample can be used, so no held-out loss is measured" in caplog.text
 
 
 def test_nothing_to_learn_is_one_line_and_leaves_no_run(
