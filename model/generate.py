@@ -41,7 +41,7 @@ from configs import UserError
 from model.inference import Video, answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final, read_meta
-from model.media.images import BadMediaError, decode_image
+from model.media.images import BadMediaError, decode_noted
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
 from model.quantize import pack, unpack
@@ -147,10 +147,13 @@ def generate(options: Options) -> str:
         images, videos = [], []
         for path in options.image:
             with _user_errors(path, "JPEG, PNG, WebP, GIF, BMP or TIFF"):
-                images.append(decode_image(path.read_bytes()))
+                decoded = decode_noted(path.read_bytes())
+                images.append(decoded.image)
+                _tell(path, decoded.note)
         for path in options.video:
             with _user_errors(path, "video file"):
-                videos.append((path, probe(path)))
+                videos.append((path, info := probe(path)))
+                _tell(path, info.note)
         encoder = rebuild_encoder(
             meta["space"]["load"],
             FeatureSpec.from_json(meta["space"]["spec"]),
@@ -177,6 +180,12 @@ def generate(options: Options) -> str:
     return text
 
 
+def _tell(path: Path, note: str | None) -> None:
+    """Print to standard error what is wrong with a file that is used nevertheless."""
+    if note is not None:
+        print(f"{path}: {note}", file=sys.stderr)
+
+
 def order_media(options: Options, media: Sequence[Tensor | Video]) -> list[Tensor | Video]:
     """Return the media in the order of the prompt's marks.
 
@@ -200,8 +209,10 @@ def _user_errors(path: Path, wanted: str) -> Iterator[None]:
     try:
         yield
     except (BadMediaError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: {reason}; give an intact {wanted}") from None
+        reason = str(error.strerror if isinstance(error, OSError) else error)
+        # Some reasons say what to do, such as to install the reader of a format.
+        way_out = "" if "; " in reason else f"; give an intact {wanted}"
+        raise UserError(f"{path}: {reason}{way_out}") from None
 
 
 def live_video(

@@ -25,6 +25,7 @@ from model.media.images import decode_image
 from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import build_vlm
+from tests.support.videos import make_video
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +118,21 @@ def test_live_answers_equal_those_from_the_cache(
     lines = err.splitlines()
     assert len(lines) == 4 and "encoder demo" in lines[0] and "1 images, " in lines[1]
     assert all(" s  " in line for line in lines)
+
+
+def test_a_file_that_is_used_with_a_note_is_named(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cut, clip = tmp_path / "cut.jpg", make_video(tmp_path / "clip.mkv", frames=20, fps=10)
+    with Image.open(world / "red.png") as image:
+        image.save(cut)
+    cut.write_bytes(cut.read_bytes()[:-2])
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    words = ["--image", str(cut), "--video", str(clip), "--prompt", "what?"]
+    _, err = ask(world, capsys, *words)
+    first, second = err.splitlines()
+    assert first == f"{cut}: the JPEG ends early: no pixel is missing"
+    assert second.startswith(f"{clip}: ends early: ") and second.endswith(" of 2.0 s")
 
 
 def test_without_images_no_encoder_is_loaded(
