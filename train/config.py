@@ -232,7 +232,10 @@ def preset(selected: Mapping[str, str]) -> dict[str, Any]:
         machine = {k: v for k, v in _hardware(hardware, selected).items() if k in MACHINE_KEYS}
         return _fit_window(values | machine)
     _check_user_stages()
-    values = _scale_warmups(configs.load("train")["stages"][stage], selected.get("max_steps", ""))
+    users = configs.user_section("stages").get(stage, {})
+    ours = configs.read_yaml(configs.FOLDER / "train.yaml")["stages"][stage]
+    values = _scale_warmups(ours, str(users.get("max_steps", ""))) | users
+    values = _scale_warmups(values, selected.get("max_steps", ""))
     values |= _hardware(hardware, selected) | {"stage": stage, "hardware": hardware}
     if (window := selected.get("max_sequence_length", "")).isdecimal():
         values["max_sequence_length"] = int(window)

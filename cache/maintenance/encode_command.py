@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from cache.errors import CacheError, command_line
 from cache.format.spec import FeatureSpec
+from cache.remote.mirror import is_copy
 from cache.store.paths import CacheRoot
 from cache.store.samples import DEMO_WORDS, dataset_words
 from cache.store.space import read_info
@@ -70,7 +71,8 @@ def encode_command(
     else:
         words += ["--encoder", "demo"] if words == [*DEMO_WORDS] else []
         words += ["--codec", codec] if codec else []
-    return command_line("encode.run", *words, "--features", root.path, *more)
+    features = "DIR" if is_copy(root) else root.path  # the folder is on the machine of that cache
+    return command_line("encode.run", *words, "--features", features, *more)
 
 
 def encoder_words(space: Encoded, presets: Mapping[str, Any], codec: str = "") -> list[str]:

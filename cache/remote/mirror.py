@@ -42,6 +42,15 @@ LOG_EVERY_S = 10
 """Seconds between two log lines about a copy under way."""
 
 
+COPIED = "copied.json"
+"""File beside the copied tables: what they were copied from."""
+
+
+def is_copy(root: CacheRoot) -> bool:
+    """Return whether a folder has the copied tables of a remote cache. No command writes there."""
+    return (root.path.parent / COPIED).is_file()
+
+
 class Mirror:
     """The local copy of the tables of one remote cache."""
 
@@ -116,7 +125,7 @@ class Mirror:
             now_copied = {n: info for n, info in copied.items() if not wanted(n)} | remote
             if now_copied != copied:
                 values = {name: [info.nbytes, info.tag] for name, info in now_copied.items()}
-                write_atomic(self.folder / "copied.json", json.dumps(values).encode())
+                write_atomic(self.folder / COPIED, json.dumps(values).encode())
 
     # ---- local copies
 
@@ -129,7 +138,7 @@ class Mirror:
     def _read_copied(self) -> dict[str, FileInfo]:
         """Return what the local tables were copied from; {} when the record is missing or damaged."""
         try:
-            values = json.loads((self.folder / "copied.json").read_bytes())
+            values = json.loads((self.folder / COPIED).read_bytes())
             return {
                 name: FileInfo(nbytes=nbytes, tag=tag) for name, (nbytes, tag) in values.items()
             }

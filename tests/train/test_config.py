@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args
 
-from configs import dump, parse
+import configs
+from configs import UserError, dump, parse
 from tests.support import ROOT
 from train import distributed
-from train.config import Options, preset
+from train.config import SELECTORS, Options, preset
 
 
 def test_presets_depend_on_stage_and_hardware() -> None:
@@ -65,3 +66,43 @@ def test_a_step_has_the_batches_of_all_processes_and_a_resumed_run_keeps_their_n
     saved.parent.mkdir(parents=True)
     saved.write_text(dump(Options(processes=4)))
     assert preset({"resume": "true"})["processes"] == 4  # whatever number of processes resumes it
+
+
+def read(words: list[str]) -> Options:
+    return parse(Options, words, prog="x", preset=preset, selectors=SELECTORS)
+
+
+def test_the_users_file_changes_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("stages: {2: {learning_rate: 2e-5, max_steps: 400, warmup_steps: 10}}\n")
+    words = ["--config", str(file), "--hardware", "cpu", "--run", str(tmp_path / "none"), "--stage"]
+    monkeypatch.setattr(configs, "_user_file", None)
+    second, first = read([*words, "2"]), read([*words, "1"])
+    assert (second.learning_rate, second.max_steps, second.warmup_steps) == (2e-5, 400, 10)
+    assert second.connector_warmup_steps == 8, "1,000 of ours, for 400 steps instead of 50,000"
+    assert second.save_every == first.save_every, "what the file does not say is ours"
+    assert (first.learning_rate, first.max_steps) == (1e-4, 100_000)
+    assert read([*words, "2", "--learning-rate", "1e-3"]).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stages: {4: {max_steps: 1}}", "stages: 4: there are stages 1, 2, 3"),
+        ("stages: {2: {max_step: 1}}", "stages: 2: unknown key 'max_step'; nearest: max_steps"),
+        ("stages: {2: {max_steps: many}}", "stages: 2: max_steps: expected int, found 'many'"),
+        ("stages: {2: {max_steps: -1}}", "stages: 2: max_steps -1"),
+        ("stages: {2: 7}", "stages: 2: expected options of train.run"),
+        ("stages: [2]", "stages: expected names"),
+        ("encoders: {}\nstage: {}", "unknown section 'stage'"),
+    ],
+)
+def test_an_error_in_the_users_stages_names_the_file(
+    tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_user_file", None)
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read(["--config", str(file), "--stage", "1", "--hardware", "cpu"])
+    assert str(refused.value).startswith(f"{file}: {says}")

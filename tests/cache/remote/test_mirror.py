@@ -16,6 +16,7 @@ import pytest
 from cache import ls
 from cache.errors import CacheError, CorruptError, NotFoundError, UnreachableError
 from cache.format.checksums import sealed_json
+from cache.maintenance.encode_command import encode_command
 from cache.remote.listing import is_table, local_tables
 from cache.remote.open import RemoteCache, RemoteOptions
 from cache.remote.retry import RetryPolicy
@@ -153,6 +154,8 @@ def test_only_the_wanted_tables_are_copied(
         assert (root.path / name).read_bytes() == (cache.path / name).read_bytes()
     assert samples_table(root, "colors") == samples_table(cache, "colors")
     assert next(read_samples(root, "again")).dataset == "again"
+    assert encode_command(root, "again").endswith(" --features DIR"), "nothing writes into copies"
+    assert encode_command(cache, "again").endswith(f" --features {cache.path}")
 
 
 def test_a_table_that_cannot_be_fetched_is_named(server: WebServer, tmp_path: Path) -> None:
