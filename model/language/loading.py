@@ -273,7 +273,7 @@ def _check_tied(checkpoint: Checkpoint, config: Any, state: Mapping[str, Tensor]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off transformers' progress bar and warnings about weights, which become errors here."""
+    """Switch off transformers' progress bar, and its warnings about what is an error here."""
     bar = transformers_logging.is_progress_bar_enabled()
     level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

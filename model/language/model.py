@@ -27,8 +27,8 @@ import configs
 from model.language.chat_template import CHAT_TEMPLATE
 from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
 from model.language.files import AGAIN
-from model.language.loading import empty_model, fit, load_weights
-from model.language.sources import hub_hint, local_folder
+from model.language.loading import empty_model, fit, load_weights, quiet
+from model.language.sources import has_weights, hub_hint, local_folder
 from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
 
@@ -214,7 +214,8 @@ def _folder_config(folder: Path) -> Any:
     """Return config.json as transformers reads it. Python code beside it is never run."""
     read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a value of the wrong type may cause
         raise configs.UserError(
             f"{folder / CONFIG}: not a config of a model ({configs.one_line(error)}); {AGAIN}"
@@ -234,7 +235,7 @@ def max_positions(source: str) -> int | None:
     else:
         with hub_hint(source):
             folder = local_folder(source, weights=False)
-            if Path(source).expanduser().is_dir():
+            if Path(source).expanduser().is_dir() or has_weights(folder):
                 check_folder(folder)
             config = _folder_config(folder)
     found = getattr(config, "max_position_embeddings", None)

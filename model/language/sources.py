@@ -85,9 +85,12 @@ def _cached(source: str) -> Path | None:
 
 def _is_complete(folder: Path, weights: bool) -> bool:
     """Whether a snapshot in the hub's cache has the tokenizer, and all weights if they are needed."""
-    if not (folder / "tokenizer.json").exists():
-        return False
-    if not weights or (folder / WEIGHTS).exists():
+    return (folder / "tokenizer.json").exists() and (not weights or has_weights(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has model.safetensors, or all shards of its index, in whatever state."""
+    if (folder / WEIGHTS).exists():
         return True
     try:
         return (folder / INDEX).exists() and all(

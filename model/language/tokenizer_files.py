@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs import UserError, one_line
 from model.language.files import AGAIN, check_file, read_object
+from model.language.loading import quiet
 from model.language.tokenizer import encode_text
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def read_tokenizer(
 def _from_file(file: Path) -> PreTrainedTokenizerFast:
     """Load tokenizer.json itself: transformers' class for a model may build another one from its parts."""
     try:
-        return PreTrainedTokenizerFast.from_pretrained(file.parent)
+        with quiet():
+            return PreTrainedTokenizerFast.from_pretrained(file.parent)
     except (
         Exception
     ) as error:  # the Rust library raises plain Exception, tokenizer_config.json any other
@@ -108,7 +110,8 @@ def _converted(folder: Path) -> PreTrainedTokenizerFast:
     if pair:
         read_object(folder / "vocab.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the conversion of any format may raise
         raise UserError(
             f"{folder}: no {TOKENIZER}, and {slow or 'vocab.json'} cannot be converted ({one_line(error)}); "
