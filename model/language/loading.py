@@ -198,6 +198,30 @@ def _few(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(one_line(name, 80) for name in listed[:most]) + more
 
 
+def check_tied(checkpoint: Checkpoint, names: Mapping[str, str], model: PreTrainedModel) -> None:
+    """Compare a tied output layer with the embedding, if both are stored.
+
+    Args:
+        checkpoint: the folder.
+        names: from `fit`.
+        model: of its config.
+
+    Raises:
+        UserError: they differ.
+    """
+    stored = {new: name for name, new in names.items()}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name not in stored or source not in stored:
+            continue
+        pair = _read(checkpoint, {stored[new]: new for new in (name, source)}, None)
+        if not torch.equal(pair[name], pair[source]):
+            path = checkpoint.folder / CONFIG
+            raise UserError(
+                f"{path}: says that {name} is {source} (tie_word_embeddings), but the weights have "
+                f'another one; write "tie_word_embeddings": false into it'
+            )
+
+
 def load_weights(
     checkpoint: Checkpoint, config: Any, names: Mapping[str, str], dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -210,11 +234,9 @@ def load_weights(
         dtype: of the parameters.
 
     Raises:
-        UserError: a file cannot be read, a tensor was missing or left over, or a tied output layer differs
-            from the embedding.
+        UserError: a file cannot be read, or a tensor was missing or left over.
     """
     state = _read(checkpoint, names, dtype)
-    _check_tied(checkpoint, config, state)
     try:
         with quiet():
             model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -241,34 +263,24 @@ def load_weights(
 
 
 def _read(
-    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype
+    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the tensors under their names in the model."""
+    """Return tensors under their names in the model: copies in a dtype, or as they are in the file."""
     state: dict[str, Tensor] = {}
-    for path in sorted({tensor.path for tensor in checkpoint.tensors.values()}):
+    for path in sorted({checkpoint.tensors[name].path for name in names}):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     if name in names:
                         value = file.get_tensor(name)
-                        # A copy: the file is mapped, and a later change of it would change the model.
-                        kind = dtype if value.is_floating_point() else None
-                        state[names[name]] = value.to(kind, copy=True)
+                        if dtype is not None:
+                            # A copy: the file is mapped, and a later change of it would change the model.
+                            kind = dtype if value.is_floating_point() else None
+                            value = value.to(kind, copy=True)
+                        state[names[name]] = value
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
     return state
-
-
-def _check_tied(checkpoint: Checkpoint, config: Any, state: Mapping[str, Tensor]) -> None:
-    """Raise UserError if a model with a tied output layer has another one in its file."""
-    model = empty_model(config, checkpoint.folder)
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if name in state and source in state and not torch.equal(state[name], state[source]):
-            raise UserError(
-                f"{checkpoint.folder}: {CONFIG} says that {name} is {source} (tie_word_embeddings), but its "
-                'weights have another one; write "tie_word_embeddings": false into '
-                f"{checkpoint.folder / CONFIG}"
-            )
 
 
 @contextlib.contextmanager

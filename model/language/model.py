@@ -27,7 +27,7 @@ import configs
 from model.language.chat_template import CHAT_TEMPLATE
 from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
 from model.language.files import AGAIN
-from model.language.loading import empty_model, fit, load_weights, quiet
+from model.language.loading import check_tied, empty_model, fit, load_weights, quiet
 from model.language.sources import has_weights, hub_hint, local_folder
 from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
@@ -147,19 +147,20 @@ def load_folder(
     config = _folder_config(folder)
     shapes = empty_model(config, folder)
     names = fit(checkpoint, shapes)
+    check_tied(checkpoint, names, shapes)
     tokenizer = _own_tokenizer(folder, shapes)
     return load_weights(checkpoint, config, names, dtype), tokenizer
 
 
 def check_folder(folder: Path) -> None:
-    """Check a language model's folder as far as possible without reading values: seconds for any size.
+    """Check a language model's folder as far as possible without reading its weights: seconds for any size.
 
     Raises:
         UserError: see `load_folder` and `prepare_model`.
     """
     checkpoint = open_checkpoint(folder)
     shapes, tokenizer = _shapes(folder)
-    fit(checkpoint, shapes)
+    check_tied(checkpoint, fit(checkpoint, shapes), shapes)
     prepare_model(shapes, tokenizer)
 
 
