@@ -22,7 +22,7 @@ CAPTION_PROMPT = "Describe this image."
 VIDEO_PROMPT = "Describe this video."
 """User message of a caption of a video."""
 MARKS = ("<image>", "<video>")
-"""Either mark in a turn of the user stands for the next media item of the record, whatever its kind."""
+"""Either mark in a turn of the user is the place of the next media item of the record, whatever its kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ read_records({"image": "a.jpg", "caption": "A cat."}, Account(name="photos"))
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from encode.records.account import Account, FaultError
 from encode.records.keys import CHANGES, KNOWN_KEYS
 from encode.records.reading import read_records
 from encode.records.record import MediaName, Record
+from encode.records.turns import ROLES
+from tests.support import ROOT
 
 HUMAN = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 PLAIN = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
@@ -614,6 +617,15 @@ def test_a_url_has_the_sha256_that_the_record_states() -> None:
     assert record.media[0].sha256 == "ab" * 32
     with pytest.raises(FaultError, match="64 hex digits"):
         read(value | {"image_sha256": "ab"})
+
+
+def test_the_guide_names_every_key() -> None:
+    guide = (ROOT / "docs" / "FEATURE_CACHE.md").read_text()
+    section = guide.split("## Data of your own")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w*]+)(?:\(s\))?`", section))
+    named |= {f"{name}s" for name in re.findall(r"`([\w*]+)\(s\)`", section)}
+    assert sorted(KNOWN_KEYS - named) == []
+    assert sorted(set(ROLES) - set(re.findall(r"\w+", section))) == []
 
 
 # ---- no text and no number is lost: it is in the records, counted, or the record is refused
