@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cache.errors import CacheError
 from cache.maintenance.encode_command import encode_command
@@ -148,9 +145,7 @@ def _datasets_text(datasets: list[DatasetSummary], features: str) -> str:
                 f"\n{dataset.name}: samples whose source has another sha256 than they state: "
                 f"{dataset.mismatched:,}"
             )
-    text += "".join(
-        f"\n{dataset.name}: {line}" for dataset in datasets if (line := _unused(dataset.account))
-    )
+    text += "".join(f"\n{dataset.said}" for dataset in datasets if dataset.said)
     for dataset in datasets:
         if dataset.notes:
             text += f"\n{dataset.name}: used with a note: {counts_text(dataset.notes)}"
@@ -164,25 +159,6 @@ def _datasets_text(datasets: list[DatasetSummary], features: str) -> str:
 def _list_command(option: str, features: str) -> str:
     """Return the command line that lists failures or notes."""
     return command_text("python -m cache.ls", [option, "--features", features])
-
-
-def _unused(account: Mapping[str, Any]) -> str:
-    """Return what of a data set is not used, as `encode.run` printed it; '' if all is."""
-    parts = []
-    for title, *names in (
-        ("left out", "left_out", "faults"),
-        ("noted", "notes"),
-        ("keys ignored", "ignored"),
-    ):
-        counts = Counter[str]()
-        for name in names:
-            found = account.get(name)
-            counts.update(found if isinstance(found, dict) else {})
-        if counts:
-            parts.append(
-                f"{title}: " + ", ".join(f"{n:,} {why}" for why, n in counts.most_common())
-            )
-    return "; ".join(parts)
 
 
 def _needs_text(datasets: list[DatasetSummary]) -> str:

@@ -56,6 +56,11 @@ def one_line(error: object, longest: int = 160) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """Return `text` with `?` for characters that act on a terminal: names and keys of files may have them."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `; nearest: x`, the end of an error about `name`, or '' when no choice is similar."""
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
@@ -387,7 +392,7 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
         message = wrong_place(error) if isinstance(error, OSError) else error
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(str(message))}", file=sys.stderr)
         code = USER_ERROR_EXIT
     if as_command:
         signals.end_quietly()

@@ -121,7 +121,7 @@ def read_datasets(
 
 
 def _origin(words: tuple[str, ...], account: Account) -> Origin:
-    return Origin(words=words, account=account.to_json())
+    return Origin(words=words, account=account.to_json(), said=account.text())
 
 
 def _chosen(

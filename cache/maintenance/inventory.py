@@ -177,6 +177,8 @@ class DatasetSummary:
     """Space -> what the data set needs of it."""
     account: dict[str, Any]
     """What reading it used, left out and ignored (`cache.store.samples.Origin`); empty: not known."""
+    said: str
+    """The same in one line; empty: not known."""
 
 
 @dataclass(kw_only=True)
@@ -293,6 +295,7 @@ def summarise_datasets(
                 for space, one in spaces.items()
             },
             account=dict(origin.account) if (origin := read_origin(root, name)) else {},
+            said=origin.said if origin else "",
         )
         for name, of, items in zip(names, references, numbers, strict=True)
     ]

@@ -101,6 +101,8 @@ class Origin:
     reading needs. Paths are absolute."""
     account: Mapping[str, Any] = field(default_factory=dict)
     """What reading them used, ignored and left out: `encode.records.account.Account.to_json()`."""
+    said: str = ""
+    """The same in one line, as `encode.run` printed it."""
 
 
 class _UnchangedError(Exception):
@@ -162,13 +164,13 @@ def read_origin(root: CacheRoot, dataset: str) -> Origin | None:
 def _origin(metadata: Mapping[bytes, bytes]) -> Origin | None:
     try:
         values = json.loads(metadata[_ORIGIN.encode()])
-        words, account = values["words"], values["account"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        words, account, said = values["words"], values["account"], values.get("said", "")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     valid = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    return (
-        Origin(words=tuple(words), account=account) if valid and isinstance(account, dict) else None
-    )
+    if not valid or not isinstance(account, dict) or not isinstance(said, str):
+        return None
+    return Origin(words=tuple(words), account=account, said=said)
 
 
 DEMO_WORDS = ("--dataset", "demo")

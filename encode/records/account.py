@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from cache.store.samples import Sample
-from configs import UserError
+from configs import UserError, printable
 
 SHOWN = 20
 """Faults that an error shows whole; all others are counted by kind."""
@@ -131,7 +131,7 @@ class Account:
         if self.ignored:
             keys = ", ".join(f"{key} ({times:,})" for key, times in self.ignored.most_common())
             line += f"; keys ignored: {keys}"
-        return line
+        return printable(line).replace("\n", "?")
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, as a samples table stores them."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import yaml
 from PIL import Image
 
 import configs
+from cache import ls
 from cache.errors import InUseError
 from cache.store import index_file
 from cache.store.ledger import read_media
@@ -236,6 +239,62 @@ def test_the_users_file_has_encoders_and_data_sets(
     assert "encoded=0 reused=6" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such data set"):
         main(["--dataset", "holidays", *words])
+
+
+def printed_command(text: str, before: str) -> list[str]:
+    """Return the words after `python -m encode.run` of a line that begins with `before`."""
+    (line,) = (line for line in text.splitlines() if line.startswith(before))
+    python, _, module, *words = shlex.split(line.removeprefix(before))
+    assert (python, module) == ("python", "encode.run")
+    return words
+
+
+@pytest.mark.parametrize("name", ["", "my-photos=", "写真="])
+def test_the_commands_that_ls_prints_can_be_run(
+    photos: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    run_command: Callable[..., tuple[None, str]],
+) -> None:
+    """From another folder, for a folder with spaces that no catalogue knows."""
+    folder = photos.rename(photos.parent / "my photos")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "0.heif.txt").write_text("no image")
+    cache = folder.parent / "my cache"
+    monkeypatch.chdir(folder.parent)
+    words = ["--encoder", "tiny", "--device", "cpu", "--workers", "0"]
+    assert main(["--dataset", f"{name}folder:my photos", *words, "--features", "my cache"]) == 0
+    account = capsys.readouterr().out.splitlines()[0]
+    monkeypatch.chdir("/")
+    listed = run_command(ls, "--features", cache)[1]
+    assert account in listed.splitlines()
+    failures = run_command(ls, "--failures", "--features", cache)[1]
+    assert main(printed_command(failures, "try them again: ")) == 0
+    assert "7 in 7 samples: 1 to do, 6 reused, 0 failed before" in capsys.readouterr().out
+    draw(folder, 1, first=50)
+    assert main([*printed_command(failures, "try them again: "), "--limit", "1"]) == 0
+    shutil.rmtree(cache / "spaces")
+    assert main([*printed_command(failures, "try them again: "), "--limit", "1"]) == 0
+    assert main([*printed_command(failures, "try them again: "), "--plan"]) == 0
+    assert "8 in 8 samples: 7 to do, 1 reused, 0 failed" in capsys.readouterr().out
+
+
+def test_the_command_that_completes_can_be_run(
+    photos: Path, capsys: pytest.CaptureFixture[str], run_command: Callable[..., tuple[None, str]]
+) -> None:
+    cache = photos.parent / "cache"
+    assert run(photos, "--pool", "2", "--limit", "4") == 0
+    assert run(photos, "--codec", "fp16", "--limit", "5") == 0
+    assert run(photos, "--plan") == 0
+    for _ in range(2):  # the space that lacks one of the five samples
+        listed = run_command(ls, "--features", cache)[1]
+        if "complete: " not in listed:
+            break
+        assert main(printed_command(listed, "complete: ")) == 0
+    assert "complete: " not in listed
+    pooled = next(n for n in CacheRoot(cache).space_names() if "int8" in n)
+    assert FeatureReader(CacheRoot(cache).space(pooled)).rows("image") == 5
 
 
 def test_each_pooling_and_codec_has_its_own_space(photos: Path) -> None:
