@@ -31,7 +31,10 @@ IMAGE_KEYS = (
 )
 VIDEO_KEYS = ("video", "videos", "video_path", "video_paths", "video_file", "video_files")
 FILE_KEYS = ("file", "files")
-NAME_KEYS = ("file_name", "file_names", "filename", "image_name", "video_name")
+NAME_KEYS = (
+    *("file_name", "file_names", "filename", "file_path", "filepath", "path"),
+    *("image_name", "image_filename", "img_name", "video_name", "video_filename"),
+)
 """Keys that name media, or the same media once more: a name beside an embedded image."""
 URL_KEYS = ("image_url", "image_urls", "video_url", "video_urls", "url")
 """Keys that name media, or where the media came from if another key names them."""

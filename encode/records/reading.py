@@ -28,7 +28,7 @@ from encode.records.keys import (
 from encode.records.naming import take_media
 from encode.records.points import PERCENT, POINTS_WEIGHT, html, pairs
 from encode.records.record import CAPTION_PROMPT, Record
-from encode.records.turns import Talk, place, read_text, read_turns, read_weight
+from encode.records.turns import Talk, place, read_text, read_turns, read_weight, transposed
 
 ALONE = "image alone"
 """Format of a record that names media and has no text."""
@@ -117,6 +117,11 @@ def _reader(fields: Fields) -> tuple[Reader | None, str]:
 
 def _turns(fields: Fields, key: str) -> Iterator[Conversation]:
     """LLaVA, ShareGPT: `conversations` of from and value. OpenAI, Hugging Face: `messages`."""
+    value = fields.peek(key)
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    if isinstance(first, Mapping) and "assistant" in first:
+        yield from _texts(fields, key)
+        return
     name = "messages" if key == "messages" else "LLaVA"
     yield Conversation(name, "chat", read_turns(fields, key))
 
@@ -140,10 +145,10 @@ def _questions(fields: Fields, key: str) -> Iterator[Conversation]:
         return
     value = fields.peek(key)
     if isinstance(value, Mapping):  # a struct of lists, as Hugging Face stores a list of objects
-        value = _transposed(value, key)
+        value = transposed(value, key)
     elif isinstance(value, list | tuple) and any(isinstance(item, str) for item in value):
         columns = {"question": value, "answer": fields.take("answers")}
-        value = _transposed(columns, f"{key} and answers")
+        value = transposed(columns, f"{key} and answers")
     fields.take(key)
     if not isinstance(value, list | tuple) or not value:
         raise FaultError("wrong type", f"{key}: expected a list of questions, found {show(value)}")
@@ -159,7 +164,7 @@ def _points(fields: Fields, key: str) -> Iterator[Conversation]:
     questions = fields.take(key)
     columns = {"question": questions, "points": fields.take("answer_points")}
     columns["name"] = fields.take("names") or questions
-    for number, row in enumerate(_transposed(columns, f"{key}, answer_points and names")):
+    for number, row in enumerate(transposed(columns, f"{key}, answer_points and names")):
         where = f"{key} {number + 1}"
         talk = Talk()
         talk.say("user", read_text(row["question"], where))
@@ -212,7 +217,8 @@ def _asked(fields: Fields, where: str) -> tuple[Talk, tuple[str, ...]]:
         prompts[:2] = ["instruction"]
     for keys in (prompts, answers):
         if len(keys) > 1:
-            raise FaultError("two texts", f"{where}has {' and '.join(keys)}; use one of them")
+            message = f"{where}has {' and '.join(keys)}; use one of them"
+            raise FaultError("two texts", message, key=fields.path(keys[1]))
     talk = Talk()
     _history(fields, talk)
     question = read_text(fields.take(prompts[0]), f"{where}{prompts[0]}")
@@ -259,20 +265,10 @@ def _history(fields: Fields, talk: Talk) -> None:
 def _listed(fields: Fields, key: str) -> list[Any] | tuple[Any, ...]:
     value = fields.take(key)
     if isinstance(value, Mapping):
-        value = _transposed(value, key)
+        value = transposed(value, key)
     if not isinstance(value, list | tuple) or not value:
         raise FaultError("wrong type", f"{key}: expected a list of turns, found {show(value)}")
     return value
-
-
-def _transposed(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the rows of lists of equal length."""
-    lists = {name: column for name, column in columns.items() if column is not None}
-    if not all(isinstance(column, list | tuple) for column in lists.values()):
-        raise FaultError("wrong type", f"{where}: expected lists of equal length")
-    if len({len(column) for column in lists.values()}) != 1:
-        raise FaultError("wrong type", f"{where}: expected lists of equal length")
-    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def _put_system(talk: Talk, text: str, fields: Fields) -> None:

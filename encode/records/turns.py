@@ -13,6 +13,7 @@ a key of its own come first in that turn, unless it has marks for them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +68,8 @@ def read_turns(fields: Fields, key: str) -> Talk:
     turns = fields.take(key)
     if isinstance(turns, str) and turns[:1] == "[":  # a list that was stored as JSON
         turns = parse(turns.encode())
+    if isinstance(turns, Mapping):
+        turns = transposed(turns, key)
     if not isinstance(turns, list | tuple) or not turns:
         raise FaultError("wrong type", f"{key}: expected a list of turns, found {show(turns)}")
     talk = Talk()
@@ -112,6 +115,16 @@ def place(talk: Talk, named: Named) -> tuple[tuple[Message, ...], tuple[MediaNam
     if len(marks) != len(media):
         raise _wrong_number(len(marks), len(media), "the turns of the user")
     return tuple(talk.messages), _by_kind(marks, named) or media
+
+
+def transposed(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the rows of lists of equal length, as which Hugging Face stores a list of objects."""
+    lists = {name: column for name, column in columns.items() if column is not None}
+    if not all(isinstance(column, list | tuple) for column in lists.values()):
+        raise FaultError("wrong type", f"{where}: expected lists of equal length")
+    if len({len(column) for column in lists.values()}) != 1:
+        raise FaultError("wrong type", f"{where}: expected lists of equal length")
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def read_text(value: Any, where: str, *, number: bool = False) -> str:

@@ -360,6 +360,17 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"image": "a.jpg", "conversations": json.dumps(HUMAN)},
         ["[LLaVA, chat]", "user: <image>\nWhat?", "assistant: A cat.", "image a.jpg"],
     ),
+    "a struct of lists, as Hugging Face stores turns": (
+        {
+            "image": "a.jpg",
+            "conversations": {"from": ["human", "gpt"], "value": ["<image>\nWhat?", "A cat."]},
+        },
+        ["[LLaVA, chat]", "user: <image>\nWhat?", "assistant: A cat.", "image a.jpg"],
+    ),
+    "conversations of user and assistant": (
+        {"path": "a.jpg", "conversations": [{"user": "What?", "assistant": "A cat."}]},
+        ["[texts, question]", *ASKED, "file a.jpg"],
+    ),
     "an image twice": (
         {
             "image": "a.jpg",
@@ -424,6 +435,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"image": "a.jpg", "caption": " "}, "caption: expected text, found none"),
     ({"image": "a.jpg", "caption": 3.5, "conversations": HUMAN}, "has conversations and caption"),
     ({"image": "a.jpg", "caption": "A", "conversations": HUMAN}, "has conversations and caption"),
+    ({"problem": "?", "solution": "x", "answer": "y"}, "has answer and solution; use one of them"),
+    ({"conversations": {"from": ["human"], "value": []}}, "lists of equal length"),
+    ({"conversations": {"from": "human"}}, "lists of equal length"),
+    ({"conversations": {}}, "lists of equal length"),
     ({"image": "a.jpg", "caption": "A", "text": "B"}, "has caption and text"),
     ({"caption": "A cat."}, "a caption of no image"),
     ({"image": "a.jpg", "caption": "A", "history": [["a", "b"]]}, "'history' is not used"),
