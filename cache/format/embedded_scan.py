@@ -14,7 +14,7 @@ media each row has. The bytes are read where nothing else tells whether they are
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -160,8 +160,15 @@ class TableFile:
                 return bytes(array[0].as_buffer()[:size])
         return b""
 
-    def scan(self, block: int, media: Sequence[MediaColumn]) -> Iterator[Part]:
+    def scan(
+        self, block: int, media: Sequence[MediaColumn], skip: Collection[str] = ()
+    ) -> Iterator[Part]:
         """Yield the rows of one block, without the bytes of the columns `media`.
+
+        Args:
+            block: number of the block.
+            media: columns whose bytes are not read.
+            skip: columns that are not read at all.
 
         Raises:
             pyarrow.ArrowException, OSError, ValueError: the block is damaged.
@@ -169,6 +176,7 @@ class TableFile:
         first = self.starts[block]
         left = {column.name: self._leave_out(block, column) for column in media}
         names = set(left)
+        left.update(dict.fromkeys(skip, "all"))
         for batch in self._batches(block, media, left):
             others = batch.select([name for name in batch.schema.names if name not in names])
             yield Part(
@@ -217,6 +225,7 @@ class TableFile:
         """Yield the record batches of a block, without what is `left` out; with `alone`, only `media`."""
         if self._arrow is not None:
             batch = self._arrow.get(block)
+            batch = batch.select([name for name in batch.schema.names if left.get(name) != "all"])
             for start in range(0, batch.num_rows, ROWS):
                 part = batch.slice(start, ROWS)
                 # A file may state offsets beyond its buffers. Reading those would end the process.
@@ -229,7 +238,7 @@ class TableFile:
         for name, path, number in leaves(self._parquet):
             how = left.get(name, "")
             if name not in wanted:
-                columns += [] if alone else [path]
+                columns += [] if alone or how else [path]
             elif how != "all" and not (how and path.endswith(".bytes")):
                 columns.append(path)
                 if not how:

@@ -259,6 +259,11 @@ def is_known(key: str) -> bool:
     return key in KNOWN_KEYS or key.endswith(NAME_ENDS)
 
 
+def means_nothing_in_numbers(key: str) -> bool:
+    """Return whether a key is counted and not used whenever its value is numbers: nothing would be lost."""
+    return _kind(key, False) in ("harmless", "label", "unknown")
+
+
 def is_empty(value: Any) -> bool:
     """Return whether a value says nothing."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)

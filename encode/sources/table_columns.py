@@ -17,7 +17,7 @@ import pyarrow as pa
 from cache.format.embedded_scan import MediaColumn, TableFile, declared_types, media_columns
 from configs import UserError, nearest
 from encode.records.account import FaultError
-from encode.records.keys import IMAGE_KEYS, KNOWN_KEYS, VIDEO_KEYS
+from encode.records.keys import IMAGE_KEYS, KNOWN_KEYS, VIDEO_KEYS, means_nothing_in_numbers
 from model.media.kinds import HEAD_BYTES, recognise
 
 
@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     """Binary columns without media."""
     keys: dict[str, str]
     """Column -> key of the record. Other columns are not used."""
+    skipped: tuple[str, ...]
+    """Columns that need not be read: those not used, and numbers that mean nothing here."""
 
 
 def find_layout(table: TableFile, columns: Mapping[str, str], where: str) -> Layout:
@@ -76,7 +78,17 @@ def find_layout(table: TableFile, columns: Mapping[str, str], where: str) -> Lay
             f"{where}: the columns {', '.join(odd)} have media; say which one to use in an entry of "
             f"configs/datasets.yaml: columns: {{image: {odd[0]}, ...}}"
         )
-    return Layout(media, tuple(unread), keys)
+    binary = {*media, *(form.name for form in unread)}
+    skipped = [
+        field.name
+        for field in table.schema
+        if field.name not in binary
+        and (
+            field.name not in keys
+            or (not columns and _is_numbers(field.type) and means_nothing_in_numbers(field.name))
+        )
+    ]
+    return Layout(media, tuple(unread), keys, tuple(skipped))
 
 
 def _kind_of(table: TableFile, column: MediaColumn, declared: str, key: str) -> str | None:
@@ -199,6 +211,13 @@ def drop_turns(value: dict[str, Any], mask: list[bool]) -> int:
     for key, each in fitting:
         value[key] = [item for at, item in enumerate(value[key]) if mask[at // each]]
     return dropped
+
+
+def _is_numbers(type_: Any) -> bool:
+    """Return whether a column has numbers, or lists of numbers."""
+    inner = type_.value_type if _is_list(type_) else type_
+    types = pa.types
+    return bool(types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner))
 
 
 def _is_list(type_: Any) -> bool:

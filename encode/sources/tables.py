@@ -150,10 +150,13 @@ class _Reader:
             _note_columns(layout, account)
             for condition in self._conditions:
                 condition.check(table.schema, str(path))
-            columns = [column for column, _ in layout.media.values()]
+            columns = [*(column for column, _ in layout.media.values()), *layout.unread]
+            judged = {condition.column for condition in self._conditions}
+            skip = [name for name in layout.skipped if name not in judged]
+            account.ignored.update(dict.fromkeys(skip, table.starts[-1]))
             for block in range(table.blocks):
                 try:
-                    for part in table.scan(block, [*columns, *layout.unread]):
+                    for part in table.scan(block, columns, skip):
                         yield from self._of_part(part, table.format, layout, resolve)
                 except (pa.ArrowException, OSError, ValueError, EmbeddedMediaError) as error:
                     first, end = table.starts[block : block + 2]
