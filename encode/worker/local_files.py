@@ -148,17 +148,18 @@ def read_local(task: SourceTask) -> tuple[bytes | Path, MediaRecord]:
 
 def _read_inside(task: SourceTask) -> tuple[bytes, MediaRecord]:
     """Read and hash a media item inside a file, as `read_local` does."""
+    container = container_of(task.source)
     for _ in range(TRIES):
-        before = identify(task.source)
+        before = identify(container)
         wait_s = 0.0 if before is None else before.settle_s()
         if wait_s > 0:
             time.sleep(wait_s)
-            before = identify(task.source)
+            before = identify(container)
         try:
             data = read_embedded(task.source, MAX_BYTES)
         except EmbeddedMediaError as error:
             raise BadMediaError(str(error), "fetch") from None
-        if before is not None and identify(task.source) == before:
+        if before is not None and identify(container) == before:
             key = hashlib.sha256(data).hexdigest()
             record = MediaRecord(source=task.source, key=key, kind=task.kind, bytes=len(data))
             trusted = before if wait_s >= 0 else before._replace(inode=0)

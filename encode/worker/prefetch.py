@@ -40,6 +40,9 @@ READ_GROUP = 16
 FRAME_BATCHES = 3
 """Batches of frames that one video may decode ahead of the encoder."""
 
+KNOWN_SIZES = 100_000
+"""Decoded images whose sizes are remembered, so that their duplicates need no decoder."""
+
 POLL_S = 0.5
 """Seconds between two looks at whether the prefetcher was closed."""
 
@@ -99,7 +102,9 @@ class Prefetcher:
         self._readers = ThreadPoolExecutor(config.threads, "read")
         self._decoders = ThreadPoolExecutor(config.threads, "decode")
         self._inbox: queue.SimpleQueue[SourceTask | MediaItem | None] = queue.SimpleQueue()
-        self._ready: queue.Queue[_Inputs | BaseException] = queue.Queue(ahead)
+        self._ready: queue.Queue[_Inputs | MediaItem | BaseException] = queue.Queue(ahead)
+        self._sizes: dict[str, tuple[int, int]] = {}  # by key
+        self._threads = config.threads
         self._current: _Inputs | None = None
         self._open = True
         self._feeder = threading.Thread(target=self._feed, name="feed", daemon=True)
@@ -121,6 +126,8 @@ class Prefetcher:
                 found = self._ready.get(timeout=timeout_s)
                 if isinstance(found, BaseException):
                     raise found
+                if isinstance(found, MediaItem):
+                    return found
                 self._current = found
             got = self._current.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -152,7 +159,7 @@ class Prefetcher:
                         self._downloads.start(one, self._inbox.put)
                     else:
                         to_read.append(one)
-                items = list(self._readers.map(self._read, to_read))
+                items = self._read_all(to_read)
                 self._reserve([item for item in items if item.failure is None])
                 for item in items:
                     self._submit(item)
@@ -169,6 +176,15 @@ class Prefetcher:
                 return group
             one = self._inbox.get()
         return []
+
+    def _read_all(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
+        """Read sources in all threads, each of which takes some that are adjacent."""
+        each = -(-len(sources) // self._threads) or 1
+        parts = [sources[at : at + each] for at in range(0, len(sources), each)]
+        return [item for part in self._readers.map(self._read_some, parts) for item in part]
+
+    def _read_some(self, sources: Sequence[SourceTask | MediaItem]) -> list[MediaItem]:
+        return [self._read(source) for source in sources]
 
     def _read(self, source: SourceTask | MediaItem) -> MediaItem:
         """Read and hash a file, or hash a download that has arrived."""
@@ -190,11 +206,17 @@ class Prefetcher:
             item.result = "ok" if ours else "duplicate"
 
     def _submit(self, item: MediaItem) -> None:
+        size = None
+        if item.result == "duplicate" and item.record.kind == "image" and item.failure is None:
+            size = self._sizes.get(item.key)
+        if size is not None:
+            item.record = replace(item.record, width=size[0], height=size[1])
+            item.drop_data()
+        if item.failure is not None or size is not None:
+            self._ready.put(item)
+            return
         inputs = _Inputs(self._frames_ahead)
-        if item.failure is not None:
-            inputs.put(item)
-        else:
-            self._decoders.submit(self._decode, item, inputs)
+        self._decoders.submit(self._decode, item, inputs)
         self._ready.put(inputs)
 
     # ---- decoding
@@ -226,6 +248,9 @@ class Prefetcher:
             only = EncoderInput(item=item, pixels=pixels, view=FULL, time_s=None)
             item.decode_s -= self._put(inputs, only, progress)
         item.record = replace(item.record, width=size[0], height=size[1])
+        if len(self._sizes) >= KNOWN_SIZES:
+            self._sizes.clear()
+        self._sizes[item.key] = size
 
     def _decode_video(self, item: MediaItem, inputs: _Inputs, progress: Callable[[], None]) -> None:
         info = probe(item.data, on_progress=progress)

@@ -116,6 +116,25 @@ def test_equal_bytes_are_decoded_once(
     assert (repeat.record.width, worker.decoded) == (24, 1)
 
 
+def test_a_duplicate_of_a_decoded_image_needs_no_decoder(
+    prefetcher: Prefetcher, worker: FakeWorker, tmp_path: Path
+) -> None:
+    (path,) = draw(tmp_path / "photos", 1)
+    prefetcher.put(SourceTask(source=str(path)))
+    _, first = (next_of(prefetcher) for _ in range(2))
+    prefetcher._decoders.shutdown()
+    for number in range(40):
+        copy = path.with_name(f"copy{number}.png")
+        copy.write_bytes(path.read_bytes())
+        prefetcher.put(SourceTask(source=str(copy)))
+    for number in range(40):
+        repeat = next_of(prefetcher)
+        assert isinstance(first, MediaItem) and isinstance(repeat, MediaItem)
+        assert repeat.task.source.endswith(f"/copy{number}.png")
+        assert (repeat.result, repeat.key, repeat.data) == ("duplicate", first.key, b"")
+        assert (repeat.record.width, repeat.record.height) == (24, 24)
+
+
 def test_a_source_that_failed_needs_no_decoder(prefetcher: Prefetcher, tmp_path: Path) -> None:
     prefetcher._decoders.shutdown()
     sources = (str(tmp_path / "gone.png"), "http://127.0.0.1:9/private.png")
