@@ -49,6 +49,9 @@ PROBATION = 1000
 """Rows after which a data set is refused if none of them can be used, instead of at its end."""
 LFS_POINTER = b"version https://git-lfs"
 
+MEDIA_KEYS = frozenset((*IMAGE_KEYS, *VIDEO_KEYS))
+"""Keys whose texts may be media in base64."""
+
 _BASE64 = re.compile(
     r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{4}ZnR5c", re.IGNORECASE
 )
@@ -232,8 +235,8 @@ class _Reader:
                 account.ignored[column] += 1
             else:
                 record[key] = item
-        for key in (*IMAGE_KEYS, *VIDEO_KEYS):
-            if isinstance(record.get(key), str | list):
+        for key in record.keys() & MEDIA_KEYS:
+            if isinstance(record[key], str | list):
                 column = next(c for c, k in layout.keys.items() if k == key)
                 source = _Source(table_format, str(self._path), column, number)
                 record[key] = _of_base64(record[key], source)
