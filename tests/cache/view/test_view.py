@@ -40,7 +40,7 @@ from cache.store.shard_files import LocalFiles
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from cache.view import __main__ as view
-from cache.view import collect, sampling, statistics, thumbnails
+from cache.view import collect, media, sampling, statistics, thumbnails
 from cache.view.collect import Findings, gather
 from cache.view.media import thumbnail
 from cache.view.sections import render
@@ -585,3 +585,15 @@ def test_a_damaged_row_ends_the_command(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptError, match="fails its checksum"):
         find(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_the_question_of_an_image_is_shown_without_its_mark(mark: str) -> None:
+    def shown(*turns: tuple[str, str]) -> dict[str, str]:
+        return media._exchange([{"role": role, "content": text} for role, text in turns])
+
+    asked = ("user", f"Is {mark} a <image> tag?")
+    said = ("assistant", f"No: {mark}")
+    assert shown(asked, said) == {"question": "Is a <image> tag?", "answer": f"No: {mark}"}
+    assert shown(("user", "What?"), said) == {"question": "What?", "answer": f"No: {mark}"}
+    assert shown(said) == {"answer": f"No: {mark}"}

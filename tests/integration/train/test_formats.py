@@ -10,9 +10,11 @@ written byte by byte here, so the keys of the media are those of the golden file
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import struct
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,29 @@ FOLDERS: dict[str, dict[str, str | bytes]] = {
 }
 """Name of a data set -> its files."""
 
+BYTES_A, BYTES_B = {"bytes": A, "path": "a.bmp"}, {"bytes": B, "path": None}
+ROWS: dict[str, dict[str, Any]] = {
+    "the-cauldron": {
+        "images": [BYTES_A, BYTES_B],
+        "texts": [{"user": "Which is first?", "assistant": "The dark one.", "source": "me"}],
+    },
+    "llava-onevision": {
+        "id": "7",
+        "image": BYTES_A,
+        "conversations": talk(("human", "<image>\nWhat?"), ("gpt", "A square."), keys=LLAVA),
+        "data_source": "me",
+    },
+    "hub-messages": {
+        "images": [BYTES_B],
+        "messages": talk(("user", "What is <image>?"), ("assistant", "A square.")),
+    },
+    "hub-answers": {"image": BYTES_A, "question": "Colour?", "answers": ["Blue.", "Dark."]},
+    "hub-caption": {"image": BYTES_B, "caption": "A square."},
+    "tulu": {"messages": talk(("user", "Is <video> a tag?"), ("assistant", "Yes."))},
+    "saved-to-disk": {"image": BYTES_A, "caption": "From an Arrow file."},
+}
+"""Name of a data set in a table with bytes -> its row."""
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
@@ -201,15 +226,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     (folder / "records.jsonl").write_text(lines(record))
     words.append(f"records=json:{folder / 'records.jsonl'}")
 
-    (folder / "hub").mkdir()
-    rows = [
-        {
-            "images": [{"bytes": A, "path": None}, {"bytes": B, "path": None}],
-            "texts": [{"user": "Which is first?", "assistant": "The dark one."}],
-        }
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "hub" / "train-00000-of-00001.parquet")
-    words.append(f"hub=hf:{folder / 'hub'}")
+    for name, row in ROWS.items():
+        (folder / name).mkdir()
+        table = pa.Table.from_pylist([row])
+        if name == "saved-to-disk":
+            with pa.ipc.new_stream(
+                folder / name / "data-00000-of-00001.arrow", table.schema
+            ) as out:
+                out.write_table(table)
+        else:
+            pq.write_table(table, folder / name / "train-00000-of-00001.parquet")
+        words.append(f"{name}=hf:{folder / name}")
+
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars" / "00000.tar", "w") as tar:
+        for path, content in {"000000001.bmp": A, "000000001.txt": b"Found on the web."}.items():
+            (member := tarfile.TarInfo(path)).size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    words.append(f"tars=webdataset:{folder / 'tars'}/*.tar")
     cache = folder / "cache"
     command = ["--dataset", *words, "--encoder", "demo", "--workers", "0", "--features", str(cache)]
     assert encode.main(command) == 0
@@ -241,7 +275,7 @@ def test_every_format_is_trained_as_the_golden_file_says(
     made: tuple[Path, list[str]], shown: Shown
 ) -> None:
     _, names = made
-    assert len(names) == len(FOLDERS) + 3
+    assert len(names) == len(FOLDERS) + len(ROWS) + 3
     found = "".join(f"== {name}\n{shown(name)}\n" for name in names)
     expected = GOLDEN.read_text(encoding="utf-8")
     assert found.splitlines() == expected.splitlines()
