@@ -382,8 +382,8 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
         as_command = signals.restore()
         code = main() or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         code = 130
     except BrokenPipeError:  # as of `... | head`, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -405,6 +405,7 @@ WRONG_PLACE = {
     errno.EISDIR: "there is a folder where a file is needed",
     errno.EACCES: "permission denied; choose another place, or change its permissions",
     errno.EPERM: "permission denied; choose another place, or change its permissions",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EROFS: "on a read-only file system; choose another place",
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",

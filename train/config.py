@@ -169,6 +169,8 @@ class Options(RemoteOptions):
             raise ValueError("max_grad_norm and adam_eps must be above 0")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be in [0, 1)")
+        if self.run.strip(" /") in ("", ".", ".."):
+            raise ValueError(f"run {self.run!r} is no name and no path of a run")
         if self.max_tokens < self.max_sequence_length:
             raise ValueError(
                 f"max_tokens {self.max_tokens} is below max_sequence_length {self.max_sequence_length}: "

@@ -40,12 +40,13 @@ from train.stage.run_folder import CHECKPOINTS
 from train.step import SAMPLES_NAMED, NonFiniteError
 
 DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk is read-only",
-    errno.EIO: "the disk fails (I/O error)",
-    errno.EFBIG: "the file is larger than this disk or `ulimit -f` allows",
+    errno.ENOSPC: ("the disk is full", "Make room"),
+    errno.EDQUOT: ("the disk quota is used up", "Make room"),
+    errno.EROFS: ("the disk is read-only", "Make it writable"),
+    errno.EIO: ("the disk fails (I/O error)", "Repair it"),
+    errno.EFBIG: ("the file is larger than this disk or `ulimit -f` allows", "Raise the limit"),
 }
+"""errno -> what is wrong, and what the user does about it."""
 OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors and tokenizers, which are written in Rust, name an errno."""
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -68,26 +69,33 @@ def command_line(program: str, words: list[str], group: ProcessGroup) -> Command
 
 @contextlib.contextmanager
 def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[None]:
-    """Turn an error of a disk, or of too little memory, into a UserError with a way out.
+    """Say in one line how to go on after a disk error, too little memory, or a signal that ends at once.
 
     Args:
         folder: the folder of the stage.
         command: the command line.
         options: the options.
+
+    Raises:
+        UserError: for errors of a disk or of memory.
+        KeyboardInterrupt: with the line as its message.
     """
     try:
         yield
     except (UserError, CacheError):
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(go_on(folder, command)) from None
     except Exception as error:
-        if what := _disk_error(error):
+        if found := _disk_error(error):
+            what, remedy = found
             place = getattr(error, "filename", None) or folder
-            message = f"{place}: {what}; {go_on(folder, command)}"
+            message = f"{place}: {what}; {go_on(folder, command, remedy)}"
         elif isinstance(error, MemoryError | RuntimeError) and NO_MEMORY.search(_text(error)):
             smaller = _smaller(options)
-            other = "" if smaller else "; a smaller --llm or --max-sequence-length needs less"
-            message = f"out of memory ({configs.one_line(error, 80)}){other}; "
-            message += go_on(folder, command, **smaller)
+            remedy = "" if smaller else "Take a smaller --llm or --max-sequence-length"
+            message = f"out of memory ({configs.one_line(error, 80)}); "
+            message += go_on(folder, command, remedy, **smaller)
         else:
             raise
         raise UserError(message) from error
@@ -97,8 +105,8 @@ def _text(error: Exception) -> str:
     return str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
 
 
-def _disk_error(error: Exception) -> str | None:
-    """Return what is wrong with a disk, if an error says so."""
+def _disk_error(error: Exception) -> tuple[str, str] | None:
+    """Return what is wrong with a disk and the remedy, if an error says so."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := OS_ERROR.search(str(error))):
         number = int(found[1])
@@ -113,14 +121,25 @@ def _smaller(options: Options) -> dict[str, object]:
     return {"max_tokens": window, "use_gradient_checkpointing": True}
 
 
-def go_on(folder: Path, command: CommandLine, **changes: object) -> str:
-    """Return what is kept of a stage, and the command that continues it or starts it again."""
+def go_on(folder: Path, command: CommandLine, remedy: str = "", **changes: object) -> str:
+    """Return what is kept of a stage, and the command that continues it or starts it again.
+
+    Args:
+        folder: the folder of the stage.
+        command: the command line.
+        remedy: what the user does first.
+        changes: options to change.
+    """
+    first = f"{remedy}, then " if remedy else ""
     if newest := checkpoint.newest(folder / CHECKPOINTS):
-        again = command.text(**changes, resume=True)
-        return f"{newest} is kept. When that is solved, go on with: {again}"
-    return (
-        f"no checkpoint was saved yet. When that is solved, start again: {command.text(**changes)}"
-    )
+        how = _sentence(f"{first}go on with")
+        return f"{newest} is kept. {how}: {command.text(**changes, resume=True)}"
+    how = _sentence(f"{first}start again")
+    return f"no checkpoint was saved yet. {how}: {command.text(**changes)}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def stopped(

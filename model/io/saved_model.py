@@ -11,6 +11,7 @@ that was changed or cut since it was saved is refused by `load_final`.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from cache.format.checksums import crc32c, read_sealed_json, sealed_json
-from configs import UserError, nearest, one_line
+from configs import UserError, nearest, one_line, read_yaml
+from configs.command_line import command_text
 from model.connector import build_connector
 from model.language.chat_template import TEMPLATE_VERSION
 from model.language.files import check_file
@@ -186,15 +188,16 @@ def find_run(run: str, stage: int | None = None) -> Path:
     """Return the `final` folder of a stage of a run.
 
     Args:
-        run: a name below runs/, the path of a run, or the path of a `final` folder.
+        run: a name below runs/, the path of a run, of a stage, or of a `final` folder.
         stage: number of the stage; None for the last finished one.
 
     Raises:
         UserError: there is no such run, or the stage is not finished.
     """
     root = Path(run)
-    if (root / META).is_file():
-        return root
+    for folder in (root, root / "final"):
+        if (folder / META).is_file():
+            return folder
     if not root.is_dir() or not any(root.glob("stage*")):
         root = RUNS / run
     if not root.is_dir():
@@ -209,8 +212,18 @@ def find_run(run: str, stage: int | None = None) -> Path:
     }
     wanted = stage if stage is not None else max(found, default=1)
     if wanted not in found:
+        words = ["--stage", str(wanted), "--run", run, *_features_of(root, wanted), "--resume"]
         raise UserError(
             f"run {run}: stage {wanted} is not finished (no {root}/stage{wanted}/final); "
-            f"continue with: python -m train.run --stage {wanted} --run {run} --resume"
+            f"continue with: {command_text('python -m train.run', words)}"
         )
     return found[wanted]
+
+
+def _features_of(root: Path, stage: int) -> list[str]:
+    """Return the option that names the cache of a run: that of a stage, or of the last one before it."""
+    for number in range(stage, 0, -1):
+        path = root / f"stage{number}" / "config.yaml"
+        with contextlib.suppress(OSError, UserError, KeyError):
+            return ["--features", str(read_yaml(path)["features"])]
+    return []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from train.evaluate import __main__ as evaluate
 from train.evaluate.__main__ import Evaluation, Options
 from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
+from train.report import __main__ as report_command
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +83,41 @@ def test_blind_answers_describe_the_exchanged_image(
     for i, name in enumerate(names):
         if name in said:
             assert said[name] == color_of_row[int(other.rows[other.media_of(i)[0]])]
+
+
+def test_the_cache_is_that_of_the_run(
+    trained: tuple[Path, CacheRoot],
+    result: Evaluation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run was given a relative path, and is evaluated from another folder."""
+    _, root = trained
+    monkeypatch.chdir(root.path.parent)
+    words = [*trained_runs.BASE, "--max-steps", "2", "--save-every", "1", "--features"]
+    copy = tmp_path / "run"
+    assert run.main([*words, "cache", "--run", str(copy)]) == 0
+    monkeypatch.chdir(tmp_path)
+    asked = Options(run=str(copy), max_new_tokens=2, blind=False, limit=4)
+    assert evaluate.evaluate(asked).space == result.space
+    report = tmp_path / "report.html"
+    assert report_command.main(["--run", str(copy), "--output", str(report), "--images", "1"]) == 0
+    assert report.stat().st_size > 10_000
+
+    shutil.copytree(root.path, tmp_path / "moved")
+    config = copy / "stage1" / "config.yaml"
+    config.write_text(config.read_text().replace(str(root.path), "/gone"))
+    with pytest.raises(
+        UserError, match=r"in /gone, where there are none any more; .*--features DIR"
+    ):
+        evaluate.evaluate(asked)
+    with pytest.raises(UserError, match=r"in /gone, where .*--features DIR"):
+        report_command.main(["--run", str(copy)])
+    assert evaluate.evaluate(replace(asked, features=str(tmp_path / "moved"))).space == result.space
+    # A run that is resumed with the new place remembers it.
+    shutil.rmtree(copy / "stage1" / "final")
+    assert run.main([*words, str(tmp_path / "moved"), "--run", str(copy), "--resume"]) == 0
+    assert evaluate.evaluate(asked).space == result.space
 
 
 def test_the_splits_have_no_image_in_common(
