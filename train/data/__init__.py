@@ -3,10 +3,11 @@
     1. select   samples whose media all have features; held out or not     join.py, sample_list.py
     2. tokenise the text of each sample, once, into mapped files           tokens.py
     3. measure  the tokens that stand for each image and video             placeholders.py
-    4. group    samples of equal media and equal beginning into trees      message_trees.py
-    5. schedule which trees each optimizer step takes                      schedule.py
-    6. pack     trees into sequences of at most `max_tokens`               packing.py
-    7. read     the feature rows of each micro-batch, ahead of its use     loader.py
+    4. fit      leave out what cannot be trained on, cut what is too long  usable.py
+    5. group    samples of equal media and equal beginning into trees      message_trees.py
+    6. schedule which trees, and which answers, each optimizer step takes  schedule.py, choices.py
+    7. pack     trees into sequences of at most `max_tokens`               packing.py
+    8. read     the feature rows of each micro-batch, ahead of its use     loader.py
 
 The iterators are nested: FeatureLoader asks a Schedule for each step, splits the step by rank, packs each
 rank's part into micro-batches, and lets threads fill them with rows:
