@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import configs
-from cache.errors import CacheError
+from cache.errors import CacheError, UnreachableError
 from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
@@ -69,7 +69,7 @@ def command_line(program: str, words: list[str], group: ProcessGroup) -> Command
 
 @contextlib.contextmanager
 def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[None]:
-    """Say in one line how to go on after a disk error, too little memory, or a signal that ends at once.
+    """Say in one line how to go on after errors of a disk, memory or server, or a signal that ends at once.
 
     Args:
         folder: the folder of the stage.
@@ -77,11 +77,13 @@ def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[N
         options: the options.
 
     Raises:
-        UserError: for errors of a disk or of memory.
+        UserError: for errors of a disk, of memory or of the server of a remote cache.
         KeyboardInterrupt: with the line as its message.
     """
     try:
         yield
+    except UnreachableError as error:
+        raise UserError(f"{error}; {go_on(folder, command, 'Make it reachable')}") from error
     except (UserError, CacheError):
         raise
     except KeyboardInterrupt:

@@ -142,9 +142,10 @@ def train_stage(
                     stop=stop,
                 )
             except NonFiniteError as error:
+                used = data.schedule.trees.samples
                 again = partial(step_again, error.step, options, reader, data, forward, group)
                 cause = ending.after_non_finite(
-                    error, vlm, again, folder, options, data.train, reader, origin, command, group
+                    error, vlm, again, folder, options, used, reader, origin, command, group
                 )
                 raise UserError(f"{error}. {cause}") from None
             if step < options.max_steps:
@@ -194,9 +195,9 @@ def train(
     vlm, device = forward.vlm, forward.device
     optimizer, rates = build_optimizer(vlm, options), rate_schedules(options)
     checkpoints = folder / run_folder.CHECKPOINTS
-    done = 0
+    done = saved = 0
     if (newest := checkpoint.newest(checkpoints)) is not None:
-        done = checkpoint.load(newest, vlm, optimizer)["step"]
+        done = saved = checkpoint.load(newest, vlm, optimizer)["step"]
         print(f"resuming after step {done}: {newest}")
     used = data.schedule.trees.samples
     trainable = [p for p in vlm.parameters() if p.requires_grad]
@@ -242,10 +243,16 @@ def train(
                 group.require_equal(lambda: {"model": fingerprint(trainable)})
                 if group.is_main:
                     checkpoint.save(checkpoints, done, vlm, optimizer, meta)
+                saved = done
             if last:
                 stop.received = local.signal or None
                 break
             started = time.perf_counter()
+    except CacheError:
+        # A server that is gone or a damaged row: the weights are those of the last whole step.
+        if done > saved and group.world_size == 1:
+            checkpoint.save(checkpoints, done, vlm, optimizer, meta)
+        raise
     finally:
         loader.close()
         log.close()

@@ -122,8 +122,7 @@ def with_retries(
             waited = time.monotonic() - since
             if waited > policy.give_up_after_s:
                 raise UnreachableError(
-                    f"{what}: {error.reason} (tried {tries + 1} times in {waited:.0f} s); "
-                    "once it is reachable again, the same command with --resume continues"
+                    f"{what}: {error.reason} (tried {tries + 1} times in {waited:.0f} s)"
                 ) from None
             if waited >= NOTICE_AFTER_S:
                 _notices.say(policy, what, error.reason)

@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as real_save_file
 
 import configs
-from cache.errors import CacheError
+from cache.errors import CacheError, UnreachableError
 from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from cache.store.samples import write_samples
 from model.io import saved_model
 from tests.support import trained_runs
@@ -410,6 +411,22 @@ def test_a_tracker_that_fails_leaves_no_run(train: Any, monkeypatch: pytest.Monk
     code, error = train("--log", "wandb")
     assert code == 2 and "pip install" in error
     assert not STAGE.parent.exists()
+
+
+# ---- features that cannot be read
+
+
+def test_a_server_that_is_gone_loses_no_step(train: Any) -> None:
+    """A row of some later step cannot be read: the steps before it are saved although none was due."""
+    gone = "http://h/x: Connection refused (tried 40 times in 300 s)"
+    words = ["--save-every", "100", "--read-ahead", "1", "--read-threads", "1"]
+    with fails_once(FeatureReader, "read_into", lambda *_: UnreachableError(gone), after=4):
+        code, error = train(*words)
+    assert code == 2 and f"error: {gone}; {STAGE}/checkpoints/step-0000000" in error
+    assert "is kept. Make it reachable, then go on with: " in error
+    parts = losses(goes_on(train, error))
+    assert train("--run", "whole")[0] == 0
+    assert parts == losses(Path("runs/whole/stage1"))
 
 
 # ---- data that have changed
