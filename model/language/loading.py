@@ -234,9 +234,10 @@ def load_weights(
         dtype: of the parameters.
 
     Raises:
-        UserError: a file cannot be read, or a tensor was missing or left over.
+        UserError: a file cannot be read, a tensor was missing or left over, or a value is not finite.
     """
     state = _read(checkpoint, names, dtype)
+    _check_values(checkpoint, names, state)
     try:
         with quiet():
             model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -260,6 +261,28 @@ def load_weights(
     if any(groups.values()):
         raise UserError(_message(checkpoint.folder, groups))
     return model
+
+
+def _check_values(
+    checkpoint: Checkpoint, names: Mapping[str, str], state: Mapping[str, Tensor]
+) -> None:
+    """Refuse values that are not finite, and warn of matrices of zeros: the holes of a broken download."""
+    stored = {new: name for name, new in names.items()}
+    zero = []
+    for new, value in state.items():
+        total = value.sum(dtype=torch.float64)  # not finite if any value is not
+        if not bool(torch.isfinite(total)):
+            path = checkpoint.tensors[stored[new]].path
+            raise UserError(f"{path}: tensor {stored[new]} has values that are not finite; {AGAIN}")
+        if total == 0 and value.ndim > 1 and not bool(value.any()):
+            zero.append(stored[new])
+    if zero:
+        log.warning(
+            "%s: %d matrices are zero everywhere (%s): was it downloaded whole?",
+            checkpoint.folder,
+            len(zero),
+            _few(zero),
+        )
 
 
 def _read(

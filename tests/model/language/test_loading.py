@@ -199,6 +199,32 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         check_folder(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float, copy_of: Any) -> None:
+    folder = copy_of("tied")
+
+    def spoil(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state["model.norm.weight"][3] = value
+        return state
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight has values that are not fin"):
+        load_language(str(folder))
+
+
+def test_the_holes_of_a_download_are_warned_of(
+    copy_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs that reserve a file's size first leave zeros where they stopped."""
+    folder = copy_of("tied")
+    load_language(str(folder))
+    assert not caplog.text
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    load_language(str(folder))
+    assert "matrices are zero everywhere (model.layers" in caplog.text
+
+
 def test_a_later_change_of_the_file_does_not_change_the_model(copy_of: Any) -> None:
     """Files are mapped into memory while they are read."""
     folder = copy_of("tied")
