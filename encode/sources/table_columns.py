@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,13 +35,19 @@ class Layout(NamedTuple):
     """Columns that need not be read: those not used, and numbers that mean nothing here."""
 
 
-def find_layout(table: TableFile, columns: Mapping[str, str], where: str) -> Layout:
+def find_layout(
+    table: TableFile,
+    columns: Mapping[str, str],
+    where: str,
+    ignore_keys: Collection[str] = (),
+) -> Layout:
     """Return what the columns of a file are for.
 
     Args:
         table: the file.
         columns: key of a record -> column, as the user says it.
         where: names the file in errors.
+        ignore_keys: columns that are not used.
 
     Raises:
         UserError: `columns` names an unknown key or column, or it is not clear which columns have media.
@@ -68,15 +75,17 @@ def find_layout(table: TableFile, columns: Mapping[str, str], where: str) -> Lay
             unread.append(form)
         else:
             media[form.name] = (form, kind)
-    odd = [name for name in media if keys[name] not in (*IMAGE_KEYS, *VIDEO_KEYS)]
-    if len(odd) == len(media) == 1 and keys[odd[0]] not in KNOWN_KEYS:
+    used = [name for name in media if name not in ignore_keys]
+    odd = [name for name in used if keys[name] not in (*IMAGE_KEYS, *VIDEO_KEYS)]
+    if len(odd) == len(used) == 1 and keys[odd[0]] not in KNOWN_KEYS:
         kind = media[odd[0]][1]
         if kind and not {"image", "images", "video", "videos"} & set(names):
             keys[odd[0]] = kind
     elif len(odd) > 1:
         raise UserError(
-            f"{where}: the columns {', '.join(odd)} have media; say which one to use in an entry of "
-            f"configs/datasets.yaml: columns: {{image: {odd[0]}, ...}}"
+            f"{where}: the columns {', '.join(odd)} have media; leave out all but one: --ignore-keys "
+            f"{shlex.quote(','.join(odd[1:]))}, or say what they are for, in an entry of "
+            f"nanomolmo2.yaml: columns: {{image: {odd[0]}, ...}}"
         )
     binary = {*media, *(form.name for form in unread)}
     skipped = [

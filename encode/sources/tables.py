@@ -149,7 +149,7 @@ class _Reader:
             account.fault(str(path), FaultError("damaged file", _why_unreadable(path, error)))
             return
         with table:
-            layout = find_layout(table, self._dataset.columns, str(path))
+            layout = find_layout(table, self._dataset.columns, str(path), account.ignore_keys)
             _note_columns(layout, account)
             for condition in self._conditions:
                 condition.check(table.schema, str(path))

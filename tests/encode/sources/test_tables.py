@@ -350,6 +350,10 @@ def test_columns_are_named_where_they_are_not_detected(tmp_path: Path) -> None:
         UserError, match=r"the columns left, right have media; .*columns: \{image: left"
     ):
         read(path)
+    account = Account(name="set", ignore_keys=frozenset({"left", "q", "a", "note"}))
+    dataset = TableDataset(name="set", folder=tmp_path, files=(path,))
+    (sample,) = dataset.samples(account=account)
+    assert images_of(sample) == [png(2)] and account.columns == {"left": 1, "right as image": 1}
     (sample,), account = read(path, columns={"image": "right", "question": "q", "answer": "a"})
     assert said(sample) == ["u: <image>What?", "a: That."]
     assert images_of(sample) == [png(2)]
