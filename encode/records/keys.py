@@ -147,6 +147,8 @@ class Fields:
         self.where = where
         self.ignored = ignored
         self.ignore_keys = ignore_keys
+        self.has_media = True
+        """Whether the record names media. In one that names none, the name of a file is never harmless."""
         self._left: dict[str, Any] = {}
         for key, item in value.items():
             if not isinstance(key, str):
@@ -232,10 +234,12 @@ class Fields:
                 f"{shown} changes what is learned, in a way that is not supported",
                 key=self.path(key),
             )
-        if kind == "harmless":
+        if kind in ("harmless", "label"):
             lost = _has_media(value)
-        elif kind == "label":
-            lost = _has_media(value) or any(_is_text(text, WORDS) for text in _strings(value))
+            if kind == "label":
+                lost = lost or any(_is_text(text, WORDS) for text in _strings(value))
+            if not self.has_media:
+                lost = lost or any(map(_MEDIA_NAME.fullmatch, _strings(value)))
         elif kind == "unknown":
             lost = carries(value, words)
         else:

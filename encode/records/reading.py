@@ -60,6 +60,7 @@ def read_records(value: Mapping[str, Any], account: Account) -> tuple[Record, ..
     ignored: Counter[str] = Counter()
     fields = Fields(value, "", ignored, account.ignore_keys)
     records = _read(fields)
+    fields.has_media = any(record.media for record in records)
     fields.close()
     account.ignored.update(ignored)
     account.lines[records[0].format] += 1
@@ -296,6 +297,7 @@ def _settle_other_texts(fields: Fields, key: str, records: list[Record]) -> None
 
 def _refuse_unknown(fields: Fields) -> None:
     """Raise FaultError for a record that names no media and has no text."""
+    fields.has_media = False
     fields.close()
     keys = ", ".join(fields.ignored)[:80] or "none"
     raise FaultError(
