@@ -48,6 +48,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Suffixes of images. They decide for files without a readable beginning."""
 
+_SUFFIXES = sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+
 Kind = Literal["image", "video"]
 
 MISSING = "no such file"
@@ -177,9 +179,10 @@ class MediaFiles:
                 if path not in self.found:
                     self._account.notes[note] += 1
                 return path
-        if near := self._other_case(written):
+        if near := self._near(written):
             raise FaultError(
-                "name in another case", f"{short(text)}: no such file; there is {short(near)}"
+                "name of a file that differs",
+                f"{short(text)}: no such file; there is {short(near)}",
             )
         if written not in self._missing:
             self._missing[written] = None
@@ -209,17 +212,16 @@ class MediaFiles:
     def _is_inside(self, path: str) -> bool:
         return any(path.startswith(folder.rstrip("/") + "/") for folder in self._folders)
 
-    def _other_case(self, path: str) -> str:
-        """Return the path of a file whose name differs from `path` in case only, or an empty text."""
+    def _near(self, path: str) -> str:
+        """Return the path of a file that differs from `path` in case or lacks a suffix in it, or ''."""
         folder = next(f for f in self._folders if path.startswith(f.rstrip("/") + "/"))
         here = Path(folder)
         for name in Path(path).relative_to(folder).parts:
             there = here / name
             if not there.exists():
-                actual = _listing(here).get(name.casefold())
-                if actual is None:
-                    return ""
-                there = here / actual
+                names, suffixes = _listing(here), ["", *([] if "." in name else _SUFFIXES)]
+                actual = (names.get(f"{name}{suffix}".casefold()) for suffix in suffixes)
+                there = here / next(filter(None, actual), name)
             here = there
         return here.relative_to(folder).as_posix() if here.is_file() else ""
 

@@ -19,6 +19,7 @@ Each file is used, or counted in the account by the reason why it is not.
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from encode.records.record import MediaName
 from encode.records.stream import SUFFIXES
 from encode.records.strict_json import MAX_BYTES, parse
 from encode.sources.folder_files import UNREADABLE, FolderFile, walk, why_unused
-from encode.sources.json_file import RecordFiles
+from encode.sources.json_file import RecordFiles, check_content
 from model.media.kinds import Recognised
 
 RECORD_SUFFIX = ".json"
@@ -54,6 +55,8 @@ MAX_CAPTION_BYTES = 1 << 20
 _MEDIA_KEYS = (*IMAGE_KEYS, *VIDEO_KEYS, *FILE_KEYS, *NAME_KEYS)
 _TEXTS = ("", "empty", "text", "JSON text")
 """Formats of a text beside media. Unknown bytes are refused as text."""
+_NUMBERS = re.compile(r"[\s\d.,;e+-]*")
+"""Labels of object detectors (`0 0.5 0.5 0.2 0.2`) are files beside images, too."""
 _ELSEWHERE = {
     "text": "json",
     "JSON text": "json",
@@ -94,10 +97,10 @@ class FolderDataset:
         """
         folder = Path(path).expanduser()
         if not path or not folder.is_dir():
-            hint = ""
-            if path and folder.is_file():
-                hint = f"; it is a file: --dataset json:{shlex.quote(path)}"
-            raise UserError(f"folder:{path}: no such folder; --dataset folder:PATH takes one{hint}")
+            raise UserError(
+                f"folder:{path}: no such folder; --dataset folder:PATH takes one"
+                f"{_hint_for_file(folder) if path and folder.is_file() else ''}"
+            )
         return FolderDataset(name=name, folder=folder.resolve(), leave_out=leave_out.resolve())
 
     def samples(
@@ -159,6 +162,8 @@ class _Reading:
             raise UserError(f"{what} ({self._account.text()})")
 
     def _of_metadata(self) -> Iterator[Sample]:
+        for path in self._metadata:
+            check_content(self._folder / path, str(self._folder / path))
         for path in self._metadata:
             parent = path.rpartition("/")[0]
             prefix = f"{parent}/" if parent else ""
@@ -266,9 +271,9 @@ class _Reading:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise FaultError("not UTF-8") from None
-        if text.strip():
+        if text.strip() and not _NUMBERS.fullmatch(text):
             return {"txt": text.strip()}
-        self._texts[path] = "empty"
+        self._texts[path] = "numbers, not a caption" if text.strip() else "empty"
         return {}
 
     def _record(self, path: str, media_name: str) -> dict[str, Any]:
@@ -321,6 +326,16 @@ class _Reading:
 
     def _source(self, path: str) -> str:
         return f"{self._folder}/{path}"
+
+
+def _hint_for_file(file: Path) -> str:
+    """Return the end of an error about a file in the place of a folder."""
+    found = look(str(file))
+    kind, place = _kind_of_data_set(found, suffix_of(file.name)), file
+    if not kind and found and found.kind:
+        kind, place = "folder", file.parent
+    word = shlex.quote(f"{kind}:{place.absolute()}")
+    return f"; it is a file: --dataset {word}" if kind else "; it is a file"
 
 
 def _metadata(folder: Path, files: Sequence[FolderFile]) -> list[str]:

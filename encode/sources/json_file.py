@@ -36,6 +36,8 @@ from encode.records.stream import read_lines
 
 NOT_JSON = frozenset({".csv", ".tsv", ".parquet"})
 """Suffixes of files in which data: URIs have no place that could be named."""
+_OF_RECORDS = ("", "empty", "text", "JSON text", "Parquet table")
+"""Formats that a file of records may have. Bytes of no known format are faults of their lines."""
 LONGEST_ID = 512
 """Characters of a name in an id. Longer ones end in a hash."""
 FOLDERS_SEARCHED = 1000
@@ -212,30 +214,43 @@ def _check_file(file: Path, path: str) -> None:
         raise UserError(f"json:{path}: no such file; --dataset json:FILE takes one")
     if not file.is_file():
         raise UserError(f"json:{path}: not a regular file")
+    if file.stat().st_size == 0:
+        raise UserError(f"json:{path}: the file is empty")
+    check_content(file, f"json:{path}")
+
+
+def check_content(file: Path, name: str) -> None:
+    """Raise UserError if the first bytes of a file are those of something else than records.
+
+    Args:
+        file: an existing file.
+        name: how a message names it.
+    """
     found = look(str(file))
     if found is None:
-        raise UserError(f"json:{path}: the file cannot be read")
-    if found.format == "empty":
-        raise UserError(f"json:{path}: the file is empty")
-    of_records = found.format in ("", "text", "JSON text", "Parquet table")
-    if not of_records or (found.format == "Parquet table") != (file.suffix.lower() == ".parquet"):
+        raise UserError(f"{name}: the file cannot be read")
+    is_table = found.format == "Parquet table"
+    if found.format == "tar archive":
+        word = shlex.quote(f"webdataset:{file.resolve()}")
+        raise UserError(f"{name}: a tar archive; --dataset {word} reads it")
+    if found.format not in _OF_RECORDS or is_table != (file.suffix.lower() == ".parquet"):
         advice = f"; {found.advice}" if found.advice else ""
-        raise UserError(f"json:{path}: {found.what}, not a file of records{advice}")
-    if found.format == "Parquet table":
-        _refuse_bytes(file, path)
+        raise UserError(f"{name}: {found.what}, not a file of records{advice}")
+    if is_table:
+        _refuse_bytes(file, name)
 
 
-def _refuse_bytes(file: Path, path: str) -> None:
+def _refuse_bytes(file: Path, name: str) -> None:
     """Raise UserError for a Parquet file that is damaged, or has bytes of media in it."""
     try:
         schema = pq.read_schema(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"json:{path}: not Parquet: {one_line(error)}") from None
+        raise UserError(f"{name}: not Parquet: {one_line(error)}") from None
     for column in schema:
         if "binary" in str(column.type):
             word = shlex.quote(f"hf:{file.resolve()}")
             raise UserError(
-                f"json:{path}: the column {column.name!r} has bytes of media; --dataset {word} reads them"
+                f"{name}: the column {column.name!r} has bytes of media; --dataset {word} reads them"
             )
 
 

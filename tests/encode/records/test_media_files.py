@@ -106,6 +106,8 @@ def test_other_spellings_of_a_file_that_exists_are_read_and_counted(
     [
         ("A.JPG", "'A.JPG': no such file; there is 'a.jpg'"),
         ("Sub/C D.webp", "there is 'sub/c d.webp'"),
+        ("sub/Ü", "'sub/Ü': no such file; there is 'sub/ü.png'"),
+        ("b", "there is 'b.png'"),
         ("sub", "'sub' is a folder, not a file"),
         ("", "empty name"),
         ("   ", "empty name"),

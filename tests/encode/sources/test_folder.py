@@ -184,6 +184,27 @@ def test_two_files_of_metadata_in_one_folder_are_refused(photos: Path) -> None:
         read(photos)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metadata.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("metadata.csv", b"PK\x03\x04", "a ZIP archive, not a file of records"),
+        ("metadata.json", HTML, "an HTML page, not a file of records"),
+        ("metadata.parquet", b"file_name,text", "a text, not a file of records"),
+        ("metadata.parquet", b"PAR1", "not Parquet"),
+    ],
+)
+def test_metadata_that_is_something_else_is_refused_in_one_line(
+    photos: Path, name: str, content: bytes, expected: str
+) -> None:
+    put(photos, {name: content})
+    with pytest.raises(UserError) as refused:
+        read(photos)
+    assert expected in str(refused.value)
+    assert str(refused.value).startswith(f"{photos}/{name}: ")
+    assert "\n" not in str(refused.value)
+
+
 def test_metadata_in_subfolders_is_relative_to_them(photos: Path) -> None:
     line = {"file_name": "c.webp", "text": "One."}
     put(
@@ -427,8 +448,14 @@ def test_a_folder_with_nothing_to_encode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_datasets([f"folder:{tmp_path / 'nowhere'}"], tmp_path / "cache")
     put(tmp_path, {"file.jsonl": "{}"})
-    with pytest.raises(UserError, match=r"it is a file: --dataset json:.*file\.jsonl"):
-        open_datasets([f"folder:{tmp_path / 'file.jsonl'}"], tmp_path / "cache")
+    for name, content, word in (
+        ("file.jsonl", b"{}", "json:.*/file.jsonl"),
+        ("file.jpg", JPEG, f"folder:{tmp_path}"),
+        ("file.tar", b"0" * 257 + b"ustar", "webdataset:.*/file.tar"),
+    ):
+        put(tmp_path, {name: content})
+        with pytest.raises(UserError, match=f"it is a file: --dataset {word}"):
+            open_datasets([f"folder:{tmp_path / name}"], tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images, videos or records"):
         read(tmp_path / "empty")
@@ -453,17 +480,23 @@ def test_texts_beside_media_are_their_captions(photos: Path) -> None:
             "clip.txt": "It runs.",
         },
     )
-    put(photos, {"notes.txt": "not a caption", "b.txt": " \n"})
+    put(photos, {"notes.txt": "not a caption", "b.txt": " \n", "d.png": PNG})
+    put(photos, {"d.txt": "0 0.5 0.5 0.25 0.1\n3 0.1 0.2 1e-2 0.1\n"})
     found, account = read(photos)
     assert {one.id: answers([one]) for one in found} == {
         "a.jpg": ["A cat."],
         "b.png": [],
         "clip.mp4": ["It runs."],
+        "d.png": [],
         "sub/c.webp": ["A sea."],
     }
     assert found[2].messages[0].content == f"<image>{VIDEO_PROMPT}"
     assert account.lines == {"captions": 3}
-    assert account.left_out == {".txt": 1, ".txt (empty)": 1}
+    assert account.left_out == {
+        ".txt": 1,
+        ".txt (empty)": 1,
+        ".txt (numbers, not a caption)": 1,
+    }
 
 
 def test_records_beside_media_are_read(photos: Path) -> None:
@@ -593,7 +626,9 @@ def test_every_file_is_used_or_counted(tree: dict[str, str], links: dict[str, st
             found = list(account.watch(dataset.samples(account=account)))
         except UserError as error:
             # Refused as a whole: two files of metadata, wrong paths in it, or nothing to use.
-            refused = "are both metadata|it names (exists|does)|: no (lines|images)"
+            refused = (
+                "both metadata|it names (exists|does)|: no (lines|images)|not a file of records"
+            )
             assert re.search(refused, str(error))
             return
         files = {name for name in tree if not name.startswith("cache/")}
