@@ -29,6 +29,7 @@ from cache.store.samples import (
     write_samples,
 )
 from configs import UserError
+from configs.command_line import CommandLine
 from configs.console import bytes_text, table_text
 from encode.plan import MediaCounter
 from encode.records.account import Account
@@ -61,6 +62,8 @@ class Reading:
     """`--source`, for the words."""
     media: Path | None = None
     """`--media`, for the words."""
+    command: CommandLine | None = None
+    """The user's command, for the errors that suggest it with other options."""
 
     def words(self, choice: Choice) -> tuple[str, ...]:
         """Return the options of encode.run that read a data set in this way, from any folder."""
@@ -104,7 +107,10 @@ def read_datasets(
     for dataset in datasets:
         choice = choices[dataset.name]
         account = Account(
-            name=dataset.name, leave_out=reading.leave_out, ignore_keys=reading.ignore_keys
+            name=dataset.name,
+            leave_out=reading.leave_out,
+            ignore_keys=reading.ignore_keys,
+            command=reading.command,
         )
         samples = counter.count(_chosen(dataset, sizes, account, reading))
         if write:

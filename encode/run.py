@@ -33,7 +33,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
-from configs.command_line import command_text
+from configs.command_line import CommandLine
 from encode.datasets import Reading, listing, read_datasets
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
@@ -173,17 +173,17 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         start: time of the start, `time.monotonic()`.
         words: the command line, after the program's name.
     """
-    again = command_text("python -m encode.run", words)
+    command = CommandLine("python -m encode.run", tuple(words))
     datasets = open_datasets(options.dataset, root.path, options.source, options.media)
     config = worker_config(options)
     if options.check is not None:
         return check(root, options, config, [dataset.name for dataset in datasets])
-    reading = how_to_read(options)
+    reading = how_to_read(options, command)
     choices = {choice.name: choice for choice in choose(options.dataset)}
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
     if options.fetch_only:
         retry = options.retry_failed
-        return fetch_only(root, counter.media, config, retry_failed=retry, again=again)
+        return fetch_only(root, counter.media, config, retry_failed=retry, again=command.text())
 
     # Imported here, since torch takes 3 s: not for --list, --help or a wrong path.
     from configs.signals import Interrupts
@@ -213,10 +213,10 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         # Points in pixels can be written as text only now that the sizes of the images are known.
         sized = [dataset for dataset in datasets if dataset.needs_sizes]
         read_datasets(root, sized, choices, reading, quiet=True)
-        return job.close(plan, time.monotonic() - start, interrupts, again=again)
+        return job.close(plan, time.monotonic() - start, interrupts, again=command.text())
 
 
-def how_to_read(options: Options) -> Reading:
+def how_to_read(options: Options, command: CommandLine) -> Reading:
     """Return which samples of each data set are used."""
     return Reading(
         limit=options.limit,
@@ -226,6 +226,7 @@ def how_to_read(options: Options) -> Reading:
         ignore_keys=frozenset(filter(None, options.ignore_keys.split(","))),
         source=options.source,
         media=options.media,
+        command=command,
     )
 
 

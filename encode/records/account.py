@@ -15,7 +15,6 @@ one run shows every kind of fault. With `leave_out`, such lines are left out and
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any, Self
 
 from cache.store.samples import Sample
 from configs import UserError, printable
+from configs.command_line import CommandLine
 
 SHOWN = 20
 """Faults that an error shows whole; all others are counted by kind."""
@@ -47,6 +47,8 @@ class Account:
     """Name of the data set."""
     leave_out: bool = False
     """Whether lines with faults are left out and counted, instead of ending the job."""
+    command: CommandLine | None = None
+    """The user's command, for the errors that suggest it with other options."""
     ignore_keys: frozenset[str] = frozenset()
     """Keys, or paths of keys, that the user leaves out: they are counted and not used."""
     lines: Counter[str] = field(default_factory=Counter)
@@ -100,13 +102,18 @@ class Account:
         kinds = ", ".join(f"{times:,} {kind}" for kind, times in self.faults.most_common())
         more = f"\n... and {total - len(self.first_faults):,} more" if total > SHOWN else ""
         lines = "line" if total == 1 else "lines"
-        keys = shlex.quote(",".join(self.refused_keys))
-        without = f", or without these keys: --ignore-keys {keys}" if self.refused_keys else ""
+        command = self.command or CommandLine("", ())
+        before = self.ignore_keys if self.command else ()  # the new option replaces theirs
+        keys = ",".join([*sorted(before), *self.refused_keys])
+        without = ""
+        if self.refused_keys:
+            without = f", or without these keys: {command.text(ignore_keys=keys).lstrip()}"
         raise UserError(
             "\n".join(self.first_faults)
             + more
             + f"\n{self.name}: {total:,} {lines} cannot be used "
-            f"({kinds}); correct them, or go on without them: --bad-lines leave-out{without}"
+            f"({kinds}); correct them, or go on without them: "
+            f"{command.text(bad_lines='leave-out').lstrip()}{without}"
         )
 
     def text(self) -> str:

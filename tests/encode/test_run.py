@@ -6,6 +6,7 @@ main(["--dataset", "folder:photos", "--encoder", "tiny", "--features", "cache"])
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -278,6 +279,45 @@ def test_the_commands_that_ls_prints_can_be_run(
     assert main([*printed_command(failures, "try them again: "), "--limit", "1"]) == 0
     assert main([*printed_command(failures, "try them again: "), "--plan"]) == 0
     assert "8 in 8 samples: 7 to do, 1 reused, 0 failed" in capsys.readouterr().out
+
+
+def test_bad_lines_refuse_all_data_sets_and_the_printed_command_goes_on(
+    photos: Path, capsys: pytest.CaptureFixture[str], run_command: Callable[..., tuple[None, str]]
+) -> None:
+    """Nothing is encoded before every line of every data set was read."""
+    lines = [{"image": f"000{n}.png", "caption": f"Shape {n}."} for n in range(6)]
+    lines[2]["captoin"] = "A shape."
+    lines[4] = {"image": "0004.png", "conversations": "no list"}
+    records = photos.parent / "my records.jsonl"
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cache = photos.parent / "cache"
+    words = (
+        "--media",
+        str(photos),
+        "--encoder",
+        "tiny",
+        "--device",
+        "cpu",
+        "--features",
+        str(cache),
+    )
+    specs = ("--dataset", f"folder:{photos}", f"json:{records}")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as refused:
+        patch.setattr("encode.worker.config.WorkerConfig.load", lambda _: pytest.fail("encoding"))
+        main([*specs, *words])
+    said = str(refused.value)
+    assert (
+        f"{records}:3: " in said and f"{records}:5: " in said and "2 lines cannot be used" in said
+    )
+    assert not CacheRoot(cache).space_names()
+    command = said.partition("go on without them: ")[2].partition(", or without")[0]
+    assert command.endswith("--bad-lines leave-out")
+    capsys.readouterr()
+    assert main(shlex.split(command)[3:]) == 0
+    out = capsys.readouterr().out
+    assert "my-records: 4 lines (4 captions), 4 images; left out: " in out
+    assert CLOSING.search(out)
+    assert "my-records: 4 lines (4 captions)" in run_command(ls, "--features", cache)[1]
 
 
 def test_the_command_that_completes_can_be_run(
