@@ -7,6 +7,7 @@ no network.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from model.language.loading import check_tied, empty_model, fit, load_weights, q
 from model.language.sources import has_weights, hub_hint, local_folder
 from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
 from model.language.tokenizer_files import read_tokenizer
+
+log = logging.getLogger(__name__)
 
 RANDOM = "random:"
 """Prefix of an untrained model's name."""
@@ -127,9 +130,11 @@ def load_language(
     rows = model.get_input_embeddings().weight.shape[0]
     # Qwen3 has 151,936 rows for 151,670 ids; other models may have no free row.
     if len(tokenizer) > rows:
-        with torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # new rows are drawn around the mean of the old ones
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROW_MULTIPLE)
+        more = model.get_input_embeddings().weight.shape[0]
+        log.info("%s: %d embedding rows became %d, for added tokens", source, rows, more)
     prepare_model(model, tokenizer)
     return model, tokenizer
 

@@ -6,6 +6,7 @@ tokenizer = read_tokenizer(Path("/models/Qwen3-0.6B"), rows=151_936)
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,13 +159,17 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     read_tokenizer(tmp_path, rows=1024)  # padded
 
 
-def test_added_tokens_may_be_beyond_the_embedding(copy_of: Callable[[str], Path]) -> None:
+def test_added_tokens_may_be_beyond_the_embedding(
+    copy_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """As when somebody adds <pad> to Llama's tokenizer: they get rows, and words do not change."""
     folder = copy_of("tied")
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(f"<extra {i}>", special=True) for i in range(60)])
     tokenizer.save_pretrained(folder)
-    model, found = load_language(str(folder))
+    with caplog.at_level(logging.INFO, "model"):
+        model, found = load_language(str(folder))
+    assert "320 embedding rows became 384, for added tokens" in caplog.text
     assert len(found) > 320
     assert model.get_input_embeddings().weight.shape[0] == 384
 
