@@ -180,6 +180,9 @@ def _download(name: str, repository: str, config: str, patterns: Sequence[str]) 
                 repository,
                 repo_type="dataset",
                 allow_patterns=list(patterns),
+                ignore_patterns=[
+                    f"{at}{split}-*-of-*" for split in OTHER_SPLITS for at in ("", "*/")
+                ],
                 local_files_only=bool(why),
             )
         )

@@ -314,4 +314,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"cannot be read ({failed.strerror})"
     if pointer:
         return "a Git LFS pointer, not the data: fetch it with git lfs pull"
+    if isinstance(error, EmbeddedMediaError):
+        return str(error)
     return f"damaged: {' '.join(str(error).split())[:160]}; download it again"

@@ -295,7 +295,8 @@ class FakeHub(BaseHTTPRequestHandler):
                     "size": f.stat().st_size,
                     "oid": self.etag(f),
                 }
-                for f in sorted(self.folder.rglob("*.parquet"))
+                for f in sorted(self.folder.rglob("*"))
+                if f.is_file()
             ]
             self.reply(json.dumps(listed).encode(), "application/json")
         elif path.startswith(f"/api/datasets/{REPOSITORY}"):
@@ -332,6 +333,11 @@ class FakeHub(BaseHTTPRequestHandler):
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """Return the address of a hub that has pixmo-count, and a list of its requests."""
     folder = write_pixmo(tmp_path / "made", URLS) / NAME
+    for name in ("two/train-0", "two/test-00000-of-00001", "three/train-0"):
+        make(folder, f"{name}.parquet")
+        (folder / f"{name}.parquet").write_bytes(name.encode())
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data/*\n"
+    (folder / "README.md").write_text(f"{card}- config_name: two\n  data_files: two/*\n---\n")
     asked: list[str] = []
     handler = type("Handler", (FakeHub,), {"folder": folder, "asked": asked})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -359,20 +365,47 @@ print("torch" in sys.modules)
 """
 
 
-def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_only_the_files_of_one_config_are_downloaded(
+    served: tuple[str, list[str]], tmp_path: Path
+) -> None:
     endpoint, asked = served
+    program = f"""
+from encode.sources.hub_files import open_hub
+print(*[path.read_bytes().decode() for path in open_hub("set", {REPOSITORY!r}, "two", None).files])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment_for(endpoint, tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["two/train-0"], done.stderr
+    assert [path.partition(COMMIT)[2] for path in asked if path.startswith("GET /datasets/")] == [
+        "/README.md",
+        "/two/train-0.parquet",
+    ]
+
+
+def environment_for(endpoint: str, tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a process that uses this hub, with nothing downloaded before."""
     proxies = {"http_proxy", "https_proxy", "all_proxy", "hf_hub_offline", "hf_token"}
     environment = {k: v for k, v in os.environ.items() if k.lower() not in proxies}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_path: Path) -> None:
+    endpoint, asked = served
     # pixmo-cap is not on this hub.
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, NAME, NAME, "pixmo-cap"],
-        env=environment,
+        env=environment_for(endpoint, tmp_path),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -384,9 +417,8 @@ def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_p
     once = [f"train-00000-of-00001#{n} {n}" for n in range(3)]
     assert found == once + once
     gets = [path for path in asked if path.startswith("GET") and "/resolve/" in path]
-    assert gets == [
-        f"GET /datasets/{REPOSITORY}/resolve/{COMMIT}/data/train-00000-of-00001.parquet"
-    ]
+    resolve = f"GET /datasets/{REPOSITORY}/resolve/{COMMIT}"
+    assert gets == [f"{resolve}/README.md", f"{resolve}/data/train-00000-of-00001.parquet"]
     assert not any("validation" in path or "test" in path for path in asked), "never asked for"
     assert not list((tmp_path / "home").rglob("*test-*")) and HELD_OUT not in done.stdout
     assert refused.startswith("refused: data set pixmo-cap (allenai/pixmo-cap on the hub): ")
