@@ -220,6 +220,10 @@ def _asked(fields: Fields, where: str) -> tuple[Talk, tuple[str, ...]]:
         if len(keys) > 1:
             message = f"{where}has {' and '.join(keys)}; use one of them"
             raise FaultError("two texts", message, key=fields.path(keys[1]))
+    if _is_turns(fields.peek(prompts[0])) and _is_turns(fields.peek(answers[0])):  # TRL's
+        talk = read_turns(fields, prompts[0])
+        talk.extend(read_turns(fields, answers[0]))
+        return talk, ()
     talk = Talk()
     _history(fields, talk)
     question = read_text(fields.take(prompts[0]), f"{where}{prompts[0]}")
@@ -230,6 +234,14 @@ def _asked(fields: Fields, where: str) -> tuple[Talk, tuple[str, ...]]:
     talk.say("user", question)
     talk.say("assistant", first)
     return talk, tuple(others)
+
+
+def _is_turns(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value)
+    )
 
 
 def _answers(fields: Fields, key: str, where: str = "") -> list[str]:

@@ -62,6 +62,12 @@ class Talk:
         """Add a turn."""
         self.messages.append(Message(role=role, content=content, weight=weight))
 
+    def extend(self, other: Talk) -> None:
+        """Add the turns of another conversation."""
+        self.messages += other.messages
+        self.media += other.media
+        self.parts += other.parts
+
 
 def read_turns(fields: Fields, key: str) -> Talk:
     """Take the list of turns at `key`."""

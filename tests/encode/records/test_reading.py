@@ -220,6 +220,10 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[str]]] = {
             "image a.jpg",
         ],
     ),
+    "TRL's prompt and completion": (
+        {"images": ["a.jpg"], "prompt": PLAIN[:1], "completion": PLAIN[1:]},
+        ["[questions, question]", *ASKED, "image a.jpg"],
+    ),
     "Alpaca": (
         {"instruction": "Translate.", "input": "chat", "output": "cat"},
         ["[questions, question]", "user: Translate.\nchat", "assistant: cat"],
@@ -435,6 +439,15 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"image": "a.jpg", "caption": " "}, "caption: expected text, found none"),
     ({"image": "a.jpg", "caption": 3.5, "conversations": HUMAN}, "has conversations and caption"),
     ({"image": "a.jpg", "caption": "A", "conversations": HUMAN}, "has conversations and caption"),
+    ({"prompt": PLAIN[:1], "completion": "x"}, "prompt: expected text, found a list"),
+    (
+        {"prompt": PLAIN[:1], "completion": PLAIN[1:], "history": [["a", "b"]]},
+        "'history' is not used",
+    ),
+    (
+        {"image": "a.jpg", "qa_pairs": {"question": ["?"], "explanation": ["x"], "answer": ["a"]}},
+        "'qa_p",
+    ),
     ({"problem": "?", "solution": "x", "answer": "y"}, "has answer and solution; use one of them"),
     ({"conversations": {"from": ["human"], "value": []}}, "lists of equal length"),
     ({"conversations": {"from": "human"}}, "lists of equal length"),
