@@ -347,7 +347,9 @@ def _stored(spec: str, features: Path | None) -> str:
     if root is None or spec not in dataset_names(root):
         return ""
     words = dataset_words(root, spec)
-    return "" if words[1:2] == (spec,) else f"it was made by other words: {shlex.join(words)}"
+    return (
+        "" if words == ("--dataset", spec) else f"it was made by other words: {shlex.join(words)}"
+    )
 
 
 def _unknown(spec: str, found: re.Match[str] | None, known: Sequence[str]) -> str:
@@ -433,7 +435,13 @@ def open_datasets(
     places = Places(features=features, source=source, media=media)
     opened, missing = list[Dataset](), list[str]()
     for one in choices:
-        dataset = _OPENERS[one.entry.source](one.name, one.entry, places)
+        try:
+            dataset = _OPENERS[one.entry.source](one.name, one.entry, places)
+        except UserError as error:
+            if one.word != one.name or one.name not in configs.user_section("datasets"):
+                raise
+            where = configs.where_is("datasets", one.name)
+            raise UserError(f"{where}: {one.name}: {error}") from None
         if dataset is None:
             missing.append(one.name)
         else:

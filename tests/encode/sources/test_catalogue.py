@@ -139,6 +139,10 @@ def test_the_name_of_a_stored_data_set_is_answered_with_the_words_that_made_it(h
     ) as refused:
         choose(["photos"], root.path)
     assert shlex.split(str(refused.value).partition("words: ")[2]) == [*words]
+    words = ("--dataset", "photos", "--config", "/my/file.yaml")
+    write_samples(root, "photos", [], Origin(words=words))
+    with pytest.raises(UserError, match=r"words: --dataset photos --config /my/file\.yaml$"):
+        choose(["photos"], root.path)
     write_samples(root, "old", [])
     with pytest.raises(UserError, match="no such data set"):
         choose(["old"], root.path)
@@ -203,6 +207,16 @@ def test_each_error_in_the_users_file_names_it(here: Path, text: str, says: str)
         read_catalogue()
     assert str(refused.value).startswith(f"{here / 'nanomolmo2.yaml'}: ")
     assert "\n" not in str(refused.value)
+
+
+def test_an_entry_that_cannot_be_opened_names_its_file(here: Path) -> None:
+    (here / "nanomolmo2.yaml").write_text(
+        "datasets: {gone: {source: folder, path: nowhere}, lost: {source: json, path: a.json}}\n"
+    )
+    configs.use_file(None)
+    for name in ("gone", "lost"):
+        with pytest.raises(UserError, match=rf"nanomolmo2\.yaml: datasets: {name}: .*no such"):
+            open_datasets([name], here / "cache")
 
 
 def test_a_file_that_does_not_exist_is_refused_and_none_is_needed(here: Path) -> None:
