@@ -246,7 +246,8 @@ def test_a_checkpoint_of_another_space_names_the_differences(
     with pytest.raises(
         UserError,
         match=r"trained on the space toy-fp16-\w+, not on toy-int8-\w+ \(image_size 4 there, 8 here; "
-        r"patch_size 2 there, 4 here; codec fp16 there, int8 here\); choose that one: --space",
+        r"patch_size 2 there, 4 here; codec fp16 there, int8 here\); encode with the same settings: "
+        r"python -m encode\.run --dataset colors --encoder toy --codec fp16 ",
     ):
         train("--run", "two", "--from", "one", "--max-steps", "1", features=other.path)
 
