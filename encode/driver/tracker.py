@@ -92,6 +92,7 @@ class Tracker:
         # Duplicates, by media id, until the source with the same bytes is settled.
         self._duplicates: dict[str, list[Outcome]] = {}
         self._failures: dict[str, Failure] = {}
+        self._notes: dict[str, str] = {}  # by media id: equal bytes have the same note
         self._committed: set[str] = set()
         self._found: set[str] = set()  # videos whose rows turned out to be in the space
         self._last_own_failure: MediaRecord | None = None
@@ -157,6 +158,8 @@ class Tracker:
                 self._duplicates.setdefault(name, []).append(outcome)
                 continue
             (self._committed if outcome.result == "ok" else self._found).add(name)
+            if outcome.record.note is not None:
+                self._notes[name] = outcome.record.note
             self._record(outcome.record)
         self._settle_duplicates()
         if self._last_own_failure is not None:
@@ -206,7 +209,8 @@ class Tracker:
         for name in list(self._duplicates):
             if any(name in names for names in (self._committed, self._found, self._present)):
                 for outcome in self._duplicates.pop(name):
-                    self._record(outcome.record)
+                    note = outcome.record.note or self._notes.get(name)
+                    self._record(replace(outcome.record, note=note))
             elif (failure := self._failures.get(name)) is not None:
                 for outcome in self._duplicates.pop(name):
                     self.fail(replace(outcome, result="failed", failure=failure))

@@ -163,6 +163,22 @@ def test_notes_are_counted_of_media_that_are_used() -> None:
     assert tracker.notes == {"ends early": 2, "HDR": 2}
 
 
+def test_a_duplicate_has_the_note_of_its_bytes() -> None:
+    records: list[MediaRecord] = []
+    tracker = Tracker(
+        [SourceTask(source=f"/{n}") for n in range(2)], present=(), on_record=records.append
+    )
+    tracker.assign_next(0, 2)
+    first = noted("/0", "ok")
+    twin = MediaRecord(source="/1", key=first.record.key)  # its bytes were not decoded
+    task = SourceTask(source="/1")
+    tracker.settle(0, [Outcome(task=task, record=twin, result="duplicate"), first])
+    assert {record.source: record.note for record in records} == dict.fromkeys(
+        ("/0", "/1"), first.record.note
+    )
+    assert tracker.notes == {"ends early": 2, "HDR": 2}
+
+
 def noted(source: str, result: Result) -> Outcome:
     note = "ends early: 1.0 s of 2.0 s; HDR (PQ), shown without tone mapping"
     record = MediaRecord(source=source, key=f"{int(source[1:]):064x}", note=note)
