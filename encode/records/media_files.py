@@ -165,6 +165,11 @@ class MediaFiles:
         Raises:
             FaultError: the path is outside the folders, is a folder, or differs from a file's in case only.
         """
+        if text.startswith("/") and not Path(text).exists():
+            inside = text.lstrip("/")  # of the data set's own root
+            if (base / inside).is_file():
+                self._note("path with / before it", self._checked(inside, base))
+                text = inside
         written = self._checked(text, base)
         if written in self.found or Path(written).is_file():
             return written
@@ -176,8 +181,7 @@ class MediaFiles:
             except FaultError:
                 continue
             if Path(path).is_file():
-                if path not in self.found:
-                    self._account.notes[note] += 1
+                self._note(note, path)
                 return path
         if near := self._near(written):
             raise FaultError(
@@ -188,6 +192,11 @@ class MediaFiles:
             self._missing[written] = None
             self._account.notes[MISSING] += 1
         return written
+
+    def _note(self, note: str, path: str) -> None:
+        """Count a remark about a file, once for each file."""
+        if path not in self.found:
+            self._account.notes[note] += 1
 
     def _checked(self, text: str, base: Path) -> str:
         """Return the absolute path of `text`, which is below one of the folders, links followed."""

@@ -88,6 +88,7 @@ def test_without_a_file_the_key_decides_and_then_the_suffix(photos: Path) -> Non
         (r"sub\c%20d.webp", "sub/c d.webp", "path with % escapes decoded"),
         ("sub/%C3%BC.png", "sub/ü.png", "path with % escapes decoded"),
         (" a.jpg\n", "a.jpg", "path with spaces around it"),
+        ("/sub/c d.webp", "sub/c d.webp", "path with / before it"),
         (unicodedata.normalize("NFD", "sub/ü.png"), "sub/ü.png", "path in another Unicode form"),
     ],
 )
