@@ -16,7 +16,7 @@ one run shows every kind of fault. With `leave_out`, such lines are left out and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -26,6 +26,11 @@ from configs.command_line import CommandLine
 
 SHOWN = 20
 """Faults that an error shows whole; all others are counted by kind."""
+
+
+MOST_KEYS = 200
+"""Ignored keys that are counted by name. Some files have keys that are ids, another one in each line."""
+OTHER_KEYS = "other keys"
 
 
 class FaultError(Exception):
@@ -94,6 +99,12 @@ class Account:
             yield sample
         self.close()
 
+    def ignore(self, keys: Mapping[str, int]) -> None:
+        """Count keys of one line that are not used."""
+        for key, times in keys.items():
+            known = key in self.ignored or len(self.ignored) < MOST_KEYS
+            self.ignored[key if known else OTHER_KEYS] += times
+
     def close(self) -> None:
         """Raise UserError with the first faults and the totals by kind, unless lines may be left out."""
         if not self.faults or self.leave_out:
@@ -136,8 +147,10 @@ class Account:
             notes = ", ".join(f"{times:,} {note}" for note, times in self.notes.most_common())
             line += f"; noted: {notes}"
         if self.ignored:
-            keys = ", ".join(f"{key} ({times:,})" for key, times in self.ignored.most_common())
-            line += f"; keys ignored: {keys}"
+            shown = self.ignored.most_common(SHOWN)
+            keys = ", ".join(f"{key} ({times:,})" for key, times in shown)
+            more = len(self.ignored) - len(shown)
+            line += f"; keys ignored: {keys}" + (f" and {more:,} more" if more else "")
         return printable(line).replace("\n", "?")
 
     def to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ memory holds the captions, not the images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -143,15 +144,14 @@ def as_object(piece: Piece) -> dict[str, Any]:
 
 
 def _annotation(value: dict[str, Any], account: Account) -> tuple[Any, str]:
-    ignored = account.ignored.copy()
-    ignored.clear()
+    ignored: Counter[str] = Counter()
     fields = Fields(value, "annotations", ignored, account.ignore_keys)
     image = _image_id(fields.take("image_id"), "image_id")
     text = fields.take("caption")
     if not isinstance(text, str) or not text.strip():
         raise FaultError("no caption", "an annotation without a caption: only captions are read")
     fields.close()
-    account.ignored.update(ignored)
+    account.ignore(ignored)
     return image, text
 
 

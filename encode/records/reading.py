@@ -62,7 +62,7 @@ def read_records(value: Mapping[str, Any], account: Account) -> tuple[Record, ..
     records = _read(fields)
     fields.has_media = any(record.media for record in records)
     fields.close()
-    account.ignored.update(ignored)
+    account.ignore(ignored)
     account.lines[records[0].format] += 1
     return records
 

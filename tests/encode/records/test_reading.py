@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
-from encode.records.account import Account, FaultError
+from encode.records.account import MOST_KEYS, SHOWN, Account, FaultError
 from encode.records.keys import CHANGES, KNOWN_KEYS
 from encode.records.reading import read_records
 from encode.records.record import MediaName, Record
@@ -422,6 +422,16 @@ def test_the_account_counts_formats_and_ignored_keys() -> None:
         "messages.name": 1,
         "messages.content.image_url.detail": 1,
     }
+
+
+def test_keys_that_differ_in_each_line_are_counted_together() -> None:
+    account = Account(name="photos")
+    for number in range(1000):
+        read_records({"image": "a.jpg", f"k{number}": number, "id": number}, account)
+    assert len(account.ignored) == MOST_KEYS + 1 and account.ignored["id"] == 1000
+    assert sum(account.ignored.values()) == 2000
+    assert "keys ignored: id (1,000), other keys (801), " in account.text()
+    assert account.text().endswith(f" and {MOST_KEYS + 1 - SHOWN} more")
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
