@@ -71,7 +71,7 @@ def load(name: str) -> dict[str, Any]:
     """Return the contents of `configs/<name>.yaml`, with what the user's file says over ours.
 
     Raises:
-        UserError: there is no such file, one of the two is invalid, or the user's names an unknown section.
+        UserError: there is no such file, or it is invalid.
     """
     path = FOLDER / f"{name}.yaml"
     if not path.exists():
@@ -99,57 +99,48 @@ USER_SECTIONS = {
 """Section of the user's file -> our file, and the key there (none: its top level). An entry replaces ours of
 that name; in `stages`, each key of an entry replaces ours."""
 
-_user_file: Path | None = None
+_user: tuple[Path, dict[str, Any]] | None = None
+"""The user's file and its contents."""
 
 
 def use_file(path: str | Path | None) -> None:
-    """Use this file over ours; None: use USER_FILE if the current folder has it.
+    """Read this file, to use it over ours; None: USER_FILE if the current folder has it.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, it is invalid, or it has an unknown section.
     """
-    global _user_file
+    global _user
+    _user = None
     found = Path(path or USER_FILE).expanduser().absolute()
-    _user_file = found if path or found.is_file() else None
-    if _user_file is not None:
-        _user_values()
+    if not path and not found.is_file():
+        return
+    values = read_yaml(found)
+    for section, entries in values.items():
+        if section not in USER_SECTIONS:
+            raise UserError(
+                f"{found}: unknown section {section!r}; there are {', '.join(USER_SECTIONS)}"
+                f"{nearest(str(section), USER_SECTIONS)}"
+            )
+        if not isinstance(entries, dict | None):
+            raise UserError(f"{found}: {section}: expected names and their values")
+    _user = found, values
 
 
 def user_file() -> Path | None:
     """Return the absolute path of the user's file; None if none is used."""
-    return _user_file
+    return _user[0] if _user else None
 
 
 def user_section(section: str) -> dict[Any, Any]:
-    """Return what the user's file says in one of USER_SECTIONS.
-
-    Raises:
-        UserError: the file is invalid.
-    """
-    found = _user_values().get(section) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{_user_file}: {section}: expected names and their values")
-    return found
+    """Return what the user's file says in one of USER_SECTIONS."""
+    return (_user[1].get(section) or {}) if _user else {}
 
 
 def where_is(section: str, name: object) -> str:
     """Return the file that has an entry of one of USER_SECTIONS, for error messages."""
-    if name in user_section(section):
-        return f"{_user_file}: {section}"
+    if _user and name in user_section(section):
+        return f"{_user[0]}: {section}"
     return f"configs/{USER_SECTIONS[section][0]}.yaml"
-
-
-def _user_values() -> dict[str, Any]:
-    if _user_file is None:
-        return {}
-    values = read_yaml(_user_file)
-    for section in values:
-        if section not in USER_SECTIONS:
-            raise UserError(
-                f"{_user_file}: unknown section {section!r}; there are {', '.join(USER_SECTIONS)}"
-                f"{nearest(str(section), USER_SECTIONS)}"
-            )
-    return values
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -136,7 +136,7 @@ def test_the_users_file_of_the_guide_is_one(
     found = re.search(r"```yaml\n(datasets:.*?)```", guide, re.DOTALL)
     assert found is not None
     (tmp_path / "mine.yaml").write_text(found[1])
-    monkeypatch.setattr(configs, "_user_file", None)
+    monkeypatch.setattr(configs, "_user", None)
     configs.use_file(tmp_path / "mine.yaml")
     entries, groups = read_catalogue()
     assert {entries[name].source for name in groups["mine"]} == {

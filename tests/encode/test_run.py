@@ -258,7 +258,7 @@ def test_the_commands_that_ls_prints_can_be_run(
     capsys: pytest.CaptureFixture[str],
     run_command: Callable[..., tuple[None, str]],
 ) -> None:
-    """From another folder, for a folder with spaces that no catalogue knows."""
+    """From another folder, for a folder with spaces and no entry."""
     folder = photos.rename(photos.parent / "my photos")
     (folder / "zero.png").write_bytes(b"")
     (folder / "0.heif.txt").write_text("no image")

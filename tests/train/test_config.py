@@ -76,7 +76,7 @@ def test_the_users_file_changes_stages(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "mine.yaml"
     file.write_text("stages: {2: {learning_rate: 2e-5, max_steps: 400, warmup_steps: 10}}\n")
     words = ["--config", str(file), "--hardware", "cpu", "--run", str(tmp_path / "none"), "--stage"]
-    monkeypatch.setattr(configs, "_user_file", None)
+    monkeypatch.setattr(configs, "_user", None)
     second, first = read([*words, "2"]), read([*words, "1"])
     assert (second.learning_rate, second.max_steps, second.warmup_steps) == (2e-5, 400, 10)
     assert second.connector_warmup_steps == 8, "1,000 of ours, for 400 steps instead of 50,000"
@@ -100,7 +100,7 @@ def test_the_users_file_changes_stages(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_error_in_the_users_stages_names_the_file(
     tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "_user_file", None)
+    monkeypatch.setattr(configs, "_user", None)
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as refused:

@@ -25,7 +25,7 @@ from encode.sources.catalogue import Entry, choose, open_datasets, read_catalogu
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, and afterwards no user's file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs, "_user_file", None)
+    monkeypatch.setattr(configs, "_user", None)
     return tmp_path
 
 
