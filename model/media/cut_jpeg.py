@@ -48,11 +48,15 @@ def find_cut(data: bytes) -> CutJpeg | None:
     Args:
         data: any bytes.
     """
+    if data.endswith(_END):
+        return None
     scans = _Scans()
     at = 2
     while True:
         found = _MARKER.match(data, at)
         if found is None:
+            if data[at:].strip(b"\xff"):
+                return None  # damaged before its end
             break
         marker, at = data[found.end() - 1], found.end()
         if marker == _END[1]:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from configs import one_line
-from model.media.cut_jpeg import find_cut, missing_share
+from model.media.cut_jpeg import CutJpeg, find_cut, missing_share
 from model.media.kinds import recognise
 from model.media.png_chunks import SIGNATURE, pixel_chunks
 
@@ -138,23 +138,29 @@ def decode_noted(data: bytes) -> DecodedImage:
         found = recognise(data)
         if found.format and found.kind != "image":
             raise BadMediaError(found.instead_of("image"))
+        if found.format == "JPEG" and (cut := find_cut(data)) is not None:
+            return _decode_cut(cut)
         try:
             return DecodedImage(_decode(data))
-        except OSError as error:  # PIL's error for files that end early, among others
-            if found.format != "JPEG":
-                raise
-            if (cut := find_cut(data)) is None:
-                if "truncated" in str(error):
-                    raise BadMediaError("the JPEG ends early: too much of it is missing") from None
-                raise
-        shown = np.asarray(_stored_pixels(cut.completed))
-        others = (np.asarray(_stored_pixels(probe)) for probe in cut.probes)
-        missing = missing_share(shown, others, cut.block)
-        if missing > MAX_MISSING:
-            raise BadMediaError(f"the JPEG ends early: {missing:.0%} of it is missing")
-        lost = f"its last {max(missing, 0.001):.1%} is missing and grey"
-        lost = lost if missing else "no pixel is missing"
-        return DecodedImage(_decode(cut.completed), f"the JPEG ends early: {lost}")
+        except OSError as error:
+            if found.format == "JPEG" and "truncated" in str(error):
+                raise BadMediaError("the JPEG ends early: too much of it is missing") from None
+            raise
+
+
+def _decode_cut(cut: CutJpeg) -> DecodedImage:
+    """Decode a JPEG that lacks its end, if that is not too much.
+
+    PIL sometimes accepts such a file as it is, which depends on how it is read; the note never does.
+    """
+    shown = np.asarray(_stored_pixels(cut.completed))
+    others = (np.asarray(_stored_pixels(probe)) for probe in cut.probes)
+    missing = missing_share(shown, others, cut.block)
+    if missing > MAX_MISSING:
+        raise BadMediaError(f"the JPEG ends early: {missing:.0%} of it is missing")
+    lost = f"its last {max(missing, 0.001):.1%} is missing and grey"
+    lost = lost if missing else "no pixel is missing"
+    return DecodedImage(_decode(cut.completed), f"the JPEG ends early: {lost}")
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -59,6 +59,26 @@ def test_a_missing_end_marker_costs_no_pixel(name: str) -> None:
         assert found.note == "the JPEG ends early: no pixel is missing"
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_note_does_not_depend_on_how_the_file_is_read(progressive: bool) -> None:
+    """PIL accepts some small files without an end marker as they are."""
+    for side in range(16, 240, 16):
+        flat = Image.new("RGB", (side, 96), (200, 30, 60))
+        whole = saved(flat, "JPEG", progressive=progressive)
+        for lost in (1, 2):
+            found = decode_noted(whole[:-lost])
+            assert np.array_equal(np.asarray(found.image), np.asarray(decode_image(whole)))
+            assert found.note == "the JPEG ends early: no pixel is missing", side
+
+
+def test_another_setting_of_pil_does_not_hide_a_large_hole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.media.images._make_pil_strict", lambda: None)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = WHOLE["4:2:0"]
+    with pytest.raises(BadMediaError, match="of it is missing"):
+        decode_image(whole[: len(whole) // 2])
+
+
 @pytest.mark.parametrize("lost", [20, 200, 2000])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_missing_tail_is_shown_as_browsers_show_it(
