@@ -6,7 +6,9 @@ python -m encode.run --dataset 'webdataset:tars/*.tar' --encoder demo
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 import random
 import signal
@@ -16,6 +18,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,10 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import samples_digest, samples_table
 from cache.store.space import find_space
+from encode import run as encode_run
 from tests.support import ROOT
+from tests.support.encode_jobs import draw
+from tests.support.videos import make_video
 
 KILLS = 3
 FILES = 4
@@ -189,3 +195,45 @@ def test_a_job_killed_three_times_equals_an_undisturbed_one(
     assert samples_digest(whole_root, name) == samples_digest(killed_root, name)
     # The list of samples and sources is in memory, about 1 kB each; images are not.
     assert memory < 1.5e9 + 2_000 * rows
+
+
+def test_equal_bytes_in_files_tables_tars_and_json_are_encoded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each kind of source finds the rows of the others, `--check` reads all of them again."""
+    folder = tmp_path / "files"
+    paths = draw(folder, 3, side=40)
+    paths.append(make_video(folder / "video.mp4", frames=30, fps=Fraction(10)))
+    contents = [path.read_bytes() for path in paths]
+    table = pa.table({"image": contents[:3], "caption": list("abc")})
+    pq.write_table(table, tmp_path / "images.parquet")
+    with pa.ipc.new_stream(tmp_path / "images.arrow", table.schema) as stream:
+        stream.write_table(table)
+    pq.write_table(pa.table({"video": contents[3:], "caption": ["d"]}), tmp_path / "videos.parquet")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    uris = ["data:image/png;base64," + base64.b64encode(data).decode() for data in contents[:3]]
+    lines = [json.dumps({"image": uri, "caption": "A text."}) for uri in uris]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    common = ["--encoder", "demo", "--workers", "0", "--max-frames", "5"]
+    common += ["--features", str(tmp_path / "cache")]
+    words = {
+        f"folder:{folder}": 4,
+        f"hf:{tmp_path}/images.parquet": 3,
+        f"a=hf:{tmp_path}/images.arrow": 3,
+        f"hf:{tmp_path}/videos.parquet": 1,
+        f"webdataset:{tmp_path}/all.tar": 4,
+        f"json:{tmp_path}/lines.jsonl": 3,
+    }
+    for number, (word, media) in enumerate(words.items()):
+        assert encode_run.main(["--dataset", word, *common]) == 0
+        encoded = media if number == 0 else 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert f"encoded={encoded} reused={media - encoded} failed=0" in last, word
+    reader = FeatureReader(find_space(CacheRoot(tmp_path / "cache"), None))
+    assert (reader.rows("image"), reader.rows("frame")) == (3, 5)
+    for path in paths:  # so that only the other sources can be read
+        path.unlink()
+    assert encode_run.main(["--check", "99", *common]) == 0
+    assert "3 images, 1 videos, 8 rows encoded again" in capsys.readouterr().out
