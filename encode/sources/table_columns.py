@@ -27,8 +27,10 @@ class Layout(NamedTuple):
 
     media: dict[str, tuple[MediaColumn, str]]
     """Column that contains media -> its form, and image, video or '' if that is not known."""
-    unread: tuple[MediaColumn, ...]
-    """Binary columns without media."""
+    texts: frozenset[str]
+    """Binary columns whose bytes are text."""
+    numbered: tuple[str, ...]
+    """Columns `image_1`, `image_2`, ... in this order: the images of a row."""
     keys: dict[str, str]
     """Column -> key of the record. Other columns are not used."""
     skipped: tuple[str, ...]
@@ -68,40 +70,47 @@ def find_layout(
     keys = {column: key for key, column in columns.items()} or {name: name for name in names}
     declared = declared_types(table.schema)
     media: dict[str, tuple[MediaColumn, str]] = {}
-    unread = []
+    texts = set()
     for form in media_columns(table.schema):
-        kind = _kind_of(table, form, declared.get(form.name, ""), keys.get(form.name, ""))
-        if kind is None or form.name not in keys:
-            unread.append(form)
+        if form.name not in keys:
+            continue
+        kind = _kind_of(table, form, declared.get(form.name, ""), keys[form.name])
+        if kind == "text":
+            texts.add(form.name)
         else:
             media[form.name] = (form, kind)
-    used = [name for name in media if name not in ignore_keys]
+    numbered = _numbered(media) if not columns else []
+    used = [n for n, (_, kind) in media.items() if kind and n not in (*ignore_keys, *numbered)]
     odd = [name for name in used if keys[name] not in (*IMAGE_KEYS, *VIDEO_KEYS)]
-    if len(odd) == len(used) == 1 and keys[odd[0]] not in KNOWN_KEYS:
-        kind = media[odd[0]][1]
-        if kind and not {"image", "images", "video", "videos"} & set(names):
-            keys[odd[0]] = kind
+    if len(odd) == len(used) == 1 and keys[odd[0]] not in KNOWN_KEYS and not numbered:
+        if not {"image", "images", "video", "videos"} & set(names):
+            keys[odd[0]] = media[odd[0]][1]
     elif len(odd) > 1:
         raise UserError(
             f"{where}: the columns {', '.join(odd)} have media; leave out all but one: --ignore-keys "
             f"{shlex.quote(','.join(odd[1:]))}, or say what they are for, in an entry of "
             f"nanomolmo2.yaml: columns: {{image: {odd[0]}, ...}}"
         )
-    binary = {*media, *(form.name for form in unread)}
     skipped = [
         field.name
         for field in table.schema
-        if field.name not in binary
+        if field.name not in media
         and (
             field.name not in keys
             or (not columns and _is_numbers(field.type) and means_nothing_in_numbers(field.name))
         )
     ]
-    return Layout(media, tuple(unread), keys, tuple(skipped))
+    return Layout(media, frozenset(texts), tuple(numbered), keys, tuple(skipped))
 
 
-def _kind_of(table: TableFile, column: MediaColumn, declared: str, key: str) -> str | None:
-    """Return image, video, '' for other media or unknown ones, or None for bytes that are no media."""
+def _numbered(media: Mapping[str, object]) -> list[str]:
+    """Return the columns `image_1`, `image_2`, ... in the order of their numbers."""
+    found = {name: _NUMBERED.fullmatch(name) for name in media}
+    return [name for _, name in sorted((int(m[1]), name) for name, m in found.items() if m)]
+
+
+def _kind_of(table: TableFile, column: MediaColumn, declared: str, key: str) -> str:
+    """Return image, video, text, or '' for other bytes."""
     if declared in ("Image", "Video"):
         return declared.lower()
     found = recognise(table.first_bytes(column, HEAD_BYTES))
@@ -109,9 +118,11 @@ def _kind_of(table: TableFile, column: MediaColumn, declared: str, key: str) -> 
         return found.kind
     if key in VIDEO_KEYS:
         return "video"
-    if key in IMAGE_KEYS or (column.is_struct and column.has_path):
-        return "image" if key in IMAGE_KEYS else ""
-    return "" if found.format not in ("", "empty", "text") or declared else None
+    if key in IMAGE_KEYS:
+        return "image"
+    # Some programs write texts as bytes. A struct of bytes and path is a file, whatever is in it.
+    is_text = found.format.endswith("text") or (not found.format and key in KNOWN_KEYS)
+    return "text" if is_text and not column.is_struct and not declared else ""
 
 
 # ---- conditions
@@ -125,6 +136,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     "=": operator.eq,
 }
+_NUMBERED = re.compile(r"(?:image|img|picture|frame)_?(\d{1,4})", re.IGNORECASE)
 _CONDITION = re.compile(r"\s*(\S.*?)\s*(==|!=|<=|>=|<|>|=)\s*(\S.*?)\s*", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 

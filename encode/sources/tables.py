@@ -32,11 +32,12 @@ from cache.format.embedded_scan import Item, Part, TableFile
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from encode.records.account import Account, FaultError
-from encode.records.keys import IMAGE_KEYS, VIDEO_KEYS
+from encode.records.keys import IMAGE_KEYS, LIST_KEYS, TURN_KEYS, VIDEO_KEYS
 from encode.records.media_files import MediaFiles
 from encode.records.reading import read_records
 from encode.records.record import MediaName, Record
 from encode.records.samples import to_samples
+from encode.records.strict_json import parse
 from encode.sources.table_columns import (
     Condition,
     Layout,
@@ -51,6 +52,9 @@ LFS_POINTER = b"version https://git-lfs"
 
 MEDIA_KEYS = frozenset((*IMAGE_KEYS, *VIDEO_KEYS))
 """Keys whose texts may be media in base64."""
+
+LISTS = frozenset((*TURN_KEYS, *LIST_KEYS, "texts"))
+"""Keys whose texts may be JSON."""
 
 _BASE64 = re.compile(
     r"data:|/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{4}ZnR5c", re.IGNORECASE
@@ -153,7 +157,7 @@ class _Reader:
             _note_columns(layout, account)
             for condition in self._conditions:
                 condition.check(table.schema, str(path))
-            columns = [*(column for column, _ in layout.media.values()), *layout.unread]
+            columns = [column for column, _ in layout.media.values()]
             judged = {condition.column for condition in self._conditions}
             skip = [name for name in layout.skipped if name not in judged]
             account.ignored.update(dict.fromkeys(skip, table.starts[-1]))
@@ -191,8 +195,8 @@ class _Reader:
                 for name, (_, kind) in layout.media.items():
                     source = _Source(table_format, str(self._path), name, number)
                     value[name] = _names(part.media[name][row], source, kind)
-                for column in layout.unread:
-                    value[column.name] = None if part.media[column.name][row] is None else 0
+                for name in layout.texts:
+                    value[name] = _decoded(value[name], name)
                 records = self._records(value, layout, number, table_format)
                 samples = self._samples(records, number, resolve)
             except FaultError as error:
@@ -226,9 +230,12 @@ class _Reader:
             if not any(mask):
                 account.left_out["row without a turn that `where` keeps"] += 1
                 return ()
+        if layout.numbered:
+            found = [value.pop(column) for column in layout.numbered]
+            value["images"] = [item for item in found if item is not None]
         record: dict[str, Any] = {}
         for column, item in value.items():
-            key = layout.keys.get(column)
+            key = "images" if layout.numbered and column == "images" else layout.keys.get(column)
             if item is None:
                 continue
             if key is None:
@@ -236,17 +243,34 @@ class _Reader:
             else:
                 record[key] = item
         for key in record.keys() & MEDIA_KEYS:
-            if isinstance(record[key], str | list):
-                column = next(c for c, k in layout.keys.items() if k == key)
+            column = next((c for c, k in layout.keys.items() if k == key), None)
+            if column is not None and isinstance(record[key], str | list):
                 source = _Source(table_format, str(self._path), column, number)
                 record[key] = _of_base64(record[key], source)
+        for key in record.keys() & LISTS:
+            item = record[key]
+            if isinstance(item, str) and item[:1] in ("[", "{"):
+                record[key] = parse(item.encode())
+        if isinstance(sidecar := record.get("json"), dict):  # of a tar that the hub has converted
+            del record["json"]
+            record = {**{k: v for k, v in sidecar.items() if v is not None}, **record}
         return read_records(record, account)
+
+
+def _decoded(value: Any, column: str) -> Any:
+    """Return a cell of bytes, or of lists of bytes, as text."""
+    if isinstance(value, list):
+        return [_decoded(item, column) for item in value]
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise FaultError("not UTF-8", f"{column}: a text that is not UTF-8") from None
 
 
 def _note_columns(layout: Layout, account: Account) -> None:
     """Count the file under what its columns are for."""
     for column in layout.media:
-        key = layout.keys[column]
+        key = "images" if column in layout.numbered else layout.keys[column]
         account.columns[column if key == column else f"{column} as {key}"] += 1
 
 

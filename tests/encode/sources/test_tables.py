@@ -337,6 +337,70 @@ def test_a_text_never_names_bytes_in_another_file(tmp_path: Path) -> None:
         read(write(tmp_path / "here" / "a.parquet", columns))
 
 
+def test_numbered_columns_are_the_images_of_a_row(tmp_path: Path) -> None:
+    columns = {
+        "id": (TEXT, ["a"]),
+        **{f"image_{n}": (IMAGE, [None if n == 3 else image(n)]) for n in (10, 2, 1, 3)},
+        "question": (TEXT, ["What do <image 1> and <image 2> show?"]),
+        "answer": (TEXT, ["Colours."]),
+    }
+    (sample,), account = read(write(tmp_path / "a.parquet", columns))
+    assert images_of(sample) == [png(1), png(2), png(10)]
+    assert sample.messages[0].content == "<image>" * 3 + "What do <image 1> and <image 2> show?"
+    assert account.columns == {f"image_{n} as images": 1 for n in (10, 2, 1, 3)}
+
+
+def test_a_tar_that_the_hub_converted(tmp_path: Path) -> None:
+    json_type = pa.struct({"caption": TEXT, "url": TEXT, "status": TEXT, "width": pa.int64()})
+    columns = {
+        "jpg": (IMAGE, [image(1)]),
+        "txt": (TEXT, ["A cat."]),
+        "json": (
+            json_type,
+            [{"caption": "A cat.", "url": "https://a.org/1.jpg", "status": "ok", "width": 4}],
+        ),
+        "__key__": (TEXT, ["0001"]),
+        "__url__": (TEXT, ["0000.tar"]),
+    }
+    (sample,), account = read(write(tmp_path / "a.parquet", columns))
+    assert said(sample) == ["u: <image>Describe this image.", "a: A cat."]
+    assert images_of(sample) == [png(1)] and account.columns == {"jpg as image": 1}
+
+
+def test_turns_as_json_and_texts_as_bytes(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Wörter?"}, {"from": "gpt", "value": "Ja."}]
+    columns = {
+        "image": (IMAGE, [image(1)]),
+        "conversations": (TEXT, [json.dumps(turns)]),
+    }
+    (sample,), _ = read(write(tmp_path / "a.parquet", columns))
+    assert said(sample) == ["u: <image>Wörter?", "a: Ja."]
+    columns["conversations"] = (TEXT, ['[{"from": "human", "from": "gpt"}]'])
+    with pytest.raises(UserError, match=r"row 0: .*from"):
+        read(write(tmp_path / "a.parquet", columns))
+    columns = {
+        "image": (IMAGE, [image(1)] * 2),
+        "caption": (pa.binary(), ["Ein Öl.".encode(), b"\xff\xfe"]),
+    }
+    (sample,), account = read(write(tmp_path / "a.parquet", columns), leave_out=True)
+    assert said(sample)[1] == "a: Ein Öl." and account.faults == {"not UTF-8": 1}
+
+
+def test_bytes_that_are_nothing_known_are_refused_by_name(tmp_path: Path) -> None:
+    columns = {
+        "jpg": (IMAGE, [image(1)]),
+        "caption": (TEXT, ["A text."]),
+        "embedding": (pa.binary(), [bytes(range(200, 256))]),
+    }
+    path = write(tmp_path / "a.parquet", columns)
+    with pytest.raises(UserError, match=r"row 0: unknown key 'embedding': .* would be lost"):
+        read(path)
+    account = Account(name="set", ignore_keys=frozenset({"embedding"}))
+    dataset = TableDataset(name="set", folder=tmp_path, files=(path,))
+    (sample,) = dataset.samples(account=account)
+    assert images_of(sample) == [png(1)] and account.ignored == {"embedding": 1}
+
+
 def test_columns_are_named_where_they_are_not_detected(tmp_path: Path) -> None:
     columns = {
         "left": (IMAGE, [image(1)]),
