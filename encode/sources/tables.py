@@ -243,9 +243,9 @@ class _Reader:
             else:
                 record[key] = item
         for key in record.keys() & MEDIA_KEYS:
-            column = next((c for c, k in layout.keys.items() if k == key), None)
-            if column is not None and isinstance(record[key], str | list):
-                source = _Source(table_format, str(self._path), column, number)
+            of_key = [column for column, name in layout.keys.items() if name == key]
+            if of_key and isinstance(record[key], str | list):
+                source = _Source(table_format, str(self._path), of_key[0], number)
                 record[key] = _of_base64(record[key], source)
         for key in record.keys() & LISTS:
             item = record[key]
