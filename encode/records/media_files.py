@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -73,7 +75,7 @@ class MediaFiles:
         Args:
             folders: absolute paths without links, the only ones from which files are read.
             account: counts remarks about names.
-            outside: what to do about a file elsewhere, the end of an error.
+            outside: what to do about a file elsewhere, the end of an error; `DIR` in it becomes its folder.
         """
         self._folders = [str(folder) for folder in folders]
         self._account = account
@@ -175,9 +177,11 @@ class MediaFiles:
             return written
         if Path(written).is_dir():
             raise FaultError("a folder instead of a file", f"{short(text)} is a folder, not a file")
-        for note, spelling in _spellings(text):
+        others = (("path relative to another named folder", text, Path(f)) for f in self._folders)
+        spelt = ((note, spelling, base) for note, spelling in _spellings(text))
+        for note, spelling, folder in chain(others, spelt):
             try:
-                path = self._checked(spelling, base)
+                path = self._checked(spelling, folder)
             except FaultError:
                 continue
             if Path(path).is_file():
@@ -212,9 +216,11 @@ class MediaFiles:
             not Path(path).is_symlink() or self._is_inside(os.path.realpath(path))
         )
         if not real_is_inside or not self._is_inside(path):
+            there = shlex.quote(os.path.realpath(path).rpartition("/")[0] or "/")
             raise FaultError(
                 "file outside the folder",
-                f"{short(text)} is outside {' and '.join(self._folders)}; {self._outside}",
+                f"{short(text)} is outside {' and '.join(self._folders)}; "
+                f"{self._outside.replace('DIR', there)}",
             )
         return path
 

@@ -134,7 +134,11 @@ class _Reading:
         self._account = account
         self._files = list(walk(dataset.folder, dataset.leave_out))
         self._metadata = _metadata(dataset.folder, self._files)
-        self._media = MediaFiles([dataset.folder], account, outside="copy it into the folder")
+        outside = "copy it into the folder"
+        if self._metadata:
+            word = shlex.quote(f"json:{dataset.folder / self._metadata[0]}")
+            outside += f", or name its folder: --dataset {word} --media DIR"
+        self._media = MediaFiles([dataset.folder], account, outside=outside)
         self._records = RecordFiles(dataset.name, self._media, account)
         self._texts = {
             path: ""

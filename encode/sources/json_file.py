@@ -3,8 +3,8 @@
 python -m encode.run --dataset json:llava.json --media images
 
 `encode.records` has the formats. Paths in the file are relative to `--media DIR`, or else to the file's
-folder; absolute paths are below one of the two. URLs are downloaded, as PixMo's are. The bytes of a data: URI
-stay in the file: the sample names their place there.
+folder; absolute paths, and the targets of links, are below one of the two. URLs are downloaded, as PixMo's
+are. The bytes of a data: URI stay in the file: the sample names their place there.
 
 A sample's id is its first media item as written, and how many other lines before named that one first:
 `a.jpg#0`. Lines that are appended change no id.

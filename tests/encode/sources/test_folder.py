@@ -259,7 +259,7 @@ def test_images_that_are_all_missing_mean_wrong_paths(photos: Path) -> None:
         ({"caption": "A cat."}, "a caption of no image or video"),
         ({"file": 3, "caption": "x"}, "file: expected the name of a file"),
         ({"file": "../other.jpg", "caption": "x"}, "'../other.jpg' is outside"),
-        ({"file": "/etc/passwd", "caption": "x"}, "is outside"),
+        ({"file": "/etc/passwd", "caption": "x"}, "/photos/metadata.jsonl --media /etc"),
         ({"file": "link.jpg", "caption": "x"}, "is outside"),
         ({"file": "A.jpg", "caption": "x"}, "'A.jpg': no such file; there is 'a.jpg'"),
         ({"file": "sub", "caption": "x"}, "'sub' is a folder"),

@@ -73,8 +73,22 @@ def test_paths_are_relative_to_the_file_or_absolute_below_a_named_folder(data: P
     assert [one.media[0].kind for one in found] == ["image", "video"]
     found, _ = read(write(file, [llava("a.jpg"), llava(str(data / "a.jpg"))]), data / "images")
     assert sources(found, data) == ["images/a.jpg", "a.jpg"]
-    with pytest.raises(UserError, match=r"x\.json:1: '\.\./a\.jpg' is outside .*--media DIR"):
+    with pytest.raises(UserError, match=rf"x\.json:1: '\.\./a\.jpg' is outside .*--media {data}"):
         read(write(data / "images" / "x.json", [llava("../a.jpg")]))
+
+
+def test_a_linked_folder_of_images_is_read_if_it_is_named(data: Path, tmp_path: Path) -> None:
+    (data / "images").rename(tmp_path / "elsewhere")
+    (data / "images").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    file = write(data / "x.json", [llava("images/a.jpg")])
+    with pytest.raises(
+        UserError, match=f"'images/a.jpg' is outside .*--media {tmp_path}/elsewhere"
+    ):
+        read(file)
+    for named in (data / "images", tmp_path / "elsewhere"):
+        found, account = read(file, named)
+        assert sources(found, data) == ["images/a.jpg"]
+        assert account.notes == {"path relative to another named folder": 1}
 
 
 def test_lines_rows_and_coco_are_read(data: Path) -> None:
