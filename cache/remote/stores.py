@@ -237,6 +237,7 @@ class HubStore(HttpStore):
 
         Raises:
             CacheError: the URL names a bucket of the hub.
+            UnreachableError: no connection to the hub, after all retries.
             NotFoundError: no such repository or revision for this user, or the hub does not answer.
         """
         from huggingface_hub import HfApi, HfFileSystem, constants
@@ -244,12 +245,17 @@ class HubStore(HttpStore):
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self._api = HfApi()
+
+        def resolve() -> tuple[HfFileSystemResolvedRepositoryPath, dict[str, Any], str | None]:
+            with _hub_answers():
+                at = HfFileSystem().resolve_path(url)
+                if not isinstance(at, HfFileSystemResolvedRepositoryPath):
+                    raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
+                repo: dict[str, Any] = {"repo_id": at.repo_id, "repo_type": at.repo_type}
+                return at, repo, self._api.repo_info(**repo, revision=at.revision).sha
+
         try:
-            at = HfFileSystem().resolve_path(url)
-            if not isinstance(at, HfFileSystemResolvedRepositoryPath):
-                raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
-            repo: dict[str, Any] = {"repo_id": at.repo_id, "repo_type": at.repo_type}
-            commit = self._api.repo_info(**repo, revision=at.revision).sha
+            at, repo, commit = with_retries(policy, url, resolve)
         except (OSError, ValueError, NotImplementedError) as error:  # the hub's errors are OSErrors
             why = " ".join(str(error).split())[:200]
             raise NotFoundError(
@@ -269,11 +275,26 @@ class HubStore(HttpStore):
 
         found = {}
         try:
-            for item in self._api.list_repo_tree(path_in_repo=self._folder or None, **self._tree):
-                if isinstance(item, RepoFile):
-                    name = item.path.removeprefix(self._folder).lstrip("/")
-                    tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
-                    found[name] = FileInfo(nbytes=item.size, tag=tag)
+            with _hub_answers():
+                items = self._api.list_repo_tree(path_in_repo=self._folder or None, **self._tree)
+                for item in items:
+                    if isinstance(item, RepoFile):
+                        name = item.path.removeprefix(self._folder).lstrip("/")
+                        tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
+                        found[name] = FileInfo(nbytes=item.size, tag=tag)
         except OSError as error:
             raise RequestError(" ".join(str(error).split())[:160], again=True) from None
         return found
+
+
+@contextlib.contextmanager
+def _hub_answers() -> Iterator[None]:
+    """Translate errors of the connection to the hub, whose classes its client takes from httpx."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+            raise
+        if isinstance(error, OSError):  # the hub has answered, with an error
+            raise
+        raise RequestError(f"the hub: {' '.join(str(error).split())[:160]}", again=True) from None
