@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,13 +65,30 @@ def check_room(folder: Path, nbytes: int, what: str) -> None:
         )
 
 
+def columns_of(text: str) -> int:
+    """Return the columns of a terminal that `text` takes: East Asian characters take two, accents none."""
+    return sum(
+        2
+        if unicodedata.east_asian_width(c) in "WF"
+        else unicodedata.category(c) not in ("Mn", "Me")
+        for c in text
+    )
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    spaces = " " * (width - columns_of(text))
+    return spaces + text if right else text + spaces
+
+
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Return rows as lines with aligned columns; the columns named in `right` are flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(header, *rows, strict=True)]
     flush_right = [title in right.split() for title in header]
     lines = [
         "  ".join(
-            cell.rjust(width) if is_right else cell.ljust(width)
+            _padded(cell, width, is_right)
+            + cell
+            + padding * (not is_right)
             for cell, width, is_right in zip(row, widths, flush_right, strict=True)
         ).rstrip()
         for row in (header, *rows)

@@ -300,6 +300,13 @@ def test_columns_are_aligned() -> None:
     assert text.splitlines() == ["name        n", "a           5", "longer  1,000"]
 
 
+def test_names_of_any_script_are_aligned() -> None:
+    lines = table_text(
+        ("name", "n"), [("写真", "5"), ("e\u0301te\u0301", "7")], right="n"
+    ).splitlines()
+    assert lines == ["name  n", "写真  5", "e\u0301te\u0301   7"]
+
+
 def test_a_meter_reports_each_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,15 @@ def test_only_the_wanted_tables_are_copied(
     assert encode_command(cache, "again").endswith(f" --features {cache.path}")
 
 
+def test_a_data_set_of_any_script_is_copied(tmp_path: Path) -> None:
+    cache = trained_runs.make(tmp_path / "there", images=4, dataset="写真-é")
+    share(cache)
+    with WebServer(cache.path) as server:
+        root = here(server, tmp_path).copy_tables(datasets=["写真-é"])
+    assert local_tables(root) == local_tables(cache)
+    assert samples_table(root, "写真-é") == samples_table(cache, "写真-é")
+
+
 def test_a_table_that_cannot_be_fetched_is_named(server: WebServer, tmp_path: Path) -> None:
     server.acts["/media"] = lambda handler, _: handler.answer(404, b"")
     with pytest.raises(UnreachableError, match=r"/media/part-.*: 404 Not Found"):
