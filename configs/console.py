@@ -87,8 +87,6 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str 
     lines = [
         "  ".join(
             _padded(cell, width, is_right)
-            + cell
-            + padding * (not is_right)
             for cell, width, is_right in zip(row, widths, flush_right, strict=True)
         ).rstrip()
         for row in (header, *rows)
