@@ -6,6 +6,10 @@ sample = tokenize_messages(tokenizer, [("user", "<image>what?", 1.0), ("assistan
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +305,48 @@ def test_chat_marks_are_added_where_they_are_missing() -> None:
     assert ids.count(token_id(tok, "<|im_start|>")) == 2
     assert ids.count(token_id(tok, "<image>")) == 1
     assert tok.pad_token == "<|endoftext|>"
+
+
+# ---------------------------------------------------------------------------- mutated folders
+
+VALUES = (None, -1, 0, 10**12, 1e99, 3.5, "x", "", "../x", [], [1], {}, {"a": 1}, True)
+
+
+def mutate(folder: Path, rng: random.Random) -> None:
+    """Cut a file of a folder, change bytes near its start, or change a value of a JSON file."""
+    path = rng.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    way = rng.randrange(3)
+    if way == 0:
+        path.write_bytes(data[: rng.randrange(len(data))])
+    elif way == 1 or path.suffix != ".json":
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(min(len(data), 3000))] = rng.randrange(256)
+        path.write_bytes(data)
+    else:
+        values = json.loads(data)
+        target = values
+        inner = [v for v in values.values() if isinstance(v, dict) and v]
+        if inner and rng.random() < 0.7:
+            target = rng.choice(inner)
+        target[rng.choice(list(target))] = rng.choice(VALUES)
+        path.write_text(json.dumps(values))
+
+
+@pytest.mark.soak_counted
+def test_any_mutation_loads_or_is_one_line(
+    published: dict[str, Path], tmp_path: Path, soak: Callable[[int, int], int]
+) -> None:
+    outcomes = {"loaded": 0, "refused": 0}
+    for number in range(soak(150, 6000)):
+        rng = random.Random(number)
+        folder = Path(shutil.copytree(published[rng.choice(("tied", "sharded"))], tmp_path / "llm"))
+        mutate(folder, rng)
+        try:
+            load_language(str(folder))
+            outcomes["loaded"] += 1
+        except UserError as error:
+            outcomes["refused"] += 1
+            assert "\n" not in str(error) and str(folder) in str(error), (number, str(error))
+        shutil.rmtree(folder)
+    assert min(outcomes.values()) > 0, outcomes
