@@ -125,7 +125,8 @@ class Interrupts:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = number, now
-            os.write(2, self._note_text.encode())  # print() may not be called within a print()
+            with contextlib.suppress(OSError):  # standard error may be closed
+                os.write(2, self._note_text.encode())  # a print() within a print() may fail
         elif now - self._since >= self._same_press_s:
             raise KeyboardInterrupt
 

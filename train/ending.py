@@ -49,7 +49,7 @@ DISK_ERRORS = {
 """errno -> what is wrong, and what the user does about it."""
 OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors and tokenizers, which are written in Rust, name an errno."""
-NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+NO_MEMORY = re.compile("out of memory|can(no|')t allocate memory|not enough memory", re.IGNORECASE)
 DIVERGED = 2.0
 """Weights whose loss is more than this many times the loss of the run's first step have diverged."""
 LOWER = 10
@@ -93,7 +93,9 @@ def one_line(folder: Path, command: CommandLine, options: Options) -> Iterator[N
             what, remedy = found
             place = getattr(error, "filename", None) or folder
             message = f"{place}: {what}; {go_on(folder, command, remedy)}"
-        elif isinstance(error, MemoryError | RuntimeError) and NO_MEMORY.search(_text(error)):
+        elif isinstance(error, MemoryError | RuntimeError | OSError) and NO_MEMORY.search(
+            _text(error)
+        ):
             smaller = _smaller(options)
             remedy = "" if smaller else "Take a smaller --llm or --max-sequence-length"
             message = f"out of memory ({configs.one_line(error, 80)}); "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -182,7 +183,7 @@ def _check_sizes(path: Path) -> None:
 
 
 def _remedy(path: Path) -> str:
-    return f"remove {path}, and --resume continues from the one before"
+    return f"remove it, and --resume continues from the one before: rm -r {shlex.quote(str(path))}"
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -208,6 +208,12 @@ def test_the_last_finished_stage_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_run("runs/cats/stage1/final") == Path("runs/cats/stage1/final")
     with pytest.raises(UserError, match=r"stage 3 is not finished .*--stage 3 --run cats --resume"):
         find_run("cats", stage=3)
+    (tmp_path / "runs/cats/stage2/config.yaml").write_text("features: /data/my cache\n")
+    with pytest.raises(
+        UserError, match=r"--stage 3 --run cats --features '/data/my cache' --resume$"
+    ):
+        find_run("cats", stage=3)  # with the cache of the stage before
+    assert find_run("runs/cats/stage1") == Path("runs/cats/stage1/final")
     with pytest.raises(UserError, match="run dogs: stage 1 is not finished"):
         find_run("dogs")
     with pytest.raises(UserError, match=r"no run cets .*nearest: cats; there are: cats, dogs"):
