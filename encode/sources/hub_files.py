@@ -82,6 +82,9 @@ def open_local(path: Path, config: str = "") -> Found:
     """
     path = path.absolute()
     if path.is_file():
+        hint = _other_kind(path)
+        if hint:
+            raise UserError(f"hf:{path}: no Parquet or Arrow file{hint}")
         return Found(folder=path.parent, files=(path,))
     if not path.is_dir():
         raise UserError(f"hf:{path}: no such folder or file")
@@ -451,12 +454,13 @@ def _no_tables(folder: Path, spec: str) -> UserError:
     files = [folder / name for name in _walk(folder)]
     kinds = _not_tables(files)
     there = [f"{times:,} {kind.removesuffix(' file')}" for kind, times in kinds.most_common(8)]
-    hint = ""
-    for path in files:
-        kind = {".tar": "webdataset", ".json": "json", ".jsonl": "json", ".csv": "json"}
-        if path.suffix in kind:
-            hint = f"; for {path.name}: --dataset {shlex.quote(f'{kind[path.suffix]}:{path}')}"
-            break
-    return UserError(
-        f"{spec}: no Parquet or Arrow files in {folder} (there are {', '.join(there) or 'none'}){hint}"
-    )
+    hint = next(filter(None, map(_other_kind, files)), "")
+    there_are = ", ".join(there) or "none"
+    return UserError(f"{spec}: no Parquet or Arrow files in {folder} (there are {there_are}){hint}")
+
+
+def _other_kind(path: Path) -> str:
+    """Return how to read a file that is no table, the end of an error; empty if there is no way."""
+    kinds = {".tar": "webdataset", **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv"), "json")}
+    kind = kinds.get(path.suffix.lower())
+    return f"; for {path.name}: --dataset {shlex.quote(f'{kind}:{path}')}" if kind else ""

@@ -104,27 +104,30 @@ class TableDataset:
         base = (self.media or self.folder).resolve()
         files = MediaFiles([base], account, outside="name their folder: --media DIR")
         stems = [path.stem for path in self.files]
-        found = False
+        found = inside = False
+
+        def resolve(media: MediaName) -> MediaRef:
+            nonlocal inside
+            if isinstance(media, InsideName):
+                inside = True
+                return MediaRef(source=media.text, kind=media.kind or "image")
+            return files.resolve(media, base)
+
         for path in self.files:
             name = path.stem
             if stems.count(name) > 1:
                 name = path.relative_to(self.folder).with_suffix("").as_posix()
             reader = _Reader(self, path, name, conditions, account)
-            for sample in reader.samples(lambda media: _resolve(media, files, base)):
+            for sample in reader.samples(resolve):
                 found = True
                 yield sample
         account.close()
         if not found:
             raise UserError(f"{self.name}: no row of {self.folder} is usable ({account.text()})")
-        files.refuse_if_all_are_missing(
-            str(self.files[0]), lambda _: "name their folder: --media DIR"
-        )
-
-
-def _resolve(name: MediaName, files: MediaFiles, base: Path) -> MediaRef:
-    if isinstance(name, InsideName):
-        return MediaRef(source=name.text, kind=name.kind or "image")
-    return files.resolve(name, base)
+        if not inside:
+            files.refuse_if_all_are_missing(
+                str(self.files[0]), lambda _: "name their folder: --media DIR"
+            )
 
 
 # ---- rows

@@ -231,6 +231,8 @@ def test_a_folder_without_tables_says_what_it_has(tmp_path: Path) -> None:
         UserError, match=r"\(there are 2 \.jsonl, 1 \.txt\); for a\.jsonl: --dataset json:"
     ):
         open_local(tmp_path)
+    with pytest.raises(UserError, match=r"no Parquet or Arrow file; for b\.jsonl: --dataset json:"):
+        open_local(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="no such folder or file"):
         open_local(tmp_path / "none")
     make(tmp_path / "d", "test-0.parquet")

@@ -321,6 +321,12 @@ def test_an_image_without_bytes_is_read_by_its_path(tmp_path: Path) -> None:
     assert [ref.source for ref in samples[0].media] == [str(tmp_path / "1.png")]
     assert images_of(samples[1]) == [png(2)]
     assert samples[2].media == ()
+    (tmp_path / "1.png").unlink()
+    samples, account = read(path)  # one of several is missing: the ledger records it
+    assert len(samples) == 3 and account.notes == {"no such file": 1}
+    columns["image"] = (IMAGE, [{"bytes": None, "path": "1.png"}, None, None])
+    with pytest.raises(UserError, match="name their folder: --media DIR"):
+        read(write(tmp_path / "a.parquet", columns))
     columns["image"] = (IMAGE, [{"bytes": None, "path": "../1.png"}, image(2), None])
     with pytest.raises(UserError, match=r"row 0: '../1.png' is outside"):
         read(write(tmp_path / "a.parquet", columns))
