@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pillow_heif
 import skimage.data
 import sklearn.datasets
 from PIL import Image, PngImagePlugin
@@ -101,6 +100,8 @@ def image_files() -> dict[str, bytes]:
 
 def heic_file(image: Image.Image, *, more: Sequence[Image.Image] = (), **options: object) -> bytes:
     """Return `image`, and further images, as a HEIC file; the first is the primary one."""
+    import pillow_heif  # of the extras `heic` and `dev`; the photographs need none
+
     several = pillow_heif.from_pillow(image)
     for other in more:
         several.add_from_pillow(other)
