@@ -131,8 +131,11 @@ class Account:
         """Return what was understood, in one line."""
         parts = []
         if self.lines:
+            total = sum(self.lines.values())
             formats = ", ".join(f"{times:,} {name}" for name, times in self.lines.most_common())
-            parts.append(f"{sum(self.lines.values()):,} lines ({formats})")
+            if len(self.lines) == 1:
+                (formats,) = self.lines
+            parts.append(f"{total:,} line{'s' * (total != 1)} ({formats})")
         parts += [
             f"{times:,} {kind}{'s' * (times != 1)}" for kind, times in self.media.most_common()
         ]

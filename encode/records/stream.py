@@ -14,6 +14,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,11 +91,12 @@ def _pieces(file: BinaryIO) -> Iterator[Piece]:
 def _json_lines(file: BinaryIO) -> Iterator[Piece]:
     """Yield one piece for each line, or for an object that goes on in the lines after it.
 
-    After a broken object of several lines, reading goes on at the next line that starts with a brace.
+    After a broken object of several lines, reading goes on at the next line that starts with a brace behind
+    the same spaces. The fault says which lines that leaves out.
     """
     file.seek(0)
     offset, number = 0, 0
-    skip = False
+    broken: _Broken | None = None
     while line := file.readline(MAX_BYTES + 1):
         number += 1
         start, size = offset, len(line)
@@ -107,11 +109,15 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
         if number == 1 and line.startswith(BOM):
             line, start = line[len(BOM) :], len(BOM)
         data = line.lstrip(_SPACE)
-        start += len(line) - len(data)
+        indent = line[: len(line) - len(data)]
+        start += len(indent)
         data = data.rstrip(_SPACE)
-        if skip and not line.startswith(b"{"):
-            continue
-        skip = False
+        if broken is not None:
+            if not (line.startswith(broken.indent + b"{")):
+                broken.last = number if data else broken.last
+                continue
+            yield broken.piece()
+            broken = None
         if data[:1] == b"{" and not fault and _goes_on(data, file):
             window = Window(file, offset=start, line=number)
             try:
@@ -120,21 +126,46 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
                     raise piece.fault
                 parse(piece.data, number)  # if it is broken, it may have taken others in
             except FaultError as error:
-                piece = Piece(b"", start, number, error)
-                skip = True
+                broken = _Broken(indent, start, number, number, error)
+                file.seek(offset)
+                continue
+            offset, number = window.offset, window.line
+            file.seek(offset)
+            rest_of_line = file.readline(MAX_BYTES + 1)
+            if rest_of_line.strip(_SPACE):
+                number -= 1  # the next line of this loop is the rest of this one
                 file.seek(offset)
             else:
-                offset, number = window.offset, window.line
-                file.seek(offset)
-                rest_of_line = file.readline(MAX_BYTES + 1)
-                if rest_of_line.strip(_SPACE):
-                    number -= 1  # the next line of this loop is the rest of this one
-                    file.seek(offset)
-                else:
-                    offset += len(rest_of_line)
+                offset += len(rest_of_line)
             yield piece
         elif data or fault:
             yield Piece(data, start, number, fault)
+    if broken is not None:
+        yield broken.piece()
+
+
+@dataclass
+class _Broken:
+    """An object of several lines that cannot be read."""
+
+    indent: bytes
+    """White space before its first line."""
+    offset: int
+    """Where it starts in the file, in bytes."""
+    first: int
+    """Number of its first line."""
+    last: int
+    """Number of the last line that is not read because of it."""
+    fault: FaultError
+    """What is wrong with it."""
+
+    def piece(self) -> Piece:
+        """Return it as a piece whose fault names all of its lines."""
+        fault = self.fault
+        if self.last > self.first:
+            text = f"{fault}; lines {self.first} to {self.last} are not read"
+            fault = FaultError(fault.kind, text)
+        return Piece(b"", self.offset, self.first, fault)
 
 
 def _too_long() -> FaultError:

@@ -21,6 +21,7 @@ from model.media.kinds import Recognised
 UNREADABLE = "folder that cannot be read"
 LINKED = "linked folder"
 BROKEN = "broken link"
+OUTSIDE = "link to a file outside the folder"
 HIDDEN = "hidden"
 SPECIAL = "not a regular file"
 
@@ -59,11 +60,11 @@ def walk(folder: Path, leave_out: Path) -> Iterator[FolderFile]:
                 if entry.path != skipped:
                     folders.append((f"{path}/", is_hidden))
             else:
-                yield FolderFile(path, _problem(entry) or (HIDDEN if is_hidden else ""))
+                yield FolderFile(path, _problem(entry, folder) or (HIDDEN if is_hidden else ""))
         pending += reversed(folders)
 
 
-def _problem(entry: os.DirEntry[str]) -> str:
+def _problem(entry: os.DirEntry[str], folder: Path) -> str:
     if entry.is_file(follow_symlinks=False):
         return ""
     if not entry.is_symlink():
@@ -72,6 +73,8 @@ def _problem(entry: os.DirEntry[str]) -> str:
         return LINKED
     if not os.path.exists(entry.path):  # noqa: PTH110
         return BROKEN
+    if not Path(entry.path).resolve().is_relative_to(folder):
+        return OUTSIDE
     return "" if entry.is_file() else SPECIAL
 
 

@@ -200,7 +200,7 @@ def test_what_was_not_used_of_a_data_set_is_remembered(root: CacheRoot, run: Run
         "ignored": {"data_source": 12},
         "notes": {},
     }
-    line = "one: 2 lines (2 LLaVA); left out: 4,000 .heic, 2 unknown key, 1 .jp2"
+    line = "one: 2 lines (LLaVA); left out: 4,000 .heic, 2 unknown key, 1 .jp2"
     origin = Origin(words=("--dataset", "one"), account=account, said=line)
     write_samples(root, "one", read_samples(root, "one"), origin)
     write_samples(root, "two", read_samples(root, "two"), Origin(words=("--dataset", "two")))

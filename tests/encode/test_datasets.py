@@ -61,8 +61,8 @@ def test_an_account_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFi
     assert media == ["/a/0.png", "/a/1.png", "/a/2.png", "/b/0.png"]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "a: 5 lines (5 ours), 3 images; left out: 2 .heic",
-        "b: 1 lines (1 ours), 1 image; left out: 2 .heic",
+        "a: 5 lines (ours), 3 images; left out: 2 .heic",
+        "b: 1 line (ours), 1 image; left out: 2 .heic",
     ]
     origin = read_origin(root, "a")
     assert origin is not None
@@ -103,7 +103,7 @@ def test_bad_lines_are_left_out_and_counted(
 ) -> None:
     root = CacheRoot(tmp_path)
     read(root, Reading(leave_out=True), Lines("b", 10, (0, 3)))
-    assert "8 lines (8 ours), 5 images; left out: 2 .heic, 2 unknown key" in capsys.readouterr().out
+    assert "8 lines (ours), 5 images; left out: 2 .heic, 2 unknown key" in capsys.readouterr().out
     origin = read_origin(root, "b")
     assert origin is not None
     assert origin.words == ("--dataset", "b=folder:/b", "--bad-lines", "leave-out")

@@ -315,9 +315,9 @@ def test_bad_lines_refuse_all_data_sets_and_the_printed_command_goes_on(
     capsys.readouterr()
     assert main(shlex.split(command)[3:]) == 0
     out = capsys.readouterr().out
-    assert "my-records: 4 lines (4 captions), 4 images; left out: " in out
+    assert "my-records: 4 lines (captions), 4 images; left out: " in out
     assert CLOSING.search(out)
-    assert "my-records: 4 lines (4 captions)" in run_command(ls, "--features", cache)[1]
+    assert "my-records: 4 lines (captions)" in run_command(ls, "--features", cache)[1]
 
 
 def test_the_command_that_completes_can_be_run(

@@ -1,6 +1,6 @@
 """An account is one line, is stored as JSON, and refuses a data set with faults.
 
-account.text()                # photos: 2 lines (2 LLaVA), 1 image; left out: 4 .heic
+account.text()                # photos: 2 lines (LLaVA), 1 image; left out: 4 .heic
 """
 
 from __future__ import annotations

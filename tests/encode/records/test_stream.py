@@ -399,3 +399,21 @@ def test_a_damaged_parquet_file_is_one_fault(tmp_path: Path) -> None:
         lines, faults = read(path, damaged)
         assert not lines and len(faults) == 1 and "not Parquet" in faults[0]
         assert "\n" not in faults[0]
+
+
+def test_lines_that_a_broken_object_takes_in_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file": "a.jpg"\nnot json\n[1, 2]\n{"file": "b.jpg"}\n')
+    account = Account(name="photos")
+    assert [line.value["file"] for line in read_lines(path, account)] == ["b.jpg"]
+    assert account.first_faults == [
+        f"{path}:1: not JSON: a value without an end; lines 1 to 3 are not read"
+    ]
+
+
+def test_indented_lines_behind_a_broken_one_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(' {"file": "a.jpg"\n {"file": "b.jpg"}\n\n {"file": "c.jpg"}\n')
+    account = Account(name="photos")
+    assert [line.value["file"] for line in read_lines(path, account)] == ["b.jpg", "c.jpg"]
+    assert len(account.first_faults) == 1

@@ -411,14 +411,14 @@ def test_the_cache_inside_a_folder_is_ignored(photos: Path) -> None:
     assert not account.left_out
 
 
-def test_a_link_to_a_file_outside_is_a_fault(photos: Path) -> None:
+def test_a_link_to_a_file_outside_is_left_out_and_counted(photos: Path) -> None:
     (photos / "again.jpg").symlink_to(photos / "a.jpg")
     assert "again.jpg" in ids(read(photos)[0])
     (photos.parent / "secret.jpg").write_bytes(JPEG)
     (photos / "out.jpg").symlink_to(photos.parent / "secret.jpg")
-    with pytest.raises(UserError, match=r"photos/out\.jpg: .*is outside"):
-        read(photos)
-    assert "out.jpg" not in ids(read(photos, leave_out=True)[0])
+    found, account = read(photos)
+    assert "out.jpg" not in ids(found)
+    assert account.left_out["link to a file outside the folder"] == 1
 
 
 def test_a_name_that_is_not_utf8_is_a_fault(photos: Path) -> None:

@@ -390,7 +390,7 @@ def test_an_account_counts_rows_and_why_they_are_not_used(
     account = Account(name=ASK)
     assert len(list(account.watch(only(ASK, tmp_path).samples({}, account)))) == 1
     assert account.text() == (
-        f"{ASK}: 3 lines (3 PixMo), 1 image; left out: 1 no image_url, 1 no answer"
+        f"{ASK}: 3 lines (PixMo), 1 image; left out: 1 no image_url, 1 no answer"
     )
     assert not warnings(caplog), "the account is printed"
 
