@@ -13,7 +13,8 @@ import torch
 
 LONG = (
     *("integration/encode/test_pixmo_kill", "integration/train/test_photos"),
-    *("integration/encode/test_ray_pool", "integration/encode/test_kill"),
+    *("integration/encode/test_tables", "integration/encode/test_ray_pool"),
+    "integration/encode/test_kill",
     *("integration/train/test_distributed", "integration/train/test_run"),
     *("integration/encode/test_videos", "integration/encode/test_pixmo_web", "vision/test_encoder"),
 )

@@ -205,27 +205,29 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
 
 def _read_member(place: Place, max_bytes: int) -> bytes:
     """Return the bytes of a tar's member, after checking that its header precedes them."""
-    header = tarfile.BLOCKSIZE
+    before = tarfile.BLOCKSIZE
     if place.size > max_bytes:
         raise EmbeddedMediaError(f"{place.size} bytes, more than {max_bytes}")
-    if place.offset < header:
+    if place.offset < before:
         raise EmbeddedMediaError("no member of a tar begins here")
-    data = _read_part(place.container, place.offset - header, header + place.size)
+    header, data = _read_parts(
+        place.container, (place.offset - before, before), (place.offset, place.size)
+    )
     try:
-        found = tarfile.TarInfo.frombuf(data[:header], "utf-8", "surrogateescape")
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         found = None
     # A pax header may state the size of a large member instead.
     if found is None or not found.isreg() or found.size not in (0, place.size):
         raise EmbeddedMediaError("the tar has another member here: it has changed")
-    return data[header:]
+    return data
 
 
 def _read_data_uri(place: Place, max_bytes: int) -> bytes:
     assert place.item is not None, "parse sets it"
     if place.size > min(MAX_JSON_BYTES, 8 * max_bytes + MAX_JSON_TEXT):
         raise EmbeddedMediaError(f"a JSON object of {place.size} bytes")
-    data = _read_part(place.container, place.offset, place.size)
+    (data,) = _read_parts(place.container, (place.offset, place.size))
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -236,8 +238,8 @@ def _read_data_uri(place: Place, max_bytes: int) -> bytes:
     raise EmbeddedMediaError(f"the object has no data: URI {place.item}: the file has changed")
 
 
-def _read_part(path: str, offset: int, size: int) -> bytes:
-    """Return `size` bytes of a file from `offset`."""
+def _read_parts(path: str, *parts: tuple[int, int]) -> list[bytes]:
+    """Return the bytes of a file at each (offset, size)."""
     try:
         # O_NONBLOCK: opening a named pipe would wait for a writer forever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -247,21 +249,20 @@ def _read_part(path: str, offset: int, size: int) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise EmbeddedMediaError("not a regular file")
-        if offset + size > status.st_size:
-            raise EmbeddedMediaError(
-                f"bytes {offset} to {offset + size} of a file of {status.st_size}: it is cut short"
-            )
-        data = bytearray()
-        while len(data) < size:  # one call returns at most 2 GiB
-            part = os.pread(fd, size - len(data), offset + len(data))
-            if not part:
+        found = []
+        for offset, size in parts:
+            if offset + size > status.st_size:
+                raise EmbeddedMediaError(
+                    f"bytes {offset} to {offset + size} of a file of {status.st_size}: it is cut short"
+                )
+            found.append(os.pread(fd, size, offset))  # at most 2 GiB: callers bound the size
+            if len(found[-1]) < size:
                 raise EmbeddedMediaError("the file changes while it is read")
-            data += part
+        return found
     except OSError as error:
         raise EmbeddedMediaError(_reason(error)) from None
     finally:
         os.close(fd)
-    return bytes(data)
 
 
 def _reason(error: Exception) -> str:
