@@ -219,7 +219,7 @@ class MediaFiles:
             there = shlex.quote(os.path.realpath(path).rpartition("/")[0] or "/")
             raise FaultError(
                 "file outside the folder",
-                f"{short(text)} is outside {' and '.join(self._folders)}; "
+                f"{short(text.removeprefix('./'))} is outside {' and '.join(self._folders)}; "
                 f"{self._outside.replace('DIR', there)}",
             )
         return path

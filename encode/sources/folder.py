@@ -159,10 +159,10 @@ class _Reading:
             found = True
             self._named.update(ref.source for ref in sample.media)
             yield sample
-        if not found and not self._account.faults:
+        if not found and (self._account.leave_out or not self._account.faults):
             what = f"{self._folder}: no images, videos or records"
             if self._metadata:
-                what = f"{self._folder / self._metadata[0]}: no lines"
+                what = f"{self._folder / self._metadata[0]}: no lines that can be used"
             raise UserError(f"{what} ({self._account.text()})")
 
     def _of_metadata(self) -> Iterator[Sample]:

@@ -95,7 +95,8 @@ class RecordFiles:
         try:
             return list(to_samples(records, id=sample_id, dataset=self._dataset, resolve=resolve))
         except FaultError:
-            self._account.lines[records[0].format] -= 1  # it is a fault, and no line that was read
+            # It is a fault, and no line that was read.
+            self._account.lines -= Counter({records[0].format: 1})
             raise
 
 
@@ -187,10 +188,10 @@ class JsonDataset:
         for sample in RecordFiles(self.name, media, account).samples(self.file, self.media):
             found = True
             yield sample
+        if not found and (account.leave_out or not account.faults):
+            raise UserError(f"{self.file}: no lines that can be used ({account.text()})")
         if account.faults:
-            return
-        if not found:
-            raise UserError(f"{self.file}: no lines")
+            return  # they are reported
         media.refuse_if_all_are_missing(str(self.file), self._where_else)
 
     def _where_else(self, path: str) -> str:
