@@ -30,6 +30,7 @@ import encode.run
 import train.run
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
+from tests.support.pixmo_lists import write_pixmo
 
 GOLDEN = Path(__file__).parent / "inspect_formats.txt"
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
@@ -230,6 +231,19 @@ TARS = {
 """Name -> members of a tar."""
 
 
+def arrow(columns: dict[str, list[Any]]) -> bytes:
+    """Return a file as `save_to_disk` of the library `datasets` writes it."""
+    table, file = pa.table(columns), io.BytesIO()
+    with pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    return file.getvalue()
+
+
+SAVED = {"image": [{"bytes": MEDIA["red.png"], "path": None}], "caption": ["From an Arrow file."]}
+"""Columns of a data set in an Arrow file."""
+PIXMO = "pixmo-cap", "pixmo-points", "pixmo-count", "pixmo-cap-qa", "pixmo-ask-model-anything"
+
+
 def put(path: Path, content: Any, port: int = 0, indent: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, bytes):
@@ -270,12 +284,16 @@ def rendered(top: Path) -> str:
     for name, members in TARS.items():
         put(top / name / "00000.tar", tar(members))
         words.append(f"webdataset:{top / name}/*.tar")
+    put(top / "saved" / "data-00000-of-00001.arrow", arrow(SAVED))
+    words += [f"hf:{top / 'saved'}", "pixmo"]
     with served(top / "media") as port:
+        write_pixmo(top / "lists", [(f"http://127.0.0.1:{port}/green.png", None)])
         for name, (suffix, content) in FILES.items():
             put(top / f"{name}{suffix}", content, port, 2 if name == "llava-pretty" else None)
             words.append(f"json:{top / name}{suffix}")
         features = ["--features", str(top / "cache")]
         options = ["--media", str(top / "media"), "--encoder", "demo", "--workers", "0"]
+        options += ["--source", str(top / "lists")]
         encoded = output(
             encode.run.main, ["--dataset", *words, *options, "--allow-private", *features]
         )
@@ -288,7 +306,7 @@ def rendered(top: Path) -> str:
                 *("--run", str(top / "run")),
             ],
         )
-    names = (*FOLDERS, *FILES, *TABLES, *TARS)
+    names = (*FOLDERS, *FILES, *TABLES, *TARS, "saved", *PIXMO)
     accounts = [line for line in encoded.splitlines() if line.split(":")[0] in names]
     text = "\n".join([*accounts, "", *sorted(set(sample_texts(trained)))]) + "\n"
     for name, data in MEDIA.items():
