@@ -51,7 +51,8 @@ OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors and tokenizers, which are written in Rust, name an errno."""
 NO_MEMORY = re.compile("out of memory|can(no|')t allocate memory|not enough memory", re.IGNORECASE)
 DIVERGED = 2.0
-"""Weights whose loss is more than this many times the loss of the run's first step have diverged."""
+"""Weights have diverged if their loss is more than that of guessing, and more than this many times that of
+the run's first step."""
 LOWER = 10
 """What the learning rates are divided by after a loss that is not finite; they are at most the preset's."""
 
@@ -212,7 +213,8 @@ def after_non_finite(
     for path in reversed(checkpoint.committed(folder / CHECKPOINTS)):
         checkpoint.load_weights(path, vlm)
         loss, norm = again()
-        if math.isfinite(norm) and loss <= DIVERGED * _first_loss(folder, loss):
+        guessing = math.log(vlm.language.get_input_embeddings().num_embeddings)
+        if math.isfinite(norm) and not has_diverged(loss, guessing, _first_loss(folder, loss)):
             another = command.text(run=free_name(options.run), resume=None, from_=path, **lower)
             return (
                 f"With the weights of {path.name} its loss is {loss:.3f}, so another run goes on from there "
@@ -251,6 +253,17 @@ def _broken_features(
         if not all(bool(t.isfinite().all()) for t in tensors):
             mine.append(samples.name_of(sample))
     return sorted({name for names in group.gather_objects(mine[:SAMPLES_NAMED]) for name in names})
+
+
+def has_diverged(loss: float, guessing: float, first: float) -> bool:
+    """Whether weights are worse than any that training passes through.
+
+    Args:
+        loss: of the step, with these weights.
+        guessing: the loss of equal probabilities for all tokens.
+        first: the loss of the first step of the run.
+    """
+    return not loss <= max(guessing, DIVERGED * first)  # also true of NaN
 
 
 def _first_loss(folder: Path, default: float) -> float:
