@@ -157,7 +157,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """Yield the texts that braces stand for, as a shell does."""
+    """Yield the text for each choice of the braces, as a shell does."""
     found = _BRACES.search(pattern)
     if not found:
         yield pattern
