@@ -42,7 +42,15 @@ from encode.records.media_files import (
 from encode.records.record import MediaName
 from encode.records.stream import SUFFIXES
 from encode.records.strict_json import MAX_BYTES, parse
-from encode.sources.folder_files import UNREADABLE, FolderFile, walk, why_unused
+from encode.sources.folder_files import (
+    HIDDEN,
+    LINKED,
+    OUTSIDE,
+    UNREADABLE,
+    FolderFile,
+    walk,
+    why_unused,
+)
 from encode.sources.json_file import RecordFiles, check_content
 from model.media.kinds import Recognised
 
@@ -346,14 +354,21 @@ def _metadata(folder: Path, files: Sequence[FolderFile]) -> list[str]:
     """Return the files of records, one a folder at most.
 
     Raises:
-        UserError: a folder has several.
+        UserError: a folder has several, or one is a link out of the folder.
     """
     of_folder: dict[str, str] = {}
     for path, problem in files:
         parent, _, name = path.rpartition("/")
-        if problem or not name.lower().startswith("metadata."):
+        if problem in (HIDDEN, LINKED) or not name.lower().startswith("metadata."):
             continue
         if name.lower().removeprefix("metadata") in SUFFIXES:
+            if problem:
+                word = shlex.quote(f"json:{folder / path}")
+                media = shlex.quote(str(folder / parent))
+                way = f"copy it into the folder, or: --dataset {word} --media {media}"
+                raise UserError(
+                    f"{folder / path}: {problem}; {way if problem == OUTSIDE else 'remove it'}"
+                )
             other = of_folder.setdefault(parent, path)
             if other != path:
                 raise UserError(

@@ -205,6 +205,21 @@ def test_metadata_that_is_something_else_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+def test_metadata_that_is_a_link_out_of_the_folder_is_refused(photos: Path) -> None:
+    put(photos.parent, {"elsewhere.jsonl": {"file": "a.jpg", "caption": "A cat."}})
+    (photos / "metadata.jsonl").symlink_to(photos.parent / "elsewhere.jsonl")
+    with pytest.raises(UserError) as refused:
+        read(photos)
+    words = f"--dataset json:{photos}/metadata.jsonl --media {photos}"
+    assert str(refused.value).endswith(words)
+    (dataset,) = open_datasets([f"json:{photos}/metadata.jsonl"], photos / "cache", media=photos)
+    assert answers(list(dataset.samples())) == ["A cat."]
+    (photos / "metadata.jsonl").unlink()
+    (photos / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match="broken link"):
+        read(photos)
+
+
 def test_metadata_in_subfolders_is_relative_to_them(photos: Path) -> None:
     line = {"file_name": "c.webp", "text": "One."}
     put(
@@ -627,7 +642,8 @@ def test_every_file_is_used_or_counted(tree: dict[str, str], links: dict[str, st
         except UserError as error:
             # Refused as a whole: two files of metadata, wrong paths in it, or nothing to use.
             refused = (
-                "both metadata|it names (exists|does)|: no (lines|images)|not a file of records"
+                "both metadata|it names (exists|does)|: no (lines|images)|not a file of records|"
+                r"metadata\.jsonl?: (broken link|link to)"
             )
             assert re.search(refused, str(error))
             return
