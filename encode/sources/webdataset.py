@@ -58,6 +58,7 @@ UNPACK = {
 """First bytes of a compressed file -> the command that unpacks it."""
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_LETTERS = re.compile(r"([a-zA-Z])\.\.([a-zA-Z])")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -169,6 +170,8 @@ def _braces(pattern: str) -> Iterator[str]:
         numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
         width = max(len(span[1]), len(span[2])) if "0" in (span[1][0], span[2][0]) else 0
         choices: Iterator[str] = (f"{number:0{width}}" for number in numbers)
+    elif letters := _LETTERS.fullmatch(found[1]):
+        choices = map(chr, range(ord(letters[1]), ord(letters[2]) + 1))
     else:
         choices = iter(found[1].split(","))
     for choice in choices:
