@@ -251,9 +251,8 @@ def _samples_file(root: CacheRoot, dataset: str) -> Path:
         names = dataset_names(root)
         raise NotFoundError(
             f"no data set {dataset!r} under {root.path}/samples (there: {', '.join(names) or 'none'})"
-            f"{nearest(dataset, names)}. Make it: "
-            f"{command_line('encode.run', '--dataset', dataset, '--features', root.path)}, "
-            f"or, of your own files, --dataset {dataset}=folder:PATH"
+            f"{nearest(dataset, names)}. Make it (of your own files: --dataset {dataset}=folder:PATH): "
+            f"{command_line('encode.run', '--dataset', dataset, '--features', root.path)}"
         )
     check_seal_file(path)
     return path

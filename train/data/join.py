@@ -153,8 +153,8 @@ def _find_datasets(
         raise UserError(
             f"none of the data sets {', '.join(datasets)} is under {root.path}/samples "
             f"(there: {', '.join(sorted(here)) or 'none'}). "
-            f"Make them: {encode_command(root, next(iter(datasets), 'demo'), None, load('encoders'))}, or, "
-            "of your own files, with --dataset NAME=folder:PATH"
+            "Make them (of your own files: --dataset NAME=folder:PATH): "
+            + encode_command(root, next(iter(datasets), "demo"), None, load("encoders"))
         )
     if absent:
         log.warning("not in %s, so not in the mix: %s", root.path, ", ".join(absent))
