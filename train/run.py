@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from model.vlm import parameter_counts
 from train import ending, metrics, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
-from train.data.loader import FeatureLoader
+from train.data.loader import FeatureLoader, StoppedWaitingError
 from train.data.sample_list import ChangedSamplesError
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
@@ -203,7 +203,10 @@ def train(
     trainable = [p for p in vlm.parameters() if p.requires_grad]
     group.require_equal(lambda: starting_facts(options, data, forward, done))
     log = open_log(folder, options, group, run_id, done)
-    loader = load(options, reader, data.schedule, device, done, options.max_steps, group)
+    # One process may drop a step that waits for data, as after a server is gone; several would disagree.
+    stopping = stop.stopping if group.world_size == 1 else lambda: False
+    steps = (done, options.max_steps)
+    loader = load(options, reader, data.schedule, device, *steps, group, stopping=stopping)
     vlm.train()
     started = time.perf_counter()
     try:
@@ -248,11 +251,14 @@ def train(
                 stop.received = local.signal or None
                 break
             started = time.perf_counter()
-    except CacheError:
-        # A server that is gone or a damaged row: the weights are those of the last whole step.
+    except (CacheError, StoppedWaitingError) as error:
+        # A server that is gone, a damaged row or a signal: the weights are those of the last whole step.
         if done > saved and group.world_size == 1:
             checkpoint.save(checkpoints, done, vlm, optimizer, meta)
-        raise
+        if isinstance(error, CacheError):
+            raise
+        if not done:
+            raise KeyboardInterrupt from None
     finally:
         loader.close()
         log.close()
@@ -318,6 +324,8 @@ def load(
     start: int,
     stop: int,
     group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FeatureLoader:
     """Return a loader of this process's micro-batches of steps [start, stop)."""
     threads, ahead = options.read_threads, options.read_ahead
@@ -334,6 +342,7 @@ def load(
         threads=threads,
         ahead=ahead,
         pin=device.type == "cuda",
+        stopping=stopping,
     )
 
 

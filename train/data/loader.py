@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,9 @@ from train.data.message_trees import TreeSlice
 from train.data.packing import TokenTree, TreeLayout, assemble, build_token_tree, first_fit
 from train.data.sample_list import Ints, SampleList
 from train.data.schedule import Schedule, SinglePass, Step, split_by_rank
+
+STOP_POLL_S = 0.2
+"""Seconds between looks whether to stop, while a micro-batch is awaited."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +119,10 @@ class _Job:
     slices: list[TreeSlice]
 
 
+class StoppedWaitingError(Exception):
+    """A micro-batch was not ready, and the caller wants to stop."""
+
+
 class FeatureLoader:
     """Iterate over the micro-batches of steps [start, stop) of a schedule. A context manager.
 
@@ -130,8 +137,10 @@ class FeatureLoader:
         threads: micro-batches made at the same time.
         ahead: micro-batches made before they are requested.
         pin: use page-locked buffers, for CUDA.
+        stopping: returns True when waiting for a micro-batch should end.
 
     Raises:
+        StoppedWaitingError: from iteration, when `stopping` says so.
         ValueError: `max_tokens` is below the length limit of the trees.
         CorruptError: from iteration, if a stored row is damaged.
     """
@@ -149,6 +158,7 @@ class FeatureLoader:
         threads: int = 2,
         ahead: int = 4,
         pin: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         if max_tokens < schedule.trees.max_tokens:
             raise ValueError(
@@ -168,6 +178,7 @@ class FeatureLoader:
         self._queue: deque[Future[MicroBatch]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
         self._closed = False
+        self._stopping = stopping
 
     def __iter__(self) -> FeatureLoader:
         return self
@@ -181,6 +192,9 @@ class FeatureLoader:
             if not self._queue:
                 self.close()
                 raise StopIteration
+            while not wait([self._queue[0]], STOP_POLL_S).done:
+                if self._stopping():
+                    raise StoppedWaitingError
             micro = self._queue.popleft().result()
         except BaseException:
             self.close()

@@ -12,11 +12,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -424,6 +426,32 @@ def test_a_server_that_is_gone_loses_no_step(train: Any) -> None:
         code, error = train(*words)
     assert code == 2 and f"error: {gone}; {STAGE}/checkpoints/step-0000000" in error
     assert "is kept. Make it reachable, then go on with: " in error
+    parts = losses(goes_on(train, error))
+    assert train("--run", "whole")[0] == 0
+    assert parts == losses(Path("runs/whole/stage1"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_are_awaited_saves_the_steps_so_far(train: Any, number: int) -> None:
+    """As when a server does not answer: the read goes on for minutes."""
+    read, calls, released = FeatureReader.read_into, 0, threading.Event()
+
+    def hanging(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+            threading.Timer(1.0, released.set).start()
+            released.wait(60)
+        read(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureReader, "read_into", hanging)
+        code, error = train("--save-every", "100", "--read-ahead", "1", "--read-threads", "1")
+    assert code == 128 + number
+    assert re.search(
+        r" after step [1-4] of 6; saved in .*/step-0000000[1-4]\. --resume goes on", error
+    )
     parts = losses(goes_on(train, error))
     assert train("--run", "whole")[0] == 0
     assert parts == losses(Path("runs/whole/stage1"))
