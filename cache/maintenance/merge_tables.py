@@ -9,7 +9,7 @@ import mmap
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -175,6 +175,9 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
             theirs = _others(root, other, one.dataset)
             samples = chain(read_samples(root, one.dataset), theirs)
             origin = read_origin(root, one.dataset)
+            if origin is not None:
+                said = f"{origin.said}; and samples of {other.path}"
+                origin = replace(origin, said=said)
             write_samples(root, one.dataset, samples, origin)
         elif one.take == "theirs":
             path = other.samples(one.dataset)

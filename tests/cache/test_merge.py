@@ -23,7 +23,15 @@ from cache.store.ledger import MediaRecord, append_media, read_media
 from cache.store.locks import DriverLock
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.samples import MediaRef, Sample, dataset_names, read_samples, write_samples
+from cache.store.samples import (
+    MediaRef,
+    Origin,
+    Sample,
+    dataset_names,
+    read_origin,
+    read_samples,
+    write_samples,
+)
 from cache.store.space import Space, find_space
 from cache.store.writer import ShardWriter
 from configs import UserError
@@ -317,6 +325,20 @@ def test_differing_samples_are_refused_without_the_option() -> None:
             found = [f"{s.id}{s.media[0].source}" for s in read_samples(root, "d")]
             assert found == wanted.split()
         assert len(columns(A, "image")) == 2
+
+
+def test_merged_samples_say_where_they_came_from() -> None:
+    for path, name in ((A, "ours"), (B, "theirs")):
+        fill(make_space(path), [1])
+        origin = Origin(words=("--dataset", f"d=folder:/{name}"), said=f"d: {name}")
+        write_samples(CacheRoot(path), "d", [sample(name)], origin)
+        write_samples(CacheRoot(path), name, [sample(name)], origin)
+    assert merge_b_into_a("--samples", "both") == 0
+    both, copied = (read_origin(CacheRoot(A), dataset) for dataset in ("d", "theirs"))
+    assert both is not None and copied is not None
+    assert both.words == ("--dataset", "d=folder:/ours")
+    assert both.said.startswith("d: ours; and samples of ") and both.said.endswith(str(B))
+    assert (copied.words, copied.said) == (("--dataset", "d=folder:/theirs"), "d: theirs")
 
 
 def test_a_damaged_data_set_is_not_copied() -> None:
