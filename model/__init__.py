@@ -3,6 +3,7 @@
     media        files to RGB pixels                          vision       RGB pixels to features (frozen)
     language     language model, tokenizer, chat template     attention    many samples in one sequence
     io           devices, downloads, models on disk           verify       the command that checks it all
+    export       a trained model as a Hugging Face folder
 
     vlm          connector and language model: what is trained
     connector    feature width to language width

@@ -65,13 +65,36 @@ def answer(
         seed: of the sampling. A greedy answer does not depend on the rest of the batch; a sampled one does.
         batch_size: most prompts in a batch; prompts of similar length share one.
     """
+    rows = answer_ids(
+        vlm,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return [decode(tokenizer, row) for row in rows]
+
+
+def answer_ids(
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Return the tokens of each answer, as `answer` does its text, without the token that ends it."""
     prepared = [expand_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prepared[i][0]))
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     device = vlm.language.get_input_embeddings().weight.device
     devices = [device] if device.type == "cuda" else []
     config = generation_config(vlm.language, tokenizer, max_new_tokens, temperature)
-    with _generation_mode(vlm), torch.random.fork_rng(devices), torch.inference_mode():
+    with generation_mode(vlm), torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for chosen in _batches(order, [len(ids) for ids, _, _ in prepared], batch_size):
             embeddings, mask = _left_padded([prepared[i] for i in chosen], vlm, device)
@@ -79,7 +102,7 @@ def answer(
                 inputs_embeds=embeddings, attention_mask=mask, generation_config=config
             )
             for i, row in zip(chosen, ids.tolist(), strict=True):
-                answers[i] = decode(tokenizer, row)
+                answers[i] = before_end(tokenizer, row)
     return answers
 
 
@@ -154,13 +177,18 @@ def generation_config(
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """Return the text before the first end-of-answer token, without other control tokens."""
+    return str(tokenizer.decode(before_end(tokenizer, ids), skip_special_tokens=True))
+
+
+def before_end(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[int]:
+    """Return the tokens before the first one that ends an answer."""
     ends = eos_ids(tokenizer)
     stop = next((i for i, one in enumerate(ids) if one in ends), len(ids))
-    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True))
+    return list(ids[:stop])
 
 
 @contextlib.contextmanager
-def _generation_mode(vlm: VLM) -> Iterator[None]:
+def generation_mode(vlm: VLM) -> Iterator[None]:
     """Switch to evaluation mode and to SDPA, which supports padding masks and the KV cache; restore both."""
     training = vlm.training
     vlm.eval()

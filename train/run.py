@@ -44,6 +44,7 @@ from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
 from train.stage import checkpoint, run_folder
+from train.stage.card import write_card
 from train.step import (
     Forward,
     NonFiniteError,
@@ -154,6 +155,8 @@ def train_stage(
                 return stop.exit_code
             with group.main_process_first():
                 if group.is_main:
+                    used = data.schedule.trees.samples
+                    write_card(folder, options, reader, data.train, used, origin)
                     meta = setup.model_meta(options, reader) | {"step": step}
                     save_final(folder / run_folder.FINAL, vlm, tokenizer, meta)
     print(f"stage {options.stage} is finished: {folder / run_folder.FINAL}")

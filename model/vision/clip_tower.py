@@ -55,6 +55,7 @@ class ClipTower(nn.Module):
             raise UserError(
                 f"blocks {list(blocks)}: {model} has {len(layers)} blocks, 0 to {len(layers) - 1}"
             )
+        self.depth = len(layers)
         vit.prune_intermediate_layers(indices=sorted(blocks), prune_norm=True, prune_head=True)
         self.vit = vit
         self.image_size, self.patch_size = _sizes(visual, vit, model)

@@ -34,7 +34,7 @@ class DemoTower(nn.Module):
         self.architecture = f"demo:vit-{config.depth}x{config.width}-heads{config.heads}"
         self.activation = "gelu"
         self.image_size, self.patch_size = config.image_size, config.patch_size
-        self.width = config.width
+        self.width, self.depth = config.width, config.depth
         grid = config.image_size // config.patch_size
         self.patches = nn.Conv2d(
             3, config.width, config.patch_size, stride=config.patch_size, bias=False

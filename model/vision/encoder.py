@@ -89,6 +89,11 @@ class VisionEncoder:
         }
 
     @property
+    def tower(self) -> ClipTower | DemoTower:
+        """The tower with its weights, cut down to the blocks that the features need."""
+        return self._built.tower
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole tower, as published."""
         return self._built.tower.total_parameters
@@ -122,12 +127,15 @@ class VisionEncoder:
             done.append(_pool(self._forward(batch), spec.pool(array))[: len(part)])
         return torch.cat(done)
 
+    def normalize(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Return the input of the tower: (B, S, S, 3) uint8 -> (B, 3, S, S) float32, on the device."""
+        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div(255)
+        return x.sub(self._mean).div(self._std)
+
     @torch.no_grad()
     def _forward(self, batch: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Run the tower: (B, S, S, 3) uint8 -> (B, N, V) float32."""
-        # (B, S, S, 3) -> (B, 3, S, S)
-        x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().div(255)
-        x = x.sub(self._mean).div(self._std).to(self.dtype)
+        x = self.normalize(batch).to(self.dtype)
         return torch.cat([block.float() for block in self._tower(x)], dim=-1)
 
 

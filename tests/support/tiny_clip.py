@@ -1,4 +1,4 @@
-"""A CLIP tower small enough for tests, registered with open_clip, and its equal in transformers."""
+"""CLIP and SigLIP towers small enough for tests, registered with open_clip, and a model trained on one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from configs import UserError
+from model.io.saved_model import save_final
 from model.vision.config import EncoderConfig
-from model.vision.encoder import load_encoder
+from model.vision.encoder import VisionEncoder, load_encoder
+from model.vlm import VLM, build_vlm
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 64, 4, 2, 8, 32
 
 
 def register(folder: Path) -> None:
-    """Register `tiny-quickgelu` with open_clip, and `tiny`, which computes exact GELU."""
+    """Register `tiny-quickgelu` with open_clip, `tiny`, which computes exact GELU, and `tiny-siglip`."""
     vision = {"image_size": SIDE, "layers": DEPTH, "width": WIDTH, "patch_size": PATCH}
     vision["head_width"] = WIDTH // HEADS
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
@@ -29,6 +34,21 @@ def register(folder: Path) -> None:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(config))
         open_clip.add_model_config(path)
+    vision = {"image_size": SIDE, "timm_model_name": "tiny_siglip"}
+    vision |= {"timm_pool": "map", "timm_proj": "none"}
+    path = folder / "tiny-siglip.json"
+    path.write_text(json.dumps({"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+
+
+@timm.models.register_model
+def tiny_siglip(**given: Any) -> VisionTransformer:
+    """Return timm's ViT as SigLIP has it: no CLS token, attention pooling, exact GELU."""
+    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH}
+    unused = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    rest = {name: value for name, value in given.items() if name not in unused}
+    fixed = {"num_heads": HEADS, "class_token": False, "global_pool": "map"}
+    return VisionTransformer(**{**sizes, **fixed, **rest})
 
 
 def entry(**overrides: Any) -> EncoderConfig:
@@ -83,3 +103,44 @@ def refusal(config: EncoderConfig, weights: Path | None = None) -> str:
         load_encoder(config, device="cpu", weights=str(weights) if weights else None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def write_weights(folder: Path, model: str = "tiny-quickgelu", seed: int = 3) -> Path:
+    """Write a checkpoint of open_clip with random weights in which no tensor is 0 or 1 everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in open_clip.create_model(model).state_dict().items()
+        if value.is_floating_point()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")
+    return folder / "open_clip_model.safetensors"
+
+
+def save_trained(
+    folder: Path,
+    eyes: VisionEncoder,
+    connector: str = "linear",
+    *,
+    codec: str = "fp16",
+    llm: str = "random:qwen3-tiny",
+) -> VLM:
+    """Write a model as train.run saves it, with weights with which images change the answers.
+
+    Args:
+        folder: of the run.
+        eyes: its encoder.
+        connector: `linear` or `mlp`.
+        codec: of the space.
+        llm: its language model.
+    """
+    spec = eyes.spec(codec)
+    vlm, tokenizer = build_vlm(spec.width, llm, connector, seed=6)
+    generator = torch.Generator().manual_seed(11)
+    for p in vlm.parameters():
+        p.data += (0.3 if p.dim() == 1 else 0.1) * torch.randn(p.shape, generator=generator)
+    space = {"spec": spec.to_json(), "load": eyes.load_info()}
+    meta = {"connector": connector, "llm": llm, "space": space, "stage": 1, "step": 3}
+    save_final(folder / "stage1/final", vlm, tokenizer, meta)
+    return vlm.eval()

@@ -3,6 +3,7 @@
     run_folder.py    the folder of a stage: created, locked, checked before it is resumed
     checkpoint.py    what a resumed run continues from
     origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
+    card.py          what the model was trained on, for model.export
 
 Read run_folder.py first.
 """

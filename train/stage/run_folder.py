@@ -9,6 +9,7 @@ runs/<name>/stage<k>/
     tb/                     curves, with --log tensorboard
     start/                  with --from CHECKPOINT: that model, because another run may remove its checkpoint
     checkpoints/step-<n>/   see checkpoint.py
+    card.json               what the model was trained on, see card.py
     final/                  the finished model; it exists once the stage is finished
 
 A stage has begun once it has a checkpoint. Until then nothing can be continued, so a folder that a failed or

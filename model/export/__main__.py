@@ -1,0 +1,147 @@
+"""Export a trained model as a Hugging Face folder, which transformers loads without this package.
+
+python -m model.export --run default --out exported
+python -m model.export --run runs/mine/stage2/final --out exported --weights clip.safetensors
+
+The folder has weights, config, processor, chat template and model card of a LlavaForConditionalGeneration:
+AutoModelForImageTextToText and AutoProcessor load it. The run and the encoder's weights are read, no feature
+cache. Features pass through no codec in it.
+
+Before anything is at `--out`, the folder is loaded by transformers and compared with our own model on
+photographs: tokens and greedy answers must be equal, and logits within 1e-4. If they are not, nothing is left
+and the exit code is 1. docs/EXPORT.md says what can be exported and what vLLM and llama.cpp need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import configs
+from cache.format.spec import FeatureSpec
+from configs import UserError
+from configs.console import bytes_text
+from model.export.card import find_card, frames_note, model_card
+from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
+from model.export.folder import WEIGHTS, check_exportable, write_folder
+from model.export.towers import ExportedTower, export_tower
+from model.io.saved_model import find_run, load_final, read_meta
+from model.vision.encoder import rebuild_encoder
+
+PROG = "python -m model.export"
+FAILED = 1
+"""Exit code if the exported model is not the trained one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Export a trained model as a Hugging Face folder."""
+
+    run: str = "default"
+    """Name of the run, below runs/, or a path."""
+    out: Path = Path("exported")
+    """Folder to make. It must not exist, or be empty."""
+    stage: int | None = None
+    """Stage of the model; when not given, the last finished one."""
+    weights: str | None = None
+    """File or folder of the encoder's weights, if they moved since encoding."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a model; return the exit code."""
+    options = configs.parse(Options, argv, prog=PROG, description=__doc__)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        export(options)
+    except MismatchError as error:
+        print(
+            f"error: not exported, because the folder is not the trained model: {error}",
+            file=sys.stderr,
+        )
+        return FAILED
+    return 0
+
+
+def export(options: Options) -> Comparison:
+    """Write the folder, compare it with our own model, and put it in its place.
+
+    Raises:
+        UserError: the run, the encoder's weights or the place cannot be used, or the model is of a kind that
+            cannot be exported.
+        MismatchError: the exported model is not the trained one.
+    """
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"--out {out}: exists and is not an empty folder; choose another: --out DIR"
+        )
+    source = find_run(options.run, options.stage)
+    meta = read_meta(source)
+    spec = FeatureSpec.from_json(meta["space"]["spec"])
+    check_exportable(spec)
+    card = find_card(source)
+    print(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
+    if note := frames_note(spec, card):
+        print(f"videos    {note}")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
+        folder = Path(place) / out.name
+        folder.mkdir()
+        found = _write_compared(folder, source, meta, spec, card, options)
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    print(f"exported  {out}: {bytes_text(_size(out))}; its README.md says how to load it")
+    return found
+
+
+def _write_compared(
+    folder: Path,
+    source: Path,
+    meta: dict[str, Any],
+    spec: FeatureSpec,
+    card: dict[str, Any],
+    options: Options,
+) -> Comparison:
+    """Write all files into `folder`; raise MismatchError unless transformers loads the trained model."""
+    encoder = rebuild_encoder(
+        meta["space"]["load"],
+        dataclasses.replace(spec, compute_dtype="float32"),
+        device="cpu",
+        weights=options.weights,
+    )
+    tower = export_tower(encoder)
+    print(f"tower     {_tower_text(spec, tower)}")
+    vlm, tokenizer, _ = load_final(source)
+    write_folder(folder, vlm, tokenizer, tower, spec)
+    print(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
+    questions = sample_questions()
+    expected = answers_of(vlm, tokenizer, encoder, meta["space"], questions)
+    del vlm, encoder  # before the same weights are loaded once more
+    found = compare(folder, questions, expected)
+    print(
+        f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
+        f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"
+    )
+    text = model_card(options.out.name, meta, spec, tower, card, found)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return found
+
+
+def _tower_text(spec: FeatureSpec, tower: ExportedTower) -> str:
+    kind = type(tower.config).__name__.removesuffix("Config")
+    return f"{spec.encoder} as {kind}, {tower.config.num_hidden_layers} blocks, features of {tower.layers}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    configs.command(main)

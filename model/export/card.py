@@ -1,0 +1,127 @@
+"""README.md of an exported folder: how to load it, what it was trained on, and how it was compared.
+
+card = find_card(folder)                     # card.json, which train.run wrote beside the model
+text = model_card("mine", meta, spec, tower, card, found)
+
+The text is in card.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from cache.format.spec import FeatureSpec
+from configs import UserError, one_line
+from model.export.compare import NEW_TOKENS, Comparison
+from model.export.towers import ExportedTower
+
+CARD = "card.json"
+OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
+"""vLLM takes no name for the identity activation but the class."""
+FITS = {
+    "pad": "padded to a square with the mean colour",
+    "squash": "made square without regard to its aspect ratio",
+}
+
+
+def find_card(folder: Path) -> dict[str, Any]:
+    """Return card.json of the stage whose `final` folder is given; {} if it has none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    for path in (folder / CARD, folder.parent / CARD):
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}: cannot be read ({one_line(error)}); copy it again, or remove it, and the "
+                    "model card names no data sets"
+                ) from None
+            return values if isinstance(values, dict) else {}
+    return {}
+
+
+def frames_note(spec: FeatureSpec, card: Mapping[str, Any]) -> str:
+    """Return what becomes of videos, for a model that was trained on some; '' if it saw none."""
+    if not any(stage.get("media", {}).get("videos") for stage in card.get("stages", ())):
+        return ""
+    if spec.pool_frame > 1:
+        size = f"{spec.pool_frame} x {spec.pool_frame}"
+        return (
+            f"not exported, because {size} patches of a frame were averaged into one token, and "
+            "LlavaForConditionalGeneration does not pool; the folder takes images only"
+        )
+    return "give the frames as images, and before each its time in seconds, as `0.5 `"
+
+
+def model_card(
+    name: str,
+    meta: Mapping[str, Any],
+    spec: FeatureSpec,
+    tower: ExportedTower,
+    card: Mapping[str, Any],
+    found: Comparison,
+) -> str:
+    """Return the text of README.md (Markdown).
+
+    Args:
+        name: of the folder.
+        meta: nanomolmo2.json of the model.
+        spec: of the features that it was trained on.
+        tower: its vision tower.
+        card: from `find_card`.
+        found: how the folder compares with the trained model.
+    """
+    llm = str(meta["llm"])
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", llm) and not Path(llm).exists()
+    # Markdown, not HTML: what comes from data is put into a cell or into code.
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
+    environment.filters |= {"code": _code, "cell": _cell}
+    source = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        name=one_line(name),
+        base_model=llm if is_id else "",
+        meta=meta,
+        spec=spec,
+        tower=spec.architecture.partition(":")[2],
+        layers=tower.layers,
+        # Of a folder the last part: a card is published, and a path is not.
+        language=llm if is_id or not Path(llm).is_absolute() else Path(llm).name,
+        overrides=OVERRIDES,
+        fit=FITS[spec.fit],
+        frames=frames_note(spec, card),
+        found=found,
+        new_tokens=NEW_TOKENS,
+        stages=[_stage(stage) for stage in card.get("stages", ())],
+    )
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage of card.json with what the text says of it in words."""
+    settings = stage.get("settings", {})
+    parts = {"train_connector": "connector", "train_llm": "language model"}
+    seen = [f"{number:,} {what}" for what, number in stage.get("media", {}).items() if number]
+    return {
+        "incomplete": False,
+        **stage,
+        "trained": " and ".join(text for key, text in parts.items() if settings.get(key)),
+        "seen": ", ".join(seen) or "no media",
+    }
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a table."""
+    return one_line(text, 80).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return text as code."""
+    return f"`{one_line(text, 80).replace('`', '')}`"

@@ -1,0 +1,228 @@
+"""The folder of an exported model, without its card: weights, configs, processor, tokenizer, template.
+
+    config.json, generation_config.json       LlavaForConditionalGeneration
+    model.safetensors                         language_model.*, vision_tower.*, multi_modal_projector.*
+    processor_config.json                     size, fit and colours of images
+    preprocessor_config.json                  the same once more, for older runtimes
+    tokenizer.json, tokenizer_config.json     see template.py
+    chat_template.jinja
+
+The names of tensors are those of published LLaVA checkpoints. transformers 5 would save other names, which it
+can read itself and vLLM cannot.
+
+M tokens of an image, V width of features, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from cache.format.spec import FeatureSpec
+from configs import UserError
+from model.export.template import chat_template, check_template, exported_tokenizer
+from model.export.towers import ExportedTower
+from model.inference import generation_config
+from model.language.model import unique_tensors
+from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.vlm import VLM
+
+LANGUAGE, TOWER, PROJECTOR = (
+    "language_model.",
+    "vision_tower.vision_model.",
+    "multi_modal_projector.",
+)
+"""Prefixes of the tensors."""
+WEIGHTS = "model.safetensors"
+PROCESSOR = "processor_config.json"
+TOKENIZER_CONFIG = {
+    # The name that every version of transformers knows for "tokenizer.json as it is".
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    # transformers saves these two only if the model's own folder stated them.
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+}
+"""What tokenizer_config.json says, whatever the language model's own says."""
+
+
+def check_exportable(spec: FeatureSpec) -> None:
+    """Refuse features that LlavaForConditionalGeneration does not compute.
+
+    Args:
+        spec: of the space that the model was trained on.
+
+    Raises:
+        UserError: images are pooled, or made square by `crop`.
+    """
+    if spec.pool_image > 1:
+        raise UserError(
+            f"space {spec.name}: {spec.pool_image} x {spec.pool_image} patches of an image were averaged "
+            "into one token, and LlavaForConditionalGeneration of transformers does not pool: this model "
+            "cannot be exported; train on a space of the same encoder with pool_image: 1"
+        )
+    if spec.fit not in ("pad", "squash"):
+        raise UserError(
+            f"space {spec.name}: images were made square by fit: {spec.fit}, and transformers' processor "
+            "cuts them at other pixels: this model cannot be exported; train on a space with fit: pad or "
+            "fit: squash"
+        )
+    if spec.keep_cls:
+        raise UserError(
+            f"space {spec.name}: keeps the CLS token: this model cannot be exported; train on a space "
+            "without it"
+        )
+
+
+def write_folder(
+    folder: Path,
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tower: ExportedTower,
+    spec: FeatureSpec,
+) -> None:
+    """Write every file of an exported model but its card.
+
+    Args:
+        folder: empty.
+        vlm: the trained model.
+        tokenizer: its tokenizer.
+        tower: the vision tower.
+        spec: of the features that it was trained on.
+
+    Raises:
+        UserError: transformers' classes cannot hold the language model, or its tokenizer.
+    """
+    exported = exported_tokenizer(tokenizer)
+    exported.chat_template = chat_template(tokenizer)
+    check_template(exported, tokenizer)
+    tensors = {
+        **{LANGUAGE + name: value for name, value in language_tensors(vlm.language).items()},
+        **{TOWER + name: value for name, value in tower.tensors.items()},
+        **{PROJECTOR + name: value for name, value in projector_tensors(vlm.connector).items()},
+    }
+    config = llava_config(vlm, tokenizer, tower, spec)
+    config.save_pretrained(folder)
+    generation(vlm.language, tokenizer).save_pretrained(folder)
+    _write_processor(folder, exported, tower, spec)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors makes its files readable for the owner only; give it the mode of the others.
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+
+
+def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of a language model, without the output layer if it is tied to the embedding.
+
+    Raises:
+        UserError: its tensors are not named as in Llama and Qwen, as LLaVA checkpoints need.
+    """
+    tensors = unique_tensors(language)
+    strange = [name for name in tensors if not name.startswith(("model.", "lm_head.weight"))]
+    if strange:
+        raise UserError(
+            f"language model {language.config.model_type}: has a tensor {strange[0]}, and LLaVA's classes "
+            "take the names of Llama and Qwen (model.*, lm_head.weight): this model cannot be exported; "
+            "train on another --llm"
+        )
+    return tensors
+
+
+def projector_tensors(connector: nn.Module) -> dict[str, Tensor]:
+    """Return linear_1 (V -> D) and linear_2 (D -> D) of LLaVA's projector.
+
+    A linear connector is linear_1; linear_2 is the identity, and so is the activation between them.
+    """
+    if not isinstance(connector, nn.Linear):
+        return {name: value.contiguous() for name, value in connector.state_dict().items()}
+    width = connector.out_features
+    return {
+        "linear_1.weight": connector.weight.detach().contiguous(),
+        "linear_1.bias": connector.bias.detach(),
+        "linear_2.weight": torch.eye(width),
+        "linear_2.bias": torch.zeros(width),
+    }
+
+
+def llava_config(
+    vlm: VLM, tokenizer: PreTrainedTokenizerFast, tower: ExportedTower, spec: FeatureSpec
+) -> LlavaConfig:
+    """Return the config of the whole model."""
+    # A copy: LlavaConfig changes the config that it is given, and the live model would compute other logits.
+    text = copy.deepcopy(vlm.language.config)
+    text.architectures = [type(vlm.language).__name__]
+    text.dtype = torch.float32
+    text._name_or_path = ""  # of a folder on this machine
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=token_id(tokenizer, IMAGE_TOKEN),
+        image_seq_length=spec.tokens("image"),
+        projector_hidden_act="linear" if isinstance(vlm.connector, nn.Linear) else "gelu",
+        vision_feature_select_strategy=tower.select,
+        vision_feature_layer=tower.layers,
+        tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = torch.float32
+    return config
+
+
+def generation(language: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Return how answers end and which tokens they never have, as `model.inference` decides it."""
+    return GenerationConfig(
+        **{
+            name: value
+            for name, value in generation_config(language, tokenizer, 1, 0.0).to_diff_dict().items()
+            if name not in ("max_new_tokens", "transformers_version")
+        }
+    )
+
+
+def _write_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, tower: ExportedTower, spec: FeatureSpec
+) -> None:
+    side = {"height": spec.image_size, "width": spec.image_size}
+    images = LlavaImageProcessor(
+        do_pad=spec.fit == "pad",  # with the mean colour
+        size=side,
+        crop_size=side,  # nothing is cropped, but runtimes count an image's tokens by it
+        do_center_crop=False,
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=spec.patch_size,
+        vision_feature_select_strategy=tower.select,
+        num_additional_image_tokens=int(tower.select == "default"),
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)
+    # Runtimes that know no nested processor_config.json read this one.
+    values = _read(folder / PROCESSOR)["image_processor"]
+    _write(folder / "preprocessor_config.json", values | {"processor_class": "LlavaProcessor"})
+    config = folder / "tokenizer_config.json"
+    _write(config, _read(config) | TOKENIZER_CONFIG)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

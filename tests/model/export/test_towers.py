@@ -1,0 +1,52 @@
+"""Exported towers: every tensor has its place in transformers' class, and other towers are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from configs import UserError
+from model.export.towers import export_tower
+from model.vision.encoder import load_encoder
+from tests.support import tiny_clip
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "layers"),
+    [
+        ({"blocks": (2,)}, CLIPVisionModel, -2),
+        ({"blocks": (3, 0), "model": "tiny", "activation": "gelu"}, CLIPVisionModel, [-1, -4]),
+        ({"model": "tiny-siglip", "activation": "gelu"}, SiglipVisionModel, -2),
+    ],
+)
+def test_hidden_states_are_the_features(
+    changes: dict[str, Any], kind: type[Any], layers: int | list[int], tmp_path: Any
+) -> None:
+    entry = tiny_clip.entry(**changes)
+    weights = tiny_clip.write_weights(tmp_path, entry.model)
+    eyes = load_encoder(entry, device="cpu", weights=str(weights))
+    tower = export_tower(eyes)
+    model = kind(tower.config).eval()
+    assert set(model.state_dict()) == set(tower.tensors)
+    model.load_state_dict(tower.tensors)
+    assert tower.layers == layers
+    pixels = tiny_clip.noise(3, tiny_clip.SIDE)
+    with torch.inference_mode():
+        hidden = model(eyes.normalize(pixels), output_hidden_states=True).hidden_states
+    chosen = [hidden[i] for i in (layers if isinstance(layers, list) else [layers])]
+    first = int(tower.select == "default")
+    theirs = torch.cat([states[:, first:] for states in chosen], dim=-1)
+    np.testing.assert_allclose(theirs, eyes.encode(pixels), atol=2e-5)
+
+
+def test_another_kind_of_tower_is_refused_by_name() -> None:
+    """It has a CLS token and layer scales, which SigLIP of transformers lacks."""
+    changes = {"model": "vit_medium_patch16_gap_256", "activation": "gelu", "name": "gap"}
+    eyes = load_encoder(tiny_clip.entry(**changes), device="cpu", random_weights=True)
+    message = r"encoder gap: vit_medium_patch16_gap_256 has a tensor .*gamma.*cannot be exported"
+    with pytest.raises(UserError, match=message):
+        export_tower(eyes)

@@ -1,0 +1,130 @@
+"""card.json of a stage: what a model was trained on, for whoever gets the model without the cache.
+
+    write_card(folder, options, reader, data.train, used, origin)
+
+    {"format": 1, "stages": [{"stage": 1, ...}, {"stage": 2, "data_sets": [...], "space": {...}}]}
+
+Stages are in the order of training: those of the model that the stage started from, then the stage itself.
+Data sets are named and counted. Paths and addresses of files are not in it, because a card is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cache.remote.open import cache_root
+from cache.store.files import write_atomic
+from cache.store.ledger import media_table
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from cache.store.references import NOUNS, read_references
+from train.config import Options
+from train.data.sample_list import SampleList
+from train.metrics import read_metrics
+from train.stage.origin import Origin
+
+CARD = "card.json"
+FORMAT = 1
+"""Version of the file."""
+SETTINGS = (
+    *("train_connector", "train_llm", "learning_rate", "connector_learning_rate", "weight_decay"),
+    *("max_sequence_length", "max_frames", "held_out", "precision", "seed"),
+)
+"""Options that a card states."""
+
+
+def write_card(
+    folder: Path,
+    options: Options,
+    reader: FeatureReader,
+    train: SampleList,
+    used: SampleList,
+    origin: Origin | None,
+) -> None:
+    """Write the card of a stage that has done its last step.
+
+    Args:
+        folder: the folder of the stage.
+        options: the resolved options.
+        reader: a reader of the space.
+        train: the training split.
+        used: the samples that it trained on.
+        origin: what the stage started from.
+    """
+    held_out = [line for line in read_metrics(folder) if "held_out_loss" in line]
+    stage = {
+        "stage": options.stage,
+        "steps": options.max_steps,
+        "samples_per_step": options.samples_per_step,
+        "llm": options.llm,
+        "connector": options.connector,
+        "settings": {name: getattr(options, name) for name in SETTINGS},
+        "space": {
+            "name": reader.path.name,
+            "fingerprint": reader.spec.fingerprint,
+            "rows": {array: reader.rows(array) for array in ("image", "frame")},
+        },
+        "data_sets": _data_sets(cache_root(reader), train, used),
+        "media": _media(used),
+        "held_out_loss": held_out[-1]["held_out_loss"] if held_out else None,
+    }
+    content = {"format": FORMAT, "stages": [*_before(origin), stage]}
+    write_atomic(folder / CARD, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _data_sets(root: CacheRoot, train: SampleList, used: SampleList) -> list[dict[str, Any]]:
+    """Return what each data set has, what of it is trained on, and how much failed."""
+    ledger = media_table(root)
+    trained = np.bincount(used.dataset, minlength=len(used.names)).tolist()
+    shares = train.mix or [None] * len(train.names)
+    return [
+        {
+            "name": count.dataset,
+            "share": share,
+            "samples": count.samples,
+            "with_features": count.present,
+            "trained_on": number,
+            "with_failed_media": count.failed,
+            "without_features": count.missing,
+            "failed_media": _failed(root, count.dataset, ledger),
+        }
+        for count, number, share in zip(train.counts, trained, shares, strict=True)
+    ]
+
+
+def _failed(root: CacheRoot, name: str, ledger: pa.Table) -> dict[str, int]:
+    """Return the number of distinct media of a data set that failed, by the step at which they failed."""
+    references = read_references(root, name, ledger)
+    mentioned = np.unique(references.source[references.source < len(ledger)])
+    stages = ledger["stage"].take(pa.array(mentioned)).drop_null()
+    return {row["values"]: row["counts"] for row in pc.value_counts(stages).to_pylist()}
+
+
+def _media(used: SampleList) -> dict[str, int]:
+    """Return the number of distinct images and videos of the samples, and of their frames."""
+    items = np.unique(used.media)
+    kinds = used.kinds[items]
+    numbers = np.bincount(kinds, minlength=len(NOUNS)).tolist()
+    rows = np.diff(used.starts)[items]
+    counted = {f"{noun}s": number for noun, number in zip(NOUNS, numbers, strict=True)}
+    return counted | {"frames": int(rows[kinds == NOUNS.index("video")].sum())}
+
+
+def _before(origin: Origin | None) -> list[dict[str, Any]]:
+    """Return the stages of the model that a stage started from, oldest first."""
+    if origin is None:
+        return []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if origin.path.name == "final":
+            before = json.loads((origin.path.parent / CARD).read_text(encoding="utf-8"))
+            return list(before["stages"])
+    # A checkpoint, or a model that was copied without its card: what it records itself.
+    known = ("stage", "step", "llm", "connector")
+    return [{name: origin.meta[name] for name in known} | {"incomplete": True}]
