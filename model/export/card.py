@@ -82,7 +82,7 @@ def model_card(
     """
     llm = str(meta["llm"])
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", llm) and not Path(llm).exists()
-    # Markdown, not HTML: what comes from data is put into a cell or into code.
+    # Markdown, not HTML: names from data go through `cell` or `code`.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
     environment.filters |= {"code": _code, "cell": _cell}
     source = Path(__file__).with_name("card.md").read_text(encoding="utf-8")

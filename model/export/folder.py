@@ -50,7 +50,7 @@ LANGUAGE, TOWER, PROJECTOR = (
 WEIGHTS = "model.safetensors"
 PROCESSOR = "processor_config.json"
 TOKENIZER_CONFIG = {
-    # The name that every version of transformers knows for "tokenizer.json as it is".
+    # In every version of transformers the class that takes tokenizer.json as it is.
     "tokenizer_class": "PreTrainedTokenizerFast",
     # transformers saves these two only if the model's own folder stated them.
     "padding_side": "left",
