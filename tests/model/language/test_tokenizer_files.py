@@ -150,6 +150,12 @@ def test_an_empty_tokenizer_is_refused(tmp_path: Path) -> None:
         read_tokenizer(save(empty, tmp_path), rows=None)
 
 
+def test_the_built_in_tokenizer_fits_rows_of_real_sizes(tmp_path: Path) -> None:
+    """`random:qwen3-0.6b` has 151,936 rows for a few hundred ids; what it learns is loaded again."""
+    byte_tokenizer(("What",)).save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path, rows=151_936).get_vocab()["What"] > 255
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save(byte_level(), tmp_path)
     with pytest.raises(UserError, match=r"of another model: token .* has id 399, .* 320 rows"):
