@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from cache.format.spec import FeatureSpec
 from configs import UserError, one_line
 from model.export.compare import NEW_TOKENS, Comparison
+from model.export.folder import CODE, model_class
 from model.export.towers import ExportedTower
 
 CARD = "card.json"
@@ -53,13 +54,26 @@ def frames_note(spec: FeatureSpec, card: Mapping[str, Any]) -> str:
     """Return what becomes of videos, for a model that was trained on some; '' if it saw none."""
     if not any(stage.get("media", {}).get("videos") for stage in card.get("stages", ())):
         return ""
-    if spec.pool_frame > 1:
-        size = f"{spec.pool_frame} x {spec.pool_frame}"
+    if spec.pool_frame != spec.pool_image:
+        frame, image = (
+            f"{n} x {n} patches" if n > 1 else "one patch"
+            for n in (spec.pool_frame, spec.pool_image)
+        )
         return (
-            f"not exported, because {size} patches of a frame were averaged into one token, and "
-            "LlavaForConditionalGeneration does not pool; the folder takes images only"
+            f"not exported, because a token of a frame is {frame} and one of an image {image}, and the "
+            "model's class pools both alike; the folder takes images only"
         )
     return "give the frames as images, and before each its time in seconds, as `0.5 `"
+
+
+def pooled_note(spec: FeatureSpec) -> str:
+    """Return why a model of pooled images has a class of its own, and which runtimes take it."""
+    size = f"{spec.pool_image} x {spec.pool_image}"
+    return (
+        f"{CODE} in the folder, because {size} patches of an image are averaged into one token and no class "
+        "of transformers does that; transformers loads it with trust_remote_code=True, vLLM and llama.cpp "
+        "do not"
+    )
 
 
 def model_card(
@@ -100,6 +114,8 @@ def model_card(
         frames=frames_note(spec, card),
         found=found,
         new_tokens=NEW_TOKENS,
+        model_class=model_class(spec),
+        pooled=pooled_note(spec) if spec.pool_image > 1 else "",
         stages=[_stage(stage) for stage in card.get("stages", ())],
     )
 

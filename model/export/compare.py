@@ -183,7 +183,11 @@ def _logits(
 
 
 def compare(
-    folder: Path, questions: Sequence[Question], expected: Sequence[Expected]
+    folder: Path,
+    questions: Sequence[Question],
+    expected: Sequence[Expected],
+    *,
+    own_code: bool = False,
 ) -> Comparison:
     """Load a folder with transformers' Auto classes and compare it with our own model.
 
@@ -191,17 +195,18 @@ def compare(
         folder: the exported model.
         questions: prompts.
         expected: what our own model computes for them.
+        own_code: whether the model's class is in the folder, from us.
 
     Raises:
         MismatchError: tensors are missing or left over, or tokens, pixels, logits or answers differ.
     """
     with quiet():
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=own_code
         )
         # The trained resizing is Pillow's; transformers takes torchvision's unless told.
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-        default = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=own_code)
+        default = AutoProcessor.from_pretrained(folder, trust_remote_code=own_code)
     _check_loaded(model, report)
     model.eval()
     logits = levels = 0.0

@@ -6,6 +6,7 @@
     preprocessor_config.json                  the same once more, for older runtimes
     tokenizer.json, tokenizer_config.json     see template.py
     chat_template.jinja
+    pooled_llava.py                           the model's class, only if images are pooled
 
 The names of tensors are those of published LLaVA checkpoints. transformers 5 would save other names, which it
 can read itself and vLLM cannot.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from transformers import (
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
+from model.export import pooled_llava
 from model.export.template import chat_template, check_template, exported_tokenizer
 from model.export.towers import ExportedTower
 from model.inference import generation_config
@@ -47,8 +50,25 @@ LANGUAGE, TOWER, PROJECTOR = (
     "multi_modal_projector.",
 )
 """Prefixes of the tensors."""
+POOLED_PREFIXES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+"""Prefixes of published checkpoints -> those of the class's own tensors.
+
+transformers renames tensors for its own classes only, so those of ours have their own names in the file.
+"""
 WEIGHTS = "model.safetensors"
 PROCESSOR = "processor_config.json"
+CODE = "pooled_llava.py"
+"""The class for pooled images, copied into the folder."""
+AUTO_MAP = {
+    "AutoConfig": "pooled_llava.PooledLlavaConfig",
+    "AutoModelForImageTextToText": "pooled_llava.PooledLlavaForConditionalGeneration",
+}
+"""Which classes transformers takes from `CODE`."""
 TOKENIZER_CONFIG = {
     # In every version of transformers the class that takes tokenizer.json as it is.
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,20 +80,14 @@ TOKENIZER_CONFIG = {
 
 
 def check_exportable(spec: FeatureSpec) -> None:
-    """Refuse features that LlavaForConditionalGeneration does not compute.
+    """Refuse features that neither LlavaForConditionalGeneration nor pooled_llava.py computes.
 
     Args:
         spec: of the space that the model was trained on.
 
     Raises:
-        UserError: images are pooled, or made square by `crop`.
+        UserError: images were made square by `crop`, or keep the CLS token.
     """
-    if spec.pool_image > 1:
-        raise UserError(
-            f"space {spec.name}: {spec.pool_image} x {spec.pool_image} patches of an image were averaged "
-            "into one token, and LlavaForConditionalGeneration of transformers does not pool: this model "
-            "cannot be exported; train on a space of the same encoder with pool_image: 1"
-        )
     if spec.fit not in ("pad", "squash"):
         raise UserError(
             f"space {spec.name}: images were made square by fit: {spec.fit}, and transformers' processor "
@@ -110,10 +124,13 @@ def write_folder(
     exported.chat_template = chat_template(tokenizer)
     check_template(exported, tokenizer)
     tensors = {
-        **{LANGUAGE + name: value for name, value in language_tensors(vlm.language).items()},
-        **{TOWER + name: value for name, value in tower.tensors.items()},
-        **{PROJECTOR + name: value for name, value in projector_tensors(vlm.connector).items()},
+        **{f"{LANGUAGE}{name}": value for name, value in language_tensors(vlm.language).items()},
+        **{f"{TOWER}{name}": value for name, value in tower.tensors.items()},
+        **{f"{PROJECTOR}{name}": value for name, value in projector_tensors(vlm.connector).items()},
     }
+    if spec.pool_image > 1:
+        tensors = {_own_name(name): value for name, value in tensors.items()}
+        shutil.copyfile(str(pooled_llava.__file__), folder / CODE)
     config = llava_config(vlm, tokenizer, tower, spec)
     config.save_pretrained(folder)
     generation(vlm.language, tokenizer).save_pretrained(folder)
@@ -121,6 +138,12 @@ def write_folder(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes its files readable for the owner only; give it the mode of the others.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+
+
+def _own_name(name: str) -> str:
+    """Return the name of a tensor in the class in pooled_llava.py."""
+    prefix = next(prefix for prefix in POOLED_PREFIXES if name.startswith(prefix))
+    return POOLED_PREFIXES[prefix] + name.removeprefix(prefix)
 
 
 def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:
@@ -165,7 +188,12 @@ def llava_config(
     text.architectures = [type(vlm.language).__name__]
     text.dtype = torch.float32
     text._name_or_path = ""  # of a folder on this machine
-    config = LlavaConfig(
+    kind = LlavaConfig
+    pooling: dict[str, Any] = {}
+    if spec.pool_image > 1:
+        kind, pooling = pooled_llava.PooledLlavaConfig, {"pool_size": spec.pool_image}
+    config = kind(
+        **pooling,
         vision_config=tower.config,
         text_config=text,
         image_token_index=token_id(tokenizer, IMAGE_TOKEN),
@@ -175,9 +203,17 @@ def llava_config(
         vision_feature_layer=tower.layers,
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
     )
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [model_class(spec)]
+    if pooling:
+        config.auto_map = AUTO_MAP
     config.dtype = torch.float32
     return config
+
+
+def model_class(spec: FeatureSpec) -> str:
+    """Return the name of the class that computes a model on these features."""
+    own = pooled_llava.PooledLlavaForConditionalGeneration.__name__
+    return own if spec.pool_image > 1 else "LlavaForConditionalGeneration"
 
 
 def generation(language: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -206,7 +242,7 @@ def _write_processor(
     LlavaProcessor(
         images,
         tokenizer,
-        patch_size=spec.patch_size,
+        patch_size=spec.patch_size * spec.pool_image,  # it counts tokens, one for each window
         vision_feature_select_strategy=tower.select,
         num_additional_image_tokens=int(tower.select == "default"),
         image_token=IMAGE_TOKEN,

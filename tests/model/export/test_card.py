@@ -100,13 +100,27 @@ def test_the_path_of_a_language_model_is_not_published(
     assert "base_model" not in card_of(tower, {}, llm="random:qwen3-tiny")
 
 
-def test_a_model_of_pooled_frames_says_that_videos_are_not_exported() -> None:
+def test_frames_that_are_pooled_otherwise_are_not_exported() -> None:
     spec = load_encoder(tiny_clip.entry(), device="cpu", random_weights=True).spec("fp16")
     seen = {"stages": [{"media": {"images": 3, "videos": 2, "frames": 9}}]}
     assert frames_note(spec, {}) == frames_note(spec, {"stages": [{"incomplete": True}]}) == ""
-    assert frames_note(spec, seen).startswith("not exported, because 2 x 2 patches of a frame")
-    flat = load_encoder(tiny_clip.entry(pool_frame=1), device="cpu", random_weights=True)
-    assert "frames as images" in frames_note(flat.spec("fp16"), seen)
+    note = frames_note(spec, seen)
+    assert note.startswith(
+        "not exported, because a token of a frame is 2 x 2 patches and one of an"
+    )
+    assert "image one patch" in note and "takes images only" in note
+    for pool in (1, 2):
+        alike = tiny_clip.entry(pool_frame=pool, pool_image=pool)
+        spec = load_encoder(alike, device="cpu", random_weights=True).spec("fp16")
+        assert "frames as images" in frames_note(spec, seen)
+
+
+def test_a_pooled_model_says_which_runtimes_take_it() -> None:
+    eyes = load_encoder(tiny_clip.entry(pool_image=2), device="cpu", random_weights=True)
+    text = card_of((export_tower(eyes), eyes.spec("fp16")), {})
+    assert "`PooledLlavaForConditionalGeneration`: the frozen vision tower" in text
+    assert "The class is pooled_llava.py in the folder, because 2 x 2 patches" in text
+    assert text.count("trust_remote_code=True") == 3 and "vllm serve" not in text
 
 
 def test_a_damaged_card_is_one_line(tmp_path: Path) -> None:
