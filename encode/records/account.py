@@ -75,6 +75,8 @@ class Account:
     first_faults: list[str] = field(default_factory=list)
     """The first `SHOWN` faults, each with file and line."""
 
+    _last_line: tuple[str, Counter[str]] = ("", Counter())
+    """Format and ignored keys of the last line that was read."""
     refused_keys: dict[str, None] = field(default_factory=dict)
     """Keys without which lines with faults could be read, the first `SHOWN`, in the order they were found."""
 
@@ -99,53 +101,69 @@ class Account:
             yield sample
         self.close()
 
-    def ignore(self, keys: Mapping[str, int]) -> None:
-        """Count keys of one line that are not used."""
+    def add_line(self, name: str, ignored: Mapping[str, int]) -> None:
+        """Count one line of the format `name`, and its keys that are not used."""
+        self.lines[name] += 1
+        self._last_line = (name, self.ignore(ignored))
+
+    def take_back(self) -> None:
+        """Count the last line of `add_line` no more: it is a fault after all."""
+        name, ignored = self._last_line
+        self.lines -= Counter({name: 1})  # `-=` leaves no zeros
+        self.ignored -= ignored
+        self._last_line = ("", Counter())
+
+    def ignore(self, keys: Mapping[str, int]) -> Counter[str]:
+        """Count keys that are not used; return the counts as they were added."""
+        added: Counter[str] = Counter()
         for key, times in keys.items():
-            known = key in self.ignored or len(self.ignored) < MOST_KEYS
-            self.ignored[key if known else OTHER_KEYS] += times
+            known = key in self.ignored or len(self.ignored) + len(added) < MOST_KEYS
+            added[key if known else OTHER_KEYS] += times
+        self.ignored.update(added)
+        return added
 
     def close(self) -> None:
         """Raise UserError with the first faults and the totals by kind, unless lines may be left out."""
         if not self.faults or self.leave_out:
             return
         total = sum(self.faults.values())
-        kinds = ", ".join(f"{times:,} {kind}" for kind, times in self.faults.most_common())
         more = f"\n... and {total - len(self.first_faults):,} more" if total > SHOWN else ""
-        lines = "line" if total == 1 else "lines"
         command = self.command or CommandLine("", ())
         before = self.ignore_keys if self.command else ()  # the new option replaces theirs
         keys = ",".join([*sorted(before), *self.refused_keys])
-        without = ""
+        ways = []
+        if self.samples or self.lines:
+            leave_out = command.text(bad_lines="leave-out").lstrip()
+            ways.append(f"go on without them: {leave_out}")
         if self.refused_keys:
-            without = f", or without these keys: {command.text(ignore_keys=keys).lstrip()}"
+            without = command.text(ignore_keys=keys).lstrip()
+            ways.append(f"{'' if ways else 'go on '}without these keys: {without}")
         raise UserError(
             "\n".join(self.first_faults)
             + more
-            + f"\n{self.name}: {total:,} {lines} cannot be used "
-            f"({kinds}); correct them, or go on without them: "
-            f"{command.text(bad_lines='leave-out').lstrip()}{without}"
+            + f"\n{self.name}: {_lines(self.faults)} cannot be used ({_by_kind(self.faults)}); "
+            + ", or ".join(["correct them", *ways])
         )
 
     def text(self) -> str:
         """Return what was understood, in one line."""
         parts = []
         if self.lines:
-            total = sum(self.lines.values())
             formats = ", ".join(f"{times:,} {name}" for name, times in self.lines.most_common())
             if len(self.lines) == 1:
                 (formats,) = self.lines
-            parts.append(f"{total:,} line{'s' * (total != 1)} ({formats})")
+            parts.append(f"{_lines(self.lines)} ({formats})")
         parts += [
             f"{times:,} {kind}{'s' * (times != 1)}" for kind, times in self.media.most_common()
         ]
-        unused = self.left_out + self.faults
+        unused = [f"{times:,} {why}" for why, times in self.left_out.most_common()]
+        if self.faults:
+            unused.append(f"{_lines(self.faults)} ({_by_kind(self.faults)})")
         line = f"{self.name}: {', '.join(parts) or 'nothing'}"
         if self.columns:
             line += f"; columns of media: {', '.join(self.columns)}"
         if unused:
-            reasons = ", ".join(f"{times:,} {why}" for why, times in unused.most_common())
-            line += f"; left out: {reasons}"
+            line += f"; left out: {', '.join(unused)}"
         if self.notes:
             notes = ", ".join(f"{times:,} {note}" for note, times in self.notes.most_common())
             line += f"; noted: {notes}"
@@ -166,3 +184,14 @@ class Account:
         """Return the account of a stored data set."""
         counts: dict[str, Any] = {k: Counter(v) for k, v in values.items() if k != "samples"}
         return cls(name=name, samples=values["samples"], **counts)
+
+
+def _lines(counts: Counter[str]) -> str:
+    """Return the total of some counts of lines: 1 line, 1,234 lines."""
+    total = sum(counts.values())
+    return f"{total:,} line{'s' * (total != 1)}"
+
+
+def _by_kind(faults: Counter[str]) -> str:
+    """Return the kinds of faults, most frequent first, each with its lines."""
+    return ", ".join(f"{kind}: {times:,}" for kind, times in faults.most_common())

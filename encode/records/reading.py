@@ -62,8 +62,7 @@ def read_records(value: Mapping[str, Any], account: Account) -> tuple[Record, ..
     records = _read(fields)
     fields.has_media = any(record.media for record in records)
     fields.close()
-    account.ignore(ignored)
-    account.lines[records[0].format] += 1
+    account.add_line(records[0].format, ignored)
     return records
 
 

@@ -34,7 +34,7 @@ class Line:
     value: Mapping[str, Any]
     """Its keys and values."""
     offset: int = -1
-    """Where its bytes start in the file; -1 if it is a row of a Parquet file."""
+    """Where its bytes start in the file; -1 if it is a row of a table."""
     length: int = 0
     """Number of its bytes."""
 

@@ -4,8 +4,9 @@
         line.where, line.value                  # "photos/metadata.jsonl:7", {"image": "a.jpg", ...}
 
 What a JSON file contains is seen from its bytes: one object a line, one list of objects, one or several
-objects that span lines, or COCO captions. Memory holds one object and one block of the file (COCO: the
-captions too). An object that cannot be read is a fault, and reading goes on behind it.
+objects that span lines, or one object around a list (`encode.records.one_object`). Memory holds one object
+and one block of the file (COCO: the captions too). An object that cannot be read is a fault, and reading goes
+on behind it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import pyarrow.parquet as pq
 
 from configs import UserError
 from encode.records.account import Account, FaultError
-from encode.records.coco import as_object, find_sections, read_coco
 from encode.records.json_window import BOM, REST, Piece, Window, elements
 from encode.records.keys import LISTS, is_known
+from encode.records.one_object import as_object, find_sections, read_sections
 from encode.records.record import Line
 from encode.records.strict_json import MAX_BYTES, find_end, parse
 
 SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 """Suffixes of the files that `read_lines` reads."""
 _SPACE = b" \t\r\n"
+_HEADER = 1 << 20
+"""Bytes of the first line of a table, at most."""
 BATCH = 1000
 """Rows of a Parquet file in memory."""
 
@@ -39,7 +42,8 @@ BATCH = 1000
 def read_lines(path: Path, account: Account) -> Iterator[Line]:
     """Yield the objects of a file in order; count in `account` those that cannot be read.
 
-    The suffix says whether the file is CSV, TSV or Parquet. All other files are read as JSON.
+    The suffix says whether the file is CSV, TSV or Parquet. A file of another suffix is a table, too, if its
+    first line names a column that is known, beside others. All other files are read as JSON.
 
     Raises:
         UserError: the file cannot be opened or read.
@@ -50,12 +54,13 @@ def read_lines(path: Path, account: Account) -> Iterator[Line]:
             yield from _parquet(path, account)
             return
         with path.open("rb") as file:
-            if suffix in (".csv", ".tsv"):
+            if suffix in (".csv", ".tsv") or is_table(file):
                 yield from _table(file, path, account)
-            elif (sections := find_sections(file)) is not None:
-                yield from read_coco(file, str(path), sections, account)
-            else:
-                yield from _read(_pieces(file), path, account)
+                return
+            sections, lines = find_sections(file), None
+            if sections is not None:
+                lines = read_sections(file, str(path), sections, account)
+            yield from _read(_pieces(file), path, account) if lines is None else lines
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -227,23 +232,39 @@ class _Lines:
                 yield line.decode(errors="replace")
 
 
+def is_table(file: BinaryIO) -> bool:
+    """Return whether the first line of a file is the header of a table: names of columns, one of them known.
+
+    The position is then at the beginning of the file.
+    """
+    file.seek(0)
+    start = file.readline(_HEADER).removeprefix(BOM).decode("utf-8", "replace").strip()
+    file.seek(0)
+    names = [name.strip() for name in start.split(_delimiter(start))]
+    return start[:1] not in ("{", "[") and len(names) > 1 and any(map(is_known, names))
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t|", key=header.count)
+
+
 def _table(file: BinaryIO, path: Path, account: Account) -> Iterator[Line]:
     """Yield the rows of a CSV or TSV file, whose first row has the names of the columns.
 
     All cells are text, and an empty cell is absent. A cell that starts with a bracket in a column of lists is
-    JSON. The delimiter is a tab for .tsv; otherwise it is the one among comma, semicolon and tab that occurs
-    most often in the first line.
+    JSON. The delimiter is a tab for .tsv; otherwise it is the one among comma, semicolon, tab and bar that
+    occurs most often in the first line.
     """
     # The limit is one for the whole process. `data:` URIs are longer than its default.
     csv.field_size_limit(MAX_BYTES)
-    start = file.readline(1 << 20).decode("utf-8", "replace")
+    start = file.readline(_HEADER).decode("utf-8", "replace")
     file.seek(0)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=start.count)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(start)
     lines = _Lines(file)
     rows = csv.reader(iter(lines), delimiter=delimiter, strict=True)
     columns: list[str] | None = None
     while True:
-        offset, number = lines.offset, lines.count + 1
+        number = lines.count + 1
         where = f"{path}:{number}"
         lines.fault = None
         try:
@@ -254,9 +275,7 @@ def _table(file: BinaryIO, path: Path, account: Account) -> Iterator[Line]:
                 if any(row):
                     columns = _header(row)
             elif row:
-                value = _row(columns, row)
-                length = lines.offset - offset
-                yield Line(where=where, value=value, offset=offset, length=length)
+                yield Line(where=where, value=_row(columns, row))
         except StopIteration:
             return
         except csv.Error as error:

@@ -40,7 +40,7 @@ from encode.records.media_files import (
     suffix_of,
 )
 from encode.records.record import MediaName
-from encode.records.stream import SUFFIXES
+from encode.records.stream import SUFFIXES, is_table
 from encode.records.strict_json import MAX_BYTES, parse
 from encode.sources.folder_files import (
     HIDDEN,
@@ -329,7 +329,7 @@ class _Reading:
             found = why
             if why := self._texts.get(path, ""):
                 why = f"{suffix} ({why})"
-            elif kind := _kind_of_data_set(found, suffix):
+            elif kind := _kind_of_data_set(found, self._source(path)):
                 first = self._first_of_suffix.setdefault(suffix, self._source(path))
                 why = f"{suffix} (records? --dataset {shlex.quote(f'{kind}:{first}')})"
             else:
@@ -343,7 +343,7 @@ class _Reading:
 def _hint_for_file(file: Path) -> str:
     """Return the end of an error about a file in the place of a folder."""
     found = look(str(file))
-    kind, place = _kind_of_data_set(found, suffix_of(file.name)), file
+    kind, place = _kind_of_data_set(found, str(file)), file
     if not kind and found and found.kind:
         kind, place = "folder", file.parent
     word = shlex.quote(f"{kind}:{place.absolute()}")
@@ -388,10 +388,16 @@ def _kind(found: Recognised | None, name: str) -> Kind | Literal[""]:
     return found.kind
 
 
-def _kind_of_data_set(found: Recognised | None, suffix: str) -> str:
+def _kind_of_data_set(found: Recognised | None, path: str) -> str:
     """Return the kind of data set that reads a file which may contain records; empty for other files."""
     kind = _ELSEWHERE.get(found.format, "") if found else ""
-    return "" if kind == "json" and suffix not in SUFFIXES else kind
+    if kind != "json" or suffix_of(path) in SUFFIXES:
+        return kind
+    try:
+        with Path(path).open("rb") as file:
+            return kind if is_table(file) else ""
+    except OSError:
+        return ""
 
 
 def _says_text(value: Mapping[str, Any]) -> bool:

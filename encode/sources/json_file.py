@@ -34,8 +34,6 @@ from encode.records.record import Line, Record
 from encode.records.samples import to_samples
 from encode.records.stream import read_lines
 
-NOT_JSON = frozenset({".csv", ".tsv", ".parquet"})
-"""Suffixes of files in which data: URIs have no place that could be named."""
 _OF_RECORDS = ("", "empty", "text", "JSON text", "Parquet table")
 """Formats that a file of records may have. Bytes of no known format are faults of their lines."""
 LONGEST_ID = 512
@@ -62,9 +60,9 @@ class RecordFiles:
             base: folder to which paths in it are relative.
             prefix: beginning of the ids.
         """
-        is_json = file.suffix.lower() not in NOT_JSON
         for line in read_lines(file, self._account):
-            data_uri = partial(_data_uri, file, line) if is_json else None
+            # In a row of a table, a data: URI has no place that could be named.
+            data_uri = partial(_data_uri, file, line) if line.length else None
             try:
                 records = read_records(line.value, self._account)
                 first = prefix + _first_name(records)
@@ -95,8 +93,7 @@ class RecordFiles:
         try:
             return list(to_samples(records, id=sample_id, dataset=self._dataset, resolve=resolve))
         except FaultError:
-            # It is a fault, and no line that was read.
-            self._account.lines -= Counter({records[0].format: 1})
+            self._account.take_back()
             raise
 
 

@@ -217,7 +217,7 @@ class _Reader:
         try:
             return list(to_samples(records, id=name, dataset=self._dataset.name, resolve=resolve))
         except FaultError:
-            self._account.lines[records[0].format] -= 1  # a fault, and no row that was read
+            self._account.take_back()
             raise
 
     def _records(

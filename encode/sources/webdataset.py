@@ -245,7 +245,7 @@ class _Reader:
                     to_samples(records, id=sample_id, dataset=self._dataset, resolve=_resolve)
                 )
             except FaultError:
-                account.lines[records[0].format] -= 1  # a fault, and nothing that was read
+                account.take_back()
                 raise
         except FaultError as error:
             account.fault(f"{self._path}: {_as_text(key)}", error)
@@ -287,7 +287,8 @@ class _Reader:
         if again and not media:
             raise FaultError(
                 "members of a sample are not adjacent",
-                "other members of this name are before others; pack the tar again: tar --sort=name -cf",
+                "other members of this name are before others; unpack the tar into a folder, and pack that "
+                "in order: tar --sort=name -C FOLDER -cf sorted.tar .",
             )
         _place(value, media)
         return value

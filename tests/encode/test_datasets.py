@@ -92,7 +92,7 @@ def test_all_lines_are_read_before_faults_refuse_them(
     lines = str(refused.value).splitlines()
     assert lines[0] == "b.jsonl:1: unknown key 'captoin0'"
     assert lines[20] == "... and 10 more"
-    assert lines[21].startswith("b: 30 lines cannot be used (30 unknown key); correct them, or")
+    assert lines[21].startswith("b: 30 lines cannot be used (unknown key: 30); correct them, or")
     assert lines[21].endswith("--bad-lines leave-out")
     assert len(lines) == 22
     assert dataset_names(root) == (["good"] if write else [])
@@ -103,7 +103,10 @@ def test_bad_lines_are_left_out_and_counted(
 ) -> None:
     root = CacheRoot(tmp_path)
     read(root, Reading(leave_out=True), Lines("b", 10, (0, 3)))
-    assert "8 lines (ours), 5 images; left out: 2 .heic, 2 unknown key" in capsys.readouterr().out
+    assert (
+        "8 lines (ours), 5 images; left out: 2 .heic, 2 lines (unknown key: 2)"
+        in capsys.readouterr().out
+    )
     origin = read_origin(root, "b")
     assert origin is not None
     assert origin.words == ("--dataset", "b=folder:/b", "--bad-lines", "leave-out")

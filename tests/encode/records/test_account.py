@@ -51,4 +51,4 @@ def test_faults_are_totalled_by_kind() -> None:
     lines = str(refused.value).splitlines()
     assert lines[0] == "d.jsonl:0: no text 0" and lines[19] == "d.jsonl:19: unknown key 19"
     assert lines[20] == "... and 10 more"
-    assert lines[21].startswith("d: 30 lines cannot be used (20 unknown key, 10 no text); ")
+    assert lines[21].startswith("d: 30 lines cannot be used (unknown key: 20, no text: 10); ")

@@ -268,8 +268,6 @@ def test_csv_has_a_header_and_may_have_line_breaks_in_quotes(tmp_path: Path) -> 
         {"file_name": "b.jpg", "caption": "A dog.", "label": "3"},
     ]
     assert numbers(lines) == [2, 5]
-    data = text.encode()
-    assert data[lines[1].offset :][: lines[1].length] == b"b.jpg,A dog.,3\r\n"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +276,8 @@ def test_csv_has_a_header_and_may_have_line_breaks_in_quotes(tmp_path: Path) -> 
         ("a.tsv", "image\tcaption\na.jpg\tA, cat\n"),
         ("a.csv", "image;caption\na.jpg;A, cat\n"),
         ("a.csv", "image\tcaption\na.jpg\tA, cat\n"),
+        ("a.txt", "\ufeffimage|caption\na.jpg|A, cat\n"),
+        ("captions", 'image,caption\na.jpg,"A, cat"\n'),
         ("a.CSV", 'image,caption\na.jpg,"A, cat"'),
     ],
 )

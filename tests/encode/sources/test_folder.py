@@ -306,7 +306,7 @@ def test_the_first_faults_are_shown_and_all_are_counted(photos: Path) -> None:
     lines = str(refused.value).split("\n")
     assert [line.split(":")[1] for line in lines[:20]] == [str(n + 1) for n in range(20)]
     assert lines[20] == "... and 30 more"
-    assert "50 lines cannot be used (50 unknown key)" in lines[21]
+    assert "50 lines cannot be used (unknown key: 50)" in lines[21]
 
 
 def test_a_data_uri_is_media_at_its_place_in_the_file(photos: Path) -> None:

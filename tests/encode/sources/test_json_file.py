@@ -188,8 +188,8 @@ def test_faults_are_named_by_file_and_line_and_may_be_left_out(data: Path) -> No
     with pytest.raises(UserError) as refused:
         read(write(data / "one.json", [llava("A.jpg")]), leave_out=True)
     assert str(refused.value) == (
-        f"{data}/one.json: no lines that can be used (one: nothing; left out: 1 name of a file that "
-        "differs; keys ignored: id (1))"
+        f"{data}/one.json: no lines that can be used (one: nothing; left out: 1 line (name of a "
+        "file that differs: 1))"
     )
     found, account = read(file, leave_out=True)
     assert [one.id for one in found] == ["a.jpg#0", "a.jpg#1"]

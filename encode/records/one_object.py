@@ -1,11 +1,13 @@
-"""COCO captions: one object with a list of images and a list of annotations.
+"""Files that are one object: COCO captions, or a list of records under a key.
 
     {"info": {...},
      "images": [{"id": 1, "file_name": "1.jpg", "width": 640, ...}, ...],
      "annotations": [{"id": 7, "image_id": 1, "caption": "A cat asleep."}, ...]}
 
-Each image becomes one line with its `captions`: several answers to one question. The file is read twice:
-memory holds the captions, not the images.
+    {"version": "1.0", "data": [{"image": "1.jpg", "caption": "A cat asleep."}, ...]}
+
+Each image of COCO becomes one line with its `captions`: several answers to one question. The file is read
+twice: memory holds the captions, not the images.
 """
 
 from __future__ import annotations
@@ -13,25 +15,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from encode.records.account import Account, FaultError
 from encode.records.json_window import Piece, Window, elements
-from encode.records.keys import Fields
+from encode.records.keys import CARRIES, CHANGES, KNOWN_KEYS, Fields
 from encode.records.record import Line
 from encode.records.strict_json import parse
 
-_SECTIONS = ("info", "licenses", "categories", "type", "images", "annotations")
+_COCO = ("images", "annotations")
+_OF_FILES = frozenset({"description", "url", "text", "path", "file_name", "filename"})
+"""Keys that say something about a whole file beside its list of records."""
+_NO_LISTS = (CHANGES | CARRIES) - {"train"}
+"""Keys of lists that are a part of one record."""
+MOST_SECTIONS = 10_000
+"""Keys of an object that is more than one record, at most."""
 MAX_CAPTIONS = 4 << 30
 """Characters of all captions, at most. COCO's training captions have 31 million."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a list of the file starts, behind its bracket."""
+    """Where the value of a key starts, behind its first byte."""
 
     offset: int
     line: int
+    kind: Literal["records", "list", "object", "other"]
+    """records: a list of objects."""
 
 
 @dataclass(slots=True)
@@ -43,7 +53,11 @@ class _Captions:
 
 
 def find_sections(file: BinaryIO) -> dict[str, Place] | None:
-    """Return where the lists of a COCO file start; None if the file is not one COCO object."""
+    """Return where the values of a file's only object start, unless the object is one record.
+
+    Returns:
+        None if the file is something else than one object, or if a key of the object is one of a record.
+    """
     window = Window(file)
     if window.skip_space() != b"{":
         return None
@@ -54,32 +68,76 @@ def find_sections(file: BinaryIO) -> dict[str, Place] | None:
             if byte == b"," and places:
                 window.at += 1
                 window.skip_space()
+            if window.peek() != b'"':
+                return None
             key = parse(window.piece().data)
-            if key not in _SECTIONS or window.skip_space() != b":":
+            is_known = key in KNOWN_KEYS and key not in _OF_FILES and key != "images"
+            if is_known or key in places or len(places) == MOST_SECTIONS:
+                return None
+            if window.skip_space() != b":":
                 return None
             window.at += 1
             opens = window.skip_space()
-            places[key] = Place(window.offset + 1, window.line)
+            start, line = window.offset + 1, window.line
+            kind: Literal["records", "list", "object", "other"] = "other"
             if opens == b"[":
                 window.at += 1
+                kind = "records" if window.skip_space() == b"{" else "list"
                 for _ in elements(window):
                     pass
-            elif key in ("images", "annotations"):
-                return None
             else:
+                kind = "object" if opens == b"{" else kind
                 window.piece()
+            places[key] = Place(start, line, kind)
     except FaultError:
         return None
     window.at += 1
-    is_coco = {"images", "annotations"} <= places.keys() and not window.skip_space()
-    return places if is_coco else None
+    is_record = "images" in places and "annotations" not in places
+    return None if is_record or window.skip_space() else places
+
+
+def read_sections(
+    file: BinaryIO, name: str, sections: Mapping[str, Place], account: Account
+) -> Iterator[Line] | None:
+    """Return the lines of COCO captions, or of the only list of records; None if there is no such list."""
+    lists = ("records", "list")
+    if all(key in sections and sections[key].kind in lists for key in _COCO):
+        return read_coco(file, name, sections, account)
+    found = [key for key, place in sections.items() if place.kind == "records"]
+    objects = [key for key, place in sections.items() if place.kind == "object"]
+    if len(found) == 1 and found[0] not in _NO_LISTS:
+        return _read_list(file, name, found[0], sections, account)
+    if len(found) > 1 or (not found and len(objects) == len(sections) > 0):
+        several = found or objects
+        keys = ", ".join(key[:40] for key in several[:5]) + ", ..." * (len(several) > 5)
+        what = (
+            f"{len(several):,} lists of records ({keys}): write each into a file of its own"
+            if found
+            else f"{len(several):,} objects ({keys}): write them as one list"
+        )
+        fault = FaultError(
+            "one object instead of a list", f"the file is one object that contains {what}"
+        )
+        account.fault(f"{name}:1", fault)
+        return iter(())
+    return None
+
+
+def _read_list(
+    file: BinaryIO, name: str, key: str, sections: Mapping[str, Place], account: Account
+) -> Iterator[Line]:
+    """Yield the records of the list at `key`; the other keys say something about all of them."""
+    account.ignore(dict.fromkeys((other for other in sections if other != key), 1))
+    for piece, value in _values(file, name, sections[key], account):
+        where = f"{name}:{piece.line}"
+        yield Line(where=where, value=value, offset=piece.offset, length=len(piece.data))
 
 
 def read_coco(
     file: BinaryIO, name: str, sections: Mapping[str, Place], account: Account
 ) -> Iterator[Line]:
     """Yield one line for each image. Captions without their image are faults."""
-    for section in sorted(sections.keys() - {"images", "annotations"}):
+    for section in sorted(sections.keys() - set(_COCO)):
         account.ignored[section] += 1
     captions: dict[Any, _Captions] = {}
     size = 0

@@ -1,6 +1,7 @@
-"""A file of COCO captions gives one line for each image, with its captions.
+"""A file that is one object: COCO captions give one line for each image; a list of records is read as such.
 
 {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+{"data": [{"image": "1.jpg", "caption": "A cat."}]}
 """
 
 from __future__ import annotations
@@ -131,3 +132,65 @@ def test_a_broken_file_is_a_fault(tmp_path: Path) -> None:
     text = json.dumps({"images": IMAGES, "annotations": ANNOTATIONS}, indent=1)
     lines, account = read(tmp_path / "a.json", text[:-30])
     assert not lines and sum(account.faults.values()) == 1
+
+
+WRAPPED: list[Any] = [
+    {"data": [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "y"}]},
+    {"version": "1.0", "description": "Cats.", "url": "http://x.org", "annotations": [{"a": 1}]},
+    {"info": {"year": 1}, "licenses": [], "tags": ["x"], "train": [{"text": "x"}, {"text": "y"}]},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("value", WRAPPED)
+def test_the_only_list_of_records_in_an_object_is_read(
+    tmp_path: Path, value: dict[str, Any], indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_window, "BLOCK", 50)
+    lines, account = read(tmp_path / "a.json", value, indent)
+    *_, (key, records) = value.items()
+    assert [line.value for line in lines] == records
+    assert account.ignored == dict.fromkeys(set(value) - {key}, 1) and not account.faults
+
+
+def test_a_broken_record_in_a_wrapped_list_is_one_fault(tmp_path: Path) -> None:
+    text = '{"data": [\n {"text": "x"},\n {"text": "y" "z"},\n {"text": NaN},\n {"text": "w"}\n]}\n'
+    lines, account = read(tmp_path / "a.json", text)
+    assert [line.value for line in lines] == [{"text": "x"}, {"text": "w"}]
+    assert [fault.split(": ")[0][-2:] for fault in account.first_faults] == [":3", ":4"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"train": [{"text": "x"}], "val": [{"text": "x"}]}, "2 lists of records (train, val): "),
+        ({str(n): {"image": "a.jpg", "caption": "x"} for n in range(9)}, "9 objects (0, 1, 2, 3, "),
+    ],
+)
+def test_an_object_that_is_no_list_says_what_it_contains(
+    tmp_path: Path, value: dict[str, Any], message: str
+) -> None:
+    lines, account = read(tmp_path / "a.json", value, 1)
+    assert not lines and account.faults == {"one object instead of a list": 1}
+    assert message in account.first_faults[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"image": "a.jpg", "caption": "x", "regions": [{"x": 1}]},
+        {"image": "a.jpg", "objects": [{"caption": "x"}]},
+        {"id": 1, "messages": [{"role": "user", "content": "x"}], "data": [{"text": "x"}]},
+        {"objects": [{"caption": "x"}]},
+        {"images": [{"path": "a.jpg"}], "data": [{"text": "x"}]},
+        {"metadata": {"x": 1}, "n": 3},
+    ],
+)
+def test_one_record_is_one_line(tmp_path: Path, value: dict[str, Any]) -> None:
+    lines, account = read(tmp_path / "a.json", value, 1)
+    assert [line.value for line in lines] == [value] and not account.faults
+
+
+def test_a_key_twice_is_a_fault(tmp_path: Path) -> None:
+    lines, account = read(tmp_path / "a.json", '{"data": [{"text": "x"}], "data": [{"text": "y"}]}')
+    assert not lines and account.faults == {"duplicate key": 1}
