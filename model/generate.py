@@ -11,7 +11,8 @@ record. Features pass through the space's codec, so the model gets what it would
 Frames of a video are sampled as for training. Only the answer is printed to standard output.
 
 `<image>` marks the place of an image in the prompt and `<video>` that of a video, in the order given. If the
-marks of a kind are not as many as its files, either mark stands for the next file: images first, then videos.
+number of marks of a kind differs from that of its files, either mark is replaced by the next file: images
+first, then videos.
 Without marks, images are put first, then videos, then the text.
 """
 

@@ -7,8 +7,7 @@ data/            from the cache to packed micro-batches
 step.py          the forward pass and the totals of a step
 optim.py         AdamW, learning rates, gradient clipping
 distributed.py   several processes that train one model
-stage/           the folder of a stage, and its checkpoints
-ending.py        how a training ends early: in one line, with the command that goes on
+stage/           the folder of a stage, its checkpoints, and the line that ends it early
 metrics.py       metrics.jsonl, the lines on the screen, trackers
 evaluate/, report/, demo.py   the other commands
 """

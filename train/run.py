@@ -35,7 +35,7 @@ from configs.signals import Interrupts, orderly_sigterm
 from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
-from train import ending, metrics, setup
+from train import metrics, setup
 from train.config import MACHINE_KEYS, SELECTORS, Options, preset
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader, StoppedWaitingError
@@ -43,7 +43,7 @@ from train.data.sample_list import ChangedSamplesError
 from train.data.schedule import Schedule
 from train.distributed import ProcessGroup, fingerprint, process_group
 from train.optim import build_optimizer, clip_gradients, rate_schedules, set_rates
-from train.stage import checkpoint, run_folder
+from train.stage import checkpoint, ending, run_folder
 from train.stage.card import write_card
 from train.step import (
     Forward,

@@ -249,7 +249,7 @@ def refuse_non_finite(
     Every process has equal totals and an equal norm of the summed gradients, so either all stop or none.
 
     Raises:
-        NonFiniteError: a loss or a gradient is NaN or infinite. `train.ending` finds a way out.
+        NonFiniteError: a loss or a gradient is NaN or infinite. `train.stage.ending` finds a way out.
     """
     if math.isfinite(norm) and math.isfinite(totals.loss):
         return

@@ -2,7 +2,7 @@
 
     1. select   samples whose media all have features; held out or not     join.py, sample_list.py
     2. tokenise the text of each sample, once, into mapped files           tokens.py
-    3. measure  the tokens that stand for each image and video             placeholders.py
+    3. measure  the tokens that represent each image and video            placeholders.py
     4. fit      leave out what cannot be trained on, cut what is too long  usable.py
     5. group    samples of equal media and equal beginning into trees      message_trees.py
     6. schedule which trees, and which answers, each optimizer step takes  schedule.py, choices.py

@@ -99,7 +99,7 @@ class _Renderer:
         self._rows = iter([row for m in tree.media for row in self._row_texts(m)])
 
     def _row_texts(self, item: int) -> list[tuple[str, int]]:
-        """Return for each row of an image or video its text, and the number of tokens it stands for."""
+        """Return for each row of an image or video its text, and the number of tokens that represent it."""
         samples, placeholders = self.trees.samples, self.trees.placeholders
         key = samples.key(item)[:KEY_SHOWN]
         if not samples.is_video(item):

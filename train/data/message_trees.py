@@ -43,7 +43,7 @@ class Draw(NamedTuple):
     """What decides which of several answers to a question is taken."""
 
     seed: int
-    """Of the run."""
+    """The seed of the run."""
     number: int
     """Passes over the data set before this one."""
 
@@ -89,7 +89,7 @@ class MessageTrees:
     loss_weight: npt.NDArray[np.float64]
     """(S,) sum of each sample's token loss weights, times the weight of the sample."""
     placeholders: Placeholders
-    """The tokens that stand for images and videos."""
+    """The tokens that represent images and videos."""
     max_tokens: int
     """Length limit of every tree, in tokens."""
 
@@ -153,7 +153,7 @@ def build_message_trees(
         tokens: their tokenised text, opened for `samples.names`.
         max_tokens: length limit of a tree, in tokens. A longer group is split, each part with the prefix.
         max_branches: most samples of one tree; at most the number of samples of a step.
-        placeholders: the tokens that stand for images and videos.
+        placeholders: the tokens that represent images and videos.
         over_long: what becomes of samples longer than `max_tokens`.
 
     Raises:

@@ -89,7 +89,7 @@ def build_token_tree(
         sample_numbers: positions of the samples in the sample list.
         factors: factor on each sample's loss weights.
         media: the images and videos that every one of the samples has.
-        contents: the tokens that stand for each of `media`; each ends with an image token.
+        contents: the tokens that represent each of `media`; each ends with an image token.
         image_token_id: id of the token at every position that receives a feature.
     """
     assert len(media) == len(contents), f"{len(media)} media, {len(contents)} contents"

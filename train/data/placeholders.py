@@ -1,4 +1,4 @@
-"""The tokens that stand for an image or a video in a sequence, and their number.
+"""The tokens that represent an image or a video in a sequence, and their number.
 
     placeholders = Placeholders.of(reader.spec, tokenizer)
     placeholders.contents(samples, [3, 0])    # the (n,) tokens of two media items

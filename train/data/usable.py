@@ -88,7 +88,7 @@ def fit_window(
     Args:
         samples: samples with text to learn.
         tokens: their tokenised text.
-        placeholders: the tokens that stand for images and videos.
+        placeholders: the tokens that represent images and videos.
         max_tokens: the window, in tokens.
         over_long: what to do with a longer sample.
 

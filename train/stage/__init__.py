@@ -4,6 +4,7 @@
     checkpoint.py    what a resumed run continues from
     origin.py        what `--from` names: a run, a stage, a checkpoint or a finished model
     card.py          what the model was trained on, for model.export
+    ending.py        how a training ends early: in one line, with the command that goes on
 
 Read run_folder.py first.
 """

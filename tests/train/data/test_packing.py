@@ -29,7 +29,7 @@ CONTENTS = [
         [IMAGE_ID],
     )
 ]
-"""The tokens that stand for each media item."""
+"""The tokens that represent each media item."""
 WEIGHTS = [0.0, 0.2, 1.0]
 
 words = st.lists(st.integers(0, 8), max_size=6)

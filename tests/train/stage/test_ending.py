@@ -14,9 +14,9 @@ import torch
 
 from configs import UserError
 from configs.command_line import CommandLine
-from train import ending
 from train.config import Options, free_name
 from train.distributed import ProcessGroup
+from train.stage import ending
 
 COMMAND = CommandLine("python -m train.run", ("--features", "my cache"))
 
