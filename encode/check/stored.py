@@ -27,7 +27,7 @@ from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.references import read_references
 from cache.store.space import read_info
 from configs import UserError
-from encode.check.media import CheckConfig, LoadedMedia, MediaLoader
+from encode.check.media import NOT_ON_DISK, CheckConfig, LoadedMedia, MediaLoader
 from encode.check.report import CheckReport, CodecLoss
 from model.quantize import pack, unpack
 from model.vision.encoder import VisionEncoder
@@ -130,9 +130,16 @@ def check_space(
         report.differing += [(float("inf"), text) for text in loader.undecodable]
     if not report.rows and not report.differing:
         why = "; ".join(f"{n:,} {text}" for text, n in report.skipped.items())
+        ways = []
+        if not report.skipped or NOT_ON_DISK in report.skipped:
+            ways.append(
+                "give the folder of kept downloads, --keep-media DIR, or download them: --check-urls"
+            )
+        if report.skipped.keys() - {NOT_ON_DISK}:
+            ways.append("encode the data set again: that takes its files as they are now")
         raise UserError(
-            f"{paths.root}: no media with stored rows can be loaded ({why or 'none known'}); give "
-            "the folder of kept downloads, --keep-media DIR, or download them: --check-urls"
+            f"{paths.root}: no media with stored rows can be loaded ({why or 'none known'}); "
+            + "; ".join(ways)
         )
     return report
 

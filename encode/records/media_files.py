@@ -216,11 +216,15 @@ class MediaFiles:
             not Path(path).is_symlink() or self._is_inside(os.path.realpath(path))
         )
         if not real_is_inside or not self._is_inside(path):
-            there = shlex.quote(os.path.realpath(path).rpartition("/")[0] or "/")
+            there = os.path.realpath(path).rpartition("/")[0] or "/"
+            advice = self._outside.replace("DIR", shlex.quote(there))
+            if not Path(there).is_dir():  # a path of another computer, as a rule
+                advice = (
+                    "there is no such folder here: write paths relative to the folder of the media"
+                )
             raise FaultError(
                 "file outside the folder",
-                f"{short(text.removeprefix('./'))} is outside {' and '.join(self._folders)}; "
-                f"{self._outside.replace('DIR', there)}",
+                f"{short(text.removeprefix('./'))} is outside {' and '.join(self._folders)}; {advice}",
             )
         return path
 

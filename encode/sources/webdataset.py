@@ -284,6 +284,9 @@ class _Reader:
         self._account.left_out.update(unusable)
         if unusable and not media:
             return None  # its text is about what cannot be used
+        if not media and str(value.get("status", "")).startswith("failed"):
+            self._account.left_out["failed download"] += 1
+            return None
         if again and not media:
             raise FaultError(
                 "members of a sample are not adjacent",

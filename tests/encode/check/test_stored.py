@@ -184,3 +184,12 @@ def test_codec_loss_is_relative_and_zero_for_rows_of_zeros() -> None:
     loss.add(x, y)
     assert loss.errors == pytest.approx([0, 0.1, 0])
     assert loss.cosines == pytest.approx([1, 27 / (5 * (9 + 4.5**2) ** 0.5), 1])
+
+
+def test_files_that_changed_or_moved_are_to_be_encoded_again(
+    photos: Path, run: Run, tmp_path: Path
+) -> None:
+    run("--dataset", f"folder:{photos}")
+    photos.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"can be loaded \(.*\); encode the data set again"):
+        run("--check", 50)

@@ -120,6 +120,8 @@ def test_other_spellings_of_a_file_that_exists_are_read_and_counted(
         ("../other.jpg", "'../other.jpg' is outside"),
         ("sub/../../x.jpg", "is outside"),
         ("/etc/passwd", "'/etc/passwd' is outside"),
+        ("/no/coco/1.jpg", "there is no such folder here: write paths relative to"),
+        ("//cdn.example.org/1.jpg", "there is no such folder here"),
         ("file:///etc/passwd", "is outside"),
         (r"..\x.jpg", ""),
         ("link.jpg", "'link.jpg' is outside"),

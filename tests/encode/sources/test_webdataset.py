@@ -222,6 +222,7 @@ def test_what_is_not_used_is_counted_by_its_reason(tmp_path: Path) -> None:
             ("b.jxl", unknown),
             ("b.txt", b"Its text."),
             ("README", b"text"),
+            ("g.json", json.dumps(img2dataset(1) | {"status": "failed_to_download"}).encode()),
             (".hidden.png", picture()),
             ("./c.png", picture()),
         ]:
@@ -244,9 +245,10 @@ def test_what_is_not_used_is_counted_by_its_reason(tmp_path: Path) -> None:
     assert account.left_out["link in a tar"] == 2
     assert account.left_out["special file in a tar"] == 1
     assert account.left_out["hidden member or without a suffix"] == 2
+    assert account.left_out["failed download"] == 1
     assert [n for why, n in account.left_out.items() if why.startswith(".jxl (JPEG XL")] == [1]
     assert any(reason.startswith(".npy") for reason in account.left_out)
-    assert sum(account.left_out.values()) == 7
+    assert sum(account.left_out.values()) == 8
 
 
 @pytest.mark.parametrize("form", ["--format=gnu", "--format=posix", "--format=oldgnu"])
