@@ -174,7 +174,7 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         words: the command line, after the program's name.
     """
     command = CommandLine("python -m encode.run", tuple(words))
-    datasets = open_datasets(options.dataset, root.path, options.source, options.media)
+    datasets = open_datasets(options.dataset, root.path, options.source, options.media, command)
     config = worker_config(options)
     if options.check is not None:
         return check(root, options, config, [dataset.name for dataset in datasets])

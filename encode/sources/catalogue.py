@@ -26,6 +26,7 @@ import configs
 from cache.store.paths import DATASET_NAME, CacheRoot, as_dataset_name, is_dataset_name
 from cache.store.samples import Sample, dataset_names, dataset_words
 from configs import UserError, nearest, one_line
+from configs.command_line import CommandLine, command_text, merge, with_options
 from encode.records.account import Account
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ SPEC_KINDS: Mapping[str, str] = {
 }
 """Kind of a data set without an entry -> how `--dataset` writes it."""
 
+COMMAND = CommandLine("python -m encode.run", ())
+"""The command that is suggested, if the user's is not known."""
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.+-]+))?", re.ASCII)
 _SPEC = re.compile(
     rf"(?:(?P<name>(?!(?:{'|'.join(SPEC_KINDS)}):)[^=]*)=)?(?P<kind>\w+):(?P<place>.*)", re.DOTALL
@@ -281,12 +284,15 @@ class Choice:
     """What `--dataset` accepts for it, from any folder."""
 
 
-def choose(specs: Sequence[str], features: Path | None = None) -> list[Choice]:
+def choose(
+    specs: Sequence[str], features: Path | None = None, command: CommandLine = COMMAND
+) -> list[Choice]:
     """Return the data sets that `--dataset` arguments name, each once.
 
     Args:
         specs: see the beginning of this file.
         features: the feature cache. An unknown name that is there is answered with the words that made it.
+        command: the user's, for that answer.
 
     Raises:
         UserError: no such data set, a name is invalid, or two different data sets have one name.
@@ -300,7 +306,9 @@ def choose(specs: Sequence[str], features: Path | None = None) -> list[Choice]:
                 for name in groups.get(spec, (spec,))
             ]
         else:
-            found = [_choose_spec(spec, entries, groups, features)]
+            if features is not None and is_dataset_name(spec):
+                _refuse_stored(spec, specs, CacheRoot(features), command)
+            found = [_choose_spec(spec, entries, groups)]
         for one in found:
             other = chosen.setdefault(one.name, one)
             if other.entry != one.entry:
@@ -315,12 +323,11 @@ def _choose_spec(
     spec: str,
     entries: Mapping[str, Entry],
     groups: Mapping[str, tuple[str, ...]],
-    features: Path | None,
 ) -> Choice:
     """Return the data set of one `[NAME=]KIND:PLACE`."""
     found = _SPEC.fullmatch(spec)
     if not found or found["kind"] not in SPEC_KINDS:
-        why = _stored(spec, features) or _unknown(spec, found, [*entries, *groups])
+        why = _unknown(spec, found, [*entries, *groups])
         raise UserError(f"--dataset {shlex.quote(spec)}: {why}")
     name, kind, place = found["name"], found["kind"], found["place"]
     entry = _entry_of(kind, place, spec)
@@ -341,15 +348,16 @@ def _choose_spec(
     return Choice(name=suggested, entry=entry, word=f"{suggested}={entry.spec}")
 
 
-def _stored(spec: str, features: Path | None) -> str:
-    """Return the words that made a data set of the cache, for an error about its name alone; or ''."""
-    root = CacheRoot(features) if features is not None and is_dataset_name(spec) else None
-    if root is None or spec not in dataset_names(root):
-        return ""
-    words = dataset_words(root, spec)
-    return (
-        "" if words == ("--dataset", spec) else f"it was made by other words: {shlex.join(words)}"
-    )
+def _refuse_stored(name: str, specs: Sequence[str], root: CacheRoot, command: CommandLine) -> None:
+    """Raise UserError with the command that reads a data set of the cache again, if its name does not."""
+    if name not in dataset_names(root):
+        return
+    _, word, *others = dataset_words(root, name)
+    if (word, others) == (name, []):
+        return
+    words = tuple(word if spec == name else spec for spec in specs)
+    again = command_text(command.program, with_options(merge(command.words, others), dataset=words))
+    raise UserError(f"--dataset {name}: it was made by other words: {again}")
 
 
 def _unknown(spec: str, found: re.Match[str] | None, known: Sequence[str]) -> str:
@@ -410,7 +418,11 @@ def _default_name(entry: Entry) -> str:
 
 
 def open_datasets(
-    specs: Sequence[str], features: Path, source: Path | None = None, media: Path | None = None
+    specs: Sequence[str],
+    features: Path,
+    source: Path | None = None,
+    media: Path | None = None,
+    command: CommandLine = COMMAND,
 ) -> list[Dataset]:
     """Return the data sets that `--dataset` arguments name, each once.
 
@@ -419,12 +431,13 @@ def open_datasets(
         features: the feature cache, where data sets that draw their own images keep them.
         source: folder with downloaded data sets. A data set that is missing there is left out and logged.
         media: folder of the media that data sets name.
+        command: the user's, for errors that suggest another.
 
     Raises:
         UserError: no such data set, folder or file, `source` or `media` is not used, or two different data
             sets have one name.
     """
-    choices = choose(specs, features)
+    choices = choose(specs, features, command)
     source, media = (path and path.expanduser().absolute() for path in (source, media))
     if source is not None and not any(one.entry.source in FROM_SOURCE for one in choices):
         raise UserError(f"--source {source}: no data set named by --dataset is read from there")

@@ -238,7 +238,7 @@ def test_the_users_file_has_encoders_and_data_sets(
     monkeypatch.chdir("/")
     assert main([*origin.words, *words]) == 0
     assert "encoded=0 reused=6" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"made by other words: --dataset holidays --config "):
+    with pytest.raises(UserError, match=r"made by other words: python -m encode.run .* --config "):
         main(["--dataset", "holidays", *words])
 
 

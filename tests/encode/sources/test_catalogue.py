@@ -17,6 +17,7 @@ import configs
 from cache.store.paths import CacheRoot
 from cache.store.samples import Origin, write_samples
 from configs import UserError
+from configs.command_line import CommandLine
 from encode.sources import catalogue
 from encode.sources.catalogue import Entry, choose, open_datasets, read_catalogue
 
@@ -138,10 +139,20 @@ def test_the_name_of_a_stored_data_set_is_answered_with_the_words_that_made_it(h
         UserError, match=r"--dataset photos: it was made by other words: "
     ) as refused:
         choose(["photos"], root.path)
-    assert shlex.split(str(refused.value).partition("words: ")[2]) == [*words]
+    again = ["python", "-m", "encode.run"]
+    assert shlex.split(str(refused.value).partition("words: ")[2]) == [
+        *again,
+        *words[2:],
+        *words[:2],
+    ]
+    command = CommandLine("python -m encode.run", ("--pool", "2", "--dataset", "demo", "photos"))
+    with pytest.raises(UserError) as refused:
+        choose(["demo", "photos"], root.path, command)
+    given = ["--pool", "2", "--limit", "3", "--dataset", "demo", words[1]]
+    assert shlex.split(str(refused.value).partition("words: ")[2]) == again + given
     words = ("--dataset", "photos", "--config", "/my/file.yaml")
     write_samples(root, "photos", [], Origin(words=words))
-    with pytest.raises(UserError, match=r"words: --dataset photos --config /my/file\.yaml$"):
+    with pytest.raises(UserError, match=r"run --config /my/file\.yaml --dataset photos$"):
         choose(["photos"], root.path)
     write_samples(root, "old", [])
     with pytest.raises(UserError, match="no such data set"):
