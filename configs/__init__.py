@@ -223,6 +223,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if value not in args:
             raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, args))}")
         return value
+    if args == (str, Ellipsis) and isinstance(value, str):
+        raise UserError(f"{where}: expected a list: [{json.dumps(value)}]")
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is Ellipsis:
             args = args[:1] * len(value)

@@ -235,11 +235,14 @@ class _Reading:
         """Return the samples of a media file and the texts beside it; None if there is no text."""
         parent, _, name = path.rpartition("/")
         value: dict[str, Any] = {}
-        used = []
+        used: list[str] = []
         for text in self._beside(path):
             is_record = suffix_of(text) == RECORD_SUFFIX
             content = look(self._source(text))
-            if (content and content.format not in _TEXTS) or (not is_record and "txt" in value):
+            if content and content.format not in _TEXTS:
+                continue
+            if used if is_record else "txt" in value:
+                self._texts[text] = "beside another text"
                 continue
             try:
                 found = self._record(text, name) if is_record else self._caption(text)
@@ -260,6 +263,9 @@ class _Reading:
             return self._records.of_value(value, self._folder / parent, path)
         except FaultError as fault:
             self._account.fault(printable(self._source(used[0])), fault)
+            for text in used[1:]:
+                self._settled.discard(text)
+                self._texts[text] = "beside a text with a fault"
             return []
 
     def _beside(self, path: str) -> list[str]:

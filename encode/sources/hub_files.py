@@ -153,8 +153,11 @@ def _local_copy(source: Path, repository: str) -> Path | None:
     """Return the folder of a repository's copy: in `source`, or `source` itself."""
     org, _, name = repository.rpartition("/")
     places = [source / name, source / org / name, source / f"{org}__{name}"]
-    snapshots = source / f"datasets--{org}--{name}" / "snapshots"  # as the hub's client stores it
-    if snapshots.is_dir():
+    stored = f"datasets--{org}--{name}"  # as the hub's client stores it
+    snapshots = (source if source.name == stored else source / stored) / "snapshots"
+    if source.parent.parent.name == stored:
+        places.append(source)
+    elif snapshots.is_dir():
         places += sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime)[-1:]
     if source.name in (name, f"{org}__{name}"):
         places.append(source)

@@ -199,6 +199,7 @@ def test_the_users_file_adds_and_replaces(here: Path) -> None:
             "datasets: {a: {source: hf, path: p, hub: x/y}}",
             "datasets: a: source: hf needs path or hub",
         ),
+        ('datasets: {a: {source: hf, path: p, where: "n >= 4"}}', r'where: .* list: \["n >= 4"\]'),
         ("datasets: {a: {source: folder, pth: p}}", "datasets: a: unknown key 'pth'"),
         ("datasets: {a b: {source: folder, path: p}}", "datasets: a b: a name has letters"),
         ("datasets: {1: {source: folder, path: p}}", "datasets: 1: a name has letters"),

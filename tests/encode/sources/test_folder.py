@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import configs
@@ -625,6 +625,8 @@ LINKS = st.dictionaries(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TREES, LINKS)
+@example({"a.jpg": "jpeg", "a.json": "record", "a.txt": "text"}, {})
+@example({"a.jpg": "jpeg", "a.jpg.json": "record", "a.json": "record", "b.txt": "text"}, {})
 def test_every_file_is_used_or_counted(tree: dict[str, str], links: dict[str, str]) -> None:
     top = Path(tempfile.mkdtemp())
     try:
