@@ -5,12 +5,12 @@
     check_template(tokenizer, own)
 
 In training a turn's role, its text and its media are tokenised one by one, and text never becomes a control
-token. A chat template gives one string for all of it. The tokenizer of the folder makes up for that in two
-places:
+token. A chat template gives one string for all of it. Two code points that are no characters make up for
+that: the template writes them, and the tokenizer of the folder drops them.
 
-- It cuts behind the role, so that a text that begins with a line break is not joined to the one before it.
-- It drops `BREAK`, a code point that is no character. The template puts it into whatever looks like a control
-  token in a text, so that it stays text.
+- `CUT` is behind a turn's role, and the tokenizer cuts there. So a text that begins with a line break is not
+  joined to the one before it.
+- `BREAK` is in whatever looks like a control token in a text, so that it stays text.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ from configs import UserError, one_line
 from model.language.chat_template import Message, prompt_ids, tokenize_messages
 from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES
 
-BREAK = "\ufdd0"
-"""Unicode keeps this code point free for uses inside a program: it is in no text."""
-ROLE = rf"\A(?:{'|'.join(ROLES)})\n"
-"""A role at the start of what follows a control token (a regular expression of Oniguruma)."""
+BREAK, CUT = "\ufdd0", "\ufdd1"
+"""Unicode keeps these code points free for uses inside a program: they are in no text."""
 
 _CUT = {
     "type": "Split",
-    "pattern": {"Regex": ROLE},
-    "behavior": "Isolated",
+    "pattern": {"String": CUT},
+    "behavior": "Removed",
     "invert": False,
 }
+_REPLACE_CUT = {"type": "Replace", "pattern": {"Regex": rf"{CUT}(?=[\s\S])"}}
 _DROP = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
 
 TEMPLATE = """\
@@ -54,7 +53,7 @@ TEMPLATE = """\
   {%- if message['role'] not in ROLES -%}
     {{- raise_exception('role ' + message['role'] + ' is none of ' + ROLES | join(', ')) -}}
   {%- endif -%}
-  {{- 'IM_START' + message['role'] + '\\n' -}}
+  {{- 'IM_START' + message['role'] + '\\n\\ufdd1' -}}
   {%- if message['content'] is string -%}
     {%- if message['role'] == 'user' -%}
       {%- for text in message['content'].split('IMAGE') -%}
@@ -80,7 +79,7 @@ TEMPLATE = """\
   {{- 'IM_END\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{- 'IM_STARTassistant\\n' -}}
+  {{- 'IM_STARTassistant\\n\\ufdd1' -}}
 {%- endif -%}
 """
 
@@ -127,8 +126,16 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     """Return a tokenizer that tokenises a whole conversation as training tokenises its pieces."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None
-    state["normalizer"] = _first(_DROP, state["normalizer"], "normalizers")
-    state["pre_tokenizer"] = _first(_CUT, state["pre_tokenizer"], "pretokenizers")
+    normalizers = _steps(state["normalizer"], "normalizers")
+    # Llama 2 puts a space before every text, so also behind a cut.
+    prepended = [step["prepend"] for step in normalizers if step["type"] == "Prepend"]
+    first = [_DROP, *(_REPLACE_CUT | {"content": CUT + text} for text in prepended)]
+    state["normalizer"] = _sequence(first, normalizers, "normalizers")
+    pieces = _steps(state["pre_tokenizer"], "pretokenizers")
+    for step in pieces:
+        if step.get("prepend_scheme") == "first":  # the same in a newer form
+            step["prepend_scheme"] = "always"
+    state["pre_tokenizer"] = _sequence([_CUT], pieces, "pretokenizers")
     for token in state["added_tokens"]:
         # One that is looked for behind the normalizer would be found again where `BREAK` was.
         token["normalized"] = token["normalized"] and not token["special"]
@@ -137,11 +144,19 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenize
     return result
 
 
-def _first(step: dict[str, Any], steps: dict[str, Any] | None, key: str) -> dict[str, Any]:
-    """Return the steps of a tokenizer with `step` as the first one, once."""
-    every = [] if steps is None else steps[key] if steps["type"] == "Sequence" else [steps]
-    every = [step, *(other for other in every if other != step)]
-    return step if len(every) == 1 else {"type": "Sequence", key: every}
+def _steps(steps: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or a pre-tokenizer."""
+    if steps is None:
+        return []
+    return list(steps[key]) if steps["type"] == "Sequence" else [steps]
+
+
+def _sequence(
+    first: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], key: str
+) -> dict[str, Any]:
+    """Return steps of which some are the first ones, once."""
+    every = [*first, *(step for step in others if step not in first)]
+    return every[0] if len(every) == 1 else {"type": "Sequence", key: every}
 
 
 def as_parts(messages: Sequence[Message], images: int) -> list[dict[str, Any]]:

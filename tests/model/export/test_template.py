@@ -6,19 +6,20 @@ tokenizer = exported_tokenizer(own); tokenizer.chat_template = chat_template(own
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs import UserError
 from model.export.template import (
     BREAK,
+    CUT,
     as_parts,
     chat_template,
     check_template,
@@ -55,22 +56,38 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return prepare_tokenizer(tokenizer)
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2's: each text that it gets begins with a space."""
-    letters = ["▁", *map(chr, range(33, 127)), "\n"]
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    return prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+def sentencepiece_like(newer: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2's: each text that it gets begins with a space, in either form of it."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *map(chr, range(33, 127))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("▁", "i"), ("▁i", "s"), ("▁", "▁"), ("▁", "u"), ("u", "s")]
+    for pair in merges:
+        vocabulary.setdefault("".join(pair), len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    if newer:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", *SPECIALS]})
+    return prepare_tokenizer(tokenizer)
 
 
-@pytest.fixture(scope="module", params=["bytes", "merging"])
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "bytes": lambda: byte_tokenizer(("What", "is")),
+    "as Qwen": merging_tokenizer,
+    "as Llama 2": lambda: sentencepiece_like(newer=False),
+    "as Llama 2, newer": lambda: sentencepiece_like(newer=True),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS.values(), ids=TOKENIZERS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """A tokenizer of training, and the exported one as transformers loads it from its folder."""
-    own = byte_tokenizer(("What", "is")) if request.param == "bytes" else merging_tokenizer()
+    own = request.param()
     exported = exported_tokenizer(own)
     exported.chat_template = chat_template(own)
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -97,7 +114,8 @@ conversations = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
 @given(conversation=conversations)
 def test_text_of_any_kind(pair: tuple[Any, Any], conversation: list[tuple[str, str]]) -> None:
     """As text and as one text part; a control token in it stays text."""
@@ -108,7 +126,8 @@ def test_text_of_any_kind(pair: tuple[Any, Any], conversation: list[tuple[str, s
     same(pair, messages, 0, parts)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
 @given(
     conversation=st.lists(
         st.tuples(
@@ -152,7 +171,7 @@ def test_the_mark_in_a_text_part_is_text(pair: tuple[Any, Any]) -> None:
 
 def test_a_mark_that_is_broken_by_hand_is_no_control_token(pair: tuple[Any, Any]) -> None:
     _, exported = pair
-    text = f"a<{BREAK}|im_end|>b"
+    text = f"a<{BREAK}|im_end|>{CUT}b"
     ids = exported.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
     assert ids.count(exported.convert_tokens_to_ids("<|im_end|>")) == 1
 
@@ -174,7 +193,7 @@ def test_what_training_does_not_have_is_refused(
 
 def test_plain_text_has_the_tokens_of_the_models_own_tokenizer(pair: tuple[Any, Any]) -> None:
     own, exported = pair
-    for text in ("What is this?\n\n", " a  b\tc", "é 中文 🙂", "<think>\n</think>"):
+    for text in ("What is this?\n\n", " a  b\tc", "é 中文 🙂", "<think>\n</think>", "user\n\n"):
         assert exported.encode(text) == own.encode(text)
         assert exported.decode(exported.encode(text)) == own.decode(own.encode(text))
 
@@ -188,7 +207,9 @@ def test_exporting_an_exported_tokenizer_changes_nothing(
 
 
 def test_a_tokenizer_that_no_template_serves_is_refused() -> None:
-    own = sentencepiece_like()
+    """Its control token takes the spaces before it, which training keeps."""
+    own = merging_tokenizer()
+    own.add_special_tokens({"eos_token": AddedToken("<|im_end|>", lstrip=True, special=True)})
     exported = exported_tokenizer(own)
     exported.chat_template = chat_template(own)
     with pytest.raises(UserError, match="no chat template gives the tokens of training") as caught:
