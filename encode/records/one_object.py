@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from encode.records.account import Account, FaultError
 from encode.records.json_window import Piece, Window, elements
-from encode.records.keys import CARRIES, CHANGES, KNOWN_KEYS, Fields
+from encode.records.keys import CARRIES, CHANGES, KNOWN_KEYS, Fields, show
 from encode.records.record import Line
 from encode.records.strict_json import parse
 
@@ -195,9 +195,7 @@ def as_object(piece: Piece) -> dict[str, Any]:
         raise piece.fault
     value = parse(piece.data, piece.line)
     if not isinstance(value, dict):
-        raise FaultError(
-            "not an object", f"expected an object in braces, found {type(value).__name__}"
-        )
+        raise FaultError("not an object", f"expected an object in braces, found {show(value)}")
     return value
 
 

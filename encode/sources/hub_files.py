@@ -143,9 +143,13 @@ def missing_from(source: Path, repositories: Mapping[str, str]) -> UserError:
         return UserError(f"--source {source}: no such folder")
     names = list(dict.fromkeys(one.rpartition("/")[2] for one in repositories.values()))
     first = next(iter(repositories.values()))
+    copy = ""
+    if any(next(source.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
+        word = shlex.quote(f"hf:{source.resolve()}")
+        copy = f" If it is a copy itself: --dataset {word} (:CONFIG) without --source."
     return UserError(
         f"--source {source} has none of the data sets asked for (looked for the folders "
-        f"{', '.join(names)}). Get one: {_command(first, str(source))}"
+        f"{', '.join(names)}).{copy} Get one: {_command(first, str(source))}"
     )
 
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from configs import UserError
 from encode.sources import hub_files
 from encode.sources.catalogue import choose, open_datasets
-from encode.sources.hub_files import open_hub, open_local
+from encode.sources.hub_files import missing_from, open_hub, open_local
 from tests.support import ROOT
 from tests.support.pixmo_lists import HELD_OUT, write_pixmo
 
@@ -427,3 +427,11 @@ def test_training_files_are_downloaded_once(served: tuple[str, list[str]], tmp_p
     assert not list((tmp_path / "home").rglob("*test-*")) and HELD_OUT not in done.stdout
     assert refused.startswith("refused: data set pixmo-cap (allenai/pixmo-cap on the hub): ")
     assert "404" in refused and refused.endswith("and give --source DIR")
+
+
+def test_a_copy_of_another_name_as_source_is_answered_with_its_own_word(tmp_path: Path) -> None:
+    copy = make(tmp_path / "my copy", "part/train-0.parquet")
+    assert open_hub("set", "org/x", "part", copy) is None
+    error = str(missing_from(copy, {"set": "org/x"}))
+    assert f"--dataset 'hf:{copy}' (:CONFIG) without --source. Get one: hf download org/x" in error
+    assert "copy itself" not in str(missing_from(tmp_path, {"set": "org/x"}))
