@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,9 @@ class Options(RemoteOptions):
             )
         if not (self.train_connector or self.train_llm):
             raise ValueError("train_connector and train_llm are both false: nothing would learn")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} {value} is not finite")
         _check_at_least(self, 1, _COUNTS)
         _check_at_least(self, 0, _AMOUNTS)
         for name in ("held_out", "min_coverage", "min_lr_ratio"):
@@ -327,17 +331,18 @@ def parse_mix(text: str) -> dict[str, float | None]:
     """Return data set -> share for `a=0.6,b=0.4`; with `a,b` the shares are None.
 
     Raises:
-        UserError: a share is no number.
+        UserError: a share is no finite number.
     """
     mix: dict[str, float | None] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, share = part.partition("=")
         try:
             mix[name.strip()] = float(share) if equals else None
+            known = not equals or math.isfinite(float(share))
         except ValueError:
-            raise UserError(
-                f"--datasets {part}: {share!r} is no number; write NAME=SHARE"
-            ) from None
+            known = False
+        if not known:
+            raise UserError(f"--datasets {part}: {share!r} is no number; write NAME=SHARE")
     return mix
 
 

@@ -36,7 +36,7 @@ from model.io.saved_model import save_final
 from model.language.model import load_tokenizer
 from model.vlm import parameter_counts
 from train import metrics, setup
-from train.config import MACHINE_KEYS, SELECTORS, Options, preset
+from train.config import MACHINE_KEYS, SELECTORS, Options, preset, stage_folder
 from train.data.inspect import inspect_text
 from train.data.loader import FeatureLoader, StoppedWaitingError
 from train.data.sample_list import ChangedSamplesError
@@ -82,12 +82,16 @@ def run(argv: Sequence[str] | None, group: ProcessGroup) -> int:
     )
     options = dataclasses.replace(options, processes=options.processes or group.world_size)
     command = ending.command_line(PROG, words, group)
+    if (
+        options.resume
+    ):  # has the options of the run, so every command that goes on from it has them too
+        began_with = run_folder.began_with(stage_folder(options.run, options.stage))
+        command = dataclasses.replace(command, words=tuple(merge(began_with, words)))
     folder, options = run_folder.check_folder(options, command)
     if group.broadcast(lambda: run_folder.is_finished(folder)) and not options.inspect:
         print(f"{folder}: stage {options.stage} is finished; nothing to do")
         return 0
-    began_with = run_folder.read_facts(folder).get("command", ())
-    command = dataclasses.replace(command, words=tuple(merge(began_with, words)))
+    run_folder.read_facts(folder)  # a damaged run.json is an error before anything is loaded
     device = group.device(options.device)
     group.connect(device)
     with ending.one_line(folder, command, options):

@@ -15,7 +15,7 @@ import configs
 from configs import UserError, dump, parse
 from tests.support import ROOT
 from train import distributed
-from train.config import SELECTORS, Options, preset
+from train.config import SELECTORS, Options, parse_mix, preset
 
 
 def test_presets_depend_on_stage_and_hardware() -> None:
@@ -106,3 +106,19 @@ def test_an_error_in_the_users_stages_names_the_file(
     with pytest.raises(UserError) as refused:
         read(["--config", str(file), "--stage", "1", "--hardware", "cpu"])
     assert str(refused.value).startswith(f"{file}: {says}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "option", ["learning-rate", "weight-decay", "max-grad-norm", "adam-eps", "held-out"]
+)
+def test_numbers_that_are_not_finite_are_refused(option: str, value: str) -> None:
+    """No rate helps a run whose own options are NaN, so no command would go on from it."""
+    with pytest.raises(UserError, match="is not finite"):
+        parse(Options, [f"--{option}", value], prog="train.run")
+
+
+@pytest.mark.parametrize("share", ["nan", "inf", "", "half"])
+def test_a_share_of_a_mix_is_a_finite_number(share: str) -> None:
+    with pytest.raises(UserError, match="is no number; write NAME=SHARE"):
+        parse_mix(f"a={share},b=0.5")

@@ -236,6 +236,15 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     write_atomic(folder / RUN, (json.dumps(facts, indent=1) + "\n").encode())
 
 
+def began_with(folder: Path) -> list[str]:
+    """Return the words of the command that began a stage, even without a checkpoint; [] if not known."""
+    try:
+        words = json.loads((folder / RUN).read_text(encoding="utf-8"))["command"]
+        return [str(word) for word in words]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """Return run.json; an empty dict if the stage has not begun.
 

@@ -158,6 +158,28 @@ def test_a_resumed_run_with_a_lower_rate_is_another_run(train: Any) -> None:
     assert goes_on(train, error).parent.name == f"{NAME}-2"
 
 
+def test_the_command_after_changed_options_keeps_the_others(train: Any) -> None:
+    """`--resume` needs no other option, so the command of the message adds those of the run."""
+    interrupted(train)
+    short = ["--run", NAME, "--resume", "--batch-size", "2"]
+    code, error = train.command(*short)
+    assert code == 2 and "batch_size_per_gpu" in error
+    words = printed(error)
+    assert words[words.index("--max-steps") + 1] == "6" and "--features" in words
+    goes_on(train, error)
+
+
+def test_a_start_after_a_failed_one_is_a_command_of_its_own(train: Any) -> None:
+    """The options of a start that left no checkpoint are no options of the next start."""
+    high = ["--learning-rate", "1e30", "--connector-learning-rate", "1e30"]
+    high += ["--warmup-steps", "0", "--connector-warmup-steps", "0", "--save-every", "100"]
+    code, error = train(*high, "--eval-samples", "7")
+    assert code == 2 and "--eval-samples 7" in error
+    code, error = train(*high)
+    assert code == 2 and "--eval-samples" not in error
+    goes_on(train, error)
+
+
 def test_features_that_are_not_finite_are_named(train: Any, tmp_path: Path) -> None:
     root = trained_runs.make(tmp_path / "bro ken", 20, broken=11)
     code, error = train("--held-out", "0", "--max-steps", "9", features=root.path)
