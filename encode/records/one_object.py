@@ -28,8 +28,8 @@ _OF_FILES = frozenset({"description", "url", "text", "path", "file_name", "filen
 """Keys that say something about a whole file beside its list of records."""
 _NO_LISTS = (CHANGES | CARRIES) - {"train"}
 """Keys of lists that are a part of one record."""
-MOST_SECTIONS = 10_000
-"""Keys of an object that is more than one record, at most."""
+MOST_SECTIONS = 1000
+"""Keys after which it is clear that an object contains objects, or is one record."""
 MAX_CAPTIONS = 4 << 30
 """Characters of all captions, at most. COCO's training captions have 31 million."""
 
@@ -72,8 +72,10 @@ def find_sections(file: BinaryIO) -> dict[str, Place] | None:
                 return None
             key = parse(window.piece().data)
             is_known = key in KNOWN_KEYS and key not in _OF_FILES and key != "images"
-            if is_known or key in places or len(places) == MOST_SECTIONS:
+            if is_known or key in places:
                 return None
+            if len(places) == MOST_SECTIONS:
+                return places if {place.kind for place in places.values()} == {"object"} else None
             if window.skip_space() != b":":
                 return None
             window.at += 1
@@ -110,10 +112,11 @@ def read_sections(
     if len(found) > 1 or (not found and len(objects) == len(sections) > 0):
         several = found or objects
         keys = ", ".join(key[:40] for key in several[:5]) + ", ..." * (len(several) > 5)
+        number = f"{len(several):,}" + " or more" * (len(several) == MOST_SECTIONS)
         what = (
-            f"{len(several):,} lists of records ({keys}): write each into a file of its own"
+            f"{number} lists of records ({keys}): write each into a file of its own"
             if found
-            else f"{len(several):,} objects ({keys}): write them as one list"
+            else f"{number} objects ({keys}): write them as one list"
         )
         fault = FaultError(
             "one object instead of a list", f"the file is one object that contains {what}"

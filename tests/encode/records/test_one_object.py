@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from encode.records import json_window
+from encode.records import json_window, one_object
 from encode.records.account import Account
 from encode.records.reading import read_records
 from encode.records.stream import read_lines
@@ -194,3 +194,13 @@ def test_one_record_is_one_line(tmp_path: Path, value: dict[str, Any]) -> None:
 def test_a_key_twice_is_a_fault(tmp_path: Path) -> None:
     lines, account = read(tmp_path / "a.json", '{"data": [{"text": "x"}], "data": [{"text": "y"}]}')
     assert not lines and account.faults == {"duplicate key": 1}
+
+
+def test_an_object_of_very_many_objects_is_not_read_whole(tmp_path: Path) -> None:
+    value = {
+        str(n): {"image": "a.jpg", "caption": "x"} for n in range(one_object.MOST_SECTIONS + 9)
+    }
+    lines, account = read(tmp_path / "a.json", value)
+    assert not lines and "contains 1,000 or more objects (0, 1," in account.first_faults[0]
+    lines, _ = read(tmp_path / "a.json", value | {"0": 1})
+    assert len(lines) == 1
