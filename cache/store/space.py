@@ -206,6 +206,8 @@ def find_space(root: CacheRoot, name: str | None) -> SpacePaths:
     """
     names = root.space_names()
     if not names:
+        if root.path.is_file():
+            raise NotFoundError(f"{root.path}: a file; features are in a folder: --features DIR")
         words = dataset_words(root, None)
         words += ("--encoder", "demo") if words == DEMO_WORDS else ()
         raise NotFoundError(

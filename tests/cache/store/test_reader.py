@@ -494,3 +494,14 @@ def test_a_space_is_found_by_name_or_if_it_is_the_only_one(tmp_path: Path) -> No
         find_space(root, "toy")
     with pytest.raises(NotFoundError, match="no space 'toi'"):
         find_space(root, "toi")
+
+
+def test_a_file_in_place_of_a_cache_is_named_without_a_command_that_cannot_work(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "notes.txt").write_text("no cache")
+    with pytest.raises(
+        NotFoundError, match=r"notes\.txt: a file; features are in a folder"
+    ) as said:
+        find_space(CacheRoot(tmp_path / "notes.txt"), None)
+    assert "encode.run" not in str(said.value)
