@@ -13,6 +13,7 @@ V width.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -56,12 +57,17 @@ def export_tower(encoder: VisionEncoder) -> ExportedTower:
     """
     config, depth = encoder.config, encoder.tower.depth
     loaded = encoder.load_info()
-    every = load_encoder(
-        dataclasses.replace(config, blocks=tuple(range(depth))),
-        device="cpu",
-        random_weights=loaded["random_weights"],
-        weights=loaded["weights"],
-    )
+    checks = logging.getLogger("model.vision.activation_check")
+    checks.disabled = True  # they warned of this file when `encoder` was loaded
+    try:
+        every = load_encoder(
+            dataclasses.replace(config, blocks=tuple(range(depth))),
+            device="cpu",
+            random_weights=loaded["random_weights"],
+            weights=loaded["weights"],
+        )
+    finally:
+        checks.disabled = False
     tower: Any = every.tower
     if isinstance(tower, DemoTower):
         named, kind, modules = _from_demo(tower), "siglip", (tower.blocks[0].heads, DEMO_EPS)

@@ -107,12 +107,13 @@ def refusal(config: EncoderConfig, weights: Path | None = None) -> str:
 
 def write_weights(folder: Path, model: str = "tiny-quickgelu", seed: int = 3) -> Path:
     """Write a checkpoint of open_clip with random weights in which no tensor is 0 or 1 everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: value + 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in open_clip.create_model(model).state_dict().items()
-        if value.is_floating_point()
-    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = {
+            name: value + 0.1 * torch.randn(value.shape)
+            for name, value in open_clip.create_model(model).state_dict().items()
+            if value.is_floating_point()
+        }
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")
     return folder / "open_clip_model.safetensors"
