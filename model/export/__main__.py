@@ -125,7 +125,7 @@ def _write_compared(
     print(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
     questions = sample_questions()
     print(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
-    expected = answers_of(vlm, tokenizer, encoder, meta["space"], questions)
+    expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
     del vlm, encoder  # before the same weights are loaded once more
     found = compare(folder, questions, expected, own_code=spec.pool_image > 1)
     print(

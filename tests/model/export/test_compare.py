@@ -38,11 +38,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     place = tmp_path_factory.mktemp("compare")
     eyes = load_encoder(tiny_clip.entry(fit="pad"), device="cpu", random_weights=True)
     tiny_clip.save_trained(place, eyes, "mlp", codec="int8")
-    vlm, tokenizer, meta = load_final(place / "stage1/final")
+    vlm, tokenizer, _ = load_final(place / "stage1/final")
     (place / "out").mkdir()
     write_folder(place / "out", vlm, tokenizer, export_tower(eyes), eyes.spec("int8"))
     questions = sample_questions()
-    return place / "out", questions, answers_of(vlm, tokenizer, eyes, meta["space"], questions)
+    return place / "out", questions, answers_of(vlm, tokenizer, eyes, "int8", questions)
 
 
 @pytest.mark.parametrize("installed", [True, False])
