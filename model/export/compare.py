@@ -156,8 +156,8 @@ def answers_of(
     packed = pack(encoded, codec)
     if not bool(packed.finite.all()):
         raise UserError(
-            "the encoder's features of a photograph are not finite: are the weights damaged? Give intact ones: "
-            "--weights PATH"
+            "the encoder's features of a photograph are not finite: are the weights damaged? Give intact "
+            "ones: --weights PATH"
         )
     stored = unpack(packed.rows, codec, *encoded.shape[1:])
     result = []
