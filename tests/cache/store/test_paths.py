@@ -73,7 +73,7 @@ def test_a_folder_without_a_cache_is_refused_in_one_line_with_exit_code_2(
         command(import_module(name).main, errors=(CacheError,))
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: no ") and err.count("\n") == 1
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert str(here) in err
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 

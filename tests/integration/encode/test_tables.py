@@ -118,9 +118,9 @@ class Job:
     dataset: str
     features: Path
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, commit_every_s: str = "0.5") -> subprocess.Popen[bytes]:
         words = ["--dataset", self.dataset, "--features", str(self.features), "--encoder", "demo"]
-        words += ["--workers", "0", "--commit-every-s", "0.5"]
+        words += ["--workers", "0", "--commit-every-s", commit_every_s]
         return subprocess.Popen(
             [sys.executable, "-m", "encode.run", *words],
             cwd=ROOT,
@@ -144,9 +144,9 @@ class Job:
     def kill_after(self, commits: int) -> None:
         """Start, and kill once this many shards were committed."""
         wanted = self.commits() + commits
-        process = self.start()
+        process = self.start("0.1")
         while process.poll() is None and self.commits() < wanted:
-            time.sleep(0.01)
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the job ended before it was killed"
 
