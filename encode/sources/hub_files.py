@@ -23,6 +23,7 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from cache.errors import EmbeddedMediaError
 from configs import UserError, nearest, one_line
 from model.io.hub import unreachable
 
@@ -33,6 +34,7 @@ OTHER_SPLITS = ("validation", "valid", "val", "test", "dev")
 TABLES = (".parquet", ".arrow")
 """Suffixes of the files that are read."""
 CARD = "README.md"
+LFS_POINTER = b"version https://git-lfs"
 MAX_CARD_BYTES = 8 << 20
 SHOWN = 30
 """Names of configs that an error lists."""
@@ -471,3 +473,17 @@ def _other_kind(path: Path) -> str:
     kinds = {".tar": "webdataset", **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv"), "json")}
     kind = kinds.get(path.suffix.lower())
     return f"; for {path.name}: --dataset {shlex.quote(f'{kind}:{path}')}" if kind else ""
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Return what is wrong with a downloaded file, in one line."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as failed:
+        return f"cannot be read ({failed.strerror})"
+    if pointer:
+        return "a Git LFS pointer, not the data: fetch it with git lfs pull"
+    if isinstance(error, EmbeddedMediaError):
+        return str(error)
+    return f"damaged file ({one_line(error)}); download it again"

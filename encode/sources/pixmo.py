@@ -34,7 +34,7 @@ from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.errors import BadRowError
 from encode.records.account import Account
-from encode.sources.hub_files import open_hub
+from encode.sources.hub_files import open_hub, why_unreadable
 from encode.sources.pixmo_rows import READERS, Row, Size, Unusable, image
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,6 @@ BATCH_ROWS = 512
 """Number of rows decoded at a time."""
 BUFFER_BYTES = 1 << 20
 """Bytes of each column that are read ahead, so that a large row group is not read whole."""
-LFS_POINTER = b"version https://git-lfs"
 
 NAMES = tuple(READERS)
 
@@ -239,7 +238,7 @@ def _rows(path: Path, name: str) -> Iterator[Row]:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 yield from _as_bytes(batch).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: {_why_unreadable(path, error)}") from None
+        raise UserError(f"{path}: {why_unreadable(path, error)}") from None
 
 
 def _as_bytes(batch: Any) -> Any:
@@ -249,15 +248,3 @@ def _as_bytes(batch: Any) -> Any:
         for field in batch.schema
     ]
     return batch.cast(pa.schema(fields))
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return what is wrong with a file, in one line."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError as failed:
-        return f"cannot be read ({failed.strerror})"
-    if pointer:
-        return "a Git LFS pointer, not the data: fetch it with git lfs pull"
-    return f"damaged Parquet file ({' '.join(str(error).split())[:160]}); download it again"

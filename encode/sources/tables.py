@@ -38,6 +38,7 @@ from encode.records.reading import read_records
 from encode.records.record import MediaName, Record
 from encode.records.samples import to_samples
 from encode.records.strict_json import parse
+from encode.sources.hub_files import why_unreadable
 from encode.sources.table_columns import (
     Condition,
     Layout,
@@ -48,7 +49,6 @@ from encode.sources.table_columns import (
 
 PROBATION = 1000
 """Rows after which a data set is refused if none of them can be used, instead of at its end."""
-LFS_POINTER = b"version https://git-lfs"
 
 MEDIA_KEYS = frozenset((*IMAGE_KEYS, *VIDEO_KEYS))
 """Keys whose texts may be media in base64."""
@@ -153,7 +153,7 @@ class _Reader:
         try:
             table = TableFile(path)
         except (pa.ArrowException, OSError, ValueError, EmbeddedMediaError) as error:
-            account.fault(str(path), FaultError("damaged file", _why_unreadable(path, error)))
+            account.fault(str(path), FaultError("damaged file", why_unreadable(path, error)))
             return
         with table:
             layout = find_layout(table, self._dataset.columns, str(path), account.ignore_keys)
@@ -172,7 +172,7 @@ class _Reader:
                     first, end = table.starts[block : block + 2]
                     where = f"{path}: rows {first:,} to {end - 1:,} (row group {block})"
                     account.fault(
-                        where, FaultError("damaged row group", _why_unreadable(path, error))
+                        where, FaultError("damaged row group", why_unreadable(path, error))
                     )
 
     def _of_part(
@@ -330,17 +330,3 @@ def _plain_rows(rows: Any, kept: Any) -> list[dict[str, Any] | None]:
             except UnicodeDecodeError:
                 found.append(None)
     return found
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return what is wrong with a file, in one line."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError as failed:
-        return f"cannot be read ({failed.strerror})"
-    if pointer:
-        return "a Git LFS pointer, not the data: fetch it with git lfs pull"
-    if isinstance(error, EmbeddedMediaError):
-        return str(error)
-    return f"damaged: {' '.join(str(error).split())[:160]}; download it again"

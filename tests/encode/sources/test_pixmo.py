@@ -320,7 +320,7 @@ def test_every_truncated_file_gives_one_line(tmp_path: Path) -> None:
     for length in [*range(0, len(whole), len(whole) // 25), len(whole) - 1]:
         path.write_bytes(whole[:length])
         message = refusal(ASK, tmp_path)
-        assert message.startswith(f"{path}: damaged Parquet file (")
+        assert message.startswith(f"{path}: damaged file (")
         assert message.endswith("; download it again")
 
 
