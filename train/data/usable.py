@@ -235,9 +235,10 @@ def _refusal(
         frames = int(np.diff(samples.starts)[videos].sum())
         parts.append(f"{int(media_tokens[videos].sum()):,} for {frames:,} frames of videos")
         ways.append("take fewer frames (--max-frames, here and in encode.run)")
-    if len(media):
-        ways.append("encode with more pooling (encode.run --pool 2)")
     text = int(length[longest] - media_tokens[media].sum())
+    if len(media) and text < max_tokens:  # else no pooling makes it fit
+        options = ["--pool"] * bool(len(images)) + ["--frame-pool"] * bool(len(videos))
+        ways.append(f"encode with more pooling than now (encode.run {', '.join(options)})")
     return (
         f"sample {samples.name_of(longest)} is {int(length[longest]):,} tokens long ({', '.join(parts)}, "
         f"{text:,} of text) and the window is {max_tokens:,}; "

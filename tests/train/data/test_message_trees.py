@@ -97,6 +97,9 @@ def test_a_sample_longer_than_the_window_is_an_error_that_names_it(world: World)
     assert "--over-long split" in str(refused.value) and "--over-long leave-out" in str(
         refused.value
     )
+    assert "--pool" not in str(refused.value), "its text alone is too long"
+    with pytest.raises(UserError, match=r"more pooling than now \(encode\.run --pool\)"):
+        world.trees(joined, max_tokens=length - 1)
     assert len(world.trees(joined, max_tokens=length).members) == 3
 
 
