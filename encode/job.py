@@ -25,8 +25,7 @@ from cache.format.spec import ARRAYS
 from cache.store.index_file import save_index
 from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
-from cache.store.references import Present
-from cache.store.space import Space, fitting_info
+from cache.store.space import Present, Space, fitting_info
 from configs import UserError
 from configs.console import SPARE_BYTES, free_bytes
 from configs.signals import Interrupts

@@ -18,8 +18,9 @@ from cache.format.frame_sampling import MAX_FRAMES, frame_views
 from cache.format.space_info import slot_bytes
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord, note_subjects
-from cache.store.references import Present, means_other_bytes
+from cache.store.references import means_other_bytes
 from cache.store.samples import MediaRef, Sample
+from cache.store.space import Present
 from encode.download.urls import is_url
 from encode.worker.local_files import Identifier
 from encode.worker.messages import OWN_STAGES, Outcome, SourceTask, media_id

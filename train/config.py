@@ -15,6 +15,7 @@ import yaml
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
+from cache.store.references import check_held_out
 from configs import UserError, nearest
 
 SELECTORS = (
@@ -55,7 +56,8 @@ class Options(RemoteOptions):
     datasets: str = ""
     """The mix: `cap,points` (by size) or `cap=0.6,points=0.3`. Empty: every data set in the cache."""
     held_out: float = 0.05
-    """Share of the media held out for evaluation, chosen by the hash of their bytes."""
+    """Share of the media in the split `val`, and the same share in `test`, chosen by the hash of their bytes.
+    Neither is trained on: `val` is for choosing, `test` for reporting."""
     min_coverage: float = 0.95
     """Least share of samples that have all their features. Samples with failed media do not count."""
     max_frames: int = MAX_FRAMES
@@ -162,11 +164,10 @@ class Options(RemoteOptions):
                 raise ValueError(f"{name} {value} is not finite")
         _check_at_least(self, 1, _COUNTS)
         _check_at_least(self, 0, _AMOUNTS)
-        for name in ("held_out", "min_coverage", "min_lr_ratio"):
+        for name in ("min_coverage", "min_lr_ratio"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
-        if self.held_out == 1.0:
-            raise ValueError("held_out 1.0 leaves nothing to train on")
+        check_held_out(self.held_out)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed {self.seed} is not between 0 and 2**31 - 1")
         if self.max_grad_norm <= 0 or self.adam_eps <= 0:

@@ -10,32 +10,33 @@
                                      ▼
                                 MediaRows     the rows of each media item                  find_rows, all_rows
 
+    availability     which samples have all their rows, and which have failed media
+    split_samples    on which side of the held-out split each sample is
+
 A mention counts only when the source gave the bytes that the sample means: see `References.mismatch`.
 Everything is flat arrays, without a Python object for each media item, since a cache may hold ten million.
-`Present` answers the question of an encode job, one media item at a time: does it have all its rows?
-
 S samples, R references of all samples, M rows of the media table, K media items, W rows of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
+from cache.format.frame_sampling import frame_views
 from cache.format.spec import ARRAY_OF
 from cache.store.commits import KEY_BYTES, key_bytes
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.row_index import Identities, RowIndex, key_words
+from cache.store.row_index import RowIndex, key_words
 from cache.store.samples import samples_table
-from cache.store.space import Space
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -48,6 +49,12 @@ UNKNOWN_KIND = 255
 """Number of a kind that is not in MEDIA_KINDS, for example from a data set of a later version."""
 NOUNS = ("image", "video")
 """What people call one media item of each kind."""
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""Sides of the held-out split. `val` is for choosing, `test` for reporting."""
+HASH_BITS = 32
+"""Bits of a key that are compared with the held-out shares."""
 
 VIDEOS_AT_ONCE = 2048
 """Videos whose frames are looked up together. It bounds the memory that the names of their views take."""
@@ -327,6 +334,79 @@ def _positions(index: RowIndex, keys: npt.NDArray[np.uint8]) -> tuple[Ints, Ints
 _NO_ROWS = np.empty(0, np.int64)
 
 
+# ---- which samples are used, and for what
+
+
+def availability(references: References, here: Mask, failed: Mask) -> tuple[Mask, Mask]:
+    """Return for each sample (S,) whether all its media have their rows, and whether some of them failed.
+
+    The ledger serves all spaces: media that failed for one may have their rows in this one.
+
+    Args:
+        references: R mentions by S samples.
+        here: (R,) whether the media item has its rows.
+        failed: (M,) whether the source failed.
+    """
+    broken = (references.look_up(failed, False) | references.mismatch) & ~here
+    return references.count(~here) == 0, references.count(broken) > 0
+
+
+def check_held_out(held_out: float) -> None:
+    """Raise ValueError unless `val` and `test` leave something to train on."""
+    if not 0 <= held_out < 0.5:
+        raise ValueError(
+            f"held_out {held_out} is not in [0, 0.5): it is the share of val and again of test, and leaves "
+            "nothing to train on"
+        )
+
+
+def split_samples(
+    table: pa.Table,
+    references: References,
+    items: Ints,
+    keys: npt.NDArray[np.uint8],
+    held_out: float,
+) -> npt.NDArray[np.uint8]:
+    """Return the split of each sample, (S,) numbers in SPLITS.
+
+    A key is a hash, spread evenly in [0, 1). Below `held_out` the media item is of `val`, from there to
+    2 `held_out` of `test`. A sample with a media item of `test` is in `test`; otherwise with one of `val` in
+    `val`. So no media item of `train` is in another split, and `val` has none of `test`, whichever data sets
+    mention it. A sample without media is split by the hash of its id, or of its question if it is one of
+    several answers. Data added later moves no sample.
+
+    Args:
+        table: the columns `id` and `choice` of S samples.
+        references: R mentions by those samples.
+        items: (R,) media item of each mention; -1: none, which has no say.
+        keys: (K, 32) of the media items.
+        held_out: share of the media in `val`, and the same share in `test`.
+
+    Raises:
+        ValueError: `held_out` is not in [0, 0.5).
+    """
+    check_held_out(held_out)
+    heads = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
+    of_item = np.append(_sides(heads, held_out), np.uint8(0))
+    side = of_item[items]
+    result = np.zeros(len(references.counts), np.uint8)
+    for number in range(1, len(SPLITS)):  # the last one wins
+        result[references.count(side == number) > 0] = number
+    text_only = np.flatnonzero(references.counts == 0)
+    choice = table["choice"]
+    names = pc.if_else(pc.not_equal(choice, ""), choice, table["id"]).take(pa.array(text_only))
+    digests = [hashlib.sha256(name.encode()).digest() for name in names.to_pylist()]
+    own = np.array([int.from_bytes(d[: HASH_BITS // 8]) for d in digests], np.uint32)
+    result[text_only] = _sides(own, held_out)
+    return result
+
+
+def _sides(heads: npt.NDArray[np.uint32], held_out: float) -> npt.NDArray[np.uint8]:
+    """Return the split of hashes by their first bits, as numbers in SPLITS."""
+    val, test = (int(share * 2**HASH_BITS) for share in (held_out, 2 * held_out))
+    return np.where(heads < val, 1, np.where(heads < test, 2, 0)).astype(np.uint8)
+
+
 # ---- lists of different lengths, one after the other
 
 
@@ -341,70 +421,3 @@ def within(starts: Ints, lengths: Ints) -> Ints:
     """Return starts[i], starts[i] + 1, ..., lengths[i] numbers, for each i."""
     offsets = np.arange(int(lengths.sum()))
     return offsets + np.repeat(starts - edges_of(lengths)[:-1], lengths)
-
-
-# ---- what a space has, one media item at a time
-
-
-class ImageKeys(Collection[str]):
-    """The keys of the images in an index. It holds no string for any of them."""
-
-    def __init__(self, index: RowIndex):
-        self._identities = Identities(index)
-
-    def __contains__(self, key: object) -> bool:
-        return (key, FULL) in self._identities
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key, view in self._identities if view == FULL)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class Present:
-    """The rows of a space as they were when this was made."""
-
-    def __init__(
-        self,
-        images: Collection[str] = frozenset(),
-        frames: RowIndex | None = None,
-        *,
-        max_frames: int = MAX_FRAMES,
-    ):
-        """Use these rows; `of` takes those of a space.
-
-        Args:
-            images: keys of the images that have their row.
-            frames: the rows of videos; None where there are none.
-            max_frames: most frames of one video. With its duration, it decides which views are needed.
-        """
-        self.images = images
-        self._frames, self._max_frames = frames, max_frames
-
-    @classmethod
-    def of(cls, space: Space, *, max_frames: int = MAX_FRAMES) -> Self:
-        """Return what is committed in `space` now."""
-        frames = space.index(ARRAY_OF["video"])
-        return cls(
-            ImageKeys(space.index(ARRAY_OF["image"])),
-            frames if len(frames) else None,
-            max_frames=max_frames,
-        )
-
-    def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
-        """Return whether every view of a media item is here: never for a video of unknown duration."""
-        if key is None:
-            return False
-        if kind == "image":
-            return key in self.images
-        return duration_s is not None and not self.missing(
-            key, frame_views(duration_s, self._max_frames)
-        )
-
-    def missing(self, key: str, views: Sequence[str]) -> list[str]:
-        """Return the views of a video that are not here, in the order given."""
-        if self._frames is None:
-            return list(views)
-        name = bytes.fromhex(key)
-        return [view for view in views if not self._frames.contains(name, view)]

@@ -2,6 +2,7 @@
 
     space = Space.create(root, spec, load)             # for writers; readers use FeatureReader
     paths = find_space(root, "clip-int8")              # by name, or by the beginning of it
+    present = Present.of(space)                        # for encode jobs: which media have all their rows
 
 A space is everything encoded exactly one way. space.json describes it, and the spec in it names it.
 """
@@ -10,18 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import check_seal, read_sealed_json
+from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
-from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
+from cache.format.spec import ARRAY_OF, ARRAYS, FORMAT, FeatureSpec
 from cache.format.zarr_shard import GROUP_JSON, array_json
 from cache.store.commits import read_commit
 from cache.store.files import make_folder, write_atomic
@@ -252,3 +254,70 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
     if spec.fingerprint != values["fingerprint"]:
         raise CorruptError(paths.space_json, "the fingerprint is not that of the spec beside it")
     return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])
+
+
+# ---- what a space has, one media item at a time
+
+
+class ImageKeys(Collection[str]):
+    """The keys of the images in an index. It holds no string for any of them."""
+
+    def __init__(self, index: RowIndex):
+        self._identities = Identities(index)
+
+    def __contains__(self, key: object) -> bool:
+        return (key, FULL) in self._identities
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, view in self._identities if view == FULL)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Present:
+    """The rows of a space as they were when this was made."""
+
+    def __init__(
+        self,
+        images: Collection[str] = frozenset(),
+        frames: RowIndex | None = None,
+        *,
+        max_frames: int = MAX_FRAMES,
+    ):
+        """Use these rows; `of` takes those of a space.
+
+        Args:
+            images: keys of the images that have their row.
+            frames: the rows of videos; None where there are none.
+            max_frames: most frames of one video. With its duration, it decides which views are needed.
+        """
+        self.images = images
+        self._frames, self._max_frames = frames, max_frames
+
+    @classmethod
+    def of(cls, space: Space, *, max_frames: int = MAX_FRAMES) -> Self:
+        """Return what is committed in `space` now."""
+        frames = space.index(ARRAY_OF["video"])
+        return cls(
+            ImageKeys(space.index(ARRAY_OF["image"])),
+            frames if len(frames) else None,
+            max_frames=max_frames,
+        )
+
+    def has(self, kind: str, key: str | None, duration_s: float | None) -> bool:
+        """Return whether every view of a media item is here: never for a video of unknown duration."""
+        if key is None:
+            return False
+        if kind == "image":
+            return key in self.images
+        return duration_s is not None and not self.missing(
+            key, frame_views(duration_s, self._max_frames)
+        )
+
+    def missing(self, key: str, views: Sequence[str]) -> list[str]:
+        """Return the views of a video that are not here, in the order given."""
+        if self._frames is None:
+            return list(views)
+        name = bytes.fromhex(key)
+        return [view for view in views if not self._frames.contains(name, view)]

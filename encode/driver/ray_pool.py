@@ -27,8 +27,7 @@ from cache.errors import CacheError
 from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.locks import wait_for_exit
 from cache.store.paths import SpacePaths
-from cache.store.references import Present
-from cache.store.space import Space
+from cache.store.space import Present, Space
 from configs import UserError
 from encode.driver.culprits import Culprits, rejection
 from encode.driver.resources import WorkerLayout

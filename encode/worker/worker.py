@@ -25,8 +25,7 @@ from PIL import Image
 from cache.format.spec import ARRAY_OF
 from cache.store.locks import WorkerLease
 from cache.store.paths import SpacePaths
-from cache.store.references import Present
-from cache.store.space import Space
+from cache.store.space import Present, Space
 from cache.store.writer import NewRow
 from configs import UserError
 from encode.download.urls import is_url

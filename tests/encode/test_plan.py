@@ -17,9 +17,8 @@ from cache.format.embedded import row_source
 from cache.format.frame_sampling import frame_views
 from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
-from cache.store.references import Present
 from cache.store.samples import MediaRef, Message, Sample
-from cache.store.space import Space
+from cache.store.space import Present, Space
 from cache.store.writer import ShardWriter
 from encode.plan import OWN_ATTEMPTS, MediaCounter, Mention, Plan, make_plan
 from encode.worker.local_files import identify

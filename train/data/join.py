@@ -1,4 +1,4 @@
-"""Select the samples of a training: those whose media all have features, on one side of the held-out split.
+"""Select the samples of a training: those whose media all have features, of one split.
 
     samples = join(
         root, reader, {"demo": 0.6, "more": 0.4}, split="train", held_out=0.05, min_coverage=0.95
@@ -6,7 +6,7 @@
 
 Samples, media and rows are joined when a training starts, and nothing is stored beside the features. So
 captions can be edited and data sets added without touching a feature. The split is decided by the keys of the
-media, so no image is on both sides, whichever data sets have it.
+media (`cache.store.references.split_samples`), so no image is in two splits, whichever data sets have it.
 
 S samples, R media references of all samples together, K media items. A media item is the bytes of one key,
 used as an image or as a video.
@@ -14,7 +14,6 @@ used as an image or as a video.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,13 +32,17 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.references import (
     MEDIA_KINDS,
+    SPLITS,
     UNKNOWN_KIND,
     MediaItems,
     MediaRows,
     References,
+    Split,
+    availability,
     edges_of,
     find_rows,
     number_media,
+    split_samples,
     within,
 )
 from cache.store.samples import content_digest, dataset_names, samples_table
@@ -48,7 +51,6 @@ from train.data.sample_list import (
     Coverage,
     Ints,
     SampleList,
-    Split,
     check_frozen,
     digest_of,
     read_frozen,
@@ -58,12 +60,10 @@ log = logging.getLogger(__name__)
 
 FAILURES_SHOWN = 5
 """Failures of the ledger that an error about coverage quotes."""
-HASH_BITS = 32
-"""Bits of a key that are compared with the held-out threshold."""
 
 
 class EmptySplitError(UserError):
-    """The split has no sample; a few images may all be on the other side."""
+    """The split has no sample; a few images may all be in the others."""
 
 
 def join(
@@ -77,15 +77,14 @@ def join(
     max_frames: int = MAX_FRAMES,
     frozen: Path | None = None,
 ) -> SampleList:
-    """Return the samples of `datasets` that have all their features and are on one side of the split.
+    """Return the samples of `datasets` that have all their features and are in one split.
 
     Args:
         root: the cache.
         reader: a reader of the space that has the features.
         datasets: name -> share of the mix; or None for all of them, then each counts by its size.
-        split: `train` or `val`.
-        held_out: share of media in `val`. A sample is in `val` if any of its media is; a sample without
-            media is split by its id, or by its question if it is one of several answers.
+        split: `train`, `val` or `test`.
+        held_out: share of media in `val`, and the same share in `test`, see `split_samples`.
         min_coverage: least share of samples with features, not counting samples with failed media.
         max_frames: most frames of one video; with its duration, it decides which frames are needed.
         frozen: a list written by `SampleList.freeze`; the result has exactly its samples.
@@ -95,8 +94,6 @@ def join(
         ChangedSamplesError: the frozen list has changed.
         EmptySplitError: the split has no sample.
     """
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out {held_out} is not in [0, 1)")
     shares = _find_datasets(root, datasets)
     names = tuple(shares)
     ledger = media_table(root)
@@ -109,8 +106,8 @@ def join(
     counts: list[Coverage] = []
     chosen = read_frozen(frozen, names) if frozen is not None else None
     for name, part, items in zip(names, parts, numbers, strict=True):
-        present, broken = _availability(part.references, here[items], failed)
-        side = _held_out(part, items, media.keys, held_out) == (split == "val")
+        present, broken = availability(part.references, here[items], failed)
+        side = split_samples(part.table, part.references, items, media.keys, held_out)
         counts.append(
             Coverage(
                 dataset=name,
@@ -120,7 +117,7 @@ def join(
                 missing=int((~present & ~broken).sum()),
             )
         )
-        use = present & side
+        use = present & (side == SPLITS.index(split))
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
         kept.append(np.flatnonzero(use))
@@ -177,8 +174,8 @@ class _Part:
     """(S,) number of the question that has several answers; -1: the sample is the only answer."""
     choices: int
     """Number of such questions."""
-    split_by: pa.Array
-    """(S,) strings by which a sample without media is held out: the question if it has one, or the id."""
+    table: pa.Table
+    """(S,) its columns."""
     references: References
     """The media that its samples mention."""
 
@@ -205,48 +202,9 @@ def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
         task=table["task"].combine_chunks(),
         choice=np.asarray(pc.fill_null(coded.indices, -1), dtype=np.int32),
         choices=len(coded.dictionary),
-        split_by=pc.if_else(several, choice, ids),
+        table=table,
         references=references,
     )
-
-
-def _availability(
-    references: References, here: npt.NDArray[np.bool_], failed: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Return for each sample whether all its media have their rows, and whether some of them failed.
-
-    The ledger serves all spaces: media that failed for one may have their rows in this one.
-
-    Args:
-        references: R mentions by S samples.
-        here: (R,) whether the media item has its rows.
-        failed: (M,) whether the source failed.
-    """
-    broken = (references.look_up(failed, False) | references.mismatch) & ~here
-    return references.count(~here) == 0, references.count(broken) > 0
-
-
-def _held_out(
-    part: _Part, items: Ints, keys: npt.NDArray[np.uint8], threshold: float
-) -> npt.NDArray[np.bool_]:
-    """Return for each sample whether it is on the validation side.
-
-    Keys are hashes, so they are spread evenly without another hash.
-
-    Args:
-        part: S samples.
-        items: (R,) media item of each mention; -1: none.
-        keys: (K, 32) of the media items.
-        threshold: share of the media that is held out.
-    """
-    below = int(threshold * 2**HASH_BITS)
-    of_key = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
-    held_out = np.append(of_key < below, False)
-    result = part.references.count(held_out[items]) > 0
-    text_only = np.flatnonzero(part.references.counts == 0)
-    heads = [hashlib.sha256(i.encode()).digest() for i in part.split_by.take(text_only).to_pylist()]
-    result[text_only] = [int.from_bytes(head[: HASH_BITS // 8]) < below for head in heads]
-    return result
 
 
 def _assemble(

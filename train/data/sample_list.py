@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,11 @@ from safetensors.numpy import load_file, save
 from cache.format.checksums import GOLDEN, mix64
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
-from cache.store.references import IMAGE, NOUNS, VIDEO, edges_of, within
+from cache.store.references import IMAGE, NOUNS, VIDEO, Split, edges_of, within
 from configs import UserError
 from train.data.choices import first_answers
 
 Ints = npt.NDArray[np.int64]
-Split = Literal["train", "val"]
 
 
 class ChangedSamplesError(UserError):
@@ -38,7 +37,7 @@ class ChangedSamplesError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How many samples of one data set have all their features, both splits together."""
+    """How many samples of one data set have all their features, all splits together."""
 
     dataset: str
     """Name of the data set."""
@@ -59,7 +58,7 @@ class SampleList:
     root: CacheRoot
     """The cache that has the texts."""
     split: Split
-    """The side of the held-out threshold."""
+    """The split that they are of."""
     names: tuple[str, ...]
     """Data sets, in the order asked for."""
     mix: tuple[float, ...] | None

@@ -2,6 +2,7 @@
 
 python -m train.evaluate --run default                       # newest finished stage, held-out samples
 python -m train.evaluate --run default --datasets demo --json
+python -m train.evaluate --run default --split test          # to report: samples nothing was chosen on
 python -m train.evaluate --run default --split train         # samples it was trained on
 
 Answers are computed from cached features, by the code that `model.generate` uses. The *blind* figures are
@@ -18,7 +19,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import configs
 from cache.errors import CacheError
@@ -27,6 +28,7 @@ from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
+from cache.store.references import Split
 from configs import UserError
 from configs.console import table_text
 from model.inference import answer
@@ -70,8 +72,8 @@ class Options(RemoteOptions):
     """The feature cache: a folder, or a URL as for train.run. Default: that of the run."""
     datasets: str = ""
     """Data sets, separated by commas. Empty: those the run was trained on."""
-    split: Literal["val", "train"] = "val"
-    """`val`: held-out samples. `train`: samples the model was trained on."""
+    split: Split = "val"
+    """`val`: held-out samples, to choose by. `test`: others, to report. `train`: those it was trained on."""
     limit: int = 2000
     """Most questions of each data set."""
     max_new_tokens: int = 64
@@ -102,7 +104,7 @@ class Evaluation:
     step: int
     """Steps the model was trained in that stage."""
     split: str
-    """`val` or `train`."""
+    """`val`, `test` or `train`."""
     space: str
     """Name of the feature space."""
     samples: int

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from markupsafe import Markup
 
@@ -23,6 +23,7 @@ from cache.errors import CacheError
 from cache.remote.open import RemoteOptions, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
+from cache.store.references import Split
 from cache.view import page
 from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs.console import bytes_text, duration_text
@@ -48,8 +49,8 @@ class Options(RemoteOptions):
     """Stage of the run; by default the newest finished one."""
     features: str | None = None
     """The feature cache: a folder, or a URL as train.run takes it. Default: that of the run."""
-    split: Literal["val", "train"] = "val"
-    """The samples to show: held-out ones, or those of training."""
+    split: Split = "val"
+    """The samples to show: held-out ones (`val` to choose by, `test` to report), or those of training."""
     images: int = 36
     """Images and videos to show, at most."""
     output: Path | None = None

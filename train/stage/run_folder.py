@@ -264,5 +264,5 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def present_samples(samples: SampleList) -> dict[str, int]:
-    """Return how many samples of each data set have all their features, both splits together."""
+    """Return how many samples of each data set have all their features, all splits together."""
     return {c.dataset: c.present for c in samples.counts}

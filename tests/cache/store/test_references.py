@@ -8,11 +8,15 @@ complete = references.count(~np.append(rows.counts > 0, False)[items]) == 0
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache.format.frame_sampling import frame_views, time_view
 from cache.store.ledger import MediaRecord, append_media, media_table, read_media
@@ -21,17 +25,18 @@ from cache.store.reader import FeatureReader
 from cache.store.references import (
     IMAGE,
     MEDIA_KINDS,
+    SPLITS,
     UNKNOWN_KIND,
-    Present,
     References,
     all_rows,
     find_rows,
     means_other_bytes,
     number_media,
     read_references,
+    split_samples,
 )
 from cache.store.samples import MediaRef, Sample, read_samples, write_samples
-from cache.store.space import Space
+from cache.store.space import Present, Space
 from cache.store.writer import ShardWriter
 from tests.support.spaces import fill, key, make_space, row
 
@@ -188,3 +193,87 @@ def test_present_names_the_views_that_are_missing(tmp_path: Path) -> None:
     fill(space, [0], array="frame", view=time_view(0))
     assert Present.of(space).missing(key(0), ["t:0", "t:500000"]) == ["t:500000"]
     assert Present.of(space).missing(key(1), ["t:0"]) == ["t:0"]
+
+
+Mentions = list[tuple[list[int], str]]
+"""For each sample the numbers of its media, and its choice."""
+
+some_samples = st.lists(
+    st.tuples(st.lists(st.integers(0, 29), max_size=3), st.sampled_from(["", "", "q", "r"])),
+    max_size=30,
+)
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def splits_of(datasets: list[Mentions], held_out: float) -> list[list[str]]:
+    """Return the split of each sample of data sets that share one ledger."""
+    lists = [[[str(n) for n in media] for media, _ in samples] for samples in datasets]
+    sources = sorted({source for media in lists for sample in media for source in sample})
+    ledger = pa.table(
+        {
+            "source": pa.array(sources, pa.string()),
+            "key": pa.array([hash_of(s) for s in sources], pa.string()),
+            "duration_s": pa.nulls(len(sources), pa.float64()),
+        }
+    )
+    struct = pa.struct({"source": pa.string(), "kind": pa.string(), "sha256": pa.string()})
+    references = []
+    for media in lists:
+        refs = [[{"source": s, "kind": "image", "sha256": None} for s in one] for one in media]
+        references.append(
+            References.of(pa.chunked_array([pa.array(refs, pa.list_(struct))]), ledger)
+        )
+    items, numbers = number_media(references, ledger)
+    result = []
+    for samples, one, of in zip(datasets, references, numbers, strict=True):
+        table = pa.table(
+            {
+                "id": pa.array([str(n) for n in range(len(samples))], pa.string()),
+                "choice": pa.array([choice for _, choice in samples], pa.string()),
+            }
+        )
+        found = split_samples(table, one, of, items.keys, held_out)
+        result.append([SPLITS[side] for side in found])
+    return result
+
+
+@given(some_samples, some_samples, st.sampled_from([0.0, 0.05, 0.2, 0.49]))
+def test_the_three_splits_are_disjoint_by_key_and_data_added_later_moves_no_sample(
+    first: Mentions, later: Mentions, held_out: float
+) -> None:
+    before = splits_of([first], held_out)
+    assert splits_of([first, later], held_out)[0] == before[0]
+    assert splits_of([first + later], held_out)[0][: len(first)] == before[0]
+    for number, ((media, choice), split) in enumerate(zip(first, before[0], strict=True)):
+        # What decides is computed here by hand: a key's first 32 bits as a fraction.
+        deciding = [hash_of(str(m)) for m in media] or [hash_of(choice or str(number))]
+        shares = [int(key[:8], 16) / 2**32 for key in deciding]
+        expected = "train"
+        if any(held_out <= share < 2 * held_out for share in shares):
+            expected = "test"
+        elif any(share < held_out for share in shares):
+            expected = "val"
+        assert split == expected
+
+
+def test_no_key_of_a_held_out_split_is_in_train_and_none_of_test_is_in_val() -> None:
+    rng = np.random.default_rng(0)
+    samples = [(rng.integers(0, 500, rng.integers(1, 3)).tolist(), "") for _ in range(2000)]
+    (found,) = splits_of([samples], 0.1)
+    sides = {side: np.flatnonzero(np.array(found) == side) for side in SPLITS}
+    assert sum(map(len, sides.values())) == 2000 and min(map(len, sides.values())) > 200
+    keys = {side: {m for i in at for m in samples[i][0]} for side, at in sides.items()}
+    alone = {m for m in range(500) if splits_of([[([m], "")]], 0.1) == [["test"]]}
+    held = {m for m in range(500) if splits_of([[([m], "")]], 0.1) == [["val"]]}
+    assert 25 < len(alone) < 75 and 25 < len(held) < 75  # a tenth each
+    assert not keys["train"] & (alone | held)
+    assert not keys["val"] & alone
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 0.5, 1.0])
+def test_shares_that_leave_nothing_to_train_on_are_refused(held_out: float) -> None:
+    with pytest.raises(ValueError, match=r"held_out .* is not in \[0, 0\.5\)"):
+        splits_of([[([1], "")]], held_out)

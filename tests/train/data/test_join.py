@@ -1,4 +1,4 @@
-"""Selecting samples: those that have all their features, on one side of the split.
+"""Selecting samples: those that have all their features, of one split.
 
 samples = join(root, reader, {"d": None}, split="train", held_out=0.05, min_coverage=0.95)
 """
@@ -90,7 +90,7 @@ def test_data_sets_that_are_not_in_the_cache_leave_the_mix(
         world.join(mix={"d": 0.5, "e": None})
 
 
-def test_no_image_is_in_both_splits(world: World) -> None:
+def test_no_image_is_in_two_splits(world: World) -> None:
     images = [f"p{i}" for i in range(60)]
     rng = np.random.default_rng(0)
     samples = [
@@ -100,24 +100,22 @@ def test_no_image_is_in_both_splits(world: World) -> None:
     world.write(d=samples[:150], e=samples[150:])
     world.encode(images)
     sides = {
-        side: world.join("d", "e", split=side, held_out=0.3, min_coverage=1.0)
-        for side in ("train", "val")
+        side: world.join("d", "e", split=side, held_out=0.2, min_coverage=1.0)
+        for side in ("train", "val", "test")
     }
-    assert sorted(names_of(sides["train"]) + names_of(sides["val"])) == sorted(
+    assert sorted(name for side in sides.values() for name in names_of(side)) == sorted(
         f"{'d' if i < 150 else 'e'}/{i}" for i in range(300)
     )
-    held = {
-        p
-        for p in images
-        if int(key_of(p)[:8], 16) < int(0.3 * 2**32)  # computed by hand
-    }
-    trained_on = {sides["train"].key(m) for m in sides["train"].media}
-    assert not trained_on & {key_of(p) for p in held}
-    for i in range(sides["val"].size):
-        own = {sides["val"].key(m) for m in sides["val"].media_of(i)}
-        assert not own or own & {key_of(p) for p in held}
-    text_only = np.diff(sides["val"].offsets) == 0
-    assert 0 < text_only.sum() < 75  # samples without media are split by their ids
+    hashes = {key_of(p): int(key_of(p)[:8], 16) / 2**32 for p in images}  # computed by hand
+    val = {key for key, u in hashes.items() if u < 0.2}
+    test = {key for key, u in hashes.items() if 0.2 <= u < 0.4}
+    for name, side in sides.items():
+        for i in range(side.size):
+            own = {side.key(m) for m in side.media_of(i)}
+            expected = "test" if own & test else "val" if own & val else "train"
+            assert not own or name == expected
+        text_only = np.diff(side.offsets) == 0  # split by their ids
+        assert text_only.any()
 
 
 def test_an_empty_split_is_an_error(world: World) -> None:
@@ -199,12 +197,14 @@ def test_answers_to_one_question_are_on_one_side_and_one_sample_of_a_head(world:
         e=[ask(f"{i}") for i in range(4)],
     )
     world.encode(["a"])
-    sides = {split: world.join("d", split=split, held_out=0.4) for split in ("train", "val")}
+    sides = {
+        split: world.join("d", split=split, held_out=0.3) for split in ("train", "val", "test")
+    }
     asked = {
         split: {name.split("-")[0] for name in names_of(joined)} for split, joined in sides.items()
     }
-    assert asked["train"] | asked["val"] == {f"d/{q}" for q in range(60)}
-    assert not asked["train"] & asked["val"] and min(map(len, asked.values())) > 10
+    assert set().union(*asked.values()) == {f"d/{q}" for q in range(60)}
+    assert sum(map(len, asked.values())) == 60 and min(map(len, asked.values())) > 10
     assert sum(joined.size for joined in sides.values()) == 180
 
     limited = world.join("d", "e").head(2)

@@ -124,13 +124,12 @@ def test_the_splits_have_no_image_in_common(
     result: Evaluation, trained: tuple[Path, CacheRoot]
 ) -> None:
     folder, root = trained
-    seen = evaluate.evaluate(
-        Options(run=str(folder), features=root.path, split="train", blind=False, max_new_tokens=16)
-    )
-    held_out, learned = ({m for a in r.answers for m in a.media} for r in (result, seen))
-    assert not held_out & learned
-    assert len(held_out | learned) == 60
+    asked = Options(run=str(folder), features=root.path, blind=False, max_new_tokens=16)
+    seen, tested = (evaluate.evaluate(replace(asked, split=side)) for side in ("train", "test"))
+    media = [{m for a in r.answers for m in a.media} for r in (result, seen, tested)]
+    assert sum(map(len, media)) == len(set().union(*media)) == 60 and all(media)
     assert seen.blind_loss is None and seen.tasks[0].blind is None
+    assert (folder / "stage1" / "evaluation-test.json").exists()
 
 
 def test_the_loss_equals_the_held_out_loss_of_training(
