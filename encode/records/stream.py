@@ -96,8 +96,8 @@ def _pieces(file: BinaryIO) -> Iterator[Piece]:
 def _json_lines(file: BinaryIO) -> Iterator[Piece]:
     """Yield one piece for each line, or for an object that goes on in the lines after it.
 
-    After a broken object of several lines, reading goes on at the next line that starts with a brace behind
-    the same spaces. The fault says which lines that leaves out.
+    After a broken object of several lines, reading goes on at the next line that starts with a brace and is
+    not indented further than the object. The fault says which lines that leaves out.
     """
     file.seek(0)
     offset, number = 0, 0
@@ -118,7 +118,7 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
         start += len(indent)
         data = data.rstrip(_SPACE)
         if broken is not None:
-            if not (line.startswith(broken.indent + b"{")):
+            if not (data.startswith(b"{") and len(indent) <= len(broken.indent)):
                 broken.last = number if data else broken.last
                 continue
             yield broken.piece()
@@ -154,7 +154,7 @@ class _Broken:
     """An object of several lines that cannot be read."""
 
     indent: bytes
-    """White space before its first line."""
+    """White space before its first brace."""
     offset: int
     """Where it starts in the file, in bytes."""
     first: int

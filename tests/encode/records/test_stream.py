@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from configs import UserError
@@ -120,6 +120,9 @@ def test_any_bytes_are_objects_or_faults(tmp_path: Path, suffix: str, data: byte
         max_size=8,
     )
 )
+@example(
+    rows=[" {", "[", '{"n": 0, "t": ["x"]}']
+)  # the broken one is indented, the sound one is not
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_broken_line_takes_a_sound_one_with_it(tmp_path: Path, rows: list[str]) -> None:
     lines, faults = read(tmp_path / "a.jsonl", "\n".join(["{}", *rows]))
@@ -128,7 +131,8 @@ def test_no_broken_line_takes_a_sound_one_with_it(tmp_path: Path, rows: list[str
         number for number, line in zip(numbers(lines), lines, strict=True) if "n" in line.value
     ]
     assert found == sound
-    assert len(faults) >= (len(rows) > len(sound) + sum(row.strip() == "{}" for row in rows))
+    others = len(lines) - 1 - len(sound)  # an empty object, which may be two lines: "{" and "}"
+    assert faults or others or len(rows) == len(sound)
 
 
 @given(values=st.lists(st.integers(0, 99), min_size=1, max_size=6), data=st.data())
