@@ -32,5 +32,6 @@ quick: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Counted proofs at full count, and new random examples of every property.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak_counted --soak -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s

@@ -8,8 +8,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("test", derandomize=True, deadline=None)
+"""Equal code gives an equal result. New examples are drawn in `make soak`."""
+hypothesis.settings.register_profile("soak", max_examples=1000, deadline=None)
 
 LONG = (
     *("integration/encode/test_pixmo_kill", "integration/train/test_photos"),
@@ -31,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="proofs that count run at full count")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "test")
 
 
 @pytest.fixture
