@@ -45,8 +45,9 @@ from model.io.saved_model import find_run, load_final, read_meta
 from model.media.images import BadMediaError, decode_noted
 from model.media.video import frames
 from model.media.video_index import VideoInfo, probe
-from model.quantize import pack, unpack
+from model.quantize import pack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
+from nanomolmo2.unpack import unpack
 
 PROG = "python -m model.generate"
 

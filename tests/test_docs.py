@@ -63,7 +63,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
     if page.name != "SETUP_DOCUMENT.md":  # that one also names another project's files
-        for name in re.findall(r"`((?:cache|configs|encode|model|tests|train)/[\w/.-]+)`", text):
+        for name in re.findall(r"`((?:cache|configs|encode|model|nanomolmo2|tests|train)/[\w/.-]+)`", text):
             exists = (ROOT / name).exists() or name.startswith(("cache/spaces/", "cache/samples/"))
             assert exists, f"{page.name} names {name}"
 
@@ -79,7 +79,7 @@ def test_the_tree_in_the_readme_has_every_code_folder_and_no_other() -> None:
             named.add(package)
         else:
             named |= {f"{package}/{folder}" for folder in folders}
-    packages = {"configs", "cache", "encode", "model", "train"}
+    packages = {"configs", "cache", "encode", "model", "nanomolmo2", "train"}
     rooms = {
         str(path.parent.relative_to(ROOT))
         for package in packages
@@ -122,7 +122,7 @@ def test_messages_quoted_in_the_documents_are_in_the_code(page: str, piece: str)
         return  # what a user sees, not what we print
     code = " ".join(
         re.sub(r'"\s*f?"', "", path.read_text())  # adjacent literals are one text
-        for package in ("cache", "configs", "encode", "model", "train")
+        for package in ("cache", "configs", "encode", "model", "nanomolmo2", "train")
         for path in (ROOT / package).rglob("*.py")
     )
     code = code.replace("{LISTING}", "listing.json")
@@ -224,7 +224,7 @@ def built_of(tree: ast.Module) -> Iterator[tuple[int, str, tuple[str, ...]]]:
 def suggestions() -> list[Suggestion]:
     """Every command of ours in the source of a message."""
     found = []
-    for package in ("cache", "configs", "encode", "model", "train"):
+    for package in ("cache", "configs", "encode", "model", "nanomolmo2", "train"):
         for path in sorted((ROOT / package).rglob("*.py")):
             file, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text())
             for line, text in strings_of(tree):

@@ -15,7 +15,7 @@ import yaml
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
-from cache.store.references import check_held_out
+from cache.store.samples import check_held_out
 from configs import UserError, nearest
 
 SELECTORS = (

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
-from model.quantize import unpack
 from model.vlm import VLM
+from nanomolmo2.unpack import unpack
 from train.data.loader import MicroBatch
 from train.data.sample_list import SampleList
 from train.distributed import ProcessGroup

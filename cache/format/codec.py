@@ -12,10 +12,11 @@ a row. The rotation spreads the outlier channels of a transformer over their blo
 `python -m tests.benchmarks.codecs` measures what the rotation, the levels and the mean token gain.
 
 Unpacking is sign * (scale / 8) * (H @ codes) + mean; for int4, H @ levels. These are sums of integers below
-2^24, so float32 holds them exactly in any order of addition. Therefore `model.quantize` agrees with this file
-to the bit on every device. Packing agrees too: each sum that decides something has one fixed order.
+2^24, so float32 holds them exactly in any order of addition. Therefore `nanomolmo2.unpack` agrees with this
+file to the bit on every device. Packing by `model.quantize` agrees too: each sum that decides something has
+one fixed order.
 
-This file needs nothing but numpy: `nanomolmo2_codec` loads it by its path for zarr-python.
+This file needs nothing but numpy: `nanomolmo2.codec` loads it by its path for zarr-python.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     zarr.open_array("cache/spaces/.../image")[i]        # (tokens, width) float16
 
 zarr-python finds the codec by the entry point `zarr.codecs` of pyproject.toml, which names
-`nanomolmo2_codec`. A reader's own folder may contain another package `cache`. So `nanomolmo2_codec` loads
+`nanomolmo2.codec`. A reader's own folder may contain another package `cache`. So `nanomolmo2.codec` loads
 this file by its path, and passes the numpy codec to it; this file must not import it by name.
 """
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import ipaddress
 import ssl
 
-import certifi
-
 # IANA's special-purpose address registries, read 2026-11. The first match decides. An IPv4 address that
 # matches nothing is global. The tables are written out because Python's `is_global` changed its answers
 # between patch releases.
@@ -103,6 +101,8 @@ def tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     # Some builds of Python, such as those for macOS, do not find the certificates of the system.
     if not context.get_ca_certs():
+        import certifi  # reading a local cache needs no certificates
+
         context.load_verify_locations(certifi.where())
     context.set_alpn_protocols(("http/1.1",))  # neither client speaks HTTP/2
     return context

@@ -10,8 +10,7 @@
                                      ▼
                                 MediaRows     the rows of each media item                  find_rows, all_rows
 
-    availability     which samples have all their rows, and which have failed media
-    split_samples    on which side of the held-out split each sample is
+    join_samples does all of this, and tells which samples have all their rows, and of which split they are.
 
 A mention counts only when the source gave the bytes that the sample means: see `References.mismatch`.
 Everything is flat arrays, without a Python object for each media item, since a cache may hold ten million.
@@ -20,10 +19,9 @@ S samples, R references of all samples, M rows of the media table, K media items
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +34,7 @@ from cache.store.commits import KEY_BYTES, key_bytes
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.row_index import RowIndex, key_words
-from cache.store.samples import samples_table
+from cache.store.samples import SPLITS, samples_table, split_keys, split_texts
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -49,12 +47,6 @@ UNKNOWN_KIND = 255
 """Number of a kind that is not in MEDIA_KINDS, for example from a data set of a later version."""
 NOUNS = ("image", "video")
 """What people call one media item of each kind."""
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-"""Sides of the held-out split. `val` is for choosing, `test` for reporting."""
-HASH_BITS = 32
-"""Bits of a key that are compared with the held-out shares."""
 
 VIDEOS_AT_ONCE = 2048
 """Videos whose frames are looked up together. It bounds the memory that the names of their views take."""
@@ -334,30 +326,67 @@ def _positions(index: RowIndex, keys: npt.NDArray[np.uint8]) -> tuple[Ints, Ints
 _NO_ROWS = np.empty(0, np.int64)
 
 
-# ---- which samples are used, and for what
+# ---- which samples can be used, and for what
 
 
-def availability(references: References, here: Mask, failed: Mask) -> tuple[Mask, Mask]:
-    """Return for each sample (S,) whether all its media have their rows, and whether some of them failed.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleRows:
+    """The samples of one data set, joined with the rows of a space."""
+
+    references: References
+    """What they mention: R mentions by S samples."""
+    items: Ints
+    """(R,) media item of each mention; -1: none, see `number_media`."""
+    present: Mask
+    """(S,) whether all media have their rows."""
+    failed: Mask
+    """(S,) whether a media item failed, according to the ledger, and has no rows here.
 
     The ledger serves all spaces: media that failed for one may have their rows in this one.
+    """
+    split: npt.NDArray[np.uint8]
+    """(S,) number in SPLITS."""
+
+
+def join_samples(
+    tables: Sequence[pa.Table],
+    ledger: pa.Table,
+    reader: FeatureReader,
+    *,
+    held_out: float,
+    max_frames: int,
+) -> tuple[MediaItems, MediaRows, list[SampleRows]]:
+    """Join the samples of data sets with their rows, and tell which can be used, and for what.
 
     Args:
-        references: R mentions by S samples.
-        here: (R,) whether the media item has its rows.
-        failed: (M,) whether the source failed.
+        tables: the columns `id`, `media` and `choice` of each data set.
+        ledger: the media table.
+        reader: of the space.
+        held_out: share of the media in the split `val`, and the same share in `test`.
+        max_frames: most frames of one video.
+
+    Raises:
+        ValueError: `held_out` is not in [0, 0.5).
     """
-    broken = (references.look_up(failed, False) | references.mismatch) & ~here
-    return references.count(~here) == 0, references.count(broken) > 0
-
-
-def check_held_out(held_out: float) -> None:
-    """Raise ValueError unless `val` and `test` leave something to train on."""
-    if not 0 <= held_out < 0.5:
-        raise ValueError(
-            f"held_out {held_out} is not in [0, 0.5): it is the share of val and again of test, and leaves "
-            "nothing to train on"
+    references = [References.of(table["media"], ledger) for table in tables]
+    media, numbers = number_media(references, ledger)
+    found = find_rows(reader, media, max_frames)
+    here = np.append(found.counts > 0, False)  # -1, no media item, is not here
+    broken = np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool)
+    parts = []
+    for table, one, items in zip(tables, references, numbers, strict=True):
+        absent = ~here[items]
+        failed = (one.look_up(broken, False) | one.mismatch) & absent
+        parts.append(
+            SampleRows(
+                references=one,
+                items=items,
+                present=one.count(absent) == 0,
+                failed=one.count(failed) > 0,
+                split=split_samples(table, one, items, media.keys, held_out),
+            )
         )
+    return media, found, parts
 
 
 def split_samples(
@@ -369,11 +398,10 @@ def split_samples(
 ) -> npt.NDArray[np.uint8]:
     """Return the split of each sample, (S,) numbers in SPLITS.
 
-    A key is a hash, spread evenly in [0, 1). Below `held_out` the media item is of `val`, from there to
-    2 `held_out` of `test`. A sample with a media item of `test` is in `test`; otherwise with one of `val` in
-    `val`. So no media item of `train` is in another split, and `val` has none of `test`, whichever data sets
-    mention it. A sample without media is split by the hash of its id, or of its question if it is one of
-    several answers. Data added later moves no sample.
+    A sample with a media item of `test` is in `test`; otherwise with one of `val` in `val`. So no media item
+    of `train` is in another split, and `val` has none of `test`, whichever data sets mention it. A sample
+    without media is split by its id, or by its question if it is one of several answers. Data added later
+    moves no sample.
 
     Args:
         table: the columns `id` and `choice` of S samples.
@@ -385,26 +413,13 @@ def split_samples(
     Raises:
         ValueError: `held_out` is not in [0, 0.5).
     """
-    check_held_out(held_out)
-    heads = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
-    of_item = np.append(_sides(heads, held_out), np.uint8(0))
-    side = of_item[items]
+    side = np.append(split_keys(keys, held_out), np.uint8(0))[items]
     result = np.zeros(len(references.counts), np.uint8)
     for number in range(1, len(SPLITS)):  # the last one wins
         result[references.count(side == number) > 0] = number
     text_only = np.flatnonzero(references.counts == 0)
-    choice = table["choice"]
-    names = pc.if_else(pc.not_equal(choice, ""), choice, table["id"]).take(pa.array(text_only))
-    digests = [hashlib.sha256(name.encode()).digest() for name in names.to_pylist()]
-    own = np.array([int.from_bytes(d[: HASH_BITS // 8]) for d in digests], np.uint32)
-    result[text_only] = _sides(own, held_out)
+    result[text_only] = split_texts(table.take(pa.array(text_only)), held_out)
     return result
-
-
-def _sides(heads: npt.NDArray[np.uint32], held_out: float) -> npt.NDArray[np.uint8]:
-    """Return the split of hashes by their first bits, as numbers in SPLITS."""
-    val, test = (int(share * 2**HASH_BITS) for share in (held_out, 2 * held_out))
-    return np.where(heads < val, 1, np.where(heads < test, 2, 0)).astype(np.uint8)
 
 
 # ---- lists of different lengths, one after the other

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import CorruptError, NotFoundError, command_line, nearest
@@ -71,6 +74,12 @@ class Sample:
     """Samples of one data set with the same non-empty value are answers to one question; training draws
     one of them an epoch."""
 
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""The three parts of the samples. `val` is for choosing, `test` for reporting."""
+HASH_BITS = 32
+"""Bits of a hash that decide the split."""
 
 _ORIGIN = "origin"
 """Key of the origin in the metadata of a file of samples."""
@@ -293,3 +302,43 @@ def _intact_metadata(path: Path) -> dict[str, str] | None:
         for name in ("content", _ORIGIN)
         if name.encode() in found
     }
+
+
+# ---- splits
+
+
+def check_held_out(held_out: float) -> None:
+    """Raise ValueError unless `val` and `test` leave something to train on."""
+    if not 0 <= held_out < 0.5:
+        raise ValueError(
+            f"held_out {held_out} is not in [0, 0.5): it is the share of val and again of test, and leaves "
+            "nothing to train on"
+        )
+
+
+def split_keys(keys: npt.NDArray[np.uint8], held_out: float) -> npt.NDArray[np.uint8]:
+    """Return the split of each hash, (n, at least 4) bytes -> (n,) numbers in SPLITS.
+
+    Hashes are spread evenly in [0, 1). Below `held_out` they are of `val`, from there to twice it of `test`.
+
+    Raises:
+        ValueError: `held_out` is not in [0, 0.5).
+    """
+    check_held_out(held_out)
+    val, test = (int(share * 2**HASH_BITS) for share in (held_out, 2 * held_out))
+    heads = np.ascontiguousarray(keys[:, : HASH_BITS // 8]).view(">u4").ravel()
+    return np.where(heads < val, 1, np.where(heads < test, 2, 0)).astype(np.uint8)
+
+
+def split_texts(table: pa.Table, held_out: float) -> npt.NDArray[np.uint8]:
+    """Return the split of samples without media, (n,) numbers in SPLITS.
+
+    The hash of the id decides, or that of the question for one of several answers.
+
+    Args:
+        table: the columns `id` and `choice` of n samples.
+        held_out: see `split_keys`.
+    """
+    names = pc.if_else(pc.not_equal(table["choice"], ""), table["choice"], table["id"])
+    digests = b"".join(hashlib.sha256(name.encode()).digest() for name in names.to_pylist())
+    return split_keys(np.frombuffer(digests, np.uint8).reshape(-1, 32), held_out)

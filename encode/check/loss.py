@@ -42,7 +42,8 @@ from model.language.chat_template import (
     video_token_ids,
 )
 from model.language.tokenizer import IMAGE_TOKEN, token_id
-from model.quantize import pack, unpack
+from model.quantize import pack
+from nanomolmo2.unpack import unpack
 
 PROG = "python -m encode.check.loss"
 TOLERANCE = 0.01

@@ -29,8 +29,9 @@ from cache.store.space import read_info
 from configs import UserError
 from encode.check.media import NOT_ON_DISK, CheckConfig, LoadedMedia, MediaLoader
 from encode.check.report import CheckReport, CodecLoss
-from model.quantize import pack, unpack
+from model.quantize import pack
 from model.vision.encoder import VisionEncoder
+from nanomolmo2.unpack import unpack
 
 SEED = 0
 """Seed of the random draw: an unchanged cache gives the same media each time."""

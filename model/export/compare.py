@@ -35,9 +35,10 @@ from model.inference import answer_ids, before_end, expand_prompt, generation_mo
 from model.language.loading import quiet
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.media.images import decode_image
-from model.quantize import pack, unpack
+from model.quantize import pack
 from model.vision.encoder import VisionEncoder
 from model.vlm import VLM
+from nanomolmo2.unpack import unpack
 
 LOGITS_LIMIT = 1e-4
 """Largest difference of a logit."""

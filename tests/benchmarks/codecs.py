@@ -24,6 +24,7 @@ import torch
 from cache.format import codec
 from cache.format.codec import INT4_DIVISORS, INT4_LEVELS, rotation_signs
 from model import quantize
+from nanomolmo2.unpack import unpack
 from tests.benchmarks import activations, bench
 from tests.benchmarks.activations import Features
 from tests.benchmarks.bench import Options, Requirements
@@ -76,7 +77,7 @@ def gigabytes_per_second(name: str, threads: int, library: str) -> float:
     size = ROWS * TOKENS * WIDTH * 2 / 1e9
     if library == "torch":
         torch.set_num_threads(threads)
-        taken = seconds(lambda: quantize.unpack(rows, name, TOKENS, WIDTH), clock)
+        taken = seconds(lambda: unpack(rows, name, TOKENS, WIDTH), clock)
         torch.set_num_threads(1)
         return size / taken
     with ThreadPoolExecutor(threads) as pool:  # one task for each row, as the tools do

@@ -1,7 +1,7 @@
 """The row codecs in torch: every bit equals the numpy codec's, and the error of packing is reported.
 
 packed = quantize.pack(features, "int8")                            # .rows, .error, .finite, .clipped
-features = quantize.unpack(packed.rows, "int8", tokens=576, width=1024)
+features = unpack(packed.rows, "int8", tokens=576, width=1024)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from cache.format import codec
 from model import quantize
+from nanomolmo2.unpack import unpack
 
 WIDE = hnp.arrays(
     np.float32, (3, 2, 128), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -35,7 +36,7 @@ def assert_equal_bits(x: np.ndarray, name: str) -> None:
     packed = quantize.pack(torch.from_numpy(x), name)
     assert np.array_equal(packed.rows.numpy(), rows)
     assert torch.isfinite(packed.error).all()
-    ours = quantize.unpack(packed.rows, name, tokens, width).numpy()
+    ours = unpack(packed.rows, name, tokens, width).numpy()
     assert np.array_equal(bits(ours), bits(codec.unpack(rows, name, tokens, width)))
 
 
@@ -78,8 +79,8 @@ def test_autocast_changes_no_bit(name: str, tokens: int) -> None:
     rows = quantize.pack(x, name).rows
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantize.pack(x, name).rows, rows)
-        under = quantize.unpack(rows, name, tokens, 128)
-    assert torch.equal(under, quantize.unpack(rows, name, tokens, 128))
+        under = unpack(rows, name, tokens, 128)
+    assert torch.equal(under, unpack(rows, name, tokens, 128))
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
@@ -105,7 +106,7 @@ def test_any_bytes_unpack_to_equal_values(name: str, rows: st.DataObject) -> Non
     stored = rows.draw(hnp.arrays(np.uint8, (2, size)))
     with np.errstate(invalid="ignore", over="ignore"):
         theirs = codec.unpack(stored, name, tokens, 64)
-    ours = quantize.unpack(torch.from_numpy(stored), name, tokens, 64).numpy()
+    ours = unpack(torch.from_numpy(stored), name, tokens, 64).numpy()
     assert np.array_equal(ours, theirs, equal_nan=True)
 
 
@@ -114,7 +115,7 @@ def test_the_error_is_relative_to_the_features() -> None:
     x[3] = 0
     for name in codec.CODECS:
         packed = quantize.pack(x, name)
-        back = quantize.unpack(packed.rows, name, 6, 128).float()
+        back = unpack(packed.rows, name, 6, 128).float()
         expected = (back - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp(min=1e-30)
         assert torch.allclose(packed.error, expected, rtol=1e-5)
         assert packed.error[3] == 0 and packed.clipped == 0 and packed.finite.all()
@@ -127,7 +128,7 @@ def test_clipping_is_counted_and_included_in_the_error() -> None:
     packed = quantize.pack(x, "fp16")
     assert packed.clipped == 2 and packed.finite.all()
     assert packed.error[0] == 0 and packed.error[1] > 0.9
-    assert quantize.unpack(packed.rows, "fp16", 1, 64)[1, 0, :2].tolist() == [65504.0, -65504.0]
+    assert unpack(packed.rows, "fp16", 1, 64)[1, 0, :2].tolist() == [65504.0, -65504.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -146,16 +147,16 @@ def test_bfloat16_packs_like_float32_and_every_dtype_has_the_values_of_float16()
     x = torch.randn(2, 40, 64).bfloat16()
     rows = quantize.pack(x, "int8").rows
     assert torch.equal(rows, quantize.pack(x.float(), "int8").rows)
-    half = quantize.unpack(rows, "int8", 40, 64)
+    half = unpack(rows, "int8", 40, 64)
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(quantize.unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
+        assert torch.equal(unpack(rows, "int8", 40, 64, dtype=dtype), half.to(dtype))
 
 
 def test_rows_of_another_shape_are_refused() -> None:
     rows = quantize.pack(torch.randn(2, 4, 64), "int8").rows
     for wrong in (rows[:, :-1], rows[0], rows.view(torch.int8)):
         with pytest.raises(ValueError, match="takes"):
-            quantize.unpack(wrong, "int8", 4, 64)
+            unpack(wrong, "int8", 4, 64)
     with pytest.raises(ValueError, match="multiple of 64"):
         quantize.pack(torch.randn(1, 2, 60), "int8")
     with pytest.raises(ValueError, match="none of fp16, int8, int4"):

@@ -13,7 +13,7 @@ import torch
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.reader import FeatureReader
 from model.inference import Video
-from model.quantize import unpack
+from nanomolmo2.unpack import unpack
 from train.data.loader import feature_order
 from train.data.sample_list import SampleList
 

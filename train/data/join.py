@@ -32,20 +32,15 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.references import (
     MEDIA_KINDS,
-    SPLITS,
     UNKNOWN_KIND,
     MediaItems,
     MediaRows,
-    References,
-    Split,
-    availability,
+    SampleRows,
     edges_of,
-    find_rows,
-    number_media,
-    split_samples,
+    join_samples,
     within,
 )
-from cache.store.samples import content_digest, dataset_names, samples_table
+from cache.store.samples import SPLITS, Split, content_digest, dataset_names, samples_table
 from configs import UserError, load
 from train.data.sample_list import (
     Coverage,
@@ -97,31 +92,29 @@ def join(
     shares = _find_datasets(root, datasets)
     names = tuple(shares)
     ledger = media_table(root)
-    parts = [_read_part(root, name, ledger) for name in names]
-    media, numbers = number_media([part.references for part in parts], ledger)
-    found = find_rows(reader, media, max_frames)
-    here = np.append(found.counts > 0, False)  # -1, no media item, is not here
-    failed = np.asarray(pc.equal(ledger["status"], "failed"), dtype=bool)
+    parts = [_read_part(root, name) for name in names]
+    media, found, joined = join_samples(
+        [part.table for part in parts], ledger, reader, held_out=held_out, max_frames=max_frames
+    )
     kept: list[Ints] = []
     counts: list[Coverage] = []
     chosen = read_frozen(frozen, names) if frozen is not None else None
-    for name, part, items in zip(names, parts, numbers, strict=True):
-        present, broken = availability(part.references, here[items], failed)
-        side = split_samples(part.table, part.references, items, media.keys, held_out)
+    for name, one in zip(names, joined, strict=True):
+        _check_kinds(root, name, one)
         counts.append(
             Coverage(
                 dataset=name,
-                samples=len(part.ids),
-                present=int(present.sum()),
-                failed=int(broken.sum()),
-                missing=int((~present & ~broken).sum()),
+                samples=len(one.present),
+                present=int(one.present.sum()),
+                failed=int(one.failed.sum()),
+                missing=int((~one.present & ~one.failed).sum()),
             )
         )
-        use = present & (side == SPLITS.index(split))
+        use = one.present & (one.split == SPLITS.index(split))
         if chosen is not None:
             use &= np.unpackbits(chosen[name], count=len(use)).astype(bool)
         kept.append(np.flatnonzero(use))
-    result = _assemble(root, split, names, shares, parts, numbers, kept, media, found, counts)
+    result = _assemble(root, split, names, shares, parts, joined, kept, media, found, counts)
     _check_coverage(result, reader, min_coverage, ledger, found.partial, max_frames)
     if frozen is not None:
         check_frozen(result, frozen)
@@ -175,22 +168,24 @@ class _Part:
     choices: int
     """Number of such questions."""
     table: pa.Table
-    """(S,) its columns."""
-    references: References
-    """The media that its samples mention."""
+    """(S,) what `join_samples` takes."""
 
 
-def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
-    """Read a data set; raise UserError if it has media that are neither images nor videos."""
-    table = samples_table(root, name, ["id", "media", "weight", "task", "choice"])
-    references = References.of(table["media"], ledger)
-    if (references.kind == UNKNOWN_KIND).any():
-        kinds = pc.unique(pc.struct_field(pc.list_flatten(table["media"]), "kind")).to_pylist()
+def _check_kinds(root: CacheRoot, name: str, one: SampleRows) -> None:
+    """Raise UserError if a data set has media that are neither images nor videos."""
+    if (one.references.kind == UNKNOWN_KIND).any():
+        media = samples_table(root, name, ["media"])["media"]
+        kinds = pc.unique(pc.struct_field(pc.list_flatten(media), "kind")).to_pylist()
         raise UserError(
             f"data set {name}: holds {', '.join(sorted({*map(str, kinds)} - {*MEDIA_KINDS}))} media; "
             "only images and videos can be trained on: "
             f"{encode_command(root, name, None, load('encoders'))} writes it again"
         )
+
+
+def _read_part(root: CacheRoot, name: str) -> _Part:
+    """Read a data set, without its texts."""
+    table = samples_table(root, name, ["id", "media", "weight", "task", "choice"])
     ids = table["id"].combine_chunks()
     choice = table["choice"].combine_chunks()
     several = pc.not_equal(choice, "")
@@ -202,8 +197,7 @@ def _read_part(root: CacheRoot, name: str, ledger: pa.Table) -> _Part:
         task=table["task"].combine_chunks(),
         choice=np.asarray(pc.fill_null(coded.indices, -1), dtype=np.int32),
         choices=len(coded.dictionary),
-        table=table,
-        references=references,
+        table=table.select(["id", "media", "choice"]),
     )
 
 
@@ -213,18 +207,18 @@ def _assemble(
     names: tuple[str, ...],
     shares: Mapping[str, float | None],
     parts: list[_Part],
-    numbers: list[Ints],
+    joined: list[SampleRows],
     kept: list[Ints],
     known: MediaItems,
     found: MediaRows,
     counts: list[Coverage],
 ) -> SampleList:
     """Return the kept samples of all parts as one list, with media numbered by first appearance."""
-    lists = [part.references.counts for part in parts]
+    lists = [one.references.counts for one in joined]
     media = np.concatenate(
         [
-            items[within(edges_of(counts)[k], counts[k])]
-            for items, counts, k in zip(numbers, lists, kept, strict=True)
+            one.items[within(edges_of(counts)[k], counts[k])]
+            for one, counts, k in zip(joined, lists, kept, strict=True)
         ]
     )
     lengths = np.concatenate([counts[k] for counts, k in zip(lists, kept, strict=True)])

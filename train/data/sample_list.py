@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save
 from cache.format.checksums import GOLDEN, mix64
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
-from cache.store.references import IMAGE, NOUNS, VIDEO, Split, edges_of, within
+from cache.store.references import IMAGE, NOUNS, VIDEO, edges_of, within
+from cache.store.samples import Split
 from configs import UserError
 from train.data.choices import first_answers
 

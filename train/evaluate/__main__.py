@@ -28,7 +28,7 @@ from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
-from cache.store.references import Split
+from cache.store.samples import Split
 from configs import UserError
 from configs.console import table_text
 from model.inference import answer

@@ -23,7 +23,7 @@ from cache.errors import CacheError
 from cache.remote.open import RemoteOptions, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
-from cache.store.references import Split
+from cache.store.samples import Split
 from cache.view import page
 from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs.console import bytes_text, duration_text

@@ -25,7 +25,6 @@ from cache.store.reader import FeatureReader
 from cache.store.references import (
     IMAGE,
     MEDIA_KINDS,
-    SPLITS,
     UNKNOWN_KIND,
     References,
     all_rows,
@@ -35,7 +34,7 @@ from cache.store.references import (
     read_references,
     split_samples,
 )
-from cache.store.samples import MediaRef, Sample, read_samples, write_samples
+from cache.store.samples import SPLITS, MediaRef, Sample, read_samples, write_samples
 from cache.store.space import Present, Space
 from cache.store.writer import ShardWriter
 from tests.support.spaces import fill, key, make_space, row

@@ -1,7 +1,7 @@
 """The entry point for zarr-python: `zarr.open` reads int8 and int4 feature arrays from any working directory.
 
-The working directory of a reader may contain another package named `cache`. So this module has a unique name,
-and loads two files of `cache/format` by their path instead of by name.
+The working directory of a reader may contain another package named `cache`. So this module imports nothing of
+ours by name, as `nanomolmo2/__init__.py` does: it loads two files of `cache/format` by their path.
 """
 
 import sys
@@ -14,7 +14,7 @@ __all__ = ["RowCodec"]
 
 def _load(name: str) -> ModuleType:
     spec = spec_from_file_location(
-        f"nanomolmo2_codec.{name}", Path(__file__).parent / "cache" / "format" / f"{name}.py"
+        f"{__name__}.{name}", Path(__file__).parents[1] / "cache" / "format" / f"{name}.py"
     )
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
