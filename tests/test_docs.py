@@ -63,7 +63,9 @@ def test_links_and_named_files_exist(page: Path) -> None:
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
     if page.name != "SETUP_DOCUMENT.md":  # that one also names another project's files
-        for name in re.findall(r"`((?:cache|configs|encode|model|nanomolmo2|tests|train)/[\w/.-]+)`", text):
+        for name in re.findall(
+            r"`((?:cache|configs|encode|model|nanomolmo2|tests|train)/[\w/.-]+)`", text
+        ):
             exists = (ROOT / name).exists() or name.startswith(("cache/spaces/", "cache/samples/"))
             assert exists, f"{page.name} names {name}"
 
