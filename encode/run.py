@@ -3,6 +3,7 @@
 python -m encode.run --dataset demo --encoder demo            # a laptop, offline, 20 seconds
 python -m encode.run --dataset folder:photos                  # your images and videos, CLIP ViT-L/14@336
 python -m encode.run --dataset json:llava.json --media images # conversations that name their images
+python -m encode.run --dataset folder:photos --encoder hf:dinov2-small    # a tower of transformers
 python -m encode.run --dataset pixmo                          # from the hub's lists and the open web
 python -m encode.run --dataset pixmo --source lists           # from lists/pixmo-cap/data/*.parquet, ...
 python -m encode.run --dataset pixmo --retry-failed           # try again what failed
@@ -53,7 +54,8 @@ class Options:
     """Data sets: a name or group (see --list), or folder:PATH, json:FILE, hf:ORG/NAME[:CONFIG],
     webdataset:GLOB, each also as NAME=folder:PATH. May be repeated."""
     encoder: str = DEFAULT_ENCODER
-    """Vision tower: an entry of configs/encoders.yaml."""
+    """Vision tower: an entry of configs/encoders.yaml, or hf:FOLDER (hf:ORG/NAME of the hub) with CLIP,
+    SigLIP, DINOv2 or DINOv3 as transformers saves them, also in a LLaVA."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
     """How rows are stored: int8 takes half of fp16, error 0.5 %; int4 a quarter, 5-8 % (CLIP: unproven)."""
     format: Literal["zarr", "webdataset"] = "zarr"
@@ -264,7 +266,7 @@ def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Seq
     encoder = config.encoder
     wanted = {
         "container": (options.format,),
-        "encoder": (encoder.name, f"random-{encoder.name}"),
+        "encoder": (encoder.space_name, f"random-{encoder.space_name}"),
         "codec": (options.codec,),
         "pool_image": (encoder.pool_image,),
         "pool_frame": (encoder.pool_frame,),

@@ -195,7 +195,10 @@ def check_space(meta: Mapping[str, Any], reader: FeatureReader, origin: Path) ->
     if trained_on.name in root.space_names():
         way_out = f"choose that one: --space {trained_on.name}"
     else:
-        command = encode_command(root, None, WantedSpace(trained_on), configs.load("encoders"))
+        load = meta["space"].get("load") or {}
+        command = encode_command(
+            root, None, WantedSpace(trained_on, load), configs.load("encoders")
+        )
         way_out = f"encode with the same settings: {command}"
     raise UserError(
         f"{origin}: was trained on the space {trained_on.name}, not on {spec.name} ({'; '.join(differ)}); "

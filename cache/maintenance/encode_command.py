@@ -92,7 +92,8 @@ def encoder_words(space: Encoded, presets: Mapping[str, Any], codec: str = "") -
     if spec.encoder.startswith("random-") and entry.get("library") != "demo":
         words.append("--random-weights")
     weights = space.load.get("weights")
-    if isinstance(weights, str) and HUB_FOLDER not in weights:
+    known = weights == entry.get("model")  # --encoder hf:FOLDER says it
+    if isinstance(weights, str) and HUB_FOLDER not in weights and not known:
         words += ["--weights", weights]
     return words
 

@@ -10,6 +10,7 @@ through every codec, which shows what a smaller codec loses on this encoder and 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 from cache.errors import command_line
 from cache.format.codec import CODECS
+from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot, SpacePaths
@@ -54,12 +56,13 @@ def choose_space(root: CacheRoot, wanted: Mapping[str, Sequence[Any]]) -> SpaceP
     Raises:
         UserError: no space or several spaces match.
     """
-    specs = {name: read_info(root.space(name)).spec for name in root.space_names()}
+    infos = {name: read_info(root.space(name)) for name in root.space_names()}
+    specs = {name: info.spec for name, info in infos.items()}
     if not specs:
         raise UserError(f"no feature space under {root.path}/; say where: --features DIR")
     fits = [n for n, s in specs.items() if all(getattr(s, k) in v for k, v in wanted.items())]
     if len(specs) > 1 and len(fits) != 1:
-        there = "; ".join(f"{name}: {_options(spec)}" for name, spec in specs.items())
+        there = "; ".join(f"{name}: {_options(info)}" for name, info in infos.items())
         raise UserError(
             f"{len(fits) or 'none'} of {len(specs)} spaces under {root.path}/ "
             f"{'match' if fits else 'matches'} these options; the spaces are: {there}"
@@ -67,9 +70,11 @@ def choose_space(root: CacheRoot, wanted: Mapping[str, Sequence[Any]]) -> SpaceP
     return root.space(fits[0] if fits else next(iter(specs)))
 
 
-def _options(spec: FeatureSpec) -> str:
+def _options(info: SpaceInfo) -> str:
     """Return the command-line options that select a space."""
-    encoder = spec.encoder.removeprefix("random-")
+    spec, entry = info.spec, info.load.get("encoder")
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    encoder = shlex.quote(str(name or spec.encoder.removeprefix("random-")))
     pools = f"--pool {spec.pool_image} --frame-pool {spec.pool_frame}"
     return f"--encoder {encoder} --codec {spec.codec} --format {spec.container} {pools}"
 

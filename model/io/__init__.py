@@ -3,6 +3,8 @@
     device         pick the device and its precision
     hub            download an encoder's weights, or fail within seconds with a way out
     saved_model    a trained model: save, find by run and stage, load without the encoder
+    tower_config   what the JSON files of a folder say about its vision tower
+    tower_folder   the tensors of that tower, and their hash
     tensors        the hash of named tensors, and seeded random ones
 
 Read saved_model.py first.

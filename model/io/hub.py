@@ -19,6 +19,13 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from configs import UserError, one_line
 
+TOWER_FILES = (
+    "config.json",
+    "*processor_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+"""Files of a tower on the hub."""
 PROBE_TIMEOUT_S = 2.0
 """Seconds to wait for a connection to the hub."""
 
@@ -56,6 +63,32 @@ def fetch(hub_path: str, *, encoder: str) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
     raise UserError(f"encoder {encoder}: {repo} has none of {', '.join(names)}; {way_out}")
+
+
+def fetch_folder(repo: str, *, encoder: str) -> Path:
+    """Return the local folder of a vision tower on the hub, after downloading it if necessary.
+
+    A tower that is on this machine is used without asking the hub.
+
+    Args:
+        repo: `org/name`.
+        encoder: name of the encoder, for messages.
+
+    Raises:
+        UserError: it is not on this machine and cannot be downloaded.
+    """
+    config = huggingface_hub.try_to_load_from_cache(repo, "config.json")
+    if isinstance(config, str):
+        folder = Path(config).parent
+        if any(folder.glob("model*.safetensors")):
+            return folder
+    way_out = f"give {repo} as a local folder: --encoder hf:FOLDER"
+    if why := unreachable():
+        raise UserError(f"encoder {encoder}: {repo} is not on this machine, and {why}; {way_out}")
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*TOWER_FILES]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"encoder {encoder}: {one_line(error)}; {way_out}") from None
 
 
 def unreachable() -> str:

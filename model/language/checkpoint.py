@@ -85,7 +85,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: a file is missing or damaged, or the folder contains something else.
     """
     config = read_config(folder)
-    tensors = _read_headers(folder, _weight_files(folder))
+    tensors = read_headers(folder, weight_files(folder))
     _check_kind_of_tensors(folder, config, tensors)
     return Checkpoint(folder, config, tensors)
 
@@ -213,7 +213,7 @@ def _other_kind(config: Mapping[str, Any]) -> str:
 # ---- weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model: one, or the shards that the index names."""
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_symlink() or single.exists():
@@ -300,7 +300,7 @@ def conversion_command(folder: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _read_headers(folder: Path, files: Iterable[Path]) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Return the tensors of all files, after a check against the index if there is one."""
     tensors: dict[str, StoredTensor] = {}
     for path in files:

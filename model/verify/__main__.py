@@ -70,7 +70,7 @@ class Options:
     """Load every part once and report parameters, memory, days and disk space."""
 
     encoder: str = "clip-vit-l14-336"
-    """An entry of configs/encoders.yaml."""
+    """An entry of configs/encoders.yaml, or hf:FOLDER."""
     llm: str | None = None
     """Hub id, folder, or `random:qwen3-0.6b`; when not given, the one in configs/model.yaml."""
     connector: Literal["linear", "mlp"] | None = None

@@ -1,12 +1,23 @@
-"""One entry of configs/encoders.yaml: the vision tower, and how it encodes an image."""
+"""One entry of configs/encoders.yaml: the vision tower, and how it encodes an image.
+
+encoder_config("clip-vit-l14-336")            # an entry
+encoder_config("hf:dinov2-small", pool_image=4)    # a folder of transformers, or an id of the hub
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from configs import UserError, build, load, nearest, where_is
+from configs import UserError, build, load, nearest, user_file, where_is
+
+HF = "hf:"
+"""What precedes a folder of transformers, or an id of the hub, where an encoder is named."""
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+"""An id of the Hugging Face hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +58,32 @@ class EncoderConfig:
     """One frozen encoder. Changing any value except `name` makes another feature space."""
 
     name: str
-    """Key of the entry; the first part of a space's folder name."""
-    library: Literal["open_clip", "demo"]
-    """Library that builds the tower: `open_clip` (CLIP, SigLIP, SigLIP2), or `demo` for the random tower."""
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"]
-    """Activation of the MLPs that the weights were trained with.
+    """What `--encoder` takes: the key of an entry, or `hf:FOLDER` with an absolute path, or `hf:ORG/NAME`."""
+    library: Literal["open_clip", "transformers", "demo"]
+    """Library that builds the tower: `open_clip` (CLIP, SigLIP, SigLIP2), `transformers` (CLIP, SigLIP,
+    DINOv2, DINOv3, the tower of a LLaVA), or `demo` for the random tower."""
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"] | None = None
+    """Activation of the MLPs that the weights were trained with. None: as a folder of transformers says.
 
     `model.vision.activation_check` compares it with the model as built and with all records of the weights,
     because a mismatch gives wrong features without an error.
     """
-    blocks: tuple[int, ...]
-    """Blocks (0-based) whose outputs are concatenated, in this order: 22 is `hidden_states[-2]` of 24."""
+    blocks: tuple[int, ...] = ()
+    """Blocks (0-based) whose outputs are concatenated, in this order: 22 is `hidden_states[-2]` of 24.
+
+    Of a folder of transformers, those that LLaVA's config names, else the last but one.
+    """
     model: str = ""
-    """open_clip's model name; OpenAI's weights need the ones that end in `-quickgelu`."""
+    """open_clip's model name; OpenAI's weights need the ones that end in `-quickgelu`. With `transformers`: a
+    folder with config.json and model.safetensors, or its id on the hub."""
+    image_size: int | None = None
+    """Side of the input, pixels, for DINOv2 and DINOv3, which take several. None: as the folder says."""
     pretrained: str = ""
     """open_clip's tag of the weights, which also defines mean and standard deviation."""
     mean: tuple[float, float, float] | None = None
-    """Mean colour in [0, 1]; None: that of the tag, .5 for the demo tower."""
+    """Mean colour in [0, 1]; None: that of the tag or the folder, .5 for the demo tower."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of the colours; None: that of the tag, .5 for the demo tower."""
+    """Standard deviation of the colours; None: that of the tag or the folder, .5 for the demo tower."""
     fit: Literal["squash", "pad", "crop"] = "squash"
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
     pool_image: int = 1
@@ -80,7 +98,7 @@ class EncoderConfig:
     seed: int = 0
     """Seed of random weights; unused with trained ones."""
     tower: DemoTowerConfig | None = None
-    """Sizes of the demo tower; None for open_clip."""
+    """Sizes of the demo tower; None for others."""
 
     def __post_init__(self) -> None:
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):
@@ -89,12 +107,30 @@ class EncoderConfig:
             raise ValueError(f"blocks {list(self.blocks)}: count from 0, at the first block")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.library == "open_clip" and not self.model:
-            raise ValueError("library open_clip needs a model")
+        if self.library != "demo" and not self.model:
+            raise ValueError(f"library {self.library} needs a model")
+        if self.library != "transformers":
+            if self.activation is None:
+                raise ValueError("missing key 'activation'")
+            if self.image_size is not None:
+                raise ValueError(
+                    "image_size is for library transformers; other towers have one size"
+                )
         if (self.library == "demo") != (self.tower is not None):
             raise ValueError("library demo, and no other, needs a tower")
         if self.tower is not None and self.activation != "gelu":
             raise ValueError(f"the demo tower computes gelu, not {self.activation}")
+
+    @property
+    def space_name(self) -> str:
+        """The first part of the folder names of spaces: `hf-dinov2-small` of `hf:/models/dinov2-small`."""
+        if not self.name.startswith(HF):
+            return self.name
+        path = Path(self.name.removeprefix(HF))
+        # In the hub's cache a folder is called by its commit: models--org--name/snapshots/1a2b3c.
+        if path.parent.name == "snapshots":
+            path = Path(path.parent.parent.name.rpartition("--")[2])
+        return f"hf-{re.sub('[^A-Za-z0-9._]+', '-', path.name)[:60].strip('-.') or 'tower'}"
 
     def check_weights(self, weights: str | None, random_weights: bool) -> None:
         """Refuse weights that would not be loaded.
@@ -120,20 +156,96 @@ class EncoderConfig:
 
 
 def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
-    """Return the entry `name` of configs/encoders.yaml. Overrides that are not None replace its values.
+    """Return the encoder that `--encoder` names. Overrides that are not None replace the values of an entry.
+
+    What a folder of transformers says is filled in: blocks, activation, colours, fit and size.
+
+    Args:
+        name: an entry of configs/encoders.yaml, or `hf:` and a folder or an id of the hub.
+        overrides: fields of `EncoderConfig`.
 
     Raises:
-        UserError: there is no such entry, or a value is invalid.
+        UserError: there is no such entry or folder, or a value is invalid.
     """
-    entries = load("encoders")
-    where = where_is("encoders", name)
-    if name not in entries:
-        raise UserError(
-            f"encoder {name!r} is not in {where} (there are: {', '.join(map(str, entries))})"
-            f"{nearest(name, map(str, entries))}"
-        )
-    entry = entries[name]
-    if not isinstance(entry, Mapping):
-        raise UserError(f"{where}: {name}: expected keys and values")
     given = {key: value for key, value in overrides.items() if value is not None}
-    return build(EncoderConfig, {"name": name, **entry, **given}, f"{where}: {name}")
+    if name.startswith(HF):
+        source = _source(name.removeprefix(HF), Path.cwd())
+        entry: Mapping[str, Any] = {"library": "transformers", "model": source}
+        name, where = HF + source, f"--encoder {HF}{source}"
+    else:
+        entries = load("encoders")
+        where = where_is("encoders", name)
+        if name not in entries:
+            raise UserError(
+                f"encoder {name!r} is not in {where} (there are: {', '.join(map(str, entries))})"
+                f"{nearest(name, map(str, entries))}; a folder of transformers: --encoder hf:FOLDER"
+            )
+        entry, where = entries[name], f"{where}: {name}"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where}: expected keys and values")
+        if entry.get("library") == "transformers" and isinstance(entry.get("model"), str):
+            file = user_file()
+            source = _source(entry["model"], file.parent if file else Path.cwd())
+            entry = {**entry, "model": source}
+    values = {"name": name, **entry, **given}
+    if values.get("library") == "transformers" and values.get("model"):
+        size = values.get("image_size")
+        values = {**_folder_values(str(values["model"]), name, size), **values}
+    return build(EncoderConfig, values, where)
+
+
+def _source(source: str, beside: Path) -> str:
+    """Return the absolute path of a folder, or an id of the hub as it is.
+
+    Args:
+        source: path or id.
+        beside: the folder that a relative path starts from.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_absolute() else beside / folder
+    if source and folder.is_dir():
+        return str(folder.resolve() if ".." in folder.parts else folder.absolute())
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; give its folder: --encoder {HF}{folder.parent}")
+    if HUB_ID.fullmatch(source):
+        return source
+    raise UserError(
+        f"{folder}: no such folder; give one with config.json and model.safetensors, or an id of the hub: "
+        f"--encoder {HF}ORG/NAME"
+    )
+
+
+def tower_folder(source: str, encoder: str) -> Path:
+    """Return the folder of a tower of transformers; an id of the hub is downloaded, if it is not here.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not HUB_ID.fullmatch(source):
+        raise UserError(f"encoder {encoder}: {source}: no such folder; it moved? --weights FOLDER")
+    # Imports the hub's client, which folders do not need.
+    from model.io.hub import fetch_folder
+
+    return fetch_folder(source, encoder=encoder)
+
+
+def _folder_values(source: str, name: str, size: Any) -> dict[str, Any]:
+    """Return the values of an entry that a folder of transformers states, for inputs of `size` if given."""
+    from model.io.tower_config import read_tower_config
+
+    found = read_tower_config(tower_folder(source, name))
+    grid = (size if isinstance(size, int) else found.image_size) // found.patch_size
+    return {
+        "activation": found.activation,
+        "blocks": found.blocks,
+        "mean": found.mean,
+        "std": found.std,
+        "fit": found.fit,
+        "image_size": found.image_size,
+        "pool_frame": next(window for window in (3, 2, 1) if grid % window == 0),
+    }

@@ -30,11 +30,12 @@ from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
 from model.media.images import fit_image
-from model.vision.config import EncoderConfig
+from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 
 if TYPE_CHECKING:
     from model.vision.clip_tower import ClipTower
+    from model.vision.hf_tower import HfTower
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ HALF = (0.5, 0.5, 0.5)
 class _Built:
     """A tower with its weights in float32 on the CPU, and what the spec says about them."""
 
-    tower: ClipTower | DemoTower
+    tower: ClipTower | HfTower | DemoTower
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     weights: str
@@ -89,7 +90,7 @@ class VisionEncoder:
         }
 
     @property
-    def tower(self) -> ClipTower | DemoTower:
+    def tower(self) -> ClipTower | HfTower | DemoTower:
         """The tower with its weights, cut down to the blocks that the features need."""
         return self._built.tower
 
@@ -160,8 +161,12 @@ def load_encoder(
     """
     config.check_weights(weights, random_weights)
     chosen = pick_device(device)
-    is_demo = config.library == "demo"
-    built = _build_demo(config) if is_demo else _build_clip(config, random_weights, weights)
+    if config.library == "demo":
+        built = _build_demo(config)
+    elif config.library == "transformers":
+        built = _build_hf(config, random_weights, weights)
+    else:
+        built = _build_clip(config, random_weights, weights)
     return VisionEncoder(config, built, chosen)
 
 
@@ -249,11 +254,54 @@ def _build_clip(config: EncoderConfig, random_weights: bool, weights: str | None
     return dataclasses.replace(built, weights=hash_tensors(tower.tensors()), source=source)
 
 
+def _build_hf(config: EncoderConfig, random_weights: bool, weights: str | None) -> _Built:
+    # Importing transformers' classes takes seconds, which the demo tower does not need.
+    from model.io.tower_config import ANY_SIZE, read_tower_config
+    from model.io.tower_folder import open_tower, read_tensors
+    from model.vision.hf_tower import HfTower
+
+    place = Path(weights).expanduser() if weights else None
+    place = place.parent if place and place.is_file() else place
+    folder = tower_folder(str(place or config.model), config.name)
+    found = read_tower_config(folder)
+    for what, note in found.notes.items():
+        if what != "crop" or config.fit == "crop":
+            log.warning("encoder %s: %s", config.name, note)
+    if config.activation not in (None, found.activation):
+        raise UserError(
+            f"encoder {config.name}: activation {config.activation}, but {folder / 'config.json'} says "
+            f"{found.activation}; leave it out of the entry, or correct it"
+        )
+    side = config.image_size or found.image_size
+    if side != found.trained_size and found.kind not in ANY_SIZE:
+        raise UserError(
+            f"encoder {config.name}: image_size {side}, but this {found.class_name} takes images of "
+            f"{found.trained_size} only; give the entry image_size: {found.trained_size}"
+        )
+    mean, std = config.mean or found.mean, config.std or found.std
+    if mean is None or std is None:
+        raise UserError(
+            f"encoder {config.name}: mean and std are unknown, since {folder} has no "
+            "preprocessor_config.json; copy it there, or give an entry of nanomolmo2.yaml both"
+        )
+    tower = HfTower(found, config.blocks, side)
+    built = _Built(tower=tower, mean=mean, std=std, weights="", is_random=random_weights)
+    _spec(config, built, "float32", "fp16")  # refuses an invalid entry before weights are read
+    if random_weights:
+        tensors = tower.random_tensors(config.seed)
+    else:
+        tensors = read_tensors(open_tower(folder), config.blocks)
+    hashed = hash_tensors(tensors)
+    tower.load(tensors)
+    source = None if random_weights else str(folder)
+    return dataclasses.replace(built, weights=hashed, source=source)
+
+
 def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
     tower = built.tower
     try:
         spec = FeatureSpec(
-            encoder=f"random-{config.name}" if built.is_random else config.name,
+            encoder=f"random-{config.space_name}" if built.is_random else config.space_name,
             architecture=tower.architecture,
             weights=built.weights,
             activation=tower.activation,

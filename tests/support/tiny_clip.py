@@ -1,7 +1,8 @@
-"""CLIP and SigLIP towers small enough for tests, registered with open_clip, and a model trained on one."""
+"""Towers small enough for tests, of open_clip and of transformers, and a model trained on one."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from configs import UserError
 from model.io.saved_model import save_final
+from model.language.loading import quiet
 from model.vision.config import EncoderConfig
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm
@@ -84,6 +93,65 @@ def hugging_face(seed: int = 0, activation: str = "quick_gelu", **sizes: int) ->
     positions = model.get_buffer(next(n for n, _ in model.named_buffers() if "position_ids" in n))
     positions.copy_(torch.arange(positions.numel()))
     return model
+
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip": {"class": "CLIPVision", "intermediate_size": 96},
+    "siglip": {"class": "SiglipVision", "intermediate_size": 96},
+    "dinov2": {"class": "Dinov2"},
+    "dinov2-gated": {"class": "Dinov2", "use_swiglu_ffn": True},
+    "dinov2-registers": {"class": "Dinov2WithRegisters", "num_register_tokens": 3},
+    "dinov3": {"class": "DINOv3ViT", "intermediate_size": 96, "num_register_tokens": 2},
+    "dinov3-gated": {
+        "class": "DINOv3ViT",
+        "intermediate_size": 96,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+    },
+}
+"""Towers of transformers: the start of their classes' names, and what differs from the common sizes."""
+
+
+def transformers_tower(kind: str, seed: int = 0, **overrides: Any) -> Any:
+    """Return one of `TOWERS`, in evaluation mode, with random weights of which none is 0 or 1."""
+    given = dict(TOWERS[kind])
+    name = given.pop("class")
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    sizes |= {"image_size": SIDE, "patch_size": PATCH}
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**{**sizes, **given, **overrides})
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def save_tower(folder: Path, model: Any, **images: Any) -> Path:
+    """Write a model of transformers, and a preprocessor_config.json."""
+    with quiet():
+        model.save_pretrained(folder)
+    values = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 3}
+    size = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**values, **size, **images}))
+    return folder
+
+
+def llava(tower: Any, **values: Any) -> LlavaForConditionalGeneration:
+    """Return a tiny LLaVA with a copy of a tower."""
+    text = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    config = LlavaConfig(
+        vision_config=copy.deepcopy(tower.config), text_config=text, image_token_index=39, **values
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    return model.eval()
 
 
 def open_clip_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def test_demo_blocks_are_checked_and_codecs_fit() -> None:
         ({"blocks": []}, "at least one"),
         ({"blocks": [1, 1]}, "each block once"),
         ({"batch_size": 0}, "at least 1"),
-        ({"library": "timm"}, "none of open_clip, demo"),
+        ({"library": "timm"}, "none of open_clip, transformers, demo"),
         ({"activation": "quick_gelu"}, "the demo tower computes gelu"),
         ({"library": "open_clip", "model": "x"}, "needs a tower"),
     ],
