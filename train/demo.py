@@ -5,8 +5,8 @@ python -m train.demo --features other-cache
 
 Every step is one of the product's own commands and is printed before it runs; its options are in
 configs/demo.yaml. The features are kept, so another `make demo` encodes nothing and only trains. The last
-line is the result on held-out drawings and videos: exact match, mean over the question types, and the same
-*blind*, with every drawing and video exchanged for another.
+line is the result on the split `test`, by which nothing was chosen: exact match, mean over the question
+types, and the same *blind*, with every drawing and video exchanged for another. A point matches in its shape.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import configs
 from cache.errors import CacheError
 from configs import UserError
 from configs.console import table_text
+from train.evaluate.result import figure
 
 PROG = "python -m train.demo"
 RUN, SECOND = Path("runs/demo"), Path("runs/demo-mlp")
@@ -101,12 +102,14 @@ def show(demo: Demo, features: Path) -> None:
     live = run("encode.check.loss", {"run": RUN.name, **where, "samples": demo.live_samples})
     run("train.evaluate", {"run": RUN.name, **where, **demo.evaluate})
     last_stage = RUN / f"stage{max(demo.stages)}"  # its model answered the questions
-    result = json.loads((last_stage / "evaluation-val.json").read_text(encoding="utf-8"))
+    split = str(demo.evaluate["split"])
+    result = json.loads((last_stage / f"evaluation-{split}.json").read_text(encoding="utf-8"))
     shown = (answer["media"][0] for answer in result["answers"])
     drawings = dict.fromkeys(path for path in shown if Path(path).suffix == ".png")  # each once
     for prompt, image in zip(demo.prompts, drawings, strict=False):
         run("model.generate", {"run": RUN.name, "image": image, "prompt": prompt})
-    run("train.report", {"run": RUN.name, **where, "output": RUN / "report.html"})
+    shown_in = {"split": split, "output": RUN / "report.html"}
+    run("train.report", {"run": RUN.name, **where, **shown_in})
 
     second = time.monotonic()
     encoded = found(r"encoded=(\d+)", run("encode.run", encode))
@@ -114,10 +117,10 @@ def show(demo: Demo, features: Path) -> None:
     run("train.run", {"stage": 1, "run": SECOND.name, **where, "space": space, **flags})
     second_s = time.monotonic() - second
 
-    print(f"\nheld-out drawings and videos, stage {result['stage']}\n{table(result)}\n")
+    print(f"\n{split} split, drawings and videos, stage {result['stage']}\n{table(result)}\n")
     print(f"experiment 2: encoded={encoded} seconds={second_s:.0f}")
     print(next(line for line in live if line.startswith("cached loss")))
-    right, blind = headline(result)
+    right, blind = result["mean"]["value"], result["mean"]["blind"]
     seconds = time.monotonic() - begun
     print(f"demo: exact_match={right:.2f} blind={blind:.2f} seconds={seconds:.0f}")
 
@@ -182,32 +185,26 @@ def replace_run(folder: Path) -> None:
 # ---- results
 
 
-def headline(result: Mapping[str, Any]) -> tuple[float, float]:
-    """Return exact match and blind exact match, each the mean over TYPES."""
-    tasks = {task["name"]: task for task in result["tasks"]}
-    right, blind = (sum(tasks[t][of] for t in TYPES) / len(TYPES) for of in ("exact", "blind"))
-    return right, blind
-
-
 def table(result: Mapping[str, Any]) -> str:
-    """Return exact match and blind exact match of each question type; those not in TYPES come last."""
+    """Return score, blind score and difference of each question type; captions come last."""
+
+    def row(name: str, questions: str, metric: str, score: Mapping[str, Any]) -> tuple[str, ...]:
+        shown = (("value", "interval"), ("blind", "blind_interval"), ("gain", "gain_interval"))
+        return name, questions, metric, *(figure(score[of], score[ends]) for of, ends in shown)
+
     rows = {
-        task["name"]: (
-            task["name"],
-            f"{task['questions']:,}",
-            f"{task['exact']:.3f}",
-            f"{task['blind']:.3f}",
-        )
+        task["name"]: row(task["name"], f"{task['questions']:,}", score["name"], score)
         for task in result["tasks"]
+        for score in task["scores"][:1]
     }
-    right, blind = headline(result)
     lines = [
         *(rows[name] for name in TYPES),
-        ("mean", "", f"{right:.3f}", f"{blind:.3f}"),
-        ("not in the mean:", "", "", ""),
-        *(row for name, row in rows.items() if name not in TYPES),
+        row("mean", "", "", result["mean"]),
+        ("not in the mean:", "", "", "", "", ""),
+        *(cells for name, cells in rows.items() if name not in TYPES),
     ]
-    return table_text(("", "questions", "exact", "blind"), lines, right="questions exact blind")
+    columns = ("", "questions", "metric", "score", "blind", "difference")
+    return table_text(columns, lines, right="questions")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""README.md of an exported folder: how to load it, what it was trained on, and how it was compared.
+"""README.md of an exported folder: how to load it, what it was trained on, its scores, how it was compared.
 
-card = find_card(folder)                     # card.json, which train.run wrote beside the model
+card = find_card(folder)                     # card.json, which train.run and train.evaluate wrote
 text = model_card("mine", meta, spec, tower, card, found)
 
 The text is in card.md.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from model.export.towers import ExportedTower
 CARD = "card.json"
 OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
 """vLLM takes no name for the identity activation but the class."""
+SPLITS = {
+    "test": "Images and videos of the split `test`: not trained on, and nothing was chosen by them.",
+    "val": "Images and videos of the split `val`: not trained on, but choices may have been made by them. "
+    "The split `test` was not evaluated.",
+}
+"""Split whose scores are published -> what it is; the first one that was evaluated counts."""
 FITS = {
     "pad": "padded to a square with the mean colour",
     "squash": "made square without regard to its aspect ratio",
@@ -98,7 +104,7 @@ def model_card(
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", llm) and not Path(llm).exists()
     # Markdown, not HTML: names from data go through `cell` or `code`.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
-    environment.filters |= {"code": _code, "cell": _cell}
+    environment.filters |= {"code": _code, "cell": _cell, "figure": _figure}
     source = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         name=one_line(name),
@@ -117,7 +123,19 @@ def model_card(
         model_class=model_class(spec),
         pooled=pooled_note(spec) if spec.pool_image > 1 else "",
         stages=[_stage(stage) for stage in card.get("stages", ())],
+        scores=reported(card),
+        splits=SPLITS,
     )
+
+
+def reported(card: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the scores of the last stage on the split `test`, or if it has none, on `val`."""
+    stages = card.get("stages") or [{}]
+    scores = stages[-1].get("scores", ())
+    for split in SPLITS:
+        if rows := [row for row in scores if row.get("split") == split]:
+            return rows
+    return []
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +154,13 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
 def _cell(text: str) -> str:
     """Return text for a cell of a table."""
     return one_line(text, 80).replace("|", "\\|")
+
+
+def _figure(value: float | None, interval: Sequence[float] | None) -> str:
+    """Return a value with half the width of its interval."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
 
 
 def _code(text: str) -> str:

@@ -135,7 +135,7 @@ def train_and_ask(options: Options, folder: Path, space: str, codec: str, seed: 
     given = evaluation["answers"]
     return Result(
         loss=evaluation["loss"],
-        mean=evaluation["mean"],
+        mean=evaluation["mean"]["value"],
         right={one["sample"]: one["correct"] for one in given},
         task={one["sample"]: one["task"] for one in given},
         image={one["sample"]: one["media"][0] for one in given},

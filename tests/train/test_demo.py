@@ -45,19 +45,35 @@ def test_only_runs_of_the_demo_are_replaced(
     assert (other / "stage1").is_dir()
 
 
-def test_the_headline_is_the_mean_over_question_types() -> None:
-    tasks = [
-        {"name": name, "questions": 10, "exact": exact, "blind": blind}
-        for name, exact, blind in [
-            *[("cell", 1.0, 0.1), ("colour", 0.9, 0.2), ("count", 0.8, 0.3), ("point", 0.7, 0.4)],
-            *[("shape", 0.6, 0.5), ("dialogue", 0.0, 0.0), ("caption", 0.0, 0.0)],
-            *[("video-count", 1.0, 0.0), ("video-what", 0.5, 0.1), ("video-where", 0.5, 0.4)],
-        ]
+def test_the_table_has_the_mean_before_captions() -> None:
+    def score(value: float, blind: float) -> dict[str, object]:
+        ends = {"interval": [0.7, 0.9], "blind_interval": None, "gain_interval": [0.1, 0.2]}
+        return {
+            "name": "exact match",
+            "value": value,
+            "blind": blind,
+            "gain": value - blind,
+            **ends,
+        }
+
+    names = ["caption", *reversed(demo.TYPES)]
+    tasks = [{"name": n, "questions": 1_000, "scores": [score(0.8, 0.3)]} for n in names]
+    lines = demo.table({"tasks": tasks, "mean": score(0.75, 0.25)}).splitlines()
+    assert [line.split()[0] for line in lines[1:9]] == list(demo.TYPES)
+    first = [
+        "count",
+        "1,000",
+        "exact",
+        "match",
+        *["0.80", "±", "0.10", "0.30", "0.50", "±", "0.05"],
     ]
-    assert demo.headline({"tasks": tasks}) == pytest.approx((0.75, 0.25))
-    lines = demo.table({"tasks": tasks}).splitlines()
-    assert lines[9].split() == ["mean", "0.750", "0.250"]
-    assert [line.split()[0] for line in lines[10:]] == ["not", "dialogue", "caption"]
+    assert lines[1].split() == first
+    assert lines[9].split() == ["mean", "0.75", "±", "0.10", "0.25", "0.50", "±", "0.05"]
+    assert [line.split()[0] for line in lines[10:]] == ["not", "caption"]
+
+
+def test_what_is_reported_is_of_the_split_that_nothing_was_chosen_by() -> None:
+    assert configs.load("demo")["evaluate"]["split"] == "test"
 
 
 def test_configs_demo_names_only_existing_options() -> None:

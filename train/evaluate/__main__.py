@@ -7,30 +7,27 @@ python -m train.evaluate --run default --split train         # samples it was tr
 
 Answers are computed from cached features, by the code that `model.generate` uses. The *blind* figures are
 those of the same model with every image exchanged for another image of the split, and every video for another
-video: they show what can be answered without looking. The headline is exact match, averaged over question
-types. Captions are reported separately, because a caption has no single right answer. A question with several
-answers is asked once, and any of them is right.
+video: they show what can be answered without looking. Each question type has its metric (metrics.py); the
+headline is their mean without captions, which have no single right answer. A question with several answers is
+asked once. After each figure is half the width of its 95 % interval over images and videos. The scores are
+also added to the run's card.json, which `model.export` prints.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import configs
 from cache.errors import CacheError
 from cache.format.spec import FeatureSpec
 from cache.remote.open import RemoteOptions, cache_root, open_reader
-from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import Split
-from configs import UserError
-from configs.console import table_text
 from model.inference import answer
 from model.io.device import pick_device
 from model.io.saved_model import find_run, load_final
@@ -45,10 +42,13 @@ from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass
 from train.data.tokens import TokenStore
 from train.data.usable import learnable
+from train.evaluate.metrics import choose_metrics, parse_metrics, score_answer
 from train.evaluate.questions import Question, questions
+from train.evaluate.result import Evaluation, card_rows, save, table
 from train.evaluate.run_options import trained_with, with_features
-from train.evaluate.scoring import Answer, Task, by_task, headline, is_right
+from train.evaluate.scoring import Answer, summarize
 from train.setup import check_space, mix_of
+from train.stage.card import add_scores
 from train.step import Forward, choose_precision
 
 PROG = "python -m train.evaluate"
@@ -76,12 +76,15 @@ class Options(RemoteOptions):
     """`val`: held-out samples, to choose by. `test`: others, to report. `train`: those it was trained on."""
     limit: int = 2000
     """Most questions of each data set."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens. A point takes about twelve."""
     blind: bool = True
     """Also answer with images and videos exchanged within the split."""
-    point_grid: int = 3
-    """A point is right if it is in the right cell of a grid with this many cells per side. 0: exact text."""
+    metric: str = ""
+    """Metrics by question type or data set, instead of the default: `question=anls,charts=relaxed`, or one
+    for all: exact, vqa, anls, relaxed, count, points, none."""
+    point_distance: float = 0.05
+    """A point is right within this distance of a right point, as a share of the image's width and height."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     json: bool = False
@@ -91,36 +94,9 @@ class Options(RemoteOptions):
         super().__post_init__()
         if self.limit < 1 or self.max_new_tokens < 1:
             raise ValueError("limit and max_new_tokens must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The result of an evaluation, as saved in evaluation-<split>.json."""
-
-    run: str
-    """Folder of the run."""
-    stage: int
-    """Stage of the run."""
-    step: int
-    """Steps the model was trained in that stage."""
-    split: str
-    """`val`, `test` or `train`."""
-    space: str
-    """Name of the feature space."""
-    samples: int
-    """Samples the loss was measured on."""
-    loss: float
-    """Cross-entropy per supervised token, nats."""
-    blind_loss: float | None
-    """Loss with exchanged images; None without blind figures, as all `blind` fields."""
-    mean: float | None
-    """Headline: exact match, mean over question types except captions; None without such types."""
-    blind_mean: float | None
-    """Headline with exchanged images."""
-    tasks: tuple[Task, ...]
-    """Result of each question type."""
-    answers: tuple[Answer, ...]
-    """Every question with its answers."""
+        if not 0.0 < self.point_distance <= 1.0:
+            raise ValueError(f"point_distance {self.point_distance} is not above 0 and at most 1")
+        parse_metrics(self.metric)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,10 +149,11 @@ def evaluate(options: Options) -> Evaluation:
     lists = [samples, samples.blind(trained.seed)] if options.blind else [samples]
     placeholders = Placeholders.of(reader.spec, tokenizer)
     losses = [mean_loss(s, tokens, reader, forward, trained, placeholders) for s in lists]
+    asked = list(questions(root, samples))
+    metrics = choose_metrics(asked, parse_metrics(options.metric))
     given = [answers_of(s, root, reader, forward, tokenizer, options) for s in lists]
-    answers = scored(samples, root, given, options.point_grid)
-    tasks = by_task(answers)
-    mean, blind_mean = headline(tasks)
+    answers = scored(samples, asked, metrics, given, options.point_distance)
+    tasks, mean = summarize(answers)
     result = Evaluation(
         run=str(final.parent.parent),
         stage=meta["stage"],
@@ -187,12 +164,11 @@ def evaluate(options: Options) -> Evaluation:
         loss=losses[0],
         blind_loss=losses[1] if options.blind else None,
         mean=mean,
-        blind_mean=blind_mean,
         tasks=tasks,
         answers=answers,
     )
-    saved = json.dumps(asdict(result), indent=1) + "\n"
-    write_atomic(final.parent / f"evaluation-{options.split}.json", saved.encode())
+    save(result, final.parent)
+    add_scores(final.parent, meta, card_rows(result))
     return result
 
 
@@ -259,64 +235,47 @@ def batches(samples: SampleList, root: CacheRoot, spec: FeatureSpec) -> Iterator
 
 
 def scored(
-    samples: SampleList, root: CacheRoot, given: Sequence[Sequence[str]], grid: int
+    samples: SampleList,
+    asked: Sequence[Question],
+    metrics: Mapping[tuple[str, str], str],
+    given: Sequence[Sequence[str]],
+    distance: float,
 ) -> tuple[Answer, ...]:
-    """Return every question with its answers and whether they are right.
+    """Return every question with its answers and their scores.
 
-    `given` has the answers with the question's own media and, for blind figures, with exchanged media.
+    Args:
+        samples: the list that the questions are of.
+        asked: the questions.
+        metrics: data set and question type -> metric.
+        given: the answers with the question's own media and, for blind figures, with exchanged media.
+        distance: largest distance of a right point, as a share of the image.
     """
     result = []
-    for question, *answers in zip(questions(root, samples), *given, strict=True):
-        sample, prompt, expected = question.sample, question.prompt, question.expected
-        task = sample.task or sample.dataset
-        accepted = (expected, *question.others)
-        right = [any(is_right(task, one, text, grid) for one in accepted) for text in answers]
+    for question, *answers in zip(asked, *given, strict=True):
+        sample, prompt, metric = question.sample, question.prompt, metrics[question.type]
+        scores = [score_answer(metric, one, question.answers, distance=distance) for one in answers]
+        right = [bool(one) and one[0] >= 0.5 for one in scores]
+        name = f"{sample.dataset}/{sample.id}"
+        blind = len(answers) > 1
         result.append(
             Answer(
-                sample=f"{sample.dataset}/{sample.id}",
-                task=task,
+                sample=name,
+                task=question.type[1],
                 media=tuple(ref.source for ref in sample.media),
+                item=samples.key(question.media[0]) if question.media else name,
                 question=prompt[-1][1] if prompt else "",
-                expected=expected,
+                expected=question.expected,
                 others=question.others,
                 given=answers[0],
+                metric=metric,
+                scores=scores[0],
                 correct=right[0],
-                blind=answers[1] if len(answers) > 1 else None,
-                blind_correct=right[1] if len(answers) > 1 else None,
+                blind=answers[1] if blind else None,
+                blind_scores=scores[1] if blind else None,
+                blind_correct=right[1] if blind else None,
             )
         )
     return tuple(result)
-
-
-# ---- output
-
-
-def table(result: Evaluation) -> str:
-    """Return the result as a table."""
-
-    def row(name: str, count: str, digits: int, *figures: float | None) -> tuple[str, ...]:
-        return name, count, *("" if f is None else f"{f:.{digits}f}" for f in figures)
-
-    rows = [row(t.name, f"{t.questions:,}", 3, t.exact, t.blind) for t in result.tasks]
-    rows.append(row("mean without captions", "", 3, result.mean, result.blind_mean))
-    rows.append(row("loss", f"{result.samples:,}", 4, result.loss, result.blind_loss))
-    head = f"{result.run} stage {result.stage} step {result.step}, {result.split} split, space {result.space}"
-    columns = ("", "questions", "exact", "blind")
-    return f"{head}\n{table_text(columns, rows, right='questions exact blind')}"
-
-
-def read(path: Path) -> Evaluation:
-    """Read the result that `evaluate` saved in a file.
-
-    Raises:
-        UserError: the file does not exist, or is of another version.
-    """
-    try:
-        return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; make it: {PROG} --run {path.parent.parent}"
-        ) from None
 
 
 if __name__ == "__main__":

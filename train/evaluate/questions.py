@@ -46,6 +46,16 @@ class Question:
         return self.sample.messages[self._last].content
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.expected, *self.others)
+
+    @property
+    def type(self) -> tuple[str, str]:
+        """Its data set and question type; a sample without a type has the name of its data set."""
+        return self.sample.dataset, self.sample.task or self.sample.dataset
+
+    @property
     def _last(self) -> int:
         last = _last_answer(self.sample)
         assert last is not None, "a question without an answer"

@@ -29,9 +29,11 @@ from cache.view.charts import Line, bar, finite, line_chart, smoothed
 from configs.console import bytes_text, duration_text
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
-from train.evaluate.__main__ import Evaluation
+from train.evaluate.metrics import CAPTIONS, MEAN_ERROR
+from train.evaluate.pointing import POINTS, points_in
+from train.evaluate.result import Evaluation, cells, figure, read
 from train.evaluate.run_options import with_features
-from train.evaluate.scoring import CAPTION, POINTS, Answer, points_in
+from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
 from train.report.media import Picture, find_media, picture
 from train.stage.run_folder import CONFIG
@@ -91,7 +93,7 @@ def evaluated(final: Path, options: Options) -> Evaluation:
     """Return the saved evaluation if it is of this model; otherwise evaluate it now."""
     saved = final.parent / f"evaluation-{options.split}.json"
     if saved.exists():
-        result = evaluation.read(saved)
+        result = read(saved)
         if result.step == read_meta(final)["step"]:
             return result
     shared = ("features", "split", "device", "mirror", "mirror_gb", "allow_private")
@@ -175,13 +177,13 @@ def render(
         figures=figures(result),
         scores=[
             (
-                f"{task.name} (not in the mean)" if task.name == CAPTION else task.name,
-                f"{task.questions:,}",
-                bar(task.exact, task.blind),
-                f"{task.exact:.1%}",
-                "" if task.blind is None else f"{task.blind:.1%}",
+                name,
+                f"{questions:,}" if name else "",
+                score.name,
+                "" if score.name == MEAN_ERROR else bar(score.value, score.blind),
+                *cells(score),
             )
-            for task in result.tasks
+            for name, questions, score in result.rows
         ],
         charts=curves(lines),
         shown=shown,
@@ -189,18 +191,18 @@ def render(
         config=config,
         marks=marks,
         readable=readable,
-        CAPTION=CAPTION,
+        CAPTIONS=CAPTIONS,
     )
 
 
 def figures(result: Evaluation) -> list[tuple[str, str, str]]:
     """Return the most important figures: (value, label, explanation)."""
     found = []
-    if result.mean is not None:
-        found.append((f"{result.mean:.1%}", "exact match", "mean over question types"))
-    if result.blind_mean is not None:
-        note = "the same model with images and videos exchanged"
-        found.append((f"{result.blind_mean:.1%}", "blind", note))
+    if (mean := result.mean) is not None:
+        found.append((figure(mean.value, mean.interval), "score", "mean over question types"))
+        if mean.blind is not None:
+            note = "the same model with images and videos exchanged"
+            found.append((figure(mean.blind, mean.blind_interval), "blind", note))
     beside = "" if result.blind_loss is None else f"{result.blind_loss:.4g} blind"
     return [*found, (f"{result.loss:.4g}", "loss", beside)]
 

@@ -1,8 +1,10 @@
-"""card.json of a stage: what a model was trained on, for whoever gets the model without the cache.
+"""card.json of a stage: what a model was trained on and its scores, for whoever gets the model alone.
 
     write_card(folder, options, reader, data.train, used, origin)
 
     {"format": 1, "stages": [{"stage": 1, ...}, {"stage": 2, "data_sets": [...], "space": {...}}]}
+
+    add_scores(folder, meta, rows)     # train.evaluate: {"stages": [..., {"stage": 2, ..., "scores": [...]}]}
 
 Stages are in the order of training: those of the model that the stage started from, then the stage itself.
 Data sets are named and counted. Paths and addresses of files are not in it, because a card is published.
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ from train.config import Options
 from train.data.sample_list import SampleList
 from train.metrics import read_metrics
 from train.stage.origin import Origin
+
+log = logging.getLogger(__name__)
 
 CARD = "card.json"
 FORMAT = 1
@@ -79,6 +85,34 @@ def write_card(
     write_atomic(folder / CARD, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def add_scores(folder: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add scores to the card of a stage; those of the same split and data set are replaced.
+
+    Args:
+        folder: the folder of the stage.
+        meta: content of the model's nanomolmo2.json, for a card that is missing.
+        rows: from `train.evaluate.result.card_rows`.
+    """
+    path = folder / CARD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        last = content["stages"][-1]
+        before = [dict(row) for row in last.get("scores", ())]
+        kept = [row for row in before if not any(_replaces(new, row) for new in rows)]
+    except FileNotFoundError:
+        last, kept = _incomplete(meta), []
+        content = {"format": FORMAT, "stages": [last]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        log.warning("%s: cannot be read (%s), so the scores are not added to it", path, error)
+        return
+    last["scores"] = [*kept, *rows]
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _replaces(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    return all(new[name] == old.get(name) for name in ("split", "data_set"))
+
+
 def _data_sets(root: CacheRoot, train: SampleList, used: SampleList) -> list[dict[str, Any]]:
     """Return what each data set has, what of it is trained on, and how much failed."""
     ledger = media_table(root)
@@ -126,5 +160,10 @@ def _before(origin: Origin | None) -> list[dict[str, Any]]:
             before = json.loads((origin.path.parent / CARD).read_text(encoding="utf-8"))
             return list(before["stages"])
     # A checkpoint, or a model that was copied without its card: what it records itself.
+    return [_incomplete(origin.meta)]
+
+
+def _incomplete(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model records itself of its stage."""
     known = ("stage", "step", "llm", "connector")
-    return [{name: origin.meta[name] for name in known} | {"incomplete": True}]
+    return {name: meta[name] for name in known} | {"incomplete": True}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -233,14 +234,16 @@ def test_every_question_of_a_dialogue_has_one_right_answer(tmp_path: Path) -> No
 
 
 def test_points_are_in_their_cells_and_in_the_scored_format(tmp_path: Path) -> None:
-    from train.evaluate.scoring import pointed_cells
+    from train.evaluate.pointing import points_in
 
     for sample in all_samples(tmp_path, "demo-points"):
         if sample.task == "point":
             name = sample.messages[0].content.removeprefix("Point to the ").removesuffix(".")
             (thing,) = (t for t in shown_in(sample) if t.name == name)
             row, column = divmod(thing.cell, 3)
-            assert pointed_cells(sample.messages[1].content, 3) == [(1, column, row)]
+            ((image, x, y),) = points_in(sample.messages[1].content)
+            assert (image, x * 3 // 1000, y * 3 // 1000) == (1, column, row)
+            assert math.hypot(x / 1000 - thing.x, y / 1000 - thing.y) < 0.1 < thing.radius
 
 
 def test_answers_cannot_be_guessed_from_questions(tmp_path: Path) -> None:

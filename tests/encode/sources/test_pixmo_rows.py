@@ -27,7 +27,7 @@ from encode.sources.pixmo_rows import (
     Unusable,
     image,
 )
-from train.evaluate.scoring import points_in
+from train.evaluate.pointing import points_in
 
 SHA = "ab" * 32
 

@@ -23,10 +23,12 @@ from tests.support import trained_runs
 from train import run
 from train.data.join import join
 from train.evaluate import __main__ as evaluate
-from train.evaluate.__main__ import Evaluation, Options
+from train.evaluate.__main__ import Options
+from train.evaluate.result import Evaluation, read
 from train.evaluate.scoring import Answer
 from train.metrics import read_metrics
 from train.report import __main__ as report_command
+from train.stage.card import CARD
 
 pytestmark = pytest.mark.slow
 
@@ -55,10 +57,12 @@ def test_right_answers_need_the_image(result: Evaluation) -> None:
     tasks = {task.name: task for task in result.tasks}
     assert list(tasks) == ["colour", "caption"]  # captions last
     assert tasks["colour"].questions == tasks["caption"].questions == result.samples // 2
-    assert tasks["colour"].exact == 1.0
-    assert tasks["colour"].blind is not None and tasks["colour"].blind < 0.6
-    assert result.mean == tasks["colour"].exact  # captions do not count
-    assert result.blind_mean == tasks["colour"].blind
+    (score,) = tasks["colour"].scores
+    assert score.value == 1.0
+    assert score.blind is not None and score.blind < 0.6
+    assert score.gain == pytest.approx(1.0 - score.blind)
+    assert result.mean is not None and result.mean.value == score.value  # captions do not count
+    assert result.mean.blind == score.blind
     assert result.blind_loss is not None and result.blind_loss > result.loss + 0.5
 
 
@@ -128,7 +132,7 @@ def test_the_splits_have_no_image_in_common(
     seen, tested = (evaluate.evaluate(replace(asked, split=side)) for side in ("train", "test"))
     media = [{m for a in r.answers for m in a.media} for r in (result, seen, tested)]
     assert sum(map(len, media)) == len(set().union(*media)) == 60 and all(media)
-    assert seen.blind_loss is None and seen.tasks[0].blind is None
+    assert seen.blind_loss is None and seen.tasks[0].scores[0].blind is None
     assert (folder / "stage1" / "evaluation-test.json").exists()
 
 
@@ -150,12 +154,15 @@ def test_command_prints_a_table_or_json(
     assert evaluate.main(words) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"{folder} stage 1 step 120, val split")
-    assert re.match(r"colour +\d+ +1\.000 +0\.\d{3}$", shown[2])
-    assert shown[-2].startswith("mean without captions") and shown[-1].startswith("loss")
+    pattern = r"colour +\d+  exact match +1\.00 ± 0\.\d\d  0\.\d\d ± 0\.\d\d  0\.\d\d ± 0\.\d\d$"
+    assert re.match(pattern, shown[2])
+    assert shown[3].startswith("caption (not in the mean)")
+    assert shown[-2].startswith("mean ") and shown[-1].startswith("loss")
     assert evaluate.main([*words, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["mean"] == result.mean and "answers" not in values
-    saved = evaluate.read(folder / "stage1" / "evaluation-val.json")
+    assert result.mean is not None
+    assert values["mean"]["value"] == result.mean.value and "answers" not in values
+    saved = read(folder / "stage1" / "evaluation-val.json")
     assert saved == result  # equal answers again, also through the file
 
 
@@ -193,6 +200,56 @@ def test_conversations_and_texts_without_media_are_asked(
     assert MediaRef(source=answers["talk/chat"].media[0]) == media[0]
 
 
+def test_scores_are_in_the_card_by_data_set_and_split(
+    trained: tuple[Path, CacheRoot], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    card = folder / "stage1" / CARD
+    asked = Options(
+        run=str(folder), features=trained[1].path, max_new_tokens=8, metric="caption=none"
+    )
+    before = json.loads(card.read_text())["stages"][-1].get("scores", [])
+    result = evaluate.evaluate(replace(asked, split="test"))
+    evaluate.evaluate(replace(asked, split="test"))  # replaces its own rows
+    rows = json.loads(card.read_text())["stages"][-1]["scores"]
+    assert [r for r in rows if r["split"] != "test"] == [r for r in before if r["split"] != "test"]
+    (row,) = (r for r in rows if r["split"] == "test")
+    (score,) = result.tasks[0].scores
+    assert row["interval"] == list(score.interval or ())
+    named = ("data_set", "type", "metric", "n", "value", "blind", "gain")
+    assert [row[name] for name in named] == [
+        *("colors", "colour", "exact match", result.tasks[0].questions),
+        *(score.value, score.blind, score.gain),
+    ]
+    assert str(trained[1].path) not in card.read_text()
+
+    card.unlink()  # a model that was copied without its card
+    evaluate.evaluate(asked)
+    (stage,) = json.loads(card.read_text())["stages"]
+    assert stage["incomplete"] and [r["split"] for r in stage["scores"]] == ["val"]
+    card.write_text("{")
+    evaluate.evaluate(replace(asked, blind=False))
+    assert card.read_text() == "{", "a damaged card is left alone, and the evaluation is saved"
+    assert read(folder / "stage1" / "evaluation-val.json").blind_loss is None
+
+
+def test_a_metric_can_be_chosen(trained: tuple[Path, CacheRoot]) -> None:
+    folder, root = trained
+    asked = Options(
+        run=str(folder), features=root.path, max_new_tokens=8, blind=False, split="test"
+    )
+    result = evaluate.evaluate(replace(asked, metric="colour=anls"))
+    assert [(t.name, t.metric) for t in result.tasks] == [("colour", "anls"), ("caption", "exact")]
+    with pytest.raises(
+        UserError, match=r"--metric color: no such question type .*colors, .*colour"
+    ):
+        evaluate.evaluate(replace(asked, metric="color=anls"))
+    with pytest.raises(UserError, match="none of exact, vqa"):
+        evaluate.main(["--metric", "colour=bleu"])
+    with pytest.raises(UserError, match=r"point_distance 2\.0"):
+        evaluate.main(["--point-distance", "2"])
+
+
 def test_errors_name_what_is_missing(trained: tuple[Path, CacheRoot], tmp_path: Path) -> None:
     folder, _ = trained
     with pytest.raises(UserError, match="no run nothing"):
@@ -203,4 +260,4 @@ def test_errors_name_what_is_missing(trained: tuple[Path, CacheRoot], tmp_path: 
     with pytest.raises(NotFoundError, match=r"no space 'toy-fp16-\w+' under"):
         evaluate.main(["--run", str(folder), "--features", str(other.path)])
     with pytest.raises(UserError, match=r"python -m train\.evaluate --run"):
-        evaluate.read(tmp_path / "run" / "stage1" / "evaluation-val.json")
+        read(tmp_path / "run" / "stage1" / "evaluation-val.json")

@@ -21,6 +21,7 @@ from tests.support.feature_caches import (
 )
 from tests.support.trained_runs import turns
 from train.evaluate.__main__ import scored
+from train.evaluate.metrics import choose_metrics
 from train.evaluate.questions import questions
 
 
@@ -81,15 +82,19 @@ def test_an_answer_is_right_if_it_equals_any_of_them(tmp_path: Path) -> None:
     world.write(d=[ask(str(i), ["a"], answer=a, choice="q") for i, a in enumerate(answers)])
     world.encode(["a"])
     joined = world.join()
+    asked = list(questions(world.root, joined))
+    metrics = choose_metrics(asked, {})
     for given, right in (
         ("red.", True),
         ("Crimson", True),
         ("red and blue", True),
         ("blue", False),
     ):
-        (found,) = scored(joined, world.root, [[given], ["crimson"]], 3)
+        (found,) = scored(joined, asked, metrics, [[given], ["crimson"]], 0.05)
         assert (found.correct, found.blind_correct) == (right, True)
         assert (found.expected, found.others) == ("Red", ("crimson", "red and blue"))
+        assert (found.metric, found.scores) == ("exact", (float(right),))
+        assert found.item == key_of("a")
 
 
 def test_media_after_the_last_answer_are_not_in_the_prompt(tmp_path: Path) -> None:

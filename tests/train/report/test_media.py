@@ -99,6 +99,12 @@ def test_one_sample_may_have_a_video_and_an_image(video: Path, tmp_path: Path) -
     asked = Answer(
         sample="d/1",
         task="what",
+        item="a",
+        metric="exact",
+        scores=(0.0,),
+        item="a",
+        metric="exact",
+        scores=(0.0,),
         media=(str(video), str(image)),
         question="<image> or <image>?",
         expected="yes",

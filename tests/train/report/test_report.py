@@ -21,8 +21,8 @@ from tests.support import trained_runs
 from tests.support.html_page import Page, loads_nothing
 from train import run
 from train.evaluate import __main__ as evaluate
-from train.evaluate.__main__ import Evaluation
-from train.evaluate.scoring import Answer, by_task
+from train.evaluate.result import Evaluation
+from train.evaluate.scoring import Answer, summarize
 from train.report import __main__ as report
 from train.report import media
 
@@ -89,17 +89,22 @@ def answer(**changes: Any) -> Answer:
         "sample": "d/1",
         "task": "colour",
         "media": ("/nowhere.png",),
+        "item": "a",
         "question": "<image>Which <b>colour</b>?",
         "expected": "red & blue",
         "given": "<script>alert(1)</script>",
+        "metric": "exact",
+        "scores": (0.0,),
         "correct": False,
         "blind": "gr<een",
+        "blind_scores": (0.0,),
         "blind_correct": False,
     }
     return Answer(**{**values, **changes})
 
 
 def evaluation(*answers: Answer) -> Evaluation:
+    tasks, mean = summarize(answers)
     return Evaluation(
         run="runs/<x>",
         stage=1,
@@ -109,9 +114,8 @@ def evaluation(*answers: Answer) -> Evaluation:
         samples=len(answers),
         loss=0.5,
         blind_loss=None,
-        mean=None,
-        blind_mean=None,
-        tasks=by_task(answers),
+        mean=mean,
+        tasks=tasks,
         answers=answers,
     )
 
@@ -141,6 +145,7 @@ def test_an_empty_answer_is_shown_as_nothing_and_a_caption_is_neither_right_nor_
     shown = report.pick_media(answers, 5, CacheRoot(tmp_path))
     html = report.render(evaluation(*answers), [], shown, config="", meta=META)
     assert "<i>nothing</i>" in html
+    assert "caption (not in the mean)" in html
     assert [a["class"] for a in Page(html).all("dd") if "class" in a] == ["wrong", "right", "plain"]
 
 
