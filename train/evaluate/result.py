@@ -13,7 +13,7 @@ from typing import Any
 
 import configs
 from cache.store.files import write_atomic
-from configs import UserError
+from configs import UserError, command_line
 from configs.console import table_text
 from train.evaluate.intervals import Interval
 from train.evaluate.metrics import CAPTIONS
@@ -78,7 +78,7 @@ def read(path: Path) -> Evaluation:
         UserError: the file does not exist, or is of another version.
     """
     split = path.stem.removeprefix("evaluation-")
-    again = f"python -m train.evaluate --run {path.parent.parent} --split {split}"
+    again = command_line("train.evaluate", "--run", path.parent.parent, "--split", split)
     try:
         return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:

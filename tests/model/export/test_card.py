@@ -110,32 +110,6 @@ def test_scores_are_those_of_the_test_split(tower: tuple[ExportedTower, FeatureS
         assert "## Scores" not in card_of(tower, card)
 
 
-def row(split: str, **changes: Any) -> dict[str, Any]:
-    values = {"data_set": "cap|tions", "split": split, "type": "colour", "metric": "exact match"}
-    values |= {"n": 1_234, "value": 0.931, "interval": [0.9, 0.95]}
-    return {**values, "blind": 0.161, "blind_interval": [0.1, 0.2], **changes}
-
-
-def test_scores_are_those_of_the_test_split(tower: tuple[ExportedTower, FeatureSpec]) -> None:
-    rows = [
-        row("val"),
-        row("test"),
-        row("test", metric="mean error", value=1.5, interval=None, blind=None),
-    ]
-    text = card_of(
-        tower, {"stages": [{**STAGE, "scores": [row("test", n=7)]}, {**STAGE, "scores": rows}]}
-    )
-    table = text.split("## Scores")[1].split("## Training")[0]
-    assert "split `test`: not trained on, and nothing was chosen by them" in table
-    assert "| cap\\|tions | colour | 1,234 | exact match | 0.931 ± 0.025 | 0.161 ± 0.050 |" in table
-    assert "| mean error | 1.500 |  |" in table
-    assert table.count("\n|") == 4, "the last stage, one split"
-    only = card_of(tower, {"stages": [{**STAGE, "scores": rows[:1]}]})
-    assert "split `val`" in only and "`test` was not evaluated" in only
-    for card in ({}, {"stages": [STAGE]}, {"stages": [{**STAGE, "scores": [row("train")]}]}):
-        assert "## Scores" not in card_of(tower, card)
-
-
 def test_only_a_linear_connector_needs_overrides(tower: tuple[ExportedTower, FeatureSpec]) -> None:
     line = f"vllm serve . --hf-overrides '{OVERRIDES}'"
     assert line in card_of(tower, {})
