@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from cache.errors import command_line
 from cache.store.files import write_atomic
-from configs import UserError, command_line
+from configs import UserError
 from configs.console import table_text
 from train.evaluate.intervals import Interval
 from train.evaluate.metrics import CAPTIONS
@@ -78,7 +79,8 @@ def read(path: Path) -> Evaluation:
         UserError: the file does not exist, or is of another version.
     """
     split = path.stem.removeprefix("evaluation-")
-    again = command_line("train.evaluate", "--run", path.parent.parent, "--split", split)
+    of_split = () if split == "val" else ("--split", split)
+    again = command_line("train.evaluate", "--run", path.parent.parent, *of_split)
     try:
         return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
