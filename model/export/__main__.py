@@ -2,6 +2,7 @@
 
 python -m model.export --run default --out exported
 python -m model.export --run runs/mine/stage2/final --out exported --weights clip.safetensors
+python -m model.export --run default --out exported --gguf      # for llama.cpp too
 
 The folder has weights, config, processor, chat template and model card of a LlavaForConditionalGeneration:
 AutoModelForImageTextToText and AutoProcessor load it. The run and the encoder's weights are read, no feature
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 import configs
 from cache.format.spec import FeatureSpec
 from configs import UserError
@@ -30,9 +33,12 @@ from configs.console import bytes_text
 from model.export.card import find_card, frames_note, model_card, pooled_note
 from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
 from model.export.folder import WEIGHTS, check_exportable, write_folder
+from model.export.gguf import Kind, check_gguf, write_gguf
+from model.export.mmproj import image_note
 from model.export.towers import ExportedTower, export_tower
 from model.io.saved_model import find_run, load_final, read_meta
 from model.vision.encoder import rebuild_encoder
+from model.vlm import VLM
 
 PROG = "python -m model.export"
 FAILED = 1
@@ -51,6 +57,10 @@ class Options:
     """Stage of the model; when not given, the last finished one."""
     weights: str | None = None
     """File or folder of the encoder's weights, if they moved since encoding."""
+    gguf: bool = False
+    """Also write the two files that llama.cpp loads: the language model, and the tower with its projector."""
+    gguf_type: Kind = "f32"
+    """Type of their matrices: as trained, or half the size and rounded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +95,8 @@ def export(options: Options) -> Comparison:
     meta = read_meta(source)
     spec = FeatureSpec.from_json(meta["space"]["spec"])
     check_exportable(spec)
+    if options.gguf:
+        check_gguf(spec)
     card = find_card(source)
     print(f"model     {source}: stage {meta['stage']}, step {meta['step']:,}")
     if note := frames_note(spec, card):
@@ -110,6 +122,7 @@ def _write_compared(
     options: Options,
 ) -> Comparison:
     """Write all files into `folder`; raise MismatchError unless transformers loads the trained model."""
+    name = options.out.absolute().name
     encoder = rebuild_encoder(
         meta["space"]["load"],
         dataclasses.replace(spec, compute_dtype="float32"),
@@ -123,6 +136,7 @@ def _write_compared(
     vlm, tokenizer, _ = load_final(source)
     write_folder(folder, vlm, tokenizer, tower, spec)
     print(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
+    pair = _write_pair(folder, name, vlm, tokenizer, tower, spec, options) if options.gguf else ""
     questions = sample_questions()
     print(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
     expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
@@ -132,9 +146,27 @@ def _write_compared(
         f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
         f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"
     )
-    text = model_card(options.out.name, meta, spec, tower, card, found)
+    text = model_card(name, meta, spec, tower, card, found, gguf=pair)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return found
+
+
+def _write_pair(
+    folder: Path,
+    name: str,
+    vlm: VLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tower: ExportedTower,
+    spec: FeatureSpec,
+    options: Options,
+) -> str:
+    """Write the files for llama.cpp; return the name of that of the language model."""
+    files = write_gguf(folder, name, vlm, tokenizer, tower, spec, kind=options.gguf_type)
+    sizes = [f"{file.name} ({bytes_text(file.stat().st_size)})" for file in files]
+    print(f"gguf      {' and '.join(sizes)}, read back equal")
+    if note := image_note(spec):
+        print(f"images    {note}")
+    return files[0].name
 
 
 def _tower_text(spec: FeatureSpec, tower: ExportedTower) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError, one_line
 from model.export.compare import NEW_TOKENS, Comparison
 from model.export.folder import CODE, model_class
+from model.export.mmproj import image_note
 from model.export.towers import ExportedTower
 
 CARD = "card.json"
@@ -89,6 +91,8 @@ def model_card(
     tower: ExportedTower,
     card: Mapping[str, Any],
     found: Comparison,
+    *,
+    gguf: str = "",
 ) -> str:
     """Return the text of README.md (Markdown).
 
@@ -99,12 +103,13 @@ def model_card(
         tower: its vision tower.
         card: from `find_card`.
         found: how the folder compares with the trained model.
+        gguf: name of llama.cpp's file of the language model; '' if there is none.
     """
     llm = str(meta["llm"])
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", llm) and not Path(llm).exists()
     # Markdown, not HTML: names from data go through `cell` or `code`.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
-    environment.filters |= {"code": _code, "cell": _cell, "figure": _figure}
+    environment.filters |= {"code": _code, "cell": _cell, "figure": _figure, "shell": shlex.quote}
     source = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         name=one_line(name),
@@ -122,6 +127,9 @@ def model_card(
         new_tokens=NEW_TOKENS,
         model_class=model_class(spec),
         pooled=pooled_note(spec) if spec.pool_image > 1 else "",
+        gguf=gguf,
+        mmproj=f"mmproj-{name}.gguf",
+        gguf_images=image_note(spec),
         stages=[_stage(stage) for stage in card.get("stages", ())],
         scores=reported(card),
         splits=SPLITS,
