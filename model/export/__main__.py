@@ -30,7 +30,7 @@ import configs
 from cache.format.spec import FeatureSpec
 from configs import UserError
 from configs.console import bytes_text
-from model.export.card import find_card, frames_note, model_card, pooled_note
+from model.export.card import find_card, frames_note, model_card, own_class_note
 from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
 from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import Kind, check_gguf, write_gguf
@@ -131,8 +131,9 @@ def _write_compared(
     )
     tower = export_tower(encoder)
     print(f"tower     {_tower_text(spec, tower)}")
-    if spec.pool_image > 1:
-        print(f"class     {pooled_note(spec)}")
+    own_class = own_class_note(spec, tower)
+    if own_class:
+        print(f"class     {own_class}")
     vlm, tokenizer, _ = load_final(source)
     write_folder(folder, vlm, tokenizer, tower, spec)
     print(f"weights   {WEIGHTS}: {bytes_text((folder / WEIGHTS).stat().st_size)}, float32")
@@ -141,7 +142,7 @@ def _write_compared(
     print(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
     expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
     del vlm, encoder  # before the same weights are loaded once more
-    found = compare(folder, questions, expected, own_code=spec.pool_image > 1)
+    found = compare(folder, questions, expected, own_code=bool(own_class))
     print(
         f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
         f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"

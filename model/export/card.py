@@ -20,9 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from cache.format.spec import FeatureSpec
 from configs import UserError, one_line
 from model.export.compare import NEW_TOKENS, Comparison
-from model.export.folder import CODE, model_class
+from model.export.folder import CODE, has_own_class, model_class
 from model.export.mmproj import image_note
-from model.export.towers import ExportedTower
+from model.export.towers import NESTED, ExportedTower
 
 CARD = "card.json"
 OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
@@ -74,12 +74,19 @@ def frames_note(spec: FeatureSpec, card: Mapping[str, Any]) -> str:
     return "give the frames as images, and before each its time in seconds, as `0.5 `"
 
 
-def pooled_note(spec: FeatureSpec) -> str:
-    """Return why a model of pooled images has a class of its own, and which runtimes take it."""
+def own_class_note(spec: FeatureSpec, tower: ExportedTower) -> str:
+    """Return why a model has a class of its own, and which runtimes take it; '' if it has none."""
+    if not has_own_class(spec, tower):
+        return ""
     size = f"{spec.pool_image} x {spec.pool_image}"
+    why = []
+    if spec.pool_image > 1:
+        why.append(f"{size} patches of an image are averaged into one token")
+    if tower.registers:
+        why.append(f"the tower's {tower.registers} register tokens are dropped")
     return (
-        f"{CODE} in the folder, because {size} patches of an image are averaged into one token and no class "
-        "of transformers does that; transformers loads it with trust_remote_code=True, vLLM and llama.cpp "
+        f"{CODE} in the folder, because {' and '.join(why)}, and no class of transformers does that; "
+        "transformers loads it with trust_remote_code=True, vLLM and llama.cpp "
         "do not"
     )
 
@@ -125,8 +132,9 @@ def model_card(
         frames=frames_note(spec, card),
         found=found,
         new_tokens=NEW_TOKENS,
-        model_class=model_class(spec),
-        pooled=pooled_note(spec) if spec.pool_image > 1 else "",
+        model_class=model_class(spec, tower),
+        pooled=own_class_note(spec, tower),
+        in_vllm=tower.prefix == NESTED,
         gguf=gguf,
         mmproj=f"mmproj-{name}.gguf",
         gguf_images=image_note(spec),

@@ -6,7 +6,7 @@
     preprocessor_config.json                  the same once more, for older runtimes
     tokenizer.json, tokenizer_config.json     see template.py
     chat_template.jinja
-    pooled_llava.py                           the model's class, only if images are pooled
+    pooled_llava.py                           the model's class, where transformers has none
 
 The names of tensors are those of published LLaVA checkpoints. transformers 5 would save other names, which it
 can read itself and vLLM cannot.
@@ -44,12 +44,8 @@ from model.language.model import unique_tensors
 from model.language.tokenizer import IMAGE_TOKEN, token_id
 from model.vlm import VLM
 
-LANGUAGE, TOWER, PROJECTOR = (
-    "language_model.",
-    "vision_tower.vision_model.",
-    "multi_modal_projector.",
-)
-"""Prefixes of the tensors."""
+LANGUAGE, PROJECTOR = "language_model.", "multi_modal_projector."
+"""Prefixes of the tensors, besides `ExportedTower.prefix`."""
 POOLED_PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -125,10 +121,10 @@ def write_folder(
     check_template(exported, tokenizer)
     tensors = {
         **{f"{LANGUAGE}{name}": value for name, value in language_tensors(vlm.language).items()},
-        **{f"{TOWER}{name}": value for name, value in tower.tensors.items()},
+        **{f"{tower.prefix}{name}": value for name, value in tower.tensors.items()},
         **{f"{PROJECTOR}{name}": value for name, value in projector_tensors(vlm.connector).items()},
     }
-    if spec.pool_image > 1:
+    if has_own_class(spec, tower):
         tensors = {_own_name(name): value for name, value in tensors.items()}
         shutil.copyfile(str(pooled_llava.__file__), folder / CODE)
     config = llava_config(vlm, tokenizer, tower, spec)
@@ -190,8 +186,10 @@ def llava_config(
     text._name_or_path = ""  # of a folder on this machine
     kind = LlavaConfig
     pooling: dict[str, Any] = {}
-    if spec.pool_image > 1:
+    if has_own_class(spec, tower):
         kind, pooling = pooled_llava.PooledLlavaConfig, {"pool_size": spec.pool_image}
+        if tower.registers:
+            pooling["register_tokens"] = tower.registers
     config = kind(
         **pooling,
         vision_config=tower.config,
@@ -203,17 +201,22 @@ def llava_config(
         vision_feature_layer=tower.layers,
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
     )
-    config.architectures = [model_class(spec)]
+    config.architectures = [model_class(spec, tower)]
     if pooling:
         config.auto_map = AUTO_MAP
     config.dtype = torch.float32
     return config
 
 
-def model_class(spec: FeatureSpec) -> str:
+def has_own_class(spec: FeatureSpec, tower: ExportedTower) -> bool:
+    """Return whether no class of transformers computes a model on these features."""
+    return spec.pool_image > 1 or tower.registers > 0
+
+
+def model_class(spec: FeatureSpec, tower: ExportedTower) -> str:
     """Return the name of the class that computes a model on these features."""
     own = pooled_llava.PooledLlavaForConditionalGeneration.__name__
-    return own if spec.pool_image > 1 else "LlavaForConditionalGeneration"
+    return own if has_own_class(spec, tower) else "LlavaForConditionalGeneration"
 
 
 def generation(language: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

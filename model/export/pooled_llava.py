@@ -1,9 +1,9 @@
-"""LLaVA that averages windows of patches before its projector. A copy of this file is in the exported folder.
+"""LLaVA that drops register tokens and averages windows of patches before its projector.
 
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
-It needs transformers 5 and nothing else. The processor is LlavaProcessor, whose `patch_size` is the side of a
-window in pixels.
+A copy of this file is in the exported folder. It needs transformers 5 and nothing else. The processor is
+LlavaProcessor, whose `patch_size` is the side of a window in pixels.
 
 B images, N patches, V width of features, D width of the language model.
 """
@@ -22,6 +22,8 @@ class PooledLlavaConfig(LlavaConfig):
 
     pool_size: int = 1
     """Patches along one side of a window, which becomes one token."""
+    register_tokens: int = 0
+    """Tokens between CLS and the patches, which are dropped."""
 
 
 class PooledProjector(LlavaMultiModalProjector):
@@ -30,10 +32,15 @@ class PooledProjector(LlavaMultiModalProjector):
     def __init__(self, config: PooledLlavaConfig) -> None:
         super().__init__(config)
         self.pool_size = config.pool_size
+        self.register_tokens = config.register_tokens
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        """Average and project features: (B, N, V) -> (B, N / pool_size^2, D)."""
+        """Average and project features: (B, registers + N, V) -> (B, N / pool_size^2, D)."""
+        image_features = image_features[:, self.register_tokens :]
         size = self.pool_size
+        if size == 1:
+            alone: torch.Tensor = super().forward(image_features)
+            return alone
         batch, patches, width = image_features.shape
         side = round(patches**0.5) // size
         # As in training: values are rounded to float16 first, and summed in one order.

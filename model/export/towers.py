@@ -1,11 +1,11 @@
-"""A vision tower as transformers' CLIPVisionModel or SiglipVisionModel.
+"""A vision tower as a class of transformers: CLIPVisionModel, SiglipVisionModel, or the one that it is.
 
     tower = export_tower(encoder)
     tower.config, tower.tensors, tower.layers
 
 All blocks are exported, also those behind the last one that the features need: runtimes count
-`vision_feature_layer` from the end. The norm behind the last block is exported as one that changes nothing:
-features are taken before it.
+`vision_feature_layer` from the end. A norm behind the last block that open_clip's weights have is exported as
+one that changes nothing: features are taken before it. A tower of transformers keeps its own.
 
 V width.
 """
@@ -15,19 +15,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
 from configs import UserError
-from model.vision.config import EncoderConfig
+from model.io.tower_config import read_tower_config
+from model.io.tower_folder import class_config, empty_tower, open_tower, published, read_tensors
+from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 from model.vision.encoder import VisionEncoder, load_encoder
+from model.vision.hf_tower import HfTower
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our names of activations -> transformers'."""
+NESTED = "vision_tower.vision_model."
+"""What precedes the names of a CLIP or SigLIP tower in a published LLaVA."""
 DEMO_EPS = 1e-5
 """What torch adds to the variance in a layer norm, unless told otherwise."""
 
@@ -36,14 +42,21 @@ DEMO_EPS = 1e-5
 class ExportedTower:
     """A vision tower in transformers' names."""
 
-    config: CLIPVisionConfig | SiglipVisionConfig
+    config: PreTrainedConfig
     """Its architecture."""
     tensors: dict[str, Tensor]
-    """Every tensor of the tower, by transformers' name without a prefix, float32."""
+    """Every tensor of the tower, by its name in published checkpoints without a prefix, float32."""
     layers: int | list[int]
     """`vision_feature_layer`: the hidden states that are used, counted from the end."""
     select: Literal["default", "full"]
     """`vision_feature_select_strategy`: whether the first token, CLS, is dropped (`default`)."""
+    registers: int = 0
+    """Tokens between CLS and the patches, which no class of LLaVA drops."""
+
+    @property
+    def prefix(self) -> str:
+        """What precedes the names of its tensors in a published LLaVA."""
+        return "vision_tower." if self.config.model_type.startswith("din") else NESTED
 
 
 def export_tower(encoder: VisionEncoder) -> ExportedTower:
@@ -57,6 +70,8 @@ def export_tower(encoder: VisionEncoder) -> ExportedTower:
     """
     config, depth = encoder.config, encoder.tower.depth
     loaded = encoder.load_info()
+    if isinstance(encoder.tower, HfTower):
+        return _from_folder(encoder, encoder.tower)
     checks = logging.getLogger("model.vision.activation_check")
     checks.disabled = True  # they warned of this file when `encoder` was loaded
     try:
@@ -91,14 +106,43 @@ def export_tower(encoder: VisionEncoder) -> ExportedTower:
         "layer_norm_eps": eps,
     }
     named |= _norm("post_layernorm", tower.width)
-    from_end = [block - depth for block in config.blocks]
     return ExportedTower(
         config=CLIPVisionConfig(**sizes)
         if kind == "clip"
         else SiglipVisionConfig(**sizes, vision_use_head=False),
         tensors={name: value.contiguous() for name, value in named.items()},
-        layers=from_end[0] if len(from_end) == 1 else from_end,
+        layers=_from_end(config, depth),
         select="default" if kind == "clip" else "full",
+    )
+
+
+def _from_end(config: EncoderConfig, depth: int) -> int | list[int]:
+    """Return `vision_feature_layer` of an encoder's blocks."""
+    layers = [block - depth for block in config.blocks]
+    return layers[0] if len(layers) == 1 else layers
+
+
+def _from_folder(encoder: VisionEncoder, tower: HfTower) -> ExportedTower:
+    """Return a tower of transformers as its folder has it, without a pooling head."""
+    loaded = encoder.load_info()
+    if loaded["random_weights"]:
+        found = read_tower_config(tower_folder(encoder.config.model, encoder.config.name))
+        every = HfTower(found, tuple(range(found.depth)), tower.image_size)
+        named = every.random_tensors(encoder.config.seed)
+    else:
+        opened = open_tower(Path(loaded["weights"]))
+        found, named = opened.config, read_tensors(opened, None, unused=True)
+    named = {name: value for name, value in named.items() if not name.startswith("head.")}
+    # What no feature of a patch depends on may be missing in a folder; the class has it.
+    for name, value in published(empty_tower(found), found.kind, unused=True).items():
+        if name not in named:
+            named[name] = torch.ones(value) if "norm.weight" in name else torch.zeros(value)
+    return ExportedTower(
+        config=class_config(found),
+        tensors={name: named[name].contiguous() for name in sorted(named)},
+        layers=_from_end(encoder.config, found.depth),
+        select="default" if found.prefix_tokens else "full",
+        registers=max(found.prefix_tokens - 1, 0),
     )
 
 

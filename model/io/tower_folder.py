@@ -142,15 +142,15 @@ def empty_tower(config: TowerConfig, depth: int | None = None) -> nn.Module:
     return tower
 
 
-def published(tower: nn.Module, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a tower's tensors by published names, without those that are `UNUSED`."""
+def published(tower: nn.Module, kind: str, *, unused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a tower's tensors by published names, with those that are `UNUSED` or without."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in tower.state_dict().items():
         plain = published_name(name, kind)
         shape = tuple(value.shape)
         if (whole := fused_name(plain)) is not None:
             plain, shape = whole, (2 * shape[0], *shape[1:])
-        if not UNUSED.match(plain):
+        if unused or not UNUSED.match(plain):
             shapes[plain] = shape
     return shapes
 

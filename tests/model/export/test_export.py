@@ -66,6 +66,24 @@ KINDS: dict[str, dict[str, Any]] = {
         "llm": LlamaConfig(**SIZES, tie_word_embeddings=False),
     },
     "pooled siglip": {"pool_image": 2, "model": "tiny-siglip", "activation": "gelu"},
+    "dinov2 of transformers, pooled, tied llama": {
+        "tower": "dinov2",
+        "pool_image": 4,
+        "connector": "mlp",
+        "codec": "int8",
+        "llm": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    },
+    "dinov2 of transformers, two blocks, at another size than trained": {
+        "tower": "dinov2",
+        "blocks": (3, 0),
+        "image_size": 48,
+        "fit": "pad",
+    },
+    "dinov2 of transformers, gated": {"tower": "dinov2-gated", "connector": "mlp"},
+    "dinov2 with registers": {"tower": "dinov2-registers", "connector": "mlp"},
+    "dinov3, pooled": {"tower": "dinov3", "pool_image": 2, "blocks": (1, 2)},
+    "clip of transformers": {"tower": "clip", "fit": "pad", "codec": "int4"},
+    "siglip of transformers, the last block": {"tower": "siglip", "blocks": (3,)},
     "untied llama": {"llm": LlamaConfig(**SIZES, tie_word_embeddings=False)},
     "tied qwen2": {"llm": Qwen2Config(**SIZES, tie_word_embeddings=True), "connector": "mlp"},
 }
@@ -91,9 +109,15 @@ def make_run(folder: Path, kind: dict[str, Any]) -> tuple[VLM, VisionEncoder]:
         del values["padding_side"]  # most models do not state it
         config.write_text(json.dumps(values))
         llm = str(folder / "llm")
-    entry = tiny_clip.entry(**kind)
-    weights = tiny_clip.write_weights(folder / "weights", entry.model)
-    eyes = load_encoder(entry, device="cpu", weights=str(weights))
+    if "tower" in kind:
+        tower = tiny_clip.transformers_tower(kind.pop("tower"))
+        tiny_clip.save_tower(folder / "tower", tower)
+        sizes = {"compute_dtype": "float32", "batch_size": 3, "pool_frame": 2}
+        eyes = load_encoder(encoder_config(f"hf:{folder / 'tower'}", **sizes, **kind), device="cpu")
+    else:
+        entry = tiny_clip.entry(**kind)
+        weights = tiny_clip.write_weights(folder / "weights", entry.model)
+        eyes = load_encoder(entry, device="cpu", weights=str(weights))
     return tiny_clip.save_trained(folder / "run", eyes, connector, codec=codec, llm=llm), eyes
 
 
