@@ -2,7 +2,8 @@
 
 python -m model.export --run default --out exported
 python -m model.export --run runs/mine/stage2/final --out exported --weights clip.safetensors
-python -m model.export --run default --out exported --gguf      # for llama.cpp too
+python -m model.export --run default --out exported --gguf               # for llama.cpp too
+python -m model.export --run default --out exported --push org/name      # to the hub, private
 
 The folder has weights, config, processor, chat template and model card of a LlavaForConditionalGeneration:
 AutoModelForImageTextToText and AutoProcessor load it. The run and the encoder's weights are read, no feature
@@ -35,6 +36,7 @@ from model.export.compare import Comparison, MismatchError, answers_of, compare,
 from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import Kind, check_gguf, write_gguf
 from model.export.mmproj import image_note
+from model.export.push import check_push, push
 from model.export.towers import ExportedTower, export_tower
 from model.io.saved_model import find_run, load_final, read_meta
 from model.vision.encoder import rebuild_encoder
@@ -61,6 +63,10 @@ class Options:
     """Also write the two files that llama.cpp loads: the language model, and the tower with its projector."""
     gguf_type: Kind = "f32"
     """Type of their matrices: as trained, or half the size and rounded."""
+    push: str | None = None
+    """Repository ORG/NAME on the Hugging Face hub to upload the folder to. It is created private."""
+    public: bool = False
+    """Create that repository for everybody to see."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +97,10 @@ def export(options: Options) -> Comparison:
         raise UserError(
             f"--out {out}: exists and is not an empty folder; choose another: --out DIR"
         )
+    if options.push is not None:
+        check_push(options.push)
+    elif options.public:
+        raise UserError("--public needs the name of a repository: --push ORG/NAME --public")
     source = find_run(options.run, options.stage)
     meta = read_meta(source)
     spec = FeatureSpec.from_json(meta["space"]["spec"])
@@ -110,6 +120,9 @@ def export(options: Options) -> Comparison:
             out.rmdir()
         folder.rename(out)
     print(f"exported  {out}: {bytes_text(_size(out))}; its README.md says how to load it")
+    if options.push is not None:
+        url = push(out, options.push, public=options.public)
+        print(f"pushed    {url} ({'public' if options.public else 'private'})")
     return found
 
 
