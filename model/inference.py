@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from model.attention.kernels import ATTENTION
 from model.language.chat_template import Message, fill_placeholders, prompt_ids, video_token_ids
-from model.language.tokenizer import IMAGE_TOKEN, eos_ids, token_id
+from model.language.tokenizer import eos_ids, image_id
 from model.vlm import VLM
 
 MAX_PADDED_TOKENS = 1 << 16
@@ -128,7 +128,7 @@ def expand_prompt(
     """
     messages, given = prompt
     media = [] if given is None else list(given)
-    image = token_id(tokenizer, IMAGE_TOKEN)
+    image = image_id(tokenizer)
     contents = [
         video_token_ids(tokenizer, one.times_s, one.features.shape[1])
         if isinstance(one, Video)
@@ -170,7 +170,7 @@ def generation_config(
         eos_token_id=list(eos_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
         # An answer has no images, and embedding rows beyond the tokenizer's ids have no text.
-        suppress_tokens=[token_id(tokenizer, IMAGE_TOKEN), *range(len(tokenizer), vocabulary)],
+        suppress_tokens=[image_id(tokenizer), *range(len(tokenizer), vocabulary)],
         use_cache=True,
     )
 

@@ -71,7 +71,8 @@ class Options(RemoteOptions):
     """Continue from the newest checkpoint of this run, or start it if there is none."""
     from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN")] = None
     """The model to start from: a run (NAME or PATH), a stage, a checkpoint or a `final` folder. Of an
-    unfinished stage, the newest checkpoint is taken. The optimizer starts afresh."""
+    unfinished stage, the newest checkpoint is taken. Or somebody else's LLaVA: a folder in llava-hf's layout,
+    or a hub id; its features are made by `encode.run --encoder hf:FOLDER`. The optimizer starts afresh."""
     inspect: bool = False
     """Print the first packed micro-batches as text, then stop."""
     seed: int = 0
@@ -80,9 +81,9 @@ class Options(RemoteOptions):
     llm: str | None = None
     """The language model: a hub id, a folder, or `random:qwen3-tiny`. Default: the checkpoint's, else
     that of configs/model.yaml."""
-    connector: Literal["linear", "mlp"] | None = None
+    connector: Annotated[str | None, tyro.conf.arg(metavar="{linear,mlp}")] = None
     """Type of the map from encoder width to language width. Default: the checkpoint's, else that of
-    configs/model.yaml."""
+    configs/model.yaml. `mlp:silu` has another activation than GELU, `mlp,no-bias` no biases."""
     freeze_vision_encoder: bool = True
     """Must be true: the features were made once, by a frozen encoder."""
     train_connector: bool = True

@@ -109,7 +109,8 @@ def train_stage(
     reader = setup.open_space(options)
     origin = setup.starting_point(options, folder, command)
     options = setup.resolve(options, origin, reader)
-    tokenizer = load_tokenizer(origin.language if origin else str(options.llm))
+    tokenizer = origin.tokenizer() if origin else load_tokenizer(str(options.llm))
+    setup.check_template(options, tokenizer)
     try:
         data = setup.load_data(options, reader, tokenizer, folder, group.main_process_first)
     except ChangedSamplesError as error:
@@ -127,14 +128,15 @@ def train_stage(
 
         def open_folder() -> dict[str, Any]:
             facts = run_folder.open_folder(folder, options, reader, data.train, command)
-            return setup.keep_origin(folder, facts, origin, vlm, tokenizer)
+            meta = setup.model_meta(options, reader)
+            return setup.keep_origin(folder, facts, origin, vlm, tokenizer, meta)
 
         facts = group.broadcast(open_folder)
         describe(folder, options, reader, data, forward, group)
         # torchrun passes on the Ctrl-C that a terminal has already sent to every process.
         with Interrupts(STOPPING if group.is_main else "", float(group.world_size > 1)) as stop:
             try:
-                meta = setup.checkpoint_meta(options, reader, facts)
+                meta = setup.checkpoint_meta(options, reader, facts, tokenizer)
                 step = train(
                     folder,
                     options,

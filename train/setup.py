@@ -32,8 +32,10 @@ from cache.store.samples import dataset_names
 from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, free_bytes
+from model.connector import connector_kind
 from model.io.saved_model import check_files, read_meta, save_final
-from model.language.chat_template import TEMPLATE_VERSION
+from model.language.chat_template import template_version
+from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.model import max_positions, unique_tensors
 from model.vlm import VLM, build_vlm
 from train.config import Options, parse_mix, stage_folder
@@ -44,7 +46,7 @@ from train.data.sample_list import SampleList
 from train.data.schedule import SinglePass, TrainingSchedule
 from train.data.tokens import TokenStore
 from train.data.usable import NothingToLearnError, learnable
-from train.stage import checkpoint, run_folder
+from train.stage import checkpoint, llava, run_folder
 from train.stage.origin import Origin, find_origin, recorded
 
 log = logging.getLogger(__name__)
@@ -130,12 +132,16 @@ def resolve(options: Options, origin: Origin | None, reader: FeatureReader) -> O
     if origin is None:
         fresh = configs.load("model")
         llm, connector = options.llm or fresh["llm"], options.connector or fresh["connector"]
-        check_window(options, llm)
+        connector_kind(connector)
+        check_window(options, llm, max_positions(llm))
         return dataclasses.replace(options, llm=llm, connector=connector)
     meta = origin.meta
     if origin.kind == "final":
         check_files(origin.path, meta, contents=False)
-    check_space(meta, reader, origin.path)
+    if origin.kind == "llava":
+        llava.check_tower(origin.path, reader)
+    else:
+        check_space(meta, reader, origin.path)
     for name in ("llm", "connector"):
         wanted = getattr(options, name)
         if wanted not in (None, meta[name]):
@@ -143,17 +149,17 @@ def resolve(options: Options, origin: Origin | None, reader: FeatureReader) -> O
                 f"{origin}: its {name} is {meta[name]}, not {wanted}; leave --{name} out, "
                 "or start afresh: --stage 1 --run NEW"
             )
-    check_window(options, origin.language)
-    log.info("starting from %s (stage %s, step %s)", origin, meta["stage"], meta["step"])
+    check_window(options, str(origin), origin.max_positions())
+    where = f"stage {meta['stage']}, step {meta['step']}" if meta["stage"] else "a LLaVA"
+    log.info("starting from %s (%s)", origin, where)
     return dataclasses.replace(options, llm=meta["llm"], connector=meta["connector"])
 
 
-def check_window(options: Options, llm: str) -> None:
-    """Raise UserError if `max_sequence_length` is more than the language model declares.
+def check_window(options: Options, llm: str, most: int | None) -> None:
+    """Raise UserError if `max_sequence_length` is more than the language model declares, if it does.
 
     A model computes nonsense for positions it was not made for, without an error.
     """
-    most = max_positions(llm)
     if most is not None and options.max_sequence_length > most:
         raise UserError(
             f"max_sequence_length {options.max_sequence_length:,} is more than the {most:,} positions of "
@@ -176,6 +182,18 @@ def build_model(
         vlm.gradient_checkpointing(True)
     vlm.freeze(options.train_connector, options.train_llm)
     return vlm
+
+
+def check_template(options: Options, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError if samples are to be cut between turns and the template is that of an imported folder.
+
+    Such a template may write a part of a conversation in another way than the whole.
+    """
+    if options.over_long == "split" and template_version(tokenizer) == FOLDER_TEMPLATE:
+        raise UserError(
+            "--over-long split: a conversation that a folder's own chat template writes cannot be cut; leave "
+            "too long samples out: --over-long leave-out"
+        )
 
 
 def check_space(meta: Mapping[str, Any], reader: FeatureReader, origin: Path) -> None:
@@ -223,13 +241,13 @@ def model_meta(options: Options, reader: FeatureReader) -> dict[str, Any]:
 
 
 def checkpoint_meta(
-    options: Options, reader: FeatureReader, facts: Mapping[str, Any]
+    options: Options, reader: FeatureReader, facts: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, Any]:
     """Return the metadata saved with a checkpoint: with its step, enough to start another run from it."""
     return {
         **model_meta(options, reader),
         "samples_digest": facts["samples_digest"],
-        "template": TEMPLATE_VERSION,
+        "template": template_version(tokenizer),
         "vision_width": reader.spec.width,
         "seed": options.seed,
         "origin": facts["origin"],
@@ -242,17 +260,22 @@ def keep_origin(
     origin: Origin | None,
     vlm: VLM,
     tokenizer: PreTrainedTokenizerFast,
+    meta: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Record in run.json where the model of a new stage comes from; return run.json.
 
-    A checkpoint is copied as a finished model, because its own run may remove it before this one ends.
+    A checkpoint is copied as a finished model, because its own run may remove it before this one ends. So is
+    a LLaVA: what is not trained is read from the copy. `meta` is the `model_meta` of this stage.
     """
     if origin is None or facts["origin"] is not None:
         return facts
-    if origin.kind == "checkpoint":
+    if origin.kind != "final":
         start = folder / run_folder.START
         kept = ("llm", "connector", "space", "stage", "step", "max_frames")
-        save_final(start, vlm, tokenizer, {key: origin.meta[key] for key in kept})
+        values = dict(meta) | {
+            key: origin.meta[key] for key in kept if origin.meta.get(key) is not None
+        }
+        save_final(start, vlm, tokenizer, {key: values[key] for key in kept})
         origin = Origin(path=start, kind="final", meta=read_meta(start))
     facts = {**facts, "origin": origin.record(folder)}
     run_folder.write_facts(folder, facts)
@@ -276,7 +299,7 @@ def check_room(
     # The newest two are kept while the next is written, and the final model is written beside them.
     most = min(len(begun) + to_save, checkpoint.KEEP + 1) * one
     last = min(len(begun) + to_save, checkpoint.KEEP) * one + model
-    copied = model if origin is not None and origin.kind == "checkpoint" else 0
+    copied = model if origin is not None and origin.kind != "final" else 0
     needed = max(most, last) - len(begun) * one + copied + SMALL_FILES_BYTES
     if needed > (free := free_bytes(folder)):
         raise UserError(

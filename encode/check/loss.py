@@ -41,7 +41,7 @@ from model.language.chat_template import (
     tokenize_messages,
     video_token_ids,
 )
-from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.language.tokenizer import image_id
 from model.quantize import pack
 from nanomolmo2.unpack import unpack
 
@@ -207,7 +207,7 @@ def sample_batch(
     """Return one sample as a batch of its own, with every token it has."""
     messages: list[Message] = [(m.role, m.content, m.weight) for m in sample.messages]
     text = tokenize_messages(tokenizer, messages, len(media))
-    image = token_id(tokenizer, IMAGE_TOKEN)
+    image = image_id(tokenizer)
     contents = [
         video_token_ids(tokenizer, one.times_s, spec.tokens(one.array))
         if one.times_s

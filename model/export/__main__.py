@@ -39,6 +39,7 @@ from model.export.mmproj import image_note
 from model.export.push import check_push, push
 from model.export.towers import ExportedTower, export_tower
 from model.io.saved_model import find_run, load_final, read_meta
+from model.language.folder_template import attached
 from model.vision.encoder import rebuild_encoder
 from model.vlm import VLM
 
@@ -155,7 +156,9 @@ def _write_compared(
     print(f"comparing {len(questions)} prompts on the CPU: minutes for a large model", flush=True)
     expected = answers_of(vlm, tokenizer, encoder, spec.codec, questions)
     del vlm, encoder  # before the same weights are loaded once more
-    found = compare(folder, questions, expected, own_code=bool(own_class))
+    template = attached(tokenizer)
+    as_text = template is not None and template.content == "text"
+    found = compare(folder, questions, expected, own_code=bool(own_class), as_text=as_text)
     print(
         f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
         f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"

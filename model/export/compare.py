@@ -33,7 +33,7 @@ from configs import UserError
 from model.export.template import as_parts
 from model.inference import answer_ids, before_end, expand_prompt, generation_mode
 from model.language.loading import quiet
-from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.language.tokenizer import image_id
 from model.media.images import decode_image
 from model.quantize import pack
 from model.vision.encoder import VisionEncoder
@@ -190,7 +190,7 @@ def _logits(
     with generation_mode(vlm), torch.inference_mode():
         embedded = vlm.embed(ids, slots, features).unsqueeze(0)  # (L,) -> (1, L, D)
         hidden = vlm.language.base_model(inputs_embeds=embedded, use_cache=False)
-        is_text = ids != token_id(tokenizer, IMAGE_TOKEN)
+        is_text = ids != image_id(tokenizer)
         head = vlm.language.get_output_embeddings()
         logits = head(hidden.last_hidden_state[0, is_text])
     return ids.tolist(), logits.float().clone()
@@ -202,6 +202,7 @@ def compare(
     expected: Sequence[Expected],
     *,
     own_code: bool = False,
+    as_text: bool = False,
 ) -> Comparison:
     """Load a folder with transformers' Auto classes and compare it with our own model.
 
@@ -210,6 +211,7 @@ def compare(
         questions: prompts.
         expected: what our own model computes for them.
         own_code: whether the model's class is in the folder, from us.
+        as_text: whether the chat template takes content as text, not as a list of parts.
 
     Raises:
         MismatchError: tensors are missing or left over, or tokens, pixels, logits or answers differ.
@@ -227,7 +229,7 @@ def compare(
     tokens = 0
     for number, (question, ours) in enumerate(zip(questions, expected, strict=True), 1):
         where = f"prompt {number}"
-        inputs = _inputs(processor, question)
+        inputs = _inputs(processor, question, as_text)
         if inputs["input_ids"][0].tolist() != ours.ids:
             raise MismatchError(f"{where}: its tokens are not those of our own template")
         if question.images:
@@ -236,7 +238,7 @@ def compare(
                 raise MismatchError(
                     f"{where}: a pixel differs by {pixels:.2g} (limit {PIXELS_LIMIT:g})"
                 )
-            levels = max(levels, _levels(default, question, ours))
+            levels = max(levels, _levels(default, question, ours, as_text))
         logits = max(logits, _compare_logits(model, inputs, ours, where))
         tokens += _compare_answer(model, processor.tokenizer, inputs, ours, where)
     if not levels <= LEVELS_LIMIT:
@@ -259,22 +261,33 @@ def _check_loaded(model: Any, report: Mapping[str, Any]) -> None:
             raise MismatchError(f"transformers reports {what}: {', '.join(names[:3])}")
 
 
-def _inputs(processor: Any, question: Question) -> Any:
-    """Return a prompt as the model's inputs."""
-    messages = as_parts([("user", question.text, 1.0)], len(question.images))
-    images = iter(question.images)
+def _inputs(processor: Any, question: Question, as_text: bool = False) -> Any:
+    """Return a prompt as the model's inputs; `as_text`: the template takes content as text."""
+    images = list(question.images)
+    if as_text:
+        content = processor.image_token * len(images) + question.text
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        bos = processor.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        return processor(
+            text=text, images=images or None, add_special_tokens=special, return_tensors="pt"
+        )
+    messages = as_parts([("user", question.text, 1.0)], len(images))
+    left = iter(images)
     for part in messages[0]["content"]:
         if part["type"] == "image":
-            part["image"] = next(images)
+            part["image"] = next(left)
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
 
 
-def _levels(processor: Any, question: Question, ours: Expected) -> float:
+def _levels(processor: Any, question: Question, ours: Expected, as_text: bool) -> float:
     """Return the largest difference of a pixel, in 8-bit levels."""
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
-    different = _inputs(processor, question)["pixel_values"] - ours.pixels
+    different = _inputs(processor, question, as_text)["pixel_values"] - ours.pixels
     return float((different * std * 255).abs().max())
 
 

@@ -6,6 +6,7 @@
     preprocessor_config.json                  the same once more, for older runtimes
     tokenizer.json, tokenizer_config.json     see template.py
     chat_template.jinja
+    feature_space.json                        the spec of the features, by which an import knows their cache
     pooled_llava.py                           the model's class, where transformers has none
 
 The names of tensors are those of published LLaVA checkpoints. transformers 5 would save other names, which it
@@ -36,12 +37,15 @@ from transformers import (
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
+from model.connector import kind_of
 from model.export import pooled_llava
-from model.export.template import chat_template, check_template, exported_tokenizer
+from model.export.template import SPACE, chat_template, check_template, exported_tokenizer
 from model.export.towers import ExportedTower
 from model.inference import generation_config
+from model.io.tensors import hash_tensors
+from model.language.folder_template import attached
 from model.language.model import unique_tensors
-from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.language.tokenizer import image_id, image_token
 from model.vlm import VLM
 
 LANGUAGE, PROJECTOR = "language_model.", "multi_modal_projector."
@@ -116,9 +120,11 @@ def write_folder(
     Raises:
         UserError: transformers' classes cannot hold the language model, or its tokenizer.
     """
-    exported = exported_tokenizer(tokenizer)
-    exported.chat_template = chat_template(tokenizer)
-    check_template(exported, tokenizer)
+    exported = tokenizer
+    if attached(tokenizer) is None:
+        exported = exported_tokenizer(tokenizer)
+        exported.chat_template = chat_template(tokenizer)
+        check_template(exported, tokenizer)
     tensors = {
         **{f"{LANGUAGE}{name}": value for name, value in language_tensors(vlm.language).items()},
         **{f"{tower.prefix}{name}": value for name, value in tower.tensors.items()},
@@ -131,6 +137,7 @@ def write_folder(
     config.save_pretrained(folder)
     generation(vlm.language, tokenizer).save_pretrained(folder)
     _write_processor(folder, exported, tower, spec)
+    _write(folder / SPACE, {"spec": spec.to_json(), "tower": hash_tensors(tower.tensors)})
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes its files readable for the owner only; give it the mode of the others.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
@@ -164,15 +171,14 @@ def projector_tensors(connector: nn.Module) -> dict[str, Tensor]:
 
     A linear connector is linear_1; linear_2 is the identity, and so is the activation between them.
     """
+    tensors = {name: value.detach().contiguous() for name, value in connector.state_dict().items()}
     if not isinstance(connector, nn.Linear):
-        return {name: value.contiguous() for name, value in connector.state_dict().items()}
-    width = connector.out_features
-    return {
-        "linear_1.weight": connector.weight.detach().contiguous(),
-        "linear_1.bias": connector.bias.detach(),
-        "linear_2.weight": torch.eye(width),
-        "linear_2.bias": torch.zeros(width),
-    }
+        return tensors
+    tensors = {f"linear_1.{name}": value for name, value in tensors.items()}
+    tensors["linear_2.weight"] = torch.eye(connector.out_features)
+    if connector.bias is not None:
+        tensors["linear_2.bias"] = torch.zeros(connector.out_features)
+    return tensors
 
 
 def llava_config(
@@ -194,9 +200,10 @@ def llava_config(
         **pooling,
         vision_config=tower.config,
         text_config=text,
-        image_token_index=token_id(tokenizer, IMAGE_TOKEN),
+        image_token_index=image_id(tokenizer),
         image_seq_length=spec.tokens("image"),
-        projector_hidden_act="linear" if isinstance(vlm.connector, nn.Linear) else "gelu",
+        projector_hidden_act=kind_of(vlm.connector).activation,
+        multimodal_projector_bias=kind_of(vlm.connector).bias,
         vision_feature_select_strategy=tower.select,
         vision_feature_layer=tower.layers,
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
@@ -248,7 +255,7 @@ def _write_processor(
         patch_size=spec.patch_size * spec.pool_image,  # it counts tokens, one for each window
         vision_feature_select_strategy=tower.select,
         num_additional_image_tokens=int(tower.select == "default"),
-        image_token=IMAGE_TOKEN,
+        image_token=image_token(tokenizer),
         chat_template=tokenizer.chat_template,
     ).save_pretrained(folder)
     # Runtimes that know no nested processor_config.json read this one.

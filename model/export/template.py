@@ -31,6 +31,9 @@ from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES
 BREAK, CUT = "\ufdd0", "\ufdd1"
 """Unicode keeps these code points free for uses inside a program: they are in no text."""
 
+SPACE = "feature_space.json"
+"""File of an exported folder: the spec of the features it was trained on, and a hash of its tower."""
+
 _CUT = {
     "type": "Split",
     "pattern": {"String": CUT},

@@ -2,7 +2,8 @@
 
     final/
         config.json, model.safetensors, tokenizer.json, ...    the language model, as transformers reads it
-        connector.safetensors                                   the connector
+        chat_template.jinja                                     the template of an imported folder, or ours
+    connector.safetensors                                   the connector
         nanomolmo2.json                                         what both were trained on; seals the others
 
 `AutoModelForCausalLM.from_pretrained(final)` and `--llm final` load the language model alone, exactly. A file
@@ -28,9 +29,19 @@ from cache.format.checksums import crc32c, read_sealed_json, sealed_json
 from configs import UserError, nearest, one_line, read_yaml
 from configs.command_line import command_text
 from model.connector import build_connector
-from model.language.chat_template import TEMPLATE_VERSION
+from model.io.llava_folder import TEMPLATES, with_template
+from model.language.chat_template import VERSIONS, template_version
 from model.language.files import check_file
-from model.language.model import load_folder, prepare_model, save_language, unique_tensors
+from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.model import (
+    load_folder,
+    load_tokenizer,
+    prepare_model,
+    save_language,
+    unique_tensors,
+)
+from model.language.tokenizer import eos_ids, image_token
+from model.language.tokenizer_files import read_tokenizer
 from model.vlm import VLM
 
 CONNECTOR = "connector.safetensors"
@@ -63,7 +74,8 @@ def save_final(
     save_file(unique_tensors(vlm.connector), partial / CONNECTOR)
     content = {
         "format": FORMAT,
-        "template": TEMPLATE_VERSION,
+        "template": template_version(tokenizer),
+        **_marks(tokenizer),
         "vision_width": vlm.vision_width,
         **meta,
         "files": {path.name: _fingerprint(path) for path in sorted(partial.iterdir())},
@@ -81,6 +93,13 @@ def save_final(
     partial.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what `saved_tokenizer` needs besides the files, for the template of an imported folder."""
+    if template_version(tokenizer) != FOLDER_TEMPLATE:
+        return {}
+    return {"marks": {"image": image_token(tokenizer), "ends": list(eos_ids(tokenizer))}}
 
 
 def _fingerprint(path: Path) -> dict[str, int]:
@@ -121,12 +140,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {what}; {_again(folder)}") from None
     if meta.get("format") != FORMAT:
         raise UserError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
-    if meta["template"] != TEMPLATE_VERSION:
-        raise UserError(
-            f"{path}: trained with chat template {meta['template']}, this version uses "
-            f"{TEMPLATE_VERSION}; use the version that trained it"
-        )
+    check_template_version(path, meta["template"])
     return meta
+
+
+def check_template_version(path: Path, version: object) -> None:
+    """Raise UserError if a model was trained with a template that this version does not have."""
+    if version not in VERSIONS:
+        raise UserError(
+            f"{path}: trained with chat template {version}, this version uses "
+            f"{VERSIONS[0]}; use the version that trained it"
+        )
 
 
 def _again(folder: Path) -> str:
@@ -172,7 +196,8 @@ def load_final(
     """
     meta = read_meta(folder)
     check_files(folder, meta)
-    language, tokenizer = load_folder(folder, dtype)
+    own = meta["template"] != FOLDER_TEMPLATE
+    language, tokenizer = load_folder(folder, dtype, None if own else saved_tokenizer(folder, meta))
     prepare_model(language, tokenizer)
     width = language.get_input_embeddings().embedding_dim
     connector = build_connector(meta["connector"], meta["vision_width"], width).to(dtype)
@@ -182,6 +207,20 @@ def load_final(
         raise UserError(f"{folder / CONNECTOR}: {one_line(error)}; {_again(folder)}") from None
     vlm = VLM(language, connector, meta["vision_width"])
     return vlm.to(device).eval(), tokenizer, meta
+
+
+def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a saved model, with the template that the model was trained with.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if meta["template"] != FOLDER_TEMPLATE:
+        return load_tokenizer(str(folder))
+    tokenizer = read_tokenizer(folder, rows=None, whole_model=True)
+    marks, path = meta["marks"], folder / TEMPLATES[0]
+    text = path.read_text(encoding="utf-8")
+    return with_template(tokenizer, text, marks["image"], tuple(marks["ends"]), str(path))
 
 
 def find_run(run: str, stage: int | None = None) -> Path:

@@ -15,6 +15,9 @@ The placeholder of a video becomes, for each frame in time order, the text "{sec
 token for each feature of the frame. Each of these texts is tokenised alone, so the tokens of a video do not
 depend on the text around it.
 
+A tokenizer from somebody else's folder has that folder's template instead (`model.language.folder_template`).
+What is said here of placeholders holds for it, too.
+
 n tokens of a sample with one token a placeholder, m tokens after expansion.
 """
 
@@ -29,7 +32,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from cache.format.media_marks import split_at_marks
-from model.language.tokenizer import IM_END, IM_START, IMAGE_TOKEN, ROLES, encode_text, token_id
+from model.language.folder_template import FOLDER_TEMPLATE, attached
+from model.language.tokenizer import (
+    IM_END,
+    IM_START,
+    IMAGE_TOKEN,
+    ROLES,
+    encode_text,
+    image_id,
+    token_id,
+)
 
 TEMPLATE_VERSION = "chatml-2"
 """Version of the template. Change it whenever equal messages would give other ids or weights: tokenised text
@@ -43,6 +55,9 @@ CHAT_TEMPLATE = (
 )
 """The template for transformers' tokenizers (Jinja), of messages whose content is text."""
 
+VERSIONS = (TEMPLATE_VERSION, FOLDER_TEMPLATE)
+"""Templates of models that this version reads."""
+
 Message = tuple[str, str, float]
 """(role, content, weight). Only the weights of assistant turns are used."""
 
@@ -55,6 +70,23 @@ class TokenizedSample:
     """(n,) token ids; one `<image>` id for each image or video, expanded when the sample is packed."""
     weights: NDArray[np.float32]
     """(n,) weight of predicting each token; 0: not supervised."""
+
+
+def template_version(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the version of a tokenizer's template, one of `VERSIONS`."""
+    return TEMPLATE_VERSION if attached(tokenizer) is None else FOLDER_TEMPLATE
+
+
+def template_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return what identifies a tokenizer's template: tokenised text is stored under it."""
+    template = attached(tokenizer)
+    return TEMPLATE_VERSION if template is None else template.digest
+
+
+def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a tokenizer's template in Jinja's language, for transformers."""
+    template = attached(tokenizer)
+    return CHAT_TEMPLATE if template is None else template.text
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,7 +113,7 @@ def video_token_ids(
     tokenizer: PreTrainedTokenizerFast, times_s: Iterable[float], frame_tokens: int
 ) -> NDArray[np.int32]:
     """Return the (m,) tokens of a video: for each frame its time, then `frame_tokens` image tokens."""
-    image = (token_id(tokenizer, IMAGE_TOKEN),) * frame_tokens
+    image = (image_id(tokenizer),) * frame_tokens
     ids: list[int] = []
     for time_s in times_s:
         ids += timestamp_ids(tokenizer, timestamp_text(time_s))
@@ -121,8 +153,11 @@ def tokenize_messages(
     """Return token ids and loss weights of a whole sample that has `media` media.
 
     Raises:
-        ValueError: a role is unknown, or the marks do not fit the media.
+        ValueError: a role is unknown, the marks do not fit the media, or the template of a folder refuses the
+            messages.
     """
+    if (template := attached(tokenizer)) is not None:
+        return TokenizedSample(*template.tokenize(messages, media))
     ids, weights = _render(tokenizer, messages, media)
     return TokenizedSample(
         ids=np.asarray(ids, dtype=np.int32), weights=np.asarray(weights, dtype=np.float32)
@@ -142,8 +177,10 @@ def prompt_ids(
     """Return the token ids of a conversation, up to the start of the assistant's next turn.
 
     Raises:
-        ValueError: a role is unknown, or the marks do not fit the media.
+        ValueError: see `tokenize_messages`.
     """
+    if (template := attached(tokenizer)) is not None:
+        return template.prompt(messages, media)
     ids, _ = _render(tokenizer, messages, media)
     pieces = _template_ids(tokenizer)
     return ids + pieces[IM_START] + pieces["assistant\n"]
@@ -185,7 +222,10 @@ class Turn:
 
 
 def find_turns(tokenizer: PreTrainedTokenizerFast, ids: NDArray[np.int32]) -> list[Turn]:
-    """Return the turns of a tokenised sample. Text never contains the token that begins a turn."""
+    """Return the turns of a tokenised sample of our own template.
+
+    Text never contains the token that begins a turn.
+    """
     pieces = _template_ids(tokenizer)
     heads = {role: pieces[IM_START] + pieces[f"{role}\n"] for role in ROLES}
     starts = np.flatnonzero(ids == pieces[IM_START][0]).tolist()

@@ -86,7 +86,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     tensors = read_headers(folder, weight_files(folder))
-    _check_kind_of_tensors(folder, config, tensors)
+    check_tensors(folder, config, tensors)
     return Checkpoint(folder, config, tensors)
 
 
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (path.exists() or path.is_symlink()):
         raise UserError(f"{folder}: no {CONFIG}, so no language model{_instead(folder)}; {WAY_OUT}")
     config = read_object(path)
-    if problem := _quantised(config) or _other_kind(config):
+    if problem := quantised(config) or _other_kind(config):
         raise UserError(f"{path}: {problem}")
     return config
 
@@ -149,7 +149,7 @@ def _merge_command(folder: Path, base: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _quantised(config: Mapping[str, Any]) -> str:
+def quantised(config: Mapping[str, Any]) -> str:
     """Say how weights are quantised, '' if they are not."""
     for key in ("quantization_config", "quantization", "compression_config"):
         if values := config.get(key):
@@ -214,7 +214,11 @@ def _other_kind(config: Mapping[str, Any]) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model: one, or the shards that the index names."""
+    """Return the safetensors files of a model: one, or the shards that the index names.
+
+    Raises:
+        UserError: there are none, or some are missing.
+    """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_symlink() or single.exists():
         return [single]
@@ -301,7 +305,11 @@ def conversion_command(folder: Path) -> str:
 
 
 def read_headers(folder: Path, files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors of all files, after a check against the index if there is one."""
+    """Return the tensors of all files, after a check against the index if there is one.
+
+    Raises:
+        UserError: a file is damaged, or the index and the files disagree.
+    """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in read_header(path).items():
@@ -321,7 +329,7 @@ def read_headers(folder: Path, files: Iterable[Path]) -> dict[str, StoredTensor]
     return tensors
 
 
-def _check_kind_of_tensors(
+def check_tensors(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Raise UserError if tensors belong to an adapter, are quantised, or are fewer than the layers."""

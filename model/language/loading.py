@@ -57,8 +57,12 @@ def empty_model(config: Any, folder: Path) -> PreTrainedModel:
         raise UserError(f"{folder / CONFIG}: {what}; {AGAIN}") from None
 
 
-def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+def fit(
+    checkpoint: Checkpoint, model: PreTrainedModel, named: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return stored name -> name in the model, without the prefixes of wrappers.
+
+    With `named`, that says which stored tensor is which, and no prefix is looked for.
 
     Harmless buffers, and an output layer that is tied, are left out. A mixture of experts has other names in
     its file than in the model, so the shapes of experts are compared when they are loaded.
@@ -69,7 +73,10 @@ def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     stored = set(checkpoint.tensors)
-    candidates = list(_candidates(sorted(stored), model.base_model_prefix, set(shapes)))
+    candidates = [dict(named)] if named is not None else []
+    candidates = candidates or list(
+        _candidates(sorted(stored), model.base_model_prefix, set(shapes))
+    )
     differences = [_difference(names, set(shapes), tied, checkpoint, model) for names in candidates]
     best = min(range(len(candidates)), key=lambda i: sum(map(len, differences[i])))
     names, (missing, left) = candidates[best], differences[best]
@@ -100,7 +107,9 @@ def fit(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
         k: new for k, new in names.items() if new in shapes or (experts and EXPERTS.search(new))
     }
     # A name that became longer has only the base model's prefix, as transformers adds it.
-    if cut := next((pair for pair in used.items() if not pair[1].endswith(pair[0])), None):
+    if named is None and (
+        cut := next((pair for pair in used.items() if not pair[1].endswith(pair[0])), None)
+    ):
         log.info("%s: names without the prefixes of wrappers: %s -> %s", folder, *cut)
     if skipped := len(names) - len(used):
         log.info("%s: %d tensors are not parameters of the model (buffers)", folder, skipped)
@@ -213,7 +222,7 @@ def check_tied(checkpoint: Checkpoint, names: Mapping[str, str], model: PreTrain
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name not in stored or source not in stored:
             continue
-        pair = _read(checkpoint, {stored[new]: new for new in (name, source)}, None)
+        pair = read_tensors(checkpoint, {stored[new]: new for new in (name, source)}, None)
         if not torch.equal(pair[name], pair[source]):
             path = checkpoint.folder / CONFIG
             raise UserError(
@@ -236,7 +245,7 @@ def load_weights(
     Raises:
         UserError: a file cannot be read, a tensor was missing or left over, or a value is not finite.
     """
-    state = _read(checkpoint, names, dtype)
+    state = read_tensors(checkpoint, names, dtype)
     _check_values(checkpoint, names, state)
     try:
         with quiet():
@@ -285,10 +294,14 @@ def _check_values(
         )
 
 
-def _read(
+def read_tensors(
     checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return tensors under their names in the model: copies in a dtype, or as they are in the file."""
+    """Return tensors under their names in the model: copies in a dtype, or as they are in the file.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     state: dict[str, Tensor] = {}
     for path in sorted({checkpoint.tensors[name].path for name in names}):
         try:

@@ -7,6 +7,7 @@ no network.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from transformers import (
 )
 
 import configs
-from model.language.chat_template import CHAT_TEMPLATE
+from model.language.chat_template import template_text
 from model.language.checkpoint import CONFIG, WEIGHTS, open_checkpoint, read_config
-from model.language.files import AGAIN
+from model.language.files import AGAIN, read_object
 from model.language.loading import check_tied, empty_model, fit, load_weights, quiet
 from model.language.sources import has_weights, hub_hint, local_folder
 from model.language.tokenizer import byte_tokenizer, eos_ids, prepare_tokenizer
@@ -140,9 +141,16 @@ def load_language(
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype = torch.float32
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a language model and its tokenizer from a folder, exactly as stored.
+
+    Args:
+        folder: the folder.
+        dtype: of the parameters.
+        tokenizer: the folder's, if it has been loaded.
 
     Raises:
         UserError: a file is missing or damaged, a tensor is missing or left over, or the tokenizer is not
@@ -153,7 +161,7 @@ def load_folder(
     shapes = empty_model(config, folder)
     names = fit(checkpoint, shapes)
     check_tied(checkpoint, names, shapes)
-    tokenizer = _own_tokenizer(folder, shapes)
+    tokenizer = tokenizer or _own_tokenizer(folder, shapes)
     return load_weights(checkpoint, config, names, dtype), tokenizer
 
 
@@ -244,6 +252,15 @@ def max_positions(source: str) -> int | None:
             if Path(source).expanduser().is_dir() or has_weights(folder):
                 check_folder(folder)
             config = _folder_config(folder)
+    return _positions(config)
+
+
+def saved_positions(folder: Path) -> int | None:
+    """Return `max_positions` of a folder that this package wrote, without a look at the rest of it."""
+    return _positions(_folder_config(folder))
+
+
+def _positions(config: Any) -> int | None:
     found = getattr(config, "max_position_embeddings", None)
     return int(found) if found else None
 
@@ -268,8 +285,13 @@ def save_language(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.save_pretrained(folder)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template_text(tokenizer)
     tokenizer.save_pretrained(folder)
+    if type(tokenizer) is not PreTrainedTokenizerFast:
+        # The class of a model may make another tokenizer of the same tokenizer.json beside another config.
+        path = folder / "tokenizer_config.json"
+        values = read_object(path) | {"tokenizer_class": PreTrainedTokenizerFast.__name__}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     ends = list(eos_ids(tokenizer))
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
     save_file(unique_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})

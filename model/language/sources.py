@@ -29,7 +29,7 @@ ELSEWHERE = ("*/*", "training_args*", "trainer_state*")
 """Files that are never downloaded: other formats are in folders."""
 
 
-def local_folder(source: str, *, weights: bool) -> Path:
+def local_folder(source: str, *, weights: bool, way_out: str = WAY_OUT) -> Path:
     """Return the folder of a language model; a hub id is downloaded, as far as it is not here.
 
     A model that is on this machine is used without asking the hub.
@@ -37,6 +37,7 @@ def local_folder(source: str, *, weights: bool) -> Path:
     Args:
         source: a folder, or an id such as `Qwen/Qwen3-0.6B`.
         weights: whether the weights are needed, besides config and tokenizer.
+        way_out: end of an error about a source that cannot be had.
 
     Raises:
         UserError: there is no such folder or id, or the hub cannot be reached.
@@ -50,14 +51,14 @@ def local_folder(source: str, *, weights: bool) -> Path:
     if problem := _hub_problem(source):
         if cached is not None:
             return cached  # what is missing in it is said when it is read
-        raise UserError(f"{source}: no such folder, not downloaded before, {problem}; {WAY_OUT}")
+        raise UserError(f"{source}: no such folder, not downloaded before, {problem}; {way_out}")
     patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         found = huggingface_hub.snapshot_download(
             source, allow_patterns=patterns, ignore_patterns=list(ELSEWHERE)
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be downloaded: {one_line(error)}; {WAY_OUT}") from None
+        raise UserError(f"{source}: cannot be downloaded: {one_line(error)}; {way_out}") from None
     return Path(found)
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -41,6 +42,37 @@ SPECIALS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The control tokens of a conversation, for a tokenizer whose marks are not ours."""
+
+    image: str
+    """The token that is replaced by the features of an image."""
+    ends: tuple[int, ...]
+    """Ids that end an answer."""
+
+
+def set_marks(tokenizer: PreTrainedTokenizerFast, marks: Marks) -> None:
+    """Give a tokenizer its own marks. Without them, a tokenizer has ours."""
+    tokenizer.nanomolmo2_marks = marks
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast) -> Marks | None:
+    found: Marks | None = vars(tokenizer).get("nanomolmo2_marks")
+    return found
+
+
+def image_token(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the token that is replaced by the features of an image."""
+    marks = _marks(tokenizer)
+    return IMAGE_TOKEN if marks is None else marks.image
+
+
+def image_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id of `image_token`."""
+    return token_id(tokenizer, image_token(tokenizer))
 
 
 def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -106,6 +138,8 @@ def token_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Return the ids that end an answer: the end of a turn, and the tokenizer's own end of text."""
+    if (marks := _marks(tokenizer)) is not None:
+        return marks.ends
     vocabulary = tokenizer.get_vocab()
     ends = [IM_END, END_OF_TEXT, tokenizer.eos_token]
     return tuple(dict.fromkeys(vocabulary[text] for text in ends if text in vocabulary))

@@ -50,7 +50,7 @@ model. Padding of embeddings adds a few hundred rows."""
 
 
 def read_tokenizer(
-    folder: Path, rows: int | None, ends: Iterable[int] = ()
+    folder: Path, rows: int | None, ends: Iterable[int] = (), *, whole_model: bool = False
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer in a folder.
 
@@ -58,6 +58,8 @@ def read_tokenizer(
         folder: of the model.
         rows: rows of the model's embedding; None: not compared.
         ends: ids that the model's config names as ends of a text.
+        whole_model: whether it is that of a vision-language model. What transformers makes of it counts, with
+            which that model was trained, even if it does not give texts back.
 
     Raises:
         UserError: the tokenizer is missing, damaged, of another model, or does not give texts back.
@@ -68,12 +70,28 @@ def read_tokenizer(
     file = folder / TOKENIZER
     if file.exists() or file.is_symlink():
         check_file(file)
-        tokenizer = _from_file(file)
+        tokenizer = (_by_class(folder) if whole_model else None) or _from_file(file)
     else:
         tokenizer = _converted(folder)
     _check_ids(folder, tokenizer, rows, ends)
-    _check_round_trip(folder, tokenizer)
+    try:
+        _check_round_trip(folder, tokenizer)
+    except UserError as error:
+        if not whole_model:
+            raise
+        log.warning("%s", error)
     return tokenizer
+
+
+def _by_class(folder: Path) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer that transformers makes by the class that the folder names, if it can."""
+    try:
+        with quiet():
+            made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a class of any model may raise
+        log.info("%s: its tokenizer is read from %s alone: %s", folder, TOKENIZER, one_line(error))
+        return None
+    return made if isinstance(made, PreTrainedTokenizerFast) else None
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerFast:

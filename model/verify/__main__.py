@@ -34,7 +34,7 @@ from model.attention.kernels import cuda_kernel
 from model.generate import live_features
 from model.io.device import hardware_preset, pick_device
 from model.language.chat_template import tokenize_messages
-from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.language.tokenizer import image_id
 from model.verify.memory import (
     GIB,
     USABLE,
@@ -165,7 +165,7 @@ def load_all(options: Options, device: torch.device) -> tuple[VisionEncoder, VLM
     sample = tokenize_messages(
         tokenizer, [("user", "What is it?", 1.0), ("assistant", "A drawing.", 1.0)], media=1
     )
-    image = token_id(tokenizer, IMAGE_TOKEN)
+    image = image_id(tokenizer)
     repeats = np.where(sample.ids == image, features.shape[1], 1)
     ids, weights = (torch.from_numpy(x.repeat(repeats)) for x in (sample.ids, sample.weights))
     with torch.inference_mode():

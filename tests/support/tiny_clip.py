@@ -1,4 +1,4 @@
-"""Towers small enough for tests, of open_clip and of transformers, and a model trained on one."""
+"""Towers small enough for tests, of open_clip and of transformers, a model trained on one, and a LLaVA."""
 
 from __future__ import annotations
 
@@ -15,12 +15,29 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 
 from configs import UserError
@@ -213,3 +230,179 @@ def save_trained(
     meta = {"connector": connector, "llm": llm, "space": space, "stage": 1, "step": 3}
     save_final(folder / "stage1/final", vlm, tokenizer, meta)
     return vlm.eval()
+
+
+# ---- a LLaVA of somebody else
+
+TEMPLATES = {
+    "vicuna": (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+        "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+        "'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}"
+        "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', "
+        "'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
+        "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+        "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
+        "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+        "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 "
+        "== 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+        "{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% else %}"
+        "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+    ),
+}
+"""Chat templates as published, of LLaVA-1.5, Qwen2, Llama 3 and Mistral."""
+CONTROLS = {
+    "vicuna": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+    "chatml": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
+}
+"""Special tokens of each template's tokenizer, besides `<image>`."""
+OTHERS = {"chatml": ("<|im_start|>",), "llama3": ("<|start_header_id|>", "<|end_header_id|>")}
+WORDS = "a cat and a dog: what is this picture of? It shows one, two, three colours. Describe it, please!"
+
+
+def stranger_tokenizer(style: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with the marks of a template: byte-level, or as SentencePiece's are in Llama 2."""
+    controls = CONTROLS[style]
+    texts = [*controls.values(), *OTHERS.get(style, ()), "<image>"]
+    if style in ("vicuna", "mistral"):
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = []
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>", *alphabet] if alphabet else [],
+        initial_alphabet=[] if alphabet else pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([WORDS, WORDS.lower(), "ASSISTANT USER INST"] * 3, trainer)
+    if alphabet:  # bytes are ordinary tokens
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = []
+        backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    if bos := controls.get("bos_token"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **controls)
+
+
+def write_llava(
+    folder: Path,
+    style: str = "vicuna",
+    *,
+    tower: str = "clip",
+    llm: type[PretrainedConfig] = LlamaConfig,
+    tied: bool = False,
+    act: str = "gelu",
+    layers: int | list[int] = -2,
+    fit: str = "pad",
+    seed: int = 0,
+    **more: Any,
+) -> LlavaForConditionalGeneration:
+    """Write a LLaVA as its authors would: built and saved by transformers' own classes, random weights.
+
+    Args:
+        folder: to write.
+        style: one of `TEMPLATES`.
+        tower: `clip` or `siglip`.
+        llm: class of the language model's config.
+        tied: whether its output layer is the embedding.
+        act: the projector's activation.
+        layers: `vision_feature_layer`.
+        fit: `pad`, `squash`, or `crop`.
+        seed: of the weights.
+        more: further values of LlavaConfig.
+    """
+    tokenizer = stranger_tokenizer(style)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    eyes = sizes | {
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "num_hidden_layers": 3,
+    }
+    vision = (
+        CLIPVisionConfig(**eyes, hidden_act="quick_gelu")
+        if tower == "clip"
+        else SiglipVisionConfig(**eyes, hidden_act="gelu_pytorch_tanh", vision_use_head=False)
+    )
+    text = llm(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=-(-len(tokenizer) // 64) * 64 + 64,  # padded rows
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **({"sliding_window": None} if llm is MistralConfig else {}),
+    )
+    select = "default" if tower == "clip" else "full"
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIDE // PATCH) ** 2,
+        projector_hidden_act=act,
+        vision_feature_layer=layers,
+        vision_feature_select_strategy=select,
+        tie_word_embeddings=tied,
+        **more,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
+        for value in model.parameters():
+            value.data += 0.1 * torch.randn(value.shape)
+    model.save_pretrained(folder)
+    side = {"height": SIDE, "width": SIDE}
+    if fit == "crop":
+        images: Any = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
+    else:
+        images = LlavaImageProcessor(
+            do_pad=fit == "pad", size=side, crop_size=side, do_center_crop=False
+        )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=int(tower == "clip"),
+        image_token="<image>",
+        chat_template=TEMPLATES[style],
+    ).save_pretrained(folder)
+    return model

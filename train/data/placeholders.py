@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.references import IMAGE, edges_of
 from model.language.chat_template import timestamp_ids, video_token_ids
-from model.language.tokenizer import IMAGE_TOKEN, token_id
+from model.language.tokenizer import image_id
 from train.data.sample_list import Ints, SampleList
 
 TIE = 1e-6
@@ -53,7 +53,7 @@ class Placeholders:
         An image is one image token for each feature token; a video has for each frame its time as text,
         then its image tokens.
         """
-        image = np.full(self.image_tokens, token_id(self.tokenizer, IMAGE_TOKEN), dtype=np.int32)
+        image = np.full(self.image_tokens, image_id(self.tokenizer), dtype=np.int32)
         return [
             video_token_ids(self.tokenizer, samples.times_of(m).tolist(), self.frame_tokens)
             if samples.is_video(m)

@@ -36,15 +36,15 @@ import numpy.typing as npt
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
 from model.language.chat_template import (
-    TEMPLATE_VERSION,
     TokenizedSample,
     Turn,
     cut_turns,
     find_turns,
     has_answer,
+    template_digest,
     tokenize_messages,
 )
-from model.language.tokenizer import IMAGE_TOKEN, token_id, tokenizer_digest
+from model.language.tokenizer import image_id, tokenizer_digest
 from train.data.sample_list import Ints, SampleList
 
 log = logging.getLogger(__name__)
@@ -87,15 +87,15 @@ class TokenStore:
     def __init__(self, stores: Sequence[_Store], tokenizer: Any) -> None:
         self._stores = list(stores)
         self._tokenizer = tokenizer
-        self.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
+        self.image_token_id = image_id(tokenizer)
 
     @staticmethod
     def open(root: CacheRoot, names: Sequence[str], tokenizer: Any, *, folder: Path) -> TokenStore:
         """Map the text of the data sets `names`; tokenise first those that `folder` does not have."""
-        vocabulary = tokenizer_digest(tokenizer)
+        vocabulary, template = tokenizer_digest(tokenizer), template_digest(tokenizer)
         stores = []
         for name in names:
-            identity = [STORE_VERSION, samples_digest(root, name), vocabulary, TEMPLATE_VERSION]
+            identity = [STORE_VERSION, samples_digest(root, name), vocabulary, template]
             digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
             path = folder / digest[:16]
             if not _is_whole(path):
@@ -188,7 +188,12 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
     try:
         count, faults = _tokenize(temporary, name, samples, tokenizer)
         sizes = {n: (temporary / n).stat().st_size for n in FILES}
-        meta = {"dataset": name, "samples": count, "template": TEMPLATE_VERSION, "bytes": sizes}
+        meta = {
+            "dataset": name,
+            "samples": count,
+            "template": template_digest(tokenizer),
+            "bytes": sizes,
+        }
         meta["faults"] = faults
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         if path.exists() and not _is_whole(path):
@@ -211,7 +216,7 @@ def _tokenize(
         The number of samples; and number -> what is wrong, for the first FAULTS_KEPT that have no tokens
         because their messages and media do not fit.
     """
-    image = token_id(tokenizer, IMAGE_TOKEN)
+    image = image_id(tokenizer)
     started = reported = time.monotonic()
     end = count = 0
     faults: dict[str, str] = {}

@@ -159,6 +159,8 @@ def _before(origin: Origin | None) -> list[dict[str, Any]]:
         if origin.path.name == "final":
             before = json.loads((origin.path.parent / CARD).read_text(encoding="utf-8"))
             return list(before["stages"])
+    if not origin.meta["stage"]:  # a LLaVA, of which `llm` is the name
+        return []
     # A checkpoint, or a model that was copied without its card: what it records itself.
     return [_incomplete(origin.meta)]
 

@@ -2,6 +2,7 @@
 
     origin = find_origin("first")               # a run below runs/, or the path of one: its newest model
     origin = find_origin("backup/best")         # a finished model or a checkpoint, under any name
+    origin = find_origin("llava-1.5-7b-hf")     # somebody else's LLaVA: a folder, or a hub id
     vlm = origin.load()
 
 A checkpoint contains the parameters that were trained. The others, the tokenizer and the sizes of the model
@@ -13,15 +14,28 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from configs import UserError, nearest
-from model.io.saved_model import META, RUNS, load_final, read_meta
-from model.language.chat_template import TEMPLATE_VERSION
+from model.io.llava_folder import is_llava, open_llava, other_model
+from model.io.saved_model import (
+    META,
+    RUNS,
+    check_template_version,
+    load_final,
+    read_meta,
+    saved_tokenizer,
+)
+from model.language.folder_template import FOLDER_TEMPLATE
+from model.language.model import load_tokenizer, max_positions, saved_positions
+from model.language.sources import local_folder
 from model.vlm import VLM, build_vlm
-from train.stage import checkpoint
+from train.stage import checkpoint, llava
 from train.stage.run_folder import CHECKPOINTS, FINAL, RUN
 
 log = logging.getLogger(__name__)
@@ -38,6 +52,10 @@ NEEDED = (
     "origin",
 )
 """What the state.json of a checkpoint needs to be a starting point."""
+HUB_WAY_OUT = (
+    "give a local folder: --from PATH, with config.json, tokenizer.json, model.safetensors"
+)
+"""End of an error about a hub id that cannot be had."""
 SHOWN = 6
 """Names of files that an error lists at most."""
 
@@ -47,28 +65,54 @@ class Origin:
     """A model that a stage starts from."""
 
     path: Path
-    """A `final` folder, or the folder of a checkpoint."""
-    kind: Literal["final", "checkpoint"]
+    """A `final` folder, the folder of a checkpoint, or a LLaVA."""
+    kind: Literal["final", "checkpoint", "llava"]
     """How the folder is read."""
     meta: dict[str, Any]
-    """nanomolmo2.json or state.json: `llm`, `connector`, `space`, `stage`, `step` and others."""
+    """nanomolmo2.json or state.json: `llm`, `connector`, `space`, `stage`, `step` and others. A LLaVA has no
+    space, and its stage and step are 0."""
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
     def base(self) -> Origin | None:
-        """What the run of a checkpoint started from; None for a language model, or a finished model."""
-        return (
-            None if self.kind == "final" else recorded(self.meta["origin"], self.path.parent.parent)
-        )
+        """What the run of a checkpoint started from; None for a language model, or a whole model."""
+        if self.kind != "checkpoint":
+            return None
+        return recorded(self.meta["origin"], self.path.parent.parent)
 
     @property
     def language(self) -> str:
         """The folder or id with the language model's config and tokenizer."""
-        if self.kind == "final":
+        if self.kind != "checkpoint":
             return str(self.path)
         return base.language if (base := self.base) else str(self.meta["llm"])
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer, with the template that the model was trained with.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        if self.kind == "llava":
+            return llava.load_tokenizer(self.path)
+        if self.kind == "final":
+            return saved_tokenizer(self.path, self.meta)
+        return base.tokenizer() if (base := self.base) else load_tokenizer(str(self.meta["llm"]))
+
+    def max_positions(self) -> int | None:
+        """Return the longest sequence in the language model's config, tokens; None if there is none.
+
+        Raises:
+            UserError: the language model is missing or damaged.
+        """
+        if self.kind == "llava":
+            return open_llava(self.path).max_positions
+        if self.kind == "final":
+            is_own = self.meta["template"] != FOLDER_TEMPLATE
+            return max_positions(str(self.path)) if is_own else saved_positions(self.path)
+        return base.max_positions() if (base := self.base) else max_positions(str(self.meta["llm"]))
 
     def load(self) -> VLM:
         """Return the model with its weights.
@@ -76,6 +120,8 @@ class Origin:
         Raises:
             UserError: a file is missing, damaged, or of another version or model.
         """
+        if self.kind == "llava":
+            return llava.load(self.path)[0]
         if self.kind == "final":
             return load_final(self.path)[0]
         if base := self.base:
@@ -115,7 +161,8 @@ def find_origin(text: str) -> Origin:
     checkpoint.
 
     Args:
-        text: the name of a run below runs/, or the path of a run, a stage, a checkpoint or a `final` folder.
+        text: the name of a run below runs/, the path of a run, a stage, a checkpoint or a `final` folder, or
+            a LLaVA: a folder or a hub id.
 
     Raises:
         UserError: there is no such folder, or no model in it. The message says what is there.
@@ -134,8 +181,15 @@ def find_origin(text: str) -> Origin:
                     what,
                     origin.meta["step"],
                 )
+            if origin.kind == "llava" and len(places) > 1 and places[1].exists():
+                log.info("--from %s: the LLaVA in this folder, not the run %s", text, places[1])
             return origin
     present = [place for place in places if place.exists()]
+    if not present and _may_be_hub_id(text):
+        folder = local_folder(text, weights=True, way_out=HUB_WAY_OUT)
+        if origin := recognise(folder):
+            return origin
+        present = [folder]
     if not present:
         names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))
         beside = [p.name for p in checkpoint.committed(places[0].parent)]
@@ -159,6 +213,10 @@ def recognise(folder: Path) -> Origin | None:
         return Origin(path=folder, kind="checkpoint", meta=_read_state(folder))
     if (folder / FINAL / META).is_file():
         return recognise(folder / FINAL)
+    if is_llava(folder):
+        kind = open_llava(folder).kind
+        meta = {"llm": str(folder), "connector": str(kind), "space": None, "stage": 0, "step": 0}
+        return Origin(path=folder, kind="llava", meta=meta)
     for parent in (folder, folder / CHECKPOINTS):
         if newest := checkpoint.newest(parent):
             return recognise(newest)
@@ -175,6 +233,8 @@ def describe(place: Path) -> str:
         inside = f"; the model is its folder, {parent}" if recognise(parent) else ""
         return f"a file, not a folder{inside}"
     names = sorted(p.name for p in place.iterdir())
+    if "config.json" in names and (kind := other_model(place)):
+        return kind
     if "config.json" in names and any(n.endswith(".safetensors") for n in names):
         return f"a language model, not a run of ours (give it as --llm {place})"
     if "spaces" in names:
@@ -185,6 +245,16 @@ def describe(place: Path) -> str:
         return "a run without a whole checkpoint, so nothing that it learned was saved"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"no model in it (there: {', '.join(names[:SHOWN]) or 'nothing'}{more})"
+
+
+def _may_be_hub_id(text: str) -> bool:
+    """Whether a name without a folder may be an id of the hub: ORG/NAME, and no folder ORG is here."""
+    org, slash, name = text.partition("/")
+    return (
+        bool(slash and org and name)
+        and not re.search(r"[/~\\]|^\.", name + org)
+        and not Path(org).exists()
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -203,9 +273,5 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: has no {', '.join(missing)}; another version of this package wrote it"
         )
-    if state["template"] != TEMPLATE_VERSION:
-        raise UserError(
-            f"{path}: trained with chat template {state['template']}, this version uses "
-            f"{TEMPLATE_VERSION}; use the version that trained it"
-        )
+    check_template_version(path, state["template"])
     return dict(state)

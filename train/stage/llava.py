@@ -1,0 +1,173 @@
+"""Start from somebody else's LLaVA: its weights, its template, and whether the features are of its tower.
+
+    vlm, tokenizer = load(folder)          # a LlavaForConditionalGeneration in llava-hf's layout
+    check_tower(folder, reader)            # UserError with the command that encodes with the folder's tower
+
+A folder that `model.export` wrote is recognised by its chat template, which gives the tokens of ours.
+Training then goes on with ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from cache.errors import CacheError, command_line
+from cache.format.spec import FeatureSpec
+from cache.remote.mirror import is_copy
+from cache.remote.open import cache_root
+from cache.store.reader import FeatureReader
+from cache.store.samples import dataset_words
+from cache.store.space import read_info
+from configs import UserError
+from model.export.template import SPACE, chat_template
+from model.io.llava_folder import LlavaFolder, open_llava
+from model.io.tensors import hash_tensors
+from model.io.tower_config import read_tower_config
+from model.io.tower_folder import architecture, tower_hash
+from model.language.folder_template import attached, detach
+from model.language.tokenizer import IMAGE_TOKEN, image_token, prepare_tokenizer
+from model.vlm import VLM
+
+
+def load(folder: Path) -> tuple[VLM, PreTrainedTokenizerFast]:
+    """Return the model of a folder, without its vision tower, and its tokenizer.
+
+    Raises:
+        UserError: see `LlavaFolder.load`.
+    """
+    llava = open_llava(folder)
+    language, connector, tokenizer = llava.load()
+    return VLM(language, connector, llava.vision_width), with_own_template(tokenizer)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a folder, after a check of everything but the values of the weights.
+
+    Raises:
+        UserError: see `LlavaFolder.load`.
+    """
+    return with_own_template(open_llava(folder).check())
+
+
+def with_own_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a folder, with our own template if it is one of our exports."""
+    template = attached(tokenizer)
+    assert template is not None
+    if image_token(tokenizer) == IMAGE_TOKEN and template.text == chat_template(tokenizer):
+        detach(tokenizer)
+        prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+# ---- the vision tower
+
+
+def check_tower(folder: Path, reader: FeatureReader) -> None:
+    """Check that features are what a folder's projector was trained on.
+
+    Raises:
+        UserError: they are of another tower, of other blocks, or of images that were prepared in another way.
+            The message names the differences, and the command that encodes with the folder's tower.
+    """
+    llava = open_llava(folder)
+    root, spec = cache_root(reader), reader.spec
+    wanted = wanted_fields(llava, spec)
+    if not (different := _differences(spec, wanted)):
+        return
+    others = []
+    for name in root.space_names():
+        with contextlib.suppress(CacheError, OSError):  # damaged, or of another version
+            info = read_info(root.space(name))
+            if not _differences(info.spec, wanted_fields(llava, info.spec)):
+                others.append(name)
+    if others:
+        way_out = f"choose the one that is: --space {others[0]}"
+    else:
+        pool = ["--pool", llava.pool] if llava.pool > 1 else []
+        words = [
+            *dataset_words(root, None),
+            "--encoder",
+            f"hf:{folder}",
+            *pool,
+            "--codec",
+            spec.codec,
+        ]
+        features = "DIR" if is_copy(root) else root.path
+        command = command_line("encode.run", *words, "--features", features)
+        way_out = f"encode with the folder's own: {command}"
+    raise UserError(
+        f"{folder}: space {spec.name} is not made by its vision tower ({'; '.join(different)}); "
+        f"{way_out}"
+    )
+
+
+def wanted_fields(llava: LlavaFolder, spec: FeatureSpec) -> dict[str, Any]:
+    """Return the values of a spec's fields that a folder's projector needs.
+
+    Args:
+        llava: the folder.
+        spec: that of a space. An export says on which spec its model was trained. That counts if `spec` has
+            its weights, as the folder's tower has other names of tensors and therefore another hash.
+    """
+    tower = read_tower_config(llava.folder)
+    fields: dict[str, Any] = {
+        "blocks": tower.blocks,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "width": llava.vision_width,
+        "fit": tower.fit,
+        "activation": tower.activation,
+        "keep_cls": False,
+        "pool_image": llava.pool,
+    }
+    fields |= {
+        name: value for name in ("mean", "std") if (value := getattr(tower, name)) is not None
+    }
+    trained = _trained_on(llava)
+    if trained is not None and trained.weights == spec.weights:
+        same = ("weights", "architecture")
+        return fields | {name: getattr(trained, name) for name in same}
+    return fields | {
+        "weights": tower_hash(llava.folder, tower.blocks),
+        "architecture": architecture(tower),
+    }
+
+
+def _trained_on(llava: LlavaFolder) -> FeatureSpec | None:
+    """Return the spec that an export names, if the folder's tower is still the one that was exported."""
+    try:
+        values = json.loads((llava.folder / SPACE).read_text(encoding="utf-8"))
+        spec, tower = FeatureSpec.from_json(values["spec"]), values["tower"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no export of ours
+        return None
+    return spec if tower == hash_tensors(llava.tower_tensors()) else None
+
+
+def _differences(spec: FeatureSpec, wanted: Mapping[str, Any]) -> list[str]:
+    """Return the fields that differ, in words."""
+    found = dataclasses.asdict(spec)
+    return [
+        f"{name} {_short(value)} there, {_short(found[name])} here"
+        for name, value in wanted.items()
+        if not _equal(value, found[name])
+    ]
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(two, tuple):
+        return len(one) == len(two) and all(
+            abs(a - b) < 1e-6 for a, b in zip(one, two, strict=True)
+        )
+    return bool(one == two)
+
+
+def _short(value: object) -> str:
+    text = str(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 40 else f"{text[:8]}…"
