@@ -265,7 +265,7 @@ def keep_origin(
     """Record in run.json where the model of a new stage comes from; return run.json.
 
     A checkpoint is copied as a finished model, because its own run may remove it before this one ends. So is
-    a LLaVA: what is not trained is read from the copy. `meta` is the `model_meta` of this stage.
+    a LLaVA, whose frozen parameters are read from the copy. `meta` is the `model_meta` of this stage.
     """
     if origin is None or facts["origin"] is not None:
         return facts

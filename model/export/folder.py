@@ -6,7 +6,7 @@
     preprocessor_config.json                  the same once more, for older runtimes
     tokenizer.json, tokenizer_config.json     see template.py
     chat_template.jinja
-    feature_space.json                        the spec of the features, by which an import knows their cache
+    feature_space.json                        the spec of the features that it was trained on
     pooled_llava.py                           the model's class, where transformers has none
 
 The names of tensors are those of published LLaVA checkpoints. transformers 5 would save other names, which it

@@ -379,7 +379,7 @@ def _template(folder: Path) -> tuple[str, str]:
         if isinstance(found, str) and found:
             return found, str(path)
     raise UserError(
-        f"{folder}: no chat template ({', '.join(TEMPLATES)}), so nobody knows how the model is asked; copy "
+        f"{folder}: no chat template ({', '.join(TEMPLATES)}), so it is unknown how the model is asked; copy "
         "chat_template.jinja from where the model comes from"
     )
 

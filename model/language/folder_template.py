@@ -7,8 +7,8 @@
 The text of a conversation is what the template makes of it. It becomes ids as transformers' processor does
 it: as a whole, with a BOS token before it unless the template has written one. What the assistant says is
 found by prefixes: the text up to a turn, with the generation prompt, has to be the beginning of the text with
-that turn, and that the beginning of the whole text. The difference is supervised: every token that begins in it. A
-conversation for which that fails is refused.
+that turn, and that the beginning of the whole text. The difference is supervised: every token that begins in
+it. A conversation for which that fails is refused.
 
 Control tokens that a user's text spells stay text, as with our own template.
 
