@@ -262,7 +262,8 @@ def _write_processor(
     values = _read(folder / PROCESSOR)["image_processor"]
     _write(folder / "preprocessor_config.json", values | {"processor_class": "LlavaProcessor"})
     config = folder / "tokenizer_config.json"
-    _write(config, _read(config) | TOKENIZER_CONFIG)
+    # Sorted, because transformers puts keys that a tokenizer's own file had first.
+    _write(config, dict(sorted((_read(config) | TOKENIZER_CONFIG).items())))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -53,6 +53,8 @@ from model.language.tokenizer_files import read_tokenizer
 
 TYPES = ("llava", "pooled_llava")
 """`model_type` of a folder: transformers' own class, and that of our exports with pooled images."""
+OWN_KEYS = ("pool_size", "register_tokens")
+"""What the config of our exports has besides that of transformers' own class."""
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Where a chat template is, the first that exists: a processor's two files, and the tokenizer's."""
 LANGUAGE = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)(.+)")
@@ -315,7 +317,7 @@ def _config(folder: Path, values: Mapping[str, Any]) -> tuple[Any, int]:
         former = any(key in values for key in ("mm_vision_tower", "mm_projector_type"))
         what = FORMER_CLASS if former else f"no vision_config and text_config; {AGAIN}"
         raise UserError(f"{path}: {what}")
-    kept = {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "pool_size")}
+    kept = {k: v for k, v in values.items() if k not in ("model_type", "auto_map", *OWN_KEYS)}
     pool = values.get("pool_size", 1)
     if type(pool) is not int or pool < 1:
         raise UserError(f"{path}: pool_size {one_line(pool, 40)}; {AGAIN}")
