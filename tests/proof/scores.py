@@ -1,0 +1,84 @@
+"""Figures of the proof that need no model: nearest neighbours, exact match, intervals, base rates.
+
+D drawings, M tokens of a drawing, V width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+def nearest(train: FloatArray, test: FloatArray) -> NDArray[np.intp]:
+    """Return for each test drawing the training drawing with the largest cosine: (D, M, V) each -> (D,).
+
+    The mean of the training features is removed first, which is most of what all drawings share.
+    """
+    mean = train.mean((0, 1))
+    return np.argmax(_unit(test - mean) @ _unit(train - mean).T, axis=1)
+
+
+def _unit(features: FloatArray) -> FloatArray:
+    flat = features.reshape(len(features), -1)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
+def share_equal(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the share of texts that are as wanted, spaces at the ends aside."""
+    pairs = list(zip(found, wanted, strict=True))
+    return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs)
+
+
+def base_rate(answers: Sequence[str]) -> float:
+    """Return how often the most frequent answer is right."""
+    return max(Counter(answers).values()) / len(answers)
+
+
+def interval(differences: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return the mean of paired differences and half the width of its 95 % bootstrap interval.
+
+    A difference is one drawing's, the mean over its questions and seeds, so drawings are drawn anew.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean()), float(high - low) / 2
+
+
+def paired(
+    one: Sequence[Mapping[str, bool]], other: Sequence[Mapping[str, bool]]
+) -> tuple[float, float]:
+    """Return mean and half interval of one - other, from right answers by question, a mapping a seed."""
+    assert all(a.keys() == b.keys() for a, b in zip(one, other, strict=True)), "other questions"
+    by_drawing: dict[str, list[float]] = {}
+    for a, b in zip(one, other, strict=True):
+        for question, right in a.items():
+            drawing = question.rpartition(" ")[0]
+            by_drawing.setdefault(drawing, []).append(float(right) - float(b[question]))
+    return interval([float(np.mean(each)) for each in by_drawing.values()])
+
+
+def by_task(answers: Sequence[Mapping[str, Any]], key: str = "correct") -> dict[str, float]:
+    """Return the share of right answers of each task."""
+    tasks: dict[str, list[bool]] = {}
+    for one in answers:
+        tasks.setdefault(one["task"], []).append(bool(one[key]))
+    return {task: sum(right) / len(right) for task, right in tasks.items()}
+
+
+def flops_bound(tower: float, model: float) -> float:
+    """Return how many times faster a step can be without the tower, at equal FLOP a second."""
+    return (tower + model) / model
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """Return the perplexity of tokens with these losses, nats."""
+    return math.exp(sum(losses) / len(losses))

@@ -1,0 +1,299 @@
+"""Encode the drawings, train on them, and score: the main run, text alone, codecs, English."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
+from tests.proof.drawings import KIND, NAME
+from tests.proof.prepare import ENCODER
+from tests.proof.scores import base_rate, by_task, nearest, paired, perplexity
+from tests.proof.work import Flags, Line, Work, as_json, folder_bytes
+
+CONCEPT, KIND_TASK = "concept", "subcategory"
+TASKS = {NAME: CONCEPT, KIND: KIND_TASK}
+"""Question -> what it asks."""
+NEEDED = {KIND_TASK: 0.6, CONCEPT: 0.4}
+"""Exact match that is required, as a share of the nearest neighbour's."""
+CODECS = ("int8", "int4")
+MAIN = "main"
+DATASETS = ("train", "validation", "test", "english", "blindfold")
+WINDOW = 512
+"""Tokens of English that the language model sees at once."""
+
+
+def encode_flags(work: Work, datasets: Sequence[str], features: Path) -> dict[str, Any]:
+    """Return the options that encode record files of the proof in this process, without Ray."""
+    return {
+        "dataset": tuple(f"{name}=json:{work.folder / 'data' / name}.json" for name in datasets),
+        "config": work.folder / "nanomolmo2.yaml",
+        "encoder": ENCODER,
+        "codec": "fp16",
+        "features": features,
+        "device": "cpu",
+        "workers": 0,
+    }
+
+
+def encode(work: Work) -> dict[str, Any]:
+    """Encode every drawing; return the space, and what it cost."""
+    features = work.folder / "cache"
+    done = work.run("encode.run", encode_flags(work, DATASETS, features))
+    encoded, reused = (int(done.found(rf"\b{name}=(\d+)")) for name in ("encoded", "reused"))
+    return {
+        "space": done.found(r"^space +([^\s:]+)"),
+        "encoded": encoded,
+        "reused": reused,
+        "failed": int(done.found(r"failed=(\d+)")),
+        "seconds": done.seconds,
+        "disk": folder_bytes(features),
+    }
+
+
+# ---- training
+
+
+def train(work: Work, run: str, stage: int, flags: Flags, space: str, **more: Any) -> float:
+    """Train one stage of a run of the proof; return its seconds."""
+    model = {} if stage > 1 else {"llm": work.folder / "models" / "language"}
+    options = {
+        "stage": stage,
+        "run": work.folder / run,
+        "features": work.folder / "cache",
+        "space": space,
+        **model,
+        **work.recipe["train"],
+        **flags,
+        **more,
+    }
+    return work.run("train.run", options).seconds
+
+
+def train_main(work: Work, space: str) -> dict[str, Any]:
+    """Train both stages of the main run, unless an earlier call has."""
+    connector = work.recipe["connector"]
+    seconds = {
+        str(stage): train(work, MAIN, stage, flags, space, **_connector(stage, connector))
+        for stage, flags in work.recipe["stages"].items()
+    }
+    return {"seconds": seconds}
+
+
+def _connector(stage: int, kind: str) -> dict[str, Any]:
+    return {"connector": kind} if stage == 1 else {}
+
+
+def evaluate(
+    work: Work, run: str, dataset: str, *, stage: int | None = None, blind: bool = False
+) -> list[dict[str, Any]]:
+    """Ask a run the questions of a data set; return the answers, with `task` by question.
+
+    The data set is not held out by key: with held_out 0 all of it is in the split `train`, though nobody
+    trained on it.
+    """
+    flags = {
+        "run": work.folder / run,
+        "stage": stage,
+        "features": work.folder / "cache",
+        "datasets": dataset,
+        "split": "train",
+        "max_new_tokens": 16,
+        "blind": blind,
+        "limit": 100_000,
+    }
+    work.run("train.evaluate", flags)
+    finished = stage or max(int(path.name[5:]) for path in (work.folder / run).glob("stage*"))
+    saved = work.folder / run / f"stage{finished}" / "evaluation-train.json"
+    answers: list[dict[str, Any]] = json.loads(saved.read_text(encoding="utf-8"))["answers"]
+    for one in answers:
+        one["question"] = one["question"].removeprefix("<image>").strip()
+        one["task"] = TASKS[one["question"]]
+    saved.rename(saved.with_name(f"evaluation-{dataset}.json"))
+    return answers
+
+
+# ---- results of the main run
+
+
+def features_of(work: Work, dataset: str, space: str) -> tuple[Any, list[str], list[str]]:
+    """Return the features of a data set's drawings, (D, M, V) float32, their names and subcategories."""
+    data = work.folder / "data"
+    records = json.loads((data / f"{dataset}.json").read_text(encoding="utf-8"))
+    answers: dict[str, dict[str, str]] = {}
+    for one in records:
+        asked, told = (turn["value"] for turn in one["conversations"])
+        task = TASKS[asked.removeprefix("<image>").strip()]
+        answers.setdefault(one["image"], {})[task] = told
+    keys = [hashlib.sha256((data / image).read_bytes()).hexdigest() for image in answers]
+    reader = FeatureReader(CacheRoot(work.folder / "cache").space(space))
+    features = np.stack([reader.read("image", key) for key in keys]).astype(np.float32)
+    return features, [a[CONCEPT] for a in answers.values()], [a[KIND_TASK] for a in answers.values()]
+
+
+def ceilings(work: Work, dataset: str, space: str) -> dict[str, float]:
+    """Return how often the nearest training drawing has the right name, and the right subcategory."""
+    known, names, kinds = features_of(work, "train", space)
+    asked, wanted_names, wanted_kinds = features_of(work, dataset, space)
+    found = nearest(known, asked)
+    return {
+        CONCEPT: float(np.mean([names[i] == w for i, w in zip(found, wanted_names, strict=True)])),
+        KIND_TASK: float(np.mean([kinds[i] == w for i, w in zip(found, wanted_kinds, strict=True)])),
+    }
+
+
+def score_main(work: Work, space: str) -> dict[str, Any]:
+    """Score the main run on the test drawings, with its ceilings and the blind figures."""
+    answers = evaluate(work, MAIN, "test", blind=True)
+    validation = by_task(evaluate(work, MAIN, "validation"))
+    top, right, blind = ceilings(work, "test", space), by_task(answers), by_task(answers, "blind_correct")
+    kinds = [a["expected"] for a in answers if a["task"] == KIND_TASK]
+    most_blind = {CONCEPT: 0.02, KIND_TASK: base_rate(kinds)}
+    lines = []
+    for task in (KIND_TASK, CONCEPT):
+        share = right[task] / top[task]
+        lines += [
+            Line(
+                f"{task}: exact match / nearest neighbour",
+                f"{share:.2f} ({right[task]:.3f} / {top[task]:.3f})",
+                f">= {NEEDED[task]}",
+                share >= NEEDED[task],
+            ),
+            Line(
+                f"{task}: blind, other drawings shown",
+                f"{blind[task]:.3f}",
+                f"<= {most_blind[task]:.3f}",
+                blind[task] <= most_blind[task],
+            ),
+            Line(f"{task}: on validation", f"{validation[task]:.3f}", ""),
+        ]
+    return {"answers": answers, "ceilings": top, "lines": [as_json(line) for line in lines]}
+
+
+def text_alone(work: Work, space: str) -> dict[str, Any]:
+    """Train on the questions without drawings, and score on them: what text alone gives."""
+    flags = {"connector": "linear", **work.recipe["text_alone"]}
+    train(work, "text-alone", 1, flags, space)
+    right = by_task(evaluate(work, "text-alone", "blindfold"))
+    shutil.rmtree(work.folder / "text-alone")
+    lines = [Line(f"{task}: trained on text alone", f"{right[task]:.3f}", "") for task in right]
+    return {"lines": [as_json(line) for line in lines]}
+
+
+# ---- codecs
+
+
+def codecs(work: Work, space: str) -> dict[str, Any]:
+    """Train with fp16, int8 and int4 features and several seeds, and compare paired over drawings."""
+    recipe = work.recipe["paired"]
+    spaces = {"fp16": space}
+    for codec in CODECS:
+        flags = {"features": work.folder / "cache", "space": space, "codec": codec}
+        work.run("cache.convert", flags)
+        names = CacheRoot(work.folder / "cache").space_names()
+        spaces[codec] = next(n for n in names if _codec(work, n) == codec)
+    right: dict[str, list[dict[str, bool]]] = {codec: [] for codec in spaces}
+    english = 0.0
+    for seed in recipe["seeds"]:
+        for codec, of_codec in spaces.items():
+            found = work.step(
+                f"paired-{codec}-{seed}", lambda s=seed, c=codec, o=of_codec: _paired(work, s, c, o)
+            )
+            right[codec].append(found["right"])
+            english = found.get("perplexity", english)
+    lines = [
+        Line("fp16, short training: exact match, all seeds", f"{_mean(right['fp16']):.3f}", "")
+    ]
+    for codec in CODECS:
+        mean, half = paired(right[codec], right["fp16"])
+        lines.append(
+            Line(
+                f"{codec} - fp16: exact match, {len(recipe['seeds'])} seeds",
+                f"{mean:+.3f} ± {half:.3f}",
+                "interval <= ± 0.020",
+                half <= 0.02,
+            )
+        )
+    return {"perplexity": english, "lines": [as_json(line) for line in lines]}
+
+
+def _paired(work: Work, seed: int, codec: str, space: str) -> dict[str, Any]:
+    run = f"paired-{codec}-{seed}"
+    shutil.rmtree(work.folder / run, ignore_errors=True)
+    flags = {"connector": "linear", **work.recipe["paired"]["train"], "seed": seed}
+    train(work, run, 1, flags, space)
+    answers = evaluate(work, run, "test")
+    found: dict[str, Any] = {"right": {f"{a['media'][0]} {a['task']}": a["correct"] for a in answers}}
+    if codec == "fp16" and seed == work.recipe["paired"]["seeds"][0]:
+        found["perplexity"] = english_perplexity(work, run, 1)
+    shutil.rmtree(work.folder / run)  # 2 GB of weights
+    return found
+
+
+def _mean(right: Sequence[Mapping[str, bool]]) -> float:
+    return float(np.mean([list(each.values()) for each in right]))
+
+
+def _codec(work: Work, space: str) -> str:
+    return FeatureReader(CacheRoot(work.folder / "cache").space(space)).spec.codec
+
+
+# ---- English
+
+
+def english(work: Work, without_text: float) -> dict[str, Any]:
+    """Measure what training has done to the language model's English.
+
+    `without_text`: perplexity of the short training without text.
+    """
+    before = english_perplexity(work, None, 0)
+    frozen, mixed = (english_perplexity(work, MAIN, stage) for stage in (1, 2))
+
+    def line(name: str, figure: float, required: bool) -> Line:
+        change = figure / before - 1
+        need = "<= +5 %" if required else ""
+        return Line(name, f"{figure:.2f} ({change:+.1%})", need, change <= 0.05)
+
+    lines = [
+        Line("English: perplexity of held-out chapters, before", f"{before:.2f}", ""),
+        line("English: after stage 1, language model frozen", frozen, True),
+        line("English: after stage 2, text mixed in", mixed, True),
+        line("English: a training without text", without_text, False),
+    ]
+    return {"lines": [as_json(line) for line in lines]}
+
+
+def english_perplexity(work: Work, run: str | None, stage: int) -> float:
+    """Return the perplexity of the held-out chapters under a run's language model; None: the untrained one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model.inference import generation_mode
+    from model.io.saved_model import find_run, load_final
+
+    folder = work.folder / "models" / "language"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (work.folder / "data" / "held-out.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0][: work.recipe["perplexity_tokens"]]
+    losses: list[float] = []
+    if run is None:
+        language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return _perplexity(language, ids, losses)
+    vlm, _, _ = load_final(find_run(str(work.folder / run), stage))
+    with generation_mode(vlm):
+        return _perplexity(vlm.language, ids, losses)
+
+
+@torch.inference_mode()
+def _perplexity(language: Any, ids: torch.Tensor, losses: list[float]) -> float:
+    for window in ids.split(WINDOW):
+        logits = language(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+    return perplexity(losses)
