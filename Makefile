@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo quick test soak lint
+.PHONY: venv demo quick test soak lint proof proof-quick
 
 venv: $(STAMP)
 
@@ -35,3 +35,14 @@ test: lint
 # Counted proofs at full count, and new random examples of every property.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak_counted or hypothesis" --soak -s
+
+# The whole with real models: docs/BENCHMARKS.md. Downloads 260 MB once; at most 90 and about 10 minutes.
+proof: .venv/.proof
+	$(BIN)/python -m tests.proof
+
+proof-quick: .venv/.proof
+	$(BIN)/python -m tests.proof --quick
+
+.venv/.proof: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[proof]'
+	touch $@

@@ -5,6 +5,7 @@ python ask.py EXPORTED questions.json answers.json
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,13 +16,18 @@ processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_co
 model = AutoModelForImageTextToText.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=True
 ).eval()
-questions = json.load(open(asked))
+questions = json.loads(Path(asked).read_text())
 answers = []
 for start in range(0, len(questions), 32):
     some = questions[start : start + 32]
     texts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one["question"]}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": one["question"]}],
+                }
+            ],
             add_generation_prompt=True,
         )
         for one in some
@@ -30,6 +36,8 @@ for start in range(0, len(questions), 32):
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=16)
-    answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers += processor.batch_decode(
+        ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     print(len(answers), "of", len(questions), flush=True)
-json.dump([answer.strip() for answer in answers], open(told, "w"))
+Path(told).write_text(json.dumps([answer.strip() for answer in answers]))

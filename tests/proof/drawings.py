@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
 from PIL import Image, ImageEnhance, ImageOps
 
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")
@@ -54,8 +53,8 @@ def read_concepts(emoji: Sequence[Mapping[str, Any]], packages: Mapping[str, Any
 
     Args:
         emoji: emoji.json.
-        packages: artist -> {"icons": icons.json, "chars": chars.json}. An artist without `chars` is matched by
-            name and may lack concepts.
+        packages: artist -> {"icons": icons.json, "chars": chars.json}. An artist without `chars` is
+            matched by name and may lack concepts.
     """
     plain = {
         artist: {code.replace("-fe0f", ""): name for code, name in package["chars"].items()}
@@ -112,6 +111,8 @@ def svg(icons: Mapping[str, Any], name: str) -> str:
 
 def render(document: str, side: int = SIDE) -> Image.Image:
     """Return an SVG document as an RGB image on white."""
+    import resvg_py  # of the extra `proof`; the rest of this file does without it
+
     png = resvg_py.svg_to_bytes(svg_string=document, width=side, height=side, background="white")
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")
 

