@@ -29,13 +29,18 @@ PACKAGES = ("cache", "encode", "model", "train")
 # ---- while a command imports
 
 
-def end_quietly() -> None:
+def end_quietly(*, always: bool = False) -> None:
     """Until `restore`, end the process with exit code 130 on Ctrl-C, if it is `python -m` of our commands.
 
     Nothing changes in a program that imports our packages, where Ctrl-C was ignored from the start (as by
     nohup), or where a handler has been installed.
+
+    Args:
+        always: whether the process is a command of ours that was started in another way.
     """
-    if started_as_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if (always or started_as_command()) and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
         signal.signal(signal.SIGINT, _end)
 
 

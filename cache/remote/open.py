@@ -21,7 +21,7 @@ from cache.remote.reader import RemoteReader
 from cache.remote.retry import RetryPolicy, first_contact
 from cache.remote.row_cache import RowCache
 from cache.remote.stores import open_store
-from cache.store.paths import CacheRoot, is_url
+from cache.store.paths import CacheRoot, SpacePaths, is_url
 from cache.store.reader import FeatureReader
 from cache.store.space import find_space
 
@@ -111,6 +111,17 @@ class RemoteCache:
         except CacheError as error:
             raise CacheError(str(error).replace(f"{root.path}/", f"{self.url}/")) from None
         self.copy_tables(datasets, paths.name)
+        return self._reader(paths)
+
+    def open_copied(self, space: str) -> RemoteReader:
+        """Open a space by the copies of its tables as they are, without asking the store.
+
+        Args:
+            space: its name, which `open_reader` has opened before, here or in another process.
+        """
+        return self._reader(self._mirror.root.space(space))
+
+    def _reader(self, paths: SpacePaths) -> RemoteReader:
         folder = self._mirror.folder / "rows" / paths.name
         rows = RowCache(folder, round(self._options.mirror_gb * 1e9))
         return RemoteReader(paths, self._store, self._policy, rows)

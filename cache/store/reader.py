@@ -92,7 +92,8 @@ class FeatureReader:
         self._layout = {
             array: _Layout.of(self.geometry[array], self.index[array]) for array in ARRAYS
         }
-        self._threads = threads
+        self.threads = threads
+        """Threads that read the rows of one call; may be changed between calls."""
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
 
@@ -163,8 +164,8 @@ class FeatureReader:
         layout = self._layout[array]
         runs = adjacent_runs(numbers, layout.slots, layout.run_rows)
         parts = 1
-        if self._threads > 1:
-            parts = min(self._threads, len(runs), 1 + len(flat) // THREAD_BYTES)
+        if self.threads > 1:
+            parts = min(self.threads, len(runs), 1 + len(flat) // THREAD_BYTES)
         if parts == 1:
             self._read_runs(array, numbers, runs, flat)
             return
@@ -219,7 +220,7 @@ class FeatureReader:
     def _threads_here(self) -> ThreadPoolExecutor:
         """Return the other threads. A forked child needs its own."""
         if self._pool is None or self._pool_pid != os.getpid():
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="rows")
+            self._pool = ThreadPoolExecutor(self.threads - 1, thread_name_prefix="rows")
             self._pool_pid = os.getpid()
         return self._pool
 

@@ -1,0 +1,75 @@
+"""The console script runs every command, and never a user's own module of that name.
+
+nanomolmo2 ls --features cache
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.commands import find_commands
+from nanomolmo2.__main__ import COMMANDS, help_text, main
+from tests.support import ROOT
+from tests.support.spaces import fill, make_space
+
+
+def test_every_command_has_a_name_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    commands: dict[str, str] = {}
+    for package in ("cache", "encode", "model", "train"):
+        commands |= find_commands(ROOT / package)
+    assert set(COMMANDS.values()) == set(commands)
+    assert main(["--help"]) == main([]) == 0
+    lines = capsys.readouterr().out
+    assert lines == f"{help_text()}\n" * 2
+    for name, module in COMMANDS.items():
+        assert f"  {name} " in lines and commands[module] in lines
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "--stage", "1"]) == 2
+    found = capsys.readouterr()
+    assert (
+        found.err
+        == "error: nanomolmo2: no command 'trian'; nearest: train; see nanomolmo2 --help\n"
+    )
+    assert found.out == ""
+
+
+def test_the_script_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"nanomolmo2": "nanomolmo2.__main__:main"}
+
+
+@pytest.mark.slow
+def test_a_command_runs_beside_modules_of_the_same_names(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    space = make_space(tmp_path / "features")
+    fill(space, [0, 1])
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("cache", "configs", "encode", "model", "train"):
+        (own / f"{name}.py").write_text(f"raise ImportError('own {name}')\n")
+    for words, code, text in (
+        (["ls", "--features", "../features"], 0, "toy"),
+        (["train", "--stage", "1", "--features", "nowhere"], 2, "error: "),
+        (["train", "--help"], 0, "--max-steps"),
+        (["ls", "--feature", "x"], 2, "--features"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanomolmo2", *words],
+            cwd=own,
+            env={"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        assert text in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert code == 0 or len(done.stderr.splitlines()) == 1
