@@ -2,6 +2,7 @@
 
     root = make(tmp_path)    # data set `colors`: 60 images, each with a question and a caption
     root = film(tmp_path)    # data set `films`: 40 videos, each with a question
+    root = talk(tmp_path, spec, encode)    # data set `talk`: 5 photographs, two conversations about each
 
 An image is a PNG file of one colour, and its features are that colour's code plus noise, so a model can learn
 to name the colour.
@@ -14,10 +15,13 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cache.format import codec
@@ -29,6 +33,7 @@ from cache.store.samples import MediaRef, Message, Sample, write_samples
 from cache.store.space import Space
 from cache.store.writer import ShardWriter
 from model.attention.batch import PackedBatch
+from model.media.images import decode_image
 from tests.support import ROOT
 from tests.support.spaces import SPEC
 from train.metrics import read_metrics
@@ -166,6 +171,69 @@ def film(folder: Path, videos: int = 40, *, dataset: str = "films") -> CacheRoot
     space.grow("frame")
     append_media(root, records, "films")
     write_samples(root, dataset, asked)
+    return root
+
+
+TALKERS = ("a cat", "two dogs, it shows", "three", "one picture of colours", "please describe it")
+
+
+def photographs(folder: Path) -> list[Path]:
+    """Write five images of odd shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, (width, height) in enumerate(((40, 33), (61, 20), (32, 32), (18, 70), (90, 64))):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        paths.append(folder / f"{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def conversations(paths: Sequence[Path]) -> list[Sample]:
+    """Return two conversations about each of five images, the second one with two answers."""
+    result = []
+    for number, path in enumerate(paths):
+        said = TALKERS[number]
+        talks = (
+            ("What is this?", said),
+            ("<image>Describe it, please!", TALKERS[-1], "And?", said),
+        )
+        for which, texts in enumerate(talks):
+            media = (MediaRef(source=str(path)),)
+            name = f"{number}-{which}"
+            result.append(Sample(id=name, dataset="talk", messages=turns(*texts), media=media))
+    return result
+
+
+def talk(
+    folder: Path,
+    encoded: FeatureSpec,
+    encode: Callable[[Image.Image], Tensor],
+    load: Mapping[str, object] = MappingProxyType({}),
+) -> CacheRoot:
+    """Make a cache below `folder` of five photographs, with the features that a real encoder gives.
+
+    Args:
+        folder: where the cache and the images are.
+        encoded: spec of the features.
+        encode: RGB image -> (M, V) features.
+        load: how the encoder is built, for space.json.
+    """
+    root = CacheRoot(folder / "cache")
+    space = Space.create(root, encoded, dict(load), shard_bytes=1 << 20)
+    shard = ShardWriter(space, "image", space.next_shard("image"))
+    records: list[MediaRecord] = []
+    paths = photographs(folder / "images")
+    for path in paths:
+        data = path.read_bytes()
+        image = decode_image(data)
+        key = hashlib.sha256(data).hexdigest()
+        shard.append(key, "full", codec.pack(encode(image).float().numpy(), encoded.codec))
+        size = {"width": image.width, "height": image.height}
+        records.append(MediaRecord(source=str(path), key=key, bytes=len(data), **size))
+    shard.commit()
+    space.grow("image")
+    append_media(root, records, "photographs")
+    write_samples(root, "talk", conversations(paths))
     return root
 
 

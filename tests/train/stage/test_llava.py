@@ -5,15 +5,14 @@ python -m train.run --from llava-1.5-7b-hf --features cache
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -22,25 +21,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from cache.format import codec
 from cache.format.spec import FeatureSpec
-from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
-from cache.store.samples import MediaRef, Message, Sample, write_samples
-from cache.store.space import Space
-from cache.store.writer import ShardWriter
+from cache.store.samples import Sample
 from model.io.saved_model import load_final
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
 from model.media.images import decode_image
 from tests.support import tiny_clip
-from tests.support.trained_runs import losses
+from tests.support.trained_runs import conversations, losses, photographs, talk
 from train import run
 
 pytestmark = pytest.mark.slow
 
-WORDS = ("a cat", "two dogs, it shows", "three", "one picture of colours", "please describe it")
-ASKED = ("What is this?", "Describe it, please!")
 BASE = [
     *("--hardware", "cpu", "--device", "cpu", "--held-out", "0", "--batch-size", "10"),
     *("--max-sequence-length", "256", "--learning-rate", "3e-3", "--log-every", "1000"),
@@ -65,43 +58,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def photographs(folder: Path) -> list[Path]:
-    """Five images of odd shapes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, (width, height) in enumerate(((40, 33), (61, 20), (32, 32), (18, 70), (90, 64))):
-        random = np.random.default_rng(number)
-        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        paths.append(folder / f"{number}.png")
-        Image.fromarray(pixels).save(paths[-1])
-    return paths
-
-
-def conversations(paths: Sequence[Path]) -> list[Sample]:
-    """Two conversations about each image: a question, and another with a second one after its answer."""
-    samples = []
-    for number, path in enumerate(paths):
-        talks = [
-            [ASKED[0], WORDS[number]],
-            [f"<image>{ASKED[1]}", WORDS[-1], "And?", WORDS[number]],
-        ]
-        for which, talk in enumerate(talks):
-            messages = tuple(
-                Message(role=("user", "assistant")[i % 2], content=text, weight=1.0)
-                for i, text in enumerate(talk)
-            )
-            media = (MediaRef(source=str(path)),)
-            samples.append(
-                Sample(id=f"{number}-{which}", dataset="talk", messages=messages, media=media)
-            )
-    return samples
-
-
 def make_cache(place: Path, folder: Path, model: LlavaForConditionalGeneration) -> CacheRoot:
     """A cache of features that transformers' own tower computes, as float16."""
     tower = read_tower_config(folder)
     assert tower.mean is not None and tower.std is not None
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil").image_processor
+    layers = model.config.vision_feature_layer
+    first = int(model.config.vision_feature_select_strategy == "default")
     spec = FeatureSpec(
         encoder="hf-tiny",
         architecture=architecture(tower),
@@ -120,30 +83,15 @@ def make_cache(place: Path, folder: Path, model: LlavaForConditionalGeneration) 
         batch_size=1,
         codec="fp16",
     )
-    root = CacheRoot(place / "cache")
-    space = Space.create(root, spec, {"library": "none"}, shard_bytes=1 << 20)
-    shard = ShardWriter(space, "image", space.next_shard("image"))
-    records = []
-    paths = photographs(place / "images")
-    layers = model.config.vision_feature_layer
-    first = int(model.config.vision_feature_select_strategy == "default")
-    for path in paths:
-        data = path.read_bytes()
-        key = hashlib.sha256(data).hexdigest()
-        pixels = processor.image_processor(images=[decode_image(data)], return_tensors="pt")
+
+    def encode(image: Image.Image) -> Tensor:
+        pixels = processor(images=[image], return_tensors="pt")
         with torch.inference_mode():
             hidden = model.model.vision_tower(**pixels, output_hidden_states=True).hidden_states
-        rows = [hidden[k][0, first:] for k in (layers if isinstance(layers, list) else [layers])]
-        shard.append(key, "full", codec.pack(torch.cat(rows, -1).numpy(), "fp16"))
-        width, height = decode_image(data).size
-        records.append(
-            MediaRecord(source=str(path), key=key, bytes=len(data), width=width, height=height)
-        )
-    shard.commit()
-    space.grow("image")
-    append_media(root, records, "test")
-    write_samples(root, "talk", conversations(paths))
-    return root
+        wanted = layers if isinstance(layers, list) else [layers]
+        return torch.cat([hidden[k][0, first:] for k in wanted], -1)
+
+    return talk(place, spec, encode)
 
 
 def reference(
@@ -155,7 +103,7 @@ def reference(
     total = count = 0.0
     for sample in samples:
         image = decode_image(Path(sample.media[0].source).read_bytes())
-        talk: list[dict[str, Any]] = []
+        said: list[dict[str, Any]] = []
         for number, message in enumerate(sample.messages):
             text = message.content.removeprefix("<image>")
             parts: list[dict[str, Any]] = [{"type": "image"}] if not number else []
@@ -164,8 +112,8 @@ def reference(
                 if as_text
                 else [*parts, {"type": "text", "text": text}]
             )
-            talk.append({"role": message.role, "content": content})
-        text = processor.apply_chat_template(talk)
+            said.append({"role": message.role, "content": content})
+        text = processor.apply_chat_template(said)
         bos = processor.tokenizer.bos_token
         special = {"add_special_tokens": not (bos and text.startswith(bos))}
         inputs = processor(text=text, images=[image], return_tensors="pt", **special)
@@ -176,9 +124,9 @@ def reference(
         ]
         ids = processor.tokenizer(text, **special)["input_ids"]
         image_at = ids.index(model.config.image_token_index)
-        for turn in range(1, len(talk), 2):
-            start = len(processor.apply_chat_template(talk[:turn], add_generation_prompt=True))
-            end = len(processor.apply_chat_template(talk[: turn + 1]))
+        for turn in range(1, len(said), 2):
+            start = len(processor.apply_chat_template(said[:turn], add_generation_prompt=True))
+            end = len(processor.apply_chat_template(said[: turn + 1]))
             for at, (first, last) in enumerate(offsets):
                 if start <= first < end and last > first:
                     place = at + (images - 1) * (at > image_at)
