@@ -32,6 +32,8 @@ ARRAY_OF = {"image": "image", "video": "frame"}
 
 FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
+SHORTER_SIDE = ":shorter-side-"
+"""In `resize`, before the pixels of the shorter side."""
 _NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
 _HASHED_UNLESS = {"container": "zarr"}
 """Fields that are hashed only if they differ from this value."""
@@ -63,7 +65,8 @@ class FeatureSpec:
     fit: str
     """How an image becomes square: `squash`, `pad` or `crop`."""
     resize: str
-    """Resampling filter and the library that computes it."""
+    """Resampling filter and the library that computes it; with `crop`, also the side before the cut."""
+    # pillow:bicubic, pillow:bicubic:shorter-side-256
     mean: tuple[float, float, float]
     """Mean per channel, subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float]
@@ -108,6 +111,12 @@ class FeatureSpec:
     def grid(self) -> int:
         """Patches along one side of the encoder's input."""
         return self.image_size // self.patch_size
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of an image's shorter side before the middle is cut out, for `fit: crop`."""
+        _, mark, number = self.resize.rpartition(SHORTER_SIDE)
+        return int(number) if mark and number.isdecimal() else self.image_size
 
     def pool(self, array: str) -> int:
         """Return the side of the pooling window of `array`, patches."""

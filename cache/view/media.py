@@ -159,12 +159,19 @@ def thumbnail(
     return None, reason
 
 
+def _middle(side: int, seen: int) -> tuple[int, int, int, int]:
+    """Return the box of the middle `seen` x `seen` pixels of a square."""
+    start = (side - seen) // 2
+    return start, start, start + seen, start + seen
+
+
 def _fitted(image: Image.Image, spec: FeatureSpec) -> Image.Image:
     """Return what the patch grid covers: all (`squash`), all with margins (`pad`), the middle (`crop`)."""
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     side = min(image.size)
     if spec.fit == "crop":
-        image = ImageOps.fit(image, (side, side))
+        seen = round(side * spec.image_size / spec.shorter_side)
+        image = ImageOps.fit(image, (side, side)).crop(_middle(side, seen))
     elif spec.fit == "pad":
         colour = tuple(int(value * 255) for value in spec.mean)
         longer = max(image.size)

@@ -34,8 +34,9 @@ SPLITS = {
 }
 """Split whose scores are published -> what it is; the first one that was evaluated counts."""
 FITS = {
-    "pad": "padded to a square with the mean colour",
-    "squash": "made square without regard to its aspect ratio",
+    "pad": "padded to a square with the mean colour, then resized to {size} pixels",
+    "squash": "made square without regard to its aspect ratio, resized to {size} pixels",
+    "crop": "resized until its shorter side has {shorter} pixels, of which the middle {size} are taken,",
 }
 
 
@@ -128,7 +129,9 @@ def model_card(
         # Of a folder the last part: a card is published, and a path is not.
         language=llm if is_id or not Path(llm).is_absolute() else Path(llm).name,
         overrides=OVERRIDES,
-        fit=FITS[spec.fit],
+        fit=FITS[spec.fit].format(
+            size=f"{spec.image_size} x {spec.image_size}", shorter=spec.shorter_side
+        ),
         frames=frames_note(spec, card),
         found=found,
         new_tokens=NEW_TOKENS,

@@ -86,14 +86,8 @@ def check_exportable(spec: FeatureSpec) -> None:
         spec: of the space that the model was trained on.
 
     Raises:
-        UserError: images were made square by `crop`, or keep the CLS token.
+        UserError: they keep the CLS token.
     """
-    if spec.fit not in ("pad", "squash"):
-        raise UserError(
-            f"space {spec.name}: images were made square by fit: {spec.fit}, and transformers' processor "
-            "cuts them at other pixels: this model cannot be exported; train on a space with fit: pad or "
-            "fit: squash"
-        )
     if spec.keep_cls:
         raise UserError(
             f"space {spec.name}: keeps the CLS token: this model cannot be exported; train on a space "
@@ -241,11 +235,12 @@ def _write_processor(
     folder: Path, tokenizer: PreTrainedTokenizerFast, tower: ExportedTower, spec: FeatureSpec
 ) -> None:
     side = {"height": spec.image_size, "width": spec.image_size}
+    is_cut = spec.fit == "crop"
     images = LlavaImageProcessor(
         do_pad=spec.fit == "pad",  # with the mean colour
-        size=side,
-        crop_size=side,  # nothing is cropped, but runtimes count an image's tokens by it
-        do_center_crop=False,
+        size={"shortest_edge": spec.shorter_side} if is_cut else side,
+        crop_size=side,  # runtimes count an image's tokens by it, also where nothing is cut
+        do_center_crop=is_cut,
         image_mean=list(spec.mean),
         image_std=list(spec.std),
     )

@@ -185,6 +185,12 @@ def check_projector(path: Path, connector: nn.Module, tower: ExportedTower) -> f
 def image_note(spec: FeatureSpec) -> str:
     """Return how llama.cpp prepares images otherwise than training; '' if it does not."""
     size = f"{spec.image_size} x {spec.image_size}"
+    if spec.fit == "crop":
+        return (
+            "llama.cpp pads images to a square, and this model was trained on the middle of images: resize "
+            f"them until the shorter side has {spec.shorter_side} pixels, and cut out {size}, before you "
+            "give them to it"
+        )
     if spec.fit != "pad":
         return (
             "llama.cpp pads images to a square, and this model was trained on images made square without "

@@ -86,8 +86,10 @@ class TowerConfig:
     """Mean colour in [0, 1]; None if no file says it."""
     std: tuple[float, float, float] | None
     """Standard deviation of the colours; None if no file says it."""
-    notes: Mapping[str, str]
-    """What the processor does in another way than it is done here, by `crop` and `resample`."""
+    shorter_side: int
+    """Pixels of the shorter side before `crop` cuts out the middle."""
+    notes: tuple[str, ...] = ()
+    """What the processor does in another way than it is done here."""
 
     @property
     def class_name(self) -> str:
@@ -138,6 +140,7 @@ def read_tower_config(folder: Path) -> TowerConfig:
         fit=images.fit,
         mean=images.colours("image_mean", 0.0),
         std=images.colours("image_std", 1.0),
+        shorter_side=images.shorter_side,
         notes=images.notes(),
     )
 
@@ -264,13 +267,20 @@ class _Images:
 
     def __init__(self, folder: Path, trained: int) -> None:
         self.path, self.values = _processor(folder)
-        self.trained = trained
         size, crop = self._side("size"), self._side("crop_size")
-        self.crops = bool(self.values.get("do_center_crop", "crop_size" in self.values))
-        self.pads = bool(self.values.get("do_pad"))
-        self.fit = "pad" if self.pads else "crop" if self.crops else "squash"
-        self.side = (crop if self.crops else size) or size or trained
-        self.shortest = size
+        crops = bool(self.values.get("do_center_crop", "crop_size" in self.values))
+        given = self.values.get("size")
+        squashes = isinstance(given, Mapping) and "shortest_edge" not in given
+        self.side = (crop if crops else size) or size or trained
+        self.shorter_side = size or self.side
+        is_cut = crops and not squashes and not self.values.get("do_pad")
+        self.fit = "crop" if is_cut else "pad" if self.values.get("do_pad") else "squash"
+        larger = self.shorter_side > self.side
+        if crops and self.shorter_side != self.side and not (is_cut and larger):
+            raise UserError(
+                f"{self.path}: size {one_line(given, 60)} and crop_size {self.side}: of images made square, "
+                "or smaller than that, no middle is cut out here; set do_center_crop false"
+            )
         for name in ("do_resize", "do_rescale"):
             if self.values.get(name) is False:
                 raise UserError(f"{self.path}: {name} false: images of the web need both")
@@ -309,20 +319,13 @@ class _Images:
         red, green, blue = (float(number) for number in numbers)
         return red, green, blue
 
-    def notes(self) -> dict[str, str]:
+    def notes(self) -> tuple[str, ...]:
         """Return what is done here in another way, a line each."""
-        found = {}
-        if self.fit == "crop" and self.shortest and self.shortest != self.side:
-            found["crop"] = (
-                f"{self.path} resizes the shorter side to {self.shortest} and cuts out {self.side}; here the "
-                "crop has the whole shorter side"
-            )
         resample = self.values.get("resample", BICUBIC)
-        if resample != BICUBIC:
-            found["resample"] = (
-                f"{self.path} resizes with filter {one_line(resample, 20)}; here it is bicubic ({BICUBIC})"
-            )
-        return found
+        if resample == BICUBIC:
+            return ()
+        named = one_line(resample, 20)
+        return (f"{self.path} resizes with filter {named}; here it is bicubic ({BICUBIC})",)
 
 
 def _processor(folder: Path) -> tuple[Path, dict[str, Any]]:

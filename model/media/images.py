@@ -56,6 +56,9 @@ A quarter, because what is asked about an image is rarely below three quarters o
 the last few bytes may hold as much. A larger hole would be learnt as a grey area.
 """
 
+LONGEST_STRIP = 32
+"""Length over width of the longest image that `crop` resizes whole; it cuts longer ones first."""
+
 MAX_REASON = 160
 """Longest reason in the ledger, characters. Some messages of PIL quote file contents."""
 
@@ -233,7 +236,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def fit_image(
-    image: Image.Image, size: int, fit: str, mean: Sequence[float]
+    image: Image.Image, size: int, fit: str, mean: Sequence[float], shorter_side: int | None = None
 ) -> npt.NDArray[np.uint8]:
     """Resize an RGB image to the encoder's square input, (size, size, 3) uint8.
 
@@ -245,19 +248,34 @@ def fit_image(
         fit: `squash` ignores the aspect ratio; `pad` keeps it and fills up with the mean colour; `crop` takes
             the central square.
         mean: the encoder's mean colour in [0, 1].
+        shorter_side: with `crop`, pixels of the shorter side before the square is cut out; None: `size`.
     """
-    width, height = image.size
-    box = None
     if fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-    elif fit == "pad":
+        return _crop(image, size, shorter_side or size)
+    if fit == "pad":
         image = _pad(image, size, mean)
     elif fit != "squash":
         raise ValueError(f"fit {fit!r} is none of squash, pad, crop")
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.array(square, dtype=np.uint8)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def _crop(image: Image.Image, size: int, shorter_side: int) -> npt.NDArray[np.uint8]:
+    """Resize an image until its shorter side has so many pixels, and cut out the middle.
+
+    Sizes and offsets are rounded as in transformers' image processors, so the pixels are theirs.
+    """
+    short, long = sorted(image.size)
+    if long > LONGEST_STRIP * short:  # resized whole, such a strip would take gigabytes
+        keep = LONGEST_STRIP * short
+        start = (long - keep) // 2
+        is_wide = image.width == long
+        box = (start, 0, start + keep, short) if is_wide else (0, start, short, start + keep)
+        image, long = image.crop(box), keep
+    new = shorter_side, int(shorter_side * long / short)
+    width, height = new if image.width <= image.height else new[::-1]
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
 def _formats() -> tuple[str, ...]:

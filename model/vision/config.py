@@ -86,6 +86,8 @@ class EncoderConfig:
     """Standard deviation of the colours; None: that of the tag or the folder, .5 for the demo tower."""
     fit: Literal["squash", "pad", "crop"] = "squash"
     """How an image becomes square: squash (aspect ratio ignored), pad (mean colour), crop (centre)."""
+    shorter_side: int | None = None
+    """With `fit: crop`, pixels of the shorter side before the centre is cut out. None: the input's side."""
     pool_image: int = 1
     """Images: side of the pooling window; n x n patches become one token, their mean."""
     pool_frame: int = 3  # as Molmo2 pools frames
@@ -105,6 +107,8 @@ class EncoderConfig:
             raise ValueError(f"blocks {list(self.blocks)}: name each block once, and at least one")
         if min(self.blocks) < 0:
             raise ValueError(f"blocks {list(self.blocks)}: count from 0, at the first block")
+        if self.shorter_side is not None and self.fit != "crop":
+            raise ValueError(f"shorter_side is for fit: crop, not for fit: {self.fit}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.library != "demo" and not self.model:
@@ -189,8 +193,7 @@ def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
             entry = {**entry, "model": source}
     values = {"name": name, **entry, **given}
     if values.get("library") == "transformers" and values.get("model"):
-        size = values.get("image_size")
-        values = {**_folder_values(str(values["model"]), name, size), **values}
+        values = {**_folder_values(values), **values}
     return build(EncoderConfig, values, where)
 
 
@@ -234,12 +237,14 @@ def tower_folder(source: str, encoder: str) -> Path:
     return fetch_folder(source, encoder=encoder)
 
 
-def _folder_values(source: str, name: str, size: Any) -> dict[str, Any]:
-    """Return the values of an entry that a folder of transformers states, for inputs of `size` if given."""
+def _folder_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a folder of transformers states of an entry, where that says nothing else."""
     from model.io.tower_config import read_tower_config
 
-    found = read_tower_config(tower_folder(source, name))
-    grid = (size if isinstance(size, int) else found.image_size) // found.patch_size
+    found = read_tower_config(tower_folder(str(values["model"]), str(values["name"])))
+    size = values.get("image_size")
+    side = size if isinstance(size, int) else found.image_size
+    grid = side // found.patch_size
     return {
         "activation": found.activation,
         "blocks": found.blocks,
@@ -247,5 +252,9 @@ def _folder_values(source: str, name: str, size: Any) -> dict[str, Any]:
         "std": found.std,
         "fit": found.fit,
         "image_size": found.image_size,
+        # Another size sees as much of an image.
+        "shorter_side": round(found.shorter_side * side / found.image_size)
+        if values.get("fit", found.fit) == "crop"
+        else None,
         "pool_frame": next(window for window in (3, 2, 1) if grid % window == 0),
     }

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from cache.format.codec import FP16_MAX
-from cache.format.spec import FeatureSpec
+from cache.format.spec import SHORTER_SIDE, FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
@@ -106,7 +106,8 @@ class VisionEncoder:
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Fit an RGB image to the tower's input, (S, S, 3) uint8."""
-        return fit_image(image, self._built.tower.image_size, self.config.fit, self._built.mean)
+        side, config = self._built.tower.image_size, self.config
+        return fit_image(image, side, config.fit, self._built.mean, config.shorter_side)
 
     def encode(self, pixels: npt.NDArray[np.uint8], array: str = "image") -> torch.Tensor:
         """Encode (n, S, S, 3) uint8, any n -> features (n, M, V) float32, pooled as for `array`.
@@ -264,9 +265,8 @@ def _build_hf(config: EncoderConfig, random_weights: bool, weights: str | None) 
     place = place.parent if place and place.is_file() else place
     folder = tower_folder(str(place or config.model), config.name)
     found = read_tower_config(folder)
-    for what, note in found.notes.items():
-        if what != "crop" or config.fit == "crop":
-            log.warning("encoder %s: %s", config.name, note)
+    for note in found.notes:
+        log.warning("encoder %s: %s", config.name, note)
     if config.activation not in (None, found.activation):
         raise UserError(
             f"encoder {config.name}: activation {config.activation}, but {folder / 'config.json'} says "
@@ -298,7 +298,15 @@ def _build_hf(config: EncoderConfig, random_weights: bool, weights: str | None) 
 
 
 def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
-    tower = built.tower
+    tower, cut = built.tower, ""
+    if config.fit == "crop":
+        shorter = config.shorter_side or tower.image_size
+        if shorter < tower.image_size:
+            raise UserError(
+                f"encoder {config.name}: shorter_side {shorter} is less than the {tower.image_size} pixels "
+                "of the input"
+            )
+        cut = f"{SHORTER_SIDE}{shorter}"
     try:
         spec = FeatureSpec(
             encoder=f"random-{config.space_name}" if built.is_random else config.space_name,
@@ -310,7 +318,7 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             patch_size=tower.patch_size,
             width=tower.width * len(config.blocks),
             fit=config.fit,
-            resize=RESIZE,
+            resize=RESIZE + cut,
             mean=built.mean,
             std=built.std,
             pool_image=config.pool_image,

@@ -52,6 +52,7 @@ def test_layers_of_llava_are_blocks(
         ({"size": {"height": 32, "width": 32}}, "squash", 32),
         ({"size": 32, "do_center_crop": False}, "squash", 32),
         ({"size": {"shortest_edge": 32}, "crop_size": 32}, "crop", 32),
+        ({"size": {"height": 32, "width": 32}, "crop_size": 32}, "squash", 32),
         ({"size": {"shortest_edge": 36}, "crop_size": {"height": 30, "width": 30}}, "crop", 30),
         ({"do_pad": True, "size": {"height": 32, "width": 32}, "do_center_crop": False}, "pad", 32),
     ],
@@ -72,10 +73,10 @@ def test_the_processors_own_file_is_read_first(tmp_path: Path) -> None:
 
 def test_what_is_done_in_another_way_is_noted(tmp_path: Path) -> None:
     images = {"size": {"shortest_edge": 40}, "crop_size": 32, "resample": 2}
-    notes = read_tower_config(write(tmp_path, CLIP, images)).notes
-    assert "resizes the shorter side to 40 and cuts out 32" in notes["crop"]
-    assert "resizes with filter 2" in notes["resample"]
-    assert read_tower_config(write(tmp_path, CLIP, {"resample": 3})).notes == {}
+    (note,) = read_tower_config(write(tmp_path, CLIP, images)).notes
+    assert "resizes with filter 2" in note
+    assert read_tower_config(tmp_path).shorter_side == 40
+    assert read_tower_config(write(tmp_path, CLIP, {"resample": 3})).notes == ()
 
 
 def test_colours_that_are_not_normalised(tmp_path: Path) -> None:
@@ -131,6 +132,8 @@ def test_other_models_are_refused_in_one_line(config: Any, message: str, tmp_pat
         ({"rescale_factor": 1 / 127.5}, "divided by 255"),
         ({"size": {"height": 32, "width": 48}}, "not the side of a square"),
         ({"size": "32"}, "not the side of a square"),
+        ({"size": {"height": 40, "width": 40}, "crop_size": 32}, "set do_center_crop false"),
+        ({"size": {"shortest_edge": 24}, "crop_size": 32}, "set do_center_crop false"),
         ({"image_mean": [0.5, 0.5]}, "three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "three numbers"),
         ({"image_std": [0.5, 0.5, "x"]}, "three numbers"),

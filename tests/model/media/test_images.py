@@ -377,6 +377,7 @@ def photographs() -> list[Image.Image]:
 
 SWITCHES = ("do_center_crop", "do_rescale", "do_normalize")
 PLAIN = {"size": {"height": 336, "width": 336}, **dict.fromkeys(SWITCHES, False)}
+CUT = {**PLAIN, "size": {"shortest_edge": 384}, "crop_size": 336, "do_center_crop": True}
 
 
 @pytest.mark.parametrize(
@@ -384,15 +385,24 @@ PLAIN = {"size": {"height": 336, "width": 336}, **dict.fromkeys(SWITCHES, False)
     [
         ("squash", CLIPImageProcessorPil(**PLAIN), 0),
         ("squash", CLIPImageProcessor(**PLAIN), 1),  # torchvision rounds at other steps
+        ("crop", CLIPImageProcessorPil(**CUT), 0),
+        ("crop", CLIPImageProcessor(**CUT), 1),
         ("pad", LlavaImageProcessorPil(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 0),
         ("pad", LlavaImageProcessor(do_pad=True, image_mean=list(CLIP_MEAN), **PLAIN), 1),
     ],
-    ids=["squash-pil", "squash-torchvision", "pad-pil", "pad-torchvision"],
+    ids=[
+        "squash-pil",
+        "squash-torchvision",
+        "crop-pil",
+        "crop-torchvision",
+        "pad-pil",
+        "pad-torchvision",
+    ],
 )
 def test_fits_agree_with_hugging_face(fit: str, processor: object, levels: int) -> None:
     for image in photographs():
         theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-        ours = fit_image(image, 336, fit, CLIP_MEAN).transpose(2, 0, 1)
+        ours = fit_image(image, 336, fit, CLIP_MEAN, 384).transpose(2, 0, 1)
         difference = np.abs(theirs.astype(int) - ours)
         assert (difference > levels).mean() <= 1e-5 and difference.mean() <= 0.015
 

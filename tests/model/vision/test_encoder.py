@@ -245,6 +245,7 @@ def test_each_relevant_change_changes_the_fingerprint() -> None:
         {"blocks": (1, 2)},
         {"fit": "pad"},
         {"fit": "crop"},
+        {"fit": "crop", "shorter_side": 40},
         {"codec": "int8"},
         {"pool_image": 2},
         {"pool_frame": 4},

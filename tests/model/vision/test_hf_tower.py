@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from skimage import data
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from configs import UserError, use_file
 from model.io.tower_folder import tower_hash
@@ -154,11 +157,19 @@ def test_dino_takes_other_sizes_as_transformers_does(kind: str, tmp_path: Path) 
     folder = save_tower(tmp_path / "tower", model, do_center_crop=True,
                         size={"shortest_edge": 64}, crop_size={"height": 48, "width": 48})  # fmt: skip
     encoder = load(folder)
-    assert encoder.spec("fp16").image_size == 48 and encoder.config.fit == "crop"
+    spec = encoder.spec("fp16")
+    assert spec.image_size == 48 and encoder.config.fit == "crop" and spec.shorter_side == 64
+    photograph = Image.fromarray(data.chelsea())
+    theirs = LlavaImageProcessorPil(**json.loads((folder / "preprocessor_config.json").read_text()))
+    wanted = theirs(photograph, return_tensors="pt")["pixel_values"]
+    found = encoder.normalize(encoder.prepare(photograph)[None])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     pixels = noise(3, 48)
     states = hidden_states(model, encoder, pixels)
     wanted = states[DEPTH - 1][:, FIRST[kind] :]
     torch.testing.assert_close(encoder.encode(pixels), wanted, atol=1e-5, rtol=0)
+    assert load(folder, image_size=96).spec("fp16").shorter_side == 128
+    assert load(folder, fit="squash").spec("fp16").resize == "pillow:bicubic"
     assert (
         load(folder, image_size=SIDE).spec("fp16").fingerprint != encoder.spec("fp16").fingerprint
     )
