@@ -29,7 +29,8 @@ from model.export.mmproj import check_projector, write_mmproj
 from model.export.template import BREAK, CUT
 from model.export.towers import ExportedTower
 from model.inference import generation_config
-from model.language.tokenizer import IM_END, IM_START, token_id
+from model.language.folder_template import attached
+from model.language.tokenizer import IM_END, IM_START, eos_ids
 from model.vlm import VLM
 
 if TYPE_CHECKING:
@@ -264,17 +265,24 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vlm: V
         pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]
     ]
     writer.add_token_merges(merges or ["Ā Ā"])
-    end = token_id(tokenizer, IM_END)
+    template = attached(tokenizer)
+    end, *others = eos_ids(tokenizer)
     writer.add_eos_token_id(end)
-    if tokenizer.eos_token_id not in (None, end):
+    # llama.cpp has one name for a second end; training and transformers take all.
+    if template is None and tokenizer.eos_token_id not in (None, end):
         writer.add_eot_token_id(tokenizer.eos_token_id)
+    elif template is not None and others:
+        writer.add_eot_token_id(others[0])
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
+    adds_bos = template is not None and template.adds_bos
+    if adds_bos:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     never = generation_config(vlm.language, tokenizer, 1, 0.0).suppress_tokens
     writer.add_array("tokenizer.ggml.suppress_tokens", list(never or ()))
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(CHAT_TEMPLATE if template is None else template.text)
 
 
 def pre_tokenizer(state: Mapping[str, Any]) -> str:

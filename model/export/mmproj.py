@@ -24,6 +24,7 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from cache.format.spec import FeatureSpec
 from configs import UserError
+from model.connector import kind_of
 from model.export.compare import MismatchError
 from model.export.folder import projector_tensors
 from model.export.towers import ExportedTower
@@ -133,7 +134,16 @@ def projector(connector: nn.Module, tower: ExportedTower) -> dict[str, np.ndarra
     """Return mm.0 (features -> hidden) and mm.2 (hidden -> D), float32.
 
     Of several blocks llama.cpp joins the features in the order of the tower, whatever the order of training.
+
+    Raises:
+        UserError: llama.cpp does not compute this connector.
     """
+    kind = kind_of(connector)
+    if not kind.bias or (kind.mlp and kind.activation != "gelu"):
+        raise UserError(
+            f"--gguf: connector {kind}: llama.cpp's projector has biases, and GELU between two layers; "
+            "export without --gguf"
+        )
     state = {name: value.float().numpy() for name, value in projector_tensors(connector).items()}
     weight, bias = state["linear_1.weight"], state["linear_1.bias"]
     layers = feature_layers(tower)

@@ -127,6 +127,14 @@ class FolderTemplate:
         found = self._controls.match(behind)
         return None if found is None else token_id(self._tokenizer, found[0])
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a BOS token is put before the text, because the template writes none."""
+        text, bos = self._render([("user", [USER])]), self._tokenizer.bos_token
+        if not bos or text.startswith(str(bos)):
+            return False
+        return int(self._encode(text, 0)[0][0]) == self._tokenizer.bos_token_id
+
     # ---- text
 
     def _turns(self, messages: Sequence[tuple[str, str, float]], media: int) -> Turns:

@@ -44,6 +44,7 @@ from model.language.chat_template import (
     template_digest,
     tokenize_messages,
 )
+from model.language.folder_template import attached
 from model.language.tokenizer import image_id, tokenizer_digest
 from train.data.sample_list import Ints, SampleList
 
@@ -88,6 +89,8 @@ class TokenStore:
         self._stores = list(stores)
         self._tokenizer = tokenizer
         self.image_token_id = image_id(tokenizer)
+        self.has_own_template = attached(tokenizer) is None
+        """Whether samples can be cut between turns; with the template of an imported folder they cannot."""
 
     @staticmethod
     def open(root: CacheRoot, names: Sequence[str], tokenizer: Any, *, folder: Path) -> TokenStore:

@@ -51,8 +51,11 @@ def learnable(samples: SampleList, tokens: TokenStore) -> SampleList:
     if len(faulty):
         first = int(faulty[0])
         log.warning(
-            "%s: left out, because their media do not fit their messages; first %s: %s",
+            "%s: left out, because %s; first %s: %s",
             _count(len(faulty), "sample"),
+            "their media do not fit their messages"
+            if tokens.has_own_template
+            else "they cannot be written with the folder's chat template",
             samples.name_of(first),
             tokens.fault(samples, first),
         )
@@ -67,7 +70,12 @@ def learnable(samples: SampleList, tokens: TokenStore) -> SampleList:
         if len(faulty):
             first = int(faulty[0])
             fault = f"first {samples.name_of(first)}: {tokens.fault(samples, first)}"
-            reasons.append(f"{len(faulty):,} whose media do not fit their messages, {fault}")
+            which = (
+                "whose media do not fit their messages"
+                if tokens.has_own_template
+                else "that cannot be written with the folder's chat template"
+            )
+            reasons.append(f"{len(faulty):,} {which}, {fault}")
         raise NothingToLearnError(
             f"{', '.join(samples.names)}: no sample has text to learn from ({'; '.join(reasons)}). Give the "
             "images captions, answers or messages, and run the same encode.run command again"
@@ -102,7 +110,8 @@ def fit_window(
     if not len(long):
         return samples
     if over_long == "refuse":
-        raise UserError(_refusal(samples, length, media_tokens, max_tokens))
+        can_cut = tokens.has_own_template
+        raise UserError(_refusal(samples, length, media_tokens, max_tokens, can_cut))
     too_long = (
         f"{len(long):,} of {_count(samples.size, 'sample')} are longer than the window of "
         f"{max_tokens:,} tokens"
@@ -215,7 +224,11 @@ def exchange_starts(turns: Sequence[Turn]) -> list[int]:
 
 
 def _refusal(
-    samples: SampleList, length: npt.NDArray[np.int64], media_tokens: Ints, max_tokens: int
+    samples: SampleList,
+    length: npt.NDArray[np.int64],
+    media_tokens: Ints,
+    max_tokens: int,
+    can_cut: bool,
 ) -> str:
     """Return why a list with too long samples is refused, and the ways out."""
     longest = int(np.argmax(length))
@@ -225,7 +238,7 @@ def _refusal(
     parts = []
     ways = [
         f"Raise --max-sequence-length to {int(length[longest])}",
-        "cut them between turns (--over-long split)",
+        *(["cut them between turns (--over-long split)"] if can_cut else []),
         "leave them out (--over-long leave-out)",
     ]
     if len(images) or not len(media):

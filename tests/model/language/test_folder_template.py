@@ -100,6 +100,8 @@ def test_a_bos_token_comes_once() -> None:
         ids = prompt_ids(tokenizer, SHORT[:1], 0)
         assert [number == tokenizer.bos_token_id for number in ids].count(True) == 1
         assert ids[0] == tokenizer.bos_token_id
+        template = attached(tokenizer)
+        assert template is not None and template.adds_bos is (style == "vicuna")
 
 
 @pytest.mark.parametrize("style", TEMPLATES)

@@ -5,13 +5,18 @@ python -m train.run --from llava-1.5-7b-hf --features cache
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -22,8 +27,10 @@ from transformers import (
 )
 
 from cache.format.spec import FeatureSpec
+from cache.remote.open import RemoteOptions, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample
+from configs import UserError
 from model.io.saved_model import load_final
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
@@ -31,6 +38,8 @@ from model.media.images import decode_image
 from tests.support import tiny_clip
 from tests.support.trained_runs import conversations, losses, photographs, talk
 from train import run
+from train.stage.llava import check_tower
+from train.stage.origin import find_origin
 
 pytestmark = pytest.mark.slow
 
@@ -167,3 +176,149 @@ def test_the_loss_before_training_is_that_of_transformers(
     vlm, tokenizer, _ = load_final(stage / "final")
     assert tokenizer.chat_template == (folder / "chat_template.jinja").read_text()
     assert vlm.language.config.vocab_size == model.config.text_config.vocab_size
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `llava`, and a cache of its tower's features."""
+    place = tmp_path_factory.mktemp("small")
+    model = tiny_clip.write_llava(place / "llava", "chatml")
+    make_cache(place, place / "llava", model)
+    return place
+
+
+@pytest.fixture
+def here(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(small, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_a_folder_and_a_run_of_one_name(here: Path, caplog: Any) -> None:
+    """The folder counts, and it is said; the path of the run is the run."""
+    caplog.set_level(logging.INFO)
+    train("llava", CacheRoot(here / "cache"), Path("runs/llava"), steps=1)
+    assert caplog.messages[0] == "starting from llava (a LLaVA)"
+    origin = find_origin("llava")
+    assert (origin.kind, origin.path) == ("llava", Path("llava"))
+    assert caplog.messages[-1] == "--from llava: the LLaVA in this folder, not the run runs/llava"
+    assert find_origin("runs/llava").kind == "final"
+    # A model that this package saved has a config.json, too.
+    assert find_origin("runs/llava/stage1/final").kind == "final"
+
+
+def test_a_run_keeps_what_its_card_needs(here: Path) -> None:
+    stage = train("llava", CacheRoot(here / "cache"), Path("runs/one"), steps=1)
+    card = json.loads((stage / "card.json").read_text())
+    assert [one["llm"] for one in card["stages"]] == ["llava"]
+    meta = json.loads((stage / "final/nanomolmo2.json").read_text())
+    assert (meta["connector"], meta["template"], meta["llm"]) == ("mlp", "folder-1", "llava")
+    assert meta["space"]["spec"]["encoder"] == "hf-tiny"
+    # The next stage starts from the first, with its template.
+    words = [*BASE, "--features", "cache", "--max-steps", "1", "--run", "runs/one", "--stage", "2"]
+    assert run.main(words) == 0
+    _, tokenizer, _ = load_final(Path("runs/one/stage2/final"))
+    assert tokenizer.chat_template == tiny_clip.TEMPLATES["chatml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vision_feature_layer": -1}, "blocks [2] there, [1] here"),
+        (
+            {"vision_feature_layer": [-2, -1]},
+            "linear_1.weight is (32, 32), by config.json it is (32, 64)",
+        ),
+    ],
+)
+def test_other_blocks_are_refused(here: Path, change: dict[str, Any], reason: str) -> None:
+    path = here / "llava/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        train("llava", CacheRoot(here / "cache"), Path("runs/one"))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"do_pad": False}, "fit squash there, pad here"),
+        ({"size": {"height": 24, "width": 24}}, "image_size 24 there, 32 here"),
+        ({"image_mean": [0.5, 0.5, 0.5]}, "mean [0.5, 0.5, 0.5] there, [0.48145466,"),
+    ],
+)
+def test_images_that_are_prepared_otherwise_are_refused(
+    here: Path, change: dict[str, Any], reason: str
+) -> None:
+    path = here / "llava/processor_config.json"
+    values = json.loads(path.read_text())
+    values["image_processor"] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        check_tower(Path("llava"), open_reader(str(here / "cache"), None, RemoteOptions()))
+    message = str(caught.value)
+    assert reason in message and "\n" not in message
+    assert " --encoder hf:llava --codec fp16 --features " in message
+
+
+def test_one_changed_weight_of_the_tower_is_another_tower(here: Path) -> None:
+    path = here / "llava/model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if "layers.0" in name and "vision" in name)
+    state[name].view(-1)[0] += 1e-3
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not made by its vision tower \(weights "):
+        train("llava", CacheRoot(here / "cache"), Path("runs/one"))
+
+
+def test_what_the_command_line_cannot_change(here: Path) -> None:
+    root = CacheRoot(here / "cache")
+    for words, reason in (
+        (
+            ("--over-long", "split"),
+            "cannot be cut; leave too long samples out: --over-long leave-out",
+        ),
+        (("--llm", "other"), "its llm is llava, not other; leave --llm out"),
+        (("--connector", "linear"), "its connector is mlp, not linear"),
+        (
+            ("--max-sequence-length", "20"),
+            "Raise --max-sequence-length to 106, or leave them out (--over-long leave-out)",
+        ),
+        (("--max-sequence-length", "513"), "513 is more than the 512 positions of llava"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train("llava", root, Path("runs/one"), *words)
+        assert reason in str(caught.value)
+
+
+def test_names_that_are_no_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        find_origin("llava-hf/llava-1.5-7b-hf")
+    message = str(caught.value)
+    assert message.startswith(
+        "llava-hf/llava-1.5-7b-hf: no such folder, not downloaded before, HF_HUB"
+    )
+    assert message.endswith("--from PATH, with config.json, tokenizer.json, model.safetensors")
+    Path("runs").mkdir()
+    with pytest.raises(UserError, match=r"--from runs/none: no run runs/none"):
+        find_origin("runs/none")
+    path = here / "llava/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llava_next"}))
+    with pytest.raises(UserError, match="a llava_next, and of vision-language models only a Llava"):
+        find_origin("llava")
+
+
+def test_a_text_that_the_template_refuses_is_counted_and_left_out(here: Path, caplog: Any) -> None:
+    template = tiny_clip.TEMPLATES["chatml"].replace(
+        "{% for message",
+        "{% if messages | length > 2 %}{{ raise_exception('too much') }}{% endif %}{% for message",
+        1,
+    )
+    (here / "llava/chat_template.jinja").write_text(template)
+    train("llava", CacheRoot(here / "cache"), Path("runs/one"), steps=1)
+    (line,) = [line for line in caplog.messages if "left out" in line]
+    assert line.startswith(
+        "5 samples: left out, because they cannot be written with the folder's chat"
+    )
+    assert line.endswith("the folder's chat template refuses it (too much)")
