@@ -83,9 +83,10 @@ def prove(work: Work, options: Options) -> list[Line]:
     losses = same["losses"]
     steps.append(same)
     work.step("train", lambda: training.train_main(work, space))
-    steps.append(work.step("scores", lambda: training.score_main(work, space)))
+    scored = work.step("scores", lambda: training.score_main(work, space))
+    steps.append(scored)
     steps.append(work.step("text-alone", lambda: training.text_alone(work, space)))
-    codecs = work.step("codecs", lambda: training.codecs(work, space))
+    codecs = work.step("codecs", lambda: compare.codecs(work, space, scored["answers"]))
     steps.append(codecs)
     steps.append(work.step("english", lambda: training.english(work, codecs["perplexity"])))
     steps.append(work.step("encode-killed", lambda: crashes.kills(work)))

@@ -1,27 +1,33 @@
-"""The same training by transformers alone, and what two experiments cost with and without the cache."""
+"""Comparisons: with transformers alone, int8 and int4 with fp16, and cached with live training."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import Dinov2Model
 
 import configs
 from cache.remote.open import RemoteOptions, open_reader
+from cache.store.paths import CacheRoot
+from cache.store.reader import FeatureReader
 from model.io.saved_model import find_run, load_final
 from model.language.model import load_tokenizer
 from tests.proof import reference, training
 from tests.proof.drawings import SIDE
-from tests.proof.scores import flops_bound
+from tests.proof.scores import flops_bound, is_equal, paired
 from tests.proof.work import Line, Work, as_json, folder_bytes, metrics
 from train import setup
 from train.config import Options, read_saved
 from train.stage import run_folder
 
+CODECS = ("int8", "int4")
 EXPERIMENT = "experiment-mlp"
 HALF_STEP = 3
 """FLOP of a training step over those of its forward pass: forward, and twice that backward."""
@@ -153,3 +159,80 @@ def flop_figures(work: Work, stage: Path, steps: int) -> tuple[float, int]:
     used = sum(p.numel() for p in tower.encoder.layer[:block].parameters())
     patches = (SIDE // tower.config.patch_size) ** 2 + 1
     return flops_bound(2.0 * used * patches * len(slices), model), len(slices)
+
+
+# ---- codecs
+
+
+def codecs(work: Work, space: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare int8 and int4 with fp16, paired over drawings: the main run's answers, and short trainings.
+
+    Args:
+        work: the proof.
+        space: the space with fp16.
+        answers: those of the main run, from fp16.
+    """
+    recipe = work.recipe["paired"]
+    spaces = {"fp16": space}
+    for codec in CODECS:
+        flags = {"features": work.folder / "cache", "space": space, "codec": codec}
+        work.run("cache.convert", flags)
+        names = CacheRoot(work.folder / "cache").space_names()
+        spaces[codec] = next(n for n in names if _codec(work, n) == codec)
+    right: dict[str, list[dict[str, bool]]] = {codec: [] for codec in spaces}
+    perplexity = 0.0
+    for seed in recipe["seeds"]:
+        for codec, of_codec in spaces.items():
+            found = work.step(
+                f"paired-{codec}-{seed}", partial(_paired, work, seed, codec, of_codec)
+            )
+            right[codec].append(found["right"])
+            perplexity = found.get("perplexity", perplexity)
+    exact = float(np.mean([list(each.values()) for each in right["fp16"]]))
+    lines = [Line("fp16, short trainings: exact match", f"{exact:.3f}", "")]
+    kept = [{_question(a): bool(a["correct"]) for a in answers}]
+    for codec in CODECS:
+        asked, given = training.ask(work, spaces[codec], fast=True)
+        read = [
+            {
+                f"{q.sample.media[0].source} {training.task_of(q.prompt[-1][1])}": is_equal(
+                    q.expected, text
+                )
+                for q, text in zip(asked, given, strict=True)
+            }
+        ]
+        lines += [
+            _paired_line(
+                f"{codec} - fp16: short trainings, {len(recipe['seeds'])} seeds", right, codec
+            ),
+            _paired_line(
+                f"{codec} - fp16: the main run reads {codec}", {"fp16": kept, codec: read}, codec
+            ),
+        ]
+    return {"perplexity": perplexity, "lines": [as_json(line) for line in lines]}
+
+
+def _paired_line(name: str, right: Mapping[str, list[dict[str, bool]]], codec: str) -> Line:
+    mean, half = paired(right[codec], right["fp16"])
+    return Line(name, f"{mean:+.3f} ± {half:.3f}", "interval <= ± 0.020", half <= 0.02)
+
+
+def _paired(work: Work, seed: int, codec: str, space: str) -> dict[str, Any]:
+    run = f"paired-{codec}-{seed}"
+    shutil.rmtree(work.folder / run, ignore_errors=True)
+    recipe = work.recipe["paired"]
+    training.train(work, run, 1, {"connector": "linear", **recipe["train"], "seed": seed}, space)
+    answers = training.evaluate(work, run, "test", limit=recipe["questions"])
+    found: dict[str, Any] = {"right": {_question(a): a["correct"] for a in answers}}
+    if codec == "fp16" and seed == recipe["seeds"][0]:
+        found["perplexity"] = training.english_perplexity(work, run, 1)
+    shutil.rmtree(work.folder / run)  # 2 GB of weights
+    return found
+
+
+def _question(answer: Mapping[str, Any]) -> str:
+    return f"{answer['media'][0]} {answer['task']}"
+
+
+def _codec(work: Work, space: str) -> str:
+    return FeatureReader(CacheRoot(work.folder / "cache").space(space)).spec.codec

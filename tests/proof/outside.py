@@ -10,15 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.files import write_atomic
-from model.inference import answer
-from model.io.saved_model import find_run, load_final
-from tests.proof.training import MAIN
+from tests.proof import training
 from tests.proof.work import HERE, Line, Work, as_json
-from train.data.features import read_features
-from train.data.join import join
-from train.evaluate.questions import questions
 
 PACKAGES = ("torch", "torchvision", "transformers", "pillow")
 """What the clean environment has, in the versions of ours."""
@@ -28,8 +22,15 @@ def leave(work: Work, space: str, environment: Path) -> dict[str, Any]:
     """Export the main run, ask it in a clean environment, and compare with our answers in float32."""
     exported = work.folder / "exported"
     shutil.rmtree(exported, ignore_errors=True)
-    work.run("model.export", {"run": work.folder / MAIN, "out": exported})
-    asked, ours = our_answers(work, space)
+    work.run("model.export", {"run": work.folder / training.MAIN, "out": exported})
+    about, ours = training.ask(work, space, fast=False)
+    asked = [
+        {
+            "image": one.sample.media[0].source,
+            "question": one.prompt[-1][1].removeprefix("<image>").strip(),
+        }
+        for one in about
+    ]
     place = work.folder / "outside"
     place.mkdir(exist_ok=True)
     write_atomic(place / "questions.json", json.dumps(asked).encode())
@@ -59,24 +60,6 @@ def leave(work: Work, space: str, environment: Path) -> dict[str, Any]:
         if a.strip() != b.strip()
     ]
     return {"lines": [as_json(line)], "different": different}
-
-
-def our_answers(work: Work, space: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Return every question of the test drawings, and our answers from cached features, in float32."""
-    reader = open_reader(work.folder / "cache", space, RemoteOptions(), datasets=["test"])
-    root = cache_root(reader)
-    samples = join(root, reader, {"test": None}, split="train", held_out=0.0, min_coverage=0.0)
-    vlm, tokenizer, _ = load_final(find_run(str(work.folder / MAIN), None))
-    every = list(questions(root, samples))
-    prompts = [(q.prompt, read_features(samples, q.media, reader)) for q in every]
-    asked = [
-        {
-            "image": q.sample.media[0].source,
-            "question": q.prompt[-1][1].removeprefix("<image>").strip(),
-        }
-        for q in every
-    ]
-    return asked, answer(vlm, tokenizer, prompts, max_new_tokens=16)
 
 
 def clean_environment(folder: Path) -> Path:

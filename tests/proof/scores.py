@@ -30,10 +30,9 @@ def _unit(features: FloatArray) -> FloatArray:
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
 
-def share_equal(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """Return the share of texts that are as wanted, spaces at the ends aside."""
-    pairs = list(zip(found, wanted, strict=True))
-    return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs)
+def is_equal(expected: str, given: str) -> bool:
+    """Whether an answer is the expected text, as `train.evaluate` compares for exact match."""
+    return given.strip().removesuffix(".").strip().casefold() == expected.strip().casefold()
 
 
 def base_rate(answers: Sequence[str]) -> float:

@@ -86,6 +86,8 @@ def test_paired_differences_are_those_of_drawings() -> None:
 
 
 def test_scores_count_what_they_say() -> None:
+    assert scores.is_equal("red apple", " Red apple.\n")
+    assert not scores.is_equal("red apple", "apple")
     assert scores.base_rate(["a", "b", "a", "c"]) == 0.5
     assert scores.flops_bound(3.0, 1.0) == 4.0
     assert math.isclose(scores.perplexity([math.log(4)] * 3), 4)

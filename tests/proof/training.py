@@ -5,27 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cache.remote.open import RemoteOptions, cache_root, open_reader
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
+from model.inference import answer, generation_mode
+from model.io.device import native_dtype
+from model.io.saved_model import find_run, load_final
 from tests.proof.drawings import KIND, NAME
 from tests.proof.prepare import ENCODER
-from tests.proof.scores import base_rate, by_task, nearest, paired, perplexity
+from tests.proof.scores import base_rate, by_task, nearest, perplexity
 from tests.proof.work import Flags, Line, Work, as_json, folder_bytes
+from train.data.features import read_features
+from train.data.join import join
+from train.evaluate.questions import Question, questions
 
 CONCEPT, KIND_TASK = "concept", "subcategory"
 TASKS = {NAME: CONCEPT, KIND: KIND_TASK}
 """Question -> what it asks."""
 NEEDED = {KIND_TASK: 0.6, CONCEPT: 0.4}
 """Exact match that is required, as a share of the nearest neighbour's."""
-CODECS = ("int8", "int4")
 MAIN = "main"
+LONGEST = 16
+"""Tokens of an answer, at most."""
 DATASETS = ("train", "validation", "test", "english", "blindfold")
 WINDOW = 512
 """Tokens of English that the language model sees at once."""
@@ -71,12 +79,14 @@ def train(
 
 def train_flags(work: Work, run: str, stage: int, flags: Flags, space: str) -> dict[str, Any]:
     """Return the options that train one stage of a run of the proof."""
+    fast = native_dtype(torch.device("cpu")) == torch.bfloat16
     model = {} if stage > 1 else {"llm": work.folder / "models" / "language"}
     return {
         "stage": stage,
         "run": work.folder / run,
         "features": work.folder / "cache",
         "space": space,
+        "precision": "bfloat16" if fast else "float32",
         **model,
         **work.recipe["train"],
         **flags,
@@ -98,7 +108,13 @@ def _connector(stage: int, kind: str) -> dict[str, Any]:
 
 
 def evaluate(
-    work: Work, run: str, dataset: str, *, stage: int | None = None, blind: bool = False
+    work: Work,
+    run: str,
+    dataset: str,
+    *,
+    stage: int | None = None,
+    blind: bool = False,
+    limit: int = 100_000,
 ) -> list[dict[str, Any]]:
     """Ask a run the questions of a data set; return the answers, with `task` by question.
 
@@ -111,9 +127,10 @@ def evaluate(
         "features": work.folder / "cache",
         "datasets": dataset,
         "split": "train",
-        "max_new_tokens": 16,
+        "max_new_tokens": LONGEST,
         "blind": blind,
-        "limit": 100_000,
+        "metric": "exact",
+        "limit": limit,
     }
     work.run("train.evaluate", flags)
     finished = stage or max(int(path.name[5:]) for path in (work.folder / run).glob("stage*"))
@@ -121,9 +138,35 @@ def evaluate(
     answers: list[dict[str, Any]] = json.loads(saved.read_text(encoding="utf-8"))["answers"]
     for one in answers:
         one["question"] = one["question"].removeprefix("<image>").strip()
-        one["task"] = TASKS[one["question"]]
+        one["task"] = task_of(one["question"])
     saved.rename(saved.with_name(f"evaluation-{dataset}.json"))
     return answers
+
+
+def task_of(question: str) -> str:
+    """Return what a question asks, with or without the mark of an image."""
+    return TASKS[question.removeprefix("<image>").strip()]
+
+
+def ask(work: Work, space: str, *, fast: bool) -> tuple[list[Question], list[str]]:
+    """Ask the main run about every test drawing, from the features of a space.
+
+    `train.evaluate` takes only the space that a run was trained on.
+
+    Args:
+        work: the proof.
+        space: fp16, or converted from it.
+        fast: in bfloat16 where training was; else in float32.
+    """
+    reader = open_reader(work.folder / "cache", space, RemoteOptions(), datasets=["test"])
+    root = cache_root(reader)
+    samples = join(root, reader, {"test": None}, split="train", held_out=0.0, min_coverage=0.0)
+    vlm, tokenizer, _ = load_final(find_run(str(work.folder / MAIN), None))
+    asked = list(questions(root, samples))
+    prompts = [(q.prompt, read_features(samples, q.media, reader)) for q in asked]
+    fast = fast and native_dtype(torch.device("cpu")) == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        return asked, answer(vlm, tokenizer, prompts, max_new_tokens=LONGEST)
 
 
 # ---- results of the main run
@@ -136,7 +179,7 @@ def features_of(work: Work, dataset: str, space: str) -> tuple[Any, list[str], l
     answers: dict[str, dict[str, str]] = {}
     for one in records:
         asked, told = (turn["value"] for turn in one["conversations"])
-        task = TASKS[asked.removeprefix("<image>").strip()]
+        task = task_of(asked)
         answers.setdefault(one["image"], {})[task] = told
     keys = [hashlib.sha256((data / image).read_bytes()).hexdigest() for image in answers]
     reader = FeatureReader(CacheRoot(work.folder / "cache").space(space))
@@ -203,66 +246,6 @@ def text_alone(work: Work, space: str) -> dict[str, Any]:
     return {"lines": [as_json(line) for line in lines]}
 
 
-# ---- codecs
-
-
-def codecs(work: Work, space: str) -> dict[str, Any]:
-    """Train with fp16, int8 and int4 features and several seeds, and compare paired over drawings."""
-    recipe = work.recipe["paired"]
-    spaces = {"fp16": space}
-    for codec in CODECS:
-        flags = {"features": work.folder / "cache", "space": space, "codec": codec}
-        work.run("cache.convert", flags)
-        names = CacheRoot(work.folder / "cache").space_names()
-        spaces[codec] = next(n for n in names if _codec(work, n) == codec)
-    right: dict[str, list[dict[str, bool]]] = {codec: [] for codec in spaces}
-    english = 0.0
-    for seed in recipe["seeds"]:
-        for codec, of_codec in spaces.items():
-            found = work.step(
-                f"paired-{codec}-{seed}", lambda s=seed, c=codec, o=of_codec: _paired(work, s, c, o)
-            )
-            right[codec].append(found["right"])
-            english = found.get("perplexity", english)
-    lines = [
-        Line("fp16, short training: exact match, all seeds", f"{_mean(right['fp16']):.3f}", "")
-    ]
-    for codec in CODECS:
-        mean, half = paired(right[codec], right["fp16"])
-        lines.append(
-            Line(
-                f"{codec} - fp16: exact match, {len(recipe['seeds'])} seeds",
-                f"{mean:+.3f} ± {half:.3f}",
-                "interval <= ± 0.020",
-                half <= 0.02,
-            )
-        )
-    return {"perplexity": english, "lines": [as_json(line) for line in lines]}
-
-
-def _paired(work: Work, seed: int, codec: str, space: str) -> dict[str, Any]:
-    run = f"paired-{codec}-{seed}"
-    shutil.rmtree(work.folder / run, ignore_errors=True)
-    flags = {"connector": "linear", **work.recipe["paired"]["train"], "seed": seed}
-    train(work, run, 1, flags, space)
-    answers = evaluate(work, run, "test")
-    found: dict[str, Any] = {
-        "right": {f"{a['media'][0]} {a['task']}": a["correct"] for a in answers}
-    }
-    if codec == "fp16" and seed == work.recipe["paired"]["seeds"][0]:
-        found["perplexity"] = english_perplexity(work, run, 1)
-    shutil.rmtree(work.folder / run)  # 2 GB of weights
-    return found
-
-
-def _mean(right: Sequence[Mapping[str, bool]]) -> float:
-    return float(np.mean([list(each.values()) for each in right]))
-
-
-def _codec(work: Work, space: str) -> str:
-    return FeatureReader(CacheRoot(work.folder / "cache").space(space)).spec.codec
-
-
 # ---- English
 
 
@@ -291,9 +274,6 @@ def english(work: Work, without_text: float) -> dict[str, Any]:
 def english_perplexity(work: Work, run: str | None, stage: int) -> float:
     """Return the perplexity of the held-out chapters under a run's language model; of None, untrained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from model.inference import generation_mode
-    from model.io.saved_model import find_run, load_final
 
     folder = work.folder / "models" / "language"
     tokenizer = AutoTokenizer.from_pretrained(folder)
