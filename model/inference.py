@@ -137,7 +137,10 @@ def expand_prompt(
     ]
     text = np.array(prompt_ids(tokenizer, messages, len(media)), dtype=np.int32)
     row = torch.from_numpy(fill_placeholders(text, image, contents)[0]).long()
-    features = [one.features.flatten(0, 1) if isinstance(one, Video) else one for one in media]
+    # In float32: under autocast to bfloat16, torch.cat refuses float16.
+    features = [
+        (one.features.flatten(0, 1) if isinstance(one, Video) else one).float() for one in media
+    ]
     return row, (row == image).nonzero().squeeze(1), torch.cat(features) if features else None
 
 

@@ -86,6 +86,21 @@ def test_answers_about_videos_equal_the_full_forward(
     assert len(set(answers)) > 2, "the answers depend on the features"
 
 
+def test_stored_features_are_answered_about_in_bfloat16(
+    model: tuple[VLM, PreTrainedTokenizerFast],
+) -> None:
+    """Stored features are float16, and a run trained in bfloat16 is evaluated in it."""
+    vlm, tok = model
+    image = torch.randn(TOKENS, VISION).half()
+    film = Video(times_s=(0.0, 0.5), features=torch.randn(2, 2, VISION).half())
+    asked: list[Prompt] = [
+        ([("user", "<image>what?", 1.0)], [image]),
+        ([("user", "<image> and <video>?", 1.0)], [image, film]),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(answer(vlm, tok, asked, max_new_tokens=3)) == 2
+
+
 def test_batches_of_long_prompts_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [10, 10, 20, 30, 90, 200]
     monkeypatch.setattr(inference, "MAX_PADDED_TOKENS", 60)

@@ -30,6 +30,20 @@ def _unit(features: FloatArray) -> FloatArray:
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
 
+def least_squares(given: FloatArray, wanted: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return weight (V, W) and bias (W,) of the linear map (D, V) -> (D, W) that fits best, a little damped.
+
+    Least squares shrink what they cannot explain; the map is stretched until its results spread as `wanted`.
+    """
+    mean, centre = given.mean(0), wanted.mean(0)
+    x, y = given - mean, wanted - centre
+    covariance = x.T @ x / len(x)
+    damped = covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    weight = np.linalg.solve(damped, x.T @ y / len(x))
+    weight *= np.linalg.norm(y) / np.linalg.norm(x @ weight)
+    return weight.astype(np.float32), (centre - mean @ weight).astype(np.float32)
+
+
 def is_equal(expected: str, given: str) -> bool:
     """Whether an answer is the expected text, as `train.evaluate` compares for exact match."""
     return given.strip().removesuffix(".").strip().casefold() == expected.strip().casefold()

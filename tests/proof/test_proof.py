@@ -72,6 +72,17 @@ def test_the_nearest_drawing_is_found_whatever_all_drawings_share() -> None:
     assert scores.nearest(train, test).tolist() == list(range(19, -1, -1))
 
 
+def test_a_fitted_map_finds_a_linear_one_and_keeps_the_spread() -> None:
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(500, 8)).astype(np.float32)
+    wanted = (given @ rng.normal(size=(8, 3)) + 5).astype(np.float32)
+    weight, bias = scores.least_squares(given, wanted)
+    assert np.abs(given @ weight + bias - wanted).max() < 0.2
+    noisy = wanted + rng.normal(size=wanted.shape).astype(np.float32) * 10
+    weight, bias = scores.least_squares(given, noisy)
+    assert np.isclose((given @ weight + bias).std(), noisy.std(), rtol=0.05)
+
+
 def test_paired_differences_are_those_of_drawings() -> None:
     seed = {f"{i} concept": True for i in range(100)}
     fp16 = [seed | {f"{i} subcategory": i % 2 == 0 for i in range(100)}]

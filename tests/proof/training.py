@@ -17,10 +17,11 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from model.inference import answer, generation_mode
 from model.io.device import native_dtype
-from model.io.saved_model import find_run, load_final
+from model.io.saved_model import find_run, load_final, save_final
+from model.language.tokenizer import encode_text
 from tests.proof.drawings import KIND, NAME
 from tests.proof.prepare import ENCODER
-from tests.proof.scores import base_rate, by_task, nearest, perplexity
+from tests.proof.scores import base_rate, by_task, least_squares, nearest, perplexity
 from tests.proof.work import Flags, Line, Work, as_json, folder_bytes
 from train.data.features import read_features
 from train.data.join import join
@@ -31,7 +32,7 @@ TASKS = {NAME: CONCEPT, KIND: KIND_TASK}
 """Question -> what it asks."""
 NEEDED = {KIND_TASK: 0.6, CONCEPT: 0.4}
 """Exact match that is required, as a share of the nearest neighbour's."""
-MAIN = "main"
+MAIN, ALIGNED = "main", "aligned"
 LONGEST = 16
 """Tokens of an answer, at most."""
 DATASETS = ("train", "validation", "test", "english", "blindfold")
@@ -80,7 +81,11 @@ def train(
 def train_flags(work: Work, run: str, stage: int, flags: Flags, space: str) -> dict[str, Any]:
     """Return the options that train one stage of a run of the proof."""
     fast = native_dtype(torch.device("cpu")) == torch.bfloat16
-    model = {} if stage > 1 else {"llm": work.folder / "models" / "language"}
+    model = (
+        {}
+        if stage > 1 or flags.keys() & {"from", "resume"}
+        else {"llm": work.folder / "models" / "language"}
+    )
     return {
         "stage": stage,
         "run": work.folder / run,
@@ -94,17 +99,43 @@ def train_flags(work: Work, run: str, stage: int, flags: Flags, space: str) -> d
 
 
 def train_main(work: Work, space: str) -> dict[str, Any]:
-    """Train both stages of the main run, unless an earlier call has."""
-    connector = work.recipe["connector"]
-    seconds = {
-        str(stage): train(work, MAIN, stage, flags, space, **_connector(stage, connector))
-        for stage, flags in work.recipe["stages"].items()
-    }
+    """Train both stages of the main run; a stage that was interrupted goes on from its last checkpoint."""
+    aligned = align(work, space)
+    seconds = {}
+    for stage, flags in work.recipe["stages"].items():
+        begun = (work.folder / MAIN / f"stage{stage}" / "config.yaml").exists()
+        more: dict[str, Any] = {"from": aligned} if stage == 1 else {}
+        if begun:
+            more = {"resume": True}
+        seconds[str(stage)] = train(work, MAIN, stage, {**flags, **more}, space)
+    shutil.rmtree(work.folder / ALIGNED)
     return {"seconds": seconds}
 
 
-def _connector(stage: int, kind: str) -> dict[str, Any]:
-    return {"connector": kind} if stage == 1 else {}
+def align(work: Work, space: str) -> Path:
+    """Give a new model a connector that is fitted, not random; return the folder of the model.
+
+    It maps the mean token of a training drawing to the mean embedding of the tokens of its name, by least
+    squares, with the spread that the names have. Such images are already words to the language model: of all
+    that was tried, nothing helped as much.
+    """
+    final = work.folder / ALIGNED / "stage1" / "final"
+    if not final.exists():
+        shutil.rmtree(work.folder / ALIGNED, ignore_errors=True)
+        flags = {"connector": "linear", "train_llm": False, "max_steps": 1, "batch_size": 2}
+        train(work, ALIGNED, 1, {**flags, "datasets": "train"}, space)
+    vlm, tokenizer, meta = load_final(final)
+    features, names, _ = features_of(work, "train", space)
+    words = vlm.language.get_input_embeddings().weight.detach().numpy()
+    pieces = {name: encode_text(tokenizer, name) for name in set(names)}
+    wanted = np.stack([words[pieces[name]].mean(0) for name in names])
+    weight, bias = least_squares(features.mean(1), wanted)
+    with torch.no_grad():
+        vlm.connector.weight.copy_(torch.from_numpy(weight.T.copy()))
+        vlm.connector.bias.copy_(torch.from_numpy(bias))
+    written = ("format", "template", "vision_width", "files")  # by save_final itself
+    save_final(final, vlm, tokenizer, {k: v for k, v in meta.items() if k not in written})
+    return final
 
 
 def evaluate(
