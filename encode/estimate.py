@@ -59,7 +59,15 @@ def describe(plan: Plan, spec: FeatureSpec, *, samples: int, free: int, speed: S
     parts = (
         f": {plan.rows - frames} images, {frames} frames of videos" if frames else ", one view each"
     )
-    lines = [
+    lines = []
+    library, _, tower = spec.architecture.partition(":")
+    if (
+        library == "transformers"
+    ):  # whose blocks and fit are the folder's, unless an entry says others
+        blocks = ", ".join(map(str, spec.blocks))
+        size = f"{spec.image_size} x {spec.image_size}"
+        lines.append(f"tower    {tower}: block {blocks} (from 0), fit: {spec.fit}, {size} pixels")
+    lines += [
         f"space    {spec.name}: {stored}",
         f"media    {plan.media} in {samples} samples: {todo}, {plan.reused} reused, {before}",
         f"rows     {at_most}{plan.rows}{parts}",

@@ -55,7 +55,8 @@ class Options:
     webdataset:GLOB, each also as NAME=folder:PATH. May be repeated."""
     encoder: str = DEFAULT_ENCODER
     """Vision tower: an entry of configs/encoders.yaml, or hf:FOLDER (hf:ORG/NAME of the hub) with CLIP,
-    SigLIP, DINOv2 or DINOv3 as transformers saves them, also in a LLaVA."""
+    SigLIP, DINOv2 or DINOv3 as transformers saves them, also in a LLaVA: the blocks that it names, else the
+    last but one."""
     codec: Literal["int8", "int4", "fp16"] = "int8"
     """How rows are stored: int8 takes half of fp16, error 0.5 %; int4 a quarter, 5-8 % (CLIP: unproven)."""
     format: Literal["zarr", "webdataset"] = "zarr"

@@ -78,12 +78,14 @@ def fetch_folder(repo: str, *, encoder: str) -> Path:
         UserError: it is not on this machine and cannot be downloaded.
     """
     config = huggingface_hub.try_to_load_from_cache(repo, "config.json")
-    if isinstance(config, str):
-        folder = Path(config).parent
-        if any(folder.glob("model*.safetensors")):
-            return folder
+    folder = Path(config).parent if isinstance(config, str) else None
+    has_weights = folder is not None and any(folder.glob("model*.safetensors"))
+    if has_weights and folder is not None and any(folder.glob("*processor_config.json")):
+        return folder
     way_out = f"give {repo} as a local folder: --encoder hf:FOLDER"
     if why := unreachable():
+        if has_weights and folder is not None:
+            return folder  # what is missing in it is said when it is read
         raise UserError(f"encoder {encoder}: {repo} is not on this machine, and {why}; {way_out}")
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*TOWER_FILES]))

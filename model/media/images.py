@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from cache.format.spec import SHORTER_SIDE
 from configs import one_line
 from model.media.cut_jpeg import CutJpeg, find_cut, missing_share
 from model.media.kinds import recognise
@@ -56,6 +57,8 @@ A quarter, because what is asked about an image is rarely below three quarters o
 the last few bytes may hold as much. A larger hole would be learnt as a grey area.
 """
 
+RESIZE = "pillow:bicubic"
+"""Library and filter of the resize, as specs name them."""
 LONGEST_STRIP = 32
 """Length over width of the longest image that `crop` resizes whole; it cuts longer ones first."""
 
@@ -259,8 +262,13 @@ def fit_image(
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
+def resize_text(fit: str, shorter_side: int) -> str:
+    """Return what `fit_image` resizes with, for a spec: library, filter, shorter side before a cut."""
+    return RESIZE + (f"{SHORTER_SIDE}{shorter_side}" if fit == "crop" else "")
+
+
 def _crop(image: Image.Image, size: int, shorter_side: int) -> npt.NDArray[np.uint8]:
-    """Resize an image until its shorter side has so many pixels, and cut out the middle.
+    """Resize an image until its shorter side has `shorter_side` pixels, and cut out the middle.
 
     Sizes and offsets are rounded as in transformers' image processors, so the pixels are theirs.
     """

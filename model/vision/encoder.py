@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 
 from cache.format.codec import FP16_MAX
-from cache.format.spec import SHORTER_SIDE, FeatureSpec
+from cache.format.spec import FeatureSpec
 from configs import UserError, build
 from model.io.device import DTYPES, native_dtype, pick_device
 from model.io.tensors import hash_tensors
-from model.media.images import fit_image
+from model.media.images import fit_image, resize_text
 from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESIZE = "pillow:bicubic"
-"""Library and filter of the resize, for the spec."""
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the demo tower's colours, if its entry names none."""
 
@@ -298,15 +296,13 @@ def _build_hf(config: EncoderConfig, random_weights: bool, weights: str | None) 
 
 
 def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) -> FeatureSpec:
-    tower, cut = built.tower, ""
-    if config.fit == "crop":
-        shorter = config.shorter_side or tower.image_size
-        if shorter < tower.image_size:
-            raise UserError(
-                f"encoder {config.name}: shorter_side {shorter} is less than the {tower.image_size} pixels "
-                "of the input"
-            )
-        cut = f"{SHORTER_SIDE}{shorter}"
+    tower = built.tower
+    shorter = config.shorter_side or tower.image_size
+    if shorter < tower.image_size:
+        raise UserError(
+            f"encoder {config.name}: shorter_side {shorter} is less than the {tower.image_size} pixels of "
+            "the input"
+        )
     try:
         spec = FeatureSpec(
             encoder=f"random-{config.space_name}" if built.is_random else config.space_name,
@@ -318,7 +314,7 @@ def _spec(config: EncoderConfig, built: _Built, compute_dtype: str, codec: str) 
             patch_size=tower.patch_size,
             width=tower.width * len(config.blocks),
             fit=config.fit,
-            resize=RESIZE + cut,
+            resize=resize_text(config.fit, shorter),
             mean=built.mean,
             std=built.std,
             pool_image=config.pool_image,

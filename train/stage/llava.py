@@ -33,6 +33,7 @@ from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
 from model.language.folder_template import attached, detach
 from model.language.tokenizer import IMAGE_TOKEN, image_token, prepare_tokenizer
+from model.media.images import resize_text
 from model.vlm import VLM
 
 
@@ -123,6 +124,7 @@ def wanted_fields(llava: LlavaFolder, spec: FeatureSpec) -> dict[str, Any]:
         "patch_size": tower.patch_size,
         "width": llava.vision_width,
         "fit": tower.fit,
+        "resize": resize_text(tower.fit, tower.shorter_side),
         "activation": tower.activation,
         "keep_cls": False,
         "pool_image": llava.pool,

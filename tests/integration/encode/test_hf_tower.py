@@ -32,6 +32,8 @@ def test_a_folder_is_an_encoder_of_every_command(
     save_tower(tmp_path / "my tower", transformers_tower("dinov2"))
     words = ["--encoder", "hf:my tower", "--pool", "2", "--codec", "int8"]
     assert run(*words, "--plan") == 0 and not (tmp_path / "cache/spaces").exists()
+    tower = "tower    Dinov2Model-heads2-eps1e-06: block 2 (from 0), fit: squash, 32 x 32 pixels"
+    assert tower in capsys.readouterr().out.splitlines()
     assert run(*words) == 0 and "encoded=5 " in capsys.readouterr().out
     assert run(*words) == 0 and "encoded=0 reused=5" in capsys.readouterr().out
     root = CacheRoot(tmp_path / "cache")

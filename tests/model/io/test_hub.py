@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,46 @@ def test_weights_in_the_hub_cache_need_no_network(
     encoder = load_encoder(config, device="cpu")
     assert encoder.load_info()["weights"] == str(file)
     assert encoder.spec("fp16").mean == (0.5, 0.5, 0.5)
+
+
+def snapshot(cache: Path) -> Path:
+    """Return the folder that the hub's client uses for facebook/dinov2-tiny."""
+    commit = "b" * 40
+    repo = cache / "models--facebook--dinov2-tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
+
+
+def test_a_tower_in_the_hub_cache_needs_no_network(cache: Path) -> None:
+    folder = snapshot(cache)
+    with pytest.raises(
+        UserError, match=r"facebook/dinov2-tiny is not on this machine, and .* cannot"
+    ):
+        encoder_config("hf:facebook/dinov2-tiny")
+    tiny_clip.save_tower(folder, tiny_clip.transformers_tower("dinov2"))
+    config = encoder_config("hf:facebook/dinov2-tiny")
+    assert config.model == "facebook/dinov2-tiny" and config.blocks == (2,)
+    encoder = load_encoder(config, device="cpu")
+    assert encoder.spec("fp16").encoder == "hf-dinov2-tiny"
+    assert encoder.load_info()["weights"] == str(folder)
+
+
+def test_a_tower_is_downloaded_without_code_or_pickles(
+    cache: Path, listener: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = snapshot(cache)
+    offered = ["config.json", "preprocessor_config.json", "model.safetensors", "evil.py"]
+    offered += ["pytorch_model.bin", "tokenizer.json", "onnx/model.onnx"]
+
+    def download(repo: str, *, allow_patterns: list[str]) -> str:
+        taken = [n for n in offered if any(fnmatch(n, pattern) for pattern in allow_patterns)]
+        assert taken == offered[:3]
+        return str(tiny_clip.save_tower(folder, tiny_clip.transformers_tower("dinov2")))
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert encoder_config("hf:facebook/dinov2-tiny").blocks == (2,)
 
 
 def test_the_default_encoder_without_weights_names_a_way_out() -> None:
