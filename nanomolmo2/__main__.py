@@ -9,6 +9,7 @@ A user's own `train.py` or `model.py` in the working directory is never imported
 from __future__ import annotations
 
 import ast
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,10 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in ("-h", "--help"):
-        print(help_text())
+        try:
+            print(help_text(), flush=True)
+        except BrokenPipeError:  # as of `... | head`, which is not an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     name, *rest = words
     _forget_working_directory()

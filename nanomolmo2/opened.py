@@ -204,7 +204,14 @@ class Cache:
             CacheError: features are missing, or the split has no sample.
             CorruptError: a table is damaged.
         """
-        from nanomolmo2.dataset import open_dataset  # imports torch
+        try:
+            from nanomolmo2.dataset import open_dataset
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModuleNotFoundError(
+                "Cache.dataset needs torch: pip install torch", name="torch"
+            ) from None
 
         chosen = [names] if isinstance(names, str) else self.datasets if names is None else names
         return open_dataset(

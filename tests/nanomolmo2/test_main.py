@@ -46,6 +46,25 @@ def test_the_script_is_declared() -> None:
     assert project["scripts"] == {"nanomolmo2": "nanomolmo2.__main__:main"}
 
 
+def test_an_installed_package_has_every_file() -> None:
+    """What is not Python is named as package data, or `pip install .` leaves it out."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    data = {
+        path
+        for package, patterns in setup["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    tracked = subprocess.run(
+        ["git", "ls-files", "cache", "configs", "encode", "model", "nanomolmo2", "train"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert {ROOT / name for name in tracked if not name.endswith(".py")} == data
+
+
 @pytest.mark.slow
 def test_a_command_runs_beside_modules_of_the_same_names(
     tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
