@@ -391,7 +391,7 @@ def write_llava(
     model.save_pretrained(folder)
     side = {"height": SIDE, "width": SIDE}
     if fit == "crop":
-        images: Any = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
+        images: Any = CLIPImageProcessor(size={"shortest_edge": SIDE + 5}, crop_size=side)
     else:
         images = LlavaImageProcessor(
             do_pad=fit == "pad", size=side, crop_size=side, do_center_crop=False

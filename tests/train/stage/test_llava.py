@@ -34,7 +34,7 @@ from configs import UserError
 from model.io.saved_model import load_final
 from model.io.tower_config import read_tower_config
 from model.io.tower_folder import architecture, tower_hash
-from model.media.images import decode_image
+from model.media.images import decode_image, resize_text
 from tests.support import tiny_clip
 from tests.support.trained_runs import conversations, losses, photographs, talk
 from train import run
@@ -63,6 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "llm": MistralConfig,
         "act": "linear",
     },
+    "clip, cut out of the middle": {"style": "llama3", "fit": "crop"},
     "qwen3, tanh": {"style": "chatml", "llm": Qwen3Config, "act": "gelu_pytorch_tanh"},
 }
 
@@ -84,7 +85,7 @@ def make_cache(place: Path, folder: Path, model: LlavaForConditionalGeneration) 
         patch_size=tower.patch_size,
         width=tower.width * len(tower.blocks),
         fit=tower.fit,
-        resize="pillow:bicubic",
+        resize=resize_text(tower.fit, tower.shorter_side),
         mean=tower.mean,
         std=tower.std,
         pool_frame=1,
