@@ -125,7 +125,6 @@ def wanted_fields(llava: LlavaFolder, spec: FeatureSpec) -> dict[str, Any]:
         "width": llava.vision_width,
         "fit": tower.fit,
         "resize": resize_text(tower.fit, tower.shorter_side),
-        "resize": resize_text(tower.fit, tower.shorter_side),
         "activation": tower.activation,
         "keep_cls": False,
         "pool_image": llava.pool,
