@@ -35,7 +35,7 @@ from model.export.card import find_card, frames_note, model_card, own_class_note
 from model.export.compare import Comparison, MismatchError, answers_of, compare, sample_questions
 from model.export.folder import WEIGHTS, check_exportable, write_folder
 from model.export.gguf import Kind, check_gguf, write_gguf
-from model.export.mmproj import image_note
+from model.export.mmproj import image_note, tower_note
 from model.export.push import check_push, push
 from model.export.towers import ExportedTower, export_tower
 from model.io.saved_model import find_run, load_final, read_meta
@@ -181,6 +181,8 @@ def _write_pair(
     files = write_gguf(folder, name, vlm, tokenizer, tower, spec, kind=options.gguf_type)
     sizes = [f"{file.name} ({bytes_text(file.stat().st_size)})" for file in files]
     print(f"gguf      {' and '.join(sizes)}, read back equal")
+    if note := tower_note(tower):
+        print(f"llama.cpp {note}")
     if note := image_note(spec):
         print(f"images    {note}")
     return files[0].name

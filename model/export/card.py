@@ -21,7 +21,7 @@ from cache.format.spec import FeatureSpec
 from configs import UserError, one_line
 from model.export.compare import NEW_TOKENS, Comparison
 from model.export.folder import CODE, has_own_class, model_class
-from model.export.mmproj import image_note
+from model.export.mmproj import image_note, tower_note
 from model.export.towers import NESTED, ExportedTower
 
 CARD = "card.json"
@@ -140,6 +140,7 @@ def model_card(
         in_vllm=tower.prefix == NESTED,
         gguf=gguf,
         mmproj=f"mmproj-{name}.gguf",
+        gguf_tower=tower_note(tower),
         gguf_images=image_note(spec),
         stages=[_stage(stage) for stage in card.get("stages", ())],
         scores=reported(card),

@@ -192,6 +192,16 @@ def check_projector(path: Path, connector: nn.Module, tower: ExportedTower) -> f
     return different
 
 
+def tower_note(tower: ExportedTower) -> str:
+    """Return which builds of llama.cpp compute a tower wrongly; '' if none is known to."""
+    if not isinstance(tower.config, CLIPVisionConfig):
+        return ""
+    return (
+        "builds of llama.cpp with issue 25814 (11434 has it) put CLIP's class token behind the patches, and "
+        "all image tokens are wrong; llama.cpp pull request 25844 is the fix, one line"
+    )
+
+
 def image_note(spec: FeatureSpec) -> str:
     """Return how llama.cpp prepares images otherwise than training; '' if it does not."""
     size = f"{spec.image_size} x {spec.image_size}"

@@ -25,6 +25,7 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -406,3 +407,72 @@ def write_llava(
         chat_template=TEMPLATES[style],
     ).save_pretrained(folder)
     return model
+
+
+class LlamaCpp:
+    """What llama.cpp computes from an mmproj file (clip_graph_llava), in float32 with exact GELU.
+
+    Args:
+        path: of the file.
+        cls_last: whether the class token is behind the patches, as in builds with issue 25814.
+    """
+
+    def __init__(self, path: Path, cls_last: bool = False) -> None:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        self.keys = {name: field.contents() for name, field in reader.fields.items()}
+        self.tensors = {one.name: torch.tensor(one.data) for one in reader.tensors}
+        self.cls_last = cls_last
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of images: (B, 3, S, S) -> (B, N, D)."""
+        keys, tensors = self.keys, self.tensors
+        patch = keys["clip.vision.patch_size"]
+        x = F.conv2d(
+            pixels, tensors["v.patch_embd.weight"], tensors.get("v.patch_embd.bias"), patch
+        )
+        x = x.flatten(2).transpose(1, 2)
+        if "v.class_embd" in tensors:
+            first = tensors["v.class_embd"].expand(len(x), 1, -1)
+            x = torch.cat([x, first] if self.cls_last else [first, x], dim=1)
+        x = x + tensors["v.position_embd.weight"]
+        if "v.pre_ln.weight" in tensors:
+            x = self._norm("v.pre_ln", x)
+        assert "v.post_ln.weight" not in tensors
+        layers = keys["clip.vision.feature_layer"]
+        assert layers == sorted(layers) and max(layers) == keys["clip.vision.block_count"]
+        stack = []
+        for number in range(keys["clip.vision.block_count"]):
+            if number in layers:
+                stack.append(x)
+            x = self._block(f"v.blk.{number}", x)
+        joined = torch.cat([*stack, x], dim=-1)
+        if "v.class_embd" in tensors:
+            joined = joined[:, 1:]
+        hidden = F.gelu(self._linear("mm.0", joined))
+        return self._linear("mm.2", hidden)
+
+    def _block(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        heads = self.keys["clip.vision.attention.head_count"]
+        y = self._norm(f"{name}.ln1", x)
+        q, k, v = (
+            self._linear(f"{name}.attn_{one}", y).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for one in "qkv"
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self._linear(f"{name}.attn_out", y)
+        y = self._linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", x))
+        exact = self.keys["clip.use_gelu"]
+        return x + self._linear(
+            f"{name}.ffn_down", F.gelu(y) if exact else y * (1.702 * y).sigmoid()
+        )
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        eps = self.keys["clip.vision.attention.layer_norm_epsilon"]
+        return F.layer_norm(
+            x, x.shape[-1:], self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], eps
+        )

@@ -17,7 +17,6 @@ import pytest
 import torch
 from gguf import GGUFReader, TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -139,71 +138,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {one.name: torch.tensor(one.data) for one in GGUFReader(path).tensors}
 
 
-class LlamaCpp:
-    """What llama.cpp computes from an mmproj file (clip_graph_llava), in float32 with exact GELU."""
-
-    def __init__(self, path: Path) -> None:
-        self.keys, self.tensors = values(path), tensors(path)
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of images: (B, 3, S, S) -> (B, N, D)."""
-        keys, tensors = self.keys, self.tensors
-        patch = keys["clip.vision.patch_size"]
-        x = F.conv2d(
-            pixels, tensors["v.patch_embd.weight"], tensors.get("v.patch_embd.bias"), patch
-        )
-        x = x.flatten(2).transpose(1, 2)
-        if "v.class_embd" in tensors:
-            x = torch.cat([tensors["v.class_embd"].expand(len(x), 1, -1), x], dim=1)
-        x = x + tensors["v.position_embd.weight"]
-        if "v.pre_ln.weight" in tensors:
-            x = self._norm("v.pre_ln", x)
-        assert "v.post_ln.weight" not in tensors
-        layers = keys["clip.vision.feature_layer"]
-        assert layers == sorted(layers) and max(layers) == keys["clip.vision.block_count"]
-        stack = []
-        for number in range(keys["clip.vision.block_count"]):
-            if number in layers:
-                stack.append(x)
-            x = self._block(f"v.blk.{number}", x)
-        joined = torch.cat([*stack, x], dim=-1)
-        if "v.class_embd" in tensors:
-            joined = joined[:, 1:]
-        hidden = F.gelu(self._linear("mm.0", joined))
-        return self._linear("mm.2", hidden)
-
-    def _block(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        heads = self.keys["clip.vision.attention.head_count"]
-        y = self._norm(f"{name}.ln1", x)
-        q, k, v = (
-            self._linear(f"{name}.attn_{one}", y).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for one in "qkv"
-        )
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self._linear(f"{name}.attn_out", y)
-        y = self._linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", x))
-        exact = self.keys["clip.use_gelu"]
-        return x + self._linear(
-            f"{name}.ffn_down", F.gelu(y) if exact else y * (1.702 * y).sigmoid()
-        )
-
-    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
-
-    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        eps = self.keys["clip.vision.attention.layer_norm_epsilon"]
-        return F.layer_norm(
-            x, x.shape[-1:], self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], eps
-        )
-
-
 def test_tower_and_projector_give_the_trained_embeddings(written: tuple[Any, ...]) -> None:
     """From pixels to the width of the language model."""
     _, path, vlm, _, eyes = written
     pixels = tiny_clip.noise(3, tiny_clip.SIDE)
     with torch.inference_mode():
         expected = vlm.connector(torch.as_tensor(eyes.encode(pixels)).float())
-        found = LlamaCpp(path)(eyes.normalize(pixels))
+        found = tiny_clip.LlamaCpp(path)(eyes.normalize(pixels))
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
