@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nanomolmo2.batch import Batch as Batch
     from nanomolmo2.batch import Example as Example
     from nanomolmo2.batch import Features as Features
+    from nanomolmo2.batch import collate as collate
     from nanomolmo2.clip import Clip as Clip
     from nanomolmo2.dataset import FeatureDataset as FeatureDataset
     from nanomolmo2.opened import Cache as Cache
@@ -49,6 +50,7 @@ _MODULE_OF = {
     "MissingFeaturesError": "nanomolmo2.opened",
     "NotFoundError": "cache.errors",
     "UnreachableError": "cache.errors",
+    "collate": "nanomolmo2.batch",
     "open": "nanomolmo2.opened",
 }
 

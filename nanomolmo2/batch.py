@@ -55,7 +55,7 @@ class Example:
     times: list[npt.NDArray[np.float64] | None]
     """Of each, the times of the frames of a video in seconds; None for an image."""
     codes: list[npt.NDArray[np.uint8]]
-    """Of each, the rows as stored: (1 or frames, row_bytes)."""
+    """Of each, the rows as stored: (1 or frames, row_bytes). They may be part of the memory of a batch."""
     spec: FeatureSpec
     """How the rows were made."""
 
@@ -113,24 +113,17 @@ class Batch(Sequence[Example]):
     @property
     def keys(self) -> list[list[str]]:
         """S lists of the keys of the sample's images and videos."""
-        names = [key.tobytes().hex() for key in self.media_keys]
-        return [names[a:b] for a, b in self._samples()]
+        return [[self._key(j) for j in each] for each in self._samples()]
 
     @property
     def kinds(self) -> list[list[str]]:
         """S lists of `image` or `video` for each of the sample's media."""
-        names = [MEDIA_KINDS[kind] for kind in self.media_kinds]
-        return [names[a:b] for a, b in self._samples()]
+        return [[MEDIA_KINDS[self.media_kinds[j]] for j in each] for each in self._samples()]
 
     @property
     def times(self) -> list[list[npt.NDArray[np.float64] | None]]:
         """S lists: for each of the sample's media the times of its frames; None for an image."""
-        edges = self.frames
-        each = [
-            self.frame_times[edges[j] : edges[j + 1]] if kind == VIDEO else None
-            for j, kind in enumerate(self.media_kinds)
-        ]
-        return [each[a:b] for a, b in self._samples()]
+        return [[self._times(j) for j in each] for each in self._samples()]
 
     @property
     def texts(self) -> list[list[list[str]]]:
@@ -194,29 +187,42 @@ class Batch(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
+        media = range(self.media[i], self.media[i + 1])
         return Example(
             id=self.ids[i],
             messages=self.messages[i],
             turn_weights=self.turn_weights[i],
             weight=float(self.weights[i]),
             task=self.tasks[i],
-            keys=self.keys[i],
-            kinds=self.kinds[i],
-            times=self.times[i],
-            codes=[self._codes_of(j) for j in range(self.media[i], self.media[i + 1])],
+            keys=[self._key(j) for j in media],
+            kinds=[MEDIA_KINDS[self.media_kinds[j]] for j in media],
+            times=[self._times(j) for j in media],
+            codes=[self._codes_of(j) for j in media],
             spec=self.spec,
         )
+
+    def _key(self, item: int) -> str:
+        """Return the key of one media item."""
+        return self.media_keys[item].tobytes().hex()
+
+    def _times(self, item: int) -> npt.NDArray[np.float64] | None:
+        """Return the times of the frames of one media item; None for an image."""
+        if self.media_kinds[item] != VIDEO:
+            return None
+        return self.frame_times[self.frames[item] : self.frames[item + 1]]
 
     def _codes_of(self, item: int) -> npt.NDArray[np.uint8]:
         """Return the stored rows of one media item, in their order."""
         picks = self.picks[self.frames[item] : self.frames[item + 1]]
         array = ARRAY_OF[MEDIA_KINDS[self.media_kinds[item]]]
-        rows: npt.NDArray[np.uint8] = self.codes[array].numpy()[picks]
-        return rows
+        codes: npt.NDArray[np.uint8] = self.codes[array].numpy()
+        if (np.diff(picks) == 1).all():  # as nearly always: no copy
+            return codes[picks[0] : picks[0] + len(picks)] if len(picks) else codes[:0]
+        return codes[picks]
 
-    def _samples(self) -> Iterator[tuple[int, int]]:
-        """Yield the first media item of each sample, and the one after its last."""
-        return zip(self.media[:-1].tolist(), self.media[1:].tolist(), strict=True)
+    def _samples(self) -> Iterator[range]:
+        """Yield the media items of each sample."""
+        return map(range, self.media[:-1].tolist(), self.media[1:].tolist())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -275,6 +281,11 @@ class Features(Sequence[list[Tensor]]):
                 tokens.view(count, -1, tokens.shape[1]) if self.kinds[j] == VIDEO else tokens
             )
         return result
+
+
+def conversation_of(turns: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Return the turns of one sample without what only training needs."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

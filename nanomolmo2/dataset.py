@@ -29,7 +29,7 @@ from cache.store.ledger import media_table
 from cache.store.paths import is_url
 from cache.store.references import MEDIA_KINDS, edges_of, join_samples, within
 from cache.store.samples import SPLITS, Split, content_digest, dataset_names, samples_table
-from nanomolmo2.batch import Batch, Example, collate
+from nanomolmo2.batch import Batch, Conversation, Example, collate, conversation_of
 from nanomolmo2.source import Source
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,17 @@ class FeatureDataset(Dataset[Example]):
         ids = self._texts["id"].to_pylist()
         return [f"{name}/{one}" for name, one in zip(names, ids, strict=True)]
 
+    @property
+    def messages(self) -> list[Conversation]:
+        """S conversations. No feature is read for them."""
+        return [conversation_of(turns) for turns in self._texts["messages"].to_pylist()]
+
+    @property
+    def tasks(self) -> list[str]:
+        """S types of question; '' where the data set has none."""
+        tasks: list[str] = self._texts["task"].to_pylist()
+        return tasks
+
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
@@ -131,10 +142,7 @@ class FeatureDataset(Dataset[Example]):
                 f"{self.names[of - 1]}/{name}"
                 for of, name in zip(sets.tolist(), texts["id"].to_pylist(), strict=True)
             ],
-            messages=[
-                [{"role": turn["role"], "content": turn["content"]} for turn in one]
-                for one in messages
-            ],
+            messages=[conversation_of(turns) for turns in messages],
             turn_weights=[[turn["weight"] for turn in one] for one in messages],
             weights=torch.tensor(texts["weight"].to_pylist(), dtype=torch.float32),
             tasks=texts["task"].to_pylist(),

@@ -54,7 +54,7 @@ class Words:
 
 def collate(words, samples):
     """Return a batch, the time of each feature token (S, L), questions (S, W) and classes (S,)."""
-    batch = nm.FeatureDataset.collate(samples)
+    batch = nm.collate(samples)
     tokens = batch.spec.tokens("frame")
     rows = [np.repeat(np.concatenate(clips), tokens) for clips in batch.times]
     times = nn.utils.rnn.pad_sequence(

@@ -11,6 +11,7 @@ Template, model and saving are those of train_loop.py, in the same folder; read 
 import argparse
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import Subset
 from train_loop import collate, load, save
@@ -28,7 +29,9 @@ OPTIONS = {  # each is a flag: --batch 8
 class ForTrainer(nn.Module):
     """The model as Trainer calls it: by the names of the collator, and with the loss in what it returns."""
 
-    accepts_loss_kwargs = True  # so that Trainer counts the learned tokens of a step and passes the number
+    accepts_loss_kwargs = (
+        True  # so that Trainer counts the learned tokens of a step and passes the number
+    )
 
     def __init__(self, vlm):
         super().__init__()
@@ -73,6 +76,7 @@ def main(options):
         eval_steps=options.validate_every,
         logging_steps=options.validate_every,
         dataloader_num_workers=options.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=options.seed,
         remove_unused_columns=False,  # otherwise it drops what `forward` does not name
         label_names=["labels"],  # without it, validation has no loss

@@ -58,7 +58,7 @@ def encode(tokenizer, sample, prompt=False):
 
 def collate(tokenizer, samples):
     """Return a batch, its ids (S, L) and weights (S, L): S samples, L tokens of the longest."""
-    batch = nm.FeatureDataset.collate(samples)
+    batch = nm.collate(samples)
     columns = zip(*(encode(tokenizer, sample) for sample in batch), strict=True)
     rows = ([torch.tensor(row) for row in column] for column in columns)
     # Padding is at the end, so no real token attends to it: no mask is needed.
@@ -103,7 +103,7 @@ class VLM(nn.Module):
         """Return what the model says where the sample has its last turn."""
         device = next(self.parameters()).device
         ids = torch.tensor([encode(tokenizer, sample, prompt=True)[0]], device=device)
-        words = self.embed(ids, nm.FeatureDataset.collate([sample]).features(device).flat)
+        words = self.embed(ids, nm.collate([sample]).features(device).flat)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         stop = {"max_new_tokens": longest, "eos_token_id": end, "pad_token_id": end}
         new = self.llm.generate(inputs_embeds=words, do_sample=False, **stop)

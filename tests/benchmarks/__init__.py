@@ -1,9 +1,10 @@
 """Measurements, each a command: `python -m tests.benchmarks.<name>`. docs/BENCHMARKS.md has their results.
 
-    store, stores, store_mds, containers, scale    reading and writing rows, formats, ten million rows
-    codecs, activations, paired                    the error of codecs, and its effect on a trained model
-    move, care, remote                             merge and convert, verify, remote caches
-    real_size                                      encoding and training with models of the real size
+    store, containers, scale       reading and writing rows, formats, ten million rows
+    loaders                        batches of samples for a trainer
+    codecs, activations, paired    the error of codecs, and its effect on a trained model
+    move, care, remote             merge and convert, verify, remote caches
+    real_size                      encoding and training with models of the real size
 
-A benchmark prints one line for each requirement. bench.py has what they share.
+A benchmark prints one line for each requirement. bench.py has what they share, peers/ the other libraries.
 """

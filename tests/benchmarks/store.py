@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks import bench, stores
+from tests.benchmarks import bench
 from tests.benchmarks.bench import Requirements, forget, run
-from tests.benchmarks.stores import BATCH, Ours, Raw, Store
+from tests.benchmarks.peers import stores
+from tests.benchmarks.peers.stores import BATCH, Ours, Raw, Store
 
 SHAPES = {
     "fp16": (576, 1024),

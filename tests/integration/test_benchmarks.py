@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cache.store.paths import CacheRoot
-from tests.benchmarks import scale, store, stores
+from tests.benchmarks import scale, store
+from tests.benchmarks.peers import stores
 
 
 class Missing(stores.Store):

@@ -113,6 +113,17 @@ def test_the_samples_are_those_of_training(
         assert times.tolist() == expected.tolist()
 
 
+def test_text_and_tasks_are_there_without_reading_features(
+    cache: nm.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = cache.dataset("d", held_out=0.0)
+    batch = data.collate([data[i] for i in range(len(data))])
+    monkeypatch.setattr(type(data), "_read", None)
+    assert data.messages == batch.messages
+    assert data.tasks == batch.tasks
+    assert "chat" in data.tasks
+
+
 def test_a_batch_has_the_stored_features_and_the_texts(cache: nm.Cache, world: World) -> None:
     data = cache.dataset("d", held_out=0.0)
     by_id = {f"d/{sample.id}": sample for sample in mixed(60, 0)}

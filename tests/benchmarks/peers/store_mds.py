@@ -1,7 +1,7 @@
 """Write and read MosaicML's MDS, as JSON commands on standard input tell.
 
-`tests.benchmarks.stores` starts this script with the interpreter of another environment. A command is one
-line, {"do": "write" | "open" | "read" | "close", ...}; the answer is one line, {"seconds": ...}.
+`stores.py` starts this script with the interpreter of another environment. A command is one line,
+{"do": "write" | "open" | "read" | "close", ...}; the answer is one line, {"seconds": ...}.
 """
 
 import json
