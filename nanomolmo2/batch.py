@@ -203,7 +203,7 @@ class Batch(Sequence[Example]):
 
     def _key(self, item: int) -> str:
         """Return the key of one media item."""
-        return self.media_keys[item].tobytes().hex()
+        return bytes(self.media_keys[item]).hex()
 
     def _times(self, item: int) -> npt.NDArray[np.float64] | None:
         """Return the times of the frames of one media item; None for an image."""
