@@ -64,7 +64,7 @@ def _similarity(one: str, other: str) -> float:
     longest = max(len(one), len(other))
     if not longest:
         return 1.0
-    if abs(len(one) - len(other)) >= ANLS_THRESHOLD * longest:  # so many insertions are needed
+    if abs(len(one) - len(other)) >= ANLS_THRESHOLD * longest:  # of insertions alone
         return 0.0
     distance = edit_distance(one, other) / longest
     return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0

@@ -1,0 +1,161 @@
+"""The recipe docs/recipes/lmms_eval.md: its task has the questions asked, its comparison finds errors.
+
+python docs/recipes/lmms_eval_task/make_task.py RUN test OUT
+
+lmms-eval itself is not installed here; the page says what it answered.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from cache.store.samples import MediaRef, Sample, read_samples, write_samples
+from tests.support import ROOT, trained_runs
+from tests.support.trained_runs import ENVIRONMENT, turns
+from train import run
+from train.evaluate import __main__ as evaluate
+from train.evaluate.result import Evaluation
+
+pytestmark = pytest.mark.slow
+
+RECIPE = ROOT / "docs" / "recipes" / "lmms_eval_task"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    """A run, and the evaluation of its test split: images, videos, several turns and several images."""
+    folder = tmp_path_factory.mktemp("recipe")
+    root = trained_runs.make(folder, 40)
+    trained_runs.film(folder, 20)
+    colors = list(read_samples(root, "colors"))
+    media = [sample.media[0] for sample in colors]
+    more = [
+        Sample(id=f"{n}-{kind}", dataset="more", messages=talk, media=shown, task="more")
+        for n in range(40)
+        for kind, talk, shown in (
+            (
+                "pair",
+                turns("<image>or <video>? ", "the first"),
+                (media[2 * n], media[(2 * n + 2) % 80]),
+            ),
+            ("chat", turns("Which?", "red", "Sure?", "yes"), (media[2 * n],)),
+            ("mark", turns("<image>What is <image>?", "a mark"), (media[2 * n],)),
+        )
+    ]
+    assert all(isinstance(one, MediaRef) for one in media)
+    write_samples(root, "more", more)
+    words = [*trained_runs.BASE, "--held-out", "0.25", "--max-steps", "30"]
+    assert run.main([*words, "--features", str(root.path), "--run", str(folder / "run")]) == 0
+    asked = evaluate.Options(run=str(folder / "run"), split="test", max_new_tokens=8, blind=False)
+    return folder / "run", evaluate.evaluate(asked)
+
+
+def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RECIPE / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def functions(task: Path) -> ModuleType:
+    """Import the utils.py of a task, as lmms-eval does."""
+    found = importlib.util.spec_from_file_location("utils", task / "utils.py")
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_task_has_every_question_that_can_be_asked(
+    evaluated: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    folder, result = evaluated
+    done = script("make_task.py", folder, "test", tmp_path / "task")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "task" / "nanomolmo2.yaml").read_text()
+    settings = yaml.safe_load(text.replace("!function ", ""))
+    questions = Path(settings["dataset_kwargs"]["data_files"]["test"])
+    docs = [json.loads(line) for line in questions.read_text().splitlines()]
+    by_name = {answer.sample: answer for answer in result.answers}
+    possible = [name for name in by_name if name.startswith(("colors/", "more/"))]
+    assert [doc["id"] for doc in docs] == possible and len(possible) < len(by_name)
+    assert f"{len(docs)} questions, {len(by_name) - len(docs)} left out" in done.stdout
+
+    task = functions(tmp_path / "task")
+    for doc in docs:
+        answer = by_name[doc["id"]]
+        shown = task.images(doc)
+        parts = [part for turn in task.messages(doc) for part in turn["content"]]
+        assert [one["url"] for one in parts if one["type"] == "image"] == shown
+        for image, source in zip(shown, answer.media, strict=True):
+            with Image.open(source) as original:
+                assert image.mode == "RGB"
+                assert np.array_equal(np.asarray(image), np.asarray(original.convert("RGB")))
+        assert answer.question.removeprefix("<image>").split("<video>")[0] in task.prompt(doc)
+        assert task.target(doc) == answer.expected
+        assert task.score(doc, [answer.given]) == {"exact_match": answer.scores[0]}
+        assert task.score(doc, [f" {answer.expected.upper()}."]) == {"exact_match": 1.0}
+
+
+def test_turns_and_images_are_in_their_places(
+    evaluated: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    assert script("make_task.py", evaluated[0], "test", tmp_path / "task").returncode == 0
+    task = functions(tmp_path / "task")
+    docs = map(json.loads, (tmp_path / "task" / "questions.jsonl").read_text().splitlines())
+    shown = {}
+    for doc in docs:
+        kind = doc["id"].split("-")[1]
+        shown[kind] = [
+            (turn["role"], [part.get("text", "an image") for part in turn["content"]])
+            for turn in task.messages(doc)
+        ]
+    assert shown == {
+        "colour": [("user", ["an image", "Which colour?"])],
+        "caption": [("user", ["an image", "Describe."])],
+        "pair": [("user", ["an image", "or ", "an image", "? "])],
+        "chat": [
+            ("user", ["an image", "Which?"]),
+            ("assistant", ["red"]),
+            ("user", ["Sure?"]),
+        ],
+        "mark": [("user", ["an image", "What is <image>?"])],  # the second one is text
+    }
+
+
+def test_an_empty_answer_is_an_error(evaluated: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    folder, result = evaluated
+    task, logs = tmp_path / "task", tmp_path / "logs"
+    assert script("make_task.py", folder, "test", task).returncode == 0
+    logs.mkdir()
+    assert script("compare.py", folder, "test", task, logs).returncode == 1, "nothing is logged"
+    lines = map(json.loads, (task / "questions.jsonl").read_text().splitlines())
+    given = {answer.sample: answer.given for answer in result.answers}
+    answers = [given[line["id"]] for line in lines]
+    total = len(answers)
+
+    def compared(answers: list[str]) -> tuple[int, str]:
+        (logs / "exported").mkdir(exist_ok=True)
+        log = logs / "exported" / "20261126_124518_samples_nanomolmo2.jsonl"
+        logged = [{"doc_id": n, "filtered_resps": text} for n, text in enumerate(answers)]
+        log.write_text("".join(json.dumps(one) + "\n" for one in reversed(logged)))
+        done = script("compare.py", folder, "test", task, logs)
+        return done.returncode, done.stdout
+
+    code, text = compared(answers)
+    assert code == 0 and f"{total} of {total} answers equal, 0 missing or empty" in text
+    spoken = next(n for n, answer in enumerate(answers) if answer)
+    code, text = compared([*answers[:spoken], "", *answers[spoken + 1 :]])
+    assert code == 1 and f"{total - 1} of {total} answers equal, 1 missing or empty" in text
+    code, text = compared([*answers[:spoken], answers[spoken] + "x", *answers[spoken + 1 :]])
+    assert code == 1 and f"{total - 1} of {total} answers equal, 0 missing or empty" in text
+    code, text = compared(answers[:spoken])
+    assert code == 1 and "missing" in text
