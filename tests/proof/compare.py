@@ -188,6 +188,8 @@ def codecs(work: Work, space: str, answers: Sequence[Mapping[str, Any]]) -> dict
             )
             right[codec].append(found["right"])
             perplexity = found.get("perplexity", perplexity)
+    for codec in spaces:
+        shutil.rmtree(work.folder / f"aligned-{codec}", ignore_errors=True)
     exact = float(np.mean([list(each.values()) for each in right["fp16"]]))
     lines = [Line("fp16, short trainings: exact match", f"{exact:.3f}", "")]
     kept = [{_question(a): bool(a["correct"]) for a in answers}]
@@ -221,7 +223,8 @@ def _paired(work: Work, seed: int, codec: str, space: str) -> dict[str, Any]:
     run = f"paired-{codec}-{seed}"
     shutil.rmtree(work.folder / run, ignore_errors=True)
     recipe = work.recipe["paired"]
-    training.train(work, run, 1, {"connector": "linear", **recipe["train"], "seed": seed}, space)
+    aligned = training.align(work, space, f"aligned-{codec}")
+    training.train(work, run, 1, {"from": aligned, **recipe["train"], "seed": seed}, space)
     answers = training.evaluate(work, run, "test", limit=recipe["questions"])
     found: dict[str, Any] = {"right": {_question(a): a["correct"] for a in answers}}
     if codec == "fp16" and seed == recipe["seeds"][0]:

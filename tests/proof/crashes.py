@@ -13,8 +13,8 @@ from cache.store.paths import CacheRoot, SpacePaths
 from tests.proof import training
 from tests.proof.work import Line, Work, as_json, metrics
 
-DATASETS = ("validation", "test")
-"""What is encoded for these tests: the drawings of the test artist."""
+SAMPLES = 400
+"""Questions whose drawings these tests encode, at most: two a drawing."""
 
 
 def kills(work: Work) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def kills(work: Work) -> dict[str, Any]:
 
 def flags(work: Work, features: Path) -> dict[str, Any]:
     """Return the options of these encode jobs: a shard each few drawings, so that there is much to kill."""
-    return {**training.encode_flags(work, DATASETS, features), "commit_every_s": 1}
+    few = {"commit_every_s": 1, "limit": SAMPLES}
+    return {**training.encode_flags(work, ("test",), features), **few}
 
 
 def _commits(features: Path) -> int:

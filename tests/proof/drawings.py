@@ -138,11 +138,11 @@ def variant(image: Image.Image, number: int) -> Image.Image:
 
 VARIANTS = (
     (False, 0, 1.0, False),
-    (True, 0, 1.0, False),
-    (False, 12, 0.9, False),
-    (True, -12, 0.85, False),
-    (False, -20, 0.75, False),
-    (True, 6, 0.9, True),
+    (True, 8, 0.85, False),
+    (False, -12, 0.9, False),
+    (True, 0, 1.0, True),
+    (False, 15, 0.75, False),
+    (True, -6, 0.95, False),
 )
 """(mirrored, turned by degrees, scaled, grey)."""
 

@@ -17,7 +17,7 @@ from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from model.inference import answer, generation_mode
 from model.io.device import native_dtype
-from model.io.saved_model import find_run, load_final, save_final
+from model.io.saved_model import find_run, load_final, read_meta, save_final
 from model.language.tokenizer import encode_text
 from tests.proof.drawings import KIND, NAME
 from tests.proof.prepare import ENCODER
@@ -32,7 +32,8 @@ TASKS = {NAME: CONCEPT, KIND: KIND_TASK}
 """Question -> what it asks."""
 NEEDED = {KIND_TASK: 0.6, CONCEPT: 0.4}
 """Exact match that is required, as a share of the nearest neighbour's."""
-MAIN, ALIGNED = "main", "aligned"
+MAIN, ALIGNED = "main", "aligned-fp16"
+"""Runs: the main one, and the one with a fitted connector that it starts from."""
 LONGEST = 16
 """Tokens of an answer, at most."""
 DATASETS = ("train", "validation", "test", "english", "blindfold")
@@ -100,7 +101,7 @@ def train_flags(work: Work, run: str, stage: int, flags: Flags, space: str) -> d
 
 def train_main(work: Work, space: str) -> dict[str, Any]:
     """Train both stages of the main run; a stage that was interrupted goes on from its last checkpoint."""
-    aligned = align(work, space)
+    aligned = align(work, space, ALIGNED)
     seconds = {}
     for stage, flags in work.recipe["stages"].items():
         begun = (work.folder / MAIN / f"stage{stage}" / "config.yaml").exists()
@@ -108,22 +109,23 @@ def train_main(work: Work, space: str) -> dict[str, Any]:
         if begun:
             more = {"resume": True}
         seconds[str(stage)] = train(work, MAIN, stage, {**flags, **more}, space)
-    shutil.rmtree(work.folder / ALIGNED)
     return {"seconds": seconds}
 
 
-def align(work: Work, space: str) -> Path:
+def align(work: Work, space: str, run: str) -> Path:
     """Give a new model a connector that is fitted, not random; return the folder of the model.
 
     It maps the mean token of a training drawing to the mean embedding of the tokens of its name, by least
     squares, with the spread that the names have. Such images are already words to the language model: of all
     that was tried, nothing helped as much.
     """
-    final = work.folder / ALIGNED / "stage1" / "final"
+    final = work.folder / run / "stage1" / "final"
     if not final.exists():
-        shutil.rmtree(work.folder / ALIGNED, ignore_errors=True)
+        shutil.rmtree(work.folder / run, ignore_errors=True)
         flags = {"connector": "linear", "train_llm": False, "max_steps": 1, "batch_size": 2}
-        train(work, ALIGNED, 1, {**flags, "datasets": "train"}, space)
+        train(work, run, 1, {**flags, "datasets": "train"}, space)
+    if "aligned" in read_meta(final):
+        return final
     vlm, tokenizer, meta = load_final(final)
     features, names, _ = features_of(work, "train", space)
     words = vlm.language.get_input_embeddings().weight.detach().numpy()
@@ -134,7 +136,8 @@ def align(work: Work, space: str) -> Path:
         vlm.connector.weight.copy_(torch.from_numpy(weight.T.copy()))
         vlm.connector.bias.copy_(torch.from_numpy(bias))
     written = ("format", "template", "vision_width", "files")  # by save_final itself
-    save_final(final, vlm, tokenizer, {k: v for k, v in meta.items() if k not in written})
+    kept = {key: value for key, value in meta.items() if key not in written}
+    save_final(final, vlm, tokenizer, kept | {"aligned": True})
     return final
 
 
