@@ -27,7 +27,7 @@ NAME, KIND = "What is this?", "What kind of thing is it?"
 SIDE = 224
 """Pixels of a drawing: what the tower sees."""
 VALIDATION = 10
-"""One in so many drawings of the test artist is for choosing the recipe; the others are opened once."""
+"""Every tenth drawing of the test artist or so is for choosing the recipe; the others are opened once."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ HELD_OUT_CHAPTERS = 8
 CONTINUE = "Continue."
 """The prompt before a passage."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the colours that the tower was trained with."""
+"""Mean and standard deviation of colours that the tower was trained with: those of ImageNet."""
 
 
 def prepare(work: Work, downloads: Path) -> dict[str, Any]:

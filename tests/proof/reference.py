@@ -1,4 +1,4 @@
-"""The same training without a cache and without our code: transformers' own classes, the tower live.
+"""Training without a cache and without our code: transformers' own classes, the tower live.
 
 Read top to bottom, this is what a student would write. `losses` trains on given batches; the proof hands it
 the batches and rates of a run of ours and compares the losses of every step.

@@ -57,7 +57,7 @@ def base_rate(answers: Sequence[str]) -> float:
 def interval(differences: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Return the mean of paired differences and half the width of its 95 % bootstrap interval.
 
-    A difference is one drawing's, the mean over its questions and seeds, so drawings are drawn anew.
+    A difference is one drawing's, the mean over its questions and seeds, so whole drawings are drawn.
     """
     values = np.asarray(differences, dtype=np.float64)
     rng = np.random.default_rng(seed)
