@@ -15,7 +15,7 @@ from tests.proof import packages, prepare, scores
 from tests.proof.__main__ import merged, recipe
 from tests.proof.drawings import VARIANTS, read_concepts, svg, variant
 from tests.proof.packages import PACKAGES, Package
-from tests.proof.work import Line, Work, command_words
+from tests.proof.work import Line, Work, command_words, metrics
 
 ICONS = {
     "width": 10,
@@ -154,6 +154,13 @@ def test_a_step_runs_once_and_another_recipe_is_refused(tmp_path: Path) -> None:
     assert calls == [1]
     with pytest.raises(UserError, match="another recipe"):
         Work(tmp_path, {"a": 2})
+
+
+def test_steps_are_read_while_a_training_runs(tmp_path: Path) -> None:
+    assert metrics(tmp_path) == []
+    lines = ['{"step": 1, "loss": 3.0}', '{"held_out": 1}', '{"step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert metrics(tmp_path) == [{"step": 1, "loss": 3.0}]
 
 
 def test_options_of_commands() -> None:

@@ -109,6 +109,8 @@ def train_main(work: Work, space: str) -> dict[str, Any]:
         if begun:
             more = {"resume": True}
         seconds[str(stage)] = train(work, MAIN, stage, {**flags, **more}, space)
+    for checkpoints in (work.folder / MAIN).glob("stage*/checkpoints"):
+        shutil.rmtree(checkpoints)  # gigabytes, of use only to go on
     return {"seconds": seconds}
 
 

@@ -163,9 +163,11 @@ def start(words: Sequence[str], **more: Any) -> subprocess.Popen[str]:
 
 
 def metrics(stage: Path) -> list[dict[str, Any]]:
-    """Return the steps that a stage of training logged."""
-    lines = (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    """Return the steps that a stage of training has logged so far; a last line without an end is left out."""
+    path = stage / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    records = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [record for record in records if "loss" in record]
 
 
 def folder_bytes(folder: Path) -> int:
