@@ -47,7 +47,7 @@ def kills(work: Work) -> dict[str, Any]:
 def flags(work: Work, features: Path) -> dict[str, Any]:
     """Return the options of these encode jobs: a shard each few drawings, so that there is much to kill."""
     few = {"commit_every_s": 1, "limit": SAMPLES}
-    return {**training.encode_flags(work, ("test",), features), **few}
+    return {**training.encode_flags(work, ("train",), features), **few}
 
 
 def _commits(features: Path) -> int:
