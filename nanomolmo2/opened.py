@@ -43,6 +43,10 @@ NAMES_SHOWN = 3
 """Sources that an error about an ambiguous or unknown name quotes."""
 
 
+HASHED_AT_ONCE = 1 << 16
+"""Sources that are Python strings at the same time."""
+
+
 class MissingFeaturesError(CacheError, KeyError):
     """The space has no features of that name. The message says why, and the command that makes them."""
 
@@ -250,7 +254,7 @@ class Cache:
             record = self._record(name)
             key = record["key"] if record else None
             path = Path(record["source"] if record else name).expanduser()
-            if path.is_file() and not _unchanged(path, record):
+            if _is_file(path) and not _unchanged(path, record):
                 with path.open("rb") as file:
                     key = hashlib.file_digest(file, "sha256").hexdigest()
         kinds = [record["kind"]] if record else []
@@ -272,7 +276,7 @@ class Cache:
         path = Path(name).expanduser()
         if (row := media.find(os.path.abspath(path))) is not None:  # noqa: PTH100 - `..` is resolved
             return media.row(row)
-        if path.is_absolute() or path.is_file():
+        if path.is_absolute() or _is_file(path):
             return None
         fitting = media.ending(f"/{path.as_posix()}")
         if len(set(fitting["key"].to_pylist())) == 1:
@@ -326,7 +330,7 @@ class Cache:
         if not reader.rows("image") and not reader.rows("frame"):
             hint = "the space is empty"
         way_out = (
-            "Encode it" if Path(name).expanduser().is_file() else "Encode the data set that has it"
+            "Encode it" if _is_file(Path(name).expanduser()) else "Encode the data set that has it"
         )
         return f"{begin}{hint}. {way_out}: {self._command(name, record)}"
 
@@ -339,7 +343,7 @@ class Cache:
         """Return the command that encodes what a name means."""
         reader, root = self._source.reader, self._source.root
         path = Path(name).expanduser().absolute()
-        if record is None and path.is_file() and not is_url(self.where):
+        if record is None and _is_file(path) and not is_url(self.where):
             words = ["--dataset", f"folder:{path.parent}", *encoder_words(reader, {})]
             return command_line("encode.run", *words, "--features", self.where, *more)
         dataset = self._dataset_of(record["source"]) if record else None
@@ -353,6 +357,14 @@ class Cache:
             if pc.any(pc.equal(sources, source)).as_py():
                 return dataset
         return None
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a file exists; a name that no file can have is that of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _unchanged(path: Path, record: dict[str, Any] | None) -> bool:
@@ -371,8 +383,10 @@ class _MediaTable:
     def __init__(self, table: pa.Table) -> None:
         self._table = table.combine_chunks()
         self._sources = self._table["source"]
-        hashes = [hash(source) for chunk in self._sources.chunks for source in chunk.to_pylist()]
-        of_source = np.array(hashes, np.int64)
+        of_source = np.empty(len(table), np.int64)
+        for start in range(0, len(table), HASHED_AT_ONCE):
+            some = self._sources.slice(start, HASHED_AT_ONCE).to_pylist()
+            of_source[start : start + len(some)] = list(map(hash, some))
         self._order = np.argsort(of_source, kind="stable")
         self._hashes = of_source[self._order]
 

@@ -280,6 +280,23 @@ def test_a_damaged_row_is_an_error_and_no_zeros(world: World) -> None:
     assert hit
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_worker_reports_damage_with_its_reason(world: World) -> None:
+    data = nm.open(world.root.path).dataset("d", held_out=0.0)
+    path = world.root.space(SPEC.name).shard("image", 0)
+    path.write_bytes(bytes(len(path.read_bytes())))
+    loader = DataLoader(
+        data, 8, num_workers=1, multiprocessing_context="fork", collate_fn=data.collate
+    )
+    with pytest.raises(
+        Exception, match=r"row \d fails its checksum; python -m cache\.verify"
+    ) as caught:
+        for _ in loader:
+            pass
+    assert isinstance(caught.value, CorruptError | RuntimeError)
+
+
 def test_a_process_that_opens_another_cache_than_the_first_is_refused(world: World) -> None:
     data = nm.open(world.root.path).dataset("d", held_out=0.0)
     travelled = pickle.dumps(data)

@@ -47,7 +47,7 @@ def test_the_script_is_declared() -> None:
 
 
 def test_an_installed_package_has_every_file() -> None:
-    """What is not Python is named as package data, or `pip install .` leaves it out."""
+    """Files that are not Python are package data, or `pip install .` leaves them out."""
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     data = {
         path

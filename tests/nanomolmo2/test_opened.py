@@ -73,7 +73,9 @@ def test_a_cache_says_what_it_has(cache: nm.Cache, world: World) -> None:
     assert (cache.where, cache.space, cache.spec) == (str(world.root.path), SPEC.name, SPEC)
     text = repr(cache)
     assert all(part in text for part in ("3 images of 4 x 64", "7 frames of 1 x 64", "d, e"))
-    assert 5 not in cache and "\0" not in cache
+    assert 5 not in cache
+    for odd in ("\0", "x" * 5000, "", "/", "." * 64):
+        assert odd not in cache
 
 
 def test_one_missing_name_is_a_keyerror_that_says_why_and_what_to_do(
