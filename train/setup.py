@@ -22,17 +22,19 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import configs
+from cache.errors import NotFoundError
 from cache.format.checksums import read_sealed_json
 from cache.format.spec import FeatureSpec
 from cache.maintenance.encode_command import WantedSpace, encode_command
 from cache.remote.open import cache_root, open_reader
-from cache.store.paths import CacheRoot
+from cache.store.paths import CacheRoot, is_url
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_names
 from configs import UserError
 from configs.command_line import CommandLine
 from configs.console import bytes_text, free_bytes
 from model.connector import connector_kind
+from model.io.llava_folder import is_llava
 from model.io.saved_model import check_files, read_meta, save_final
 from model.language.chat_template import template_version
 from model.language.folder_template import FOLDER_TEMPLATE
@@ -90,7 +92,14 @@ def open_space(options: Options) -> FeatureReader:
         CacheError: there is no space, there are several and no `--space`, or it cannot be reached.
     """
     datasets = parse_mix(options.datasets)
-    return open_reader(options.features, options.space, options, datasets=datasets)
+    try:
+        return open_reader(options.features, options.space, options, datasets=datasets)
+    except NotFoundError as error:
+        root, folder = CacheRoot(Path(options.features)), Path(options.from_ or "")
+        if is_url(options.features) or root.space_names() or not is_llava(folder):
+            raise
+        what = str(error).partition(". Make one: ")[0]
+        raise UserError(f"{what}. Make one: {llava.own_command(folder, root)}") from None
 
 
 def starting_point(options: Options, folder: Path, command: CommandLine) -> Origin | None:

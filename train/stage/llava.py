@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from cache.errors import CacheError, command_line
 from cache.format.spec import FeatureSpec
 from cache.remote.mirror import is_copy
 from cache.remote.open import cache_root
+from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.samples import dataset_words
 from cache.store.space import read_info
@@ -78,78 +80,81 @@ def check_tower(folder: Path, reader: FeatureReader) -> None:
             The message names the differences, and the command that encodes with the folder's tower.
     """
     llava = open_llava(folder)
-    root, spec = cache_root(reader), reader.spec
-    wanted = wanted_fields(llava, spec)
-    if not (different := _differences(spec, wanted)):
+    tower, root, spec = _Tower(llava), cache_root(reader), reader.spec
+    if not (different := _differences(spec, tower.wanted(spec))):
         return
     others = []
     for name in root.space_names():
         with contextlib.suppress(CacheError, OSError):  # damaged, or of another version
             info = read_info(root.space(name))
-            if not _differences(info.spec, wanted_fields(llava, info.spec)):
+            if not _differences(info.spec, tower.wanted(info.spec)):
                 others.append(name)
     if others:
         way_out = f"choose the one that is: --space {others[0]}"
     else:
-        pool = ["--pool", llava.pool] if llava.pool > 1 else []
-        words = [
-            *dataset_words(root, None),
-            "--encoder",
-            f"hf:{folder}",
-            *pool,
-            "--codec",
-            spec.codec,
-        ]
-        features = "DIR" if is_copy(root) else root.path
-        command = command_line("encode.run", *words, "--features", features)
-        way_out = f"encode with the folder's own: {command}"
+        way_out = f"encode with the folder's own: {own_command(folder, root, spec.codec)}"
     raise UserError(
         f"{folder}: space {spec.name} is not made by its vision tower ({'; '.join(different)}); "
         f"{way_out}"
     )
 
 
-def wanted_fields(llava: LlavaFolder, spec: FeatureSpec) -> dict[str, Any]:
-    """Return the values of a spec's fields that a folder's projector needs.
-
-    Args:
-        llava: the folder.
-        spec: that of a space. An export says on which spec its model was trained. That counts if `spec` has
-            its weights, as the folder's tower has other names of tensors and therefore another hash.
-    """
-    tower = read_tower_config(llava.folder)
-    fields: dict[str, Any] = {
-        "blocks": tower.blocks,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "width": llava.vision_width,
-        "fit": tower.fit,
-        "resize": resize_text(tower.fit, tower.shorter_side),
-        "activation": tower.activation,
-        "keep_cls": False,
-        "pool_image": llava.pool,
-    }
-    fields |= {
-        name: value for name in ("mean", "std") if (value := getattr(tower, name)) is not None
-    }
-    trained = _trained_on(llava)
-    if trained is not None and trained.weights == spec.weights:
-        same = ("weights", "architecture")
-        return fields | {name: getattr(trained, name) for name in same}
-    return fields | {
-        "weights": tower_hash(llava.folder, tower.blocks),
-        "architecture": architecture(tower),
-    }
+def own_command(folder: Path, root: CacheRoot, codec: str = "") -> str:
+    """Return the command that encodes a data set of a cache with the tower of a folder."""
+    pool = open_llava(folder).pool
+    words = [*dataset_words(root, None), "--encoder", f"hf:{folder}"]
+    words += ["--pool", str(pool)] if pool > 1 else []
+    words += ["--codec", codec] if codec else []
+    features = "DIR" if is_copy(root) else root.path
+    return command_line("encode.run", *words, "--features", features)
 
 
-def _trained_on(llava: LlavaFolder) -> FeatureSpec | None:
-    """Return the spec that an export names, if the folder's tower is still the one that was exported."""
-    try:
-        values = json.loads((llava.folder / SPACE).read_text(encoding="utf-8"))
-        spec, tower = FeatureSpec.from_json(values["spec"]), values["tower"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no export of ours
-        return None
-    return spec if tower == hash_tensors(llava.tower_tensors()) else None
+class _Tower:
+    """What a folder's projector needs of the features."""
+
+    def __init__(self, llava: LlavaFolder) -> None:
+        self.llava = llava
+        self.config = read_tower_config(llava.folder)
+
+    def wanted(self, spec: FeatureSpec) -> dict[str, Any]:
+        """Return the values of a spec's fields that are needed.
+
+        An export says on which spec its model was trained. That counts if `spec` has its weights, as the
+        folder's tower has other names of tensors and therefore another hash.
+        """
+        tower = self.config
+        fields: dict[str, Any] = {
+            "blocks": tower.blocks,
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "width": self.llava.vision_width,
+            "fit": tower.fit,
+            "resize": resize_text(tower.fit, tower.shorter_side),
+            "activation": tower.activation,
+            "keep_cls": False,
+            "pool_image": self.llava.pool,
+        }
+        fields |= {
+            name: value for name in ("mean", "std") if (value := getattr(tower, name)) is not None
+        }
+        trained = self._trained_on
+        if trained is not None and trained.weights == spec.weights:
+            return fields | {"weights": trained.weights, "architecture": trained.architecture}
+        return fields | {"weights": self._weights, "architecture": architecture(tower)}
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return tower_hash(self.llava.folder, self.config.blocks)
+
+    @functools.cached_property
+    def _trained_on(self) -> FeatureSpec | None:
+        """The spec that an export names, if the folder's tower is still the one that was exported."""
+        try:
+            values = json.loads((self.llava.folder / SPACE).read_text(encoding="utf-8"))
+            spec, tower = FeatureSpec.from_json(values["spec"]), values["tower"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no export of ours
+            return None
+        return spec if tower == hash_tensors(self.llava.tower_tensors()) else None
 
 
 def _differences(spec: FeatureSpec, wanted: Mapping[str, Any]) -> list[str]:

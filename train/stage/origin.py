@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ def find_origin(text: str) -> Origin:
     if not present and _may_be_hub_id(text):
         folder = local_folder(text, weights=True, way_out=HUB_WAY_OUT)
         if origin := recognise(folder):
-            return origin
+            return replace(origin, meta={**origin.meta, "llm": text})
         present = [folder]
     if not present:
         names = sorted(p.name for p in RUNS.glob("*") if any(p.glob("stage*")))

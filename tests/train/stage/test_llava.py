@@ -262,6 +262,15 @@ def test_images_that_are_prepared_otherwise_are_refused(
     assert " --encoder hf:llava --codec fp16 --features " in message
 
 
+def test_a_cache_without_features_names_the_folder_s_encoder(here: Path) -> None:
+    shutil.rmtree(here / "cache/spaces")
+    with pytest.raises(
+        UserError, match=r"no feature space under .*\. Make one: python -m encode\.run .*"
+    ) as caught:
+        train("llava", CacheRoot(here / "cache"), Path("runs/one"))
+    assert " --encoder hf:llava --features " in str(caught.value)
+
+
 def test_one_changed_weight_of_the_tower_is_another_tower(here: Path) -> None:
     path = here / "llava/model.safetensors"
     state = load_file(path)
