@@ -52,6 +52,11 @@ GATED = "swiglu"
 """The activation of an MLP with a gate."""
 LARGEST = 1 << 20
 """Largest size that a config may state."""
+NUMBERS = (
+    *("num_attention_heads", "head_dim", "intermediate_size", "mlp_ratio", "layer_norm_eps"),
+    "rope_theta",
+)
+"""Keys of a tower's config that are numbers above 0, if it has them."""
 BICUBIC = 3
 """Pillow's number of the filter that images are resized with here."""
 
@@ -122,6 +127,10 @@ def read_tower_config(folder: Path) -> TowerConfig:
     patch, trained = (_size(path, values, n) for n in ("patch_size", "image_size"))
     if values.get("num_channels", 3) != 3:
         raise UserError(f"{path}: num_channels {values['num_channels']}; images have 3 here")
+    for name in NUMBERS:
+        number = values.get(name, 1)
+        if type(number) not in (int, float) or not 0 < number <= LARGEST:
+            raise UserError(f"{path}: {name} {one_line(number, 40)}; {AGAIN}")
     registers = values.get("num_register_tokens", 0)
     if type(registers) is not int or not 0 <= registers <= LARGEST:
         raise UserError(f"{path}: num_register_tokens {one_line(registers, 40)}; {AGAIN}")

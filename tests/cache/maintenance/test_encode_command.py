@@ -62,6 +62,20 @@ def test_an_encode_command_names_data_set_space_and_cache(
     assert (chosen.pool_image, chosen.pool_frame) == (pool, spec.pool_frame)
 
 
+def test_a_folder_of_transformers_is_named_by_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "my tower's"
+    entry = {"name": f"hf:{folder}", "library": "transformers", "model": str(folder)}
+    spec = dataclasses.replace(SPEC, encoder="hf-my-tower-s")
+    for moved in ("", "/elsewhere"):
+        space = WantedSpace(spec, {"encoder": entry, "weights": moved or str(folder)})
+        words = shlex.split(
+            encode_command(CacheRoot(tmp_path / "c"), "demo", space, load("encoders"))
+        )
+        options = parse(EncodeOptions, words[3:], prog="x")
+        assert options.encoder == f"hf:{folder}" and options.weights == (moved or None)
+        assert (options.pool, options.frame_pool) == (spec.pool_image, spec.pool_frame)
+
+
 def test_an_encode_command_of_an_unknown_space_takes_the_last_one(tmp_path: Path) -> None:
     root = CacheRoot(tmp_path / "my cache")
     assert encode_command(root) == (

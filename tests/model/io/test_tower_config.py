@@ -111,6 +111,9 @@ def test_colours_that_are_not_normalised(tmp_path: Path) -> None:
         ({**CLIP, "hidden_size": 10**12}, "hidden_size 1000000000000"),
         ({**CLIP, "num_hidden_layers": True}, "num_hidden_layers True"),
         ({**CLIP, "image_size": [32, 64]}, "squares only"),
+        ({**CLIP, "layer_norm_eps": "x"}, "layer_norm_eps x"),
+        ({**CLIP, "num_attention_heads": 0}, "num_attention_heads 0"),
+        ({**CLIP, "intermediate_size": 10**9}, "intermediate_size 1000000000"),
         ({**CLIP, "num_channels": 4}, "images have 3"),
         (
             {**CLIP, "model_type": "dinov2_with_registers", "num_register_tokens": "4"},

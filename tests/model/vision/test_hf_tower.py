@@ -261,6 +261,14 @@ def test_random_weights_need_no_file_with_weights(tmp_path: Path) -> None:
     assert "no model.safetensors" in refused(folder)
 
 
+def test_colours_that_no_file_states_are_asked_for(tmp_path: Path) -> None:
+    folder = save_tower(tmp_path / "tower", transformers_tower("dinov2"))
+    (folder / "preprocessor_config.json").unlink()
+    assert "mean and std are unknown, since" in refused(folder)
+    colours = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    assert load(folder, **colours).spec("fp16").mean == (0.5, 0.5, 0.5)
+
+
 def test_an_entry_of_the_users_file_names_a_folder_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
