@@ -410,20 +410,21 @@ def write_llava(
 
 
 class LlamaCpp:
-    """What llama.cpp computes from an mmproj file (clip_graph_llava), in float32 with exact GELU.
+    """What llama.cpp computes from an mmproj file (clip_graph_llava), in float32.
 
     Args:
         path: of the file.
         cls_last: whether the class token is behind the patches, as in builds with issue 25814.
+        tanh: whether the tower's GELU is the tanh form, as in llama.cpp; exact if not.
     """
 
-    def __init__(self, path: Path, cls_last: bool = False) -> None:
+    def __init__(self, path: Path, cls_last: bool = False, tanh: bool = False) -> None:
         from gguf import GGUFReader
 
         reader = GGUFReader(path)
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
         self.tensors = {one.name: torch.tensor(one.data) for one in reader.tensors}
-        self.cls_last = cls_last
+        self.cls_last, self.approximate = cls_last, "tanh" if tanh else "none"
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of images: (B, 3, S, S) -> (B, N, D)."""
@@ -463,10 +464,11 @@ class LlamaCpp:
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self._linear(f"{name}.attn_out", y)
         y = self._linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", x))
-        exact = self.keys["clip.use_gelu"]
-        return x + self._linear(
-            f"{name}.ffn_down", F.gelu(y) if exact else y * (1.702 * y).sigmoid()
-        )
+        if self.keys["clip.use_gelu"]:
+            y = F.gelu(y, approximate=self.approximate)
+        else:
+            y = y * (1.702 * y).sigmoid()
+        return x + self._linear(f"{name}.ffn_down", y)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])

@@ -20,7 +20,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Dinov2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -46,6 +45,7 @@ from model.export.towers import ExportedTower, export_tower
 from model.inference import generation_mode
 from model.language.chat_template import prompt_ids
 from model.language.tokenizer import SPECIALS, byte_tokenizer, prepare_tokenizer, token_id
+from model.vision.config import encoder_config
 from model.vision.encoder import VisionEncoder, load_encoder
 from model.vlm import VLM, build_vlm
 from tests.support import tiny_clip
@@ -77,6 +77,8 @@ KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "linear",
         {"model": "tiny", "activation": "gelu", "blocks": (0,)},
     ),
+    "a clip of transformers": (Qwen2Config(**SIZES), "linear", {"hf": "clip", "blocks": (0,)}),
+    "a siglip of transformers": (Qwen2Config(**SIZES), "mlp", {"hf": "siglip", "blocks": (1, 0)}),
     "mistral": (MistralConfig(**SIZES, sliding_window=None, head_dim=32), "linear", CLIP),
 }
 
@@ -109,9 +111,15 @@ def build(folder: Path, config: Any, connector: str, changes: dict[str, Any]) ->
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "llm")
     trained_tokenizer().save_pretrained(folder / "llm")
-    entry = tiny_clip.entry(**changes)
-    weights = tiny_clip.write_weights(folder / "weights", entry.model)
-    eyes = load_encoder(entry, device="cpu", weights=str(weights))
+    changes = dict(changes)
+    if kind := changes.pop("hf", ""):
+        tower = tiny_clip.save_tower(folder / "tower", tiny_clip.transformers_tower(kind))
+        entry = encoder_config(f"hf:{tower}", compute_dtype="float32", **changes)
+        eyes = load_encoder(entry, device="cpu")
+    else:
+        entry = tiny_clip.entry(**changes)
+        weights = tiny_clip.write_weights(folder / "weights", entry.model)
+        eyes = load_encoder(entry, device="cpu", weights=str(weights))
     vlm, tokenizer = build_vlm(eyes.spec("fp16").width, str(folder / "llm"), connector, seed=0)
     generator = torch.Generator().manual_seed(2)
     for p in vlm.parameters():
@@ -141,25 +149,26 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_tower_and_projector_give_the_trained_embeddings(written: tuple[Any, ...]) -> None:
     """From pixels to the width of the language model."""
     _, path, vlm, _, eyes = written
-    pixels = tiny_clip.noise(3, tiny_clip.SIDE)
+    pixels = tiny_clip.noise(3, eyes.spec("fp16").image_size)
+    tanh = eyes.tower.activation == "gelu_tanh"  # otherwise exact, which llama.cpp approximates
     with torch.inference_mode():
         expected = vlm.connector(torch.as_tensor(eyes.encode(pixels)).float())
-        found = tiny_clip.LlamaCpp(path)(eyes.normalize(pixels))
+        found = tiny_clip.LlamaCpp(path, tanh=tanh)(eyes.normalize(pixels))
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_the_projector_in_numpy(written: tuple[Any, ...]) -> None:
     """fp32: within 1e-5, also for values near 0."""
-    _, path, vlm, _, _ = written
+    _, path, vlm, _, eyes = written
     file = {one.name: one.data for one in GGUFReader(path).tensors if one.name.startswith("mm.")}
     assert set(file) == {"mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"}
     assert all(value.dtype == np.float32 for value in file.values())
-    layers = 1 + (file["mm.0.weight"].shape[1] > tiny_clip.WIDTH)
-    if layers > 1:
-        return  # the order of several blocks is in the test of the tower
+    width = file["mm.0.weight"].shape[1]
+    if len(eyes.config.blocks) > 1:
+        return  # their order is in the test of the tower
     erf = np.vectorize(math.erf)
     for size in (0.01, 1.0, 30.0):
-        features = np.random.default_rng(0).normal(size=(20, tiny_clip.WIDTH)).astype(np.float32)
+        features = np.random.default_rng(0).normal(size=(20, width)).astype(np.float32)
         features *= np.float32(size)
         hidden = features @ file["mm.0.weight"].T + file["mm.0.bias"]
         gelu = (hidden * 0.5 * (1 + erf(hidden / math.sqrt(2)))).astype(np.float32)
@@ -174,7 +183,7 @@ def test_keys_of_the_projector(written: tuple[Any, ...]) -> None:
     keys = values(path)
     assert keys["general.architecture"] == "clip" and keys["general.type"] == "mmproj"
     assert keys["clip.projector_type"] == "mlp" and keys["clip.has_vision_encoder"] is True
-    assert keys["clip.vision.image_size"] == tiny_clip.SIDE
+    assert keys["clip.vision.image_size"] == eyes.spec("fp16").image_size
     assert keys["clip.vision.projection_dim"] == vlm.language.config.hidden_size
     np.testing.assert_allclose(keys["clip.vision.image_mean"], eyes.config.mean, atol=1e-7)
     np.testing.assert_allclose(keys["clip.vision.image_std"], eyes.config.std, atol=1e-7)
@@ -239,7 +248,7 @@ def test_the_tokenizer(written: tuple[Any, ...]) -> None:
 
 
 def test_transformers_tokenizes_with_it(written: tuple[Any, ...]) -> None:
-    """Its reader of GGUF knows Llama 3's and GPT-2's cuts only, which are Qwen's for these texts."""
+    """Its reader of GGUF has Llama 3's and GPT-2's cuts only, which are Qwen's for these texts."""
     path, _, _, own, _ = written
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in ("What is this?", " a cup of coffee  beside", "spoon. user assistant", "x<think>y"):
@@ -317,11 +326,12 @@ def test_a_language_model_that_is_not_written_is_refused(
     assert "\n" not in str(caught.value) and "--gguf" in str(caught.value)
 
 
-def test_a_tower_that_is_not_clip_is_refused(model: tuple[Any, ...]) -> None:
+def test_a_tower_that_is_not_clip_is_refused(model: tuple[Any, ...], tmp_path: Path) -> None:
     tower: ExportedTower = model[3]
-    other: Any = dataclasses.replace(tower, config=Dinov2Config())  # type: ignore[arg-type]
+    folder = tiny_clip.save_tower(tmp_path / "tower", tiny_clip.transformers_tower("dinov2"))
+    other = load_encoder(encoder_config(f"hf:{folder}"), device="cpu")
     with pytest.raises(UserError, match=r"Dinov2: llama\.cpp's LLaVA computes CLIP and SigLIP"):
-        tower_tensors(other)
+        tower_tensors(export_tower(other))
     config = type(tower.config)(**{**tower.config.to_dict(), "intermediate_size": tiny_clip.WIDTH})
     with pytest.raises(UserError, match="would exchange its two matrices"):
         tower_tensors(dataclasses.replace(tower, config=config))
@@ -389,7 +399,12 @@ def test_images_that_llama_cpp_prepares_otherwise() -> None:
     grey = dataclasses.replace(spec, mean=(0.5, 0.5, 0.5))
     assert "padded with (127, 127, 127): pad and resize them to 32 x 32" in image_note(grey)
     squash = dataclasses.replace(spec, fit="squash")
-    assert "resize them to 32 x 32 before you give them to it" in image_note(squash)
+    assert (
+        "regard to their aspect ratio: resize them to 32 x 32 before you give them to it"
+        in image_note(squash)
+    )
+    middle = image_note(dataclasses.replace(spec, fit="crop"))
+    assert "until the shorter side has 32 pixels, and cut out 32 x 32, before" in middle
 
 
 @pytest.mark.slow
