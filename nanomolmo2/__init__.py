@@ -8,7 +8,7 @@
     for batch in DataLoader(data, 64, num_workers=4, collate_fn=data.collate):
         features, messages = batch.features(device), batch.messages
 
-    opened     open, Cache: features by path, URL or key; numpy only          opened.py, clip.py, source.py
+    opened     open, Cache: features by path, URL or key; numpy only          opened.py, clip.py, ...
     dataset    the samples of a split as a torch Dataset; batches             dataset.py, batch.py
     unpack     stored rows to features in torch, on any device                unpack.py
     codec      zarr-python reads int8 and int4 arrays by it                   codec.py
