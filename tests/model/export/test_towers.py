@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from configs import UserError
 from model.export.towers import export_tower
+from model.language.loading import quiet
 from model.vision.config import encoder_config
 from model.vision.encoder import load_encoder
 from tests.support import tiny_clip
@@ -60,6 +61,22 @@ def test_a_tower_of_transformers_is_exported_whole(kind: str, tmp_path: Path) ->
     assert tower.layers == -tiny_clip.DEPTH and tower.config.num_hidden_layers == tiny_clip.DEPTH
     assert tower.select == ("full" if kind == "siglip" else "default")
     assert tower.registers == {"dinov2-registers": 3, "dinov3": 2}.get(kind, 0)
+
+
+def test_random_weights_of_a_folder_are_exported_whole(tmp_path: Path) -> None:
+    model = tiny_clip.transformers_tower("dinov2")
+    folder = tiny_clip.save_tower(tmp_path / "tower", model)
+    (folder / "model.safetensors").unlink()
+    config = encoder_config(f"hf:{folder}", blocks=(1,), compute_dtype="float32")
+    eyes = load_encoder(config, device="cpu", random_weights=True)
+    tower = export_tower(eyes)
+    with quiet():
+        made = type(model).from_pretrained(None, config=tower.config, state_dict=tower.tensors)
+    pixels = tiny_clip.noise(3, tiny_clip.SIDE)
+    with torch.inference_mode():
+        given = eyes.normalize(pixels)
+        hidden = made.eval()(given, output_hidden_states=True).hidden_states[tower.layers]
+    np.testing.assert_allclose(hidden[:, 1:], eyes.encode(pixels), atol=2e-5)
 
 
 def test_what_no_feature_depends_on_may_be_missing(tmp_path: Path) -> None:

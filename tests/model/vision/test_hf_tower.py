@@ -151,6 +151,26 @@ def test_the_tower_of_a_whole_clip_or_siglip_is_that_tower(
     assert load(folder).spec("fp16").fingerprint == load(alone).spec("fp16").fingerprint
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("dinov2", "Dinov2ForImageClassification"),
+        ("dinov2-registers", "Dinov2WithRegistersForImageClassification"),
+        ("dinov3", "DINOv3ViTBackbone"),
+        ("clip", "CLIPVisionModelWithProjection"),
+    ],
+)
+def test_the_tower_in_a_classifier_or_a_backbone_is_that_tower(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    model = getattr(transformers, name)(transformers_tower(kind).config).eval()
+    encoder = load(save_tower(tmp_path / "tower", model), blocks=(1,))
+    pixels = noise(2, SIDE)
+    states = hidden_states(model, encoder, pixels)
+    wanted = states[2][:, FIRST[kind] :]
+    torch.testing.assert_close(encoder.encode(pixels), wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2-registers", "dinov3"])
 def test_dino_takes_other_sizes_as_transformers_does(kind: str, tmp_path: Path) -> None:
     model = transformers_tower(kind)
