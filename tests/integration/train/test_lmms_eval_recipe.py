@@ -60,25 +60,29 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluatio
     return folder / "run", evaluate.evaluate(asked)
 
 
-def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPE / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def functions(task: Path) -> ModuleType:
-    """Import the utils.py of a task, as lmms-eval does."""
-    found = importlib.util.spec_from_file_location("utils", task / "utils.py")
+def load(path: Path) -> ModuleType:
+    """Import a file of the recipe, as lmms-eval imports the functions of a task."""
+    found = importlib.util.spec_from_file_location(path.stem, path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
 
 
+def make_task(folder: Path, out: Path) -> ModuleType:
+    """Write the task of a run; return its functions."""
+    load(RECIPE / "make_task.py").main(str(folder), "test", out)
+    return load(out / "utils.py")
+
+
 def test_the_task_has_every_question_that_can_be_asked(
     evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
     folder, result = evaluated
-    done = script("make_task.py", folder, "test", tmp_path / "task")
+    words = [str(RECIPE / "make_task.py"), str(folder), "test", str(tmp_path / "task")]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "task" / "nanomolmo2.yaml").read_text()
     settings = yaml.safe_load(text.replace("!function ", ""))
@@ -89,7 +93,7 @@ def test_the_task_has_every_question_that_can_be_asked(
     assert [doc["id"] for doc in docs] == possible and len(possible) < len(by_name)
     assert f"{len(docs)} questions, {len(by_name) - len(docs)} left out" in done.stdout
 
-    task = functions(tmp_path / "task")
+    task = load(tmp_path / "task" / "utils.py")
     for doc in docs:
         answer = by_name[doc["id"]]
         shown = task.images(doc)
@@ -108,8 +112,7 @@ def test_the_task_has_every_question_that_can_be_asked(
 def test_turns_and_images_are_in_their_places(
     evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
-    assert script("make_task.py", evaluated[0], "test", tmp_path / "task").returncode == 0
-    task = functions(tmp_path / "task")
+    task = make_task(evaluated[0], tmp_path / "task")
     docs = map(json.loads, (tmp_path / "task" / "questions.jsonl").read_text().splitlines())
     shown = {}
     for doc in docs:
@@ -131,12 +134,15 @@ def test_turns_and_images_are_in_their_places(
     }
 
 
-def test_an_empty_answer_is_an_error(evaluated: tuple[Path, Evaluation], tmp_path: Path) -> None:
+def test_an_empty_answer_is_an_error(
+    evaluated: tuple[Path, Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, result = evaluated
     task, logs = tmp_path / "task", tmp_path / "logs"
-    assert script("make_task.py", folder, "test", task).returncode == 0
+    make_task(folder, task)
     logs.mkdir()
-    assert script("compare.py", folder, "test", task, logs).returncode == 1, "nothing is logged"
+    compare = load(RECIPE / "compare.py")
+    assert compare.main(str(folder), "test", task, logs) == 1, "nothing is logged"
     lines = map(json.loads, (task / "questions.jsonl").read_text().splitlines())
     given = {answer.sample: answer.given for answer in result.answers}
     answers = [given[line["id"]] for line in lines]
@@ -147,8 +153,8 @@ def test_an_empty_answer_is_an_error(evaluated: tuple[Path, Evaluation], tmp_pat
         log = logs / "exported" / "20261126_124518_samples_nanomolmo2.jsonl"
         logged = [{"doc_id": n, "filtered_resps": text} for n, text in enumerate(answers)]
         log.write_text("".join(json.dumps(one) + "\n" for one in reversed(logged)))
-        done = script("compare.py", folder, "test", task, logs)
-        return done.returncode, done.stdout
+        capsys.readouterr()
+        return compare.main(str(folder), "test", task, logs), capsys.readouterr().out
 
     code, text = compared(answers)
     assert code == 0 and f"{total} of {total} answers equal, 0 missing or empty" in text
