@@ -167,9 +167,9 @@ def _mean(found: Sequence[Score], drawn: Floats) -> Score | None:
     ends = interval(means[:, 0]) if several else None
     blind = [one.blind for one in found if one.blind is not None]
     if len(blind) < len(found):
-        return Score(name="mean", value=value, interval=ends)
+        return Score(name="mean of types", value=value, interval=ends)
     return Score(
-        name="mean",
+        name="mean of types",
         value=value,
         interval=ends,
         blind=float(np.mean(blind)),
