@@ -6,12 +6,15 @@ python -m tests.benchmarks.store --rows 40 --rounds 3
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache.store.paths import CacheRoot
-from tests.benchmarks import scale, store
+from tests.benchmarks import loaders, scale, store
+from tests.benchmarks.bench import Requirements
 from tests.benchmarks.peers import stores
 
 
@@ -75,3 +78,30 @@ def test_the_scale_benchmark_finds_its_keys(tmp_path: Path) -> None:
     scale.add(root, rows)
     assert scale.open_space(root, rows)["seconds"] > 0
     assert scale.schedule(root, 1000)["random_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_loaders_benchmark_measures_ours_and_skips_what_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(loaders.CLIP, image_size=56, pool_frame=1, width=64)  # 16 tokens
+    monkeypatch.setattr(loaders, "CLIP", small)
+    monkeypatch.setattr(loaders.peers.Lance, "module", "no_such_library")
+    monkeypatch.setattr(loaders, "PEERS", (loaders.peers.Lance,))
+    requirements = Requirements("loaders")
+    options = loaders.Options(rows=70, rounds=2, batches=4, workers=1, folder=tmp_path)
+    loaders.measure(options, tmp_path, requirements)
+    out = capsys.readouterr().out
+    assert "Lance: skipped: no_such_library is not installed" in out.splitlines()
+    assert requirements.total == 2
+    assert out.count(" samples/s ") == 3
+
+
+def test_the_loaders_benchmark_gives_each_library_the_same_batches(tmp_path: Path) -> None:
+    """Ours; the others are in the `[bench]` extra."""
+    pytest.importorskip("datasets")
+    options = loaders.Options(rows=66)
+    made = loaders.make_peer(loaders.peers.HuggingFace, tmp_path, options)
+    codes, conversations = made.__getitems__([5, 0])
+    np.testing.assert_array_equal(codes[0].numpy(), loaders.row_of(5))
+    assert conversations[1][0]["content"] == loaders.text_of(0)[0]

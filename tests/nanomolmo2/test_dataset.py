@@ -113,6 +113,33 @@ def test_the_samples_are_those_of_training(
         assert times.tolist() == expected.tolist()
 
 
+def test_memory_is_used_again_only_when_nothing_refers_to_it(
+    cache: nm.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanomolmo2.dataset.LEAST_REUSED", 1)
+    data = cache.dataset("d", held_out=0.0)
+    film = data.ids.index("d/both")
+    row = data[film].codes[0].copy()
+
+    def held(batch: nm.Batch) -> list[Any]:
+        """Parts of a batch that share its memory, of each kind that a user may keep."""
+        codes = batch.codes["image"]
+        return [codes, codes[:1], codes.numpy()[:1], batch[0].codes[0], codes.view(torch.int8)]
+
+    for kept in range(5):
+        part = held(data.__getitems__([film]))[kept]
+        for other in range(len(data)):
+            data[other]
+        first = part[:1] if isinstance(part, np.ndarray) else part.numpy()[:1]
+        np.testing.assert_array_equal(first.view(np.uint8), row)
+
+    batch = data.__getitems__([film])
+    places = {rows.data_ptr() for rows in batch.codes.values()}
+    del batch, part, first
+    batch = data.__getitems__([film])
+    assert places & {rows.data_ptr() for rows in batch.codes.values()}
+
+
 def test_text_and_tasks_are_there_without_reading_features(
     cache: nm.Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

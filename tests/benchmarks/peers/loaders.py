@@ -27,6 +27,8 @@ class Peer(Dataset[Any]):
     """A data set of rows and conversations. It opens its files again in each process."""
 
     name: ClassVar[str]
+    module: ClassVar[str]
+    """What is imported."""
     start: ClassVar[str] = "fork"
     """How a DataLoader may start workers."""
 
@@ -45,10 +47,6 @@ class Peer(Dataset[Any]):
     def take(self, indices: Sequence[int]) -> pa.Table:
         """Return the columns `row` and `text` of some samples."""
         raise NotImplementedError
-
-    def __len__(self) -> int:
-        self.opened = self.opened or self.open()
-        return len(self.opened)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         self.opened = self.opened or self.open()
@@ -86,6 +84,7 @@ class Lance(Peer):
     """Lance: `take` of the rows of a batch. Its threads do not survive a fork, so workers are spawned."""
 
     name = "Lance"
+    module = "lance"
     start = "spawn"
 
     def write(self, row: Row, texts: Sequence[str]) -> None:
@@ -99,10 +98,6 @@ class Lance(Peer):
 
         return lance.dataset(str(self.folder))
 
-    def __len__(self) -> int:
-        self.opened = self.opened or self.open()
-        return int(self.opened.count_rows())
-
     def take(self, indices: Sequence[int]) -> pa.Table:
         return self.opened.take(list(indices))
 
@@ -110,7 +105,7 @@ class Lance(Peer):
 class HuggingFace(Peer):
     """`datasets`: mapped Arrow files, rows by number in its format `arrow`, the fastest that it has."""
 
-    name = "datasets"
+    name = module = "datasets"
 
     def write(self, row: Row, texts: Sequence[str]) -> None:
         import datasets
