@@ -22,12 +22,7 @@ for start in range(0, len(questions), 32):
     some = questions[start : start + 32]
     texts = [
         processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": one["question"]}],
-                }
-            ],
+            [{"role": "user", "content": f"<image>\n{one['question']}"}],  # as in training
             add_generation_prompt=True,
         )
         for one in some
