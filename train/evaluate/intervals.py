@@ -62,9 +62,10 @@ def _per_cluster(values: Floats, clusters: npt.NDArray[np.int64], count: int) ->
 
 
 def interval(drawn: Floats) -> Interval | None:
-    """Return the ends of the 95 % interval; None if the draws do not have the column."""
+    """Return the ends of the 95 % interval; None if the draws lack the column, or are all equal."""
     known = drawn[~np.isnan(drawn)]
-    if not len(known):
+    # Equal draws come of equal questions, and do not show how far the mean could be off.
+    if not len(known) or np.ptp(known) == 0:
         return None
     low, high = np.percentile(known, ENDS)
     return float(low), float(high)

@@ -71,6 +71,14 @@ def test_a_metric_of_several_scores_has_them_all_and_the_first_is_in_the_mean() 
     assert mean is not None and mean.value == 0.5
 
 
+def test_equal_questions_give_no_interval_of_a_mean() -> None:
+    answers = [answer(task, 1.0, 1.0, item=str(n)) for n in range(30) for task in ("a", "b")]
+    tasks, mean = summarize(answers)
+    assert [t.scores[0].interval for t in tasks] == [(0.9, 1.0)] * 2
+    assert [t.scores[0].gain_interval for t in tasks] == [(-0.1, 0.1)] * 2
+    assert mean is not None and mean.interval is mean.gain_interval is None
+
+
 def test_the_interval_of_a_difference_is_paired() -> None:
     """Seeing and blind rise and fall together, so their difference varies less than each of them."""
     answers = [
