@@ -163,7 +163,7 @@ def _write_compared(
         f"compared  {found.prompts} prompts: logits within {found.logits:.1e}, {found.tokens} greedy tokens "
         f"equal; the codec {spec.codec} of the cache changes logits by up to {found.rounded:.1e}"
     )
-    text = model_card(name, meta, spec, tower, card, found, gguf=pair)
+    text = model_card(name, meta, spec, tower, card, found, gguf=pair, as_text=as_text)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return found
 

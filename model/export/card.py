@@ -23,6 +23,7 @@ from model.export.compare import NEW_TOKENS, Comparison
 from model.export.folder import CODE, has_own_class, model_class
 from model.export.mmproj import image_note, tower_note
 from model.export.towers import NESTED, ExportedTower
+from model.language.folder_template import FOLDER_TEMPLATE
 
 CARD = "card.json"
 OVERRIDES = '{"projector_hidden_act":"torch.nn.modules.linear.Identity"}'
@@ -101,6 +102,7 @@ def model_card(
     found: Comparison,
     *,
     gguf: str = "",
+    as_text: bool = False,
 ) -> str:
     """Return the text of README.md (Markdown).
 
@@ -112,6 +114,7 @@ def model_card(
         card: from `find_card`.
         found: how the folder compares with the trained model.
         gguf: name of llama.cpp's file of the language model; '' if there is none.
+        as_text: whether the chat template, of an imported folder, takes content as text only.
     """
     llm = str(meta["llm"])
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", llm) and not Path(llm).exists()
@@ -123,6 +126,8 @@ def model_card(
         name=one_line(name),
         base_model=llm if is_id else "",
         meta=meta,
+        as_text=as_text,
+        imported=meta.get("template") == FOLDER_TEMPLATE,
         spec=spec,
         tower=spec.architecture.partition(":")[2],
         layers=tower.layers,

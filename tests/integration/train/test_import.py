@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,23 @@ def test_another_tower_is_refused_with_the_command_that_encodes(
         run.main([*train, "--space", "hf-other"])
     named = str(caught.value).rpartition("--space ")[2]
     assert run.main([*train, "--space", named]) == 0
+
+
+def test_the_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a template that takes text only, too."""
+    monkeypatch.chdir(tmp_path)
+    tiny_clip.write_llava(Path("llava"), "llama3")
+    for number, path in enumerate(photographs(Path("pictures"))):
+        path.with_suffix(".txt").write_text(f"a cat and {number} dogs")
+    words = ["--dataset", "photos=folder:pictures", "--encoder", "hf:llava", "--codec", "fp16"]
+    assert encode_run.main([*words, "--device", "cpu"]) == 0
+    assert run.main([*BASE, *STILL, "--from", "llava", "--run", "one"]) == 0
+    assert export(["--run", "one", "--out", "exported"]) == 0
+    Image.new("RGB", (40, 30), "red").save("exported/cat.jpg")
+    code = Path("exported/README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir("exported")
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the card leaves a file open
+        exec(code, {"print": said.append})
+    assert len(said) == 1 and "<image>" not in said[0]
