@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from model.language.tokenizer import IMAGE_TOKEN, image_token, prepare_tokenizer
 from model.media.images import resize_text
 from model.vlm import VLM
 
+log = logging.getLogger(__name__)
+
 
 def load(folder: Path) -> tuple[VLM, PreTrainedTokenizerFast]:
     """Return the model of a folder, without its vision tower, and its tokenizer.
@@ -56,7 +59,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: see `LlavaFolder.load`.
     """
-    return with_own_template(open_llava(folder).check())
+    tokenizer = with_own_template(open_llava(folder).check())
+    template = attached(tokenizer)
+    if template is not None and template.end_token() is None:
+        log.warning(
+            "%s: its chat template writes no control token behind an answer, so training does not teach the "
+            "model where an answer ends",
+            folder,
+        )
+    return tokenizer
 
 
 def with_own_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -208,6 +208,18 @@ def test_a_folder_and_a_run_of_one_name(here: Path, caplog: Any) -> None:
     assert find_origin("runs/llava/stage1/final").kind == "final"
 
 
+def test_a_template_without_an_end_is_said(here: Path, caplog: Any) -> None:
+    """As that of LLaVA-1.5."""
+    find_origin("llava").tokenizer()
+    assert not caplog.messages
+    text = tiny_clip.TEMPLATES["chatml"].replace("+ '<|im_end|>' +", "+")
+    (here / "llava/chat_template.jinja").write_text(text)
+    find_origin("llava").tokenizer()
+    assert caplog.messages[0].startswith(
+        "llava: its chat template writes no control token behind an"
+    )
+
+
 def test_a_run_keeps_what_its_card_needs(here: Path) -> None:
     stage = train("llava", CacheRoot(here / "cache"), Path("runs/one"), steps=1)
     card = json.loads((stage / "card.json").read_text())
