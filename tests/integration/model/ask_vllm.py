@@ -2,8 +2,9 @@
 
 python ask_vllm.py request.json answers.json
 
-The request has `model` (folder), `overrides` (of its config), `tokens` (of an answer) and `questions`, a list
-of `text` and `image` (path). An answer has `prompt` and `answer`, both lists of tokens, and `text`.
+The request has `model` (folder), `overrides` (of its config), `implementation` (vLLM's model_impl), `tokens`
+(of an answer) and `questions`, a list of `text` and `image` (path). An answer has `prompt` and `answer`, both
+lists of tokens, and `text`.
 """
 
 import json
@@ -24,6 +25,7 @@ def main() -> None:
         max_model_len=256,
         max_num_seqs=2,
         hf_overrides=request["overrides"],
+        model_impl=request["implementation"],
     )
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"])
     result = []

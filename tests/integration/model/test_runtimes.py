@@ -231,9 +231,12 @@ def test_transformers_answers_the_same(trained: Trained) -> None:
 def test_vllm_answers_the_same(trained: Trained) -> None:
     """`model.chat` with photographs of any shape: the template, tokens and greedy answers of training."""
     config = json.loads((trained.folder / "model/config.json").read_text())
+    several = isinstance(config["vision_feature_layer"], list)
+    linear = config["projector_hidden_act"] == "linear"
     request = {
         "model": str(trained.folder / "model"),
-        "overrides": json.loads(OVERRIDES) if config["projector_hidden_act"] == "linear" else {},
+        "overrides": json.loads(OVERRIDES) if linear and not several else {},
+        "implementation": "transformers" if several else "auto",
         "tokens": NEW_TOKENS,
         "questions": [
             {"text": QUESTION, "image": str(trained.folder / f"{name}.png")} for name in ANSWERS

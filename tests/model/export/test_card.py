@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,10 @@ def test_only_a_linear_connector_needs_overrides(tower: tuple[ExportedTower, Fea
     assert line in card_of(tower, {})
     mlp = card_of(tower, {}, connector="mlp")
     assert "hf-overrides" not in mlp and "vllm serve .\n" in mlp
+    several = dataclasses.replace(tower[0], layers=[-1, -3])
+    for connector in ("linear", "mlp"):
+        card = card_of((several, tower[1]), {}, connector=connector)
+        assert "vllm serve . --model-impl transformers\n" in card and "hf-overrides" not in card
     assert json.loads(OVERRIDES) == {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
 
 
