@@ -8,7 +8,7 @@ The same rows and conversations in each. Samples are drawn at random, 64 a batch
 copied once into one buffer, as they would be copied to a GPU. Loaders take turns, in an order that is
 reversed every second round. A turn starts a loader, takes what it has read ahead, and times the batches after
 those; a rate is samples per second, a ratio the median over rounds of the ratio within a round. Ours compares
-every row with its checksum, the others have none.
+every row with its checksum, the others have none. Lance's workers may abort when they end, after their turn.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def measure(options: Options, folder: Path, requirements: Requirements) -> None:
     for number in range(options.rounds):
         for name in list(loaders)[:: -1 if number % 2 else 1]:
             taken[name].append(steady(loaders[name], options.batches))
+        print(f"round {number + 1} of {options.rounds}", flush=True)
     samples = options.batches * BATCH
     for name, turns in taken.items():
         rates = sorted(samples / turn.wall_s for turn in turns)
@@ -162,10 +163,10 @@ def steady(loader: Batches, batches: int) -> Taken:
     target = torch.zeros((BATCH, CLIP.row_bytes("image")), dtype=torch.uint8)  # its pages exist
     with loader() as iterator:
         for rows in itertools.islice(iterator, WARM_UP):
-            target.copy_(rows)
+            target[: len(rows)].copy_(rows)  # a trainer's batch has each row once
         started, processor = time.perf_counter(), cpu_seconds()
         for rows in itertools.islice(iterator, batches):
-            target.copy_(rows)
+            target[: len(rows)].copy_(rows)
         return Taken(time.perf_counter() - started, cpu_seconds() - processor)
 
 
