@@ -51,7 +51,7 @@ def collator(tokenizer):
 
     def collated(samples):
         batch, ids, weights = collate(tokenizer, samples)
-        # Trainer knows labels, not weights: every learned token counts as one.
+        # Trainer has labels, not weights: every learned token counts as one.
         return {"batch": batch, "ids": ids, "labels": ids.masked_fill(weights <= 0, -100)}
 
     return collated
