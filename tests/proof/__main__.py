@@ -25,7 +25,7 @@ from cache.errors import CacheError
 from configs.console import table_text
 from tests.proof import compare, crashes, outside, report, training
 from tests.proof.prepare import prepare
-from tests.proof.work import HERE, Line, Work
+from tests.proof.work import HERE, Line, Work, as_json
 
 PROG = "python -m tests.proof"
 
@@ -77,7 +77,12 @@ def merged(values: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, An
 def prove(work: Work, options: Options) -> list[Line]:
     """Take every step that is not done, and return the lines of all."""
     steps = [work.step("prepare", lambda: prepare(work, options.downloads))]
+    is_later_call = (work.folder / "encode.json").exists()
     encoded = work.step("encode", lambda: training.encode(work))
+    if is_later_call:
+        new = training.encode(work)["encoded"]
+        line = Line("a later call: drawings encoded again", f"encoded={new}", "0", new == 0)
+        steps.append({"lines": [as_json(line)]})
     space = encoded["space"]
     same = work.step("reference", lambda: compare.reference_losses(work, space))
     losses = same["losses"]
