@@ -156,6 +156,18 @@ def test_a_step_runs_once_and_another_recipe_is_refused(tmp_path: Path) -> None:
         Work(tmp_path, {"a": 2})
 
 
+def test_a_command_that_fails_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = Work(tmp_path, {})
+    with pytest.raises(UserError, match=r"exit code 2: python -m cache\.ls --features \S+nothing;"):
+        work.run("cache.ls", {"features": tmp_path / "nothing"})
+    assert "error:" in capsys.readouterr().out  # the command's own message, passed on
+    done = work.run("cache.ls", {"features": tmp_path / "nothing"}, codes=(2,))
+    assert done.code == 2
+    assert done.found(r"(no cache)") == "no cache"
+
+
 def test_steps_are_read_while_a_training_runs(tmp_path: Path) -> None:
     assert metrics(tmp_path) == []
     lines = ['{"step": 1, "loss": 3.0}', '{"held_out": 1}', '{"step": 2, "lo']

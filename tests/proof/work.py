@@ -96,7 +96,7 @@ class Work:
         """Run one of our commands to its end and return its output.
 
         Raises:
-            AssertionError: its exit code is none of `codes`.
+            UserError: its exit code is none of `codes`.
         """
         words = command_words(module, flags)
         print(f"\n$ {shlex.join(['python', *words])}", flush=True)
@@ -108,7 +108,11 @@ class Work:
                 print("  " + line, end="", flush=True)
                 lines.append(line.rstrip("\n"))
         done = Done(lines, time.monotonic() - begun, process.returncode)
-        assert done.code in codes, f"python {shlex.join(words)}: exit code {done.code}"
+        if done.code not in codes:
+            raise UserError(
+                f"the command above ended with exit code {done.code}: python {shlex.join(words[1:])}; once "
+                "its cause is removed, run the proof again: it goes on here"
+            )
         return done
 
     def kill(
