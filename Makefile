@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo quick test soak lint proof proof-quick
+.PHONY: venv demo quick test soak lint proof proof-quick gpu
 
 venv: $(STAMP)
 
@@ -46,3 +46,8 @@ proof-quick: .venv/.proof
 .venv/.proof: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[proof]'
 	touch $@
+
+# Every CUDA path against the CPU, then its speed: docs/BENCHMARKS.md. In the environment that has torch for
+# the GPU, which is rarely .venv: make gpu PYTHON=/path/to/python3.
+gpu:
+	$(PYTHON) -m tests.gpu

@@ -1,7 +1,7 @@
 """List sentences that readers stumble over: a help for writers, not a check.
 
-python -m tests.wording            # file:line, the words, the line
-python -m tests.wording cache      # one folder
+python -m tests.docs.wording            # file:line, the words, the line
+python -m tests.docs.wording cache      # one folder
 
 The patterns are habits that were removed once: metaphors, people's verbs for programs, docstrings that need
 the one above them. Not every hit is wrong.
