@@ -99,7 +99,11 @@ def place(
             Scene(name="busy", words=[*words, "--run", "busy"]),
             Scene(name="drift", words=[*words, "--run", "drift"], drifting=True),
             Scene(name="inspect", words=[*words, "--run", "inspect", "--inspect"]),
-            Scene(name="damaged", words=[*WORDS, "--features", str(damaged.path)], final=True),
+            Scene(
+                name="damaged",
+                words=[*WORDS, "--held-out", "0", "--features", str(damaged.path)],
+                final=True,
+            ),
         ]
         scene_file = place / "scenes.json"
         scene_file.write_text(json.dumps([asdict(scene) for scene in scenes]))

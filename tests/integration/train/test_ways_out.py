@@ -221,7 +221,7 @@ def interrupted(train: Any, number: int = signal.SIGINT, at: int = 3) -> tuple[i
     def press(log: metrics.RunLog, record: metrics.StepRecord) -> None:
         step(log, record)
         if record.step == at:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.RunLog, "step", press)
@@ -248,8 +248,8 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_as_if_there_had_been_no
 
 def test_a_second_ctrl_c_ends_at_once(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(10)
 
     monkeypatch.setattr(run, "set_rates", twice)
@@ -265,7 +265,7 @@ def test_a_second_ctrl_c_ends_at_once(train: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_signal_before_the_first_step_leaves_no_run(
     train: Any, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(run, "describe", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(run, "describe", lambda *_: signal.raise_signal(number))
     code, _ = train()
     assert code == 128 + number
     assert not STAGE.parent.exists()
