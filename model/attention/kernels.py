@@ -135,12 +135,14 @@ def cuda_kernel() -> Kernel | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # an older torch
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:  # an older torch, whose causal triangle is another
         return None
 
     def torch_kernel(q: Tensor, k: Tensor, *rest: Any, scale: float) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, *rest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)
+        # torch 2.11 shares key heads without being asked, and has no such argument.
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in known else {}
+        out = varlen_attn(q, k, *rest, scale=scale, window_size=(-1, 0), **grouped)
         assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
         return out
 

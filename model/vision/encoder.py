@@ -136,7 +136,9 @@ class VisionEncoder:
     def _forward(self, batch: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Run the tower: (B, S, S, 3) uint8 -> (B, N, V) float32."""
         x = self.normalize(batch).to(self.dtype)
-        return torch.cat([block.float() for block in self._tower(x)], dim=-1)
+        # By default cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return torch.cat([block.float() for block in self._tower(x)], dim=-1)
 
 
 def load_encoder(

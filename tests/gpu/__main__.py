@@ -29,7 +29,7 @@ from tests.gpu.train_speed import measure_training
 from tests.gpu.training import check_training
 
 PROG = "python -m tests.gpu"
-PARTS = ("encoding", "attention", "training", "encode-speed", "train-memory", "train-speed")
+PARTS = ("encoding", "attention", "training", "train-memory", "encode-speed", "train-speed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Options:
     cpu: bool = False
     """Run the same code, tiny, on the CPU."""
     only: str = ""
-    """Parts to run, separated by commas: encoding, attention, training, encode-speed,
-    train-memory, train-speed."""
+    """Parts to run, separated by commas: encoding, attention, training, train-memory,
+    encode-speed, train-speed."""
     folder: Path | None = None
     """Where caches and runs are made, and removed afterwards; the system's temporary folder by default."""
 
@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_attention(lines, scale)
         if "training" in options.parts:
             check_training(lines, scale, folder / "training")
-        if "encode-speed" in options.parts:
-            measure_encoding(lines, scale, folder / "encode-speed")
-        if "train-memory" in options.parts:
+        if "train-memory" in options.parts:  # before an encoder takes memory
             with lines.part("train: memory"):
                 measure_memory(lines, scale, folder / "train-memory")
+        if "encode-speed" in options.parts:
+            measure_encoding(lines, scale, folder / "encode-speed")
         if "train-speed" in options.parts:
             steps = measure_training(lines, scale, folder / "train-speed")
     print(f"\n{lines.table(scale.device)}\n\n{steps}\n")

@@ -5,8 +5,10 @@ A tree is a beginning and branches that see it, but not each other (model/attent
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,20 +100,23 @@ def flex(units: Tensor, device: torch.device, factor: float) -> Attention:
     """Return attention by torch's compiled flex_attention. The model does not use it; it is measured here."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    tokens = int(units[-1, 1])
-    layout = packed_layout(units, tokens)
-    own, prefix = layout.own.to(device), layout.prefix.to(device)
+    @functools.cache
+    def prepared() -> tuple[Any, Any]:  # at the first call, inside of the part that a failure ends
+        tokens = int(units[-1, 1])
+        layout = packed_layout(units, tokens)
+        own, prefix = layout.own.to(device), layout.prefix.to(device)
 
-    def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        inside = (key >= own[query]) & (key <= query)
-        return inside | ((key >= prefix[query, 0]) & (key < prefix[query, 1]))
+        def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            inside = (key >= own[query]) & (key <= query)
+            return inside | ((key >= prefix[query, 0]) & (key < prefix[query, 1]))
 
-    mask = create_block_mask(sees, None, None, tokens, tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+        mask = create_block_mask(sees, None, None, tokens, tokens, device=device)
+        return torch.compile(flex_attention, dynamic=False), mask
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled, mask = prepared()
         a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = compiled(a, b, c, block_mask=mask, scale=factor, enable_gqa=True)
+        out: Tensor = compiled(a, b, c, block_mask=mask, scale=factor, enable_gqa=True)
         return out[0].transpose(0, 1)
 
     return attend

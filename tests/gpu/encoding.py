@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def check_batches(lines: Lines, scale: Scale, folder: Path) -> None:
     lines.at_most("nanomolmo2: features on the device that differ", wrong, 0)
 
 
+@functools.cache
 def encoder_of(scale: Scale) -> VisionEncoder:
     """Return the encoder of the speed lines, with random weights."""
     return load_encoder(

@@ -15,7 +15,7 @@ import torch
 
 from cache.format.spec import FeatureSpec
 from model.verify.memory import GIB, Step, step_bytes
-from model.vlm import build_vlm
+from model.vlm import VLM, build_vlm
 from tests.benchmarks.bench import CLIP
 from tests.gpu.lines import Lines, Scale, synchronize
 from tests.gpu.train_speed import one_step, sizes_of_vlm
@@ -41,14 +41,14 @@ def measure_memory(lines: Lines, scale: Scale, folder: Path) -> None:
     encoder_width = 1024 if scale.on_gpu else 128
     seconds = {}
     vlm, tokenizer = build_vlm(encoder_width, scale.llm, "linear", seed=0)
+    vlm.to(scale.device)
     sizes = sizes_of_vlm(vlm)
-    del vlm
     world = World.make(folder, spec_for_memory(encoder_width), "image", scale.images)
     for name, (which, checkpointing, train_llm) in SETTINGS.items():
         tokens = scale.window if which == "window" or not scale.on_gpu else 36864
         free(scale)
         with world.loader(tokenizer, tokens, pin=scale.on_gpu) as loader:
-            took, used, filled = peak_of(scale, loader, encoder_width, checkpointing, train_llm)
+            took, used, filled = peak_of(scale, vlm, loader, checkpointing, train_llm)
         settings = Step(
             tokens=filled,
             checkpointing=checkpointing,
@@ -77,11 +77,9 @@ def spec_for_memory(width: int) -> FeatureSpec:
 
 
 def peak_of(
-    scale: Scale, loader: FeatureLoader, width: int, checkpointing: bool, train_llm: bool
+    scale: Scale, vlm: VLM, loader: FeatureLoader, checkpointing: bool, train_llm: bool
 ) -> tuple[float, int, int]:
     """Return the seconds of a step, the largest memory of the GPU that this process used, and the tokens."""
-    vlm, _ = build_vlm(width, scale.llm, "linear", seed=0)
-    vlm.to(scale.device)
     vlm.freeze(train_connector=True, train_llm=train_llm)
     vlm.gradient_checkpointing(checkpointing)
     vlm.train()

@@ -169,12 +169,13 @@ def turn(
     """Take some steps of one way; keep the seconds of all but the first."""
     if scale.on_gpu:
         torch.cuda.reset_peak_memory_stats(scale.device)
-    for number in range(WARM_UP + scale.steps):
+    warm_up = WARM_UP if scale.on_gpu else 1
+    for number in range(warm_up + scale.steps):
         synchronize(scale.device)
         started = time.perf_counter()
         micro = one_step(variant.forward, variant.loader, optimizer, number)
         synchronize(scale.device)
-        if number >= WARM_UP:
+        if number >= warm_up:
             variant.seconds.append(time.perf_counter() - started)
             variant.waits.append(micro.wait_s)
     variant.tokens = micro.tokens

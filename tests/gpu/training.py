@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -29,18 +30,10 @@ from train.run import main as train
 
 STEPS = 12
 WORDS = [
-    *(
-        "--llm",
-        "random:qwen3-tiny",
-        "--batch-size",
-        "8",
-        "--learning-rate",
-        "3e-3",
-        "--held-out",
-        "0.2",
-    ),
-    *("--warmup-steps", "2", "--connector-warmup-steps", "2", "--max-sequence-length", "512"),
-    *("--max-steps", str(STEPS), "--save-every", "6", "--eval-every", "6", "--log-every", "1"),
+    *("--llm", "random:qwen3-tiny", "--batch-size", "8", "--gradient-accumulation-steps", "1"),
+    *("--learning-rate", "3e-3", "--warmup-steps", "2", "--connector-warmup-steps", "2"),
+    *("--max-sequence-length", "512", "--held-out", "0.2", "--max-steps", str(STEPS)),
+    *("--save-every", "6", "--eval-every", "6", "--log-every", "1"),
 ]
 
 
@@ -148,7 +141,7 @@ def check_collectives(lines: Lines, scale: Scale) -> None:
     done = subprocess.run(
         [*command, "-m", "tests.gpu.collective", scale.device.type],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         timeout=120,

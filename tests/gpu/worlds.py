@@ -7,6 +7,7 @@ with world.loader(window=16384) as loader: ...
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -133,6 +134,7 @@ def sample_of(number: int, record: MediaRecord) -> Sample:
 # ---- images
 
 
+@functools.cache
 def jpeg(seed: int) -> bytes:
     """Return a JPEG file of 640 x 480 pixels, as detailed as a photograph: about 90 KB."""
     rng = np.random.default_rng(seed)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
+import types
+from inspect import Parameter, Signature
 
 import pytest
 import torch
@@ -396,6 +399,34 @@ def test_invalid_units_are_refused(units: list[list[int]], message: str) -> None
 def test_the_cpu_has_no_variable_length_kernel() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert kernels.choose_kernel(torch.empty(1, 1, 1, dtype=dtype), flash=True) is None
+
+
+@pytest.mark.parametrize("names", ["window_size", "window_size enable_gqa", "is_causal"])
+def test_torch_kernels_of_different_versions_are_called_as_they_take_it(
+    names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of torch 2.11, of later ones, and of one whose causal triangle begins at the first key."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    given: dict[str, object] = {}
+
+    def attend(q: Tensor, *_rest: object, **options: object) -> Tensor:
+        given.update(options)
+        return q
+
+    keywords = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("scale", *names.split())]
+    varlen = types.ModuleType("torch.nn.attention.varlen")
+    attend.__signature__ = Signature(keywords)  # type: ignore[attr-defined]
+    varlen.varlen_attn = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    kernel = kernels.cuda_kernel.__wrapped__()
+    if "window_size" not in names:
+        assert kernel is None
+        return
+    assert kernel is not None
+    q, k = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8)
+    assert kernel(q, k, k, None, None, 3, 3, scale=0.5) is q
+    expected = {"scale": 0.5, "window_size": (-1, 0)}
+    assert given == expected | ({"enable_gqa": True} if "gqa" in names else {})
 
 
 def test_attention_without_a_plan_is_refused(vlm: VLM) -> None:

@@ -44,6 +44,23 @@ def tiny(**overrides: object) -> VisionEncoder:
     return load_encoder(tiny_clip.entry(**overrides), device="cpu", random_weights=True)
 
 
+def test_float32_features_are_not_computed_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default cuDNN computes convolutions of float32 in TF32: 3 digits."""
+    encoder = demo(compute_dtype="float32")
+    seen = []
+    forward = encoder._tower.forward
+
+    def spy(x: torch.Tensor) -> list[torch.Tensor]:
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return forward(x)
+
+    monkeypatch.setattr(encoder._tower, "forward", spy)
+    before = torch.backends.cudnn.allow_tf32
+    encoder.encode(noise(1, encoder.tower.image_size))
+    assert seen == [(True, False)]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 # ---- equal to other implementations --------------------------------------------------------------
 
 
