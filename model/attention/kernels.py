@@ -141,8 +141,9 @@ def cuda_kernel() -> Kernel | None:
 
     def torch_kernel(q: Tensor, k: Tensor, *rest: Any, scale: float) -> Tensor:
         # torch 2.11 shares key heads without being asked, and has no such argument.
-        grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in known else {}
-        out = varlen_attn(q, k, *rest, scale=scale, window_size=(-1, 0), **grouped)
+        more: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
+        more = more if "enable_gqa" in known else {}
+        out = varlen_attn(q, k, *rest, scale=scale, window_size=(-1, 0), **more)
         assert isinstance(out, Tensor)  # a tuple only when auxiliary results are asked for
         return out
 
