@@ -63,6 +63,9 @@ def train(
 ) -> Iterator[Callable[..., tuple[int, str]]]:
     """Return a function that runs train.run as a command; it returns the exit code and standard error."""
     monkeypatch.chdir(tmp_path)
+    # A command begins with Python's handlers; a test before this one may have left others.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def command(*words: str) -> tuple[int, str]:
         capfd.readouterr()
@@ -78,6 +81,8 @@ def train(
 
     begin.command = command  # type: ignore[attr-defined]
     yield begin
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def printed(error: str) -> list[str]:
