@@ -32,6 +32,7 @@ from model.io.tensors import hash_tensors
 from model.media.images import fit_image, resize_text
 from model.vision.config import EncoderConfig, tower_folder
 from model.vision.demo_tower import DemoTower
+from model.vision.replay import Replay
 
 if TYPE_CHECKING:
     from model.vision.clip_tower import ClipTower
@@ -65,6 +66,7 @@ class VisionEncoder:
         wanted = config.compute_dtype
         self.dtype = native_dtype(device) if wanted == "auto" else DTYPES[wanted]
         self._tower = built.tower.to(device, self.dtype).eval().requires_grad_(False)
+        self._replay = Replay(self._tower)
         self._mean = torch.tensor(built.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(built.std, device=device).view(1, 3, 1, 1)
 
@@ -138,7 +140,8 @@ class VisionEncoder:
         x = self.normalize(batch).to(self.dtype)
         # By default cuDNN computes convolutions of float32 in TF32, which has 10 bits of mantissa.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return torch.cat([block.float() for block in self._tower(x)], dim=-1)
+            # A copy also where nothing is converted: the next batch overwrites the outputs.
+            return torch.cat([block.float() for block in self._replay(x)], dim=-1)
 
 
 def load_encoder(

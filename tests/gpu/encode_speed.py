@@ -68,7 +68,8 @@ def forward(lines: Lines, scale: Scale, encoder: VisionEncoder) -> float:
     lines.note(f"pixels to int8 rows, batch of {batch}, images/s", f"{batch / seconds:.0f}")
     if scale.on_gpu:
         lines.at_least("pixels to int8 rows / tower alone", batch / seconds / rates[batch], 0.8)
-        lines.at_most("batch of 64 / the space's batch, tower", rates[64] / rates[batch], 1.25)
+        larger = rates[LARGE_BATCH] / rates[batch]
+        lines.note(f"tower, batch of {LARGE_BATCH} / of {batch}, times", f"{larger:.2f}")
     return rates[batch]
 
 

@@ -61,6 +61,11 @@ def check_tower(lines: Lines, scale: Scale) -> None:
     limit = LIMITS[encoder.dtype]
     lines.at_most(f"encode: {name}: off float32 on the CPU", error, limit)
     lines.at_most("encode: again: rows that differ", unequal_rows(ours, encoder.encode(pixels)), 0)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        x = encoder.normalize(pixels[:1].repeat(encoder.spec("fp16").batch_size, axis=0))
+        plain = torch.cat([b.float() for b in encoder.tower(x.to(encoder.dtype))], dim=-1)
+    repeated = encoder.encode(pixels[:1].repeat(len(plain), axis=0))
+    lines.at_most("encode: replayed or not: rows that differ", unequal_rows(repeated, plain), 0)
     alone = torch.cat([encoder.encode(pixels[i : i + 1]) for i in range(len(pixels))])
     lines.at_most("encode: alone in a batch: rows that differ", unequal_rows(ours, alone), 0)
     pooled = encoder.encode(pixels, "frame")

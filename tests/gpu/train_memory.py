@@ -1,6 +1,7 @@
 """The largest memory of a training step against `model.verify`'s estimate, and what checkpointing costs.
 
-Used memory is what torch has reserved at most, and what the driver and libraries take beside it.
+A step has two micro-batches, as the steps of every stage have several: the gradients of the first exist in the
+second. Used memory is what torch has reserved at most, and what the driver and libraries take beside it.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ def peak_of(
         autocast=torch.bfloat16 if scale.on_gpu else None,
     )
     took, used, tokens = [], 0, 0
-    for number in range(4 if scale.on_gpu else 2):
+    for number in range(3 if scale.on_gpu else 2):
         synchronize(scale.device)
         started = time.perf_counter()
-        micro = one_step(forward, loader, optimizer, number)
+        micro = one_step(forward, loader, optimizer, number, micro_batches=2)
         synchronize(scale.device)
         took.append(time.perf_counter() - started)
         tokens = micro.tokens

@@ -11,6 +11,7 @@ checkpointing repeats) / seconds of the step / peak of the card.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -187,12 +188,16 @@ def turn(
 
 
 def one_step(
-    forward: Forward, loader: FeatureLoader, optimizer: torch.optim.Optimizer, number: int
+    forward: Forward,
+    loader: FeatureLoader,
+    optimizer: torch.optim.Optimizer,
+    number: int,
+    micro_batches: int = 1,
 ) -> MicroBatch:
-    """Take one optimizer step of one micro-batch, as train.run does."""
-    micro = next(loader)
-    local = forward_backward(number, [micro], 0, forward, ALONE)
-    local.reduce(ALONE, forward.device)
+    """Take one optimizer step, as train.run does; return its last micro-batch."""
+    for micro in itertools.islice(loader, micro_batches):
+        local = forward_backward(number, [micro], 0, forward, ALONE)
+        local.reduce(ALONE, forward.device)
     clip_gradients([p for p in forward.vlm.parameters() if p.requires_grad], 1.0)
     for group in optimizer.param_groups:
         group["lr"] = 1e-5

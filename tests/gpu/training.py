@@ -37,15 +37,23 @@ WORDS = [
 ]
 
 
+WAYS = {
+    "float32": ["--precision", "float32"],
+    "bfloat16": ["--precision", "bfloat16"],
+    "bfloat16, SDPA": ["--precision", "bfloat16", "--no-use-flash-attention"],
+}
+"""Name -> options. Float32 always uses SDPA."""
+
+
 def check_training(lines: Lines, scale: Scale, folder: Path) -> None:
     """Check everything about training, on tiny models."""
     with lines.part("loader"):
         check_loader(lines, scale, folder / "loader")
     root = trained_runs.make(folder / "colors")
     runs = folder / "runs"
-    for precision in ("float32", "bfloat16"):
-        with lines.part(f"train.run: {precision}"):
-            check_runs(lines, scale, root, runs, precision)
+    for name, words in WAYS.items():
+        with lines.part(f"train.run: {name}"):
+            check_runs(lines, scale, root, runs, name, words)
     with lines.part("torchrun"):
         check_collectives(lines, scale)
     with lines.part("generate"):
@@ -95,28 +103,38 @@ def run(root: CacheRoot, folder: Path, name: str, device: str, *words: str) -> l
     return losses(folder / "runs" / name / "stage1")
 
 
-def check_runs(lines: Lines, scale: Scale, root: CacheRoot, folder: Path, precision: str) -> None:
+def check_runs(
+    lines: Lines, scale: Scale, root: CacheRoot, folder: Path, way: str, words: list[str]
+) -> None:
     """Train on the device and on the CPU, once more, and from the middle."""
-    device, choice = str(scale.device), ("--precision", precision)
-    whole = run(root, folder, f"whole-{precision}", device, *choice)
-    on_cpu = run(root, folder, f"cpu-{precision}", "cpu", "--precision", "float32")
-    off = max(abs(a / b - 1) for a, b in zip(whole, on_cpu, strict=True))
-    limit = 1e-4 if precision == "float32" else 2e-2
-    lines.at_most(f"train.run: {precision}: {STEPS} losses, off the CPU's", off, limit)
-    lines.at_most(f"train.run: {precision}: last loss of the first", whole[-1] / whole[0], 0.9)
+    device, name, label = str(scale.device), way.replace(", ", "-"), f"train.run: {way}"
+    is_exact = way != "bfloat16"  # the kernel's backward pass adds in no fixed order
+    whole = run(root, folder, f"whole-{name}", device, *words)
+    on_cpu = run(root, folder, f"cpu-{name}", "cpu", "--precision", "float32")
+    limit = 1e-4 if way == "float32" else 2e-2
+    lines.at_most(f"{label}: {STEPS} losses, off the CPU's", off(whole, on_cpu), limit)
+    lines.at_most(f"{label}: last loss of the first", whole[-1] / whole[0], 0.9)
 
-    stage = folder / "runs" / f"whole-{precision}" / "stage1"
+    stage = folder / "runs" / f"whole-{name}" / "stage1"
     final = load_weights(stage)
-    shutil.copytree(stage.parent, stage.parent.with_name(f"cut-{precision}"))
-    cut = stage.parent.with_name(f"cut-{precision}") / "stage1"
+    cut = stage.parent.with_name(f"cut-{name}") / "stage1"
+    shutil.copytree(stage.parent, cut.parent)
     shutil.rmtree(cut / "final")
     shutil.rmtree(max((cut / "checkpoints").glob("step-*")))
-    resumed = run(root, folder, f"cut-{precision}", device, *choice, "--resume")
-    off = max(abs(a / b - 1) for a, b in zip(resumed, whole, strict=True))
-    lines.at_most(f"train.run: {precision}: losses, resumed, off the whole run's", off, 0)
+    resumed = run(root, folder, f"cut-{name}", device, *words, "--resume")
+    limit = 0 if is_exact else 1e-3
+    lines.at_most(f"{label}: losses, resumed, off the whole run's", off(resumed, whole), limit)
     after = load_weights(cut)
     wrong = sum(not torch.equal(after[name], final[name]) for name in final)
-    lines.at_most(f"train.run: {precision}: tensors that differ after a resume", wrong, 0)
+    if is_exact:
+        lines.at_most(f"{label}: tensors that differ after a resume", wrong, 0)
+    else:
+        lines.note(f"{label}: tensors that differ after a resume", f"{wrong} of {len(final)}")
+
+
+def off(ours: list[float], reference: list[float]) -> float:
+    """Return the largest relative difference of two lists of losses."""
+    return max(abs(a / b - 1) for a, b in zip(ours, reference, strict=True))
 
 
 def load_weights(stage: Path) -> dict[str, Tensor]:
