@@ -1,6 +1,6 @@
 """The largest memory of a training step against `model.verify`'s estimate, and what checkpointing costs.
 
-A step has two micro-batches, as the steps of every stage have several: the gradients of the first exist in the
+A step has two micro-batches, as the steps of every stage have several: gradients of the first exist in the
 second. Used memory is what torch has reserved at most, and what the driver and libraries take beside it.
 """
 
