@@ -34,7 +34,7 @@ WASTE = 0.05
 """Share of activation memory that the allocator cannot reuse.
 
 Qwen3-0.6B on the CPU, float32, 1,414 tokens: at most 15.1 GiB resident, and 15.6 GiB by this file
-(2026-11-23). Not measured on a GPU.
+(2026-11-23). On an H100 the totals are 2 to 8 % off, see docs/BENCHMARKS.md (2026-11-26).
 """
 CPU_PROCESS_BYTES = 750 * 2**20
 """A Python process with torch and transformers imported (measured: 0.73 GiB)."""
