@@ -12,6 +12,7 @@ import mmap
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def _stamp(status: os.stat_result) -> _Stamp:
 # ---- cursors
 
 
-class _Cursor:
+class _Cursor(ABC):
     """The last batches of one column. Subclasses read further batches."""
 
     def __init__(self, key: tuple[str, str, str], stamp: _Stamp) -> None:
@@ -145,9 +146,9 @@ class _Cursor:
         while len(self._kept) > 1 and self._next - self._kept[1].start >= KEPT_ROWS:
             self._kept.popleft()
 
+    @abstractmethod
     def _read(self, block: int) -> Iterator[Array]:
         """Yield the column of one block in batches."""
-        raise NotImplementedError
 
 
 class _ParquetCursor(_Cursor):

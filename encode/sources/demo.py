@@ -184,4 +184,6 @@ class DemoDataset:
         if not path.exists():
             with new_file(path, durable=False) as file:
                 file.write(make())
+            if not (ignored := self.folder / ".gitignore").exists():
+                ignored.write_text("*\n", encoding="utf-8")  # the default cache/ is in a checkout
         return str(path)

@@ -21,7 +21,7 @@ from typing import Any
 from configs import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Package:
     """One file of a registry."""
 
@@ -42,36 +42,14 @@ class Package:
     """Who made that."""
 
 
-def _npm(name: str, version: str, size: int, sha256: str, *words: str) -> Package:
+def _npm(name: str, version: str, *facts: Any) -> Package:
     file = f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
-    licence, gives, credit = words
-    return Package(
-        registry="npm",
-        name=name,
-        version=version,
-        file=file,
-        size=size,
-        sha256=sha256,
-        licence=licence,
-        gives=gives,
-        credit=credit,
-    )
+    return Package("npm", name, version, file, *facts)
 
 
-def _pypi(name: str, version: str, size: int, sha256: str, *words: str) -> Package:
+def _pypi(name: str, version: str, *facts: Any) -> Package:
     file = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-    licence, gives, credit = words
-    return Package(
-        registry="pypi",
-        name=name,
-        version=version,
-        file=file,
-        size=size,
-        sha256=sha256,
-        licence=licence,
-        gives=gives,
-        credit=credit,
-    )
+    return Package("pypi", name, version, file, *facts)
 
 
 PACKAGES = {

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import math
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,15 @@ def all_samples(tmp_path: Path, name: str) -> list[Sample]:
 
 def shown_in(sample: Sample, which: int = 0) -> tuple[DrawnShape, ...]:
     return shapes_in(SMALL, int(Path(sample.media[which].source).stem))
+
+
+def test_git_ignores_the_drawings(tmp_path: Path) -> None:
+    all_samples(tmp_path, "demo-captions")
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    seen = subprocess.run(
+        ["git", "-C", tmp_path, "status", "--porcelain"], check=True, capture_output=True, text=True
+    )
+    assert seen.stdout == "" and len(list(tmp_path.glob("*.png"))) == SMALL.images
 
 
 # ---- drawings
@@ -105,7 +115,7 @@ def test_shapes_differ_in_more_than_a_few_pixels() -> None:
 
 def test_only_missing_files_are_drawn(tmp_path: Path) -> None:
     before = all_samples(tmp_path, "demo-captions")
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     assert len(stamps) == SMALL.images
     lost = tmp_path / "00003.png"
     data = lost.read_bytes()
