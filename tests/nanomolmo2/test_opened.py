@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import shlex
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -223,8 +224,8 @@ def read_a(cache: nm.Cache) -> bytes:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_other_processes_read_it(cache: nm.Cache, method: str) -> None:
-    with multiprocessing.get_context(method).Pool(2) as processes:
-        assert processes.map(read_a, [cache] * 4) == [features("a").tobytes()] * 4
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as processes:
+        assert list(processes.map(read_a, [cache] * 4)) == [features("a").tobytes()] * 4
 
 
 def test_a_remote_cache_is_read_alike_and_asked_for_tables_once(

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -427,8 +427,8 @@ def _work(folder: Path, limit: int, seed: int) -> None:
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(3) as processes:
-        processes.starmap(_work, [(tmp_path, 30_000, seed) for seed in range(3)], chunksize=1)
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as processes:
+        list(processes.map(_work, [tmp_path] * 3, [30_000] * 3, range(3)))
     rows = RowCache(tmp_path, 30_000)
     assert sum(kept(rows, *range(60))) > 5  # and `kept` compares each with its bytes
 
