@@ -7,11 +7,10 @@
     shard           what every shard format has in common; zarr_shard and tar_shard are the two
     space_info      space.json: the spec, the shard format and the rows per shard of one space
     checksums       crc32c, and the sha256 that each metadata file contains of itself
+    gate            opens every file of a cache: regular, below the cache, of bounded size; then typed values
     embedded        media inside a Parquet or Arrow file, a tar or JSON: their names, and their bytes
-    embedded_rows   the columns of Parquet and Arrow files that contain such bytes
-    embedded_scan   all other columns of such files, and which rows have media
     zarr_codec      the row codecs for zarr-python, found by an entry point
 
 In come features and facts about rows; out go bytes. No module here opens a cache, and none imports more than
-numpy, pyarrow and the checksum libraries, so `model` may import this package. Read spec.py first.
+numpy, pyarrow, msgspec and the checksum libraries, so `model` may import this package. Read spec.py first.
 """

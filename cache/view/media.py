@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from cache.format.embedded import is_embedded
+from cache.format.embedded.names import is_embedded
 from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, media_table

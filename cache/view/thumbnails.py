@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import is_embedded, read_embedded
+from cache.format.embedded.names import is_embedded, read_embedded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded: those of the encoder. PIL's rarer decoders are attack surface."""

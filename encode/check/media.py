@@ -22,7 +22,7 @@ import torch
 from PIL.Image import Image
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import is_embedded, read_embedded
+from cache.format.embedded.names import is_embedded, read_embedded
 from cache.format.frame_sampling import FULL, time_view
 from cache.format.spec import ARRAY_OF
 from cache.store.commits import key_bytes

@@ -23,7 +23,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import decode_data_uri
+from cache.format.embedded.names import decode_data_uri
 from cache.store.samples import MediaRef
 from configs import UserError
 from encode.download.urls import is_url, parse_url

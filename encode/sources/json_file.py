@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.format.embedded import data_uri_source, data_uris
+from cache.format.embedded.names import data_uri_source, data_uris
 from cache.store.samples import Sample
 from configs import UserError, one_line
 from encode.records.account import Account, FaultError

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cache.format.embedded_scan import MediaColumn, TableFile, declared_types, media_columns
+from cache.format.embedded.scan import MediaColumn, TableFile, declared_types, media_columns
 from configs import UserError, nearest
 from encode.records.account import FaultError
 from encode.records.keys import IMAGE_KEYS, KNOWN_KEYS, VIDEO_KEYS, means_nothing_in_numbers

@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import row_source
-from cache.format.embedded_scan import Item, Part, TableFile
+from cache.format.embedded.names import row_source
+from cache.format.embedded.scan import Item, Part, TableFile
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from encode.records.account import Account, FaultError

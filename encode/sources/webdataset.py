@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
-from cache.format.embedded import member_source
+from cache.format.embedded.names import member_source
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from encode.records.account import Account, FaultError

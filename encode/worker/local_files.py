@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import container_of, is_embedded, read_embedded
+from cache.format.embedded.names import container_of, is_embedded, read_embedded
 from cache.store.ledger import MediaRecord
 from encode.worker.messages import SourceTask
 from model.media.images import BadMediaError, image_size

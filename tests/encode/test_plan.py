@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.format.embedded import row_source
+from cache.format.embedded.names import row_source
 from cache.format.frame_sampling import frame_views
 from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot

@@ -1,4 +1,4 @@
-"""What reading needs: numpy, pyarrow and awscrt; for a remote cache certifi may be needed too."""
+"""What reading needs: numpy, pyarrow, awscrt and msgspec; for a remote cache certifi may be needed too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 READER = """
 import sys
 
-ALLOWED = set(sys.stdlib_module_names) | {"numpy", "pyarrow", "awscrt", "_awscrt", "cache", "nanomolmo2"}
+PACKAGES = {"numpy", "pyarrow", "awscrt", "_awscrt", "msgspec", "cache", "nanomolmo2"}
+ALLOWED = set(sys.stdlib_module_names) | PACKAGES
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -47,7 +48,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "yaml"
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
-def test_reading_needs_numpy_pyarrow_and_awscrt(
+def test_reading_needs_few_packages(
     tmp_path: Path, in_process: Callable[..., tuple[int, str, str]], remote: bool
 ) -> None:
     world = new_world(tmp_path)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded import is_embedded, read_embedded
+from cache.format.embedded.names import is_embedded, read_embedded
 from cache.format.frame_sampling import sample_times
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot

@@ -29,7 +29,7 @@ from PIL import Image
 
 from cache.errors import CacheError, CorruptError
 from cache.format import codec
-from cache.format.embedded import member_source
+from cache.format.embedded.names import member_source
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
 from cache.store.ledger import MediaRecord, append_media

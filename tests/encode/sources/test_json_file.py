@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.format.embedded import read_embedded
+from cache.format.embedded.names import read_embedded
 from cache.store.samples import Sample
 from configs import UserError
 from encode.records.account import Account

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cache.format.embedded import read_embedded
+from cache.format.embedded.names import read_embedded
 from cache.store.samples import Sample
 from configs import UserError
 from encode.records.account import Account

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cache.format.embedded import read_embedded
+from cache.format.embedded.names import read_embedded
 from cache.store.samples import Sample
 from configs import UserError
 from encode.records.account import Account

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cache.format.embedded import member_source, row_source
+from cache.format.embedded.names import member_source, row_source
 from cache.store.ledger import MediaRecord
 from encode.worker import local_files
 from encode.worker.local_files import (

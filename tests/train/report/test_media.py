@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cache.format.embedded import row_source
+from cache.format.embedded.names import row_source
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from tests.support.videos import make_video, number_of

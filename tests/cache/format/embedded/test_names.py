@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import EmbeddedMediaError
-from cache.format import embedded_rows
-from cache.format.embedded import (
+from cache.format.embedded import rows as embedded_rows
+from cache.format.embedded.names import (
     container_of,
     data_uri_source,
     data_uris,

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 
 from cache.errors import EmbeddedMediaError
-from cache.format.embedded_rows import TABLES, read_cell
+from cache.format.embedded.rows import TABLES, read_cell
 
 PREFIXES = ("parquet:/", "arrow:/", "tar:/", "json:/")
 """First characters of every such name. A path begins with `/`, a URL with its scheme and `//`."""

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.format import embedded_scan
-from cache.format.embedded import read_embedded, row_source
-from cache.format.embedded_scan import Item, TableFile, declared_types, media_columns
+from cache.format.embedded import scan as embedded_scan
+from cache.format.embedded.names import read_embedded, row_source
+from cache.format.embedded.scan import Item, TableFile, declared_types, media_columns
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 

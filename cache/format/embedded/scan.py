@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.format.embedded_rows import (
+from cache.format.embedded.rows import (
     ArrowBatches,
     batch_rows,
     block_starts,
