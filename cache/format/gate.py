@@ -6,6 +6,13 @@
 
 A seal shows that bytes are those that were written, not who wrote them. So every name, number and link in a
 cache is untrusted, and what does not fit is a CorruptError: one line with the file's name.
+
+    with open_regular(path) as file:                     # a file of a data set, a run or a model
+        ...
+    values = fit(parse_json(data), Listing)
+
+Files outside a cache may be links, to regular files. What does not fit is an OSError or a ValueError, because
+the caller knows what the user can do about it.
 """
 
 from __future__ import annotations
@@ -98,6 +105,53 @@ def _not_a_file(path: Path, mode: int) -> CorruptError:
     return CorruptError(path, f"{_KINDS.get(stat.S_IFMT(mode), 'no file')}, refused", NO_LINKS)
 
 
+# ---- files outside a cache
+
+
+def what_is(mode: int) -> str:
+    """Return what a mode of `stat` says, such as `a FIFO, not a file`; empty for a regular file."""
+    kind = stat.S_IFMT(mode)
+    return "" if kind == stat.S_IFREG else f"{_KINDS.get(kind, 'something else')}, not a file"
+
+
+def check_regular(path: str | Path, *, most: int | None = None) -> os.stat_result:
+    """Return the status of a regular file, or of the one that a link leads to, without opening it.
+
+    For libraries that open a path themselves: opening a FIFO waits for ever, and a device has no end.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: there is no such file, it is something else, or it is larger. `strerror` is the reason.
+    """
+    found = os.stat(path)  # noqa: PTH116 - also of paths with surrogates, and often called
+    if what := what_is(found.st_mode):
+        code = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.ENXIO
+        raise OSError(code, what, str(path))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, at most {most:,} are read", str(path))
+    return found
+
+
+def open_regular(path: str | Path, *, most: int | None = None) -> BinaryIO:
+    """Open a regular file, or the one that a link leads to, for reading; see `check_regular`."""
+    # Opening alone may act on a device, so its kind is looked at before.
+    check_regular(path, most=most)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    return os.fdopen(fd, "rb")
+
+
+def read_regular(path: str | Path, *, most: int = MAX_JSON_BYTES) -> bytes:
+    """Return the bytes of a regular file, or of the one that a link leads to; see `check_regular`."""
+    with open_regular(path, most=most) as file:
+        return file.read(most)
+
+
+# ---- JSON
+
+
 def decode(data: bytes | str, kind: type[T], path: Path) -> T:
     """Return a JSON text as a typed structure.
 
@@ -111,28 +165,54 @@ def decode(data: bytes | str, kind: type[T], path: Path) -> T:
         CorruptError: it is no JSON in UTF-8, has a key twice, NaN or too deep a nesting, or is no `kind`.
     """
     try:
-        return msgspec.convert(_parse(data), kind)
-    except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
-        what = (
-            "nested too deeply"
-            if isinstance(error, RecursionError)
-            else " ".join(str(error).split())
-        )
-        raise CorruptError(path, f"not what this program writes: {what[:200]}") from None
+        return fit(parse_json(data), kind)
+    except ValueError as error:
+        raise CorruptError(path, f"not what this program writes: {str(error)[:200]}") from None
 
 
-def _parse(data: bytes | str) -> Any:
+def fit(value: Any, kind: type[T]) -> T:
+    """Return plain values as a typed structure, as `decode` does.
+
+    Raises:
+        ValueError: they are no `kind`. The reason is one line.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except ValueError as error:  # msgspec.ValidationError is a ValueError
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_json(data: bytes | str, *, not_finite: bool = False) -> Any:
+    """Return the value of a JSON text that all readers read in the same way.
+
+    Args:
+        data: the text.
+        not_finite: whether NaN and Infinity are numbers, as `json.dumps` writes them.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, has a key twice, NaN or too deep a nesting, in one line.
+    """
     # msgspec's own decoder keeps the last of two equal keys.
-    text = data if isinstance(data, str) else data.decode()
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        constant = float if not_finite else _no_constant
+        return json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key is given twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:40]!r} twice")
     return values
 
 
-def _no_constant(name: str) -> None:
+def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")

@@ -14,11 +14,14 @@ import errno
 import io
 import json
 import os
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,58 @@ NEW = (11, 12, 13, 14, 15)
 """Images that `write` adds: a full shard and one more row."""
 
 FINISHED, REFUSED, ELSEWHERE, NEVER, DIED, WRONG = 0, 3, 7, 8, 9, 10
+
+
+NO_FILES = ("a FIFO", "a socket", "a device", "a folder", "a link to itself", "a dangling link")
+"""What may be in the place of a file, beside a regular one. The device has no end."""
+HUGE = 10 << 30
+"""Bytes of `put_in_place(path, "10 GB")`: a file with a hole, which takes no room."""
+
+
+def put_in_place(path: Path, what: str) -> None:
+    """Put one of NO_FILES, or a file that is `empty`, `zeros` or `10 GB` long, in the place of a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    match what:
+        case "a FIFO":
+            os.mkfifo(path)
+        case "a socket":
+            with socket.socket(socket.AF_UNIX) as listener:
+                fd = os.open(path.parent, os.O_PATH)  # a path of a socket has 107 bytes at most
+                listener.bind(f"/proc/self/fd/{fd}/{path.name}")
+                os.close(fd)
+        case "a device":
+            path.symlink_to("/dev/zero")
+        case "a folder":
+            path.mkdir()
+        case "a link to itself":
+            path.symlink_to(path.name)
+        case "a dangling link":
+            path.symlink_to("nowhere")
+        case _:
+            path.touch()
+            os.truncate(path, {"empty": 0, "zeros": 1 << 20, "10 GB": HUGE}[what])
+
+
+@contextlib.contextmanager
+def in_time(seconds: int = 5, memory: int = 1 << 30) -> Iterator[None]:
+    """Fail with a TimeoutError where work hangs, and with a MemoryError where it takes more memory."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def flip(path: Path, bit: int) -> None:

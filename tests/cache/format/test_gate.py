@@ -16,7 +16,18 @@ import msgspec
 import pytest
 
 from cache.errors import CorruptError
-from cache.format.gate import decode, open_file, read_file, refuse_links
+from cache.format.gate import (
+    check_regular,
+    decode,
+    fit,
+    open_file,
+    open_regular,
+    parse_json,
+    read_file,
+    read_regular,
+    refuse_links,
+)
+from tests.support.faults import HUGE, NO_FILES, in_time, put_in_place
 
 
 @dataclass(frozen=True)
@@ -95,3 +106,49 @@ def test_json_becomes_a_typed_structure(tmp_path: Path) -> None:
         ) as caught:
             decode(text, Rows, path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_file_outside_a_cache_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"x" * 100)
+    (tmp_path / "name").symlink_to("blob")
+    assert read_regular(tmp_path / "name", most=100) == b"x" * 100
+    with open_regular(str(tmp_path / "name")) as file:
+        assert os.get_blocking(file.fileno()) is False and file.read() == b"x" * 100
+    assert check_regular(tmp_path / "name").st_size == 100
+    with pytest.raises(OSError, match="100 bytes, at most 99 are read"):
+        open_regular(tmp_path / "name", most=99)
+
+
+@pytest.mark.parametrize("kind", [*NO_FILES, "a link to a FIFO", "10 GB"])
+def test_anything_but_a_file_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    put_in_place(path, "a FIFO" if kind == "a link to a FIFO" else kind)
+    if kind == "a link to a FIFO":
+        path = tmp_path / "link"
+        path.symlink_to("x")
+    expected = {
+        "a link to itself": "Too many levels of symbolic links",
+        "a dangling link": "No such file or directory",
+        "a link to a FIFO": "a FIFO, not a file",
+        "10 GB": f"{HUGE:,} bytes, at most 67,108,864 are read",
+    }.get(kind, f"{kind}, not a file")
+    with in_time():
+        for read in (read_regular, lambda path: check_regular(path, most=64 << 20)):
+            with pytest.raises(OSError, match=expected) as caught:
+                read(path)
+            assert caught.value.strerror == expected and caught.value.filename == str(path)
+
+
+def test_why_json_does_not_fit_is_one_line() -> None:
+    assert parse_json(b'{"loss": [NaN, -Infinity]}', not_finite=True)["loss"][1] == float("-inf")
+    for text, reason in (
+        (b'{"a": 1, "a": 2}', "key 'a' twice"),
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":\n1,}', "Illegal trailing comma|Expecting property name"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            parse_json(text)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"Expected `int`, got `str` - at `\$.rows`"):
+        fit({"rows": "3"}, Rows)
