@@ -27,6 +27,7 @@ from cache.format.media_marks import split_at_marks
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.store.references import MEDIA_KINDS, VIDEO, edges_of, within
 from nanomolmo2.clip import Clip
+from nanomolmo2.memory import Handover
 from nanomolmo2.unpack import unpack
 
 Ints = npt.NDArray[np.int64]
@@ -173,6 +174,17 @@ class Batch(Sequence[Example]):
     def pin_memory(self) -> Batch:
         """Return the batch with its rows in page-locked memory. `DataLoader(pin_memory=True)` calls it."""
         return replace(self, codes={array: rows.pin_memory() for array, rows in self.codes.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        codes = {array: Handover.of(rows) or rows for array, rows in self.codes.items()}
+        return {**vars(self), "codes": codes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        codes = {
+            array: rows.rows() if isinstance(rows, Handover) else rows
+            for array, rows in state["codes"].items()
+        }
+        vars(self).update(state, codes=codes)
 
     def __len__(self) -> int:
         return len(self.ids)

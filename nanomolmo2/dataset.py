@@ -12,11 +12,9 @@ S samples, R media of all samples together, K media items, W feature rows of all
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +30,7 @@ from cache.store.paths import is_url
 from cache.store.references import MEDIA_KINDS, edges_of, join_samples, within
 from cache.store.samples import SPLITS, Split, content_digest, dataset_names, samples_table
 from nanomolmo2.batch import Batch, Conversation, Example, collate, conversation_of
+from nanomolmo2.memory import empty_rows
 from nanomolmo2.source import Source
 
 log = logging.getLogger(__name__)
@@ -40,10 +39,6 @@ Ints = npt.NDArray[np.int64]
 
 ROWS_AT_ONCE = 1 << 18
 """Rows that are compared together. It bounds the memory of the comparison."""
-BUFFERS_KEPT = 2
-"""Batches that nothing refers to any more, whose memory is kept for later ones where no worker reads."""
-LEAST_REUSED = 1 << 20
-"""Bytes from which memory is kept. What is smaller, the allocator keeps anyway."""
 
 
 class FeatureDataset(Dataset[Example]):
@@ -183,7 +178,7 @@ class FeatureDataset(Dataset[Example]):
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
             picks[here] = rank[number]
-            codes[array] = _buffer(len(distinct), reader.spec.row_bytes(array))
+            codes[array] = empty_rows(len(distinct), reader.spec.row_bytes(array))
             if len(distinct):
                 reader.read_into(array, distinct[order], codes[array].numpy())
         return codes, picks
@@ -333,42 +328,3 @@ def _changed(source: Source) -> CacheError:
     return CacheError(
         f"{source.where}: the cache has changed since this data set was opened; open it again: nm.open(...)"
     )
-
-
-def _buffer(rows: int, row_bytes: int) -> torch.Tensor:
-    """Return an uninitialised (rows, row_bytes) uint8 tensor.
-
-    In a worker of a DataLoader it is in shared memory, so that the batch is not copied there later.
-    """
-    if get_worker_info() is None or not rows:
-        return torch.from_numpy(np.asarray(_Reused(rows, row_bytes)))
-    storage = torch.UntypedStorage._new_shared(rows * row_bytes)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows, row_bytes)
-
-
-class _Reused:
-    """Memory of a batch that is used again once nothing refers to it: new pages cost half of a read.
-
-    numpy and torch keep this object as long as any array or tensor has its memory.
-    """
-
-    free: ClassVar[deque[npt.NDArray[np.uint8]]] = deque(maxlen=BUFFERS_KEPT)
-
-    def __init__(self, rows: int, row_bytes: int) -> None:
-        self.memory = memory = np.empty(0, np.uint8)
-        with contextlib.suppress(IndexError):  # none is left
-            while memory.nbytes < rows * row_bytes:
-                memory = self.free.popleft()  # a smaller one is given up
-        if memory.nbytes < rows * row_bytes:
-            # numpy asks the kernel for huge pages, torch does not: a fifth of the time for 40 MB.
-            memory = np.empty(rows * row_bytes, np.uint8)
-        self.memory = memory
-        self.shape = (rows, row_bytes)
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {**self.memory.__array_interface__, "shape": self.shape, "strides": None}
-
-    def __del__(self) -> None:
-        if self.memory.nbytes >= LEAST_REUSED:
-            self.free.append(self.memory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_the_samples_are_those_of_training(
 def test_memory_is_used_again_only_when_nothing_refers_to_it(
     cache: nm.Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanomolmo2.dataset.LEAST_REUSED", 1)
+    monkeypatch.setattr("nanomolmo2.memory.LEAST_BYTES", 1)
     data = cache.dataset("d", held_out=0.0)
     film = data.ids.index("d/both")
     row = data[film].codes[0].copy()
@@ -249,9 +250,49 @@ def test_every_kind_of_worker_reads_the_same(
         for batch in loader:
             check(batch, world)
             ids += batch.ids
-            if method:
-                assert batch.codes["image"].is_shared()
     assert ids == data.ids
+
+
+class Doubled:
+    """A user's own collate_fn: what it returns is no Batch, and the worker lets go of the rows."""
+
+    def __call__(self, batch: nm.Batch) -> tuple[list[str], torch.Tensor]:
+        return batch.ids, batch.features().flat * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 1, 3, 100])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_worker_reads_into_shared_memory_again_once_the_trainer_let_go_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    monkeypatch.setattr("nanomolmo2.memory.LEAST_BYTES", 1)
+    data = nm.open(world.root.path).dataset(held_out=0.1)
+    order = np.random.default_rng(kept).integers(0, len(data), (60, 4)).tolist()
+
+    def loader(collate: Any) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=2,
+            multiprocessing_context="fork",
+            collate_fn=collate,
+        )
+
+    held: deque[tuple[nm.Batch, torch.Tensor]] = deque(maxlen=kept)
+    places = set()
+    for batch in loader(data.collate):
+        check(batch, world)
+        held.append((batch, batch.codes["image"].clone()))
+        places.add(batch.codes["image"].data_ptr())
+        for earlier, codes in held:
+            assert torch.equal(earlier.codes["image"], codes)
+    if kept < 100:
+        # Each worker reads two ahead and has one in hand. A piece that is too small is replaced.
+        assert len(places) <= 2 * (3 + kept) + 12
+    wanted = [Doubled()(data.__getitems__(numbers)) for numbers in order]
+    for (ids, values), (expected_ids, expected) in zip(loader(Doubled()), wanted, strict=True):
+        assert ids == expected_ids and torch.equal(values, expected)
 
 
 def test_what_lacks_features_is_left_out_counted_and_said(
