@@ -9,7 +9,7 @@
         features, messages = batch.features(device), batch.messages
 
     opened     open, Cache: features by path, URL or key; numpy only          opened.py, clip.py, ...
-    dataset    the samples of a split as a torch Dataset; batches             dataset.py, batch.py
+    dataset    the samples of a split as a torch Dataset; batches             dataset.py, batch.py, memory.py
     unpack     stored rows to features in torch, on any device                unpack.py
     codec      zarr-python reads int8 and int4 arrays by it                   codec.py
     __main__   the console script: nanomolmo2 encode, train, ls, ...
