@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -168,6 +169,17 @@ def test_a_stranger_is_trained_resumed_asked_and_exported(
         inputs = processor(text=prompt, images=[image.convert("RGB")], return_tensors="pt")
     made = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(made, skip_special_tokens=True) == answer
+
+    # llama.cpp's pair has the stranger's template; not every tokenizer can be written for it.
+    pair = ["--run", "one", "--out", "pair", "--gguf"]
+    if kind.get("act") == "relu":
+        with pytest.raises(UserError, match="the tokenizer cuts text in a way that is not known"):
+            export(pair)
+    else:
+        assert export(pair) == 0
+        written = GGUFReader("pair/pair-F32.gguf")
+        assert written.fields["tokenizer.chat_template"].contents() == template.text
+        assert len(written.fields["tokenizer.ggml.tokens"].contents()) >= len(tokenizer)
 
     # An export is a folder like any other, and its cache is that of the stranger's tower.
     assert files_of(again(tmp_path, Path("exported"), Path("cache"), "again")) == files_of(
