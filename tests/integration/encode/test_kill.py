@@ -53,7 +53,9 @@ def test_a_driver_killed_at_any_moment(
     total = len(whole.ledger)  # a commit for each source, at least
     dice = random.Random(workers)
     in_the_middle = 0
-    for i in range(soak(2, 20)):
+    for i in range(soak(3, 20)):
+        if in_the_middle >= soak(2 if workers == 0 else 1, 20):
+            break
         folder = tmp_path / f"job-{i}"
         folder.mkdir()
         (folder / "images").symlink_to(tmp_path / "images")

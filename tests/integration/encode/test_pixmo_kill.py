@@ -71,7 +71,7 @@ def outcome(record: MediaRecord) -> tuple[str, str | None, str | None]:
 def test_killed_drivers_and_workers_lose_nothing(
     tmp_path: Path, soak: Callable[[int, int], int]
 ) -> None:
-    photos, kills = soak(12, 1950), soak(2, 30)  # 2,000 URLs together with the failing kinds
+    photos, kills = soak(12, 1950), soak(1, 30)  # 2,000 URLs together with the failing kinds
     dice = random.Random(7)
     with TroubleServer(photos) as server:
         # `make test` omits the slow failing kinds, which are last.
