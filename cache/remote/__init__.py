@@ -5,7 +5,10 @@
 
     open.py         the entry: a folder or a URL -> a reader, or the folder of the tables
     stores.py       what a store must offer; S3 and the hub
-    http.py         web servers: ranges, redirects, connections
+    http.py         web servers: ranges, redirects
+    connections.py  connections to them, kept for the next request
+    wire.py         a connection whose every wait ends by a deadline
+    deadline.py     deadlines; calls that cannot be interrupted
     net.py          addresses that may be connected to, TLS (also used by encode.download)
     retry.py        limits, pauses and repeated requests (its Retry-After parser also serves encode.download)
     listing.py      which files are tables; listing.json

@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cache.errors import CacheError, CorruptError
-from cache.format.checksums import check_seal_file, read_sealed_json, sealed_json
+import msgspec
+
+from cache.errors import CacheError, CorruptError, RequestError
+from cache.format.checksums import check_seal, check_seal_file, sealed_json
+from cache.format.gate import decode
 from cache.format.spec import ARRAYS
 from cache.store.paths import LISTING, CacheRoot, is_dataset_name
 
 FORMAT = 1
-MAX_LISTING_BYTES = 512 << 20
-"""The largest listing that is read: 512 MiB name about 5 million files."""
+MAX_LISTING_BYTES = 64 << 20
+"""The largest listing that is read: 64 MiB name about half a million tables, of 100 million rows."""
+MAX_NAME_BYTES = 200
+"""Bytes of each part of a table's name, at most: file systems take 255, of which the suffix of an unfinished
+copy needs some."""
+MAX_BYTES = (
+    (".json", 1 << 20),
+    (".parquet", 1 << 38),
+    ("", 1 << 40),  # index files
+)
+"""End of a table's name -> the most bytes it may have. The disk's room is another limit."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ARRAY = "|".join(ARRAYS)
@@ -45,10 +56,12 @@ class FileInfo:
 
 def is_table(name: str) -> bool:
     """Return whether a name, relative to the root, is that of a table. No other name is ever written."""
-    found = _TABLE.fullmatch(name)
+    found = _TABLE.fullmatch(name) if len(name) <= 4 * MAX_NAME_BYTES else None
     if not found or ".." in name or name.endswith(".partial"):
         return False
-    return found["dataset"] is None or is_dataset_name(found["dataset"])
+    if found["dataset"] is not None and not is_dataset_name(found["dataset"]):
+        return False
+    return all(len(part.encode()) <= MAX_NAME_BYTES for part in name.split("/"))
 
 
 def is_sealed(name: str) -> bool:
@@ -94,36 +107,74 @@ def listing_bytes(root: CacheRoot) -> tuple[bytes, dict[str, FileInfo]]:
     return sealed_json({"format": FORMAT, "files": files}), tables
 
 
-def read_listing(path: Path, url: str) -> dict[str, FileInfo]:
-    """Read a copy of another machine's `listing.json`, and validate every name and number in it.
+def read_listing(data: bytes, url: str) -> dict[str, FileInfo]:
+    """Validate the bytes of another machine's `listing.json`, with every name and number in it.
 
     Args:
-        path: the copy.
+        data: the bytes.
         url: the URL of the cache, for error messages.
 
     Raises:
         CacheError: the listing is damaged, of another version, or names a file that is no table.
     """
+    path = Path(LISTING)
     try:
-        values = read_sealed_json(path)
-    except (CorruptError, ValueError):
+        check_seal(data, path)
+    except CorruptError:
         raise CacheError(
             f"{url}/{LISTING}: its bytes do not match its seal; write it again where the cache is: "
             "python -m cache.share --features DIR"
         ) from None
-    if values.get("format") != FORMAT or not isinstance(values.get("files"), Mapping):
-        raise CacheError(
-            f"{url}/{LISTING}: another version of this package wrote it; install that one or a newer one"
-        )
-    return {name: _file_info(name, value, url) for name, value in values["files"].items()}
+    try:
+        values = decode(data, dict[str, Any], path)
+        if values.get("format") != FORMAT:
+            raise CacheError(
+                f"{url}/{LISTING}: another version of this package wrote it; install that one or a newer one"
+            )
+        files = msgspec.convert(values, _Listing).files
+    except (CorruptError, msgspec.ValidationError) as error:
+        what = error.what if isinstance(error, CorruptError) else str(error)
+        raise CacheError(f"{url}/{LISTING}: {what}; refused") from None
+    return {name: _listed(name, value, url) for name, value in files.items()}
 
 
-def _file_info(name: str, value: Any, url: str) -> FileInfo:
+class _Listing(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    files: dict[str, Any]
+    """Name -> [bytes, sha256]."""
+    seal: str
+
+
+_SizeAndDigest = tuple[
+    Annotated[int, msgspec.Meta(ge=1)],
+    Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")],
+]
+
+
+def _listed(name: str, value: Any, url: str) -> FileInfo:
     if not is_table(name):
         raise CacheError(
-            f"{url}/{LISTING}: names {name[:80]!r}, which is no table of a cache; refused"
+            f"{url}/{LISTING}: names {name[:80]!a}, which is no table of a cache; refused"
         )
-    match value:
-        case [int(nbytes), str(digest)] if nbytes > 0 and re.fullmatch("[0-9a-f]{64}", digest):
-            return FileInfo(nbytes=nbytes, tag=f"sha256:{digest}")
-    raise CacheError(f"{url}/{LISTING}: no valid size and sha256 of {name}")
+    try:
+        nbytes, digest = msgspec.convert(value, _SizeAndDigest)
+    except msgspec.ValidationError:
+        raise CacheError(f"{url}/{LISTING}: no valid size and sha256 of {name}") from None
+    try:
+        return file_info(name, nbytes, f"sha256:{digest}")
+    except RequestError as error:
+        raise CacheError(f"{url}/{LISTING}: {error.reason}; refused") from None
+
+
+def file_info(name: str, nbytes: int, tag: str) -> FileInfo:
+    """Return the size and version of a table as a store states them.
+
+    Raises:
+        RequestError: no table of its kind is that large.
+    """
+    most = next(most for end, most in MAX_BYTES if name.endswith(end))
+    if not 0 <= nbytes <= most:
+        raise RequestError(f"{name}: {nbytes:,} bytes, at most {most:,} are copied", again=False)
+    if len(tag) > MAX_NAME_BYTES:
+        tag = f"of:{hashlib.sha256(tag.encode(errors='replace')).hexdigest()}"
+    return FileInfo(nbytes=nbytes, tag=tag)

@@ -6,21 +6,25 @@ compared with its sha256, if the store has one, and with its seal.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import mmap
+import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from functools import cached_property
 from pathlib import Path
 
 from cache.errors import CorruptError, DiskError, NotFoundError, UnreachableError
-from cache.format.checksums import check_seal, check_seal_file
+from cache.format.checksums import check_seal
+from cache.format.gate import decode, open_file, read_file
 from cache.remote.listing import (
     MAX_LISTING_BYTES,
     FileInfo,
@@ -29,14 +33,18 @@ from cache.remote.listing import (
     read_listing,
 )
 from cache.remote.retry import RetryPolicy, first_contact, with_retries
+from cache.remote.row_cache import open_lock
 from cache.remote.stores import Store, read_range
-from cache.store.files import new_file, write_atomic
+from cache.store.files import PARTIAL, disk_errors, new_file, write_atomic
 from cache.store.paths import LISTING, CacheRoot
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 << 20
-"""Tables larger than this are fetched in pieces of this size, several at a time."""
+PIECE_BYTES = 4 << 20
+"""Tables larger than this are fetched in pieces of this size, several at a time. Each is held in memory."""
+
+SPARE_BYTES = 64 << 20
+"""Bytes that a copy leaves free on the disk."""
 
 LOG_EVERY_S = 10
 """Seconds between two log lines about a copy under way."""
@@ -84,8 +92,7 @@ class Mirror:
                     f"{url}/{LISTING}",
                     lambda: self._store.read_file(LISTING, MAX_LISTING_BYTES),
                 )
-            write_atomic(self.folder / LISTING, listing)
-            return read_listing(self.folder / LISTING, url)
+            return read_listing(listing, url)
         except UnreachableError as error:
             if not error.missing:
                 raise
@@ -108,9 +115,10 @@ class Mirror:
         """
         remote = {name: info for name, info in self.remote_tables.items() if wanted(name)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a") as file:
+        with open_lock(self.folder / "lock") as lock, disk_errors(self.folder):
             # Another process may be updating the same copies: wait, and then find nothing left to do.
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._remove_unfinished()
             copied = self._read_copied()
             local = {name for name in self._local_tables() if wanted(name)}
             stale = {
@@ -129,6 +137,12 @@ class Mirror:
 
     # ---- local copies
 
+    def _remove_unfinished(self) -> None:
+        """Remove what processes that were killed have left. No other copies now: we hold the lock."""
+        for path in self.root.path.rglob(f"*{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def _local_tables(self) -> Iterator[str]:
         for path in self.root.path.rglob("*"):
             name = path.relative_to(self.root.path).as_posix()
@@ -137,20 +151,20 @@ class Mirror:
 
     def _read_copied(self) -> dict[str, FileInfo]:
         """Return what the local tables were copied from; {} when the record is missing or damaged."""
+        path = self.folder / COPIED
         try:
-            values = json.loads((self.folder / COPIED).read_bytes())
-            return {
-                name: FileInfo(nbytes=nbytes, tag=tag) for name, (nbytes, tag) in values.items()
-            }
-        except (OSError, ValueError, TypeError, AttributeError):
+            values = decode(read_file(path), dict[str, tuple[int, str]], path)
+        except (OSError, CorruptError):
             return {}
+        return {name: FileInfo(nbytes=nbytes, tag=tag) for name, (nbytes, tag) in values.items()}
 
     def _is_intact(self, name: str, info: FileInfo) -> bool:
         path = self.root.path / name
         try:
-            if is_sealed(name):
-                check_seal_file(path)
-            return path.stat().st_size == info.nbytes
+            with open_file(path, self.root.path) as file:
+                return os.fstat(file.fileno()).st_size == info.nbytes and (
+                    not is_sealed(name) or _damage(name, None, file.fileno()) is None
+                )
         except (OSError, CorruptError):
             return False
 
@@ -159,7 +173,7 @@ class Mirror:
     def _copy(self, tables: Mapping[str, FileInfo]) -> None:
         total = sum(info.nbytes for info in tables.values())
         free = shutil.disk_usage(self.folder).free
-        if total > free:
+        if total + SPARE_BYTES > free:
             raise DiskError(
                 f"{self.folder}: the tables of {self._store.url} need {total / 1e9:.2f} GB, "
                 f"{free / 1e9:.2f} free; choose another folder: --mirror DIR"
@@ -178,34 +192,64 @@ class Mirror:
     def _fetch_all(
         self, tables: Mapping[str, FileInfo], threads: ThreadPoolExecutor
     ) -> Iterator[int]:
-        """Copy the large tables one by one, then the small ones side by side; yield each one's bytes."""
+        """Copy the large tables one by one, then the small ones side by side; yield each one's bytes.
+
+        Nothing is under way any more when this ends, by Ctrl-C too: `stop` ends the requests soon.
+        """
+        stop = threading.Event()
         small = {name: info for name, info in tables.items() if info.nbytes <= PIECE_BYTES}
-        for name, info in tables.items():
-            if name not in small:
-                yield self._fetch(name, info, threads)
-        fetches = [threads.submit(self._fetch, name, info, None) for name, info in small.items()]
         try:
+            for name, info in tables.items():
+                if name not in small:
+                    yield self._fetch(name, info, stop, threads)
+            fetches = [threads.submit(self._fetch, name, small[name], stop) for name in small]
             for future in as_completed(fetches):
                 yield future.result()
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            threads.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, name: str, info: FileInfo, threads: ThreadPoolExecutor | None) -> int:
+    def _fetch(
+        self,
+        name: str,
+        info: FileInfo,
+        stop: threading.Event,
+        threads: ThreadPoolExecutor | None = None,
+    ) -> int:
         """Copy one table, its pieces by several threads if given, again when it arrives damaged."""
 
-        def fetch_piece(start: int) -> None:
-            with whole[start : start + PIECE_BYTES] as target:
-                read_range(self._store, self._policy, name, start, target, info.nbytes)
+        def fetch_piece(fd: int, start: int) -> None:
+            data = memoryview(bytearray(min(PIECE_BYTES, info.nbytes - start)))
+            read_range(self._store, self._policy, name, start, data, info.nbytes, stop)
+            written = 0
+            while written < len(
+                data
+            ):  # not through a mapping: a full disk is an error, not a signal
+                written += os.pwrite(fd, data[written:], start + written)
 
-        each = threads.map if threads else map
+        def fetch_all(fd: int) -> None:
+            starts = range(0, info.nbytes, PIECE_BYTES)
+            if threads is None:
+                for start in starts:
+                    fetch_piece(fd, start)
+                return
+            pieces = [threads.submit(fetch_piece, fd, start) for start in starts]
+            try:
+                for piece in pieces:
+                    piece.result()
+            except BaseException:  # no piece is written once the file is closed
+                stop.set()
+                for piece in pieces:
+                    piece.cancel()
+                wait(pieces)
+                raise
+
         # Not durable: a torn table fails its seal and is fetched again.
         with new_file(self.root.path / name, durable=False) as file:
-            file.truncate(info.nbytes)
-            with mmap.mmap(file.fileno(), info.nbytes) as data, memoryview(data) as whole:
-                for _ in range(self._policy.damage_tries):
-                    list(each(fetch_piece, range(0, info.nbytes, PIECE_BYTES)))
-                    if (damage := _damage(name, info, whole)) is None:
-                        return info.nbytes
+            for _ in range(self._policy.damage_tries):
+                fetch_all(file.fileno())
+                if (damage := _damage(name, info, file.fileno())) is None:
+                    return info.nbytes
             raise UnreachableError(
                 f"{self._store.url}/{name}: {damage}, {self._policy.damage_tries} times; it has changed "
                 f"since {LISTING} was written (there: python -m cache.share --features DIR), or is damaged "
@@ -213,14 +257,21 @@ class Mirror:
             )
 
 
-def _damage(name: str, info: FileInfo, data: memoryview) -> str | None:
-    """Return what is wrong with the bytes of a table, or None."""
-    kind, _, digest = info.tag.partition(":")
-    if kind == "sha256" and hashlib.sha256(data).hexdigest() != digest:
-        return "its sha256 differs from the listed one"
-    if is_sealed(name):
-        try:
-            check_seal(bytes(data), Path(name))
-        except CorruptError as error:
-            return error.what
+def _damage(name: str, info: FileInfo | None, fd: int) -> str | None:
+    """Return what is wrong with an open table, or None.
+
+    Args:
+        name: the table.
+        info: has its sha256, if the store tells it; None: only its seal is checked.
+        fd: the open file, which is not empty.
+    """
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
+        kind, _, digest = info.tag.partition(":") if info else ("", "", "")
+        if kind == "sha256" and hashlib.sha256(data).hexdigest() != digest:
+            return "its sha256 differs from the listed one"
+        if is_sealed(name):
+            try:
+                check_seal(data, Path(name))
+            except CorruptError as error:
+                return error.what
     return None

@@ -112,6 +112,11 @@ class RemoteReader(FeatureReader):
         try:
             for future in futures:
                 future.result()
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C: a request may have minutes left
+            self.cancel_reads()
+            raise
         finally:
             for future in futures:
                 future.cancel()

@@ -13,9 +13,11 @@ fit, the second epoch finds 15 % of its rows with plain LRU, and 50 % with this 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +38,29 @@ FULL_PAUSE_S = 60.0
 """Seconds for which nothing is stored after the folder was found full, to save scans."""
 ORPHAN_S = 600.0
 """An unfinished file older than this many seconds belongs to a process that has died."""
+FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""How files are opened: not through links, and without waiting for the other end of a FIFO."""
+
+
+@contextlib.contextmanager
+def open_lock(path: Path) -> Iterator[int]:
+    """Yield the number of a lock file, which is created where it is missing.
+
+    Raises:
+        OSError: there is something else in its place.
+    """
+    fd = os.open(path, FLAGS | os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _is_file(fd):
+            raise OSError(errno.EEXIST, "no file", os.fspath(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_file(fd: int, nbytes: int | None = None) -> bool:
+    found = os.fstat(fd)
+    return stat.S_ISREG(found.st_mode) and nbytes in (None, found.st_size)
 
 
 class RowCache:
@@ -63,15 +88,18 @@ class RowCache:
             return False
         path = self._path(array, row, crc)
         try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError:
+            fd = os.open(path, FLAGS | os.O_RDONLY)
+        except FileNotFoundError:
             return False
-        try:
-            complete = os.fstat(fd).st_size == len(target) == os.preadv(fd, [target], 0)
-        except OSError:  # the disk fails to read it
+        except OSError:  # a link, a socket, or the disk fails
             complete = False
-        finally:
-            os.close(fd)
+        else:
+            try:
+                complete = _is_file(fd, len(target)) and os.preadv(fd, [target], 0) == len(target)
+            except OSError:  # the disk fails to read it
+                complete = False
+            finally:
+                os.close(fd)
         if complete and crc32c(target) == crc:
             with contextlib.suppress(OSError):
                 os.utime(path)  # the modification time is the time of the last use
@@ -82,12 +110,13 @@ class RowCache:
 
     def put(self, array: str, row: int, crc: int, data: memoryview) -> None:
         """Store a row whose crc32c was verified, if there is room. A failing disk raises nothing."""
-        if not self._limit or time.monotonic() < self._full_until or not self._reserve(len(data)):
+        if not self._limit or time.monotonic() < self._full_until:
             return
         path = self._path(array, row, crc)
         try:
-            with new_file(path, durable=False) as file:  # `get` compares the crc32c
-                file.write(data)
+            if self._reserve(len(data)):
+                with new_file(path, durable=False) as file:  # `get` compares the crc32c
+                    file.write(data)
         except OSError as error:
             # Training goes on without: it fetches the rows over the network.
             log.warning("%s: %s; no more rows are kept here", self._folder, error.strerror)
@@ -118,9 +147,9 @@ class RowCache:
         One process at a time does this. The others set the size to unknown and store nothing meanwhile.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("a") as file:
+        with open_lock(self._folder / "lock") as lock:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._size = None
                 return
@@ -159,8 +188,9 @@ class RowCache:
                         folders.append(entry.path)
                         continue
                     with contextlib.suppress(OSError):
-                        stat = entry.stat(follow_symlinks=False)
-                        if entry.name.endswith(PARTIAL) and time.time() - stat.st_mtime > ORPHAN_S:
+                        found = entry.stat(follow_symlinks=False)
+                        age_s = time.time() - found.st_mtime
+                        if entry.name.endswith(PARTIAL) and age_s > ORPHAN_S:
                             os.unlink(entry.path)  # noqa: PTH108
                         elif entry.name != "lock":
-                            yield stat.st_mtime, stat.st_size, entry.path
+                            yield found.st_mtime, found.st_size, entry.path

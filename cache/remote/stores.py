@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, urlsplit
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from urllib.parse import quote, urljoin, urlsplit
 
-from cache.errors import CacheError, NotFoundError, RequestError
-from cache.remote.http import HttpStore
-from cache.remote.listing import FileInfo
+import msgspec
+
+from cache.errors import CacheError, CorruptError, NotFoundError, RequestError
+from cache.format.gate import decode
+from cache.remote.connections import origin_of
+from cache.remote.deadline import Deadline, apart, plain_text
+from cache.remote.http import MAX_URL, HttpStore, whole_body
+from cache.remote.listing import FileInfo, file_info, is_table
 from cache.remote.net import is_loopback
 from cache.remote.retry import RetryPolicy, with_retries
 
 if TYPE_CHECKING:
     import obstore.store
+
+MAX_FILES = 10_000_000
+"""Objects below a prefix, at most."""
+MAX_PAGES = 1000
+"""Pages of the hub's list of files, at most. One has 1,000 files."""
+MAX_PAGE_BYTES = 8 << 20
+STREAM_BYTES = 1 << 20
+"""Bytes of an answer that are received at a time."""
 
 
 class Store(Protocol):
@@ -26,7 +41,14 @@ class Store(Protocol):
     url: str
     """The URL that the user gave, for messages."""
 
-    def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
+    def read(
+        self,
+        name: str,
+        offset: int,
+        target: memoryview,
+        size: int | None,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Fill `target` with the bytes of a file from `offset` on. Make one attempt.
 
         Args:
@@ -34,6 +56,7 @@ class Store(Protocol):
             offset: the first byte to read.
             target: receives len(target) bytes.
             size: the file must have this many bytes; None: any size.
+            stop: ends the attempt when it is set.
 
         Raises:
             RequestError: the attempt failed; its `got` counts the bytes that arrived.
@@ -47,7 +70,7 @@ class Store(Protocol):
         """
 
     def list_files(self) -> dict[str, FileInfo]:
-        """Return every file below the root of the cache, by its name relative to the root.
+        """Return every table below the root of the cache, by its name relative to the root.
 
         Raises:
             RequestError: the attempt failed.
@@ -102,7 +125,7 @@ def read_range(
             # Released in any case: an error's traceback keeps the view, and a mapped file with views that
             # are not released cannot be closed.
             with target[received:] as rest:
-                store.read(name, offset + received, rest, size)
+                store.read(name, offset + received, rest, size, stop)
         except RequestError as error:
             received += error.got
             raise
@@ -128,7 +151,7 @@ class ObjectStore:
             raise CacheError(f"{url}: needs obstore: pip install 'nanomolmo2[s3]'") from None
         parts = urlsplit(url)
         self.url = url.rstrip("/")
-        self._obstore = obstore
+        self._obstore, self._policy = obstore, policy
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         endpoint_parts = urlsplit(endpoint)
         plain_http = endpoint_parts.scheme == "http"
@@ -155,36 +178,66 @@ class ObjectStore:
         )
 
     def list_files(self) -> dict[str, FileInfo]:
-        """Return every object below the prefix; see Store."""
-        found = {}
-        with self._request_errors():
+        """Return every table below the prefix; see Store."""
+
+        def pages() -> dict[str, FileInfo]:
+            found, seen = {}, 0
             # 1000 objects a page: the most that S3 returns.
             for page in self._obstore.list(self._store, chunk_size=1000):
+                seen += len(page)
+                if seen > MAX_FILES:
+                    raise RequestError(f"more than {MAX_FILES:,} objects", again=False)
                 for meta in page:
-                    tag = f"{meta['e_tag'] or ''} {meta['last_modified']}"
-                    found[meta["path"]] = FileInfo(nbytes=meta["size"], tag=tag)
-        return found
+                    if is_table(meta["path"]):
+                        tag = f"{meta['e_tag'] or ''} {meta['last_modified']}"
+                        found[meta["path"]] = file_info(meta["path"], meta["size"], tag)
+            return found
 
-    def read(self, name: str, offset: int, target: memoryview, size: int | None) -> None:
+        with self._request_errors():
+            return apart(pages, Deadline(self._policy.give_up_after_s))
+
+    def read(
+        self,
+        name: str,
+        offset: int,
+        target: memoryview,
+        size: int | None,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Fill `target` from an object; see Store."""
         wanted = (offset, offset + len(target))
-        with self._request_errors():
+
+        def get() -> list[bytes]:
             result = self._obstore.get(self._store, name, options={"range": wanted})
             if size is not None and result.meta["size"] != size:
                 what = f"{result.meta['size']:,} bytes, not the {size:,} of its commit"
                 raise RequestError(what, again=False)
             if result.range != wanted:
                 raise RequestError(f"bytes {result.range} instead of {wanted}", again=True)
-            with memoryview(result.bytes()) as data:
-                target[:] = data
+            return _chunks(result, wanted[1] - wanted[0])
+
+        with self._request_errors():
+            chunks = apart(get, Deadline(self._policy.request_s, stop))
+        received = 0
+        for chunk in chunks:
+            with memoryview(chunk) as data:
+                target[received : received + len(data)] = data
+                received += len(data)
+        if received < len(target):
+            raise RequestError("the body ends early", again=True)
 
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """Return a whole object; see Store."""
-        with self._request_errors():
+
+        def get() -> bytes:
             result = self._obstore.get(self._store, name)
-            if result.meta["size"] > max_bytes:
+            size = result.meta["size"]
+            if size > max_bytes:
                 raise RequestError(f"{name} has more than {max_bytes:,} bytes", again=False)
-            return bytes(result.bytes())
+            return b"".join(bytes(chunk) for chunk in _chunks(result, size))
+
+        with self._request_errors():
+            return apart(get, Deadline(self._policy.request_s))
 
     @contextlib.contextmanager
     def _request_errors(self) -> Iterator[None]:
@@ -198,8 +251,20 @@ class ObjectStore:
             what = "not allowed with the credentials that were found (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
             raise RequestError(what, again=False) from None
         except errors.BaseError as error:
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            what = plain_text(f"{type(error).__name__}: {error}")
             raise RequestError(what, again=True) from None
+
+
+def _chunks(result: obstore.GetResult, most: int) -> list[bytes]:
+    """Return the body of an answer in chunks. One that is longer than was asked for is not received."""
+    chunks: list[bytes] = []
+    received = 0
+    for chunk in result.stream(min_chunk_size=STREAM_BYTES):
+        received += len(chunk)
+        if received > most:
+            raise RequestError("more bytes than were requested", again=False)
+        chunks.append(chunk)
+    return chunks
 
 
 def _credentials() -> tuple[dict[str, Any], Any]:
@@ -244,47 +309,90 @@ class HubStore(HttpStore):
         from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        self._api = HfApi()
+        api = HfApi()
 
-        def resolve() -> tuple[HfFileSystemResolvedRepositoryPath, dict[str, Any], str | None]:
+        def ask() -> tuple[HfFileSystemResolvedRepositoryPath, str | None]:
             with _hub_answers():
                 at = HfFileSystem().resolve_path(url)
                 if not isinstance(at, HfFileSystemResolvedRepositoryPath):
                     raise CacheError(f"{url}: a bucket; write hf://datasets/ORG/NAME")
                 repo: dict[str, Any] = {"repo_id": at.repo_id, "repo_type": at.repo_type}
-                return at, repo, self._api.repo_info(**repo, revision=at.revision).sha
+                return at, api.repo_info(**repo, revision=at.revision).sha
+
+        def resolve() -> tuple[HfFileSystemResolvedRepositoryPath, str | None]:
+            return apart(ask, Deadline(policy.request_s))
 
         try:
-            at, repo, commit = with_retries(policy, url, resolve)
+            at, commit = with_retries(policy, url, resolve)
         except (OSError, ValueError, NotImplementedError) as error:  # the hub's errors are OSErrors
-            why = " ".join(str(error).split())[:200]
+            why = plain_text(error)
             raise NotFoundError(
                 f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
                 "needs HF_TOKEN or `hf auth login`"
             ) from None
-        self._tree = {**repo, "revision": commit, "recursive": True}
+        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+            raise NotFoundError(f"{url}: the hub names no commit of it")
         self._folder = at.path_in_repo.strip("/")
         prefix = constants.REPO_TYPES_URL_PREFIXES.get(at.repo_type, "")
-        base = f"{self._api.endpoint}/{prefix}{at.repo_id}/resolve/{commit}/{quote(self._folder)}"
+        here = f"{at.repo_id}/resolve/{commit}/{quote(self._folder)}"
         headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
-        super().__init__(base, policy, url=url.rstrip("/"), headers=headers)
+        super().__init__(
+            f"{api.endpoint}/{prefix}{here}", policy, url=url.rstrip("/"), headers=headers
+        )
+        folder = f"/{quote(self._folder, safe='')}" if self._folder else ""
+        tree = f"{at.repo_type}s/{at.repo_id}/tree/{commit}{folder}?recursive=true"
+        self._tree = f"{api.endpoint}/api/{tree}"
 
     def list_files(self) -> dict[str, FileInfo]:
-        """Return every file below the folder; see Store."""
-        from huggingface_hub import RepoFile
+        """Return every table below the folder; see Store."""
+        found: dict[str, FileInfo] = {}
+        deadline = Deadline(self._policy.give_up_after_s)
+        page: str | None = self._tree
+        for _ in range(MAX_PAGES):
+            entries, page = self._page(str(page), deadline)
+            for entry in entries:
+                name = entry.path.removeprefix(self._folder).lstrip("/")
+                if entry.type == "file" and is_table(name):
+                    tag = f"sha256:{entry.lfs.oid}" if entry.lfs else f"blob:{entry.oid}"
+                    found[name] = file_info(name, entry.size, tag)
+            if page is None:
+                return found
+            if not entries:
+                break
+        raise RequestError("the hub's list of files does not end", again=False)
 
-        found = {}
+    def _page(self, url: str, deadline: Deadline) -> tuple[list[_Entry], str | None]:
+        """Return a page of the repository's list of files, and the URL of the next one."""
+        exchange = deadline.within(self._policy.request_s)
+        with self._open(url, {}, MAX_PAGE_BYTES, exchange) as response:
+            data = whole_body(response, "the list of files", MAX_PAGE_BYTES)
+            following = _NEXT.search(response.headers.get("Link", "")[:MAX_URL])
         try:
-            with _hub_answers():
-                items = self._api.list_repo_tree(path_in_repo=self._folder or None, **self._tree)
-                for item in items:
-                    if isinstance(item, RepoFile):
-                        name = item.path.removeprefix(self._folder).lstrip("/")
-                        tag = f"sha256:{item.lfs.sha256}" if item.lfs else f"blob:{item.blob_id}"
-                        found[name] = FileInfo(nbytes=item.size, tag=tag)
-        except OSError as error:
-            raise RequestError(" ".join(str(error).split())[:160], again=True) from None
-        return found
+            entries = decode(data, list[_Entry], Path("tree"))
+            target = urljoin(url, following[1]) if following else None
+            if target and origin_of(target) != self._origin:
+                raise ValueError
+        except (CorruptError, ValueError):
+            raise RequestError("the hub's list of files is not valid", again=False) from None
+        return entries, target
+
+
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]
+_NEXT = re.compile(r'<([^<>]+)>\s{0,9};\s{0,9}rel="?next"?')
+
+
+class _Lfs(msgspec.Struct):
+    oid: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+class _Entry(msgspec.Struct):
+    """A file or folder in the hub's list; its other keys are not read."""
+
+    type: _Text
+    path: _Text
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)] = 0
+    oid: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    lfs: _Lfs | None = None
 
 
 @contextlib.contextmanager
@@ -297,4 +405,4 @@ def _hub_answers() -> Iterator[None]:
             raise
         if isinstance(error, OSError):  # the hub has answered, with an error
             raise
-        raise RequestError(f"the hub: {' '.join(str(error).split())[:160]}", again=True) from None
+        raise RequestError(plain_text(f"the hub: {error}"), again=True) from None

@@ -6,7 +6,6 @@ reader.read("image", key)
 
 from __future__ import annotations
 
-import http.client
 import multiprocessing
 import os
 import time
@@ -23,6 +22,7 @@ from cache.errors import CacheError, RequestError, UnreachableError
 from cache.format.checksums import crc32c
 from cache.format.codec import CODECS
 from cache.format.spec import CONTAINERS
+from cache.remote.deadline import Deadline
 from cache.remote.http import HttpStore
 from cache.remote.open import RemoteCache, RemoteOptions, open_reader
 from cache.remote.reader import RemoteReader
@@ -304,12 +304,11 @@ def test_redirects_are_followed_and_the_last_one_is_remembered(
 )
 def test_forbidden_redirects_are_refused(server: WebServer, to: str, what: str) -> None:
     store = HttpStore(server.url, POLICY)
-    store._pool._allow_private = False  # as for a server on the open web
     server.acts["/spaces"] = redirect(to)
     # An open connection, because this store would refuse to connect to the loopback.
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    connection.connect()
+    connection = store._pool._connect(store._origin, Deadline(9))
     store._pool._idle[store._origin] = [(connection, time.monotonic() + 60)] * 9
+    store._pool._allow_private = False  # as for a server on the open web
     target = memoryview(bytearray(4))
     with pytest.raises(RequestError) as failure:
         store.read("spaces/x", 0, target, None)
