@@ -31,6 +31,7 @@ from typing import Literal
 import configs
 from cache.errors import CacheError
 from cache.format.frame_sampling import MAX_FRAMES
+from cache.maintenance.local_media import LocalMedia, remember
 from cache.store.files import disk_full
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot
@@ -38,7 +39,7 @@ from configs.command_line import CommandLine
 from encode.datasets import Reading, listing, read_datasets
 from encode.download.config import DownloadConfig
 from encode.fetch_only import fetch_only
-from encode.sources.catalogue import choose, open_datasets
+from encode.sources.catalogue import Dataset, choose, open_datasets
 from encode.worker.config import WorkerConfig
 from model.vision.config import encoder_config
 
@@ -70,7 +71,8 @@ class Options:
     source: Path | None = None
     """Folder of downloaded lists or data sets, one folder a data set (PixMo, hf:), instead of the hub."""
     media: Path | None = None
-    """Folder of the media that a data set names (json:, hf:). Default: the folder of its file."""
+    """Folder of the media that a data set names (json:, hf:). Default: the folder of its file. With --check:
+    a folder of media of the cache that were not encoded on this machine, or have moved."""
     config: Path | None = None
     """Your own data sets and encoders, over ours. Default: nanomolmo2.yaml in this folder, if any."""
     max_frames: int = MAX_FRAMES
@@ -177,13 +179,16 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         words: the command line, after the program's name.
     """
     command = CommandLine("python -m encode.run", tuple(words))
-    datasets = open_datasets(options.dataset, root.path, options.source, options.media, command)
     config = worker_config(options)
     if options.check is not None:
-        return check(root, options, config, [dataset.name for dataset in datasets])
+        datasets = open_datasets(options.dataset, root.path, options.source, None, command)
+        return check(root, options, config, datasets)
+    datasets = open_datasets(options.dataset, root.path, options.source, options.media, command)
     reading = how_to_read(options, command)
     choices = {choice.name: choice for choice in choose(options.dataset)}
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
+    if not options.plan:
+        remember(root, [folder for dataset in datasets for folder in dataset.folders])
     if options.fetch_only:
         retry = options.retry_failed
         return fetch_only(root, counter.media, config, retry_failed=retry, again=command.text())
@@ -259,7 +264,9 @@ def worker_config(options: Options) -> WorkerConfig:
     )
 
 
-def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Sequence[str]) -> int:
+def check(
+    root: CacheRoot, options: Options, config: WorkerConfig, datasets: Sequence[Dataset]
+) -> int:
     """Compare stored rows with rows encoded now; return the exit code."""
     from encode.check.media import CheckConfig
     from encode.check.stored import check_space, choose_space
@@ -273,7 +280,10 @@ def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Seq
         "pool_frame": (encoder.pool_frame,),
     }
     assert options.check is not None, "the caller checks it"
+    folders = [folder for dataset in datasets for folder in dataset.folders]
+    local = LocalMedia(root, media=options.media, folders=folders)
     loading = CheckConfig(
+        local=local,
         max_frames=config.max_frames,
         keep_media=config.media_store,
         download=config.download if options.check_urls else None,
@@ -281,7 +291,8 @@ def check(root: CacheRoot, options: Options, config: WorkerConfig, datasets: Seq
         weights=config.weights,
     )
     space = choose_space(root, wanted)
-    report = check_space(root, space, loading, media=options.check, datasets=datasets)
+    names = [dataset.name for dataset in datasets]
+    report = check_space(root, space, loading, media=options.check, datasets=names)
     print(report.text())
     return 0 if report.ok else 1
 

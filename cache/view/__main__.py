@@ -46,6 +46,8 @@ class Options:
     """Seed of the draw: another seed shows other images."""
     keep_media: Path | None = None
     """Folder of kept downloads (encode.run --keep-media): thumbnails of images from the web."""
+    media: Path | None = None
+    """Folder of media that were not encoded on this machine, or have moved: they are opened, too."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.images <= MAX_IMAGES:
@@ -61,9 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out.is_dir():
         raise UserError(f"{options.out}: a folder; name a file: --out {options.out / 'view.html'}")
     reader = FeatureReader(find_space(root, options.space))
-    found = gather(root, reader, images=options.images, seed=options.seed, keep=options.keep_media)
+    found = gather(
+        root,
+        reader,
+        images=options.images,
+        seed=options.seed,
+        keep=options.keep_media,
+        media=options.media,
+    )
     page = render(found).encode(errors="replace")  # text from JSON may hold half a surrogate pair
     write_atomic(options.out, page)
+    if found.not_opened:
+        print(found.not_opened)
     print(f"{options.out}: {len(found.shown)} images and videos, {bytes_text(len(page))}")
     return 0
 

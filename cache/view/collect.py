@@ -18,6 +18,7 @@ from PIL import Image
 from cache.format.spec import ARRAYS
 from cache.maintenance.encode_command import encode_command
 from cache.maintenance.inventory import DatasetSummary, Failures, list_failures, summarise_datasets
+from cache.maintenance.local_media import LocalMedia
 from cache.store.ledger import MediaRecord
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot
@@ -123,12 +124,20 @@ class Findings:
     """The first array that has rows."""
     datasets: list[DatasetSummary]
     """Coverage of each data set of the cache."""
+    not_opened: str
+    """About the first media file that was not opened because the cache alone names it; empty if none."""
     failures: list[Failures]
     """Failures in the whole cache, the most frequent first."""
 
 
 def gather(
-    root: CacheRoot, reader: FeatureReader, *, images: int, seed: int, keep: Path | None
+    root: CacheRoot,
+    reader: FeatureReader,
+    *,
+    images: int,
+    seed: int,
+    keep: Path | None = None,
+    media: Path | None = None,
 ) -> Findings:
     """Read and measure a space.
 
@@ -138,9 +147,11 @@ def gather(
         images: images and videos to show, at most.
         seed: seed of the draw.
         keep: folder of kept downloads.
+        media: folder of media that are opened beside those that this machine encoded.
 
     Raises:
-        UserError, CacheError: the space has no rows yet, or one of its files is damaged.
+        UserError, CacheError: there is no folder `media`, the space has no rows yet, or one of its files is
+            damaged.
     """
     arrays = [array for array in ARRAYS if reader.rows(array)]
     if not arrays:
@@ -150,8 +161,9 @@ def gather(
         )
     measured = {array: _measure(reader, array, seed) for array in arrays}
     norms = {array: found for array, (found, _) in measured.items()}
+    local = LocalMedia(root, media=media, folders=[keep] if keep is not None else [])
     shown, basis, token_codes = _show(
-        root, reader, sampling.choose(reader, images, seed), norms, keep
+        root, reader, sampling.choose(reader, images, seed), norms, local, keep
     )
     last = [reader.paths.commit(array, int(reader.index[array].shards[-1])) for array in arrays]
     return Findings(
@@ -164,6 +176,7 @@ def gather(
         basis=basis,
         token_codes=token_codes,
         norms=norms,
+        not_opened=local.note(),
         channels=measured[arrays[0]][1],
         channels_array=arrays[0],
         datasets=summarise_datasets(root, {reader.paths.name: reader}),
@@ -189,6 +202,7 @@ def _show(
     reader: FeatureReader,
     chosen: Sequence[Chosen],
     norms: dict[str, Norms],
+    local: LocalMedia,
     keep: Path | None,
 ) -> tuple[tuple[Shown, ...], Basis, npt.NDArray[np.int8]]:
     """Read the chosen rows; the basis is fitted to the tokens of all of them."""
@@ -208,7 +222,7 @@ def _show(
     for at, one in enumerate(chosen):
         item, image, absent = items[one.key], None, ""
         if one.array == "image":
-            image, absent = thumbnail(item.sources, one.key, spec, keep)
+            image, absent = thumbnail(item.sources, one.key, spec, local, keep)
         shown.append(
             Shown(
                 number=at + 1,

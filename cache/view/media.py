@@ -1,8 +1,9 @@
 """Look up what the tables say of images and videos: sources, sizes, captions; and make thumbnails of images.
 
 An image is read from a local file in the media table, or from the folder of kept downloads. Nothing is
-fetched, and a file is shown only if its sha256 is the one that was encoded. Videos are not decoded: the cache
-may not import `model.media.video`, and a second decoder for files from strangers is not worth a thumbnail.
+fetched, and a file is shown only if `LocalMedia` opens it and its sha256 is the one that was encoded. Videos
+are not decoded: the cache may not import `model.media.video`, and a second decoder for files from strangers
+is not worth a thumbnail.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from cache.format.embedded.names import is_embedded
 from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
+from cache.maintenance.local_media import LocalMedia, MediaFileError, NotAllowedError, is_web
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import read_references
 from cache.store.samples import dataset_names
-from cache.view.thumbnails import NotShownError, decode, read_media
+from cache.view.thumbnails import MAX_FILE_BYTES, decode
 
 THUMBNAIL = 336
 """Longer side of an image on the page, pixels."""
@@ -137,26 +138,30 @@ def _exchange(messages: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def thumbnail(
-    sources: Sequence[str], key: str, spec: FeatureSpec, keep: Path | None
+    sources: Sequence[str], key: str, spec: FeatureSpec, local: LocalMedia, keep: Path | None = None
 ) -> tuple[Image.Image | None, str]:
-    """Return an image as the encoder saw it, small, RGB; or None and the reason.
+    """Return an image as the encoder saw it, small, RGB; or None and why it is not shown.
 
     Args:
-        sources: paths to try, and URLs, which are not.
+        sources: paths to try, names of media inside files, and URLs.
         key: sha256 (hex) that the file must have.
         spec: says how the encoder fits an image into its square.
-        keep: folder of kept downloads.
+        local: which files are opened.
+        keep: folder of kept downloads, one of those that `local` opens.
     """
     # The first as encode.download.media_store names its files.
-    candidates = [str(keep / key[:2] / key)] if keep is not None else []
-    candidates += [s for s in sources if s.startswith("/") or is_embedded(s)]
-    reason = "came from the web and was not kept"
+    candidates = [str(keep.expanduser().absolute() / key[:2] / key)] if keep is not None else []
+    candidates += [source for source in sources if not is_web(source)]
+    absent, refused = "image came from the web and was not kept", ""
     for source in candidates:
         try:
-            return _fitted(decode(read_media(source, key), 2 * THUMBNAIL), spec), ""
-        except NotShownError as error:
-            reason = str(error)
-    return None, reason
+            data = local.read(source, key, most=MAX_FILE_BYTES)
+            return _fitted(decode(data, 2 * THUMBNAIL), spec), ""
+        except NotAllowedError as error:
+            refused = refused or error.reason
+        except MediaFileError as error:
+            absent = f"image {error.reason}"
+    return None, refused or absent
 
 
 def _middle(side: int, seen: int) -> tuple[int, int, int, int]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import hashlib
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from cache.errors import EmbeddedMediaError
-from cache.format.embedded.names import is_embedded, read_embedded
+from cache.maintenance.local_media import MediaFileError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded: those of the encoder. PIL's rarer decoders are attack surface."""
@@ -79,45 +75,18 @@ def data_uri(data: bytes, file_format: str) -> str:
 # ---- files
 
 
-class NotShownError(Exception):
-    """An image file cannot be shown. The message is the reason: it continues "The image ..."."""
-
-
-def read_media(source: str, key: str | None) -> bytes:
-    """Return the bytes of an image file, or of a media item inside a file.
-
-    Args:
-        source: path of the file, or the name of the embedded media item.
-        key: sha256 (hex) that the bytes must have; None if it is not known.
-
-    Raises:
-        NotShownError: it is no regular file, unreadable, too large for an image, or has another sha256.
-    """
-    data, path = None, Path(source)
-    with contextlib.suppress(OSError, EmbeddedMediaError):
-        if is_embedded(source):
-            data = read_embedded(source, MAX_FILE_BYTES)
-        elif path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
-            data = path.read_bytes()
-    if data is None:
-        raise NotShownError("not on this machine")
-    if key is not None and hashlib.sha256(data).hexdigest() != key:
-        raise NotShownError("has changed since it was encoded")
-    return data
-
-
 def decode(data: bytes, side: int) -> Image.Image:
     """Return an image as the encoder reads it: RGB, upright, transparency on white.
 
     It may be smaller than the file's, but no side is below `side` pixels for that reason.
 
     Raises:
-        NotShownError: the bytes are no image of `FORMATS`, or it is too large.
+        MediaFileError: the bytes are no image of `FORMATS`, or it is too large.
     """
     try:
         return _decode(data, side)
     except Exception:  # PIL's decoders raise whatever the bytes lead them to
-        raise NotShownError("cannot be read") from None
+        raise MediaFileError("cannot be read") from None
 
 
 def _open(data: bytes) -> Image.Image:

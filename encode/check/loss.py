@@ -25,6 +25,7 @@ from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.media_marks import split_at_marks
 from cache.format.spec import FeatureSpec
 from cache.maintenance.encode_command import encode_command
+from cache.maintenance.local_media import LocalMedia
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
 from cache.store.references import edges_of, find_rows, number_media, read_references
@@ -66,6 +67,8 @@ class Options:
     """Device of the encoder: auto, cpu, cuda, cuda:N or mps."""
     max_frames: int | None = None
     """Largest number of frames of one video; when not given, as in the model's training."""
+    media: Path | None = None
+    """Folder of media that were not encoded on this machine, or have moved: they are opened, too."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_frames"):
@@ -124,6 +127,7 @@ def compare(options: Options) -> Comparison:
     vlm, tokenizer, meta = load_final(find_run(options.run))
     root = CacheRoot(options.features)
     config = CheckConfig(
+        local=LocalMedia(root, media=options.media),
         max_frames=options.max_frames or meta.get("max_frames", MAX_FRAMES),
         device=options.device,
         weights=options.weights,

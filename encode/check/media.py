@@ -5,7 +5,6 @@ R rows of one image (1) or video (its frames), S side of the encoder's input in 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,10 +20,10 @@ import pyarrow.compute as pc
 import torch
 from PIL.Image import Image
 
-from cache.errors import EmbeddedMediaError
-from cache.format.embedded.names import is_embedded, read_embedded
+from cache.format.embedded.names import is_embedded
 from cache.format.frame_sampling import FULL, time_view
 from cache.format.spec import ARRAY_OF
+from cache.maintenance.local_media import LocalMedia, MediaFileError, NotAllowedError
 from cache.store.commits import key_bytes
 from cache.store.ledger import MediaRecord
 from cache.store.paths import SpacePaths
@@ -50,6 +49,8 @@ GROUP = 16
 class CheckConfig:
     """Where media and the encoder are loaded from."""
 
+    local: LocalMedia
+    """Which files of this machine are opened."""
     max_frames: int
     """Largest number of frames of one video; the same as when it was encoded."""
     keep_media: Path | None = None
@@ -105,6 +106,7 @@ class MediaLoader:
         self.undecodable: list[str] = []
         """Media whose bytes are unchanged and cannot be decoded any more, with the reason."""
         self.max_frames = config.max_frames
+        self._local = config.local
         self._store = MediaStore(config.keep_media) if config.keep_media is not None else None
         self._fetcher = Fetcher(config.download) if config.download is not None else None
 
@@ -218,25 +220,13 @@ class MediaLoader:
 
     def _file(self, record: MediaRecord) -> bytes | Path | None:
         """Return the bytes of an image or of embedded media, or the path of a video, which may be large."""
-        path = Path(record.source)
-        data: bytes | Path = path
+        source, key = record.source, record.key
         try:
-            if is_embedded(record.source):
-                inside = read_embedded(record.source, MAX_BYTES)
-                data, key = inside, hashlib.sha256(inside).hexdigest()
-            elif record.kind == "video":
-                with path.open("rb") as file:
-                    key = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                whole = path.read_bytes()
-                data, key = whole, hashlib.sha256(whole).hexdigest()
-        except EmbeddedMediaError as error:
-            self.skipped[f"cannot be read from its file: {error}"] += 1
-            return None
-        except OSError as error:
-            self.skipped[f"file cannot be read: {error.strerror}"] += 1
-            return None
-        if key != record.key:
-            self.skipped["file has changed since it was encoded"] += 1
-            return None
-        return data
+            if record.kind == "video" and not is_embedded(source):
+                return self._local.video(source, key, size=record.bytes)
+            return self._local.read(source, key, most=MAX_BYTES, size=record.bytes)
+        except NotAllowedError:
+            self.skipped[self._local.note()] += 1  # one line for all
+        except MediaFileError as error:
+            self.skipped[error.detail] += 1
+        return None

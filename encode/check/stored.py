@@ -141,12 +141,10 @@ def check_space(
             ways.append(
                 "give the folder of kept downloads, --keep-media DIR, or download them: --check-urls"
             )
-        if report.skipped.keys() - {NOT_ON_DISK}:
+        if report.skipped.keys() - {NOT_ON_DISK, config.local.note()}:
             ways.append("encode the data set again: that takes its files as they are now")
-        raise UserError(
-            f"{paths.root}: no media with stored rows can be loaded ({why or 'none known'}); "
-            + "; ".join(ways)
-        )
+        why = f"{paths.root}: no media with stored rows can be loaded ({why or 'none known'})"
+        raise UserError("; ".join([why, *ways]))
     return report
 
 

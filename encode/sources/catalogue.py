@@ -47,6 +47,11 @@ class Dataset(Protocol):
         """Whether `samples` gives more text once the sizes of images are known."""
         ...
 
+    @property
+    def folders(self) -> Sequence[Path]:
+        """Folders below which its media are, or the files that contain them; absolute paths."""
+        ...
+
     def samples(
         self, sizes: Mapping[str, tuple[int, int]] = {}, account: Account | None = None
     ) -> Iterator[Sample]:

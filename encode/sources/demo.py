@@ -123,6 +123,11 @@ class DemoDataset:
         world = DemoWorld.load()
         return DemoDataset(name=name, folder=features / "demo" / world.id8, world=world)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the drawings."""
+        return (self.folder,)
+
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol

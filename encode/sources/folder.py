@@ -111,6 +111,11 @@ class FolderDataset:
             )
         return FolderDataset(name=name, folder=folder.resolve(), leave_out=leave_out.resolve())
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder."""
+        return (self.folder,)
+
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol

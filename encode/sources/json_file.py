@@ -155,6 +155,11 @@ class JsonDataset:
             media_is_named=media is not None,
         )
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of its media, and that of the file."""
+        return tuple(dict.fromkeys((self.media, self.file.parent)))
+
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol
@@ -176,11 +181,7 @@ class JsonDataset:
             yield from self._samples(account)
 
     def _samples(self, account: Account) -> Iterator[Sample]:
-        media = MediaFiles(
-            list(dict.fromkeys((self.media, self.file.parent))),
-            account,
-            outside="name its folder: --media DIR",
-        )
+        media = MediaFiles(self.folders, account, outside="name its folder: --media DIR")
         found = False
         for sample in RecordFiles(self.name, media, account).samples(self.file, self.media):
             found = True

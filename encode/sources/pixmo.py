@@ -155,6 +155,11 @@ class PixmoDataset:
         """True for pixmo-count, whose points are in pixels."""
         return self.name == "pixmo-count"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """None: all media are URLs."""
+        return ()
+
     def samples(
         self,
         sizes: Mapping[str, Size] = {},

@@ -88,6 +88,11 @@ class TableDataset:
     needs_sizes: ClassVar[bool] = False
     """No text here depends on the size of an image."""
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the media that rows name, and the tables, which may contain them."""
+        return ((self.media or self.folder).resolve(), *self.files)
+
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol

@@ -107,6 +107,11 @@ class WebDataset:
         files = expand(pattern)
         return WebDataset(name=name, files=tuple(files))
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """None but the tars themselves: they contain the media."""
+        return self.files
+
     def samples(
         self,
         sizes: Mapping[str, tuple[int, int]] = {},  # noqa: ARG002 - part of the protocol

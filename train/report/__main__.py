@@ -2,9 +2,11 @@
 
 python -m train.report --run default                      # runs/default/stage<k>/report.html
 python -m train.report --run default --output report.html --images 60
+python -m train.report --run default --media photos       # also with images below this folder
 
-The page is one file that loads nothing. Images and videos are read from where the samples name them
-(media.py). Answers are those of `train.evaluate`, which runs first if it has not run for this model.
+The page is one file that loads nothing. Images and videos are read from where the samples name them, below
+the folders that this machine encoded and below --media DIR (media.py). Answers are those of `train.evaluate`,
+which runs first if it has not run for this model.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from markupsafe import Markup
 
 import configs
 from cache.errors import CacheError
+from cache.maintenance.local_media import LocalMedia
 from cache.remote.open import RemoteOptions, local_root
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
@@ -55,6 +58,8 @@ class Options(RemoteOptions):
     """The samples to show: held-out ones (`val` to choose by, `test` to report), or those of training."""
     images: int = 36
     """Images and videos to show, at most."""
+    media: Path | None = None
+    """Folder of media that were not encoded on this machine, or have moved: they are opened, too."""
     output: Path | None = None
     """File to write; by default `report.html` beside the model."""
     device: str = "auto"
@@ -74,17 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = final.parent
     options = with_features(options, final)
     assert options.features is not None
+    root = local_root(options.features, options)
+    local = LocalMedia(root, media=options.media)
     result = evaluated(final, options)
     html = render(
         result,
         read_metrics(folder),
-        pick_media(result.answers, options.images, local_root(options.features, options)),
+        pick_media(result.answers, options.images, root, local),
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
         meta=read_meta(final),
     )
     output = options.output or folder / "report.html"
     data = html.encode(errors="replace")  # text from JSON may hold half a surrogate pair
     write_atomic(output, data)
+    if local.note():
+        print(local.note())
     print(f"{output}: {bytes_text(len(data))}")
     return 0
 
@@ -108,7 +117,9 @@ Shown = tuple[list[Picture], list[Answer]]
 """The images and videos of one or more samples, and every question about them."""
 
 
-def pick_media(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Shown]:
+def pick_media(
+    answers: Sequence[Answer], most: int, root: CacheRoot, local: LocalMedia
+) -> list[Shown]:
     """Return up to `most` images or videos (or groups of them) with all questions about each.
 
     Data sets take turns; within one, the order is that of the answers.
@@ -124,7 +135,7 @@ def pick_media(answers: Sequence[Answer], most: int, root: CacheRoot) -> list[Sh
     chosen = [media for media in turns if media is not None][:most]
     found = find_media({source for media in chosen for source in media}, root)
     return [
-        ([picture(source, found.get(source)) for source in media], groups[media])
+        ([picture(source, found.get(source), local) for source in media], groups[media])
         for media in chosen
     ]
 

@@ -1,26 +1,25 @@
 """Read images and videos for the report: an image as it is or smaller, a video as some of its frames.
 
-Files, and media inside files, are read from where the samples name them. If one is not on this machine, or
-has changed since it was encoded, the report says so instead.
+Files, and media inside files, are read from where the samples name them, if `LocalMedia` opens them there. A
+report is passed on, so it has only bytes whose sha256 is the recorded one. If one is not on this machine, has
+changed since it was encoded, or is not opened, the report says so instead.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from cache.errors import EmbeddedMediaError
-from cache.format.embedded.names import is_embedded, read_embedded
+from cache.format.embedded.names import is_embedded
 from cache.format.frame_sampling import sample_times
+from cache.maintenance.local_media import LocalMedia, MediaFileError, NotAllowedError
 from cache.store.ledger import MediaRecord, media_table
 from cache.store.paths import CacheRoot
-from cache.view.thumbnails import NotShownError, data_uri, decode, jpeg, read_media
+from cache.view.thumbnails import MAX_FILE_BYTES, data_uri, decode, jpeg
 from model.media import video, video_index
 from model.media.images import BadMediaError
 
@@ -58,45 +57,45 @@ def find_media(sources: Iterable[str], root: CacheRoot) -> dict[str, MediaRecord
     return {row["source"]: MediaRecord(**row) for row in rows.to_pylist()}
 
 
-def picture(source: str, record: MediaRecord | None) -> Picture:
-    """Return an image or a video for the page; `record` is None for a source that the media table lacks."""
-    if record is not None and record.kind == "video":
-        return _video(source, record)
-    return _image(source, None if record is None else record.key)
+def picture(source: str, record: MediaRecord | None, local: LocalMedia) -> Picture:
+    """Return an image or a video for the page.
 
-
-def _image(source: str, key: str | None) -> Picture:
+    Args:
+        source: its name.
+        record: what the media table says of it; None if it has no such source.
+        local: which files are opened.
+    """
+    record = record or MediaRecord(source=source)
+    is_video = record.kind == "video"
+    what = record.kind if record.duration_s is None else f"video of {record.duration_s:.1f} s"
     try:
-        data = read_media(source, key)
-        file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
-        if file_format is not None and len(data) <= VERBATIM_BYTES:
-            return Picture(uris=(data_uri(data, file_format),))
-        return Picture(uris=(_small(decode(data, THUMBNAIL), THUMBNAIL),))
-    except NotShownError as error:
-        return Picture(absent=f"image {error}")
-
-
-def _video(source: str, record: MediaRecord) -> Picture:
-    what = "video" if record.duration_s is None else f"video of {record.duration_s:.1f} s"
-    path = Path(source)
-    try:
-        data: bytes | Path = path
-        if is_embedded(source):
-            data = read_embedded(source, MAX_EMBEDDED_BYTES)
-            key = hashlib.sha256(data).hexdigest()
-        elif not path.is_file():  # opening a pipe would wait for ever
-            return Picture(absent=f"{what} not on this machine")
-        else:
-            with path.open("rb") as file:
-                key = hashlib.file_digest(file, "sha256").hexdigest()
-        if record.key not in (None, key):
-            return Picture(absent=f"{what} has changed since it was encoded")
-        info = video_index.probe(data)
-        frames = list(video.frames(data, sample_times(info.duration_s, FRAMES), info))
-    except (OSError, EmbeddedMediaError):
-        return Picture(absent=f"{what} not on this machine")
-    except BadMediaError as error:
+        return (_video if is_video else _image)(source, record, local)
+    except NotAllowedError as error:
+        return Picture(absent=error.reason)
+    except MediaFileError as error:
+        return Picture(absent=f"{what} {error.reason}")
+    except (OSError, BadMediaError) as error:
         return Picture(absent=f"{what} cannot be read: {error}")
+
+
+def _image(source: str, record: MediaRecord, local: LocalMedia) -> Picture:
+    data = local.read(source, record.key, most=MAX_FILE_BYTES, size=record.bytes)
+    image = decode(data, THUMBNAIL)
+    file_format = next((name for magic, name in MAGIC.items() if data.startswith(magic)), None)
+    if file_format is not None and len(data) <= VERBATIM_BYTES:
+        return Picture(uris=(data_uri(data, file_format),))
+    return Picture(uris=(_small(image, THUMBNAIL),))
+
+
+def _video(source: str, record: MediaRecord, local: LocalMedia) -> Picture:
+    key, size = record.key, record.bytes
+    data = (
+        local.read(source, key, most=MAX_EMBEDDED_BYTES, size=size)
+        if is_embedded(source)
+        else local.video(source, key, size=size)
+    )
+    info = video_index.probe(data)
+    frames = list(video.frames(data, sample_times(info.duration_s, FRAMES), info))
     return Picture(
         uris=tuple(_small(frame.image, FRAME_SIDE) for frame in frames),
         times_s=tuple(frame.time_s for frame in frames),

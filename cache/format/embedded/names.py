@@ -102,6 +102,11 @@ def container_of(source: str) -> str:
     return unquote(quoted, errors="surrogateescape") if "%" in quoted else quoted
 
 
+def in_container(source: str, path: str) -> str:
+    """Return the name of the same place in the file at another path, for one without links."""
+    return f"{source[: source.index(':')]}:{_quoted(path)}#{source.partition('#')[2]}"
+
+
 def parse(source: str) -> Place:
     """Return the parts of a source.
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cache.format.media_marks import split_at_marks
+from cache.maintenance.local_media import LocalMedia
 from cache.store.ledger import read_media
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples
-from cache.view import thumbnails
+from cache.view.thumbnails import MAX_FILE_BYTES
 from model.io.saved_model import find_run
 from model.media.images import decode_image
 from train.evaluate.result import read
@@ -38,7 +39,7 @@ def main(run: str, split: str, out: Path) -> None:
     final, here, lines = find_run(run), Path(__file__).parent, []
     asked = {a.sample: a for a in read(final.parent / f"evaluation-{split}.json").answers}
     root = CacheRoot(Path(trained_with(final).features))
-    ledger = read_media(root)
+    ledger, local = read_media(root), LocalMedia(root)  # media=DIR if another machine encoded them
     (out / "images").mkdir(parents=True)
     for dataset in dict.fromkeys(name.split("/", 1)[0] for name in asked):
         for sample in read_samples(root, dataset):
@@ -47,7 +48,8 @@ def main(run: str, split: str, out: Path) -> None:
                 continue
             keys = [str(ledger[ref.source].key) for ref in sample.media]
             for ref, key in zip(sample.media, keys, strict=True):
-                image = decode_image(thumbnails.read_media(ref.source, key))  # as the encoder does
+                data = local.read(ref.source, key, most=MAX_FILE_BYTES)
+                image = decode_image(data)  # as the encoder does
                 image.save(out / "images" / f"{key}.png")
             line = {"id": answer.sample, "messages": json.dumps(messages(sample, keys))}
             lines.append(line | {"answers": [answer.expected, *answer.others]})

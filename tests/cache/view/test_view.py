@@ -32,6 +32,7 @@ from cache.format import codec
 from cache.format.embedded.names import member_source
 from cache.format.frame_sampling import time_view
 from cache.format.spec import FeatureSpec
+from cache.maintenance.local_media import LocalMedia
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
@@ -77,10 +78,15 @@ def video(space: Space, number: int, frames: int, *, backwards: bool = False) ->
     shard(space, views[::-1] if backwards else views, "frame")
 
 
-def find(root: Path, count: int = 24, seed: int = 0) -> Findings:
+def find(root: Path, count: int = 24, seed: int = 0, media: Path | None = None) -> Findings:
     (name,) = CacheRoot(root).space_names()
     reader = FeatureReader(CacheRoot(root).space(name))
-    return gather(CacheRoot(root), reader, images=count, seed=seed, keep=None)
+    return gather(CacheRoot(root), reader, images=count, seed=seed, media=media)
+
+
+def below(folder: Path) -> LocalMedia:
+    """What opens files below a folder."""
+    return LocalMedia(CacheRoot(folder / "cache"), media=folder)
 
 
 # ---- figures
@@ -278,7 +284,7 @@ def test_a_few_rows_of_a_large_space_are_read(
     reader = FeatureReader(space.paths)
     sizes = {array: index.nbytes for array, index in reader.index.items()}
     reader = FeatureReader(space.paths, files=Counting(LocalFiles(space.paths, sizes)))
-    found = gather(CacheRoot(tmp_path), reader, images=4, seed=0, keep=None)
+    found = gather(CacheRoot(tmp_path), reader, images=4, seed=0)
     assert sum(read) == 10 * reader.geometry["image"].row_bytes
     assert found.norms["image"].rows == 6
 
@@ -407,15 +413,18 @@ def test_an_image_comes_from_its_path_or_from_kept_downloads(
     tmp_path: Path, photo: tuple[Path, str]
 ) -> None:
     path, name = photo
-    here, _ = thumbnail([str(path)], name, SPEC, None)
+    here, _ = thumbnail([str(path)], name, SPEC, below(tmp_path))
     assert here is not None
     assert max(here.size) == 336
     web = ["https://a.example/photo.png"]
-    assert thumbnail(web, name, SPEC, None) == (None, "came from the web and was not kept")
+    assert thumbnail(web, name, SPEC, below(tmp_path)) == (
+        None,
+        "image came from the web and was not kept",
+    )
     keep = tmp_path / "kept"
     (keep / name[:2]).mkdir(parents=True)
     (keep / name[:2] / name).write_bytes(path.read_bytes())
-    kept, _ = thumbnail(web, name, SPEC, keep)
+    kept, _ = thumbnail(web, name, SPEC, below(tmp_path), keep)
     assert kept is not None
     assert (np.asarray(kept) == np.asarray(here)).all()
 
@@ -427,13 +436,13 @@ def test_a_media_item_inside_a_file_has_a_thumbnail(
     # GNU: one header a member. The default writes another one for a time that is no whole second.
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         tar.add(path, "photo.png")
-    size = path.stat().st_size
+    size, local = path.stat().st_size, below(tmp_path)
     source = member_source(str(tmp_path / "a.tar"), tarfile.BLOCKSIZE, size, "photo.png")
-    shown, reason = thumbnail([source], name, SPEC, None)
+    shown, reason = thumbnail([source], name, SPEC, local)
     assert shown is not None and not reason
-    assert thumbnail([source], key(1), SPEC, None)[1] == "has changed since it was encoded"
+    assert thumbnail([source], key(1), SPEC, local)[1] == "image has changed since it was encoded"
     (tmp_path / "a.tar").unlink()
-    assert thumbnail([source], name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail([source], name, SPEC, local) == (None, "image not on this machine")
 
 
 def test_the_page_decodes_what_the_encoder_decodes() -> None:
@@ -443,20 +452,19 @@ def test_the_page_decodes_what_the_encoder_decodes() -> None:
 
 def test_a_missing_or_changed_image_is_not_shown(tmp_path: Path, photo: tuple[Path, str]) -> None:
     path, name = photo
-    sources = [str(path)]
+    sources, local = [str(path)], below(tmp_path)
     path.write_bytes(path.read_bytes() + b"x")
-    assert thumbnail(sources, name, SPEC, None) == (None, "has changed since it was encoded")
+    assert thumbnail(sources, name, SPEC, local) == (None, "image has changed since it was encoded")
     path.unlink()
-    assert thumbnail(sources, name, SPEC, None) == (None, "not on this machine")
+    assert thumbnail(sources, name, SPEC, local) == (None, "image not on this machine")
     os.mkfifo(path)  # reading it would wait for ever
-    assert thumbnail(sources, name, SPEC, None) == (None, "not on this machine")
+    fifo = (None, "image cannot be read: a FIFO, refused")
+    assert thumbnail(sources, name, SPEC, local) == fifo
     odd = tmp_path / "odd"
     odd.write_bytes(b"<svg/>")
     digest = hashlib.sha256(b"<svg/>").hexdigest()
-    assert thumbnail(["/\0", str(odd)], digest, SPEC, None) == (
-        None,
-        "cannot be read",
-    )
+    assert thumbnail([str(odd)], digest, SPEC, local) == (None, "image cannot be read")
+    assert "was not opened" in thumbnail([f"{tmp_path}/\0"], digest, SPEC, local)[1]
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
@@ -484,7 +492,7 @@ def test_a_thumbnail_shows_what_the_encoder_saw(tmp_path: Path, fit: str, mode: 
     path.write_bytes(out.getvalue())
     spec = dataclasses.replace(SPEC, fit=fit, mean=(0.2, 0.5, 0.8))
     name = hashlib.sha256(out.getvalue()).hexdigest()
-    shown, _ = thumbnail([str(path)], name, spec, None)
+    shown, _ = thumbnail([str(path)], name, spec, below(tmp_path))
     assert shown is not None
     seen = fit_image(decode_image(out.getvalue()), 56, fit, spec.mean)
     small = np.asarray(shown.resize((56, 56), Image.Resampling.BICUBIC))
@@ -509,7 +517,7 @@ def test_a_page_shows_thumbnails_with_their_captions(
         Sample(id="1", dataset="d", messages=said, media=(ref,)),
     ]
     write_samples(root, "d", samples)
-    page = Page(render(find(tmp_path / "cache")))
+    page = Page(render(find(tmp_path / "cache", media=tmp_path)))
     (image,) = (tag for tag in page.all("img") if "jpeg" in (tag["src"] or ""))
     assert image["alt"] == HOSTILE
     data = base64.b64decode((image["src"] or "").split(",")[1])

@@ -1,6 +1,6 @@
 """Images and videos of a report: data URIs, or the reason why there are none.
 
-picture("video.mp4", record).times_s == (0, 1, 2, 3, 4, 5)
+picture("video.mp4", record, local).times_s == (0, 1, 2, 3, 4, 5)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from cache.format.embedded.names import row_source
+from cache.maintenance.local_media import LocalMedia
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from tests.support.videos import make_video, number_of
@@ -38,8 +39,13 @@ def found(path: Path, **changes: object) -> MediaRecord:
     )  # type: ignore[arg-type]
 
 
-def test_a_video_is_shown_by_frames_with_their_times(video: Path) -> None:
-    shown = picture(str(video), found(video))
+@pytest.fixture
+def local(tmp_path: Path) -> LocalMedia:
+    return LocalMedia(CacheRoot(tmp_path / "cache"), media=tmp_path)
+
+
+def test_a_video_is_shown_by_frames_with_their_times(local: LocalMedia, video: Path) -> None:
+    shown = picture(str(video), found(video), local)
     assert shown.times_s == (0, 1, 2, 3, 4, 5)
     numbers = []
     for uri in shown.uris:
@@ -49,36 +55,40 @@ def test_a_video_is_shown_by_frames_with_their_times(video: Path) -> None:
     assert numbers == [0, 2, 4, 6, 8, 10]  # two frames a second
 
 
-def test_media_inside_a_file_are_shown(video: Path, tmp_path: Path) -> None:
+def test_media_inside_a_file_are_shown(local: LocalMedia, video: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(image := tmp_path / "image.png")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"media": [video.read_bytes(), image.read_bytes()]}), path)
     film, still = (row_source("parquet", str(path), "media", row) for row in (0, 1))
-    assert picture(film, found(video, source=film)).times_s == (0, 1, 2, 3, 4, 5)
-    assert picture(still, None).uris[0].startswith("data:image/png")
+    assert picture(film, found(video, source=film), local).times_s == (0, 1, 2, 3, 4, 5)
+    right = found(image, source=still, kind="image", duration_s=None)
+    assert picture(still, right, local).uris[0].startswith("data:image/png")
     gone = row_source("parquet", str(path), "media", 2)
-    assert picture(gone, None).absent == "image not on this machine"
-    assert picture(gone, found(video)).absent == "video of 5.0 s not on this machine"
+    assert picture(gone, found(video), local).absent == "video of 5.0 s not on this machine"
     other = found(video, key="0" * 64)
-    assert picture(film, other).absent == "video of 5.0 s has changed since it was encoded"
+    assert picture(film, other, local).absent == "video of 5.0 s has changed since it was encoded"
 
 
 def test_a_missing_video_is_named_with_its_length_and_the_reason(
-    video: Path, tmp_path: Path
+    local: LocalMedia, video: Path, tmp_path: Path
 ) -> None:
     right = found(video)
-    gone = "video of 5.0 s not on this machine"
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
-    for source in (
-        str(tmp_path / "gone.mp4"),
-        str(tmp_path / "pipe.mp4"),
-        "https://a.example/b.mp4",
+    for name, reason in (
+        ("gone.mp4", "not on this machine"),
+        ("pipe.mp4", "cannot be read: a FIFO, refused"),
     ):
-        assert picture(source, right).absent == gone
+        shown = picture(str(tmp_path / name), right, local)
+        assert shown.absent == f"video of 5.0 s {reason}"
+    web = picture("https://a.example/b.mp4", right, local)
+    assert web.absent == "video of 5.0 s came from the web and was not kept"
     video.write_bytes(video.read_bytes() + b"x")
-    assert picture(str(video), right).absent == "video of 5.0 s has changed since it was encoded"
+    assert (
+        picture(str(video), right, local).absent
+        == "video of 5.0 s has changed since it was encoded"
+    )
     video.write_bytes(b"no video")
-    reason = picture(str(video), found(video, duration_s=None)).absent
+    reason = picture(str(video), found(video, duration_s=None), local).absent
     assert reason.startswith("video cannot be read: ")
 
 
@@ -108,7 +118,7 @@ def test_one_sample_may_have_a_video_and_an_image(video: Path, tmp_path: Path) -
         given="no",
         correct=False,
     )
-    (((film, still), _),) = report.pick_media([asked], 5, root)
+    (((film, still), _),) = report.pick_media([asked], 5, root, LocalMedia(root, media=tmp_path))
     assert len(film.uris) == media.FRAMES
     assert still.uris[0].startswith("data:image/png")
     assert still.times_s == ()

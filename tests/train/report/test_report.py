@@ -8,6 +8,8 @@ The page is one file that loads nothing, shows each question with its answers, a
 from __future__ import annotations
 
 import base64
+import dataclasses
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cache.maintenance.local_media import LocalMedia
+from cache.store.ledger import MediaRecord
 from cache.store.paths import CacheRoot
 from tests.support import trained_runs
 from tests.support.html_page import Page, loads_nothing
@@ -45,7 +49,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     gone, changed = list(dict.fromkeys(shown))[:2]
     Path(gone).unlink()
     Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
-    report.main(where)
+    report.main([*where, "--media", str(folder / "images")])
     return (folder / "run" / "stage1" / "report.html").read_text(), folder
 
 
@@ -79,6 +83,11 @@ def test_charts_show_every_step_and_evaluation(reported: tuple[str, Path]) -> No
     assert len(dots) == 2  # held-out losses after steps 5 and 10
     lines = [a["d"] for a in page.all("path") if a["class"] == "line a thin faint"]
     assert str(lines[0]).count("L") == 9  # ten points, one a step
+
+
+def opened(folder: Path) -> tuple[CacheRoot, LocalMedia]:
+    """An empty cache, and what opens files below it."""
+    return CacheRoot(folder), LocalMedia(CacheRoot(folder))
 
 
 META = {"llm": "<llm>", "connector": "linear"}
@@ -122,7 +131,7 @@ def evaluation(*answers: Answer) -> Evaluation:
 
 def test_text_never_becomes_markup(tmp_path: Path) -> None:
     result = evaluation(answer())
-    shown = report.pick_media(result.answers, 5, CacheRoot(tmp_path))
+    shown = report.pick_media(result.answers, 5, *opened(tmp_path))
     shown.append(([media.Picture(absent="video <b>")], []))
     page = Page(report.render(result, [], shown, config="a: <b>", meta=META))
     tags = {tag for tag, _ in page.tags}
@@ -142,7 +151,7 @@ def test_an_empty_answer_is_shown_as_nothing_and_a_caption_is_neither_right_nor_
     tmp_path: Path,
 ) -> None:
     answers = [answer(given=""), answer(correct=True), answer(task="caption")]
-    shown = report.pick_media(answers, 5, CacheRoot(tmp_path))
+    shown = report.pick_media(answers, 5, *opened(tmp_path))
     html = report.render(evaluation(*answers), [], shown, config="", meta=META)
     assert "<i>nothing</i>" in html
     assert "caption (not in the mean)" in html
@@ -169,12 +178,18 @@ def test_data_sets_take_turns(tmp_path: Path) -> None:
     answers = [answer(sample=f"big/{i}", media=(f"/b{i}",)) for i in range(9)]
     answers += [answer(sample=f"small/{i}", media=(f"/s{i}",)) for i in range(2)]
     answers += [answer(sample="big/again", media=("/b0",)), answer(sample="text/1", media=())]
-    shown = report.pick_media(answers, 4, CacheRoot(tmp_path))
+    shown = report.pick_media(answers, 4, *opened(tmp_path))
     assert [about[0].sample for _, about in shown] == ["big/0", "small/0", "big/1", "small/1"]
     assert [a.sample for a in shown[0][1]] == [
         "big/0",
         "big/again",
     ]  # all about one image together
+
+
+def recorded(path: Path) -> MediaRecord:
+    """What the media table says of an image."""
+    data = path.read_bytes()
+    return MediaRecord(source=str(path), key=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
 
 def test_a_large_image_is_small_and_upright_in_the_page(tmp_path: Path) -> None:
@@ -183,10 +198,20 @@ def test_a_large_image_is_small_and_upright_in_the_page(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(noise).save(path, quality=95, exif=exif)
-    (uri,) = media.picture(str(path), None).uris
+    _, local = opened(tmp_path)
+    (uri,) = media.picture(str(path), recorded(path), local).uris
     data = base64.b64decode(uri.split("base64,")[1])
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (240, 480)
     assert len(data) < media.VERBATIM_BYTES < path.stat().st_size
     path.write_bytes(b"no image")
-    assert media.picture(str(path), None).absent == "image cannot be read"
+    assert media.picture(str(path), recorded(path), local).absent == "image cannot be read"
+
+
+def test_bytes_without_a_recorded_sha256_are_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "private.png"
+    path.write_bytes(trained_runs.png((1, 2, 3), 99))
+    _, local = opened(tmp_path)
+    for record in (None, dataclasses.replace(recorded(path), key=None)):
+        shown = media.picture(str(path), record, local)
+        assert shown.absent == "image cannot be checked: the cache has no sha256 of it"
