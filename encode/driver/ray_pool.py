@@ -11,14 +11,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
-import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -30,13 +27,17 @@ from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
 from configs import UserError
 from encode.driver.culprits import Culprits, rejection
-from encode.driver.resources import WorkerLayout
+from encode.driver.ray_session import loopback, private_folder, ray_environment
 from encode.driver.tracker import Tracker
 from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
 from encode.worker.decode_log import decode_log_file, read_entries
 from encode.worker.messages import Outcome, Registrar, SourceTask, Timings, media_id
-from encode.worker.worker import Worker
+
+if TYPE_CHECKING:
+    # The registrar's process imports this file, and needs no torch: 2 s and 470 MB less.
+    from encode.driver.resources import WorkerLayout
+    from encode.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ CLOSE_S = 5.0
 OBJECT_STORE_BYTES = 96 << 20
 """Ray requires 75 MiB. It holds only tasks and outcomes."""
 
-SOCKET_PATH_BYTES = 40
-"""Longest folder for Ray: it adds about 60 bytes, and Linux allows 107 for a socket's path."""
+OTHER_RAY = "install another one: pip install 'ray==2.60.0', or encode without Ray: --workers 0"
 
 
 class RemoteWorker:
@@ -129,31 +129,78 @@ class _Slot:
 
 @contextlib.contextmanager
 def session(cpus: int, gpus: int) -> Iterator[None]:
-    """Start a local Ray without dashboard, and shut it down afterwards. If Ray is running already, use it."""
+    """Start a Ray of this process alone, and end it afterwards. If Ray is running already, use it.
+
+    Its ports are on the loopback address and require a token, and nobody else can enter its folder.
+
+    Raises:
+        UserError: Ray cannot be started in this way.
+    """
     if ray.is_initialized():
         yield
         return
-    # Statistics would be sent over the network; without the second one, each start prints a warning.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    base = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="nm2-", dir=base if len(base) < SOCKET_PATH_BYTES else "/tmp")  # noqa: S108
+    _check_ray()
+    address = loopback()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_read_environment)  # for a Ray that this process may start later
+        folder = stack.enter_context(private_folder())
+        stack.enter_context(ray_environment(folder / "token"))
+        try:
+            _read_environment()
+            with _no_other_address():
+                context = ray.init(
+                    "local",
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address=address,
+                    _temp_dir=str(folder / "ray"),
+                )
+            if context.address_info["node_ip_address"] != address:
+                raise _unknown_ray()
+            # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
+            ray._private.worker._worker_logs_enabled = False
+            yield
+        finally:
+            ray.shutdown(wait_for_processes=True)
+
+
+def _check_ray() -> None:
+    """Raise UserError unless Ray has what `session` needs, of which no version promises to keep any."""
+    parts = (
+        (ray._private.services, "resolve_ip_for_localhost"),
+        (ray._raylet, "Config"),
+        (ray._raylet, "AuthenticationTokenLoader"),
+    )
+    if not all(hasattr(module, name) for module, name in parts):
+        raise _unknown_ray()
+
+
+@contextlib.contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Let Ray use the loopback address, which it otherwise replaces by the machine's."""
+    services = ray._private.services
+    before = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
     try:
-        ray.init(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=folder,
-        )
-        # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
-        ray._private.worker._worker_logs_enabled = False
         yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        services.resolve_ip_for_localhost = before
+
+
+def _read_environment() -> None:
+    """Let Ray read its variables again. It keeps those that it has read for an earlier session."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _unknown_ray() -> UserError:
+    return UserError(
+        f"Ray {ray.__version__} cannot be kept to this machine's loopback address with a token: {OTHER_RAY}"
+    )
 
 
 class RayPool:
@@ -167,7 +214,7 @@ class RayPool:
         layout: WorkerLayout,
         *,
         timeout_s: float,
-        worker_class: type[Worker] = Worker,
+        worker_class: type[Worker],
     ):
         """Start the actors. They load their encoders in the background.
 

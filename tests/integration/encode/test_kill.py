@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cache.store.locks import driver_holder
 from cache.store.reader import FeatureReader
+from encode.driver.ray_session import remove_dead
 from tests.support.encode_jobs import (
     Result,
     committed,
@@ -42,10 +44,18 @@ def assert_whole(folder: Path, like: Result) -> None:
     assert reader.logical_hash() == like.reader.logical_hash()
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The drivers' folder of temporary files: pytest's own has too long a path for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 @pytest.mark.soak_counted
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_driver_killed_at_any_moment(
-    tmp_path: Path, workers: int, soak: Callable[[int, int], int]
+    tmp_path: Path, temporary: Path, workers: int, soak: Callable[[int, int], int]
 ) -> None:
     draw(tmp_path / "images", IMAGES)
     shoot(tmp_path / "images", VIDEOS)
@@ -62,6 +72,9 @@ def test_a_driver_killed_at_any_moment(
         process = start(folder, workers)
         # Waits for rows, not for seconds, so most kills hit a working job on any machine.
         wait_for_rows(folder, process, rows=dice.randrange(total // 2))
+        assert len(list(temporary.glob("nm2-*"))) <= 1, (
+            "a driver removes what a killed one has left"
+        )
         time.sleep(dice.uniform(0.0, 0.05))
         process.kill()
         process.communicate()
@@ -74,6 +87,8 @@ def test_a_driver_killed_at_any_moment(
         assert len(result.ledger) == len(whole.ledger)
         assert encode(folder / "cache", f"folder:{folder / 'images'}").plan.todo == ()
     assert in_the_middle, "no kill hit a working job, so nothing was tested"
+    remove_dead(temporary)  # as the next driver would
+    assert list(temporary.glob("nm2-*")) == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -7,23 +7,26 @@ with ray_pool.session(cpus=3, gpus=0):
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import random
 import signal
+import stat
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import ray
 from PIL import Image
 
 from configs import UserError
-from encode.driver import ray_pool
+from encode.driver import culprits, ray_pool
 from encode.sources.demo_drawings import DemoWorld
 from encode.sources.demo_videos import draw_video
 from encode.worker.config import WorkerConfig
@@ -58,21 +61,128 @@ def assert_whole(result: Result, like: Result) -> None:
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_workers_store_the_same_rows_as_inline(
-    photos: Path, tmp_path: Path, workers: int
+class Listeners(threading.Thread):
+    """Collects who listens on which address, of this process and all that it has started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        """Name of a process, and an address."""
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.2):
+            self.found |= listening()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        self.join()
+
+
+def listening() -> set[tuple[str, str]]:
+    owners = {}
+    for process in family(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for entry in Path(f"/proc/{process}/fd").iterdir():
+                owners[entry.readlink().name] = Path(f"/proc/{process}/comm").read_text().strip()
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            name = owners.get(f"socket:[{words[9]}]")
+            if name is not None and words[3] == "0A":  # LISTEN
+                found.add((name, address_of(words[1].split(":")[0])))
+    return found
+
+
+def family(process: int) -> list[int]:
+    """Return the ids of a process and of all that it has started, which have not lost their parents."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for known in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == known]
+    return found
+
+
+def address_of(words: str) -> str:
+    """Return an address that the kernel has printed as 32-bit words of this machine's byte order."""
+    data = b"".join(bytes.fromhex(words[i : i + 8])[::-1] for i in range(0, len(words), 8))
+    return str(ipaddress.ip_address(data))
+
+
+def test_ray_workers_store_the_same_rows_as_inline_and_listen_on_loopback_alone(
+    photos: Path, tmp_path: Path
 ) -> None:
     (photos / "broken.png").write_bytes(b"no image")
     (photos / "twin.png").write_bytes((photos / "0007.png").read_bytes())
     shoot(photos, (2, 5, 16, 3))
     inline = encode(tmp_path / "inline", f"folder:{photos}")
     config = replace(CONFIG, commit_every_s=1000.0)
-    result = encode(tmp_path / "ray", f"folder:{photos}", workers=workers, config=config)
+    with Listeners() as listeners:
+        result = encode(tmp_path / "ray", f"folder:{photos}", workers=2, config=config)
     assert_whole(result, inline)
     assert result.job._tracker.encoded == 64
     assert result.job._tracker.reused == 1
     assert set(result.failures()) == {"broken.png"}
-    assert len(result.paths.committed("image")) <= workers + 1, "a shard has the rows of many tasks"
+    assert len(result.paths.committed("image")) <= 3, "a shard has the rows of many tasks"
+
+    names = {name for name, _ in listeners.found}
+    assert {"gcs_server", "raylet"} < names
+    assert any(name.startswith("ray::RemoteWork") for name in names), names
+    addresses = {address for _, address in listeners.found}
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listeners.found
+
+
+REFUSED = """
+import os, sys
+import ray._raylet as ray
+address, right = sys.argv[1:]
+for mode, token in ("disabled", ""), ("token", "0" * 64), ("token", right):
+    os.environ.update(RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN=token)
+    ray.Config.initialize("")
+    ray.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        ray.GcsClient(address=address).internal_kv_keys(b"", namespace=None)
+        print("answered")
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def test_nobody_else_can_enter_the_folder_or_call_ray() -> None:
+    node = ray._private.worker._global_node
+    folder = Path(node.get_session_dir_path()).parents[1]
+    assert folder.name.startswith("nm2-")
+    token = folder / "token"
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, token)] == [0o700, 0o600]
+    words = [sys.executable, "-c", REFUSED, node.gcs_address, token.read_text()]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["AuthenticationError", "AuthenticationError", "answered"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (ray._private.services, "resolve_ip_for_localhost"),
+        (ray._raylet, "Config"),
+        (ray._raylet, "AuthenticationTokenLoader"),
+    ],
+)
+def test_a_ray_that_cannot_be_kept_private_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.delattr(module, name)
+    with pytest.raises(UserError, match=r"pip install 'ray==2\.60\.0', or .*: --workers 0$"):
+        ray_pool.session(cpus=1, gpus=0).__enter__()
 
 
 class Marked(SlowWorker):
@@ -185,8 +295,11 @@ class Doomed(Worker):
         return []
 
 
-def test_workers_that_always_crash_stop_the_job(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stopped: \d workers in a row ended"):
+def test_workers_that_always_crash_stop_the_job(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(culprits, "CRASHES_WITHOUT_PROGRESS", 3)  # each takes seconds
+    with pytest.raises(UserError, match=r"stopped: 3 workers in a row ended"):
         encode(tmp_path / "ray", f"folder:{photos}", workers=1, worker_class=Doomed)
     result = encode(tmp_path / "ray", f"folder:{photos}")
     assert result.failures() == {}
