@@ -25,7 +25,7 @@ from cache.format.spec import ARRAY_OF, ARRAYS
 from cache.store.locks import wait_for_exit
 from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
-from configs import UserError
+from configs import UserError, one_line
 from encode.driver.culprits import Culprits, rejection
 from encode.driver.ray_session import loopback, private_folder, ray_environment
 from encode.driver.tracker import Tracker
@@ -147,7 +147,7 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
         stack.enter_context(ray_environment(folder / "token"))
         try:
             _read_environment()
-            with _no_other_address():
+            with _no_other_address(), _one_line():
                 context = ray.init(
                     "local",
                     num_cpus=cpus,
@@ -189,6 +189,16 @@ def _no_other_address() -> Iterator[None]:
         yield
     finally:
         services.resolve_ip_for_localhost = before
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Ray raises many types, Exception itself among them
+        raise UserError(
+            f"Ray cannot be started ({one_line(error)}); encode without it: --workers 0"
+        ) from error
 
 
 def _read_environment() -> None:
