@@ -168,44 +168,6 @@ def test_nobody_else_can_enter_the_folder_or_call_ray() -> None:
     assert done.stdout.split() == ["AuthenticationError", "AuthenticationError", "answered"]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        (ray._private.services, "resolve_ip_for_localhost"),
-        (ray._raylet, "Config"),
-        (ray._raylet, "AuthenticationTokenLoader"),
-    ],
-)
-def test_a_ray_that_cannot_be_kept_private_is_not_started(
-    monkeypatch: pytest.MonkeyPatch, module: object, name: str
-) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it was started"))
-    monkeypatch.delattr(module, name)
-    with pytest.raises(UserError, match=r"pip install 'ray==2\.60\.0', or .*: --workers 0$"):
-        ray_pool.session(cpus=1, gpus=0).__enter__()
-
-
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = []
-
-    def fail(*_: object, _temp_dir: str, **__: object) -> None:
-        folders.append(Path(_temp_dir).parent)
-        assert folders[0].exists()
-        raise RuntimeError("Failed to start\nGCS")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
-    with pytest.raises(UserError, match=r"^Ray .* \(Failed to start GCS\); .*: --workers 0$"):
-        ray_pool.session(cpus=1, gpus=0).__enter__()
-    assert not folders[0].exists()
-    node = ray._private.worker._global_node
-    assert os.environ["RAY_AUTH_TOKEN_PATH"].startswith(
-        str(Path(node.get_session_dir_path()).parents[1])
-    )
-
-
 class Marked(SlowWorker):
     """Writes its process id to a file."""
 
