@@ -6,7 +6,8 @@ python -m cache.gc --unreferenced --delete   # also remove rows that no sample r
 python -m cache.gc --damaged --delete        # also remove what cache.verify --repair set aside
 python -m cache.gc --drop-space NAME         # list what a space holds and who uses it; remove: --delete
 
-Nothing is removed without `--delete`, or while a job writes to the cache. Rows that a sample refers to are
+Nothing is removed without `--delete`, or while a job writes to the cache. Links and special files, which a
+cache never has, are removed first, and what they lead to is left alone. Rows that a sample refers to are
 removed only with their whole space. Rows are removed shard by shard: the remaining rows are copied to a new
 shard, which replaces the old one in one step, so an interruption loses nothing.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,15 @@ from cache.maintenance.garbage import (
     Garbage,
     Unreferenced,
     find_garbage,
+    find_strangers,
     find_unreferenced,
     remove,
     remove_unreferenced,
+    tree_bytes,
     wanted_keys,
 )
 from cache.maintenance.inventory import open_spaces, summarise_datasets
-from cache.store.files import disk_errors, fsync_folder, make_folder
+from cache.store.files import disk_errors, move, regular_files, remove_tree
 from cache.store.index_file import save_index
 from cache.store.locks import driver_holder
 from cache.store.paths import CacheRoot, SpacePaths
@@ -67,6 +69,9 @@ def main() -> None:
 def run(options: Options) -> None:
     """List or remove what the options select, and print it."""
     root = CacheRoot.existing(options.features)
+    if found := find_strangers(root):
+        _remove_strangers(root, found, delete=options.delete)
+        return
     spaces = root.space_folders()
     with contextlib.ExitStack() as held:
         if options.delete:
@@ -87,6 +92,20 @@ def run(options: Options) -> None:
     print(f"{verb}: {bytes_text(freed)}{way}")
 
 
+def _remove_strangers(root: CacheRoot, found: Sequence[Garbage], *, delete: bool) -> None:
+    """List or remove links and special files. No job makes any, so this needs no lock."""
+    with disk_errors(root.path):
+        for stranger in found:
+            print(f"{stranger.path}: {stranger.what}")
+            if delete:
+                remove(stranger, root)
+    count = f"{len(found):,} links and special files"
+    if delete:
+        print(f"removed: {count}; the same command again looks for everything else")
+    else:
+        print(f"would be removed: {count}; do it: the same command with --delete")
+
+
 def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) -> int:
     """List or remove garbage and the other requested items; return their bytes."""
     if options.unreferenced:
@@ -101,7 +120,7 @@ def _collect(root: CacheRoot, spaces: Sequence[SpacePaths], options: Options) ->
     for garbage in found:
         print(f"{garbage.path}: {garbage.what}, {bytes_text(garbage.nbytes)}")
         if options.delete:
-            remove(garbage)
+            remove(garbage, root)
         freed += garbage.nbytes
     for rows in unreferenced:
         print(_unreferenced_text(rows, kept=not options.unreferenced), flush=True)
@@ -132,8 +151,8 @@ def _unreferenced_text(rows: Unreferenced, *, kept: bool) -> str:
 
 def _damaged(root: CacheRoot) -> Garbage:
     """Return the folder of the files that a repair set aside."""
-    files = [path for path in root.damaged_dir.rglob("*") if path.is_file()]
-    nbytes = sum(path.stat().st_size for path in files)
+    files = regular_files(root.damaged_dir, root.path)
+    nbytes = tree_bytes(root.damaged_dir, root.path)
     what = f"{len(files):,} files that cache.verify --repair set aside"
     return Garbage(path=root.damaged_dir, what=what, nbytes=nbytes)
 
@@ -164,17 +183,14 @@ def _drop_space(root: CacheRoot, name: str, *, delete: bool) -> int:
             f"{', '.join(names) or 'none'}{nearest(name, names)}"
         )
     paths = root.space(name)
-    nbytes = sum(path.stat().st_size for path in paths.root.rglob("*") if path.is_file())
+    nbytes = tree_bytes(paths.root, root.path)
     print(f"{paths.root}: {bytes_text(nbytes)}")
     with contextlib.suppress(CorruptError):  # a damaged cache may say nothing but its size
         _print_users(root, name)
     if delete:
-        make_folder(root.garbage_dir)
         going = root.garbage_dir / f"{name}-{secrets.token_hex(4)}"
-        paths.root.rename(going)  # one step, so a crash leaves no half of a space
-        fsync_folder(root.spaces_dir)
-        shutil.rmtree(going)
-        fsync_folder(root.garbage_dir)
+        move(paths.root, going, root.path)  # one step, so a crash leaves no half of a space
+        remove_tree(going, root.path)
     return nbytes
 
 

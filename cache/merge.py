@@ -141,8 +141,9 @@ def merge_space(plan: SpacePlan, meter: Meter) -> list[CorruptError]:
     info = read_info(plan.source.paths)
     paths = plan.paths
     if not paths.space_json.exists():
-        write_atomic(paths.space_json, info_bytes(info))  # keeps the source's shard size
-    target = Space.create(CacheRoot(paths.root.parent.parent), read_info(paths).spec, info.load)
+        # Keeps the source's shard size.
+        write_atomic(paths.space_json, info_bytes(info), root=paths.cache_root)
+    target = Space.create(CacheRoot(paths.cache_root), read_info(paths).spec, info.load)
     damaged = []
     for array, positions in plan.positions.items():
         damaged += copy_rows(plan.source, target, array, positions, done=meter.add)

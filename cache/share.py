@@ -16,7 +16,7 @@ from cache.format.spec import ARRAYS
 from cache.maintenance.encode_command import encode_command
 from cache.remote.listing import listing_bytes
 from cache.store.commits import read_commits
-from cache.store.files import write_atomic
+from cache.store.files import refuse_strangers, write_atomic
 from cache.store.paths import LISTING, CacheRoot
 from cache.store.space import read_info
 from configs import UserError, command, parse
@@ -45,6 +45,7 @@ def share(root: CacheRoot) -> str:
         UserError: the cache has no space.
         CorruptError: a table is damaged, or a shard is missing or has another size than committed.
     """
+    refuse_strangers(root.path)  # their targets would be listed, and no client could have them
     if not root.space_names():
         raise UserError(
             f"no feature space under {root.path}/ to share; create one: {encode_command(root)}"
@@ -54,7 +55,7 @@ def share(root: CacheRoot) -> str:
         for size in _shard_sizes(root, name):
             shards, nbytes = shards + 1, nbytes + size
     data, entries = listing_bytes(root)
-    write_atomic(root.path / LISTING, data)
+    write_atomic(root.path / LISTING, data, root=root.path)
     tables = sum(entry.nbytes for entry in entries.values())
     return (
         f"{root.path / LISTING}: {len(entries):,} tables ({bytes_text(tables)}), which readers copy, and "

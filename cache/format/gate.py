@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from cache.errors import CorruptError
+from cache.errors import CorruptError, command_line, features_words
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file, at most, where its reader names no other limit."""
 
 _KINDS = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a FIFO",
@@ -41,8 +42,11 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-NO_LINKS = "a cache has files and folders alone: put what it leads to in its place, or remove it"
-"""What to do about a link, a FIFO or a device in a cache."""
+NO_LINKS = (
+    "a cache has files and folders alone: put what it leads to in its place (mount --bind, or move the whole "
+    "cache and make its folder the link), or remove it"
+)
+"""What to do about a link, a FIFO or a device in a cache. The folder that `--features` names may be one."""
 
 
 def open_file(path: Path, root: Path | None = None, *, most: int | None = None) -> BinaryIO:
@@ -65,12 +69,12 @@ def open_file(path: Path, root: Path | None = None, *, most: int | None = None) 
         fd = os.open(path, flags)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
-            raise _not_a_file(path, path.lstat().st_mode) from None
+            raise refusal(path, path.lstat().st_mode) from None
         raise
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise _not_a_file(path, found.st_mode)
+            raise refusal(path, found.st_mode)
         if most is not None and found.st_size > most:
             raise CorruptError(path, f"{found.st_size:,} bytes, at most {most:,} are read")
         return os.fdopen(fd, "rb")
@@ -95,14 +99,23 @@ def refuse_links(folder: Path, root: Path) -> None:
         here = here / part
         try:
             mode = here.lstat().st_mode
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         if stat.S_ISLNK(mode):
-            raise _not_a_file(here, mode)
+            raise refusal(here, mode)
 
 
-def _not_a_file(path: Path, mode: int) -> CorruptError:
-    return CorruptError(path, f"{_KINDS.get(stat.S_IFMT(mode), 'no file')}, refused", NO_LINKS)
+def kind_of(mode: int) -> str:
+    """Return what a mode of `stat` says in words: `a link`."""
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def refusal(path: Path, mode: int) -> CorruptError:
+    """Return the error about what has the name of a file or folder of a cache, and is none."""
+    way_out = NO_LINKS
+    if words := features_words(path / "it"):  # of `spaces` too
+        way_out += f": {command_line('cache.gc', '--delete', *words)}"
+    return CorruptError(path, f"{kind_of(mode)}, refused", way_out)
 
 
 # ---- files outside a cache

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ FITS = ("squash", "pad", "crop")
 CONTAINERS = ("zarr", "webdataset")
 SHORTER_SIDE = ":shorter-side-"
 """In `resize`, before the pixels of the shorter side."""
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,199}")
+"""A name from a file that may become the name of a folder of ours."""
+MAX_ENCODER = 100
+"""Characters of `encoder`, at most."""
 _NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
 _HASHED_UNLESS = {"container": "zarr"}
 """Fields that are hashed only if they differ from this value."""
@@ -46,6 +51,7 @@ class FeatureSpec:
 
     encoder: str
     """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
+    # Nothing vouches for it, so it is checked: cache.merge and cache.convert create a folder of this name.
     architecture: str
     """Library and model: `open_clip:ViT-L-14-336-quickgelu`."""
     weights: str
@@ -89,6 +95,11 @@ class FeatureSpec:
     """Format of a shard: `zarr` (of a Zarr v3 array) or `webdataset` (a tar)."""
 
     def __post_init__(self) -> None:
+        if not (NAME.fullmatch(str(self.encoder)) and len(self.encoder) <= MAX_ENCODER):
+            raise ValueError(
+                f"encoder {str(self.encoder)[:MAX_ENCODER]!r}: a name has letters, digits, '.', '_' and '-', "
+                f"begins with a letter or digit, has no '..', and takes at most {MAX_ENCODER} characters"
+            )
         for name, choices in (("codec", CODECS), ("fit", FITS), ("container", CONTAINERS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(choices)}")

@@ -24,7 +24,7 @@ from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
 from cache.maintenance.row_checks import Finite, outliers
 from cache.store.commits import Commit, current, read_commit
-from cache.store.files import PARTIAL
+from cache.store.files import PARTIAL, refuse_strangers, regular_files
 from cache.store.index_file import check_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.reader import RUN_BYTES, logical_hash, row_digests
@@ -141,7 +141,11 @@ def verify(
         deep: whether to read every row.
         hashed: whether deep checks compute the logical hash.
         progress: called with the bytes just read.
+
+    Raises:
+        CorruptError: the cache has a link or a special file.
     """
+    refuse_strangers(root.path)
     progress = progress or (lambda _: None)
     if space is not None:
         return Report(spaces=[check_space(find_space(root, space), deep, progress, hashed)])
@@ -156,7 +160,7 @@ def bytes_to_read(root: CacheRoot, space: str | None, deep: bool) -> int:
     folders = [root.samples_dir, root.media_dir, root.spaces_dir]
     if space is not None:
         folders = [find_space(root, space).root]
-    paths = [path for folder in folders for path in _files(folder)]
+    paths = [path for folder in folders for path in regular_files(folder, root.path)]
     return sum(path.stat().st_size for path in paths if deep or path.suffix == ".parquet")
 
 
@@ -285,7 +289,8 @@ def _check_rows(
 
 def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
     """Check the seals of samples and media, and find files that a crash left behind."""
-    for path in [*_files(root.samples_dir), *_files(root.media_dir)]:
+    tables = (root.samples_dir, root.media_dir)
+    for path in [path for folder in tables for path in regular_files(folder, root.path)]:
         if path.name.endswith(PARTIAL):
             yield note(path, "was never finished", removal_advice(path))
             continue
@@ -359,14 +364,10 @@ def _check_names(paths: SpacePaths, info: SpaceInfo) -> Iterator[Finding]:
     for array in ARRAYS:
         for number in paths.committed(array):
             known |= {paths.commit(array, number), paths.shard(array, number)}
-    for path in _files(paths.root):
+    for path in regular_files(paths.root, paths.cache_root):
         if path.name.endswith(PARTIAL):
             yield note(path, "was never finished", removal_advice(path))
         elif path not in known and path.is_relative_to(paths.root / "features"):
             yield note(path, "no commit names it", removal_advice(path))
         elif path not in known:
             yield note(path, "is no file of ours", "no command reads it: move it away")
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())

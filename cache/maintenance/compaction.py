@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,11 +20,12 @@ import numpy.typing as npt
 
 from cache.errors import CorruptError
 from cache.format.checksums import crc32c
+from cache.format.gate import open_file, refuse_links
 from cache.format.shard import row_facts
 from cache.format.space_info import SpaceInfo
 from cache.maintenance.row_checks import Finite
 from cache.store.commits import Commit, read_commit
-from cache.store.files import disk_errors, fsync_folder, make_folder
+from cache.store.files import disk_errors, entries, move, remove_file, remove_tree
 from cache.store.locks import DriverLock, holder_text
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.space import Space
@@ -58,7 +58,8 @@ def intact_rows(
     geometry, finite = info.geometry(array), Finite(info.spec, array)
     intact = np.zeros(commit.table.num_rows, bool)
     row = np.empty(geometry.row_bytes, np.uint8)
-    with contextlib.suppress(OSError), paths.shard(array, commit.shard).open("rb") as file:
+    path = paths.shard(array, commit.shard)
+    with contextlib.suppress(OSError, CorruptError), open_file(path, paths.cache_root) as file:
         for slot, crc in enumerate(commit.table["crc"].to_pylist()):
             with contextlib.suppress(OSError):  # an unreadable sector: the row is lost
                 got = os.preadv(file.fileno(), [row.data], geometry.row_offset(slot))
@@ -104,7 +105,7 @@ def _append(
     geometry, facts = space.info.geometry(array), list(row_facts(commit.table))
     row = np.empty(geometry.row_bytes, np.uint8)
     path = space.paths.shard(array, commit.shard)
-    with path.open("rb") as file:
+    with open_file(path, space.paths.cache_root) as file:
         for slot in np.flatnonzero(keep).tolist():
             key, view, time_s, crc, error = facts[slot]
             os.preadv(file.fileno(), [row.data], geometry.row_offset(slot))
@@ -147,11 +148,10 @@ def remove_shard_files(paths: SpacePaths, array: str, number: int, dispose: Disp
     home = paths.shard_dir(array, number)
     if not home.is_dir():
         return
-    for path in sorted(path for path in home.rglob("*") if path.is_file()):
+    for path in sorted(path for path, _ in entries(home, paths.cache_root)):
         dispose(path)
     if not _newest(paths, array, number):
-        shutil.rmtree(home)
-        fsync_folder(home.parent)
+        remove_tree(home, paths.cache_root)
 
 
 def _newest(paths: SpacePaths, array: str, number: int) -> bool:
@@ -165,25 +165,21 @@ def _newest(paths: SpacePaths, array: str, number: int) -> bool:
 def drop_index(paths: SpacePaths) -> None:
     """Remove the index files: the commits are about to change, and the files are derived from them."""
     if paths.index_dir.is_dir():
-        shutil.rmtree(paths.index_dir)
-        fsync_folder(paths.root)
+        remove_tree(paths.index_dir, paths.cache_root)
 
 
-def delete(path: Path) -> None:
-    """Delete one file, durably. It is a Dispose."""
-    path.unlink()
-    fsync_folder(path.parent)
+def deleter(root: Path) -> Dispose:
+    """Return the Dispose that deletes files of the cache at `root`."""
+    return lambda path: remove_file(path, root)
 
 
 def set_aside(root: CacheRoot, path: Path) -> Path:
     """Move one file to the folder `damaged/` of the cache, at the same relative path. Return its new path."""
     target = wanted = root.damaged_dir / path.relative_to(root.path)
     again = 0
-    while target.exists():
+    refuse_links(target.parent, root.path)
+    while os.path.lexists(target):
         again += 1
         target = wanted.with_name(f"{wanted.name}.{again}")
-    make_folder(target.parent)
-    path.rename(target)
-    fsync_folder(target.parent)
-    fsync_folder(path.parent)
+    move(path, target, root.path)
     return target

@@ -5,7 +5,7 @@ Files are removed in an order in which a crash between any two of them leaves a 
 
 from __future__ import annotations
 
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +17,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.errors import CacheError, command_line, features_words
+from cache.format.gate import kind_of
 from cache.format.spec import ARRAYS
 from cache.maintenance.compaction import (
     KeptRows,
-    delete,
+    deleter,
     remove_shard_files,
     remove_shards,
     rewrite_shards,
 )
 from cache.store.commits import KEY_BYTES, current, read_commit, read_commits
-from cache.store.files import PARTIAL, fsync_folder
+from cache.store.files import (
+    PARTIAL,
+    entries,
+    regular_files,
+    remove_file,
+    remove_tree,
+    strangers,
+)
 from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.references import References
@@ -53,6 +61,17 @@ class Garbage:
     """Removes a shard; None for anything else."""
 
 
+def find_strangers(root: CacheRoot) -> list[Garbage]:
+    """Return the links, FIFOs, sockets and devices in a cache, of which no program of ours makes any.
+
+    Nothing else can be judged before they are removed: what is behind a link is not this cache.
+    """
+    return [
+        Garbage(path=path, what=f"{kind_of(mode)}; a cache has none", nbytes=0)
+        for path, mode in strangers(root.path)
+    ]
+
+
 def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]:
     """Return the garbage among samples, media and these spaces. No job may be writing to them.
 
@@ -60,9 +79,15 @@ def find_garbage(root: CacheRoot, spaces: Sequence[SpacePaths]) -> list[Garbage]
         CacheError: the commits of a space are missing or damaged, so that its shards cannot be judged.
     """
     old = time.time() - UNFINISHED_S
-    partial = [p for folder in (root.samples_dir, root.media_dir) for p in _partial(folder)]
-    found = [_garbage(path, "never finished") for path in partial if path.stat().st_mtime < old]
-    found += [_garbage(path, "half removed") for path in sorted(root.garbage_dir.glob("*"))]
+    tables = (root.samples_dir, root.media_dir)
+    partial = [path for folder in tables for path in _partial(folder, root.path)]
+    found = [
+        _garbage(path, "never finished", root.path)
+        for path in partial
+        if path.stat().st_mtime < old
+    ]
+    removed = sorted(root.garbage_dir.glob("*"))
+    found += [_garbage(path, "half removed", root.path) for path in removed]
     for space in spaces:
         found += _space_garbage(space)
     return found
@@ -77,22 +102,22 @@ def _space_garbage(paths: SpacePaths) -> Iterator[Garbage]:
                 f"put it back, or delete {paths.root} yourself"
             )
         for number in orphans:
-            if any(path.is_file() for path in paths.shard_dir(array, number).rglob("*")):
-                remove_files = partial(remove_shard_files, paths, array, number, delete)
-                yield _garbage(
-                    paths.shard_dir(array, number), "shard, never committed", remove_files
-                )
+            folder = paths.shard_dir(array, number)
+            if regular_files(folder, paths.cache_root):
+                dispose = deleter(paths.cache_root)
+                remove_files = partial(remove_shard_files, paths, array, number, dispose)
+                yield _garbage(folder, "shard, never committed", paths.cache_root, remove_files)
     if paths.space_json.exists() and paths.has_commits:
         yield from _replaced(paths)
     shards = tuple(map(paths.shards_dir, ARRAYS))
-    for path in _partial(paths.root):
+    for path in _partial(paths.root, paths.cache_root):
         if not any(path.is_relative_to(folder) for folder in shards):
-            yield _garbage(path, "never finished")
+            yield _garbage(path, "never finished", paths.cache_root)
 
 
 def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
     """Yield shards that newer ones replaced, in ascending order, so that removing one revives no other."""
-    info = read_info(paths)
+    info, dispose = read_info(paths), deleter(paths.cache_root)
     for array in ARRAYS:
         commits = [read_commit(paths, info, array, number) for number in paths.committed(array)]
         alive = {commit.shard for commit in current(commits)}
@@ -100,33 +125,37 @@ def _replaced(paths: SpacePaths) -> Iterator[Garbage]:
             found = _garbage(
                 paths.shard_dir(array, number),
                 "shard, replaced by a newer one",
-                partial(remove_shards, paths, info, array, [number], delete),
+                paths.cache_root,
+                partial(remove_shards, paths, info, array, [number], dispose),
             )
-            yield replace(found, nbytes=found.nbytes + _size(paths.commit(array, number)))
+            of_commit = paths.commit(array, number).stat().st_size
+            yield replace(found, nbytes=found.nbytes + of_commit)
 
 
-def _partial(folder: Path) -> list[Path]:
-    return sorted(folder.rglob(f"*{PARTIAL}"))
+def _partial(folder: Path, root: Path) -> list[Path]:
+    return [path for path in regular_files(folder, root) if path.name.endswith(PARTIAL)]
 
 
-def _garbage(path: Path, what: str, remove_shard: Callable[[], None] | None = None) -> Garbage:
-    return Garbage(path=path, what=what, nbytes=_size(path), remove_shard=remove_shard)
+def _garbage(
+    path: Path, what: str, root: Path, remove_shard: Callable[[], None] | None = None
+) -> Garbage:
+    nbytes = tree_bytes(path, root)
+    return Garbage(path=path, what=what, nbytes=nbytes, remove_shard=remove_shard)
 
 
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
+def tree_bytes(path: Path, root: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    return sum(found.st_size for _, found in entries(path, root))
 
 
-def remove(garbage: Garbage) -> None:
-    """Remove one piece of garbage, durably."""
+def remove(garbage: Garbage, root: CacheRoot) -> None:
+    """Remove one piece of garbage, durably. Of a link, that is the link itself."""
     if garbage.remove_shard is not None:
         garbage.remove_shard()
-    elif garbage.path.is_dir():
-        shutil.rmtree(garbage.path)
-        fsync_folder(garbage.path.parent)
+    elif stat.S_ISDIR(garbage.path.lstat().st_mode):
+        remove_tree(garbage.path, root.path)
     else:
-        delete(garbage.path)
+        remove_file(garbage.path, root.path)
 
 
 # ---- rows that no sample mentions
@@ -236,4 +265,4 @@ def remove_unreferenced(found: Unreferenced) -> None:
         DiskError: a file cannot be written or removed.
     """
     for group in found.groups:
-        rewrite_shards(found.space, found.array, group, delete)
+        rewrite_shards(found.space, found.array, group, deleter(found.space.paths.cache_root))

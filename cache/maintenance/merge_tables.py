@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from cache.errors import CacheError
 from cache.format.checksums import check_seal
+from cache.format.gate import open_file
 from cache.store.files import new_file
 from cache.store.ledger import append_media_table, media_table
 from cache.store.paths import CacheRoot
@@ -181,7 +182,8 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
             write_samples(root, one.dataset, samples, origin)
         elif one.take == "theirs":
             path = other.samples(one.dataset)
-            with path.open("rb") as source, new_file(root.samples(one.dataset)) as file:
+            target = root.samples(one.dataset)
+            with open_file(path, other.path) as source, new_file(target, root=root.path) as file:
                 shutil.copyfileobj(source, file)
                 file.flush()
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -48,7 +48,7 @@ from cache.maintenance.compaction import (
     set_aside,
 )
 from cache.store.commits import read_commits
-from cache.store.files import disk_errors, write_atomic
+from cache.store.files import disk_errors, move, refuse_strangers, write_atomic
 from cache.store.index_file import save_index
 from cache.store.paths import CacheRoot, SpacePaths
 from cache.store.row_index import RowIndex
@@ -91,9 +91,11 @@ class Repair:
         """Repair one space, or everything if `space` is None. Return what is still damaged, and notes.
 
         Raises:
+            CorruptError: the cache has a link or a special file.
             InUseError: a job writes to a space.
             DiskError: a file cannot be read, written or moved.
         """
+        refuse_strangers(self._root.path)
         folders = [space] if space else self._root.space_folders()
         report = Report()
         with disk_errors(self._root.path), lock_spaces(folders, "cache.verify --repair"):
@@ -115,7 +117,7 @@ class Repair:
             self._tell(path, finding.what, f"set aside in {self._root.damaged_dir}")
             place = self._aside(path)
             if _intact(place) and not path.exists():  # a job replaced it a moment ago
-                place.rename(path)
+                move(place, path, self._root.path)
             elif path.is_relative_to(self._root.media_dir):
                 self.done.media = True
             else:
@@ -164,7 +166,7 @@ class Repair:
         if (info := rebuild_info(paths)) is not None:
             todo = "written again: its spec has the commits' fingerprint"
             self._tell(paths.space_json, damage, todo)
-            write_atomic(paths.space_json, info_bytes(info))
+            write_atomic(paths.space_json, info_bytes(info), root=self._root.path)
             return True
         self._tell(paths.space_json, damage, f"set aside; {LOST}")
         self._aside(paths.space_json)
@@ -243,7 +245,9 @@ class Repair:
         why = {finding.path: finding.what for finding in report.findings if finding.broken}
         files = {space.paths.array_json(array): space.array_json(array) for array in ARRAYS}
         for path, data in {space.paths.group_json: space.group_json(), **files}.items():
-            if data is not None and write_if_changed(path, data) and str(path) in why:
+            if data is None or not write_if_changed(path, data, self._root.path):
+                continue
+            if str(path) in why:
                 self._tell(path, why[str(path)], "written again")
 
 

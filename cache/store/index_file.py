@@ -89,7 +89,7 @@ def save_index(paths: SpacePaths, info: SpaceInfo) -> None:
         # A useless file is damaged, or made from other commits.
         useless = path.exists() and saved >= len(snapshot.files)
         if saved >= WORTH_COMMITS or useless:
-            _write(path, snapshot, info, array)
+            _write(paths, snapshot, info, array)
 
 
 def check_index(
@@ -180,7 +180,7 @@ def _sealed_so(path: Path, expected: bytes) -> bool:
 # ---- the file
 
 
-def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
+def _write(paths: SpacePaths, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
     columns = snapshot.index.columns
     order, hashes = snapshot.index.by_hash
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -193,7 +193,7 @@ def _write(path: Path, snapshot: Snapshot, info: SpaceInfo, array: str) -> None:
         "hashes": hashes,
     }
     entries = {}
-    with new_file(path) as file:
+    with new_file(paths.index(array), root=paths.cache_root) as file:
         file.seek(HEADER_BYTES)
         for name, values in arrays.items():
             once = values[:1] if values.strides[0] == 0 else values  # one value, broadcast to n

@@ -114,7 +114,7 @@ def append_media_table(root: CacheRoot, table: pa.Table, job: str) -> None:
     # The clock may have been set back. The new part must still be later than the others.
     newest = max((_part_ns(path) for path in _media_parts(root)), default=0)
     path = root.media_dir / f"part-{max(time.time_ns(), newest + 1):020d}-{job}.parquet"
-    with new_file(path) as file:
+    with new_file(path, root=root.path) as file:
         with pq.ParquetWriter(file, _MEDIA_SCHEMA, write_statistics=False) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata({"seal": UNSEALED})

@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Self
 
-from cache.errors import CacheError, InUseError, StaleJobError
+from cache.errors import DATA_FOLDERS, CacheError, InUseError, StaleJobError
+from cache.format.gate import open_file, read_file, refuse_links
+from cache.store.files import open_in_place, remove_file
 from cache.store.paths import SpacePaths
 
 log = logging.getLogger(__name__)
@@ -33,14 +35,16 @@ LOCK_TIMEOUT_S = 1.0
 
 POLL_S = 0.02
 
+MAX_LOCK_BYTES = 65536
+"""Bytes of a lock file, at most."""
+
 
 class _Flock:
     """An open lock file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, root: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._fd = open_in_place(path, root)
 
     def acquire(self, how: int) -> None:
         """Get the lock, and wait for it as long as it takes."""
@@ -64,7 +68,7 @@ class _Flock:
             time.sleep(POLL_S)
 
     def read(self) -> str:
-        return os.pread(self._fd, 65536, 0).decode(errors="replace")
+        return os.pread(self._fd, MAX_LOCK_BYTES, 0).decode(errors="replace")
 
     def write(self, text: str) -> None:
         os.ftruncate(self._fd, 0)
@@ -76,11 +80,16 @@ class _Flock:
         os.close(self._fd)
 
 
+def _open_lock(paths: SpacePaths, path: Path) -> contextlib.closing[_Flock]:
+    return contextlib.closing(_Flock(path, paths.cache_root))
+
+
 class DriverLock(contextlib.ExitStack):
     """Hold the right to write to one space, as a context manager. `token` is for the workers of the job.
 
     Raises:
         InUseError: another job has it; the message names that job.
+        CorruptError: a folder of the cache is a link, or a lock is no file.
     """
 
     def __init__(self, paths: SpacePaths, holder: str):
@@ -89,8 +98,10 @@ class DriverLock(contextlib.ExitStack):
         self.token = ""
 
     def __enter__(self) -> Self:
+        for name in DATA_FOLDERS:  # whoever writes is told before anything has changed
+            refuse_links(self._paths.cache_root / name, self._paths.cache_root)
         with contextlib.ExitStack() as locks:
-            lock = locks.enter_context(contextlib.closing(_Flock(self._paths.driver_lock)))
+            lock = locks.enter_context(_open_lock(self._paths, self._paths.driver_lock))
             if not lock.try_acquire(fcntl.LOCK_EX, LOCK_TIMEOUT_S):
                 raise InUseError(
                     f"{self._paths.root} is being written by {_field(lock.read(), 'holder')}; "
@@ -103,13 +114,13 @@ class DriverLock(contextlib.ExitStack):
         return self
 
     def _wait_for_orphans(self) -> None:
-        with contextlib.closing(_Flock(self._paths.workers_lock)) as workers:
+        with _open_lock(self._paths, self._paths.workers_lock) as workers:
             if not workers.try_acquire(fcntl.LOCK_EX, 0):
                 log.warning("waiting for workers of an earlier job on %s to end", self._paths.root)
                 workers.acquire(fcntl.LOCK_EX)
             # No worker is left that could hold one of these.
             for path in self._paths.locks_dir.glob("worker-*.lock"):
-                path.unlink()
+                remove_file(path, self._paths.cache_root)
 
 
 class WorkerLease(contextlib.ExitStack):
@@ -125,12 +136,11 @@ class WorkerLease(contextlib.ExitStack):
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as locks:
-            shared = locks.enter_context(contextlib.closing(_Flock(self._paths.workers_lock)))
+            shared = locks.enter_context(_open_lock(self._paths, self._paths.workers_lock))
             shared.acquire(fcntl.LOCK_SH)
             self.fence()
-            own = locks.enter_context(
-                contextlib.closing(_Flock(self._paths.worker_lock(self._worker_id)))
-            )
+            own_path = self._paths.worker_lock(self._worker_id)
+            own = locks.enter_context(_open_lock(self._paths, own_path))
             if not own.try_acquire(fcntl.LOCK_EX, 0) or own.read() == self._token:
                 raise StaleJobError(f"worker {self._worker_id} was replaced by its driver")
             self.enter_context(locks.pop_all())  # released when this lease is
@@ -151,7 +161,8 @@ def holder_text(command: str) -> str:
 def driver_token(paths: SpacePaths) -> str | None:
     """Return the token of the latest driver; None if the space never had one."""
     try:
-        return _field(paths.driver_lock.read_text(errors="replace"), "token")
+        text = read_file(paths.driver_lock, paths.cache_root, most=MAX_LOCK_BYTES)
+        return _field(text.decode(errors="replace"), "token")
     except FileNotFoundError:
         return None
 
@@ -159,15 +170,14 @@ def driver_token(paths: SpacePaths) -> str | None:
 def driver_holder(paths: SpacePaths) -> str | None:
     """Return the name of the job that writes to the space now; None if none does."""
     try:
-        fd = os.open(paths.driver_lock, os.O_RDONLY)
+        file = open_file(paths.driver_lock, paths.cache_root, most=MAX_LOCK_BYTES)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _field(os.pread(fd, 65536, 0).decode(errors="replace"), "holder")
-    finally:
-        os.close(fd)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _field(file.read().decode(errors="replace"), "holder")
     return None
 
 
@@ -176,7 +186,7 @@ def wait_for_exit(paths: SpacePaths, worker_id: str, timeout_s: float) -> bool:
 
     If so, a process of that worker that starts later cannot write for this job.
     """
-    with contextlib.closing(_Flock(paths.worker_lock(worker_id))) as own:
+    with _open_lock(paths, paths.worker_lock(worker_id)) as own:
         if not own.try_acquire(fcntl.LOCK_EX, timeout_s):
             return False
         own.write(driver_token(paths) or "")
@@ -187,5 +197,5 @@ def _field(text: str, name: str) -> str:
     """Return one field of driver.lock; while its owner is writing it, a text that equals no token."""
     try:
         return str(json.loads(text)[name])
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "a job that is just starting"

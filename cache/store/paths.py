@@ -19,7 +19,8 @@ from pathlib import Path
 
 from cache.errors import CacheError, CorruptError, NotFoundError
 from cache.format.checksums import read_sealed_json
-from cache.format.spec import ARRAYS
+from cache.format.gate import refuse_links
+from cache.format.spec import ARRAYS, NAME
 
 MAX_NAME_BYTES = 200
 """Longest name of a data set, in UTF-8: file systems allow 255 bytes."""
@@ -28,7 +29,10 @@ DATASET_NAME = (
     f"takes at most {MAX_NAME_BYTES} bytes"
 )
 """Rule for the name of a data set, which becomes the name of a folder."""
-_COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-(\d{{8}})\.parquet")
+_COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-([0-9]{{8}})\.parquet")
+_SHARD_NAME = re.compile("0|[1-9][0-9]{0,7}")
+MAX_SHARD = 10**8 - 1
+"""The greatest number of a shard: the name of a commit has eight digits."""
 
 
 _FILES_OF_A_CACHE = (
@@ -162,16 +166,39 @@ class CacheRoot:
         return self.path / "garbage"
 
     def space(self, name: str) -> SpacePaths:
-        """Return the files of the space `name`, which need not exist."""
+        """Return the files of the space `name`, which need not exist.
+
+        Raises:
+            CacheError: the name cannot be that of a space.
+        """
+        if not NAME.fullmatch(name):
+            raise CacheError(
+                f"space name {name[:200]!r}: a name has letters, digits, '.', '_' and '-', begins with a "
+                "letter or digit, has no '..', and takes at most 200 characters"
+            )
         return SpacePaths(self.spaces_dir / name)
 
     def space_folders(self) -> list[SpacePaths]:
-        """Return all folders of spaces, sorted, including those without a space.json."""
-        return [SpacePaths(folder) for folder in sorted(self.spaces_dir.glob("*/"))]
+        """Return all folders of spaces, sorted, including those without a space.json.
+
+        What has another name than a space can have is not ours, such as `lost+found`: nothing uses it.
+
+        Raises:
+            CorruptError: one of them is a link, or `spaces` itself is.
+        """
+        refuse_links(self.spaces_dir, self.path)
+        found = sorted(p for p in self.spaces_dir.glob("*") if NAME.fullmatch(p.name))
+        for folder in found:
+            refuse_links(folder, self.path)
+        return [SpacePaths(folder) for folder in found if folder.is_dir()]
 
     def space_names(self) -> list[str]:
-        """Return the names of the spaces that have a space.json, sorted."""
-        return sorted(p.parent.name for p in self.spaces_dir.glob("*/space.json"))
+        """Return the names of the spaces that have a space.json, sorted.
+
+        Raises:
+            CorruptError: as for `space_folders`.
+        """
+        return [space.name for space in self.space_folders() if os.path.lexists(space.space_json)]
 
 
 @dataclass(frozen=True)
@@ -184,6 +211,11 @@ class SpacePaths:
     def name(self) -> str:
         """Name of the space."""
         return self.root.name
+
+    @property
+    def cache_root(self) -> Path:
+        """Folder of the cache that the space is in."""
+        return self.root.parent.parent
 
     @property
     def space_json(self) -> Path:
@@ -240,6 +272,7 @@ class SpacePaths:
 
     def committed(self, array: str) -> list[int]:
         """Return the numbers of the committed shards, in order."""
+        refuse_links(self.commits_dir, self.cache_root)
         names = (
             _COMMIT_NAME.fullmatch(p.name) for p in self.commits_dir.glob(f"{array}-*.parquet")
         )
@@ -247,13 +280,14 @@ class SpacePaths:
 
     def commit_stats(self, array: str) -> dict[int, tuple[int, int]]:
         """Return shard -> (bytes, time of the last change in ns) of the commit files of one array."""
+        refuse_links(self.commits_dir, self.cache_root)
         stats = {}
         entries = os.scandir(self.commits_dir) if self.commits_dir.is_dir() else ()
         for entry in entries:
             name = _COMMIT_NAME.fullmatch(entry.name)
             if name and name[1] == array:
                 with contextlib.suppress(FileNotFoundError):  # removed just now
-                    stat = entry.stat()
+                    stat = entry.stat(follow_symlinks=False)
                     stats[int(name[2])] = stat.st_size, stat.st_mtime_ns
         return stats
 
@@ -273,12 +307,14 @@ class SpacePaths:
 
     def started(self, array: str) -> list[int]:
         """Return the numbers that have a folder: committed, complete without a commit, or only begun."""
-        return sorted(int(p.name) for p in self.shards_dir(array).glob("*") if p.name.isdecimal())
+        refuse_links(self.shards_dir(array), self.cache_root)
+        names = (p.name for p in self.shards_dir(array).glob("*"))
+        return sorted(int(name) for name in names if _SHARD_NAME.fullmatch(name))
 
     @property
     def locks_dir(self) -> Path:
         """Folder of the locks of the writing job."""
-        return self.root.parent.parent / "locks" / self.name
+        return self.cache_root / "locks" / self.name
 
     @property
     def driver_lock(self) -> Path:

@@ -143,7 +143,7 @@ def write_samples(
     digest = hashlib.sha256()
     remaining = iter(samples)
     try:
-        with new_file(path) as file:
+        with new_file(path, root=root.path) as file:
             with pq.ParquetWriter(
                 file, _SAMPLE_SCHEMA, compression="zstd", write_statistics=False
             ) as writer:
@@ -241,7 +241,8 @@ def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None =
 
 def dataset_names(root: CacheRoot) -> list[str]:
     """Return the names of the data sets in the cache, sorted."""
-    return sorted(path.parent.name for path in root.samples_dir.glob("*/part-00000.parquet"))
+    names = (path.parent.name for path in root.samples_dir.glob("*/part-00000.parquet"))
+    return sorted(filter(is_dataset_name, names))
 
 
 def _plain(sample: Sample) -> dict[str, Any]:

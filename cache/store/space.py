@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import check_seal, read_sealed_json
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
+from cache.format.gate import open_file
 from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
 from cache.format.spec import ARRAY_OF, ARRAYS, FORMAT, FeatureSpec
 from cache.format.zarr_shard import GROUP_JSON, array_json
 from cache.store.commits import read_commit
 from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
-from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.paths import MAX_SHARD, CacheRoot, SpacePaths
 from cache.store.row_index import Identities, RowIndex
 from cache.store.samples import DEMO_WORDS, dataset_words
 
@@ -64,18 +65,18 @@ class Space:
         paths = root.space(spec.name)
         if not paths.space_json.exists():
             info = fitting_info(paths, new_info(spec, load, shard_bytes))
-            write_atomic(paths.space_json, info_bytes(info))
+            write_atomic(paths.space_json, info_bytes(info), root=root.path)
         space = Space.open(paths)
         if space.spec.fingerprint != spec.fingerprint:
             raise CorruptError(
                 paths.space_json, "it describes another space than its folder's name says"
             )
-        make_folder(paths.commits_dir)
+        make_folder(paths.commits_dir, root.path)
         for array in ARRAYS:
-            make_folder(paths.shards_dir(array))
+            make_folder(paths.shards_dir(array), root.path)
             space.grow(array)
         if (group := space.group_json()) is not None:
-            write_if_changed(paths.group_json, group)
+            write_if_changed(paths.group_json, group, paths.cache_root)
         return space
 
     @staticmethod
@@ -104,9 +105,22 @@ class Space:
         return set(zip(keys, table["view"].to_pylist(), strict=True))
 
     def next_shard(self, array: str) -> int:
-        """Return a number above that of every shard that was ever begun."""
+        """Return a number above that of every shard that was ever begun.
+
+        Raises:
+            CacheError: every number up to MAX_SHARD counts as used.
+        """
         used = [*self.paths.committed(array), *self.paths.started(array)]
-        return max(used, default=-1) + 1
+        number = max(used, default=-1) + 1
+        if number > MAX_SHARD:
+            raise CacheError(
+                f"{self.paths.shard_dir(array, number - 1)}: no shard can have a higher number; copy the "
+                "rows to a new cache: "
+                + command_line(
+                    "cache.merge", "--source", self.paths.cache_root, "--features", "NEW"
+                )
+            )
+        return number
 
     def array_json(self, array: str) -> bytes | None:
         """Return the zarr.json of an array; None if the container has none.
@@ -129,15 +143,16 @@ class Space:
     def grow(self, array: str) -> None:
         """Make zarr.json cover every committed shard. Only the driver may call this."""
         if (data := self.array_json(array)) is not None:
-            write_if_changed(self.paths.array_json(array), data)
+            write_if_changed(self.paths.array_json(array), data, self.paths.cache_root)
 
 
-def write_if_changed(path: Path, data: bytes) -> bool:
+def write_if_changed(path: Path, data: bytes, root: Path) -> bool:
     """Write `data` to `path` atomically, unless it is the content already. Return whether it was written."""
-    changed = not path.is_file() or path.read_bytes() != data
-    if changed:
-        write_atomic(path, data)
-    return changed
+    with contextlib.suppress(FileNotFoundError), open_file(path, root) as file:
+        if file.read(len(data) + 1) == data:
+            return False
+    write_atomic(path, data, root=root)
+    return True
 
 
 def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:

@@ -15,7 +15,6 @@ number that is never used again. `cache.gc` removes it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,16 @@ import pyarrow as pa
 from cache.format.checksums import crc32c
 from cache.format.shard import RowFacts
 from cache.store.commits import KEY_BYTES, SCHEMA, commit_bytes
-from cache.store.files import PARTIAL, Fence, fsync_folder, write_atomic
+from cache.store.files import (
+    PARTIAL,
+    Fence,
+    create_file,
+    fsync_folder,
+    move,
+    new_folder,
+    remove_tree,
+    write_atomic,
+)
 from cache.store.space import Space
 
 if TYPE_CHECKING:
@@ -71,10 +79,11 @@ class ShardWriter:
         self._identities: set[tuple[bytes, str]] = set()
         self._over = False
         self._folder = space.paths.shard_dir(array, number)
-        self._folder.mkdir()
+        self._root = space.paths.cache_root
+        new_folder(self._folder, self._root)
         if self._path.parent != self._folder:
-            self._path.parent.mkdir()
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            new_folder(self._path.parent, self._root)
+        self._fd = create_file(self._temporary, self._root)
 
     @property
     def rows(self) -> int:
@@ -187,10 +196,11 @@ class ShardWriter:
         self._close()
         if self._fence is not None:
             self._fence()
-        self._temporary.rename(self._path)
-        # Each of these has a new entry. The first two are the same folder for a tar.
-        for folder in dict.fromkeys((self._path.parent, self._folder, self._folder.parent)):
-            fsync_folder(folder)
+        move(self._temporary, self._path, self._root)
+        # Each of these has a new entry. A tar is in the first of them.
+        for folder in dict.fromkeys((self._folder, self._folder.parent)):
+            if folder != self._path.parent:
+                fsync_folder(folder)
         table = pa.table(self._columns, SCHEMA)
         for name, column in self._geometry.commit_columns(rows).items():
             table = table.append_column(name, pa.array(column))
@@ -203,7 +213,8 @@ class ShardWriter:
             index_crc=tail_crc,
             replaces=replaces,
         )
-        write_atomic(paths.commit(self._array, self._number), commit, self._fence)
+        path = paths.commit(self._array, self._number)
+        write_atomic(path, commit, self._fence, root=self._root)
         self._over = True
         return rows
 
@@ -211,7 +222,7 @@ class ShardWriter:
         """Remove the shard, unless its commit exists."""
         self._close()
         if not self._over and not self._space.paths.commit(self._array, self._number).exists():
-            shutil.rmtree(self._folder)
+            remove_tree(self._folder, self._root)
         self._over = True
 
     def _close(self) -> None:

@@ -14,12 +14,17 @@ import re
 import time
 from pathlib import Path
 
+from cache.errors import CorruptError
+from cache.format.gate import open_file
 from cache.store.files import PARTIAL, new_file
 
 log = logging.getLogger(__name__)
 
 STALE_S = 3600
 """Age in seconds at which a temporary file is removed: no write takes this long."""
+
+MAX_BYTES = 1 << 30
+"""Bytes of a kept file, at most: more than any download may have."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -32,22 +37,26 @@ class MediaStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         newest = time.time() - STALE_S
-        for partial in folder.glob(f"[0-9a-f][0-9a-f]/*{PARTIAL}"):
-            with contextlib.suppress(FileNotFoundError):  # another process removed it
-                if partial.stat().st_mtime < newest:
-                    partial.unlink()
+        for folder_here in folder.glob("[0-9a-f][0-9a-f]"):
+            if folder_here.is_symlink():  # `put` refuses it
+                continue
+            for partial in folder_here.glob(f"*{PARTIAL}"):
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    if partial.lstat().st_mtime < newest:
+                        partial.unlink()
 
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, whose sha256 is `key`; a damaged file is replaced.
 
         Raises:
             OSError: the file cannot be written. An existing file is unchanged.
+            CorruptError: a link or special file has its name, or that of its folder.
         """
         path = self._path(key)
-        with contextlib.suppress(FileNotFoundError):
-            if path.read_bytes() == data:
+        with contextlib.suppress(FileNotFoundError), open_file(path, self._folder) as file:
+            if file.read(len(data) + 1) == data:
                 return
-        with new_file(path, durable=False) as file:
+        with new_file(path, root=self._folder, durable=False) as file:
             file.write(data)
 
     def has(self, key: str) -> bool:
@@ -62,8 +71,12 @@ class MediaStore:
         """
         path = self._path(key)
         try:
-            data = path.read_bytes()
+            with open_file(path, self._folder, most=MAX_BYTES) as file:
+                data = file.read()
         except FileNotFoundError:
+            return None
+        except CorruptError as error:
+            log.warning("%s; it is not used", error)
             return None
         if hashlib.sha256(data).hexdigest() != key:
             log.warning("%s is damaged: its sha256 differs from its name; it is not used", path)

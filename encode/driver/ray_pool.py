@@ -346,7 +346,7 @@ class RayPool:
     def _replace_hung(self) -> None:
         paths = self._space.paths
         for slot in list(self._slots):
-            entries = read_entries(decode_log_file(paths, slot.number))
+            entries = read_entries(decode_log_file(paths, slot.number), paths.cache_root)
             if any(entry.age_s > self._timeout_s for entry in entries):
                 self._replace(slot, f"no progress for {self._timeout_s:.0f} s", hung=True)
 
@@ -359,7 +359,7 @@ class RayPool:
                 f"worker {slot.number} still runs {GONE_S:.0f} s after it was killed; everything committed "
                 "is kept: end its process and run the same command again"
             )
-        entries = read_entries(decode_log_file(paths, slot.number))
+        entries = read_entries(decode_log_file(paths, slot.number), paths.cache_root)
         if hung:
             entries = [entry for entry in entries if entry.age_s > self._timeout_s]
         decoding = tracker.withdraw(slot.number, [entry.source for entry in entries])

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from cache.format.gate import refuse_links
 from cache.store.files import new_file
 from cache.store.samples import MediaRef, Message, Sample
 from configs import UserError, nearest
@@ -185,10 +186,12 @@ class DemoDataset:
         return MediaRef(source=self._file(f"{number:05}.png", partial(draw, self.world, number)))
 
     def _file(self, name: str, make: Callable[[], bytes]) -> str:
-        path = self.folder / name
+        path, root = self.folder / name, self.folder.parent.parent
+        refuse_links(path, root)
         if not path.exists():
-            with new_file(path, durable=False) as file:
+            with new_file(path, root=root, durable=False) as file:
                 file.write(make())
             if not (ignored := self.folder / ".gitignore").exists():
-                ignored.write_text("*\n", encoding="utf-8")  # the default cache/ is in a checkout
+                with new_file(ignored, root=root, durable=False) as file:
+                    file.write(b"*\n")  # the default cache/ is in a checkout
         return str(path)

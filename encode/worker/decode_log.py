@@ -16,10 +16,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cache.errors import CorruptError
+from cache.format.gate import decode, read_file
+from cache.store.files import create_file, make_folder, remove_file
 from cache.store.paths import SpacePaths
 
 SUFFIX = ".decoding"
 SLOT_BYTES = 8192  # Linux allows paths of 4096 bytes
+MAX_SLOTS = 4096
+"""Threads of a worker, at most, as far as its log is read."""
 UPDATE_EVERY_S = 1.0
 """Seconds between two updates of a decode that makes progress."""
 
@@ -49,18 +54,22 @@ def decode_log_file(paths: SpacePaths, worker: int) -> Path:
 def clear_decode_log(paths: SpacePaths) -> list[DecodeEntry]:
     """Remove the logs of earlier jobs; return their entries. The caller holds the driver's lock."""
     files = list(paths.locks_dir.glob(f"worker-*{SUFFIX}"))
-    left = [entry for path in files for entry in read_entries(path)]
+    left = [entry for path in files for entry in read_entries(path, paths.cache_root)]
     for path in files:
-        path.unlink()
+        remove_file(path, paths.cache_root)
     return left
 
 
 class DecodeLog:
     """The log of one worker, for `threads` decoding threads."""
 
-    def __init__(self, path: Path, threads: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
+    def __init__(self, path: Path, threads: int, root: Path | None = None):
+        """Create the file; `root` is the cache's folder, below which no link is followed."""
+        make_folder(path.parent, root, durable=False)
+        with contextlib.suppress(FileNotFoundError):
+            remove_file(path, root)
+        self._path, self._root = path, root
+        self._fd = create_file(path, root)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(threads):
             self._free.put(slot)
@@ -91,23 +100,28 @@ class DecodeLog:
 
     def _write(self, slot: int, text: bytes) -> None:
         # Blanks overwrite the rest of a longer entry. In an empty slot, one blank byte is enough.
-        os.pwrite(self._file.fileno(), text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
+        os.pwrite(self._fd, text.ljust(SLOT_BYTES if text else 1), slot * SLOT_BYTES)
 
     def close(self) -> None:
         """Remove the log. No thread may be decoding."""
-        self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)
+        os.close(self._fd)
+        with contextlib.suppress(FileNotFoundError):
+            remove_file(self._path, self._root)
 
 
-def read_entries(path: Path) -> list[DecodeEntry]:
-    """Return what a worker was decoding when it last wrote its log."""
+def read_entries(path: Path, root: Path | None = None) -> list[DecodeEntry]:
+    """Return what a worker was decoding when it last wrote its log.
+
+    Raises:
+        CorruptError: the log is no file, or is larger than any.
+    """
     try:
-        data = path.read_bytes()
+        data = read_file(path, root, most=MAX_SLOTS * SLOT_BYTES)
     except FileNotFoundError:
         return []
     entries = []
     for at in range(0, len(data), SLOT_BYTES):
         # A slot that is being written may be torn: the next read will find it complete.
-        with contextlib.suppress(ValueError, TypeError):
-            entries.append(DecodeEntry(**json.loads(data[at : at + SLOT_BYTES])))
+        with contextlib.suppress(CorruptError):
+            entries.append(decode(data[at : at + SLOT_BYTES], DecodeEntry, path))
     return entries

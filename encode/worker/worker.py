@@ -81,7 +81,8 @@ class Worker:
         self._web_ahead = self._ahead + 2 * config.download.connections
         self._present = Present.of(self.space, max_frames=config.max_frames)
         self._max_frames = config.max_frames
-        self._decode_log = DecodeLog(decode_log_file(paths, number), config.threads)
+        log_file = decode_log_file(paths, number)
+        self._decode_log = DecodeLog(log_file, config.threads, paths.cache_root)
         self._done: deque[Outcome] = deque()
         self._prefetcher = Prefetcher(
             self, config, self._decode_log, ahead=self._ahead, batch_size=self._batch_size

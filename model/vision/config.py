@@ -134,7 +134,8 @@ class EncoderConfig:
         # In the hub's cache a folder is called by its commit: models--org--name/snapshots/1a2b3c.
         if path.parent.name == "snapshots":
             path = Path(path.parent.parent.name.rpartition("--")[2])
-        return f"hf-{re.sub('[^A-Za-z0-9._]+', '-', path.name)[:60].strip('-.') or 'tower'}"
+        name = re.sub(r"[^A-Za-z0-9._]+|\.\.+", "-", path.name)[:60].strip("-.")
+        return f"hf-{name or 'tower'}"
 
     def check_weights(self, weights: str | None, random_weights: bool) -> None:
         """Refuse weights that would not be loaded.

@@ -274,7 +274,7 @@ def test_a_space_is_dropped_by_its_full_name_only(crowded: Space, tmp_path: Path
 def test_an_interrupted_drop_is_finished_by_the_next_run(
     crowded: Space, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(_: Path) -> None:
+    def die(_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -259,15 +259,15 @@ class Fault:
     def _open_file(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if not set(mode) & set("wxa+"):
             return self._open(path, mode, *args, **kwargs)
-        assert mode == "x+b", f"a file opened with {mode!r}: say here how it writes"
+        assert mode == "r+b", f"a file opened with {mode!r}: say here how it writes"
+        assert isinstance(path, int), f"{path} is opened by name: links are followed"
         return io.BufferedRandom(_Raw(path))
 
 
 class _Raw(io.FileIO):
     """A file whose writes are calls of `os`, as the C library's are not."""
 
-    def __init__(self, path: Any):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    def __init__(self, fd: int):
         super().__init__(fd, "r+b", closefd=False)
         self._own = fd
 

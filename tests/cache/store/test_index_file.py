@@ -242,7 +242,7 @@ def test_an_intact_index_that_is_wrong_is_found(tmp_path: Path) -> None:
     snapshot, _ = derived._current(space.paths, space.info, "image")
     columns = replace(snapshot.index.columns, crcs=snapshot.index.crcs ^ 1)
     snapshot = replace(snapshot, index=RowIndex(columns, SLOTS))
-    derived._write(space.paths.index("image"), snapshot, space.info, "image")
+    derived._write(space.paths, snapshot, space.info, "image")
     assert check_index(space.paths, space.info, "image", deep=False) is None
     error = check_index(space.paths, space.info, "image", deep=True, rebuilt=rebuilt(space))
     assert error is not None and "differs from the commits" in str(error)

@@ -241,15 +241,21 @@ def test_nothing_gets_its_name_before_it_is_durable(
         real = getattr(module, call)
 
         def spied(*args: Any, **kwargs: Any) -> Any:
-            trace.append((call, describe(*args)))
+            trace.append((call, describe(*args, **kwargs)))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, call, spied)
 
     spy(os, "pwritev", lambda fd, *_: name(fd))
     spy(os, "fsync", name)
-    spy(os, "mkdir", lambda path, *_: str(path))
-    spy(os, "rename", lambda source, target: f"{source}>{target}")
+    spy(os, "mkdir", lambda path, dir_fd: f"{name(dir_fd)}/{path}")
+    spy(
+        os,
+        "rename",
+        lambda source, target, src_dir_fd, dst_dir_fd: (
+            f"{name(src_dir_fd)}/{source}>{name(dst_dir_fd)}/{target}"
+        ),
+    )
     fill(space, [1, 2])
     shard = str(space.paths.shard("image", 0))
     folders = [str(parent) for parent in Path(shard).parents][:3]
