@@ -179,11 +179,11 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         words: the command line, after the program's name.
     """
     command = CommandLine("python -m encode.run", tuple(words))
+    media = options.media if options.check is None else None  # with --check, any data set may need it
+    datasets = open_datasets(options.dataset, root.path, options.source, media, command)
     config = worker_config(options)
     if options.check is not None:
-        datasets = open_datasets(options.dataset, root.path, options.source, None, command)
         return check(root, options, config, datasets)
-    datasets = open_datasets(options.dataset, root.path, options.source, options.media, command)
     reading = how_to_read(options, command)
     choices = {choice.name: choice for choice in choose(options.dataset)}
     counter = read_datasets(root, datasets, choices, reading, write=not options.plan)
