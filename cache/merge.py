@@ -32,6 +32,7 @@ from cache.maintenance.copy_rows import (
     damage_text,
     missing,
 )
+from cache.maintenance.local_media import remember, remembered
 from cache.maintenance.merge_tables import (
     Samples,
     append_planned_media,
@@ -184,6 +185,7 @@ def merge(root: CacheRoot, other: CacheRoot, options: Options) -> int:
         meter.close()
         append_planned_media(root, media)
         copy_samples(root, other, samples)
+    remember(root, remembered(other))  # of media that this machine encoded there
     if damaged:
         print(damage_text(damaged))
     rows = sum(space.rows for space in spaces) - len(damaged)

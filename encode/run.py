@@ -179,7 +179,9 @@ def encode(root: CacheRoot, options: Options, start: float, words: Sequence[str]
         words: the command line, after the program's name.
     """
     command = CommandLine("python -m encode.run", tuple(words))
-    media = options.media if options.check is None else None  # with --check, any data set may need it
+    media = (
+        options.media if options.check is None else None
+    )  # with --check, any data set may need it
     datasets = open_datasets(options.dataset, root.path, options.source, media, command)
     config = worker_config(options)
     if options.check is not None:

@@ -3,7 +3,7 @@
     check     a cache -> findings                                 checks.py, row_checks.py
     repair    damaged files out, intact rows to new shards        repair.py, compaction.py
     collect   unfinished files, rows that no sample mentions      garbage.py, compaction.py
-    open      media files that this machine encoded                local_media.py
+    open      media files that this machine encoded               local_media.py
     count     spaces, coverage of data sets, failures             inventory.py
     copy      rows and tables of one cache to another             copy_rows.py, merge_tables.py
 

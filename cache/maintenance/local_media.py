@@ -27,7 +27,7 @@ import msgspec
 
 from cache.errors import CacheError, CorruptError, EmbeddedMediaError
 from cache.format.embedded.names import container_of, in_container, is_embedded, read_embedded
-from cache.format.gate import decode, open_file, read_file, refuse_links
+from cache.format.gate import decode, open_file, read_file
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 
@@ -86,7 +86,7 @@ def remember(root: CacheRoot, folders: Iterable[Path]) -> None:
     Without a state folder that can be written, the record is left out with a warning.
 
     Raises:
-        CacheError: `locks` of the cache is a link.
+        CorruptError: a link or special file has the name of the cache's `locks`, or of the id in it.
     """
     wanted = {name for folder in folders for name in _names(folder)} - set(_names(root.path))
     if not wanted:
@@ -169,10 +169,8 @@ def _own_id(root: CacheRoot) -> str | None:
 
 
 def _new_id(root: CacheRoot) -> str:
-    file = _id_file(root)
-    refuse_links(file.parent, root.path)
     new = secrets.token_hex(16)
-    write_atomic(file, new.encode())
+    write_atomic(_id_file(root), new.encode(), root=root.path)
     return new
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cache.format import codec
 from cache.format.frame_sampling import sample_times, time_view
 from cache.format.spec import FeatureSpec
+from cache.maintenance.local_media import remember
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
 from cache.store.samples import MediaRef, Message, Sample, write_samples
@@ -139,6 +140,7 @@ def make(
     space.grow("image")
     append_media(root, records, "test")
     write_samples(root, dataset, samples(files, max(images, answered), dataset))
+    remember(root, [files])
     return root
 
 
@@ -234,6 +236,7 @@ def talk(
     space.grow("image")
     append_media(root, records, "photographs")
     write_samples(root, "talk", conversations(paths))
+    remember(root, [folder / "images"])
     return root
 
 

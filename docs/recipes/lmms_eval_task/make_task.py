@@ -1,7 +1,8 @@
 """Write the questions that train.evaluate asked as a task for lmms-eval: JSON lines, images, YAML.
 
-python docs/recipes/lmms_eval_task/make_task.py RUN SPLIT OUT
+python docs/recipes/lmms_eval_task/make_task.py RUN SPLIT OUT [MEDIA]
 
+MEDIA is the folder of the images, if another machine encoded them or they have moved.
 Questions about videos, and those without an image, are left out and counted.
 """
 
@@ -34,12 +35,12 @@ def messages(sample: Sample, keys: list[str]) -> list[dict[str, Any]]:
     return result[: max(i for i, (role, _) in enumerate(turns) if role == "assistant")]
 
 
-def main(run: str, split: str, out: Path) -> None:
+def main(run: str, split: str, out: Path, media: Path | None = None) -> None:
     """Write the task."""
     final, here, lines = find_run(run), Path(__file__).parent, []
     asked = {a.sample: a for a in read(final.parent / f"evaluation-{split}.json").answers}
     root = CacheRoot(Path(trained_with(final).features))
-    ledger, local = read_media(root), LocalMedia(root)  # media=DIR if another machine encoded them
+    ledger, local = read_media(root), LocalMedia(root, media=media)
     (out / "images").mkdir(parents=True)
     for dataset in dict.fromkeys(name.split("/", 1)[0] for name in asked):
         for sample in read_samples(root, dataset):
@@ -62,4 +63,4 @@ def main(run: str, split: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *map(Path, sys.argv[3:]))

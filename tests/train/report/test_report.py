@@ -49,7 +49,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     gone, changed = list(dict.fromkeys(shown))[:2]
     Path(gone).unlink()
     Path(changed).write_bytes(trained_runs.png((1, 2, 3), 99))
-    report.main([*where, "--media", str(folder / "images")])
+    report.main(where)
     return (folder / "run" / "stage1" / "report.html").read_text(), folder
 
 
