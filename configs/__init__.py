@@ -16,7 +16,7 @@ durations, tables, progress.
 from __future__ import annotations
 
 # First: from here on, Ctrl-C during the imports of a command ends it without a traceback.
-from configs import signals
+from configs import signals, yaml_text
 
 # isort: split
 import argparse
@@ -27,6 +27,7 @@ import errno
 import json
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -87,6 +88,8 @@ def load(name: str) -> dict[str, Any]:
     return values
 
 
+MOST_YAML = 1 << 20
+"""Bytes of a YAML file, at most."""
 USER_FILE = "nanomolmo2.yaml"
 """The user's own entries, in the folder where a command is started, unless `--config` names another file."""
 
@@ -112,7 +115,7 @@ def use_file(path: str | Path | None) -> None:
     global _user
     _user = None
     found = Path(path or USER_FILE).expanduser().absolute()
-    if not path and not found.is_file():
+    if not path and not os.path.lexists(found):
         return
     values = read_yaml(found)
     for section, entries in values.items():
@@ -143,34 +146,22 @@ def where_is(section: str, name: object) -> str:
     return f"configs/{USER_SECTIONS[section][0]}.yaml"
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice. PyYAML keeps the last value and loses the others."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict, set)):
-                continue  # the base class refuses these
-            if key in seen:
-                problem = f"key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML file.
 
     Raises:
-        UserError: it cannot be read, is not YAML, gives a key twice, or is not a mapping.
+        UserError: it is no file, cannot be read, is not YAML, gives a key twice, or is not a mapping.
     """
     try:
-        values = yaml.load(path.read_bytes(), _StrictLoader)  # noqa: S506 - a SafeLoader
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a FIFO would be waited for
+            raise UserError(f"{path}: not a file")
+        if found.st_size > MOST_YAML:
+            raise UserError(f"{path}: {found.st_size:,} bytes, at most {MOST_YAML:,} are read")
+        values = yaml_text.parse(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")

@@ -27,6 +27,8 @@ _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[^\s,\[\]{}":]++')
 REST = "rest of a file"
 """Kind of a fault behind which a file is not read."""
+MOST_SKIPPED = 256 << 20
+"""Bytes behind a fault in which the next line or object is looked for."""
 _INDENT = 256
 """Spaces before an object in its line, at most, to find others like it."""
 
@@ -113,7 +115,8 @@ class Window:
             False if there is none; the position is then at the end of the file.
         """
         start = b"" if self.indent is None else b"\n" + self.indent + b"{"
-        while start:
+        most = self.offset + MOST_SKIPPED
+        while start and self.offset < most:
             found = self.data.find(start, self.at + 1)
             if found >= 0:
                 self.at = found + len(start) - 1

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from cache.errors import EmbeddedMediaError
 from cache.format.embedded.names import decode_data_uri
+from cache.format.gate import open_regular
 from cache.store.samples import MediaRef
 from configs import UserError
 from encode.download.urls import is_url, parse_url
@@ -272,12 +273,8 @@ def _spellings(text: str) -> Iterator[tuple[str, str]]:
 def look(path: str) -> Recognised | None:
     """Return what the first bytes of a file are; None if it cannot be read."""
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer forever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            head = os.read(fd, HEAD_BYTES)
-        finally:
-            os.close(fd)
+        with open_regular(path) as file:
+            head = file.read(HEAD_BYTES)
     except (OSError, ValueError):
         return None
     return recognise(head, path.rpartition("/")[2])

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.format.gate import open_regular
 from configs import UserError
 from encode.records.account import Account, FaultError
-from encode.records.json_window import BOM, REST, Piece, Window, elements
+from encode.records.json_window import BOM, MOST_SKIPPED, REST, Piece, Window, elements
 from encode.records.keys import LISTS, is_known
 from encode.records.one_object import as_object, find_sections, read_sections
 from encode.records.record import Line
@@ -53,7 +54,7 @@ def read_lines(path: Path, account: Account) -> Iterator[Line]:
         if suffix == ".parquet":
             yield from _parquet(path, account)
             return
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if suffix in (".csv", ".tsv") or is_table(file):
                 yield from _table(file, path, account)
                 return
@@ -109,7 +110,11 @@ def _json_lines(file: BinaryIO) -> Iterator[Piece]:
         if size > MAX_BYTES and not line.endswith(b"\n"):
             fault = _too_long()
             line = b""
-            size += _skip_line(file)
+            rest = _skip_line(file)
+            if rest is None:
+                yield Piece(b"", start, number, _endless())
+                return
+            size += rest
         offset += size
         if number == 1 and line.startswith(BOM):
             line, start = line[len(BOM) :], len(BOM)
@@ -177,13 +182,20 @@ def _too_long() -> FaultError:
     return FaultError("too large", f"a line of more than {MAX_BYTES >> 20} MiB")
 
 
-def _skip_line(file: BinaryIO) -> int:
-    """Read to the end of the line; return the number of bytes."""
+def _endless() -> FaultError:
+    text = f"a line of more than {MOST_SKIPPED >> 20} MiB; the rest of the file is not read"
+    return FaultError(REST, text)
+
+
+def _skip_line(file: BinaryIO) -> int | None:
+    """Read to the end of the line; return the number of bytes, None if they are more than MOST_SKIPPED."""
     size = 0
     while rest := file.readline(1 << 20):
         size += len(rest)
         if rest.endswith(b"\n"):
             break
+        if size > MOST_SKIPPED:
+            return None
     return size
 
 
@@ -220,8 +232,12 @@ class _Lines:
             self.count += 1
             self.offset += len(line)
             if len(line) > MAX_BYTES and not line.endswith(b"\n"):
-                self.fault = _too_long()
-                self.offset += _skip_line(self._file)
+                rest = _skip_line(self._file)
+                self.fault = _endless() if rest is None else _too_long()
+                if rest is None:
+                    yield "\n"
+                    return
+                self.offset += rest
                 line = b"\n"
             if self.count == 1:
                 line = line.removeprefix(BOM)
@@ -329,7 +345,7 @@ def _number(cell: str) -> Any:
 def _parquet(path: Path, account: Account) -> Iterator[Line]:
     """Yield the rows of a Parquet file that has no bytes of media."""
     number = 0
-    with path.open("rb") as opened:
+    with open_regular(path) as opened:
         try:
             file = pq.ParquetFile(opened)
             for batch in file.iter_batches(batch_size=BATCH):

@@ -27,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from cache.format.gate import open_regular
 from cache.store.samples import Sample
 from configs import UserError
 from encode.records.account import Account, FaultError
@@ -321,7 +322,7 @@ class _Reading:
     def _read(self, path: str, most: int) -> bytes | None:
         """Return the content of a file, or None if it is larger than `most` bytes."""
         try:
-            with Path(self._source(path)).open("rb") as file:
+            with open_regular(self._source(path)) as file:
                 data = file.read(most + 1)
         except OSError as error:
             raise FaultError("cannot be read", f"cannot be read ({error.strerror})") from None
@@ -405,7 +406,7 @@ def _kind_of_data_set(found: Recognised | None, path: str) -> str:
     if kind != "json" or suffix_of(path) in SUFFIXES:
         return kind
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             return kind if is_table(file) else ""
     except OSError:
         return ""

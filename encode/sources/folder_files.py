@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cache.format.gate import what_is
 from encode.records.media_files import kind_by_suffix, suffix_of
 from model.media.kinds import Recognised
 
@@ -23,7 +24,6 @@ LINKED = "linked folder"
 BROKEN = "broken link"
 OUTSIDE = "link to a file outside the folder"
 HIDDEN = "hidden"
-SPECIAL = "not a regular file"
 
 
 class FolderFile(NamedTuple):
@@ -68,14 +68,14 @@ def _problem(entry: os.DirEntry[str], folder: Path) -> str:
     if entry.is_file(follow_symlinks=False):
         return ""
     if not entry.is_symlink():
-        return SPECIAL
+        return what_is(entry.stat(follow_symlinks=False).st_mode)
     if os.path.isdir(entry.path):  # noqa: PTH112 - follows the link
         return LINKED
     if not os.path.exists(entry.path):  # noqa: PTH110
         return BROKEN
     if not Path(entry.path).resolve().is_relative_to(folder):
         return OUTSIDE
-    return "" if entry.is_file() else SPECIAL
+    return what_is(entry.stat().st_mode)
 
 
 def why_unused(found: Recognised | None, name: str) -> str:

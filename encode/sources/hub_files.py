@@ -21,10 +21,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-import yaml
 
 from cache.errors import EmbeddedMediaError
-from configs import UserError, nearest, one_line
+from cache.format.gate import check_regular, open_regular
+from configs import UserError, nearest, one_line, yaml_text
 from model.io.hub import unreachable
 
 log = logging.getLogger(__name__)
@@ -89,10 +89,20 @@ def open_local(path: Path, config: str = "") -> Found:
             raise UserError(f"hf:{path}: no Parquet or Arrow file{hint}")
         return Found(folder=path.parent, files=(path,))
     if not path.is_dir():
-        raise UserError(f"hf:{path}: no such folder or file")
+        raise UserError(f"hf:{path}: {_why_no_folder(path)}")
     found = _choose(path, config, f"hf:{path}")
     _log_missing(path, found.files)
     return found
+
+
+def _why_no_folder(path: Path) -> str:
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return "no such folder or file"
+    except OSError as error:
+        return error.strerror
+    return "not a folder"
 
 
 def open_hub(name: str, repository: str, config: str, source: Path | None) -> Found | None:
@@ -275,11 +285,19 @@ def _config(configs: Mapping[str, Patterns], config: str, spec: str) -> str:
 def _declared(folder: Path) -> dict[str, Patterns]:
     """Return config -> its files, as the card says; empty if it does not."""
     try:
-        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
-            text = file.read(MAX_CARD_BYTES)
-        header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
-        values = yaml.safe_load(header[1]) if header else None
-    except (OSError, yaml.YAMLError, RecursionError):
+        with open_regular(folder / CARD) as file:
+            text = file.read(MAX_CARD_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(
+            f"{folder / CARD}: cannot be read ({error.strerror}); it may name the files, so put the card of "
+            "the data set in its place, or remove it"
+        ) from None
+    header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    try:
+        values = yaml_text.parse(header[1], strict=False) if header else None
+    except ValueError:
         return {}
     listed = values.get("configs") if isinstance(values, dict) else None
     found: dict[str, Patterns] = {}
@@ -478,7 +496,7 @@ def _other_kind(path: Path) -> str:
 def why_unreadable(path: Path, error: Exception) -> str:
     """Return what is wrong with a downloaded file, in one line."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as failed:
         return f"cannot be read ({failed.strerror})"

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.format.embedded.names import data_uri_source, data_uris
+from cache.format.gate import check_regular, open_regular
 from cache.store.samples import Sample
 from configs import UserError, one_line
 from encode.records.account import Account, FaultError
@@ -211,10 +212,11 @@ def _check_file(file: Path, path: str) -> None:
         )
     if not path or not file.exists():
         raise UserError(f"json:{path}: no such file; --dataset json:FILE takes one")
-    if not file.is_file():
-        raise UserError(f"json:{path}: not a regular file")
-    if file.stat().st_size == 0:
-        raise UserError(f"json:{path}: the file is empty")
+    try:
+        if check_regular(file).st_size == 0:
+            raise UserError(f"json:{path}: the file is empty")
+    except OSError as error:
+        raise UserError(f"json:{path}: {error.strerror}") from None
     check_content(file, f"json:{path}")
 
 
@@ -242,7 +244,8 @@ def check_content(file: Path, name: str) -> None:
 def _refuse_bytes(file: Path, name: str) -> None:
     """Raise UserError for a Parquet file that is damaged, or has bytes of media in it."""
     try:
-        schema = pq.read_schema(file)
+        with open_regular(file) as opened:
+            schema = pq.read_schema(opened)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{name}: not Parquet: {one_line(error)}") from None
     for column in schema:

@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.format.gate import check_regular
 from cache.store.samples import Sample
 from configs import UserError, nearest
 from encode.errors import BadRowError
@@ -238,6 +239,7 @@ class _Tally(dict[str, tuple[int, str]]):
 def _rows(path: Path, name: str) -> Iterator[Row]:
     """Yield the rows of one file in order, with texts as bytes, which may not be UTF-8."""
     try:
+        check_regular(path)  # pyarrow would wait for the writer of a FIFO
         with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             columns = _checked_columns(path, name, file.schema_arrow)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):

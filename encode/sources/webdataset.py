@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from cache.format.embedded.names import member_source
+from cache.format.gate import check_regular
 from cache.store.samples import MediaRef, Sample
 from configs import UserError
 from encode.records.account import Account, FaultError
@@ -197,6 +198,7 @@ class _Reader:
     def samples(self) -> Iterator[Sample]:
         """Yield the samples; count faults."""
         try:
+            check_regular(self._path)
             self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             why = FaultError("damaged tar", f"cannot be read ({error.strerror})")

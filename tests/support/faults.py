@@ -101,12 +101,16 @@ def put_in_place(path: Path, what: str) -> None:
             os.truncate(path, {"empty": 0, "zeros": 1 << 20, "10 GB": HUGE}[what])
 
 
+class TooLongError(BaseException):
+    """Work takes too long. No handler for an Exception catches it."""
+
+
 @contextlib.contextmanager
 def in_time(seconds: int = 5, memory: int = 1 << 30) -> Iterator[None]:
-    """Fail with a TimeoutError where work hangs, and with a MemoryError where it takes more memory."""
+    """Fail with a TooLongError where work hangs, and with a MemoryError where it takes more memory."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
+        raise TooLongError(f"not done after {seconds} s")
 
     limit = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

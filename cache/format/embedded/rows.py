@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import EmbeddedMediaError
+from cache.format.gate import open_regular
 
 TABLES = ("parquet", "arrow")
 """Formats of tables."""
@@ -170,10 +171,7 @@ class _ParquetCursor(_Cursor):
 
 def format_of(path: Path) -> str:
     """Return parquet or arrow, by the first bytes of a file. Raises OSError."""
-    # O_NONBLOCK: opening a named pipe would wait for a writer forever.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("not a regular file")
+    with open_regular(path) as file:
         return "parquet" if file.read(4) == b"PAR1" else "arrow"
 
 
@@ -191,7 +189,7 @@ def open_parquet(path: str) -> Any:
 
 def _mapped(path: str) -> Any:
     """Return a pyarrow.BufferReader of a file that is mapped into memory."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 

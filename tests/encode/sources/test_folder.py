@@ -387,7 +387,7 @@ def test_files_that_are_not_used_are_counted_by_their_reason(
         "hidden": 3,
         "linked folder": 1,
         "broken link": 1,
-        "not a regular file": 1,
+        "a FIFO, not a file": 1,
     }
     assert account.text().startswith(
         "photos: 3 images; left out: 4 .heic (HEIC; install its reader"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from encode.sources.folder_files import BROKEN, HIDDEN, LINKED, SPECIAL, walk, why_unused
+from encode.sources.folder_files import BROKEN, HIDDEN, LINKED, walk, why_unused
 from model.media.kinds import recognise
 
 
@@ -47,7 +47,7 @@ def test_what_is_not_looked_at_has_a_reason(tmp_path: Path) -> None:
         "sub/.z": HIDDEN,
         "loop": LINKED,
         "gone.jpg": BROKEN,
-        "pipe.jpg": SPECIAL,
+        "pipe.jpg": "a FIFO, not a file",
     }
 
 
@@ -55,7 +55,7 @@ def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)  # the path of a socket has 107 bytes at most
     with socket.socket(socket.AF_UNIX) as one:
         one.bind("s.jpg")
-        assert found(tmp_path) == {"s.jpg": SPECIAL}
+        assert found(tmp_path) == {"s.jpg": "a socket, not a file"}
 
 
 def test_only_the_one_folder_is_left_out(tmp_path: Path) -> None:
