@@ -33,7 +33,8 @@ class _StrictLoader(_Loader):  # type: ignore[misc]
                 problem = f"key {key!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        values: dict[Any, Any] = super().construct_mapping(node, deep)
+        return values
 
 
 def parse(data: bytes | str, *, strict: bool = True) -> Any:

@@ -101,7 +101,7 @@ def _why_no_folder(path: Path) -> str:
     except FileNotFoundError:
         return "no such folder or file"
     except OSError as error:
-        return error.strerror
+        return str(error.strerror)
     return "not a folder"
 
 
