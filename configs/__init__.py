@@ -10,7 +10,7 @@ The default of an option comes from the dataclass, or from a preset in `configs/
 `--config FILE` or `./nanomolmo2.yaml`, adds entries to these and replaces theirs. `parse` finds it.
 Each unknown key, unknown option or invalid value is reported in one line, with the nearest valid name.
 Importing this module imports neither torch nor tyro. `configs.console` has the text for people: sizes,
-durations, tables, progress.
+durations, tables, progress; `configs.text` prints text from outside.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_ar
 
 import yaml
 
+from configs.text import guard_streams, visible, without_guard
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from tyro import _errors
@@ -48,18 +50,22 @@ USER_ERROR_EXIT = 2
 
 
 class UserError(Exception):
-    """What the user has to change, where and how, in one line. Commands print it and exit with 2."""
+    """What the user has to change, where and how, in one line. Commands print it and exit with 2.
+
+    More arguments are further lines: a table of what is wrong. A line break in an argument makes no line.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def one_line(error: object, longest: int = 160) -> str:
-    """Return an error's message, or else its type, in one line of at most `longest` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    """Return an error's message, or else its type, in one line of at most `longest` characters.
 
-
-def printable(text: str) -> str:
-    """Return `text` with `?` for characters that act on a terminal: names and keys of files may have them."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    White space becomes a space, and what acts on a terminal an escape: see `configs.text.visible`.
+    """
+    text = re.sub(r"[ \t\r\n\f\v]+", " ", str(error)).strip(" ") or type(error).__name__
+    return visible(text, longest)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -279,7 +285,7 @@ def parse(
     # tyro joins lines that begin with a letter. With `$ ` before it, a command keeps its line.
     described = re.sub(r"^(?=python -m |torchrun )", "$ ", description or "", flags=re.MULTILINE)
     # tyro draws its errors as boxes of many lines. Its hook gives the cause before anything is drawn.
-    with _errors.on_parse_error(refuse):
+    with _errors.on_parse_error(refuse), without_guard():  # its --help has colours
         parsed: T = tyro.cli(cls, prog=prog, description=described or None, args=argv, **default)
     return parsed
 
@@ -362,6 +368,7 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
     """
     reported: tuple[type[Exception], ...] = (UserError, OSError, *errors)
     as_command = False
+    guard_streams()
     try:
         as_command = signals.restore()
         code = main() or 0
@@ -376,7 +383,11 @@ def command(main: Callable[[], int | None], errors: tuple[type[Exception], ...] 
         message = wrong_place(error) if isinstance(error, OSError) else error
         if message is None:
             raise
-        print(f"error: {printable(str(message))}", file=sys.stderr)
+        lines = error.args if isinstance(error, UserError) else (message,)
+        print(
+            "\n".join(map(visible, (f"error: {lines[0]}" if lines else "error", *lines[1:]))),
+            file=sys.stderr,
+        )
         code = USER_ERROR_EXIT
     if as_command:
         signals.end_quietly()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs import UserError
+from configs.text import unguarded, visible
 
 SPARE_BYTES = 64 << 20
 """Bytes that a job leaves free on a disk."""
@@ -70,7 +71,7 @@ def columns_of(text: str) -> int:
     return sum(
         2
         if unicodedata.east_asian_width(c) in "WF"
-        else unicodedata.category(c) not in ("Mn", "Me")
+        else unicodedata.category(c) not in ("Mn", "Me", "Cf")
         for c in text
     )
 
@@ -81,7 +82,11 @@ def _padded(text: str, width: int, right: bool) -> str:
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Return rows as lines with aligned columns; the columns named in `right` are flush right."""
+    """Return rows as lines with aligned columns; the columns named in `right` are flush right.
+
+    A cell may hold text from outside: see `configs.text.visible`.
+    """
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(columns_of, column)) for column in zip(header, *rows, strict=True)]
     flush_right = [title in right.split() for title in header]
     lines = [
@@ -100,7 +105,8 @@ class Meter:
     def __init__(self, what: str, total: int):
         self._what, self._total, self._done = what, total, 0
         self._lock = threading.Lock()
-        self._terminal = sys.stderr.isatty()
+        self._out = unguarded(sys.stderr)
+        self._terminal = self._out.isatty()
         self._start = self._last = time.monotonic()
 
     def add(self, nbytes: int) -> None:
@@ -116,7 +122,7 @@ class Meter:
                     f"{self._what}: {bytes_text(self._done)} of {bytes_text(self._total)}, "
                     f"{bytes_text(self._done / passed_s)}/s, {max(0.0, left_s):.0f} s left"
                 )
-                print(text.ljust(78), end="\r" if self._terminal else "\n", file=sys.stderr)
+                print(text.ljust(78), end="\r" if self._terminal else "\n", file=self._out)
 
     def total_text(self) -> str:
         """Return what is done so far, as `read 12.3 GB in 4.1 s: 3 GB/s`."""
@@ -127,7 +133,7 @@ class Meter:
     def close(self) -> None:
         """Clear the line."""
         if self._terminal and self._last > self._start:
-            print(" " * 78, end="\r", file=sys.stderr)
+            print(" " * 78, end="\r", file=self._out)
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

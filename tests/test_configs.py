@@ -5,6 +5,8 @@ options = parse(Options, prog="python -m some.run")
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import shlex
@@ -20,10 +22,11 @@ import pytest
 
 import configs
 from cache.errors import CacheError, NotFoundError
-from configs import UserError, build, command, load, parse
+from configs import UserError, build, command, load, one_line, parse
 from configs.command_line import command_text, merge, only, with_options
 from configs.commands import GUARD, find_commands, list_commands
 from configs.console import duration_text
+from configs.text import KEPT, json_text, quoted, unguarded, visible
 from tests.support import ROOT
 
 
@@ -220,6 +223,78 @@ def test_a_message_repeats_the_words_of_the_user_with_some_options_changed() -> 
     assert with_options(words, log=("c", "d"))[-3:] == ["--log", "c", "d"]
     assert merge(["--a", "1", "--b", "2"], ["--b=3"]) == ["--a", "1", "--b=3"]
     assert only(words, {"features", "resume"}) == ["--features", "my cache", "--resume"]
+
+
+# ---- text from outside
+
+
+HOSTILE = {
+    "photo\x1b]0;pwned\x07.jpg": r"photo\x1b]0;pwned\x07.jpg",
+    "a\nb\rc\td": r"a\nb\rc\td",
+    "\x9b31m\x7f\x85\x00": r"\x9b31m\x7f\x85\x00",
+    "\u202egpj.exe\u2066\u200f\u061c": r"\u202egpj.exe\u2066\u200f\u061c",
+    "\u2028\u2029": r"\u2028\u2029",
+    "caf\udce9": r"caf\udce9",
+    "pay\u200bp\u200dal\ufe0f\u3164\u2800": r"pay\u200bp\u200dal\ufe0f\u3164\u2800",
+    "\U000e0041\ufeff\xad\xa0": r"\U000e0041\ufeff\xad\xa0",
+    "\u0627\u200d\u200d\u0627": "\u0627\\u200d\\u200d\u0627",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_that_acts_on_a_terminal_is_escaped(text: str) -> None:
+    assert visible(text) == HOSTILE[text]
+    assert quoted(text) == f"'{HOSTILE[text]}'"
+    assert one_line(f"\r\n x \n {text}").startswith("x ") and one_line(text).isprintable()
+    assert json.loads(json_text(text)) == text and json_text(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain [x] \\ 'name'.jpg", "Grüße, ελληνικά, кот", "日本語の写真。", "שלום עולם", "e\u0301",
+     "می\u200cخواهم", "क\u094d\u200dष", "👩\u200d👩\u200d👧 ❤\ufe0f\u200d🔥 1\ufe0f\u20e3", "葛\U000e0100"],
+)  # fmt: skip
+def test_letters_of_every_script_stay(text: str) -> None:
+    assert visible(text) == quoted(text) == one_line(text) == text
+
+
+def test_text_is_bounded() -> None:
+    assert visible("\x1b" * 10**7, 12) == r"\x1b\x1b\..." and visible("abc", 3) == "abc"
+    assert one_line("abcd", 3) == "..." and one_line(ValueError()) == "ValueError"
+
+
+def test_a_command_prints_nothing_that_acts_on_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever it prints, logs or refuses; what it draws itself is not changed."""
+
+    def main() -> None:
+        log = logging.StreamHandler()
+        for text in HOSTILE:
+            print(text)
+            sys.stderr.writelines([text, "\n"])
+            log.handle(logging.makeLogRecord({"msg": text}))
+        print("日本語\u3000\tx\n")
+        unguarded(sys.stderr).write("\r\x1b[K")
+        raise UserError(*HOSTILE)
+
+    for _ in range(2):
+        with pytest.raises(SystemExit) as leaving:
+            command(main)
+        out, err = capsys.readouterr()
+        assert leaving.value.code == 2 and "日本語\u3000\tx\n" in out and err.count("\r\x1b[K") == 1
+        for text in (out, err.replace("\r\x1b[K", "")):
+            assert visible(text, keep=KEPT) == text
+            assert all(visible(one, keep=KEPT) in text for one in HOSTILE)
+        lines = err.splitlines()[-len(HOSTILE) :]
+        assert lines == ["error: " * (not i) + one for i, one in enumerate(HOSTILE.values())]
+
+
+def test_a_traceback_prints_nothing_that_acts_on_a_terminal() -> None:
+    code = r"import configs; configs.command(lambda: {}['\x1b]0;x\x07 \u202e \udcff'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and r"\x1b]0;x\x07 \u202e \udcff" in done.stderr
+    assert visible(done.stderr, keep="\n") == done.stderr
 
 
 # ---- Ctrl-C while a command imports

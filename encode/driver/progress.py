@@ -17,6 +17,7 @@ from typing import TextIO
 
 from configs.command_line import command_text
 from configs.console import counts_text
+from configs.text import unguarded
 from encode.driver.tracker import Tracker
 from encode.estimate import about
 from encode.worker.messages import Timings
@@ -39,7 +40,7 @@ class Progress:
 
     def __init__(self, tracker: Tracker, *, out: TextIO | None = None):
         self._tracker = tracker
-        self._out = out or sys.stderr
+        self._out = unguarded(out or sys.stderr)
         self._terminal = self._out.isatty()
         self._printed = time.monotonic()
         self._marks: list[tuple[float, int]] = [(0.0, 0)]  # seconds of work, media items encoded

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from cache.store.samples import Sample
-from configs import UserError, printable
+from configs import UserError
 from configs.command_line import CommandLine
+from configs.text import visible
 
 SHOWN = 20
 """Faults that an error shows whole; all others are counted by kind."""
@@ -127,7 +128,7 @@ class Account:
         if not self.faults or self.leave_out:
             return
         total = sum(self.faults.values())
-        more = f"\n... and {total - len(self.first_faults):,} more" if total > SHOWN else ""
+        more = [f"... and {total - len(self.first_faults):,} more"] if total > SHOWN else []
         command = self.command or CommandLine("", ())
         before = self.ignore_keys if self.command else ()  # the new option replaces theirs
         keys = ",".join([*sorted(before), *self.refused_keys])
@@ -139,10 +140,10 @@ class Account:
             without = command.text(ignore_keys=keys).lstrip()
             ways.append(f"{'' if ways else 'go on '}without these keys: {without}")
         raise UserError(
-            "\n".join(self.first_faults)
-            + more
-            + f"\n{self.name}: {_lines(self.faults)} cannot be used ({_by_kind(self.faults)}); "
-            + ", or ".join(["correct them", *ways])
+            *self.first_faults,
+            *more,
+            f"{self.name}: {_lines(self.faults)} cannot be used ({_by_kind(self.faults)}); "
+            + ", or ".join(["correct them", *ways]),
         )
 
     def text(self) -> str:
@@ -172,7 +173,7 @@ class Account:
             keys = ", ".join(f"{key} ({times:,})" for key, times in shown)
             more = len(self.ignored) - len(shown)
             line += f"; keys ignored: {keys}" + (f" and {more:,} more" if more else "")
-        return printable(line).replace("\n", "?")
+        return visible(line)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, as a samples table stores them."""

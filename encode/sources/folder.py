@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 from cache.format.gate import open_regular
 from cache.store.samples import Sample
 from configs import UserError
+from configs.text import quoted
 from encode.records.account import Account, FaultError
 from encode.records.keys import FILE_KEYS, IMAGE_KEYS, NAME_KEYS, TEXT_KEYS, VIDEO_KEYS
 from encode.records.media_files import (
@@ -210,7 +211,7 @@ class _Reading:
                 try:
                     yield from self._of_media(path, kind)
                 except FaultError as fault:
-                    self._account.fault(printable(source), fault)
+                    self._account.fault(quoted(source), fault)
                 else:
                     if source not in self._named:
                         unused.append((path, UNNAMED))
@@ -253,7 +254,7 @@ class _Reading:
             try:
                 found = self._record(text, name) if is_record else self._caption(text)
             except FaultError as fault:
-                self._account.fault(printable(self._source(text)), fault)
+                self._account.fault(quoted(self._source(text)), fault)
                 self._settled.add(text)
                 del self._texts[text]  # other media of this name find no text then
                 continue
@@ -268,7 +269,7 @@ class _Reading:
         try:
             return self._records.of_value(value, self._folder / parent, path)
         except FaultError as fault:
-            self._account.fault(printable(self._source(used[0])), fault)
+            self._account.fault(quoted(self._source(used[0])), fault)
             for text in used[1:]:
                 self._settled.discard(text)
                 self._texts[text] = "beside a text with a fault"
@@ -335,7 +336,7 @@ class _Reading:
         suffix = suffix_of(path)
         if why == UNREADABLE:
             fault = FaultError(UNREADABLE, "the folder cannot be read")
-            self._account.fault(printable(self._source(path)), fault)
+            self._account.fault(quoted(self._source(path)), fault)
             return
         if not isinstance(why, str):
             found = why
@@ -420,8 +421,3 @@ def _says_text(value: Mapping[str, Any]) -> bool:
 def _is_called(item: Any, name: str) -> bool:
     """Return whether a value is a path that ends in `name`."""
     return isinstance(item, str) and item.replace("\\", "/").rpartition("/")[2] == name
-
-
-def printable(path: str) -> str:
-    """Return a path for a message: in quotes and with escapes, if its name is not UTF-8."""
-    return path if is_unicode(path) and path.isprintable() else repr(path)
