@@ -27,7 +27,7 @@ from cache.store.paths import SpacePaths
 from cache.store.space import Present, Space
 from configs import UserError, one_line
 from encode.driver.culprits import Culprits, rejection
-from encode.driver.ray_session import loopback, private_folder, ray_environment
+from encode.driver.ray_session import LOOPBACK, private_folder, ray_environment
 from encode.driver.tracker import Tracker
 from encode.errors import TooManyFailuresError
 from encode.worker.config import WorkerConfig
@@ -140,7 +140,6 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
         yield
         return
     _check_ray()
-    address = loopback()
     with contextlib.ExitStack() as stack:
         stack.callback(_read_environment)  # for a Ray that this process may start later
         folder = stack.enter_context(private_folder())
@@ -156,10 +155,10 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address=address,
+                    _node_ip_address=LOOPBACK,
                     _temp_dir=str(folder / "ray"),
                 )
-            if context.address_info["node_ip_address"] != address:
+            if context.address_info["node_ip_address"] != LOOPBACK:
                 raise _unknown_ray()
             # We report dead workers ourselves; Ray would print a paragraph about each to stdout.
             ray._private.worker._worker_logs_enabled = False

@@ -19,7 +19,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import socket
 import stat
 import sys
 import tempfile
@@ -27,6 +26,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from configs import UserError
+
+LOOPBACK = "127.0.0.1"
+"""An address that no other machine can reach. Ray 2.60 does not find its own server at ::1."""
 
 PREFIX = "nm2-"
 
@@ -44,16 +46,6 @@ SHORT_FOLDER = "/tmp"  # noqa: S108
 TOKEN_BYTES = 32
 
 
-def loopback() -> str:
-    """Return the address of this machine that no other machine can reach."""
-    with socket.socket(socket.AF_INET) as probe:
-        try:
-            probe.bind(("127.0.0.1", 0))
-        except OSError:  # IPv6 alone
-            return "::1"
-    return "127.0.0.1"
-
-
 @contextlib.contextmanager
 def ray_environment(token: Path) -> Iterator[None]:
     """Set the variables of Ray, and of all processes that it starts: each call needs what is in `token`."""
@@ -62,6 +54,7 @@ def ray_environment(token: Path) -> Iterator[None]:
         "RAY_AUTH_TOKEN": None,  # would be preferred to the file
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",  # statistics would be sent over the network
+        "RAY_enable_metrics_collection": "0",  # ray[default] would open a port for them
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it, each start prints a warning
     }
     before = {name: os.environ.get(name) for name in variables}
