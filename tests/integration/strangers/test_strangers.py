@@ -1,6 +1,6 @@
 """No command writes, reads or waits outside a cache that a stranger has changed, whatever was changed.
 
-python -m tests.integration.cache.strangers FOLDER --first 17 --count 1 --show    # one pair again
+python -m tests.integration.strangers.run FOLDER --first 17 --count 1 --show    # one pair again
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def run(folder: Path, first: int, count: int) -> list[dict[str, Any]]:
         start, end = (first + count * n // shares for n in (share, share + 1))
         words = [str(folder / str(share)), "--first", str(start), "--count", str(end - start)]
         (folder / str(share)).mkdir()
-        with (folder / f"{share}.jsonl").open("w") as out, (folder / f"{share}.err").open("w") as err:
+        with (
+            (folder / f"{share}.jsonl").open("w") as out,
+            (folder / f"{share}.err").open("w") as err,
+        ):
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.integration.cache.strangers", *words],
+                    [sys.executable, "-m", "tests.integration.strangers.run", *words],
                     stdout=out,
                     stderr=err,
                     cwd=ROOT,

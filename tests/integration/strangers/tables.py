@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.format.checksums import UNSEALED, seal
-from tests.integration.cache.stranger_values import (
+from tests.integration.strangers.values import (
     NUMBERS,
+    TEXTS,
     Change,
     Unchangeable,
     draw_text,
@@ -329,7 +330,7 @@ def spec_forged(path: Path, dice: random.Random) -> str:
         text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False)
         values["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
     values["name"] = f"{spec.get('encoder')}-{spec.get('codec')}-{values['fingerprint'][:8]}"
-    dump_json(path, values, rest, dice)
+    dump_json(path, values, rest)
     for commit in sorted(path.parent.glob("commits/*.parquet")):
         with contextlib.suppress(Unchangeable, OSError):
             table, metadata = load_table(commit)

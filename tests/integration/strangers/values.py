@@ -191,7 +191,7 @@ def load_json(path: Path) -> tuple[Any, bytes]:
     return values, rest
 
 
-def dump_json(path: Path, values: Any, rest: bytes, dice: random.Random) -> None:
+def dump_json(path: Path, values: Any, rest: bytes) -> None:
     """Write a value with a valid seal in its last key, if it is an object."""
     raws: list[Raw] = []
 
@@ -231,7 +231,7 @@ def json_value(path: Path, dice: random.Random) -> str:
     values, rest = load_json(path)
     where, key, names = dice.choice(list(_places(values)) or [({}, "x", ("x",))])
     where[key] = new = draw_value(dice)
-    dump_json(path, values, rest, dice)
+    dump_json(path, values, rest)
     return f"{'.'.join(map(str, names))} = {short(new)}"
 
 
@@ -243,7 +243,7 @@ def json_number(path: Path, dice: random.Random) -> str:
         raise Unchangeable
     where, key, names = dice.choice(places)
     where[key] = new = dice.choice(NUMBERS)
-    dump_json(path, values, rest, dice)
+    dump_json(path, values, rest)
     return f"{'.'.join(map(str, names))} = {short(new)}"
 
 
@@ -255,7 +255,7 @@ def json_text(path: Path, dice: random.Random) -> str:
         raise Unchangeable
     where, key, names = dice.choice(places)
     where[key] = new = draw_text(dice)
-    dump_json(path, values, rest, dice)
+    dump_json(path, values, rest)
     return f"{'.'.join(map(str, names))} = {short(new)}"
 
 
@@ -277,7 +277,7 @@ def json_keys(path: Path, dice: random.Random) -> str:
         whole = dice.choice([[], [1], 1, "x", None, {}, {"seal": 1}, [values], RAWS[0]])
         if dice.random() < 0.5 and isinstance(whole, list):
             whole = [*whole, UNSEALED]
-        dump_json(path, whole, rest, dice)
+        dump_json(path, whole, rest)
         return f"whole = {short(whole)}"
     if way in ("remove", "rename"):
         old = where.pop(key, None)
@@ -285,7 +285,7 @@ def json_keys(path: Path, dice: random.Random) -> str:
             where[name] = old
     else:
         where[name] = draw_value(dice)
-    dump_json(path, values, rest, dice)
+    dump_json(path, values, rest)
     return f"{way} {'.'.join(map(str, names))} {short(name) if way != 'remove' else ''}"
 
 
@@ -322,5 +322,5 @@ def index_arrays(path: Path, dice: random.Random) -> str:
         entry["crc32c"] = crc32c(bytes(data[start : start + size + -size % 64]))
     except (KeyError, TypeError, ValueError, OverflowError, IndexError):
         raise Unchangeable from None
-    dump_json(path, values, bytes(data), dice)
+    dump_json(path, values, bytes(data))
     return f"array {name} at {place - start}"

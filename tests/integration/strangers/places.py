@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.cache.stranger_values import TEXTS, Unchangeable, short
+from tests.integration.strangers.values import TEXTS, Unchangeable, short
 
 Change = Callable[[Path, Path, random.Random], str]
 
@@ -60,7 +60,7 @@ def _draw(root: Path, dice: random.Random) -> Path:
 
 
 def link(root: Path, outside: Path, dice: random.Random) -> str:
-    """Replace a file or folder by a link: to outside, to the same below another cache, to nothing, to itself."""
+    """Replace a file or folder by a link: outside, to the same in another cache, to nothing, to itself."""
     path = _draw(root, dice)
     here = path.relative_to(root)
     folder = path.is_dir()
@@ -183,27 +183,26 @@ def extra(root: Path, outside: Path, dice: random.Random) -> str:
     """Add a file, folder, link or special file with an odd name, or with one that belongs elsewhere."""
     folder = dice.choice(_below(root))
     name = dice.choice(_NAMES)
-    path = os.path.join(os.fsencode(folder), name)
+    path = folder / os.fsdecode(name)
     if os.path.lexists(path):
         raise Unchangeable
     kind = dice.choice(["file", "folder", "link", "FIFO", "copy", "copy", "tree"])
     try:
         match kind:
             case "file":
-                with open(path, "wb") as file:
-                    file.write(dice.choice([b"", b"x" * 50]))
+                path.write_bytes(dice.choice([b"", b"x" * 50]))
             case "folder":
-                os.mkdir(path)
+                path.mkdir()
             case "link":
                 target = dice.choice(["folder", "secret.txt", "absent", "cache"])
-                os.symlink(os.fsencode(outside / target), path)
+                path.symlink_to(outside / target)
             case "FIFO":
                 os.mkfifo(path)
             case "copy":
                 files = [
                     p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size < 1 << 22
                 ]
-                like = [p for p in files if os.fsencode(p.suffix) == os.path.splitext(name)[1]]
+                like = [p for p in files if p.suffix == path.suffix]
                 if not files:
                     raise Unchangeable
                 shutil.copyfile(dice.choice(like or files), path)
@@ -211,7 +210,7 @@ def extra(root: Path, outside: Path, dice: random.Random) -> str:
                 others = [p for p in _below(root) if p != root and not folder.is_relative_to(p)]
                 if not others:
                     raise Unchangeable
-                shutil.copytree(dice.choice(others), os.fsdecode(path), symlinks=True)
+                shutil.copytree(dice.choice(others), path, symlinks=True)
     except (OSError, shutil.Error):
         raise Unchangeable from None
     return f"{kind} {short(name)} in {folder.relative_to(root)}"
@@ -228,10 +227,10 @@ def renamed(root: Path, outside: Path, dice: random.Random) -> str:
         _remove(path)
     elif way == "rename":
         name = dice.choice(_NAMES)
-        new = os.path.join(os.fsencode(path.parent), name)
+        new = path.with_name(os.fsdecode(name))
         if os.path.lexists(new):
             raise Unchangeable
-        os.rename(os.fsencode(path), new)
+        path.rename(new)
         said += f" to {short(name)}"
     else:
         others = [p for p in path.parent.iterdir() if p != path]
