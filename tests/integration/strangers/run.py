@@ -203,7 +203,7 @@ def run_pair(world: World, pair: Pair, show: bool = False) -> dict[str, Any]:
     _clear(world.outside / "moved")
     (world.home / "out").mkdir()
     words = words_of(pair.command, [path.name for path in world.bases[pair.base].glob("spaces/*")])
-    theirs = [world.home / name for name in ("out", "runs", "mine", "cache")]
+    theirs = [world.home / name for name in ("out", "runs", "mine", "cache", ".local")]
     if "--features mine" not in " ".join(words):
         theirs.remove(world.home / "mine")
     if not pair.command.writes:

@@ -22,7 +22,7 @@ from tests.support import ROOT
 
 FAILURES_SHOWN = 5
 
-KNOWN = ("table bomb", "table", "json", "index", "bytes", "forged", "link", "special", "extra")
+KNOWN = ("table", "json", "index", "bytes", "forged", "link", "special")
 """Kinds of change that commands do not yet answer in one line."""
 
 
@@ -85,4 +85,4 @@ def test_commands_on_caches_that_a_stranger_changed(
     assert not wrong, f"{len(wrong)} pairs; the first:\n" + "\n".join(
         json.dumps(result, indent=1) for result in wrong[:FAILURES_SHOWN]
     )
-    assert codes[0] > count / 10 and codes[2] > count / 10  # neither all refused nor all unnoticed
+    assert codes[0] > count / 20 and codes[2] > count / 20  # neither all refused nor all unnoticed
