@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -140,6 +141,8 @@ def session(cpus: int, gpus: int) -> Iterator[None]:
         yield
         return
     _check_ray()
+    if os.environ.get("RAY_ADDRESS"):
+        log.warning("RAY_ADDRESS is not used: the job runs on this machine alone")
     with contextlib.ExitStack() as stack:
         stack.callback(_read_environment)  # for a Ray that this process may start later
         folder = stack.enter_context(private_folder())

@@ -50,6 +50,20 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert (dict(os.environ), ray._private.services.resolve_ip_for_localhost) == before
 
 
+def test_a_cluster_is_not_left_out_in_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def started(address: str, **_: object) -> SimpleNamespace:
+        assert address == "local"
+        return SimpleNamespace(address_info={"node_ip_address": "127.0.0.1"})
+
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
+    with ray_pool.session(cpus=1, gpus=0):
+        assert caplog.messages == ["RAY_ADDRESS is not used: the job runs on this machine alone"]
+
+
 def test_another_address_than_loopback_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = SimpleNamespace(address_info={"node_ip_address": "192.0.2.1"})
     over = []

@@ -40,9 +40,16 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
-    """Start one Ray for all tests of this file, since a start takes seconds."""
-    with ray_pool.session(cpus=3, gpus=0):
-        yield
+    """Start one Ray for all tests of this file, since a start takes seconds.
+
+    Variables for another Ray are set: they change nothing.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_AUTH_TOKEN", "of another Ray")
+        with ray_pool.session(cpus=3, gpus=0):
+            yield
 
 
 @pytest.fixture
