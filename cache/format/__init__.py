@@ -8,6 +8,7 @@
     space_info      space.json: the spec, the shard format and the rows per shard of one space
     checksums       crc32c, and the sha256 that each metadata file contains of itself
     gate            opens every file of a cache: regular, below the cache, of bounded size; then typed values
+    parquet         a Parquet file, once its footer and pages are compared with what may be allocated
     embedded        media inside a Parquet or Arrow file, a tar or JSON: their names, and their bytes
     zarr_codec      the row codecs for zarr-python, found by an entry point
 

@@ -62,6 +62,11 @@ def open_file(path: Path, root: Path | None = None, *, most: int | None = None) 
         CorruptError: it is a link, a folder, a FIFO or a device, is reached through a link, or is larger.
         OSError: it cannot be opened; FileNotFoundError: there is no such file.
     """
+    return os.fdopen(_open(path, root, most)[0], "rb")
+
+
+def _open(path: Path, root: Path | None, most: int | None) -> tuple[int, int]:
+    """Return an open file and its bytes; see `open_file`."""
     if root is not None:
         refuse_links(path.parent, root)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -77,7 +82,7 @@ def open_file(path: Path, root: Path | None = None, *, most: int | None = None) 
             raise refusal(path, found.st_mode)
         if most is not None and found.st_size > most:
             raise CorruptError(path, f"{found.st_size:,} bytes, at most {most:,} are read")
-        return os.fdopen(fd, "rb")
+        return fd, found.st_size
     except BaseException:
         os.close(fd)
         raise
@@ -85,10 +90,13 @@ def open_file(path: Path, root: Path | None = None, *, most: int | None = None) 
 
 def read_file(path: Path, root: Path | None = None, *, most: int = MAX_JSON_BYTES) -> bytes:
     """Return the bytes of a regular file; arguments and errors are those of `open_file`."""
-    with open_file(path, root, most=most) as file:
-        data = file.read(most + 1)
-    if len(data) > most:  # it grew meanwhile
-        raise CorruptError(path, f"more than the {most:,} bytes that are read")
+    fd, size = _open(path, root, most)
+    try:
+        data = os.read(fd, size)  # all of it, unless the call is interrupted
+        while len(data) < size and (more := os.read(fd, size - len(data))):
+            data += more
+    finally:
+        os.close(fd)
     return data
 
 

@@ -11,6 +11,7 @@ again and compares.
 from __future__ import annotations
 
 import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache.format.spec import FeatureSpec
+
+MAX_VIEW_BYTES = 100
+"""Longest name of a view."""
+_VIEW = re.compile(rf"[!-~]{{1,{MAX_VIEW_BYTES}}}")
 
 
 class RowFacts(NamedTuple):
@@ -76,9 +81,12 @@ class Geometry(ABC):
     def tail_bytes(self) -> int:
         """Bytes after the last used slot."""
 
-    @abstractmethod
     def check_view(self, view: str) -> None:
         """Raise ValueError if a shard of this format cannot hold a row of this view."""
+        if not _VIEW.fullmatch(view):
+            raise ValueError(
+                f"view {view[:MAX_VIEW_BYTES]!r}: at most {MAX_VIEW_BYTES} printable ASCII characters"
+            )
 
     @abstractmethod
     def around(self, facts: RowFacts) -> tuple[bytes, bytes]:

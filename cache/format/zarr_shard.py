@@ -49,9 +49,6 @@ class ZarrGeometry(Geometry):
         """Bytes of the index and its crc32c."""
         return 16 * self.slots + CRC_BYTES
 
-    def check_view(self, view: str) -> None:
-        """Accept every view: the shard does not name its rows."""
-
     def around(self, facts: RowFacts) -> tuple[bytes, bytes]:
         """Return nothing before a row; and after it, its crc32c."""
         return b"", crc_bytes(facts.crc)

@@ -6,6 +6,7 @@ Nothing else makes a row visible. A space has `slots` rows in each full shard of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ import pyarrow.parquet as pq
 
 from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, seal
+from cache.format.gate import read_file
+from cache.format.parquet import Limits, footer_metadata, open_parquet
+from cache.format.shard import MAX_VIEW_BYTES, Geometry
 from cache.format.space_info import SpaceInfo
-from cache.store.paths import SpacePaths
+from cache.store.paths import SHARD_NUMBER, SpacePaths
 
 KEY_BYTES = 32
 """Bytes of a key: the sha256 of the bytes of one media item."""
@@ -33,6 +37,26 @@ SCHEMA = pa.schema(
         "error": pa.float32(),  # relative error of the row codec
     }
 )
+
+ROW_BYTES = KEY_BYTES + MAX_VIEW_BYTES + 64
+"""Bytes that a row takes in a commit, at most."""
+COMMIT_BYTES = 1 << 20
+"""Bytes that everything but the rows takes, at most. A commit may replace a hundred thousand shards."""
+
+_KEY, _VIEW, _TIME, _ROW, _CRC, _ERROR = range(len(SCHEMA))
+_NEVER_NULL = (_KEY, _VIEW, _ROW, _CRC, _ERROR)
+_VIEWS_CODED = [
+    field.with_type(pa.dictionary(pa.int32(), field.type)) if field.name == "view" else field
+    for field in SCHEMA
+]
+_CODED = {
+    own: pa.schema([*_VIEWS_CODED, *(pa.field(name, pa.int64()) for name in own)])
+    for own in ((), ("offset",))
+}
+"""Columns that a geometry adds -> the columns of a commit, with views that are read as a dictionary."""
+
+_CRC_TEXT = re.compile("0|[1-9][0-9]{0,9}")
+_SHARDS = re.compile(rf"(?:{SHARD_NUMBER}(?: {SHARD_NUMBER})*)?")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,38 +136,68 @@ def read_commit(paths: SpacePaths, info: SpaceInfo, array: str, number: int) -> 
     Raises:
         CorruptError: one of them is wrong.
     """
-    path, slots = paths.commit(array, number), info.slots[array]
-    data = path.read_bytes()
+    path, slots, geometry = paths.commit(array, number), info.slots[array], info.geometry(array)
+    nbytes = slots * ROW_BYTES + COMMIT_BYTES
+    data = read_file(path, most=nbytes)
     sealed = check_seal(data, path)
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        meta = {k.decode(): v.decode() for k, v in file.metadata.metadata.items()}
+    limits = Limits(rows=slots, nbytes=nbytes, footer=COMMIT_BYTES, codecs=("UNCOMPRESSED",))
+    own = geometry.commit_columns(1)
+    with open_parquet(data, path, _CODED[tuple(own)], limits, coded=("view",)) as file:
+        meta, rows = footer_metadata(file), file.metadata.num_rows
+        expected = info.spec.fingerprint, array, str(number)
+        if (found := (meta["space"], meta["array"], meta["shard"])) != expected:
+            raise CorruptError(
+                path,
+                f"it is the commit of {found[1][:8]} shard {found[2][:8]}, or of another space",
+            )
+        if not rows or file.metadata.num_row_groups > 1:
+            raise ValueError(f"{rows} rows in {file.metadata.num_row_groups} row groups")
+        if meta["nbytes"] != str(geometry.file_bytes(rows)):
+            raise CorruptError(
+                path, f"its shard was not made with {slots} rows a shard, as space.json says"
+            )
+        crc, replaces = meta["index_crc"], meta.get("replaces", "")
+        if not _CRC_TEXT.fullmatch(crc) or int(crc) >> 32:
+            raise ValueError("index_crc is no crc32c")
+        if not _SHARDS.fullmatch(replaces):
+            raise ValueError("replaces has what is no number of a shard")
         table = file.read(use_threads=False)
-    expected = info.spec.fingerprint, array, str(number)
-    if (meta["space"], meta["array"], meta["shard"]) != expected:
-        raise CorruptError(
-            path, f"it is the commit of {meta['array']} shard {meta['shard']}, or of another space"
+        first = number * slots
+        if (table.column(_ROW).to_numpy() != np.arange(first, first + rows)).any():
+            raise CorruptError(path, "its row numbers are not those of its shard")
+        for name, values in geometry.commit_columns(rows).items() if own else ():
+            if (table[name].to_numpy() != values).any():
+                raise CorruptError(
+                    path, "its rows are not where the shards of this space have them"
+                )
+        return Commit(
+            shard=number,
+            nbytes=geometry.file_bytes(rows),
+            index_crc=int(crc),
+            table=_checked(table if not own else table.select(SCHEMA.names), geometry),
+            replaces=tuple(map(int, replaces.split())),
+            seal=sealed,
         )
-    rows = table["row"].to_numpy()
-    if not 0 < len(rows) <= slots or (rows != number * slots + np.arange(len(rows))).any():
-        raise CorruptError(path, "its row numbers are not those of its shard")
-    nbytes, geometry = int(meta["nbytes"]), info.geometry(array)
-    if nbytes != geometry.file_bytes(len(rows)):
-        raise CorruptError(
-            path, f"its shard was not made with {slots} rows a shard, as space.json says"
-        )
-    own = geometry.commit_columns(len(rows))
-    if table.column_names != [*SCHEMA.names, *own]:
-        raise CorruptError(path, f"its columns are not those of a {info.spec.container} space")
-    if any((table[name].to_numpy() != values).any() for name, values in own.items()):
-        raise CorruptError(path, "its rows are not where the shards of this space have them")
-    return Commit(
-        shard=number,
-        nbytes=nbytes,
-        index_crc=int(meta["index_crc"]),
-        table=table.select(SCHEMA.names),
-        replaces=tuple(map(int, meta.get("replaces", "").split())),
-        seal=sealed,
-    )
+
+
+def _checked(table: pa.Table, geometry: Geometry) -> pa.Table:
+    """Return rows whose views are a dictionary with the types of SCHEMA, after checking every value.
+
+    Raises:
+        ValueError: a value is missing, a view is none, or a time is no number of seconds.
+    """
+    if any(table.column(place).null_count for place in _NEVER_NULL):
+        raise ValueError("a row has no key, view or checksum")
+    times = table.column(_TIME)
+    if times.null_count < len(times):
+        seconds = times.drop_null().to_numpy()
+        if not (np.isfinite(seconds) & (seconds >= 0)).all():
+            raise ValueError("a row has no valid time")
+    (views,) = table.column(_VIEW).chunks
+    views.validate(full=True)  # each number is one of the dictionary
+    for view in views.dictionary.to_pylist():
+        geometry.check_view(view)
+    return table.set_column(_VIEW, SCHEMA.field(_VIEW), views.dictionary_decode())
 
 
 def read_commits(paths: SpacePaths, info: SpaceInfo, array: str) -> list[Commit]:

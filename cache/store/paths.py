@@ -29,10 +29,12 @@ DATASET_NAME = (
     f"takes at most {MAX_NAME_BYTES} bytes"
 )
 """Rule for the name of a data set, which becomes the name of a folder."""
-_COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-([0-9]{{8}})\.parquet")
-_SHARD_NAME = re.compile("0|[1-9][0-9]{0,7}")
+SHARD_NUMBER = "(?:0|[1-9][0-9]{0,7})"
+"""Pattern of the number of a shard in decimal digits; the name of its commit has eight of them."""
 MAX_SHARD = 10**8 - 1
 """The greatest number of a shard: the name of a commit has eight digits."""
+_COMMIT_NAME = re.compile(rf"({'|'.join(ARRAYS)})-([0-9]{{8}})\.parquet")
+_SHARD_NAME = re.compile(SHARD_NUMBER)
 
 
 _FILES_OF_A_CACHE = (

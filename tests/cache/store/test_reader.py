@@ -7,6 +7,7 @@ reader.read_into("image", reader.lookup("image", keys), out)
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -409,6 +410,7 @@ def test_files_are_closed_with_their_reader(filled: Space, monkeypatch: pytest.M
     def mapped_shards() -> int:
         return Path("/proc/self/maps").read_text().count(str(filled.paths.root))
 
+    gc.collect()  # readers of other tests, in the tracebacks of the errors they expect
     seen = FeatureReader(filled.paths)
     seen.read("image", key(0))
     seen.read("image", key(9))
