@@ -19,6 +19,7 @@ import numpy.typing as npt
 from awscrt import checksums
 
 from cache.errors import CorruptError
+from cache.format.gate import MAX_JSON_BYTES, decode, open_file, read_file
 
 # awscrt is the fastest library for crc32c. It folds 64 bytes an instruction on processors with AVX-512 and
 # VPCLMULQDQ: 32 GB/s from memory and 53 GB/s from the processor's cache, where PyPI's `crc32c` reaches 17 and
@@ -86,21 +87,36 @@ def check_seal(data: bytes | mmap.mmap, path: Path) -> bytes:
         raise CorruptError(path, "its seal (sha256:...) is missing")
     if data[at : at + 64] != _digest(data, at):
         raise CorruptError(path, "its bytes do not match its seal (sha256)")
-    return bytes.fromhex(data[at : at + 64].decode())
+    return bytes.fromhex(
+        data[at : at + 64].decode()
+    )  # hex digits, since they are those of a digest
 
 
-def check_seal_file(path: Path) -> None:
+def check_seal_file(path: Path, root: Path | None = None) -> None:
     """Check the seal of a file of any size.
 
+    Args:
+        path: the file.
+        root: the cache that it is in, see `cache.format.gate.open_file`.
+
     Raises:
-        CorruptError: the file is empty, has no seal, or is not exactly what was sealed.
+        CorruptError: the file is empty, has no seal, is not exactly what was sealed, or is no file.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    map_sealed(path, root)
+
+
+def map_sealed(path: Path, root: Path | None = None) -> mmap.mmap:
+    """Return the bytes of a file of any size, mapped, after checking its seal; see `check_seal_file`.
+
+    The mapping ends with the last reference to it, or to what was read from it without a copy.
+    """
+    with open_file(path, root) as file:
         if not os.fstat(file.fileno()).st_size:
             raise CorruptError(path, "empty file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            check_seal(data, path)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    check_seal(data, path)
+    return data
 
 
 def _digest(data: bytes | bytearray | mmap.mmap, at: int) -> bytes:
@@ -118,16 +134,22 @@ def sealed_json(values: Mapping[str, Any]) -> bytes:
     return seal(text.encode() + b"\n")
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
+def read_sealed_json(
+    path: Path, root: Path | None = None, *, most: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Return the values of a sealed JSON file, without checking what they are.
 
+    Args:
+        path: the file.
+        root: the cache that it is in, see `cache.format.gate.open_file`.
+        most: bytes that it may have.
+
     Raises:
-        CorruptError: the file is missing, or its bytes have changed.
+        CorruptError: the file is missing, its bytes have changed, or they are no object of strict JSON.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, root, most=most)
     except FileNotFoundError:
         raise CorruptError(path, "missing") from None
     check_seal(data, path)
-    values: dict[str, Any] = json.loads(data)
-    return values
+    return decode(data, dict[str, Any], path)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -213,17 +214,26 @@ def parse_json(data: bytes | str, *, not_finite: bool = False) -> Any:
         not_finite: whether NaN and Infinity are numbers, as `json.dumps` writes them.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, has a key twice, NaN or too deep a nesting, in one line.
+        ValueError: it is no JSON in UTF-8, has a key twice, NaN, half a character or too deep a nesting, in
+            one line.
     """
     # msgspec's own decoder keeps the last of two equal keys.
     try:
         text = data if isinstance(data, str) else data.decode()
         constant = float if not_finite else _no_constant
-        return json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+        if _SURROGATE.search(
+            text
+        ):  # half a character; a byte of a file's name is one that may be written
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
+        return value
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

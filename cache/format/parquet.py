@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import CorruptError
@@ -49,13 +50,24 @@ class Limits:
     rows: int
     """Rows."""
     nbytes: int
-    """Bytes that one row group takes once it is decoded."""
+    """Bytes that all of it takes once it is decoded."""
     values: int | None = None
     """Values of one column in one row group, where it has lists; None: as many as rows."""
     footer: int = 8 << 20
     """Bytes of the footer."""
     codecs: Collection[str] = ("UNCOMPRESSED", "SNAPPY", "ZSTD")
     """Codecs of the columns, as pyarrow calls them."""
+
+
+def table_limits(data: Data) -> Limits:
+    """Return limits for a table of any size that has these bytes.
+
+    A row takes a byte at least, and text is compressed a hundredfold at most; small files may do better.
+    """
+    size = len(data)
+    return Limits(
+        rows=(1 << 20) + 8 * size, values=(1 << 22) + 8 * size, nbytes=(256 << 20) + 256 * size
+    )
 
 
 @contextlib.contextmanager
@@ -102,36 +114,52 @@ def open_parquet(
     Raises:
         CorruptError: it is another kind of file, or reading it in the block fails.
     """
-    with parquet_errors(path):
-        footer = int.from_bytes(data[-TAIL_BYTES : -len(MAGIC)], "little")
-        if footer > limits.footer:
-            raise ValueError(f"its footer has {footer:,} bytes, at most {limits.footer:,} are read")
-        with pq.ParquetFile(
-            pa.BufferReader(data if isinstance(data, bytes) else pa.py_buffer(data)),
-            read_dictionary=coded,
-            thrift_string_size_limit=limits.footer,
-            thrift_container_size_limit=_MOST_ITEMS,
-        ) as file:
-            if not (found := file.schema_arrow).equals(schema):
-                raise ValueError(
-                    f"its columns are {', '.join(f'{c.name} {c.type}' for c in found)}"
-                )
-            _check(data, file.metadata, limits, coded)
-            yield file
+    with parquet_errors(path), _opened(data, limits.footer, coded) as file:
+        if not (found := file.schema_arrow).equals(schema):
+            raise ValueError(f"its columns are {', '.join(f'{c.name} {c.type}' for c in found)}")
+        _check(data, file.metadata, limits, coded)
+        yield file
+
+
+def read_metadata(data: Data, most: int = Limits.footer) -> dict[str, str]:
+    """Return the key-value metadata of a file, whose footer has at most `most` bytes, and nothing else of it.
+
+    Raises what `parquet_errors` turns into a CorruptError.
+    """
+    with _opened(data, most) as file:
+        return footer_metadata(file)
+
+
+def column_names(data: Data, most: int = Limits.footer) -> list[str]:
+    """Return the names of a file's columns; see `read_metadata`."""
+    with _opened(data, most) as file:
+        return list(file.schema_arrow.names)
 
 
 def footer_metadata(file: pq.ParquetFile) -> dict[str, str]:
     """Return the key-value metadata of a file."""
-    return {key.decode(): value.decode() for key, value in file.metadata.metadata.items()}
+    return {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+
+
+def _opened(data: Data, most: int, coded: Sequence[str] = ()) -> pq.ParquetFile:
+    footer = int.from_bytes(data[-TAIL_BYTES : -len(MAGIC)], "little")
+    if footer > most:
+        raise ValueError(f"its footer has {footer:,} bytes, at most {most:,} are read")
+    return pq.ParquetFile(
+        pa.BufferReader(data if isinstance(data, bytes) else pa.py_buffer(data)),
+        read_dictionary=coded,
+        thrift_string_size_limit=most,
+        thrift_container_size_limit=_MOST_ITEMS,
+    )
 
 
 def _check(data: Data, found: pq.FileMetaData, limits: Limits, coded: Sequence[str]) -> None:
     """Check what the footer states, and the headers of all pages."""
     if not 0 <= found.num_rows <= limits.rows:
         raise ValueError(f"{found.num_rows:,} rows, at most {limits.rows:,} are read")
-    rows = 0
+    rows = nbytes = 0
     for number in range(found.num_row_groups):
-        group, nbytes = found.row_group(number), 0
+        group = found.row_group(number)
         rows += group.num_rows
         if group.num_rows < 0 or group.num_columns != found.num_columns:
             raise ValueError(f"{group.num_rows:,} rows in {group.num_columns} columns")
@@ -206,6 +234,19 @@ def _longest(data: Data, dictionary: tuple[int, int, int], codec: str) -> int:
         at += 4 + length
         longest = max(longest, length)
     return longest
+
+
+# ---- values
+
+
+def all_true(values: pa.ChunkedArray) -> bool:
+    """Return whether all values that are not null are true."""
+    return pc.all(values).as_py() is not False
+
+
+def all_hex(values: pa.ChunkedArray, digits: int = 64) -> bool:
+    """Return whether all strings that are not null are this many hex digits in lower case."""
+    return all_true(pc.match_substring_regex(values, rf"\A[0-9a-f]{{{digits}}}\z"))
 
 
 # ---- Thrift's compact protocol
@@ -309,7 +350,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 # ---- headers of pages
 
-Page = tuple[int, int, int, int, int]
+Page = tuple[int, ...]
 """Kind, bytes unpacked, bytes, values, encoding."""
 
 # A space has thousands of commits with seven pages each, and `_struct` takes 0.4 us for each number. So what

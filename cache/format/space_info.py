@@ -10,9 +10,12 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from cache.format.checksums import sealed_json
+from cache.format.gate import fit
 from cache.format.shard import Geometry
 from cache.format.spec import ARRAYS, FORMAT, FeatureSpec
 from cache.format.tar_shard import TarGeometry
@@ -63,6 +66,49 @@ def new_info(spec: FeatureSpec, load: Mapping[str, Any], shard_bytes: int) -> Sp
         power = round(math.log2(max(1.0, shard_bytes / spec.row_bytes(array))))
         slots[array] = min(MAX_SLOTS, 2**power)
     return SpaceInfo(spec=spec, load=load, slots=slots)
+
+
+MAX_INFO_BYTES = 1 << 20
+"""Bytes of space.json, at most."""
+MAX_DEPTH = 32
+"""Lists and objects inside one another in `load`, at most."""
+
+
+class _Stated(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The keys of space.json."""
+
+    format: int
+    name: str
+    fingerprint: str
+    spec: dict[str, Any]
+    load: dict[str, Any]
+    rows_per_shard: dict[
+        Literal["image", "frame"], Annotated[int, msgspec.Meta(ge=1, le=MAX_SLOTS)]
+    ]
+    seal: str
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard.keys() != set(ARRAYS):
+            raise ValueError("rows_per_shard lacks an array")
+        values: list[Any] = [self.load]
+        for _ in range(MAX_DEPTH):
+            inner = [v.values() if isinstance(v, dict) else v for v in values]
+            values = [v for of in inner for v in of if isinstance(v, dict | list)]
+        if values:
+            raise ValueError("load is nested too deeply")
+
+
+def info_of(values: Mapping[str, Any]) -> SpaceInfo:
+    """Return what the values of a space.json say; the inverse of `info_bytes`.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a value is none that this program writes.
+    """
+    stated = fit(dict(values), _Stated)
+    spec = FeatureSpec.from_json(stated.spec)
+    if (stated.fingerprint, stated.name) != (spec.fingerprint, spec.name):
+        raise ValueError("the fingerprint is not that of the spec beside it")
+    return SpaceInfo(spec=spec, load=stated.load, slots=stated.rows_per_shard)
 
 
 def info_bytes(info: SpaceInfo) -> bytes:

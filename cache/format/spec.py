@@ -16,12 +16,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from cache.format.codec import CODECS, row_bytes
+from cache.format.gate import fit
 
 FORMAT = 1
 """Version of the on-disk format."""
@@ -39,6 +43,14 @@ NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,199}")
 """A name from a file that may become the name of a folder of ours."""
 MAX_ENCODER = 100
 """Characters of `encoder`, at most."""
+MAX_ROW_BYTES = 1 << 30
+"""Bytes of a row, at most. One of 577 tokens of ViT-L is a thousandth of that."""
+
+Text = Annotated[str, Meta(min_length=1, max_length=500)]
+Side = Annotated[int, Meta(ge=1, le=1 << 16)]
+Block = Annotated[int, Meta(ge=0, le=9999)]
+# The ranges are those of `from_json`; whoever builds a spec of their own states what its encoder has.
+
 _NOT_HASHED = frozenset({"encoder"})  # a display name: `weights` and `architecture` identify it
 _HASHED_UNLESS = {"container": "zarr"}
 """Fields that are hashed only if they differ from this value."""
@@ -52,39 +64,39 @@ class FeatureSpec:
     encoder: str
     """Display name, the first part of the space's folder name: `clip-vit-l14-336`, `random-demo`."""
     # Nothing vouches for it, so it is checked: cache.merge and cache.convert create a folder of this name.
-    architecture: str
+    architecture: Text
     """Library and model: `open_clip:ViT-L-14-336-quickgelu`."""
-    weights: str
+    weights: Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
     """sha256 (hex) of the sorted (name, dtype, shape, bytes) of the tensors that the features depend on."""
-    activation: str
+    activation: Text
     """Activation of the MLPs as built: `quick_gelu`, `gelu`, `gelu_tanh`."""
-    blocks: tuple[int, ...]
+    blocks: Annotated[tuple[Block, ...], Meta(min_length=1, max_length=256)]
     """Transformer blocks (0-based) whose outputs are concatenated in this order."""
     keep_cls: bool = False
     """Whether each row starts with the CLS token."""
-    image_size: int
+    image_size: Side
     """Side of the square input of the encoder, pixels."""
-    patch_size: int
+    patch_size: Side
     """Side of one patch, pixels."""
-    width: int
+    width: Annotated[int, Meta(ge=1, le=1 << 24)]
     """Values per token, over all blocks."""
     fit: str
     """How an image becomes square: `squash`, `pad` or `crop`."""
-    resize: str
+    resize: Text
     """Resampling filter and the library that computes it; with `crop`, also the side before the cut."""
     # pillow:bicubic, pillow:bicubic:shorter-side-256
     mean: tuple[float, float, float]
     """Mean per channel, subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float]
     """Standard deviation per channel, which divides the pixels after that."""
-    pool_image: int = 1
+    pool_image: Side = 1
     """Side n of the n x n patches of an image that are averaged into one token."""
-    pool_frame: int = 3
+    pool_frame: Side = 3
     """Side n of the n x n patches of a video frame that are averaged into one token."""
-    compute_dtype: str
+    compute_dtype: Text
     """Data type that the encoder computes in."""
     # Relative error to float32 at block 22: 1.2 % in bfloat16, 0.15 % in float16.
-    batch_size: int
+    batch_size: Side
     """Images in each batch of the encoder; the last batch is padded to this size."""
     # Part of the spec because in bfloat16 the features of batches of 1 and of 8 differ by 1 %.
     codec: str
@@ -117,6 +129,8 @@ class FeatureSpec:
             raise ValueError("keep_cls with pooling: the CLS token is not on the grid of patches")
         if not self.blocks:
             raise ValueError("blocks is empty: name at least one transformer block")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or 0 in self.std:
+            raise ValueError(f"mean {self.mean}, std {self.std}: no image can be scaled by that")
 
     @property
     def grid(self) -> int:
@@ -181,5 +195,10 @@ class FeatureSpec:
         )
         if missing:
             raise ValueError(f"missing keys {', '.join(missing)}")
+        fit(dict(values), FeatureSpec)
+        # The numbers as written: 1 and 1.0 have two fingerprints.
         fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return FeatureSpec(**fields)
+        spec = FeatureSpec(**fields)
+        if max(map(spec.row_bytes, ARRAYS)) > MAX_ROW_BYTES:
+            raise ValueError(f"rows of more than {MAX_ROW_BYTES:,} bytes")
+        return spec

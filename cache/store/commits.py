@@ -19,9 +19,15 @@ import pyarrow.parquet as pq
 from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, seal
 from cache.format.gate import read_file
-from cache.format.parquet import Limits, footer_metadata, open_parquet
+from cache.format.parquet import (
+    Limits,
+    footer_metadata,
+    open_parquet,
+    parquet_errors,
+    read_metadata,
+)
 from cache.format.shard import MAX_VIEW_BYTES, Geometry
-from cache.format.space_info import SpaceInfo
+from cache.format.space_info import MAX_SLOTS, SpaceInfo
 from cache.store.paths import SHARD_NUMBER, SpacePaths
 
 KEY_BYTES = 32
@@ -49,7 +55,7 @@ _VIEWS_CODED = [
     field.with_type(pa.dictionary(pa.int32(), field.type)) if field.name == "view" else field
     for field in SCHEMA
 ]
-_CODED = {
+_CODED: dict[tuple[str, ...], pa.Schema] = {
     own: pa.schema([*_VIEWS_CODED, *(pa.field(name, pa.int64()) for name in own)])
     for own in ((), ("offset",))
 }
@@ -198,6 +204,19 @@ def _checked(table: pa.Table, geometry: Geometry) -> pa.Table:
     for view in views.dictionary.to_pylist():
         geometry.check_view(view)
     return table.set_column(_VIEW, SCHEMA.field(_VIEW), views.dictionary_decode())
+
+
+def commit_space(paths: SpacePaths, array: str, number: int) -> str:
+    """Return the fingerprint of the space that a commit is of, without checking its rows.
+
+    Raises:
+        CorruptError: the file is damaged, or no commit.
+    """
+    path = paths.commit(array, number)
+    data = read_file(path, most=MAX_SLOTS * ROW_BYTES + COMMIT_BYTES)
+    check_seal(data, path)
+    with parquet_errors(path):
+        return read_metadata(data, COMMIT_BYTES)["space"]
 
 
 def read_commits(paths: SpacePaths, info: SpaceInfo, array: str) -> list[Commit]:

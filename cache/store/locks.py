@@ -21,10 +21,12 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from msgspec import Meta
 
 from cache.errors import DATA_FOLDERS, CacheError, InUseError, StaleJobError
-from cache.format.gate import open_file, read_file, refuse_links
+from cache.format.gate import fit, open_file, parse_json, read_file, refuse_links
 from cache.store.files import open_in_place, remove_file
 from cache.store.paths import SpacePaths
 
@@ -35,6 +37,8 @@ LOCK_TIMEOUT_S = 1.0
 
 POLL_S = 0.02
 
+MAX_FIELD = 500
+"""Characters of the holder's name or its token, at most."""
 MAX_LOCK_BYTES = 65536
 """Bytes of a lock file, at most."""
 
@@ -196,6 +200,7 @@ def wait_for_exit(paths: SpacePaths, worker_id: str, timeout_s: float) -> bool:
 def _field(text: str, name: str) -> str:
     """Return one field of driver.lock; while its owner is writing it, a text that equals no token."""
     try:
-        return str(json.loads(text)[name])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        values = fit(parse_json(text), dict[str, Annotated[str, Meta(max_length=MAX_FIELD)]])
+        return values[name]
+    except (ValueError, KeyError):
         return "a job that is just starting"

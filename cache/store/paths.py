@@ -20,7 +20,8 @@ from pathlib import Path
 from cache.errors import CacheError, CorruptError, NotFoundError
 from cache.format.checksums import read_sealed_json
 from cache.format.gate import refuse_links
-from cache.format.spec import ARRAYS, NAME
+from cache.format.space_info import MAX_INFO_BYTES
+from cache.format.spec import ARRAYS, CONTAINERS, NAME
 
 MAX_NAME_BYTES = 200
 """Longest name of a data set, in UTF-8: file systems allow 255 bytes."""
@@ -257,8 +258,11 @@ class SpacePaths:
         known: str | None = self.__dict__.get("_known_container")
         if known is None:
             try:
-                known = read_sealed_json(self.space_json).get("spec", {}).get("container", "zarr")
-            except (CorruptError, OSError):
+                values = read_sealed_json(self.space_json, self.cache_root, most=MAX_INFO_BYTES)
+                known = values["spec"].get("container", "zarr")
+            except (CorruptError, OSError, KeyError, AttributeError):
+                return "zarr"
+            if known not in CONTAINERS:
                 return "zarr"
             self.__dict__["_known_container"] = known
         return known

@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,9 +26,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import CorruptError, NotFoundError, command_line, nearest
-from cache.format.checksums import UNSEALED, check_seal_file, seal_file
+from cache.format.checksums import UNSEALED, map_sealed, seal_file
+from cache.format.gate import fit, open_file, parse_json
+from cache.format.parquet import (
+    all_hex,
+    all_true,
+    column_names,
+    footer_metadata,
+    open_parquet,
+    parquet_errors,
+    read_metadata,
+    table_limits,
+)
 from cache.store.files import ROW_GROUP, new_file
 from cache.store.paths import CacheRoot, is_dataset_name
+
+GROUP_BYTES = 64 << 20
+"""A row group ends early once its samples take this many bytes: readers hold one at a time."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -145,11 +162,13 @@ def write_samples(
     try:
         with new_file(path, root=root.path) as file:
             with pq.ParquetWriter(
-                file, _SAMPLE_SCHEMA, compression="zstd", write_statistics=False
+                file,
+                _SAMPLE_SCHEMA,
+                compression="zstd",
+                write_statistics=False,
+                use_dictionary=_FEW_VALUES,
             ) as writer:
-                while group := [_plain(sample) for sample in islice(remaining, ROW_GROUP)]:
-                    for row in group:
-                        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                while group := _next_group(remaining, digest):
                     writer.write_table(pa.Table.from_pylist(group, _SAMPLE_SCHEMA))
                 found = origin() if callable(origin) else origin
                 metadata = {"content": digest.hexdigest()}
@@ -158,28 +177,41 @@ def write_samples(
                     metadata[_ORIGIN] = json.dumps(vars(found)).replace("sha256:", r"sha256\u003a")
                 writer.add_key_value_metadata({**metadata, "seal": UNSEALED})
             seal_file(file)
-            if _intact_metadata(path) == metadata:
+            if _intact_metadata(path, root) == metadata:
                 raise _UnchangedError
     except _UnchangedError:
         return False
     return True
 
 
+_FEW_VALUES = ["dataset", "task", "messages.list.element.role", "media.list.element.kind"]
+"""Columns that are stored as a dictionary. How many bytes the others take is known before they are read."""
+
+
+def _next_group(remaining: Iterator[Sample], digest: hashlib._Hash) -> list[dict[str, Any]]:
+    """Take the samples of one row group, and add them to the digest of the content."""
+    group, nbytes = [], 0
+    for sample in islice(remaining, ROW_GROUP):
+        group.append(_plain(sample))
+        line = json.dumps(group[-1], ensure_ascii=False).encode() + b"\n"
+        digest.update(line)
+        nbytes += len(line)
+        if nbytes > GROUP_BYTES:
+            break
+    return group
+
+
 def read_origin(root: CacheRoot, dataset: str) -> Origin | None:
     """Return where the samples of a data set came from; None if the file does not say so."""
-    return _origin(pq.read_metadata(_samples_file(root, dataset)).metadata)
+    with _open_samples(root, dataset) as file:
+        return _origin(footer_metadata(file))
 
 
-def _origin(metadata: Mapping[bytes, bytes]) -> Origin | None:
+def _origin(metadata: Mapping[str, str]) -> Origin | None:
     try:
-        values = json.loads(metadata[_ORIGIN.encode()])
-        words, account, said = values["words"], values["account"], values.get("said", "")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return fit(parse_json(metadata[_ORIGIN]), Origin)
+    except (KeyError, ValueError):
         return None
-    valid = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    if not valid or not isinstance(account, dict) or not isinstance(said, str):
-        return None
-    return Origin(words=tuple(words), account=account, said=said)
 
 
 DEMO_WORDS = ("--dataset", "demo")
@@ -202,25 +234,28 @@ def dataset_words(root: CacheRoot, dataset: str | None) -> tuple[str, ...]:
     # Also of a damaged file: these words are only printed.
     aside = root.damaged_dir / "samples" / dataset / "part-00000.parquet"
     for path in (root.samples(dataset), aside) if is_dataset_name(dataset) else ():
-        with contextlib.suppress(OSError, pa.ArrowException):
-            if origin := _origin(pq.read_metadata(path).metadata or {}):
+        with contextlib.suppress(OSError, CorruptError):
+            if origin := _origin(_metadata(path, root)):
                 return origin.words
     return ("--dataset", dataset)
 
 
 def samples_digest(root: CacheRoot, dataset: str) -> str:
     """Return the sha256 (hex) of the samples of a data set in their order, after checking the file."""
-    return _content(_samples_file(root, dataset))
+    with _open_samples(root, dataset) as file:
+        return footer_metadata(file)["content"]
 
 
 def read_samples(root: CacheRoot, dataset: str) -> Iterator[Sample]:
     """Yield the samples of a data set in their order, with one row group in memory at a time."""
     with _open_samples(root, dataset) as file:
-        for batch in file.iter_batches(batch_size=ROW_GROUP):
-            for row in batch.to_pylist():
-                messages = tuple(Message(**message) for message in row.pop("messages"))
-                media = tuple(MediaRef(**ref) for ref in row.pop("media"))
-                yield Sample(messages=messages, media=media, **row)
+        for group in range(file.num_row_groups):
+            table = _checked(file, file.read_row_group(group))
+            for batch in table.to_batches(max_chunksize=ROW_GROUP):
+                for row in batch.to_pylist():
+                    messages = tuple(Message(**message) for message in row.pop("messages"))
+                    media = tuple(MediaRef(**ref) for ref in row.pop("media"))
+                    yield Sample(messages=messages, media=media, **row)
 
 
 def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -236,7 +271,7 @@ def samples_table(root: CacheRoot, dataset: str, columns: Sequence[str] | None =
         CorruptError: its file is damaged.
     """
     with _open_samples(root, dataset) as file:
-        return file.read(columns)
+        return _checked(file, file.read(columns))
 
 
 def dataset_names(root: CacheRoot) -> list[str]:
@@ -255,54 +290,107 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 
 def _samples_file(root: CacheRoot, dataset: str) -> Path:
-    """Return the file of a data set, after checking its seal."""
+    """Return the file of a data set, if there is one."""
     path = root.samples(dataset)
-    if not path.exists():
+    if not os.path.lexists(path):
         names = dataset_names(root)
         raise NotFoundError(
             f"no data set {dataset!r} under {root.path}/samples (there: {', '.join(names) or 'none'})"
             f"{nearest(dataset, names)}. Make it (of your own files: --dataset {dataset}=folder:PATH): "
             f"{command_line('encode.run', '--dataset', dataset, '--features', root.path)}"
         )
-    check_seal_file(path)
     return path
 
 
-def _open_samples(root: CacheRoot, dataset: str) -> pq.ParquetFile:
-    """Open the file of a data set, after checking its seal and its columns."""
-    file = pq.ParquetFile(_samples_file(root, dataset))
-    if file.schema_arrow.names != _SAMPLE_SCHEMA.names:
-        file.close()
-        raise CorruptError(
-            root.samples(dataset),
-            f"another version of this program wrote these samples ({', '.join(file.schema_arrow.names)})",
-            "write them again: "
-            + command_line("encode.run", *dataset_words(root, dataset), "--features", root.path),
-        )
-    return file
+def _metadata(path: Path, root: CacheRoot) -> dict[str, str]:
+    """Return what the file at `path` says about itself, without checking its seal."""
+    with open_file(path, root.path) as file, parquet_errors(path):
+        return read_metadata(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+@contextlib.contextmanager
+def _open_samples(root: CacheRoot, dataset: str) -> Iterator[pq.ParquetFile]:
+    """Open the file of a data set, after checking its seal, its columns and what it takes in memory."""
+    path = _samples_file(root, dataset)
+    data = map_sealed(path, root.path)
+    with parquet_errors(path):
+        names = column_names(data)
+        if names != _SAMPLE_SCHEMA.names:
+            raise CorruptError(
+                path,
+                f"another version of this program wrote these samples ({', '.join(names)[:200]})",
+                "write them again: "
+                + command_line(
+                    "encode.run", *dataset_words(root, dataset), "--features", root.path
+                ),
+            )
+        with open_parquet(data, path, _SAMPLE_SCHEMA, table_limits(data)) as file:
+            if not _DIGEST.fullmatch(footer_metadata(file)["content"]):
+                raise ValueError("it has no digest of its samples")
+            yield file
+
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def check_samples(root: CacheRoot, dataset: str) -> None:
+    """Check every value of a data set.
+
+    Raises:
+        NotFoundError: there is no such data set.
+        CorruptError: its file is damaged, or not what this program writes.
+    """
+    with _open_samples(root, dataset) as file:
+        for group in range(file.num_row_groups):
+            _checked(file, file.read_row_group(group))
+
+
+def _checked(file: pq.ParquetFile, table: pa.Table) -> pa.Table:
+    """Return some columns of a file of samples, after checking every value in them.
+
+    Raises:
+        ValueError: a value is missing, no text in UTF-8, or none that this program writes.
+        pa.ArrowException: as a ValueError.
+    """
+    table.validate(full=True)  # UTF-8, and where lists begin
+    parts: dict[str, pa.ChunkedArray] = {}
+    for name in table.column_names:
+        parts[name] = table[name]
+        if name in ("messages", "media"):
+            items = pc.list_flatten(table[name])
+            if items.null_count:
+                raise ValueError(f"one of its {name} is missing")
+            for field in _SAMPLE_SCHEMA.field(name).type.value_type:
+                parts[f"{name}.{field.name}"] = pc.struct_field(items, field.name)
+    for name, values in parts.items():
+        if values.null_count and name != "media.sha256":
+            raise ValueError(f"a sample without {name}")
+        if name.endswith("weight") and not all_true(
+            pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))
+        ):
+            raise ValueError("a weight is negative or no finite number")
+    if "messages" in parts and not all_true(pc.is_in(parts["messages.role"], pa.array(ROLES))):
+        raise ValueError(f"a role is none of {', '.join(ROLES)}")
+    if "media" in parts and not all_hex(parts["media.sha256"]):
+        raise ValueError("a sha256 is no 64 hex digits")
+    # The schema that was written may have metadata of its own.
+    return table.replace_schema_metadata({"content": footer_metadata(file)["content"]})
+
+
+def _intact_metadata(path: Path, root: CacheRoot) -> dict[str, str] | None:
+    """Return the content digest and the origin of the file at `path`; None if it is missing or damaged."""
+    try:
+        data = map_sealed(path, root.path)
+        with parquet_errors(path):
+            found = read_metadata(data)
+    except (FileNotFoundError, CorruptError):
+        return None
+    return {name: found[name] for name in ("content", _ORIGIN) if name in found}
 
 
 def content_digest(table: pa.Table) -> str:
     """Return the `samples_digest` of the data set that a samples table was read from."""
     return str(table.schema.metadata[b"content"], "ascii")
-
-
-def _content(path: Path) -> str:
-    return str(pq.read_metadata(path).metadata[b"content"], "ascii")
-
-
-def _intact_metadata(path: Path) -> dict[str, str] | None:
-    """Return the content digest and the origin of the file at `path`; None if it is missing or damaged."""
-    try:
-        check_seal_file(path)
-    except (FileNotFoundError, CorruptError):
-        return None
-    found = pq.read_metadata(path).metadata
-    return {
-        name: found[name.encode()].decode()
-        for name in ("content", _ORIGIN)
-        if name.encode() in found
-    }
 
 
 # ---- splits

@@ -10,23 +10,30 @@ A space is everything encoded exactly one way. space.json describes it, and the 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from msgspec import Meta
 
 from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
-from cache.format.checksums import check_seal, read_sealed_json
+from cache.format.checksums import read_sealed_json
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
-from cache.format.gate import open_file
-from cache.format.space_info import MAX_SLOTS, SHARD_BYTES, SpaceInfo, info_bytes, new_info
+from cache.format.gate import fit, open_file, parse_json, read_file
+from cache.format.space_info import (
+    MAX_INFO_BYTES,
+    MAX_SLOTS,
+    SHARD_BYTES,
+    SpaceInfo,
+    info_bytes,
+    info_of,
+    new_info,
+)
 from cache.format.spec import ARRAY_OF, ARRAYS, FORMAT, FeatureSpec
 from cache.format.zarr_shard import GROUP_JSON, array_json
-from cache.store.commits import read_commit
+from cache.store.commits import commit_space, read_commit
 from cache.store.files import make_folder, write_atomic
 from cache.store.index_file import open_index
 from cache.store.paths import MAX_SHARD, CacheRoot, SpacePaths
@@ -133,7 +140,9 @@ class Space:
         rows = max((number + 1 for number in self.paths.committed(array)), default=0) * slots
         # Where the file is damaged or describes something else, the commits alone count.
         with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError, ValueError):
-            rows = max(rows, int(read_sealed_json(self.paths.array_json(array))["shape"][0]))
+            path = self.paths.array_json(array)
+            stated = read_sealed_json(path, self.paths.cache_root, most=MAX_INFO_BYTES)["shape"][0]
+            rows = max(rows, fit(stated, Annotated[int, Meta(ge=0, le=slots * (MAX_SHARD + 1))]))
         return array_json(self.spec, array, slots, rows)
 
     def group_json(self) -> bytes | None:
@@ -166,14 +175,21 @@ def rebuild_info(paths: SpacePaths) -> SpaceInfo | None:
         None when the text is not understood, or describes another space.
     """
     try:
-        values = json.loads(paths.space_json.read_bytes())
-        spec = FeatureSpec.from_json(values["spec"])
-        slots = {array: int(values["rows_per_shard"][array]) for array in ARRAYS}
-        info = SpaceInfo(spec=spec, load=dict(values["load"]), slots=slots)
-        if spec.fingerprint != _commits_fingerprint(paths) or min(slots.values()) < 1:
+        values = parse_json(read_file(paths.space_json, paths.cache_root, most=MAX_INFO_BYTES))
+        spec, slots = FeatureSpec.from_json(values["spec"]), values["rows_per_shard"]
+        stated = {
+            "format": FORMAT,
+            "name": spec.name,
+            "fingerprint": spec.fingerprint,
+            "spec": values["spec"],
+            "load": values["load"],
+            "rows_per_shard": {array: min(max(1, slots[array]), MAX_SLOTS) for array in ARRAYS},
+            "seal": "",
+        }
+        if spec.fingerprint != _commits_fingerprint(paths):
             return None
-        return fitting_info(paths, info)
-    except (ValueError, KeyError, TypeError, AttributeError, CorruptError):
+        return fitting_info(paths, info_of(stated))
+    except (ValueError, LookupError, TypeError, AttributeError, CorruptError, OSError):
         return None
 
 
@@ -182,10 +198,8 @@ def _commits_fingerprint(paths: SpacePaths) -> str | None:
     found = set()
     for array in ARRAYS:
         for number in paths.committed(array):
-            data = paths.commit(array, number).read_bytes()
             with contextlib.suppress(CorruptError):
-                check_seal(data, paths.commit(array, number))
-                found.add(pq.read_metadata(pa.BufferReader(data)).metadata[b"space"].decode())
+                found.add(commit_space(paths, array, number))
     return found.pop() if len(found) == 1 else None
 
 
@@ -252,23 +266,22 @@ def read_info(paths: SpacePaths) -> SpaceInfo:
         CacheError: the space has another format, or a field that this version does not know.
         CorruptError: the file has changed since it was written.
     """
-    if not paths.space_json.exists():
+    if not os.path.lexists(paths.space_json):
         raise NotFoundError(
             f"no feature space at {paths.root} (looked for {paths.space_json.name})"
         )
-    values = read_sealed_json(paths.space_json)
-    if values["format"] != FORMAT:
+    values = read_sealed_json(paths.space_json, paths.cache_root, most=MAX_INFO_BYTES)
+    if isinstance(version := values.get("format"), int) and version != FORMAT:
         raise CacheError(
-            f"{paths.space_json}: format {values['format']}, this version reads {FORMAT}; "
+            f"{paths.space_json}: format {version:.0f}, this version reads {FORMAT}; "
             "use the version of nanomolmo2 that wrote it"
         )
     try:
-        spec = FeatureSpec.from_json(values["spec"])
+        return info_of(values)
     except ValueError as error:
-        raise CacheError(f"{paths.space_json}: {error}") from None
-    if spec.fingerprint != values["fingerprint"]:
-        raise CorruptError(paths.space_json, "the fingerprint is not that of the spec beside it")
-    return SpaceInfo(spec=spec, load=values["load"], slots=values["rows_per_shard"])
+        if "written by a newer version" in str(error):
+            raise CacheError(f"{paths.space_json}: {error}") from None
+        raise CorruptError(paths.space_json, str(error)) from None
 
 
 # ---- what a space has, one media item at a time
