@@ -14,14 +14,12 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self
-
-from msgspec import Meta
+from typing import Any, Self
 
 from cache.errors import CacheError, CorruptError, NotFoundError, command_line, nearest
 from cache.format.checksums import read_sealed_json
 from cache.format.frame_sampling import FULL, MAX_FRAMES, frame_views
-from cache.format.gate import fit, open_file, parse_json, read_file
+from cache.format.gate import open_file, parse_json, read_file
 from cache.format.space_info import (
     MAX_INFO_BYTES,
     MAX_SLOTS,
@@ -142,7 +140,8 @@ class Space:
         with contextlib.suppress(CorruptError, KeyError, IndexError, TypeError, ValueError):
             path = self.paths.array_json(array)
             stated = read_sealed_json(path, self.paths.cache_root, most=MAX_INFO_BYTES)["shape"][0]
-            rows = max(rows, fit(stated, Annotated[int, Meta(ge=0, le=slots * (MAX_SHARD + 1))]))
+            if type(stated) is int and stated <= slots * (MAX_SHARD + 1):
+                rows = max(rows, stated)
         return array_json(self.spec, array, slots, rows)
 
     def group_json(self) -> bytes | None:
