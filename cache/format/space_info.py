@@ -82,7 +82,7 @@ class _Stated(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     fingerprint: str
     spec: dict[str, Any]
     load: dict[str, Any]
-    rows_per_shard: dict[Literal[image, frame], Annotated[int, msgspec.Meta(ge=1, le=MAX_SLOTS)]]
+    rows_per_shard: dict[str, Annotated[int, msgspec.Meta(ge=1, le=MAX_SLOTS)]]
     seal: str
 
     def __post_init__(self) -> None:
