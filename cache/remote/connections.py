@@ -250,6 +250,6 @@ def _reason(error: Exception) -> str:
     """Return what to say of a failed connection, without addresses or URLs."""
     if isinstance(error, TimeoutError):
         return "no byte for too long"
-    if isinstance(error, http.client.HTTPException | ValueError):
+    if isinstance(error, http.client.HTTPException | ValueError) and not isinstance(error, OSError):
         return f"no valid answer ({type(error).__name__})"
     return plain_text(getattr(error, "strerror", None) or error or type(error).__name__)

@@ -4,16 +4,21 @@ with WebServer(folder) as server:               # serves a folder over http, wit
     server.url                                  # http://127.0.0.1:PORT
     server.failure_rate = 0.1                   # share of requests that fail: 500, 429, a reset, a short body
     server.row_bytes                            # bytes of shards that were sent
+
+with RawServer(lambda: forever(b"HTTP/1.1 200 OK\\r\\nX: ", b"a")) as server:
+    ...                                         # answers with these bytes, one every few milliseconds
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -167,14 +172,80 @@ def first(count: int, act: Act) -> Act:
 class WebServer(LocalServer):
     """Serves the files of a folder, except where `acts` answers instead."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    def __init__(self, folder: Path, seed: int = 0, tls: Path | None = None) -> None:
+        """Listen on a free port; with `tls`, a file with a certificate and its key, for https."""
         super().__init__(_Server(("127.0.0.1", 0), Handler), seed)
         self._server.world = self
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.folder = folder
         self.acts: dict[str, Act] = {}
         """Path prefix -> what answers instead."""
         self.headers: list[dict[str, str]] = []
         """Headers of all requests."""
+
+
+# ---- bytes of any kind
+
+
+def forever(*pieces: bytes) -> Iterator[bytes]:
+    """Yield the pieces, and the last one again and again."""
+    yield from pieces
+    while True:
+        yield pieces[-1]
+
+
+class RawServer:
+    """Answers every request with the same pieces of bytes, which need not be HTTP."""
+
+    def __init__(self, answer: Callable[[], Iterable[bytes]], pause_s: float = 0.02) -> None:
+        """Listen on a free port.
+
+        Args:
+            answer: returns the pieces.
+            pause_s: seconds between two of them.
+        """
+        self._answer, self._pause_s = answer, pause_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ended = threading.Event()
+        self.accepted = threading.Event()
+        """Set once a client has connected."""
+        self.sent = 0
+        """Bytes sent so far."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        self.accepted.set()
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(20)
+            connection.recv(65536)
+            for piece in self._answer():
+                connection.sendall(piece)
+                self.sent += len(piece)
+                if self._pause_s and self._ended.wait(self._pause_s):
+                    return
 
 
 # ---- the hub

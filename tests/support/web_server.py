@@ -387,6 +387,27 @@ class _Server(ThreadingHTTPServer):
         """Ignore that the client closed the connection."""
 
 
+# A self-signed certificate for localhost and 127.0.0.1, valid until 2126, only for these tests.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpslZxRfOQrGBPiLp
+spYF8DHXnj/R8zKuRLIQU1p747qhRANCAAToNe2bxS32MizKGtrilfmB+MsRoi/G
+GcJRHZUxhviPddWDzBVW1N/ZswZgxsH7rU/Iy/bN7SsuZi6YyAuYyBAG
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUGRlacPWmmJutKPhxOVdV2Z/1La0wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA4MDQzM1oYDzIxMjYxMDMw
+MDgwNDMzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAToNe2bxS32MizKGtrilfmB+MsRoi/GGcJRHZUxhviPddWDzBVW1N/Z
+swZgxsH7rU/Iy/bN7SsuZi6YyAuYyBAGo28wbTAdBgNVHQ4EFgQU1kGGyIcwO6hv
+qsH3tjaRRUoKTaEwHwYDVR0jBBgwFoAU1kGGyIcwO6hvqsH3tjaRRUoKTaEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgboolOi6tuOeplzXfR+G79GzRaRgYTFRSNzXYG69/8a8CIA0/
+KWdvZny2HzkFb39d8s2wKxdH8Z0oK7af1gZ20/qZ
+-----END CERTIFICATE-----
+"""
+
+
 class TroubleServer:
     """The server, as a context manager."""
 
