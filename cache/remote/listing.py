@@ -40,7 +40,8 @@ _TABLE = re.compile(
     rf"samples/(?P<dataset>[^/]+)/part-\d{{5}}\.parquet"
     rf"|media/part-\d{{20}}-{_NAME}\.parquet"
     rf"|spaces/(?P<space>{_NAME})/(space\.json|features/((?:{_ARRAY})/)?zarr\.json"
-    rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME})"
+    rf"|commits/(?:{_ARRAY})-\d{{8}}\.parquet|index/{_NAME})",
+    re.ASCII,  # of digits, too
 )
 
 

@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -198,16 +198,22 @@ def forever(*pieces: bytes) -> Iterator[bytes]:
 
 
 class RawServer:
-    """Answers every request with the same pieces of bytes, which need not be HTTP."""
+    """Answers requests with pieces of bytes, which need not be HTTP."""
 
-    def __init__(self, answer: Callable[[], Iterable[bytes]], pause_s: float = 0.02) -> None:
+    def __init__(
+        self,
+        answer: Callable[[], Iterable[bytes]],
+        pause_s: float = 0.02,
+        others: Mapping[bytes, Callable[[], Iterable[bytes]]] | None = None,
+    ) -> None:
         """Listen on a free port.
 
         Args:
             answer: returns the pieces.
             pause_s: seconds between two of them.
+            others: part of a request -> what returns the pieces for such requests instead.
         """
-        self._answer, self._pause_s = answer, pause_s
+        self._answer, self._pause_s, self._others = answer, pause_s, others or {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ended = threading.Event()
         self.accepted = threading.Event()
@@ -240,8 +246,9 @@ class RawServer:
         self.accepted.set()
         with connection, contextlib.suppress(OSError):
             connection.settimeout(20)
-            connection.recv(65536)
-            for piece in self._answer():
+            request = connection.recv(65536)
+            found = (other for part, other in self._others.items() if part in request)
+            for piece in next(found, self._answer)():
                 connection.sendall(piece)
                 self.sent += len(piece)
                 if self._pause_s and self._ended.wait(self._pause_s):

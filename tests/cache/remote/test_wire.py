@@ -100,7 +100,7 @@ def test_an_answer_without_end_is_not_received_without_end(kind: str) -> None:
 def test_a_silent_server_ends_in_time(tmp_path: Path) -> None:
     with RawServer(lambda: iter([b"", *[b""] * 10**6])) as server, in_time():
         for url in (server.url, server.url.replace("http:", "https:")):  # no TLS handshake either
-            with pytest.raises(CacheError, match=r"no byte for too long|no connection in time"):
+            with pytest.raises(CacheError, match=r"no byte for too|no connection in|too slow"):
                 RemoteCache(url, RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
 
 
@@ -108,7 +108,7 @@ def test_a_tls_handshake_that_drips_ends_in_time(tmp_path: Path) -> None:
     record = b"\x16\x03\x03\x40\x00"  # the head of a record of 16 KiB
     with RawServer(lambda: forever(record, b"\x02")) as server, in_time():
         url = server.url.replace("http:", "https:")
-        with pytest.raises(CacheError, match="no connection in time"):
+        with pytest.raises(CacheError, match=r"no connection in time|too slow"):
             RemoteCache(url, RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
 
 
