@@ -3,8 +3,9 @@
     render(Path("view.html"), title="...", found=found)     # view.html extends page.html
 
 A page is one file: it loads nothing and works offline. Captions, paths, URLs and error messages come from
-strangers, so jinja escapes each value that a template inserts. `Markup` is the exception: the files beside
-this module, and what `render` returned before (charts).
+strangers, so jinja escapes each value that a template inserts, and `visible` shows characters that would hide
+or turn around what is beside them. `Markup` is the exception: the files beside this module, and what `render`
+returned before (charts).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from configs.text import KEPT, visible
 
 HERE = Path(__file__).parent
 
@@ -35,6 +38,7 @@ def _environment(folder: Path) -> Environment:
         loader=FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -48,6 +52,12 @@ def _environment(folder: Path) -> Environment:
     )
     environment.globals.update(policy=policy, style=_trusted(style), script=_trusted(script))
     return environment
+
+
+def _shown(value: object) -> object:
+    """Return what a template inserts: text from outside with escapes, all else as it is."""
+    is_ours = isinstance(value, Markup | int | float)
+    return value if is_ours else visible(value, keep=KEPT)
 
 
 def _trusted(html: str) -> Markup:

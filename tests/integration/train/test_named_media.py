@@ -279,6 +279,22 @@ def test_both_pages_have_one_policy(place: Place, names: dict[str, str]) -> None
     assert len(found) == 1
 
 
+def test_text_that_hides_or_turns_text_is_shown_escaped(
+    place: Place, names: dict[str, str], tmp_path: Path
+) -> None:
+    root = CacheRoot(shutil.copytree(place.download.path, tmp_path / "turned", symlinks=True))
+    name = "/pictures/\u202egnp.exe\x1b[31m\u200b\x7f\u2028.png"
+    reader = FeatureReader(find_space(root, None))
+    key = reader.index["image"].keys[0].tobytes().hex()
+    append_media(root, [MediaRecord(source=name, key=key)], "stranger")
+    talk = turns("Which \u2066word\x07?\nThe second line", "a\x9bcat")
+    ref = MediaRef(source=name)
+    write_samples(root, "photos", [Sample(id="1", dataset="photos", messages=talk, media=(ref,))])
+    for page in (place.view(features=root.path.as_posix()), place.report(features=str(root.path))):
+        assert "\\u202egnp.exe\\x1b[31m\\u200b\\x7f\\u2028.png" in page
+        assert not set(page) & set("\u202e\x1b\u200b\x7f\u2028\u2066\x07\x9b")
+
+
 def test_a_missing_folder_is_one_line(place: Place, names: dict[str, str]) -> None:
     nowhere = place.folder / "nowhere"
     for command in (place.view, place.report, place.check):
