@@ -27,6 +27,7 @@ from cache.format import codec
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from cache.maintenance.encode_command import encode_command, encoder_words
+from cache.maintenance.local_media import LocalMedia
 from cache.store.commits import KEY_BYTES, key_bytes
 from cache.store.ledger import media_table
 from cache.store.paths import is_url
@@ -249,8 +250,8 @@ class Cache:
         else:
             record = self._record(name)
             key = record["key"] if record else None
-            path = Path(record["source"] if record else name).expanduser()
-            if _is_file(path) and not _unchanged(path, record):
+            path = Path(record["source"]) if record else Path(name).expanduser()
+            if self._opens(name, record) and _is_file(path) and not _unchanged(path, record):
                 with path.open("rb") as file:
                     key = hashlib.file_digest(file, "sha256").hexdigest()
         kinds = [record["kind"]] if record else []
@@ -264,14 +265,25 @@ class Cache:
                 return key, kind
         raise MissingFeaturesError(self._why_missing(name, key, record))
 
+    def _opens(self, name: str, record: dict[str, Any] | None) -> bool:
+        """Return whether a file may be opened. A stranger may have chosen all but the end of its name."""
+        if record is None or record["source"] in (name, _absolute(name)):
+            return True
+        return self._local.allows(record["source"])
+
+    @functools.cached_property
+    def _local(self) -> LocalMedia:
+        with in_python():
+            return LocalMedia(self._source.root)
+
     def _record(self, name: str) -> dict[str, Any] | None:
         """Return the row of the media table that a name means."""
         media = self._media
         if (row := media.find(name)) is not None or "://" in name:
             return media.row(row)
-        path = Path(name).expanduser()
-        if (row := media.find(os.path.abspath(path))) is not None:  # noqa: PTH100 - `..` is resolved
+        if (row := media.find(_absolute(name))) is not None:
             return media.row(row)
+        path = Path(name).expanduser()
         if path.is_absolute() or _is_file(path):
             return None
         fitting = media.ending(f"/{path.as_posix()}")
@@ -353,6 +365,10 @@ class Cache:
             if pc.any(pc.equal(sources, source)).as_py():
                 return dataset
         return None
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 - `..` is resolved
 
 
 def _is_file(path: Path) -> bool:

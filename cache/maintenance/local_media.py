@@ -198,9 +198,11 @@ class LocalMedia:
         Raises:
             CacheError: `media` is no folder.
         """
-        if media is not None and not media.expanduser().is_dir():
-            raise CacheError(f"--media {media}: no such folder")
-        given = [root.path, *remembered(root), *folders, *([media] if media else [])]
+        given = [root.path, *remembered(root), *folders]
+        if media is not None:
+            given.append(Path(os.path.expanduser(media)))  # noqa: PTH111 - this one never raises
+            if not given[-1].is_dir():
+                raise CacheError(f"--media {media}: no such folder")
         names = [_names(folder) for folder in given]
         self._real = {real for _, real in names}
         self._named = {name for pair in names for name in pair}
@@ -228,6 +230,14 @@ class LocalMedia:
         self._first = self._first or error.reason
         self.refused += 1
         raise error
+
+    def allows(self, source: str) -> bool:
+        """Return whether a file may be opened, or the one that contains a media item."""
+        try:
+            self.path(source)
+        except MediaFileError:
+            return False
+        return True
 
     def read(self, source: str, key: str | None, *, most: int, size: int = 0) -> bytes:
         """Return the bytes of a media item, in a file of its own or inside another.
@@ -301,7 +311,7 @@ def _check_size(fd: int, size: int) -> None:
 
 def _names(folder: Path) -> tuple[str, str]:
     """Return the absolute path of a folder as it is named, and without links."""
-    path = os.path.abspath(folder.expanduser())  # noqa: PTH100 - `..` is resolved
+    path = os.path.abspath(folder)  # noqa: PTH100 - `..` is resolved
     return path, os.path.realpath(path)
 
 

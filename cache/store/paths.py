@@ -4,7 +4,7 @@ cache/samples/<data set>/part-00000.parquet
 cache/media/part-<ns>-<job>.parquet
 cache/spaces/<space>/space.json  commits/<array>-<shard>.parquet  features/<array>/c/<shard>/...
 cache/spaces/<space>/index/<array>.bin
-cache/locks/<space>/driver.lock  workers.lock  worker-<id>.lock
+cache/locks/<space>/driver.lock  workers.lock  worker-<id>.lock;  locks/id
 cache/damaged/...  cache/garbage/...
 """
 

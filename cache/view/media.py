@@ -150,7 +150,7 @@ def thumbnail(
         keep: folder of kept downloads, one of those that `local` opens.
     """
     # The first as encode.download.media_store names its files.
-    candidates = [str(keep.expanduser().absolute() / key[:2] / key)] if keep is not None else []
+    candidates = [str(keep.absolute() / key[:2] / key)] if keep is not None else []
     candidates += [source for source in sources if not is_web(source)]
     absent, refused = "image came from the web and was not kept", ""
     for source in candidates:

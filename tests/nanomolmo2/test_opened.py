@@ -21,6 +21,7 @@ import pytest
 import configs
 import nanomolmo2 as nm
 from cache.errors import CacheError, CorruptError, NotFoundError
+from cache.maintenance.local_media import remember
 from cache.share import share
 from cache.store.ledger import MediaRecord, append_media
 from cache.store.paths import CacheRoot
@@ -155,6 +156,23 @@ def test_a_file_that_exists_counts_by_its_bytes(
     options = configs.parse(encode_run.Options, words[3:], prog="")
     assert options.dataset == (f"folder:{other.parent}",)
     assert str(options.features) == str(world.root.path)
+
+
+def test_a_file_that_only_the_cache_names_is_not_opened(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user gives the end of a name; a stranger chose the folder."""
+    photo = tmp_path / "private" / "x" / "photo.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"b")
+    append_media(world.root, [MediaRecord(source=str(photo), key=key_of("a"))], "test")
+    monkeypatch.chdir(world.root.path)
+    cache = nm.open(world.root.path)
+    np.testing.assert_array_equal(cache["x/photo.png"], features("a"))  # as recorded
+    np.testing.assert_array_equal(cache[photo], features("b"))  # the user names the file itself
+    remember(world.root, [photo.parent])
+    cache = nm.open(world.root.path)
+    np.testing.assert_array_equal(cache["x/photo.png"], features("b"))
 
 
 def test_a_video_with_some_of_its_frames_is_missing(tmp_path: Path) -> None:

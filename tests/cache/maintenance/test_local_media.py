@@ -234,7 +234,7 @@ def test_another_cache_at_the_same_path_has_no_folders(root: CacheRoot, photos: 
 def test_a_stranger_cannot_name_another_cache_of_the_user(
     root: CacheRoot, photos: Path, tmp_path: Path
 ) -> None:
-    """Somebody who knows the id of a published cache copies it into his."""
+    """He copies the id of a published cache into his own."""
     other = CacheRoot(tmp_path / "download")
     shutil.copytree(root.path, other.path)
     with pytest.raises(NotAllowedError):
