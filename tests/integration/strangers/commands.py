@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nanomolmo2 as nm
 from cache.errors import CacheError
+from cache.format.checksums import sealed_json
+from cache.remote.listing import is_table
+from cache.store.paths import LISTING, CacheRoot
 from configs import command
 from tests.integration.strangers.world import TINY, TRAIN
+from tests.support.remote_servers import WebServer
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ def _command(line: str, *more: str, **options: Any) -> Command:
     return Command(module, (*words, *more), **options)
 
 
+_REMOTE = ("--allow-private", "--mirror", "out/mirror")
 COMMANDS = (
     _command("cache.ls"),
     _command("cache.ls --failures"),
@@ -78,9 +85,13 @@ COMMANDS = (
         share=2,
     ),
     _command("train.report --run out/trained/stage1 --features cache --device cpu", share=2),
-    _command("nanomolmo2 cache", share=4),
+    _command("nanomolmo2 cache SPACE", share=4),
+    _command("cache.ls --features URL", *_REMOTE, share=3),
+    _command("train.run --inspect --features URL", *_REMOTE, *TRAIN, share=3),
+    _command("nanomolmo2 URL SPACE", share=3),
 )
-"""SPACE is replaced by the name of the first space; `nanomolmo2` stands for reading all in Python."""
+"""URL is replaced by that of the cache on a server of the loopback, SPACE by the name of the first space;
+`nanomolmo2` stands for reading all in Python."""
 
 
 def words_of(one: Command, spaces: Sequence[str]) -> list[str]:
@@ -93,22 +104,57 @@ def words_of(one: Command, spaces: Sequence[str]) -> list[str]:
     return words
 
 
+@contextlib.contextmanager
+def served(folder: Path, words: Sequence[str]) -> Iterator[list[str]]:
+    """Serve a cache if the command line needs that; yield the words with its URL."""
+    if "URL" not in words:
+        yield list(words)
+        return
+
+    def refuse(handler: Any, path: str) -> bool:
+        """Answer 404 where our own server must not read."""
+        file = folder / path.lstrip("/")
+        fine = file.is_file() and not file.is_symlink() and file.stat().st_size < 64 << 20
+        if not fine or not file.resolve().is_relative_to(folder):
+            handler.answer(404, b"nothing here")
+            return True
+        return False
+
+    server = WebServer(folder)
+    server.acts["/"] = refuse
+    with server:
+        yield [server.url if word == "URL" else word for word in words]
+
+
+def list_again(root: CacheRoot) -> None:
+    """Write the listing.json that fits a changed cache, as its owner can."""
+    files = {}
+    for path in sorted(root.path.rglob("*")):
+        name = path.relative_to(root.path).as_posix()
+        if is_table(name) and path.is_file() and not path.is_symlink():
+            data = path.read_bytes()
+            if data:
+                files[name] = [len(data), hashlib.sha256(data).hexdigest()]
+    (root.path / LISTING).unlink(missing_ok=True)
+    (root.path / LISTING).write_bytes(sealed_json({"format": 1, "files": files}))
+
+
 def call(module: str, words: Sequence[str]) -> None:
     """Run a command as `python -m` does, or read everything in Python."""
     if module == "nanomolmo2":
-        command(lambda: _read_all(words[0]), errors=(CacheError,))
+        command(lambda: _read_all(*words), errors=(CacheError,))
     sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _read_all(where: str) -> int:
-    names = [path.name for path in (Path(where) / "spaces").glob("*")]
-    cache = nm.open(where, min(names) if len(names) > 1 else None)
+def _read_all(where: str, space: str) -> int:
+    remote = where.startswith("http")
+    cache = nm.open(where, space, mirror="out/mirror", allow_private=remote)
     for name in cache.datasets:
         dataset = cache.dataset(name)
         for at in range(min(len(dataset), 20)):
             dataset[at]
-    for name in sorted(map(str, Path("media").absolute().iterdir())):
-        if name in cache:
-            cache[name]
+    for path in sorted(map(str, Path("media").absolute().iterdir())):
+        if path in cache:
+            cache[path]
     return 0

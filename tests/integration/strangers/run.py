@@ -31,7 +31,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.integration.strangers.commands import COMMANDS, Command, call, words_of
+from cache.store.paths import CacheRoot
+from tests.integration.strangers.commands import (
+    COMMANDS,
+    Command,
+    call,
+    list_again,
+    served,
+    words_of,
+)
 from tests.integration.strangers.judge import changed, judge, leaks, short_path, state
 from tests.integration.strangers.places import PLACE_KINDS
 from tests.integration.strangers.tables import TABLE_KINDS, file_bytes, spec_forged
@@ -124,6 +132,8 @@ def change(world: World, pair: Pair) -> list[str]:
             with contextlib.suppress(Unchangeable):
                 said.append(f"{kind}: {_change(world, kind, dice)}")
                 break
+    if "URL" in pair.command.words and "listing.json" not in "".join(said):
+        list_again(CacheRoot(world.cache))
     return said
 
 
@@ -174,7 +184,8 @@ def child(
         _limit(resource.RLIMIT_FSIZE, FILE_BYTES)
         _limit(resource.RLIMIT_CORE, 0)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        call(pair.command.module, words)
+        with served(world.cache, words) as words:
+            call(pair.command.module, words)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -312,8 +323,10 @@ def warm_up(world: World) -> None:
             shutil.copytree(world.top / "trained", "out/trained")
             for command in COMMANDS:
                 if command.module.startswith("train") or command.module == "nanomolmo2":
-                    with contextlib.suppress(SystemExit):
-                        call(command.module, command.words)
+                    names = [path.name for path in world.bases[0].glob("spaces/*")]
+                    words = words_of(command, names)
+                    with contextlib.suppress(SystemExit), served(world.cache, words) as given:
+                        call(command.module, given)
         return sorted(name for name in sys.modules if name != "__main__")
 
     for name in _in_child(modules):
