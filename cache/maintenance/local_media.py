@@ -260,7 +260,8 @@ class LocalMedia:
             else:
                 with open_file(path, most=most) as file:
                     _check_size(file.fileno(), size)
-                    data = file.read(most)
+                    # Python allocates all that `read` may return before it reads.
+                    data = file.read(min(most, os.fstat(file.fileno()).st_size))
         if hashlib.sha256(data).hexdigest() != key:
             raise MediaFileError(CHANGED)
         return data
