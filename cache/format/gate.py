@@ -63,11 +63,13 @@ def open_file(path: Path, root: Path | None = None, *, most: int | None = None) 
         CorruptError: it is a link, a folder, a FIFO or a device, is reached through a link, or is larger.
         OSError: it cannot be opened; FileNotFoundError: there is no such file.
     """
-    return os.fdopen(_open(path, root, most)[0], "rb")
+    return os.fdopen(open_descriptor(path, root, most=most)[0], "rb")
 
 
-def _open(path: Path, root: Path | None, most: int | None) -> tuple[int, int]:
-    """Return an open file and its bytes; see `open_file`."""
+def open_descriptor(
+    path: Path, root: Path | None = None, *, most: int | None = None
+) -> tuple[int, int]:
+    """Return the descriptor of an open file, and how many bytes it has; see `open_file`."""
     if root is not None:
         refuse_links(path.parent, root)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -76,6 +78,8 @@ def _open(path: Path, root: Path | None, most: int | None) -> tuple[int, int]:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EMLINK):
             raise refusal(path, path.lstat().st_mode) from None
+        if error.errno == errno.ENOTDIR:
+            raise CorruptError(path, "a file is where its folder belongs", NO_LINKS) from None
         raise
     try:
         found = os.fstat(fd)
@@ -91,7 +95,7 @@ def _open(path: Path, root: Path | None, most: int | None) -> tuple[int, int]:
 
 def read_file(path: Path, root: Path | None = None, *, most: int = MAX_JSON_BYTES) -> bytes:
     """Return the bytes of a regular file; arguments and errors are those of `open_file`."""
-    fd, size = _open(path, root, most)
+    fd, size = open_descriptor(path, root, most=most)
     try:
         data = os.read(fd, size)  # all of it, unless the call is interrupted
         while len(data) < size and (more := os.read(fd, size - len(data))):

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CacheError, CorruptError, removal_advice, repair_advice
-from cache.format.checksums import check_seal_file, crc32c, read_sealed_json
+from cache.format.checksums import crc32c, read_sealed_json
+from cache.format.gate import open_file
 from cache.format.shard import Geometry, row_facts
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
@@ -26,9 +27,11 @@ from cache.maintenance.row_checks import Finite, outliers
 from cache.store.commits import Commit, current, read_commit
 from cache.store.files import PARTIAL, refuse_strangers, regular_files
 from cache.store.index_file import check_index
-from cache.store.paths import CacheRoot, SpacePaths
+from cache.store.ledger import check_part
+from cache.store.paths import CacheRoot, SpacePaths, is_dataset_name
 from cache.store.reader import RUN_BYTES, logical_hash, row_digests
 from cache.store.row_index import RowIndex
+from cache.store.samples import check_samples
 from cache.store.space import Space, find_space, read_info
 
 THREADS = max(4, os.cpu_count() or 1)
@@ -190,7 +193,9 @@ def check_space(
                 findings += shard.result()[0]
         index[array] = RowIndex.of(commits, info.slots[array])
         digests[array] = np.concatenate([_NO_DIGESTS, *(shard.result()[1] for shard in shards)])
-        findings += _check_zarr_json(paths.array_json(array), space.array_json(array))
+        findings += _check_zarr_json(
+            paths.array_json(array), space.array_json(array), paths.cache_root
+        )
         findings += _check_duplicates(paths, array, index[array])
         findings += _check_errors(paths, array, index[array])
         sound = None if any(f.broken for f in findings) else index[array]
@@ -199,7 +204,7 @@ def check_space(
         report.findings += findings
         report.rows[array] = len(index[array])
         report.nbytes += sum(commit.nbytes for commit in commits)
-    report.findings += _check_zarr_json(paths.group_json, space.group_json())
+    report.findings += _check_zarr_json(paths.group_json, space.group_json(), paths.cache_root)
     report.findings += _check_names(paths, info)
     if deep and hashed and not report.broken:
         report.logical_hash = logical_hash(index, digests)
@@ -231,7 +236,7 @@ def check_shard(
         findings.append(damage(what, path, array=array, shard=commit.shard))
 
     try:
-        with path.open("rb") as file:
+        with open_file(path, paths.cache_root) as file:
             fd, rows = file.fileno(), commit.table.num_rows
             size = os.fstat(fd).st_size
             if size != commit.nbytes:
@@ -248,7 +253,7 @@ def check_shard(
                     broken(f"{len(bad)} of {rows} rows fail their checksum (row {bad[0]} first)")
                 if odd:
                     broken(f"{len(odd)} of {rows} rows hold NaN or Inf (row {odd[0]} first)")
-    except OSError as error:
+    except (CorruptError, OSError) as error:
         broken(error)
     return findings, digests
 
@@ -288,14 +293,19 @@ def _check_rows(
 
 
 def check_tables(root: CacheRoot, progress: Progress) -> Iterator[Finding]:
-    """Check the seals of samples and media, and find files that a crash left behind."""
+    """Check every value of samples and media, and find files that a crash left behind."""
     tables = (root.samples_dir, root.media_dir)
     for path in [path for folder in tables for path in regular_files(folder, root.path)]:
         if path.name.endswith(PARTIAL):
             yield note(path, "was never finished", removal_advice(path))
             continue
         try:
-            check_seal_file(path)
+            if path.parent == root.media_dir:
+                check_part(path, root)
+            elif is_dataset_name(name := path.parent.name) and path == root.samples(name):
+                check_samples(root, name)
+            else:
+                yield note(path, "is no file of ours", "no command reads it: move it away")
         except (CorruptError, OSError) as error:
             yield damage(error, path)
         progress(path.stat().st_size)
@@ -339,18 +349,20 @@ def _check_duplicates(paths: SpacePaths, array: str, index: RowIndex) -> Iterato
         yield damage(what, paths.shard(array, again // index.slots), array=array)
 
 
-def _check_zarr_json(path: Path, expected: bytes | None) -> Iterator[Finding]:
+def _check_zarr_json(path: Path, expected: bytes | None, root: Path) -> Iterator[Finding]:
     """Check a zarr.json. An intact one that describes something else is damage too."""
     if expected is None:  # the container has none
         return
     try:
-        found, wanted = read_sealed_json(path), json.loads(expected)
+        found, wanted = read_sealed_json(path, root), json.loads(expected)
     except CorruptError as error:
         yield damage(error, path)
         return
     differing = {name for name in found | wanted if found.get(name) != wanted.get(name)}
     differing -= {"attributes"}  # they contain the seal
-    if differing == {"shape"} and found["shape"][1:] == wanted["shape"][1:]:
+    shape = found.get("shape")
+    fits = isinstance(shape, list) and shape[1:] == wanted.get("shape", [])[1:]
+    if differing == {"shape"} and fits and type(shape[0]) is int:
         yield note(path, "does not cover the newest shards", "the next encode.run extends it")
     elif differing:
         yield damage("it does not describe the data beside it", path)

@@ -25,6 +25,7 @@ from cache.store.ledger import append_media_table, media_table
 from cache.store.paths import CacheRoot
 from cache.store.samples import (
     Sample,
+    check_samples,
     dataset_names,
     read_origin,
     read_samples,
@@ -181,6 +182,7 @@ def copy_samples(root: CacheRoot, other: CacheRoot, plan: Sequence[SamplesPlan])
                 origin = replace(origin, said=said)
             write_samples(root, one.dataset, samples, origin)
         elif one.take == "theirs":
+            check_samples(other, one.dataset)  # all of it, before it becomes a file of ours
             path = other.samples(one.dataset)
             target = root.samples(one.dataset)
             with open_file(path, other.path) as source, new_file(target, root=root.path) as file:

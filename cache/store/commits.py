@@ -49,6 +49,9 @@ ROW_BYTES = KEY_BYTES + MAX_VIEW_BYTES + 64
 COMMIT_BYTES = 1 << 20
 """Bytes that everything but the rows takes, at most. A commit may replace a hundred thousand shards."""
 
+MAX_COMMIT_BYTES = MAX_SLOTS * ROW_BYTES + COMMIT_BYTES
+"""Bytes of a commit with the most rows."""
+
 _KEY, _VIEW, _TIME, _ROW, _CRC, _ERROR = range(len(SCHEMA))
 _NEVER_NULL = (_KEY, _VIEW, _ROW, _CRC, _ERROR)
 _VIEWS_CODED = [
@@ -213,7 +216,7 @@ def commit_space(paths: SpacePaths, array: str, number: int) -> str:
         CorruptError: the file is damaged, or no commit.
     """
     path = paths.commit(array, number)
-    data = read_file(path, most=MAX_SLOTS * ROW_BYTES + COMMIT_BYTES)
+    data = read_file(path, most=MAX_COMMIT_BYTES)
     check_seal(data, path)
     with parquet_errors(path):
         return read_metadata(data, COMMIT_BYTES)["space"]

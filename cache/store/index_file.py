@@ -16,24 +16,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cache.errors import CorruptError
 from cache.format.checksums import UNSEALED, check_seal, crc32c, seal
+from cache.format.gate import decode, fit, open_file, parse_json, read_file
+from cache.format.shard import Geometry
 from cache.format.space_info import SpaceInfo
 from cache.format.spec import ARRAYS
-from cache.store.commits import read_commit
+from cache.store.commits import KEY_BYTES, MAX_COMMIT_BYTES, read_commit
 from cache.store.files import new_file
-from cache.store.paths import SpacePaths
+from cache.store.paths import MAX_SHARD, SpacePaths
 from cache.store.row_index import ROW_COLUMNS, SHARD_COLUMNS, Columns, RowIndex, view_names
 
 log = logging.getLogger(__name__)
@@ -108,7 +112,7 @@ def check_index(
     """
     path = paths.index(array)
     try:
-        _load(path, info, array, deep)
+        _load(paths, info, array, deep)
         if deep and rebuilt is not None and not _same(open_index(paths, info, array), rebuilt):
             return CorruptError(path, "it differs from the commits", WAY_OUT)
     except FileNotFoundError:
@@ -129,7 +133,7 @@ def _current(paths: SpacePaths, info: SpaceInfo, array: str) -> tuple[Snapshot, 
     """Return what the commits say now; and how many of them a reader of the file must read."""
     now = time.time_ns()
     stats = paths.commit_stats(array)
-    old = _load_sound(paths.index(array), info, array)
+    old = _load_sound(paths, info, array)
     same = _unchanged(old, paths, array, stats)
     fresh = {n: read_commit(paths, info, array, n) for n in sorted(stats.keys() - same.keys())}
     replaces = [pair for pair in old.replaces.tolist() if pair[0] in same]
@@ -172,7 +176,7 @@ def _unchanged(
 
 def _sealed_so(path: Path, expected: bytes) -> bool:
     try:
-        return check_seal(path.read_bytes(), path) == expected
+        return check_seal(read_file(path, most=MAX_COMMIT_BYTES), path) == expected
     except CorruptError:
         return False  # reading it raises the error
 
@@ -223,10 +227,10 @@ def _write(paths: SpacePaths, snapshot: Snapshot, info: SpaceInfo, array: str) -
         file.write(seal(text))
 
 
-def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
+def _load_sound(paths: SpacePaths, info: SpaceInfo, array: str) -> Snapshot:
     """Return the content of the file; an empty snapshot where it is missing or damaged."""
     try:
-        return _load(path, info, array, deep=True)
+        return _load(paths, info, array, deep=True)
     except FileNotFoundError:
         pass
     except (CorruptError, OSError) as error:
@@ -239,28 +243,41 @@ def _load_sound(path: Path, info: SpaceInfo, array: str) -> Snapshot:
     )
 
 
-def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
-    """Return the content of the file; `deep` compares its arrays with their checksums."""
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
-        check_seal(header, path)
-        values = json.loads(header)
-        found = [values["format"], values["space"], values["array"], values["slots"]]
+def _load(paths: SpacePaths, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
+    """Return the content of the file; `deep` compares its arrays with their checksums.
+
+    Raises:
+        CorruptError: it is damaged, or not what this program writes.
+        FileNotFoundError: there is none.
+    """
+    path = paths.index(array)
+    with open_file(path, paths.cache_root) as file:
+        text = file.read(HEADER_BYTES)
+        check_seal(text, path)
+        try:
+            header = decode(text, _Header, path)
+        except CorruptError as error:
+            raise CorruptError(path, error.what, WAY_OUT) from None
+        found = [header.format, header.space, header.array, header.slots]
         if found != [FORMAT, info.spec.fingerprint, array, info.slots[array]]:
             raise CorruptError(path, "it is of another space, array or version", WAY_OUT)
         size = os.fstat(file.fileno()).st_size
-        if size != values["nbytes"]:
-            raise CorruptError(path, f"{size} bytes, not {values['nbytes']}", WAY_OUT)
+        if size != header.nbytes:
+            raise CorruptError(path, f"{size} bytes, not {header.nbytes}", WAY_OUT)
         # Let the system read the whole file ahead, where it can.
         flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if deep else 0)
         data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-    arrays = {
-        name: _array(data, entry, path, name, deep or name == "names")
-        for name, entry in values["arrays"].items()
-    }
+    try:
+        arrays = {
+            name: _array(data, header.arrays[name], name, deep or name == "names")
+            for name in _KINDS
+        }
+        names = fit(parse_json(arrays["names"].tobytes()), list[str])
+        _check_values(arrays, names, info.geometry(array))
+    except (ValueError, LookupError) as error:
+        raise CorruptError(path, str(error), WAY_OUT) from None
     columns = Columns(
-        **{name: arrays[name] for name in (*SHARD_COLUMNS, *ROW_COLUMNS)},
-        names=view_names(json.loads(arrays["names"].tobytes())),
+        **{name: arrays[name] for name in (*SHARD_COLUMNS, *ROW_COLUMNS)}, names=view_names(names)
     )
     return Snapshot(
         index=RowIndex(columns, info.slots[array], (arrays["order"], arrays["hashes"])),
@@ -270,15 +287,112 @@ def _load(path: Path, info: SpaceInfo, array: str, deep: bool) -> Snapshot:
     )
 
 
-def _array(
-    data: mmap.mmap, entry: Mapping[str, Any], path: Path, name: str, checked: bool
-) -> npt.NDArray[Any]:
-    dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["offset"]
-    stored = (entry["stored"], *shape[1:])
-    nbytes = dtype.itemsize * int(np.prod(stored))
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """Where an array is in the file."""
+
+    dtype: str
+    shape: Annotated[list[Size], msgspec.Meta(min_length=1, max_length=2)]
+    stored: Size
+    """Items that are stored: one, where all are equal."""
+    offset: Size
+    crc32c: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON at the beginning of the file."""
+
+    format: int
+    space: str
+    array: str
+    slots: int
+    nbytes: Size
+    arrays: dict[str, _Entry]
+    seal: str
+
+
+_KINDS: Mapping[str, tuple[str, int]] = {
+    "files": ("<i8", 3),
+    "seals": ("|u1", KEY_BYTES),
+    "replaces": ("<i8", 2),
+    "names": ("|u1", 0),
+    **dict.fromkeys(SHARD_COLUMNS, ("<i8", 0)),
+    "keys": ("|u1", KEY_BYTES),
+    "views": ("<i8", 0),
+    "crcs": ("<u4", 0),
+    "times": ("<f8", 0),
+    "errors": ("<f4", 0),
+    "order": ("<u4", 0),
+    "hashes": ("<u8", 0),
+}
+"""Name of an array -> its dtype, and the numbers in each item; 0 for an item that is one number."""
+
+
+def _array(data: mmap.mmap, entry: _Entry, name: str, checked: bool) -> npt.NDArray[Any]:
+    """Return one array of a mapped file.
+
+    Raises:
+        ValueError: it is not in the file, of another kind, or fails its checksum.
+    """
+    kind, width = _KINDS[name]
+    shape = tuple(entry.shape)
+    if entry.dtype != kind or shape[1:] != ((width,) if width else ()):
+        raise ValueError(f"its {name} are {entry.dtype} {shape}")
+    # Only a column of numbers is stored as one that stands for all.
+    if entry.stored != shape[0] and (entry.stored != 1 or name not in ROW_COLUMNS or width):
+        raise ValueError(f"its {name} are {entry.stored} of {shape[0]}")
+    stored = (entry.stored, *shape[1:])
+    nbytes = np.dtype(kind).itemsize * math.prod(stored)
+    end = entry.offset + nbytes + -nbytes % ALIGN_BYTES
+    if entry.offset < HEADER_BYTES or entry.offset % ALIGN_BYTES or end > len(data):
+        raise ValueError(f"its {name} are outside of the file")
     if checked:
         with memoryview(data) as whole:
-            if crc32c(whole[offset : offset + nbytes + -nbytes % ALIGN_BYTES]) != entry["crc32c"]:
-                raise CorruptError(path, f"its {name} fail their checksum", WAY_OUT)
-    array = np.frombuffer(data, dtype, int(np.prod(stored)), offset).reshape(stored)
+            if crc32c(whole[entry.offset : end]) != entry.crc32c:
+                raise ValueError(f"its {name} fail their checksum")
+    array = np.frombuffer(data, kind, math.prod(stored), entry.offset).reshape(stored)
     return np.broadcast_to(array, shape) if stored != shape else array
+
+
+def _check_values(
+    arrays: Mapping[str, npt.NDArray[Any]], names: Sequence[str], geometry: Geometry
+) -> None:
+    """Check that arrays fit together, and that each number that counts rows or shards is in its range.
+
+    Raises:
+        ValueError: they do not.
+    """
+    shards, counts, rows = arrays["shards"], arrays["counts"], len(arrays["keys"])
+    if len({len(arrays[name]) for name in SHARD_COLUMNS}) > 1:
+        raise ValueError("its columns of shards differ in length")
+    if any(len(arrays[name]) != rows for name in (*ROW_COLUMNS, "order", "hashes")):
+        raise ValueError("its columns of rows differ in length")
+    if len(arrays["seals"]) != len(arrays["files"]):
+        raise ValueError("it has other seals than commits")
+    for numbers in (shards, arrays["files"][:, 0]):
+        if not _within(numbers, 0, MAX_SHARD) or (numbers[1:] <= numbers[:-1]).any():
+            raise ValueError("its shards are not in ascending order")
+    if not _within(counts, 1, geometry.slots) or int(counts.sum()) != rows:
+        raise ValueError("its shards have other rows than it lists")
+    if (arrays["nbytes"] != counts * geometry.slot_bytes + geometry.tail_bytes).any():
+        raise ValueError("its shards have other sizes than shards of this space")
+    if not _within(arrays["order"], 0, rows - 1):
+        raise ValueError("its order has a row that it does not list")
+    if np.isinf(_distinct(arrays["times"])).any():
+        raise ValueError("a row has no valid time")
+    for name in names:
+        geometry.check_view(name)
+    views = _distinct(arrays["views"])
+    if not np.isin(np.unique(views[views < 0]), list(view_names(names))).all():
+        raise ValueError("a view has no name")
+
+
+def _within(numbers: npt.NDArray[Any], low: int, high: int) -> bool:
+    return not len(numbers) or (int(numbers.min()) >= low and int(numbers.max()) <= high)
+
+
+def _distinct(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values of a column; of one that stands for all, that one."""
+    return column[:1] if column.strides[0] == 0 else column

@@ -21,7 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cache.format.checksums import UNSEALED, check_seal, seal_file
+from cache.errors import CorruptError
+from cache.format.checksums import UNSEALED, map_sealed, seal_file
+from cache.format.gate import refuse_links
+from cache.format.parquet import all_hex, all_true, open_parquet, table_limits
+from cache.format.spec import NAME
 from cache.store.files import ROW_GROUP, new_file
 from cache.store.paths import CacheRoot
 
@@ -138,9 +142,7 @@ def media_table(root: CacheRoot, *, stamped: bool = False) -> pa.Table:
     parts = [_MEDIA_SCHEMA.empty_table()]
     stamps = [np.empty(0, np.int64)]
     for path in _media_parts(root):
-        data = path.read_bytes()
-        check_seal(data, path)
-        parts.append(pq.read_table(pa.BufferReader(data), schema=_MEDIA_SCHEMA))
+        parts.append(_read_part(path, root))
         stamps.append(np.full(len(parts[-1]), _part_ns(path)))
     table = pa.concat_tables(parts)
     if stamped:
@@ -192,10 +194,61 @@ def media_sizes(root: CacheRoot) -> dict[str, tuple[int, int]]:
     return {source: (width, height) for source, width, height in zip(*columns, strict=True)}
 
 
+def check_part(path: Path, root: CacheRoot) -> None:
+    """Check every value of one part of the media table.
+
+    Raises:
+        CorruptError: it is damaged, or not what this program writes.
+    """
+    _part_ns(path)
+    _read_part(path, root)
+
+
+def _read_part(path: Path, root: CacheRoot) -> pa.Table:
+    data = map_sealed(path, root.path)
+    with open_parquet(data, path, _MEDIA_SCHEMA, table_limits(data)) as file:
+        table = file.read()
+        table.validate(full=True)  # UTF-8 among others
+        for name in _NEVER_NULL:
+            if table[name].null_count:
+                raise ValueError(f"a record without {name}")
+        for name in _COUNTS:
+            if not all_true(pc.greater_equal(table[name], 0)):
+                raise ValueError(f"a record with {name} below 0")
+        length = table["duration_s"]
+        if not all_true(pc.and_(pc.greater_equal(length, 0), pc.less(length, MAX_DURATION_S))):
+            raise ValueError("a record with no valid duration_s")
+        if not all_hex(table["key"]):
+            raise ValueError("a key is no 64 hex digits")
+        failed = pc.equal(table["status"], "failed")
+        why = pc.and_(pc.is_in(table["stage"], pa.array(STAGES)), pc.is_valid(table["error"]))
+        if not all_true(pc.or_(failed, pc.equal(table["status"], "ok"))) or not all_true(
+            pc.equal(failed, why)
+        ):
+            raise ValueError("a record neither is ok nor says why it failed")
+        return table.replace_schema_metadata()
+
+
+_NEVER_NULL = ("source", "kind", "bytes", "width", "height", "status", "attempts")
+_COUNTS = ("bytes", "width", "height", "attempts", "size", "inode")
+MAX_DURATION_S = 1e9
+"""Seconds below which a video's length is: 32 years."""
+
+
 def _media_parts(root: CacheRoot) -> list[Path]:
     """Return all parts, the oldest first."""
+    refuse_links(root.media_dir, root.path)
     return sorted(root.media_dir.glob("part-*.parquet"))
 
 
+_PART = re.compile(rf"part-([0-9]{{20}})-{NAME.pattern}\.parquet")
+MAX_PART_NS = 1 << 62
+"""A number of a part that its clock cannot have been at: it is in the year 2116."""
+
+
 def _part_ns(path: Path) -> int:
-    return int(path.name.split("-")[1])
+    """Return when a part was written, in ns since 1970."""
+    found = _PART.fullmatch(path.name)
+    if not found or int(found[1]) >= MAX_PART_NS:
+        raise CorruptError(path, "it has a name that no part of the media table has")
+    return int(found[1])

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cache.errors import CorruptError
 from cache.format.frame_sampling import frame_views
 from cache.format.spec import ARRAY_OF
 from cache.store.commits import KEY_BYTES, key_bytes
@@ -284,7 +285,8 @@ def _frames(
     use = (have == lengths)[video]
     video, rows = video[use], rows[use]
     times = reader.times(array, rows)
-    assert not np.isnan(times).any(), "a frame was stored without its time"
+    if np.isnan(times).any():
+        raise CorruptError(reader.path, "a frame was stored without its time")
     # Two times that were asked for may have met in the same frame, which then counts once.
     first = np.ones(len(rows), bool)
     first[1:] = (video[1:] != video[:-1]) | (times[1:] != times[:-1])

@@ -28,6 +28,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from cache.errors import CorruptError
+from cache.format.gate import open_descriptor
 from cache.store.paths import SpacePaths
 
 PAGE = mmap.PAGESIZE
@@ -135,9 +136,12 @@ def _open(
     paths: SpacePaths, sizes: Mapping[str, Mapping[int, int]], mapped: bool, array: str, shard: int
 ) -> _ShardFile:
     try:
-        file = _ShardFile(os.fspath(paths.shard(array, shard)), mapped)
+        file = _ShardFile(paths.shard(array, shard), paths.cache_root, mapped)
     except FileNotFoundError:
         raise CorruptError(paths.shard(array, shard), "missing") from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CorruptError(paths.shard(array, shard), why) from None
     expected = sizes[array][shard]
     if file.nbytes != expected:
         raise CorruptError(paths.shard(array, shard), f"{file.nbytes} bytes, not {expected}")
@@ -147,10 +151,9 @@ def _open(
 class _ShardFile:
     """An open shard. It is closed with the last reference to it."""
 
-    def __init__(self, path: str, mapped: bool):
+    def __init__(self, path: Path, root: Path, mapped: bool):
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
-        self.nbytes = os.fstat(self.fd).st_size
+        self.fd, self.nbytes = open_descriptor(path, root)
         self.mapped: MappedFile | None = None
         # A program that reads everything once gains nothing by a mapping (the first touch of a page costs
         # what it saves), and all that it read would count as its memory.
@@ -251,7 +254,7 @@ class MappedFile:
         return True
 
 
-def can_map(path: str) -> bool:
+def can_map(path: str | Path) -> bool:
     """Return whether the kernel reports which pages of a file are in memory.
 
     It reports them to the owner of the file and to those who may write it. To everybody else it reports that
