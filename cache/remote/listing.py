@@ -17,7 +17,7 @@ import msgspec
 
 from cache.errors import CacheError, CorruptError, RequestError
 from cache.format.checksums import check_seal, check_seal_file, sealed_json
-from cache.format.gate import decode
+from cache.format.gate import decode, fit, open_file
 from cache.format.spec import ARRAYS
 from cache.store.paths import LISTING, CacheRoot, is_dataset_name
 
@@ -99,9 +99,9 @@ def listing_bytes(root: CacheRoot) -> tuple[bytes, dict[str, FileInfo]]:
     for name in local_tables(root):
         path = root.path / name
         if is_sealed(name):
-            check_seal_file(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            check_seal_file(path, root.path)
+        with open_file(path, root.path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             tables[name] = FileInfo(nbytes=file.tell(), tag=f"sha256:{digest}")
     # Without the prefix `sha256:`, because a seal is found by that text.
     files = {name: [info.nbytes, info.tag.removeprefix("sha256:")] for name, info in tables.items()}
@@ -132,8 +132,8 @@ def read_listing(data: bytes, url: str) -> dict[str, FileInfo]:
             raise CacheError(
                 f"{url}/{LISTING}: another version of this package wrote it; install that one or a newer one"
             )
-        files = msgspec.convert(values, _Listing).files
-    except (CorruptError, msgspec.ValidationError) as error:
+        files = fit(values, _Listing).files
+    except (CorruptError, ValueError) as error:
         what = error.what if isinstance(error, CorruptError) else str(error)
         raise CacheError(f"{url}/{LISTING}: {what}; refused") from None
     return {name: _listed(name, value, url) for name, value in files.items()}
@@ -146,10 +146,9 @@ class _Listing(msgspec.Struct, forbid_unknown_fields=True):
     seal: str
 
 
-_SizeAndDigest = tuple[
-    Annotated[int, msgspec.Meta(ge=1)],
-    Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")],
-]
+class _Entry(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    nbytes: Annotated[int, msgspec.Meta(ge=1)]
+    digest: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 def _listed(name: str, value: Any, url: str) -> FileInfo:
@@ -158,11 +157,11 @@ def _listed(name: str, value: Any, url: str) -> FileInfo:
             f"{url}/{LISTING}: names {name[:80]!a}, which is no table of a cache; refused"
         )
     try:
-        nbytes, digest = msgspec.convert(value, _SizeAndDigest)
-    except msgspec.ValidationError:
+        entry = fit(value, _Entry)
+    except ValueError:
         raise CacheError(f"{url}/{LISTING}: no valid size and sha256 of {name}") from None
     try:
-        return file_info(name, nbytes, f"sha256:{digest}")
+        return file_info(name, entry.nbytes, f"sha256:{entry.digest}")
     except RequestError as error:
         raise CacheError(f"{url}/{LISTING}: {error.reason}; refused") from None
 

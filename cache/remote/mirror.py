@@ -33,9 +33,8 @@ from cache.remote.listing import (
     read_listing,
 )
 from cache.remote.retry import RetryPolicy, first_contact, with_retries
-from cache.remote.row_cache import open_lock
 from cache.remote.stores import Store, read_range
-from cache.store.files import PARTIAL, disk_errors, new_file, write_atomic
+from cache.store.files import PARTIAL, disk_errors, new_file, open_in_place, write_atomic
 from cache.store.paths import LISTING, CacheRoot
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,8 @@ class Mirror:
         """
         remote = {name: info for name, info in self.remote_tables.items() if wanted(name)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open_lock(self.folder / "lock") as lock, disk_errors(self.folder):
+        lock = os.fdopen(open_in_place(self.folder / "lock", self.folder), "rb")
+        with lock, disk_errors(self.folder):
             # Another process may be updating the same copies: wait, and then find nothing left to do.
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._remove_unfinished()
@@ -146,8 +146,12 @@ class Mirror:
     def _local_tables(self) -> Iterator[str]:
         for path in self.root.path.rglob("*"):
             name = path.relative_to(self.root.path).as_posix()
-            if is_table(name):
+            if not is_table(name):
+                continue
+            if path.is_file() and not path.is_symlink():
                 yield name
+            elif not path.is_dir() or path.is_symlink():
+                path.unlink()  # a link, a FIFO, a device: the table is copied again
 
     def _read_copied(self) -> dict[str, FileInfo]:
         """Return what the local tables were copied from; {} when the record is missing or damaged."""
@@ -245,7 +249,7 @@ class Mirror:
                 raise
 
         # Not durable: a torn table fails its seal and is fetched again.
-        with new_file(self.root.path / name, durable=False) as file:
+        with new_file(self.root.path / name, root=self.folder, durable=False) as file:
             for _ in range(self._policy.damage_tries):
                 fetch_all(file.fileno())
                 if (damage := _damage(name, info, file.fileno())) is None:

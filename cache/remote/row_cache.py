@@ -13,7 +13,6 @@ fit, the second epoch finds 15 % of its rows with plain LRU, and 50 % with this 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -23,8 +22,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cache.errors import CorruptError
 from cache.format.checksums import crc32c
-from cache.store.files import PARTIAL, new_file
+from cache.store.files import PARTIAL, new_file, open_in_place
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +42,9 @@ FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """How files are opened: not through links, and without waiting for the other end of a FIFO."""
 
 
-@contextlib.contextmanager
-def open_lock(path: Path) -> Iterator[int]:
-    """Yield the number of a lock file, which is created where it is missing.
-
-    Raises:
-        OSError: there is something else in its place.
-    """
-    fd = os.open(path, FLAGS | os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _is_file(fd):
-            raise OSError(errno.EEXIST, "no file", os.fspath(path))
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _is_file(fd: int, nbytes: int | None = None) -> bool:
+def _is_file(fd: int, nbytes: int) -> bool:
     found = os.fstat(fd)
-    return stat.S_ISREG(found.st_mode) and nbytes in (None, found.st_size)
+    return stat.S_ISREG(found.st_mode) and found.st_size == nbytes
 
 
 class RowCache:
@@ -115,11 +99,13 @@ class RowCache:
         path = self._path(array, row, crc)
         try:
             if self._reserve(len(data)):
-                with new_file(path, durable=False) as file:  # `get` compares the crc32c
+                # `get` compares the crc32c.
+                with new_file(path, root=self._folder, durable=False) as file:
                     file.write(data)
-        except OSError as error:
+        except (OSError, CorruptError) as error:
             # Training goes on without: it fetches the rows over the network.
-            log.warning("%s: %s; no more rows are kept here", self._folder, error.strerror)
+            why = error.what if isinstance(error, CorruptError) else error.strerror
+            log.warning("%s: %s; no more rows are kept here", self._folder, why)
             self._full_until = float("inf")
 
     def _path(self, array: str, row: int, crc: int) -> Path:
@@ -147,9 +133,9 @@ class RowCache:
         One process at a time does this. The others set the size to unknown and store nothing meanwhile.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with open_lock(self._folder / "lock") as lock:
+        with os.fdopen(open_in_place(self._folder / "lock", self._folder), "rb") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._size = None
                 return

@@ -330,7 +330,7 @@ class HubStore(HttpStore):
                 f"{url}: the hub has no such repository for you, or does not answer ({why}); a private one "
                 "needs HF_TOKEN or `hf auth login`"
             ) from None
-        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+        if not re.fullmatch("[0-9a-f]{40}", str(commit)):
             raise NotFoundError(f"{url}: the hub names no commit of it")
         self._folder = at.path_in_repo.strip("/")
         prefix = constants.REPO_TYPES_URL_PREFIXES.get(at.repo_type, "")
@@ -397,12 +397,12 @@ class _Entry(msgspec.Struct):
 
 @contextlib.contextmanager
 def _hub_answers() -> Iterator[None]:
-    """Translate errors of the connection to the hub, whose classes its client takes from httpx."""
+    """Translate errors of the hub's client: of the connection, and of what it makes of an odd answer."""
     try:
         yield
+    except (CacheError, OSError, ValueError, NotImplementedError):  # the hub's errors are OSErrors
+        raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
-            raise
-        if isinstance(error, OSError):  # the hub has answered, with an error
-            raise
-        raise RequestError(plain_text(f"the hub: {error}"), again=True) from None
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
+            raise RequestError(plain_text(f"the hub: {error}"), again=True) from None
+        raise ValueError(f"an answer that is not valid ({type(error).__name__})") from None

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -236,6 +238,48 @@ def test_cancelled_reads_end_soon(server: WebServer, tmp_path: Path) -> None:
         reading.result()
 
 
+def hang(handler: Handler, path: str) -> None:
+    """Send the head of the right answer, then a byte of its body now and then."""
+    size = (handler.server.world.folder / path.lstrip("/")).stat().st_size
+    start, last = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    handler.send_response(206)
+    handler.send_header("Content-Length", str(last + 1 - start))
+    handler.send_header("Content-Range", f"bytes {start}-{last}/{size}")
+    handler.end_headers()
+    for _ in range(100):
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 5, 9]])
+def test_requests_under_way_are_cancelled_too(
+    rows: list[int], server: WebServer, reader: RemoteReader
+) -> None:
+    server.acts["/spaces"] = hang
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read, reader, rows)
+        while len(spans(server)) < len(rows):
+            time.sleep(0.005)
+        started = time.monotonic()
+        while not reading.done():
+            reader.cancel_reads()
+            time.sleep(0.02)
+    assert time.monotonic() - started < 3
+    with pytest.raises(UnreachableError):
+        reading.result()
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 5, 9]])
+def test_one_ctrl_c_ends_a_read(rows: list[int], server: WebServer, reader: RemoteReader) -> None:
+    server.acts["/spaces"] = hang
+    pressed = Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])  # as a terminal does
+    pressed.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        read(reader, rows)
+    assert time.monotonic() - started < 3
+
+
 def damaged(handler: Handler, path: str) -> None:
     """Answer with the first byte changed, as a faulty proxy does."""
     data = (handler.server.world.folder / path.lstrip("/")).read_bytes()
@@ -440,3 +484,19 @@ def total(folder: Path) -> int:
         except FileNotFoundError:
             continue
     return size
+
+
+def test_odd_files_in_place_of_rows_are_replaced(tmp_path: Path) -> None:
+    rows = RowCache(tmp_path / "rows", 100_000)
+    put(rows, 1, 2, 3)
+    outside = tmp_path / "outside"
+    outside.write_bytes(row(2)[1])
+    fifo, link = (rows._path("image", number, row(number)[0]) for number in (1, 2))
+    fifo.unlink()
+    os.mkfifo(fifo)
+    link.unlink()
+    link.symlink_to(outside)
+    assert kept(rows, 1, 2, 3) == [False, False, True]
+    put(rows, 1, 2)
+    assert kept(rows, 1, 2, 3) == [True] * 3
+    assert outside.read_bytes() == row(2)[1]

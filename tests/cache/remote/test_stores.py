@@ -112,3 +112,25 @@ def test_odd_lists_of_s3_are_one_line(
         with in_time(memory=4 << 30), pytest.raises(CacheError) as error:
             RemoteCache("s3://b/x", RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
     assert "\n" not in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(b"", b"\xff", b"[" * 10**5, b'"x"', b"7", b"null", b"[]", b"{}"),
+        *({"id": "us/x", "sha": sha} for sha in (None, 7, [], "", "../../x", "c" * 40 + "\n")),
+        *({"id": "us/x", "sha": "c" * 40, "siblings": odd} for odd in (7, [7], [None], {"a": 1})),
+        *({"id": "us/x", "sha": "c" * 40, "lastModified": odd} for odd in (7, "x", [])),
+    ],
+)
+def test_odd_answers_about_a_repository_are_one_line(
+    values: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WebServer(tmp_path) as server:
+        as_hub(server, "us/x")
+        act = server.acts["/api/"]
+        server.acts["/api/"] = lambda h, p: act(h, p) if "/tree/" in p else tree(h, p, values)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        with in_time(memory=4 << 30), pytest.raises(CacheError) as error:
+            RemoteCache("hf://datasets/us/x", RemoteOptions(mirror=tmp_path), POLICY).copy_tables()
+    assert "\n" not in str(error.value) and str(error.value).isprintable()
