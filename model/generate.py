@@ -36,6 +36,7 @@ from torch import Tensor
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES, sample_times
+from cache.format.gate import read_regular
 from cache.format.media_marks import MARK
 from cache.format.spec import ARRAY_OF, FeatureSpec
 from configs import UserError
@@ -49,6 +50,8 @@ from model.quantize import pack
 from model.vision.encoder import VisionEncoder, rebuild_encoder
 from nanomolmo2.unpack import unpack
 
+MAX_IMAGE_BYTES = 1 << 30
+"""Bytes of an image, at most."""
 PROG = "python -m model.generate"
 
 
@@ -149,7 +152,7 @@ def generate(options: Options) -> str:
         images, videos = [], []
         for path in options.image:
             with _user_errors(path, "JPEG, PNG, WebP, GIF, BMP or TIFF"):
-                decoded = decode_noted(path.read_bytes())
+                decoded = decode_noted(read_regular(path, most=MAX_IMAGE_BYTES))
                 images.append(decoded.image)
                 _tell(path, decoded.note)
         for path in options.video:

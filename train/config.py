@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 import configs
 from cache.format.frame_sampling import MAX_FRAMES
 from cache.remote.open import RemoteOptions
 from cache.store.samples import check_held_out
 from configs import UserError, nearest
+from model.io.run_files import refuse_links_beside
 
 SELECTORS = (
     *("stage", "hardware", "device", "run", "max_steps", "max_sequence_length"),
@@ -318,15 +318,11 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    refuse_links_beside(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({' '.join(str(error).split())}); the run needs a new name"
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values; the run needs a new name")
-    return values
+        return configs.read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; the run needs a new name") from None
 
 
 def parse_mix(text: str) -> dict[str, float | None]:

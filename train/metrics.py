@@ -17,13 +17,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
+from cache.format.gate import fit, parse_json
 from cache.store.files import write_atomic
 from configs import UserError
 from configs.console import duration_text
+from model.io.run_files import MOST_METRICS, Count, read_bytes
 
 METRICS = "metrics.jsonl"
 PROJECT = "nanomolmo2"
@@ -65,6 +67,23 @@ class StepRecord(StepTotals):
     """Norm of all gradients together, before clipping."""
     step_s: float
     """Duration, seconds."""
+
+
+class _Line(TypedDict):
+    """A line of metrics.jsonl."""
+
+    step: Count
+    held_out_loss: NotRequired[float]
+
+
+class _StepLine(_Line):
+    """The line of one optimizer step: what train.report and the ends of a run read of it."""
+
+    loss: float
+    lr: NotRequired[float]
+    connector_lr: NotRequired[float]
+    grad_norm: NotRequired[float]
+    step_s: NotRequired[float]
 
 
 class Tracker(NamedTuple):
@@ -180,10 +199,20 @@ def memory_gib(device: torch.device) -> float:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, without a last line that a kill left incomplete."""
     path = folder / METRICS
-    if not path.exists():
+    way_out = "remove it, and the run goes on without its curves"
+    try:
+        data = read_bytes(path, way_out, most=MOST_METRICS)
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            values = parse_json(line, not_finite=True)
+            fit(values, _StepLine if isinstance(values, dict) and "loss" in values else _Line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: cannot be read ({error}); {way_out}") from None
+        found.append(values)
+    return found
 
 
 def cut_metrics(folder: Path, step: int) -> None:

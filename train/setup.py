@@ -35,6 +35,7 @@ from configs.command_line import CommandLine
 from configs.console import bytes_text, free_bytes
 from model.connector import connector_kind
 from model.io.llava_folder import is_llava
+from model.io.run_files import refuse_links
 from model.io.saved_model import check_files, read_meta, save_final
 from model.language.chat_template import template_version
 from model.language.folder_template import FOLDER_TEMPLATE
@@ -128,6 +129,7 @@ def starting_point(options: Options, folder: Path, command: CommandLine) -> Orig
             f"{'is not finished' if begun else 'does not exist'}; start from another model (--from RUN), "
             f"or train that stage: {first}"
         )
+    refuse_links(before)
     return find_origin(str(before / run_folder.FINAL))
 
 

@@ -172,7 +172,8 @@ def open_regular(path: str | Path, *, most: int | None = None) -> BinaryIO:
 def read_regular(path: str | Path, *, most: int = MAX_JSON_BYTES) -> bytes:
     """Return the bytes of a regular file, or of the one that a link leads to; see `check_regular`."""
     with open_regular(path, most=most) as file:
-        return file.read(most)
+        size = os.fstat(file.fileno()).st_size  # `read(most)` would take that much memory first
+        return file.read(min(size, most))
 
 
 # ---- JSON

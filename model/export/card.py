@@ -8,21 +8,23 @@ The text is in card.md.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jinja2 import Environment, StrictUndefined
 
+from cache.format.gate import fit
 from cache.format.spec import FeatureSpec
 from configs import UserError, one_line
 from model.export.compare import NEW_TOKENS, Comparison
 from model.export.folder import CODE, has_own_class, model_class
 from model.export.mmproj import image_note, tower_note
 from model.export.towers import NESTED, ExportedTower
+from model.io.run_files import read_json
 from model.language.folder_template import FOLDER_TEMPLATE
 
 CARD = "card.json"
@@ -41,6 +43,57 @@ FITS = {
 }
 
 
+class _Score(TypedDict):
+    data_set: str
+    split: str
+    type: str
+    metric: str
+    n: int
+    value: float | None
+    blind: NotRequired[float | None]
+    gain: NotRequired[float | None]
+    interval: NotRequired[tuple[float, float] | None]
+    blind_interval: NotRequired[tuple[float, float] | None]
+    gain_interval: NotRequired[tuple[float, float] | None]
+
+
+class _DataSet(TypedDict):
+    name: str
+    share: float | None
+    samples: int
+    trained_on: int
+    without_features: int
+    failed_media: dict[str, int]
+
+
+class _Settings(TypedDict):
+    connector_learning_rate: float
+    learning_rate: float
+
+
+class _Stage(TypedDict):
+    stage: int
+    steps: int
+    samples_per_step: int
+    settings: _Settings
+    held_out_loss: float | None
+    data_sets: list[_DataSet]
+    media: NotRequired[dict[str, int]]
+    scores: NotRequired[list[_Score]]
+
+
+class _Incomplete(TypedDict):
+    """A stage of which only the model is known."""
+
+    stage: int
+    step: int
+    scores: NotRequired[list[_Score]]
+
+
+class _Card(TypedDict):
+    stages: NotRequired[list[dict[str, Any]]]
+
+
 def find_card(folder: Path) -> dict[str, Any]:
     """Return card.json of the stage whose `final` folder is given; {} if it has none.
 
@@ -48,15 +101,15 @@ def find_card(folder: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     for path in (folder / CARD, folder.parent / CARD):
-        if path.is_file():
+        if os.path.lexists(path):
+            way_out = "copy it again, or remove it, and the model card names no data sets"
+            values: dict[str, Any] = read_json(path, _Card, way_out, not_finite=True)
             try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path}: cannot be read ({one_line(error)}); copy it again, or remove it, and the "
-                    "model card names no data sets"
-                ) from None
-            return values if isinstance(values, dict) else {}
+                for stage in values.get("stages", ()):
+                    fit(stage, _Incomplete if stage.get("incomplete") is True else _Stage)
+            except ValueError as error:
+                raise UserError(f"{path}: cannot be read ({one_line(error)}); {way_out}") from None
+            return values
     return {}
 
 

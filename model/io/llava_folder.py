@@ -36,7 +36,7 @@ from model.language.checkpoint import (
     read_headers,
     weight_files,
 )
-from model.language.files import AGAIN, StoredTensor, read_object
+from model.language.files import AGAIN, StoredTensor, check_folder, read_object, read_text
 from model.language.folder_template import FolderTemplate, attach
 from model.language.loading import (
     HARMLESS,
@@ -230,7 +230,10 @@ def is_llava(folder: Path) -> bool:
         UserError: config.json cannot be read.
     """
     path = folder / CONFIG
-    return path.is_file() and read_object(path).get("model_type") in TYPES
+    if not path.is_file():
+        return False
+    check_folder(folder)
+    return read_object(path).get("model_type") in TYPES
 
 
 def other_model(folder: Path) -> str:
@@ -372,7 +375,7 @@ def _template(folder: Path) -> tuple[str, str]:
         if not (path.exists() or path.is_symlink()):
             continue
         if path.suffix == ".jinja":
-            return _read_text(path), str(path)
+            return read_text(path), str(path)
         found = read_object(path).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
@@ -384,13 +387,6 @@ def _template(folder: Path) -> tuple[str, str]:
         f"{folder}: no chat template ({', '.join(TEMPLATES)}), so it is unknown how the model is asked; copy "
         "chat_template.jinja from where the model comes from"
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
 
 
 def _numbers(value: object) -> list[int]:

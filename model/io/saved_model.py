@@ -18,20 +18,23 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from cache.format.checksums import crc32c, read_sealed_json, sealed_json
+from cache.format.gate import fit
 from configs import UserError, nearest, one_line, read_yaml
 from configs.command_line import command_text
 from model.connector import build_connector
 from model.io.llava_folder import TEMPLATES, with_template
+from model.io.run_files import MOST, Count, Name, refuse_links, refuse_links_beside
 from model.language.chat_template import VERSIONS, template_version
-from model.language.files import check_file
+from model.language.files import check_file, check_folder, read_text
 from model.language.folder_template import FOLDER_TEMPLATE
 from model.language.model import (
     load_folder,
@@ -49,6 +52,44 @@ META = "nanomolmo2.json"
 RUNS = Path("runs")
 FORMAT = 2
 """Version of the folder and of `nanomolmo2.json`."""
+
+
+class _Marks(TypedDict):
+    image: str
+    ends: list[int]
+
+
+class _File(TypedDict):
+    bytes: Count
+    crc32c: Count
+
+
+class _Space(TypedDict):
+    """Content of space.json; `spec` is checked where it is used."""
+
+    name: NotRequired[Name]
+    spec: NotRequired[dict[str, Any]]
+    load: NotRequired[dict[str, Any] | None]
+
+
+class Meta(TypedDict):
+    """What nanomolmo2.json, and state.json of a checkpoint, say of a model."""
+
+    connector: str
+    llm: str
+    space: _Space | None
+    stage: Annotated[int, msgspec.Meta(ge=0, le=99)]
+    step: Count
+    template: str
+    vision_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    max_frames: NotRequired[int | None]
+
+
+class _FinalMeta(Meta):
+    files: dict[Name, _File]
+    marks: NotRequired[_Marks]
+
+
 KEYS = ("connector", "llm", "space", "stage", "step")
 """What `nanomolmo2.json` always records, besides the files and their checksums."""
 
@@ -130,7 +171,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: not a trained model (looked for {META}); train one: python -m train.run --stage 1"
         )
-    check_file(path)
+    check_folder(folder)
+    refuse_links_beside(folder)
+    if check_file(path) > MOST:
+        raise UserError(f"{path}: more than the {MOST:,} bytes that are read; {_again(folder)}")
     try:
         meta = read_sealed_json(path)
     except (
@@ -139,8 +183,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
         what = one_line(getattr(error, "what", error))
         raise UserError(f"{path}: {what}; {_again(folder)}") from None
     if meta.get("format") != FORMAT:
-        raise UserError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path}: format {one_line(meta.get('format'), 40)}, this version reads {FORMAT}"
+        )
+    try:
+        fit(meta, _FinalMeta)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}; {_again(folder)}") from None
     check_template_version(path, meta["template"])
+    if meta["template"] == FOLDER_TEMPLATE and "marks" not in meta:
+        raise UserError(f"{path}: no marks; {_again(folder)}")
     return meta
 
 
@@ -169,7 +221,7 @@ def check_files(folder: Path, meta: Mapping[str, Any], *, contents: bool = True)
         UserError: a file is missing or has changed.
     """
     for name, written in meta["files"].items():
-        path = folder / name
+        path = folder / name  # a name without a slash, see _FinalMeta
         if not path.is_file():
             raise UserError(f"{path}: is missing; {_again(folder)}")
         size = path.stat().st_size
@@ -219,7 +271,7 @@ def saved_tokenizer(folder: Path, meta: Mapping[str, Any]) -> PreTrainedTokenize
         return load_tokenizer(str(folder))
     tokenizer = read_tokenizer(folder, rows=None, whole_model=True)
     marks, path = meta["marks"], folder / TEMPLATES[0]
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     return with_template(tokenizer, text, marks["image"], tuple(marks["ends"]), str(path))
 
 
@@ -234,9 +286,12 @@ def find_run(run: str, stage: int | None = None) -> Path:
         UserError: there is no such run, or the stage is not finished.
     """
     root = Path(run)
-    for folder in (root, root / "final"):
-        if (folder / META).is_file():
-            return folder
+    if (root / META).is_file():
+        refuse_links_beside(root)
+        return root
+    if (root / "final" / META).is_file():
+        refuse_links(root)
+        return root / "final"
     if not root.is_dir() or not any(root.glob("stage*")):
         root = RUNS / run
     if not root.is_dir():
@@ -250,6 +305,7 @@ def find_run(run: str, stage: int | None = None) -> Path:
         for path in root.glob(f"stage[0-9]/final/{META}")
     }
     wanted = stage if stage is not None else max(found, default=1)
+    refuse_links(root / f"stage{wanted}")
     if wanted not in found:
         words = ["--stage", str(wanted), "--run", run, *_features_of(root, wanted), "--resume"]
         raise UserError(

@@ -10,19 +10,25 @@ allocated, and nothing is unpickled.
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import os
 import shlex
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.format.gate import open_regular, parse_json, read_regular, what_is
 from configs import UserError, one_line
 
 AGAIN = "download it again"
 """End of an error about a file that was not copied whole."""
 LONGEST_JSON = 256 << 20
 """Bytes of the longest JSON file that is read. Gemma 3's tokenizer.json, the largest seen, has 33 MB."""
+LONGEST_TEXT = 4 << 20
+"""Bytes of the longest chat template that is read."""
+TEXTS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py", ".yaml", ".md")
+"""Suffixes of files that are read whole."""
 LONGEST_HEADER = 100_000_000
 """Bytes of the longest header that safetensors accepts."""
 LFS = b"version https://git-lfs.github.com/spec"
@@ -87,13 +93,15 @@ def check_file(path: Path) -> int:
         raise UserError(
             f"{path}: a link to a file that does not exist ({path.readlink()}); {AGAIN}"
         )
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; {AGAIN}")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(LFS))
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {AGAIN}") from None
     except OSError as error:
+        if what := _no_file(path):
+            raise UserError(f"{path}: {what}; {AGAIN}") from None
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not start:
         raise UserError(f"{path}: is empty (0 bytes); {AGAIN}")
@@ -105,6 +113,56 @@ def check_file(path: Path) -> int:
     return size
 
 
+def _no_file(path: Path) -> str:
+    """Say what is in the place of a file, `` if it is one."""
+    try:
+        return what_is(path.stat().st_mode)
+    except OSError:
+        return ""
+
+
+def check_folder(folder: Path) -> None:
+    """Check that what is in a model's folder can be read: transformers opens files by their names alone.
+
+    Links are followed, because the hub's cache has links.
+
+    Raises:
+        UserError: a FIFO, a socket or a device is in it, or a text too long to be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        return  # said where the first file is read
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # a link to nothing
+        what = what_is(status.st_mode)
+        if what and not stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{entry.path}: {what}; remove it, or {AGAIN}")
+        if entry.name.lower().endswith(TEXTS) and status.st_size > LONGEST_JSON:
+            raise UserError(
+                f"{entry.path}: {status.st_size:,} bytes, too long for a text (at most "
+                f"{LONGEST_JSON:,}); {AGAIN}"
+            )
+
+
+def read_text(path: Path) -> str:
+    """Return a text in UTF-8, such as a chat template.
+
+    Raises:
+        UserError: it is no file, too long or no text.
+    """
+    try:
+        return read_regular(path, most=LONGEST_TEXT).decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. JSON is strict: no key twice, no NaN.
 
@@ -114,34 +172,15 @@ def read_object(path: Path) -> dict[str, Any]:
     size = check_file(path)
     if size > LONGEST_JSON:
         raise UserError(f"{path}: {size:,} bytes, too long for JSON (at most {LONGEST_JSON:,})")
-    data = path.read_bytes()
+    data = read_regular(path, most=LONGEST_JSON)
     try:
-        values = _strict(data)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(data)
+    except ValueError as error:
         what = _other_format(data) or f"not valid JSON ({one_line(error)})"
         raise UserError(f"{path}: {what}; {AGAIN}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a JSON {type(values).__name__}, not an object; {AGAIN}")
     return values
-
-
-def _strict(data: bytes) -> Any:
-    return json.loads(
-        data.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_constant
-    )
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {one_line(twice, 40)!r} twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _other_format(data: bytes) -> str:
@@ -156,7 +195,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             file.
     """
     size = check_file(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8:
@@ -170,12 +209,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         header = file.read(length)
     try:
-        values = _strict(header)
+        values = parse_json(header)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")  # noqa: TRY004 - the file is wrong, not a caller
         values.pop("__metadata__", None)
         spans = {name: _span(name, entry) for name, entry in values.items()}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: its header is damaged: {one_line(error)}; {AGAIN}") from None
     ordered = sorted(spans.values())
     if any(before[1] != after[0] for before, after in itertools.pairwise([(0, 0), *ordered])):

@@ -17,7 +17,7 @@ import huggingface_hub
 
 from configs import UserError, one_line
 from model.language.checkpoint import INDEX, WAY_OUT, WEIGHTS, shard_names
-from model.language.files import AGAIN
+from model.language.files import AGAIN, check_folder
 
 HUB_TIMEOUT_S = 5.0
 """Seconds without an answer before the hub counts as unreachable."""
@@ -44,9 +44,11 @@ def local_folder(source: str, *, weights: bool, way_out: str = WAY_OUT) -> Path:
     """
     folder = Path(source).expanduser()
     if source and folder.is_dir():
+        check_folder(folder)
         return folder
     cached = _cached(source)
     if cached is not None and _is_complete(cached, weights):
+        check_folder(cached)
         return cached
     if problem := _hub_problem(source):
         if cached is not None:

@@ -16,7 +16,6 @@ A bare file that passes 5 is used with the entry's activation, and the log says 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import open_clip
 import torch
 
+from cache.format.gate import parse_json, read_regular
 from configs import UserError, one_line
 from model.vision.clip_tower import ClipTower
 from model.vision.config import EncoderConfig
@@ -165,7 +165,7 @@ def _training_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Training:
 def _json(path: Path) -> dict[str, Any]:
     """Return the values of a JSON file, {} if it is missing or holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_regular(path))
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:

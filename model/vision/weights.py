@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cache.format.gate import check_regular
 from configs import UserError, one_line
 from model.io.hub import fetch
 from model.vision.activation_check import Colours, check_file, tag_record
@@ -77,6 +78,7 @@ def _find_file(path: Path) -> Path:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a weights file, on the CPU, memory-mapped if the format allows it."""
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -88,7 +90,10 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        what = error.strerror or one_line(error)
+        raise UserError(f"{path}: not a readable weights file ({what})") from None
+    except (RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a readable weights file ({one_line(error)})") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cache.format.checksums import GOLDEN, mix64
+from cache.format.gate import check_regular
 from cache.store.files import write_atomic
 from cache.store.paths import CacheRoot
 from cache.store.references import IMAGE, NOUNS, VIDEO, edges_of, within
@@ -30,6 +31,10 @@ from configs import UserError
 from train.data.choices import first_answers
 
 Ints = npt.NDArray[np.int64]
+
+
+MOST_BYTES = 1 << 30
+"""Bytes of the file with one bit for each sample, at most."""
 
 
 class ChangedSamplesError(UserError):
@@ -269,8 +274,12 @@ def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.
         ChangedSamplesError: the file cannot be read, or is of other data sets than `names`.
     """
     try:
+        check_regular(path, most=MOST_BYTES)
         chosen = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
+        for name, bits in chosen.items():
+            if bits.dtype != np.uint8 or bits.ndim != 1:
+                raise ValueError(f"{name!r} is not one bit for each sample")
+    except (OSError, ValueError, SafetensorError) as error:
         raise ChangedSamplesError(
             f"{path}: the run's sample list cannot be read ({error})"
         ) from None
@@ -285,7 +294,7 @@ def read_frozen(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[np.
 def check_frozen(samples: SampleList, path: Path) -> None:
     """Raise ChangedSamplesError if `samples` is not the list that `SampleList.freeze` wrote to `path`."""
     with safe_open(path, framework="numpy") as file:
-        before = file.metadata()["digest"]
+        before = (file.metadata() or {}).get("digest")
     if before != samples.digest:
         raise ChangedSamplesError(
             f"{path}: the samples this run was started on are not the same any more (samples added, texts "

@@ -28,13 +28,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from cache.store.paths import CacheRoot
 from cache.store.samples import Sample, read_samples, samples_digest
+from configs import UserError
+from model.io.run_files import Count, read_json, refuse_links
 from model.language.chat_template import (
     TokenizedSample,
     Turn,
@@ -160,12 +162,26 @@ def messages_of(sample: Sample) -> list[tuple[str, str, float]]:
     return [(m.role, m.content, m.weight) for m in sample.messages]
 
 
+class _Meta(TypedDict):
+    """Content of meta.json."""
+
+    bytes: dict[str, Count]
+    faults: dict[str, str]
+
+
 def _is_whole(path: Path) -> bool:
-    """Whether a store exists and its files have the sizes they had when it was finished."""
+    """Whether a store exists, and its files have the sizes that they had when it was finished."""
     try:
-        sizes = json.loads((path / "meta.json").read_text())["bytes"]
-        return all((path / name).stat().st_size == sizes[name] for name in FILES)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        refuse_links(path)
+        sizes = read_json(path / "meta.json", _Meta, "")["bytes"]
+        if any((path / name).stat().st_size != sizes[name] for name in FILES):
+            return False
+        store = _map(path)
+        ends = store.samples["end"]
+        last = int(ends[-1]) if len(ends) else 0
+        in_order = bool((np.diff(ends, prepend=0) >= 0).all())
+        return in_order and last == len(store.ids) == len(store.weights)
+    except (OSError, ValueError, KeyError, UserError):
         return False
 
 
@@ -175,9 +191,8 @@ def _map(path: Path) -> _Store:
             return np.empty(0, dtype=dtype)
         return np.memmap(path / name, dtype=dtype, mode="r")
 
-    faults = json.loads((path / "meta.json").read_text())["faults"]
     return _Store(
-        faults=faults,
+        faults=read_json(path / "meta.json", _Meta, f"remove {path}")["faults"],
         ids=mapped("ids.bin", "<i4"),
         weights=mapped("weights.bin", "<f4"),
         samples=mapped("samples.bin", SAMPLE),
@@ -199,8 +214,11 @@ def _write(path: Path, name: str, samples: Iterable[Sample], tokenizer: Any) -> 
         }
         meta["faults"] = faults
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        if path.exists() and not _is_whole(path):
-            shutil.rmtree(path)
+        if not _is_whole(path):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.exists():
+                shutil.rmtree(path)
         try:
             temporary.rename(path)
         except OSError:  # another process finished the same store first

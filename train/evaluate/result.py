@@ -16,6 +16,7 @@ from cache.errors import command_line
 from cache.store.files import write_atomic
 from configs import UserError
 from configs.console import table_text
+from model.io.run_files import read_json
 from train.evaluate.intervals import Interval
 from train.evaluate.metrics import CAPTIONS
 from train.evaluate.scoring import Answer, Score, Task, summarize
@@ -82,11 +83,10 @@ def read(path: Path) -> Evaluation:
     of_split = () if split == "val" else ("--split", split)
     again = command_line("train.evaluate", "--run", path.parent.parent, *of_split)
     try:
-        return configs.build(Evaluation, json.loads(path.read_text(encoding="utf-8")), str(path))
+        values = read_json(path, dict[str, Any], f"make it again: {again}", not_finite=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make it: {again}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); make it again: {again}") from None
+    return configs.build(Evaluation, values, str(path))
 
 
 def card_rows(result: Evaluation) -> list[dict[str, Any]]:

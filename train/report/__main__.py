@@ -29,7 +29,9 @@ from cache.store.paths import CacheRoot
 from cache.store.samples import Split
 from cache.view import page
 from cache.view.charts import Line, bar, finite, line_chart, smoothed
+from configs import MOST_YAML
 from configs.console import bytes_text, duration_text
+from model.io.run_files import read_bytes
 from model.io.saved_model import find_run, read_meta
 from train.evaluate import __main__ as evaluation
 from train.evaluate.metrics import CAPTIONS, MEAN_ERROR
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result,
         read_metrics(folder),
         pick_media(result.answers, options.images, root, local),
-        config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else "",
+        config=_config(folder / CONFIG),
         meta=read_meta(final),
     )
     output = options.output or folder / "report.html"
@@ -96,6 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(local.note())
     print(f"{output}: {bytes_text(len(data))}")
     return 0
+
+
+def _config(path: Path) -> str:
+    """Return the options of a run as its file says them; empty without the file."""
+    try:
+        return read_bytes(path, "remove it", most=MOST_YAML).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def evaluated(final: Path, options: Options) -> Evaluation:
@@ -178,7 +188,7 @@ def render(
         meta: content of the saved model's nanomolmo2.json.
     """
     steps = [line for line in lines if "loss" in line]  # the others report evaluations
-    spent = f" in {duration_text(sum(line['step_s'] for line in steps))}" if steps else ""
+    spent = f" in {duration_text(sum(line.get('step_s', 0) for line in steps))}" if steps else ""
     return page.render(
         Path(__file__).with_name("report.html"),
         title=f"{Path(result.run).name}, stage {result.stage}",
@@ -224,7 +234,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     half_life = max(2.0, len(steps) / 150)
 
     def line(name: str, label: str, style: str) -> Line:
-        points = finite([(one["step"], one[name]) for one in steps])
+        points = finite([(one["step"], one[name]) for one in steps if name in one])
         return Line(label=label, points=points, style=style)
 
     def smooth(name: str, label: str) -> list[Line]:

@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,8 @@ from cache.store.ledger import media_table
 from cache.store.paths import CacheRoot
 from cache.store.reader import FeatureReader
 from cache.store.references import NOUNS, read_references
+from configs import UserError
+from model.io.run_files import read_json
 from train.config import Options
 from train.data.sample_list import SampleList
 from train.metrics import read_metrics
@@ -37,6 +39,12 @@ from train.stage.origin import Origin
 log = logging.getLogger(__name__)
 
 CARD = "card.json"
+
+
+class _Card(TypedDict):
+    stages: list[dict[str, Any]]
+
+
 FORMAT = 1
 """Version of the file."""
 SETTINGS = (
@@ -95,14 +103,17 @@ def add_scores(folder: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str
     """
     path = folder / CARD
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, dict[str, Any], "scores are not added", not_finite=True)
         last = content["stages"][-1]
         before = [dict(row) for row in last.get("scores", ())]
         kept = [row for row in before if not any(_replaces(new, row) for new in rows)]
     except FileNotFoundError:
         last, kept = _incomplete(meta), []
         content = {"format": FORMAT, "stages": [last]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except UserError as error:
+        log.warning("%s", error)
+        return
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         log.warning("%s: cannot be read (%s), so the scores are not added to it", path, error)
         return
     last["scores"] = [*kept, *rows]
@@ -155,9 +166,10 @@ def _before(origin: Origin | None) -> list[dict[str, Any]]:
     """Return the stages of the model that a stage started from, oldest first."""
     if origin is None:
         return []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, UserError):
         if origin.path.name == "final":
-            before = json.loads((origin.path.parent / CARD).read_text(encoding="utf-8"))
+            path = origin.path.parent / CARD
+            before = read_json(path, _Card, "copy it again", not_finite=True)
             return list(before["stages"])
     if not origin.meta["stage"]:  # a LLaVA, of which `llm` is the name
         return []

@@ -22,7 +22,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache.store.files import fsync_folder
-from configs import UserError
+from configs import UserError, one_line
+from model.io.run_files import Count, read_json, refuse_links
+
+
+class State(TypedDict):
+    """What state.json has at least; see origin.py for what the caller adds."""
+
+    step: Count
+
 
 KEEP = 2
 """Checkpoints kept. If the newest is damaged, delete its folder: the run continues from the one before."""
@@ -135,7 +143,20 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     _copy_weights(path, model, trained)
     _load_moments(path / OPTIMIZER, model, optimizer)
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    way_out = "take another checkpoint"
+    try:
+        state: dict[str, Any] = read_json(path / STATE, State, way_out)
+    except FileNotFoundError:
+        raise UserError(f"{path / STATE}: no such file; {way_out}") from None
     return state
 
 
@@ -171,10 +192,10 @@ def _copy_weights(path: Path, model: nn.Module, names: Set[str] | None) -> None:
 
 def _check_sizes(path: Path) -> None:
     """Raise UserError unless every file has the size that COMMITTED records."""
-    try:
-        sizes = json.loads((path / COMMITTED).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / COMMITTED}: {error}; {_remedy(path)}") from None
+    refuse_links(path)
+    sizes = read_json(path / COMMITTED, dict[str, Count], _remedy(path))
+    if sizes.keys() != {MODEL, OPTIMIZER, STATE}:
+        raise UserError(f"{path / COMMITTED}: names other files; {_remedy(path)}")
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else 0
@@ -205,10 +226,19 @@ def _load_moments(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """Load what `_moments` returned from a file."""
     index = {name: i for i, name in enumerate(_names(model, optimizer))}
     state: dict[int, dict[str, torch.Tensor]] = {}
-    with safe_open(path, framework="pt") as stored:
-        for key in stored.keys():  # noqa: SIM118  safe_open is no mapping
-            name, _, moment = key.rpartition("/")
-            state.setdefault(index[name], {})[moment] = stored.get_tensor(key)
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118  safe_open is no mapping
+                name, _, moment = key.rpartition("/")
+                shape = tuple(stored.get_slice(key).get_shape())
+                if name not in index or shape not in ((), tuple(parameters[name].shape)):
+                    raise UserError(
+                        f"{path}: {one_line(key, 80)} does not fit the model; {_remedy(path.parent)}"
+                    )
+                state.setdefault(index[name], {})[moment] = stored.get_tensor(key)
+    except SafetensorError as error:
+        raise UserError(f"{path}: {error}; {_remedy(path.parent)}") from None
     # load_state_dict puts each tensor on the device that AdamW, fused or not, needs it on.
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from cache.errors import CacheError, command_line
+from cache.format.gate import parse_json, read_regular
 from cache.format.spec import FeatureSpec
 from cache.remote.mirror import is_copy
 from cache.remote.open import cache_root
@@ -161,7 +161,7 @@ class _Tower:
     def _trained_on(self) -> FeatureSpec | None:
         """The spec that an export names, if the folder's tower is still the one that was exported."""
         try:
-            values = json.loads((self.llava.folder / SPACE).read_text(encoding="utf-8"))
+            values = parse_json(read_regular(self.llava.folder / SPACE))
             spec, tower = FeatureSpec.from_json(values["spec"]), values["tower"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no export of ours
             return None

@@ -11,7 +11,6 @@ come from what its run started from, which its state.json names.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,11 +20,14 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from cache.format.gate import fit
 from configs import UserError, nearest
 from model.io.llava_folder import is_llava, open_llava, other_model
+from model.io.run_files import refuse_links
 from model.io.saved_model import (
     META,
     RUNS,
+    Meta,
     check_template_version,
     load_final,
     read_meta,
@@ -40,22 +42,26 @@ from train.stage.run_folder import CHECKPOINTS, FINAL, RUN
 
 log = logging.getLogger(__name__)
 
-NEEDED = (
-    "llm",
-    "connector",
-    "space",
-    "stage",
-    "step",
-    "template",
-    "vision_width",
-    "seed",
-    "origin",
-)
-"""What the state.json of a checkpoint needs to be a starting point."""
 HUB_WAY_OUT = (
     "give a local folder: --from PATH, with config.json, tokenizer.json, model.safetensors"
 )
 """End of an error about a hub id that cannot be had."""
+
+
+class _State(Meta):
+    """state.json of a checkpoint that is a starting point."""
+
+    seed: int
+    origin: tuple[str, str] | None
+
+
+NEEDED = (
+    *("llm", "connector", "space", "stage", "step", "template", "vision_width", "seed"),
+    "origin",
+)
+"""What the state.json of a checkpoint needs to be a starting point."""
+MOST_ORIGINS = 100
+"""Checkpoints that started from another, one after the other. One that names itself would have no end."""
 SHOWN = 6
 """Names of files that an error lists at most."""
 
@@ -72,6 +78,9 @@ class Origin:
     """nanomolmo2.json or state.json: `llm`, `connector`, `space`, `stage`, `step` and others. A LLaVA has no
     space, and its stage and step are 0."""
 
+    depth: int = 0
+    """Checkpoints that started from this model, one from the other, as far as it was found by them."""
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -80,7 +89,10 @@ class Origin:
         """What the run of a checkpoint started from; None for a language model, or a whole model."""
         if self.kind != "checkpoint":
             return None
-        return recorded(self.meta["origin"], self.path.parent.parent)
+        if self.depth > MOST_ORIGINS:
+            raise UserError(f"{self.path}: the models that it started from have no end")
+        found = recorded(self.meta["origin"], self.path.parent.parent)
+        return found and replace(found, depth=self.depth + 1)
 
     @property
     def language(self) -> str:
@@ -212,6 +224,7 @@ def recognise(folder: Path) -> Origin | None:
     if (folder / checkpoint.COMMITTED).is_file():
         return Origin(path=folder, kind="checkpoint", meta=_read_state(folder))
     if (folder / FINAL / META).is_file():
+        refuse_links(folder)
         return recognise(folder / FINAL)
     if is_llava(folder):
         kind = open_llava(folder).kind
@@ -219,6 +232,8 @@ def recognise(folder: Path) -> Origin | None:
         return Origin(path=folder, kind="llava", meta=meta)
     for parent in (folder, folder / CHECKPOINTS):
         if newest := checkpoint.newest(parent):
+            if parent != folder:
+                refuse_links(folder)
             return recognise(newest)
     for stage in sorted(folder.glob("stage[0-9]"), reverse=True):
         if found := recognise(stage):
@@ -263,15 +278,15 @@ def _read_state(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or of another version.
     """
-    path = folder / checkpoint.STATE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint") from None
-    missing = [k for k in NEEDED if k not in state] if isinstance(state, dict) else list(NEEDED)
-    if missing:
+    refuse_links(folder)
+    path, state = folder / checkpoint.STATE, checkpoint.read_state(folder)
+    if missing := [k for k in NEEDED if k not in state]:
         raise UserError(
             f"{path}: has no {', '.join(missing)}; another version of this package wrote it"
         )
+    try:
+        fit(state, _State)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; take another checkpoint") from None
     check_template_version(path, state["template"])
-    return dict(state)
+    return state

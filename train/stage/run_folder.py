@@ -27,7 +27,9 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 import configs
 from cache.store.files import write_atomic
@@ -35,6 +37,7 @@ from cache.store.paths import is_url
 from cache.store.reader import FeatureReader
 from configs import UserError
 from configs.command_line import CommandLine
+from model.io.run_files import Name, read_json, refuse_links
 from model.io.saved_model import META
 from train.config import (
     MACHINE_KEYS,
@@ -60,6 +63,18 @@ MODEL_KEYS = ("space", "llm", "connector")
 """Options with which the weights of a run cannot be used any more, when they change."""
 
 
+class Facts(TypedDict):
+    """Content of run.json."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+    space: Name
+    fingerprint: str
+    samples: dict[str, int]
+    samples_digest: str
+    command: list[str]
+    origin: tuple[str, str] | None
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a stage is finished: its final model is complete."""
     return (folder / FINAL / META).is_file()
@@ -82,6 +97,7 @@ def check_folder(options: Options, command: CommandLine) -> tuple[Path, Options]
             learned differs from the run's.
     """
     folder = stage_folder(options.run, options.stage)
+    refuse_links(folder)
     if options.inspect:
         return folder, options
     if not has_begun(folder):
@@ -239,10 +255,10 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 def began_with(folder: Path) -> list[str]:
     """Return the words of the command that began a stage, even without a checkpoint; [] if not known."""
     try:
-        words = json.loads((folder / RUN).read_text(encoding="utf-8"))["command"]
-        return [str(word) for word in words]
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = read_json(folder / RUN, Facts, "")
+    except (FileNotFoundError, UserError):
         return []
+    return [str(word) for word in facts["command"]]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -253,13 +269,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     if not has_begun(folder):
         return {}
+    way_out = f"what the run learned starts another one: --run NEW --from {folder}"
     try:
-        facts: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / RUN}: cannot be read ({error}); what the run learned starts another one: "
-            f"--run NEW --from {folder}"
-        ) from None
+        facts: dict[str, Any] = read_json(folder / RUN, Facts, way_out)
+    except FileNotFoundError:
+        raise UserError(f"{folder / RUN}: no such file; {way_out}") from None
     return facts
 
 
